@@ -1,0 +1,86 @@
+"""Whole or not at all: how everything that is read again gets written (law L4).
+
+A file or folder appears under its final name only when its bytes are on disk: temporary name beside it,
+fsync, rename, fsync of the parent.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+_TEMPORARY = ".tmp-"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    with staged_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on leaving without an error it becomes `path`, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; on leaving without an error it becomes `path` (replacing it)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        commit_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_folder(temporary: Path, path: Path) -> None:
+    """Sync every file below `temporary` and rename it to `path`; an older `path` goes only then."""
+    for below in sorted(temporary.rglob("*")):
+        sync(below)
+    sync(temporary)
+    replaced = None
+    if path.exists():
+        replaced = temporary_name(path)
+        path.rename(replaced)
+    temporary.rename(path)
+    sync(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses and that `is_temporary` knows."""
+    return path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is left over from a write that never finished."""
+    return _TEMPORARY in path.name
+
+
+def sync(path: Path) -> None:
+    """Flush a file's bytes or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,247 @@
+"""Every key of a run with its type and default; the only place where a key is declared.
+
+Composition and strictness live in `load`, what must fit together in `check`. A field made by `_free` does
+not define the run's result (hardware, placement, how often something is written) and stays out of the
+digest that names the run folder.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Resume(StrEnum):
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class Dtype(StrEnum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class AttentionBackend(StrEnum):
+    auto = "auto"
+    flash_attention_2 = "flash_attention_2"
+    varlen = "varlen"
+    sdpa = "sdpa"
+
+
+class DataFormat(StrEnum):
+    auto = "auto"
+    hh = "hh"
+    text = "text"
+    messages = "messages"
+
+
+class Truncation(StrEnum):
+    keep_start = "keep_start"
+    keep_end = "keep_end"
+    drop = "drop"
+
+
+class OnBadRecord(StrEnum):
+    drop = "drop"
+    error = "error"
+
+
+class LossKind(StrEnum):
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+    robust = "robust"
+    sigmoid_norm = "sigmoid_norm"
+    simpo = "simpo"
+    sft = "sft"
+
+
+class ReferenceMode(StrEnum):
+    cached = "cached"
+    live = "live"
+    none = "none"
+
+
+class Offload(StrEnum):
+    none = "none"
+    cpu = "cpu"
+
+
+class ParallelismKind(StrEnum):
+    zero3 = "zero3"
+    zero2 = "zero2"
+    ddp = "ddp"
+
+
+class LearningRateSchedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(StrEnum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    off = "off"
+
+
+def _free(default: Any) -> Any:
+    """A field that does not define the run's result."""
+    return field(default=default, metadata={"defines_result": False})
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """`run`: where everything of this run goes. `dir` null: `root`/`name`-`digest`."""
+
+    dir: str | None = None
+    name: str = "run"
+    root: str = "output"
+    resume: Resume = Resume.auto
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`model`: the policy."""
+
+    path: str = MISSING
+    revision: str | None = None
+    dtype: Dtype = Dtype.bf16
+    attention: AttentionBackend = _free(AttentionBackend.auto)
+    gradient_checkpointing: bool = _free(False)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One entry of `data.train` or `data.eval`; a bare string there means `path`.
+
+    `weight` 2 gives every pair of the source twice an epoch, 0.5 a seeded half of them.
+    """
+
+    path: str = MISSING
+    format: DataFormat = DataFormat.auto
+    split: str | None = None
+    weight: float = 1.0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens."""
+
+    train: list[Any] = field(default_factory=list)
+    eval: list[Any] = field(default_factory=list)
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    truncation: Truncation = Truncation.keep_start
+    on_bad_record: OnBadRecord = OnBadRecord.drop
+    max_bad_share: float = 0.05
+    text_as_messages: bool = False
+    cache: str = _free("output/encoded")
+
+
+@dataclass(frozen=True)
+class LossTermConfig:
+    """One summand of `loss.terms`."""
+
+    kind: LossKind = MISSING
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """`loss`: what is optimised. An option that the chosen kinds do not use is an error."""
+
+    kind: LossKind = LossKind.sigmoid
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    length_average: bool = True
+    simpo_gamma: float = 0.5
+    reference_free: bool = False
+    terms: list[LossTermConfig] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """`reference`: where the frozen model's log-probs come from."""
+
+    mode: ReferenceMode = ReferenceMode.cached
+    path: str | None = None
+    revision: str | None = None
+    offload: Offload = _free(Offload.none)
+    store: str = _free("output/reference")
+    rows_per_shard: int = _free(4096)
+    audit_pairs: int = _free(16)
+
+
+@dataclass(frozen=True)
+class ParallelismConfig:
+    """`parallelism`: how weights, gradients and optimizer states are spread over processes."""
+
+    kind: ParallelismKind = ParallelismKind.zero3
+    offload_parameters: Offload = Offload.none
+    offload_optimizer: Offload = Offload.none
+    timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`optim`: AdamW and its learning-rate schedule, a pure function of the step."""
+
+    lr: float = 1e-6
+    schedule: LearningRateSchedule = LearningRateSchedule.cosine
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """`trainer`: the loop. Gradient accumulation is derived, never configured.
+
+    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only.
+    """
+
+    global_batch_pairs: int = 64
+    micro_batch_tokens: int = _free(8192)
+    epochs: float = 1.0
+    max_steps: int | None = None
+    eval_every: int = _free(0)
+    save_every: int = _free(0)
+    keep_last: int = _free(2)
+    log_every: int = _free(1)
+    seed: int = 0
+    stop_after_steps: int | None = _free(None)
+    max_seconds: float | None = _free(None)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """`tracking`: Weights & Biases. `auto`: online where a key is present, else offline."""
+
+    wandb: WandbMode = WandbMode.auto
+    project: str = "dpo_dist"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, resolved and frozen."""
+
+    run: FolderConfig = field(default_factory=FolderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
