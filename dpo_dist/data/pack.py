@@ -1,0 +1,158 @@
+"""Who computes which pairs, and how they lie in memory: no padding, every prompt once.
+
+A packed micro-batch is one row of tokens. A pair is laid out as ``[prompt, response, response, ...]``; the
+positions of every response restart at the prompt's length, and attention (model/attention.py) lets each
+response see its own prompt only. A response's last token predicts nothing and is not laid out.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One prompt and the responses to score after it (token ids)."""
+
+    prompt_ids: Ids
+    responses: tuple[Ids, ...]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        input_ids: int64 [tokens].
+        position_ids: int64 [tokens].
+        layout: for each pair the lengths of its pieces in `input_ids`: prompt, response, response, ...
+        predictors: int64 [targets], the place in `input_ids` whose hidden state predicts each target. The
+            first token of every response is predicted by the prompt's last.
+        targets: int64 [targets], completion tokens, response after response.
+        response_tokens: int64 [responses], completion tokens of each response.
+        rows: for each pair its row in the data set; empty for a dummy.
+        weights: float32 [pairs], 1, or 0 for a dummy: a batch that only keeps the ranks in step (law L2).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: tuple[tuple[int, ...], ...]
+    predictors: Tensor
+    targets: Tensor
+    response_tokens: Tensor
+    rows: tuple[int, ...]
+    weights: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed for real pairs."""
+        return len(self.input_ids) if self.rows else 0
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            predictors=self.predictors.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            response_tokens=self.response_tokens.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+        )
+
+
+def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
+    """Tokens that a prompt with its responses takes in a packed batch."""
+    return prompt_tokens + sum(tokens - 1 for tokens in response_tokens)
+
+
+def pack(sequences: Sequence[Sequences], rows: Sequence[int]) -> PackedBatch:
+    """Lay out `sequences`, whose rows in the data set are `rows`, as one micro-batch."""
+    inputs: list[Ids] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    predictors: list[npt.NDArray[np.int64]] = []
+    layout: list[tuple[int, ...]] = []
+    start = 0
+    for pair in sequences:
+        prompt_tokens = len(pair.prompt_ids)
+        lengths = [prompt_tokens]
+        inputs.append(pair.prompt_ids)
+        positions.append(np.arange(prompt_tokens))
+        boundary, start = start + prompt_tokens - 1, start + prompt_tokens
+        for response in pair.responses:
+            tokens = len(response) - 1
+            inputs.append(response[:-1])
+            positions.append(np.arange(prompt_tokens, prompt_tokens + tokens))
+            predictors.append(np.concatenate(([boundary], np.arange(start, start + tokens))))
+            lengths.append(tokens)
+            start += tokens
+        layout.append(tuple(lengths))
+    responses = [response for pair in sequences for response in pair.responses]
+    return PackedBatch(
+        input_ids=_int64(np.concatenate(inputs)),
+        position_ids=_int64(np.concatenate(positions)),
+        layout=tuple(layout),
+        predictors=_int64(np.concatenate(predictors)),
+        targets=_int64(np.concatenate(responses)),
+        response_tokens=_int64(np.array([len(response) for response in responses])),
+        rows=tuple(rows),
+        weights=torch.ones(len(sequences)),
+    )
+
+
+def dummy_batch() -> PackedBatch:
+    """The smallest batch that takes part in a forward and weighs nothing."""
+    one = np.zeros(1, dtype=np.int32)
+    batch = pack([Sequences(one, (one, one))], rows=())
+    return replace(batch, weights=torch.zeros(1))
+
+
+def _int64(array: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def plan_micro_batches(tokens: Sequence[int], world_size: int, token_budget: int) -> list[list[list[int]]]:
+    """Spread the pairs of one global batch over micro-batches and ranks.
+
+    Pairs go, longest first, to the emptiest bin; if it has no room for the next pair, no bin has, and every
+    rank gets one more micro-batch. A pair above the budget has a bin to itself. Bins of similar load share a
+    micro-batch, in alternating order of ranks, so that ranks wait little for each other.
+
+    Args:
+        tokens: packed tokens of each pair.
+        world_size: number of ranks.
+        token_budget: tokens that fit in one micro-batch.
+
+    Returns:
+        ``plan[micro_batch][rank]``: places in `tokens`; empty where a rank computes a dummy. Every rank
+        has the same number of micro-batches (law L2).
+    """
+    if not tokens:
+        return []
+    micro_batches = max(1, math.ceil(sum(min(t, token_budget) for t in tokens) / (world_size * token_budget)))
+    while (bins := _fill_bins(tokens, world_size * micro_batches, token_budget)) is None:
+        micro_batches += 1
+    bins.sort(key=lambda content: sum(tokens[place] for place in content), reverse=True)
+    plan = [bins[m * world_size : (m + 1) * world_size] for m in range(micro_batches)]
+    return [ranks if m % 2 == 0 else ranks[::-1] for m, ranks in enumerate(plan)]
+
+
+def _fill_bins(tokens: Sequence[int], number: int, token_budget: int) -> list[list[int]] | None:
+    """Longest first into the emptiest bin; None if a pair does not fit."""
+    bins: list[list[int]] = [[] for _ in range(number)]
+    heap = [(0, bin_number) for bin_number in range(number)]
+    for place in sorted(range(len(tokens)), key=lambda p: (-tokens[p], p)):
+        load, bin_number = heap[0]
+        if load and load + tokens[place] > token_budget:
+            return None
+        heapq.heapreplace(heap, (load + tokens[place], bin_number))
+        bins[bin_number].append(place)
+    return bins

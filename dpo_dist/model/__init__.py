@@ -1,0 +1,1 @@
+"""Weights and the packed forward pass."""

@@ -1,0 +1,62 @@
+"""The output layer as a log-prob head, and the packed model around it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.model.attention import packed_attention
+from dpo_dist.objective.logps import token_logps
+
+
+class LogpHead(nn.Linear):
+    """An output layer that returns the log-probs of targets and never the logits of all positions.
+
+    The chunks are walked inside one forward of the module that owns the weight, because ZeRO-3 gathers a
+    parameter exactly there. Without targets it is the plain output layer.
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "LogpHead":
+        """A head that owns the very parameters of `linear`, sharded or not."""
+        has_bias = linear.bias is not None
+        head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+        head.weight = linear.weight
+        if has_bias:
+            head.bias = linear.bias
+        return head
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Linear's name)
+        """[..., hidden_size] to logits; with targets int64 [n], hidden [n, hidden_size] to float32 [n]."""
+        if targets is None:
+            return super().forward(input)
+        return token_logps(input, self.weight, self.bias, targets)
+
+
+class PackedCausalLM(nn.Module):
+    """A causal language model whose forward maps a packed batch to per-token log-probs.
+
+    Args:
+        causal_lm: a transformers model loaded with the packed attention interface.
+        backend: which kernel computes attention.
+    """
+
+    def __init__(self, causal_lm: Any, backend: AttentionBackend):
+        super().__init__()
+        causal_lm.set_output_embeddings(LogpHead.of(causal_lm.get_output_embeddings()))
+        self.causal_lm = causal_lm
+        self.backend = backend
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of every target of `batch`, float32 [targets]."""
+        attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
+        outputs = self.causal_lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            packed=attention,
+        )
+        predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
+        logps: Tensor = self.causal_lm.get_output_embeddings()(predicting, targets=batch.targets)
+        return logps

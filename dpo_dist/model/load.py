@@ -1,0 +1,212 @@
+"""From a model folder or hub name to a packed model and its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error
+from dpo_dist.model.head import PackedCausalLM
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+
+TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+def model_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
+    """The local folder of a model: `path` itself, or the hub's snapshot of it.
+
+    Args:
+        path: a folder or a hub name.
+        revision: of the hub name.
+        key: the configuration key to name in an error.
+
+    Raises:
+        ConfigError: there is no such model, or it holds no weights.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _snapshot(path, revision, key)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "the model folder has no config.json", where=key, got=str(folder), expected="a transformers model"
+        )
+    if not weight_files(folder):
+        raise ConfigError(
+            "the model folder has no weights",
+            where=key,
+            got=str(folder),
+            expected="*.safetensors or *.bin beside config.json",
+            remedy="point the key at a complete model folder",
+        )
+    return folder
+
+
+def _snapshot(path: str, revision: str | None, key: str) -> Path:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not looks_local:
+        try:
+            return Path(snapshot_download(path, revision=revision))
+        except (OSError, HFValidationError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                "there is no such model folder, and the hub did not give it",
+                where=key,
+                got=f"{path} ({reason})",
+                remedy="check the path or the hub name, and that the hub can be reached or is cached",
+            ) from None
+    raise ConfigError(
+        "there is no such model folder",
+        where=key,
+        got=path,
+        remedy="check the path; it is relative to where you are",
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, safetensors where it has both kinds."""
+    for suffix in WEIGHT_SUFFIXES:
+        found = sorted(file for file in folder.glob(f"*{suffix}") if file.name != "training_args.bin")
+        if found:
+            return found
+    return []
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a model folder.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise ConfigError(
+            "the model folder's tokenizer cannot be loaded",
+            where="model.path",
+            got=f"{folder}: {_first_line(error)}",
+            remedy="put the tokenizer's files beside config.json",
+        ) from error
+    return tokenizer
+
+
+def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torch.device) -> PackedCausalLM:
+    """The model of `folder` with packed attention and the chunked head.
+
+    Under a ZeRO-3 loading context every process reads and keeps its own shard only. Dropout is switched off:
+    policy and reference must compute the same function (law L7).
+
+    Args:
+        folder: of `model_folder`.
+        config: precision, attention backend, remote code.
+        max_length: the longest prompt plus response, in tokens.
+        device: where attention will run.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or not packed exactly.
+    """
+    backend = choose_backend(config.attention, device)
+    model_config = _load_config(folder, config)
+    refuse_unpackable(model_config, max_length)
+    _check_precision(config.dtype, backend)
+    try:
+        causal_lm: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=TORCH_DTYPES[config.dtype],
+            attn_implementation=PACKED,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
+        ) from error
+    for module in causal_lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if config.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return PackedCausalLM(causal_lm, backend)
+
+
+def _load_config(folder: Path, config: ModelConfig) -> Any:
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            "the model's config.json cannot be read",
+            where="model.path",
+            got=f"{folder}: {_first_line(error)}",
+        ) from error
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "attn_pdrop"):
+        if getattr(model_config, name, 0.0):
+            setattr(model_config, name, 0.0)
+    return model_config
+
+
+def refuse_unpackable(model_config: Any, max_length: int) -> None:
+    """Raise for an architecture whose log-probs the packed forward would not give exactly.
+
+    Raises:
+        ConfigError: logits are changed after the output layer, attention is capped or windowed below
+            `max_length`, or the model is not decoder-only.
+    """
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(model_config, name, neutral)
+        if value not in (None, neutral):
+            raise ConfigError(
+                "this architecture changes its logits after the output layer, which the log-prob head does not do",
+                where="model.path",
+                got=f"{model_config.model_type} with {name}={value}",
+                remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",
+            )
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ConfigError(
+            "only decoder-only language models can be trained",
+            where="model.path",
+            got=model_config.model_type,
+        )
+    window = getattr(model_config, "sliding_window", None)
+    layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"]
+    uses_window = getattr(model_config, "use_sliding_window", True) and "sliding_attention" in layer_types
+    if window is not None and uses_window and window < max_length:
+        raise sliding_window_error(window, max_length)
+
+
+def _check_precision(dtype: Dtype, backend: AttentionBackend) -> None:
+    if dtype is Dtype.fp32 and backend is not AttentionBackend.sdpa:
+        raise ConfigError(
+            "variable-length attention kernels compute in bf16 only",
+            where="model.attention",
+            got=f"{backend} with model.dtype=fp32",
+            remedy="set model.dtype=bf16, or model.attention=sdpa",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.device) -> dict[str, str]:
+    """What besides weights and ids decides a log-prob's digits; part of the key of stored values (law L3)."""
+    profile = {
+        "dtype": config.dtype.value,
+        "attention": backend.value,
+        "device": device.type,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
+        "transformers": transformers.__version__,
+    }
+    if device.type == "cuda":
+        profile["gpu"] = torch.cuda.get_device_name(device)
+    return profile
