@@ -18,7 +18,7 @@ Messages: TypeAlias = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a record was read: `source` as configured, `line` 1-based (where there are none, record number)."""
+    """Where a record was read: `source` as configured, `line` 1-based (or the record's number)."""
 
     source: str
     line: int

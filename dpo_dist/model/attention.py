@@ -30,7 +30,7 @@ class PackedAttention(Protocol):
     layout: Layout
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attend; query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [tokens, heads, dim]."""
+        """query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [tokens, heads, dim]."""
         ...
 
 
@@ -95,11 +95,14 @@ class SegmentAttention:
         }
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `PackedAttention`."""
         # One split per tensor and granularity: the backward of a slice would write a full-size zero tensor.
-        heads_first = [tensor.transpose(0, 1) for tensor in (query, key, value)]
-        queries = iter(heads_first[0].split(self._query_lengths, dim=1))
-        first_keys, first_values = (iter(t.split(self._query_lengths, dim=1)) for t in heads_first[1:])
-        keys, values = (iter(t.split(self._key_lengths, dim=1)) for t in heads_first[1:])
+        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        queries = iter(torch.split(query, self._query_lengths, dim=1))
+        first_keys = iter(torch.split(key, self._query_lengths, dim=1))
+        first_values = iter(torch.split(value, self._query_lengths, dim=1))
+        keys = iter(torch.split(key, self._key_lengths, dim=1))
+        values = iter(torch.split(value, self._key_lengths, dim=1))
         outputs = []
         for prompt_tokens, _, *rest in self.layout:
             outputs.append(_attend(next(queries), next(first_keys), next(first_values), None, scale))
@@ -179,6 +182,7 @@ class VarlenAttention:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `PackedAttention`."""
         key, value = key.index_select(0, self._key_places), value.index_select(0, self._key_places)
         (cu_query, cu_key), (max_query, max_key) = self._cumulative, self._longest
         attended: Tensor
@@ -209,7 +213,7 @@ class VarlenAttention:
 
 
 def _interface(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -165,7 +165,7 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
         value = getattr(model_config, name, neutral)
         if value not in (None, neutral):
             raise ConfigError(
-                "this architecture changes its logits after the output layer, which the log-prob head does not do",
+                "this architecture changes its logits after the output layer, where the log-prob head ends",
                 where="model.path",
                 got=f"{model_config.model_type} with {name}={value}",
                 remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",

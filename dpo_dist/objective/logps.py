@@ -56,7 +56,7 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     Returns:
         float32 [targets].
     """
-    logps: Tensor = _ChunkedTokenLogps.apply(hidden, weight, bias, targets)
+    logps: Tensor = _ChunkedTokenLogps.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return logps
 
 
@@ -101,7 +101,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T.float(), hidden[chunk].float())
+                _add_outer(grad_weight, grad_logits, hidden[chunk])
             if grad_bias is not None:
                 grad_bias.add_(grad_logits.float().sum(0))
         return (
@@ -110,3 +110,11 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
         )
+
+
+def _add_outer(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Add grad_logits.T @ hidden to the float32 `total`; only low precision needs a temporary."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(grad_logits.T, hidden)
+    else:
+        total.add_(grad_logits.T @ hidden)

@@ -1,4 +1,4 @@
-"""Metrics travel as sums and a count, so that their means do not depend on who computed which pair (law L1)."""
+"""Metrics travel as sums and a count: their means do not depend on who computed which pair (law L1)."""
 
 from dataclasses import dataclass
 
