@@ -38,7 +38,7 @@ class PackedBatch:
             first token of every response is predicted by the prompt's last.
         targets: int64 [targets], completion tokens, response after response.
         response_tokens: int64 [responses], completion tokens of each response.
-        rows: for each pair its row in the data set; empty for a dummy.
+        keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
         weights: float32 [pairs], 1, or 0 for a dummy: a batch that only keeps the ranks in step (law L2).
     """
 
@@ -48,13 +48,13 @@ class PackedBatch:
     predictors: Tensor
     targets: Tensor
     response_tokens: Tensor
-    rows: tuple[int, ...]
+    keys: npt.NDArray[np.uint64]
     weights: Tensor
 
     @property
     def tokens(self) -> int:
         """Tokens computed for real pairs."""
-        return len(self.input_ids) if self.rows else 0
+        return len(self.input_ids) if len(self.keys) else 0
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
@@ -74,8 +74,8 @@ def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
     return prompt_tokens + sum(tokens - 1 for tokens in response_tokens)
 
 
-def pack(sequences: Sequence[Sequences], rows: Sequence[int]) -> PackedBatch:
-    """Lay out `sequences`, whose rows in the data set are `rows`, as one micro-batch."""
+def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
+    """Lay out `sequences`, whose responses have these content `keys`, as one micro-batch."""
     inputs: list[Ids] = []
     positions: list[npt.NDArray[np.int64]] = []
     predictors: list[npt.NDArray[np.int64]] = []
@@ -103,7 +103,7 @@ def pack(sequences: Sequence[Sequences], rows: Sequence[int]) -> PackedBatch:
         predictors=_int64(np.concatenate(predictors)),
         targets=_int64(np.concatenate(responses)),
         response_tokens=_int64(np.array([len(response) for response in responses])),
-        rows=tuple(rows),
+        keys=keys,
         weights=torch.ones(len(sequences)),
     )
 
@@ -111,7 +111,7 @@ def pack(sequences: Sequence[Sequences], rows: Sequence[int]) -> PackedBatch:
 def dummy_batch() -> PackedBatch:
     """The smallest batch that takes part in a forward and weighs nothing."""
     one = np.zeros(1, dtype=np.int32)
-    batch = pack([Sequences(one, (one, one))], rows=())
+    batch = pack([Sequences(one, (one, one))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1))
 
 

@@ -1,0 +1,168 @@
+"""ZeRO engines: DeepSpeed's configuration is built here and nowhere else.
+
+Every kind of parallelism is a ZeRO stage, so that one code path gives gradient norms, skipped steps, sharded
+checkpoints and bf16 with float32 master weights: `zero3` shards everything, `zero2` gradients and optimizer states,
+`ddp` optimizer states only (weights and gradients are whole on every rank).
+"""
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config
+
+from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.runtime import World
+
+_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
+
+
+def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration of the policy."""
+    zero: dict[str, Any] = {"stage": _STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
+    if parallelism.kind is ParallelismKind.zero3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if parallelism.offload_parameters is not Offload.none:
+            zero["offload_param"] = _offload(parallelism.offload_parameters)
+    if parallelism.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
+    return {
+        **_shared_config(zero, dtype),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
+    zero: dict[str, Any] = {"stage": 3}
+    if offload is not Offload.none:
+        zero["offload_param"] = _offload(offload)
+    return _shared_config(zero, dtype)
+
+
+def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype is Dtype.bf16},
+        "steps_per_print": 2**31,
+    }
+
+
+def _offload(target: Offload) -> dict[str, Any]:
+    return {"device": target.value, "pin_memory": torch.cuda.is_available()}
+
+
+@contextlib.contextmanager
+def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, transformers loads weights as this configuration shards them, not as the policy's does."""
+    inner = HfDeepSpeedConfig(deepspeed_config)  # held: transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        del inner
+        set_hf_deepspeed_config(world.accelerator.state.deepspeed_plugin.dschf)
+
+
+class FrozenEngine:
+    """A sharded model that is only scored."""
+
+    def __init__(self, model: nn.Module, deepspeed_config: dict[str, Any]):
+        model.requires_grad_(False)
+        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
+        self._engine.eval()
+
+    @torch.no_grad()
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """float32 [targets]; collective under ZeRO-3."""
+        logps: Tensor = self._engine(batch)
+        return logps
+
+    def free(self) -> None:
+        """Give its memory back."""
+        self._engine.destroy()
+        del self._engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class PolicyEngine:
+    """The trained model: forward, accumulated backward, and the optimizer step. All methods are collective."""
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, world: World):
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+        )
+        self._world = world
+        self._engine, _ = world.accelerator.prepare(model, optimizer)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation."""
+        self._engine.train(mode)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """float32 [targets]."""
+        logps: Tensor = self._engine(batch)
+        return logps
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients of a local sum of losses; `is_last` ends the step's accumulation.
+
+        DeepSpeed averages gradients over ranks, so the sum over ranks needs the factor world size.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self._world.size)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and update; returns the gradient norm before clipping.
+
+        A norm that is not finite is the same on every rank, and then no weight has changed.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if self._engine.was_step_applied() else math.inf
+
+    def save_shards(self, folder: str) -> None:
+        """Write weights, master weights and optimizer states, every rank its own."""
+        self._engine.save_checkpoint(folder, tag="engine", save_latest=False)
+
+    def load_shards(self, folder: str) -> None:
+        """Read what `save_shards` wrote on the same number of ranks."""
+        self._engine.load_checkpoint(folder, tag="engine", load_lr_scheduler_states=False)
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights under their transformers names, on rank 0's host memory; None elsewhere."""
+        weights = self._world.accelerator.get_state_dict(self._engine)
+        if not self._world.is_main:
+            return None
+        return {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model inside; its tensors may be sharded."""
+        return self._engine.module.causal_lm
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not; under ZeRO-3 only `ds_shape` still knows which is which."""
+    matrices, others = [], []
+    for parameter in model.parameters():
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        (matrices if dimensions > 1 else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
