@@ -1,7 +1,11 @@
 """A preference as people wrote it down, before any tokenizer: what every format is read into."""
 
+import re
 from dataclasses import dataclass
 from typing import TypeAlias
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,26 @@ Messages: TypeAlias = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
+class Dialogue:
+    """A conversation written as one text with `Human:` and `Assistant:` turns, as HH-RLHF has it.
+
+    `text` starts with a turn and ends with the last ``"\\n\\nAssistant:"``; what follows it is a response.
+    Whether it is encoded as it stands or as messages depends on the tokenizer.
+    """
+
+    text: str
+
+    def messages(self) -> Messages:
+        """The turns before the response, their contents stripped."""
+        before, *parts = _TURN.split(self.text)
+        assert not before, "a dialogue starts with a turn"
+        turns = zip(parts[:-2:2], parts[1:-2:2], strict=True)
+        return tuple(Message(_ROLES[speaker], content.strip()) for speaker, content in turns)
+
+
+@dataclass(frozen=True)
 class Origin:
-    """Where a record was read: `source` as configured, `line` 1-based (or the record's number)."""
+    """Where a record was read: `source` as configured, `line` 1-based (a record number where lines fail)."""
 
     source: str
     line: int
@@ -32,11 +54,11 @@ class PreferenceRecord:
     """One prompt and its ranked responses, best first (two: chosen, rejected).
 
     `prompt` is plain text, taken as it stands, or a conversation; `responses` are what follows it, each the
-    text of one answer (for a conversation: the content of one assistant turn). `scores`, where the source
-    has them, stand beside the responses.
+    text of one answer (for messages: the content of one assistant turn). `scores`, where the source has
+    them, stand beside the responses.
     """
 
-    prompt: Text | Messages
+    prompt: Text | Messages | Dialogue
     responses: tuple[str, ...]
     origin: Origin
     scores: tuple[float, ...] | None = None

@@ -1,0 +1,214 @@
+"""What a tokenizer does to texts and conversations, found out by probing it once.
+
+Texts move through this module *escaped*: where a content spells a special token (`</s>`), a mark stands
+for it, so every special token still spelt out was written by the chat template or by us. Only escaped
+texts are encoded; a content without such a spelling is its own escaped form.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+
+from dpo_dist.data.records import Message, Messages
+from dpo_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A Unicode noncharacter: never part of interchanged text, so it can frame marks.
+RESERVED_CHARACTER = "\ufdd0"
+
+_LITERAL = re.compile(f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}")
+_ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
+_PROBE = "probe answer"
+
+
+class SpecialTokenInTextError(Exception):
+    """A content spells a special token, and this tokenizer knows no other tokens for that text."""
+
+
+class TokenizerFacts:
+    """One tokenizer and what it does.
+
+    Attributes:
+        prefix_ids: what the tokenizer puts before an encoded text (BOS, or nothing).
+        chat_template: how it renders conversations; None where it cannot.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.prefix_ids = _prefix_ids(tokenizer)
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # In reverse, so that a longer token is found before one that starts it.
+        self._special_tokens = sorted({*added, *tokenizer.all_special_tokens}, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, self._special_tokens)) or r"(?!)")
+
+    @cached_property
+    def end_of_text(self) -> str:
+        """The token that ends a plain text."""
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(
+                "the tokenizer has no end-of-sequence token",
+                where="tokenizer of model.path",
+                remedy="set eos_token in the model's tokenizer_config.json",
+            )
+        return str(self.tokenizer.eos_token)
+
+    @cached_property
+    def _after_answer(self) -> str:
+        """What the template writes after an assistant's last answer."""
+        messages = (Message("user", "probe question"), Message("assistant", _PROBE))
+        try:
+            _, found, after = self.render(messages).rpartition(_PROBE)
+        except TemplateError as fault:
+            raise _unusable_template(str(fault)) from fault
+        if not found:
+            raise _unusable_template("the assistant's answer is not in what it renders")
+        return after
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special token with which the template ends an answer; the end of text where it has none."""
+        first = self._special.search(self._after_answer)
+        return first.group() if first else self.end_of_text
+
+    def escape(self, text: str) -> str:
+        """`text` with a mark for every special token that it spells."""
+        return self._special.sub(self._mark, text)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it, escaped. Raises jinja2's TemplateError."""
+        turns = [{"role": message.role, "content": self.escape(message.content)} for message in messages]
+        rendered = self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return str(rendered)
+
+    def rendered_answer(self, messages: Messages, answer: str, prompt: str) -> str:
+        """What the template writes for `answer` after the rendered `prompt`, up to its end of turn; escaped.
+
+        Keeps what the template puts around an answer (a leading space, an empty thought). Where it renders
+        the prompt otherwise once an answer follows, the answer's own text.
+        """
+        whole = self.render((*messages, Message("assistant", answer)))
+        if not whole.startswith(prompt):
+            return self.escape(answer) + self.end_of_turn
+        added = whole[len(prompt) :]
+        end = added.rfind(self.end_of_turn)
+        if end < 0:
+            return added.removesuffix(self._after_answer) + self.end_of_turn
+        return added[: end + len(self.end_of_turn)]
+
+    def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
+        """`ids` with the tokenizer's prefix exactly once, and how many leading ids a cut must keep."""
+        prefix = list(self.prefix_ids)
+        if ids[: len(prefix)] != prefix:
+            return prefix + ids, len(prefix)
+        starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
+        return ids, max(len(prefix), int(starts_with_bos))
+
+    def start_of_tail(self, escaped: str) -> int:
+        """Where the last special token starts; tokens from there on do not depend on what stands before."""
+        last = 0
+        for found in self._special.finditer(escaped):
+            last = found.start()
+        return last
+
+    def encode(self, escaped: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; nothing is added to them. Raises SpecialTokenInTextError."""
+        if any(RESERVED_CHARACTER in text for text in escaped):
+            return self._encode_literally(escaped)
+        return self._ids(self.tokenizer, escaped)
+
+    def encode_continuation(self, escaped: str) -> list[int]:
+        """Token ids of a text that goes on from another one: no space is put before its first word."""
+        return self._encode_literally([_ANCHOR + escaped])[0][1:]
+
+    def _encode_literally(self, escaped: Sequence[str]) -> list[list[int]]:
+        twin, real_ids = self._twin
+        spelt = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
+        encoded = self._ids(twin, spelt, literal=True)
+        # Some vocabularies hold special tokens as ordinary pieces; these cannot be written as text.
+        special_ids = set(real_ids.values()) - {self.tokenizer.unk_token_id}
+        if any(not special_ids.isdisjoint(ids) for ids in encoded):
+            raise SpecialTokenInTextError
+        return [[real_ids.get(token, token) for token in ids] for ids in encoded]
+
+    @cached_property
+    def _twin(self) -> tuple["PreTrainedTokenizerBase", dict[int, int]]:
+        """A copy that reads spelt special tokens as text and knows them by aliases; alias ids to real ids."""
+        twin = copy.deepcopy(self.tokenizer)
+        added = {str(token): token for token in self.tokenizer.added_tokens_decoder.values()}
+        aliases = [AddedToken(_ANCHOR, normalized=False, special=False)]
+        for token in self._special_tokens:
+            strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
+            aliases.append(AddedToken(_alias_of(token), normalized=False, special=False, **strip))
+        twin.add_tokens(aliases)
+        alias_ids = twin.convert_tokens_to_ids([_alias_of(token) for token in self._special_tokens])
+        real_ids = self.tokenizer.convert_tokens_to_ids(self._special_tokens)
+        return twin, dict(zip(alias_ids, real_ids, strict=True))
+
+    @staticmethod
+    def _ids(
+        tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, literal: bool = False
+    ) -> list[list[int]]:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _mark(self, found: "re.Match[str]") -> str:
+        number = self._special_tokens.index(found.group())
+        return f"{RESERVED_CHARACTER}literal{number}{RESERVED_CHARACTER}"
+
+    def _literal(self, found: "re.Match[str]") -> str:
+        token: str = self._special_tokens[int(found.group(1))]
+        return token
+
+
+_facts = lru_cache(maxsize=4)(TokenizerFacts)
+
+
+def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
+    """The facts of `tokenizer`, probed once for each chat template that it is given."""
+    return _facts(tokenizer, tokenizer.get_chat_template() if tokenizer.chat_template else None)
+
+
+def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _alias_of(token: str) -> str:
+    return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
+
+
+def _alias(found: "re.Match[str]") -> str:
+    return _alias_of(found.group())
+
+
+def _unusable_template(got: str) -> ConfigError:
+    return ConfigError(
+        "the chat template cannot render a question and its answer",
+        where="chat template of model.path",
+        got=got,
+        expected="a template for user and assistant turns",
+        remedy="set the chat_template of an instruction-tuned model of the same family",
+    )
