@@ -58,6 +58,10 @@ class LossKind(StrEnum):
     sft = "sft"
 
 
+REFERENCE_FREE_KINDS = frozenset({LossKind.simpo, LossKind.sft})
+"""The kinds of loss in which the reference's log-probs do not occur."""
+
+
 class ReferenceMode(StrEnum):
     cached = "cached"
     live = "live"

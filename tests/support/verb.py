@@ -1,0 +1,15 @@
+"""The smallest verb: says where the run would go. `fail` in `run.name` stands for a fault of the program."""
+
+from dpo_dist.config.load import run_verb
+from dpo_dist.config.schema import RunConfig
+
+
+def main(config: RunConfig) -> int:
+    if config.run.name == "fail":
+        raise RuntimeError("a fault of the program")
+    print(config.run.dir)
+    return 75
+
+
+if __name__ == "__main__":
+    run_verb(main)
