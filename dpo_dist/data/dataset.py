@@ -1,8 +1,8 @@
 """Encoded pairs on disk, memory-mapped: written once by one process, opened by all, found again by content.
 
-A folder holds flat arrays: token ids piece after piece (a pair's prompt, then its responses), where each piece
-ends, how many pieces each pair has, a content key for every response, and where each pair came from. Nothing of
-the size of the data set lives in memory.
+A folder holds flat arrays: token ids piece after piece (a pair's prompt, then its responses), where each
+piece ends, how many pieces each pair has, a content key for every response, and where each pair came from.
+Nothing of the size of the data set lives in memory.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.atomic import staged_folder, write_text
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
-from dpo_dist.data.formats import read_records, source_identity
+from dpo_dist.data.files import source_identity
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.pack import Ids, Sequences, packed_tokens
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.schedule import Rows, Span
@@ -52,7 +53,7 @@ def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
 
 @dataclass
 class DataCounts:
-    """What became of the records read: `read` = `kept` + the sum of `dropped`; `changed` were kept but cut."""
+    """What became of the records read: `read` = `kept` + sum of `dropped`; `changed` were kept but cut."""
 
     read: int = 0
     kept: int = 0
@@ -267,7 +268,7 @@ def _fingerprint(sources: Sequence[SourceConfig], config: DataConfig, tokenizer_
         "sources": [
             {
                 "path": source.path,
-                "content": source_identity(source),
+                "content": source_identity(source.path),
                 "format": source.format,
                 "split": source.split,
                 "limit": source.limit,

@@ -2,8 +2,9 @@
 
 import csv
 import difflib
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _MAX_CELL_CHARACTERS = 2**31 - 1
 _PARQUET_BATCH_ROWS = 1024
+_BLOCK_BYTES = 2**22
 
 
 def read_rows(path: str, split: str | None) -> Iterator[Located]:
@@ -233,3 +235,39 @@ def _refuse_split(path: str, split: str | None) -> None:
             expected="null",
             remedy="remove split, or use limit to take the first records only",
         )
+
+
+def source_identity(path: str) -> str:
+    """What changes when the content of a source changes: a digest of its bytes, or the hub's revision.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        return content_digest([local])
+    if local.is_dir():
+        return content_digest(sorted(below for below in local.rglob("*") if below.is_file()))
+    if _looks_local(path):
+        raise _missing(local)
+    from huggingface_hub import dataset_info  # noqa: PLC0415  # only needed here
+
+    try:
+        return f"hub revision {dataset_info(path).sha}"
+    except (OSError, ValueError) as fault:
+        raise DataError(
+            "neither a local file nor a data set that the hub gives",
+            where=path,
+            got=str(fault).splitlines()[0],
+            remedy="check the name, the network, and access rights of a gated data set",
+        ) from fault
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """blake2b over the bytes of `files`, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()

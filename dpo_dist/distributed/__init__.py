@@ -1,1 +1,1 @@
-"""Many processes: the world, ZeRO engines, checkpoints. The only room of Accelerate and DeepSpeed (law L6)."""
+"""Many processes: world, ZeRO engines, checkpoints. The only room of Accelerate and DeepSpeed (law L6)."""

@@ -40,7 +40,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class World:
-    """All processes of the run, seen from one of them. Every method is collective unless it says otherwise."""
+    """All processes of the run, seen from one. Every method is collective unless it says otherwise."""
 
     accelerator: Any
     rank: int
@@ -117,12 +117,12 @@ class World:
                     f"rank {', '.join(str(peer.rank) for peer in lost)} of {self.size} died",
                     where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
                     got=_one_line(failure),
-                    remedy="look at its logs/rank-N.log; the same command again resumes from the last checkpoint",
+                    remedy="see its logs/rank-N.log; the same command again resumes from the last checkpoint",
                 ) from failure
             raise
 
     def _lost_peers(self) -> list[Peer]:
-        """Ranks of this host whose process is gone; waits a little, since a death is seen before it is done."""
+        """Ranks of this host whose process is gone; waits a little, as a death is seen before it is done."""
         here = socket.gethostname()
         others = [peer for peer in self.peers if peer.host == here and peer.rank != self.rank]
         deadline = time.monotonic() + _PEER_PATIENCE_SECONDS

@@ -1,8 +1,8 @@
 """ZeRO engines: DeepSpeed's configuration is built here and nowhere else.
 
 Every kind of parallelism is a ZeRO stage, so that one code path gives gradient norms, skipped steps, sharded
-checkpoints and bf16 with float32 master weights: `zero3` shards everything, `zero2` gradients and optimizer states,
-`ddp` optimizer states only (weights and gradients are whole on every rank).
+checkpoints and bf16 with float32 master weights: `zero3` shards everything, `zero2` gradients and optimizer
+states, `ddp` optimizer states only (weights and gradients are whole on every rank).
 """
 
 import contextlib
@@ -97,7 +97,7 @@ class FrozenEngine:
 
 
 class PolicyEngine:
-    """The trained model: forward, accumulated backward, and the optimizer step. All methods are collective."""
+    """The trained model: forward, accumulated backward, and the optimizer step. Methods are collective."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig, world: World):
         optimizer = torch.optim.AdamW(
@@ -160,7 +160,8 @@ class PolicyEngine:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, biases and norms do not; under ZeRO-3 only `ds_shape` still knows which is which."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         (matrices if dimensions > 1 else others).append(parameter)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.atomic import write_text
+from dpo_dist.data.files import content_digest
 from dpo_dist.model.load import weight_files
 
 # Raised when the code that computes log-probs changes their digits: the packed layout, the head.
 LOGP_PATH_VERSION = 1
 
 _MEMO = "file_digests.json"
-_BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,12 @@ def model_digest(folder: Path, memo_folder: Path | None = None) -> str:
     identities = [_identity(file) for file in files]
     unknown = [file for file, identity in zip(files, identities, strict=True) if identity not in memo]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for file, digest in zip(unknown, pool.map(file_digest, unknown), strict=True):
+        for file, digest in zip(unknown, pool.map(_file_digest, unknown), strict=True):
             memo[_identity(file)] = digest
     if memo_file is not None and unknown:
         write_text(memo_file, json.dumps(memo, indent=1))
     parts = [(file.name, memo[identity]) for file, identity in zip(files, identities, strict=True)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def file_digest(file: Path) -> str:
-    """blake2b of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -80,8 +71,12 @@ def tokenizer_digest(folder: Path) -> str:
         "chat_template*",
     )
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    parts = [(file.name, file_digest(file)) for file in files]
+    parts = [(file.name, content_digest([file])) for file in files]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    return content_digest([file])
 
 
 def _identity(file: Path) -> str:

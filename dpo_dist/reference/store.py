@@ -1,8 +1,9 @@
 """Reference log-probs on disk: append-only shards of rows, found by content key, checked when read.
 
 A shard is one safetensors file: sorted keys, where each row's values end, a checksum per row, and the float32
-values of all rows. Its name is the digest of everything but the values, which the checksums cover; so a shard can be
-verified from its own name, writers never meet, and several jobs fill one store at once. Opening reads keys only.
+values of all rows. Its name is the digest of everything but the values, which the checksums cover; so a shard
+is verified from its own name, writers never meet, and several jobs fill one store at once. Opening reads keys
+only.
 """
 
 import hashlib
@@ -160,15 +161,13 @@ class LogpStore:
         """
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         rows = [np.ascontiguousarray(rows[i], dtype=np.float32) for i in order]
-        tensors = {
-            "keys": np.ascontiguousarray(keys[order]),
-            "ends": np.cumsum([len(row) for row in rows], dtype=np.int64),
-            "checks": np.array([_check(row) for row in rows], dtype=np.uint32),
-            "values": np.concatenate(rows),
-        }
-        name = _index_digest(tensors["keys"], tensors["ends"], tensors["checks"]) + _SUFFIX
+        keys = np.ascontiguousarray(keys[order])
+        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        checks = np.array([_check(row) for row in rows], dtype=np.uint32)
+        name = _index_digest(keys, ends, checks) + _SUFFIX
         try:
             with staged_file(self.folder / name) as temporary:
+                tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(rows)}
                 save_file(tensors, temporary)
         except OSError as error:
             raise ReferenceError(
@@ -194,11 +193,10 @@ def _index_digest(keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[n
 def _open_shard(file: Path) -> _Shard | None:
     """Map a shard and verify its index against its name; None, with a warning, if it does not hold."""
     try:
-        arrays = _map_safetensors(file)
-        keys, ends, checks = arrays["keys"], arrays["ends"], arrays["checks"]
-        if _index_digest(keys, ends, checks) + _SUFFIX == file.name:
-            return _Shard(file.name, keys, ends, checks, arrays["values"])
-    except (OSError, ValueError, KeyError) as error:
+        shard = _Shard(file.name, **_map_safetensors(file))
+        if _index_digest(shard.keys, shard.ends, shard.checks) + _SUFFIX == file.name:
+            return shard
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("shard %s cannot be read: %s", file, error)
     log.warning("shard %s is damaged; its rows count as missing", file)
     return None

@@ -1,0 +1,189 @@
+"""Checkpoints that exist whole or not at all (law L4).
+
+A checkpoint is written under a temporary name by all ranks, listed in a manifest with sizes and digests, and then
+renamed; `latest` follows, and only after that the oldest go. Nothing is loaded that its manifest does not vouch
+for.
+"""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
+from dpo_dist.data.files import content_digest
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder and the loop's state in it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path, step: int, policy: PolicyEngine, state: dict[str, Any], keep_last: int, world: World
+) -> Path:
+    """Write and commit `root/step-NNNNNN`, then delete what is older than the last `keep_last`; collective.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
+    folder = root / f"step-{step:06d}"
+    temporary = Path(world.on_main(lambda: _make(temporary_name(folder))))
+    world.together(lambda: _write(temporary, policy, state, world))
+    digests = world.together(lambda: _digest_share(temporary, world))
+    listed = {name: entry for part in world.gather(digests) for name, entry in part.items()}
+    world.on_main(lambda: _commit(temporary, folder, listed, keep_last))
+    return folder
+
+
+def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
+    """The newest committed checkpoint whose files are what its manifest says; collective.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    folders = world.on_main(lambda: _committed(root))
+    for folder in folders:
+        damage = [fault for faults in world.gather(_verify_share(folder, world)) for fault in faults]
+        if not damage:
+            return Checkpoint(folder, json.loads((folder / _STATE).read_text()))
+        log.warning("checkpoint %s is damaged and passed over: %s", folder, "; ".join(damage[:5]))
+    if folders:
+        raise CheckpointError(
+            "no checkpoint of this run is whole",
+            where=str(root),
+            got=", ".join(folder.name for folder in folders),
+            remedy="restore the folder, or set run.resume=never and another run.dir to start afresh",
+        )
+    return None
+
+
+def load_checkpoint(checkpoint: Checkpoint, policy: PolicyEngine, world: World) -> None:
+    """Restore weights, optimizer and random states on the number of ranks that saved them; collective.
+
+    Raises:
+        CheckpointError: the number of ranks differs.
+    """
+    saved_ranks = checkpoint.state["world_size"]
+    if saved_ranks != world.size:
+        raise CheckpointError(
+            "the checkpoint was written by another number of processes",
+            where=str(checkpoint.folder),
+            got=f"{world.size} processes",
+            expected=f"{saved_ranks}",
+            remedy=f"launch {saved_ranks} processes, or start afresh with another run.dir",
+        )
+    policy.load_shards(str(checkpoint.folder))
+    # Written by this program and vouched for by the manifest, so unpickling it is safe.
+    states = torch.load(checkpoint.folder / _random_file(world), weights_only=False)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if world.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _make(folder: Path) -> str:
+    _guard(lambda: folder.mkdir(parents=True), folder)
+    return str(folder)
+
+
+def _write(folder: Path, policy: PolicyEngine, state: dict[str, Any], world: World) -> None:
+    def work() -> None:
+        policy.save_shards(str(folder))
+        states = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if world.device.type == "cuda" else None,
+        }
+        torch.save(states, folder / _random_file(world))
+        if world.is_main:
+            content = json.dumps({**state, "world_size": world.size}, indent=1)
+            (folder / _STATE).write_text(content)
+
+    _guard(work, folder)
+
+
+def _guard(work: Callable[[], None], folder: Path) -> None:
+    try:
+        work()
+    except OSError as error:
+        raise CheckpointError(
+            "a checkpoint cannot be written",
+            where=str(folder),
+            got=str(error),
+            remedy="make room; the last committed checkpoint is untouched, the same command resumes from it",
+        ) from error
+
+
+def _random_file(world: World) -> str:
+    return f"random_states_{world.rank}.pt"
+
+
+def _share(folder: Path, world: World) -> list[Path]:
+    """The files that this rank reads to digest them, so that all ranks share the work."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST)
+    return files[world.rank :: world.size]
+
+
+def _digest_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "digest": content_digest([file])}
+        for file in _share(folder, world)
+    }
+
+
+def _commit(temporary: Path, folder: Path, listed: dict[str, dict[str, Any]], keep_last: int) -> None:
+    def work() -> None:
+        (temporary / _MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
+        commit_folder(temporary, folder)
+        write_text(folder.parent / "latest", folder.name)
+
+    _guard(work, folder)
+    for old in _committed(folder.parent)[keep_last:]:
+        shutil.rmtree(old, ignore_errors=True)
+    for left_over in folder.parent.glob("step-*"):
+        if is_temporary(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _committed(root: Path) -> list[Path]:
+    """Committed checkpoints, newest first."""
+    return sorted(
+        (f for f in root.glob("step-*") if not is_temporary(f) and (f / _MANIFEST).is_file()), reverse=True
+    )
+
+
+def _verify_share(folder: Path, world: World) -> list[str]:
+    """What this rank's share of the manifest's files has wrong."""
+    try:
+        listed = json.loads((folder / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{_MANIFEST}: {error}"]
+    faults = []
+    for name in sorted(listed)[world.rank :: world.size]:
+        file = folder / name
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file.stat().st_size != listed[name]["bytes"] or content_digest([file]) != listed[name]["digest"]:
+            faults.append(f"{name} differs from its digest")
+    return faults
