@@ -1,0 +1,175 @@
+"""The numbers of a run: one row per logged step and per evaluation, kept in ``<run.dir>/dpo_metrics``.
+
+`log_history.json` is the record that a resumed run goes on from; `training_metrics.csv` holds the same rows
+and grows with every one, so that it can be followed while the run trains. Rank 0 only.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_dist import atomic
+
+Row = dict[str, float]
+
+LOG_NAME = "log_history.json"
+CSV_NAME = "training_metrics.csv"
+SUMMARY_NAME = "summary.json"
+
+_QUALITY = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+_COST = (
+    "grad_norm",
+    "learning_rate",
+    "pairs",
+    "tokens",
+    "step_seconds",
+    "pairs_per_second",
+    "tokens_per_second",
+    "mfu",
+    "memory/peak_allocated_bytes",
+)
+COLUMNS = ("step", "epoch", *_QUALITY, *_COST, *(f"eval_{key}" for key in _QUALITY))
+
+_log = logging.getLogger(__name__)
+
+
+class History:
+    """The rows of one run, in memory and in `folder`.
+
+    Attributes:
+        folder: where the files lie.
+        rows: all rows so far, oldest first.
+    """
+
+    def __init__(self, folder: Path, rows: list[Row]):
+        self.folder = folder
+        self.rows = rows
+        self._columns = list(COLUMNS)
+        self._widen(key for row in rows for key in row)
+
+    @classmethod
+    def open(cls, folder: Path, resume_step: int | None) -> "History":
+        """Start a history, or take up the one in `folder`.
+
+        Args:
+            folder: created if missing.
+            resume_step: the step of the checkpoint that training goes on from. Later rows are dropped,
+                because their steps are computed again. `None` starts with no rows, whatever is in `folder`.
+
+        A history that cannot be read is reported as a warning: it is no reason to lose a training run.
+        """
+        rows = [] if resume_step is None else _read_rows(folder / LOG_NAME, resume_step)
+        history = cls(folder, rows)
+        history.save()
+        return history
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Keep `row`, which carries its `step`, and write it to the csv at once.
+
+        A key without a column gets one: the csv is then rewritten with the wider header.
+        """
+        self.rows.append(dict(row))
+        if self._widen(row):
+            self._write_csv()
+            return
+        with (self.folder / CSV_NAME).open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+
+    def save(self) -> None:
+        """Write both files whole.
+
+        To be called before a checkpoint of the same step is committed: then no row that a resumed run relies
+        on is missing. Values that are not finite become null, for which JSON has no other word.
+        """
+        lines = ",\n".join(json.dumps(_plain(row)) for row in self.rows)
+        atomic.write_text(self.folder / LOG_NAME, f"[\n{lines}\n]\n")
+        self._write_csv()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json` whole; values that are not finite become null."""
+        atomic.write_text(self.folder / SUMMARY_NAME, json.dumps(_plain(summary), indent=2) + "\n")
+
+    def _widen(self, keys: Iterable[str]) -> bool:
+        unknown = [key for key in dict.fromkeys(keys) if key not in self._columns]
+        self._columns += unknown
+        return bool(unknown)
+
+    def _write_csv(self) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic.write_text(self.folder / CSV_NAME, text.getvalue())
+
+
+def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The headline numbers of `summary.json`.
+
+    Returns:
+        `final`: loss, rewards and log-probs of the last logged step, with its `step`, and of the last
+        evaluation, with its `eval_step`. `best`: lowest `eval_loss` and highest `eval_rewards/accuracies`,
+        each as ``{"value", "step"}``; the earliest wins a tie. What was never measured is left out.
+    """
+    final: Row = {}
+    for prefix in ("", "eval_"):
+        measured = [row for row in rows if f"{prefix}loss" in row]
+        if measured:
+            last = measured[-1]
+            final[f"{prefix}step"] = last["step"]
+            final |= {prefix + key: last[prefix + key] for key in _QUALITY if prefix + key in last}
+    best: dict[str, Row] = {}
+    for key, sign in (("eval_loss", 1), ("eval_rewards/accuracies", -1)):
+        finite = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+        if finite:
+            row = min(finite, key=lambda row: sign * row[key])
+            best[key] = {"value": row[key], "step": row["step"]}
+    return {"final": final, "best": best}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `log_history.json`; null becomes nan.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not hold a list of rows of numbers, each with its `step`.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise ValueError(f"{path} is not a list of rows, each with its step")
+    restored = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    if not all(isinstance(value, int | float) for row in restored for value in row.values()):
+        raise ValueError(f"{path} holds values that are not numbers")
+    return restored
+
+
+def _read_rows(path: Path, last_step: int) -> list[Row]:
+    try:
+        rows = read_rows(path)
+    except (OSError, ValueError) as error:
+        if last_step > 0:
+            _log.warning("metrics up to step %d are lost, their record cannot be read: %s", last_step, error)
+        return []
+    return [row for row in rows if row["step"] <= last_step]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

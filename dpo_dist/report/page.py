@@ -1,0 +1,266 @@
+"""`report.html`: one self-contained page that tells what a run was, what came out and what it cost.
+
+It is made from the files of the run folder alone; what is not there is left out. No script, nothing loaded
+from elsewhere, every text escaped.
+"""
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dpo_dist import atomic
+from dpo_dist.report.history import LOG_NAME, SUMMARY_NAME, read_rows
+
+Fields = Mapping[str, Any]
+Content = TypeVar("Content")
+
+PAGE_NAME = "report.html"
+METRICS_FOLDER = "dpo_metrics"
+CURVES_NAME = "training_curves.png"
+
+_HIGHLIGHTS = (
+    "model.path",
+    "model.revision",
+    "model.dtype",
+    "model.adapter",
+    "model.quantization",
+    "data.train",
+    "data.eval",
+    "data.max_length",
+    "loss.kind",
+    "loss.beta",
+    "loss.terms",
+    "reference.mode",
+    "reference.path",
+    "optim.lr",
+    "optim.schedule",
+    "trainer.global_batch_pairs",
+    "trainer.epochs",
+    "trainer.max_steps",
+    "trainer.seed",
+    "parallelism.kind",
+)
+_EVALUATION_COLUMNS = {
+    "step": "step",
+    "eval_loss": "loss",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_rewards/margins": "margin",
+    "eval_rewards/chosen": "reward chosen",
+    "eval_rewards/rejected": "reward rejected",
+    "eval_logps/chosen": "log-prob chosen",
+    "eval_logps/rejected": "log-prob rejected",
+}
+_MOST_EVALUATIONS = 20
+
+_log = logging.getLogger(__name__)
+
+
+def write_page(run_dir: Path) -> None:
+    """Write `run_dir`/report.html from what lies in `run_dir`.
+
+    A missing file leaves its section out; so does one that cannot be read, with a warning.
+    """
+    metrics = run_dir / METRICS_FOLDER
+    config = _read(run_dir / "config.yaml", _yaml_fields) or {}
+    environment = _read(run_dir / "environment.json", _json_fields) or {}
+    summary = _read(metrics / SUMMARY_NAME, _json_fields) or {}
+    rows = _read(metrics / LOG_NAME, read_rows) or []
+    curves = _read(metrics / CURVES_NAME, Path.read_bytes)
+    sections = (
+        _header(run_dir.resolve().name, summary.get("exit")),
+        _headline(summary),
+        _picture(curves) if curves else "",
+        _section("What was run", _pairs_table(_highlights(config))),
+        _section("Evaluations", _evaluations(rows)),
+        _section("Reference log-probs", _pairs_table(_flat(summary.get("reference") or {}))),
+        _section("Data", _pairs_table(_flat(summary.get("data") or {}))),
+        _section("Environment", _pairs_table(_flat(environment))),
+        _folded("Whole configuration", _pairs_table(_flat(config))),
+    )
+    title = escape(run_dir.resolve().name)
+    page = _FRAME.format(title=title, style=_STYLE, body="\n".join(filter(None, sections)))
+    atomic.write_text(run_dir / PAGE_NAME, page)
+
+
+def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
+    try:
+        return parse(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        _log.warning("%s is left out of the report: %s", path, error)
+        return None
+
+
+def _yaml_fields(path: Path) -> Fields:
+    return dict(yaml.safe_load(path.read_bytes()))
+
+
+def _json_fields(path: Path) -> Fields:
+    return dict(json.loads(path.read_bytes()))
+
+
+def _header(name: str, outcome: object) -> str:
+    badge = f'<span class="badge {escape(str(outcome))}">{escape(str(outcome))}</span>' if outcome else ""
+    return f"<header><h1>{escape(name)}</h1>{badge}</header>"
+
+
+def _headline(summary: Fields) -> str:
+    """The numbers that people look for first; a value that was not measured has no tile."""
+    final, best = summary.get("final") or {}, summary.get("best") or {}
+    pairs = summary.get("pairs_seen")
+    tiles = (
+        ("final loss", final.get("loss"), _short, ""),
+        ("eval loss", final.get("eval_loss"), _short, _best(best.get("eval_loss"))),
+        (
+            "eval accuracy",
+            final.get("eval_rewards/accuracies"),
+            _short,
+            _best(best.get("eval_rewards/accuracies")),
+        ),
+        ("eval margin", final.get("eval_rewards/margins"), _short, ""),
+        ("steps", summary.get("steps"), _short, "" if pairs is None else f"{_short(pairs)} pairs"),
+        ("training time", summary.get("train_seconds"), _duration, ""),
+        ("pairs per second", summary.get("pairs_per_second"), _short, ""),
+        ("peak memory", summary.get("peak_memory_bytes"), _gibibytes, "of the largest process"),
+        ("processes", summary.get("world_size"), _short, ""),
+    )
+    shown = [
+        f"<div><span>{label}</span><b>{escape(form(value))}</b><small>{escape(note)}</small></div>"
+        for label, value, form, note in tiles
+        if value is not None
+    ]
+    return f'<div class="tiles">{"".join(shown)}</div>' if shown else ""
+
+
+def _picture(png: bytes) -> str:
+    content = base64.b64encode(png).decode("ascii")
+    return f'<img alt="Training curves" src="data:image/png;base64,{content}">'
+
+
+def _highlights(config: Fields) -> Iterator[tuple[str, str]]:
+    for key in _HIGHLIGHTS:
+        group, _, name = key.partition(".")
+        value = (config.get(group) or {}).get(name)
+        if value not in (None, [], {}):
+            yield key, _text(value)
+
+
+def _evaluations(rows: Sequence[Mapping[str, float]]) -> str:
+    evaluations = [row for row in rows if "eval_loss" in row]
+    if not evaluations:
+        return ""
+    keys = [key for key in _EVALUATION_COLUMNS if any(key in row for row in evaluations)]
+    shown = evaluations[-_MOST_EVALUATIONS:]
+    head = "".join(f"<th>{_EVALUATION_COLUMNS[key]}</th>" for key in keys)
+    lines = [
+        "<tr>" + "".join(f"<td>{_short(row[key]) if key in row else ''}</td>" for key in keys) + "</tr>"
+        for row in shown
+    ]
+    note = f"<p>The last {len(shown)} of {len(evaluations)}.</p>" if len(shown) < len(evaluations) else ""
+    return f'<table class="numbers"><tr>{head}</tr>{"".join(lines)}</table>{note}'
+
+
+def _flat(fields: Fields, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested fields as dotted keys with the text of their values."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _text(value)
+
+
+def _pairs_table(pairs: Iterable[tuple[str, str]]) -> str:
+    lines = [f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in pairs]
+    return f"<table>{''.join(lines)}</table>" if lines else ""
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>" if content else ""
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_text, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)
+
+
+def _best(best: Fields | None) -> str:
+    return f"best {_short(best['value'])} at step {_short(best['step'])}" if best else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #d9dde3; --quiet: #6b7280; --tile: #f5f7fa; }
+@media (prefers-color-scheme: dark) { :root { --line: #3a4150; --quiet: #9aa3b2; --tile: #1f2430; } }
+body { margin: 0; font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px; }
+header { display: flex; align-items: center; gap: 14px; flex-wrap: wrap; }
+h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 32px 0 8px; }
+.badge { padding: 2px 12px; border-radius: 99px; color: #fff; background: #6b7280; font-size: 14px; }
+.badge.completed { background: #1a7f5a; }
+.badge.preempted { background: #b45f06; }
+.badge.diverged { background: #b3264a; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; }
+.tiles { margin: 20px 0; }
+.tiles div { background: var(--tile); border-radius: 8px; padding: 12px 14px; }
+.tiles b { display: block; font-size: 24px; line-height: 1.3; }
+.tiles span, .tiles small { display: block; color: var(--quiet); font-size: 13px; }
+img { width: 100%; border: 1px solid var(--line); border-radius: 8px; background: #fff; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+section, details { overflow-x: auto; }
+th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; }
+th, td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { font-weight: 500; color: var(--quiet); width: 240px; }
+.numbers th, .numbers td { text-align: right; width: auto; }
+details { margin-top: 32px; }
+summary { cursor: pointer; font-weight: 600; }
+"""

@@ -1,0 +1,207 @@
+"""Weights & Biases, seen from one room: the only module that imports `wandb`.
+
+Tracking serves a run and never stops it. There is no login prompt; what wandb raises becomes one warning,
+after which tracking is silent and training goes on. Rank 0 only.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dpo_dist import atomic
+from dpo_dist.config.schema import RunConfig, WandbMode
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline"]
+
+ID_PATH = Path("wandb") / "run_id.txt"
+
+_MODE_BY_ENVIRONMENT = {
+    "online": WandbMode.online,
+    "offline": WandbMode.offline,
+    "disabled": WandbMode.off,
+}
+_EXIT_CODES = {"completed": 0, "diverged": 3, "preempted": 75}
+_FINISH_SECONDS = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """One wandb run, or silence.
+
+    Attributes:
+        run: the wandb run; `None` where tracking is off, has failed or is finished.
+    """
+
+    def __init__(self, start: "Callable[[], wandb.Run] | None"):
+        self.run = start() if start else None
+        self._restart = start
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Send one row of `log_history.json`; its `step` is the x axis."""
+        self._act(lambda run: run.log(dict(row)))
+
+    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+        """Close the run. Waits at most 60 s for uploads; what is left stays in the run folder.
+
+        Args:
+            outcome: `completed`, `preempted` or `diverged`; anything else counts as failed.
+            summary: as in `summary.json`.
+        """
+        self._act(lambda run: _close(run, outcome, summary))
+        if self.run is not None:
+            self.run = None
+            _tear_down()
+
+    def _act(self, action: "Callable[[wandb.Run], None]") -> None:
+        if self.run is None:
+            return
+        try:
+            try:
+                action(self.run)
+            except ConnectionError:
+                # wandb's service is a process of its own: the signal that asks a whole job to save and end
+                # kills it, while there are still rows to come.
+                _tear_down()
+                if self._restart is None:
+                    raise
+                self.run, self._restart = self._restart(), None
+                action(self.run)
+        except Exception as error:
+            _log.warning("wandb tracking ends here, training goes on: %s", _one_line(error))
+            self.run = None
+            _tear_down()
+
+
+def open_tracker(
+    config: RunConfig,
+    run_dir: Path,
+    request_stop: Callable[[], None],
+    *,
+    environment: Mapping[str, Any] | None = None,
+    init_seconds: float = 60.0,
+) -> Tracker:
+    """Start or take up the wandb run of `run_dir`; never raises, never asks.
+
+    The run's id is kept in `run_dir`, so that a resumed job goes on with the same wandb run. With
+    `tracking.wandb` = `auto` the environment variable WANDB_MODE decides where it is set; else the run is
+    online where wandb finds a key. Where going online fails, the run is kept in `run_dir`, to be uploaded
+    later.
+
+    Args:
+        config: logged whole.
+        run_dir: wandb's files go to `run_dir`/wandb.
+        request_stop: called from another thread when someone stops the run on its web page.
+        environment: versions and hardware as in `environment.json`, logged beside `config`.
+        init_seconds: how long to wait for the server.
+    """
+    wanted = config.tracking.wandb
+    if wanted is WandbMode.auto:
+        wanted = _MODE_BY_ENVIRONMENT.get(os.environ.get("WANDB_MODE", ""), wanted)
+    settings = {"init_timeout": init_seconds, "stop_fn": request_stop}
+    for mode in _modes_to_try(wanted):
+        try:
+            return Tracker(functools.partial(_start, config, run_dir, mode, environment, settings))
+        except Exception as error:
+            _log.warning("wandb cannot start %s: %s", mode, _one_line(error))
+            _tear_down()
+    return Tracker(None)
+
+
+def _modes_to_try(wanted: WandbMode) -> list[Mode]:
+    if wanted is WandbMode.off:
+        return []
+    if wanted is WandbMode.offline:
+        return ["offline"]
+    try:
+        has_key = _set_up("online").login(prompt=False, verify=False)
+    except Exception as error:
+        _log.warning("wandb cannot log in: %s", _one_line(error))
+        has_key = False
+    if has_key:
+        return ["online", "offline"]
+    if wanted is WandbMode.online:
+        _log.warning("wandb has no usable key, the run is kept offline; `wandb login` stores one")
+    return ["offline"]
+
+
+def _start(
+    config: RunConfig,
+    run_dir: Path,
+    mode: Mode,
+    environment: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> "wandb.Run":
+    client = _set_up(mode)
+    run: wandb.Run = client.init(
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        group=config.tracking.group,
+        tags=config.tracking.tags,
+        name=run_dir.name,
+        id=_run_id(run_dir),
+        resume="allow",
+        dir=run_dir,
+        mode=mode,
+        config={**dataclasses.asdict(config), "environment": dict(environment or {})},
+        allow_val_change=True,
+        settings=client.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            finish_timeout=_FINISH_SECONDS,
+            **settings,
+        ),
+    )
+    # On its built-in axis wandb drops rows whose step does not grow: evaluations, and what a resumed run
+    # computes again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    where = run.url if mode == "online" else f"offline; upload with: wandb sync {run.settings.sync_dir}"
+    _log.info("wandb run %s: %s", run.id, where)
+    return run
+
+
+def _set_up(mode: Mode) -> Any:
+    """The wandb module, imported only where it is wanted, and told not to write to the console."""
+    import wandb  # noqa: PLC0415
+
+    wandb.setup(wandb.Settings(silent=True, mode=mode))
+    return wandb
+
+
+def _run_id(run_dir: Path) -> str:
+    path = run_dir / ID_PATH
+    if not path.exists():
+        atomic.write_text(path, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any]) -> None:
+    run.summary.update(dict(summary))
+    if outcome == "preempted":
+        run.mark_preempting()
+    run.finish(exit_code=_EXIT_CODES.get(outcome, 1))
+
+
+def _tear_down() -> None:
+    """End wandb's service, so that it neither holds a run id nor speaks up when the program ends."""
+    # wandb leaves the program where its service ended badly: SystemExit.
+    with contextlib.suppress(Exception, SystemExit):
+        import wandb  # noqa: PLC0415
+
+        wandb.teardown()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,225 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.report.tracking import ID_PATH, Tracker, open_tracker
+from tests.support.wandb_file import history_rows, read_records
+
+SECRET = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture(autouse=True)
+def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+
+
+def config_of(mode: WandbMode) -> RunConfig:
+    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, tags=["a tag"]))
+
+
+def open_in(run_dir: Path, mode: WandbMode, **options: Any) -> Tracker:
+    run_dir.mkdir(exist_ok=True)
+    return open_tracker(config_of(mode), run_dir, lambda: None, **options)
+
+
+def records_of(run_dir: Path, kind: str) -> list[Any]:
+    paths = sorted(run_dir.glob("wandb/*run-*/run-*.wandb"))
+    records = [record for path in paths for record in read_records(path)]
+    return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the package itself warned of; wandb's own log is not shown to users."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("dpo_dist") and record.levelno >= logging.WARNING
+    ]
+
+
+def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a-run-12345678"
+    tracker = open_in(run_dir, WandbMode.offline, environment={"torch": "2.13.0"})
+    rows = [
+        {"step": 1, "epoch": 0.1, "loss": 0.69, "rewards/margins": 0.0},
+        {"step": 2, "epoch": 0.2, "loss": 0.65, "rewards/margins": 0.2},
+        {"step": 2, "epoch": 0.2, "eval_loss": 0.66},
+    ]
+    for row in rows:
+        tracker.log(row)
+    tracker.finish("completed", {"steps": 2, "reference": {"mode": "cached", "hits": 7}})
+
+    assert history_rows(run_dir) == rows
+    (run,) = records_of(run_dir, "run")[:1]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"]["path"] == "org/model"
+    assert config["tracking"]["wandb"] == "offline"
+    assert config["environment"] == {"torch": "2.13.0"}
+    assert run.display_name == "a-run-12345678"
+    assert list(run.tags) == ["a tag"]
+    axes = {metric.glob_name or metric.name: metric.step_metric for metric in records_of(run_dir, "metric")}
+    assert axes == {"step": "", "*": "step"}
+    summary = {
+        item.key or item.nested_key[0]: item.value_json
+        for record in records_of(run_dir, "summary")
+        for item in record.update
+    }
+    assert json.loads(summary["steps"]) == 2
+    assert "cached" in summary["reference"]
+    assert [record.exit_code for record in records_of(run_dir, "exit")] == [0]
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("preempted", 75), ("diverged", 3), ("failed", 1)])
+def test_the_outcome_is_told(tmp_path: Path, outcome: str, code: int) -> None:
+    open_in(tmp_path, WandbMode.offline).finish(outcome, {})
+    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [code]
+    assert len(records_of(tmp_path, "preempting")) == (outcome == "preempted")
+
+
+def test_a_resumed_job_goes_on_with_the_same_run(tmp_path: Path) -> None:
+    first = open_in(tmp_path, WandbMode.offline)
+    assert first.run is not None
+    run_id = first.run.id
+    first.log({"step": 1, "loss": 0.7})
+    first.log({"step": 2, "loss": 0.6})
+    first.finish("preempted", {})
+    assert (tmp_path / ID_PATH).read_text() == run_id
+
+    time.sleep(1.0)  # wandb names its folders by the second
+    second = open_in(tmp_path, WandbMode.offline)
+    assert second.run is not None
+    assert second.run.id == run_id
+    second.log({"step": 2, "loss": 0.6})
+    second.log({"step": 3, "loss": 0.5})
+    second.finish("completed", {})
+    assert [row["step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
+    assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}
+
+
+def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.report.tracking import open_tracker
+config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.off))
+tracker = open_tracker(config, Path({str(tmp_path / "run")!r}), lambda: None)
+tracker.log({{"step": 1}})
+tracker.finish("completed", {{}})
+assert "wandb" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [WandbMode.auto, WandbMode.online])
+def test_without_a_key_the_run_is_offline_and_nothing_is_asked(
+    tmp_path: Path, mode: WandbMode, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path / "run", mode)
+    assert tracker.run is not None
+    assert tracker.run.offline
+    tracker.finish("completed", {})
+    assert ("no usable key" in caplog.text) == (mode is WandbMode.online)
+
+
+@pytest.mark.parametrize(("value", "tracked"), [("disabled", False), ("offline", True)])
+def test_auto_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, tracked: bool
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_MODE", value)
+    tracker = open_in(tmp_path / "run", WandbMode.auto)
+    assert (tracker.run is not None) == tracked
+    tracker.finish("completed", {})
+
+
+def test_unreachable_server_leaves_an_offline_run_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    run_dir = tmp_path / "run"
+    tracker = open_in(run_dir, WandbMode.auto, init_seconds=2.0)
+    assert tracker.run is not None
+    assert tracker.run.offline
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    assert history_rows(run_dir) == [{"step": 1, "loss": 0.7}]
+    assert "cannot start online" in caplog.text
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_malformed_key_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    tracker = open_in(tmp_path / "run", WandbMode.auto)
+    assert tracker.run is not None
+    assert tracker.run.offline
+    tracker.finish("completed", {})
+    assert "cannot log in" in caplog.text
+
+
+def services() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+
+
+def kill_service() -> None:
+    (service,) = services()
+    service.terminate()
+    psutil.wait_procs([service], timeout=10)
+
+
+def test_service_killed_by_the_signal_of_a_preemption_loses_no_later_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path, WandbMode.offline)
+    tracker.log({"step": 1, "loss": 0.7})
+    time.sleep(1.0)
+    kill_service()
+    tracker.log({"step": 2, "loss": 0.6})
+    tracker.finish("preempted", {"steps": 2})
+    assert history_rows(tmp_path)[-1] == {"step": 2, "loss": 0.6}
+    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
+    assert warnings(caplog) == []
+    assert services() == []
+
+
+def test_failing_tracking_is_told_once_and_then_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path, WandbMode.offline)
+    for step in range(1, 5):
+        if step in (2, 3):
+            kill_service()
+        tracker.log({"step": step})
+    tracker.finish("completed", {})
+    (warning,) = warnings(caplog)
+    assert "training goes on" in warning
+    assert services() == []
+
+
+def test_run_folder_that_cannot_be_written_only_ends_tracking(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wandb").write_text("a file in the way")
+    tracker = open_in(tmp_path, WandbMode.offline)
+    assert tracker.run is None
+    tracker.log({"step": 1})
+    tracker.finish("completed", {})
+    assert "cannot start offline" in caplog.text
