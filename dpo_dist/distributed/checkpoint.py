@@ -1,8 +1,7 @@
 """Checkpoints that exist whole or not at all (law L4).
 
-A checkpoint is written under a temporary name by all ranks, listed in a manifest with sizes and digests, and then
-renamed; `latest` follows, and only after that the oldest go. Nothing is loaded that its manifest does not vouch
-for.
+All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests; then it
+is renamed, `latest` follows, and only after that the oldest go. Nothing is loaded that no manifest vouches for.
 """
 
 import json
@@ -95,7 +94,7 @@ def load_checkpoint(checkpoint: Checkpoint, policy: PolicyEngine, world: World) 
     # Written by this program and vouched for by the manifest, so unpickling it is safe.
     states = torch.load(checkpoint.folder / _random_file(world), weights_only=False)
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
@@ -111,7 +110,7 @@ def _write(folder: Path, policy: PolicyEngine, state: dict[str, Any], world: Wor
         policy.save_shards(str(folder))
         states = {
             "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002
+            "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if world.device.type == "cuda" else None,
         }

@@ -19,7 +19,7 @@ def preference_loss(
     policy: PairLogps,
     reference: PairLogps | None,
     config: LossConfig,
-    mean_chosen_tokens: Tensor | None = None,
+    mean_chosen_tokens: Tensor | float | None = None,
 ) -> Tensor:
     """Loss of each pair; the loss of a step is the mean over the pairs of its global batch.
 
@@ -27,7 +27,7 @@ def preference_loss(
         policy: the policy's log-probs of these pairs.
         reference: the reference's, or None for kinds that need none (and for `reference_free`).
         config: kind or terms, beta and the kind's options.
-        mean_chosen_tokens: float32 scalar, mean `nw` over the *global* batch, by which `sft` becomes a token
+        mean_chosen_tokens: mean `nw` over the *global* batch, by which `sft` becomes a token
             mean over that batch. None: these pairs are the global batch.
 
     Returns:
@@ -53,7 +53,7 @@ def loss_terms(config: LossConfig) -> list[LossTermConfig]:
 
 
 def _kind_loss(
-    policy: PairLogps, reference: PairLogps | None, config: LossConfig, mean_chosen_tokens: Tensor
+    policy: PairLogps, reference: PairLogps | None, config: LossConfig, mean_chosen_tokens: Tensor | float
 ) -> Tensor:
     beta, smoothing = config.beta, config.label_smoothing
     match config.kind:

@@ -1,0 +1,81 @@
+"""The screen of a run: progress and results on rank 0, everything that libraries say in logs/rank-N.log."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from dpo_dist.errors import DpoDistError
+
+
+class Console:
+    """Where a person looks; silent on every rank but the first."""
+
+    def __init__(self, screen: TextIO | None):
+        self._screen = screen
+
+    def say(self, text: str) -> None:
+        """Print one line, and keep it in the log."""
+        logging.getLogger("dpo_dist").info(text)
+        if self._screen is not None:
+            tqdm.write(text, file=self._screen)
+
+    def bar(self, what: str, total: int, done: int, unit: str) -> Any:
+        """A progress bar with the time to go."""
+        return tqdm(
+            desc=what,
+            total=total,
+            initial=done,
+            unit=unit,
+            file=self._screen,
+            disable=self._screen is None,
+            mininterval=0.5,
+            dynamic_ncols=True,
+        )
+
+
+@contextlib.contextmanager
+def open_console(run_dir: Path) -> Iterator[Console]:
+    """Send standard output and error of this process, down to C libraries, to its log file.
+
+    The console it yields keeps the screen. Entered before heavy imports, so that their noise goes to the log
+    too. On leaving, the screen is back where it was; an exception is also written to the log.
+    """
+    rank = os.environ.get("RANK", "0")
+    log_file = run_dir / "logs" / f"rank-{rank}.log"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log_file.open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=logging.INFO,
+            format="%(asctime)s %(name)s %(levelname)s %(message)s",
+            force=True,
+        )
+        logging.captureWarnings(True)
+        screen = os.fdopen(os.dup(saved[1]), "w", buffering=1) if rank == "0" else None
+        try:
+            yield Console(screen)
+        except BaseException as error:
+            text = error.block() if isinstance(error, DpoDistError) else traceback.format_exc()
+            log.write(text + "\n")
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            for descriptor in saved:
+                os.close(descriptor)
+            if screen is not None:
+                screen.close()

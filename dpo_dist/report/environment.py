@@ -1,0 +1,61 @@
+"""What a run ran on: environment.json."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import torch
+
+_PACKAGES = (
+    "dpo-dist",
+    "torch",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "wandb",
+    "hydra-core",
+    "flash-attn",
+)
+
+
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Versions, git commit and hardware; no environment variable, since those hold secrets."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "git_commit": _git_commit(),
+        "world_size": world_size,
+        "cpus": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder that the run was started in; None outside a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

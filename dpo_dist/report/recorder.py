@@ -1,0 +1,33 @@
+"""Where every row of a run goes: the metrics files and the tracker; on rank 0 only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.report.history import CURVES_NAME, History
+from dpo_dist.report.page import write_page
+from dpo_dist.report.plots import draw_curves
+from dpo_dist.report.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """The files and the tracker of one run, kept in step."""
+
+    run_dir: Path
+    history: History
+    tracker: Tracker
+
+    def record(self, row: Mapping[str, float]) -> None:
+        """Keep and send one row of log_history.json."""
+        self.history.append(row)
+        self.tracker.log(row)
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Write all that people look at afterwards; `summary["exit"]` says how the run ended."""
+        self.history.save()
+        self.history.write_summary(summary)
+        draw_curves(self.history.rows, self.history.folder / CURVES_NAME, self.run_dir.name)
+        write_page(self.run_dir)
+        self.tracker.finish(summary["exit"], summary)

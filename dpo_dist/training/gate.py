@@ -1,0 +1,126 @@
+"""The step-0 gate: before the first update a policy that is the reference must score like the reference."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.config.schema import Dtype, RunConfig
+from dpo_dist.data.batches import plan_step
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.errors import ReferenceError
+from dpo_dist.objective.logps import sum_by_response
+from dpo_dist.objective.losses import preference_loss
+from dpo_dist.training.step import Objective
+
+# Mean absolute drift per token; a bf16 forward's digits depend on the shape of the batch.
+_TOLERANCE = {Dtype.fp32: 1e-4, Dtype.bf16: 5e-2}
+_LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.bf16: 5e-2}
+
+
+@dataclass(frozen=True)
+class _ScoredResponse:
+    """How far the policy's value of one response lies from the reference's."""
+
+    row: int
+    which: int
+    token_drift: float
+    largest_token_drift: float
+    response_drift: float
+
+
+@torch.no_grad()
+def pass_gate(
+    policy: PolicyEngine, objective: Objective, dataset: PairDataset, config: RunConfig, world: World
+) -> dict[str, Any]:
+    """Re-score a seeded sample of pairs with the training path and compare; collective.
+
+    Returns:
+        The drift, for the report: per token and per response, in nats.
+
+    Raises:
+        ReferenceError: rows drift beyond what the precision explains, or the loss is not its value at zero
+            margin.
+    """
+    generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
+    count = min(config.reference.audit_pairs, len(dataset))
+    rows = np.sort(generator.choice(len(dataset), size=count, replace=False)).astype(np.int64)
+    plan = plan_step(dataset, rows, world.rank, world.size, config.trainer.micro_batch_tokens)
+    policy.train(False)
+    scored: list[_ScoredResponse] = []
+    losses = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for micro_rows, host_batch in zip(plan.micro_batches, plan.batches(), strict=True):
+        batch = host_batch.to(world.device)
+        stored = objective.reference.token_logps(batch)
+        assert stored is not None, "the gate compares with a reference"
+        fresh = policy.token_logps(batch)
+        pairs = [sum_by_response(logps, batch.response_tokens) for logps in (fresh, stored)]
+        for place, policys in enumerate(pairs):
+            values = preference_loss(policys, pairs[1], config.loss, plan.mean_chosen_tokens)
+            losses[place] += (values * batch.weights).double().sum() / plan.pairs
+        scored += _drifts(fresh - stored, batch.response_tokens, micro_rows)
+    losses = world.sum(losses)
+    everywhere = [response for part in world.gather(scored) for response in part]
+    report = _report(everywhere)
+    _refuse_drift(everywhere, dataset, config.model.dtype)
+    loss, loss_at_zero_margin = losses.tolist()
+    _refuse_loss(loss, loss_at_zero_margin, config.model.dtype)
+    return report
+
+
+def _drifts(
+    difference: torch.Tensor, response_tokens: torch.Tensor, rows: tuple[int, ...]
+) -> list[_ScoredResponse]:
+    if not rows:
+        return []
+    parts = torch.split(difference.cpu(), response_tokens.tolist())
+    per_pair = len(parts) // len(rows)
+    return [
+        _ScoredResponse(
+            row=rows[place // per_pair],
+            which=place % per_pair,
+            token_drift=float(part.abs().mean()),
+            largest_token_drift=float(part.abs().max()),
+            response_drift=abs(float(part.sum())),
+        )
+        for place, part in enumerate(parts)
+    ]
+
+
+def _report(scored: list[_ScoredResponse]) -> dict[str, Any]:
+    return {
+        "responses": len(scored),
+        "mean_token_drift": float(np.mean([s.token_drift for s in scored])),
+        "largest_token_drift": max(s.largest_token_drift for s in scored),
+        "largest_response_drift": max(s.response_drift for s in scored),
+    }
+
+
+def _refuse_drift(scored: list[_ScoredResponse], dataset: PairDataset, dtype: Dtype) -> None:
+    tolerance = _TOLERANCE[dtype]
+    # Not "drift > tolerance", which lets nan pass.
+    drifted = [response for response in scored if not response.token_drift <= tolerance]
+    if drifted:
+        named = [f"{dataset.origin(s.row)} response {s.which} ({s.token_drift:.2g})" for s in drifted[:5]]
+        raise ReferenceError(
+            f"{len(drifted)} of {len(scored)} sampled reference rows differ from a fresh computation",
+            where="; ".join(named),
+            got="mean drift per token as given above, in nats",
+            expected=f"at most {tolerance:g} with model.dtype={dtype}",
+            remedy="the store does not belong to this model or was damaged: set another reference.store",
+        )
+
+
+def _refuse_loss(loss: float, loss_at_zero_margin: float, dtype: Dtype) -> None:
+    tolerance = _LOSS_TOLERANCE[dtype] * max(1.0, abs(loss_at_zero_margin))
+    if not abs(loss - loss_at_zero_margin) <= tolerance:
+        raise ReferenceError(
+            "policy and reference are the same model, but the loss is not its value at zero margin",
+            where="before the first step",
+            got=f"{loss:.6f}",
+            expected=f"{loss_at_zero_margin:.6f} within {tolerance:.2g}",
+            remedy="policy and reference are computed differently; report this with the run folder's logs",
+        )

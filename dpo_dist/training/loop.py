@@ -1,0 +1,187 @@
+"""Steps, evaluations and checkpoints in their order, on every rank alike."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.batches import StepPlan, plan_step
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.schedule import Rows, Schedule
+from dpo_dist.distributed.checkpoint import save_checkpoint
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.errors import DivergedError
+from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.report.console import Console
+from dpo_dist.report.recorder import Recorder
+from dpo_dist.training.learning_rate import learning_rate
+from dpo_dist.training.step import Objective, evaluate, train_step
+
+
+@dataclass
+class Position:
+    """How far a run is; part of every checkpoint."""
+
+    step: int = 0
+    pairs_seen: int = 0
+    train_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Everything that the steps of one run need, wired by `assemble`.
+
+    `recorder` is there on rank 0 only. `identity` goes into checkpoints, to tell whose they are. `stop_wanted`
+    is asked after every step; one rank's yes ends the run on all after a checkpoint.
+    """
+
+    config: RunConfig
+    world: World
+    policy: PolicyEngine
+    objective: Objective
+    schedule: Schedule
+    train_set: PairDataset
+    eval_set: PairDataset | None
+    recorder: Recorder | None
+    console: Console
+    identity: dict[str, Any]
+    stop_wanted: "StopRequest"
+
+    def run(self, position: Position) -> bool:
+        """Train on from `position` to the end of the schedule; collective.
+
+        Returns:
+            Whether the end was reached; False if the run was asked to stop before, with a checkpoint saved.
+
+        Raises:
+            DivergedError: loss or gradient stopped being finite.
+        """
+        trainer, steps = self.config.trainer, self.schedule.steps
+        with self.console.bar("train", steps, position.step, "step") as bar:
+            while position.step < steps:
+                row, asked_to_stop = self._step(position)
+                bar.update()
+                bar.set_postfix(_postfix(row), refresh=False)
+                done = position.step
+                if done == steps or _is_due(done, trainer.log_every):
+                    self._record(row)
+                if self.eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
+                    self._record(self._evaluate(self.eval_set, position))
+                if done == steps or asked_to_stop or _is_due(done, trainer.save_every):
+                    self._save(position)
+                if asked_to_stop and done < steps:
+                    return False
+        return True
+
+    def _step(self, position: Position) -> tuple[dict[str, float], bool]:
+        started = time.monotonic()
+        step = position.step
+        rate = learning_rate(self.config.optim, step, self.schedule.steps)
+        plan = self._plan(self.train_set, self.schedule.rows(step))
+        sums, grad_norm = train_step(self.policy, self.objective, plan, rate, self.world.device)
+        stop_vote = self.stop_wanted.vote(self.world.is_main)
+        metrics, asked_to_stop = self._reduce(sums, stop_vote)
+        seconds = time.monotonic() - started
+        position.step += 1
+        position.pairs_seen += plan.pairs
+        position.train_seconds += seconds
+        row = {
+            "step": position.step,
+            "epoch": self.schedule.epoch(step),
+            **metrics,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            **_throughput(plan, seconds),
+        }
+        if self.world.device.type == "cuda":
+            row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        if not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
+            self._record(row)
+            raise DivergedError(
+                f"loss or gradient is not finite at step {position.step}; this update was not applied",
+                got=f"loss {metrics['loss']}, gradient norm {grad_norm}",
+                remedy="lower optim.lr or raise its warm-up, and look at the pairs of this step; "
+                "the checkpoints before it are whole",
+            )
+        return row, asked_to_stop
+
+    def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
+        budget = self.config.trainer.micro_batch_tokens
+        return plan_step(dataset, rows, self.world.rank, self.world.size, budget)
+
+    def _reduce(self, sums: MetricSums, stop_vote: bool) -> tuple[dict[str, float], bool]:
+        """Means over the global batch and the vote on stopping, in one collective call."""
+        vote = torch.tensor([float(stop_vote)], dtype=sums.values.dtype, device=sums.values.device)
+        total = self.world.sum(torch.cat((sums.values, vote)))
+        return MetricSums(total[:-1]).means(), bool(total[-1] > 0)
+
+    def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
+        started = time.monotonic()
+        plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
+        sums = evaluate(self.policy, self.objective, plan, self.world.device)
+        metrics, _ = self._reduce(sums, stop_vote=False)
+        measured = {**metrics, **_throughput(plan, time.monotonic() - started)}
+        row = {f"eval_{name}": value for name, value in measured.items()}
+        return {"step": position.step, "epoch": self.schedule.epoch(position.step - 1), **row}
+
+    def _record(self, row: dict[str, float]) -> None:
+        if self.recorder is not None:
+            self.recorder.record(row)
+
+    def _save(self, position: Position) -> None:
+        if self.recorder is not None:
+            self.recorder.history.save()
+        save_checkpoint(
+            Path(str(self.config.run.dir)) / "checkpoints",
+            position.step,
+            self.policy,
+            {**asdict(position), **self.identity, "steps": self.schedule.steps},
+            self.config.trainer.keep_last,
+            self.world,
+        )
+
+
+class StopRequest:
+    """Reasons to save and end before the schedule does."""
+
+    def __init__(self, stop_after_steps: int | None, max_seconds: float | None):
+        self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
+        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        self._asked = False
+
+    def ask(self) -> None:
+        """Stop after the step that is under way; may be called from another thread."""
+        self._asked = True
+
+    def vote(self, is_main: bool) -> bool:
+        """Whether this rank wants to stop after the step just done; the clock of rank 0 counts."""
+        self._steps_left -= 1
+        return self._asked or self._steps_left <= 0 or (is_main and time.monotonic() > self._deadline)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _throughput(plan: StepPlan, seconds: float) -> dict[str, float]:
+    return {
+        "pairs": plan.pairs,
+        "tokens": plan.tokens,
+        "step_seconds": seconds,
+        "pairs_per_second": plan.pairs / seconds,
+        "tokens_per_second": plan.tokens / seconds,
+    }
+
+
+def _postfix(row: dict[str, float]) -> dict[str, str]:
+    return {
+        "loss": f"{row['loss']:.4f}",
+        "acc": f"{row['rewards/accuracies']:.2f}",
+        "pairs/s": f"{row['pairs_per_second']:.1f}",
+    }
