@@ -60,12 +60,13 @@ def _check_folder(run: FolderConfig) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    if model.attention is AttentionBackend.flash_attention_2 and model.dtype is Dtype.fp32:
+    sixteen_bits = (AttentionBackend.flash_attention_2, AttentionBackend.varlen)
+    if model.dtype is Dtype.fp32 and model.attention in sixteen_bits:
         raise ConfigError(
-            "flash_attention_2 computes in 16 bits only",
+            f"{model.attention} computes in 16 bits only",
             where="model.attention, model.dtype",
-            got="flash_attention_2, fp32",
-            remedy="set model.dtype=bf16 or model.attention=auto",
+            got=f"{model.attention}, {model.dtype}",
+            remedy="set model.attention=sdpa or model.dtype=bf16",
         )
 
 
@@ -162,7 +163,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
             where="reference.mode",
             got=f"none with {_listed(kinds)}",
             expected="cached or live",
-            remedy="set reference.mode=cached, or loss.reference_free=true to take its log-probs as 0",
+            remedy="choose reference=cached, or set loss.reference_free=true to take its log-probs as 0",
         )
     if not needed and reference.mode is not ReferenceMode.none:
         raise ConfigError(
@@ -170,7 +171,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
             where="reference.mode",
             got=f"{reference.mode} with {_listed(kinds)}, reference_free={loss.reference_free}".lower(),
             expected="none",
-            remedy="set reference.mode=none",
+            remedy="choose reference=none",
         )
     if not needed:
         _check_no_reference_options(reference)

@@ -36,7 +36,7 @@ def explain(fault: Exception, overrides: Sequence[str], config_dir: Path) -> Con
     if isinstance(fault, OverrideParseException):
         return _malformed(fault.override)
     if isinstance(fault, MissingConfigException) and fault.missing_cfg_file:
-        return _unknown_choice(fault.missing_cfg_file, fault.options or [])
+        return _unknown_choice(fault.missing_cfg_file, fault.options, config_dir)
     if isinstance(fault, MarkedYAMLError):
         place = str(fault.problem_mark).strip()
         return ConfigError(f"a configuration file is not valid YAML: {fault.problem}", where=place)
@@ -44,7 +44,8 @@ def explain(fault: Exception, overrides: Sequence[str], config_dir: Path) -> Con
     chain = (fault, fault.__cause__, fault.__context__)
     cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
     if cause is not None:
-        return explain_key(cause, origin=_origin(cause, fault, parsed))
+        key, origin = _origin(cause.full_key or "", fault, parsed)
+        return explain_key(cause, key, origin=origin)
     for override in parsed:
         misused = _misused(override, config_dir)
         if misused is not None:
@@ -53,17 +54,16 @@ def explain(fault: Exception, overrides: Sequence[str], config_dir: Path) -> Con
 
 
 def explain_key(
-    cause: OmegaConfBaseException, *, kind: type = RunConfig, prefix: str = "", origin: str = ""
+    cause: OmegaConfBaseException, key: str, *, kind: type = RunConfig, origin: str = ""
 ) -> ConfigError:
     """The `ConfigError` for content that is no `kind`.
 
     Args:
-        cause: what OmegaConf raised; its key is relative to `kind`.
+        cause: what OmegaConf raised; its own key is relative to `kind`.
+        key: the whole key.
         kind: the dataclass that the content was merged into.
-        prefix: where that content lies in the configuration, for example ``data.train[0].``.
         origin: the file or override that gave the value.
     """
-    key = prefix + (cause.full_key or "")
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(key, cause, kind, origin)
     if isinstance(cause, ValidationError):
@@ -128,11 +128,11 @@ def _malformed(override: str) -> ConfigError:
     )
 
 
-def _unknown_choice(missing: str, options: Sequence[str]) -> ConfigError:
+def _unknown_choice(missing: str, options: Sequence[str] | None, config_dir: Path) -> ConfigError:
     group, _, choice = missing.rpartition("/")
-    if not options:
+    best_first = nearest(choice, options or _presets(group, config_dir))
+    if not best_first:
         return ConfigError("a configuration file does not exist", got=missing)
-    best_first = nearest(choice, options)
     plus = "+" if group == "experiment" else ""
     return ConfigError(
         f"there is no {group} named {choice!r}",
@@ -172,16 +172,21 @@ def _wrong_value(key: str, cause: ValidationError, kind: type, origin: str) -> C
     return ConfigError(f"{key} has the wrong type", where=where, got=got, expected=in_words(hint))
 
 
-def _origin(cause: OmegaConfBaseException, fault: Exception, overrides: Sequence[Override]) -> str:
+def _origin(key: str, fault: Exception, overrides: Sequence[Override]) -> tuple[str, str]:
+    """The whole key at fault, and what brought it in."""
     # Hydra tells which file it was merging in its message only: In 'experiment/mine': ...
     file = re.match(r"In '(.+?)':", str(fault))
     if file:
-        return f"{cause.full_key} in {file[1]}.yaml"
-    key = cause.full_key or ""
+        return key, f"{key} in {file[1]}.yaml"
     for override in overrides:
-        if re.match(rf"{re.escape(override.key_or_group)}([.\[]|$)", key):
-            return f"command line: {override.input_line}"
-    return ""
+        given = override.key_or_group
+        if _lies_in(key, given) or _lies_in(given, key):
+            return max(key, given, key=len), f"command line: {override.input_line}"
+    return key, ""
+
+
+def _lies_in(key: str, above: str) -> bool:
+    return key == above or key.startswith((f"{above}.", f"{above}["))
 
 
 def _misused(override: Override, config_dir: Path) -> ConfigError | None:

@@ -23,6 +23,7 @@ from yaml import YAMLError
 
 from dpo_dist.config.check import check
 from dpo_dist.config.explain import explain, explain_key, in_words, unset
+from dpo_dist.config.presets import demand_presets_kept
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError, DpoDistError
 
@@ -63,6 +64,7 @@ def load_run_config(overrides: Sequence[str]) -> RunConfig:
             composed = hydra.compose("config", overrides=list(overrides))
     except _COMPOSITION_FAULTS as fault:
         raise explain(fault, overrides, config_dir()) from fault
+    demand_presets_kept(composed, overrides, [config_dir()])
     return resolve(composed, overrides)
 
 
@@ -166,7 +168,7 @@ def _sources(key: str, entries: list[Any]) -> list[SourceConfig]:
         try:
             sources.append(_typed(SourceConfig, content, f"{where}."))
         except OmegaConfBaseException as fault:
-            raise explain_key(fault, kind=SourceConfig, prefix=f"{where}.") from fault
+            raise explain_key(fault, f"{where}.{fault.full_key}", kind=SourceConfig) from fault
     return sources
 
 
@@ -201,7 +203,11 @@ def _from_command_line() -> RunConfig | None:
         hydra.main(version_base=_HYDRA_VERSION, config_path=str(config_dir()), config_name="config")(keep)()
     except _COMPOSITION_FAULTS as fault:
         raise explain(fault, arguments.overrides, config_dir()) from fault
-    return resolve(composed[0], arguments.overrides) if composed else None
+    if not composed:
+        return None
+    own = [Path(arguments.config_dir)] if arguments.config_dir else []
+    demand_presets_kept(composed[0], arguments.overrides, [config_dir(), *own])
+    return resolve(composed[0], arguments.overrides)
 
 
 ConfigStore.instance().store(name="schema", node=_schema(RunConfig))

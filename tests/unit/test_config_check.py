@@ -1,0 +1,140 @@
+"""What does not go together is refused, with the key and a remedy (law L5); what does is accepted."""
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from dpo_dist.config.load import resolve
+from dpo_dist.config.schema import REFERENCE_FREE_KINDS, LossKind, RunConfig
+from dpo_dist.errors import ConfigError
+
+NO_REFERENCE = {"reference.mode": "none"}
+
+
+def configured(values: dict[str, Any]) -> RunConfig:
+    config = OmegaConf.create({"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}})
+    for key, value in values.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return resolve(config)
+
+
+OUT_OF_RANGE = {
+    "data.max_length": [1, 0, -5],
+    "data.max_prompt_length": [0],
+    "data.max_bad_share": [-0.1, 1.1],
+    "loss.beta": [0.0, -0.1, float("inf"), float("nan")],
+    "loss.label_smoothing": [-0.1, 1.0],
+    "reference.rows_per_shard": [0],
+    "reference.audit_pairs": [-1],
+    "optim.lr": [0.0, -1e-6, float("nan")],
+    "optim.warmup_ratio": [-0.1, 1.5],
+    "optim.weight_decay": [-0.1],
+    "optim.eps": [0.0],
+    "optim.max_grad_norm": [0.0],
+    "trainer.global_batch_pairs": [0],
+    "trainer.micro_batch_tokens": [0],
+    "trainer.epochs": [0.0],
+    "trainer.max_steps": [0],
+    "trainer.eval_every": [-1],
+    "trainer.save_every": [-1],
+    "trainer.log_every": [-1],
+    "trainer.keep_last": [0],
+    "trainer.seed": [-1],
+    "trainer.stop_after_steps": [0],
+    "trainer.max_seconds": [0.0],
+    "parallelism.timeout_seconds": [0],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_out_of_range(key: str, value: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured({key: value})
+    assert caught.value.where == key
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ({"run.name": ""}, "run.name"),
+        ({"run.name": "a/b"}, "run.name"),
+        ({"model.dtype": "fp32", "model.attention": "varlen"}, "model.attention, model.dtype"),
+        ({"data.train": []}, "data.train"),
+        ({"data.train": [{"path": "a", "weight": 0}]}, "data.train[0].weight"),
+        ({"data.eval": ["a", {"path": "b", "limit": 0}]}, "data.eval[1].limit"),
+        ({"data.max_prompt_length": 64, "data.max_length": 64}, "data.max_prompt_length, data.max_length"),
+        ({"loss.label_smoothing": 0.5, "loss.kind": "robust"}, "loss.label_smoothing"),
+        ({"loss.label_smoothing": 0.1, "loss.kind": "hinge"}, "loss.label_smoothing"),
+        ({"loss.length_average": False}, "loss.length_average"),
+        ({"loss.simpo_gamma": 1.0}, "loss.simpo_gamma"),
+        ({"loss.kind": "sft", "loss.reference_free": True} | NO_REFERENCE, "loss.reference_free"),
+        ({"loss.terms": [{"kind": "sigmoid", "weight": 0.0}]}, "loss.terms[0].weight"),
+        ({"loss.terms": [{"kind": "sigmoid"}, {"kind": "sigmoid"}]}, "loss.terms[1].kind"),
+        ({"loss.terms": [{"kind": "sigmoid"}], "loss.kind": "ipo"}, "loss.kind, loss.terms"),
+        ({"loss.kind": "simpo", "reference.mode": "cached"}, "reference.mode"),
+        ({"loss.reference_free": True, "reference.mode": "live"}, "reference.mode"),
+        ({"loss.kind": "sft", "reference.path": "m"} | NO_REFERENCE, "reference.path, reference.mode"),
+        (
+            {"loss.kind": "sft", "reference.offload": "cpu"} | NO_REFERENCE,
+            "reference.offload, reference.mode",
+        ),
+        ({"optim.betas": [0.9]}, "optim.betas"),
+        ({"optim.betas": [0.9, 1.0]}, "optim.betas[1]"),
+        ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
+        (
+            {"parallelism.kind": "zero2", "parallelism.offload_parameters": "cpu"},
+            "parallelism.offload_parameters, parallelism.kind",
+        ),
+        (
+            {"parallelism.kind": "ddp", "parallelism.offload_optimizer": "cpu"},
+            "parallelism.offload_optimizer, parallelism.kind",
+        ),
+    ],
+)
+def test_refused(values: dict[str, Any], where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(values)
+    assert caught.value.where == where
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"loss.label_smoothing": 0.6},
+        {"loss.kind": "robust", "loss.label_smoothing": 0.4},
+        {"loss.kind": "ipo", "loss.length_average": False},
+        {"loss.kind": "simpo", "loss.simpo_gamma": 1.0} | NO_REFERENCE,
+        {"loss.reference_free": True} | NO_REFERENCE,
+        {"loss.terms": [{"kind": "sigmoid"}, {"kind": "sft", "weight": 0.1}]},
+        {"loss.terms": [{"kind": "ipo"}, {"kind": "sft", "weight": -0.1}], "loss.kind": "ipo"},
+        {"data.max_prompt_length": 63, "data.max_length": 64},
+        {"parallelism.kind": "zero2", "parallelism.offload_optimizer": "cpu"},
+        {"parallelism.offload_parameters": "cpu", "parallelism.offload_optimizer": "cpu"},
+        {"trainer.eval_every": 10, "data.eval": ["b.jsonl"]},
+        {"optim.betas": [0.0, 0.999], "optim.warmup_ratio": 1.0, "data.max_bad_share": 1.0},
+    ],
+)
+def test_accepted(values: dict[str, Any]) -> None:
+    configured(values)
+
+
+@pytest.mark.parametrize("kind", LossKind)
+def test_every_kind_says_whether_it_needs_a_reference(kind: LossKind) -> None:
+    """A kind runs with exactly one of: a reference, none."""
+    fits = "none" if kind in REFERENCE_FREE_KINDS else "cached"
+    other = "cached" if kind in REFERENCE_FREE_KINDS else "none"
+    configured({"loss.kind": kind.name, "reference.mode": fits})
+    with pytest.raises(ConfigError, match="reference"):
+        configured({"loss.kind": kind.name, "reference.mode": other})
+
+
+def test_a_term_that_needs_a_reference_makes_the_loss_need_it() -> None:
+    with pytest.raises(ConfigError, match="needs a reference"):
+        configured({"loss.terms": [{"kind": "sft"}, {"kind": "sigmoid"}]} | NO_REFERENCE)

@@ -1,0 +1,326 @@
+"""Overrides become one typed, frozen run; every mistake in them is told with the key that was meant."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.explain import key_types
+from dpo_dist.config.load import config_dir, from_yaml, load_run_config, run_dir, to_yaml
+from dpo_dist.config.schema import Dtype, LossKind, LossTermConfig, Offload, RunConfig, SourceConfig
+from dpo_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RUN = ["model.path=m", "data.train=[a.jsonl]"]
+GROUPS = sorted(
+    (file.parent.name, file.stem)
+    for file in config_dir().glob("*/*.yaml")
+    if file.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
+Verb = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def error_of(*overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config([*RUN, *overrides])
+    return caught.value
+
+
+# What a composed run is
+
+
+def test_overrides_win_over_the_experiment() -> None:
+    config = load_run_config(["+experiment=qwen7b", "loss.beta=0.2", "optim.lr=5e-6", "model.dtype=fp32"])
+    assert (config.loss.beta, config.optim.lr, config.model.dtype) == (0.2, 5e-6, Dtype.fp32)
+    assert (config.model.path, config.reference.offload) == ("Qwen/Qwen2.5-7B", Offload.cpu)
+    assert config.trainer.global_batch_pairs == 128
+
+
+def test_experiments_can_be_stacked() -> None:
+    config = load_run_config(["+experiment=[qwen7b,smoke]"])
+    assert (config.model.path, config.trainer.max_steps) == ("Qwen/Qwen2.5-7B", 4)
+
+
+def test_sources_are_typed_whether_written_short_or_long() -> None:
+    config = load_run_config(["model.path=m", "data.train=[a.jsonl,{path: b, limit: 5, weight: 2}]"])
+    assert config.data.train == [SourceConfig("a.jsonl"), SourceConfig("b", limit=5, weight=2.0)]
+
+
+def test_terms_are_typed() -> None:
+    config = load_run_config([*RUN, "loss.terms=[{kind: sigmoid},{kind: sft, weight: 0.1}]"])
+    assert config.loss.terms == [LossTermConfig(LossKind.sigmoid), LossTermConfig(LossKind.sft, 0.1)]
+
+
+def test_the_run_is_frozen() -> None:
+    config = load_run_config(RUN)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.loss.beta = 1.0  # type: ignore[misc]
+
+
+def test_shared_folders_follow_the_root() -> None:
+    config = load_run_config([*RUN, "run.root=/scratch/me"])
+    assert (config.data.cache, config.reference.store) == ("/scratch/me/encoded", "/scratch/me/reference")
+
+
+@pytest.mark.parametrize(("group", "name"), GROUPS)
+def test_every_preset_composes(group: str, name: str) -> None:
+    needed = [override for override in RUN if not override.startswith(group)]
+    without_reference = ["loss=sft"] if (group, name) == ("reference", "none") else []
+    config = load_run_config([*needed, *without_reference, f"{group}={name}"])
+    if group == "loss":
+        assert config.loss.kind.name == name
+
+
+def test_every_loss_has_a_preset() -> None:
+    assert {name for group, name in GROUPS if group == "loss"} == set(LossKind.__members__)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment: str) -> None:
+    alone = experiment != "smoke"
+    assert load_run_config([*([] if alone else RUN), f"+experiment={experiment}"]).run.name != "run"
+
+
+def test_every_key_has_a_type_that_can_be_told() -> None:
+    for key, hint in key_types(RunConfig).items():
+        assert hint is not None, key
+    assert key_types(RunConfig)["loss.beta"] is float
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+experiment=qwen7b"],
+        [*RUN, "tracking=off", "tracking.tags=['on','1']"],
+        [*RUN, "loss.terms=[{kind: ipo}]", "trainer.max_seconds=1.5", "run.dir=/x/y"],
+    ],
+)
+def test_written_configuration_reads_back_equal(overrides: list[str]) -> None:
+    config = load_run_config(overrides)
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_written_configuration_is_an_experiment(tmp_path: Path, verb: Verb) -> None:
+    config = load_run_config([*RUN, "loss.beta=0.3"])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "again.yaml").write_text(to_yaml(config))
+    assert verb("--config-dir", str(tmp_path), "+experiment=again").stdout.strip() == config.run.dir
+
+
+# The folder of a run
+
+
+def folder(*overrides: str) -> str:
+    return str(load_run_config([*RUN, *overrides]).run.dir)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["loss.beta=0.2", "model.path=n", "data.train=[b.jsonl]", "optim.lr=2e-6", "trainer.seed=1", "loss=ipo"],
+)
+def test_what_defines_the_result_changes_the_folder(change: str) -> None:
+    assert folder(change) != folder()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trainer.micro_batch_tokens=100",
+        "trainer.stop_after_steps=3",
+        "trainer.max_seconds=3",
+        "trainer.save_every=7",
+        "model.gradient_checkpointing=true",
+        "model.attention=sdpa",
+        "parallelism=zero2",
+        "parallelism.offload_parameters=cpu",
+        "reference.offload=cpu",
+        "tracking=off",
+        "run.resume=must",
+        "loss.beta=1e-1",
+    ],
+)
+def test_hardware_and_habits_do_not_change_the_folder(change: str) -> None:
+    assert folder(change) == folder()
+
+
+def test_the_folder_is_named_after_root_and_name() -> None:
+    config = load_run_config([*RUN, "run.root=/r", "run.name=n"])
+    assert run_dir(config).parent == Path("/r")
+    assert run_dir(config).name.startswith("n-")
+    assert folder("run.dir=/mine") == "/mine"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("loss.betta=0.2", "loss.beta"),
+        ("beta=0.2", "loss.beta"),
+        ("lr=1e-5", "optim.lr"),
+        ("optim.learning_rate=1", "optim."),
+        ("+loss.gamma=1", "loss."),
+        ("++loss.gamma=1", "loss."),
+        ("training.epochs=2", "trainer.epochs"),
+        ("loss={betta: 1}", "loss.beta"),
+        ("loss.terms=[{kin: sft}]", "loss.terms[].kind"),
+        ("data.train=[{path: a, limt: 3}]", "limit"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override: str, meant: str) -> None:
+    error = error_of(override)
+    assert error.what.startswith("there is no key")
+    assert meant in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("loss.beta=abc", "a number"),
+        ("loss.beta=true", "a number"),
+        ("loss.beta=null", "a number"),
+        ("trainer.max_steps=1.5", "a whole number or null"),
+        ("model.gradient_checkpointing=maybe", "true or false"),
+        ("data.train=a.jsonl", "a list in brackets: [a,b]"),
+        ("data.train=[{path: a, limit: many}]", "a whole number or null"),
+        ("data.train=[3]", "a path, a hub name or a mapping with path"),
+        ("optim.betas=[a,b]", "a number"),
+        ("loss.kind=sigmoyd", "one of sigmoid, "),
+        ("loss.kind=dpo", "one of sigmoid, "),
+        ("loss=simpoo", "one of simpo, "),
+        ("+experiment=qwen", "one of qwen7b"),
+        ("+experiment=[qwen,smoke]", "one of qwen7b"),
+    ],
+)
+def test_wrong_value_tells_what_is_expected(override: str, expected: str) -> None:
+    assert error_of(override).expected.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("experiment=qwen7b", "write +experiment=qwen7b"),
+        ("+loss.beta=0.2", "write loss.beta=0.2"),
+        ("trainer.seed=1,2", "one job for each value"),
+        ("loss=3", "choose one of hinge, ipo"),
+        ("loss.beta", "quotes"),
+        ("loss.beta=[1", "quotes"),
+        ("data.train=[{limit: 3}]", "set data.train[0].path"),
+        ("loss.terms=[{weight: 1}]", "set loss.terms[0].kind"),
+    ],
+)
+def test_misused_override_tells_what_to_write(override: str, remedy: str) -> None:
+    assert remedy in error_of(override).remedy
+
+
+def test_missing_model_names_the_presets() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path is not set") as caught:
+        load_run_config([])
+    assert "qwen2_5_7b" in caught.value.remedy
+
+
+def test_unknown_interpolation_names_the_key() -> None:
+    assert "data.cache" in error_of("data.cache=${run.rot}/x").where
+
+
+def test_a_chosen_preset_that_the_experiment_undoes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer=default is chosen") as caught:
+        load_run_config(["+experiment=qwen7b", "trainer=default"])
+    assert caught.value.where == "trainer.global_batch_pairs"
+    load_run_config(["+experiment=qwen7b", "trainer=default", "trainer.global_batch_pairs=64"])
+
+
+# The command line of a verb
+
+
+@pytest.fixture
+def verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Verb:
+    """Run the tiny verb in an empty folder, as a program of its own."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tests" / "support" / "tiny_verb.py"), *arguments]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+        assert not list(work.iterdir()), "the command line left something behind"
+        return done
+
+    return run
+
+
+def test_verb_runs_with_the_same_folder_in_every_process(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [verb(*RUN)]
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    done.append(verb(*RUN))
+    assert [(one.returncode, one.stdout.strip()) for one in done] == [(75, folder())] * 2
+    assert not done[0].stderr
+
+
+def test_a_users_mistake_is_one_block(verb: Verb) -> None:
+    done = verb(*RUN, "loss.betta=0.2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "configuration error: there is no key 'loss.betta'",
+        "  where:    command line: loss.betta=0.2",
+        "  expected: loss.beta",
+        "  to do:    did you mean loss.beta?",
+    ]
+
+
+def test_other_ranks_stay_silent(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    done = verb(*RUN, "loss.betta=0.2")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(verb: Verb) -> None:
+    done = verb(*RUN, "run.name=fail")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "RuntimeError: a fault of the program" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--multirun", "trainer.seed=1,2"], ["hydra.mode=MULTIRUN"]])
+def test_multirun_is_refused(arguments: list[str], verb: Verb) -> None:
+    done = verb(*arguments, *RUN)
+    assert done.returncode == 2
+    assert "for each value" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("loss: {betta: 1}", "loss.betta in experiment/mine.yaml"),
+        ("loss: {beta: x}", "loss.beta in experiment/mine.yaml"),
+        ("tracking: {wandb: off}", "put the word in quotes"),
+        ("loss: {beta: [1", 'mine.yaml", line 2'),
+        ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
+    ],
+)
+def test_mistakes_in_own_files(content: str, told: str, tmp_path: Path, verb: Verb) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}")
+    done = verb("--config-dir", str(tmp_path / "conf"), *RUN, "+experiment=mine")
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_hydras_own_questions_are_answered(verb: Verb) -> None:
+    shown = verb("--cfg", "job", *RUN, "loss.beta=0.2")
+    assert shown.returncode == 0
+    assert "beta: 0.2" in shown.stdout
+    helped = verb("--help")
+    assert helped.returncode == 0
+    assert "loss: hinge, ipo" in helped.stdout
+
+
+def test_configuration_needs_no_torch() -> None:
+    command = "import sys, dpo_dist.config.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
