@@ -206,7 +206,7 @@ def _best(best: Fields | None) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def _duration(seconds: float) -> str:

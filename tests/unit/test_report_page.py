@@ -73,8 +73,8 @@ def test_page_tells_what_was_run_and_what_came_out(tmp_path: Path) -> None:
     for shown in (
         "qwen-sigmoid-3fa9c1d2",
         "preempted",
-        "best 0.41 at step 30",
-        "best 0.625 at step 1",
+        "best 0.4100 at step 30",
+        "best 0.6250 at step 1",
         "1,920 pairs",
         "1 h 10 min",
         "3.0 GiB",
@@ -84,8 +84,10 @@ def test_page_tells_what_was_run_and_what_came_out(tmp_path: Path) -> None:
         "truncated\n17",
         "versions.torch\n2.13.0",
         "The last 20 of 30.",
+        "\n30\n0.4100",
     ):
         assert shown in page.text, shown
+    assert "\n10\n0.6100" not in page.text
 
 
 def test_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def evaluation_row(step: int) -> dict[str, float]:
 @pytest.mark.filterwarnings("error")
 def test_whatever_rows_hold_gives_one_picture(tmp_path: Path, rows: list[dict[str, float]]) -> None:
     path = tmp_path / "training_curves.png"
-    plots.draw_curves(rows, path, "a $run_ <b>")
+    plots.draw_curves(rows, path, r"a $run\_{$ <b>")
     assert imread(path).shape == (1000, 1600, 4)
     assert list(tmp_path.iterdir()) == [path]
 
