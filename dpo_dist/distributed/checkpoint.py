@@ -1,7 +1,8 @@
 """Checkpoints that exist whole or not at all (law L4).
 
-All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests; then it
-is renamed, `latest` follows, and only after that the oldest go. Nothing is loaded that no manifest vouches for.
+All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests; then
+it is renamed, `latest` follows, and only after that the oldest go. Nothing is loaded that no manifest vouches
+for.
 """
 
 import json

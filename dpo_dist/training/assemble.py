@@ -30,7 +30,8 @@ from dpo_dist.reference.provider import LiveReference, NoReference, ReferencePro
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
-from dpo_dist.report.history import METRICS_FOLDER, History, final_and_best
+from dpo_dist.report.history import History, final_and_best
+from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.gate import pass_gate

@@ -37,8 +37,8 @@ class Position:
 class Loop:
     """Everything that the steps of one run need, wired by `assemble`.
 
-    `recorder` is there on rank 0 only. `identity` goes into checkpoints, to tell whose they are. `stop_wanted`
-    is asked after every step; one rank's yes ends the run on all after a checkpoint.
+    `recorder` is there on rank 0 only. `identity` goes into checkpoints, to tell whose they are.
+    `stop_wanted` is asked after every step; one rank's yes ends the run on all after a checkpoint.
     """
 
     config: RunConfig
