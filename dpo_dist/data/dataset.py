@@ -148,6 +148,13 @@ class PairDataset:
         first, stop = self._pieces(row)
         return range(first - row, stop - row - 1)
 
+    def response_places(self, rows: Rows) -> Rows:
+        """Where the keys of all responses of `rows` stand in `keys`, int64."""
+        stops = self.pair_pieces[rows] - rows - 1
+        counts = stops - np.where(rows > 0, self.pair_pieces[rows - 1], 0) + rows
+        starts_in_result = np.cumsum(counts) - counts
+        return np.repeat(stops - counts - starts_in_result, counts) + np.arange(counts.sum())
+
     def row_of_response(self, response: int) -> tuple[int, int]:
         """(row, which) of the response whose key stands at `response`."""
         row = int(np.searchsorted(self.pair_pieces - np.arange(1, len(self) + 1), response, side="right"))

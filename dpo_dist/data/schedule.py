@@ -50,6 +50,10 @@ class Schedule:
         start = step * self.global_batch_pairs
         return self._slice(start, min(start + self.global_batch_pairs, self.total_pairs))
 
+    def all_rows(self) -> Rows:
+        """Every row that the run visits, once, in ascending order."""
+        return np.unique(self._slice(0, self.total_pairs))
+
     def epoch(self, step: int) -> float:
         """Epochs completed after `step` (0-based)."""
         return min((step + 1) * self.global_batch_pairs, self.total_pairs) / self.pairs_per_epoch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.pack import PackedBatch, dummy_batch, pack, plan_micro_batches
+from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.store import LogpStore, Values
 
@@ -37,23 +38,28 @@ class FillReport:
         return {"hits": self.hits, "computed": self.computed, "seconds": round(self.seconds, 3)}
 
 
-def missing_responses(store: LogpStore, dataset: PairDataset) -> tuple[Places, int]:
-    """Places in `dataset.keys` of distinct responses without a valid row, and how many have one."""
-    _, first_places = np.unique(np.asarray(dataset.keys), axis=0, return_index=True)
-    held = store.holds(dataset.keys[first_places])
-    return np.sort(first_places[~held]).astype(np.int64), int(held.sum())
+def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tuple[Places, int]:
+    """Places in `dataset.keys` of the distinct responses of `rows` that have no valid stored row, and how
+    many have one.
+    """
+    places = dataset.response_places(rows)
+    _, first = np.unique(dataset.keys[places], axis=0, return_index=True)
+    distinct = np.sort(places[first])
+    held = store.holds(dataset.keys[distinct])
+    return distinct[~held], int(held.sum())
 
 
 def fill_store(
     open_store: Callable[[Sequence[str] | None], LogpStore],
     dataset: PairDataset,
+    needed: Rows,
     scorer: Callable[[], Scorer],
     world: World,
     micro_batch_tokens: int,
     rows_per_shard: int,
     progress: Progress,
 ) -> FillReport:
-    """Compute and store every row that `dataset` needs and the store lacks; collective.
+    """Compute and store what the pairs `needed` of `dataset` need and the store lacks; collective.
 
     Rank 0 says what is missing, so that all ranks agree while other jobs write to the same store. Each rank
     writes the rows it computed as shards of its own; a killed fill loses at most one shard of each rank.
@@ -64,7 +70,7 @@ def fill_store(
         rows_per_shard: about how many rows a shard holds.
         progress: called after every round with pairs done and pairs in all.
     """
-    missing, hits = world.on_main(lambda: missing_responses(open_store(None), dataset))
+    missing, hits = world.on_main(lambda: missing_responses(open_store(None), dataset, needed))
     if not len(missing):
         return FillReport(hits=hits)
     started = time.monotonic()

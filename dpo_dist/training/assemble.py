@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from dpo_dist.atomic import staged_folder, write_text
 from dpo_dist.config.load import run_digest, to_yaml
 from dpo_dist.config.schema import ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset, prepare_dataset
-from dpo_dist.data.schedule import make_schedule
+from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
@@ -50,11 +51,15 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_set: PairDataset
     eval_set: PairDataset | None
+    schedule: Schedule
 
     @property
-    def datasets(self) -> list[PairDataset]:
-        """All data that is scored."""
-        return [self.train_set] if self.eval_set is None else [self.train_set, self.eval_set]
+    def visited(self) -> list[tuple[PairDataset, Rows]]:
+        """Each data set with the rows of it that the run visits."""
+        visited = [(self.train_set, self.schedule.all_rows())]
+        if self.eval_set is not None:
+            visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
+        return visited
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,9 @@ def train(config: RunConfig, console: Console) -> int:
             position = Position(**{name: checkpoint.state[name] for name in vars(position)})
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
-            report = {**report, "drift": pass_gate(policy, objective, inputs.train_set, config, world)}
-            console.say(f"step-0 gate passed: {json.dumps(report['drift'])}")
+            drift = pass_gate(policy, objective, *inputs.visited[0], config, world)
+            report = {**report, "drift": drift}
+            console.say(f"step-0 gate passed: {json.dumps(drift)}")
         stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
         recorder = _open_recorder(config, run_dir, world, position, stop)
         loop = Loop(
@@ -95,7 +101,7 @@ def train(config: RunConfig, console: Console) -> int:
             world=world,
             policy=policy,
             objective=objective,
-            schedule=make_schedule(_spans(config, inputs.train_set), config.trainer),
+            schedule=inputs.schedule,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             recorder=recorder,
@@ -235,7 +241,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for name, dataset in (("train", train_set), ("eval", eval_set)):
         if dataset is not None:
             console.say(f"{name} data: {_told(dataset.counts)}")
-    return Inputs(folder, tokenizer, train_set, eval_set)
+    spans = train_set.spans([source.weight for source in config.data.train])
+    return Inputs(folder, tokenizer, train_set, eval_set, make_schedule(spans, config.trainer))
 
 
 def _encode(
@@ -263,10 +270,6 @@ def _told(counts: dict[str, Any]) -> str:
 
 def _is_change(name: str, counts: dict[str, Any]) -> bool:
     return name not in ("read", "kept", "dropped", "examples") and counts[name] > 0
-
-
-def _spans(config: RunConfig, dataset: PairDataset) -> list[Any]:
-    return dataset.spans([source.weight for source in config.data.train])
 
 
 def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
@@ -309,7 +312,7 @@ def _fill(
         return engines[0].token_logps
 
     report = FillReport()
-    for dataset in inputs.datasets:
+    for dataset, rows in inputs.visited:
         with console.bar("reference", 0, 0, "pair") as bar:
 
             def progress(done: int, total: int, bar: Any = bar) -> None:
@@ -319,6 +322,7 @@ def _fill(
             report += fill_store(
                 open_store,
                 dataset,
+                rows,
                 scorer,
                 world,
                 config.trainer.micro_batch_tokens,

@@ -9,6 +9,7 @@ import torch
 from dpo_dist.config.schema import Dtype, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import ReferenceError
@@ -34,9 +35,14 @@ class _ScoredResponse:
 
 @torch.no_grad()
 def pass_gate(
-    policy: PolicyEngine, objective: Objective, dataset: PairDataset, config: RunConfig, world: World
+    policy: PolicyEngine,
+    objective: Objective,
+    dataset: PairDataset,
+    visited: Rows,
+    config: RunConfig,
+    world: World,
 ) -> dict[str, Any]:
-    """Re-score a seeded sample of pairs with the training path and compare; collective.
+    """Re-score a seeded sample of the `visited` rows with the training path and compare; collective.
 
     Returns:
         The drift, for the report: per token and per response, in nats.
@@ -46,8 +52,8 @@ def pass_gate(
             margin.
     """
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
-    count = min(config.reference.audit_pairs, len(dataset))
-    rows = np.sort(generator.choice(len(dataset), size=count, replace=False)).astype(np.int64)
+    count = min(config.reference.audit_pairs, len(visited))
+    rows = np.sort(generator.choice(visited, size=count, replace=False))
     plan = plan_step(dataset, rows, world.rank, world.size, config.trainer.micro_batch_tokens)
     policy.train(False)
     scored: list[_ScoredResponse] = []

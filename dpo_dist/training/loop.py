@@ -66,8 +66,8 @@ class Loop:
         with self.console.bar("train", steps, position.step, "step") as bar:
             while position.step < steps:
                 row, asked_to_stop = self._step(position)
-                bar.update()
                 bar.set_postfix(_postfix(row), refresh=False)
+                bar.update()
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
                     self._record(row)
