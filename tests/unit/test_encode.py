@@ -9,49 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, Truncation
-from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
+from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages
 from dpo_dist.data.tokens import tokenizer_facts
 from dpo_dist.errors import ConfigError
 from tests.support import tiny
+from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()
-ORIGIN = Origin("here", 1)
-CHAT = (Message("user", "What is the capital?"),)
 LONG_CHAT = (Message("user", "hello"), Message("assistant", "hello there"), Message("user", "and then?"))
 WITH_TEMPLATE = [tiny.qwen, tiny.llama3, tiny.mistral, tiny.zephyr]
-WIDE = DataConfig(max_length=100_000)
-
-
-def record(prompt: str | Messages | Dialogue, *responses: str) -> PreferenceRecord:
-    return PreferenceRecord(prompt, responses or ("It is Paris.", "I cannot do that."), ORIGIN)
-
-
-def encode(
-    what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
-) -> EncodedPair:
-    pair = encode_pair(what, tokenizer, config)
-    assert isinstance(pair, EncodedPair), pair
-    return pair
-
-
-def texts(pair: EncodedPair, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [tokenizer.decode(ids) for ids in (pair.prompt_ids, *pair.responses)]
-
-
-def flags(pair: EncodedPair) -> tuple[bool, bool, bool]:
-    return (pair.prompt_truncated, pair.response_truncated, pair.boundary_resplit)
-
-
-def rejected_for(
-    what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
-) -> str:
-    bad = encode_pair(what, tokenizer, config)
-    assert isinstance(bad, BadRecord), bad
-    return bad.reason
 
 
 def test_chatml_conversation_is_rendered_up_to_the_end_of_turn() -> None:
@@ -187,6 +157,29 @@ def test_response_by_itself_gets_no_space_put_before_it() -> None:
     assert tokenizer.decode(np.concatenate([pair.prompt_ids, pair.responses[0]])[1:]) == "the weather</s>"
 
 
+WORDS = st.lists(
+    st.sampled_from(["the", " weather", " is", " capital", "\n", "ital", " an", "swer", ".", "1"])
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(words=WORDS, cut=st.integers(1, 40), make=st.sampled_from([tiny.qwen, tiny.base, tiny.mistral]))
+def test_a_response_has_the_ids_of_the_whole_text_where_these_start_with_the_prompt(
+    words: list[str], cut: int, make: Any
+) -> None:
+    tokenizer = make()
+    text = "a" + "".join(words)
+    prompt, response = text[:cut], text[cut:]
+    for written in (prompt, f"{tokenizer.eos_token}{prompt}"):
+        facts = tokenizer_facts(tokenizer)
+        prompt_ids, whole = facts.encode([written, written + response])
+        found_prompt, [found], resplit = facts.encode_after(written, (response,))
+        assert found_prompt == prompt_ids
+        assert resplit == (whole[: len(prompt_ids)] != prompt_ids)
+        if not resplit:
+            assert found == whole[len(prompt_ids) :]
+
+
 PIECES = st.sampled_from(
     [
         "<|im_end|>",
@@ -245,85 +238,8 @@ def test_the_two_ways_to_encode_agree(text: str, make: Any) -> None:
 
 
 def test_special_token_that_cannot_be_written_as_text_is_a_bad_record() -> None:
-    assert rejected_for(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
-    assert rejected_for(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
-
-
-def numbered(tokenizer: PreTrainedTokenizerFast, prompt: int, *responses: int) -> PreferenceRecord:
-    """A plain record of that many tokens, BOS counted in the prompt and EOS in each response."""
-    prefix = len(tokenizer_facts(tokenizer).prefix_ids)
-    made = record(
-        "".join(str(number % 10) for number in range(prompt - prefix)),
-        *(str(rank) * (length - 1) for rank, length in enumerate(responses, start=1)),
-    )
-    pair = encode(made, tokenizer)
-    assert [len(pair.prompt_ids), *map(len, pair.responses)] == [prompt, *responses]
-    return made
-
-
-def test_keep_start_cuts_the_responses() -> None:
-    tokenizer = tiny.llama3()
-    whole = numbered(tokenizer, 10, 6, 12)
-    pair = encode(whole, tokenizer, DataConfig(max_length=18))
-    full = encode(whole, tokenizer)
-    assert pair.prompt_ids.tolist() == full.prompt_ids.tolist()
-    assert [ids.tolist() for ids in pair.responses] == [ids.tolist()[:8] for ids in full.responses]
-    assert flags(pair) == (False, True, False)
-    assert pair.responses[0][-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in pair.responses[1]
-
-
-def test_keep_end_cuts_the_prompt_and_keeps_its_bos() -> None:
-    tokenizer = tiny.llama3()
-    whole = numbered(tokenizer, 10, 6, 12)
-    pair = encode(whole, tokenizer, DataConfig(max_length=18, truncation=Truncation.keep_end))
-    full = encode(whole, tokenizer)
-    assert pair.prompt_ids.tolist() == [tokenizer.bos_token_id, *full.prompt_ids.tolist()[-5:]]
-    assert [ids.tolist() for ids in pair.responses] == [ids.tolist() for ids in full.responses]
-    assert flags(pair) == (True, False, False)
-
-
-def test_max_prompt_length_cuts_the_prompt_from_its_left() -> None:
-    tokenizer = tiny.llama3()
-    pair = encode(numbered(tokenizer, 10, 6, 12), tokenizer, DataConfig(max_prompt_length=4))
-    assert tokenizer.decode(pair.prompt_ids) == "<|begin_of_text|>678"
-    assert flags(pair) == (True, False, False)
-
-
-@pytest.mark.parametrize("truncation", list(Truncation))
-def test_what_just_fits_is_not_cut(truncation: Truncation) -> None:
-    whole = numbered(tiny.llama3(), 10, 6, 12)
-    config = DataConfig(max_length=22, max_prompt_length=10, truncation=truncation)
-    pair = encode(whole, tiny.llama3(), config)
-    assert [len(pair.prompt_ids), *map(len, pair.responses)] == [10, 6, 12]
-    assert flags(pair) == (False, False, False)
-
-
-@pytest.mark.parametrize(
-    ("truncation", "max_length", "reason"),
-    [
-        (Truncation.drop, 21, "too_long"),
-        (Truncation.keep_start, 10, "prompt_fills_max_length"),
-        (Truncation.keep_end, 13, "response_fills_max_length"),
-        (Truncation.keep_end, 5, "response_fills_max_length"),
-    ],
-)
-def test_a_cut_that_leaves_no_pair_is_a_bad_record(
-    truncation: Truncation, max_length: int, reason: str
-) -> None:
-    whole = numbered(tiny.llama3(), 10, 6, 12)
-    assert (
-        rejected_for(whole, tiny.llama3(), DataConfig(max_length=max_length, truncation=truncation)) == reason
-    )
-    wider = encode_pair(whole, tiny.llama3(), DataConfig(max_length=max_length + 1, truncation=truncation))
-    assert isinstance(wider, EncodedPair) == (max_length != 5)
-
-
-def test_responses_that_a_cut_or_the_template_makes_equal_are_a_bad_record() -> None:
-    same_start = record("q", "the answer is one", "the answer is two")
-    assert rejected_for(same_start, tiny.qwen(), DataConfig(max_length=4)) == "identical_after_truncation"
-    trimmed = record(CHAT, "yes", "yes ")
-    assert rejected_for(trimmed, tiny.llama3()) == "identical_after_encoding"
+    assert reason_against(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
+    assert reason_against(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
 
 
 @pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
