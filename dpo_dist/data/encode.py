@@ -138,17 +138,7 @@ def _write_messages(
 
 
 def _tokenise(written: _Written, facts: TokenizerFacts) -> _Tokens:
-    """Tokenise each response together with the end of the prompt that it goes on from."""
-    tail = written.prompt[facts.start_of_tail(written.prompt) :]
-    joint_texts = [tail + response for response in written.responses]
-    prompt, tail_ids, *joint = facts.encode([written.prompt, tail, *joint_texts])
-    responses, resplit = [], False
-    for text, ids in zip(written.responses, joint, strict=True):
-        if ids[: len(tail_ids)] == tail_ids:
-            responses.append(ids[len(tail_ids) :])
-        else:
-            responses.append(facts.encode_continuation(text))
-            resplit = True
+    prompt, responses, resplit = facts.encode_after(written.prompt, written.responses)
     prompt, prefix_length = facts.with_prefix(prompt)
     return _Tokens(prompt, responses, prefix_length, resplit)
 

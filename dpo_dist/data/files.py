@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 import pyarrow.parquet
 
@@ -123,10 +123,26 @@ def _json_rows(file: Path) -> Iterator[Any]:
 
 def _csv_rows(file: Path, path: str) -> Iterator[Located]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with _open_csv(file) as text:
+        try:
+            header = next(csv.reader(text, strict=True), [])
+        except csv.Error as fault:
+            raise DataError("the first line is no CSV header", where=f"{path}:1", got=str(fault)) from fault
+    if len(set(header)) < len(header):
+        raise DataError(
+            "two columns have the same name",
+            where=f"{path}:1",
+            got=", ".join(header),
+            expected="a name of its own for each column",
+        )
+    return _csv_records(file, path, header)
+
+
+def _csv_records(file: Path, path: str, header: list[str]) -> Iterator[Located]:
+    with _open_csv(file) as text:
         # Strict, so that a quote that never closes is a bad record and not one giant cell.
         reader = csv.reader(text, strict=True)
-        header = _csv_header(reader, file)
+        next(reader, None)
         while True:
             origin = Origin(path, reader.line_num + 1)
             try:
@@ -143,19 +159,9 @@ def _csv_rows(file: Path, path: str) -> Iterator[Located]:
                 yield dict(zip(header, cells, strict=False)), origin
 
 
-def _csv_header(reader: Iterator[list[str]], file: Path) -> list[str]:
-    try:
-        header = next(reader, [])
-    except csv.Error as fault:
-        raise DataError("the first line is no CSV header", where=f"{file}:1", got=str(fault)) from fault
-    if len(set(header)) < len(header):
-        raise DataError(
-            "two columns have the same name",
-            where=f"{file}:1",
-            got=", ".join(header),
-            expected="a name of its own for each column",
-        )
-    return header
+def _open_csv(file: Path) -> TextIO:
+    # What is not UTF-8 becomes a lone surrogate, which makes its record a bad one and no other.
+    return file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _parquet_rows(file: Path) -> Iterator[Any]:
@@ -163,8 +169,8 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as fault:
         raise DataError("the file is not Parquet", where=str(file), got=str(fault)) from fault
-    for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-        yield from batch.to_pylist()
+    batches = table.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+    return (row for batch in batches for row in batch.to_pylist())
 
 
 def _saved_rows(folder: Path, split: str | None) -> Iterator[Any]:

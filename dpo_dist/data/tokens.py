@@ -116,13 +116,6 @@ class TokenizerFacts:
         starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
         return ids, max(len(prefix), int(starts_with_bos))
 
-    def start_of_tail(self, escaped: str) -> int:
-        """Where the last special token starts; tokens from there on do not depend on what stands before."""
-        last = 0
-        for found in self._special.finditer(escaped):
-            last = found.start()
-        return last
-
     def encode(self, escaped: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; nothing is added to them. Raises SpecialTokenInTextError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
@@ -132,6 +125,32 @@ class TokenizerFacts:
     def encode_continuation(self, escaped: str) -> list[int]:
         """Token ids of a text that goes on from another one: no space is put before its first word."""
         return self._encode_literally([_ANCHOR + escaped])[0][1:]
+
+    def encode_after(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
+        """Ids of an escaped prompt and of each response that goes on from it; whether one was split off.
+
+        A response is tokenised together with the prompt. Where that would change the prompt's own tokens
+        (a token over the boundary), the response is tokenised by itself.
+        """
+        # Tokens from the last special token on do not depend on what stands before it.
+        tail = prompt[self._start_of_last_special(prompt) :]
+        prompt_ids, tail_ids, *joint = self.encode(
+            [prompt, tail, *(tail + response for response in responses)]
+        )
+        response_ids, resplit = [], False
+        for response, ids in zip(responses, joint, strict=True):
+            if ids[: len(tail_ids)] == tail_ids:
+                response_ids.append(ids[len(tail_ids) :])
+            else:
+                response_ids.append(self.encode_continuation(response))
+                resplit = True
+        return prompt_ids, response_ids, resplit
+
+    def _start_of_last_special(self, escaped: str) -> int:
+        last = 0
+        for found in self._special.finditer(escaped):
+            last = found.start()
+        return last
 
     def _encode_literally(self, escaped: Sequence[str]) -> list[list[int]]:
         twin, real_ids = self._twin

@@ -1,0 +1,34 @@
+"""Rows as people write them into files."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.data.records import BadRecord, PreferenceRecord
+
+TEXT = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+def user(content: str) -> dict[str, str]:
+    """A user's turn."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    """An assistant's turn."""
+    return {"role": "assistant", "content": content}
+
+
+def jsonl(folder: Path, *rows: Any) -> str:
+    """The path of a file with these rows."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def outcomes(records: Iterable[PreferenceRecord | BadRecord]) -> list[tuple[int, str]]:
+    """Line and reason of each record; no reason for a good one."""
+    return [
+        (record.origin.line, record.reason if isinstance(record, BadRecord) else "") for record in records
+    ]

@@ -1,0 +1,166 @@
+"""Files of every kind: true line numbers, nothing lost, and errors at once."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict
+
+from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.errors import ConfigError, DataError
+from tests.support.rows import TEXT, assistant, jsonl, outcomes, user
+
+
+def test_jsonl_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
+    row = json.dumps(TEXT | {"chosen": "one\u2028two"}, ensure_ascii=False).encode()
+    broken = row[: len(row) // 2]
+    not_utf8 = row.replace(b"bad", b"b\xe4d")
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(
+        b"\xef\xbb\xbf" + b"\n".join([row, b"", row + b"\r", broken, not_utf8, b"[" * 100_000, row])
+    )
+    assert outcomes(read_records(str(file))) == [
+        (1, ""),
+        (3, ""),
+        (4, "unparsable"),
+        (5, "unparsable"),
+        (6, "unparsable"),
+        (7, ""),
+    ]
+
+
+def test_a_bad_record_never_quotes_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"prompt": "secret\n"secret"\n{"prompt": "secret", "chosen": "secret", "rejected": "secret"}\n'
+    )
+    records = list(read_records(str(file)))
+    assert len(records) == 3
+    assert all(isinstance(record, BadRecord) and "secret" not in record.detail for record in records)
+
+
+def test_csv_records_carry_the_line_where_they_start(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(
+        b"\xef\xbb\xbfprompt,chosen,rejected\r\n"
+        b'q,"two\nlines",b\r\n'
+        b"\r\n"
+        b"q,a,b,too many\r\n"
+        b"q,too few\r\n"
+        b'"say ""hi""",a,b\r\n'
+        b"q,b\xe4d,b\r\n"
+        b'q,"never closed,b\r\nq,a,b\r\n'
+    )
+    records = list(read_records(str(file)))
+    assert outcomes(records) == [
+        (2, ""),
+        (5, "unparsable"),
+        (6, "missing_field"),
+        (7, ""),
+        (8, "invalid_unicode"),
+        (9, "unparsable"),
+    ]
+    first, quoted = records[0], records[3]
+    assert isinstance(first, PreferenceRecord)
+    assert first.responses[0] == "two\nlines"
+    assert isinstance(quoted, PreferenceRecord)
+    assert quoted.prompt == 'say "hi"'
+
+
+def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"prompt,chosen,rejected\nq,{'a' * 200_000},b\n")
+    [record] = read_records(str(file))
+    assert isinstance(record, PreferenceRecord)
+    assert len(record.responses[0]) == 200_000
+
+
+def test_json_array_counts_records(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([TEXT, "no object", TEXT]))
+    assert outcomes(read_records(str(file))) == [(1, ""), (2, "unparsable"), (3, "")]
+
+
+@pytest.mark.parametrize("content", ['{"chosen": 1}', '{"chosen": 1}\n{"chosen": 2}\n', ""])
+def test_json_that_is_no_array_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    with pytest.raises(DataError):
+        read_records(str(file))
+
+
+def test_parquet_gives_the_same_records_as_jsonl(tmp_path: Path) -> None:
+    row = {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
+    rows = [row | {"score_chosen": float(number), "score_rejected": 0.0} for number in range(1, 4)]
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+    from_parquet = list(read_records(str(file)))
+    from_jsonl = list(read_records(jsonl(tmp_path, *rows)))
+    for one, other in zip(from_parquet, from_jsonl, strict=True):
+        assert isinstance(one, PreferenceRecord)
+        assert isinstance(other, PreferenceRecord)
+        assert (one.prompt, one.responses, one.scores) == (other.prompt, other.responses, other.scores)
+        assert one.origin.line == other.origin.line
+
+
+def test_parquet_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    file.write_text("no parquet")
+    with pytest.raises(DataError, match="not Parquet"):
+        read_records(str(file))
+
+
+def test_saved_folder_gives_the_split_asked_for(tmp_path: Path) -> None:
+    splits = {"train": Dataset.from_list([TEXT]), "test": Dataset.from_list([TEXT, TEXT])}
+    DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    splits["test"].save_to_disk(tmp_path / "one")
+    splitted = str(tmp_path / "splits")
+    assert len(list(read_records(splitted))) == 1
+    assert len(list(read_records(SourceConfig(path=splitted, split="test")))) == 2
+    assert len(list(read_records(str(tmp_path / "one")))) == 2
+    with pytest.raises(DataError, match="train, test"):
+        read_records(SourceConfig(path=splitted, split="validation"))
+    with pytest.raises(ConfigError):
+        read_records(SourceConfig(path=str(tmp_path / "one"), split="test"))
+
+
+def test_folder_that_datasets_did_not_save_names_its_files(tmp_path: Path) -> None:
+    jsonl(tmp_path, TEXT)
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        read_records(str(tmp_path))
+
+
+def test_limit_takes_the_first_records_only(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, TEXT, [], TEXT, TEXT)
+    assert outcomes(read_records(SourceConfig(path=path, limit=3))) == [(1, ""), (2, "unparsable"), (3, "")]
+    with pytest.raises(ConfigError):
+        read_records(SourceConfig(path=path, limit=0))
+
+
+def test_missing_file_is_told_at_once_with_its_nearest_name(tmp_path: Path) -> None:
+    jsonl(tmp_path, TEXT)
+    with pytest.raises(DataError, match=r"rows\.jsonl") as fault:
+        read_records(str(tmp_path / "row.jsonl"))
+    assert "rows.jsonl" in fault.value.remedy
+    with pytest.raises(DataError, match="no such folder"):
+        read_records(str(tmp_path / "nowhere" / "rows.jsonl"))
+
+
+def test_an_option_or_ending_without_effect_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        read_records(SourceConfig(path=jsonl(tmp_path, TEXT), split="train"))
+    other = tmp_path / "rows.txt"
+    other.write_text("")
+    with pytest.raises(DataError, match=r"\.jsonl"):
+        read_records(str(other))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,chosen,chosen\nq,a,b\n")
+    with pytest.raises(DataError, match="same name"):
+        read_records(str(file))

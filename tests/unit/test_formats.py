@@ -1,0 +1,175 @@
+"""What comes out of files: records as they were written, and a reason for each that cannot be used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
+from tests.support.rows import TEXT, assistant, jsonl, outcomes, user
+from tests.support.shared_data import shared_data_dir
+
+SHARED = shared_data_dir()
+needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+
+
+def read_one(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord | BadRecord:
+    [record] = read_records(SourceConfig(path=jsonl(folder, row), format=layout))
+    return record
+
+
+def test_hh_dialogue_is_split_at_its_last_answer(tmp_path: Path) -> None:
+    history = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    record = read_one(tmp_path, {"chosen": history + " yes", "rejected": history + " no "})
+    assert isinstance(record, PreferenceRecord)
+    assert record.prompt == Dialogue(history)
+    assert record.responses == (" yes", " no ")
+    assert isinstance(record.prompt, Dialogue)
+    assert record.prompt.messages() == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"prompt": [user("q")], "chosen": assistant("good"), "rejected": assistant("bad")},
+        {"prompt": [user("q")], "chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": [assistant("good")], "rejected": [assistant("bad")]},
+        {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+        {"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+        {
+            "prompt": [user("q")],
+            "chosen": [user("q"), assistant("good")],
+            "rejected": [user("q"), assistant("bad")],
+        },
+    ],
+)
+def test_every_way_to_write_a_conversation_gives_the_same_record(tmp_path: Path, row: dict[str, Any]) -> None:
+    record = read_one(tmp_path, row)
+    assert isinstance(record, PreferenceRecord)
+    assert record.prompt == (Message("user", "q"),)
+    assert record.responses == ("good", "bad")
+
+
+def test_plain_text_is_left_as_it_is(tmp_path: Path) -> None:
+    row = {"prompt": " q\u00a0\r\n", "chosen": "\u200bgood\n", "rejected": " bad\u2028"}
+    record = read_one(tmp_path, row)
+    assert isinstance(record, PreferenceRecord)
+    assert (record.prompt, *record.responses) == (row["prompt"], row["chosen"], row["rejected"])
+
+
+@pytest.mark.parametrize("where", ["row", "metadata"])
+def test_scores_stand_beside_their_responses(tmp_path: Path, where: str) -> None:
+    scores = {"score_rejected": 2, "score_chosen": 4.5}
+    record = read_one(tmp_path, TEXT | (scores if where == "row" else {"metadata": scores}))
+    assert isinstance(record, PreferenceRecord)
+    assert record.scores == (4.5, 2.0)
+
+
+H = "\n\nHuman: q\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1, 2], "unparsable"),
+        ({"messages": [user("q"), assistant("a")], "label": True}, "unknown_format"),
+        ({"instruction": "q", "chosen": "good", "rejected": "bad"}, "unknown_format"),
+        (
+            {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+            "unknown_format",
+        ),
+        ({"prompt": "q", "chosen": "good"}, "missing_field"),
+        (TEXT | {"rejected": None}, "missing_field"),
+        ({"chosen": H + " a", "rejected": "\n\nHuman: other\n\nAssistant: b"}, "history_differs"),
+        ({"chosen": H + " a", "rejected": H + " a\n\nHuman: q"}, "not_one_answer"),
+        ({"chosen": H + " a", "rejected": H + "  \n"}, "empty_response"),
+        ({"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman:\n\nAssistant: b"}, "empty_prompt"),
+        (
+            {"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+            "history_differs",
+        ),
+        (
+            {
+                "prompt": "other",
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            "history_differs",
+        ),
+        ({"chosen": [user("q"), assistant("a")], "rejected": [user("q")]}, "not_one_answer"),
+        ({"prompt": [user("q")], "chosen": [], "rejected": []}, "not_one_answer"),
+        (
+            {"prompt": [user("q")], "chosen": assistant("a") | {"tool_calls": [{}]}, "rejected": "b"},
+            "unread_content",
+        ),
+        ({"prompt": [{"role": "user", "content": ["q"]}], "chosen": "a", "rejected": "b"}, "unread_content"),
+        (TEXT | {"prompt": " \n"}, "empty_prompt"),
+        (TEXT | {"chosen": "\t"}, "empty_response"),
+        (TEXT | {"chosen": " bad\n"}, "identical_responses"),
+        (TEXT | {"score_chosen": 1.0}, "invalid_scores"),
+        (TEXT | {"score_chosen": float("nan"), "score_rejected": 0}, "invalid_scores"),
+        (TEXT | {"chosen": "\ud800"}, "invalid_unicode"),
+    ],
+)
+def test_a_record_that_cannot_be_used_says_why(tmp_path: Path, row: Any, reason: str) -> None:
+    record = read_one(tmp_path, row)
+    assert isinstance(record, BadRecord)
+    assert record.reason == reason
+
+
+def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
+    record = read_one(tmp_path, {"label": True, "messages": []})
+    assert isinstance(record, BadRecord)
+    assert "label" in record.detail
+    assert "messages" in record.detail
+
+
+def test_an_explicit_format_is_not_second_guessed(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
+    as_text = read_one(tmp_path, row, DataFormat.text)
+    as_hh = read_one(tmp_path, row, DataFormat.hh)
+    assert isinstance(as_text, PreferenceRecord)
+    assert as_text.prompt == "q"
+    assert isinstance(as_hh, PreferenceRecord)
+    assert as_hh.prompt == Dialogue(H)
+    forced = read_one(tmp_path, row, DataFormat.messages)
+    assert isinstance(forced, PreferenceRecord)
+    assert forced.prompt == (Message("user", "q"),)
+    assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.messages), BadRecord)
+    assert isinstance(read_one(tmp_path, {"chosen": 0, "rejected": 0}, DataFormat.hh), BadRecord)
+    assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.text), BadRecord)
+
+
+@needs_shared_data
+@pytest.mark.parametrize(
+    ("name", "kept", "faults"),
+    [
+        (
+            "hh_rlhf_sample.jsonl",
+            1491,
+            {
+                "empty_response": [58, 332, 606, 714],
+                "history_differs": [804, 1080, 1258, 1260, 1318],
+            },
+        ),
+        (
+            "ultrafeedback_plain_scored.jsonl",
+            293,
+            {"identical_responses": [84, 171, 227, 246, 261], "empty_response": [134, 213]},
+        ),
+        ("templated_near_duplicates.jsonl", 40, {}),
+        ("derived/trl_conversational_from_hh.jsonl", 200, {}),
+        ("derived/ultrafeedback_binarized_messages.jsonl", 100, {}),
+        ("llama_factory_kto_en.json", 0, {"unknown_format": list(range(60))}),
+    ],
+)
+def test_real_files_give_the_known_faults(name: str, kept: int, faults: dict[str, list[int]]) -> None:
+    assert SHARED is not None
+    found: dict[str, list[int]] = {}
+    for line, reason in outcomes(read_records(str(SHARED / name))):
+        found.setdefault(reason, []).append(line - 1)
+    assert len(found.pop("", [])) == kept
+    assert found == faults
