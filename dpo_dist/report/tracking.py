@@ -30,7 +30,6 @@ _MODE_BY_ENVIRONMENT = {
     "disabled": WandbMode.off,
 }
 _EXIT_CODES = {"completed": 0, "diverged": 3, "preempted": 75}
-_FINISH_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Tracker:
         self._act(lambda run: run.log(dict(row)))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
-        """Close the run. Waits at most 60 s for uploads; what is left stays in the run folder.
+        """Close the run. What cannot be uploaded in time stays in the run folder, with a warning.
 
         Args:
             outcome: `completed`, `preempted` or `diverged`; anything else counts as failed.
@@ -89,6 +88,7 @@ def open_tracker(
     *,
     environment: Mapping[str, Any] | None = None,
     init_seconds: float = 60.0,
+    finish_seconds: float = 20.0,
 ) -> Tracker:
     """Start or take up the wandb run of `run_dir`; never raises, never asks.
 
@@ -102,12 +102,13 @@ def open_tracker(
         run_dir: wandb's files go to `run_dir`/wandb.
         request_stop: called from another thread when someone stops the run on its web page.
         environment: versions and hardware as in `environment.json`, logged beside `config`.
-        init_seconds: how long to wait for the server.
+        init_seconds: how long to wait for the server at the start.
+        finish_seconds: how long to wait for uploads at the end; a preempted job has little time.
     """
     wanted = config.tracking.wandb
     if wanted is WandbMode.auto:
         wanted = _MODE_BY_ENVIRONMENT.get(os.environ.get("WANDB_MODE", ""), wanted)
-    settings = {"init_timeout": init_seconds, "stop_fn": request_stop}
+    settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
     for mode in _modes_to_try(wanted):
         try:
             return Tracker(functools.partial(_start, config, run_dir, mode, environment, settings))
@@ -159,7 +160,7 @@ def _start(
             console="off",
             save_code=False,
             disable_git=True,
-            finish_timeout=_FINISH_SECONDS,
+            finish_timeout_raises=True,
             **settings,
         ),
     )
@@ -191,7 +192,10 @@ def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any]) -> None:
     run.summary.update(dict(summary))
     if outcome == "preempted":
         run.mark_preempting()
-    run.finish(exit_code=_EXIT_CODES.get(outcome, 1))
+    try:
+        run.finish(exit_code=_EXIT_CODES.get(outcome, 1))
+    except TimeoutError:
+        _log.warning("wandb has not uploaded everything; later: wandb sync %s", run.settings.sync_dir)
 
 
 def _tear_down() -> None:

@@ -1,7 +1,7 @@
 """Read back what wandb wrote: the records of a ``run-*.wandb`` file.
 
-The file is a LevelDB log with a 7-byte header: blocks of 32 KiB, in which every chunk has a checksum (4 bytes), a
-length (2), and a type (1: whole, 2 to 4: first, middle and last part of a record).
+The file is a LevelDB log with a 7-byte header: blocks of 32 KiB, in which every chunk has a checksum
+(4 bytes), a length (2), and a type (1: whole, 2 to 4: first, middle and last part of a record).
 """
 
 import json

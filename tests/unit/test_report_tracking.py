@@ -3,26 +3,33 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import wandb
 
 from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
 from dpo_dist.report.tracking import ID_PATH, Tracker, open_tracker
 from tests.support.wandb_file import history_rows, read_records
+from tests.support.wandb_server import WandbServer
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
 
 
 @pytest.fixture(autouse=True)
-def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No credentials of the person who runs the tests, and no service left for the next test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    yield
+    wandb.teardown()
 
 
 def config_of(mode: WandbMode) -> RunConfig:
@@ -162,6 +169,42 @@ def test_unreachable_server_leaves_an_offline_run_and_no_secret(
     assert "cannot start online" in caplog.text
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def open_online(run_dir: Path, monkeypatch: pytest.MonkeyPatch, server_url: str, **options: Any) -> Tracker:
+    monkeypatch.setenv("WANDB_BASE_URL", server_url)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    run_dir.mkdir()
+    return open_tracker(config_of(WandbMode.auto), run_dir, **options)
+
+
+def test_online_run_reaches_the_server_and_its_stop_button_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = threading.Event()
+    with WandbServer() as server:
+        tracker = open_online(tmp_path / "run", monkeypatch, server.url, request_stop=stop.set)
+        assert tracker.run is not None
+        assert not tracker.run.offline
+        assert stop.wait(timeout=60)
+        tracker.log({"step": 1, "loss": 0.7})
+        tracker.log({"step": 1, "eval_loss": 0.6})
+        tracker.finish("completed", {})
+        assert server.history_rows() == [{"step": 1, "loss": 0.7}, {"step": 1, "eval_loss": 0.6}]
+
+
+def test_server_lost_while_training_holds_up_the_end_only_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with WandbServer() as server:
+        tracker = open_online(
+            tmp_path / "run", monkeypatch, server.url, request_stop=lambda: None, finish_seconds=1.0
+        )
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    (warning,) = warnings(caplog)
+    assert f"wandb sync {tmp_path / 'run' / 'wandb'}" in warning
+    assert history_rows(tmp_path / "run") == [{"step": 1, "loss": 0.7}]
 
 
 def test_malformed_key_leaves_an_offline_run(

@@ -1,0 +1,77 @@
+"""As much of a wandb server as an online run needs: it takes a run's rows, and its stop button is pressed."""
+
+import gzip
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+_BUCKET = {
+    "id": "1",
+    "name": "run",
+    "displayName": "run",
+    "config": "{}",
+    "historyLineCount": 0,
+    "project": {"id": "1", "name": "project", "entity": {"id": "1", "name": "entity"}},
+}
+_ANSWER = {
+    "upsertBucket": {"bucket": _BUCKET, "inserted": True},
+    "model": {"bucket": None},
+    "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
+    "serverInfo": {"features": []},
+    "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
+}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: "_Server"
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if self.path.endswith("/file_stream"):
+            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
+            self.server.history += [json.loads(line) for line in history.get("content", [])]
+        self._answer({"data": _ANSWER, "stopped": True})
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    history: list[dict[str, Any]]
+
+
+class WandbServer:
+    """A server on a free local port, for the time of a `with` block."""
+
+    def __init__(self) -> None:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.history = []
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def history_rows(self) -> list[dict[str, Any]]:
+        """The rows received, without wandb's own keys."""
+        return [
+            {key: value for key, value in row.items() if not key.startswith("_")}
+            for row in self._server.history
+        ]
