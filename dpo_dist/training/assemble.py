@@ -366,28 +366,27 @@ def _export(policy: PolicyEngine, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def _close(loop: Loop, position: Position, outcome: str, inputs: Inputs, reference: dict[str, Any]) -> None:
-    """Write summary, curves and report; collective, for the largest rank's memory."""
-    world = loop.world
-    peak_bytes = max(world.gather(_peak_bytes(world)))
-    if loop.recorder is None:
-        return
-    seconds = position.train_seconds
-    data = {"train": inputs.train_set.counts}
-    if inputs.eval_set is not None:
-        data["eval"] = inputs.eval_set.counts
-    summary = {
-        **final_and_best(loop.recorder.history.rows),
-        "steps": position.step,
-        "pairs_seen": position.pairs_seen,
-        "train_seconds": seconds,
-        "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
-        "peak_memory_bytes": peak_bytes,
-        "reference": reference,
-        "world_size": world.size,
-        "data": data,
-        "exit": outcome,
-    }
-    loop.recorder.close(summary)
+    """Write summary, curves and report; collective: no rank leaves before rank 0 has written."""
+    peak_bytes = max(loop.world.gather(_peak_bytes(loop.world)))
+    if loop.recorder is not None:
+        seconds = position.train_seconds
+        data = {"train": inputs.train_set.counts}
+        if inputs.eval_set is not None:
+            data["eval"] = inputs.eval_set.counts
+        summary = {
+            **final_and_best(loop.recorder.history.rows),
+            "steps": position.step,
+            "pairs_seen": position.pairs_seen,
+            "train_seconds": seconds,
+            "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
+            "peak_memory_bytes": peak_bytes,
+            "reference": reference,
+            "world_size": loop.world.size,
+            "data": data,
+            "exit": outcome,
+        }
+        loop.recorder.close(summary)
+    loop.world.barrier()
 
 
 def _peak_bytes(world: World) -> int:

@@ -17,7 +17,7 @@ def write_model(
     layers: int = 2,
     tied: bool = True,
 ) -> Path:
-    """A Qwen2 model folder with a tokenizer; larger initial weights than usual make log-probs differ visibly."""
+    """A Qwen2 model folder with a tokenizer; weights large enough that log-probs differ visibly."""
     tokenizer = tokenizer or tiny.qwen()
     torch.manual_seed(seed)
     config = Qwen2Config(
