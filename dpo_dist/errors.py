@@ -28,6 +28,8 @@ class DpoDistError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
+        self.speaker = 0
+        """The rank that prints the error, where every rank raises it."""
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle with every field, so that one rank's error can be raised on all."""
@@ -89,7 +91,7 @@ class DivergedError(DpoDistError):
 
 
 class PeerLostError(DpoDistError):
-    """Another process of the run is gone."""
+    """Another process of the run is gone; the first rank that is left says so."""
 
     exit_code = 1
     title = "process lost"

@@ -98,7 +98,7 @@ def run_verb(main: Callable[[RunConfig], int]) -> NoReturn:
         config = _from_command_line()
         exit_code = 0 if config is None else main(config)
     except DpoDistError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if int(os.environ.get("RANK", "0")) == error.speaker:
             sys.stderr.write(error.block() + "\n")
         exit_code = error.exit_code
     sys.exit(exit_code)

@@ -113,13 +113,19 @@ class World:
         except BaseException as failure:
             lost = self._lost_peers()
             if lost:
-                raise PeerLostError(
+                error = PeerLostError(
                     f"rank {', '.join(str(peer.rank) for peer in lost)} of {self.size} died",
                     where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
                     got=_one_line(failure),
                     remedy="see its logs/rank-N.log; the same command again resumes from the last checkpoint",
-                ) from failure
+                )
+                error.speaker = self._first_survivor(lost)
+                raise error from failure
             raise
+
+    def _first_survivor(self, lost: list[Peer]) -> int:
+        here = socket.gethostname()
+        return min(peer.rank for peer in self.peers if peer.host == here and peer not in lost)
 
     def _lost_peers(self) -> list[Peer]:
         """Ranks of this host whose process is gone; waits a little, as a death is seen before it is done."""

@@ -1,0 +1,124 @@
+"""Run the verbs as a person does: a real command line, real processes, a real run folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
+
+TIMINGS = frozenset({"step_seconds", "pairs_per_second", "tokens_per_second"})
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    output: str
+
+
+def command(verb: str, overrides: list[str], processes: int) -> list[str]:
+    """The command line of a verb on one process (plain python) or two (accelerate)."""
+    if processes == 1:
+        return [sys.executable, "-m", f"dpo_dist.{verb}", *overrides]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*launcher, "--config_file", str(TWO_PROCESSES), "-m", f"dpo_dist.{verb}", *overrides]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what would reach a real tracker, and with one thread a process."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def run_verb(
+    verb: str, overrides: list[str], *, processes: int = 1, cwd: Path = ROOT, seconds: int = 300
+) -> Finished:
+    """Run a verb to its end; its screen as one text."""
+    ended = subprocess.run(
+        command(verb, overrides, processes),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    return Finished(ended.returncode, ended.stdout)
+
+
+def train(overrides: list[str], *, processes: int = 1) -> Finished:
+    """Train to completion, or fail the test with what the screen said."""
+    ended = run_verb("train", overrides, processes=processes)
+    assert ended.code == 0, ended.output
+    return ended
+
+
+def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Finished:
+    """Start two processes, kill -9 one of them as soon as `when` holds, and wait for the end."""
+    with subprocess.Popen(
+        command("train", overrides, 2),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+        deadline = time.monotonic() + 240
+        while not when():
+            assert launcher.poll() is None, launcher.stdout.read() if launcher.stdout else ""
+            assert time.monotonic() < deadline, "the run did not get to where it was to be killed"
+            time.sleep(0.02)
+        os.kill(_process_of_rank(launcher.pid, rank), signal.SIGKILL)
+        output, _ = launcher.communicate(timeout=90)
+    return Finished(launcher.returncode, output)
+
+
+def _process_of_rank(launcher: int, rank: int) -> int:
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"rank {rank} is not running")
+
+
+def history(run_dir: Path) -> list[dict[str, float]]:
+    """The rows of log_history.json without what a clock decides."""
+    rows = json.loads((run_dir / "dpo_metrics" / "log_history.json").read_text())
+    return [{k: v for k, v in row.items() if k.removeprefix("eval_") not in TIMINGS} for row in rows]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json."""
+    content: dict[str, Any] = json.loads((run_dir / "dpo_metrics" / "summary.json").read_text())
+    return content
+
+
+def assert_same_history(got: list[dict[str, float]], wanted: list[dict[str, float]], relative: float) -> None:
+    """Equal steps and keys, and values within `relative` of the larger of the wanted value and 0.1."""
+    assert [row["step"] for row in got] == [row["step"] for row in wanted]
+    for got_row, wanted_row in zip(got, wanted, strict=True):
+        assert got_row.keys() == wanted_row.keys()
+        for key, value in wanted_row.items():
+            difference = abs(got_row[key] - value)
+            assert difference <= relative * max(abs(value), 0.1), (row_name(wanted_row), key, got_row[key], value)
+
+
+def row_name(row: dict[str, float]) -> str:
+    """Which row it is."""
+    return f"{'eval' if 'eval_loss' in row else 'train'} row of step {row['step']}"
