@@ -19,6 +19,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import deepspeed.ops
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -105,23 +106,24 @@ class World:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Turn the failure that follows another rank's death into an error that says who died."""
+        previous = signal.signal(signal.SIGTERM, _raise_terminated)
         try:
-            with _terminate_by_exception():
-                yield
-        except DpoDistError:
-            raise
+            yield
+            signal.signal(signal.SIGTERM, previous)
         except BaseException as failure:
-            lost = self._lost_peers()
-            if lost:
-                error = PeerLostError(
-                    f"rank {', '.join(str(peer.rank) for peer in lost)} of {self.size} died",
-                    where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
-                    got=_one_line(failure),
-                    remedy="see its logs/rank-N.log; the same command again resumes from the last checkpoint",
-                )
-                error.speaker = self._first_survivor(lost)
-                raise error from failure
-            raise
+            # The launcher asks more than once, and this process has still to say why it ends.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            lost = [] if isinstance(failure, DpoDistError) else self._lost_peers()
+            if not lost:
+                raise
+            error = PeerLostError(
+                f"rank {', '.join(str(peer.rank) for peer in lost)} of {self.size} died",
+                where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
+                got=_one_line(failure),
+                remedy="see its logs/rank-N.log; the same command again resumes from the last checkpoint",
+            )
+            error.speaker = self._first_survivor(lost)
+            raise error from failure
 
     def _first_survivor(self, lost: list[Peer]) -> int:
         here = socket.gethostname()
@@ -158,6 +160,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         )
     # Accelerate reads the accumulation from the environment, over its argument; ours is per step.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    # DeepSpeed would compile an all-reduce of its own for CPUs at first use; gloo needs no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
@@ -179,16 +183,8 @@ class _Terminated(SystemExit):
     """SIGTERM, as an exception."""
 
 
-@contextlib.contextmanager
-def _terminate_by_exception() -> Iterator[None]:
-    def handler(_number: int, _frame: FrameType | None) -> None:
-        raise _Terminated(128 + signal.SIGTERM)
-
-    previous = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated(128 + signal.SIGTERM)
 
 
 def _is_alive(pid: int) -> bool:

@@ -4,10 +4,10 @@ import json
 import random
 from pathlib import Path
 
-_WORDS = (
-    "the sea weather story capital answer please write hello sorry cannot help France Paris first second "
-    "something short about with and you that is not today"
-).split()
+_WORDS = [
+    *("the", "sea", "weather", "story", "capital", "answer", "please", "write", "hello", "sorry", "cannot"),
+    *("help", "France", "Paris", "first", "second", "something", "short", "about", "with", "and", "today"),
+]
 
 
 def write_pairs(file: Path, count: int, seed: int = 0) -> Path:
@@ -21,7 +21,11 @@ def write_pairs(file: Path, count: int, seed: int = 0) -> Path:
     for number in range(count):
         prompt = [{"role": "user", "content": f"{number} {words(60)}"}]
         if number % 3 == 0:
-            prompt = [*prompt, {"role": "assistant", "content": words(20)}, {"role": "user", "content": words(20)}]
+            prompt = [
+                *prompt,
+                {"role": "assistant", "content": words(20)},
+                {"role": "user", "content": words(20)},
+            ]
         rows.append(
             {
                 "prompt": prompt,

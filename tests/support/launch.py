@@ -116,7 +116,12 @@ def assert_same_history(got: list[dict[str, float]], wanted: list[dict[str, floa
         assert got_row.keys() == wanted_row.keys()
         for key, value in wanted_row.items():
             difference = abs(got_row[key] - value)
-            assert difference <= relative * max(abs(value), 0.1), (row_name(wanted_row), key, got_row[key], value)
+            assert difference <= relative * max(abs(value), 0.1), (
+                row_name(wanted_row),
+                key,
+                got_row[key],
+                value,
+            )
 
 
 def row_name(row: dict[str, float]) -> str:

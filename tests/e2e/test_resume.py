@@ -1,0 +1,90 @@
+"""Kill it at any moment (law L4): resuming equals the run that was never interrupted, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Overrides
+from tests.support.launch import history, kill_one_rank, run_verb, summary, train
+
+STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(
+        [
+            f"model.path={assets}/model",
+            "model.dtype=fp32",
+            f"data.train=[{assets}/train.jsonl]",
+            f"data.cache={assets}/encoded",
+            f"reference.store={folder}/store",
+            f"run.dir={folder}/run",
+            "trainer.global_batch_pairs=6",
+            "tracking.wandb=off",
+            *STEPS,
+        ],
+        processes=2,
+    )
+    return history(folder / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
+    rank: int, overrides: Overrides, tmp_path: Path, uninterrupted: list[dict[str, float]]
+) -> None:
+    run = tmp_path / "run"
+    command = overrides(*STEPS)
+    killed = kill_one_rank(command, rank, when=(run / "checkpoints/step-000004").is_dir)
+    assert killed.code != 0
+    assert f"rank {rank} of 2 died" in killed.output, killed.output
+    assert not list((run / "model").glob("*"))
+    assert "resuming from" in train(command, processes=2).output
+    assert history(run) == uninterrupted
+    assert summary(run)["exit"] == "completed"
+
+
+def test_a_stopped_run_ends_with_75_and_goes_on_exactly(overrides: Overrides, tmp_path: Path) -> None:
+    train(overrides("trainer.epochs=2", f"run.dir={tmp_path}/whole"))
+    stopped = run_verb("train", overrides("trainer.epochs=2", "trainer.stop_after_steps=3"))
+    assert stopped.code == 75, stopped.output
+    assert summary(tmp_path / "run")["exit"] == "preempted"
+    train(overrides("trainer.epochs=2"))
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(overrides: Overrides, tmp_path: Path) -> None:
+    command = overrides("trainer.epochs=2", "trainer.save_every=2", "trainer.keep_last=3")
+    run_verb("train", [*command, "trainer.stop_after_steps=5"])
+    root = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in root.glob("step-*")) == ["step-000002", "step-000004", "step-000005"]
+    victim = max((root / "step-000005").rglob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert "step-000004" in train(command).output
+
+
+def test_resume_never_and_must_keep_their_word(overrides: Overrides, tmp_path: Path) -> None:
+    nothing = run_verb("train", overrides("run.resume=must"))
+    assert nothing.code == 2, nothing.output
+    assert "no checkpoint" in nothing.output
+    train(overrides("trainer.max_steps=1"))
+    used = run_verb("train", overrides("trainer.max_steps=1", "run.resume=never"))
+    assert used.code == 2, used.output
+    assert "in use" in used.output
+
+
+def test_another_configuration_does_not_take_up_a_run(overrides: Overrides) -> None:
+    train(overrides("trainer.max_steps=1"))
+    other = run_verb("train", overrides("trainer.max_steps=1", "loss.beta=0.3"))
+    assert other.code == 2, other.output
+    assert "another configuration" in other.output
+
+
+def test_another_number_of_processes_is_refused_with_the_right_one(overrides: Overrides) -> None:
+    run_verb("train", overrides("trainer.stop_after_steps=2"))
+    other = run_verb("train", overrides(), processes=2)
+    assert other.code == 1
+    assert "launch 1 processes" in other.output

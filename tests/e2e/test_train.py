@@ -1,0 +1,134 @@
+"""What a run leaves behind, and what the same command does the second time."""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.data.formats import read_records
+from tests.e2e.conftest import Overrides
+from tests.support import tiny
+from tests.support.launch import history, run_verb, summary, train
+from tests.support.tiny_model import write_model
+
+
+def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    screen = train(
+        overrides(f"data.eval=[{assets}/eval.jsonl]", "tracking.wandb=offline", "trainer.eval_every=2"),
+        processes=2,
+    ).output
+    run = tmp_path / "run"
+    for name in ("config.yaml", "environment.json", "report.html", "checkpoints/latest", "model/config.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert (run / "dpo_metrics/training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+    assert "FutureWarning" not in screen
+    assert "FutureWarning" in (run / "logs/rank-0.log").read_text()
+
+    rows = history(run)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
+    assert [row["pairs"] for row in steps] == [6, 6, 6, 5]
+    assert steps[-1]["epoch"] == 1.0
+    with (run / "dpo_metrics/training_metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["loss"]) for line in table if line["loss"]] == [row["loss"] for row in steps]
+
+    told = summary(run)
+    assert (told["exit"], told["steps"], told["pairs_seen"], told["world_size"]) == ("completed", 4, 23, 2)
+    assert told["reference"]["computed"] == 2 * (23 + 5)
+    assert told["final"]["loss"] == steps[-1]["loss"]
+    assert told["peak_memory_bytes"] > 0
+
+
+def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    evaluated_on = f"data.eval=[{assets}/eval.jsonl]"
+    train(overrides(evaluated_on, "optim.lr=1e-2", "trainer.max_steps=2"), processes=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
+    tokenizer = tiny.qwen()
+    sums = []
+    for record in read_records(f"{assets}/eval.jsonl"):
+        pair = encode_pair(record, tokenizer, DataConfig())  # type: ignore[arg-type]
+        assert isinstance(pair, EncodedPair)
+        ids = torch.tensor([*pair.prompt_ids.tolist(), *pair.responses[0].tolist()])
+        logps = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
+        sums.append(float(logps[len(pair.prompt_ids) - 1 :].sum()))
+    evaluated = history(tmp_path / "run")[-1]["eval_logps/chosen"]
+    assert abs(sum(sums) / len(sums) - evaluated) < 1e-4 * abs(evaluated)
+
+
+def test_a_finished_run_is_left_alone(overrides: Overrides, tmp_path: Path) -> None:
+    command = overrides("trainer.max_steps=1")
+    train(command)
+    before = (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns
+    assert "is complete" in train(command).output
+    assert (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns == before
+
+
+def test_the_reference_is_paid_for_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    """Another beta, loss, rate, order or number of processes computes nothing; another weight everything."""
+    assert run_verb("precompute", overrides()).code == 0
+    other = overrides(
+        "loss.kind=ipo", "loss.beta=0.5", "optim.lr=1e-3", "trainer.seed=7", "trainer.max_steps=3"
+    )
+    screen = train(other, processes=2).output
+    assert summary(tmp_path / "run")["reference"]["computed"] == 0
+    assert "loading the reference" not in screen + (tmp_path / "run/logs/rank-0.log").read_text()
+
+    changed = write_model(tmp_path / "changed", seed=5)
+    train(overrides(f"model.path={changed}", f"run.dir={tmp_path}/changed-run", "trainer.max_steps=1"))
+    assert summary(tmp_path / "changed-run")["reference"]["computed"] == 12
+
+    train(overrides("model.dtype=bf16", f"run.dir={tmp_path}/bf16-run", "trainer.max_steps=1"))
+    assert summary(tmp_path / "bf16-run")["reference"]["computed"] == 12
+
+
+def test_a_model_that_was_warmed_up_with_sft_starts_from_its_own_reference(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    train(overrides("loss.kind=sft", "reference.mode=none", "trainer.max_steps=2", "optim.lr=1e-3"))
+    warmed = [f"model.path={tmp_path}/run/model", f"run.dir={tmp_path}/dpo", "trainer.max_steps=2"]
+    train(overrides(*warmed))
+    first = history(tmp_path / "dpo")[0]
+    assert abs(first["loss"] - 0.693147) < 1e-5
+    assert abs(first["rewards/margins"]) < 1e-5
+
+
+def test_a_log_prob_that_is_not_the_models_is_caught_at_the_gate(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    """Rows of another model under this model's key: nothing but re-scoring can tell."""
+    train(overrides("trainer.max_steps=1"))
+    other = write_model(tmp_path / "other", seed=9)
+    train(overrides(f"model.path={other}", f"run.dir={tmp_path}/other-run", "trainer.max_steps=1"))
+    spaces = sorted(
+        (folder for folder in (tmp_path / "store").iterdir() if folder.is_dir()),
+        key=lambda folder: (folder / "space.json").stat().st_mtime_ns,
+    )
+    first, second = ([*folder.glob("*.safetensors")] for folder in spaces)
+    for shard in second:
+        shard.unlink()
+    for shard in first:
+        shard.rename(spaces[1] / shard.name)
+    ended = run_verb(
+        "train", overrides(f"model.path={other}", f"run.dir={tmp_path}/third-run", "trainer.max_steps=1")
+    )
+    assert ended.code == 2, ended.output
+    assert "differ from a fresh computation" in ended.output
+    assert "train.jsonl:" in ended.output
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp_path: Path) -> None:
+    ended = run_verb("train", overrides("optim.lr=1e30", "optim.warmup_ratio=0", "trainer.epochs=3"))
+    assert ended.code == 3, ended.output
+    assert "diverged" in ended.output
+    assert summary(tmp_path / "run")["exit"] == "diverged"
+    assert json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
