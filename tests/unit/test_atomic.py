@@ -15,8 +15,9 @@ from dpo_dist.atomic import (
 )
 
 
-class Killed(Exception):
-    """Stands for whatever ends a write halfway."""
+def fail_after_writing(path: Path) -> None:
+    path.write_bytes(b"ha")
+    raise InterruptedError
 
 
 def names(folder: Path) -> list[str]:
@@ -32,9 +33,8 @@ def test_text_is_written_as_utf8_below_folders_that_are_made(tmp_path: Path) -> 
 def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
-    with pytest.raises(Killed), staged_file(path) as temporary:
-        temporary.write_bytes(b"ne")
-        raise Killed
+    with pytest.raises(InterruptedError), staged_file(path) as temporary:
+        fail_after_writing(temporary)
     assert path.read_bytes() == b"old"
     with staged_file(path) as temporary:
         temporary.write_bytes(b"new")
@@ -45,9 +45,8 @@ def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> No
 
 def test_a_folder_appears_with_all_its_files_or_not(tmp_path: Path) -> None:
     path = tmp_path / "made" / "folder"
-    with pytest.raises(Killed), staged_folder(path) as temporary:
-        (temporary / "part").write_bytes(b"half")
-        raise Killed
+    with pytest.raises(InterruptedError), staged_folder(path) as temporary:
+        fail_after_writing(temporary / "part")
     assert names(tmp_path / "made") == []
     with staged_folder(path) as temporary:
         (temporary / "below").mkdir()
