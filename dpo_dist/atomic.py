@@ -5,10 +5,11 @@ fsync, rename, fsync of the parent.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _TEMPORARY = ".tmp-"
@@ -40,14 +41,20 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; on leaving without an error it becomes `path` (replacing it)."""
+def staged_folder(path: Path, stands: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder; on leaving without an error it becomes `path`.
+
+    Args:
+        path: the final name; what is there is replaced.
+        stands: whether what another process has committed there meanwhile is as good, and stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
-        commit_folder(temporary, path)
+        if stands is None or not stands(path):
+            commit_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,14 +64,26 @@ def commit_folder(temporary: Path, path: Path) -> None:
     for below in sorted(temporary.rglob("*")):
         sync(below)
     sync(temporary)
-    replaced = None
-    if path.exists():
-        replaced = temporary_name(path)
-        path.rename(replaced)
-    temporary.rename(path)
+    replaced = []
+    while not _take(temporary, path):
+        aside = temporary_name(path)
+        with contextlib.suppress(FileNotFoundError):  # another process was first to move it
+            path.rename(aside)
+            replaced.append(aside)
     sync(path.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    for folder in replaced:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take(temporary: Path, path: Path) -> bool:
+    """Rename a folder; False if another one has the name."""
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def temporary_name(path: Path) -> Path:

@@ -181,12 +181,12 @@ def prepare_dataset(
         The folder, for `open_dataset`.
 
     Raises:
-        DataError: nothing usable was read, or more was dropped than `data.max_bad_share` allows.
+        DataError: a source cannot be read, or a record cannot be used and `data.on_bad_record` is `error`.
     """
     fingerprint = _fingerprint(sources, config, tokenizer_digest)
     folder = Path(config.cache) / fingerprint
     if not _is_complete(folder):
-        with staged_folder(folder) as temporary:
+        with staged_folder(folder, stands=_is_complete) as temporary:
             writer = _Writer(temporary, sources, fingerprint)
             for number, source in enumerate(sources):
                 writer.add_source(number, _encoded(source, config, tokenizer, writer.counts))

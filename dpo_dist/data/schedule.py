@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.errors import ConfigError
 
 Rows = npt.NDArray[np.int64]
 
@@ -70,7 +71,20 @@ class Schedule:
 
 
 def make_schedule(spans: Sequence[Span], config: TrainerConfig) -> Schedule:
-    """The schedule of a run over `spans`, `config.epochs` long or `config.max_steps` if that is given."""
+    """The schedule of a run over `spans`, `config.epochs` long or `config.max_steps` if that is given.
+
+    Raises:
+        ConfigError: a source has pairs, but its weight leaves none of them in an epoch.
+    """
+    for number, span in enumerate(spans):
+        if span.stop > span.start and not _drawn(span):
+            raise ConfigError(
+                "the weight of a source leaves none of its pairs",
+                where=f"data.train[{number}].weight",
+                got=f"{span.weight:g} of {span.stop - span.start} pairs an epoch",
+                expected="at least one pair",
+                remedy="raise the weight, or take the source out",
+            )
     per_epoch = sum(_drawn(span) for span in spans)
     total = round(config.epochs * per_epoch)
     if config.max_steps is not None:

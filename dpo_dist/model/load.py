@@ -7,6 +7,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
@@ -14,9 +15,46 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error
 from dpo_dist.model.head import PackedCausalLM
 
+_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
+
+# What the tests hold to be exact. Others may mix tokens outside of attention (Mamba, Qwen3-Next), never call
+# the registered attention (Bloom), or go on after the output layer: their numbers would be silently wrong.
+EXACT_MODEL_TYPES = frozenset(
+    {
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+    }
+)
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -84,8 +122,17 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     """The tokenizer that lies in a model folder.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: there is none, or it cannot be loaded.
     """
+    # Without its files transformers makes an empty one of the model's kind.
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ConfigError(
+            "the model folder has no tokenizer",
+            where="model.path",
+            got=str(folder),
+            expected="tokenizer.json, tokenizer.model or vocab.json beside config.json",
+            remedy="put the tokenizer's files beside config.json",
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
@@ -119,24 +166,38 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     model_config = _load_config(folder, config)
     refuse_unpackable(model_config, max_length)
     _check_precision(config.dtype, backend)
-    try:
-        causal_lm: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=model_config,
-            dtype=TORCH_DTYPES[config.dtype],
-            attn_implementation=PACKED,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
-        ) from error
+    causal_lm = _load_weights(folder, model_config, config)
     for module in causal_lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PackedCausalLM(causal_lm, backend)
+
+
+def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
+    try:
+        causal_lm, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=TORCH_DTYPES[config.dtype],
+            attn_implementation=PACKED,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(
+            "the model folder lacks weights, which would start at random values",
+            where="model.path",
+            got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
+            remedy="point the key at a complete model folder",
+        )
+    return causal_lm
 
 
 def _load_config(folder: Path, config: ModelConfig) -> Any:
@@ -148,8 +209,8 @@ def _load_config(folder: Path, config: ModelConfig) -> Any:
             where="model.path",
             got=f"{folder}: {_first_line(error)}",
         ) from error
-    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "attn_pdrop"):
-        if getattr(model_config, name, 0.0):
+    for name, value in vars(model_config).items():
+        if "drop" in name and isinstance(value, float):
             setattr(model_config, name, 0.0)
     return model_config
 
@@ -158,8 +219,8 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
     """Raise for an architecture whose log-probs the packed forward would not give exactly.
 
     Raises:
-        ConfigError: logits are changed after the output layer, attention is capped or windowed below
-            `max_length`, or the model is not decoder-only.
+        ConfigError: logits are changed after the output layer, attention is windowed below `max_length`, or
+            the architecture is not one of `EXACT_MODEL_TYPES`.
     """
     for name, neutral in _LOGIT_CHANGES.items():
         value = getattr(model_config, name, neutral)
@@ -170,11 +231,13 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
                 got=f"{model_config.model_type} with {name}={value}",
                 remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",
             )
-    if getattr(model_config, "is_encoder_decoder", False):
+    if model_config.model_type not in EXACT_MODEL_TYPES:
         raise ConfigError(
-            "only decoder-only language models can be trained",
+            "the packed forward is not known to give this architecture's log-probs",
             where="model.path",
             got=model_config.model_type,
+            expected=", ".join(sorted(EXACT_MODEL_TYPES)),
+            remedy="choose another model",
         )
     window = getattr(model_config, "sliding_window", None)
     layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"]

@@ -39,13 +39,13 @@ class ReferenceSpace:
 
 
 def model_digest(folder: Path, memo_folder: Path | None = None) -> str:
-    """Digest of a model's function: its weight files and config.json.
+    """Digest of a model's function: config.json, its weight files, and code that comes with them.
 
     Args:
         folder: the model folder.
-        memo_folder: where digests are remembered by (path, size, mtime, inode), so that a file is read once.
+        memo_folder: where digests are remembered by path, size, inode and times, so that a file is read once.
     """
-    files = [folder / "config.json", *weight_files(folder)]
+    files = [folder / "config.json", *weight_files(folder), *sorted(folder.glob("*.py"))]
     memo_file = memo_folder / _MEMO if memo_folder is not None else None
     memo = _read_memo(memo_file)
     identities = [_identity(file) for file in files]
@@ -80,8 +80,9 @@ def _file_digest(file: Path) -> str:
 
 
 def _identity(file: Path) -> str:
+    # The change time too: whoever copies over a file can set its modification time, but not this one.
     status = file.resolve().stat()
-    return f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+    return f"{file.resolve()}|{status.st_size}|{status.st_ino}|{status.st_mtime_ns}|{status.st_ctime_ns}"
 
 
 def _read_memo(memo_file: Path | None) -> dict[str, str]:

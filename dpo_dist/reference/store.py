@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dpo_dist.atomic import is_temporary, staged_file, write_text
@@ -157,8 +158,16 @@ class LogpStore:
             The shard's name.
 
         Raises:
-            ReferenceError: it cannot be written.
+            ReferenceError: it cannot be written, or a value is not finite.
         """
+        useless = sum(not np.isfinite(row).all() for row in rows)
+        if useless:
+            raise ReferenceError(
+                "the reference model gives log-probs that are not finite",
+                where="reference.path",
+                got=f"{useless} of {len(rows)} responses",
+                remedy="check the model's weights, and whether it needs model.dtype=fp32",
+            )
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         rows = [np.ascontiguousarray(rows[i], dtype=np.float32) for i in order]
         keys = np.ascontiguousarray(keys[order])
@@ -169,7 +178,7 @@ class LogpStore:
             with staged_file(self.folder / name) as temporary:
                 tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(rows)}
                 save_file(tensors, temporary)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ReferenceError(
                 "a shard of reference log-probs cannot be written",
                 where="reference.store",
@@ -202,11 +211,16 @@ def _open_shard(file: Path) -> _Shard | None:
     return None
 
 
-_DTYPES = {"U64": np.uint64, "I64": np.int64, "U32": np.uint32, "F32": np.float32}
+_TENSORS = {
+    "keys": ("U64", np.uint64),
+    "ends": ("I64", np.int64),
+    "checks": ("U32", np.uint32),
+    "values": ("F32", np.float32),
+}
 
 
 def _map_safetensors(file: Path) -> dict[str, npt.NDArray[Any]]:
-    """Map the tensors of a safetensors file without reading them; the format's own layout."""
+    """Map a shard's tensors without reading them; the layout is the format's own."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -214,16 +228,12 @@ def _map_safetensors(file: Path) -> dict[str, npt.NDArray[Any]]:
             raise ValueError("truncated header")
         header = json.loads(stream.read(header_bytes))
     arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
+    for name, (code, dtype) in _TENSORS.items():
+        entry = header[name]
+        if entry["dtype"] != code:
+            raise ValueError(f"{name} are {entry['dtype']} and not {code}")
         start, stop = (8 + header_bytes + offset for offset in entry["data_offsets"])
         if stop > size:
             raise ValueError("truncated values")
-        shape = tuple(entry["shape"])
-        dtype = _DTYPES[entry["dtype"]]
-        if 0 in shape:
-            arrays[name] = np.empty(shape, dtype=dtype)
-        else:
-            arrays[name] = np.memmap(file, dtype=dtype, mode="r", offset=start, shape=shape)
+        arrays[name] = np.memmap(file, dtype=dtype, mode="r", offset=start, shape=tuple(entry["shape"]))
     return arrays

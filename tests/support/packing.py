@@ -1,0 +1,40 @@
+"""Pairs as token ids, and what a model says of them one plain sequence after the other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_dist.data.pack import Ids, PackedBatch, Sequences, pack
+
+VOCABULARY = 97
+
+
+def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Sequences]:
+    """Prompts and responses of these lengths: prompt, response, response, ..."""
+    generator = np.random.default_rng(seed)
+
+    def ids(length: int) -> Ids:
+        return generator.integers(3, VOCABULARY, length).astype(np.int32)
+
+    return [Sequences(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
+
+
+def pack_unkeyed(pairs: Sequence[Sequences]) -> PackedBatch:
+    """One micro-batch whose keys mean nothing."""
+    responses = sum(len(pair.responses) for pair in pairs)
+    return pack(pairs, np.zeros((responses, 2), dtype=np.uint64))
+
+
+def plain_logps(causal_lm: Any, pairs: Sequence[Sequences]) -> Tensor:
+    """Log-probs of all response tokens by the model's own forward, a response at a time: the definition."""
+    logps = []
+    for pair in pairs:
+        for response in pair.responses:
+            ids = torch.from_numpy(np.concatenate((pair.prompt_ids, response)).astype(np.int64))
+            logits = causal_lm(ids[None], use_cache=False).logits[0].log_softmax(-1)
+            predictions = logits[len(pair.prompt_ids) - 1 : -1]
+            logps.append(predictions.gather(1, ids[len(pair.prompt_ids) :, None]).squeeze(1))
+    return torch.cat(logps)

@@ -1,0 +1,127 @@
+"""The chunked head: what log_softmax and gather give, without the logits of all positions."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_dist.objective import logps
+from dpo_dist.objective.logps import sum_by_response, token_logps
+
+VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
+
+
+@pytest.fixture(params=[1, 3, POSITIONS, 1000])
+def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    positions: int = request.param
+    monkeypatch.setattr(logps, "_CHUNK_BYTES", 4 * VOCABULARY * positions)
+    return positions
+
+
+def head(dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Hidden states, weight, bias and targets, the first three leaves of this precision."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((POSITIONS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,))
+    hidden, weight, offset = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    targets = torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, offset)]
+    return leaves[0], leaves[1], leaves[2] if bias else None, targets
+
+
+def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def results(function: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> list[Tensor]:
+    """Log-probs, and gradients of a sum that weighs every position differently, in float64."""
+    values = function(*inputs)
+    slopes = torch.linspace(-1, 2, POSITIONS, dtype=values.dtype)
+    leaves = [leaf for leaf in inputs[:3] if leaf is not None]
+    return [tensor.detach().double() for tensor in (values, *torch.autograd.grad(values @ slopes, leaves))]
+
+
+@pytest.mark.usefixtures("chunk_positions")
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_log_softmax(bias: bool) -> None:
+    inputs = head(torch.float32, bias)
+    exact = results(plain, head(torch.float64, bias))
+    assert token_logps(*inputs).dtype == torch.float32
+    for ours, expected in zip(results(token_logps, inputs), exact, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("chunk_positions")
+def test_bf16_is_about_as_near_to_the_truth_as_a_plain_bf16_head() -> None:
+    hidden, weight, bias, targets = head(torch.bfloat16)
+    assert bias is not None
+    exact = results(plain, (hidden.double(), weight.double(), bias.double(), targets))
+    theirs, ours = (results(function, (hidden, weight, bias, targets)) for function in (plain, token_logps))
+    for truth, plain_value, value in zip(exact, theirs, ours, strict=True):
+        # The weight's gradient is rounded once for each chunk and once at the end.
+        assert (value - truth).norm() <= 1.5 * (plain_value - truth).norm()
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    hidden, weight, bias, targets = head(torch.float32)
+    assert bias is not None
+    token_logps(hidden, weight.detach(), bias.detach(), targets).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    token_logps(hidden.detach(), weight, None, targets).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(
+        weight.grad, torch.autograd.grad(plain(hidden, weight, None, targets).sum(), weight)[0]
+    )
+
+
+def test_no_targets_give_no_values() -> None:
+    hidden, weight, bias, targets = head(torch.float32)
+    assert token_logps(hidden[:0], weight, bias, targets[:0]).shape == (0,)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_never_exist_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(logps, "_CHUNK_BYTES", 4 * VOCABULARY * HIDDEN)
+    inputs = head(dtype)
+    with LargestTensor() as largest:
+        token_logps(*inputs).sum().backward()  # type: ignore[no-untyped-call]
+    # A chunk of 8 positions is as large as the weight; all 23 would be three times that.
+    assert largest.elements == VOCABULARY * HIDDEN
+    with LargestTensor() as largest:
+        plain(*inputs)
+    assert largest.elements == VOCABULARY * POSITIONS
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_token_values_are_summed_response_by_response(lengths: list[int]) -> None:
+    lengths = lengths + lengths[::-1]
+    values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(0), requires_grad=True)
+    pairs = sum_by_response(values, torch.tensor(lengths))
+    parts = torch.split(values.detach(), lengths)
+    assert pairs.chosen.tolist() == pytest.approx([float(part.sum()) for part in parts[::2]], abs=1e-5)
+    assert pairs.rejected.tolist() == pytest.approx([float(part.sum()) for part in parts[1::2]], abs=1e-5)
+    assert pairs.chosen_tokens.tolist() == lengths[::2]
+    assert pairs.rejected_tokens.tolist() == lengths[1::2]
+    slopes = torch.arange(1.0, len(lengths) // 2 + 1)
+    (pairs.chosen @ slopes - pairs.rejected @ slopes).backward()  # type: ignore[no-untyped-call]
+    signed = [sign * slope for slope in slopes.tolist() for sign in (1, -1)]
+    expected = [slope for slope, length in zip(signed, lengths, strict=True) for _ in range(length)]
+    assert values.grad is not None
+    assert values.grad.tolist() == expected

@@ -1,0 +1,76 @@
+"""Metrics are exact means over the pairs of a global batch, however it was divided."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_dist.config.schema import LossConfig
+from dpo_dist.objective.logps import PairLogps
+from dpo_dist.objective.losses import preference_loss
+from dpo_dist.objective.metrics import PAIR_METRICS, MetricSums, metric_sums
+
+CPU = torch.device("cpu")
+CONFIG = LossConfig(beta=0.5)
+
+
+def pairs(values: torch.Tensor) -> PairLogps:
+    ones = torch.ones(len(values))
+    return PairLogps(values[:, 0], values[:, 1], ones, ones)
+
+
+def sums_of(policy: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor) -> MetricSums:
+    losses = preference_loss(pairs(policy), pairs(reference), CONFIG)
+    return metric_sums(losses, pairs(policy), pairs(reference), CONFIG, weights)
+
+
+def test_means_by_hand() -> None:
+    policy = pairs(torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-4.0, -1.0], [-5.0, -9.0]]))
+    reference = pairs(torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [-2.0, -2.0], [-5.0, -5.0]]))
+    losses = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    means = metric_sums(losses, policy, reference, CONFIG, torch.ones(4)).means()
+    assert means == pytest.approx(
+        {
+            "loss": 3.0,
+            "rewards/chosen": 0.5 * (1 + 0 - 2 + 0) / 4,
+            "rewards/rejected": 0.5 * (-1 + 0 + 1 - 4) / 4,
+            # Two margins above zero, one tie that counts half, one below.
+            "rewards/accuracies": 2.5 / 4,
+            "rewards/margins": 0.5 * (2 + 0 - 3 + 4) / 4,
+            "logps/chosen": -3.0,
+            "logps/rejected": -15 / 4,
+        }
+    )
+    assert tuple(means) == PAIR_METRICS
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
+def test_parts_and_dummies_change_nothing(count: int, parts: int, dummies: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
+    whole = sums_of(policy, reference, torch.ones(count))
+    total = MetricSums.zeros(CPU)
+    for part in torch.tensor_split(torch.arange(count), parts):
+        total += sums_of(policy[part], reference[part], torch.ones(len(part)))
+    for _ in range(dummies):
+        total += sums_of(torch.full((1, 2), -7.0), torch.zeros(1, 2), torch.zeros(1))
+    assert total.means() == pytest.approx(whole.means(), rel=1e-12, abs=1e-12)
+
+
+def test_sums_are_exact_where_float32_would_lose_pairs() -> None:
+    policy = pairs(torch.full((1, 2), -(2.0**24)))
+    ones = replace(policy, chosen=torch.full((1,), -1.0))
+    config = LossConfig(reference_free=True)
+    total = MetricSums.zeros(CPU)
+    for logps in (policy, *[ones] * 3):
+        total += metric_sums(torch.zeros(1), logps, None, config, torch.ones(1))
+    assert total.means()["logps/chosen"] == -(2.0**24 + 3) / 4
+
+
+def test_metrics_hold_no_graph() -> None:
+    chosen = torch.tensor([-1.0], requires_grad=True)
+    policy = PairLogps(chosen, chosen, torch.ones(1), torch.ones(1))
+    losses = preference_loss(policy, None, LossConfig(reference_free=True))
+    assert not metric_sums(losses, policy, None, CONFIG, torch.ones(1)).values.requires_grad

@@ -1,0 +1,182 @@
+"""A model folder becomes the model that lies in it, or an error that says what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed, load_tokenizer, model_folder, numerics_of
+from tests.support import tiny
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.tiny_model import write_model
+
+CPU = torch.device("cpu")
+FP32 = ModelConfig(dtype=Dtype.fp32)
+PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
+
+
+def load(folder: Path, config: ModelConfig = FP32) -> PackedCausalLM:
+    return load_packed(folder, config, 64, CPU)
+
+
+def test_a_loaded_model_scores_like_the_plain_one(folder: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = plain_logps(plain, PAIRS)
+        logps = load(folder)(pack_unkeyed(PAIRS))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def test_the_head_owns_the_model_s_parameters(folder: Path) -> None:
+    loaded = load(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state, expected = loaded.causal_lm.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert len(list(loaded.parameters())) == len(list(plain.parameters()))
+
+
+def test_a_saved_model_is_the_loaded_one(folder: Path, tmp_path: Path) -> None:
+    load(folder).causal_lm.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(folder, ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=checkpointing)).train()
+        assert model.causal_lm.is_gradient_checkpointing is checkpointing
+        model(pack_unkeyed(PAIRS)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_precision_is_as_configured(folder: Path) -> None:
+    for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
+        model = load(folder, ModelConfig(dtype=dtype))
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert model(pack_unkeyed(PAIRS)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_training_and_scoring_are_the_same_function(kind: str, tmp_path: Path) -> None:
+    """Dropout, which both kinds have by default, is off wherever the architecture keeps it."""
+    from transformers import OPTConfig
+
+    small = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    config = (
+        GPT2Config(**small, n_positions=64, bos_token_id=1, eos_token_id=2)
+        if kind == "gpt2"
+        else OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, layerdrop=0.5)
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with torch.no_grad():
+        training = model.train()(pack_unkeyed(PAIRS))
+        assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reshape_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1000])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def name_an_unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (drop_a_weight, r"random values(.|\n)*layers\.1\.mlp\.up_proj"),
+        (reshape_a_weight, "cannot be loaded"),
+        (truncate_weights, "cannot be loaded"),
+        (break_config, r"config\.json cannot be read"),
+        (name_an_unknown_architecture, "unheard_of"),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+    damage(write_model(tmp_path))
+    with pytest.raises(ConfigError, match=told) as raised:
+        load(tmp_path)
+    assert str(tmp_path) in raised.value.got
+
+
+def test_kernels_of_bf16_are_refused_in_fp32(folder: Path) -> None:
+    config = ModelConfig(dtype=Dtype.fp32, attention=AttentionBackend.varlen)
+    with pytest.raises(ConfigError, match="bf16 only"):
+        load_packed(folder, config, 64, torch.device("cuda"))
+
+
+def test_a_window_shorter_than_a_sequence_is_refused_at_load(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 63, "layer_types": ["sliding_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="sliding window") as raised:
+        load(tmp_path)
+    assert raised.value.remedy == "set data.max_length to 63 or less"
+
+
+def test_a_folder_is_a_model_only_with_config_and_weights(folder: Path, tmp_path: Path) -> None:
+    assert model_folder(str(folder), None) == folder
+    for missing in ("/no/such/folder", "./none", "a/b/c"):
+        with pytest.raises(ConfigError, match="no such model folder"):
+            model_folder(missing, None)
+    with pytest.raises(ConfigError, match=r"no config\.json") as raised:
+        model_folder(str(tmp_path), None, key="reference.path")
+    assert raised.value.where == "reference.path"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="no weights"):
+        model_folder(str(tmp_path), None)
+
+
+def test_a_tokenizer_is_loaded_only_from_its_files(folder: Path, tmp_path: Path) -> None:
+    assert len(load_tokenizer(folder, FP32)) == len(tiny.qwen())
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        load_tokenizer(tmp_path, FP32)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path, FP32)
+
+
+def test_numerics_tell_apart_what_changes_digits() -> None:
+    fp32 = numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    assert fp32 != numerics_of(ModelConfig(), AttentionBackend.sdpa, CPU)
+    assert fp32 != numerics_of(FP32, AttentionBackend.varlen, CPU)
+    assert fp32 == numerics_of(
+        ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=True), AttentionBackend.sdpa, CPU
+    )

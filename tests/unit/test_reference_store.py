@@ -1,0 +1,251 @@
+"""The store gives back what was written under a key, or says that it has nothing; never anything else."""
+
+import json
+import multiprocessing
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from dpo_dist.errors import ReferenceError
+from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.store import Keys, LogpStore, Values
+
+SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
+Rows: TypeAlias = dict[int, list[float]]
+
+
+def keys_of(names: Sequence[int]) -> Keys:
+    """Keys of which many share their first word, as no digest does, so that the second one matters too."""
+    return np.array([(name % 3, name) for name in names], dtype=np.uint64).reshape(-1, 2)
+
+
+def values(*numbers: float) -> Values:
+    return np.array(numbers, dtype=np.float32)
+
+
+def write(root: Path, rows: Rows, space: ReferenceSpace = SPACE) -> Path:
+    """Write these rows as one shard and give its file."""
+    store = LogpStore.open(root, space, [])
+    return store.folder / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
+
+
+def open_store(root: Path) -> LogpStore:
+    return LogpStore.open(root, SPACE)
+
+
+def readable(root: Path, names: Sequence[int]) -> Rows:
+    """The rows of these names that a run would read."""
+    store = open_store(root)
+    held = [name for name, holds in zip(names, store.holds(keys_of(names)), strict=True) if holds]
+    return {name: row.tolist() for name, row in zip(held, store.read(keys_of(held)), strict=True)}
+
+
+ROWS: Rows = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
+
+
+def test_rows_are_read_by_key_in_any_order(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    store = open_store(tmp_path)
+    assert len(store) == 3
+    assert store.holds(keys_of([4, 2, 1, 7])).tolist() == [True, False, True, True]
+    assert [row.tolist() for row in store.read(keys_of([4, 7, 1, 7]))] == [ROWS[4], ROWS[7], ROWS[1], ROWS[7]]
+    assert {row.dtype for row in store.read(keys_of([4, 7]))} == {np.dtype(np.float32)}
+
+
+def test_a_missing_row_is_an_error_and_never_a_guess(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    with pytest.raises(ReferenceError, match="missing or damaged") as raised:
+        open_store(tmp_path).read(keys_of([1, 5]))
+    assert f"{5 % 3:016x}{5:016x}" in raised.value.got
+    assert raised.value.remedy
+
+
+def test_an_empty_store_holds_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "new" / "store")
+    assert store.holds(keys_of([1, 2])).tolist() == [False, False]
+    assert store.names == []
+    assert json.loads((store.folder / "space.json").read_text()) == SPACE.describe()
+
+
+def test_another_space_sees_none_of_the_rows(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    for other in (ReferenceSpace("new weights", SPACE.profile), ReferenceSpace("weights", {"dtype": "bf16"})):
+        assert not LogpStore.open(tmp_path, other).holds(keys_of(list(ROWS))).any()
+
+
+def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
+    first = write(tmp_path, {1: [-1.0]})
+    store = open_store(tmp_path)
+    write(tmp_path, {2: [-2.0]})
+    assert store.holds(keys_of([1, 2])).tolist() == [True, False]
+    again = LogpStore.open(tmp_path, SPACE, [first.name])
+    assert again.names == store.names == [first.name]
+    assert open_store(tmp_path).holds(keys_of([1, 2])).all()
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(
+        st.dictionaries(
+            st.integers(0, 12),
+            st.lists(st.floats(-100, 0, width=32), min_size=1, max_size=4),
+            min_size=1,
+            max_size=5,
+        ),
+        max_size=6,
+    )
+)
+def test_whatever_was_written_is_read(writes: list[Rows]) -> None:
+    with TemporaryDirectory() as folder:
+        written: dict[int, list[list[float]]] = {}
+        for rows in writes:
+            write(Path(folder), rows)
+            for name, row in rows.items():
+                written.setdefault(name, []).append(row)
+        names = list(range(13))
+        store = open_store(Path(folder))
+        assert store.holds(keys_of(names)).tolist() == [name in written for name in names]
+        for name, row in zip(written, store.read(keys_of(list(written))), strict=True):
+            assert row.tolist() in written[name]
+
+
+def test_the_same_rows_are_the_same_shard(tmp_path: Path) -> None:
+    reordered = dict(reversed(ROWS.items()))
+    assert write(tmp_path, ROWS) == write(tmp_path, reordered)
+    assert len(open_store(tmp_path)) == 3
+
+
+def flip(file: Path, place: int, by: int = 1) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= by
+    file.write_bytes(bytes(content))
+
+
+def test_a_flipped_value_loses_its_row_only(tmp_path: Path) -> None:
+    write(tmp_path, ROWS)
+    file = next(tmp_path.glob("*/*.safetensors"))
+    place = file.read_bytes().index(values(*ROWS[4]).tobytes())
+    flip(file, place)
+    assert readable(tmp_path, list(ROWS)) == {7: ROWS[7], 1: ROWS[1]}
+    with pytest.raises(ReferenceError):
+        open_store(tmp_path).read(keys_of([4]))
+    # What is missing is computed again, and found in the new shard behind the damaged row.
+    write(tmp_path, {4: ROWS[4]})
+    assert readable(tmp_path, list(ROWS)) == ROWS
+
+
+def test_a_flipped_key_loses_the_shard_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path, ROWS)
+    write(tmp_path, {2: [-9.0]})
+    flip(file, file.read_bytes().index(keys_of([7]).tobytes()))
+    store = open_store(tmp_path)
+    assert store.damaged == [file.name]
+    assert file.name in caplog.text
+    assert store.holds(keys_of([7, 1, 4, 2])).tolist() == [False, False, False, True]
+    # The same rows computed again put a whole shard in its place.
+    assert write(tmp_path, ROWS) == file
+    assert open_store(tmp_path).holds(keys_of([7, 1, 4, 2])).all()
+
+
+# 0x13 makes a U of an F: the dtype of the values.
+@pytest.mark.parametrize("by", [0x01, 0x13])
+def test_no_changed_byte_gives_another_value(tmp_path: Path, by: int) -> None:
+    file = write(tmp_path, ROWS)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        flip(file, place, by)
+        assert readable(tmp_path, list(ROWS)).items() <= ROWS.items(), place
+        file.write_bytes(whole)
+
+
+def test_no_truncation_gives_another_value(tmp_path: Path) -> None:
+    file = write(tmp_path, ROWS)
+    whole = file.read_bytes()
+    for size in range(len(whole)):
+        file.write_bytes(whole[:size])
+        assert readable(tmp_path, list(ROWS)).items() <= ROWS.items(), size
+
+
+@pytest.mark.parametrize("content", [b"", b"no shard at all", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
+def test_a_foreign_file_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    folder = write(tmp_path, ROWS).parent
+    (folder / "foreign.safetensors").write_bytes(content)
+    save_file({"other": np.zeros(3)}, folder / "other.safetensors")
+    (folder / "half.safetensors.tmp-123456789abc").write_bytes(b"half")
+    store = open_store(tmp_path)
+    assert store.damaged == ["foreign.safetensors", "other.safetensors"]
+    assert store.holds(keys_of(list(ROWS))).all()
+
+
+def test_a_shard_that_went_away_is_missing_rows(tmp_path: Path) -> None:
+    store = LogpStore.open(tmp_path, SPACE, ["0123.safetensors"])
+    assert store.damaged == ["0123.safetensors"]
+    assert not store.holds(keys_of([1])).any()
+
+
+def test_a_shard_under_another_s_name_is_passed_over(tmp_path: Path) -> None:
+    first, second = write(tmp_path, {1: [-1.0]}), write(tmp_path, {2: [-2.0]})
+    first.write_bytes(second.read_bytes())
+    assert open_store(tmp_path).holds(keys_of([1, 2])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_never_stored(tmp_path: Path, number: float) -> None:
+    with pytest.raises(ReferenceError, match="not finite") as raised:
+        write(tmp_path, {1: [-1.0], 2: [-1.0, number]})
+    assert raised.value.got == "1 of 2 responses"
+    assert not open_store(tmp_path).holds(keys_of([1])).any()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ReferenceError, match="cannot be written") as raised:
+            store.write(keys_of([1]), [np.zeros(4096, dtype=np.float32)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.where == "reference.store"
+    assert [file.name for file in store.folder.iterdir()] == ["space.json"]
+
+
+def test_a_store_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ReferenceError, match="cannot be opened"):
+        open_store(tmp_path / "file")
+
+
+def write_many(root: str, writer: int) -> None:
+    for number in range(20):
+        write(Path(root), {number: [-1.0 - number], 100 * (writer + 1) + number: [-float(writer)]})
+
+
+def test_processes_write_to_one_store_at_once(tmp_path: Path) -> None:
+    processes = [
+        multiprocessing.get_context("fork").Process(target=write_many, args=(str(tmp_path), writer))
+        for writer in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    store = open_store(tmp_path)
+    assert store.damaged == []
+    names = [*range(20), *range(100, 120), *range(200, 220)]
+    rows: list[npt.NDArray[np.float32]] = store.read(keys_of(names))
+    assert [row.tolist() for row in rows] == [
+        *([-1.0 - number] for number in range(20)),
+        *[[0.0]] * 20,
+        *[[-1.0]] * 20,
+    ]
