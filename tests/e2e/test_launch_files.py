@@ -1,0 +1,191 @@
+"""The files that start a run: accelerate and SLURM read them, and what a user adds arrives unchanged."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from tests.support.rows import TEXT, jsonl
+from tests.support.tiny_model import write_model
+
+ROOT = Path(__file__).parents[2]
+SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
+GEOMETRIES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+OVERRIDES = ["+experiment=[qwen7b,smoke]", "data.train=[{path: my pairs.jsonl, limit: 4}]", "run.name=a$b"]
+"""With what a shell would split or expand."""
+
+
+def headers() -> dict[str, str]:
+    """The options that sbatch reads: those before the first command."""
+    found = {}
+    for line in SBATCH.read_text().splitlines():
+        if line.startswith("#SBATCH --"):
+            name, _, value = line.removeprefix("#SBATCH --").partition("=")
+            found[name] = value
+        elif line and not line.startswith("#"):
+            break
+    return found
+
+
+def test_headers_ask_for_whole_nodes_of_8_gpus() -> None:
+    options = headers()
+    assert options["gres"] == "gpu:8"
+    assert options["ntasks-per-node"] == "1", "accelerate starts the processes of a node"
+    assert {"nodes", "cpus-per-task", "mem", "time"} <= options.keys()
+    assert "%j" in options["output"], "two jobs must not write one file"
+    assert "/" not in options["output"], "SLURM makes no folder for it"
+
+
+def test_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", SBATCH], check=True)
+    assert SBATCH.read_text().startswith("#!/bin/bash\n")
+
+
+@pytest.mark.parametrize("file", GEOMETRIES, ids=lambda file: file.name)
+def test_accelerate_reads_geometry(file: Path) -> None:
+    content = yaml.safe_load(file.read_text())
+    geometry = load_config_from_file(str(file))
+    assert geometry.distributed_type == "DEEPSPEED"
+    assert geometry.num_processes == int(re.fullmatch(r".*_(\d+)", file.stem)[1])
+    assert geometry.num_machines == 1
+    assert content["deepspeed_config"] == {}, "DeepSpeed is configured by the program"
+    assert "mixed_precision" not in content, "precision is model.dtype"
+
+
+def accelerate_command(
+    tmp_path: Path, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the batch script with `srun` and `scontrol` that answer for node 1 of a job on 3 nodes of 4 GPUs.
+
+    What comes back on standard output is the command of that node, one JSON list.
+    """
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    show = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    stand_ins = {
+        "srun": 'shift 2; SLURM_NODEID=1 exec "$@"',
+        "scontrol": '[[ $2 == hostnames ]] && printf "n4\\nn5\\nn7\\n" || echo "  NodeAddr=10.0.0.4 Port=0"',
+        "accelerate": f"exec {shlex.quote(sys.executable)} -c '{show}' \"$@\"",
+    }
+    for name, body in stand_ins.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_folder / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "n[4-5,7]",
+        "SLURM_NNODES": "3",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "32",
+        "DPO_DIST_ENV": "",
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        ["bash", SBATCH, *OVERRIDES],
+        env=job | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def parsed(answer: subprocess.CompletedProcess[str]) -> tuple[dict[str, object], list[str]]:
+    """What accelerate makes of the command: its settings, and the program's arguments."""
+    assert answer.returncode == 0, answer.stderr
+    arguments = launch_command_parser().parse_args(json.loads(answer.stdout)[1:])
+    validated, _, _ = _validate_launch_command(arguments)
+    return vars(validated), validated.training_script_args
+
+
+def test_each_node_launches_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    settings, arguments = parsed(accelerate_command(tmp_path))
+    assert (settings["num_machines"], settings["machine_rank"]) == (3, 1)
+    assert settings["num_processes"] == 12
+    assert settings["main_process_ip"] == "10.0.0.4"
+    assert 1024 < int(str(settings["main_process_port"])) < 32768
+    assert settings["use_deepspeed"]
+    assert settings["deepspeed_multinode_launcher"] == "standard"
+    assert settings["module"]
+    assert settings["training_script"] == "dpo_dist.train"
+    assert arguments == OVERRIDES
+
+
+def test_variables_choose_verb_and_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    activate = tmp_path / "activate"
+    activate.write_text("export PATH=$PATH; : $UNSET_AS_IN_REAL_ONES; VERB_OF_ENV=1\n")
+    answer = accelerate_command(
+        tmp_path, VERB="precompute", PROCESSES_PER_NODE="2", DPO_DIST_ENV=str(activate)
+    )
+    settings, _ = parsed(answer)
+    assert settings["training_script"] == "dpo_dist.precompute"
+    assert settings["num_processes"] == 6
+
+
+def test_a_wrong_start_says_what_is_missing(tmp_path: Path) -> None:
+    answer = accelerate_command(tmp_path, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "submit from the root of the checkout" in answer.stderr
+
+
+def test_a_missing_environment_ends_the_job(tmp_path: Path) -> None:
+    answer = accelerate_command(tmp_path, DPO_DIST_ENV=str(tmp_path / "nowhere"))
+    assert answer.returncode != 0
+    assert "nowhere" in answer.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("sbatch") is None or "SLURM_CONF" not in os.environ, reason="no SLURM cluster"
+)
+def test_two_nodes_train_to_the_end(tmp_path: Path) -> None:
+    """On a real cluster the temporary folder has to be one that all nodes see (pytest --basetemp)."""
+    output = tmp_path / "job.out"
+    pairs = jsonl(tmp_path, *(TEXT | {"prompt": f"question {number}"} for number in range(24)))
+    overrides = [
+        f"model.path={write_model(tmp_path / 'model')}",
+        "model.dtype=fp32",
+        f"data.train=[{pairs}]",
+        "trainer.global_batch_pairs=8",
+        f"run.root={tmp_path}",
+        f"run.dir={tmp_path / 'run'}",
+        "tracking=off",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DPO_DIST_ENV": "",
+        "PROCESSES_PER_NODE": "1",
+    }
+    command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=10", f"--output={output}"]
+    submitted = subprocess.run(
+        [*command, SBATCH, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    state = wait_for(submitted.stdout.strip())
+    assert state == "COMPLETED", output.read_text()
+    summary = json.loads((tmp_path / "run" / "dpo_metrics" / "summary.json").read_text())
+    assert summary["exit"] == "completed"
+    assert summary["world_size"] == 2
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def wait_for(job: str) -> str:
+    """The state in which a job ended."""
+    for _ in range(500):
+        told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True)
+        state = re.search(r"JobState=(\w+)", told.stdout)[1]
+        if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            return state
+        time.sleep(1)
+    subprocess.run(["scancel", job], check=False)
+    return "TIMEOUT"

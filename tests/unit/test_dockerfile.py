@@ -1,0 +1,53 @@
+"""The image installs what constraints.txt pins, holds nothing else, and does not run as root."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMED_VERSION = re.compile(r"[=<>~!]=|[<>]\s*\d")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Keyword and arguments of each instruction, continued lines joined."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def arguments(keyword: str) -> list[str]:
+    return [rest for name, rest in instructions() if name == keyword]
+
+
+def pip_installs() -> list[str]:
+    commands = [part for run in arguments("RUN") for part in re.split(r"&&|;|\bthen\b", run)]
+    return [command.strip() for command in commands if "pip install" in command]
+
+
+def test_every_version_comes_from_constraints() -> None:
+    assert pip_installs()
+    for command in pip_installs():
+        assert "--constraint constraints.txt" in command or command == "pip install --no-deps .", command
+        assert not NAMED_VERSION.search(command), command
+
+
+@pytest.mark.parametrize(
+    "pinned", ["pip install 'torch==2.13.0'", "pip install torch>=2", "pip install a~=1.0"]
+)
+def test_a_named_version_is_seen(pinned: str) -> None:
+    assert NAMED_VERSION.search(pinned)
+
+
+def test_build_context_holds_what_is_copied_and_nothing_else() -> None:
+    copied = {source for rest in arguments("COPY") for source in rest.split()[:-1]}
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {line[1:] for line in ignore if line.startswith("!")} == copied
+    assert "*" in ignore
+    assert [source for source in sorted(copied) if not (ROOT / source).exists()] == []
+
+
+def test_it_does_not_run_as_root() -> None:
+    names = [name for name, _ in instructions()]
+    assert arguments("USER") == ["trainer"]
+    assert "RUN" not in names[names.index("USER") :]

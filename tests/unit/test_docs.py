@@ -1,0 +1,86 @@
+"""What the documentation names exists, and what exists is named where a list claims to be whole."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.explain import key_types
+from dpo_dist.config.schema import LossKind, RunConfig
+from dpo_dist.errors import ConfigError, DivergedError, PeerLostError
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "dpo_dist"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
+KEYS = key_types(RunConfig)
+SECTIONS = "|".join(name for name in KEYS if "." not in name)
+
+
+def first_column(page: str, heading: str) -> list[str]:
+    """What stands in backticks in the first column of the table with that heading."""
+    text = (ROOT / "docs" / page).read_text()
+    table = text.split(f"\n| {heading} |", 1)[1].split("\n\n", 1)[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def reasons_in_code() -> set[str]:
+    """The reasons with which records are refused; those made up of parts end as `identical_after_...`."""
+    found = set()
+    for module in (PACKAGE / "data").glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadRecord":
+                reason = node.args[0]
+                if isinstance(reason, ast.Constant):
+                    found.add(reason.value)
+                else:
+                    found |= {"identical_after_encoding", "identical_after_truncation"}
+    return found
+
+
+def test_every_reason_for_a_bad_record_is_described() -> None:
+    described = first_column("data.md", "reason")
+    assert len(described) == len(set(described))
+    assert set(described) == reasons_in_code()
+
+
+def test_every_kind_of_loss_is_described() -> None:
+    assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
+
+
+def test_every_module_is_listed_and_no_other() -> None:
+    modules = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
+    assert set(first_column("architecture.md", "module")) == modules
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    for code, meaning in (
+        (ConfigError.exit_code, "an error in configuration"),
+        (DivergedError.exit_code, "diverged"),
+        (PeerLostError.exit_code, "another process of the run died"),
+    ):
+        assert f"\n| {code} | {meaning}" in text
+
+
+def test_defaults_are_those_of_the_schema() -> None:
+    """Where a page says ``key (number)``."""
+    config = RunConfig()
+    told = {}
+    for page in PAGES:
+        told |= dict(re.findall(r"`(\w+\.\w+)` \(([\d.]+)[);]", page.read_text()))
+    assert len(told) > 5
+    for key, number in told.items():
+        section, name = key.split(".")
+        assert getattr(getattr(config, section), name) == float(number), key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_keys_and_linked_files_exist(page: Path) -> None:
+    text = page.read_text()
+    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", text)
+    files = (".py", ".html", ".yaml", ".json")
+    assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
