@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
 
 PACKED = "dpo_dist_packed"
@@ -34,8 +34,8 @@ class PackedAttention(Protocol):
         ...
 
 
-def choose_backend(wanted: AttentionBackend, device: torch.device) -> AttentionBackend:
-    """The backend that `wanted` means on `device`; `auto` takes the fastest one there.
+def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
+    """The backend that `wanted` means on `device`; `auto` takes the fastest that computes in `dtype` there.
 
     Raises:
         ConfigError: the backend cannot run here.
@@ -43,7 +43,7 @@ def choose_backend(wanted: AttentionBackend, device: torch.device) -> AttentionB
     has_flash = importlib.util.find_spec("flash_attn") is not None
     on_cuda = device.type == "cuda"
     if wanted is AttentionBackend.auto:
-        if not on_cuda:
+        if not on_cuda or dtype is Dtype.fp32:  # the variable-length kernels compute in 16 bits
             return AttentionBackend.sdpa
         return AttentionBackend.flash_attention_2 if has_flash else AttentionBackend.varlen
     if wanted is not AttentionBackend.sdpa and not on_cuda:

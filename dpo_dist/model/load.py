@@ -162,10 +162,9 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     Raises:
         ConfigError: the model cannot be loaded, or not packed exactly.
     """
-    backend = choose_backend(config.attention, device)
+    backend = choose_backend(config.attention, config.dtype, device)
     model_config = _load_config(folder, config)
     refuse_unpackable(model_config, max_length)
-    _check_precision(config.dtype, backend)
     causal_lm = _load_weights(folder, model_config, config)
     for module in causal_lm.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -244,16 +243,6 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
     uses_window = getattr(model_config, "use_sliding_window", True) and "sliding_attention" in layer_types
     if window is not None and uses_window and window < max_length:
         raise sliding_window_error(window, max_length)
-
-
-def _check_precision(dtype: Dtype, backend: AttentionBackend) -> None:
-    if dtype is Dtype.fp32 and backend is not AttentionBackend.sdpa:
-        raise ConfigError(
-            "variable-length attention kernels compute in bf16 only",
-            where="model.attention",
-            got=f"{backend} with model.dtype=fp32",
-            remedy="set model.dtype=bf16, or model.attention=sdpa",
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -286,7 +286,7 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     if mode is ReferenceMode.live:
         engine = load_reference(folder, config, world)
         return Reference(LiveReference(engine), is_start, {"mode": mode.value, **FillReport().as_dict()})
-    backend = choose_backend(config.model.attention, world.device)
+    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     space = ReferenceSpace(digest, numerics_of(config.model, backend, world.device))
     open_store = partial(LogpStore.open, store_root, space)
     report = _fill(config, inputs, folder, open_store, world, console)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import Layout, choose_backend, packed_attention
 
@@ -121,9 +121,10 @@ def check(layout: Layout, backend: AttentionBackend, scale: float | None) -> Non
 
 
 def test_auto_means_a_backend_that_runs_there() -> None:
-    assert choose_backend(AttentionBackend.auto, CPU) is AttentionBackend.sdpa
-    assert choose_backend(AttentionBackend.sdpa, CUDA) is AttentionBackend.sdpa
-    assert choose_backend(AttentionBackend.auto, CUDA) in (
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CPU) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.sdpa, Dtype.bf16, CUDA) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.auto, Dtype.fp32, CUDA) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) in (
         AttentionBackend.flash_attention_2,
         AttentionBackend.varlen,
     )
@@ -132,4 +133,4 @@ def test_auto_means_a_backend_that_runs_there() -> None:
 @pytest.mark.parametrize("wanted", [AttentionBackend.varlen, AttentionBackend.flash_attention_2])
 def test_a_cuda_kernel_on_a_cpu_is_an_error(wanted: AttentionBackend) -> None:
     with pytest.raises(ConfigError, match="CUDA only"):
-        choose_backend(wanted, CPU)
+        choose_backend(wanted, Dtype.bf16, CPU)
