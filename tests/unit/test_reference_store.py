@@ -156,13 +156,11 @@ def test_a_flipped_key_loses_the_shard_and_says_so(tmp_path: Path, caplog: pytes
     assert open_store(tmp_path).holds(keys_of([7, 1, 4, 2])).all()
 
 
-# 0x13 makes a U of an F: the dtype of the values.
-@pytest.mark.parametrize("by", [0x01, 0x13])
-def test_no_changed_byte_gives_another_value(tmp_path: Path, by: int) -> None:
+def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
     file = write(tmp_path, ROWS)
     whole = file.read_bytes()
     for place in range(len(whole)):
-        flip(file, place, by)
+        flip(file, place, 0x13)  # makes a U of an F: the dtype of the values
         assert readable(tmp_path, list(ROWS)).items() <= ROWS.items(), place
         file.write_bytes(whole)
 
@@ -170,7 +168,7 @@ def test_no_changed_byte_gives_another_value(tmp_path: Path, by: int) -> None:
 def test_no_truncation_gives_another_value(tmp_path: Path) -> None:
     file = write(tmp_path, ROWS)
     whole = file.read_bytes()
-    for size in range(len(whole)):
+    for size in range(0, len(whole), 5):
         file.write_bytes(whole[:size])
         assert readable(tmp_path, list(ROWS)).items() <= ROWS.items(), size
 

@@ -1,0 +1,65 @@
+"""The kernels of CUDA compute what the reference implementation does, to the precision of bf16."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.model.attention import Layout, packed_attention
+from dpo_dist.model.load import load_packed
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.tiny_model import write_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+CUDA = torch.device("cuda")
+LAYOUT: Layout = ((7, 5, 9), (1, 0, 4), (130, 40, 0), (64, 3, 200, 6), (2, 0, 0))
+KERNELS = [
+    pytest.param(AttentionBackend.varlen, id="varlen"),
+    pytest.param(
+        AttentionBackend.flash_attention_2,
+        id="flash",
+        marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn"),
+    ),
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_kernels_attend_like_sdpa(kernel: AttentionBackend, key_heads: int) -> None:
+    generator = torch.Generator(CUDA).manual_seed(0)
+    tokens = sum(map(sum, LAYOUT))
+    exact = [
+        torch.randn(tokens, heads, 64, device=CUDA, generator=generator).to(torch.bfloat16).float()
+        for heads in (8, key_heads, key_heads)
+    ]
+    slopes = torch.randn(tokens, 8, 64, device=CUDA, generator=generator)
+    results = {}
+    for backend, dtype in (
+        (AttentionBackend.sdpa, torch.float32),
+        (AttentionBackend.sdpa, torch.bfloat16),
+        (kernel, torch.bfloat16),
+    ):
+        heads = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        attended = packed_attention(LAYOUT, backend, CUDA)(*heads, None)
+        gradients = torch.autograd.grad((attended.float() * slopes).sum(), heads)
+        results[backend, dtype] = [tensor.float() for tensor in (attended, *gradients)]
+    truth = results[AttentionBackend.sdpa, torch.float32]
+    sdpa, ours = results[AttentionBackend.sdpa, torch.bfloat16], results[kernel, torch.bfloat16]
+    for expected, theirs, value in zip(truth, sdpa, ours, strict=True):
+        assert (value - expected).norm() <= 2 * (theirs - expected).norm() + 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_models_score_alike_with_every_kernel(kernel: AttentionBackend, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, hidden_size=256)
+    batch = pack_unkeyed(random_pairs([(70, 50, 90), (1, 1, 4), (12, 3, 1)])).to(CUDA)
+    logps = []
+    for backend in (AttentionBackend.sdpa, kernel):
+        config = ModelConfig(dtype=Dtype.bf16, attention=backend)
+        model = load_packed(folder, config, 256, CUDA).to(CUDA)
+        with torch.no_grad():
+            logps.append(model(batch))
+    assert (logps[0] - logps[1]).abs().mean() < 0.02
