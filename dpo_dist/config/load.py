@@ -101,7 +101,10 @@ def run_verb(main: Callable[[RunConfig], int]) -> NoReturn:
         if int(os.environ.get("RANK", "0")) == error.speaker:
             sys.stderr.write(error.block() + "\n")
         exit_code = error.exit_code
-    sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written, and at interpreter exit threads of communication libraries may still abort the process.
+    os._exit(exit_code)
 
 
 def run_dir(config: RunConfig) -> Path:

@@ -60,7 +60,7 @@ def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
         assert isinstance(pair, EncodedPair)
         ids = torch.tensor([*pair.prompt_ids.tolist(), *pair.responses[0].tolist()])
         logps = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
-        sums.append(float(logps[len(pair.prompt_ids) - 1 :].sum()))
+        sums.append(logps[len(pair.prompt_ids) - 1 :].sum().item())
     evaluated = history(tmp_path / "run")[-1]["eval_logps/chosen"]
     assert abs(sum(sums) / len(sums) - evaluated) < 1e-4 * abs(evaluated)
 

@@ -79,7 +79,7 @@ def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> 
             assert time.monotonic() < deadline, "the run did not get to where it was to be killed"
             time.sleep(0.02)
         os.kill(_process_of_rank(launcher.pid, rank), signal.SIGKILL)
-        output, _ = launcher.communicate(timeout=90)
+        output, _ = launcher.communicate(timeout=60)
     return Finished(launcher.returncode, output)
 
 

@@ -133,12 +133,6 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], told: str, 
     assert str(tmp_path) in raised.value.got
 
 
-def test_kernels_of_bf16_are_refused_in_fp32(folder: Path) -> None:
-    config = ModelConfig(dtype=Dtype.fp32, attention=AttentionBackend.varlen)
-    with pytest.raises(ConfigError, match="bf16 only"):
-        load_packed(folder, config, 64, torch.device("cuda"))
-
-
 def test_a_window_shorter_than_a_sequence_is_refused_at_load(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
