@@ -113,7 +113,7 @@ def _texts(records: dict[str, list[Record]]) -> Iterable[str]:
 
 
 def _save_base(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """A byte-level BPE tokenizer trained on `texts`, and a Qwen2 of half a million random weights."""
+    """A byte-level BPE tokenizer trained on `texts`, and a Qwen2 of a million random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -126,13 +126,13 @@ def _save_base(folder: Path, texts: Iterable[str], seed: int) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.05,
+        initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
