@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from demo_rule import follows_rule
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from dpo_dist.errors import ConfigError, DpoDistError
 
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=Path, required=True, help="held-out pairs (.jsonl)")
     parser.add_argument("--run", type=Path, help="run folder of the DPO training, for its reward accuracy")
     arguments = parser.parse_args()
+    disable_progress_bar()
     try:
         prompts = read_prompts(arguments.pairs)
         before, after = (sample_answers(folder, prompts) for folder in (arguments.before, arguments.after))

@@ -10,7 +10,8 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     launch=(accelerate launch)
 else
-    export DS_ACCELERATOR=cpu
+    # The model is so small that more threads would cost more than they give.
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     launch=(accelerate launch --config_file launch/accelerate/cpu_2.yaml)
 fi
 

@@ -24,7 +24,7 @@ find_python() {
     return 1
 }
 
-if [[ -x .venv/bin/python ]] && .venv/bin/python scripts/check_installed.py $extra; then
+if [[ -x .venv/bin/python ]] && .venv/bin/python scripts/check_installed.py ${extra:+"$extra"}; then
     exit 0
 fi
 if [[ ! -x .venv/bin/python ]] || ! is_recent .venv/bin/python; then

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from demo_report import read_prompts, report, reward_accuracy, sample_answers  # noqa: E402
 from demo_rule import follows_rule  # noqa: E402
 from make_demo import make_demo, make_records  # noqa: E402
 
@@ -113,3 +114,28 @@ def test_base_loads_and_its_template_ends_turns_with_eos(demo):
 def test_the_rule_is_the_askers_name_at_the_start(answer, follows):
     prompt = [{"role": "user", "content": "Mira here. What colour is a lemon?"}]
     assert follows_rule(prompt, answer) is follows
+
+
+def test_report_samples_the_same_answers_again(demo):
+    prompts = read_prompts(demo / "pairs_eval.jsonl")[:8]
+    answers = sample_answers(demo / "base", prompts)
+    assert len(answers) == 8
+    assert sample_answers(demo / "base", prompts) == answers
+    assert sample_answers(demo / "base", prompts, seed=1) != answers
+
+
+def test_report_tells_share_and_last_accuracy(demo, tmp_path):
+    rows = records(demo, "pairs_eval")[:4]
+    good = [row["chosen"][0]["content"] for row in rows]
+    bad = [row["rejected"][0]["content"] for row in rows]
+    history = tmp_path / "dpo_metrics" / "log_history.json"
+    history.parent.mkdir()
+    history.write_text('[{"eval_rewards/accuracies": 0.5}, {"loss": 1.0}, {"eval_rewards/accuracies": 0.75}]')
+    text = report([row["prompt"] for row in rows], [*bad[:3], good[3]], good, reward_accuracy(tmp_path))
+    assert "25.0% -> 100.0%" in text
+    assert "accuracy: 75.0%" in text
+
+
+def test_report_of_a_missing_model_says_what_to_do(demo, tmp_path):
+    with pytest.raises(ConfigError, match="quickstart"):
+        sample_answers(tmp_path / "none", read_prompts(demo / "pairs_eval.jsonl"))
