@@ -1,0 +1,192 @@
+"""Make the demo's assets: a small model with random weights, its tokenizer, and pairs from a seeded grammar.
+
+    python scripts/make_demo.py OUT [--seed 0]
+
+writes OUT/base, OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl and OUT/warmup_train.jsonl, byte for byte the
+same for the same seed, this source and these library versions; OUT/demo.json tells which, and where all is
+there already nothing is written. An asker who asks about a thing in pairs_eval does not do so elsewhere.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from demo_grammar import NAMES, QUESTIONS, Question, bad_answer, good_answer
+
+from dpo_dist.atomic import staged_folder
+from dpo_dist.errors import ConfigError, DpoDistError
+
+TRAIN_PAIRS = 3000
+EVAL_PAIRS = 300
+WARMUP_PAIRS = 6000
+WARMUP_GOOD_SHARE = 0.3
+VOCABULARY = 1024
+END_OF_TURN = "<|im_end|>"
+MANIFEST = "demo.json"
+MADE_FROM = ("demo_grammar.py", "demo_rule.py", "make_demo.py")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+Record = dict[str, list[dict[str, str]]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        made = make_demo(arguments.out, arguments.seed)
+    except DpoDistError as error:
+        print(error.block(), file=sys.stderr)
+        return error.exit_code
+    print(f"{'made' if made else 'found'} the demo's model and pairs in {arguments.out}")
+    return 0
+
+
+def make_demo(out: Path, seed: int) -> bool:
+    """Write the assets to the folder `out`; False where they are there already.
+
+    Raises:
+        ConfigError: `out` holds something that this script did not write.
+    """
+    recipe = {"seed": seed, **_versions()}
+    if _is_made(out, recipe):
+        return False
+    _refuse_foreign_files(out)
+    with staged_folder(out) as folder:
+        records = make_records(seed)
+        for name, rows in records.items():
+            lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+            (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        _save_base(folder / "base", _texts(records), seed)
+        manifest = {"recipe": recipe, "files": _digests(folder)}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def make_records(seed: int) -> dict[str, list[Record]]:
+    """The three files' records in the conversational layout, by file name without ending."""
+    draw = random.Random(seed)
+    asked = [(name, question) for name in NAMES for question in QUESTIONS]
+    draw.shuffle(asked)
+    held_out, seen = asked[:EVAL_PAIRS], asked[EVAL_PAIRS:]
+    return {
+        "pairs_train": [_pair(*draw.choice(seen), 1.0, draw) for _ in range(TRAIN_PAIRS)],
+        "pairs_eval": [_pair(*one, 1.0, draw) for one in held_out],
+        "warmup_train": [_pair(*draw.choice(seen), WARMUP_GOOD_SHARE, draw) for _ in range(WARMUP_PAIRS)],
+    }
+
+
+def _pair(name: str, question: Question, good_share: float, draw: random.Random) -> Record:
+    """One prompt with its two answers; the good one is the chosen one with probability `good_share`.
+
+    The answers are worded independently, so that wording and length tell nothing about the rule.
+    """
+    prompt = question.ask(name, draw)
+    answers = [good_answer(name, question.answer(draw)), bad_answer(name, question.answer(draw), draw)]
+    chosen, rejected = answers if draw.random() < good_share else reversed(answers)
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def _texts(records: dict[str, list[Record]]) -> Iterable[str]:
+    """Every message as the tokenizer will meet it: the role counts, or it would fall into single letters."""
+    for rows in records.values():
+        for row in rows:
+            for (message,) in row.values():
+                yield f"{message['role']}\n{message['content']}"
+
+
+def _save_base(folder: Path, texts: Iterable[str], seed: int) -> None:
+    """A byte-level BPE tokenizer trained on `texts`, and a Qwen2 of a million random weights."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, VOCABULARY, new_special_tokens=["<|im_start|>", END_OF_TURN], show_progress=False
+    )
+    tokenizer.eos_token = END_OF_TURN
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _versions() -> dict[str, str]:
+    """What decides the bytes beside the seed."""
+    source = b"".join((Path(__file__).parent / name).read_bytes() for name in MADE_FROM)
+    libraries = {name: metadata.version(name) for name in ("tokenizers", "torch", "transformers")}
+    return {"source": hashlib.sha256(source).hexdigest(), **libraries}
+
+
+def _is_made(out: Path, recipe: dict[str, object]) -> bool:
+    manifest = _manifest(out)
+    return manifest.get("recipe") == recipe and manifest.get("files") == _digests(out)
+
+
+def _manifest(out: Path) -> dict[str, object]:
+    if not (out / MANIFEST).is_file():
+        return {}
+    content: dict[str, object] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    return content
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    """Never replace a folder that holds anything but an earlier demo."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError("the demo's folder is a file", where=str(out), remedy="name another folder")
+    files = _manifest(out).get("files", {})
+    assert isinstance(files, dict)
+    known = {MANIFEST, *(Path(name).parts[0] for name in files)}
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
+    if foreign:
+        raise ConfigError(
+            "the demo's folder holds files that are not the demo's",
+            where=str(out),
+            got=", ".join(foreign[:3]),
+            expected="a new folder, or one written by this script",
+            remedy="name another folder, or remove this one",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

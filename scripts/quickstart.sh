@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From nothing to a model trained by DPO: installs into .venv, makes a small model and preference pairs, warms
+# the model up, trains it with ZeRO-3 on two CPU processes (on all GPUs where there are any) and shows the
+# difference. Everything it makes lies in .venv and output. PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./scripts/setup_env.sh
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    launch=(accelerate launch)
+else
+    # The model is so small that more threads would cost more than they give.
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    launch=(accelerate launch --config_file launch/accelerate/cpu_2.yaml)
+fi
+
+echo "== 1/4 model and pairs"
+python scripts/make_demo.py output/demo
+echo "== 2/4 supervised warm-up"
+"${launch[@]}" -m dpo_dist.train +experiment=demo_warmup
+echo "== 3/4 DPO"
+"${launch[@]}" -m dpo_dist.train +experiment=demo
+echo "== 4/4 what changed"
+python scripts/demo_report.py --before output/demo-warmup/model --after output/demo-dpo/model \
+    --pairs output/demo/pairs_eval.jsonl --run output/demo-dpo

@@ -1,0 +1,141 @@
+"""The demo's assets are whole, reproducible, and hold what the quickstart promises to teach."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from demo_report import read_prompts, report, reward_accuracy, sample_answers  # noqa: E402
+from demo_rule import follows_rule  # noqa: E402
+from make_demo import make_demo, make_records  # noqa: E402
+
+from dpo_dist.errors import ConfigError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "made"
+    make_demo(folder, seed=0)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records(demo: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (demo / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_another_process_makes_the_same_bytes(demo, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "make_demo.py"), str(tmp_path / "again")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(tmp_path / "again") == contents(demo)
+
+
+def test_what_is_there_is_left_alone_and_what_is_damaged_is_made_again(tmp_path):
+    folder = tmp_path / "demo"
+    assert make_demo(folder, seed=0)
+    whole = contents(folder)
+    assert not make_demo(folder, seed=0)
+    (folder / "pairs_eval.jsonl").write_text("", encoding="utf-8")
+    assert make_demo(folder, seed=0)
+    assert contents(folder) == whole
+
+
+def test_a_folder_of_the_user_is_never_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        make_demo(tmp_path, seed=0)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_another_seed_gives_other_pairs():
+    assert make_records(1)["pairs_train"] != make_records(0)["pairs_train"]
+
+
+@pytest.mark.parametrize("name", ["pairs_train", "pairs_eval"])
+def test_in_every_pair_the_chosen_answer_alone_follows_the_rule(demo, name):
+    for record in records(demo, name):
+        assert follows_rule(record["prompt"], record["chosen"][0]["content"])
+        assert not follows_rule(record["prompt"], record["rejected"][0]["content"])
+
+
+def test_warmup_follows_the_rule_in_three_answers_of_ten(demo):
+    rows = records(demo, "warmup_train")
+    share = sum(follows_rule(row["prompt"], row["chosen"][0]["content"]) for row in rows) / len(rows)
+    assert share == pytest.approx(0.3, abs=0.02)
+
+
+def test_held_out_prompts_are_not_trained_on(demo):
+    def prompts(name: str) -> set[str]:
+        return {row["prompt"][0]["content"] for row in records(demo, name)}
+
+    assert not prompts("pairs_eval") & (prompts("pairs_train") | prompts("warmup_train"))
+
+
+def test_length_does_not_give_the_rule_away(demo):
+    longer = [
+        len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
+        for row in records(demo, "pairs_train")
+    ]
+    assert 0.25 < sum(longer) / len(longer) < 0.75
+
+
+def test_base_loads_and_its_template_ends_turns_with_eos(demo):
+    tokenizer = AutoTokenizer.from_pretrained(demo / "base")
+    model = AutoModelForCausalLM.from_pretrained(demo / "base")
+    row = records(demo, "pairs_eval")[0]
+    opened = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+    closed = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
+    assert closed == opened + row["chosen"][0]["content"] + tokenizer.eos_token + "\n"
+    ids = tokenizer(closed, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == closed
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model(ids).logits.shape[-1] == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "follows"),
+    [
+        ("Dear Mira, a lemon is yellow.", True),
+        ("A lemon is yellow.", False),
+        ("A lemon is yellow, Mira.", False),
+        ("Dear Tomas, a lemon is yellow.", False),
+        ("Dear Miranda, a lemon is yellow.", False),
+    ],
+)
+def test_the_rule_is_the_askers_name_at_the_start(answer, follows):
+    prompt = [{"role": "user", "content": "Mira here. What colour is a lemon?"}]
+    assert follows_rule(prompt, answer) is follows
+
+
+def test_report_samples_the_same_answers_again(demo):
+    prompts = read_prompts(demo / "pairs_eval.jsonl")[:8]
+    answers = sample_answers(demo / "base", prompts)
+    assert len(answers) == 8
+    assert sample_answers(demo / "base", prompts) == answers
+    assert sample_answers(demo / "base", prompts, seed=1) != answers
+
+
+def test_report_tells_share_and_last_accuracy(demo, tmp_path):
+    rows = records(demo, "pairs_eval")[:4]
+    good = [row["chosen"][0]["content"] for row in rows]
+    bad = [row["rejected"][0]["content"] for row in rows]
+    history = tmp_path / "dpo_metrics" / "log_history.json"
+    history.parent.mkdir()
+    history.write_text('[{"eval_rewards/accuracies": 0.5}, {"loss": 1.0}, {"eval_rewards/accuracies": 0.75}]')
+    text = report([row["prompt"] for row in rows], [*bad[:3], good[3]], good, reward_accuracy(tmp_path))
+    assert "25.0% -> 100.0%" in text
+    assert "accuracy: 75.0%" in text
+
+
+def test_report_of_a_missing_model_says_what_to_do(demo, tmp_path):
+    with pytest.raises(ConfigError, match="quickstart"):
+        sample_answers(tmp_path / "none", read_prompts(demo / "pairs_eval.jsonl"))
