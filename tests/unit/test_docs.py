@@ -82,5 +82,7 @@ def test_named_keys_and_linked_files_exist(page: Path) -> None:
     named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", text)
     files = (".py", ".html", ".yaml", ".json")
     assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
+    tests = re.findall(r"`(tests/[^`]+)`", text)
+    assert [test for test in tests if not (ROOT / test).exists()] == []
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
