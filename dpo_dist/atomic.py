@@ -14,6 +14,9 @@ from pathlib import Path
 
 _TEMPORARY = ".tmp-"
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
@@ -98,6 +101,9 @@ def is_temporary(path: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Flush a file's bytes or a folder's entries to disk."""
+    if path.is_file():
+        # Some writers make files private; what others share is as open as the umask lets it be.
+        path.chmod(0o666 & ~_UMASK)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

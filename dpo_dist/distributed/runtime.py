@@ -28,6 +28,7 @@ from dpo_dist.errors import DpoDistError, PeerLostError
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
+_CONTROL_PATIENCE_HOURS = 12
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,18 @@ class Peer:
 
 @dataclass(frozen=True)
 class World:
-    """All processes of the run, seen from one. Every method is collective unless it says otherwise."""
+    """All processes of the run, seen from one. Every method is collective unless it says otherwise.
+
+    `control` is a process group on the host, for what ranks tell each other outside of steps. It is patient:
+    rank 0 may encode a data set or digest a model's files for hours while the others wait for it.
+    """
 
     accelerator: Any
     rank: int
     size: int
     device: torch.device
     peers: tuple[Peer, ...]
+    control: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -56,12 +62,12 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier()
+        dist.barrier(group=self.control)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on all ranks."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -72,7 +78,7 @@ class World:
                 outcome[0] = work()
             except DpoDistError as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
         result: T = outcome[0]
@@ -167,10 +173,11 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_seconds))],
     )
+    control = dist.new_group(backend="gloo", timeout=timedelta(hours=_CONTROL_PATIENCE_HOURS))
     me = Peer(accelerator.process_index, socket.gethostname(), os.getpid())
     peers: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(peers, me)
-    return World(accelerator, me.rank, accelerator.num_processes, accelerator.device, tuple(peers))
+    dist.all_gather_object(peers, me, group=control)
+    return World(accelerator, me.rank, accelerator.num_processes, accelerator.device, tuple(peers), control)
 
 
 def stop_world() -> None:

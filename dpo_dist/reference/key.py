@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_dist.atomic import write_text
 from dpo_dist.data.files import content_digest
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import weight_files
 
 # Raised when the code that computes log-probs changes their digits: the packed layout, the head.
@@ -76,7 +77,10 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def _file_digest(file: Path) -> str:
-    return content_digest([file])
+    try:
+        return content_digest([file])
+    except OSError as error:
+        raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
 
 
 def _identity(file: Path) -> str:
