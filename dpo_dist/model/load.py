@@ -166,9 +166,6 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     model_config = _load_config(folder, config)
     refuse_unpackable(model_config, max_length)
     causal_lm = _load_weights(folder, model_config, config)
-    for module in causal_lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PackedCausalLM(causal_lm, backend)
