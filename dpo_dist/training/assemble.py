@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.atomic import staged_folder, write_text
 from dpo_dist.config.load import run_digest, to_yaml
 from dpo_dist.config.schema import ReferenceMode, Resume, RunConfig, SourceConfig
-from dpo_dist.data.dataset import PairDataset, open_dataset, prepare_dataset
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.runtime import World, start_world, stop_world

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig, Truncation
-from dpo_dist.data import dataset as dataset_module
+from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.batches import pack_rows, plan_step
-from dpo_dist.data.dataset import PairDataset, open_dataset, prepare_dataset, response_key
+from dpo_dist.data.dataset import PairDataset, open_dataset, response_key
 from dpo_dist.data.pack import Ids, packed_tokens
+from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.data.schedule import Span
 from dpo_dist.errors import DataError
@@ -50,7 +51,7 @@ def ranked_records() -> list[PreferenceRecord]:
 @pytest.fixture
 def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairDataset:
     """Records of one, two and three responses mixed, which no file format gives yet."""
-    monkeypatch.setattr(dataset_module, "read_records", lambda _source: iter(ranked_records()))
+    monkeypatch.setattr(prepare_module, "read_records", lambda _source: iter(ranked_records()))
     return opened(tmp_path, jsonl(tmp_path, {}))
 
 
@@ -222,7 +223,7 @@ def test_a_write_that_was_killed_leaves_nothing_that_is_opened(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset_module, "read_records", killed)
+        patch.setattr(prepare_module, "read_records", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path, path)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -21,8 +21,9 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.data.batches import pack_rows
-from dpo_dist.data.dataset import PairDataset, open_dataset, prepare_dataset
+from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.pack import PackedBatch
+from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.key import ReferenceSpace
