@@ -52,9 +52,6 @@ class Policy:
     rejected_drift: float = 0.0
     rows_seen: list[int] = field(default_factory=list)
 
-    def train(self, mode: bool = True) -> None:
-        assert not mode
-
     def token_logps(self, batch: PackedBatch) -> Tensor:
         logps = -1 - torch.frac(batch.targets.float() / 7)
         if len(batch.keys):
@@ -104,7 +101,7 @@ def check(world: World, data: PairDataset, reference: StoredReference) -> Any:
             config, reference=dataclasses.replace(config.reference, audit_pairs=audit_pairs)
         )
         objective = Objective(loss, reference)
-        return pass_gate(policy, objective, data, np.arange(PAIRS), config, world)  # type: ignore[arg-type]
+        return pass_gate(policy.token_logps, objective, data, np.arange(PAIRS), config, world)
 
     return check
 
@@ -129,7 +126,7 @@ def test_drift_is_reported_per_token_and_per_response(check: Any, data: PairData
 
 @pytest.mark.parametrize(
     ("dtype", "drift"),
-    [(Dtype.fp32, 2e-4), (Dtype.bf16, 0.06), (Dtype.bf16, -0.06), (Dtype.bf16, float("nan"))],
+    [(Dtype.fp32, 2e-4), (Dtype.bf16, 0.2), (Dtype.bf16, -0.2), (Dtype.bf16, float("nan"))],
 )
 def test_a_row_that_drifts_beyond_the_precision_is_named(
     check: Any, data: PairDataset, dtype: Dtype, drift: float

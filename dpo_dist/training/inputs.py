@@ -1,0 +1,73 @@
+"""What a run starts from, before any weights are loaded: tokenizer, encoded data, schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.prepare import prepare_dataset
+from dpo_dist.data.schedule import Rows, Schedule, make_schedule
+from dpo_dist.distributed.runtime import World
+from dpo_dist.model.load import load_tokenizer, model_folder
+from dpo_dist.reference.key import tokenizer_digest
+from dpo_dist.report.console import Console
+
+_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples"})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one run, the same on every rank."""
+
+    policy_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    train_set: PairDataset
+    eval_set: PairDataset | None
+    schedule: Schedule
+
+    @property
+    def named(self) -> dict[str, PairDataset]:
+        """The data sets by what they are for."""
+        return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
+
+    @property
+    def visited(self) -> list[tuple[PairDataset, Rows]]:
+        """Each data set with the rows of it that the run visits; the training set is the first."""
+        visited = [(self.train_set, self.schedule.all_rows())]
+        if self.eval_set is not None:
+            visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
+        return visited
+
+
+def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
+    """Tokenizer and encoded data; rank 0 reads and encodes, all map the result. Collective."""
+    folder = world.on_main(lambda: model_folder(config.model.path, config.model.revision))
+    tokenizer = load_tokenizer(folder, config.model)
+
+    def encode(sources: Sequence[SourceConfig]) -> PairDataset:
+        encoded = world.on_main(
+            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder))
+        )
+        return world.together(lambda: open_dataset(encoded, config.data))
+
+    train_set = encode(config.data.train)
+    eval_set = encode(config.data.eval) if config.data.eval else None
+    spans = train_set.spans([source.weight for source in config.data.train])
+    inputs = Inputs(folder, tokenizer, train_set, eval_set, make_schedule(spans, config.trainer))
+    for name, dataset in inputs.named.items():
+        console.say(f"{name} data: {_told(dataset.counts)}")
+    return inputs
+
+
+def _told(counts: dict[str, Any]) -> str:
+    """Counts as one line: what was kept, and every reason for which something was not."""
+    told = [f"{counts['kept']} of {counts['read']} records kept"]
+    told += [f"{number} dropped ({reason})" for reason, number in sorted(counts["dropped"].items())]
+    changes = sorted(name for name in counts if name not in _NO_CHANGES and counts[name])
+    told += [f"{counts[name]} {name.replace('_', ' ')}" for name in changes]
+    return ", ".join(told)
