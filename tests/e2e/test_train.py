@@ -75,7 +75,7 @@ def test_a_finished_run_is_left_alone(overrides: Overrides, tmp_path: Path) -> N
 
 def test_the_reference_is_paid_for_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
     """Another beta, loss, rate, order or number of processes computes nothing; another weight everything."""
-    assert run_verb("precompute", overrides()).code == 0
+    assert run_verb("precompute", overrides(f"run.dir={tmp_path}/scored")).code == 0
     other = overrides(
         "loss.kind=ipo", "loss.beta=0.5", "optim.lr=1e-3", "trainer.seed=7", "trainer.max_steps=3"
     )
