@@ -170,6 +170,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
+        mixed_precision="no",  # precision is DeepSpeed's, by model.dtype; the environment would change it
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_seconds))],
     )

@@ -62,6 +62,34 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
     return wanted
 
 
+@torch.no_grad()
+def verify_kernel(backend: AttentionBackend, device: torch.device) -> None:
+    """Attend over a small layout by this backend and by SDPA, in bf16, before any of a run depends on it.
+
+    A kernel that aligns its causal mask otherwise, or reads lengths otherwise, would give wrong log-probs to
+    policy and reference alike, and nothing later could tell.
+
+    Raises:
+        ConfigError: they differ by more than rounding.
+    """
+    layout: Layout = ((5, 3, 7), (2, 0, 4))
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, layout))
+    query, key, value = (
+        torch.randn(tokens, heads, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2)
+    )
+    wanted = packed_attention(layout, AttentionBackend.sdpa, device)(query, key, value, None)
+    got = packed_attention(layout, backend, device)(query, key, value, None)
+    difference = float((got.float() - wanted.float()).abs().max())
+    if not difference < 0.05:
+        raise ConfigError(
+            "this attention kernel does not compute packed attention on this device",
+            where="model.attention",
+            got=f"{backend} differs from sdpa by {difference:.2g}",
+            remedy="set model.attention=sdpa, or another of its values",
+        )
+
+
 def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:
     """The attention of a micro-batch with this layout."""
     if backend is AttentionBackend.sdpa:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error
+from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error, verify_kernel
 from dpo_dist.model.head import PackedCausalLM
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
@@ -165,6 +165,8 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = _load_config(folder, config)
     refuse_unpackable(model_config, max_length)
+    if backend is not AttentionBackend.sdpa:
+        verify_kernel(backend, device)
     causal_lm = _load_weights(folder, model_config, config)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

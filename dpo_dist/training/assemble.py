@@ -17,7 +17,7 @@ from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.attention import choose_backend
-from dpo_dist.model.load import load_packed, model_folder, numerics_of
+from dpo_dist.model.load import load_packed, numerics_of
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace, model_digest
@@ -40,7 +40,7 @@ from dpo_dist.training.folder import (
     refuse_other_inputs,
 )
 from dpo_dist.training.gate import pass_gate
-from dpo_dist.training.inputs import Inputs, load_inputs
+from dpo_dist.training.inputs import Inputs, load_inputs, shared_model_folder
 from dpo_dist.training.loop import Loop, Position, StopRequest
 from dpo_dist.training.step import Objective
 
@@ -163,7 +163,7 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
         return Reference(NoReference(), None, False, {"mode": mode.value, **FillReport().as_dict()})
     path = config.reference.path or config.model.path
     revision = config.reference.revision if config.reference.path else config.model.revision
-    folder = world.on_main(lambda: model_folder(path, revision, "reference.path"))
+    folder = shared_model_folder(path, revision, "reference.path", world)
     memo = Path(config.reference.store)
     digest = world.on_main(lambda: model_digest(folder, memo))
     is_start = digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))

@@ -46,7 +46,7 @@ class Inputs:
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     """Tokenizer and encoded data; rank 0 reads and encodes, all map the result. Collective."""
-    folder = world.on_main(lambda: model_folder(config.model.path, config.model.revision))
+    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world)
     tokenizer = load_tokenizer(folder, config.model)
 
     def encode(sources: Sequence[SourceConfig]) -> PairDataset:
@@ -62,6 +62,12 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for name, dataset in inputs.named.items():
         console.say(f"{name} data: {_told(dataset.counts)}")
     return inputs
+
+
+def shared_model_folder(path: str, revision: str | None, key: str, world: World) -> Path:
+    """`model_folder` on every rank; rank 0 is first to download, nodes may have caches of their own."""
+    world.on_main(lambda: model_folder(path, revision, key))
+    return world.together(lambda: model_folder(path, revision, key))
 
 
 def _told(counts: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import Layout, choose_backend, packed_attention
+from dpo_dist.model.attention import Layout, choose_backend, packed_attention, verify_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HEADS, KEY_HEADS, DIM = 4, 2, 8
@@ -134,3 +134,17 @@ def test_auto_means_a_backend_that_runs_there() -> None:
 def test_a_cuda_kernel_on_a_cpu_is_an_error(wanted: AttentionBackend) -> None:
     with pytest.raises(ConfigError, match="CUDA only"):
         choose_backend(wanted, Dtype.bf16, CPU)
+
+
+def test_a_kernel_that_attends_otherwise_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    verify_kernel(AttentionBackend.varlen, CPU)
+
+    def misaligned(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
+        options["scale"] = None
+        right = segment_by_segment(query, key, value, *lengths, **options)
+        return torch.cat((right[1:], right[:1]))
+
+    varlen: Any = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", misaligned)
+    with pytest.raises(ConfigError, match="does not compute packed attention"):
+        verify_kernel(AttentionBackend.varlen, CPU)

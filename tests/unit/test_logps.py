@@ -18,7 +18,7 @@ VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 @pytest.fixture(params=[1, 3, POSITIONS, 1000])
 def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     positions: int = request.param
-    monkeypatch.setattr(logps, "_CHUNK_BYTES", 4 * VOCABULARY * positions)
+    monkeypatch.setattr(logps, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * positions})
     return positions
 
 
@@ -98,7 +98,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_never_exist_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(logps, "_CHUNK_BYTES", 4 * VOCABULARY * HIDDEN)
+    monkeypatch.setattr(logps, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * HIDDEN})
     inputs = head(dtype)
     with LargestTensor() as largest:
         token_logps(*inputs).sum().backward()  # type: ignore[no-untyped-call]
