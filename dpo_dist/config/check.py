@@ -82,6 +82,13 @@ def _check_data(data: DataConfig) -> None:
     for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for index, source in enumerate(sources):
             _check_source(f"{key}[{index}]", source)
+            if key == "data.eval" and source.weight != SourceConfig.weight:
+                raise ConfigError(
+                    "a weight has no effect on data that is evaluated: every pair counts once",
+                    where=f"{key}[{index}].weight",
+                    got=f"{source.weight:g}",
+                    remedy="leave it out, or set limit",
+                )
     _check_range("data.max_length", data.max_length, at_least=2)
     _check_range("data.max_prompt_length", data.max_prompt_length, at_least=1)
     _check_range("data.max_bad_share", data.max_bad_share, at_least=0, at_most=1)
@@ -175,6 +182,13 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
         )
     if not needed:
         _check_no_reference_options(reference)
+    if reference.revision is not None and reference.path is None:
+        raise ConfigError(
+            "reference.revision has no effect without reference.path",
+            where="reference.revision, reference.path",
+            got=f"{reference.revision}, null",
+            remedy="set reference.path too, or model.revision for both",
+        )
 
 
 def _check_no_reference_options(reference: ReferenceConfig) -> None:

@@ -73,6 +73,13 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = _snapshot(path, revision, key)
+    elif revision is not None:
+        raise ConfigError(
+            "a revision has no effect on a local folder",
+            where=key.replace("path", "revision"),
+            got=f"{revision} with {path}",
+            remedy="leave it out, or name the model on the hub",
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(
             "the model folder has no config.json", where=key, got=str(folder), expected="a transformers model"

@@ -67,6 +67,8 @@ def test_out_of_range(key: str, value: float) -> None:
         ({"data.train": []}, "data.train"),
         ({"data.train": [{"path": "a", "weight": 0}]}, "data.train[0].weight"),
         ({"data.eval": ["a", {"path": "b", "limit": 0}]}, "data.eval[1].limit"),
+        ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval[0].weight"),
+        ({"reference.revision": "main"}, "reference.revision, reference.path"),
         ({"data.max_prompt_length": 64, "data.max_length": 64}, "data.max_prompt_length, data.max_length"),
         ({"loss.label_smoothing": 0.5, "loss.kind": "robust"}, "loss.label_smoothing"),
         ({"loss.label_smoothing": 0.1, "loss.kind": "hinge"}, "loss.label_smoothing"),

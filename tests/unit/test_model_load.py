@@ -145,6 +145,9 @@ def test_a_window_shorter_than_a_sequence_is_refused_at_load(tmp_path: Path) -> 
 
 def test_a_folder_is_a_model_only_with_config_and_weights(folder: Path, tmp_path: Path) -> None:
     assert model_folder(str(folder), None) == folder
+    with pytest.raises(ConfigError, match="no effect on a local folder") as caught:
+        model_folder(str(folder), "main", "reference.path")
+    assert caught.value.where == "reference.revision"
     for missing in ("/no/such/folder", "./none", "a/b/c"):
         with pytest.raises(ConfigError, match="no such model folder"):
             model_folder(missing, None)
