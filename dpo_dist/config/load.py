@@ -4,6 +4,7 @@ Hydra composes `conf/` onto the schema. What it composed is merged into the sche
 lets `+loss.gamma=1` add a key that nobody reads.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from dpo_dist.errors import ConfigError, DpoDistError
 
 _Typed = TypeVar("_Typed")
 _HYDRA_VERSION = "1.3"
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
 _DEFINING_SECTIONS = ("model", "data", "loss", "reference", "optim", "trainer")
 # ValueError: Hydra's own, for example for a group chosen by a number.
 _COMPOSITION_FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -101,10 +103,24 @@ def run_verb(main: Callable[[RunConfig], int]) -> NoReturn:
         if int(os.environ.get("RANK", "0")) == error.speaker:
             sys.stderr.write(error.block() + "\n")
         exit_code = error.exit_code
+    except OSError as fault:
+        if fault.errno not in _DISK_FAULTS:
+            raise
+        sys.stderr.write(_disk_error(fault).block() + "\n")
+        exit_code = ConfigError.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written, and at interpreter exit threads of communication libraries may still abort the process.
     os._exit(exit_code)
+
+
+def _disk_error(fault: OSError) -> ConfigError:
+    return ConfigError(
+        "a file cannot be written or read",
+        where=str(fault.filename or "see logs/rank-N.log of the run"),
+        got=str(fault.strerror),
+        remedy="make room or mend the permissions; what was committed is whole, start the same command again",
+    )
 
 
 def run_dir(config: RunConfig) -> Path:

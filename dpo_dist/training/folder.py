@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_folder, write_text
@@ -130,13 +131,25 @@ def describe_run(config: RunConfig, run_dir: Path, world: World) -> None:
 def export_model(
     policy: PolicyEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
 ) -> None:
-    """Write the result as a folder that transformers loads; collective."""
+    """Write the result as a folder that transformers loads; collective.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     weights = policy.whole_weights()
 
     def write() -> None:
-        with staged_folder(folder) as temporary:
-            policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
-            tokenizer.save_pretrained(temporary)
+        try:
+            with staged_folder(folder) as temporary:
+                policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+                tokenizer.save_pretrained(temporary)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                "the trained model cannot be written",
+                where=str(folder),
+                got=str(error),
+                remedy="make room; the last checkpoint is whole, the same command writes the model from it",
+            ) from error
 
     world.on_main(write)
 

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import run_verb
+from tests.support.launch import run_verb, train
 
 
 def fails_with(overrides: list[str], *told: str, processes: int = 1) -> None:
@@ -82,3 +84,50 @@ def test_more_bad_records_than_allowed_is_an_error(overrides: Overrides, broken_
 
 def test_two_processes_print_one_block(overrides: Overrides, assets: Path) -> None:
     fails_with(overrides(f"data.train=[{assets}/absent.jsonl]"), "absent.jsonl", processes=2)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(overrides: Overrides, tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("a file")
+    fails_with(overrides(f"run.dir={tmp_path}/occupied/run"), "occupied", "Not a directory")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 KiB; only root can make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "none", folder], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("free_kib", "told"),
+    [(200, "to do:    make room"), (600, "the trained model cannot be written")],
+)
+def test_a_disk_too_small_for_the_result_is_one_block(
+    free_kib: int, told: str, overrides: Overrides, small_disk: Path
+) -> None:
+    (small_disk / "filler").write_bytes(bytes((600 - free_kib) * 1024))
+    command = overrides(f"run.dir={small_disk}/run", "trainer.max_steps=1")
+    ended = run_verb("train", command)
+    assert ended.code == 2, ended.output
+    assert ended.output.count(told) == 1, ended.output
+    assert "Traceback" not in ended.output
+    assert not (small_disk / "run/model").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    train(command)
+    assert (small_disk / "run/model/config.json").is_file()
+
+
+def test_a_disk_too_small_for_the_store_is_one_block(overrides: Overrides, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(590 * 1024))
+    ended = run_verb("train", overrides(f"reference.store={small_disk}/store", "trainer.max_steps=3"))
+    assert ended.code == 2, ended.output
+    assert ended.output.count("to do:") == 1, ended.output
+    assert "Traceback" not in ended.output
+    assert not list(small_disk.glob("store/*/*.safetensors"))
