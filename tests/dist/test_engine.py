@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import LossConfig, ParallelismKind
+from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import PolicyEngine, frozen_config, sharded_loading
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
@@ -182,3 +182,23 @@ def test_steps_are_those_of_plain_pytorch(
         assert of_rank["share"] == pytest.approx(1 / size, abs=0.01)
         assert of_rank["bad norms"] == ["inf", "inf"]
         assert of_rank["unchanged"]
+
+
+def load_both(assets: Assets, world: World, _folder: Path) -> dict[str, bool]:
+    """Whether the reference, and a policy after it, have only this rank's share of weights once loaded."""
+    config = assets.config(assets.policy).model
+    with sharded_loading(world, frozen_config(Offload.none, Dtype.fp32)):
+        reference = load_packed(assets.reference, config, 1024, world.device)
+    policy = load_packed(assets.policy, config, 1024, world.device)
+    return {
+        name: all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+        for name, model in (("reference", reference), ("policy", policy))
+    }
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_the_reference_is_sharded_while_it_loads_and_the_policy_as_its_kind_says(
+    kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
+    for told in run_ranks(partial(load_both, assets), 2, tmp_path / "ranks", kind):
+        assert told == {"reference": True, "policy": kind is ParallelismKind.zero3}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -85,14 +86,23 @@ def die_while_others_wait_at_a_barrier(dying: int, world: World, _folder: Path) 
     world.barrier()
 
 
+def die_while_one_waits_and_one_is_busy(world: World, _folder: Path) -> None:
+    if world.rank == 0:
+        die()
+    if world.rank == 2:
+        time.sleep(1)
+    world.barrier()
+
+
 @pytest.mark.parametrize(
     ("scenario", "dead", "size"),
     [
         (die_while_others_wait_for_rank_0, 0, 3),
+        (die_while_one_waits_and_one_is_busy, 0, 3),
         (partial(die_while_others_wait_at_a_barrier, 2), 2, 3),
         (partial(die_while_others_wait_at_a_barrier, 1), 1, 2),
     ],
-    ids=["rank 0 in on_main", "last of three at a barrier", "rank 1 at a barrier"],
+    ids=["rank 0 in on_main", "rank 0, seen late by rank 2", "last of three at a barrier", "rank 1 at a barrier"],
 )
 def test_survivors_name_the_dead_and_the_first_of_them_speaks(
     scenario: Any, dead: int, size: int, tmp_path: Path

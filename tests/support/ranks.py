@@ -3,9 +3,11 @@
 A fork server imports everything once, so that starting a few ranks costs a second and not half a minute.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -57,15 +59,16 @@ class Ranks:
     processes: tuple[Any, ...]
 
     def finish(self, seconds: float = 60) -> list[Outcome]:
-        """Wait for all ranks; those that hang are killed and fail the test."""
+        """Wait for all ranks; those that hang are killed, leave a traceback, and fail the test."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         for rank in hanging:
-            self.processes[rank].kill()
+            os.kill(self.processes[rank].pid, signal.SIGABRT)
+            self.processes[rank].join()
         outcomes = [self._outcome(rank) for rank in range(len(self.processes))]
-        assert not hanging, f"ranks {hanging} hang; {outcomes}"
+        assert not hanging, "\n".join(f"rank {rank} hangs:\n{outcomes[rank].log}" for rank in hanging)
         return outcomes
 
     def _outcome(self, rank: int) -> Outcome:
@@ -110,6 +113,7 @@ def _be_rank(
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
