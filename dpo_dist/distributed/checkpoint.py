@@ -5,6 +5,7 @@ it is renamed, `latest` follows, and only after that the oldest go. Nothing is l
 for.
 """
 
+import io
 import json
 import logging
 import random
@@ -102,6 +103,10 @@ def load_checkpoint(checkpoint: Checkpoint, policy: PolicyEngine, world: World) 
 
 
 def _make(folder: Path) -> str:
+    """A new folder to write in; what a save that never finished left beside it goes first, to make room."""
+    for left_over in folder.parent.glob("step-*"):
+        if is_temporary(left_over):
+            shutil.rmtree(left_over, ignore_errors=True)
     _guard(lambda: folder.mkdir(parents=True), folder)
     return str(folder)
 
@@ -115,10 +120,11 @@ def _write(folder: Path, policy: PolicyEngine, state: dict[str, Any], world: Wor
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if world.device.type == "cuda" else None,
         }
-        torch.save(states, folder / _random_file(world))
+        content = io.BytesIO()  # so that a full disk is an OSError
+        torch.save(states, content)
+        (folder / _random_file(world)).write_bytes(content.getvalue())
         if world.is_main:
-            content = json.dumps({**state, "world_size": world.size}, indent=1)
-            (folder / _STATE).write_text(content)
+            (folder / _STATE).write_text(json.dumps({**state, "world_size": world.size}, indent=1))
 
     _guard(work, folder)
 
@@ -161,9 +167,6 @@ def _commit(temporary: Path, folder: Path, listed: dict[str, dict[str, Any]], ke
     _guard(work, folder)
     for old in _committed(folder.parent)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
-    for left_over in folder.parent.glob("step-*"):
-        if is_temporary(left_over):
-            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _committed(root: Path) -> list[Path]:

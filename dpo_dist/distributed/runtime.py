@@ -28,6 +28,7 @@ from dpo_dist.errors import DpoDistError, PeerLostError
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
+_FAREWELL_SECONDS = 3.0
 _CONTROL_PATIENCE_HOURS = 12
 
 
@@ -129,6 +130,8 @@ class World:
                 remedy="see its logs/rank-N.log; the same command again resumes from the last checkpoint",
             )
             error.speaker = self._first_survivor(lost)
+            # The other survivors are looking who is gone; who leaves now would be counted among the dead.
+            time.sleep(_FAREWELL_SECONDS)
             raise error from failure
 
     def _first_survivor(self, lost: list[Peer]) -> int:

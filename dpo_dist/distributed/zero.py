@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config
 
@@ -138,8 +139,20 @@ class PolicyEngine:
         return norm if self._engine.was_step_applied() else math.inf
 
     def save_shards(self, folder: str) -> None:
-        """Write weights, master weights and optimizer states, every rank its own."""
-        self._engine.save_checkpoint(folder, tag="engine", save_latest=False)
+        """Write weights, master weights and optimizer states, every rank its own.
+
+        Raises:
+            OSError: this rank cannot write its own; the others go on.
+        """
+        try:
+            self._engine.save_checkpoint(folder, tag="engine", save_latest=False)
+        except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by a RuntimeError
+            # The other ranks, done with theirs, are in the collective calls that end DeepSpeed's saving: join
+            # them. If it was a rank's death that failed here, it fails again.
+            if hasattr(self._engine.optimizer, "checkpoint_event_epilogue"):
+                self._engine.optimizer.checkpoint_event_epilogue()
+            dist.barrier()
+            raise OSError(str(error)) from error
 
     def load_shards(self, folder: str) -> None:
         """Read what `save_shards` wrote on the same number of ranks."""

@@ -1,0 +1,42 @@
+"""One small model, the reference beside it, and the pairs that they score."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.dataset import prepare_dataset
+from tests.dist.scenario import PAIRS, Assets
+from tests.support import tiny
+from tests.support.invented import write_pairs
+from tests.support.packing import plain_logps
+from tests.support.tiny_model import write_model
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    folder = tmp_path_factory.mktemp("assets")
+    pairs = write_pairs(folder / "pairs.jsonl", PAIRS, seed=1)
+    config = DataConfig(cache=str(folder / "encoded"))
+    return Assets(
+        policy=write_model(folder / "policy", seed=1),
+        untied_policy=write_model(folder / "untied", seed=3, tied=False),
+        reference=write_model(folder / "reference", seed=2),
+        encoded=prepare_dataset([SourceConfig(str(pairs))], config, tiny.qwen(), "qwen"),
+    )
+
+
+@pytest.fixture(scope="session")
+def plain_rows(assets: Assets) -> list[np.ndarray]:
+    """The reference's log-probs of each response, by transformers' own forward in this process."""
+    model = AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32)
+    dataset = assets.dataset()
+    with torch.no_grad():
+        rows = [
+            plain_logps(model, [dataset.sequences(row, (which,))]).numpy()
+            for row in range(len(dataset))
+            for which in range(2)
+        ]
+    return rows

@@ -1,0 +1,76 @@
+"""What the ranks of several tests do: the folders they work on, and filling a store."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.runtime import World
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.fill import Scorer, fill_store, open_filled
+from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.store import LogpStore
+
+PAIRS = 11
+SPACE = ReferenceSpace("tiny", {"dtype": "fp32"})
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Folders that ranks can be told of."""
+
+    policy: Path
+    untied_policy: Path
+    reference: Path
+    encoded: Path
+
+    def dataset(self) -> PairDataset:
+        return open_dataset(self.encoded, DataConfig())
+
+    def config(self, model: Path) -> RunConfig:
+        """Of a run in float32 that trains `model`."""
+        return RunConfig(model=ModelConfig(str(model), dtype=Dtype.fp32))
+
+
+def fill(
+    assets: Assets,
+    store: Path,
+    pairs: int,
+    world: World,
+    _folder: Path,
+    before_scoring: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Fill `store` for the first `pairs`, a few a shard; what was reported, and what this rank scored."""
+    scored = {"rows": 0, "dummies": 0}
+
+    def scorer() -> Scorer:
+        before_scoring()
+        engine = load_reference(assets.reference, assets.config(assets.policy), world)
+
+        def score(batch: PackedBatch) -> Tensor:
+            scored["rows"] += len(batch.keys)
+            scored["dummies"] += not len(batch.keys)
+            return engine.token_logps(batch)
+
+        return score
+
+    open_store = partial(LogpStore.open, store, SPACE)
+    report = fill_store(
+        open_store,
+        assets.dataset(),
+        np.arange(pairs, dtype=np.int64),
+        scorer,
+        world,
+        micro_batch_tokens=128,
+        rows_per_shard=4,
+        progress=lambda _done, _total: None,
+    )
+    complete = open_filled(open_store, world).holds(assets.dataset().keys[: 2 * pairs]).all()
+    return {"hits": report.hits, "computed": report.computed, "complete": bool(complete), **scored}

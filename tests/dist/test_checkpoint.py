@@ -1,0 +1,206 @@
+"""Checkpoints of several ranks: whole or not at all, and exact (law L4)."""
+
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import LossConfig, LossKind, ParallelismKind
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.errors import CheckpointError
+from dpo_dist.model.load import load_packed
+from dpo_dist.reference.provider import NoReference
+from dpo_dist.training.step import Objective, train_step
+from tests.dist.scenario import Assets
+from tests.support.ranks import OPTIM, run_ranks, start_ranks
+
+OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
+
+
+class Trainer:
+    """A policy with its steps, and what this rank holds of it."""
+
+    def __init__(self, assets: Assets, world: World):
+        model = load_packed(assets.policy, assets.config(assets.policy).model, 1024, world.device)
+        self.policy = PolicyEngine(model, OPTIM, world)
+        self.dataset = assets.dataset()
+        self.world = world
+
+    def step(self, rows: Sequence[int]) -> float:
+        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256)
+        return train_step(self.policy, OBJECTIVE, plan, OPTIM.lr, self.world.device)[1]
+
+    def save(self, root: Path, step: int, keep_last: int = 2) -> Path:
+        return save_checkpoint(root, step, self.policy, {"step": step}, keep_last, self.world)
+
+    def held(self) -> list[Tensor]:
+        """Copies of this rank's weights, master weights and optimizer states."""
+        engine = self.policy._engine
+        weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+        states = [
+            tensor
+            for group in engine.optimizer.optimizer.param_groups
+            for parameter in group["params"]
+            for tensor in (parameter, *engine.optimizer.optimizer.state[parameter].values())
+            if isinstance(tensor, Tensor)
+        ]
+        return [tensor.detach().clone() for tensor in (*weights, *states)]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) > 0 and all(map(torch.equal, first, second))
+
+
+def save_go_on_and_return(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
+    trainer = Trainer(assets, world)
+    trainer.step([0, 1, 2])
+    trainer.step([3, 4, 5])
+    saved = trainer.held()
+    trainer.save(root, 2)
+    after_save = trainer.held()
+    random_after = torch.rand(3).tolist()
+    norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
+    end = trainer.held()
+    found = latest_checkpoint(root, world)
+    assert found is not None
+    load_checkpoint(found, trainer.policy, world)
+    returned = trainer.held()
+    return {
+        "folder": found.folder.name,
+        "state": found.state,
+        "saving changes nothing": same(saved, after_save),
+        "steps change it": not same(saved, end),
+        "loaded is saved": same(saved, returned),
+        "random numbers": torch.rand(3).tolist() == random_after,
+        "norms": norms == [trainer.step([6, 7]), trainer.step([8, 9, 10])],
+        "end": same(end, trainer.held()),
+    }
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
+    kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
+    scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints")
+    for told in run_ranks(scenario, 2, tmp_path / "ranks", kind):
+        assert told.pop("folder") == "step-000002"
+        assert told.pop("state") == {"step": 2, "world_size": 2}
+        assert told == dict.fromkeys(told, True)
+
+
+def without_room(work: Callable[[], Any], bytes_left: int) -> Any:
+    """Do `work` while no file of this process can grow beyond `bytes_left`, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        return work()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def save_without_room(
+    assets: Assets, root: Path, without: int, bytes_left: int, world: World, _folder: Path
+) -> dict[str, Any]:
+    trainer = Trainer(assets, world)
+    trainer.save(root, 1)
+    trainer.step([0, 1, 2])
+    told: dict[str, Any] = {}
+
+    def save() -> None:
+        try:
+            trainer.save(root, 2)
+        except CheckpointError as error:
+            told["error"] = str(error)
+
+    if world.rank == without:
+        without_room(save, bytes_left)
+    else:
+        save()
+    world.barrier()
+    found = latest_checkpoint(root, world)
+    told["then"] = [found and found.folder.name, (root / "latest").read_text()]
+    world.barrier()
+    trainer.step([3, 4, 5])
+    trainer.save(root, 3)
+    told["left"] = sorted(path.name for path in root.iterdir())
+    return told
+
+
+@pytest.mark.parametrize(
+    ("without", "bytes_left", "kind"),
+    [
+        pytest.param(1, 40_000, ParallelismKind.zero3, id="some room on rank 1"),
+        pytest.param(1, 1_000, ParallelismKind.zero2, id="hardly any on rank 1, zero2"),
+        pytest.param(0, 40_000, ParallelismKind.zero2, id="some room on rank 0, zero2"),
+        pytest.param(0, 0, ParallelismKind.zero3, id="none on rank 0"),
+    ],
+)
+def test_a_full_disk_on_one_rank_is_one_error_on_all_and_costs_nothing(
+    without: int, bytes_left: int, kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
+    scenario = partial(save_without_room, assets, tmp_path / "checkpoints", without, bytes_left)
+    told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
+    assert told[0] == told[1]
+    assert "a checkpoint cannot be written" in told[0]["error"]
+    assert "make room" in told[0]["error"]
+    assert told[0]["then"] == ["step-000001", "step-000001"]
+    assert told[0]["left"] == ["latest", "step-000001", "step-000003"]
+
+
+def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: Path) -> None:
+    trainer = Trainer(assets, world)
+    trainer.save(root, 1)
+    if world.rank == dying:
+        trainer.policy._engine.checkpoint_engine.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    trainer.save(root, 2)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_killed_while_saving_is_named_and_leaves_the_checkpoint_before(
+    dying: int, assets: Assets, tmp_path: Path
+) -> None:
+    root = tmp_path / "checkpoints"
+    outcomes = start_ranks(partial(save_and_die, assets, root, dying), 2, tmp_path / "ranks").finish()
+    assert outcomes[1 - dying].error == "PeerLostError", outcomes[1 - dying].log
+    assert f"rank {dying} of 2 died" in outcomes[1 - dying].told
+    assert (root / "latest").read_text() == "step-000001"
+    assert [path.name for path in root.glob("step-??????")] == ["step-000001"]
+
+
+def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
+    trainer = Trainer(assets, world)
+    left = {}
+    for step, keep_last in ((1, 2), (2, 2), (3, 2), (4, 1), (4, 1), (5, 3)):
+        trainer.save(root, step, keep_last)
+        world.barrier()
+        left[f"{step}, {keep_last}"] = sorted(path.name for path in root.glob("step-*"))
+        world.barrier()
+    newest = json.loads((root / "step-000005" / "manifest.json").read_text())
+    return {"left": left, "files": len(newest["files"])}
+
+
+def test_the_last_checkpoints_are_kept_and_left_overs_go(assets: Assets, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    (root / "step-000001.tmp-0123456789ab" / "engine").mkdir(parents=True)
+    told = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")
+    assert told[0] == told[1]
+    assert told[0]["left"] == {
+        "1, 2": ["step-000001"],
+        "2, 2": ["step-000001", "step-000002"],
+        "3, 2": ["step-000002", "step-000003"],
+        "4, 1": ["step-000004"],
+        "5, 3": ["step-000004", "step-000005"],
+    }
+    assert (root / "latest").read_text() == "step-000005"

@@ -1,0 +1,204 @@
+"""The same steps on any number of ranks, in any division, with any sharding: plain PyTorch is the oracle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind
+from dpo_dist.data.batches import plan_step
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine, frozen_config, sharded_loading
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.logps import sum_by_response
+from dpo_dist.objective.losses import preference_loss
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.training.step import Objective, train_step
+from tests.dist.scenario import Assets
+from tests.support.packing import plain_logps
+from tests.support.ranks import OPTIM, run_ranks
+
+LOSS = LossConfig(beta=0.5)
+# Rows of each global batch with the token budget that divides it: odd numbers, fewer pairs than ranks, one
+# micro-batch and many.
+STEPS: tuple[tuple[tuple[int, ...], int], ...] = (
+    ((0, 1, 2, 3, 4), 128),
+    ((5,), 8192),
+    ((6, 7, 8, 9, 10), 8192),
+    ((2, 9), 1),
+)
+
+
+@dataclass(frozen=True)
+class RowsAtHand:
+    """Reference log-probs by key; `spoilt` is the key of a response whose values are not finite."""
+
+    rows: dict[bytes, Tensor]
+    spoilt: bytes = b""
+
+    @staticmethod
+    def of(dataset: PairDataset, values: Sequence[np.ndarray], spoilt: bytes = b"") -> "RowsAtHand":
+        keys = [key.tobytes() for key in dataset.keys]
+        return RowsAtHand(dict(zip(keys, map(torch.from_numpy, values), strict=True)), spoilt)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        if not len(batch.keys):
+            return torch.zeros(len(batch.targets))
+        parts = [self.rows[key.tobytes()] for key in batch.keys]
+        return torch.cat(
+            [
+                part * torch.nan if key.tobytes() == self.spoilt else part
+                for key, part in zip(batch.keys, parts, strict=True)
+            ]
+        )
+
+
+def plain_steps(model: Any, dataset: PairDataset, reference: Sequence[np.ndarray]) -> list[float]:
+    """Gradient norms of `STEPS`, applied to `model` by PyTorch alone, a sequence at a time."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": OPTIM.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=OPTIM.lr,
+        eps=OPTIM.eps,
+    )
+    norms = []
+    for rows, _ in STEPS:
+        pairs = [dataset.sequences(row) for row in rows]
+        lengths = torch.tensor([len(response) for pair in pairs for response in pair.responses])
+        values = np.concatenate([reference[place] for row in rows for place in dataset.response_rows(row)])
+        logps = sum_by_response(plain_logps(model, pairs), lengths)
+        losses = preference_loss(logps, sum_by_response(torch.from_numpy(values), lengths), LOSS, 1.0)
+        losses.mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def shards(policy: PolicyEngine) -> list[Tensor]:
+    """Copies of what this rank holds of the weights."""
+    parameters = policy.causal_lm.parameters()
+    return [getattr(parameter, "ds_tensor", parameter).detach().clone() for parameter in parameters]
+
+
+def steps(
+    assets: Assets, model: Path, reference: Sequence[np.ndarray], world: World, folder: Path
+) -> dict[str, Any]:
+    """`STEPS` with a reference engine coming and going between, then a step that is not finite."""
+    config, dataset = assets.config(model), assets.dataset()
+    policy = PolicyEngine(load_packed(model, config.model, 1024, world.device), OPTIM, world)
+    write_whole(policy, folder / "before.safetensors")
+    objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
+
+    def step(rows: Sequence[int], budget: int, objective: Objective = objective) -> float:
+        plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget)
+        return train_step(policy, objective, plan, OPTIM.lr, world.device)[1]
+
+    norms = [step(*STEPS[0])]
+    shares = reference_comes_and_goes(assets, dataset, reference, world)
+    norms += [step(*of_step) for of_step in STEPS[1:]]
+    write_whole(policy, folder / "after.safetensors")
+
+    spoilt = dataset.keys[dataset.response_rows(3)[1]].tobytes()
+    before = shards(policy)
+    bad_norms = [
+        step(*STEPS[0], Objective(LOSS, RowsAtHand.of(dataset, reference, spoilt))),
+        step([3], 8192, Objective(LOSS, RowsAtHand.of(dataset, reference, spoilt))),
+    ]
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, shards(policy), strict=True))
+    return {"norms": norms, "bad norms": list(map(str, bad_norms)), "unchanged": unchanged, **shares}
+
+
+def write_whole(policy: PolicyEngine, file: Path) -> None:
+    weights = policy.whole_weights()
+    if weights is not None:
+        save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, file)
+
+
+def reference_comes_and_goes(
+    assets: Assets, dataset: PairDataset, expected: Sequence[np.ndarray], world: World
+) -> dict[str, Any]:
+    """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
+    engine = load_reference(assets.reference, assets.config(assets.policy), world)
+    parameters = list(engine._engine.module.parameters())
+    held = sum(parameter.ds_tensor.numel() for parameter in parameters)
+    whole = sum(parameter.ds_numel for parameter in parameters)
+    plan = plan_step(dataset, np.arange(4), world.rank, world.size, 256)
+    wanted = RowsAtHand.of(dataset, expected)
+    drift = 0.0
+    for batch in plan.batches():
+        difference = engine.token_logps(batch) - wanted.token_logps(batch)
+        drift = max(drift, float(difference.abs().max())) if len(batch.keys) else drift
+    engine.free()
+    return {"share": held / whole, "drift": drift}
+
+
+WAYS = [
+    pytest.param(1, ParallelismKind.zero3, True, id="1 rank, zero3"),
+    pytest.param(2, ParallelismKind.zero3, True, id="2 ranks, zero3"),
+    pytest.param(3, ParallelismKind.zero3, False, id="3 ranks, zero3, untied"),
+    pytest.param(2, ParallelismKind.zero2, False, id="2 ranks, zero2, untied"),
+    pytest.param(3, ParallelismKind.zero2, True, id="3 ranks, zero2"),
+    pytest.param(2, ParallelismKind.ddp, True, id="2 ranks, ddp"),
+]
+
+
+@pytest.mark.parametrize(("size", "kind", "tied"), WAYS)
+def test_steps_are_those_of_plain_pytorch(
+    size: int, kind: ParallelismKind, tied: bool, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+) -> None:
+    model = assets.policy if tied else assets.untied_policy
+    ranks = tmp_path / "ranks"
+    told = run_ranks(partial(steps, assets, model, plain_rows), size, ranks, kind)
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    before = load_file(ranks / "before.safetensors")
+    assert before.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
+
+    norms = plain_steps(loaded, assets.dataset(), plain_rows)
+    after = load_file(ranks / "after.safetensors")
+    for name, tensor in loaded.state_dict().items():
+        assert not torch.equal(before[name], after[name]), f"{name} was not trained"
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+    for of_rank in told:
+        assert of_rank["norms"] == pytest.approx(norms, rel=5e-5)
+        assert of_rank["norms"] == told[0]["norms"]
+        assert of_rank["drift"] < 1e-5
+        assert of_rank["share"] == pytest.approx(1 / size, abs=0.01)
+        assert of_rank["bad norms"] == ["inf", "inf"]
+        assert of_rank["unchanged"]
+
+
+def load_both(assets: Assets, world: World, _folder: Path) -> dict[str, bool]:
+    """Whether the reference, and a policy after it, have only this rank's share of weights once loaded."""
+    config = assets.config(assets.policy).model
+    with sharded_loading(world, frozen_config(Offload.none, Dtype.fp32)):
+        reference = load_packed(assets.reference, config, 1024, world.device)
+    policy = load_packed(assets.policy, config, 1024, world.device)
+    return {
+        name: all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+        for name, model in (("reference", reference), ("policy", policy))
+    }
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_the_reference_is_sharded_while_it_loads_and_the_policy_as_its_kind_says(
+    kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
+    for told in run_ranks(partial(load_both, assets), 2, tmp_path / "ranks", kind):
+        assert told == {"reference": True, "policy": kind is ParallelismKind.zero3}

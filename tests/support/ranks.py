@@ -1,0 +1,133 @@
+"""Scenarios on several real processes: gloo, DeepSpeed on the CPU, one process per rank.
+
+A fork server imports everything once, so that starting a few ranks costs a second and not half a minute.
+"""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.runtime import World, start_world
+from dpo_dist.distributed.zero import policy_config
+
+ROOT = Path(__file__).resolve().parents[2]
+# Steps large enough to see, clipped, and smooth where a gradient is only rounding.
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, eps=1e-3)
+
+Scenario = Callable[[World, Path], Any]
+
+_context = multiprocessing.get_context("forkserver")
+_PRELOADED = [__name__, "transformers.models.qwen2.modeling_qwen2"]
+_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended: with a result, with an error, or killed (then with neither)."""
+
+    exit_code: int | None
+    log: str
+    result: Any = None
+    error: str = ""
+    told: str = ""
+    speaker: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The running processes of one world."""
+
+    folder: Path
+    processes: tuple[Any, ...]
+
+    def finish(self, seconds: float = 60) -> list[Outcome]:
+        """Wait for all ranks; those that hang are killed, leave a traceback, and fail the test."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in hanging:
+            os.kill(self.processes[rank].pid, signal.SIGABRT)
+            self.processes[rank].join()
+        outcomes = [self._outcome(rank) for rank in range(len(self.processes))]
+        assert not hanging, "\n".join(f"rank {rank} hangs:\n{outcomes[rank].log}" for rank in hanging)
+        return outcomes
+
+    def _outcome(self, rank: int) -> Outcome:
+        file = self.folder / f"rank-{rank}.json"
+        told = json.loads(file.read_text()) if file.exists() else {}
+        return Outcome(self.processes[rank].exitcode, (self.folder / f"rank-{rank}.log").read_text(), **told)
+
+
+def start_ranks(
+    scenario: Scenario, size: int, folder: Path, kind: ParallelismKind = ParallelismKind.zero3
+) -> Ranks:
+    """Start `scenario` on every rank of a new world; logs and results go to the new `folder`."""
+    folder.mkdir(parents=True)
+    _context.set_forkserver_preload(_PRELOADED)
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        forkserver.ensure_running()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = tuple(
+        _context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, folder))
+        for rank in range(size)
+    )
+    for process in processes:
+        process.start()
+    return Ranks(folder, processes)
+
+
+def run_ranks(
+    scenario: Scenario, size: int, folder: Path, kind: ParallelismKind = ParallelismKind.zero3
+) -> list[Any]:
+    """What `scenario` gives on each rank; it must not fail on any."""
+    outcomes = start_ranks(scenario, size, folder, kind).finish()
+    for rank, outcome in enumerate(outcomes):
+        assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
+    return [outcome.result for outcome in outcomes]
+
+
+def _be_rank(
+    scenario: Scenario, rank: int, size: int, port: int, kind: ParallelismKind, folder: Path
+) -> None:
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable()
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outcome: dict[str, Any]
+    try:
+        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, Dtype.fp32), timeout_seconds=600)
+        with world.watch():
+            outcome = {"result": scenario(world, folder)}
+            world.barrier()
+    except BaseException as error:
+        traceback.print_exc()
+        outcome = {
+            "error": type(error).__name__,
+            "told": str(error),
+            "speaker": getattr(error, "speaker", None),
+        }
+    (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
