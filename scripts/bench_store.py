@@ -45,7 +45,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=10_000_000, help="responses in the store")
     parser.add_argument("--small-shards", type=int, default=5_000, help="shards of 20 rows of a second store")
-    parser.add_argument("--folder", type=Path, help="where the stores are written, and removed (default: /tmp)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the stores are written, and removed (default: /tmp)"
+    )
     parser.add_argument("--smoke", action="store_true", help="seconds; checks that this script works")
     arguments = parser.parse_args()
     rows, small_shards = (20_000, 50) if arguments.smoke else (arguments.rows, arguments.small_shards)
