@@ -170,10 +170,10 @@ def plan_micro_batches(sizes: PairSizes, world_size: int, token_budget: int) -> 
         ``plan[micro_batch][rank]``: places in `sizes`; empty where a rank computes a dummy. Every rank has
         the same number of micro-batches (law L2).
     """
-    tokens, costs = sizes.tokens.tolist(), sizes.costs.tolist()
-    if not tokens:
+    if not len(sizes.tokens):
         return []
-    micro_batches = math.ceil(sum(min(t, token_budget) for t in tokens) / (world_size * token_budget))
+    tokens, costs = sizes.tokens.tolist(), sizes.costs.tolist()
+    micro_batches = math.ceil(np.minimum(sizes.tokens, token_budget).sum() / (world_size * token_budget))
     while True:
         number = world_size * micro_batches
         bins = _fill_evenly(tokens, costs, number, token_budget) or _fill_up(tokens, number, token_budget)

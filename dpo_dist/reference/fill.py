@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
-from dpo_dist.data.pack import PackedBatch, dummy_batch, pack, plan_micro_batches
+from dpo_dist.data.pack import PackedBatch, PairSizes, dummy_batch, pack, plan_micro_batches
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.store import LogpStore, Values
@@ -43,13 +43,13 @@ def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tup
     many have one.
     """
     places = dataset.response_places(rows)
-    distinct = np.sort(places[_first_of_each(dataset.keys[places])])
+    distinct = places[_first_of_each(dataset.keys[places])]
     held = store.holds(dataset.keys[distinct])
-    return distinct[~held], int(held.sum())
+    return np.sort(distinct[~held]), int(held.sum())
 
 
 def _first_of_each(keys: Keys) -> Places:
-    """Where each distinct key stands first; `np.unique(axis=0)` is several times slower."""
+    """Where each distinct key stands first, in the order of keys, in which a store is looked up fastest."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=np.bool_)
     new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
@@ -137,16 +137,31 @@ def _score_round(
     dataset: PairDataset, work: _Work, score: Scorer, world: World, micro_batch_tokens: int
 ) -> tuple[Keys, list[Values]]:
     """This rank's share of `work`, scored: keys uint64 [n, 2] and their rows."""
-    sizes = dataset.sizes(work.rows, work.places, np.diff(work.stops, prepend=0))
     keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
     rows: list[Values] = []
-    for ranks in plan_micro_batches(sizes, world.size, micro_batch_tokens):
-        batch = _pack([work.part(number, number + 1) for number in ranks[world.rank]], dataset)
+    for numbers in _micro_batches(dataset, work, world, micro_batch_tokens):
+        batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
         logps = score(batch.to(world.device))
         if len(batch.keys):
             keys.append(batch.keys)
             rows.extend(_split(logps, batch))
     return np.concatenate(keys), rows
+
+
+def _micro_batches(
+    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int
+) -> list[list[int]]:
+    """Numbers of the pairs of this rank's micro-batches, on every rank as many (law L2); collective.
+
+    A round has thousands of pairs for each rank: dealt out in order of cost, ranks get nearly the same, and
+    each plans its own only.
+    """
+    sizes = dataset.sizes(work.rows, work.places, np.diff(work.stops, prepend=0))
+    mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
+    plan = plan_micro_batches(PairSizes(sizes.tokens[mine], sizes.costs[mine]), 1, micro_batch_tokens)
+    numbers = [mine[places].tolist() for (places,) in plan]
+    dummies = max(world.gather(len(numbers))) - len(numbers)
+    return numbers + [[]] * dummies
 
 
 def _pack(pairs: Sequence[_Work], dataset: PairDataset) -> PackedBatch:

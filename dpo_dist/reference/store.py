@@ -11,6 +11,7 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +34,11 @@ Values = npt.NDArray[np.float32]
 _Number = TypeVar("_Number", np.uint64, np.int64, np.uint32, np.float32)
 
 _SUFFIX = ".safetensors"
+# Where a row lies and what its key and checksum are; beside the key's first word, 32 bytes a row in memory.
+# `start` is the place of its first value in the values of all shards laid end to end.
+_ROW = np.dtype(
+    [("second_word", np.uint64), ("start", np.int64), ("tokens", np.uint32), ("check", np.uint32)]
+)
 _KEYS_AT_ONCE = 1 << 16  # the rows of a batch of look-ups are Python objects
 
 
@@ -47,25 +53,6 @@ class _Shard:
     values: Values
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Where rows lie, sorted by the first word of their keys, in memory: 32 bytes a row.
-
-    Attributes:
-        first_words: uint64 [rows].
-        second_words: uint64 [rows].
-        starts: int64 [rows], place of a row's first value in the values of all shards laid end to end.
-        tokens: uint32 [rows], values of a row.
-        checks: uint32 [rows], checksum of a row's values.
-    """
-
-    first_words: npt.NDArray[np.uint64]
-    second_words: npt.NDArray[np.uint64]
-    starts: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.uint32]
-    checks: npt.NDArray[np.uint32]
-
-
 class LogpStore:
     """Rows of one reference space: response key to per-token float32 log-probs.
 
@@ -77,17 +64,20 @@ class LogpStore:
         self.folder = folder
         self.damaged: list[str] = []
         shards = []
-        for name in sorted(names):
-            shard = _open_shard(folder / name)
-            if shard is None:
-                self.damaged.append(name)
-            else:
-                shards.append(shard)
+        names = sorted(names)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for name, shard in zip(
+                names, pool.map(lambda name: _open_shard(folder / name), names), strict=True
+            ):
+                if shard is None:
+                    self.damaged.append(name)
+                else:
+                    shards.append(shard)
         self.names = [shard.name for shard in shards]
         """The shards this view of the store was opened with, damaged ones left out."""
         self._values = [shard.values for shard in shards]
         self._first_values = _first_values(shards)
-        self._index = _build_index(shards, self._first_values)
+        self._first_words, self._rows = _build_index(shards, self._first_values)
 
     @classmethod
     def open(cls, root: Path, space: ReferenceSpace, names: Sequence[str] | None = None) -> "LogpStore":
@@ -117,7 +107,7 @@ class LogpStore:
             ) from error
 
     def __len__(self) -> int:
-        return len(self._index.first_words)
+        return len(self._first_words)
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `keys` have a row whose checksum holds; bool [n]."""
@@ -147,33 +137,32 @@ class LogpStore:
 
     def _find(self, keys: Keys) -> list[Values | None]:
         """The row of each key; None if no row with that key has values whose checksum holds."""
-        rows: list[Values | None] = [None] * len(keys)
+        found: list[Values | None] = [None] * len(keys)
         wanted = np.arange(len(keys))
-        places = np.searchsorted(self._index.first_words, keys[:, 0])
+        places = np.searchsorted(self._first_words, keys[:, 0])
         # Rows of equal first words lie side by side: another round for those whose row was not this one.
         while len(wanted):
             inside = places < len(self)
             wanted, places = wanted[inside], places[inside]
-            alike = self._index.first_words[places] == keys[wanted, 0]
+            alike = self._first_words[places] == keys[wanted, 0]
             wanted, places = wanted[alike], places[alike]
-            same = self._index.second_words[places] == keys[wanted, 1]
-            self._load(places[same], wanted[same].tolist(), rows)
-            left = np.array([rows[number] is None for number in wanted.tolist()], dtype=np.bool_)
+            rows = self._rows[places]
+            same = rows["second_word"] == keys[wanted, 1]
+            self._load(rows[same], wanted[same].tolist(), found)
+            left = np.array([found[number] is None for number in wanted.tolist()], dtype=np.bool_)
             wanted, places = wanted[left], places[left] + 1
-        return rows
+        return found
 
-    def _load(self, places: npt.NDArray[np.int64], numbers: list[int], rows: list[Values | None]) -> None:
-        """Put the rows at these places of the index into `rows[numbers]`, where their checksums hold."""
-        starts = self._index.starts[places]
-        shards = np.searchsorted(self._first_values, starts, side="right") - 1
-        starts -= self._first_values[shards]
-        stops = starts + self._index.tokens[places]
-        checks = self._index.checks[places]
-        columns = (shards.tolist(), starts.tolist(), stops.tolist(), checks.tolist())
-        for number, shard, start, stop, check in zip(numbers, *columns, strict=True):
-            row = self._values[shard][start:stop]
-            if zlib.crc32(row.data) == check:
-                rows[number] = row
+    def _load(self, rows: npt.NDArray[np.void], numbers: list[int], found: list[Values | None]) -> None:
+        """Put the values of `rows` into `found[numbers]`, where their checksums hold."""
+        shards = np.searchsorted(self._first_values, rows["start"], side="right") - 1
+        starts = rows["start"] - self._first_values[shards]
+        stops = starts + rows["tokens"]
+        columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), rows["check"].tolist())
+        for number, shard, start, stop, check in zip(*columns, strict=True):
+            values = self._values[shard][start:stop]
+            if zlib.crc32(values.data) == check:
+                found[number] = values
 
     def write(self, keys: Keys, rows: Sequence[Values]) -> str:
         """Append rows as one shard, whole or not at all; visible to stores opened afterwards.
@@ -225,21 +214,24 @@ def _first_values(shards: Sequence[_Shard]) -> npt.NDArray[np.int64]:
     return np.cumsum(tokens) - tokens
 
 
-def _build_index(shards: Sequence[_Shard], first_values: npt.NDArray[np.int64]) -> _Index:
-    words = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
-    checks = np.concatenate([np.empty(0, np.uint32), *(shard.checks for shard in shards)])
-    ends = np.concatenate([np.empty(0, np.int64), *(shard.ends for shard in shards)])
-    ends += np.repeat(first_values, [len(shard.ends) for shard in shards])
-    tokens = np.diff(ends, prepend=0)
+def _build_index(
+    shards: Sequence[_Shard], first_values: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.void]]:
+    """The first words of all keys in ascending order, and their rows (`_ROW`)."""
+    first_words = np.empty(sum(len(shard.keys) for shard in shards), dtype=np.uint64)
+    rows = np.empty(len(first_words), dtype=_ROW)
+    start = 0
+    for shard, first_value in zip(shards, first_values, strict=True):
+        part = slice(start, start + len(shard.keys))
+        tokens = np.diff(shard.ends, prepend=0)
+        first_words[part], rows["second_word"][part] = shard.keys.T
+        rows["start"][part] = shard.ends - tokens + first_value
+        rows["tokens"][part] = tokens
+        rows["check"][part] = shard.checks
+        start = part.stop
     # Stable: of rows of one key that two jobs have computed, every rank takes the same.
-    order = np.argsort(words[:, 0], kind="stable")
-    return _Index(
-        words[order, 0],
-        words[order, 1],
-        (ends - tokens)[order],
-        tokens[order].astype(np.uint32),
-        checks[order],
-    )
+    order = np.argsort(first_words, kind="stable")
+    return first_words[order], rows[order]
 
 
 def _open_shard(file: Path) -> _Shard | None:
