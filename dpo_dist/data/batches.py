@@ -37,13 +37,13 @@ def plan_step(
     dataset: PairDataset, rows: Rows, rank: int, world_size: int, micro_batch_tokens: int
 ) -> StepPlan:
     """Divide the global batch `rows` among ranks and micro-batches; O(batch)."""
-    tokens = [dataset.packed_tokens(int(row)) for row in rows]
-    plan = plan_micro_batches(tokens, world_size, micro_batch_tokens)
+    sizes = dataset.sizes(rows, dataset.response_places(rows), dataset.response_counts(rows))
+    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     return StepPlan(
         dataset=dataset,
         micro_batches=tuple(tuple(int(rows[place]) for place in ranks[rank]) for ranks in plan),
         pairs=len(rows),
-        tokens=sum(tokens),
+        tokens=int(sizes.tokens.sum()),
         mean_chosen_tokens=dataset.mean_chosen_tokens(rows),
     )
 

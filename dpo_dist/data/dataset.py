@@ -5,7 +5,6 @@ piece ends, how many pieces each pair has, a content key for every response, and
 Nothing of the size of the data set lives in memory.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.pack import Ids, Sequences, packed_tokens
+from dpo_dist.data.pack import Ids, PairSizes, Sequences, packed_tokens, pair_sizes
 from dpo_dist.data.records import Origin
 from dpo_dist.data.schedule import Rows, Span
 from dpo_dist.errors import DataError
@@ -101,31 +100,51 @@ class PairDataset:
 
     def mean_chosen_tokens(self, rows: Rows) -> float:
         """Mean completion tokens of the chosen responses of these rows."""
-        return sum(self.lengths(int(row))[1] for row in rows) / len(rows)
+        return float(self._piece_tokens(self._first_pieces(rows) + 1).mean())
+
+    def sizes(self, rows: Rows, places: Rows, responses: Rows) -> PairSizes:
+        """What `rows` take with some of their responses, int64 each.
+
+        Args:
+            rows: [pairs].
+            places: [responses of all pairs], where their keys stand in `keys`, pair after pair.
+            responses: [pairs], how many of `places` are of each pair, at least one.
+        """
+        pieces = places + np.repeat(rows, responses) + 1
+        return pair_sizes(self._piece_tokens(self._first_pieces(rows)), self._piece_tokens(pieces), responses)
 
     def response_rows(self, row: int) -> range:
         """Where the keys of a pair's responses stand in `keys`."""
         first, stop = self._pieces(row)
         return range(first - row, stop - row - 1)
 
+    def response_counts(self, rows: Rows) -> Rows:
+        """How many responses each of `rows` has, int64."""
+        return self.pair_pieces[rows] - self._first_pieces(rows) - 1
+
     def response_places(self, rows: Rows) -> Rows:
         """Where the keys of all responses of `rows` stand in `keys`, int64."""
-        stops = self.pair_pieces[rows] - rows - 1
-        counts = stops - np.where(rows > 0, self.pair_pieces[rows - 1], 0) + rows
+        counts = self.response_counts(rows)
         starts_in_result = np.cumsum(counts) - counts
-        return np.repeat(stops - counts - starts_in_result, counts) + np.arange(counts.sum())
+        starts = self._first_pieces(rows) - rows
+        return np.repeat(starts - starts_in_result, counts) + np.arange(counts.sum())
 
-    def row_of_response(self, response: int) -> tuple[int, int]:
-        """(row, which) of the response whose key stands at `response`."""
-        row = bisect.bisect_right(
-            range(len(self)), response, key=lambda row: int(self.pair_pieces[row]) - row - 1
-        )
-        return row, response - self.response_rows(row).start
+    def rows_of_responses(self, places: Rows) -> tuple[Rows, Rows]:
+        """(rows, which) of the responses whose keys stand at `places`, int64 each."""
+        stops = self.pair_pieces - np.arange(len(self)) - 1
+        rows = np.searchsorted(stops, places, side="right")
+        return rows, places - np.where(rows > 0, stops[rows - 1], 0)
 
     def origin(self, row: int) -> Origin:
         """Where a pair was read."""
         source, line = self.origins[row]
         return Origin(self.source_paths[int(source)], int(line))
+
+    def _first_pieces(self, rows: Rows) -> Rows:
+        return np.where(rows > 0, self.pair_pieces[rows - 1], 0)
+
+    def _piece_tokens(self, pieces: Rows) -> Rows:
+        return self.piece_ends[pieces] - np.where(pieces > 0, self.piece_ends[pieces - 1], 0)
 
     def _pieces(self, row: int) -> tuple[int, int]:
         return (int(self.pair_pieces[row - 1]) if row else 0), int(self.pair_pieces[row])

@@ -1,7 +1,7 @@
 """Which pairs make up optimizer step s: a pure function of seed, data set and batch size (law L1)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,25 +49,28 @@ class Schedule:
     def rows(self, step: int) -> Rows:
         """Rows of the global batch of `step` (0-based), int64 [pairs]."""
         start = step * self.global_batch_pairs
-        return self._slice(start, min(start + self.global_batch_pairs, self.total_pairs))
+        stop = min(start + self.global_batch_pairs, self.total_pairs)
+        return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)])
 
     def all_rows(self) -> Rows:
         """Every row that the run visits, once, in ascending order."""
-        return np.unique(self._slice(0, self.total_pairs))
+        visited = np.zeros(max((span.stop for span in self.spans), default=0), dtype=np.bool_)
+        for part in self._parts(0, self.total_pairs):
+            visited[part] = True
+        return np.flatnonzero(visited)
 
     def epoch(self, step: int) -> float:
         """Epochs completed after `step` (0-based)."""
         return min((step + 1) * self.global_batch_pairs, self.total_pairs) / self.pairs_per_epoch
 
-    def _slice(self, start: int, stop: int) -> Rows:
+    def _parts(self, start: int, stop: int) -> Iterator[Rows]:
+        """The rows of these places in the run's order, epoch after epoch."""
         per_epoch = self.pairs_per_epoch
-        parts = []
         while start < stop:
             epoch, offset = divmod(start, per_epoch)
             count = min(per_epoch - offset, stop - start)
-            parts.append(_epoch_order(self.spans, self.seed, epoch)[offset : offset + count])
+            yield _epoch_order(self.spans, self.seed, epoch)[offset : offset + count]
             start += count
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 def make_schedule(spans: Sequence[Span], config: TrainerConfig) -> Schedule:

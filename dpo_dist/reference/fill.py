@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.pack import PackedBatch, dummy_batch, pack, plan_micro_batches
+from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.pack import PackedBatch, PairSizes, dummy_batch, pack, plan_micro_batches
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.store import LogpStore, Values
@@ -43,10 +43,17 @@ def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tup
     many have one.
     """
     places = dataset.response_places(rows)
-    _, first = np.unique(dataset.keys[places], axis=0, return_index=True)
-    distinct = np.sort(places[first])
+    distinct = places[_first_of_each(dataset.keys[places])]
     held = store.holds(dataset.keys[distinct])
-    return distinct[~held], int(held.sum())
+    return np.sort(distinct[~held]), int(held.sum())
+
+
+def _first_of_each(keys: Keys) -> Places:
+    """Where each distinct key stands first, in the order of keys, in which a store is looked up fastest."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    new = np.ones(len(keys), dtype=np.bool_)
+    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    return order[new]
 
 
 def fill_store(
@@ -76,13 +83,13 @@ def fill_store(
     started = time.monotonic()
     score = scorer()
     store = open_store([])
-    pairs = _by_pair(dataset, missing)
+    work = _by_pair(dataset, missing)
     per_round = max(1, rows_per_shard // 2) * world.size
-    for start in range(0, len(pairs), per_round):
-        work = pairs[start : start + per_round]
-        keys, rows = _score_round(dataset, work, score, world, micro_batch_tokens)
+    for start in range(0, len(work), per_round):
+        part = work.part(start, start + per_round)
+        keys, rows = _score_round(dataset, part, score, world, micro_batch_tokens)
         world.together(lambda keys=keys, rows=rows: store.write(keys, rows) if rows else "")  # type: ignore[misc]
-        progress(min(start + per_round, len(pairs)), len(pairs))
+        progress(start + len(part), len(work))
     return FillReport(hits, len(missing), time.monotonic() - started)
 
 
@@ -93,30 +100,47 @@ def open_filled(open_store: Callable[[Sequence[str] | None], LogpStore], world: 
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A pair with the responses of it that are to be scored."""
+class _Work:
+    """Pairs with the responses of them that are to be scored, as arrays: they may be many millions.
 
-    row: int
-    which: tuple[int, ...]
+    Attributes:
+        rows: int64 [pairs], ascending.
+        stops: int64 [pairs], where each pair's responses end in `places`.
+        places: int64 [responses], where their keys stand in the data set's `keys`.
+        which: int64 [responses], which of its pair's responses each is.
+    """
+
+    rows: Rows
+    stops: Rows
+    places: Places
+    which: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, start: int, stop: int) -> "_Work":
+        """The pairs ``start <= number < stop``."""
+        first = int(self.stops[start - 1]) if start else 0
+        rows, stops = self.rows[start:stop], self.stops[start:stop] - first
+        responses = slice(first, first + int(stops[-1]))
+        return _Work(rows, stops, self.places[responses], self.which[responses])
 
 
-def _by_pair(dataset: PairDataset, places: Places) -> list[_Pair]:
-    pairs: dict[int, list[int]] = {}
-    for place in places.tolist():
-        row, which = dataset.row_of_response(place)
-        pairs.setdefault(row, []).append(which)
-    return [_Pair(row, tuple(which)) for row, which in pairs.items()]
+def _by_pair(dataset: PairDataset, places: Places) -> _Work:
+    """The work that these `places`, ascending, are."""
+    rows, which = dataset.rows_of_responses(places)
+    distinct, counts = np.unique(rows, return_counts=True)
+    return _Work(distinct, np.cumsum(counts), places, which)
 
 
 def _score_round(
-    dataset: PairDataset, pairs: Sequence[_Pair], score: Scorer, world: World, micro_batch_tokens: int
-) -> tuple[npt.NDArray[np.uint64], list[Values]]:
-    """This rank's share of `pairs`, scored: keys uint64 [n, 2] and their rows."""
-    tokens = [dataset.packed_tokens(pair.row, pair.which) for pair in pairs]
-    keys: list[npt.NDArray[np.uint64]] = [np.empty((0, 2), dtype=np.uint64)]
+    dataset: PairDataset, work: _Work, score: Scorer, world: World, micro_batch_tokens: int
+) -> tuple[Keys, list[Values]]:
+    """This rank's share of `work`, scored: keys uint64 [n, 2] and their rows."""
+    keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
     rows: list[Values] = []
-    for ranks in plan_micro_batches(tokens, world.size, micro_batch_tokens):
-        batch = _pack([pairs[place] for place in ranks[world.rank]], dataset)
+    for numbers in _micro_batches(dataset, work, world, micro_batch_tokens):
+        batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
         logps = score(batch.to(world.device))
         if len(batch.keys):
             keys.append(batch.keys)
@@ -124,11 +148,28 @@ def _score_round(
     return np.concatenate(keys), rows
 
 
-def _pack(pairs: Sequence[_Pair], dataset: PairDataset) -> PackedBatch:
+def _micro_batches(
+    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int
+) -> list[list[int]]:
+    """Numbers of the pairs of this rank's micro-batches, on every rank as many (law L2); collective.
+
+    A round has thousands of pairs for each rank: dealt out in order of cost, ranks get nearly the same, and
+    each plans its own only.
+    """
+    sizes = dataset.sizes(work.rows, work.places, np.diff(work.stops, prepend=0))
+    mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
+    plan = plan_micro_batches(PairSizes(sizes.tokens[mine], sizes.costs[mine]), 1, micro_batch_tokens)
+    numbers = [mine[places].tolist() for (places,) in plan]
+    dummies = max(world.gather(len(numbers))) - len(numbers)
+    return numbers + [[]] * dummies
+
+
+def _pack(pairs: Sequence[_Work], dataset: PairDataset) -> PackedBatch:
+    """A micro-batch of these works of one pair each."""
     if not pairs:
         return dummy_batch()
-    places = [dataset.response_rows(pair.row)[which] for pair in pairs for which in pair.which]
-    return pack([dataset.sequences(pair.row, pair.which) for pair in pairs], dataset.keys[places])
+    sequences = [dataset.sequences(int(pair.rows[0]), pair.which.tolist()) for pair in pairs]
+    return pack(sequences, dataset.keys[np.concatenate([pair.places for pair in pairs])])
 
 
 def _split(logps: Tensor, batch: PackedBatch) -> Iterator[Values]:

@@ -2,8 +2,8 @@
 
 A shard is one safetensors file: sorted keys, where each row's values end, a checksum per row, and the float32
 values of all rows. Its name is the digest of everything but the values, which the checksums cover; so a shard
-is verified from its own name, writers never meet, and several jobs fill one store at once. Opening reads keys
-only.
+is verified from its own name, writers never meet, and several jobs fill one store at once. Opening reads
+everything but the values.
 """
 
 import hashlib
@@ -11,12 +11,14 @@ import json
 import logging
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -29,24 +31,26 @@ log = logging.getLogger(__name__)
 Keys = npt.NDArray[np.uint64]
 Values = npt.NDArray[np.float32]
 
+_Number = TypeVar("_Number", np.uint64, np.int64, np.uint32, np.float32)
+
 _SUFFIX = ".safetensors"
+# Where a row lies and what its key and checksum are; beside the key's first word, 32 bytes a row in memory.
+# `start` is the place of its first value in the values of all shards laid end to end.
+_ROW = np.dtype(
+    [("second_word", np.uint64), ("start", np.int64), ("tokens", np.uint32), ("check", np.uint32)]
+)
+_KEYS_AT_ONCE = 1 << 16  # the rows of a batch of look-ups are Python objects
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """One open shard; `values` stay on disk."""
+    """One shard, mapped: keys uint64 [rows, 2], where values end, checksums, and the values."""
 
     name: str
     keys: Keys
     ends: npt.NDArray[np.int64]
     checks: npt.NDArray[np.uint32]
     values: Values
-
-    def row(self, place: int) -> Values | None:
-        """The values of the row at `place`; None if their checksum does not hold."""
-        start = int(self.ends[place - 1]) if place else 0
-        row = self.values[start : int(self.ends[place])]
-        return row if _check(row) == self.checks[place] else None
 
 
 class LogpStore:
@@ -59,14 +63,21 @@ class LogpStore:
     def __init__(self, folder: Path, names: Iterable[str]):
         self.folder = folder
         self.damaged: list[str] = []
-        self._shards: list[_Shard] = []
-        for name in sorted(names):
-            shard = _open_shard(folder / name)
-            if shard is None:
-                self.damaged.append(name)
-            else:
-                self._shards.append(shard)
-        self._build_index()
+        shards = []
+        names = sorted(names)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for name, shard in zip(
+                names, pool.map(lambda name: _open_shard(folder / name), names), strict=True
+            ):
+                if shard is None:
+                    self.damaged.append(name)
+                else:
+                    shards.append(shard)
+        self.names = [shard.name for shard in shards]
+        """The shards this view of the store was opened with, damaged ones left out."""
+        self._values = [shard.values for shard in shards]
+        self._first_values = _first_values(shards)
+        self._first_words, self._rows = _build_index(shards, self._first_values)
 
     @classmethod
     def open(cls, root: Path, space: ReferenceSpace, names: Sequence[str] | None = None) -> "LogpStore":
@@ -95,28 +106,16 @@ class LogpStore:
                 remedy="check that the folder exists, can be written, and is seen by every node",
             ) from error
 
-    @property
-    def names(self) -> list[str]:
-        """The shards this view of the store was opened with, damaged ones left out."""
-        return [shard.name for shard in self._shards]
-
     def __len__(self) -> int:
-        return len(self._places)
-
-    def _build_index(self) -> None:
-        """Sort all keys by their first word: 16 bytes a row, shards stay mapped."""
-        words = [shard.keys[:, 0] for shard in self._shards]
-        shard_numbers = [np.full(len(w), number, dtype=np.uint64) for number, w in enumerate(words)]
-        rows = [np.arange(len(w), dtype=np.uint64) for w in words]
-        empty = np.empty(0, dtype=np.uint64)
-        all_words = np.concatenate([empty, *words])
-        places = (np.concatenate([empty, *shard_numbers]) << np.uint64(32)) | np.concatenate([empty, *rows])
-        order = np.argsort(all_words, kind="stable")
-        self._words, self._places = all_words[order], places[order]
+        return len(self._first_words)
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `keys` have a row whose checksum holds; bool [n]."""
-        return np.array([self._find(key) is not None for key in self._with_starts(keys)], dtype=np.bool_)
+        held = np.empty(len(keys), dtype=np.bool_)
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            part = slice(start, start + _KEYS_AT_ONCE)
+            held[part] = [row is not None for row in self._find(keys[part])]
+        return held
 
     def read(self, keys: Keys) -> list[Values]:
         """The rows of `keys`, float32 [completion tokens] each.
@@ -125,8 +124,7 @@ class LogpStore:
             ReferenceError: a row is missing or damaged.
         """
         rows = []
-        for key in self._with_starts(keys):
-            row = self._find(key)
+        for key, row in zip(keys, self._find(keys), strict=True):
             if row is None:
                 raise ReferenceError(
                     "a reference log-prob that this run needs is missing or damaged",
@@ -137,19 +135,34 @@ class LogpStore:
             rows.append(row)
         return rows
 
-    def _with_starts(self, keys: Keys) -> Iterable[tuple[int, int, int]]:
-        starts = np.searchsorted(self._words, keys[:, 0])
-        return zip(keys[:, 0].tolist(), keys[:, 1].tolist(), starts.tolist(), strict=True)
+    def _find(self, keys: Keys) -> list[Values | None]:
+        """The row of each key; None if no row with that key has values whose checksum holds."""
+        found: list[Values | None] = [None] * len(keys)
+        wanted = np.arange(len(keys))
+        places = np.searchsorted(self._first_words, keys[:, 0])
+        # Rows of equal first words lie side by side: another round for those whose row was not this one.
+        while len(wanted):
+            inside = places < len(self)
+            wanted, places = wanted[inside], places[inside]
+            alike = self._first_words[places] == keys[wanted, 0]
+            wanted, places = wanted[alike], places[alike]
+            rows = self._rows[places]
+            same = rows["second_word"] == keys[wanted, 1]
+            self._load(rows[same], wanted[same].tolist(), found)
+            left = np.array([found[number] is None for number in wanted.tolist()], dtype=np.bool_)
+            wanted, places = wanted[left], places[left] + 1
+        return found
 
-    def _find(self, key: tuple[int, int, int]) -> Values | None:
-        first, second, place = key
-        while place < len(self._words) and self._words[place] == first:
-            packed = int(self._places[place])
-            shard, row = self._shards[packed >> 32], packed & 0xFFFFFFFF
-            if shard.keys[row, 1] == second and (values := shard.row(row)) is not None:
-                return values
-            place += 1
-        return None
+    def _load(self, rows: npt.NDArray[np.void], numbers: list[int], found: list[Values | None]) -> None:
+        """Put the values of `rows` into `found[numbers]`, where their checksums hold."""
+        shards = np.searchsorted(self._first_values, rows["start"], side="right") - 1
+        starts = rows["start"] - self._first_values[shards]
+        stops = starts + rows["tokens"]
+        columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), rows["check"].tolist())
+        for number, shard, start, stop, check in zip(*columns, strict=True):
+            values = self._values[shard][start:stop]
+            if zlib.crc32(values.data) == check:
+                found[number] = values
 
     def write(self, keys: Keys, rows: Sequence[Values]) -> str:
         """Append rows as one shard, whole or not at all; visible to stores opened afterwards.
@@ -172,7 +185,7 @@ class LogpStore:
         rows = [np.ascontiguousarray(rows[i], dtype=np.float32) for i in order]
         keys = np.ascontiguousarray(keys[order])
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-        checks = np.array([_check(row) for row in rows], dtype=np.uint32)
+        checks = np.array([zlib.crc32(row.data) for row in rows], dtype=np.uint32)
         name = _index_digest(keys, ends, checks) + _SUFFIX
         try:
             with staged_file(self.folder / name) as temporary:
@@ -188,45 +201,82 @@ class LogpStore:
         return name
 
 
-def _check(row: Values) -> int:
-    return zlib.crc32(row.tobytes())
-
-
 def _index_digest(keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[np.uint32]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for array in (keys, ends, checks):
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
+def _first_values(shards: Sequence[_Shard]) -> npt.NDArray[np.int64]:
+    """Where each shard's values start if all are laid end to end; int64 [shards]."""
+    tokens = np.array([shard.ends[-1] if len(shard.ends) else 0 for shard in shards], dtype=np.int64)
+    return np.cumsum(tokens) - tokens
+
+
+def _build_index(
+    shards: Sequence[_Shard], first_values: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.void]]:
+    """The first words of all keys in ascending order, and their rows (`_ROW`)."""
+    first_words = np.empty(sum(len(shard.keys) for shard in shards), dtype=np.uint64)
+    rows = np.empty(len(first_words), dtype=_ROW)
+    start = 0
+    for shard, first_value in zip(shards, first_values, strict=True):
+        part = slice(start, start + len(shard.keys))
+        tokens = np.diff(shard.ends, prepend=0)
+        first_words[part], rows["second_word"][part] = shard.keys.T
+        rows["start"][part] = shard.ends - tokens + first_value
+        rows["tokens"][part] = tokens
+        rows["check"][part] = shard.checks
+        start = part.stop
+    # Stable: of rows of one key that two jobs have computed, every rank takes the same.
+    order = np.argsort(first_words, kind="stable")
+    return first_words[order], rows[order]
+
+
 def _open_shard(file: Path) -> _Shard | None:
-    """Map a shard and verify its index against its name; None, with a warning, if it does not hold."""
+    """Map a shard and verify its index against its name; None, with a warning, if it does not hold.
+
+    Raises:
+        OSError: the file is there and cannot be mapped.
+    """
     try:
-        shard = _Shard(file.name, **_map_safetensors(file))
+        shard = _parse_shard(file.name, _map(file))
         if _index_digest(shard.keys, shard.ends, shard.checks) + _SUFFIX == file.name:
             return shard
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("shard %s cannot be read: %s", file, error)
     log.warning("shard %s is damaged; its rows count as missing", file)
     return None
 
 
-_TENSORS = {"keys": np.uint64, "ends": np.int64, "checks": np.uint32, "values": np.float32}
+def _parse_shard(name: str, content: npt.NDArray[np.uint8]) -> _Shard:
+    """Find the tensors in a safetensors file; of its header only the places count, the types are ours."""
+    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + header_bytes].tobytes())
+
+    def tensor(name: str, dtype: type[_Number]) -> npt.NDArray[_Number]:
+        start, stop = header[name]["data_offsets"]
+        return content[8 + header_bytes :][start:stop].view(dtype)
+
+    shard = _Shard(
+        name,
+        tensor("keys", np.uint64).reshape(-1, 2),
+        tensor("ends", np.int64),
+        tensor("checks", np.uint32),
+        tensor("values", np.float32),
+    )
+    if not len(shard.keys) == len(shard.ends) == len(shard.checks):
+        raise ValueError("keys, ends and checksums are not of the same rows")
+    return shard
 
 
-def _map_safetensors(file: Path) -> dict[str, npt.NDArray[Any]]:
-    """Map a shard's tensors without reading them; the layout is the format's own, their types are ours."""
+def _map(file: Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a file, mapped. Unlike `numpy.memmap` this holds no file open: shards may be thousands."""
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes > size:
-            raise ValueError("truncated header")
-        header = json.loads(stream.read(header_bytes))
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, dtype in _TENSORS.items():
-        entry = header[name]
-        start, stop = (8 + header_bytes + offset for offset in entry["data_offsets"])
-        if stop > size:
-            raise ValueError("truncated values")
-        arrays[name] = np.memmap(file, dtype=dtype, mode="r", offset=start, shape=tuple(entry["shape"]))
-    return arrays
+    try:
+        content: npt.NDArray[np.uint8] = torch.from_file(str(file), False, size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise OSError(f"{file} cannot be mapped: {error}") from error
+    content.flags.writeable = False
+    return content

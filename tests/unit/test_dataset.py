@@ -82,15 +82,25 @@ def test_keys_stand_beside_the_responses_they_address(ranked: PairDataset) -> No
     for row, count in enumerate(RANKED):
         pair, places = ranked.sequences(row), ranked.response_rows(row)
         assert len(places) == count
-        for which, (place, response) in enumerate(zip(places, pair.responses, strict=True)):
+        for place, response in zip(places, pair.responses, strict=True):
             assert ranked.keys[place].tobytes() == response_key(pair.prompt_ids, response)
-            assert ranked.row_of_response(place) == (row, which)
+    rows, which_ones = ranked.rows_of_responses(np.arange(sum(RANKED)))
+    assert rows.tolist() == [row for row, count in enumerate(RANKED) for _ in range(count)]
+    assert which_ones.tolist() == [which for count in RANKED for which in range(count)]
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []])
 def test_places_of_many_rows_are_those_of_each(ranked: PairDataset, rows: list[int]) -> None:
     expected = [place for row in rows for place in ranked.response_rows(row)]
     assert ranked.response_places(np.array(rows, dtype=np.int64)).tolist() == expected
+
+
+def test_sizes_of_many_rows_are_those_of_each(ranked: PairDataset) -> None:
+    rows = np.array([2, 0, 7, 2])
+    sizes = ranked.sizes(rows, ranked.response_places(rows), ranked.response_counts(rows))
+    assert sizes.tokens.tolist() == [ranked.packed_tokens(row) for row in rows.tolist()]
+    some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]))
+    assert some.tokens.tolist() == [ranked.packed_tokens(2, [1, 2]), ranked.packed_tokens(4, [1])]
 
 
 def test_a_key_tells_apart_where_the_prompt_ends() -> None:

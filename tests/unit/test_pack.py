@@ -8,7 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.data.pack import Sequences, dummy_batch, pack, packed_tokens, plan_micro_batches
+from dpo_dist.data.pack import (
+    PairSizes,
+    Sequences,
+    dummy_batch,
+    pack,
+    packed_tokens,
+    pair_sizes,
+    plan_micro_batches,
+)
 from tests.support.packing import pack_unkeyed, random_pairs
 
 shapes = st.lists(
@@ -81,6 +89,10 @@ def test_a_batch_moves_to_a_device_whole() -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
+def sizes(tokens: list[int], costs: list[float] | None = None) -> PairSizes:
+    return PairSizes(np.array(tokens, dtype=np.int64), np.array(costs or tokens, dtype=np.float64))
+
+
 plans = st.tuples(
     st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 80)
 )
@@ -89,7 +101,7 @@ plans = st.tuples(
 @given(plans)
 def test_every_pair_is_computed_once_within_the_budget(plan: tuple[list[int], int, int]) -> None:
     tokens, world_size, budget = plan
-    micro_batches = plan_micro_batches(tokens, world_size, budget)
+    micro_batches = plan_micro_batches(sizes(tokens), world_size, budget)
     bins = list(chain.from_iterable(micro_batches))
     assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
     assert {len(ranks) for ranks in micro_batches} == {world_size}
@@ -97,11 +109,11 @@ def test_every_pair_is_computed_once_within_the_budget(plan: tuple[list[int], in
         assert sum(tokens[place] for place in places) <= budget or len(places) == 1
     # No round in which every rank would compute a dummy.
     assert all(any(ranks) for ranks in micro_batches)
-    assert micro_batches == plan_micro_batches(tokens, world_size, budget)
+    assert micro_batches == plan_micro_batches(sizes(tokens), world_size, budget)
 
 
 def test_nothing_is_planned_for_no_pairs() -> None:
-    assert plan_micro_batches([], 4, 100) == []
+    assert plan_micro_batches(sizes([]), 4, 100) == []
 
 
 @pytest.mark.parametrize(
@@ -118,11 +130,41 @@ def test_nothing_is_planned_for_no_pairs() -> None:
 def test_micro_batches_are_no_more_than_needed(
     tokens: list[int], world_size: int, budget: int, expected: int
 ) -> None:
-    assert len(plan_micro_batches(tokens, world_size, budget)) == expected
+    assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == expected
 
 
-def test_ranks_are_loaded_alike() -> None:
-    tokens = np.random.default_rng(0).integers(50, 800, 256).tolist()
-    plan = plan_micro_batches(tokens, 8, 8192)
-    loads = np.array([[sum(tokens[place] for place in places) for places in ranks] for ranks in plan])
-    assert (loads.max(axis=1) - loads.min(axis=1)).max() < 0.05 * loads.max()
+@given(shapes)
+def test_sizes_are_tokens_laid_out_and_what_attention_adds(shapes: list[tuple[int, ...]]) -> None:
+    prompts = np.array([prompt for prompt, *_ in shapes])
+    responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
+    of = pair_sizes(prompts, responses, np.array([len(lengths) for _, *lengths in shapes]))
+    assert of.tokens.tolist() == [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]
+    assert (of.costs > of.tokens).all()
+
+
+def test_attention_costs_as_much_as_all_else_in_very_long_sequences_only() -> None:
+    one = np.array([1])
+    short, long, double = (pair_sizes(np.array([n]), one, one).costs[0] / n for n in (512, 32_768, 65_536))
+    assert short == pytest.approx(1, abs=0.02)
+    assert long == pytest.approx(2)
+    assert double == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("budget", "micro_batches"), [(8192, 2), (13_000, 1)])
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_ranks_are_loaded_alike(world_size: int, budget: int, micro_batches: int) -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, 28 * world_size).tolist()
+    costs = [t + t * t / 4_000 for t in tokens]
+    plan = plan_micro_batches(sizes(tokens, costs), world_size, budget)
+    assert len(plan) == micro_batches
+    loads = np.array([[sum(costs[place] for place in places) for places in ranks] for ranks in plan])
+    assert loads.max(axis=1).sum() < 1.03 * loads.mean() * micro_batches
+    assert loads.sum(axis=0).max() < 1.02 * loads.sum(axis=0).mean()
+
+
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_a_budget_that_the_pairs_all_but_fill_takes_no_micro_batch_more(world_size: int) -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, 40 * world_size).tolist()
+    for filled in (0.9, 0.95, 0.98):
+        budget = round(sum(tokens) / world_size / 2 / filled)
+        assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == 2, filled

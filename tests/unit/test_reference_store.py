@@ -223,6 +223,25 @@ def test_a_store_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
         open_store(tmp_path / "file")
 
 
+def test_shards_may_be_more_than_files_may_be_open(tmp_path: Path) -> None:
+    for name in range(60):
+        write(tmp_path, {name: [-float(name)]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        assert readable(tmp_path, range(60)) == {name: [-float(name)] for name in range(60)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_cannot_be_read_is_no_damaged_one(tmp_path: Path) -> None:
+    """To compute anew what is there would be dear, and would not mend it."""
+    (write(tmp_path, ROWS).parent / "folder.safetensors").mkdir()
+    with pytest.raises(ReferenceError, match="cannot be opened") as raised:
+        open_store(tmp_path)
+    assert "folder.safetensors" in raised.value.got
+
+
 def write_many(root: str, writer: int) -> None:
     for number in range(20):
         write(Path(root), {number: [-1.0 - number], 100 * (writer + 1) + number: [-float(writer)]})

@@ -1,0 +1,177 @@
+"""Measure the store of reference log-probs at scale, with invented keys and short rows.
+
+python scripts/bench_store.py [--rows 10000000] [--folder DIR] [--smoke]
+
+Writes the rows in shards of the default size, opens them, looks rows up at random, asks which responses of a
+data set are missing, does the same over many small shards, and times what a fill does beside its model. The
+last line is the figures as JSON.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_dist.config.schema import ReferenceConfig
+from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.distributed.runtime import World
+from dpo_dist.reference.fill import fill_store, missing_responses
+from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.store import LogpStore
+
+SPACE = ReferenceSpace("invented", {})
+PROMPT_TOKENS = 32
+MICRO_BATCH_TOKENS = 8192
+LOOKUP_BATCH = 64
+
+Figures = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=10_000_000, help="responses in the store")
+    parser.add_argument("--small-shards", type=int, default=5_000, help="shards of 20 rows of a second store")
+    parser.add_argument(
+        "--folder", type=Path, help="where the stores are written, and removed (default: /tmp)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="seconds; checks that this script works")
+    arguments = parser.parse_args()
+    rows, small_shards = (20_000, 50) if arguments.smoke else (arguments.rows, arguments.small_shards)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        figures: Figures = {"rows": rows}
+        figures |= bench_large(Path(name, "large"), rows)
+        figures |= bench_small_shards(Path(name, "small"), small_shards)
+        figures |= bench_fill(Path(name, "fill"), min(rows, 200_000))
+    for key, value in figures.items():
+        print(f"{key:<44} {value:,.6g}")
+    print(json.dumps(figures))
+
+
+def bench_large(root: Path, rows: int) -> Figures:
+    """One store of `rows` rows in shards of the default size."""
+    dataset = invented_pairs(rows // 2)
+    figures: Figures = {}
+    with timed(figures, "write_seconds"):
+        write(root, dataset, ReferenceConfig().rows_per_shard)
+    gc.collect()
+    anonymous = anonymous_bytes()
+    with timed(figures, "open_seconds"):
+        store = LogpStore.open(root, SPACE)
+    figures["index_bytes_per_row"] = (anonymous_bytes() - anonymous) / rows
+    with timed(figures, "missing_seconds"):
+        missing, held = missing_responses(store, dataset, np.arange(len(dataset)))
+    assert (len(missing), held) == (0, len(dataset.keys)), "a row that was written is not found"
+    figures["lookups_per_second"] = lookups_per_second(store, dataset)
+    return {**figures, "shards": len(store.names)}
+
+
+def bench_small_shards(root: Path, shards: int) -> Figures:
+    """A store of many shards of 20 rows, as many short jobs leave it."""
+    dataset = invented_pairs(shards * 10)
+    write(root, dataset, 20)
+    figures: Figures = {"small_shards": shards}
+    with timed(figures, "small_shards_open_seconds"):
+        store = LogpStore.open(root, SPACE)
+    figures["small_shards_lookups_per_second"] = lookups_per_second(store, dataset)
+    return figures
+
+
+def bench_fill(root: Path, responses: int) -> Figures:
+    """What a fill costs beside its model: find, plan, pack, split, write; one process."""
+    dataset = invented_pairs(responses // 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world = World(None, 0, 1, torch.device("cpu"), ())
+        report = fill_store(
+            lambda names: LogpStore.open(root, SPACE, names),
+            dataset,
+            np.arange(len(dataset)),
+            lambda: lambda batch: torch.zeros(len(batch.targets)),
+            world,
+            MICRO_BATCH_TOKENS,
+            ReferenceConfig().rows_per_shard,
+            lambda _done, _total: None,
+        )
+    finally:
+        dist.destroy_process_group()
+    assert report.computed == len(dataset.keys)
+    return {"fill_microseconds_per_pair": report.seconds / len(dataset) * 1e6}
+
+
+def invented_pairs(pairs: int) -> PairDataset:
+    """Pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
+    generator = np.random.default_rng(0)
+    pieces = np.full((pairs, 3), PROMPT_TOKENS)
+    pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
+    ends = np.cumsum(pieces)
+    return PairDataset(
+        folder=Path(),
+        fingerprint="",
+        counts={},
+        source_paths=("",),
+        source_pairs=(pairs,),
+        ids=np.zeros(int(ends[-1]), dtype=np.int32),
+        piece_ends=ends,
+        pair_pieces=np.arange(3, 3 * pairs + 1, 3),
+        keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
+        origins=np.zeros((pairs, 2), dtype=np.int64),
+    )
+
+
+def write(root: Path, dataset: PairDataset, rows_per_shard: int) -> None:
+    """A row of each response's length, made of its key, so that a wrong row is seen."""
+    store = LogpStore.open(root, SPACE, [])
+    lengths = np.diff(dataset.piece_ends, prepend=0).reshape(-1, 3)[:, 1:].ravel()
+    for start in range(0, len(dataset.keys), rows_per_shard):
+        keys = dataset.keys[start : start + rows_per_shard]
+        numbers = marks(keys)
+        rows = [np.full(n, v) for n, v in zip(lengths[start : start + len(keys)], numbers, strict=True)]
+        store.write(keys, rows)
+
+
+def marks(keys: Keys) -> np.ndarray:
+    """float32 [n]: a value that tells most keys apart."""
+    return (keys[:, 1] >> np.uint64(44)).astype(np.float32)
+
+
+def lookups_per_second(store: LogpStore, dataset: PairDataset) -> float:
+    """Rows read at random in batches, warm, each compared with what was written."""
+    places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
+    batches = [dataset.keys[batch] for batch in places]
+    for keys in batches:
+        assert [row[0] for row in store.read(keys)] == marks(keys).tolist(), "the row of another key"
+    started = time.perf_counter()
+    for keys in batches:
+        store.read(keys)
+    return places.size / (time.perf_counter() - started)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no page of a file."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+@contextmanager
+def timed(figures: Figures, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    figures[name] = time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

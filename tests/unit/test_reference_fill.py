@@ -1,0 +1,128 @@
+"""A fill computes what the store lacks and nothing else, each row under the key of its own response."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_dist.data.dataset import PairDataset, response_key
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.runtime import World
+from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
+from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.store import LogpStore
+
+SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
+RESPONSES = [2, 1, 3, 2, 2, 2]
+# Two pairs with the same content, as data sets have them.
+TWINS = (1, 4)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(None, 0, 1, torch.device("cpu"), ())
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PairDataset:
+    generator = np.random.default_rng(0)
+    pairs = [
+        [generator.integers(3, 90, generator.integers(1, 9)).astype(np.int32) for _ in range(1 + count)]
+        for count in RESPONSES
+    ]
+    first, second = TWINS
+    pairs[second][:2] = pairs[first]
+    keys = [response_key(prompt, response) for prompt, *responses in pairs for response in responses]
+    pieces = [piece for pair in pairs for piece in pair]
+    return PairDataset(
+        folder=tmp_path,
+        fingerprint="",
+        counts={},
+        source_paths=("",),
+        source_pairs=(len(pairs),),
+        ids=np.concatenate(pieces),
+        piece_ends=np.cumsum([len(piece) for piece in pieces]),
+        pair_pieces=np.cumsum([len(pair) for pair in pairs]),
+        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
+        origins=np.zeros((len(pairs), 2), dtype=np.int64),
+    )
+
+
+def logps_of(ids: Tensor) -> Tensor:
+    """Log-probs that tell which tokens they are of."""
+    return -ids.float() / 7
+
+
+class Scorer:
+    """Scores with `logps_of`, and counts."""
+
+    def __init__(self) -> None:
+        self.responses = 0
+        self.progress: list[tuple[int, int]] = []
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        self.responses += len(batch.keys)
+        return logps_of(batch.targets)
+
+
+def fill(
+    root: Path, dataset: PairDataset, rows: list[int], world: World, rows_per_shard: int = 4
+) -> tuple[FillReport, Scorer]:
+    scorer = Scorer()
+    report = fill_store(
+        lambda names: LogpStore.open(root, SPACE, names),
+        dataset,
+        np.array(rows),
+        lambda: scorer,
+        world,
+        micro_batch_tokens=30,
+        rows_per_shard=rows_per_shard,
+        progress=lambda done, total: scorer.progress.append((done, total)),
+    )
+    return report, scorer
+
+
+def assert_filled(root: Path, dataset: PairDataset, rows: list[int]) -> None:
+    store = LogpStore.open(root, SPACE)
+    for row in rows:
+        values = store.read(dataset.keys[list(dataset.response_rows(row))])
+        for value, response in zip(values, dataset.sequences(row).responses, strict=True):
+            assert value.tolist() == logps_of(torch.from_numpy(response)).tolist()
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 4, 4096])
+def test_every_response_gets_its_own_values(
+    tmp_path: Path, dataset: PairDataset, world: World, rows_per_shard: int
+) -> None:
+    rows = list(range(len(RESPONSES)))
+    report, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard)
+    assert (report.hits, report.computed) == (0, sum(RESPONSES) - 1)
+    assert scorer.responses == report.computed
+    assert scorer.progress[-1] == (len(rows), len(rows))
+    assert_filled(tmp_path, dataset, rows)
+
+
+def test_only_what_is_missing_is_computed(tmp_path: Path, dataset: PairDataset, world: World) -> None:
+    keys = dataset.keys[[0, 4]]  # the first response of row 0, the second of row 2
+    responses = dataset.sequences(0).responses[0], dataset.sequences(2).responses[1]
+    LogpStore.open(tmp_path, SPACE).write(
+        keys, [logps_of(torch.from_numpy(ids)).numpy() for ids in responses]
+    )
+    report, scorer = fill(tmp_path, dataset, [0, 2, 5], world)
+    assert (report.hits, report.computed, scorer.responses) == (2, 5, 5)
+    assert_filled(tmp_path, dataset, [0, 2, 5])
+    assert fill(tmp_path, dataset, [0, 2, 5], world)[0] == FillReport(hits=7)
+
+
+def test_a_response_that_comes_twice_is_missing_once(tmp_path: Path, dataset: PairDataset) -> None:
+    store = LogpStore.open(tmp_path, SPACE)
+    missing, held = missing_responses(store, dataset, np.array([1, 3, 4]))
+    starts = np.cumsum(RESPONSES) - RESPONSES
+    assert missing.tolist() == [starts[1], starts[3], starts[3] + 1, starts[4] + 1]
+    assert held == 0
