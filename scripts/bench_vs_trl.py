@@ -39,9 +39,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
         _in_fork(lambda: prepare(setting, folder))
-        rounds = [_round(folder, number, arguments.processes) for number in range(arguments.rounds)]
+        rounds = [
+            _round(folder, number, arguments.processes, arguments.threads) for number in range(arguments.rounds)
+        ]
         unique_tokens = json.loads((folder / "order.json").read_text())["unique_tokens"]
-    print(f"{setting}\n{arguments.rounds} rounds, {os.cpu_count()} cores; medians of rounds")
+    print(f"{setting}\n{arguments.rounds} rounds, {arguments.threads} of {os.cpu_count()} cores; medians of rounds")
     _print_table(rounds, setting.pairs, unique_tokens)
     difference = _largest_differences(rounds, setting)
     print(json.dumps({"first_step_difference": difference, "ratios": _ratios(rounds)}))
@@ -61,9 +63,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=TOLERANCE, default="fp32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="2 adds ZeRO-3 on two")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes of a variant")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--trl-micro-pairs", type=int, default=8, help="8 is TRL's default")
-    parser.add_argument("--trl-best-micro-pairs", type=int, default=2)
+    parser.add_argument("--trl-best-micro-pairs", type=int, default=1, help="1 pads least")
     parser.add_argument("--shared-prefix", type=float, default=0.7)
     parser.add_argument("--mean-tokens", type=int, default=250)
     parser.add_argument("--length-spread", type=float, default=0.7)
@@ -105,7 +108,7 @@ def _in_fork(work: Callable[[], None]) -> None:
         raise SystemExit("the benchmark's model and pairs could not be made")
 
 
-def _round(folder: Path, number: int, processes: int) -> dict[str, Result]:
+def _round(folder: Path, number: int, processes: int, threads: int) -> dict[str, Result]:
     """Every variant once; which trainer goes first alternates."""
     store = folder / f"store-{number}"
     ours = {"cold": (store, 1), "warm": (store, 1)}
@@ -114,20 +117,19 @@ def _round(folder: Path, number: int, processes: int) -> dict[str, Result]:
     jobs: list[tuple[str, str, Path, int]] = [(name, "dpo_dist", *where) for name, where in ours.items()]
     trls = [(name, name, store, 1) for name in ("trl_default", "trl_best")]
     jobs = [*jobs, *trls] if number % 2 else [*trls, *jobs]
-    return {name: _run(folder, *job) for name, *job in jobs}
+    return {name: _run(folder, threads, *job) for name, *job in jobs}
 
 
-def _run(folder: Path, variant: str, store: Path, processes: int) -> Result:
+def _run(folder: Path, threads: int, variant: str, store: Path, processes: int) -> Result:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     program = [str(ROOT / "scripts" / "bench_variant.py"), str(folder), variant, str(store), str(out)]
     launch = [sys.executable]
     if processes > 1:
         launch = [*LAUNCHER, "--config_file", str(ROOT / "launch" / "accelerate" / "cpu_2.yaml")]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
     ended = subprocess.run(
         [*launch, *program],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, "OMP_NUM_THREADS": str(max(1, threads // processes)), "TOKENIZERS_PARALLELISM": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
