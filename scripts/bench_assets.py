@@ -1,4 +1,4 @@
-"""What a benchmark runs on: pairs, a tokenizer trained on them, random weights, and the order of the pairs."""
+"""What a benchmark runs on: pairs, a tokenizer trained on them, random weights, the order of the pairs."""
 
 import dataclasses
 import json

@@ -91,12 +91,15 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path) -> 
     config = load_run_config(overrides(setting, folder, run_dir, store))
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
     with open_console(run_dir) as console:
+        from dpo_dist.reference.engine import load_reference
+        from dpo_dist.reference.fill import fill_store
         from dpo_dist.training import assemble, loop
+        from dpo_dist.training.step import train_step
 
         with (
-            patch.object(loop, "train_step", training.around(loop.train_step)),
-            patch.object(assemble, "fill_store", filling.around(assemble.fill_store)),
-            patch.object(assemble, "load_reference", loading.around(assemble.load_reference)),
+            patch.object(loop, "train_step", training.around(train_step)),
+            patch.object(assemble, "fill_store", filling.around(fill_store)),
+            patch.object(assemble, "load_reference", loading.around(load_reference)),
             whole.running(),
         ):
             assemble.train(config, console)
@@ -110,11 +113,11 @@ def run_trl(setting: Setting, folder: Path, out: Path, *, at_its_best: bool) -> 
     """TRL's trainer on our token ids in our order."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     training, reference, whole = Meter(), Meter(), Meter()
 
-    class Trainer(DPOTrainer):  # type: ignore[misc]
+    class Trainer(DPOTrainer):
         """With the reference's scoring measured, and without a second tokenisation."""
 
         def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
@@ -153,7 +156,7 @@ def _trl_config(setting: Setting, out: Path, at_its_best: bool) -> Any:
 
     `padding_free` is switched off in this version whatever it is set to, and Liger's fused loss is refused.
     """
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     micro_pairs = setting.trl_best_micro_pairs if at_its_best else setting.trl_micro_pairs
     options: dict[str, Any] = {}
