@@ -1,0 +1,183 @@
+"""What a benchmark runs on: pairs, a tokenizer trained on them, random weights, the order of the pairs."""
+
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTING = "setting.json"
+ORDER = "order.json"
+REAL_DATA = {"hh": "hh_rlhf_sample.jsonl", "ultrafeedback": "ultrafeedback_plain_scored.jsonl"}
+_SYNTHETIC_PAIRS = 512
+_SYNTHETIC_WORDS = 2000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2 model with tied embeddings; heads are 64 wide, and two share one key."""
+
+    vocabulary: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+
+
+SHAPES = {
+    "tiny": Shape(512, 128, 256, 2),
+    "5m": Shape(16384, 192, 512, 4),
+    "40m": Shape(16384, 512, 1536, 10),
+    "160m": Shape(16384, 1024, 2816, 13),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One benchmark. Lengths are in tokens, of a prompt with one response.
+
+    Attributes:
+        data: `hh`, `ultrafeedback` or `synthetic`.
+        shared_prefix: of synthetic pairs: the prompt's share of a sequence.
+        mean_tokens: of synthetic pairs.
+        length_spread: of synthetic pairs: sigma of the lognormal that lengths are drawn from.
+    """
+
+    model: str
+    data: str
+    pairs: int
+    batch_pairs: int
+    max_length: int
+    dtype: str
+    micro_batch_tokens: int
+    trl_micro_pairs: int
+    trl_best_micro_pairs: int
+    shared_prefix: float
+    mean_tokens: int
+    length_spread: float
+    seed: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Setting":
+        """The setting of a prepared folder."""
+        return cls(**json.loads((folder / SETTING).read_text()))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return self.pairs // self.batch_pairs
+
+
+def data_file(setting: Setting, folder: Path) -> Path:
+    """Where the pairs lie: slices of real data beside the repository, or what `prepare` writes."""
+    if setting.data == "synthetic":
+        return folder / "pairs.jsonl"
+    return shared_data() / REAL_DATA[setting.data]
+
+
+def shared_data() -> Path:
+    """The folder of real preference data; it need not exist."""
+    return Path(os.environ.get("DPO_DIST_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> list[str]:
+    """The command line of our run; TRL is given the same optimizer and batch."""
+    return [
+        f"model.path={folder}/model",
+        f"model.dtype={setting.dtype}",
+        f"data.train=[{data_file(setting, folder)}]",
+        f"data.cache={folder}/encoded",
+        f"data.max_length={setting.max_length}",
+        "data.max_bad_share=0.2",  # slices of real data are rich in faults
+        f"run.dir={run_dir}",
+        f"reference.store={store}",
+        f"trainer.global_batch_pairs={setting.batch_pairs}",
+        f"trainer.micro_batch_tokens={setting.micro_batch_tokens}",
+        f"trainer.max_steps={setting.steps}",
+        f"trainer.seed={setting.seed}",
+        "trainer.save_every=0",
+        "optim.lr=1e-4",
+        "optim.schedule=constant",
+        "optim.warmup_ratio=0",
+        "tracking.wandb=off",
+    ]
+
+
+def prepare(setting: Setting, folder: Path) -> None:
+    """Write model, tokenizer and pairs, and the token ids of the pairs in the order of our schedule."""
+    (folder / SETTING).write_text(json.dumps(dataclasses.asdict(setting)))
+    file = data_file(setting, folder)
+    if setting.data == "synthetic":
+        lines = (json.dumps(record) for record in _synthetic_records(setting))
+        file.write_text("".join(f"{line}\n" for line in lines))
+    _save_model(setting, folder / "model", file)
+    (folder / ORDER).write_text(json.dumps(_ordered_pairs(setting, folder)))
+
+
+def _synthetic_records(setting: Setting) -> Iterator[dict[str, str]]:
+    draw = random.Random(setting.seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 5))) for _ in range(_SYNTHETIC_WORDS)]
+
+    def text(mean: float) -> str:
+        length = mean * draw.lognormvariate(-(setting.length_spread**2) / 2, setting.length_spread)
+        return " ".join(draw.choices(words, k=max(1, round(length))))
+
+    prompt = setting.mean_tokens * setting.shared_prefix
+    response = setting.mean_tokens - prompt
+    for _ in range(_SYNTHETIC_PAIRS):
+        yield {"prompt": text(prompt), "chosen": f" {text(response)}", "rejected": f" {text(response)}"}
+
+
+def _save_model(setting: Setting, folder: Path, file: Path) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    shape = SHAPES[setting.model]
+    texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, shape.vocabulary, show_progress=False)
+    heads = shape.hidden_size // 64
+    config = Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(setting.seed)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
+    from dpo_dist.config.load import load_run_config
+    from dpo_dist.data.dataset import open_dataset
+    from dpo_dist.data.prepare import prepare_dataset
+    from dpo_dist.data.schedule import make_schedule
+    from dpo_dist.model.load import load_tokenizer
+    from dpo_dist.reference.key import tokenizer_digest
+
+    config = load_run_config(overrides(setting, folder, folder / "unused", folder / "unused"))
+    model = Path(config.model.path)
+    tokenizer = load_tokenizer(model, config.model)
+    encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
+    dataset = open_dataset(encoded, config.data)
+    schedule = make_schedule(dataset.spans([1.0]), config.trainer)
+    rows = [int(row) for step in range(schedule.steps) for row in schedule.rows(step)]
+    pairs = [dataset.sequences(row) for row in rows]
+    return {
+        "unique_tokens": sum(dataset.packed_tokens(row) for row in rows),
+        "prompt_ids": [pair.prompt_ids.tolist() for pair in pairs],
+        "chosen_ids": [pair.responses[0].tolist() for pair in pairs],
+        "rejected_ids": [pair.responses[1].tolist() for pair in pairs],
+    }

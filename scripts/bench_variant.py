@@ -1,0 +1,197 @@
+"""One trainer, once, in a process of its own: `python scripts/bench_variant.py FOLDER VARIANT STORE OUT`.
+
+FOLDER is what `bench_assets.prepare` wrote. OUT/rank-N.json gets what was measured, the losses among it.
+Variants: `trl_default`, `trl_best`, `dpo_dist` (with the reference values that STORE holds already).
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from bench_assets import ORDER, ROOT, Setting, overrides
+
+sys.path.insert(0, str(ROOT))
+
+CURVES = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "grad_norm")
+
+
+@dataclass
+class Meter:
+    """Seconds by the clock and of all threads of this process, summed over the calls it has wrapped."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure what happens within."""
+        started = time.monotonic(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started[0]
+            self.cpu_seconds += time.process_time() - started[1]
+
+    def around(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, measured."""
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            with self.running():
+                return work(*arguments, **options)
+
+        return measured
+
+    def without(self, part: "Meter") -> "Meter":
+        """This less a part of it."""
+        return Meter(self.seconds - part.seconds, self.cpu_seconds - part.cpu_seconds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run: training steps only, scoring by the reference only, and both with loading and saving."""
+
+    training: Meter
+    reference: Meter
+    whole: Meter
+    rows: list[dict[str, float]]
+
+
+def main() -> None:
+    folder, variant, store, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    setting = Setting.read(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    if variant == "dpo_dist":
+        measured = run_dpo_dist(setting, folder, store, out / "run")
+    else:
+        measured = run_trl(setting, folder, out, at_its_best=variant == "trl_best")
+    result = {
+        "training": vars(measured.training),
+        "reference": vars(measured.reference),
+        "whole": vars(measured.whole),
+        "peak_bytes": _peak_bytes(),
+        "curves": {name: [row[name] for row in measured.rows] for name in CURVES},
+    }
+    (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
+
+
+def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path) -> Measured:
+    """The whole program; what is loaded between reference and training is not part of either."""
+    from dpo_dist.config.load import load_run_config
+    from dpo_dist.report.console import open_console
+
+    config = load_run_config(overrides(setting, folder, run_dir, store))
+    training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
+    with open_console(run_dir) as console:
+        from dpo_dist.reference.engine import load_reference
+        from dpo_dist.reference.fill import fill_store
+        from dpo_dist.training import assemble, loop
+        from dpo_dist.training.step import train_step
+
+        with (
+            patch.object(loop, "train_step", training.around(train_step)),
+            patch.object(assemble, "fill_store", filling.around(fill_store)),
+            patch.object(assemble, "load_reference", loading.around(load_reference)),
+            whole.running(),
+        ):
+            assemble.train(config, console)
+    metrics = run_dir / "dpo_metrics"
+    training.seconds = json.loads((metrics / "summary.json").read_text())["train_seconds"]
+    rows = json.loads((metrics / "log_history.json").read_text())
+    return Measured(training, filling.without(loading), whole, rows)
+
+
+def run_trl(setting: Setting, folder: Path, out: Path, *, at_its_best: bool) -> Measured:
+    """TRL's trainer on our token ids in our order."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    training, reference, whole = Meter(), Meter(), Meter()
+
+    class Trainer(DPOTrainer):
+        """With the reference's scoring measured, and without a second tokenisation."""
+
+        def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, *arguments: Any) -> Any:
+            with reference.running():
+                return super()._precompute_ref_logps(*arguments)
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        """Measures from the first step to the last, without what is prepared before."""
+
+        def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:
+            self.measured = training.running()
+            self.measured.__enter__()
+
+        def on_train_end(self, *_arguments: Any, **_options: Any) -> None:
+            self.measured.__exit__(None, None, None)
+
+    pairs = json.loads((folder / ORDER).read_text())
+    columns = {name: pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    with whole.running():
+        trainer = Trainer(
+            model=str(folder / "model"),
+            args=_trl_config(setting, out, at_its_best),
+            train_dataset=Dataset.from_dict(columns),
+            callbacks=[Steps()],
+        )
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    return Measured(training, reference, whole, rows)
+
+
+def _trl_config(setting: Setting, out: Path, at_its_best: bool) -> Any:
+    """TRL's defaults but for what makes the runs the same run; at its best, with all that makes it faster.
+
+    `padding_free` is switched off in this version whatever it is set to, and Liger's fused loss is refused.
+    """
+    from trl.trainer.dpo_config import DPOConfig
+
+    micro_pairs = setting.trl_best_micro_pairs if at_its_best else setting.trl_micro_pairs
+    options: dict[str, Any] = {}
+    if at_its_best:
+        options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+        if setting.dtype == "bf16":
+            options["model_init_kwargs"] = {"dtype": "bfloat16"}
+            if importlib.util.find_spec("flash_attn"):
+                options["model_init_kwargs"]["attn_implementation"] = "flash_attention_2"
+    return DPOConfig(
+        output_dir=str(out / "trl"),
+        bf16=setting.dtype == "bf16",
+        max_length=setting.max_length,
+        max_steps=setting.steps,
+        per_device_train_batch_size=micro_pairs,
+        gradient_accumulation_steps=setting.batch_pairs // micro_pairs,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=setting.seed,
+        **options,
+    )
+
+
+def _peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
