@@ -168,3 +168,20 @@ def test_a_budget_that_the_pairs_all_but_fill_takes_no_micro_batch_more(world_si
     for filled in (0.9, 0.95, 0.98):
         budget = round(sum(tokens) / world_size / 2 / filled)
         assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == 2, filled
+
+
+def test_ranks_wait_little_where_few_pairs_fill_the_budget() -> None:
+    tokens = np.random.default_rng(0).integers(60, 1500, 16 * 8).tolist()
+    plan = plan_micro_batches(sizes(tokens), 8, 2048)
+    loads = np.array([[sum(tokens[place] for place in places) for places in ranks] for ranks in plan])
+    assert len(plan) == -(-sum(tokens) // (8 * 2048))
+    assert loads.max() <= 2048
+    assert loads.max(axis=1).sum() < 1.05 * loads.mean() * len(plan)
+
+
+def test_pairs_above_the_budget_leave_the_others_within_it() -> None:
+    tokens = [100] * 5 + [31] * 9 + [29] * 9
+    bins = list(chain.from_iterable(plan_micro_batches(sizes(tokens), 2, 60)))
+    assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
+    assert all(len(places) == 1 or sum(tokens[place] for place in places) <= 60 for places in bins)
+    assert len(bins) == 14
