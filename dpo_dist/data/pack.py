@@ -22,6 +22,7 @@ Counts = npt.NDArray[np.int64]
 # Keys that a token may attend to until attention has cost as much as all else: 2 to 6 times the hidden size
 # of usual models.
 _KEYS_AS_DEAR_AS_A_TOKEN = 16_384
+_CAPACITY_TRIALS = 4
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def plan_micro_batches(sizes: PairSizes, world_size: int, token_budget: int) -> 
     micro_batches = math.ceil(np.minimum(sizes.tokens, token_budget).sum() / (world_size * token_budget))
     while True:
         number = world_size * micro_batches
-        bins = _fill_evenly(tokens, costs, number, token_budget) or _fill_up(tokens, number, token_budget)
+        bins = _fill_evenly(tokens, costs, number, token_budget)
+        bins = bins or _fill_tightly(tokens, number, token_budget)
         if bins is not None:
             return _deal_to_ranks(bins, costs, world_size)
         micro_batches += 1
@@ -197,12 +199,26 @@ def _fill_evenly(tokens: list[int], costs: list[float], number: int, budget: int
     return bins
 
 
-def _fill_up(tokens: list[int], number: int, budget: int) -> list[list[int]] | None:
-    """Longest pair first into the fullest bin that has room for it (best fit); None if no bin has."""
+def _fill_tightly(tokens: list[int], number: int, budget: int) -> list[list[int]] | None:
+    """Best fit, into the smallest bins that a few trials find to do (Coffman, Garey, Johnson 1978)."""
+    bins = _fit(tokens, number, budget)
+    too_small, capacity = min(sum(tokens) // number, budget), budget
+    for _ in range(_CAPACITY_TRIALS if bins else 0):
+        middle = (too_small + capacity) // 2
+        tighter = _fit(tokens, number, middle)
+        if tighter is None:
+            too_small = middle
+        else:
+            bins, capacity = tighter, middle
+    return bins
+
+
+def _fit(tokens: list[int], number: int, capacity: int) -> list[list[int]] | None:
+    """Longest pair first into the fullest bin that has room for it; None if no bin has."""
     bins: list[list[int]] = [[] for _ in range(number)]
-    rooms = [(budget, bin_number) for bin_number in range(number)]
+    rooms = [(capacity, bin_number) for bin_number in range(number)]
     for place in sorted(range(len(tokens)), key=lambda p: -tokens[p]):
-        fitting = bisect.bisect_left(rooms, (min(tokens[place], budget), 0))
+        fitting = bisect.bisect_left(rooms, (min(tokens[place], capacity), 0))
         if fitting == number:
             return None
         room, bin_number = rooms.pop(fitting)

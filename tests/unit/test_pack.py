@@ -168,3 +168,22 @@ def test_a_budget_that_the_pairs_all_but_fill_takes_no_micro_batch_more(world_si
     for filled in (0.9, 0.95, 0.98):
         budget = round(sum(tokens) / world_size / 2 / filled)
         assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == 2, filled
+
+
+def test_ranks_wait_little_where_few_pairs_fill_the_budget() -> None:
+    tokens = np.random.default_rng(0).integers(20, 500, (16 * 8, 3)).sum(axis=1).tolist()
+    plan = plan_micro_batches(sizes(tokens), 8, 2048)
+    loads = np.array([[sum(tokens[place] for place in places) for places in ranks] for ranks in plan])
+    assert len(plan) == -(-sum(tokens) // (8 * 2048))
+    assert loads.max() <= 2048
+    assert loads.max(axis=1).sum() < 1.03 * loads.mean() * len(plan)
+    assert loads.sum(axis=0).max() < 1.01 * loads.sum(axis=0).mean()
+
+
+def test_pairs_above_the_budget_leave_the_others_within_it() -> None:
+    long = [182, 132, 119, 111, 176, 145, 76, 163, 140, 88, 122, 124, 199, 178, 151]
+    tokens = [*long, 35, 29, 10, 49, 7, 20, 28, 5, 59, 8, 45]
+    bins = list(chain.from_iterable(plan_micro_batches(sizes(tokens), 2, 60)))
+    assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
+    assert all(len(places) == 1 or sum(tokens[place] for place in places) <= 60 for places in bins)
+    assert len(bins) == 20
