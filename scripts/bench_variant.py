@@ -156,6 +156,7 @@ def _trl_config(setting: Setting, out: Path, at_its_best: bool) -> Any:
 
     `padding_free` is switched off in this version whatever it is set to, and Liger's fused loss is refused.
     """
+    import torch
     from trl.trainer.dpo_config import DPOConfig
 
     micro_pairs = setting.trl_best_micro_pairs if at_its_best else setting.trl_micro_pairs
@@ -169,6 +170,7 @@ def _trl_config(setting: Setting, out: Path, at_its_best: bool) -> Any:
     return DPOConfig(
         output_dir=str(out / "trl"),
         bf16=setting.dtype == "bf16",
+        use_cpu=not torch.cuda.is_available(),
         max_length=setting.max_length,
         max_steps=setting.steps,
         per_device_train_batch_size=micro_pairs,
