@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist import atomic
+from dpo_dist.objective.metrics import PAIR_METRICS
 
 Row = dict[str, float]
 
@@ -21,15 +22,6 @@ LOG_NAME = "log_history.json"
 CSV_NAME = "training_metrics.csv"
 SUMMARY_NAME = "summary.json"
 
-_QUALITY = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
 _COST = (
     "grad_norm",
     "learning_rate",
@@ -41,7 +33,7 @@ _COST = (
     "mfu",
     "memory/peak_allocated_bytes",
 )
-COLUMNS = ("step", "epoch", *_QUALITY, *_COST, *(f"eval_{key}" for key in _QUALITY))
+COLUMNS = ("step", "epoch", *PAIR_METRICS, *_COST, *(f"eval_{key}" for key in PAIR_METRICS))
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +121,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         if measured:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
-            final |= {prefix + key: last[prefix + key] for key in _QUALITY if prefix + key in last}
+            final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
     best: dict[str, Row] = {}
     for key, sign in (("eval_loss", 1), ("eval_rewards/accuracies", -1)):
         finite = [row for row in rows if math.isfinite(row.get(key, math.nan))]

@@ -24,7 +24,6 @@ from dpo_dist.reference.key import ReferenceSpace, model_digest
 from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider, StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.console import Console
-from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.history import History, final_and_best
 from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
@@ -73,7 +72,7 @@ def train(config: RunConfig, console: Console) -> int:
         if checkpoint is not None and is_complete(checkpoint, run_dir):
             console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
             return EXIT_COMPLETED
-        describe_run(config, run_dir, world)
+        environment = describe_run(config, run_dir, world)
         inputs = load_inputs(config, world, console)
         reference = build_reference(config, inputs, world, console)
         identity = {
@@ -104,7 +103,7 @@ def train(config: RunConfig, console: Console) -> int:
             schedule=inputs.schedule,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
-            recorder=_open_recorder(config, run_dir, world, position, stop),
+            recorder=_open_recorder(config, run_dir, world, position, stop, environment),
             console=console,
             identity=identity,
             stop_wanted=stop,
@@ -222,11 +221,15 @@ def _show_progress(bar: Any, done: int, total: int) -> None:
 
 
 def _open_recorder(
-    config: RunConfig, run_dir: Path, world: World, position: Position, stop: StopRequest
+    config: RunConfig,
+    run_dir: Path,
+    world: World,
+    position: Position,
+    stop: StopRequest,
+    environment: dict[str, Any],
 ) -> Recorder | None:
     if not world.is_main:
         return None
-    environment = describe_environment(world.size)
     history = History.open(run_dir / METRICS_FOLDER, position.step or None)
     return Recorder(run_dir, history, open_tracker(config, run_dir, stop.ask, environment=environment))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -117,15 +118,16 @@ def is_complete(checkpoint: Checkpoint, run_dir: Path) -> bool:
     return bool(checkpoint.state["step"] == checkpoint.state["steps"]) and (run_dir / MODEL).is_dir()
 
 
-def describe_run(config: RunConfig, run_dir: Path, world: World) -> None:
-    """Write config.yaml and environment.json; collective."""
+def describe_run(config: RunConfig, run_dir: Path, world: World) -> dict[str, Any]:
+    """Write config.yaml and environment.json; returns what stands in the latter. Collective."""
 
-    def write() -> None:
+    def write() -> dict[str, Any]:
         write_text(run_dir / "config.yaml", to_yaml(config))
         environment = describe_environment(world.size)
         write_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+        return environment
 
-    world.on_main(write)
+    return world.on_main(write)
 
 
 def export_model(
