@@ -8,8 +8,7 @@ docs/performance.json beside the parts that stand there:
     model_size        the same over model size
     memory            peak memory and pairs/s over `trainer.micro_batch_tokens`
     ablation          CPU seconds and memory without prompt sharing, packing, chunked head, stored reference
-    encode            records/s over processes: the last line of `--encode FILE`, the output of the benchmark
-                      of encoding: {"points": [{"processes", "records_per_second", "tokens_per_second"}]}
+    encode            records/s over processes, from `--encode FILE`: what `bench_encode.py` printed
 
 Times are of training steps and of scoring by the reference, as in `bench_vs_trl.py`. Ends with an error if
 the trainers, or the whole program and what is left of it, compute different losses. A round of all parts is
@@ -92,8 +91,9 @@ def main() -> int:
             _write(arguments.out, part, {**_circumstances(bench, arguments), "points": points})
             print(f"{part}: {len(points)} points, {arguments.rounds} rounds", flush=True)
         if arguments.encode:
-            points = json.loads(arguments.encode.read_text().splitlines()[-1])["points"]
-            _write(arguments.out, "encode", {**_circumstances(bench, arguments), "points": points})
+            _write(
+                arguments.out, "encode", {**_circumstances(bench, arguments), **_encoding(arguments.encode)}
+            )
     return 0
 
 
@@ -121,7 +121,7 @@ def _parts() -> dict[str, list[Point]]:
     # 24 pairs of equal length fill a micro-batch of 8192 tokens, and half of them half of it.
     filling = dataclasses.replace(BASE, pairs=48, batch_pairs=24, length_spread=0.0)
     data = "hh" if (shared_data() / REAL_DATA["hh"]).is_file() else "synthetic"
-    real = dataclasses.replace(BASE, data=data, pairs=24, batch_pairs=12, length_spread=0.7)
+    real = dataclasses.replace(BASE, data=data, pairs=32, batch_pairs=16, length_spread=0.7)
     return {
         "shared_prefix": _beside_trl(
             {share: dataclasses.replace(BASE, shared_prefix=share) for share in (0.1, 0.4, 0.7, 0.9)}
@@ -258,6 +258,13 @@ def _told(point: Point, bench: Bench) -> dict[str, Any]:
             for result in bench.results[point.job]
         ],
     }
+
+
+def _encoding(printed: Path) -> dict[str, Any]:
+    """What `bench_encode.py` printed, as a part of the file."""
+    told = json.loads(printed.read_text().splitlines()[-1])
+    command = ["scripts/bench_encode.py", "--records", str(told["records"])] + ["--chat"] * told["chat"]
+    return {"command": shlex.join(command), "file": told["file"], "points": told["figures"]}
 
 
 def _circumstances(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:

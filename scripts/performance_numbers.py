@@ -176,10 +176,10 @@ def _ablation_rows(part: Json) -> list[list[str]]:
 
 
 def _encode_rows(part: Json) -> list[list[str]]:
-    rows = [["processes", "records/s", "tokens/s"]]
+    rows = [["processes", "records/s", "tokens/s", "of all CPU time in the main process"]]
     for point in part["points"]:
-        speeds = (_number(point[f"{what}_per_second"]) for what in ("records", "tokens"))
-        rows.append([str(point["processes"]), *speeds])
+        speeds = [_number(point[f"{what}_per_second"]) for what in ("records", "tokens")]
+        rows.append([str(point["processes"]), *speeds, f"{point['main_share']:.0%}"])
     return rows
 
 

@@ -54,8 +54,9 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     measurements, page = docs / "performance.json", docs / "performance.md"
     page.write_text((SCRIPTS.parent / "docs" / "performance.md").read_text())
     encoded = tmp_path / "encoded"
-    speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5}
-    encoded.write_text(f"a table\n{json.dumps({'points': [speed]})}\n")
+    speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5, "main_share": 0.1}
+    told = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
+    encoded.write_text(f"a table\n{json.dumps(told)}\n")
     run("bench_curves.py", "--smoke", "--out", str(measurements), "--encode", str(encoded), seconds=580)
     parts = json.loads(measurements.read_text())
     names = ["shared_prefix", "response_tokens", "model_size", "memory", "ablation", "encode"]
