@@ -20,6 +20,7 @@ from dpo_dist.data.pack import Counts, PackedBatch, PairSizes, Sequences, pack, 
 from dpo_dist.model.head import LogpHead, PackedCausalLM
 
 Forward = Callable[[PackedCausalLM, PackedBatch], Tensor]
+HeadForward = Callable[[LogpHead, Tensor, Tensor], Tensor]
 
 
 class Packing(StrEnum):
@@ -78,11 +79,8 @@ class Work:
 def removed(ablation: Ablation) -> Iterator[Work]:
     """Within it, runs of this process do without what `ablation` has not; yields what they compute."""
     work = Work()
-    forward = _forward
+    forward, head = (_forward, _head) if ablation.chunks_head else (_forward_all_logits, _all_logps)
     with contextlib.ExitStack() as swaps:
-        if not ablation.chunks_head:
-            swaps.enter_context(patch.object(LogpHead, "forward", _all_logps))
-            forward = _forward_all_logits
         if not ablation.shares_prompts:
             swaps.enter_context(patch.object(dataset, "pair_sizes", _sizes_apart(ablation.packing)))
         if ablation.packing is not Packing.packed:
@@ -90,23 +88,33 @@ def removed(ablation: Ablation) -> Iterator[Work]:
             swaps.enter_context(patch.object(batches, "plan_micro_batches", plan))
         if not ablation.shares_prompts or ablation.packing is Packing.padded:
             swaps.enter_context(patch.object(batches, "pack", _packing(ablation)))
-        swaps.enter_context(patch.object(PackedCausalLM, "forward", _counting(forward, ablation, work)))
+        swaps.enter_context(patch.object(PackedCausalLM, "forward", _counting_tokens(forward, work)))
+        swaps.enter_context(patch.object(LogpHead, "forward", _counting_logits(head, work)))
         yield work
 
 
-def _counting(forward: Forward, ablation: Ablation, work: Work) -> Forward:
+def _counting_tokens(forward: Forward, work: Work) -> Forward:
     def counted(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
         if torch.is_grad_enabled():
             work.micro_batches += 1
             work.tokens += len(batch.input_ids)
             work.most_tokens = max(work.most_tokens, len(batch.input_ids))
-            work.logits += len(batch.targets if ablation.chunks_head else batch.input_ids)
         return forward(model, batch)
 
     return counted
 
 
+def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
+    def counted(head: LogpHead, hidden: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            work.logits += len(hidden)
+        return forward(head, hidden, targets)
+
+    return counted
+
+
 _forward: Forward = PackedCausalLM.forward
+_head: HeadForward = LogpHead.forward
 
 
 def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
@@ -116,9 +124,8 @@ def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
     return logps[batch.predictors, batch.targets]
 
 
-def _all_logps(head: LogpHead, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-    """[n, hidden_size] to float32 [n, vocab]; `targets` are taken from it outside."""
-    assert targets is not None
+def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor) -> Tensor:
+    """[n, hidden_size] to float32 [n, vocab]; the targets' are taken from it outside."""
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 
 
