@@ -2,8 +2,8 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.batches import StepPlan, plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows, Schedule
-from dpo_dist.distributed.checkpoint import save_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import DivergedError
@@ -50,6 +50,7 @@ class Loop:
     eval_set: PairDataset | None
     recorder: Recorder | None
     console: Console
+    checkpoints: CheckpointSaver
     identity: dict[str, Any]
     stop_wanted: "StopRequest"
 
@@ -76,8 +77,9 @@ class Loop:
                 if done == steps or asked_to_stop or _is_due(done, trainer.save_every):
                     self._save(position)
                 if asked_to_stop and done < steps:
-                    return False
-        return True
+                    break
+        self.checkpoints.commit()
+        return position.step == steps
 
     def _step(self, position: Position) -> tuple[dict[str, float], bool]:
         started = time.monotonic()
@@ -85,8 +87,10 @@ class Loop:
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
         plan = self._plan(self.train_set, self.schedule.rows(step))
         sums, grad_norm = train_step(self.policy, self.objective, plan, rate, self.world.device)
-        stop_vote = self.stop_wanted.vote(self.world.is_main)
-        metrics, asked_to_stop = self._reduce(sums, stop_vote)
+        votes = [self.stop_wanted.vote(self.world.is_main), self.checkpoints.is_ready]
+        metrics, (for_stopping, for_committing) = self._reduce(sums, votes)
+        if for_committing == self.world.size:
+            self.checkpoints.commit()
         seconds = time.monotonic() - started
         position.step += 1
         position.pairs_seen += plan.pairs
@@ -103,29 +107,31 @@ class Loop:
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         if not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
             self._record(row)
+            self.checkpoints.commit()
             raise DivergedError(
                 f"loss or gradient is not finite at step {position.step}; this update was not applied",
                 got=f"loss {metrics['loss']}, gradient norm {grad_norm}",
                 remedy="lower optim.lr or raise its warm-up, and look at the pairs of this step; "
                 "the checkpoints before it are whole",
             )
-        return row, asked_to_stop
+        return row, for_stopping > 0
 
     def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
         budget = self.config.trainer.micro_batch_tokens
         return plan_step(dataset, rows, self.world.rank, self.world.size, budget)
 
-    def _reduce(self, sums: MetricSums, stop_vote: bool) -> tuple[dict[str, float], bool]:
-        """Means over the global batch and the vote on stopping, in one collective call."""
-        vote = torch.tensor([float(stop_vote)], dtype=sums.values.dtype, device=sums.values.device)
-        total = self.world.sum(torch.cat((sums.values, vote)))
-        return MetricSums(total[:-1]).means(), bool(total[-1] > 0)
+    def _reduce(self, sums: MetricSums, votes: Sequence[bool] = ()) -> tuple[dict[str, float], list[int]]:
+        """Means over the global batch and how many ranks voted for what, in one collective call."""
+        cast = torch.tensor(votes, dtype=sums.values.dtype, device=sums.values.device)
+        total = self.world.sum(torch.cat((sums.values, cast)))
+        means = MetricSums(total[: len(sums.values)]).means()
+        return means, [round(count) for count in total[len(sums.values) :].tolist()]
 
     def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()
         plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
         sums = evaluate(self.policy, self.objective, plan, self.world.device)
-        metrics, _ = self._reduce(sums, stop_vote=False)
+        metrics, _ = self._reduce(sums)
         measured = {**metrics, **_throughput(plan, time.monotonic() - started)}
         row = {f"eval_{name}": value for name, value in measured.items()}
         return {"step": position.step, "epoch": self.schedule.epoch(position.step - 1), **row}
@@ -137,13 +143,8 @@ class Loop:
     def _save(self, position: Position) -> None:
         if self.recorder is not None:
             self.recorder.history.save()
-        save_checkpoint(
-            Path(str(self.config.run.dir)) / "checkpoints",
-            position.step,
-            self.policy,
-            {**asdict(position), **self.identity, "steps": self.schedule.steps},
-            self.config.trainer.keep_last,
-            self.world,
+        self.checkpoints.save(
+            position.step, {**asdict(position), **self.identity, "steps": self.schedule.steps}
         )
 
 
