@@ -176,11 +176,11 @@ def _phases(rows: Sequence[Mapping[str, float]]) -> str:
     seconds = {phase: sum(row[f"time/{phase}"] for row in timed) / len(timed) for phase in PHASES}
     step = sum(seconds.values())
     lines = [
-        f"<tr><th>{phase}</th><td>{_short(spent)} s</td><td>{spent / step:.1%}</td>"
+        f"<tr><th>{phase}</th><td>{1000 * spent:,.1f} ms</td><td>{spent / step:.1%}</td>"
         f'<td><meter value="{spent / step:.4f}"></meter></td></tr>'
         for phase, spent in seconds.items()
     ]
-    note = f"<p>Of the first process, in the mean of the {len(timed)} logged steps.</p>"
+    note = f"<p>Mean of the {len(timed)} logged steps, on the first process.</p>"
     return f'<table class="phases">{"".join(lines)}</table>{note}'
 
 

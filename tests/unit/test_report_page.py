@@ -95,9 +95,9 @@ def test_page_tells_what_was_run_and_what_came_out(tmp_path: Path) -> None:
         "versions.torch\n2.13.0",
         "The last 20 of 30.",
         "\n30\n0.4100",
-        "forward\n0.1240 s\n24.0%",
-        "data\n0.0005167 s\n0.1%",
-        "mean of the 30 logged steps",
+        "forward\n124.0 ms\n24.0%",
+        "data\n0.5 ms\n0.1%",
+        "Mean of the 30 logged steps",
     ):
         assert shown in page.text, shown
     assert "\n10\n0.6100" not in page.text
