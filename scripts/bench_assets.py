@@ -54,7 +54,6 @@ class Setting:
     dtype: str
     micro_batch_tokens: int
     trl_micro_pairs: int
-    trl_best_micro_pairs: int
     shared_prefix: float
     mean_tokens: int
     length_spread: float

@@ -42,7 +42,7 @@ ABLATIONS = (
     "without_store",
     "without_all",
 )
-TRL = "trl_best"
+TRL = "trl_best_1"
 TOLERANCE = 1e-4
 
 BASE = Setting(
@@ -54,7 +54,6 @@ BASE = Setting(
     dtype="fp32",
     micro_batch_tokens=4096,
     trl_micro_pairs=8,
-    trl_best_micro_pairs=1,
     shared_prefix=0.7,
     mean_tokens=250,
     length_spread=0.3,

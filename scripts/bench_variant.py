@@ -1,8 +1,8 @@
 """One trainer, once, in a process of its own: `python scripts/bench_variant.py FOLDER VARIANT STORE OUT`.
 
 FOLDER is what `bench_assets.prepare` wrote. OUT/rank-N.json gets what was measured, the losses among it.
-Variants: `trl_default`, `trl_best`, `dpo_dist` (with the reference values that STORE holds already), and
-`without_...`: dpo_dist less a part of it (`bench_ablation.ABLATIONS`).
+Variants: `trl_default`, `trl_best_N` (N pairs a micro-batch), `dpo_dist` (with the reference values that
+STORE holds already), and `without_...`: dpo_dist less a part of it (`bench_ablation.ABLATIONS`).
 """
 
 import contextlib
@@ -75,7 +75,8 @@ def main() -> None:
     setting = Setting.read(folder)
     out.mkdir(parents=True, exist_ok=True)
     if variant.startswith("trl"):
-        measured = run_trl(setting, folder, out, at_its_best=variant == "trl_best")
+        best_micro_pairs = int(variant.rpartition("_")[2]) if variant.startswith("trl_best") else None
+        measured = run_trl(setting, folder, out, best_micro_pairs)
     else:
         measured = run_dpo_dist(setting, folder, store, out / "run", variant)
     result = {
@@ -90,14 +91,19 @@ def main() -> None:
 
 
 def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, variant: str) -> Measured:
-    """The whole program; what is loaded between reference and training is not part of either."""
+    """The whole program; what is loaded between reference and training is not part of either.
+
+    One process shards nothing, as TRL's does not.
+    """
     from bench_ablation import ABLATIONS, removed
 
     from dpo_dist.config.load import load_run_config
     from dpo_dist.report.console import open_console
 
     ablation = ABLATIONS[variant]
-    config = load_run_config([*overrides(setting, folder, run_dir, store), *ablation.overrides])
+    parallelism = "zero3" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ddp"
+    wanted = [*overrides(setting, folder, run_dir, store), f"parallelism={parallelism}"]
+    config = load_run_config([*wanted, *ablation.overrides])
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
     with open_console(run_dir) as console:
         from dpo_dist.reference.engine import load_reference
@@ -119,8 +125,8 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     return Measured(training, filling.without(loading), whole, rows, vars(work))
 
 
-def run_trl(setting: Setting, folder: Path, out: Path, *, at_its_best: bool) -> Measured:
-    """TRL's trainer on our token ids in our order."""
+def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | None) -> Measured:
+    """TRL's trainer on our token ids in our order; at its best if that is given a micro-batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -152,7 +158,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, *, at_its_best: bool) -> 
     with whole.running():
         trainer = Trainer(
             model=str(folder / "model"),
-            args=_trl_config(setting, out, at_its_best),
+            args=_trl_config(setting, out, best_micro_pairs),
             train_dataset=Dataset.from_dict(columns),
             callbacks=[Steps()],
         )
@@ -161,7 +167,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, *, at_its_best: bool) -> 
     return Measured(training, reference, whole, rows, {})
 
 
-def _trl_config(setting: Setting, out: Path, at_its_best: bool) -> Any:
+def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> Any:
     """TRL's defaults but for what makes the runs the same run; at its best, with all that makes it faster.
 
     `padding_free` is switched off in this version whatever it is set to, and Liger's fused loss is refused.
@@ -169,9 +175,9 @@ def _trl_config(setting: Setting, out: Path, at_its_best: bool) -> Any:
     import torch
     from trl.trainer.dpo_config import DPOConfig
 
-    micro_pairs = setting.trl_best_micro_pairs if at_its_best else setting.trl_micro_pairs
+    micro_pairs = best_micro_pairs or setting.trl_micro_pairs
     options: dict[str, Any] = {}
-    if at_its_best:
+    if best_micro_pairs:
         options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
         if setting.dtype == "bf16":
             options["model_init_kwargs"] = {"dtype": "bfloat16"}

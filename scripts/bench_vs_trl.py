@@ -6,7 +6,8 @@ imports and loading; `whole` is with loading, and for dpo_dist with checkpoint, 
 The last line is JSON: ratios as [median, least, most] of the rounds, and how far the trainers lie apart.
 
     trl_default   the reference beside the policy, gradient checkpointing
-    trl_best      reference values computed before training, no gradient checkpointing, its best micro-batch
+    trl_best_N    reference values computed before training, no gradient checkpointing, N pairs a micro-batch:
+                  1 pads only the shorter response of a pair, more pad to the longest sequence among them
     cold, warm    dpo_dist with an empty store, and with the store that the cold run filled
 
 A ratio to trl_best leaves its reference out where ours is warm: TRL too can keep the values.
@@ -35,10 +36,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
         in_fork(lambda: prepare(setting, folder))
-        rounds = [
-            _round(folder, number, arguments.processes, arguments.threads)
-            for number in range(arguments.rounds)
-        ]
+        rounds = [_round(folder, number, arguments) for number in range(arguments.rounds)]
         unique_tokens = json.loads((folder / "order.json").read_text())["unique_tokens"]
     print(setting)
     print(f"{arguments.rounds} rounds, {arguments.threads} of {os.cpu_count()} cores; medians of rounds")
@@ -62,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", choices=(*REAL_DATA, "synthetic"), default="hh" if has_data else "synthetic"
     )
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--batch-pairs", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--dtype", choices=TOLERANCE, default="fp32")
@@ -71,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes of a variant")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--trl-micro-pairs", type=int, default=8, help="8 is TRL's default")
-    parser.add_argument("--trl-best-micro-pairs", type=int, default=1, help="1 pads least")
+    parser.add_argument("--trl-best-micro-pairs", type=int, nargs="+", default=[1])
     parser.add_argument("--shared-prefix", type=float, default=0.7)
     parser.add_argument("--mean-tokens", type=int, default=250)
     parser.add_argument("--length-spread", type=float, default=0.7)
@@ -92,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     whole_batches = [(arguments.pairs, arguments.batch_pairs)]
     whole_batches += [
         (arguments.batch_pairs, micro)
-        for micro in (arguments.trl_micro_pairs, arguments.trl_best_micro_pairs)
+        for micro in (arguments.trl_micro_pairs, *arguments.trl_best_micro_pairs)
     ]
     if any(total % part for total, part in whole_batches):
         parser.error("pairs must be a multiple of batch-pairs, and that of TRL's micro-batches")
@@ -104,17 +102,18 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     return Setting(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
-def _round(folder: Path, number: int, processes: int, threads: int) -> dict[str, Result]:
+def _round(folder: Path, number: int, arguments: argparse.Namespace) -> dict[str, Result]:
     """Every variant once; which trainer goes first alternates."""
     store = folder / f"store-{number}"
     jobs = [("cold", "dpo_dist", store, 1), ("warm", "dpo_dist", store, 1)]
-    if processes > 1:
+    if arguments.processes > 1:
         jobs += [("cold_2", "dpo_dist", folder / f"store-2-{number}", 2), ("warm_2", "dpo_dist", store, 2)]
-    trls = [(name, name, store, 1) for name in ("trl_default", "trl_best")]
+    best = [f"trl_best_{pairs}" for pairs in arguments.trl_best_micro_pairs]
+    trls = [(name, name, store, 1) for name in ("trl_default", *best)]
     jobs = [*jobs, *trls] if number % 2 else [*trls, *jobs]
     return {
-        name: run_variant(folder, variant, store, job_processes, threads)
-        for name, variant, store, job_processes in jobs
+        name: run_variant(folder, variant, store, processes, arguments.threads)
+        for name, variant, store, processes in jobs
     }
 
 
@@ -147,10 +146,11 @@ def _spent(result: Result, unit: str, reference: bool = True) -> float:
 
 def _ratios(rounds: Rounds) -> dict[str, list[float]]:
     """[median, least, most] over rounds: how many times TRL's time ours is, and our share of its memory."""
-    ours = [name for name in rounds[0] if not name.startswith("trl")]
+    trls = [name for name in rounds[0] if name.startswith("trl")]
+    ours = [name for name in rounds[0] if name not in trls]
     ratios = {}
     for name in ours:
-        for trl in ("trl_default", "trl_best"):
+        for trl in trls:
             counts_reference = trl == "trl_default" or name.startswith("cold")
             for unit in ("seconds", "cpu_seconds"):
                 ratios[f"{name}/{trl}/{unit}"] = [

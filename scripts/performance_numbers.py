@@ -7,7 +7,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-OURS, TRL = "dpo_dist", "trl_best"
+OURS, TRL = "dpo_dist", "trl_best_1"
 ABLATIONS = {
     "dpo_dist": "nothing",
     "without_sharing": "prompt sharing",

@@ -2,6 +2,7 @@
 
 All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests; then
 it is renamed, `latest` follows, and only after that the oldest go. Nothing is loaded that no manifest vouches
+for. Training goes on while the disk takes the written files: only what the next step would change is waited
 for.
 """
 
@@ -11,6 +12,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
+from dpo_dist.atomic import commit_folder, is_temporary, sync, temporary_name, write_text
 from dpo_dist.data.files import content_digest
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 
+Digests = dict[str, dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -38,21 +42,54 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(
-    root: Path, step: int, policy: PolicyEngine, state: dict[str, Any], keep_last: int, world: World
-) -> Path:
-    """Write and commit `root/step-NNNNNN`, then delete what is older than the last `keep_last`; collective.
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is written, and on its way to the disk in the background."""
 
-    Raises:
-        CheckpointError: it cannot be written; what was there before is untouched.
-    """
-    folder = root / f"step-{step:06d}"
-    temporary = Path(world.on_main(lambda: _make(temporary_name(folder))))
-    world.together(lambda: _write(temporary, policy, state, world))
-    digests = world.together(lambda: _digest_share(temporary, world))
-    listed = {name: entry for part in world.gather(digests) for name, entry in part.items()}
-    world.on_main(lambda: _commit(temporary, folder, listed, keep_last))
-    return folder
+    temporary: Path
+    folder: Path
+    digests: "Future[Digests]"
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of one run below `root` and keeps the last `keep_last` of them."""
+
+    def __init__(self, root: Path, keep_last: int, policy: PolicyEngine, world: World):
+        self._root, self._keep_last = root, keep_last
+        self._policy, self._world = policy, world
+        self._disk = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write `root/step-NNNNNN`; it exists once `commit` has returned, or the next `save`. Collective.
+
+        Raises:
+            CheckpointError: it cannot be written, or the one before; what is committed is untouched.
+        """
+        self.commit()
+        world, folder = self._world, self._root / f"step-{step:06d}"
+        temporary = Path(world.on_main(lambda: _make(temporary_name(folder))))
+        world.together(lambda: _write(temporary, self._policy, state, world))
+        digests = self._disk.submit(_sync_share, temporary, world)
+        self._pending = _Pending(temporary, folder, digests)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank's files of a pending checkpoint are on disk; not collective."""
+        return self._pending is not None and self._pending.digests.done()
+
+    def commit(self) -> None:
+        """Wait for the pending checkpoint, if there is one, and make it the latest; collective.
+
+        Raises:
+            CheckpointError: the disk did not take it; what was committed before is untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        digests = self._world.together(pending.digests.result)
+        listed = {name: entry for part in self._world.gather(digests) for name, entry in part.items()}
+        self._world.on_main(lambda: _commit(pending.temporary, pending.folder, listed, self._keep_last))
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
@@ -151,14 +188,21 @@ def _share(folder: Path, world: World) -> list[Path]:
     return files[world.rank :: world.size]
 
 
-def _digest_share(folder: Path, world: World) -> dict[str, dict[str, Any]]:
-    return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "digest": content_digest([file])}
-        for file in _share(folder, world)
-    }
+def _sync_share(folder: Path, world: World) -> Digests:
+    """Flush this rank's share of the files to disk and digest them."""
+    digests: Digests = {}
+
+    def work() -> None:
+        for file in _share(folder, world):
+            sync(file)
+            entry = {"bytes": file.stat().st_size, "digest": content_digest([file])}
+            digests[str(file.relative_to(folder))] = entry
+
+    _guard(work, folder)
+    return digests
 
 
-def _commit(temporary: Path, folder: Path, listed: dict[str, dict[str, Any]], keep_last: int) -> None:
+def _commit(temporary: Path, folder: Path, listed: Digests, keep_last: int) -> None:
     def work() -> None:
         (temporary / _MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
         commit_folder(temporary, folder)

@@ -12,7 +12,7 @@ import torch
 
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver, load_checkpoint
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
@@ -29,6 +29,7 @@ from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.folder import (
+    CHECKPOINTS,
     MODEL,
     describe_run,
     export_model,
@@ -105,6 +106,7 @@ def train(config: RunConfig, console: Console) -> int:
             eval_set=inputs.eval_set,
             recorder=_open_recorder(config, run_dir, world, position, stop, environment),
             console=console,
+            checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, policy, world),
             identity=identity,
             stop_wanted=stop,
         )

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from dpo_dist.config.schema import LossConfig, LossKind, ParallelismKind
 from dpo_dist.data.batches import plan_step
-from dpo_dist.distributed.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.provider import NoReference
+from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
@@ -40,10 +42,17 @@ class Trainer:
 
     def step(self, rows: Sequence[int]) -> float:
         plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256)
-        return train_step(self.policy, OBJECTIVE, plan, OPTIM.lr, self.world.device)[1]
+        device = self.world.device
+        ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
+        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, device, clock)[1].item()
 
-    def save(self, root: Path, step: int, keep_last: int = 2) -> Path:
-        return save_checkpoint(root, step, self.policy, {"step": step}, keep_last, self.world)
+    def save(self, root: Path, step: int, keep_last: int = 2) -> None:
+        saver = self.saver(root, keep_last)
+        saver.save(step, {"step": step})
+        saver.commit()
+
+    def saver(self, root: Path, keep_last: int = 2) -> CheckpointSaver:
+        return CheckpointSaver(root, keep_last, self.policy, self.world)
 
     def held(self) -> list[Tensor]:
         """Copies of this rank's weights, master weights and optimizer states."""
@@ -98,6 +107,46 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
         assert told.pop("folder") == "step-000002"
         assert told.pop("state") == {"step": 2, "world_size": 2}
         assert told == dict.fromkeys(told, True)
+
+
+def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
+    trainer = Trainer(assets, world)
+    trainer.step([0, 1, 2])
+    saved = trainer.held()
+    saver = trainer.saver(root)
+    ready = [saver.is_ready]
+    saver.save(1, {"step": 1})
+    uncommitted = [path.name for path in root.glob("step-??????")]
+    world.barrier()
+    trainer.step([3, 4, 5])
+    while not saver.is_ready:
+        time.sleep(0.01)
+    ready.append(saver.is_ready)
+    saver.commit()
+    ready.append(saver.is_ready)
+    saver.save(2, {"step": 2})
+    saver.save(3, {"step": 3})  # which commits the one before
+    world.barrier()
+    committed = sorted(path.name for path in root.glob("step-??????"))
+    first = Checkpoint(root / "step-000001", {"world_size": 2})
+    load_checkpoint(first, trainer.policy, world)
+    return {
+        "ready": ready,
+        "uncommitted": uncommitted,
+        "committed": committed,
+        "first is what was saved": same(saved, trainer.held()),
+    }
+
+
+def test_training_goes_on_while_a_checkpoint_is_on_its_way_to_disk(assets: Assets, tmp_path: Path) -> None:
+    scenario = partial(train_while_the_disk_writes, assets, tmp_path / "checkpoints")
+    for told in run_ranks(scenario, 2, tmp_path / "ranks"):
+        assert told == {
+            "ready": [False, True, False],
+            "uncommitted": [],
+            "committed": ["step-000001", "step-000002"],
+            "first is what was saved": True,
+        }
 
 
 def without_room(work: Callable[[], Any], bytes_left: int) -> Any:

@@ -12,7 +12,16 @@ from tests.support.launch import ROOT, environment
 @pytest.mark.timeout(300)
 def test_the_benchmark_ends_with_its_ratios_and_finds_both_trainers_equal() -> None:
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench_vs_trl.py"), "--smoke", "--processes", "2"],
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "bench_vs_trl.py"),
+            "--smoke",
+            "--processes",
+            "2",
+            "--trl-best-micro-pairs",
+            "1",
+            "2",
+        ],
         env=environment(),
         capture_output=True,
         text=True,
@@ -22,7 +31,7 @@ def test_the_benchmark_ends_with_its_ratios_and_finds_both_trainers_equal() -> N
     last = json.loads(ended.stdout.splitlines()[-1])
     assert max(last["first_step_difference"].values()) <= 1e-4
     for ours in ("cold", "warm", "cold_2", "warm_2"):
-        for trl in ("trl_default", "trl_best"):
+        for trl in ("trl_default", "trl_best_1", "trl_best_2"):
             for what in ("seconds", "cpu_seconds", "peak_memory"):
                 median, least, most = last["ratios"][f"{ours}/{trl}/{what}"]
                 assert 0 < least <= median <= most

@@ -1,0 +1,133 @@
+"""Items are made ahead in one thread, in order, never too many, and nothing survives the context."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dpo_dist.data.prefetch import prefetch
+
+
+def until(condition: object, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+class Maker:
+    """Counts up, and remembers who made how many."""
+
+    def __init__(self, stop: int | None = None, fault_at: int | None = None):
+        self.made = 0
+        self.threads: set[int] = set()
+        self.stop, self.fault_at = stop, fault_at
+
+    def __iter__(self) -> Iterator[int]:
+        for number in itertools.count():
+            if number == self.stop:
+                return
+            self.threads.add(threading.get_ident())
+            if number == self.fault_at:
+                raise OSError(f"item {number} cannot be made")
+            self.made += 1
+            yield number
+
+
+@pytest.mark.parametrize("depth", [1, 2, 100])
+def test_all_items_in_order_from_one_other_thread(depth: int) -> None:
+    maker = Maker(stop=50)
+    with prefetch(maker, depth) as items:
+        assert list(items) == list(range(50))
+        assert list(items) == []
+    assert len(maker.threads) == 1
+    assert threading.get_ident() not in maker.threads
+
+
+def test_no_items() -> None:
+    with prefetch([], 1) as items:
+        assert list(items) == []
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_slow_consumer_finds_depth_items_ready_and_never_more(depth: int) -> None:
+    maker = Maker()
+    with prefetch(maker, depth) as items:
+        for taken in range(1, 6):
+            assert next(items) == taken - 1
+            until(lambda taken=taken: maker.made == taken + depth)  # type: ignore[misc]
+            time.sleep(0.02)
+            assert maker.made == taken + depth
+
+
+def test_a_fault_is_raised_where_its_item_would_be() -> None:
+    with prefetch(Maker(fault_at=3), 8) as items:
+        time.sleep(0.02)
+        assert [next(items) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(OSError, match="item 3 cannot be made"):
+            next(items)
+        assert list(items) == []
+    assert not workers()
+
+
+def test_a_fault_that_nobody_reaches_is_not_raised() -> None:
+    with prefetch(Maker(fault_at=1), 8) as items:
+        assert next(items) == 0
+    assert not workers()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_leaving_early_ends_the_thread(taken: int) -> None:
+    maker = Maker()
+    with prefetch(maker, 2) as items:
+        assert list(itertools.islice(items, taken)) == list(range(taken))
+    assert not workers()
+    assert maker.made <= taken + 2
+    assert list(items) == []
+
+
+def test_leaving_by_an_exception_ends_the_thread() -> None:
+    with pytest.raises(ZeroDivisionError), prefetch(Maker(), 1) as items:
+        print(1 / next(items))
+    assert not workers()
+
+
+def test_leaving_waits_for_the_item_in_the_making_only() -> None:
+    begun, finish = threading.Event(), threading.Event()
+    finished = []
+
+    def slow() -> Iterator[int]:
+        for number in itertools.count():
+            begun.set()
+            assert finish.wait(10)
+            finished.append(number)
+            yield number
+
+    with prefetch(slow(), 5):
+        assert begun.wait(10)
+        threading.Timer(0.05, finish.set).start()
+    assert finished == [0]
+    assert not workers()
+
+
+def test_nothing_is_made_before_the_context_is_entered() -> None:
+    maker = Maker()
+    context = prefetch(maker, 4)
+    time.sleep(0.02)
+    assert maker.made == 0
+    with context as items:
+        assert next(items) == 0
+
+
+def test_nested_prefetches_do_not_meet() -> None:
+    with prefetch(range(5), 1) as outer:
+        for number in outer:
+            with prefetch(range(number), 2) as inner:
+                assert list(inner) == list(range(number))
+    assert not workers()
