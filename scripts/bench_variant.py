@@ -2,7 +2,7 @@
 
 FOLDER is what `bench_assets.prepare` wrote. OUT/rank-N.json gets what was measured, the losses among it.
 Variants: `trl_default`, `trl_best_N` (N pairs a micro-batch), `dpo_dist` (with the reference values that
-STORE holds already).
+STORE holds already), and `without_...`: dpo_dist less a part of it (`bench_ablation.ABLATIONS`).
 """
 
 import contextlib
@@ -58,44 +58,52 @@ class Meter:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one run: training steps only, scoring by the reference only, and both with loading and saving."""
+    """Of one run: training steps only, scoring by the reference only, and both with loading and saving.
+
+    `rows` are the logged metrics of each step, `work` what our training computed (`bench_ablation.Work`).
+    """
 
     training: Meter
     reference: Meter
     whole: Meter
     rows: list[dict[str, float]]
+    work: dict[str, int]
 
 
 def main() -> None:
     folder, variant, store, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     setting = Setting.read(folder)
     out.mkdir(parents=True, exist_ok=True)
-    if variant == "dpo_dist":
-        measured = run_dpo_dist(setting, folder, store, out / "run")
-    else:
+    if variant.startswith("trl"):
         best_micro_pairs = int(variant.rpartition("_")[2]) if variant.startswith("trl_best") else None
         measured = run_trl(setting, folder, out, best_micro_pairs)
+    else:
+        measured = run_dpo_dist(setting, folder, store, out / "run", variant)
     result = {
         "training": vars(measured.training),
         "reference": vars(measured.reference),
         "whole": vars(measured.whole),
         "peak_bytes": _peak_bytes(),
+        "work": measured.work,
         "curves": {name: [row[name] for row in measured.rows] for name in CURVES},
     }
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
-def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path) -> Measured:
+def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, variant: str) -> Measured:
     """The whole program; what is loaded between reference and training is not part of either.
 
     One process shards nothing, as TRL's does not.
     """
+    from bench_ablation import ABLATIONS, removed
+
     from dpo_dist.config.load import load_run_config
     from dpo_dist.report.console import open_console
 
+    ablation = ABLATIONS[variant]
     parallelism = "zero3" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "ddp"
     wanted = [*overrides(setting, folder, run_dir, store), f"parallelism={parallelism}"]
-    config = load_run_config(wanted)
+    config = load_run_config([*wanted, *ablation.overrides])
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
     with open_console(run_dir) as console:
         from dpo_dist.reference.engine import load_reference
@@ -107,13 +115,14 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path) -> 
             patch.object(loop, "train_step", training.around(train_step)),
             patch.object(assemble, "fill_store", filling.around(fill_store)),
             patch.object(assemble, "load_reference", loading.around(load_reference)),
+            removed(ablation) as work,
             whole.running(),
         ):
             assemble.train(config, console)
     metrics = run_dir / "dpo_metrics"
     training.seconds = json.loads((metrics / "summary.json").read_text())["train_seconds"]
     rows = json.loads((metrics / "log_history.json").read_text())
-    return Measured(training, filling.without(loading), whole, rows)
+    return Measured(training, filling.without(loading), whole, rows, vars(work))
 
 
 def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | None) -> Measured:
@@ -155,7 +164,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | N
         )
         trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    return Measured(training, reference, whole, rows)
+    return Measured(training, reference, whole, rows, {})
 
 
 def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> Any:

@@ -16,21 +16,17 @@ A ratio to trl_best leaves its reference out where ours is warm: TRL too can kee
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from bench_assets import REAL_DATA, ROOT, SHAPES, Setting, prepare, shared_data
+from bench_assets import REAL_DATA, SHAPES, Setting, prepare, shared_data
+from bench_child import Result, in_fork, run_variant
 
-Result = dict[str, Any]
 Rounds = list[dict[str, Result]]
 
-LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
@@ -39,7 +35,7 @@ def main() -> int:
     setting = _setting(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
-        _in_fork(lambda: prepare(setting, folder))
+        in_fork(lambda: prepare(setting, folder))
         rounds = [_round(folder, number, arguments) for number in range(arguments.rounds)]
         unique_tokens = json.loads((folder / "order.json").read_text())["unique_tokens"]
     print(setting)
@@ -106,22 +102,6 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     return Setting(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
-def _in_fork(work: Callable[[], None]) -> None:
-    """Do `work` elsewhere: a child's peak memory starts at what its parent holds."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            sys.path.insert(0, str(ROOT))
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise SystemExit("the benchmark's model and pairs could not be made")
-
-
 def _round(folder: Path, number: int, arguments: argparse.Namespace) -> dict[str, Result]:
     """Every variant once; which trainer goes first alternates."""
     store = folder / f"store-{number}"
@@ -132,38 +112,9 @@ def _round(folder: Path, number: int, arguments: argparse.Namespace) -> dict[str
     trls = [(name, name, store, 1) for name in ("trl_default", *best)]
     jobs = [*jobs, *trls] if number % 2 else [*trls, *jobs]
     return {
-        name: _run(folder, variant, store, processes, arguments.threads)
+        name: run_variant(folder, variant, store, processes, arguments.threads)
         for name, variant, store, processes in jobs
     }
-
-
-def _run(folder: Path, variant: str, store: Path, processes: int, threads: int) -> Result:
-    out = folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    program = [str(ROOT / "scripts" / "bench_variant.py"), str(folder), variant, str(store), str(out)]
-    launch = [sys.executable]
-    if processes > 1:
-        launch = [*LAUNCHER, "--config_file", str(ROOT / "launch" / "accelerate" / "cpu_2.yaml")]
-    ended = subprocess.run(
-        [*launch, *program],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": str(max(1, threads // processes)),
-            "TOKENIZERS_PARALLELISM": "false",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    ranks = [json.loads(file.read_text()) for file in sorted(out.glob("rank-*.json"))]
-    if ended.returncode or len(ranks) != processes:
-        raise SystemExit(f"{variant} failed:\n{ended.stdout[-4000:]}")
-    for phase in ("training", "reference", "whole"):
-        ranks[0][phase]["cpu_seconds"] = sum(rank[phase]["cpu_seconds"] for rank in ranks)
-    ranks[0]["peak_bytes"] = max(rank["peak_bytes"] for rank in ranks)
-    result: Result = ranks[0]
-    return result
 
 
 def _print_table(rounds: Rounds, pairs: int, unique_tokens: int) -> None:

@@ -13,11 +13,15 @@ from tests.support.shared_data import shared_data_dir
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def figures(script: str, *arguments: str) -> Any:
-    command = [sys.executable, str(SCRIPTS / script), "--smoke", *arguments]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def run(script: str, *arguments: str, seconds: int = 300) -> str:
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     assert outcome.returncode == 0, outcome.stderr
-    return json.loads(outcome.stdout.splitlines()[-1])
+    return outcome.stdout
+
+
+def figures(script: str, *arguments: str) -> Any:
+    return json.loads(run(script, "--smoke", *arguments).splitlines()[-1])
 
 
 def test_bench_store(tmp_path: Path) -> None:
@@ -40,3 +44,37 @@ def test_bench_schedule(tmp_path: Path, real: bool) -> None:
         assert plan["fill"] == pytest.approx(plan["bound"], abs=0.02)
         assert 1 <= plan["ranks"] <= plan["waiting"] + 1e-9 < 1.05
     assert measured["schedule"]["pairs"] == 100_000
+
+
+@pytest.mark.timeout(600)
+def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
+    """Ends with an error if the whole program, what is left of it, or TRL computed another loss."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    measurements, page = docs / "performance.json", docs / "performance.md"
+    page.write_text((SCRIPTS.parent / "docs" / "performance.md").read_text())
+    encoded = tmp_path / "encoded"
+    speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5, "main_share": 0.1}
+    told = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
+    encoded.write_text(f"a table\n{json.dumps(told)}\n")
+    run("bench_curves.py", "--smoke", "--out", str(measurements), "--encode", str(encoded), seconds=580)
+    parts = json.loads(measurements.read_text())
+    names = ["shared_prefix", "response_tokens", "model_size", "memory", "ablation", "encode"]
+    assert list(parts) == names
+    whole, plain = parts["ablation"]["points"]
+    assert plain["rounds"][0]["work"]["tokens"] > whole["rounds"][0]["work"]["tokens"]
+    assert all(part["machine"] and part["packages"]["trl"] for part in parts.values())
+
+    figures = docs / "figures"
+    draw = ["--measurements", str(measurements), "--page", str(page), "--figures", str(figures)]
+    run("draw_performance.py", *draw)
+    drawn = {file.stem: file.read_bytes() for file in figures.iterdir()}
+    first_page = page.read_text()
+    assert set(drawn) == set(names)
+    for name in names:
+        assert f"](figures/{name}.svg)\n\n| " in first_page
+    run("draw_performance.py", *draw)
+    assert (drawn, first_page) == (
+        {file.stem: file.read_bytes() for file in figures.iterdir()},
+        page.read_text(),
+    )

@@ -1,7 +1,9 @@
 """What the documentation names exists, and what exists is named where a list claims to be whole."""
 
 import ast
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from dpo_dist.errors import ConfigError, DivergedError, PeerLostError
 from dpo_dist.report.history import PHASES
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+from performance_numbers import table  # noqa: E402
+
 PACKAGE = ROOT / "dpo_dist"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
 KEYS = key_types(RunConfig)
@@ -91,3 +96,11 @@ def test_named_keys_and_linked_files_exist(page: Path) -> None:
     assert [test for test in tests if not (ROOT / test).exists()] == []
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_tables_of_performance_are_those_of_its_measurements() -> None:
+    """`scripts/draw_performance.py` was run after the last `bench_curves.py`."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    measurements = ROOT / "docs" / "performance.json"
+    parts = json.loads(measurements.read_text()) if measurements.is_file() else {}
+    assert [name for name, part in parts.items() if table(name, part) not in page] == []

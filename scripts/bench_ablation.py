@@ -1,0 +1,203 @@
+"""dpo_dist without one of the things that make it fast: functions of this process are swapped.
+
+The package has no switches for them: nobody should train without. What is computed stays the same, so the
+losses must stay the same. One process only.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpo_dist.data import batches, dataset
+from dpo_dist.data.pack import Counts, PackedBatch, PairSizes, Sequences, pack, pair_sizes
+from dpo_dist.model.head import LogpHead, PackedCausalLM
+
+Forward = Callable[[PackedCausalLM, PackedBatch], Tensor]
+HeadForward = Callable[[LogpHead, Tensor, Tensor], Tensor]
+
+
+class Packing(StrEnum):
+    """How the pairs of a step come into micro-batches."""
+
+    packed = "packed"
+    single = "single"
+    padded = "padded"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is left of the whole program.
+
+    Attributes:
+        shares_prompts: a prompt is computed once for both responses, not once for each.
+        packing: as many tokens as the budget holds; one pair at a time; or sequences padded to the longest
+            of their micro-batch, in the order of the schedule, as many as fit the budget.
+        chunks_head: logits of some completion tokens at a time, not of all tokens at once.
+        stores_reference: the reference's values come from the store, not from a model that runs beside.
+    """
+
+    shares_prompts: bool = True
+    packing: Packing = Packing.packed
+    chunks_head: bool = True
+    stores_reference: bool = True
+
+    @property
+    def overrides(self) -> list[str]:
+        """For the command line of the run."""
+        return [] if self.stores_reference else ["reference.mode=live"]
+
+
+ABLATIONS = {
+    "dpo_dist": Ablation(),
+    "without_sharing": Ablation(shares_prompts=False),
+    "without_packing_single": Ablation(packing=Packing.single),
+    "without_packing_padded": Ablation(packing=Packing.padded),
+    "without_chunks": Ablation(chunks_head=False),
+    "without_store": Ablation(stores_reference=False),
+    "without_all": Ablation(False, Packing.padded, False, False),
+}
+
+
+@dataclass
+class Work:
+    """What training has computed so far: forwards with a graph, tokens in them, and rows of logits."""
+
+    micro_batches: int = 0
+    tokens: int = 0
+    most_tokens: int = 0
+    logits: int = 0
+
+
+@contextlib.contextmanager
+def removed(ablation: Ablation) -> Iterator[Work]:
+    """Within it, runs of this process do without what `ablation` has not; yields what they compute."""
+    work = Work()
+    forward, head = (_forward, _head) if ablation.chunks_head else (_forward_all_logits, _all_logps)
+    with contextlib.ExitStack() as swaps:
+        if not ablation.shares_prompts:
+            swaps.enter_context(patch.object(dataset, "pair_sizes", _sizes_apart(ablation.packing)))
+        if ablation.packing is not Packing.packed:
+            plan = _plan_single if ablation.packing is Packing.single else _plan_padded
+            swaps.enter_context(patch.object(batches, "plan_micro_batches", plan))
+        if not ablation.shares_prompts or ablation.packing is Packing.padded:
+            swaps.enter_context(patch.object(batches, "pack", _packing(ablation)))
+        swaps.enter_context(patch.object(PackedCausalLM, "forward", _counting_tokens(forward, work)))
+        swaps.enter_context(patch.object(LogpHead, "forward", _counting_logits(head, work)))
+        yield work
+
+
+def _counting_tokens(forward: Forward, work: Work) -> Forward:
+    def counted(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
+        if torch.is_grad_enabled():
+            work.micro_batches += 1
+            work.tokens += len(batch.input_ids)
+            work.most_tokens = max(work.most_tokens, len(batch.input_ids))
+        return forward(model, batch)
+
+    return counted
+
+
+def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
+    def counted(head: LogpHead, hidden: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            work.logits += len(hidden)
+        return forward(head, hidden, targets)
+
+    return counted
+
+
+_forward: Forward = PackedCausalLM.forward
+_head: HeadForward = LogpHead.forward
+
+
+def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
+    """The model's forward where every token goes through the head (`_all_logps`), of prompts as well."""
+    every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+    logps = _forward(model, replace(batch, predictors=every))
+    return logps[batch.predictors, batch.targets]
+
+
+def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor) -> Tensor:
+    """[n, hidden_size] to float32 [n, vocab]; the targets' are taken from it outside."""
+    return nn.Linear.forward(head, hidden).float().log_softmax(-1)
+
+
+def _sizes_apart(packing: Packing) -> Callable[..., PairSizes]:
+    """`pair_sizes` where every response has its own prompt; padded, a pair's responses are equally long."""
+
+    def sizes(prompt_tokens: Counts, response_tokens: Counts, responses: Counts, *rest: Any) -> PairSizes:
+        prompts = np.repeat(prompt_tokens, responses)
+        apart = pair_sizes(prompts, response_tokens, np.ones_like(prompts), *rest)
+        firsts = np.cumsum(responses) - responses
+        tokens = np.add.reduceat(apart.tokens, firsts)
+        if packing is Packing.padded:
+            tokens = responses * np.maximum.reduceat(apart.tokens, firsts)
+        return PairSizes(tokens, np.add.reduceat(apart.costs, firsts))
+
+    return sizes
+
+
+def _plan_single(sizes: PairSizes, world_size: int, _token_budget: int) -> list[list[list[int]]]:
+    """`plan_micro_batches` with one pair each."""
+    assert world_size == 1
+    return [[[place]] for place in range(len(sizes.tokens))]
+
+
+def _plan_padded(sizes: PairSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
+    """`plan_micro_batches` with pairs in their order, as many as fit when as long as the longest."""
+    assert world_size == 1
+    plan: list[list[list[int]]] = []
+    longest = 0
+    for place, tokens in enumerate(sizes.tokens.tolist()):
+        longest = max(longest, tokens)
+        if plan and (len(plan[-1][0]) + 1) * longest <= token_budget:
+            plan[-1][0].append(place)
+        else:
+            plan.append([[place]])
+            longest = tokens
+    return plan
+
+
+def _packing(ablation: Ablation) -> Callable[..., PackedBatch]:
+    """`pack` with this ablation's layout."""
+
+    def packed(pairs: Sequence[Sequences], keys: Any) -> PackedBatch:
+        pieces = pairs if ablation.shares_prompts else [alone for pair in pairs for alone in _apart(pair)]
+        padded = ablation.packing is Packing.padded
+        batch = _pack_padded(pieces, keys) if padded else pack(pieces, keys)
+        return replace(batch, weights=torch.ones(len(pairs)))
+
+    return packed
+
+
+def _apart(pair: Sequences) -> list[Sequences]:
+    return [Sequences(pair.prompt_ids, (response,)) for response in pair.responses]
+
+
+def _pack_padded(pieces: Sequence[Sequences], keys: Any) -> PackedBatch:
+    """All pieces as long as the longest: padding is laid out as a response whose targets are left out."""
+    lengths = [
+        len(piece.prompt_ids) + sum(len(response) - 1 for response in piece.responses) for piece in pieces
+    ]
+    padded = [
+        Sequences(piece.prompt_ids, (*piece.responses, np.zeros(max(lengths) - length + 1, dtype=np.int32)))
+        for piece, length in zip(pieces, lengths, strict=True)
+    ]
+    batch = pack(padded, keys)
+    ends = np.cumsum([len(piece.responses) for piece in padded])
+    is_real = torch.ones(len(batch.response_tokens), dtype=torch.bool)
+    is_real[torch.from_numpy(ends - 1)] = False
+    kept = is_real.repeat_interleave(batch.response_tokens)
+    return replace(
+        batch,
+        predictors=batch.predictors[kept],
+        targets=batch.targets[kept],
+        response_tokens=batch.response_tokens[is_real],
+    )
