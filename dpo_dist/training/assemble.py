@@ -92,7 +92,7 @@ def train(config: RunConfig, console: Console) -> int:
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
             policy.train(False)
-            drift = pass_gate(policy.token_logps, objective, *inputs.visited[0], config, world)
+            drift = pass_gate(policy.token_logps, objective, *inputs.visited[0], inputs.costs, config, world)
             report = {**report, "drift": drift}
             console.say(f"step-0 gate passed: {json.dumps(drift)}")
         loop = Loop(
@@ -103,6 +103,7 @@ def train(config: RunConfig, console: Console) -> int:
             schedule=inputs.schedule,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
+            costs=inputs.costs,
             recorder=_open_recorder(config, run_dir, world, position, stop, environment),
             console=console,
             identity=identity,
@@ -201,6 +202,7 @@ def _stored_reference(
                 scorer,
                 world,
                 config.trainer.micro_batch_tokens,
+                inputs.costs,
                 config.reference.rows_per_shard,
                 partial(_show_progress, bar),
             )
@@ -209,7 +211,7 @@ def _stored_reference(
     report = filled.as_dict()
     if engines and config.reference.audit_pairs:
         objective = Objective(config.loss, provider)
-        report["drift"] = pass_gate(scorer(), objective, *inputs.visited[0], config, world)
+        report["drift"] = pass_gate(scorer(), objective, *inputs.visited[0], inputs.costs, config, world)
     for engine in engines:
         engine.free()
     return provider, report

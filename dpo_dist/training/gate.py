@@ -10,6 +10,7 @@ import torch
 from dpo_dist.config.schema import Dtype, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
@@ -41,6 +42,7 @@ def pass_gate(
     objective: Objective,
     dataset: PairDataset,
     visited: Rows,
+    costs: ComputeCosts,
     config: RunConfig,
     world: World,
 ) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def pass_gate(
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(config.reference.audit_pairs, len(visited))
     rows = np.sort(generator.choice(visited, size=count, replace=False))
-    plan = plan_step(dataset, rows, world.rank, world.size, config.trainer.micro_batch_tokens)
+    budget = config.trainer.micro_batch_tokens
+    plan = plan_step(dataset, rows, world.rank, world.size, budget, costs)
     scored: list[_ScoredResponse] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     for micro_rows, host_batch in zip(plan.micro_batches, plan.batches(), strict=True):

@@ -12,6 +12,7 @@ import torch
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.batches import StepPlan, plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.schedule import Rows, Schedule
 from dpo_dist.distributed.checkpoint import save_checkpoint
 from dpo_dist.distributed.runtime import World
@@ -48,6 +49,7 @@ class Loop:
     schedule: Schedule
     train_set: PairDataset
     eval_set: PairDataset | None
+    costs: ComputeCosts
     recorder: Recorder | None
     console: Console
     identity: dict[str, Any]
@@ -113,7 +115,7 @@ class Loop:
 
     def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
         budget = self.config.trainer.micro_batch_tokens
-        return plan_step(dataset, rows, self.world.rank, self.world.size, budget)
+        return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs)
 
     def _reduce(self, sums: MetricSums, stop_vote: bool) -> tuple[dict[str, float], bool]:
         """Means over the global batch and the vote on stopping, in one collective call."""

@@ -24,6 +24,7 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.reference.provider import NoReference
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
+from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
@@ -39,7 +40,7 @@ class Trainer:
         self.world = world
 
     def step(self, rows: Sequence[int]) -> float:
-        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256)
+        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
         return train_step(self.policy, OBJECTIVE, plan, OPTIM.lr, self.world.device)[1]
 
     def save(self, root: Path, step: int, keep_last: int = 2) -> Path:
