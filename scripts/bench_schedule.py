@@ -13,7 +13,7 @@ For each kind of lengths, budget, number of ranks, and pairs of each rank in a s
     least       no plan waits less: what the dearest pair alone makes ranks wait
     ranks       work of the busiest rank over the mean
     dummies     micro-batches without a pair in a step, of all ranks
-    plan_ms     milliseconds to plan a step
+    plan_ms     milliseconds of a processor to plan a step
 
 Then the schedule of ten million pairs. With --costs instead what model/cost.py takes from it: the seconds of
 forward and backward on micro-batches of very different shapes, explained by least squares as those of tokens,
@@ -129,10 +129,10 @@ def measure(
     steps = []
     for _ in range(max(4, 640 // world_size)):
         drawn = generator.choice(lengths, world_size * pairs_per_rank)
-        started = time.perf_counter()
+        started = time.process_time()
         sizes = pair_sizes(drawn[:, 0], drawn[:, 1:].ravel(), np.full(len(drawn), 2), prices)
         plan = plan_micro_batches(sizes, world_size, budget)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         costs = np.array([[sizes.costs[places].sum() for places in ranks] for ranks in plan])
         capacity = world_size * budget
         tokens = sizes.tokens.sum() / capacity
