@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.data import batches, dataset
-from dpo_dist.data.pack import Counts, PackedBatch, PairSizes, Sequences, pack, pair_sizes
+from dpo_dist.data.pack import PackedBatch, Sequences, pack
+from dpo_dist.data.plan import Counts, PairSizes, pair_sizes
 from dpo_dist.model.head import LogpHead, PackedCausalLM
 
 Forward = Callable[[PackedCausalLM, PackedBatch], Tensor]

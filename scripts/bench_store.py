@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.schema import ReferenceConfig
 from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.fill import fill_store, missing_responses
 from dpo_dist.reference.key import ReferenceSpace
@@ -103,6 +104,7 @@ def bench_fill(root: Path, responses: int) -> Figures:
             lambda: lambda batch: torch.zeros(len(batch.targets)),
             world,
             MICRO_BATCH_TOKENS,
+            ComputeCosts(key=1 / 8192, target=0.1),
             ReferenceConfig().rows_per_shard,
             lambda _done, _total: None,
         )

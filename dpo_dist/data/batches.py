@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.pack import PackedBatch, dummy_batch, pack, plan_micro_batches
+from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
+from dpo_dist.data.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.data.schedule import Rows
 
 
@@ -34,10 +35,15 @@ class StepPlan:
 
 
 def plan_step(
-    dataset: PairDataset, rows: Rows, rank: int, world_size: int, micro_batch_tokens: int
+    dataset: PairDataset,
+    rows: Rows,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
 ) -> StepPlan:
-    """Divide the global batch `rows` among ranks and micro-batches; O(batch)."""
-    sizes = dataset.sizes(rows, dataset.response_places(rows), dataset.response_counts(rows))
+    """Divide the global batch `rows` among ranks and micro-batches, evenly by `costs`; O(batch)."""
+    sizes = dataset.sizes(rows, dataset.response_places(rows), dataset.response_counts(rows), costs)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     return StepPlan(
         dataset=dataset,

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.pack import Ids, PairSizes, Sequences, packed_tokens, pair_sizes
+from dpo_dist.data.pack import Ids, Sequences, packed_tokens
+from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes
 from dpo_dist.data.records import Origin
 from dpo_dist.data.schedule import Rows, Span
 from dpo_dist.errors import DataError
@@ -102,16 +103,18 @@ class PairDataset:
         """Mean completion tokens of the chosen responses of these rows."""
         return float(self._piece_tokens(self._first_pieces(rows) + 1).mean())
 
-    def sizes(self, rows: Rows, places: Rows, responses: Rows) -> PairSizes:
+    def sizes(self, rows: Rows, places: Rows, responses: Rows, costs: ComputeCosts) -> PairSizes:
         """What `rows` take with some of their responses, int64 each.
 
         Args:
             rows: [pairs].
             places: [responses of all pairs], where their keys stand in `keys`, pair after pair.
             responses: [pairs], how many of `places` are of each pair, at least one.
+            costs: of the model that computes them.
         """
         pieces = places + np.repeat(rows, responses) + 1
-        return pair_sizes(self._piece_tokens(self._first_pieces(rows)), self._piece_tokens(pieces), responses)
+        prompt_tokens = self._piece_tokens(self._first_pieces(rows))
+        return pair_sizes(prompt_tokens, self._piece_tokens(pieces), responses, costs)
 
     def response_rows(self, row: int) -> range:
         """Where the keys of a pair's responses stand in `keys`."""

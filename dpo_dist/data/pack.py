@@ -1,13 +1,10 @@
-"""Who computes which pairs, and how they lie in memory: no padding, every prompt once.
+"""How pairs lie in memory: no padding, every prompt once.
 
 A packed micro-batch is one row of tokens. A pair is laid out as ``[prompt, response, response, ...]``; the
 positions of every response restart at the prompt's length, and attention (model/attention.py) lets each
 response see its own prompt only. A response's last token predicts nothing and is not laid out.
 """
 
-import bisect
-import heapq
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,12 +15,6 @@ import torch
 from torch import Tensor
 
 Ids = npt.NDArray[np.int32]
-Counts = npt.NDArray[np.int64]
-
-# Keys that a token may attend to until attention has cost as much as all else: 2 to 6 times the hidden size
-# of usual models.
-_KEYS_AS_DEAR_AS_A_TOKEN = 16_384
-_CAPACITY_TRIALS = 4
 
 
 @dataclass(frozen=True)
@@ -86,35 +77,6 @@ def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
     return prompt_tokens + sum(tokens - 1 for tokens in response_tokens)
 
 
-@dataclass(frozen=True)
-class PairSizes:
-    """What pairs take in packed batches.
-
-    Attributes:
-        tokens: int64 [pairs], packed tokens, which take memory.
-        costs: float64 [pairs], time to compute them, in tokens that attend to nothing.
-    """
-
-    tokens: Counts
-    costs: npt.NDArray[np.float64]
-
-
-def pair_sizes(prompt_tokens: Counts, response_tokens: Counts, responses: Counts) -> PairSizes:
-    """The sizes of many pairs.
-
-    Args:
-        prompt_tokens: int64 [pairs].
-        response_tokens: int64 [responses of all pairs], pair after pair.
-        responses: int64 [pairs], responses of each pair, at least one.
-    """
-    firsts = np.cumsum(responses) - responses
-    laid_out = response_tokens - 1
-    attended = laid_out * (np.repeat(prompt_tokens, responses) + laid_out / 2)
-    tokens = prompt_tokens + np.add.reduceat(laid_out, firsts)
-    attended_in_pair = prompt_tokens**2 / 2 + np.add.reduceat(attended, firsts)
-    return PairSizes(tokens, tokens + attended_in_pair / _KEYS_AS_DEAR_AS_A_TOKEN)
-
-
 def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
     """Lay out `sequences`, whose responses have these content `keys`, as one micro-batch."""
     inputs: list[Ids] = []
@@ -158,90 +120,3 @@ def dummy_batch() -> PackedBatch:
 
 def _int64(array: npt.NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
-
-
-def plan_micro_batches(sizes: PairSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
-    """Spread the pairs of one global batch over micro-batches and ranks.
-
-    As few micro-batches as hold the pairs; among these, ranks of one micro-batch, and of the whole step, get
-    work of the same cost, so that they wait little for each other. A pair above the budget has a micro-batch
-    of its rank to itself.
-
-    Args:
-        sizes: of each pair.
-        world_size: number of ranks.
-        token_budget: tokens that fit in one micro-batch.
-
-    Returns:
-        ``plan[micro_batch][rank]``: places in `sizes`; empty where a rank computes a dummy. Every rank has
-        the same number of micro-batches (law L2).
-    """
-    if not len(sizes.tokens):
-        return []
-    tokens, costs = sizes.tokens.tolist(), sizes.costs.tolist()
-    micro_batches = math.ceil(np.minimum(sizes.tokens, token_budget).sum() / (world_size * token_budget))
-    while True:
-        number = world_size * micro_batches
-        bins = _fill_evenly(tokens, costs, number, token_budget)
-        bins = bins or _fill_tightly(tokens, number, token_budget)
-        if bins is not None:
-            return _deal_to_ranks(bins, costs, world_size)
-        micro_batches += 1
-
-
-def _fill_evenly(tokens: list[int], costs: list[float], number: int, budget: int) -> list[list[int]] | None:
-    """Dearest pair first into the bin of least cost (LPT); None if that has no room for a pair."""
-    bins: list[list[int]] = [[] for _ in range(number)]
-    loads = [0] * number
-    heap = [(0.0, bin_number) for bin_number in range(number)]
-    for place in sorted(range(len(costs)), key=lambda p: -costs[p]):
-        cost, bin_number = heap[0]
-        if loads[bin_number] and loads[bin_number] + tokens[place] > budget:
-            return None
-        heapq.heapreplace(heap, (cost + costs[place], bin_number))
-        loads[bin_number] += tokens[place]
-        bins[bin_number].append(place)
-    return bins
-
-
-def _fill_tightly(tokens: list[int], number: int, budget: int) -> list[list[int]] | None:
-    """Best fit, into the smallest bins that a few trials find to do (Coffman, Garey, Johnson 1978)."""
-    bins = _fit(tokens, number, budget)
-    too_small, capacity = min(sum(tokens) // number, budget), budget
-    for _ in range(_CAPACITY_TRIALS if bins else 0):
-        middle = (too_small + capacity) // 2
-        tighter = _fit(tokens, number, middle)
-        if tighter is None:
-            too_small = middle
-        else:
-            bins, capacity = tighter, middle
-    return bins
-
-
-def _fit(tokens: list[int], number: int, capacity: int) -> list[list[int]] | None:
-    """Longest pair first into the fullest bin that has room for it; None if no bin has."""
-    bins: list[list[int]] = [[] for _ in range(number)]
-    rooms = [(capacity, bin_number) for bin_number in range(number)]
-    for place in sorted(range(len(tokens)), key=lambda p: -tokens[p]):
-        fitting = bisect.bisect_left(rooms, (min(tokens[place], capacity), 0))
-        if fitting == number:
-            return None
-        room, bin_number = rooms.pop(fitting)
-        bisect.insort(rooms, (max(room - tokens[place], 0), bin_number))
-        bins[bin_number].append(place)
-    return bins
-
-
-def _deal_to_ranks(bins: list[list[int]], costs: list[float], world_size: int) -> list[list[list[int]]]:
-    """Bins of similar cost share a micro-batch; there the rank that has done least gets the dearest."""
-    dearest_first = sorted(((sum(costs[p] for p in content), content) for content in bins), reverse=True)
-    done = [0.0] * world_size
-    plan = []
-    for start in range(0, len(bins), world_size):
-        micro_batch: list[list[int]] = [[] for _ in range(world_size)]
-        idle_first = sorted(range(world_size), key=done.__getitem__)
-        for rank, (cost, content) in zip(idle_first, dearest_first[start : start + world_size], strict=True):
-            done[rank] += cost
-            micro_batch[rank] = content
-        plan.append(micro_batch)
-    return plan

@@ -170,7 +170,7 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
         ConfigError: the model cannot be loaded, or not packed exactly.
     """
     backend = choose_backend(config.attention, config.dtype, device)
-    model_config = _load_config(folder, config)
+    model_config = load_config(folder, config)
     refuse_unpackable(model_config, max_length)
     if backend is not AttentionBackend.sdpa:
         verify_kernel(backend, device)
@@ -205,7 +205,12 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
     return causal_lm
 
 
-def _load_config(folder: Path, config: ModelConfig) -> Any:
+def load_config(folder: Path, config: ModelConfig) -> Any:
+    """The transformers configuration of a model folder, with every dropout switched off.
+
+    Raises:
+        ConfigError: its config.json cannot be read.
+    """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

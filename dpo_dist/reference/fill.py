@@ -10,7 +10,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
-from dpo_dist.data.pack import PackedBatch, PairSizes, dummy_batch, pack, plan_micro_batches
+from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
+from dpo_dist.data.plan import ComputeCosts, PairSizes, plan_micro_batches
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.store import LogpStore, Values
@@ -63,6 +64,7 @@ def fill_store(
     scorer: Callable[[], Scorer],
     world: World,
     micro_batch_tokens: int,
+    costs: ComputeCosts,
     rows_per_shard: int,
     progress: Progress,
 ) -> FillReport:
@@ -74,6 +76,7 @@ def fill_store(
     Args:
         open_store: opens the store, at the given shards or at all there are.
         scorer: gives the reference's log-probs of a batch; called only if something is missing.
+        costs: of the model, by which ranks are loaded evenly.
         rows_per_shard: about how many rows a shard holds.
         progress: called after every round with pairs done and pairs in all.
     """
@@ -87,7 +90,7 @@ def fill_store(
     per_round = max(1, rows_per_shard // 2) * world.size
     for start in range(0, len(work), per_round):
         part = work.part(start, start + per_round)
-        keys, rows = _score_round(dataset, part, score, world, micro_batch_tokens)
+        keys, rows = _score_round(dataset, part, score, world, micro_batch_tokens, costs)
         world.together(lambda keys=keys, rows=rows: store.write(keys, rows) if rows else "")  # type: ignore[misc]
         progress(start + len(part), len(work))
     return FillReport(hits, len(missing), time.monotonic() - started)
@@ -134,12 +137,17 @@ def _by_pair(dataset: PairDataset, places: Places) -> _Work:
 
 
 def _score_round(
-    dataset: PairDataset, work: _Work, score: Scorer, world: World, micro_batch_tokens: int
+    dataset: PairDataset,
+    work: _Work,
+    score: Scorer,
+    world: World,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
 ) -> tuple[Keys, list[Values]]:
     """This rank's share of `work`, scored: keys uint64 [n, 2] and their rows."""
     keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
     rows: list[Values] = []
-    for numbers in _micro_batches(dataset, work, world, micro_batch_tokens):
+    for numbers in _micro_batches(dataset, work, world, micro_batch_tokens, costs):
         batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
         logps = score(batch.to(world.device))
         if len(batch.keys):
@@ -149,14 +157,14 @@ def _score_round(
 
 
 def _micro_batches(
-    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int
+    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int, costs: ComputeCosts
 ) -> list[list[int]]:
     """Numbers of the pairs of this rank's micro-batches, on every rank as many (law L2); collective.
 
     A round has thousands of pairs for each rank: dealt out in order of cost, ranks get nearly the same, and
     each plans its own only.
     """
-    sizes = dataset.sizes(work.rows, work.places, np.diff(work.stops, prepend=0))
+    sizes = dataset.sizes(work.rows, work.places, np.diff(work.stops, prepend=0), costs)
     mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
     plan = plan_micro_batches(PairSizes(sizes.tokens[mine], sizes.costs[mine]), 1, micro_batch_tokens)
     numbers = [mine[places].tolist() for (places,) in plan]

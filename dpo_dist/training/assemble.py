@@ -93,7 +93,7 @@ def train(config: RunConfig, console: Console) -> int:
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
             policy.train(False)
-            drift = pass_gate(policy.token_logps, objective, *inputs.visited[0], config, world)
+            drift = pass_gate(policy.token_logps, objective, *inputs.visited[0], inputs.costs, config, world)
             report = {**report, "drift": drift}
             console.say(f"step-0 gate passed: {json.dumps(drift)}")
         loop = Loop(
@@ -104,6 +104,7 @@ def train(config: RunConfig, console: Console) -> int:
             schedule=inputs.schedule,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
+            costs=inputs.costs,
             recorder=_open_recorder(config, run_dir, world, position, stop, environment),
             console=console,
             checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, policy, world),
@@ -203,6 +204,7 @@ def _stored_reference(
                 scorer,
                 world,
                 config.trainer.micro_batch_tokens,
+                inputs.costs,
                 config.reference.rows_per_shard,
                 partial(_show_progress, bar),
             )
@@ -211,7 +213,7 @@ def _stored_reference(
     report = filled.as_dict()
     if engines and config.reference.audit_pairs:
         objective = Objective(config.loss, provider)
-        report["drift"] = pass_gate(scorer(), objective, *inputs.visited[0], config, world)
+        report["drift"] = pass_gate(scorer(), objective, *inputs.visited[0], inputs.costs, config, world)
     for engine in engines:
         engine.free()
     return provider, report

@@ -10,6 +10,7 @@ import torch
 from dpo_dist.config.schema import Dtype, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
@@ -42,6 +43,7 @@ def pass_gate(
     objective: Objective,
     dataset: PairDataset,
     visited: Rows,
+    costs: ComputeCosts,
     config: RunConfig,
     world: World,
 ) -> dict[str, Any]:
@@ -61,7 +63,8 @@ def pass_gate(
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(config.reference.audit_pairs, len(visited))
     rows = np.sort(generator.choice(visited, size=count, replace=False))
-    plan = plan_step(dataset, rows, world.rank, world.size, config.trainer.micro_batch_tokens)
+    budget = config.trainer.micro_batch_tokens
+    plan = plan_step(dataset, rows, world.rank, world.size, budget, costs)
     scored: list[_ScoredResponse] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     with prefetch(objective.ready_batches(plan, world.device), BATCHES_AHEAD) as batches:

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
-from dpo_dist.model.load import load_tokenizer, model_folder
+from dpo_dist.model.cost import compute_costs
+from dpo_dist.model.load import load_config, load_tokenizer, model_folder, refuse_unpackable
 from dpo_dist.reference.key import tokenizer_digest
 from dpo_dist.report.console import Console
 
@@ -29,6 +31,7 @@ class Inputs:
     train_set: PairDataset
     eval_set: PairDataset | None
     schedule: Schedule
+    costs: ComputeCosts
 
     @property
     def named(self) -> dict[str, PairDataset]:
@@ -48,6 +51,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     """Tokenizer and encoded data; rank 0 reads and encodes, all map the result. Collective."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world)
     tokenizer = load_tokenizer(folder, config.model)
+    model_config = load_config(folder, config.model)
+    refuse_unpackable(model_config, config.data.max_length)
 
     def encode(sources: Sequence[SourceConfig]) -> PairDataset:
         encoded = world.on_main(
@@ -58,7 +63,9 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     train_set = encode(config.data.train)
     eval_set = encode(config.data.eval) if config.data.eval else None
     spans = train_set.spans([source.weight for source in config.data.train])
-    inputs = Inputs(folder, tokenizer, train_set, eval_set, make_schedule(spans, config.trainer))
+    schedule = make_schedule(spans, config.trainer)
+    costs = compute_costs(model_config)
+    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, costs)
     for name, dataset in inputs.named.items():
         console.say(f"{name} data: {_told(dataset.counts)}")
     return inputs

@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.batches import StepPlan, plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows, Schedule
 from dpo_dist.distributed.checkpoint import CheckpointSaver
@@ -53,6 +54,7 @@ class Loop:
     schedule: Schedule
     train_set: PairDataset
     eval_set: PairDataset | None
+    costs: ComputeCosts
     recorder: Recorder | None
     console: Console
     checkpoints: CheckpointSaver
@@ -136,7 +138,7 @@ class Loop:
 
     def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
         budget = self.config.trainer.micro_batch_tokens
-        return plan_step(dataset, rows, self.world.rank, self.world.size, budget)
+        return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs)
 
     def _reduce(
         self, sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor

@@ -17,6 +17,7 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import Scorer, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
+from tests.support.packing import COSTS
 
 PAIRS = 11
 SPACE = ReferenceSpace("tiny", {"dtype": "fp32"})
@@ -69,6 +70,7 @@ def fill(
         scorer,
         world,
         micro_batch_tokens=128,
+        costs=COSTS,
         rows_per_shard=4,
         progress=lambda _done, _total: None,
     )

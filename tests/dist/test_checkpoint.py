@@ -26,6 +26,7 @@ from dpo_dist.reference.provider import NoReference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
+from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
@@ -41,7 +42,7 @@ class Trainer:
         self.world = world
 
     def step(self, rows: Sequence[int]) -> float:
-        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256)
+        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
         device = self.world.device
         ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
         return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, device, clock)[1].item()

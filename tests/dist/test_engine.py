@@ -26,7 +26,7 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
-from tests.support.packing import plain_logps
+from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
 
 LOSS = LossConfig(beta=0.5)
@@ -109,7 +109,7 @@ def steps(
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
 
     def step(rows: Sequence[int], budget: int, objective: Objective = objective) -> float:
-        plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget)
+        plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
         return train_step(policy, objective, ready, OPTIM.lr, world.device, StepClock(world.device))[1].item()
 
@@ -142,7 +142,7 @@ def reference_comes_and_goes(
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)
-    plan = plan_step(dataset, np.arange(4), world.rank, world.size, 256)
+    plan = plan_step(dataset, np.arange(4), world.rank, world.size, 256, COSTS)
     wanted = RowsAtHand.of(dataset, expected)
     drift = 0.0
     for batch in plan.batches():

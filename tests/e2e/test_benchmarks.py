@@ -43,6 +43,7 @@ def test_bench_schedule(tmp_path: Path, real: bool) -> None:
     for plan in measured["plans"]:
         assert plan["fill"] == pytest.approx(plan["bound"], abs=0.02)
         assert 1 <= plan["ranks"] <= plan["waiting"] + 1e-9 < 1.05
+        assert plan["least"] <= plan["waiting"] + 1e-9
     assert measured["schedule"]["pairs"] == 100_000
 
 
@@ -78,3 +79,9 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
         {file.stem: file.read_bytes() for file in figures.iterdir()},
         page.read_text(),
     )
+
+
+def test_bench_schedule_costs() -> None:
+    costs = figures("bench_schedule.py", "--costs")["costs"]
+    assert costs["microseconds_per_token"] > 0
+    assert {"attention_slowness", "head_slowness", "largest_error"} <= costs.keys()

@@ -5,11 +5,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.data.pack import Ids, PackedBatch, Sequences, pack
+from dpo_dist.data.plan import ComputeCosts
 
 VOCABULARY = 97
+# Of a usual model.
+COSTS = ComputeCosts(key=1 / 8192, target=0.1)
+
+# Of pairs: prompt, then one to three responses.
+pair_shapes = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=3)).map(
+        lambda pair: (pair[0], *pair[1])
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Sequences]:

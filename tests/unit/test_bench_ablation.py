@@ -12,7 +12,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data import batches, dataset
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
-from tests.support.packing import VOCABULARY, plain_logps, random_pairs
+from tests.support.packing import COSTS, VOCABULARY, plain_logps, random_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from bench_ablation import ABLATIONS, Work, removed
@@ -43,7 +43,7 @@ def train_once(name: str) -> tuple[Work, dict[int, list[float]], torch.Tensor]:
     logps: dict[int, list[float]] = {}
     with removed(ABLATIONS[name]) as work:
         model = PackedCausalLM(tiny_model(PACKED), AttentionBackend.sdpa)
-        sizes = dataset.pair_sizes(lengths[:, 0], lengths[:, 1:].ravel(), np.full(len(SHAPES), 2))
+        sizes = dataset.pair_sizes(lengths[:, 0], lengths[:, 1:].ravel(), np.full(len(SHAPES), 2), COSTS)
         for (places,) in batches.plan_micro_batches(sizes, 1, BUDGET):
             batch = batches.pack([PAIRS[place] for place in places], np.zeros((2 * len(places), 2)))
             token_logps = model(batch)

@@ -17,6 +17,7 @@ from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.data.schedule import Span
 from dpo_dist.errors import DataError
 from tests.support import tiny
+from tests.support.packing import COSTS
 from tests.support.pairs import encode
 from tests.support.rows import jsonl
 
@@ -97,9 +98,9 @@ def test_places_of_many_rows_are_those_of_each(ranked: PairDataset, rows: list[i
 
 def test_sizes_of_many_rows_are_those_of_each(ranked: PairDataset) -> None:
     rows = np.array([2, 0, 7, 2])
-    sizes = ranked.sizes(rows, ranked.response_places(rows), ranked.response_counts(rows))
+    sizes = ranked.sizes(rows, ranked.response_places(rows), ranked.response_counts(rows), COSTS)
     assert sizes.tokens.tolist() == [ranked.packed_tokens(row) for row in rows.tolist()]
-    some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]))
+    some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]), COSTS)
     assert some.tokens.tolist() == [ranked.packed_tokens(2, [1, 2]), ranked.packed_tokens(4, [1])]
 
 
@@ -253,7 +254,7 @@ def test_the_ranks_of_a_step_compute_its_pairs_once_and_agree_on_its_numbers(
 ) -> None:
     data = opened(tmp_path, jsonl(tmp_path, *GOOD))
     rows = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [plan_step(data, rows, rank, world_size, 60) for rank in range(world_size)]
+    plans = [plan_step(data, rows, rank, world_size, 60, COSTS) for rank in range(world_size)]
     computed = [row for plan in plans for micro_batch in plan.micro_batches for row in micro_batch]
     assert sorted(computed) == sorted(rows.tolist())
     assert len({len(plan.micro_batches) for plan in plans}) == 1

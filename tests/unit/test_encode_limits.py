@@ -1,10 +1,13 @@
 """What is cut to fit the configured lengths, and what is refused because a cut would leave no pair."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, Truncation
 from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.data.pack import packed_tokens
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.tokens import tokenizer_facts
 from tests.support import tiny
@@ -106,3 +109,15 @@ def test_responses_that_a_cut_or_the_template_makes_equal_are_a_bad_record() -> 
     assert reason_against(same_start, tiny.qwen(), DataConfig(max_length=4)) == "identical_after_truncation"
     trimmed = record(CHAT, "yes", "yes ")
     assert reason_against(trimmed, tiny.llama3()) == "identical_after_encoding"
+
+
+@pytest.mark.parametrize("truncation", [Truncation.keep_start, Truncation.keep_end, Truncation.drop])
+@given(st.integers(0, 80), st.integers(1, 80), st.integers(1, 80), st.integers(4, 60))
+def test_no_pair_takes_twice_max_length_in_a_micro_batch(
+    truncation: Truncation, prompt: int, chosen: int, rejected: int, max_length: int
+) -> None:
+    what = record("a " * prompt + "b", *(f" {word}" * n for word, n in (("yes", chosen), ("no", rejected))))
+    pair = encode_pair(what, tiny.base(), DataConfig(max_length=max_length, truncation=truncation))
+    if isinstance(pair, EncodedPair):
+        taken = packed_tokens(len(pair.prompt_ids), [len(ids) for ids in pair.responses])
+        assert taken <= 2 * max_length - len(pair.prompt_ids) - 2

@@ -32,6 +32,7 @@ from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.gate import pass_gate
 from dpo_dist.training.step import Objective
 from tests.support import tiny
+from tests.support.packing import COSTS
 from tests.support.rows import jsonl
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def check(world: World, data: PairDataset, reference: StoredReference) -> Any:
             config, reference=dataclasses.replace(config.reference, audit_pairs=audit_pairs)
         )
         objective = Objective(loss, reference)
-        return pass_gate(policy.token_logps, objective, data, np.arange(PAIRS), config, world)
+        return pass_gate(policy.token_logps, objective, data, np.arange(PAIRS), COSTS, config, world)
 
     return check
 

@@ -15,6 +15,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
+from tests.support.packing import COSTS
 
 SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
 RESPONSES = [2, 1, 3, 2, 2, 2]
@@ -82,6 +83,7 @@ def fill(
         lambda: scorer,
         world,
         micro_batch_tokens=30,
+        costs=COSTS,
         rows_per_shard=rows_per_shard,
         progress=lambda done, total: scorer.progress.append((done, total)),
     )

@@ -23,6 +23,7 @@ from dpo_dist.reference.provider import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.step import Objective, evaluate
 from tests.support import tiny
+from tests.support.packing import COSTS
 from tests.support.rows import jsonl
 from tests.support.tiny_model import write_model
 
@@ -66,7 +67,7 @@ def stored(data: PairDataset, root: Path, responses: int = 2 * PAIRS) -> StoredR
 
 
 def plan_of(data: PairDataset, rank: int = 0, world_size: int = 1) -> Any:
-    return plan_step(data, np.arange(PAIRS), rank, world_size, BUDGET)
+    return plan_step(data, np.arange(PAIRS), rank, world_size, BUDGET, COSTS)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])

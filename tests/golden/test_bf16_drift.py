@@ -1,0 +1,74 @@
+"""In bf16 the packed forward is no farther from the truth than the plain padded forward is.
+
+The truth is a float32 run of the same weights. How far a single batch drifts is chance; means over many
+batches and weights are compared.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.model.attention import PACKED
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.objective import logps as logps_module
+from tests.support import tiny
+from tests.support.packing import pack_unkeyed
+from tests.support.padded import gradients_of, padded_logps, plain_loss, real_pairs
+from tests.support.tiny_model import write_model
+
+BATCHES = 24
+ALLOWED = 1.1
+
+
+def norm(gradients: dict[str, Tensor]) -> float:
+    return float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
+
+
+def drift(
+    logps: list[Tensor], gradients: dict[str, Tensor], truth: tuple[list[Tensor], dict[str, Tensor]]
+) -> Tensor:
+    """Of log-probs in nats a token; of the gradient, its norm, and that of the head as shares of theirs."""
+    exact_logps, exact = truth
+    head = "lm_head.weight" if "lm_head.weight" in exact else "model.embed_tokens.weight"
+    return torch.tensor(
+        [
+            (torch.cat(logps) - torch.cat(exact_logps)).abs().mean().item(),
+            norm({name: gradients[name] - exact[name] for name in exact}) / norm(exact),
+            abs(norm(gradients) / norm(exact) - 1),
+            float((gradients[head] - exact[head]).norm() / exact[head].norm()),
+        ]
+    )
+
+
+def test_packed_bf16_drifts_no_more_than_padded_bf16(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps_module, "_CHUNK_BYTES", {"cpu": 4 * len(tiny.qwen()) * 37})
+    padded_drifts, packed_drifts = [], []
+    for seed in range(BATCHES):
+        folder = write_model(tmp_path_factory.mktemp("model"), seed=seed, hidden_size=64, tied=seed % 2 == 0)
+        rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        exact = copy.deepcopy(rounded).float()
+        pairs = real_pairs(4, seed, max_length=256)
+        exact_logps = padded_logps(exact, pairs)
+        reference = [part.detach() for part in exact_logps]
+        truth = exact_logps, gradients_of(exact, plain_loss(exact_logps, reference))
+
+        padded = padded_logps(rounded, pairs)
+        of_padded = gradients_of(rounded, plain_loss(padded, reference))
+        padded_drifts.append(drift(padded, of_padded, truth))
+
+        rounded.config._attn_implementation = PACKED
+        batch = pack_unkeyed(pairs)
+        values = PackedCausalLM(rounded, AttentionBackend.sdpa)(batch)
+        packed = list(torch.split(values, batch.response_tokens.tolist()))
+        of_packed = gradients_of(rounded, plain_loss(packed, reference))
+        packed_drifts.append(drift(packed, of_packed, truth))
+    padded_mean, packed_mean = (torch.stack(of).mean(0) for of in (padded_drifts, packed_drifts))
+    print(padded_mean.tolist(), packed_mean.tolist())
+    assert (padded_mean > 0).all()
+    assert (packed_mean <= ALLOWED * padded_mean).all(), (packed_mean / padded_mean).tolist()
