@@ -43,9 +43,10 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     objective = Objective(LossConfig(beta=BETA), StoredReference(LogpStore.open(store, SPACE)))
     plan = plan_step(dataset, np.array(STEP), world.rank, world.size, 256, COSTS)
     logps: dict[str, list[float]] = {}
-    last = len(plan.micro_batches) - 1
-    for index, (rows, batch) in enumerate(zip(plan.micro_batches, plan.batches(), strict=True)):
-        loss, _ = objective.measure(policy, batch, plan.mean_chosen_tokens)
+    last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
+    for index, (rows, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
+        reference = objective.reference_logps(batch)
+        loss, _ = objective.measure(policy, batch, reference, plan.mean_chosen_tokens)
         policy.backward(loss / plan.pairs, is_last=index == last)
         with torch.no_grad():
             values = torch.split(policy.token_logps(batch), batch.response_tokens.tolist())
