@@ -68,6 +68,20 @@ def _check_model(model: ModelConfig) -> None:
             got=f"{model.attention}, {model.dtype}",
             remedy="set model.attention=sdpa or model.dtype=bf16",
         )
+    _check_checkpointing(model.gradient_checkpointing)
+
+
+def _check_checkpointing(value: bool | int | str) -> None:
+    usable = value in ("none", "full") if isinstance(value, bool | str) else value >= 2
+    if not usable:
+        meant = "full" if value in (True, 1) else "none"
+        raise ConfigError(
+            "model.gradient_checkpointing is not a choice of layers",
+            where="model.gradient_checkpointing",
+            got=str(value).lower(),
+            expected="none, full, or n of 2 or more: every n-th layer",
+            remedy=f"set model.gradient_checkpointing={meant}",
+        )
 
 
 def _check_data(data: DataConfig) -> None:

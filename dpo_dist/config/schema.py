@@ -109,13 +109,17 @@ class FolderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`model`: the policy."""
+    """`model`: the policy.
+
+    `gradient_checkpointing` is `none`, `full` or n: every n-th decoder layer. A bool is typed only to be refused
+    with a remedy.
+    """
 
     path: str = MISSING
     revision: str | None = None
     dtype: Dtype = Dtype.bf16
     attention: AttentionBackend = _free(AttentionBackend.auto)
-    gradient_checkpointing: bool = _free(False)
+    gradient_checkpointing: bool | int | str = _free("none")
     trust_remote_code: bool = False
 
 

@@ -14,6 +14,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error, verify_kernel
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layers import checkpoint_layers
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 
@@ -175,8 +176,7 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     if backend is not AttentionBackend.sdpa:
         verify_kernel(backend, device)
     causal_lm = _load_weights(folder, model_config, config)
-    if config.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(causal_lm, config.gradient_checkpointing)
     return PackedCausalLM(causal_lm, backend)
 
 
