@@ -111,8 +111,8 @@ class FolderConfig:
 class ModelConfig:
     """`model`: the policy.
 
-    `gradient_checkpointing` is `none`, `full` or n: every n-th decoder layer. A bool is typed only to be refused
-    with a remedy.
+    `gradient_checkpointing` is `none`, `full` or n: every n-th decoder layer. A bool is accepted by its type
+    only to be refused with a remedy.
     """
 
     path: str = MISSING
@@ -120,6 +120,8 @@ class ModelConfig:
     dtype: Dtype = Dtype.bf16
     attention: AttentionBackend = _free(AttentionBackend.auto)
     gradient_checkpointing: bool | int | str = _free("none")
+    compile: bool = _free(False)
+    liger: bool = _free(False)
     trust_remote_code: bool = False
 
 

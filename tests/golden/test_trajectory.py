@@ -19,7 +19,8 @@ WAYS = {
     "two processes, small budget": (2, ["trainer.micro_batch_tokens=256"]),
     "two processes, large budget, live": (2, ["trainer.micro_batch_tokens=8192", "reference.mode=live"]),
     "two processes, zero2": (2, ["parallelism.kind=zero2"]),
-    "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=true"]),
+    "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=full"]),
+    "two processes, every second layer checkpointed": (2, ["model.gradient_checkpointing=2"]),
     "two processes, parameters offloaded": (
         2,
         ["parallelism.offload_parameters=cpu", "reference.mode=live", "reference.offload=cpu"],
