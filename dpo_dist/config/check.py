@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     REFERENCE_FREE_KINDS,
     AttentionBackend,
@@ -22,7 +23,6 @@ from dpo_dist.config.schema import (
     SourceConfig,
     TrainerConfig,
 )
-from dpo_dist.config.ranges import check_range
 from dpo_dist.errors import ConfigError
 
 _KINDS_USING = {

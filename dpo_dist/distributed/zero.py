@@ -56,9 +56,9 @@ def _communication_sizes(stage: int, hidden_size: int) -> dict[str, Any]:
     """How many elements DeepSpeed communicates at a time, by the model's width.
 
     Stage 3 as DeepSpeed's documentation and transformers' `auto` values have it: gradients are reduced, and
-    weights fetched ahead, in pieces of about a square matrix, and vectors stay whole on every rank; 1e9 weights
-    may be live, which is DeepSpeed's default. The other stages reduce about one decoder layer at a time, 2e8
-    elements for a 7B model, where DeepSpeed would allocate 5e8 for the smallest one too.
+    weights fetched ahead, in pieces of about a square matrix, and vectors stay whole on every rank; 1e9
+    weights may be live, which is DeepSpeed's default. The other stages reduce about one decoder layer at a
+    time, 2e8 elements for a 7B model, where DeepSpeed would allocate 5e8 for the smallest one too.
     """
     square = hidden_size**2
     if stage < 3:

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
 
-TIMINGS = frozenset({"step_seconds", "pairs_per_second", "tokens_per_second"})
+TIMINGS = frozenset({"step_seconds", "pairs_per_second", "tokens_per_second", "mfu"})
 
 
 @dataclass(frozen=True)
