@@ -1,11 +1,13 @@
 """What is done to decoder layers changes no gradient, also where their weights are sharded."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -13,12 +15,13 @@ from dpo_dist.config.schema import Dtype, LossConfig, ModelConfig, ParallelismKi
 from dpo_dist.data.batches import plan_step
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.layers import decoder_layers
+from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.provider import NoReference
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import write_whole
+from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.ranks import OPTIM, run_ranks
 from tests.support.tiny_model import write_model
 
@@ -65,3 +68,35 @@ def test_checkpointing_changes_no_step(
         assert got_norms == pytest.approx(expected_norms, rel=1e-6)
         for name, tensor in expected.items():
             assert (got[name] - tensor).abs().max() <= 1e-6, name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("choice", ["none", "full"])
+def test_compiled_layers_compute_the_same_with_the_same_code_for_every_batch(
+    choice: str, four_layers: Path
+) -> None:
+    shapes = [[(7, 5, 9), (12, 3, 1)], [(3, 4, 5)], [(20, 3, 3), (5, 6, 7)], [(30, 2, 4)]]
+    batches = [pack_unkeyed(random_pairs(lengths)) for lengths in shapes]
+    cpu = torch.device("cpu")
+
+    def losses(model: PackedCausalLM) -> list[Tensor]:
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            logps = model(batch)
+            logps.square().mean().backward()
+            found += [logps.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        return found
+
+    plain = load_packed(four_layers, ModelConfig(dtype=Dtype.fp32), 64, cpu).train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = ModelConfig(dtype=Dtype.fp32, compile=True, gradient_checkpointing=choice)
+    compiled = load_packed(four_layers, config, 64, cpu).train()
+    for expected, got in zip(losses(plain), losses(compiled), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    batches += [pack_unkeyed(random_pairs([(n, n, 2 * n)])) for n in (6, 11)]
+    losses(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
