@@ -70,6 +70,20 @@ def test_checkpointing_changes_no_step(
             assert (got[name] - tensor).abs().max() <= 1e-6, name
 
 
+def vectors_and_whole(model: Path, world: World, _folder: Path) -> tuple[list[str], list[str]]:
+    """The weights of one dimension, and those that ZeRO-3 keeps whole on every rank."""
+    config = ModelConfig(str(model), dtype=Dtype.fp32)
+    policy = PolicyEngine(load_packed(model, config, 1024, world.device), OPTIM, world)
+    named = list(policy.causal_lm.named_parameters())
+    vectors = [name for name, parameter in named if len(parameter.ds_shape) == 1]
+    return vectors, [name for name, parameter in named if parameter.ds_persist]
+
+
+def test_zero3_keeps_vectors_whole_and_gathers_matrices(four_layers: Path, tmp_path: Path) -> None:
+    for vectors, whole in run_ranks(partial(vectors_and_whole, four_layers), 2, tmp_path / "ranks"):
+        assert vectors == whole
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("choice", ["none", "full"])
 def test_compiled_layers_compute_the_same_with_the_same_code_for_every_batch(
