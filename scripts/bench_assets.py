@@ -15,16 +15,22 @@ ORDER = "order.json"
 REAL_DATA = {"hh": "hh_rlhf_sample.jsonl", "ultrafeedback": "ultrafeedback_plain_scored.jsonl"}
 _SYNTHETIC_PAIRS = 512
 _SYNTHETIC_WORDS = 2000
+# As many as slices of real data hold; a larger model has rows of its vocabulary that no token meets.
+_TOKENIZER_VOCABULARY = 16384
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2 model with tied embeddings; heads are 64 wide, and two share one key."""
+    """Sizes of a Qwen2 model; with no numbers of heads given they are 64 wide, and two share one key."""
 
     vocabulary: int
     hidden_size: int
     intermediate_size: int
     layers: int
+    heads: int = 0
+    key_heads: int = 0
+    tied: bool = True
+    saved_in: str = "float32"
 
 
 SHAPES = {
@@ -32,6 +38,8 @@ SHAPES = {
     "5m": Shape(16384, 192, 512, 4),
     "40m": Shape(16384, 512, 1536, 10),
     "160m": Shape(16384, 1024, 2816, 13),
+    "1.5b": Shape(151936, 1536, 8960, 28, heads=12, key_heads=2, saved_in="bfloat16"),
+    "7b": Shape(152064, 3584, 18944, 28, heads=28, key_heads=4, tied=False, saved_in="bfloat16"),
 }
 
 
@@ -44,6 +52,7 @@ class Setting:
         shared_prefix: of synthetic pairs: the prompt's share of a sequence.
         mean_tokens: of synthetic pairs.
         length_spread: of synthetic pairs: sigma of the lognormal that lengths are drawn from.
+        layers: of the model; None as many as its shape has.
     """
 
     model: str
@@ -58,6 +67,7 @@ class Setting:
     mean_tokens: int
     length_spread: float
     seed: int
+    layers: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Setting":
@@ -136,25 +146,29 @@ def _save_model(setting: Setting, folder: Path, file: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
     shape = SHAPES[setting.model]
+    layers = setting.layers or shape.layers
+    heads = shape.heads or shape.hidden_size // 64
     texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, shape.vocabulary, show_progress=False)
-    heads = shape.hidden_size // 64
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, min(shape.vocabulary, _TOKENIZER_VOCABULARY), show_progress=False
+    )
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
+        num_key_value_heads=shape.key_heads or max(1, heads // 2),
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
     )
     torch.manual_seed(setting.seed)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        causal_lm = Qwen2ForCausalLM._from_config(config, dtype=getattr(torch, shape.saved_in))
+    causal_lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

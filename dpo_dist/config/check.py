@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     REFERENCE_FREE_KINDS,
     AttentionBackend,
@@ -68,6 +69,28 @@ def _check_model(model: ModelConfig) -> None:
             got=f"{model.attention}, {model.dtype}",
             remedy="set model.attention=sdpa or model.dtype=bf16",
         )
+    if model.compile and model.liger:
+        raise ConfigError(
+            "torch.compile and Liger's kernels fuse the same operations",
+            where="model.compile, model.liger",
+            got="true, true",
+            expected="one of them",
+            remedy="set model.liger=false or model.compile=false",
+        )
+    _check_checkpointing(model.gradient_checkpointing)
+
+
+def _check_checkpointing(value: bool | int | str) -> None:
+    usable = value in ("none", "full") if isinstance(value, bool | str) else value >= 2
+    if not usable:
+        meant = "full" if value in (True, 1) else "none"
+        raise ConfigError(
+            "model.gradient_checkpointing is not a choice of layers",
+            where="model.gradient_checkpointing",
+            got=str(value).lower(),
+            expected="none, full, or n of 2 or more: every n-th layer",
+            remedy=f"set model.gradient_checkpointing={meant}",
+        )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -89,9 +112,9 @@ def _check_data(data: DataConfig) -> None:
                     got=f"{source.weight:g}",
                     remedy="leave it out, or set limit",
                 )
-    _check_range("data.max_length", data.max_length, at_least=2)
-    _check_range("data.max_prompt_length", data.max_prompt_length, at_least=1)
-    _check_range("data.max_bad_share", data.max_bad_share, at_least=0, at_most=1)
+    check_range("data.max_length", data.max_length, at_least=2)
+    check_range("data.max_prompt_length", data.max_prompt_length, at_least=1)
+    check_range("data.max_bad_share", data.max_bad_share, at_least=0, at_most=1)
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         raise ConfigError(
             "the longest prompt leaves no room for a response",
@@ -103,18 +126,18 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_source(where: str, source: SourceConfig) -> None:
-    _check_range(f"{where}.weight", source.weight, above=0)
-    _check_range(f"{where}.limit", source.limit, at_least=1)
+    check_range(f"{where}.weight", source.weight, above=0)
+    check_range(f"{where}.limit", source.limit, at_least=1)
 
 
 def _check_loss(loss: LossConfig) -> None:
     kinds = _kinds(loss)
     _check_terms(loss)
     _check_used(loss, kinds)
-    _check_range("loss.beta", loss.beta, above=0)
-    _check_range("loss.simpo_gamma", loss.simpo_gamma, at_least=0)
+    check_range("loss.beta", loss.beta, above=0)
+    check_range("loss.simpo_gamma", loss.simpo_gamma, at_least=0)
     limit = 0.5 if LossKind.robust in kinds else 1.0
-    _check_range("loss.label_smoothing", loss.label_smoothing, at_least=0, below=limit)
+    check_range("loss.label_smoothing", loss.label_smoothing, at_least=0, below=limit)
 
 
 def _check_terms(loss: LossConfig) -> None:
@@ -160,8 +183,8 @@ def _check_used(loss: LossConfig, kinds: tuple[LossKind, ...]) -> None:
 
 
 def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
-    _check_range("reference.rows_per_shard", reference.rows_per_shard, at_least=1)
-    _check_range("reference.audit_pairs", reference.audit_pairs, at_least=0)
+    check_range("reference.rows_per_shard", reference.rows_per_shard, at_least=1)
+    check_range("reference.audit_pairs", reference.audit_pairs, at_least=0)
     kinds = _kinds(loss)
     needed = not loss.reference_free and not REFERENCE_FREE_KINDS.issuperset(kinds)
     if needed and reference.mode is ReferenceMode.none:
@@ -204,26 +227,26 @@ def _check_no_reference_options(reference: ReferenceConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    _check_range("optim.lr", optim.lr, above=0)
-    _check_range("optim.warmup_ratio", optim.warmup_ratio, at_least=0, at_most=1)
-    _check_range("optim.weight_decay", optim.weight_decay, at_least=0)
-    _check_range("optim.eps", optim.eps, above=0)
-    _check_range("optim.max_grad_norm", optim.max_grad_norm, above=0)
+    check_range("optim.lr", optim.lr, above=0)
+    check_range("optim.warmup_ratio", optim.warmup_ratio, at_least=0, at_most=1)
+    check_range("optim.weight_decay", optim.weight_decay, at_least=0)
+    check_range("optim.eps", optim.eps, above=0)
+    check_range("optim.max_grad_norm", optim.max_grad_norm, above=0)
     if len(optim.betas) != 2:
         raise ConfigError(
             "AdamW has two betas", where="optim.betas", got=str(optim.betas), expected="[0.9, 0.999]"
         )
     for index, beta in enumerate(optim.betas):
-        _check_range(f"optim.betas[{index}]", beta, at_least=0, below=1)
+        check_range(f"optim.betas[{index}]", beta, at_least=0, below=1)
 
 
 def _check_trainer(trainer: TrainerConfig, data: DataConfig) -> None:
     for name in ("global_batch_pairs", "micro_batch_tokens", "max_steps", "keep_last", "stop_after_steps"):
-        _check_range(f"trainer.{name}", getattr(trainer, name), at_least=1)
+        check_range(f"trainer.{name}", getattr(trainer, name), at_least=1)
     for name in ("eval_every", "save_every", "log_every", "seed"):
-        _check_range(f"trainer.{name}", getattr(trainer, name), at_least=0)
+        check_range(f"trainer.{name}", getattr(trainer, name), at_least=0)
     for name in ("epochs", "max_seconds"):
-        _check_range(f"trainer.{name}", getattr(trainer, name), above=0)
+        check_range(f"trainer.{name}", getattr(trainer, name), above=0)
     if trainer.eval_every and not data.eval:
         raise ConfigError(
             "there is nothing to evaluate on",
@@ -234,7 +257,7 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig) -> None:
 
 
 def _check_parallelism(parallelism: ParallelismConfig) -> None:
-    _check_range("parallelism.timeout_seconds", parallelism.timeout_seconds, at_least=1)
+    check_range("parallelism.timeout_seconds", parallelism.timeout_seconds, at_least=1)
     sharded = {
         "offload_parameters": (ParallelismKind.zero3,),
         "offload_optimizer": (ParallelismKind.zero3, ParallelismKind.zero2),
@@ -256,33 +279,3 @@ def _kinds(loss: LossConfig) -> tuple[LossKind, ...]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
-
-
-def _check_range(
-    key: str,
-    value: float | None,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Demand a finite number within the given bounds; null, where a key allows it, means no limit."""
-    if value is None:
-        return
-    bounds = (
-        (at_least, ">=", at_least is None or value >= at_least),
-        (above, ">", above is None or value > above),
-        (at_most, "<=", at_most is None or value <= at_most),
-        (below, "<", below is None or value < below),
-    )
-    if math.isfinite(value) and all(kept for _, _, kept in bounds):
-        return
-    expected = " and ".join(f"{sign} {bound:g}" for bound, sign, _ in bounds if bound is not None)
-    raise ConfigError(
-        f"{key} is out of range",
-        where=key,
-        got=f"{value:g}",
-        expected=expected,
-        remedy=f"choose {key} in that range",
-    )

@@ -109,13 +109,19 @@ class FolderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`model`: the policy."""
+    """`model`: the policy.
+
+    `gradient_checkpointing` is `none`, `full` or n: every n-th decoder layer. A bool is accepted by its type
+    only to be refused with a remedy.
+    """
 
     path: str = MISSING
     revision: str | None = None
     dtype: Dtype = Dtype.bf16
     attention: AttentionBackend = _free(AttentionBackend.auto)
-    gradient_checkpointing: bool = _free(False)
+    gradient_checkpointing: bool | int | str = _free("none")
+    compile: bool = _free(False)
+    liger: bool = _free(False)
     trust_remote_code: bool = False
 
 

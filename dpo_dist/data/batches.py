@@ -19,6 +19,8 @@ class StepPlan:
         micro_batches: rows of this rank's micro-batches; empty ones become dummies.
         pairs: pairs of the global batch, over all ranks.
         tokens: packed tokens of the global batch, over all ranks.
+        targets: completion tokens of the global batch.
+        attended: pairs of a packed token of the global batch with one it attends to.
         mean_chosen_tokens: mean completion tokens of the chosen responses of the global batch.
     """
 
@@ -26,6 +28,8 @@ class StepPlan:
     micro_batches: tuple[tuple[int, ...], ...]
     pairs: int
     tokens: int
+    targets: int
+    attended: int
     mean_chosen_tokens: float
 
     def batches(self) -> Iterator[PackedBatch]:
@@ -45,11 +49,14 @@ def plan_step(
     """Divide the global batch `rows` among ranks and micro-batches, evenly by `costs`; O(batch)."""
     sizes = dataset.sizes(rows, dataset.response_places(rows), dataset.response_counts(rows), costs)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
+    targets, attended = dataset.work(rows)
     return StepPlan(
         dataset=dataset,
         micro_batches=tuple(tuple(int(rows[place]) for place in ranks[rank]) for ranks in plan),
         pairs=len(rows),
         tokens=int(sizes.tokens.sum()),
+        targets=targets,
+        attended=attended,
         mean_chosen_tokens=dataset.mean_chosen_tokens(rows),
     )
 

@@ -20,6 +20,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepsp
 from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layers import decoder_layers
 
 _STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 
@@ -50,6 +52,24 @@ def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
     return _shared_config(zero, dtype)
 
 
+def _communication_sizes(stage: int, hidden_size: int) -> dict[str, Any]:
+    """How many elements DeepSpeed communicates at a time, by the model's width.
+
+    Stage 3 as DeepSpeed's documentation and transformers' `auto` values have it: gradients are reduced, and
+    weights fetched ahead, in pieces of about a square matrix, and vectors stay whole on every rank; 1e9
+    weights may be live, which is DeepSpeed's default. The other stages reduce about one decoder layer at a
+    time, 2e8 elements for a 7B model, where DeepSpeed would allocate 5e8 for the smallest one too.
+    """
+    square = hidden_size**2
+    if stage < 3:
+        return {"reduce_bucket_size": 16 * square, "allgather_bucket_size": 16 * square}
+    return {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+
 def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -77,8 +97,9 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
 class FrozenEngine:
     """A sharded model that is only scored."""
 
-    def __init__(self, model: nn.Module, deepspeed_config: dict[str, Any]):
+    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any]):
         model.requires_grad_(False)
+        _gather_whole_layers(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         self._engine.eval()
 
@@ -100,14 +121,19 @@ class FrozenEngine:
 class PolicyEngine:
     """The trained model: forward, accumulated backward, and the optimizer step. Methods are collective."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, world: World):
+    def __init__(self, model: PackedCausalLM, optim: OptimConfig, world: World):
+        # Where the optimizer is offloaded, Accelerate puts DeepSpeed's CPU Adam in its place.
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, optim.weight_decay),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
+            fused=True,
         )
         self._world = world
+        zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
+        _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
 
     def train(self, mode: bool = True) -> None:
@@ -180,3 +206,9 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         (matrices if dimensions > 1 else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _gather_whole_layers(model: PackedCausalLM) -> None:
+    """Have ZeRO-3 gather the weights of a compiled layer at once: its hooks then lie outside of the code."""
+    if model.compiled:
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))

@@ -291,4 +291,5 @@ def sliding_window_error(window: int, longest: int) -> ConfigError:
     )
 
 
-AttentionInterface.register(PACKED, _interface)
+# The layout is another one in every batch; torch.compile would make code for each.
+AttentionInterface.register(PACKED, torch.compiler.disable(_interface))  # type: ignore[no-untyped-call]

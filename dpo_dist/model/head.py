@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.layers import compile_layers
 from dpo_dist.objective.logps import token_logps
 
 
@@ -40,13 +41,17 @@ class PackedCausalLM(nn.Module):
     Args:
         causal_lm: a transformers model loaded with the packed attention interface.
         backend: which kernel computes attention.
+        compiled: whether torch.compile makes code of the decoder layers.
     """
 
-    def __init__(self, causal_lm: Any, backend: AttentionBackend):
+    def __init__(self, causal_lm: Any, backend: AttentionBackend, compiled: bool = False):
         super().__init__()
         causal_lm.set_output_embeddings(LogpHead.of(causal_lm.get_output_embeddings()))
         self.causal_lm = causal_lm
         self.backend = backend
+        self.compiled = compiled
+        if compiled:
+            compile_layers(causal_lm)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-prob of every target of `batch`, float32 [targets]."""

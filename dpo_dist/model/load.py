@@ -1,5 +1,6 @@
 """From a model folder or hub name to a packed model and its tokenizer."""
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error, verify_kernel
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 
@@ -162,22 +164,27 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
 
     Args:
         folder: of `model_folder`.
-        config: precision, attention backend, remote code.
+        config: precision, attention backend, what is done to the layers, remote code.
         max_length: the longest prompt plus response, in tokens.
         device: where attention will run.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not packed exactly.
+        ConfigError: the model cannot be loaded, or not packed exactly, or not with these kernels here.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config)
     refuse_unpackable(model_config, max_length)
     if backend is not AttentionBackend.sdpa:
         verify_kernel(backend, device)
+    if config.liger:
+        demand_liger(model_config.model_type, device)
+    if config.compile:
+        demand_compiler(device)
     causal_lm = _load_weights(folder, model_config, config)
-    if config.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PackedCausalLM(causal_lm, backend)
+    if config.liger:
+        use_liger(causal_lm)
+    checkpoint_layers(causal_lm, config.gradient_checkpointing)
+    return PackedCausalLM(causal_lm, backend, config.compile)
 
 
 def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
@@ -270,6 +277,10 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
         "transformers": transformers.__version__,
     }
+    if config.compile:
+        profile["compile"] = "inductor"
+    if config.liger:
+        profile["liger"] = importlib.metadata.version("liger-kernel")
     if device.type == "cuda":
         profile["gpu"] = torch.cuda.get_device_name(device)
     return profile

@@ -16,7 +16,7 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> FrozenEngin
     """The reference model of `folder` as an engine of its own, in the policy's precision; collective."""
     log.info("loading the reference from %s", folder)
     deepspeed_config = frozen_config(config.reference.offload, config.model.dtype)
-    model_config = replace(config.model, gradient_checkpointing=False)
+    model_config = replace(config.model, gradient_checkpointing="none")
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
     return FrozenEngine(model, deepspeed_config)

@@ -20,6 +20,7 @@ _PACKAGES = (
     "wandb",
     "hydra-core",
     "flash-attn",
+    "liger-kernel",
 )
 
 

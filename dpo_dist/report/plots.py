@@ -90,7 +90,11 @@ def _draw_logps(axes: Axes, rows: Rows) -> None:
 
 def _draw_optimizer(axes: Axes, rows: Rows) -> None:
     _draw_line(axes, rows, "grad_norm", "gradient norm", _TRAIN)
-    steps, rates = _series(rows, "learning_rate")
+    _draw_on_the_right(axes, rows, "learning_rate", "learning rate")
+
+
+def _draw_on_the_right(axes: Axes, rows: Rows, key: str, label: str) -> None:
+    steps, values = _series(rows, key)
     if len(steps) == 0:
         return
     right = axes.twinx()
@@ -98,16 +102,16 @@ def _draw_optimizer(axes: Axes, rows: Rows) -> None:
     dashed = (0, (5, 2))
     right.plot(
         steps[kept],
-        rates[kept],
+        values[kept],
         color=_QUIET,
         linewidth=1.6,
         linestyle=dashed,
         marker=_marker(len(steps)),
         markersize=4,
     )
-    axes.plot([], [], color=_QUIET, linewidth=1.6, linestyle=dashed, label="learning rate (right)")
-    right.set_ylim(0, 1.15 * float(rates.max()) or 1.0)
-    right.yaxis.set_major_formatter(ticker.FuncFormatter(lambda rate, _: f"{rate:.2g}"))
+    axes.plot([], [], color=_QUIET, linewidth=1.6, linestyle=dashed, label=f"{label} (right)")
+    right.set_ylim(0, 1.15 * float(values.max()) or 1.0)
+    right.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.2g}"))
     right.tick_params(colors=_QUIET, length=0)
     right.spines[:].set_visible(False)
 
@@ -116,6 +120,7 @@ def _draw_throughput(axes: Axes, rows: Rows) -> None:
     _draw_line(axes, rows, "tokens_per_second", "tokens/s", _TRAIN)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    _draw_on_the_right(axes, rows, "mfu", "share of the matmul peak")
 
 
 _PANELS = (
@@ -124,7 +129,7 @@ _PANELS = (
     _Panel("Rewards", ("rewards/chosen", "rewards/margins", "eval_rewards/chosen"), _draw_rewards),
     _Panel("Log-probs per response", ("logps/chosen", "eval_logps/chosen"), _draw_logps),
     _Panel("Gradient norm and learning rate", ("grad_norm", "learning_rate"), _draw_optimizer),
-    _Panel("Throughput", ("tokens_per_second",), _draw_throughput),
+    _Panel("Throughput", ("tokens_per_second", "mfu"), _draw_throughput),
 )
 
 

@@ -17,7 +17,8 @@ from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.attention import choose_backend
-from dpo_dist.model.load import load_packed, numerics_of
+from dpo_dist.model.flops import count_flops, matmul_peak
+from dpo_dist.model.load import TORCH_DTYPES, load_packed, numerics_of
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace, model_digest
@@ -100,6 +101,8 @@ def train(config: RunConfig, console: Console) -> int:
             config=config,
             world=world,
             policy=policy,
+            flops=count_flops(policy.causal_lm),
+            peak_flops=_peak_flops(config, world),
             objective=objective,
             schedule=inputs.schedule,
             train_set=inputs.train_set,
@@ -112,6 +115,12 @@ def train(config: RunConfig, console: Console) -> int:
             stop_wanted=stop,
         )
         return _run(loop, position, inputs, report)
+
+
+def _peak_flops(config: RunConfig, world: World) -> float:
+    """What all devices together multiply in a second while all of them do; collective."""
+    world.barrier()
+    return sum(world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype])))
 
 
 def _run(loop: Loop, position: Position, inputs: Inputs, reference: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import DivergedError
+from dpo_dist.model.flops import StepFlops
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
@@ -43,6 +44,7 @@ class Position:
 class Loop:
     """Everything that the steps of one run need, wired by `assemble`.
 
+    `flops` is what a step of the model takes, and `peak_flops` what all devices could do in a second.
     `recorder` is there on rank 0 only. `identity` goes into checkpoints, to tell whose they are.
     `stop_wanted` is asked after every step; one rank's yes ends the run on all after a checkpoint.
     """
@@ -50,6 +52,8 @@ class Loop:
     config: RunConfig
     world: World
     policy: PolicyEngine
+    flops: StepFlops
+    peak_flops: float
     objective: Objective
     schedule: Schedule
     train_set: PairDataset
@@ -121,6 +125,7 @@ class Loop:
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **_throughput(plan, seconds),
+            "mfu": self.flops.of(plan.tokens, plan.targets, plan.attended) / seconds / self.peak_flops,
             **{f"time/{phase}": spent for phase, spent in times.items()},
         }
         if self.world.device.type == "cuda":

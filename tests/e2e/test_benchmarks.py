@@ -31,6 +31,16 @@ def test_bench_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bench_mfu() -> None:
+    measured = figures("bench_mfu.py")
+    assert measured["layers"] == 2
+    losses = {tuple(variant["loss"]) for variant in measured["variants"].values()}
+    assert set(measured["variants"]) == {"plain", "full", "every2"}
+    # Checkpointing changes nothing but time and memory.
+    assert len(losses) == 1
+    assert all(variant["mfu"] > 0 for variant in measured["variants"].values())
+
+
 @pytest.mark.parametrize("real", [False, True])
 def test_bench_schedule(tmp_path: Path, real: bool) -> None:
     data = shared_data_dir() if real else tmp_path

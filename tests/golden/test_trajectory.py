@@ -6,6 +6,7 @@ reference, so that no loss is trivially log 2. `scripts/record_golden.py` record
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,12 @@ WAYS = {
     "two processes, small budget": (2, ["trainer.micro_batch_tokens=256"]),
     "two processes, large budget, live": (2, ["trainer.micro_batch_tokens=8192", "reference.mode=live"]),
     "two processes, zero2": (2, ["parallelism.kind=zero2"]),
-    "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=true"]),
+    "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=full"]),
+    "two processes, every second layer checkpointed": (2, ["model.gradient_checkpointing=2"]),
+    "two processes, compiled, checkpointed": (
+        2,
+        ["model.compile=true", "model.gradient_checkpointing=2"],
+    ),
     "two processes, parameters offloaded": (
         2,
         ["parallelism.offload_parameters=cpu", "reference.mode=live", "reference.offload=cpu"],
@@ -35,6 +41,8 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_recorded_trajectory_is_reached_by_every_way(way: str, scenario: Path, tmp_path: Path) -> None:
     processes, extra = WAYS[way]
+    if "compiled" in way and shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
     train([*overrides(scenario, "sigmoid"), f"run.dir={tmp_path}/run", *extra], processes=processes)
     golden = json.loads(GOLDEN.read_text())["sigmoid"]
     assert_same_history(history(tmp_path / "run"), golden, relative=2e-4)

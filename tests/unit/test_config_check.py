@@ -64,6 +64,10 @@ def test_out_of_range(key: str, value: float) -> None:
         ({"run.name": ""}, "run.name"),
         ({"run.name": "a/b"}, "run.name"),
         ({"model.dtype": "fp32", "model.attention": "varlen"}, "model.attention, model.dtype"),
+        ({"model.gradient_checkpointing": True}, "model.gradient_checkpointing"),
+        ({"model.gradient_checkpointing": "some"}, "model.gradient_checkpointing"),
+        ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
+        ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
         ({"data.train": []}, "data.train"),
         ({"data.train": [{"path": "a", "weight": 0}]}, "data.train[0].weight"),
         ({"data.eval": ["a", {"path": "b", "limit": 0}]}, "data.eval[1].limit"),
@@ -109,6 +113,8 @@ def test_refused(values: dict[str, Any], where: str) -> None:
     "values",
     [
         {},
+        {"model.gradient_checkpointing": "full", "model.compile": True},
+        {"model.gradient_checkpointing": 2, "model.liger": True},
         {"loss.label_smoothing": 0.6},
         {"loss.kind": "robust", "loss.label_smoothing": 0.4},
         {"loss.kind": "ipo", "loss.length_average": False},
@@ -140,3 +146,10 @@ def test_every_kind_says_whether_it_needs_a_reference(kind: LossKind) -> None:
 def test_a_term_that_needs_a_reference_makes_the_loss_need_it() -> None:
     with pytest.raises(ConfigError, match="needs a reference"):
         configured({"loss.terms": [{"kind": "sft"}, {"kind": "sigmoid"}]} | NO_REFERENCE)
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "full"), (False, "none")])
+def test_checkpointing_told_as_before_names_its_new_word(old: bool, new: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured({"model.gradient_checkpointing": old})
+    assert caught.value.remedy == f"set model.gradient_checkpointing={new}"

@@ -96,6 +96,19 @@ def test_places_of_many_rows_are_those_of_each(ranked: PairDataset, rows: list[i
     assert ranked.response_places(np.array(rows, dtype=np.int64)).tolist() == expected
 
 
+def test_work_is_what_a_look_at_every_token_counts(ranked: PairDataset) -> None:
+    rows = np.array([5, 2, 0, 7])
+    targets = attended = 0
+    for row in rows.tolist():
+        prompt, *responses = ranked.lengths(row)
+        targets += sum(responses)
+        attended += sum(place + 1 for place in range(prompt))
+        attended += sum(prompt + place + 1 for tokens in responses for place in range(tokens - 1))
+    assert ranked.work(rows) == (targets, attended)
+    plan = plan_step(ranked, rows, 0, 1, 8192)
+    assert (plan.targets, plan.attended) == (targets, attended)
+
+
 def test_sizes_of_many_rows_are_those_of_each(ranked: PairDataset) -> None:
     rows = np.array([2, 0, 7, 2])
     sizes = ranked.sizes(rows, ranked.response_places(rows), ranked.response_counts(rows), COSTS)

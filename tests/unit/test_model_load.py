@@ -55,17 +55,6 @@ def test_a_saved_model_is_the_loaded_one(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
 
 
-def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = load(folder, ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=checkpointing)).train()
-        assert model.causal_lm.is_gradient_checkpointing is checkpointing
-        model(pack_unkeyed(PAIRS)).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-7)
-
-
 def test_precision_is_as_configured(folder: Path) -> None:
     for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
         model = load(folder, ModelConfig(dtype=dtype))
@@ -175,5 +164,20 @@ def test_numerics_tell_apart_what_changes_digits() -> None:
     assert fp32 != numerics_of(ModelConfig(), AttentionBackend.sdpa, CPU)
     assert fp32 != numerics_of(FP32, AttentionBackend.varlen, CPU)
     assert fp32 == numerics_of(
-        ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=True), AttentionBackend.sdpa, CPU
+        ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full"), AttentionBackend.sdpa, CPU
     )
+    compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
+    assert fp32 != numerics_of(compiled, AttentionBackend.sdpa, CPU)
+
+
+def test_liger_is_refused_before_weights_are_read_where_it_cannot_run(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="CUDA only") as raised:
+        load(folder, ModelConfig(dtype=Dtype.fp32, liger=True))
+    assert raised.value.where == "model.liger"
+
+
+def test_compiling_is_refused_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler") as raised:
+        load(folder, ModelConfig(dtype=Dtype.fp32, compile=True))
+    assert raised.value.where == "model.compile"

@@ -1,0 +1,128 @@
+"""What is done to the decoder layers of a loaded model: checkpointing, torch.compile, Liger's kernels."""
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_dist.errors import ConfigError
+
+# What the tests hold to be exact with Liger's norms, rotary embedding and gated MLP.
+LIGER_MODEL_TYPES = frozenset(
+    {
+        "exaone4",
+        "gemma",
+        "gemma3_text",
+        "glm4",
+        "granite",
+        "llama",
+        "ministral",
+        "mistral",
+        "olmo2",
+        "olmo3",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
+)
+
+
+def decoder_layers(causal_lm: nn.Module) -> list[nn.Module]:
+    """The layers of the body in their order; transformers marks them as what can be checkpointed."""
+    return [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
+    """Let decoder layers keep their input only and compute their activations again in backward.
+
+    Args:
+        causal_lm: a transformers model.
+        every: `none`, `full` (every layer), or n: the n-th layer, the 2n-th, and so on.
+
+    Raises:
+        ConfigError: the model has fewer than n layers.
+    """
+    if every == "none":
+        return
+    layers: list[Any] = decoder_layers(causal_lm)
+    distance = 1 if every == "full" else int(every)
+    if distance > len(layers):
+        raise ConfigError(
+            "no layer would be checkpointed",
+            where="model.gradient_checkpointing",
+            got=f"every {distance}. layer of a model with {len(layers)}",
+            expected=f"none, full, or a number from 2 to {len(layers)}",
+            remedy="set model.gradient_checkpointing=none",
+        )
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for number, layer in enumerate(layers, start=1):
+        layer.gradient_checkpointing = number % distance == 0
+
+
+def demand_compiler(device: torch.device) -> None:
+    """Find what torch.compile makes code with, which it would miss only in the first forward.
+
+    Raises:
+        ConfigError: Triton, or a C++ compiler, is not installed.
+    """
+    if device.type == "cuda":
+        needed, found = "Triton", importlib.util.find_spec("triton") is not None
+    else:
+        needed, found = "a C++ compiler", shutil.which(os.environ.get("CXX", "g++")) is not None
+    if not found:
+        raise ConfigError(
+            f"torch.compile needs {needed}, which is not installed",
+            where="model.compile",
+            got=f"true on {device.type}",
+            remedy=f"install {needed}, or set model.compile=false",
+        )
+
+
+def compile_layers(causal_lm: nn.Module) -> None:
+    """Have torch.compile fuse what lies in each decoder layer, for any number of tokens.
+
+    The parts of a layer are compiled and not the layer itself: checkpointing is part of its forward, and
+    would keep torch.compile from anything inside.
+    """
+    for layer in decoder_layers(causal_lm):
+        for part in layer.children():
+            part.compile(dynamic=True)
+
+
+def demand_liger(model_type: str, device: torch.device) -> None:
+    """Refuse Liger's kernels where they are not, cannot run, or are not known to be exact.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    reason = None
+    if device.type != "cuda":
+        reason = f"Liger's kernels run on CUDA only, and this is {device.type}"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        reason = "liger-kernel is not installed; it comes with the liger extra"
+    elif model_type not in LIGER_MODEL_TYPES:
+        reason = f"Liger's kernels are not known to be exact for {model_type}"
+    if reason is not None:
+        raise ConfigError(
+            "Liger's kernels cannot be used",
+            where="model.liger",
+            got=reason,
+            expected=f"CUDA, liger-kernel, and one of {', '.join(sorted(LIGER_MODEL_TYPES))}",
+            remedy="set model.liger=false",
+        )
+
+
+def use_liger(causal_lm: nn.Module) -> None:
+    """Put Liger's kernels in the place of norms, rotary embedding and gated MLP of this model.
+
+    Its losses are not used: the log-prob head never makes whole logits. The rotary embedding is a function
+    that models of one architecture share, so it changes for all of them in this process.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
+
+    _apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -1,0 +1,116 @@
+"""What is done to decoder layers changes no gradient, also where their weights are sharded."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dpo_dist.config.schema import Dtype, LossConfig, ModelConfig, ParallelismKind
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed
+from dpo_dist.reference.provider import NoReference
+from dpo_dist.training.step import Objective, train_step
+from tests.dist.scenario import Assets
+from tests.dist.test_engine import write_whole
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.ranks import OPTIM, run_ranks
+from tests.support.tiny_model import write_model
+
+STEPS = ((0, 1, 2, 3, 4), (5,), (6, 7, 8))
+# Larger than any persistent parameter is: all matrices are gathered when they are used.
+HIDDEN = 96
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("four_layers"), hidden_size=HIDDEN, layers=4)
+
+
+def norms(assets: Assets, model: ModelConfig, world: World, folder: Path) -> list[float]:
+    """Gradient norms of `STEPS`; the weights after them go to `folder`."""
+    dataset = assets.dataset()
+    policy = PolicyEngine(load_packed(Path(model.path), model, 1024, world.device), OPTIM, world)
+    objective = Objective(LossConfig(reference_free=True), NoReference())
+    found = []
+    for rows in STEPS:
+        plan = plan_step(dataset, np.array(rows), world.rank, world.size, 256)
+        found.append(train_step(policy, objective, plan, OPTIM.lr, world.device)[1])
+    write_whole(policy, folder / "weights.safetensors")
+    return found
+
+
+def outcome(
+    assets: Assets, model: Path, kind: ParallelismKind, folder: Path, **options: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    config = ModelConfig(str(model), dtype=Dtype.fp32, **options)
+    told = run_ranks(partial(norms, assets, config), 2, folder, kind)
+    return told[0], load_file(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.ddp])
+def test_checkpointing_changes_no_step(
+    kind: ParallelismKind, assets: Assets, four_layers: Path, tmp_path: Path
+) -> None:
+    expected_norms, expected = outcome(assets, four_layers, kind, tmp_path / "none")
+    for choice in ("full", 3):
+        got_norms, got = outcome(
+            assets, four_layers, kind, tmp_path / str(choice), gradient_checkpointing=choice
+        )
+        assert got_norms == pytest.approx(expected_norms, rel=1e-6)
+        for name, tensor in expected.items():
+            assert (got[name] - tensor).abs().max() <= 1e-6, name
+
+
+def vectors_and_whole(model: Path, world: World, _folder: Path) -> tuple[list[str], list[str]]:
+    """The weights of one dimension, and those that ZeRO-3 keeps whole on every rank."""
+    config = ModelConfig(str(model), dtype=Dtype.fp32)
+    policy = PolicyEngine(load_packed(model, config, 1024, world.device), OPTIM, world)
+    named = list(policy.causal_lm.named_parameters())
+    vectors = [name for name, parameter in named if len(parameter.ds_shape) == 1]
+    return vectors, [name for name, parameter in named if parameter.ds_persist]
+
+
+def test_zero3_keeps_vectors_whole_and_gathers_matrices(four_layers: Path, tmp_path: Path) -> None:
+    for vectors, whole in run_ranks(partial(vectors_and_whole, four_layers), 2, tmp_path / "ranks"):
+        assert vectors == whole
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("choice", ["none", "full"])
+def test_compiled_layers_compute_the_same_with_the_same_code_for_every_batch(
+    choice: str, four_layers: Path
+) -> None:
+    shapes = [[(7, 5, 9), (12, 3, 1)], [(3, 4, 5)], [(20, 3, 3), (5, 6, 7)], [(30, 2, 4)]]
+    batches = [pack_unkeyed(random_pairs(lengths)) for lengths in shapes]
+    cpu = torch.device("cpu")
+
+    def losses(model: PackedCausalLM) -> list[Tensor]:
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            logps = model(batch)
+            logps.square().mean().backward()
+            found += [logps.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        return found
+
+    plain = load_packed(four_layers, ModelConfig(dtype=Dtype.fp32), 64, cpu).train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = ModelConfig(dtype=Dtype.fp32, compile=True, gradient_checkpointing=choice)
+    compiled = load_packed(four_layers, config, 64, cpu).train()
+    for expected, got in zip(losses(plain), losses(compiled), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    batches += [pack_unkeyed(random_pairs([(n, n, 2 * n)])) for n in (6, 11)]
+    losses(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -1,0 +1,120 @@
+"""What makes layers cheaper on a GPU changes no result, and a step does not wait for the device."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.model.flops import matmul_peak
+from dpo_dist.model.layers import LIGER_MODEL_TYPES, checkpoint_layers, use_liger
+from dpo_dist.model.load import load_packed
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.tiny_model import write_model
+from tests.unit.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+CUDA = torch.device("cuda")
+LENGTHS = [(70, 50, 90), (1, 1, 4), (12, 3, 1), (200, 30, 41)]
+KERNELS = [
+    pytest.param({}, id="none"),
+    pytest.param({"compile": True}, id="compile"),
+    pytest.param(
+        {"liger": True},
+        id="liger",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel"
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), hidden_size=256, layers=4)
+
+
+@pytest.fixture(scope="module")
+def batch() -> PackedBatch:
+    return pack_unkeyed(random_pairs(LENGTHS)).to(CUDA)
+
+
+def outcome(folder: Path, batch: PackedBatch, config: ModelConfig) -> list[Tensor]:
+    """Log-probs of the batch and the gradients of their sum of squares."""
+    model = load_packed(folder, config, 512, CUDA).to(CUDA).train()
+    logps = model(batch)
+    logps.square().sum().backward()
+    return [logps.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("options", KERNELS)
+@pytest.mark.parametrize("checkpointing", ["none", 2, "full"])
+def test_float32_is_as_without(
+    options: dict[str, bool], checkpointing: int | str, folder: Path, batch: PackedBatch
+) -> None:
+    expected = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))
+    config = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=checkpointing, **options)
+    got = outcome(folder, batch, config)
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-4)
+    for ours, plain in zip(got[1:], expected[1:], strict=True):
+        assert (ours - plain).norm() <= 1e-5 * max(plain.norm(), 1.0)
+
+
+@pytest.mark.parametrize("options", KERNELS)
+def test_bf16_is_no_further_from_float32_than_without(
+    options: dict[str, bool], folder: Path, batch: PackedBatch
+) -> None:
+    exact = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))[0]
+    plain = outcome(folder, batch, ModelConfig(attention=AttentionBackend.sdpa))[0]
+    ours = outcome(folder, batch, ModelConfig(**options))[0]
+    assert (ours - exact).abs().mean() <= 1.1 * (plain - exact).abs().mean() + 1e-3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+@pytest.mark.parametrize("model_type", sorted(LIGER_MODEL_TYPES))
+def test_liger_is_exact_for_every_architecture_that_may_use_it(model_type: str) -> None:
+    model = packed(tiny_causal_lm(tiny_config(model_type))).to(CUDA)
+    small = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)])).to(CUDA)
+    logps = model(small)
+    expected = gradients(model.causal_lm, logps)
+    use_liger(model.causal_lm)
+    torch.testing.assert_close(model(small), logps, rtol=0, atol=1e-5)
+    ours = gradients(model.causal_lm, model(small))
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
+
+
+def test_checkpointing_takes_less_memory(folder: Path) -> None:
+    long = pack_unkeyed(random_pairs([(400, 300, 300)] * 8)).to(CUDA)
+    model = load_packed(folder, ModelConfig(), 1024, CUDA).to(CUDA).train()
+    model(long).sum().backward()
+    peaks = {}
+    for choice in ("none", "full"):
+        checkpoint_layers(model.causal_lm, choice)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(long).sum().backward()
+        peaks[choice] = torch.cuda.max_memory_allocated() - before
+        model.zero_grad(set_to_none=False)  # gradients stay allocated, so that only activations differ
+    assert peaks["full"] < peaks["none"]
+
+
+def test_forward_and_backward_do_not_wait_for_the_device(folder: Path, batch: PackedBatch) -> None:
+    model = load_packed(folder, ModelConfig(), 512, CUDA).to(CUDA).train()
+    model(batch).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(batch).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_peak_is_that_of_a_gpu() -> None:
+    assert matmul_peak(CUDA, torch.bfloat16) > matmul_peak(CUDA, torch.float32)

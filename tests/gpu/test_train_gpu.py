@@ -1,0 +1,32 @@
+"""A GPU reaches the trajectory that was recorded on CPUs, by every kind of parallelism."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden.scenario import GOLDEN, overrides, write_scenario
+from tests.support.launch import assert_same_history, history, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+WAYS = {
+    "zero3": [],
+    "zero3, checkpointed": ["model.gradient_checkpointing=2"],
+    "zero3, compiled": ["model.compile=true"],
+    "zero2": ["parallelism.kind=zero2"],
+    "ddp, checkpointed": ["parallelism.kind=ddp", "model.gradient_checkpointing=full"],
+    "ddp, compiled": ["parallelism.kind=ddp", "model.compile=true", "model.gradient_checkpointing=full"],
+    "zero3, offloaded": ["parallelism.offload_parameters=cpu", "parallelism.offload_optimizer=cpu"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_recorded_trajectory_is_reached(way: str, tmp_path: Path) -> None:
+    scenario = write_scenario(tmp_path)
+    train([*overrides(scenario, "sigmoid"), f"run.dir={tmp_path}/run", *WAYS[way]])
+    rows = history(tmp_path / "run")
+    for row in rows:
+        row.pop("memory/peak_allocated_bytes", None)
+    assert_same_history(rows, json.loads(GOLDEN.read_text())["sigmoid"], relative=1e-3)
