@@ -48,7 +48,7 @@ from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.schedule import Span, make_schedule
 from dpo_dist.model import cost
 from dpo_dist.model.attention import PACKED, choose_backend
-from dpo_dist.model.cost import compute_costs
+from dpo_dist.model.flops import compute_costs, count_flops
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES
 from scripts.bench_assets import SHAPES, Shape
@@ -105,7 +105,7 @@ def main() -> None:
     worlds, limit, pairs = ((8,), 60, 100_000) if arguments.smoke else ((8, 64, 512), None, 10_000_000)
     rows = []
     print_row(Quality.__dataclass_fields__)
-    costs = compute_costs(config_of(SHAPES["40m"]))
+    costs = compute_costs(count_flops(config_of(SHAPES["40m"])))
     for name, lengths in kinds_of_lengths(arguments.data, limit):
         for budget, world_size, pairs_per_rank in itertools.product(arguments.budgets, worlds, (16, 64)):
             row = measure(name, lengths, costs, budget, world_size, pairs_per_rank)
@@ -214,7 +214,7 @@ def measure_costs(shape: Shape) -> dict[str, float]:
     warm = len(COST_SHAPES)
     relative = np.array(parts[warm:]) / np.array(seconds[warm:])[:, None]
     (token, target, key), *_ = np.linalg.lstsq(relative, np.ones(warm), rcond=None)
-    counted = compute_costs(config)
+    counted = compute_costs(count_flops(config))
     return {
         "microseconds_per_token": token * 1e6,
         "key": key / token,

@@ -2,13 +2,20 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from dpo_dist.data.plan import ComputeCosts
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6
+# Seconds of a FLOP in attention and in the output layer over those of one in the layers' matrices: 1.37 and
+# 0.88 by `scripts/bench_schedule.py --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC), which then
+# tell the seconds of 10 micro-batches of very different shapes within 5 %.
+_ATTENTION_SLOWNESS = 1.4
+_HEAD_SLOWNESS = 0.9
 _PEAK_TRIALS = 5
 _PEAK_SIDE = {"cuda": 8192, "cpu": 1024}
 
@@ -32,29 +39,42 @@ class StepFlops:
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
-def count_flops(causal_lm: Any) -> StepFlops:
-    """What the weights of a transformers model cost, whether they are here or sharded.
+def count_flops(config: PretrainedConfig) -> StepFlops:
+    """What a model of this configuration, one of `EXACT_MODEL_TYPES`, costs.
 
     Every weight with two dimensions or more is multiplied with each token, but for embeddings, which are
     looked up, and for experts (three dimensions, the first of them the experts), of which a token visits
     `num_experts_per_tok`. Norms, rotations and softmax are not counted.
     """
-    config, output = causal_lm.config, causal_lm.get_output_embeddings()
+    with torch.device("meta"):
+        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]](config)
+    output = causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
-    outside.add(id(output.weight))
+    outside.add(id(output))
     visited = 0.0
     for parameter in causal_lm.parameters():
-        shape = _whole_shape(parameter)
-        if id(parameter) not in outside and len(shape) > 1:
-            share = config.num_experts_per_tok / shape[0] if len(shape) > 2 else 1.0
-            visited += share * shape.numel()
+        if id(parameter) not in outside and parameter.dim() > 1:
+            share = config.num_experts_per_tok / len(parameter) if parameter.dim() > 2 else 1.0
+            visited += share * parameter.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Scores and the weighted sum of values are two products over the width of all heads.
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
     return StepFlops(
         per_token=_FORWARD_AND_BACKWARD * visited,
-        per_target=_FORWARD_AND_BACKWARD * _whole_shape(output.weight).numel(),
+        per_target=_FORWARD_AND_BACKWARD * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
+    )
+
+
+def compute_costs(flops: StepFlops) -> ComputeCosts:
+    """What one token that attends to one key, and one target, cost beside a token in the layers' matrices.
+
+    The output layer computes most logits once more in backward. Costs decide how evenly ranks are loaded, and
+    no result.
+    """
+    return ComputeCosts(
+        key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
+        target=_HEAD_SLOWNESS * (4 / 3) * flops.per_target / flops.per_token,
     )
 
 
@@ -83,8 +103,3 @@ def _seconds(left: Tensor, right: Tensor, product: Tensor) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _whole_shape(parameter: Tensor) -> torch.Size:
-    """Under ZeRO-3 only `ds_shape` knows it."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -17,7 +17,7 @@ from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.attention import choose_backend
-from dpo_dist.model.flops import count_flops, matmul_peak
+from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed, numerics_of
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
@@ -101,7 +101,7 @@ def train(config: RunConfig, console: Console) -> int:
             config=config,
             world=world,
             policy=policy,
-            flops=count_flops(policy.causal_lm),
+            flops=inputs.flops,
             peak_flops=_peak_flops(config, world),
             objective=objective,
             schedule=inputs.schedule,

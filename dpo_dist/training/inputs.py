@@ -14,7 +14,7 @@ from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
-from dpo_dist.model.cost import compute_costs
+from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.load import load_config, load_tokenizer, model_folder, refuse_unpackable
 from dpo_dist.reference.key import tokenizer_digest
 from dpo_dist.report.console import Console
@@ -31,7 +31,12 @@ class Inputs:
     train_set: PairDataset
     eval_set: PairDataset | None
     schedule: Schedule
-    costs: ComputeCosts
+    flops: StepFlops
+
+    @property
+    def costs(self) -> ComputeCosts:
+        """What a plan weighs pairs by."""
+        return compute_costs(self.flops)
 
     @property
     def named(self) -> dict[str, PairDataset]:
@@ -64,8 +69,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     eval_set = encode(config.data.eval) if config.data.eval else None
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
-    costs = compute_costs(model_config)
-    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, costs)
+    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, count_flops(model_config))
     for name, dataset in inputs.named.items():
         console.say(f"{name} data: {_told(dataset.counts)}")
     return inputs
