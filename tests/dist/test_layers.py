@@ -18,10 +18,11 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.provider import NoReference
+from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import write_whole
-from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.packing import COSTS, pack_unkeyed, random_pairs
 from tests.support.ranks import OPTIM, run_ranks
 from tests.support.tiny_model import write_model
 
@@ -42,8 +43,9 @@ def norms(assets: Assets, model: ModelConfig, world: World, folder: Path) -> lis
     objective = Objective(LossConfig(reference_free=True), NoReference())
     found = []
     for rows in STEPS:
-        plan = plan_step(dataset, np.array(rows), world.rank, world.size, 256)
-        found.append(train_step(policy, objective, plan, OPTIM.lr, world.device)[1])
+        plan = plan_step(dataset, np.array(rows), world.rank, world.size, 256, COSTS)
+        ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
+        found.append(train_step(policy, objective, ready, OPTIM.lr, world.device, clock)[1].item())
     write_whole(policy, folder / "weights.safetensors")
     return found
 

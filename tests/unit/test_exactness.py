@@ -59,7 +59,7 @@ def micro_batches(several: bool) -> list[list[Sequences]]:
         pytest.param(10_000, False, {}, id="one chunk"),
         pytest.param(1, True, {}, id="a position a chunk"),
         pytest.param(37, False, {}, id="odd chunks"),
-        pytest.param(101, True, {"gradient_checkpointing": True}, id="gradient checkpointing"),
+        pytest.param(101, True, {"gradient_checkpointing": "full"}, id="gradient checkpointing"),
     ],
 )
 def test_packed_is_padded(
