@@ -132,13 +132,20 @@ def _synthetic_records(setting: Setting) -> Iterator[dict[str, str]]:
         yield {"prompt": text(prompt), "chosen": f" {text(response)}", "rejected": f" {text(response)}"}
 
 
+def learnt_tokenizer(file: Path, vocabulary: int) -> Any:
+    """A tokenizer of Qwen2's kind, learnt from the texts of a file of pairs."""
+    from transformers import Qwen2Tokenizer
+
+    texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))
+    return Qwen2Tokenizer().train_new_from_iterator(texts, vocabulary, show_progress=False)
+
+
 def _save_model(setting: Setting, folder: Path, file: Path) -> None:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = SHAPES[setting.model]
-    texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, shape.vocabulary, show_progress=False)
+    tokenizer = learnt_tokenizer(file, shape.vocabulary)
     heads = shape.hidden_size // 64
     config = Qwen2Config(
         vocab_size=shape.vocabulary,

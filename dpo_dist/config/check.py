@@ -91,6 +91,7 @@ def _check_data(data: DataConfig) -> None:
                 )
     _check_range("data.max_length", data.max_length, at_least=2)
     _check_range("data.max_prompt_length", data.max_prompt_length, at_least=1)
+    _check_range("data.processes", data.processes, at_least=1)
     _check_range("data.max_bad_share", data.max_bad_share, at_least=0, at_most=1)
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         raise ConfigError(

@@ -135,7 +135,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens."""
+    """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens.
+
+    `processes` null: as many as there are usable cores, where there are enough records for it.
+    """
 
     train: list[Any] = field(default_factory=list)
     eval: list[Any] = field(default_factory=list)
@@ -146,6 +149,7 @@ class DataConfig:
     max_bad_share: float = 0.05
     text_as_messages: bool = False
     cache: str = _free("output/encoded")
+    processes: int | None = _free(None)
 
 
 @dataclass(frozen=True)

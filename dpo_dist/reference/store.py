@@ -57,7 +57,7 @@ class LogpStore:
     """Rows of one reference space: response key to per-token float32 log-probs.
 
     A row holds one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`data.dataset.response_key`).
+    (`data.encode.response_key`).
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):

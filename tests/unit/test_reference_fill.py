@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.data.dataset import PairDataset, response_key
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
