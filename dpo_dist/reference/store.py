@@ -34,11 +34,10 @@ Values = npt.NDArray[np.float32]
 _Number = TypeVar("_Number", np.uint64, np.int64, np.uint32, np.float32)
 
 _SUFFIX = ".safetensors"
-# Where a row lies and what its key and checksum are; beside the key's first word, 32 bytes a row in memory.
-# `start` is the place of its first value in the values of all shards laid end to end.
-_ROW = np.dtype(
-    [("second_word", np.uint64), ("start", np.int64), ("tokens", np.uint32), ("check", np.uint32)]
-)
+# Where a row lies and what its key and checksum are; with the key's first word, 28 bytes a row in memory.
+# `place` is where its first value stands in the values of all shards laid end to end, shifted by as many bits
+# as the longest row's number of tokens takes, and in these its own number of tokens.
+_ROW = np.dtype([("second_word", np.uint64), ("place", np.int64), ("check", np.uint32)])
 _KEYS_AT_ONCE = 1 << 16  # the rows of a batch of look-ups are Python objects
 
 
@@ -77,7 +76,8 @@ class LogpStore:
         """The shards this view of the store was opened with, damaged ones left out."""
         self._values = [shard.values for shard in shards]
         self._first_values = _first_values(shards)
-        self._first_words, self._rows = _build_index(shards, self._first_values)
+        self._token_bits = _token_bits(shards)
+        self._first_words, self._rows = _build_index(shards, self._first_values, self._token_bits)
 
     @classmethod
     def open(cls, root: Path, space: ReferenceSpace, names: Sequence[str] | None = None) -> "LogpStore":
@@ -155,9 +155,10 @@ class LogpStore:
 
     def _load(self, rows: npt.NDArray[np.void], numbers: list[int], found: list[Values | None]) -> None:
         """Put the values of `rows` into `found[numbers]`, where their checksums hold."""
-        shards = np.searchsorted(self._first_values, rows["start"], side="right") - 1
-        starts = rows["start"] - self._first_values[shards]
-        stops = starts + rows["tokens"]
+        starts = rows["place"] >> self._token_bits
+        shards = np.searchsorted(self._first_values, starts, side="right") - 1
+        starts -= self._first_values[shards]
+        stops = starts + (rows["place"] & ((1 << self._token_bits) - 1))
         columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), rows["check"].tolist())
         for number, shard, start, stop, check in zip(*columns, strict=True):
             values = self._values[shard][start:stop]
@@ -214,8 +215,17 @@ def _first_values(shards: Sequence[_Shard]) -> npt.NDArray[np.int64]:
     return np.cumsum(tokens) - tokens
 
 
+def _token_bits(shards: Sequence[_Shard]) -> int:
+    """Bits of the number of tokens of the longest row."""
+    longest = max((int(np.diff(shard.ends, prepend=0).max(initial=0)) for shard in shards), default=0)
+    bits = longest.bit_length()
+    values = sum(len(shard.values) for shard in shards)
+    assert bits + values.bit_length() < 64, "2**40 values, 4 TiB, of rows of less than 2**23 tokens have room"
+    return bits
+
+
 def _build_index(
-    shards: Sequence[_Shard], first_values: npt.NDArray[np.int64]
+    shards: Sequence[_Shard], first_values: npt.NDArray[np.int64], token_bits: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.void]]:
     """The first words of all keys in ascending order, and their rows (`_ROW`)."""
     first_words = np.empty(sum(len(shard.keys) for shard in shards), dtype=np.uint64)
@@ -225,8 +235,7 @@ def _build_index(
         part = slice(start, start + len(shard.keys))
         tokens = np.diff(shard.ends, prepend=0)
         first_words[part], rows["second_word"][part] = shard.keys.T
-        rows["start"][part] = shard.ends - tokens + first_value
-        rows["tokens"][part] = tokens
+        rows["place"][part] = (shard.ends - tokens + first_value) << token_bits | tokens
         rows["check"][part] = shard.checks
         start = part.stop
     # Stable: of rows of one key that two jobs have computed, every rank takes the same.
