@@ -8,8 +8,9 @@ response see its own prompt only. A response's last token predicts nothing and i
 import bisect
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,7 @@ class PackedBatch:
         response_tokens: int64 [responses], completion tokens of each response.
         keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
         weights: float32 [pairs], 1, or 0 for a dummy: a batch that only keeps the ranks in step (law L2).
+        reference_logps: float32 [targets], the reference's log-probs, where they are known beforehand.
     """
 
     input_ids: Tensor
@@ -57,6 +59,7 @@ class PackedBatch:
     response_tokens: Tensor
     keys: npt.NDArray[np.uint64]
     weights: Tensor
+    reference_logps: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -65,15 +68,17 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            predictors=self.predictors.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            response_tokens=self.response_tokens.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
-        )
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "PackedBatch":
+        """The same batch in page-locked memory: a copy from there to a CUDA device does not hold the host."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:

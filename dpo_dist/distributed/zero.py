@@ -127,16 +127,16 @@ class PolicyEngine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self._world.size)
 
-    def step(self, learning_rate: float) -> float:
-        """Clip and update; returns the gradient norm before clipping.
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip and update; returns the gradient norm before clipping, a scalar on the device.
 
         A norm that is not finite is the same on every rank, and then no weight has changed.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        return norm if self._engine.was_step_applied() else math.inf
+        norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
+        return torch.as_tensor(norm, device=self._world.device)
 
     def save_shards(self, folder: str) -> None:
         """Write weights, master weights and optimizer states, every rank its own.

@@ -195,7 +195,7 @@ class VarlenAttention:
                     places += [torch.arange(start, start + prompt), torch.arange(end, end + tokens)]
                 end += tokens
             start = end
-        return torch.cat(places).to(self.device, non_blocking=True)
+        return _copied_to(self.device, torch.cat(places))
 
     @cached_property
     def _cumulative(self) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ class VarlenAttention:
         return max(query for query, _ in self._segments), max(key for _, key in self._segments)
 
     def _offsets(self, lengths: tuple[int, ...]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
+        return _copied_to(self.device, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `PackedAttention`."""
@@ -238,6 +238,12 @@ class VarlenAttention:
             assert isinstance(output, Tensor)
             attended = output
         return attended
+
+
+def _copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A copy on `device`, made while the host goes on; that takes page-locked memory."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def _interface(

@@ -1,6 +1,6 @@
 """Where a micro-batch's reference log-probs come from: the stored rows, a live engine, or nowhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,13 +15,23 @@ from dpo_dist.reference.store import LogpStore
 class ReferenceProvider(Protocol):
     """Per-token reference log-probs of a micro-batch."""
 
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        """The batch, still on the host, with what is known of it without a model; from any thread."""
+        ...
+
     def token_logps(self, batch: PackedBatch) -> Tensor | None:
-        """float32 [targets] on the batch's device; None where the loss needs no reference."""
+        """Of a batch that went through `attach`: float32 [targets] on its device; None where the loss needs
+        no reference.
+        """
         ...
 
 
 class NoReference:
     """`reference.mode=none`."""
+
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        """Nothing to know."""
+        return batch
 
     def token_logps(self, _batch: PackedBatch) -> None:
         """Nothing."""
@@ -34,6 +44,10 @@ class LiveReference:
 
     engine: FrozenEngine
 
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        """Nothing is known before the model has scored."""
+        return batch
+
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Score the batch; collective under ZeRO-3."""
         return self.engine.token_logps(batch)
@@ -45,9 +59,14 @@ class StoredReference:
 
     store: LogpStore
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
+    def attach(self, batch: PackedBatch) -> PackedBatch:
         """Look the batch's rows up; a dummy has none and gets zeros."""
         if not len(batch.keys):
-            return torch.zeros(len(batch.targets), device=batch.targets.device)
+            return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
         values = np.concatenate(self.store.read(batch.keys))
-        return torch.from_numpy(values).to(batch.targets.device, non_blocking=True)
+        return replace(batch, reference_logps=torch.from_numpy(values))
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """What was looked up."""
+        assert batch.reference_logps is not None, "the batch did not go through attach"
+        return batch.reference_logps

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dpo_dist import atomic
 from dpo_dist.objective.metrics import PAIR_METRICS
@@ -22,6 +22,10 @@ LOG_NAME = "log_history.json"
 CSV_NAME = "training_metrics.csv"
 SUMMARY_NAME = "summary.json"
 
+# What a step spends its time on, as rows tell it under `time/`.
+Phase = Literal["data", "reference", "forward", "backward", "optimizer", "other"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
 _COST = (
     "grad_norm",
     "learning_rate",
@@ -30,6 +34,7 @@ _COST = (
     "step_seconds",
     "pairs_per_second",
     "tokens_per_second",
+    *(f"time/{phase}" for phase in PHASES),
     "mfu",
     "memory/peak_allocated_bytes",
 )

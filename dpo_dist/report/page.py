@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dpo_dist import atomic
-from dpo_dist.report.history import LOG_NAME, SUMMARY_NAME, read_rows
+from dpo_dist.report.history import LOG_NAME, PHASES, SUMMARY_NAME, read_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
@@ -78,6 +78,7 @@ def write_page(run_dir: Path) -> None:
         _picture(curves) if curves else "",
         _section("What was run", _pairs_table(_highlights(config))),
         _section("Evaluations", _evaluations(rows)),
+        _section("Where a step's time goes", _phases(rows)),
         _section("Reference log-probs", _pairs_table(_flat(summary.get("reference") or {}))),
         _section("Data", _pairs_table(_flat(summary.get("data") or {}))),
         _section("Environment", _pairs_table(_flat(environment))),
@@ -165,6 +166,22 @@ def _evaluations(rows: Sequence[Mapping[str, float]]) -> str:
     ]
     note = f"<p>The last {len(shown)} of {len(evaluations)}.</p>" if len(shown) < len(evaluations) else ""
     return f'<table class="numbers"><tr>{head}</tr>{"".join(lines)}</table>{note}'
+
+
+def _phases(rows: Sequence[Mapping[str, float]]) -> str:
+    """Mean seconds of each phase over the logged steps, and their shares of a step."""
+    timed = [row for row in rows if all(f"time/{phase}" in row for phase in PHASES)]
+    if not timed:
+        return ""
+    seconds = {phase: sum(row[f"time/{phase}"] for row in timed) / len(timed) for phase in PHASES}
+    step = sum(seconds.values())
+    lines = [
+        f"<tr><th>{phase}</th><td>{_short(spent)} s</td><td>{spent / step:.1%}</td>"
+        f'<td><meter value="{spent / step:.4f}"></meter></td></tr>'
+        for phase, spent in seconds.items()
+    ]
+    note = f"<p>Of the first process, in the mean of the {len(timed)} logged steps.</p>"
+    return f'<table class="phases">{"".join(lines)}</table>{note}'
 
 
 def _flat(fields: Fields, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -260,6 +277,9 @@ section, details { overflow-x: auto; }
 th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; }
 th, td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--quiet); width: 240px; }
+.phases { width: auto; }
+.phases td { text-align: right; }
+.phases meter { width: 320px; }
 .numbers th, .numbers td { text-align: right; width: auto; }
 details { margin-top: 32px; }
 summary { cursor: pointer; font-weight: 600; }

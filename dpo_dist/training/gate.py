@@ -10,13 +10,14 @@ import torch
 from dpo_dist.config.schema import Dtype, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.fill import Scorer
-from dpo_dist.training.step import Objective
+from dpo_dist.training.step import BATCHES_AHEAD, Objective
 
 # Mean absolute drift per token, in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.bf16: 5e-2}
@@ -63,16 +64,17 @@ def pass_gate(
     plan = plan_step(dataset, rows, world.rank, world.size, config.trainer.micro_batch_tokens)
     scored: list[_ScoredResponse] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for micro_rows, host_batch in zip(plan.micro_batches, plan.batches(), strict=True):
-        batch = host_batch.to(world.device)
-        stored = objective.reference.token_logps(batch)
-        assert stored is not None, "the gate compares with a reference"
-        fresh = score(batch)
-        pairs = [sum_by_response(logps, batch.response_tokens) for logps in (fresh, stored)]
-        for place, policys in enumerate(pairs):
-            values = preference_loss(policys, pairs[1], config.loss, plan.mean_chosen_tokens)
-            losses[place] += (values * batch.weights).double().sum() / plan.pairs
-        scored += _drifts(fresh - stored, batch.response_tokens, micro_rows)
+    with prefetch(objective.ready_batches(plan, world.device), BATCHES_AHEAD) as batches:
+        for micro_rows, host_batch in zip(plan.micro_batches, batches, strict=True):
+            batch = host_batch.to(world.device)
+            stored = objective.reference.token_logps(batch)
+            assert stored is not None, "the gate compares with a reference"
+            fresh = score(batch)
+            pairs = [sum_by_response(logps, batch.response_tokens) for logps in (fresh, stored)]
+            for place, policys in enumerate(pairs):
+                values = preference_loss(policys, pairs[1], config.loss, plan.mean_chosen_tokens)
+                losses[place] += (values * batch.weights).double().sum() / plan.pairs
+            scored += _drifts(fresh - stored, host_batch.response_tokens, micro_rows)
     losses = world.sum(losses)
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)

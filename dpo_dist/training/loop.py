@@ -2,16 +2,19 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.batches import StepPlan, plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows, Schedule
 from dpo_dist.distributed.checkpoint import save_checkpoint
 from dpo_dist.distributed.runtime import World
@@ -20,8 +23,11 @@ from dpo_dist.errors import DivergedError
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
+from dpo_dist.training.clock import StepClock
 from dpo_dist.training.learning_rate import learning_rate
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.step import Objective, ReadyStep, evaluate, train_step
+
+_STEPS_AHEAD = 2
 
 
 @dataclass
@@ -63,9 +69,12 @@ class Loop:
             DivergedError: loss or gradient stopped being finite.
         """
         trainer, steps = self.config.trainer, self.schedule.steps
-        with self.console.bar("train", steps, position.step, "step") as bar:
+        with (
+            self.console.bar("train", steps, position.step, "step") as bar,
+            prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
+        ):
             while position.step < steps:
-                row, asked_to_stop = self._step(position)
+                row, asked_to_stop = self._step(position, ready_steps)
                 bar.set_postfix(_postfix(row), refresh=False)
                 bar.update()
                 done = position.step
@@ -79,15 +88,24 @@ class Loop:
                     return False
         return True
 
-    def _step(self, position: Position) -> tuple[dict[str, float], bool]:
-        started = time.monotonic()
-        step = position.step
+    def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
+        """Every step from `first` on; made ahead of training, in another thread."""
+        for step in range(first, self.schedule.steps):
+            plan = self._plan(self.train_set, self.schedule.rows(step))
+            yield self.objective.ready_step(plan, self.world.device)
+
+    def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[dict[str, float], bool]:
+        """Train one step; no wait for the device but DeepSpeed's before its update and the sum over ranks."""
+        clock = StepClock(self.world.device)
+        clock.enter("data")
+        ready, step = next(ready_steps), position.step
+        plan = ready.plan
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
-        plan = self._plan(self.train_set, self.schedule.rows(step))
-        sums, grad_norm = train_step(self.policy, self.objective, plan, rate, self.world.device)
+        sums, norm = train_step(self.policy, self.objective, ready, rate, self.world.device, clock)
         stop_vote = self.stop_wanted.vote(self.world.is_main)
-        metrics, asked_to_stop = self._reduce(sums, stop_vote)
-        seconds = time.monotonic() - started
+        metrics, asked_to_stop, grad_norm = self._reduce(sums, stop_vote, norm)
+        times = clock.stop()
+        seconds = sum(times.values())
         position.step += 1
         position.pairs_seen += plan.pairs
         position.train_seconds += seconds
@@ -98,6 +116,7 @@ class Loop:
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **_throughput(plan, seconds),
+            **{f"time/{phase}": spent for phase, spent in times.items()},
         }
         if self.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
@@ -115,17 +134,22 @@ class Loop:
         budget = self.config.trainer.micro_batch_tokens
         return plan_step(dataset, rows, self.world.rank, self.world.size, budget)
 
-    def _reduce(self, sums: MetricSums, stop_vote: bool) -> tuple[dict[str, float], bool]:
-        """Means over the global batch and the vote on stopping, in one collective call."""
-        vote = torch.tensor([float(stop_vote)], dtype=sums.values.dtype, device=sums.values.device)
+    def _reduce(
+        self, sums: MetricSums, stop_vote: bool, grad_norm: Tensor
+    ) -> tuple[dict[str, float], bool, float]:
+        """Means over the global batch and the vote on stopping, in one collective call; they and the gradient
+        norm, equal on all ranks, in one copy to the host.
+        """
+        vote = sums.values.new_full((1,), float(stop_vote))
         total = self.world.sum(torch.cat((sums.values, vote)))
-        return MetricSums(total[:-1]).means(), bool(total[-1] > 0)
+        on_host = torch.cat((total, grad_norm.double().view(1))).cpu()
+        return MetricSums(on_host[:-2]).means(), bool(on_host[-2] > 0), float(on_host[-1])
 
     def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()
         plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
         sums = evaluate(self.policy, self.objective, plan, self.world.device)
-        metrics, _ = self._reduce(sums, stop_vote=False)
+        metrics = MetricSums(self.world.sum(sums.values)).means()
         measured = {**metrics, **_throughput(plan, time.monotonic() - started)}
         row = {f"eval_{name}": value for name, value in measured.items()}
         return {"step": position.step, "epoch": self.schedule.epoch(position.step - 1), **row}

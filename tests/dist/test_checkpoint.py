@@ -22,6 +22,7 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.provider import NoReference
+from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
@@ -40,7 +41,9 @@ class Trainer:
 
     def step(self, rows: Sequence[int]) -> float:
         plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256)
-        return train_step(self.policy, OBJECTIVE, plan, OPTIM.lr, self.world.device)[1]
+        device = self.world.device
+        ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
+        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, device, clock)[1].item()
 
     def save(self, root: Path, step: int, keep_last: int = 2) -> Path:
         return save_checkpoint(root, step, self.policy, {"step": step}, keep_last, self.world)

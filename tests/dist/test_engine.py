@@ -23,6 +23,7 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import load_reference
+from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import plain_logps
@@ -50,6 +51,9 @@ class RowsAtHand:
     def of(dataset: PairDataset, values: Sequence[np.ndarray], spoilt: bytes = b"") -> "RowsAtHand":
         keys = [key.tobytes() for key in dataset.keys]
         return RowsAtHand(dict(zip(keys, map(torch.from_numpy, values), strict=True)), spoilt)
+
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        return batch
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         if not len(batch.keys):
@@ -106,7 +110,8 @@ def steps(
 
     def step(rows: Sequence[int], budget: int, objective: Objective = objective) -> float:
         plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget)
-        return train_step(policy, objective, plan, OPTIM.lr, world.device)[1]
+        ready = objective.ready_step(plan, world.device)
+        return train_step(policy, objective, ready, OPTIM.lr, world.device, StepClock(world.device))[1].item()
 
     norms = [step(*STEPS[0])]
     shares = reference_comes_and_goes(assets, dataset, reference, world)

@@ -4,12 +4,14 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.formats import read_records
+from dpo_dist.report.history import PHASES
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import history, run_verb, summary, train
@@ -39,6 +41,10 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
     with (run / "dpo_metrics/training_metrics.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [float(line["loss"]) for line in table if line["loss"]] == [row["loss"] for row in steps]
+    for line in (line for line in table if line["loss"]):
+        times = [float(line[f"time/{phase}"]) for phase in PHASES]
+        assert min(times) >= 0
+        assert sum(times) == pytest.approx(float(line["step_seconds"]))
 
     told = summary(run)
     assert (told["exit"], told["steps"], told["pairs_seen"], told["world_size"]) == ("completed", 4, 23, 2)

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.report.history import PHASES
+
 ROOT = Path(__file__).resolve().parents[2]
 TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
 
-TIMINGS = frozenset({"step_seconds", "pairs_per_second", "tokens_per_second"})
+TIMINGS = frozenset(
+    {"step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES)}
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from dpo_dist.config.explain import key_types
 from dpo_dist.config.schema import LossKind, RunConfig
 from dpo_dist.errors import ConfigError, DivergedError, PeerLostError
+from dpo_dist.report.history import PHASES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dpo_dist"
@@ -47,6 +48,10 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 def test_every_kind_of_loss_is_described() -> None:
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
+
+
+def test_every_phase_of_a_step_is_described() -> None:
+    assert first_column("scaling.md", "metric") == [f"time/{phase}" for phase in PHASES]
 
 
 def test_every_module_is_listed_and_no_other() -> None:

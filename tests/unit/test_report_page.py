@@ -9,6 +9,15 @@ from dpo_dist.report.history import History, final_and_best
 from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
 
+# Of a step of one second, the last of them.
+SHARES = {
+    "data": 0.001,
+    "reference": 0.0,
+    "forward": 0.24,
+    "backward": 0.5,
+    "optimizer": 0.25,
+    "other": 0.009,
+}
 VOID = {"meta", "img"}
 
 
@@ -40,7 +49,8 @@ def finished_run(folder: Path) -> Path:
     run_dir = folder / "qwen-sigmoid-3fa9c1d2"
     history = History.open(run_dir / "dpo_metrics", None)
     for step in range(1, 31):
-        history.append({"step": step, "loss": 0.7 - step / 100})
+        times = {f"time/{phase}": share * step / 30 for phase, share in SHARES.items()}
+        history.append({"step": step, "loss": 0.7 - step / 100, **times})
         history.append({"step": step, "eval_loss": 0.71 - step / 100, "eval_rewards/accuracies": 0.625})
     history.save()
     history.write_summary(
@@ -85,6 +95,9 @@ def test_page_tells_what_was_run_and_what_came_out(tmp_path: Path) -> None:
         "versions.torch\n2.13.0",
         "The last 20 of 30.",
         "\n30\n0.4100",
+        "forward\n0.1240 s\n24.0%",
+        "data\n0.0005167 s\n0.1%",
+        "mean of the 30 logged steps",
     ):
         assert shown in page.text, shown
     assert "\n10\n0.6100" not in page.text

@@ -1,0 +1,45 @@
+"""A step's seconds are divided among its phases, and none is lost or counted twice."""
+
+import time
+
+import pytest
+import torch
+
+from dpo_dist.report.history import PHASES
+from dpo_dist.training.clock import StepClock
+
+CPU = torch.device("cpu")
+
+
+def test_phases_add_up_to_the_step() -> None:
+    before = time.monotonic()
+    clock = StepClock(CPU)
+    for _ in range(3):
+        clock.enter("forward")
+        time.sleep(0.02)
+        clock.enter("backward")
+        time.sleep(0.03)
+    clock.enter("other")
+    time.sleep(0.01)
+    seconds = clock.stop()
+    elapsed = time.monotonic() - before
+    assert tuple(seconds) == PHASES
+    assert seconds["forward"] >= 0.06
+    assert seconds["backward"] >= 0.09
+    assert seconds["other"] >= 0.01
+    assert seconds["data"] == seconds["reference"] == seconds["optimizer"] == 0
+    assert 0.16 <= sum(seconds.values()) <= elapsed
+
+
+def test_time_before_the_first_phase_and_after_the_last_is_of_no_phase() -> None:
+    clock = StepClock(CPU)
+    time.sleep(0.02)
+    clock.enter("optimizer")
+    clock.enter("other")
+    time.sleep(0.02)
+    assert clock.stop()["other"] >= 0.04
+
+
+def test_a_step_without_phases_is_all_other() -> None:
+    seconds = StepClock(CPU).stop()
+    assert sum(seconds.values()) == pytest.approx(seconds["other"])
