@@ -161,6 +161,7 @@ def _check_used(loss: LossConfig, kinds: tuple[LossKind, ...]) -> None:
 
 
 def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
+    _check_range("reference.micro_batch_tokens", reference.micro_batch_tokens, at_least=1)
     _check_range("reference.rows_per_shard", reference.rows_per_shard, at_least=1)
     _check_range("reference.audit_pairs", reference.audit_pairs, at_least=0)
     kinds = _kinds(loss)
@@ -183,6 +184,14 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
         )
     if not needed:
         _check_no_reference_options(reference)
+    if reference.micro_batch_tokens is not None and reference.mode is not ReferenceMode.cached:
+        raise ConfigError(
+            "only a pass that fills the store has micro-batches of its own",
+            where="reference.micro_batch_tokens, reference.mode",
+            got=f"{reference.micro_batch_tokens}, {reference.mode}",
+            expected="reference.mode=cached",
+            remedy="leave reference.micro_batch_tokens out; trainer.micro_batch_tokens is used",
+        )
     if reference.revision is not None and reference.path is None:
         raise ConfigError(
             "reference.revision has no effect without reference.path",

@@ -175,13 +175,17 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """`reference`: where the frozen model's log-probs come from."""
+    """`reference`: where the frozen model's log-probs come from.
+
+    `micro_batch_tokens` null: four times the trainer's, as scoring keeps no activations.
+    """
 
     mode: ReferenceMode = ReferenceMode.cached
     path: str | None = None
     revision: str | None = None
     offload: Offload = _free(Offload.none)
     store: str = _free("output/reference")
+    micro_batch_tokens: int | None = _free(None)
     rows_per_shard: int = _free(4096)
     audit_pairs: int = _free(16)
 
