@@ -141,11 +141,19 @@ def learnt_tokenizer(file: Path, vocabulary: int) -> Any:
 
 
 def _save_model(setting: Setting, folder: Path, file: Path) -> None:
+    shape = SHAPES[setting.model]
+    tokenizer = learnt_tokenizer(file, shape.vocabulary)
+    save_random_model(
+        shape, folder, setting.seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -> None:
+    """Write a model of this shape with random float32 weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    shape = SHAPES[setting.model]
-    tokenizer = learnt_tokenizer(file, shape.vocabulary)
     heads = shape.hidden_size // 64
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
@@ -157,13 +165,11 @@ def _save_model(setting: Setting, folder: Path, file: Path) -> None:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **token_ids,
     )
-    torch.manual_seed(setting.seed)
+    torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
