@@ -16,7 +16,8 @@ from dpo_dist.data.pack import PackedBatch, PairSizes, dummy_batch, pack, plan_m
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
-from dpo_dist.reference.store import LogpStore, Values
+from dpo_dist.reference.shard import Values
+from dpo_dist.reference.store import LogpStore
 
 Places = npt.NDArray[np.int64]
 Scorer = Callable[[PackedBatch], Tensor]
