@@ -141,35 +141,46 @@ def _synthetic_records(setting: Setting) -> Iterator[dict[str, str]]:
         yield {"prompt": text(prompt), "chosen": f" {text(response)}", "rejected": f" {text(response)}"}
 
 
-def _save_model(setting: Setting, folder: Path, file: Path) -> None:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+def learnt_tokenizer(file: Path, vocabulary: int) -> Any:
+    """A tokenizer of Qwen2's kind, learnt from the texts of a file of pairs."""
+    from transformers import Qwen2Tokenizer
 
-    shape = SHAPES[setting.model]
-    layers = setting.layers or shape.layers
-    heads = shape.heads or shape.hidden_size // 64
     texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        texts, min(shape.vocabulary, _TOKENIZER_VOCABULARY), show_progress=False
+    return Qwen2Tokenizer().train_new_from_iterator(texts, vocabulary, show_progress=False)
+
+
+def _save_model(setting: Setting, folder: Path, file: Path) -> None:
+    shape = SHAPES[setting.model]
+    shape = dataclasses.replace(shape, layers=setting.layers or shape.layers)
+    tokenizer = learnt_tokenizer(file, min(shape.vocabulary, _TOKENIZER_VOCABULARY))
+    save_random_model(
+        shape, folder, setting.seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    tokenizer.save_pretrained(folder)
+
+
+def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -> None:
+    """Write a model of this shape with random weights."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    heads = shape.heads or shape.hidden_size // 64
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        num_hidden_layers=layers,
+        num_hidden_layers=shape.layers,
         num_attention_heads=heads,
         num_key_value_heads=shape.key_heads or max(1, heads // 2),
         max_position_embeddings=4096,
         tie_word_embeddings=shape.tied,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **token_ids,
     )
-    torch.manual_seed(setting.seed)
+    torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         causal_lm = Qwen2ForCausalLM._from_config(config, dtype=getattr(torch, shape.saved_in))
     causal_lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:

@@ -3,8 +3,14 @@
 python scripts/bench_store.py [--rows 10000000] [--folder DIR] [--smoke]
 
 Writes the rows in shards of the default size, opens them, looks rows up at random, asks which responses of a
-data set are missing, does the same over many small shards, and times what a fill does beside its model. The
-last line is the figures as JSON.
+data set are missing, and does the same over many small shards. Figures that end in `_cpu` are by its own
+CPU time. Then fills, with a model that takes no time and with a real one of 40 million parameters:
+
+    fill_microseconds_per_pair   wall time of the first
+    fill_outside_model_share     of the second's wall time, what was not the model's own
+    fill_host_share              the first's time of a pair over the model's: the share if nothing overlapped
+
+The last line is the figures as JSON.
 """
 
 import argparse
@@ -13,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +30,15 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.schema import ReferenceConfig
+from bench_assets import SHAPES, save_random_model
+
+from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.pack import PackedBatch
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.distributed.runtime import World
-from dpo_dist.reference.fill import fill_store, missing_responses
+from dpo_dist.model.load import load_packed
+from dpo_dist.reference.fill import FillReport, Scorer, fill_store, missing_responses
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
 
@@ -57,6 +67,10 @@ def main() -> None:
         figures |= bench_large(Path(name, "large"), rows)
         figures |= bench_small_shards(Path(name, "small"), small_shards)
         figures |= bench_fill(Path(name, "fill"), min(rows, 200_000))
+        pairs, shape = (32, "tiny") if arguments.smoke else (512, "40m")
+        figures |= bench_fill_beside_model(Path(name, "model"), pairs, shape)
+        host, model = figures["fill_microseconds_per_pair"], figures["model_microseconds_per_pair"]
+        figures["fill_host_share"] = host / model
     for key, value in figures.items():
         print(f"{key:<44} {value:,.6g}")
     print(json.dumps(figures))
@@ -70,13 +84,16 @@ def bench_large(root: Path, rows: int) -> Figures:
         write(root, dataset, ReferenceConfig().rows_per_shard)
     gc.collect()
     anonymous = anonymous_bytes()
+    cpu = time.process_time()
     with timed(figures, "open_seconds"):
         store = LogpStore.open(root, SPACE)
+    figures["open_seconds_cpu"] = time.process_time() - cpu
     figures["index_bytes_per_row"] = (anonymous_bytes() - anonymous) / rows
     with timed(figures, "missing_seconds"):
         missing, held = missing_responses(store, dataset, np.arange(len(dataset)))
     assert (len(missing), held) == (0, len(dataset.keys)), "a row that was written is not found"
-    figures["lookups_per_second"] = lookups_per_second(store, dataset)
+    figures["lookups_per_second"] = lookups_per_second(store, dataset, time.perf_counter)
+    figures["lookups_per_second_cpu"] = lookups_per_second(store, dataset, time.process_time)
     return {**figures, "shards": len(store.names)}
 
 
@@ -87,31 +104,59 @@ def bench_small_shards(root: Path, shards: int) -> Figures:
     figures: Figures = {"small_shards": shards}
     with timed(figures, "small_shards_open_seconds"):
         store = LogpStore.open(root, SPACE)
-    figures["small_shards_lookups_per_second"] = lookups_per_second(store, dataset)
+    figures["small_shards_lookups_per_second"] = lookups_per_second(store, dataset, time.perf_counter)
     return figures
 
 
 def bench_fill(root: Path, responses: int) -> Figures:
     """What a fill costs beside its model: find, plan, pack, split, write; one process."""
     dataset = invented_pairs(responses // 2)
+    report = fill(
+        root, dataset, lambda batch: torch.zeros(len(batch.targets)), ReferenceConfig.rows_per_shard
+    )
+    return {"fill_microseconds_per_pair": report.seconds / len(dataset) * 1e6}
+
+
+def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
+    """A fill in eight rounds with a real model, in float32 on this machine's CPU."""
+    save_random_model(SHAPES[shape], root / "model", seed=0)
+    setting = ModelConfig(path=str(root / "model"), dtype=Dtype.fp32)
+    model = load_packed(root / "model", setting, 1024, torch.device("cpu"))
+    seconds = 0.0
+
+    @torch.no_grad()
+    def score(batch: PackedBatch) -> torch.Tensor:
+        nonlocal seconds
+        started = time.monotonic()
+        logps = model(batch)
+        seconds += time.monotonic() - started
+        return logps
+
+    report = fill(root / "store", invented_pairs(pairs), score, pairs // 4)
+    return {
+        "fill_outside_model_share": 1 - seconds / report.seconds,
+        "model_microseconds_per_pair": seconds / pairs * 1e6,
+    }
+
+
+def fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) -> FillReport:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        world = World(None, 0, 1, torch.device("cpu"), ())
         report = fill_store(
             lambda names: LogpStore.open(root, SPACE, names),
             dataset,
             np.arange(len(dataset)),
-            lambda: lambda batch: torch.zeros(len(batch.targets)),
-            world,
+            lambda: score,
+            World(None, 0, 1, torch.device("cpu"), ()),
             MICRO_BATCH_TOKENS,
             ComputeCosts(key=1 / 8192, target=0.1),
-            ReferenceConfig().rows_per_shard,
+            rows_per_shard,
             lambda _done, _total: None,
         )
     finally:
         dist.destroy_process_group()
     assert report.computed == len(dataset.keys)
-    return {"fill_microseconds_per_pair": report.seconds / len(dataset) * 1e6}
+    return report
 
 
 def invented_pairs(pairs: int) -> PairDataset:
@@ -150,16 +195,16 @@ def marks(keys: Keys) -> np.ndarray:
     return (keys[:, 1] >> np.uint64(44)).astype(np.float32)
 
 
-def lookups_per_second(store: LogpStore, dataset: PairDataset) -> float:
+def lookups_per_second(store: LogpStore, dataset: PairDataset, clock: Callable[[], float]) -> float:
     """Rows read at random in batches, warm, each compared with what was written."""
     places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in places]
     for keys in batches:
         assert [row[0] for row in store.read(keys)] == marks(keys).tolist(), "the row of another key"
-    started = time.perf_counter()
+    started = clock()
     for keys in batches:
         store.read(keys)
-    return places.size / (time.perf_counter() - started)
+    return places.size / (clock() - started)
 
 
 def anonymous_bytes() -> int:

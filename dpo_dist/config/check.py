@@ -114,6 +114,7 @@ def _check_data(data: DataConfig) -> None:
                 )
     check_range("data.max_length", data.max_length, at_least=2)
     check_range("data.max_prompt_length", data.max_prompt_length, at_least=1)
+    check_range("data.processes", data.processes, at_least=1)
     check_range("data.max_bad_share", data.max_bad_share, at_least=0, at_most=1)
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         raise ConfigError(
@@ -183,6 +184,7 @@ def _check_used(loss: LossConfig, kinds: tuple[LossKind, ...]) -> None:
 
 
 def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
+    check_range("reference.micro_batch_tokens", reference.micro_batch_tokens, at_least=1)
     check_range("reference.rows_per_shard", reference.rows_per_shard, at_least=1)
     check_range("reference.audit_pairs", reference.audit_pairs, at_least=0)
     kinds = _kinds(loss)
@@ -205,6 +207,14 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
         )
     if not needed:
         _check_no_reference_options(reference)
+    if reference.micro_batch_tokens is not None and reference.mode is not ReferenceMode.cached:
+        raise ConfigError(
+            "only a pass that fills the store has micro-batches of its own",
+            where="reference.micro_batch_tokens, reference.mode",
+            got=f"{reference.micro_batch_tokens}, {reference.mode}",
+            expected="reference.mode=cached",
+            remedy="leave reference.micro_batch_tokens out; trainer.micro_batch_tokens is used",
+        )
     if reference.revision is not None and reference.path is None:
         raise ConfigError(
             "reference.revision has no effect without reference.path",

@@ -141,7 +141,10 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens."""
+    """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens.
+
+    `processes` null: as many as there are usable cores, where there are enough records for it.
+    """
 
     train: list[Any] = field(default_factory=list)
     eval: list[Any] = field(default_factory=list)
@@ -152,6 +155,7 @@ class DataConfig:
     max_bad_share: float = 0.05
     text_as_messages: bool = False
     cache: str = _free("output/encoded")
+    processes: int | None = _free(None)
 
 
 @dataclass(frozen=True)
@@ -177,13 +181,17 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """`reference`: where the frozen model's log-probs come from."""
+    """`reference`: where the frozen model's log-probs come from.
+
+    `micro_batch_tokens` null: four times the trainer's, as scoring keeps no activations.
+    """
 
     mode: ReferenceMode = ReferenceMode.cached
     path: str | None = None
     revision: str | None = None
     offload: Offload = _free(Offload.none)
     store: str = _free("output/reference")
+    micro_batch_tokens: int | None = _free(None)
     rows_per_shard: int = _free(4096)
     audit_pairs: int = _free(16)
 

@@ -5,7 +5,6 @@ piece ends, how many pieces each pair has, a content key for every response, and
 Nothing of the size of the data set lives in memory.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.pack import Ids, Sequences, packed_tokens
+from dpo_dist.data.pack import Sequences, packed_tokens
 from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes
 from dpo_dist.data.records import Origin
 from dpo_dist.data.schedule import Rows, Span
@@ -35,15 +34,6 @@ ARRAYS = {
 Keys = npt.NDArray[np.uint64]
 
 
-def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
-    """Content address of a response after a prompt: 16 bytes over the exact token ids (law L3)."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(len(prompt_ids).to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
-    digest.update(np.ascontiguousarray(response_ids, dtype=np.int32).tobytes())
-    return digest.digest()
-
-
 @dataclass(frozen=True)
 class PairDataset:
     """Encoded pairs of one list of sources; row = place of a pair in their order.
@@ -52,7 +42,7 @@ class PairDataset:
         folder: where the arrays lie.
         fingerprint: digest of everything that decided the ids.
         counts: what became of the records (`DataCounts.as_dict`).
-        keys: uint64 [responses, 2], `response_key` of each response in row order.
+        keys: uint64 [responses, 2], `encode.response_key` of each response in row order.
     """
 
     folder: Path

@@ -1,5 +1,6 @@
 """From a preference record to token ids: one prompt, and each response as it goes on from it."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -87,6 +88,15 @@ def encode_pair(
     except SpecialTokenInTextError:
         return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot write it as text")
     return _fit(tokens, data_config, record.origin)
+
+
+def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
+    """Content address of a response after a prompt: 16 bytes over the exact token ids (law L3)."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(len(prompt_ids).to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
+    digest.update(np.ascontiguousarray(response_ids, dtype=np.int32).tobytes())
+    return digest.digest()
 
 
 def _all_text(record: PreferenceRecord) -> str:

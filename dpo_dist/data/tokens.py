@@ -134,9 +134,12 @@ class TokenizerFacts:
         """
         # Tokens from the last special token on do not depend on what stands before it.
         tail = prompt[self._start_of_last_special(prompt) :]
-        prompt_ids, tail_ids, *joint = self.encode(
-            [prompt, tail, *(tail + response for response in responses)]
-        )
+        texts = [prompt, *(tail + response for response in responses)]
+        if tail == prompt:
+            prompt_ids, *joint = self.encode(texts)
+            tail_ids = prompt_ids
+        else:
+            prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
         response_ids, resplit = [], False
         for response, ids in zip(responses, joint, strict=True):
             if ids[: len(tail_ids)] == tail_ids:

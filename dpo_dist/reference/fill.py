@@ -1,24 +1,30 @@
 """Fill the store with what it lacks: find missing responses, score them on all ranks, write whole shards."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
 from dpo_dist.data.plan import ComputeCosts, PairSizes, plan_micro_batches
+from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
-from dpo_dist.reference.store import LogpStore, Values
+from dpo_dist.reference.shard import Values
+from dpo_dist.reference.store import LogpStore
 
 Places = npt.NDArray[np.int64]
 Scorer = Callable[[PackedBatch], Tensor]
 Progress = Callable[[int, int], None]
+
+_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,13 @@ def fill_store(
     """Compute and store what the pairs `needed` of `dataset` need and the store lacks; collective.
 
     Rank 0 says what is missing, so that all ranks agree while other jobs write to the same store. Each rank
-    writes the rows it computed as shards of its own; a killed fill loses at most one shard of each rank.
+    writes the rows it computed as shards of its own, while the next ones are computed; a killed fill loses at
+    most two shards of each rank.
 
     Args:
         open_store: opens the store, at the given shards or at all there are.
         scorer: gives the reference's log-probs of a batch; called only if something is missing.
+        micro_batch_tokens: that fit on a device at once, as no activations are kept.
         costs: of the model, by which ranks are loaded evenly.
         rows_per_shard: about how many rows a shard holds.
         progress: called after every round with pairs done and pairs in all.
@@ -84,16 +92,27 @@ def fill_store(
     if not len(missing):
         return FillReport(hits=hits)
     started = time.monotonic()
-    score = scorer()
     store = open_store([])
     work = _by_pair(dataset, missing)
-    per_round = max(1, rows_per_shard // 2) * world.size
-    for start in range(0, len(work), per_round):
-        part = work.part(start, start + per_round)
-        keys, rows = _score_round(dataset, part, score, world, micro_batch_tokens, costs)
-        world.together(lambda keys=keys, rows=rows: store.write(keys, rows) if rows else "")  # type: ignore[misc]
-        progress(start + len(part), len(work))
+    rounds = _rounds(
+        dataset, work, world, micro_batch_tokens, costs, max(1, rows_per_shard // 2) * world.size
+    )
+    done, written = 0, None
+    with prefetch(rounds, 1) as planned, ThreadPoolExecutor(1, "shards") as writer:
+        score = scorer()
+        for part in planned:
+            keys, rows = _score(dataset, part, score, world)
+            _agree_on(written, world)
+            written = writer.submit(store.write, keys, rows) if rows else None
+            done += len(part.work)
+            progress(done, len(work))
+        _agree_on(written, world)
     return FillReport(hits, len(missing), time.monotonic() - started)
+
+
+def _agree_on(written: Future[str] | None, world: World) -> None:
+    """Wait for the shards that are being written; an error of one rank is raised on all. Collective."""
+    world.together(lambda: written.result() if written is not None else "")
 
 
 def open_filled(open_store: Callable[[Sequence[str] | None], LogpStore], world: World) -> LogpStore:
@@ -136,40 +155,57 @@ def _by_pair(dataset: PairDataset, places: Places) -> _Work:
     return _Work(distinct, np.cumsum(counts), places, which)
 
 
-def _score_round(
-    dataset: PairDataset,
-    work: _Work,
-    score: Scorer,
-    world: World,
-    micro_batch_tokens: int,
-    costs: ComputeCosts,
-) -> tuple[Keys, list[Values]]:
-    """This rank's share of `work`, scored: keys uint64 [n, 2] and their rows."""
-    keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
-    rows: list[Values] = []
-    for numbers in _micro_batches(dataset, work, world, micro_batch_tokens, costs):
-        batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
-        logps = score(batch.to(world.device))
-        if len(batch.keys):
-            keys.append(batch.keys)
-            rows.extend(_split(logps, batch))
-    return np.concatenate(keys), rows
+@dataclass(frozen=True)
+class _Round:
+    """What all ranks score before they write: `work`, and the numbers in it of this rank's micro-batches."""
+
+    work: _Work
+    micro_batches: list[list[int]]
 
 
-def _micro_batches(
-    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int, costs: ComputeCosts
-) -> list[list[int]]:
-    """Numbers of the pairs of this rank's micro-batches, on every rank as many (law L2); collective.
+def _rounds(
+    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int, costs: ComputeCosts, pairs: int
+) -> Iterator[_Round]:
+    """Divide `work` into rounds of so many pairs, planned for this rank; not collective.
 
     A round has thousands of pairs for each rank: dealt out in order of cost, ranks get nearly the same, and
     each plans its own only.
     """
-    sizes = dataset.sizes(work.rows, work.places, np.diff(work.stops, prepend=0), costs)
-    mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
-    plan = plan_micro_batches(PairSizes(sizes.tokens[mine], sizes.costs[mine]), 1, micro_batch_tokens)
-    numbers = [mine[places].tolist() for (places,) in plan]
-    dummies = max(world.gather(len(numbers))) - len(numbers)
-    return numbers + [[]] * dummies
+    for start in range(0, len(work), pairs):
+        part = work.part(start, start + pairs)
+        sizes = dataset.sizes(part.rows, part.places, np.diff(part.stops, prepend=0), costs)
+        mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
+        plan = plan_micro_batches(PairSizes(sizes.tokens[mine], sizes.costs[mine]), 1, micro_batch_tokens)
+        yield _Round(part, [mine[places].tolist() for (places,) in plan])
+
+
+def _score(dataset: PairDataset, part: _Round, score: Scorer, world: World) -> tuple[Keys, list[Values]]:
+    """This rank's share of a round: keys uint64 [n, 2] and their rows. Collective.
+
+    On every rank as many micro-batches (law L2).
+    """
+    dummies = max(world.gather(len(part.micro_batches))) - len(part.micro_batches)
+    packed = _packed(dataset, part.work, part.micro_batches + [[]] * dummies, world.device)
+    keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
+    rows: list[Values] = []
+    last: _ScoredBatch | None = None
+    with prefetch(packed, _BATCHES_AHEAD) as batches:
+        for batch in batches:
+            scored = _ScoredBatch.of(batch, score(batch.to(world.device)))
+            keys.append(batch.keys)
+            # Read one batch late: the device has the next one to compute while this one's values arrive.
+            rows += last.rows() if last is not None else []
+            last = scored
+    rows += last.rows() if last is not None else []
+    return np.concatenate(keys), rows
+
+
+def _packed(
+    dataset: PairDataset, work: _Work, micro_batches: Iterable[list[int]], device: torch.device
+) -> Iterator[PackedBatch]:
+    for numbers in micro_batches:
+        batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
+        yield batch.pinned() if device.type == "cuda" else batch
 
 
 def _pack(pairs: Sequence[_Work], dataset: PairDataset) -> PackedBatch:
@@ -180,7 +216,30 @@ def _pack(pairs: Sequence[_Work], dataset: PairDataset) -> PackedBatch:
     return pack(sequences, dataset.keys[np.concatenate([pair.places for pair in pairs])])
 
 
-def _split(logps: Tensor, batch: PackedBatch) -> Iterator[Values]:
-    values = logps.cpu().numpy()
-    ends = np.cumsum(batch.response_tokens.numpy())
-    yield from np.split(values, ends[:-1])
+@dataclass(frozen=True)
+class _ScoredBatch:
+    """A micro-batch and its log-probs, which may still be on their way to the host until `arrived`."""
+
+    batch: PackedBatch
+    logps: Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, logps: Tensor) -> "_ScoredBatch":
+        """Start the copy; the host does not wait for the device."""
+        if logps.device.type != "cuda":
+            return cls(batch, logps, None)
+        on_host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
+        on_host.copy_(logps, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return cls(batch, on_host, arrived)
+
+    def rows(self) -> list[Values]:
+        """The values of each response; none of a dummy."""
+        if not len(self.batch.keys):
+            return []
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        ends = np.cumsum(self.batch.response_tokens.numpy())
+        return np.split(self.logps.numpy(), ends[:-1])

@@ -1,14 +1,10 @@
 """Reference log-probs on disk: append-only shards of rows, found by content key, checked when read.
 
-A shard is one safetensors file: sorted keys, where each row's values end, a checksum per row, and the float32
-values of all rows. Its name is the digest of everything but the values, which the checksums cover; so a shard
-is verified from its own name, writers never meet, and several jobs fill one store at once. Opening reads
-everything but the values.
+Shards are named by their content, so writers never meet, and several jobs fill one store at once. Opening
+reads everything but the values.
 """
 
-import hashlib
 import json
-import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,46 +14,44 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dpo_dist.atomic import is_temporary, staged_file, write_text
 from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.shard import SUFFIX, Keys, Shard, Values, open_shard, shard_name
 
-log = logging.getLogger(__name__)
+_Number = TypeVar("_Number", np.uint64, np.int64, np.uint32)
 
-Keys = npt.NDArray[np.uint64]
-Values = npt.NDArray[np.float32]
-
-_Number = TypeVar("_Number", np.uint64, np.int64, np.uint32, np.float32)
-
-_SUFFIX = ".safetensors"
-# Where a row lies and what its key and checksum are; beside the key's first word, 32 bytes a row in memory.
-# `start` is the place of its first value in the values of all shards laid end to end.
-_ROW = np.dtype(
-    [("second_word", np.uint64), ("start", np.int64), ("tokens", np.uint32), ("check", np.uint32)]
-)
 _KEYS_AT_ONCE = 1 << 16  # the rows of a batch of look-ups are Python objects
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """One shard, mapped: keys uint64 [rows, 2], where values end, checksums, and the values."""
+class _Index:
+    """All rows in ascending order of their keys' first words; 28 bytes a row.
 
-    name: str
-    keys: Keys
-    ends: npt.NDArray[np.int64]
+    Attributes:
+        first_words: uint64 [rows], of the keys.
+        second_words: uint64 [rows].
+        places: int64 [rows], where a row's first value stands in the values of all shards laid end to end,
+            shifted by `token_bits`, and in these its number of tokens.
+        checks: uint32 [rows], checksums of the values.
+        token_bits: as many as the longest row's number of tokens takes.
+    """
+
+    first_words: npt.NDArray[np.uint64]
+    second_words: npt.NDArray[np.uint64]
+    places: npt.NDArray[np.int64]
     checks: npt.NDArray[np.uint32]
-    values: Values
+    token_bits: int
 
 
 class LogpStore:
     """Rows of one reference space: response key to per-token float32 log-probs.
 
     A row holds one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`data.dataset.response_key`).
+    (`data.encode.response_key`).
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):
@@ -67,7 +61,7 @@ class LogpStore:
         names = sorted(names)
         with ThreadPoolExecutor(max_workers=8) as pool:
             for name, shard in zip(
-                names, pool.map(lambda name: _open_shard(folder / name), names), strict=True
+                names, pool.map(lambda name: open_shard(folder / name), names), strict=True
             ):
                 if shard is None:
                     self.damaged.append(name)
@@ -77,7 +71,7 @@ class LogpStore:
         """The shards this view of the store was opened with, damaged ones left out."""
         self._values = [shard.values for shard in shards]
         self._first_values = _first_values(shards)
-        self._first_words, self._rows = _build_index(shards, self._first_values)
+        self._index = _build_index(shards, self._first_values)
 
     @classmethod
     def open(cls, root: Path, space: ReferenceSpace, names: Sequence[str] | None = None) -> "LogpStore":
@@ -96,7 +90,7 @@ class LogpStore:
             if not (folder / "space.json").is_file():
                 write_text(folder / "space.json", json.dumps(space.describe(), indent=1))
             if names is None:
-                names = [file.name for file in folder.glob(f"*{_SUFFIX}") if not is_temporary(file)]
+                names = [file.name for file in folder.glob(f"*{SUFFIX}") if not is_temporary(file)]
             return cls(folder, names)
         except OSError as error:
             raise ReferenceError(
@@ -107,7 +101,7 @@ class LogpStore:
             ) from error
 
     def __len__(self) -> int:
-        return len(self._first_words)
+        return len(self._index.first_words)
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `keys` have a row whose checksum holds; bool [n]."""
@@ -139,26 +133,32 @@ class LogpStore:
         """The row of each key; None if no row with that key has values whose checksum holds."""
         found: list[Values | None] = [None] * len(keys)
         wanted = np.arange(len(keys))
-        places = np.searchsorted(self._first_words, keys[:, 0])
+        index = self._index
+        rows = np.searchsorted(index.first_words, keys[:, 0])
         # Rows of equal first words lie side by side: another round for those whose row was not this one.
         while len(wanted):
-            inside = places < len(self)
-            wanted, places = wanted[inside], places[inside]
-            alike = self._first_words[places] == keys[wanted, 0]
-            wanted, places = wanted[alike], places[alike]
-            rows = self._rows[places]
-            same = rows["second_word"] == keys[wanted, 1]
+            inside = rows < len(self)
+            wanted, rows = wanted[inside], rows[inside]
+            alike = index.first_words[rows] == keys[wanted, 0]
+            wanted, rows = wanted[alike], rows[alike]
+            same = index.second_words[rows] == keys[wanted, 1]
             self._load(rows[same], wanted[same].tolist(), found)
             left = np.array([found[number] is None for number in wanted.tolist()], dtype=np.bool_)
-            wanted, places = wanted[left], places[left] + 1
+            wanted, rows = wanted[left], rows[left] + 1
         return found
 
-    def _load(self, rows: npt.NDArray[np.void], numbers: list[int], found: list[Values | None]) -> None:
-        """Put the values of `rows` into `found[numbers]`, where their checksums hold."""
-        shards = np.searchsorted(self._first_values, rows["start"], side="right") - 1
-        starts = rows["start"] - self._first_values[shards]
-        stops = starts + rows["tokens"]
-        columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), rows["check"].tolist())
+    def _load(self, rows: npt.NDArray[np.int64], numbers: list[int], found: list[Values | None]) -> None:
+        """Put the values of these rows of the index into `found[numbers]`, where their checksums hold."""
+        places, checks, token_bits = (
+            self._index.places[rows],
+            self._index.checks[rows],
+            self._index.token_bits,
+        )
+        starts = places >> token_bits
+        shards = np.searchsorted(self._first_values, starts, side="right") - 1
+        starts -= self._first_values[shards]
+        stops = starts + (places & ((1 << token_bits) - 1))
+        columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), checks.tolist())
         for number, shard, start, stop, check in zip(*columns, strict=True):
             values = self._values[shard][start:stop]
             if zlib.crc32(values.data) == check:
@@ -186,7 +186,7 @@ class LogpStore:
         keys = np.ascontiguousarray(keys[order])
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         checks = np.array([zlib.crc32(row.data) for row in rows], dtype=np.uint32)
-        name = _index_digest(keys, ends, checks) + _SUFFIX
+        name = shard_name(keys, ends, checks)
         try:
             with staged_file(self.folder / name) as temporary:
                 tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(rows)}
@@ -201,82 +201,32 @@ class LogpStore:
         return name
 
 
-def _index_digest(keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[np.uint32]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in (keys, ends, checks):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _first_values(shards: Sequence[_Shard]) -> npt.NDArray[np.int64]:
+def _first_values(shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
     """Where each shard's values start if all are laid end to end; int64 [shards]."""
     tokens = np.array([shard.ends[-1] if len(shard.ends) else 0 for shard in shards], dtype=np.int64)
     return np.cumsum(tokens) - tokens
 
 
-def _build_index(
-    shards: Sequence[_Shard], first_values: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.void]]:
-    """The first words of all keys in ascending order, and their rows (`_ROW`)."""
-    first_words = np.empty(sum(len(shard.keys) for shard in shards), dtype=np.uint64)
-    rows = np.empty(len(first_words), dtype=_ROW)
-    start = 0
-    for shard, first_value in zip(shards, first_values, strict=True):
-        part = slice(start, start + len(shard.keys))
-        tokens = np.diff(shard.ends, prepend=0)
-        first_words[part], rows["second_word"][part] = shard.keys.T
-        rows["start"][part] = shard.ends - tokens + first_value
-        rows["tokens"][part] = tokens
-        rows["check"][part] = shard.checks
-        start = part.stop
+def _build_index(shards: Sequence[Shard], first_values: npt.NDArray[np.int64]) -> _Index:
+    tokens = [np.diff(shard.ends, prepend=0) for shard in shards]
+    token_bits = max((int(of_shard.max(initial=0)) for of_shard in tokens), default=0).bit_length()
+    values = sum(len(shard.values) for shard in shards)
+    assert values.bit_length() + token_bits < 64, "4 TiB of rows of less than 8 million tokens have room"
+    places = [
+        (shard.ends - of_shard + first_value) << token_bits | of_shard
+        for shard, of_shard, first_value in zip(shards, tokens, first_values, strict=True)
+    ]
+    first_words = _joined([shard.keys[:, 0] for shard in shards], np.uint64)
     # Stable: of rows of one key that two jobs have computed, every rank takes the same.
     order = np.argsort(first_words, kind="stable")
-    return first_words[order], rows[order]
-
-
-def _open_shard(file: Path) -> _Shard | None:
-    """Map a shard and verify its index against its name; None, with a warning, if it does not hold.
-
-    Raises:
-        OSError: the file is there and cannot be mapped.
-    """
-    try:
-        shard = _parse_shard(file.name, _map(file))
-        if _index_digest(shard.keys, shard.ends, shard.checks) + _SUFFIX == file.name:
-            return shard
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        log.warning("shard %s cannot be read: %s", file, error)
-    log.warning("shard %s is damaged; its rows count as missing", file)
-    return None
-
-
-def _parse_shard(name: str, content: npt.NDArray[np.uint8]) -> _Shard:
-    """Find the tensors in a safetensors file; of its header only the places count, the types are ours."""
-    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8 : 8 + header_bytes].tobytes())
-
-    def tensor(name: str, dtype: type[_Number]) -> npt.NDArray[_Number]:
-        start, stop = header[name]["data_offsets"]
-        return content[8 + header_bytes :][start:stop].view(dtype)
-
-    shard = _Shard(
-        name,
-        tensor("keys", np.uint64).reshape(-1, 2),
-        tensor("ends", np.int64),
-        tensor("checks", np.uint32),
-        tensor("values", np.float32),
+    return _Index(
+        first_words[order],
+        _joined([shard.keys[:, 1] for shard in shards], np.uint64)[order],
+        _joined(places, np.int64)[order],
+        _joined([shard.checks for shard in shards], np.uint32)[order],
+        token_bits,
     )
-    if not len(shard.keys) == len(shard.ends) == len(shard.checks):
-        raise ValueError("keys, ends and checksums are not of the same rows")
-    return shard
 
 
-def _map(file: Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file, mapped. Unlike `numpy.memmap` this holds no file open: shards may be thousands."""
-    size = file.stat().st_size
-    try:
-        content: npt.NDArray[np.uint8] = torch.from_file(str(file), False, size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be mapped: {error}") from error
-    content.flags.writeable = False
-    return content
+def _joined(arrays: Sequence[npt.NDArray[_Number]], dtype: type[_Number]) -> npt.NDArray[_Number]:
+    return np.concatenate([np.empty(0, dtype=dtype), *arrays])

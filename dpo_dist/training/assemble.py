@@ -19,7 +19,7 @@ from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed, numerics_of
-from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.engine import load_reference, scoring_tokens
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace, model_digest
 from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider, StoredReference
@@ -212,7 +212,7 @@ def _stored_reference(
                 rows,
                 scorer,
                 world,
-                config.trainer.micro_batch_tokens,
+                scoring_tokens(config),
                 inputs.costs,
                 config.reference.rows_per_shard,
                 partial(_show_progress, bar),

@@ -47,6 +47,7 @@ def fill(
     world: World,
     _folder: Path,
     before_scoring: Callable[[], None] = lambda: None,
+    change: Callable[[Tensor], Tensor] = lambda logps: logps,
 ) -> dict[str, Any]:
     """Fill `store` for the first `pairs`, a few a shard; what was reported, and what this rank scored."""
     scored = {"rows": 0, "dummies": 0}
@@ -58,7 +59,7 @@ def fill(
         def score(batch: PackedBatch) -> Tensor:
             scored["rows"] += len(batch.keys)
             scored["dummies"] += not len(batch.keys)
-            return engine.token_logps(batch)
+            return change(engine.token_logps(batch))
 
         return score
 

@@ -89,6 +89,21 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
     assert told[0]["computed"] == told[0]["rows"] + told[1]["rows"] == missing
 
 
+def fill_with_one_broken_rank(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
+    """Fill, where one rank's model has gone wrong."""
+    broken = world.rank == 1
+    return fill(assets, store, PAIRS, world, folder, change=lambda logps: logps / (0 if broken else 1))
+
+
+def test_rows_that_one_rank_cannot_write_are_every_rank_s_error(assets: Assets, tmp_path: Path) -> None:
+    scenario = partial(fill_with_one_broken_rank, assets, tmp_path / "store")
+    for outcome in start_ranks(scenario, 2, tmp_path / "ranks").finish():
+        assert outcome.error == "ReferenceError", outcome.log
+        assert "not finite" in outcome.told
+    left = LogpStore.open(tmp_path / "store", SPACE)
+    assert 0 < left.holds(assets.dataset().keys).sum() == len(left) < 2 * PAIRS
+
+
 def fill_beside_others(
     assets: Assets, store: Path, meeting: Path, worlds: int, world: World, folder: Path
 ) -> dict[str, Any]:

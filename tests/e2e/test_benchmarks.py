@@ -41,6 +41,16 @@ def test_bench_mfu() -> None:
     assert all(variant["mfu"] > 0 for variant in measured["variants"].values())
 
 
+def test_bench_encode(tmp_path: Path) -> None:
+    data = shared_data_dir()
+    file = [] if data is None else ["--file", str(data / "hh_rlhf_sample.jsonl")]
+    measured = figures("bench_encode.py", "--folder", str(tmp_path), "--processes", "1", "2", *file)
+    assert [figure["processes"] for figure in measured["figures"]] == [1, 2]
+    assert measured["records"] == 200
+    assert all(figure["tokens_per_second"] > figure["records_per_second"] for figure in measured["figures"])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("real", [False, True])
 def test_bench_schedule(tmp_path: Path, real: bool) -> None:
     data = shared_data_dir() if real else tmp_path

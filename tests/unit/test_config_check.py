@@ -23,8 +23,10 @@ OUT_OF_RANGE = {
     "data.max_length": [1, 0, -5],
     "data.max_prompt_length": [0],
     "data.max_bad_share": [-0.1, 1.1],
+    "data.processes": [0],
     "loss.beta": [0.0, -0.1, float("inf"), float("nan")],
     "loss.label_smoothing": [-0.1, 1.0],
+    "reference.micro_batch_tokens": [0],
     "reference.rows_per_shard": [0],
     "reference.audit_pairs": [-1],
     "optim.lr": [0.0, -1e-6, float("nan")],
@@ -84,6 +86,14 @@ def test_out_of_range(key: str, value: float) -> None:
         ({"loss.terms": [{"kind": "sigmoid"}], "loss.kind": "ipo"}, "loss.kind, loss.terms"),
         ({"loss.kind": "simpo", "reference.mode": "cached"}, "reference.mode"),
         ({"loss.reference_free": True, "reference.mode": "live"}, "reference.mode"),
+        (
+            {"reference.mode": "live", "reference.micro_batch_tokens": 64},
+            "reference.micro_batch_tokens, reference.mode",
+        ),
+        (
+            {"loss.kind": "sft", "reference.micro_batch_tokens": 64} | NO_REFERENCE,
+            "reference.micro_batch_tokens, reference.mode",
+        ),
         ({"loss.kind": "sft", "reference.path": "m"} | NO_REFERENCE, "reference.path, reference.mode"),
         (
             {"loss.kind": "sft", "reference.offload": "cpu"} | NO_REFERENCE,

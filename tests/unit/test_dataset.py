@@ -10,7 +10,8 @@ import pytest
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig, Truncation
 from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.batches import pack_rows, plan_step
-from dpo_dist.data.dataset import PairDataset, open_dataset, response_key
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.pack import Ids, packed_tokens
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.records import Origin, PreferenceRecord

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.data.dataset import PairDataset, response_key
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
+from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
@@ -73,9 +75,14 @@ class Scorer:
 
 
 def fill(
-    root: Path, dataset: PairDataset, rows: list[int], world: World, rows_per_shard: int = 4
+    root: Path,
+    dataset: PairDataset,
+    rows: list[int],
+    world: World,
+    rows_per_shard: int = 4,
+    scorer: Scorer | None = None,
 ) -> tuple[FillReport, Scorer]:
-    scorer = Scorer()
+    scorer = scorer or Scorer()
     report = fill_store(
         lambda names: LogpStore.open(root, SPACE, names),
         dataset,
@@ -128,3 +135,37 @@ def test_a_response_that_comes_twice_is_missing_once(tmp_path: Path, dataset: Pa
     starts = np.cumsum(RESPONSES) - RESPONSES
     assert missing.tolist() == [starts[1], starts[3], starts[3] + 1, starts[4] + 1]
     assert held == 0
+
+
+def test_a_round_is_written_before_the_next_but_one_is_scored(
+    tmp_path: Path, dataset: PairDataset, world: World
+) -> None:
+    """A killed fill loses two shards at most."""
+    shards: list[int] = []
+
+    class Watching(Scorer):
+        def __call__(self, batch: PackedBatch) -> Tensor:
+            shards.append(len(list(tmp_path.glob("*/*.safetensors"))))
+            return super().__call__(batch)
+
+    fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Watching())
+    assert len(shards) == len(RESPONSES)
+    assert all(round_ - 1 <= written <= round_ for round_, written in enumerate(shards))
+
+
+@pytest.mark.parametrize("broken", [0, 3, len(RESPONSES) - 1])
+def test_a_round_that_cannot_be_written_is_told(
+    tmp_path: Path, dataset: PairDataset, world: World, broken: int
+) -> None:
+    """The last one too, which has no round after it."""
+
+    class Broken(Scorer):
+        calls = 0
+
+        def __call__(self, batch: PackedBatch) -> Tensor:
+            self.calls += 1
+            return super().__call__(batch) / (0 if self.calls == broken + 1 else 1)
+
+    with pytest.raises(ReferenceError, match="not finite"):
+        fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Broken())
+    assert len(LogpStore.open(tmp_path, SPACE).names) == broken

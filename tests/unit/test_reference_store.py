@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.key import ReferenceSpace
-from dpo_dist.reference.store import Keys, LogpStore, Values
+from dpo_dist.reference.shard import Keys, Values
+from dpo_dist.reference.store import LogpStore
 
 SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
 Rows: TypeAlias = dict[int, list[float]]

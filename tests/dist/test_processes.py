@@ -1,0 +1,192 @@
+"""Data encoded on several processes are, byte for byte, those encoded on one; who dies is told."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.data import processes as processes_module
+from dpo_dist.data.prepare import prepare_dataset
+from dpo_dist.data.processes import CHUNK_RECORDS
+from dpo_dist.errors import DataError, PeerLostError
+from tests.support import tiny
+from tests.support.rows import jsonl
+from tests.support.shared_data import shared_data_dir
+
+ROOT = Path(__file__).parents[2]
+BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
+
+
+def record(number: int) -> dict[str, str]:
+    return {"prompt": f"question {number}", "chosen": "right " * (number % 7 + 1), "rejected": "</s> wrong"}
+
+
+def source(folder: Path, *rows: Any) -> SourceConfig:
+    return SourceConfig(jsonl(folder, *rows))
+
+
+def prepare(
+    folder: Path,
+    sources: list[SourceConfig],
+    processes: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    **data: Any,
+) -> dict[str, bytes]:
+    """The files that preparing `sources` on so many processes leaves."""
+    config = DataConfig(cache=str(folder / f"cache {processes}"), processes=processes, **data)
+    encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
+    return {file.name: file.read_bytes() for file in encoded.iterdir()}
+
+
+@pytest.mark.parametrize("make", [tiny.qwen, tiny.mistral], ids=["qwen", "mistral"])
+def test_real_data_come_out_the_same(tmp_path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    shared = shared_data_dir()
+    if shared is None:
+        pytest.skip("no slices of real data here")
+    names = ["bad_records.jsonl", "hh_rlhf_sample.jsonl", "ultrafeedback_plain_scored.jsonl"]
+    sources = [SourceConfig(str(shared / name), limit=500) for name in names]
+    one = prepare(tmp_path, sources, 1, make(), max_length=200)
+    assert prepare(tmp_path, sources, 3, make(), max_length=200) == one
+
+
+def test_no_number_of_records_is_odd(tmp_path: Path) -> None:
+    """Sources that end within, at and behind the end of a chunk, with bad records at both ends."""
+    sources = []
+    for count in (0, 1, CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
+        (tmp_path / str(count)).mkdir()
+        sources.append(source(tmp_path / str(count), BAD, *map(record, range(count)), "no object"))
+    one = prepare(tmp_path, sources, 1, tiny.qwen())
+    for processes in (2, 5):
+        assert prepare(tmp_path, sources, processes, tiny.qwen()) == one
+
+
+def test_the_first_bad_record_is_the_one_that_is_told(tmp_path: Path) -> None:
+    records = [record(number) for number in range(4 * CHUNK_RECORDS)]
+    records[70], records[150] = BAD, {**BAD, "prompt": ""}
+    rows = source(tmp_path, *records)
+    for processes in (1, 2):
+        with pytest.raises(DataError, match="identical_responses") as raised:
+            prepare(tmp_path, [rows], processes, tiny.qwen(), on_bad_record=OnBadRecord.error)
+        assert raised.value.where == f"{rows.path}:71"
+        assert list((tmp_path / f"cache {processes}").iterdir()) == []
+
+
+def test_few_records_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = source(tmp_path, *map(record, range(100)))
+    one = prepare(tmp_path, [rows], 1, tiny.qwen())
+    monkeypatch.setattr(processes_module, "ProcessPoolExecutor", None)
+    assert prepare(tmp_path, [rows], None, tiny.qwen()) == one
+
+
+def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And records that were read to know that there are many are not lost."""
+    monkeypatch.setattr(processes_module, "_FEWEST_CHUNKS", 2)
+    monkeypatch.setattr(processes_module, "_usable_cores", lambda: 2)
+    rows = source(tmp_path, *map(record, range(3 * CHUNK_RECORDS)))
+    one = prepare(tmp_path, [rows], 1, tiny.qwen())
+    started = []
+
+    class Pool(processes_module.ProcessPoolExecutor):
+        def __init__(self, processes: int, *arguments: Any) -> None:
+            started.append(processes)
+            super().__init__(processes, *arguments)
+
+    monkeypatch.setattr(processes_module, "ProcessPoolExecutor", Pool)
+    assert prepare(tmp_path, [rows], None, tiny.qwen()) == one
+    assert started == [2]
+
+
+def encoders(parent: psutil.Process) -> list[psutil.Process]:
+    """The processes that `parent` has started to encode."""
+    return [process for process in parent.children() if "spawn_main" in " ".join(process.cmdline())]
+
+
+class Mortal(PreTrainedTokenizerFast):
+    """Its process is killed, as by a lack of memory, at a text that says so; not the test's own."""
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        if any("kill" in one for one in text) and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(text, **options)
+
+
+class Unreadable(PreTrainedTokenizerFast):
+    """No other process can be given it."""
+
+    def __setstate__(self, _state: object) -> None:
+        raise ValueError("as of a class that is found in one process only")
+
+
+@pytest.mark.parametrize("kind", [Mortal, Unreadable])
+def test_a_process_that_dies_is_one_clear_error(tmp_path: Path, kind: type[PreTrainedTokenizerFast]) -> None:
+    records = [record(number) for number in range(6 * CHUNK_RECORDS)]
+    records[200]["prompt"] = "kill"
+    rows = source(tmp_path, *records)
+    plain = tiny.qwen()
+    tokenizer = kind(tokenizer_object=plain.backend_tokenizer, **plain.special_tokens_map)
+    tokenizer.chat_template = plain.chat_template
+    with pytest.raises(PeerLostError, match="encodes data died") as raised:
+        prepare(tmp_path, [rows], 2, tokenizer)
+    assert "data.processes" in raised.value.where + raised.value.remedy
+    assert list((tmp_path / "cache 2").iterdir()) == []
+    assert encoders(psutil.Process()) == []
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data import prepare as prepare_module
+from tests.dist.test_processes import endless_records, prepare
+from tests.support import tiny
+
+if __name__ == "__main__":
+    prepare_module.read_records = endless_records
+    prepare(Path(sys.argv[1]), [SourceConfig(__file__)], 2, tiny.qwen())
+"""
+
+
+def endless_records(endless: SourceConfig) -> Any:
+    from dpo_dist.data.records import Origin, PreferenceRecord
+
+    number = 0
+    while True:
+        number += 1
+        yield PreferenceRecord(f"question {number}", ("right", "wrong"), Origin(endless.path, number))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_its_parent(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(started := encoders(psutil.Process(parent.pid))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(started) == 2
+        parent.send_signal(number)
+        assert parent.wait(60) != 0
+        assert psutil.wait_procs(started, timeout=60)[1] == []
+    finally:
+        parent.kill()
+
+
+def test_a_process_that_encodes_imports_no_torch() -> None:
+    """Each one would take seconds and hundreds of megabytes more."""
+    code = "import sys, dpo_dist.data.processes; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

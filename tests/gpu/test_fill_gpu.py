@@ -1,0 +1,73 @@
+"""On a GPU a fill reads values while the device computes: each row is still that of its own response."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.runtime import World
+from dpo_dist.reference.fill import fill_store
+from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.store import LogpStore
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
+PAIRS = 200
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(None, 0, 1, torch.device("cuda"), ())
+    dist.destroy_process_group()
+
+
+def pairs(folder: Path) -> PairDataset:
+    """Pairs whose token ids are all different."""
+    lengths = np.random.default_rng(0).integers(1, 40, 3 * PAIRS)
+    return PairDataset(
+        folder=folder,
+        fingerprint="",
+        counts={},
+        source_paths=("",),
+        source_pairs=(PAIRS,),
+        ids=np.arange(lengths.sum(), dtype=np.int32),
+        piece_ends=np.cumsum(lengths),
+        pair_pieces=np.arange(3, 3 * PAIRS + 1, 3),
+        keys=np.arange(4 * PAIRS, dtype=np.uint64).reshape(-1, 2),
+        origins=np.zeros((PAIRS, 2), dtype=np.int64),
+    )
+
+
+def slow_score(batch: PackedBatch) -> Tensor:
+    """What takes the device long after the host is done with it."""
+    square = torch.ones(2048, 2048, device="cuda")
+    for _ in range(20):
+        square = square @ square / 2048
+    return -batch.targets.float() * square[0, 0]
+
+
+def test_rows_are_those_of_their_responses(tmp_path: Path, world: World) -> None:
+    dataset = pairs(tmp_path)
+    fill_store(
+        lambda names: LogpStore.open(tmp_path, SPACE, names),
+        dataset,
+        np.arange(PAIRS),
+        lambda: slow_score,
+        world,
+        micro_batch_tokens=256,
+        rows_per_shard=64,
+        progress=lambda _done, _total: None,
+    )
+    store = LogpStore.open(tmp_path, SPACE)
+    for row in range(PAIRS):
+        values = store.read(dataset.keys[list(dataset.response_rows(row))])
+        for value, response in zip(values, dataset.sequences(row).responses, strict=True):
+            np.testing.assert_allclose(value, -response.astype(np.float32), rtol=1e-5)
