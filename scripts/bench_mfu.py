@@ -35,7 +35,6 @@ OPTIONS = {
     "liger": ["model.liger=true"],
     "compile": ["model.compile=true"],
 }
-TRL = ("trl_default", "trl_best")
 _RUN, _PREPARE = "--run", "--prepare"
 
 Result = dict[str, Any]
@@ -57,7 +56,8 @@ def main() -> None:
             raise SystemExit(f"the benchmark's model and pairs could not be made:\n{failure}")
         results = {variant: _measure(variant, setting, folder, arguments) for variant in arguments.variants}
         if arguments.trl:
-            results |= {variant: _measure_trl(variant, setting, folder) for variant in TRL}
+            trls = ("trl_default", f"trl_best_{arguments.trl_best_micro_pairs}")
+            results |= {variant: _measure_trl(variant, setting, folder) for variant in trls}
     layers = setting.layers or SHAPES[setting.model].layers
     print(f"{setting.model} with {layers} of {SHAPES[setting.model].layers} layers, {setting}")
     _print_table(results)
@@ -113,7 +113,6 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         dtype=arguments.dtype,
         micro_batch_tokens=arguments.micro_batch_tokens,
         trl_micro_pairs=arguments.trl_micro_pairs,
-        trl_best_micro_pairs=arguments.trl_best_micro_pairs,
         shared_prefix=0.7,
         mean_tokens=24 if arguments.smoke else 400,
         length_spread=0.7,
@@ -184,9 +183,10 @@ def _train(arguments: list[str]) -> None:
 
     run_dir, *command = arguments
     with open_console(Path(run_dir)) as console:
-        from dpo_dist.training import assemble, loop
+        from dpo_dist.distributed.checkpoint import CheckpointSaver
+        from dpo_dist.training import assemble
 
-        with patch.object(loop, "save_checkpoint"), patch.object(assemble, "export_model"):
+        with patch.object(CheckpointSaver, "save"), patch.object(assemble, "export_model"):
             assemble.train(load_run_config(command), console)
 
 

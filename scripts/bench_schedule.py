@@ -15,7 +15,7 @@ For each kind of lengths, budget, number of ranks, and pairs of each rank in a s
     dummies     micro-batches without a pair in a step, of all ranks
     plan_ms     milliseconds of a processor to plan a step
 
-Then the schedule of ten million pairs. With --costs instead what model/cost.py takes from it: the seconds of
+Then the schedule of ten million pairs. With --costs instead what model/flops.py takes from it: the seconds of
 forward and backward on micro-batches of very different shapes, explained by least squares as those of tokens,
 targets, and keys attended to. The last line is the figures as JSON.
 """
@@ -46,7 +46,7 @@ from dpo_dist.data.pack import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.schedule import Span, make_schedule
-from dpo_dist.model import cost
+from dpo_dist.model import flops
 from dpo_dist.model.attention import PACKED, choose_backend
 from dpo_dist.model.flops import compute_costs, count_flops
 from dpo_dist.model.head import PackedCausalLM
@@ -193,7 +193,7 @@ def config_of(shape: Shape) -> Qwen2Config:
 
 
 def measure_costs(shape: Shape) -> dict[str, float]:
-    """Factors of model/cost.py, and the largest error of the seconds that they explain."""
+    """Factors of model/flops.py, and the largest error of the seconds that they explain."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,8 +219,8 @@ def measure_costs(shape: Shape) -> dict[str, float]:
         "microseconds_per_token": token * 1e6,
         "key": key / token,
         "target": target / token,
-        "attention_slowness": key / token / counted.key * cost._ATTENTION_SLOWNESS,
-        "head_slowness": target / token / counted.target * cost._HEAD_SLOWNESS,
+        "attention_slowness": key / token / counted.key * flops._ATTENTION_SLOWNESS,
+        "head_slowness": target / token / counted.target * flops._HEAD_SLOWNESS,
         "largest_error": float(np.abs(relative @ (token, target, key) - 1).max()),
     }
 
