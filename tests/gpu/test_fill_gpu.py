@@ -15,6 +15,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.fill import fill_store
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
+from tests.support.packing import COSTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -63,6 +64,7 @@ def test_rows_are_those_of_their_responses(tmp_path: Path, world: World) -> None
         lambda: slow_score,
         world,
         micro_batch_tokens=256,
+        costs=COSTS,
         rows_per_shard=64,
         progress=lambda _done, _total: None,
     )
