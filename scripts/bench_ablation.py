@@ -140,7 +140,10 @@ def _sizes_apart(packing: Packing) -> Callable[..., PairSizes]:
         tokens = np.add.reduceat(apart.tokens, firsts)
         if packing is Packing.padded:
             tokens = responses * np.maximum.reduceat(apart.tokens, firsts)
-        return PairSizes(tokens, np.add.reduceat(apart.costs, firsts))
+        targets, attended, costs = (
+            np.add.reduceat(counts, firsts) for counts in (apart.targets, apart.attended, apart.costs)
+        )
+        return PairSizes(tokens, targets, attended, costs)
 
     return sizes
 

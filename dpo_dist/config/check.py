@@ -1,8 +1,8 @@
 """What must hold between the values of a run: every cross-field rule, in one place (law L5)."""
 
-import math
 from collections.abc import Iterable
 
+from dpo_dist.config.check_loss import check_loss
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     REFERENCE_FREE_KINDS,
@@ -11,7 +11,6 @@ from dpo_dist.config.schema import (
     Dtype,
     FolderConfig,
     LossConfig,
-    LossKind,
     ModelConfig,
     Offload,
     OptimConfig,
@@ -25,13 +24,6 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.errors import ConfigError
 
-_KINDS_USING = {
-    "label_smoothing": frozenset({LossKind.sigmoid, LossKind.robust}),
-    "length_average": frozenset({LossKind.ipo}),
-    "simpo_gamma": frozenset({LossKind.simpo}),
-    "reference_free": frozenset(LossKind) - REFERENCE_FREE_KINDS,
-}
-
 
 def check(config: RunConfig) -> None:
     """Accept `config` or say what does not fit together.
@@ -42,7 +34,7 @@ def check(config: RunConfig) -> None:
     _check_folder(config.run)
     _check_model(config.model)
     _check_data(config.data)
-    _check_loss(config.loss)
+    check_loss(config.loss)
     _check_reference(config.reference, config.loss)
     _check_optim(config.optim)
     _check_trainer(config.trainer, config.data)
@@ -131,63 +123,11 @@ def _check_source(where: str, source: SourceConfig) -> None:
     check_range(f"{where}.limit", source.limit, at_least=1)
 
 
-def _check_loss(loss: LossConfig) -> None:
-    kinds = _kinds(loss)
-    _check_terms(loss)
-    _check_used(loss, kinds)
-    check_range("loss.beta", loss.beta, above=0)
-    check_range("loss.simpo_gamma", loss.simpo_gamma, at_least=0)
-    limit = 0.5 if LossKind.robust in kinds else 1.0
-    check_range("loss.label_smoothing", loss.label_smoothing, at_least=0, below=limit)
-
-
-def _check_terms(loss: LossConfig) -> None:
-    if not loss.terms:
-        return
-    kinds = _kinds(loss)
-    for index, term in enumerate(loss.terms):
-        if term.weight == 0 or not math.isfinite(term.weight):
-            raise ConfigError(
-                "a term without a usable weight",
-                where=f"loss.terms[{index}].weight",
-                got=str(term.weight),
-                expected="a finite number other than 0",
-                remedy="leave the term out or give it a weight",
-            )
-        if term.kind in kinds[:index]:
-            raise ConfigError(
-                "a kind of loss appears twice",
-                where=f"loss.terms[{index}].kind",
-                got=term.kind,
-                remedy="make it one term with the sum of the weights",
-            )
-    if loss.kind is not LossConfig.kind and loss.kind not in kinds:
-        raise ConfigError(
-            "loss.terms is the whole loss, so loss.kind has no effect",
-            where="loss.kind, loss.terms",
-            got=f"{loss.kind}, {_listed(kinds)}",
-            remedy=f"add {{kind: {loss.kind}}} to loss.terms or leave loss.kind out",
-        )
-
-
-def _check_used(loss: LossConfig, kinds: tuple[LossKind, ...]) -> None:
-    for option, users in _KINDS_USING.items():
-        value = getattr(loss, option)
-        if value != getattr(LossConfig, option) and users.isdisjoint(kinds):
-            raise ConfigError(
-                f"loss.{option} has no effect with this loss",
-                where=f"loss.{option}",
-                got=f"{value} with {_listed(kinds)}",
-                expected=f"a loss that uses it: {_listed(sorted(users))}",
-                remedy=f"leave loss.{option} out or choose another loss.kind",
-            )
-
-
 def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
     check_range("reference.micro_batch_tokens", reference.micro_batch_tokens, at_least=1)
     check_range("reference.rows_per_shard", reference.rows_per_shard, at_least=1)
     check_range("reference.audit_pairs", reference.audit_pairs, at_least=0)
-    kinds = _kinds(loss)
+    kinds = loss.kinds
     needed = not loss.reference_free and not REFERENCE_FREE_KINDS.issuperset(kinds)
     if needed and reference.mode is ReferenceMode.none:
         raise ConfigError(
@@ -281,10 +221,6 @@ def _check_parallelism(parallelism: ParallelismConfig) -> None:
                 expected=f"parallelism.kind one of {_listed(kinds)}",
                 remedy=f"set parallelism.kind={kinds[0]} or parallelism.{option}=none",
             )
-
-
-def _kinds(loss: LossConfig) -> tuple[LossKind, ...]:
-    return tuple(term.kind for term in loss.terms) or (loss.kind,)
 
 
 def _listed(names: Iterable[str]) -> str:

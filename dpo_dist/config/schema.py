@@ -50,16 +50,51 @@ class OnBadRecord(StrEnum):
 
 class LossKind(StrEnum):
     sigmoid = "sigmoid"
+    robust = "robust"
     hinge = "hinge"
     ipo = "ipo"
-    robust = "robust"
     sigmoid_norm = "sigmoid_norm"
+    exo_pair = "exo_pair"
+    nca_pair = "nca_pair"
+    bco_pair = "bco_pair"
+    sppo_hard = "sppo_hard"
+    apo_zero = "apo_zero"
+    apo_down = "apo_down"
+    discopop = "discopop"
+    dpop = "dpop"
+    odpo = "odpo"
     simpo = "simpo"
+    orpo = "orpo"
+    cpo = "cpo"
     sft = "sft"
+    aot = "aot"
+    aot_unpaired = "aot_unpaired"
+    beta_dpo = "beta_dpo"
+    plackett_luce = "plackett_luce"
 
 
-REFERENCE_FREE_KINDS = frozenset({LossKind.simpo, LossKind.sft})
+REFERENCE_FREE_KINDS = frozenset({LossKind.simpo, LossKind.orpo, LossKind.cpo, LossKind.sft})
 """The kinds of loss in which the reference's log-probs do not occur."""
+
+COUPLED_KINDS = frozenset({LossKind.aot, LossKind.aot_unpaired, LossKind.beta_dpo})
+"""The kinds in which the loss of a pair depends on the other pairs of its global batch."""
+
+
+class Divergence(StrEnum):
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    js = "js"
+    alpha = "alpha"
+
+
+class BcoDelta(StrEnum):
+    zero = "zero"
+    running_mean = "running_mean"
+
+
+class Weighting(StrEnum):
+    none = "none"
+    wpo = "wpo"
 
 
 class ReferenceMode(StrEnum):
@@ -168,15 +203,45 @@ class LossTermConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """`loss`: what is optimised. An option that the chosen kinds do not use is an error."""
+    """`loss`: what is optimised. An option that the chosen kinds do not use is an error.
+
+    `label_smoothing` null: the kind's own, 0 or for `exo_pair` 1e-3.
+    """
 
     kind: LossKind = LossKind.sigmoid
     beta: float = 0.1
-    label_smoothing: float = 0.0
+    label_smoothing: float | None = None
+    divergence: Divergence = Divergence.reverse_kl
+    alpha_coefficient: float = 0.5
     length_average: bool = True
+    bco_delta: BcoDelta = BcoDelta.zero
+    discopop_tau: float = 0.05
+    dpop_lambda: float = 50.0
+    offset_alpha: float = 1.0
     simpo_gamma: float = 0.5
+    orpo_lambda: float = 0.1
+    cpo_nll_weight: float = 1.0
+    beta_alpha: float = 0.6
+    beta_momentum: float = 0.9
+    ld_alpha: float | None = None
+    weighting: Weighting = Weighting.none
     reference_free: bool = False
     terms: list[LossTermConfig] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> tuple[LossKind, ...]:
+        """The kinds of which the loss is made: those of `terms`, or `kind`."""
+        return tuple(term.kind for term in self.terms) or (self.kind,)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of its global batch."""
+        return not COUPLED_KINDS.isdisjoint(self.kinds)
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether only the chosen responses matter."""
+        return set(self.kinds) == {LossKind.sft}
 
 
 @dataclass(frozen=True)

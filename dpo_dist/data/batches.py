@@ -17,25 +17,29 @@ class StepPlan:
 
     Attributes:
         micro_batches: rows of this rank's micro-batches; empty ones become dummies.
+        places: where these rows stand in the global batch.
         pairs: pairs of the global batch, over all ranks.
         tokens: packed tokens of the global batch, over all ranks.
         targets: completion tokens of the global batch.
         attended: pairs of a packed token of the global batch with one it attends to.
         mean_chosen_tokens: mean completion tokens of the chosen responses of the global batch.
+        only_chosen: whether the other responses are left out.
     """
 
     dataset: PairDataset
     micro_batches: tuple[tuple[int, ...], ...]
+    places: tuple[tuple[int, ...], ...]
     pairs: int
     tokens: int
     targets: int
     attended: int
     mean_chosen_tokens: float
+    only_chosen: bool = False
 
     def batches(self) -> Iterator[PackedBatch]:
         """This rank's micro-batches in order, on the host."""
         for rows in self.micro_batches:
-            yield pack_rows(self.dataset, rows)
+            yield pack_rows(self.dataset, rows, self.only_chosen)
 
 
 def plan_step(
@@ -45,25 +49,32 @@ def plan_step(
     world_size: int,
     micro_batch_tokens: int,
     costs: ComputeCosts,
+    only_chosen: bool = False,
 ) -> StepPlan:
     """Divide the global batch `rows` among ranks and micro-batches, evenly by `costs`; O(batch)."""
-    sizes = dataset.sizes(rows, dataset.response_places(rows), dataset.response_counts(rows), costs)
-    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
-    targets, attended = dataset.work(rows)
+    counts = dataset.response_counts(rows)
+    places = dataset.response_places(rows)
+    if only_chosen:
+        places, counts = places[np.cumsum(counts) - counts], np.ones_like(counts)
+    sizes = dataset.sizes(rows, places, counts, costs)
+    mine = [tuple(ranks[rank]) for ranks in plan_micro_batches(sizes, world_size, micro_batch_tokens)]
     return StepPlan(
         dataset=dataset,
-        micro_batches=tuple(tuple(int(rows[place]) for place in ranks[rank]) for ranks in plan),
+        micro_batches=tuple(tuple(int(rows[place]) for place in micro_batch) for micro_batch in mine),
+        places=tuple(mine),
         pairs=len(rows),
         tokens=int(sizes.tokens.sum()),
-        targets=targets,
-        attended=attended,
+        targets=int(sizes.targets.sum()),
+        attended=int(sizes.attended.sum()),
         mean_chosen_tokens=dataset.mean_chosen_tokens(rows),
+        only_chosen=only_chosen,
     )
 
 
-def pack_rows(dataset: PairDataset, rows: Sequence[int]) -> PackedBatch:
-    """Whole pairs as one micro-batch; a dummy if there are none."""
+def pack_rows(dataset: PairDataset, rows: Sequence[int], only_chosen: bool = False) -> PackedBatch:
+    """Pairs as one micro-batch, whole or their chosen responses only; a dummy if there are none."""
     if not rows:
         return dummy_batch()
-    keys = np.concatenate([dataset.keys[list(dataset.response_rows(row))] for row in rows])
-    return pack([dataset.sequences(row) for row in rows], keys)
+    which = [0] if only_chosen else None
+    places = [list(dataset.response_rows(row))[: 1 if only_chosen else None] for row in rows]
+    return pack([dataset.sequences(row, which) for row in rows], dataset.keys[np.concatenate(places)])

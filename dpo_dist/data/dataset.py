@@ -106,20 +106,6 @@ class PairDataset:
         prompt_tokens = self._piece_tokens(self._first_pieces(rows))
         return pair_sizes(prompt_tokens, self._piece_tokens(pieces), responses, costs)
 
-    def work(self, rows: Rows) -> tuple[int, int]:
-        """What `rows` ask of a model beside their packed tokens.
-
-        Returns:
-            (targets, attended): completion tokens, and pairs of a packed token with one it attends to.
-        """
-        responses = self.response_counts(rows)
-        prompts = self._piece_tokens(self._first_pieces(rows))
-        targets = self._piece_tokens(self.response_places(rows) + np.repeat(rows, responses) + 1)
-        laid_out = targets - 1
-        in_prompts = prompts * (prompts + 1) // 2
-        in_responses = laid_out * np.repeat(prompts, responses) + laid_out * (laid_out + 1) // 2
-        return int(targets.sum()), int(in_prompts.sum() + in_responses.sum())
-
     def response_rows(self, row: int) -> range:
         """Where the keys of a pair's responses stand in `keys`."""
         first, stop = self._pieces(row)

@@ -39,6 +39,10 @@ class PackedBatch:
         response_tokens: int64 [responses], completion tokens of each response.
         keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
         weights: float32 [pairs], 1, or 0 for a dummy: a batch that only keeps the ranks in step (law L2).
+        ranking: int64 [pairs, 2 + n], places of each pair's best response, its worst, and those between them,
+            -1 where there is none; None where every pair has two responses.
+        score_gaps: float32 [pairs], score of the best response minus that of the worst; nan without scores.
+        token_weights: float32 [targets], by which log-probs are multiplied, where the loss has such weights.
         reference_logps: float32 [targets], the reference's log-probs, where they are known beforehand.
     """
 
@@ -50,7 +54,15 @@ class PackedBatch:
     response_tokens: Tensor
     keys: npt.NDArray[np.uint64]
     weights: Tensor
+    ranking: Tensor | None = None
+    score_gaps: Tensor | None = None
+    token_weights: Tensor | None = None
     reference_logps: Tensor | None = None
+
+    @property
+    def pair_tokens(self) -> list[tuple[int, ...]]:
+        """Completion tokens of each pair's responses."""
+        return [tuple(laid_out + 1 for laid_out in responses) for _, *responses in self.layout]
 
     @property
     def tokens(self) -> int:
@@ -108,6 +120,7 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
         response_tokens=_int64(np.array([len(response) for response in responses])),
         keys=keys,
         weights=torch.ones(len(sequences)),
+        ranking=_ranking([len(pair.responses) for pair in sequences]),
     )
 
 
@@ -116,6 +129,21 @@ def dummy_batch() -> PackedBatch:
     one = np.zeros(1, dtype=np.int32)
     batch = pack([Sequences(one, (one, one))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1))
+
+
+def _ranking(counts: Sequence[int]) -> Tensor | None:
+    """`PackedBatch.ranking` of pairs with so many responses each."""
+    if set(counts) == {2}:
+        return None
+    ranking = np.full((len(counts), max(2, *counts)), -1)
+    start = 0
+    for pair, count in enumerate(counts):
+        ranking[pair, 0] = start
+        if count > 1:
+            ranking[pair, 1] = start + count - 1
+            ranking[pair, 2:count] = np.arange(start + 1, start + count - 1)
+        start += count
+    return _int64(ranking)
 
 
 def _int64(array: npt.NDArray[np.generic]) -> Tensor:

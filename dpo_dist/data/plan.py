@@ -33,15 +33,23 @@ class ComputeCosts:
 
 @dataclass(frozen=True)
 class PairSizes:
-    """What pairs take in packed batches.
+    """What pairs take in packed batches, [pairs] each.
 
     Attributes:
-        tokens: int64 [pairs], packed tokens, which take memory.
-        costs: float64 [pairs], time to compute them, in that of one token in the layers' matrices.
+        tokens: int64, packed tokens, which take memory.
+        targets: int64, completion tokens.
+        attended: int64, pairs of a packed token with one it attends to.
+        costs: float64, time to compute them, in that of one token in the layers' matrices.
     """
 
     tokens: Counts
+    targets: Counts
+    attended: Counts
     costs: Costs
+
+    def at(self, places: Counts) -> "PairSizes":
+        """Of the pairs that stand there."""
+        return PairSizes(self.tokens[places], self.targets[places], self.attended[places], self.costs[places])
 
 
 def pair_sizes(
@@ -57,11 +65,13 @@ def pair_sizes(
     """
     firsts = np.cumsum(responses) - responses
     laid_out = response_tokens - 1
-    attended = laid_out * (np.repeat(prompt_tokens, responses) + laid_out / 2)
+    in_responses = laid_out * np.repeat(prompt_tokens, responses) + laid_out * (laid_out + 1) // 2
     tokens = prompt_tokens + np.add.reduceat(laid_out, firsts)
-    keys = prompt_tokens**2 / 2 + np.add.reduceat(attended, firsts)
+    attended = prompt_tokens * (prompt_tokens + 1) // 2 + np.add.reduceat(in_responses, firsts)
     targets = np.add.reduceat(response_tokens, firsts)
-    return PairSizes(tokens, tokens + costs.key * keys + costs.target * targets)
+    # A token's attention to itself is part of what a token costs.
+    keys = attended - tokens / 2
+    return PairSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)
 
 
 def plan_micro_batches(sizes: PairSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:

@@ -164,6 +164,11 @@ class PolicyEngine:
         logps: Tensor = self._engine(batch)
         return logps
 
+    def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """As `objective.logps.token_logps_and_collisions`, of every target of `batch`."""
+        logps, collisions = self._engine(batch, with_collisions=True)
+        return logps, collisions.detach()
+
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients of a local sum of losses; `is_last` ends the step's accumulation.
 

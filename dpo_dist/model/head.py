@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.objective.logps import token_logps
+from dpo_dist.objective.logps import token_logps, token_logps_and_collisions
 
 
 class LogpHead(nn.Linear):
@@ -28,10 +29,20 @@ class LogpHead(nn.Linear):
             head.bias = linear.bias
         return head
 
-    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: A002  (nn.Linear's name)
-        """[..., hidden_size] to logits; with targets int64 [n], hidden [n, hidden_size] to float32 [n]."""
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  (nn.Linear's name)
+        targets: Tensor | None = None,
+        with_collisions: bool = False,
+    ) -> Tensor:
+        """[..., hidden_size] to logits; with targets int64 [n], hidden [n, hidden_size] to float32 [n].
+
+        With collisions to float32 [2, n], as `objective.logps.token_logps_and_collisions`.
+        """
         if targets is None:
             return super().forward(input)
+        if with_collisions:
+            return torch.stack(token_logps_and_collisions(input, self.weight, self.bias, targets))
         return token_logps(input, self.weight, self.bias, targets)
 
 
@@ -53,8 +64,8 @@ class PackedCausalLM(nn.Module):
         if compiled:
             compile_layers(causal_lm)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Log-prob of every target of `batch`, float32 [targets]."""
+    def forward(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+        """Log-prob of every target of `batch`, float32 [targets]; with collisions [2, targets]."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         outputs = self.causal_lm.base_model(
             input_ids=batch.input_ids[None],
@@ -63,5 +74,7 @@ class PackedCausalLM(nn.Module):
             packed=attention,
         )
         predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
-        logps: Tensor = self.causal_lm.get_output_embeddings()(predicting, targets=batch.targets)
+        logps: Tensor = self.causal_lm.get_output_embeddings()(
+            predicting, targets=batch.targets, with_collisions=with_collisions
+        )
         return logps

@@ -1,6 +1,7 @@
 """From hidden states to log-probs: per token without a [tokens, vocab] tensor, summed per response."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,35 +16,120 @@ _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probs of pairs, summed over completion tokens.
+    """Log-probs of pairs, or of rankings, summed over completion tokens.
 
     Attributes:
-        chosen: float32 [pairs], sum of log p(token) over the chosen response, end-of-turn token included.
-        rejected: float32 [pairs], the same for the rejected response.
+        chosen: float32 [pairs], sum of log p(token) over the best response, end-of-turn token included.
+        rejected: float32 [pairs], the same for the worst response; 0 where there is none.
         chosen_tokens: float32 [pairs], number of completion tokens of the chosen response.
-        rejected_tokens: float32 [pairs], the same for the rejected response.
+        rejected_tokens: float32 [pairs], the same for the rejected response; 0 where there is none.
+        between: float32 [pairs, n], of the responses ranked between these, best first; None: there are none.
+        between_tokens: float32 [pairs, n], the same; 0 where a ranking has fewer than n.
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    between: Tensor | None = None
+    between_tokens: Tensor | None = None
+
+    @property
+    def mean_chosen(self) -> Tensor:
+        """float32 [pairs], mean over the tokens of the chosen response."""
+        return self.chosen / self.chosen_tokens
+
+    @property
+    def mean_rejected(self) -> Tensor:
+        """float32 [pairs], mean over the tokens of the rejected response; 0 where there is none."""
+        return self.rejected / self.rejected_tokens.clamp(min=1)
+
+    def minus(self, reference: "PairLogps") -> "PairLogps":
+        """Log-ratios of the same responses."""
+        between = None
+        if self.between is not None and reference.between is not None:
+            between = self.between - reference.between
+        return replace(
+            self,
+            chosen=self.chosen - reference.chosen,
+            rejected=self.rejected - reference.rejected,
+            between=between,
+        )
+
+    def detached(self) -> "PairLogps":
+        """The same without a graph."""
+        return replace(self, **{n: v.detach() for n, v in vars(self).items() if isinstance(v, Tensor)})
 
 
-def sum_by_response(token_logps: Tensor, response_tokens: Tensor) -> PairLogps:
+def sum_by_response(
+    token_logps: Tensor,
+    response_tokens: Tensor,
+    ranking: Tensor | None = None,
+    token_weights: Tensor | None = None,
+) -> PairLogps:
     """Sum per-token log-probs to pairs.
 
     Args:
-        token_logps: float32 [targets], response after response: chosen and rejected of the first pair, of the
-            second, and so on.
-        response_tokens: int64 [2 * pairs], completion tokens of each response in that order.
+        token_logps: float32 [targets], response after response of the first pair, of the second, and so on.
+        response_tokens: int64 [responses], completion tokens of each response in that order.
+        ranking: int64 [pairs, 2 + n], places in `response_tokens` of each pair's best response, its worst,
+            and those between them; -1 where there is none. None: every pair has two responses, best first.
+        token_weights: float32 [targets], by which log-probs are multiplied; None: 1.
     """
+    weighted = token_logps if token_weights is None else token_logps * token_weights
     # Added one by one in float32, some hundred tokens are off in the fourth decimal. unsafe: that the lengths
     # fit is known; to check it, the host would wait for the device.
-    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=response_tokens, unsafe=True).float()
-    chosen, rejected = sums.view(-1, 2).unbind(1)
-    chosen_tokens, rejected_tokens = response_tokens.to(torch.float32).view(-1, 2).unbind(1)
-    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+    sums = torch.segment_reduce(weighted.double(), "sum", lengths=response_tokens, unsafe=True)
+    sums, tokens = sums.to(token_logps.dtype), response_tokens.to(token_logps.dtype)
+    if ranking is None:
+        chosen, rejected = sums.view(-1, 2).unbind(1)
+        chosen_tokens, rejected_tokens = tokens.view(-1, 2).unbind(1)
+        return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+    # -1 finds the zero that is appended.
+    sums, tokens = (torch.cat((values, values.new_zeros(1)))[ranking] for values in (sums, tokens))
+    has_between = ranking.shape[1] > 2
+    return PairLogps(
+        sums[:, 0],
+        sums[:, 1],
+        tokens[:, 0],
+        tokens[:, 1],
+        sums[:, 2:] if has_between else None,
+        tokens[:, 2:] if has_between else None,
+    )
+
+
+def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:
+    """Weights of tokens for length-desensitised losses (arXiv 2409.06411).
+
+    Args:
+        pair_tokens: completion tokens of each pair's responses.
+        ld_alpha: weight of the tokens of a response past the length of its pair's shortest one.
+
+    Returns:
+        float32 [targets], 1 or `ld_alpha`, response after response.
+    """
+    parts = [torch.empty(0)]
+    for responses in pair_tokens:
+        shortest = min(responses)
+        for tokens in responses:
+            parts += [torch.ones(shortest), torch.full((tokens - shortest,), ld_alpha)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor], PairLogps]) -> Tensor:
+    """How much each pair is like what the policy itself would write (WPO, arXiv 2406.11827, equation 2).
+
+    Args:
+        token_logps: float32 [targets], of the policy.
+        collisions: float32 [targets], log of the sum of p(v)^2 over the vocabulary at each target.
+        sums: adds values of targets up to pairs (`sum_by_response`).
+
+    Returns:
+        float32 [pairs], product over both responses of exp(mean over tokens of their difference).
+    """
+    typicality = sums(token_logps - collisions)
+    return torch.exp(typicality.mean_chosen + typicality.mean_rejected)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -61,11 +147,29 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     Returns:
         float32 [targets].
     """
+    logps, _ = _walk_chunks(hidden, weight, bias, targets, with_collisions=False)
+    return logps
+
+
+def token_logps_and_collisions(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`token_logps`, and without a graph the log of the sum of p(v)^2 over the vocabulary at each target: the
+    log-probability that two tokens drawn there are the same. Both float32 [targets].
+    """
+    return _walk_chunks(hidden, weight, bias, targets, with_collisions=True)
+
+
+def _walk_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_collisions: bool
+) -> tuple[Tensor, Tensor]:
     kept = (
         _KEPT_BYTES[weight.device.type] // _CHUNK_BYTES[weight.device.type] if torch.is_grad_enabled() else 0
     )
-    logps: Tensor = _ChunkedTokenLogps.apply(hidden, weight, bias, targets, kept)  # type: ignore[no-untyped-call]
-    return logps
+    walked: tuple[Tensor, Tensor] = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, kept, with_collisions
+    )
+    return walked
 
 
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
@@ -91,21 +195,31 @@ class _ChunkedTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kept_chunks: int
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        kept_chunks: int,
+        with_collisions: bool,
+    ) -> tuple[Tensor, Tensor]:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        collisions = torch.empty_like(logps if with_collisions else logps[:0])
         chunks = _chunks(len(targets), weight)
         ctx.kept = {}
         for number, chunk in enumerate(chunks):
             probabilities, logps[chunk] = _softmax(hidden[chunk], weight, bias, targets[chunk])
+            if with_collisions:
+                collisions[chunk] = torch.linalg.vector_norm(probabilities, dim=-1).log() * 2
             if number >= len(chunks) - kept_chunks:
                 ctx.kept[chunk.start] = probabilities
         ctx.save_for_backward(hidden, weight, bias, targets)
-        return logps
+        ctx.mark_non_differentiable(collisions)
+        return logps, collisions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, _grad_collisions: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -129,6 +243,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
         )

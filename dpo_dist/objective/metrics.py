@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import LossConfig
+from dpo_dist.config.schema import LossConfig, LossKind
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import implicit_rewards
+from dpo_dist.objective.losses import implicit_rewards, scaled_margin
 
 PAIR_METRICS = (
     "loss",
@@ -20,34 +20,46 @@ PAIR_METRICS = (
 )
 
 
+_ONE_SIDED_METRICS = ("loss", "rewards/chosen", "logps/chosen")
+BATCH_MARGIN = "loss/margin"
+"""Mean of `b h`, told where the loss depends on it."""
+
+
+def metric_names(config: LossConfig) -> tuple[str, ...]:
+    """What is measured of each pair, in the order in which its sums travel."""
+    names = _ONE_SIDED_METRICS if config.is_one_sided else PAIR_METRICS
+    return (*names, BATCH_MARGIN) if LossKind.beta_dpo in config.kinds else names
+
+
 @dataclass(frozen=True)
 class MetricSums:
     """Weighted sums over pairs, ready to be added over micro-batches and ranks.
 
-    `values` is float64 [len(PAIR_METRICS) + 1], the last entry the sum of the weights.
+    `values` is float64 [len(names) + 1], the last entry the sum of the weights.
     """
 
+    names: tuple[str, ...]
     values: Tensor
 
     @staticmethod
-    def zeros(device: torch.device) -> "MetricSums":
+    def zeros(names: tuple[str, ...], device: torch.device) -> "MetricSums":
         """The sums of no pairs."""
-        return MetricSums(torch.zeros(len(PAIR_METRICS) + 1, dtype=torch.float64, device=device))
+        return MetricSums(names, torch.zeros(len(names) + 1, dtype=torch.float64, device=device))
 
     def __add__(self, other: "MetricSums") -> "MetricSums":
-        return MetricSums(self.values + other.values)
+        return MetricSums(self.names, self.values + other.values)
 
     def means(self) -> dict[str, float]:
         """Mean of every metric over the pairs; copies to the host once."""
         *sums, count = self.values.tolist()
-        return {name: total / count for name, total in zip(PAIR_METRICS, sums, strict=True)}
+        return {name: total / count for name, total in zip(self.names, sums, strict=True)}
 
 
 @torch.no_grad()
 def metric_sums(
     losses: Tensor, policy: PairLogps, reference: PairLogps | None, config: LossConfig, weights: Tensor
 ) -> MetricSums:
-    """Sums of `PAIR_METRICS` over these pairs.
+    """Sums of `metric_names(config)` over these pairs; of a ranking its best and its worst response count.
 
     Args:
         losses: float32 [pairs], of `preference_loss`.
@@ -58,17 +70,17 @@ def metric_sums(
     """
     rewards = implicit_rewards(policy, reference, config)
     margins = rewards.chosen - rewards.rejected
-    accuracies = (margins > 0).float() + 0.5 * (margins == 0).float()
-    columns = torch.stack(
-        (
-            losses.detach(),
-            rewards.chosen,
-            rewards.rejected,
-            accuracies,
-            margins,
-            policy.chosen.detach(),
-            policy.rejected.detach(),
-            torch.ones_like(margins),
-        )
-    )
-    return MetricSums((columns.double() * weights.double()).sum(dim=1))
+    measured = {
+        "loss": losses.detach(),
+        "rewards/chosen": rewards.chosen,
+        "rewards/rejected": rewards.rejected,
+        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/margins": margins,
+        "logps/chosen": policy.chosen.detach(),
+        "logps/rejected": policy.rejected.detach(),
+    }
+    if LossKind.beta_dpo in config.kinds:
+        measured[BATCH_MARGIN] = scaled_margin(policy, reference, config)
+    names = metric_names(config)
+    columns = torch.stack([*(measured[name] for name in names), torch.ones_like(margins)])
+    return MetricSums(names, (columns.double() * weights.double()).sum(dim=1))

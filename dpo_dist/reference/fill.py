@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
-from dpo_dist.data.plan import ComputeCosts, PairSizes, plan_micro_batches
+from dpo_dist.data.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
@@ -175,7 +175,7 @@ def _rounds(
         part = work.part(start, start + pairs)
         sizes = dataset.sizes(part.rows, part.places, np.diff(part.stops, prepend=0), costs)
         mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
-        plan = plan_micro_batches(PairSizes(sizes.tokens[mine], sizes.costs[mine]), 1, micro_batch_tokens)
+        plan = plan_micro_batches(sizes.at(mine), 1, micro_batch_tokens)
         yield _Round(part, [mine[places].tolist() for (places,) in plan])
 
 

@@ -90,7 +90,7 @@ def train(config: RunConfig, console: Console) -> int:
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, identity)
             load_checkpoint(checkpoint, policy, world)
-            position = Position(**{name: checkpoint.state[name] for name in vars(position)})
+            position = Position.of(checkpoint.state)
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
             policy.train(False)

@@ -10,14 +10,15 @@ import torch
 from dpo_dist.config.schema import Dtype, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.pack import PackedBatch
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
-from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import preference_loss
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.fill import Scorer
+from dpo_dist.training.scored import ScoredPairs
 from dpo_dist.training.step import BATCHES_AHEAD, Objective
 
 # Mean absolute drift per token, in nats.
@@ -73,12 +74,14 @@ def pass_gate(
             stored = objective.reference.token_logps(batch)
             assert stored is not None, "the gate compares with a reference"
             fresh = score(batch)
-            pairs = [sum_by_response(logps, batch.response_tokens) for logps in (fresh, stored)]
-            for place, policys in enumerate(pairs):
-                values = preference_loss(policys, pairs[1], config.loss, plan.mean_chosen_tokens)
-                losses[place] += (values * batch.weights).double().sum() / plan.pairs
-            scored += _drifts(fresh - stored, host_batch.response_tokens, micro_rows)
-    losses = world.sum(losses)
+            reference = objective.pairs(stored, batch)
+            for place, logps in enumerate((fresh, stored)):
+                pairs = ScoredPairs(
+                    objective.pairs(logps, batch), reference, batch.score_gaps, None, batch.weights
+                )
+                losses[place] += objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())[0].double()
+            scored += _drifts(fresh - stored, host_batch, micro_rows)
+    losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)
     _refuse_drift(everywhere, dataset, config.model.dtype)
@@ -87,23 +90,25 @@ def pass_gate(
     return report
 
 
-def _drifts(
-    difference: torch.Tensor, response_tokens: torch.Tensor, rows: tuple[int, ...]
-) -> list[_ScoredResponse]:
+def _drifts(difference: torch.Tensor, batch: PackedBatch, rows: tuple[int, ...]) -> list[_ScoredResponse]:
     if not rows:
         return []
-    parts = torch.split(difference.cpu(), response_tokens.tolist())
-    per_pair = len(parts) // len(rows)
+    parts = torch.split(difference.cpu(), batch.response_tokens.tolist())
+    owners = [
+        (row, which)
+        for row, responses in zip(rows, batch.pair_tokens, strict=True)
+        for which in range(len(responses))
+    ]
     return [
         _ScoredResponse(
-            row=rows[place // per_pair],
-            which=place % per_pair,
+            row=row,
+            which=which,
             tokens=len(part),
             token_drift=float(part.abs().mean()),
             largest_token_drift=float(part.abs().max()),
             response_drift=abs(float(part.sum())),
         )
-        for place, part in enumerate(parts)
+        for (row, which), part in zip(owners, parts, strict=True)
     ]
 
 

@@ -2,15 +2,15 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import BcoDelta, RunConfig
 from dpo_dist.data.batches import StepPlan, plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.plan import ComputeCosts
@@ -21,7 +21,8 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import StepFlops
-from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.clock import StepClock
@@ -38,6 +39,13 @@ class Position:
     step: int = 0
     pairs_seen: int = 0
     train_seconds: float = 0.0
+    running: RunningMeans = field(default_factory=RunningMeans)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Position":
+        """The position that a checkpoint's state tells of."""
+        values = {name: state[name] for name in vars(cls())}
+        return cls(**{**values, "running": RunningMeans(**state["running"])})
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Loop:
         ready, step = next(ready_steps), position.step
         plan = ready.plan
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
-        sums, norm = train_step(self.policy, self.objective, ready, rate, self.world.device, clock)
+        sums, norm = train_step(self.policy, self.objective, ready, rate, self.world, clock, position.running)
         votes = [self.stop_wanted.vote(self.world.is_main), self.checkpoints.is_ready]
         metrics, (for_stopping, for_committing), grad_norm = self._reduce(sums, votes, norm)
         if for_committing == self.world.size:
@@ -122,6 +130,7 @@ class Loop:
             "step": position.step,
             "epoch": self.schedule.epoch(step),
             **metrics,
+            **self._running_row(metrics, position, plan.pairs),
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **_throughput(plan, seconds),
@@ -141,9 +150,22 @@ class Loop:
             )
         return row, for_stopping > 0
 
+    def _running_row(self, metrics: Mapping[str, float], position: Position, pairs: int) -> dict[str, float]:
+        """What the loss took from the steps before, where it takes anything; `position` gets this one's."""
+        loss, before = self.config.loss, position.running
+        row = {}
+        if BATCH_MARGIN in metrics:
+            row["loss/beta"] = before.batch_beta(loss, metrics[BATCH_MARGIN])
+        if loss.bco_delta is BcoDelta.running_mean:
+            row["loss/delta"] = before.reward
+        if row:
+            mean_reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+            position.running = before.after(loss, metrics.get(BATCH_MARGIN, 0.0), mean_reward, pairs)
+        return row
+
     def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
-        budget = self.config.trainer.micro_batch_tokens
-        return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs)
+        budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
+        return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs, only_chosen)
 
     def _reduce(
         self, sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor
@@ -155,13 +177,17 @@ class Loop:
         total = self.world.sum(torch.cat((sums.values, cast)))
         on_host = torch.cat((total, grad_norm.double().view(1))).cpu()
         means, counted = on_host[: len(sums.values)], on_host[len(sums.values) : -1]
-        return MetricSums(means).means(), [round(count) for count in counted.tolist()], float(on_host[-1])
+        return (
+            MetricSums(sums.names, means).means(),
+            [round(count) for count in counted.tolist()],
+            float(on_host[-1]),
+        )
 
     def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()
         plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
-        sums = evaluate(self.policy, self.objective, plan, self.world.device)
-        metrics = MetricSums(self.world.sum(sums.values)).means()
+        sums = evaluate(self.policy, self.objective, plan, self.world, position.running)
+        metrics = MetricSums(sums.names, self.world.sum(sums.values)).means()
         measured = {**metrics, **_throughput(plan, time.monotonic() - started)}
         row = {f"eval_{name}": value for name, value in measured.items()}
         return {"step": position.step, "epoch": self.schedule.epoch(position.step - 1), **row}
@@ -213,6 +239,6 @@ def _throughput(plan: StepPlan, seconds: float) -> dict[str, float]:
 def _postfix(row: dict[str, float]) -> dict[str, str]:
     return {
         "loss": f"{row['loss']:.4f}",
-        "acc": f"{row['rewards/accuracies']:.2f}",
+        **({"acc": f"{row['rewards/accuracies']:.2f}"} if "rewards/accuracies" in row else {}),
         "pairs/s": f"{row['pairs_per_second']:.1f}",
     }

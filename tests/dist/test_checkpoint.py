@@ -22,6 +22,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.provider import NoReference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
@@ -45,7 +46,7 @@ class Trainer:
         plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
         device = self.world.device
         ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
-        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, device, clock)[1].item()
+        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, self.world, clock, RunningMeans())[1].item()
 
     def save(self, root: Path, step: int, keep_last: int = 2) -> None:
         saver = self.saver(root, keep_last)

@@ -22,6 +22,7 @@ from dpo_dist.distributed.zero import PolicyEngine, frozen_config, sharded_loadi
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
@@ -85,7 +86,7 @@ def plain_steps(model: Any, dataset: PairDataset, reference: Sequence[np.ndarray
         lengths = torch.tensor([len(response) for pair in pairs for response in pair.responses])
         values = np.concatenate([reference[place] for row in rows for place in dataset.response_rows(row)])
         logps = sum_by_response(plain_logps(model, pairs), lengths)
-        losses = preference_loss(logps, sum_by_response(torch.from_numpy(values), lengths), LOSS, 1.0)
+        losses = preference_loss(logps, sum_by_response(torch.from_numpy(values), lengths), LOSS)
         losses.mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm).item())
         optimizer.step()
@@ -111,7 +112,8 @@ def steps(
     def step(rows: Sequence[int], budget: int, objective: Objective = objective) -> float:
         plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
-        return train_step(policy, objective, ready, OPTIM.lr, world.device, StepClock(world.device))[1].item()
+        clock = StepClock(world.device)
+        return train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item()
 
     norms = [step(*STEPS[0])]
     shares = reference_comes_and_goes(assets, dataset, reference, world)

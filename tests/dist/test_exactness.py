@@ -18,6 +18,7 @@ from dpo_dist.data.pack import Sequences
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.provider import StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.step import Objective
@@ -46,7 +47,8 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
     for index, (rows, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
         reference = objective.reference_logps(batch)
-        loss, _ = objective.measure(policy, batch, reference, plan.mean_chosen_tokens)
+        pairs = objective.score(policy, batch, reference)
+        loss, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
         policy.backward(loss / plan.pairs, is_last=index == last)
         with torch.no_grad():
             values = torch.split(policy.token_logps(batch), batch.response_tokens.tolist())

@@ -17,6 +17,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.provider import NoReference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective, train_step
@@ -45,7 +46,7 @@ def norms(assets: Assets, model: ModelConfig, world: World, folder: Path) -> lis
     for rows in STEPS:
         plan = plan_step(dataset, np.array(rows), world.rank, world.size, 256, COSTS)
         ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
-        found.append(train_step(policy, objective, ready, OPTIM.lr, world.device, clock)[1].item())
+        found.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
     write_whole(policy, folder / "weights.safetensors")
     return found
 

@@ -8,6 +8,7 @@ import torch
 
 from dpo_dist.config.schema import Dtype, LossConfig, LossKind, ModelConfig
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.provider import NoReference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective
@@ -27,7 +28,8 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
     batch = pack_unkeyed(random_pairs([(70, 50, 90), (1, 1, 4), (12, 3, 1)])).pinned()
 
     def step() -> None:
-        loss, _ = objective.measure(policy, batch.to(CUDA), None, 1.0)
+        pairs = objective.score(policy, batch.to(CUDA), None)
+        loss, _ = objective.measure(pairs, 1.0, RunningMeans())
         loss.backward()  # type: ignore[no-untyped-call]
 
     step()

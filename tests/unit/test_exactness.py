@@ -82,7 +82,7 @@ def test_packed_is_padded(
         theirs = torch.cat(reference[first : first + 2 * len(pairs)])
         first += 2 * len(pairs)
         sums = [sum_by_response(tokens, batch.response_tokens) for tokens in (logps, theirs)]
-        losses.append(preference_loss(*sums, LossConfig(beta=BETA), 1.0))
+        losses.append(preference_loss(*sums, LossConfig(beta=BETA)))
         values.append(logps.detach())
     loss = torch.cat(losses).mean()
     torch.testing.assert_close(torch.cat(values), torch.cat(expected_logps), rtol=0, atol=1e-4)

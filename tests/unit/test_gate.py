@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.config.schema import (
+    REFERENCE_FREE_KINDS,
     DataConfig,
     Dtype,
     LossConfig,
@@ -107,7 +108,7 @@ def check(world: World, data: PairDataset, reference: StoredReference) -> Any:
     return check
 
 
-@pytest.mark.parametrize("kind", sorted(set(LossKind) - {LossKind.simpo, LossKind.sft}))
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - REFERENCE_FREE_KINDS))
 def test_a_policy_that_is_the_reference_passes_without_drift(check: Any, kind: LossKind) -> None:
     assert check(Policy(), loss=LossConfig(kind)) == {
         "responses": 2 * PAIRS,

@@ -51,7 +51,7 @@ def test_parts_and_dummies_change_nothing(count: int, parts: int, dummies: int) 
     generator = torch.Generator().manual_seed(count)
     policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
     whole = sums_of(policy, reference, torch.ones(count))
-    total = MetricSums.zeros(CPU)
+    total = MetricSums.zeros(PAIR_METRICS, CPU)
     for part in torch.tensor_split(torch.arange(count), parts):
         total += sums_of(policy[part], reference[part], torch.ones(len(part)))
     for _ in range(dummies):
@@ -63,7 +63,7 @@ def test_sums_are_exact_where_float32_would_lose_pairs() -> None:
     policy = pairs(torch.full((1, 2), -(2.0**24)))
     ones = replace(policy, chosen=torch.full((1,), -1.0))
     config = LossConfig(reference_free=True)
-    total = MetricSums.zeros(CPU)
+    total = MetricSums.zeros(PAIR_METRICS, CPU)
     for logps in (policy, *[ones] * 3):
         total += metric_sums(torch.zeros(1), logps, None, config, torch.ones(1))
     assert total.means()["logps/chosen"] == -(2.0**24 + 3) / 4

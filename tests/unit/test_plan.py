@@ -16,7 +16,8 @@ Plan = list[list[list[int]]]
 
 
 def sizes(tokens: list[int], costs: list[float] | None = None) -> PairSizes:
-    return PairSizes(np.array(tokens, dtype=np.int64), np.array(costs or tokens, dtype=np.float64))
+    counts = np.array(tokens, dtype=np.int64)
+    return PairSizes(counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
 
 
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.config.schema import DataConfig, LossConfig, LossKind, ModelConfig, SourceConfig
+from dpo_dist.config.schema import (
+    COUPLED_KINDS,
+    REFERENCE_FREE_KINDS,
+    DataConfig,
+    LossConfig,
+    LossKind,
+    ModelConfig,
+    SourceConfig,
+)
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.data.prepare import prepare_dataset
+from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.provider import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
@@ -28,6 +38,7 @@ from tests.support.rows import jsonl
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
+WORLD = World(None, 0, 1, CPU, ())
 PAIRS = 5
 BUDGET = 64
 ROWS = [
@@ -107,13 +118,13 @@ def test_looked_up_values_travel_with_the_batch(data: PairDataset, tmp_path: Pat
 def test_a_row_that_is_missing_ends_an_evaluation(data: PairDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
     with pytest.raises(ReferenceError, match="missing or damaged"):
-        evaluate(Policy(), objective, plan_of(data), CPU)  # type: ignore[arg-type]
+        evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_the_model_computes_in_the_calling_thread(data: PairDataset, tmp_path: Path) -> None:
-    policy = Policy()
-    sums = evaluate(policy, Objective(LossConfig(), stored(data, tmp_path)), plan_of(data), CPU)  # type: ignore[arg-type]
+    policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
+    sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
     assert sums.values[-1] == PAIRS
 
@@ -131,12 +142,12 @@ class AsksForValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", sorted(LossKind))
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - COUPLED_KINDS))
 def test_forward_and_backward_ask_the_device_for_no_value(
     data: PairDataset, tmp_path: Path, kind: LossKind
 ) -> None:
     loss = LossConfig(kind=kind)
-    free = kind in (LossKind.simpo, LossKind.sft)
+    free = kind in REFERENCE_FREE_KINDS
     objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
     model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
     policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
@@ -146,7 +157,8 @@ def test_forward_and_backward_ask_the_device_for_no_value(
         for host_batch in ready.batches:
             batch = host_batch.to(CPU)
             reference = objective.reference_logps(batch)
-            total, _ = objective.measure(policy, batch, reference, plan.mean_chosen_tokens)
+            pairs = objective.score(policy, batch, reference)
+            total, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
             (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
     assert asked.found == []
     assert all(parameter.grad is not None for parameter in model.parameters())

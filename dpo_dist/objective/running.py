@@ -1,0 +1,48 @@
+"""Means over the steps of a run that a loss depends on; part of every checkpoint."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from dpo_dist.config.schema import LossConfig
+
+_Margin = TypeVar("_Margin", float, Tensor)
+
+
+@dataclass(frozen=True)
+class RunningMeans:
+    """What the steps before left, the same on every rank.
+
+    Attributes:
+        margin: moving average over steps of the mean of `b h` (`beta_dpo`'s M0), or None before the first.
+        reward: mean over all pairs so far of the mean reward of their two responses (`bco_pair`'s d).
+        pairs: of `reward`.
+    """
+
+    margin: float | None = None
+    reward: float = 0.0
+    pairs: int = 0
+
+    def batch_beta(self, config: LossConfig, mean_margin: _Margin) -> _Margin:
+        """`b' = b (1 + a (mean M - M0))` of a batch (arXiv 2407.08639, equation 9); in the first step `b`."""
+        start = mean_margin if self.margin is None else self.margin
+        return config.beta * (1 + config.beta_alpha * (mean_margin - start))
+
+    def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
+        """These means and one more step.
+
+        Args:
+            config: of the loss.
+            mean_margin: mean of `b h` over the step's pairs.
+            mean_reward: mean of `b D` over both responses of these pairs.
+            pairs: how many they are.
+        """
+        kept = config.beta_momentum
+        before = mean_margin if self.margin is None else self.margin
+        total = self.pairs + pairs
+        return RunningMeans(
+            margin=kept * before + (1 - kept) * mean_margin,
+            reward=self.reward + (mean_reward - self.reward) * pairs / total,
+            pairs=total,
+        )
