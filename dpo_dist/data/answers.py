@@ -106,11 +106,14 @@ def _ranking(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...
 
 def _instruction(row: Row) -> list[Row] | None:
     """The conversation that `system`, `history`, `instruction` and `input` make, as LLaMA-Factory has it."""
-    if row.get("instruction") is None:
+    history = row.get("history") or []
+    if row.get("instruction") is None or not isinstance(history, list):
         return None
     turns = [("system", row["system"])] if row.get("system") else []
-    for asked, answered in row.get("history") or []:
-        turns += [("user", asked), ("assistant", answered)]
+    for exchange in history:
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            return None
+        turns += zip(("user", "assistant"), exchange, strict=True)
     text = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
     return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
 
