@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from dpo_dist.config.check_data import check_data
 from dpo_dist.config.check_loss import check_loss
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
@@ -19,7 +20,6 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     ReferenceMode,
     RunConfig,
-    SourceConfig,
     TrainerConfig,
 )
 from dpo_dist.errors import ConfigError
@@ -33,7 +33,7 @@ def check(config: RunConfig) -> None:
     """
     _check_folder(config.run)
     _check_model(config.model)
-    _check_data(config.data)
+    check_data(config.data)
     check_loss(config.loss)
     _check_reference(config.reference, config.loss)
     _check_optim(config.optim)
@@ -83,44 +83,6 @@ def _check_checkpointing(value: bool | int | str) -> None:
             expected="none, full, or n of 2 or more: every n-th layer",
             remedy=f"set model.gradient_checkpointing={meant}",
         )
-
-
-def _check_data(data: DataConfig) -> None:
-    if not data.train:
-        raise ConfigError(
-            "there is nothing to train on",
-            where="data.train",
-            got="an empty list",
-            expected="at least one source",
-            remedy="set data.train=[pairs.jsonl], or choose a preset with data=...",
-        )
-    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
-        for index, source in enumerate(sources):
-            _check_source(f"{key}[{index}]", source)
-            if key == "data.eval" and source.weight != SourceConfig.weight:
-                raise ConfigError(
-                    "a weight has no effect on data that is evaluated: every pair counts once",
-                    where=f"{key}[{index}].weight",
-                    got=f"{source.weight:g}",
-                    remedy="leave it out, or set limit",
-                )
-    check_range("data.max_length", data.max_length, at_least=2)
-    check_range("data.max_prompt_length", data.max_prompt_length, at_least=1)
-    check_range("data.processes", data.processes, at_least=1)
-    check_range("data.max_bad_share", data.max_bad_share, at_least=0, at_most=1)
-    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
-        raise ConfigError(
-            "the longest prompt leaves no room for a response",
-            where="data.max_prompt_length, data.max_length",
-            got=f"{data.max_prompt_length}, {data.max_length}",
-            expected="max_prompt_length < max_length",
-            remedy="raise data.max_length or lower data.max_prompt_length",
-        )
-
-
-def _check_source(where: str, source: SourceConfig) -> None:
-    check_range(f"{where}.weight", source.weight, above=0)
-    check_range(f"{where}.limit", source.limit, at_least=1)
 
 
 def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:

@@ -35,6 +35,14 @@ class DataFormat(StrEnum):
     hh = "hh"
     text = "text"
     messages = "messages"
+    ranked = "ranked"
+    completion = "completion"
+
+
+class Ranked(StrEnum):
+    whole = "whole"
+    best_worst = "best_worst"
+    all_pairs = "all_pairs"
 
 
 class Truncation(StrEnum):
@@ -178,6 +186,7 @@ class SourceConfig:
 class DataConfig:
     """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens.
 
+    `ranked`: what becomes of more than two responses: one ranking, its best and worst, or every pair of it.
     `processes` null: as many as there are usable cores, where there are enough records for it.
     """
 
@@ -189,6 +198,7 @@ class DataConfig:
     on_bad_record: OnBadRecord = OnBadRecord.drop
     max_bad_share: float = 0.05
     text_as_messages: bool = False
+    ranked: Ranked = Ranked.whole
     cache: str = _free("output/encoded")
     processes: int | None = _free(None)
 

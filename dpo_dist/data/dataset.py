@@ -1,8 +1,8 @@
 """Encoded pairs on disk, memory-mapped: written once by one process, opened by all, found again by content.
 
 A folder holds flat arrays: token ids piece after piece (a pair's prompt, then its responses), where each
-piece ends, how many pieces each pair has, a content key for every response, and where each pair came from.
-Nothing of the size of the data set lives in memory.
+piece ends, how many pieces each pair has, a content key and a score for every response, and where each pair
+came from. Nothing of the size of the data set lives in memory.
 """
 
 import itertools
@@ -28,6 +28,7 @@ ARRAYS = {
     "piece_ends": np.int64,
     "pair_pieces": np.int64,
     "keys": np.uint64,
+    "scores": np.float64,
     "origins": np.int64,
 }
 
@@ -38,11 +39,14 @@ Keys = npt.NDArray[np.uint64]
 class PairDataset:
     """Encoded pairs of one list of sources; row = place of a pair in their order.
 
+    A pair has one response (supervised), two (chosen, rejected) or more (a ranking), best first.
+
     Attributes:
         folder: where the arrays lie.
         fingerprint: digest of everything that decided the ids.
         counts: what became of the records (`DataCounts.as_dict`).
         keys: uint64 [responses, 2], `encode.response_key` of each response in row order.
+        scores: float64 [responses], in the order of `keys`, nan where a record has no scores.
     """
 
     folder: Path
@@ -54,6 +58,7 @@ class PairDataset:
     piece_ends: npt.NDArray[np.int64]
     pair_pieces: npt.NDArray[np.int64]
     keys: Keys
+    scores: npt.NDArray[np.float64]
     origins: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -163,6 +168,7 @@ def open_dataset(folder: Path, config: DataConfig) -> PairDataset:
         piece_ends=arrays["piece_ends"],
         pair_pieces=arrays["pair_pieces"],
         keys=arrays["keys"].reshape(-1, 2),
+        scores=arrays["scores"],
         origins=arrays["origins"].reshape(-1, 2),
     )
 
@@ -177,7 +183,7 @@ def _check_counts(counts: dict[str, Any], config: DataConfig) -> None:
     examples = "; ".join(counts["examples"][:5])
     if counts["kept"] == 0:
         raise DataError(
-            "no usable preference pair was read",
+            "no usable record was read",
             where=examples or "data.train",
             got=f"{counts['read']} records; dropped: {reasons or 'none'}",
             remedy="check the files and the record format; docs/data.md lists the formats and reasons",

@@ -21,7 +21,7 @@ from dpo_dist.data.parts import DataCounts, EncodedPart
 from dpo_dist.data.processes import CHUNK_RECORDS, Records, encode_in_order
 
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
-_ENCODING_VERSION = 1
+_ENCODING_VERSION = 2
 
 
 def prepare_dataset(
@@ -66,6 +66,7 @@ def _fingerprint(sources: Sequence[SourceConfig], config: DataConfig, tokenizer_
         "max_prompt_length": config.max_prompt_length,
         "truncation": config.truncation,
         "text_as_messages": config.text_as_messages,
+        "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
         "sources": [
             {
@@ -98,6 +99,7 @@ class _Writer:
         self._append("piece_ends", self.sizes["ids"] + np.cumsum(part.piece_tokens))
         self._append("ids", part.ids)
         self._append("keys", part.keys)
+        self._append("scores", part.scores)
         self._append("pair_pieces", self.total_pieces + np.cumsum(part.pair_pieces))
         self._append("origins", np.stack([np.full_like(part.lines, source), part.lines], axis=1))
         self.total_pieces += len(part.piece_tokens)

@@ -38,6 +38,9 @@ class Dialogue:
         return tuple(Message(_ROLES[speaker], content.strip()) for speaker, content in turns)
 
 
+Prompt: TypeAlias = Text | Messages | Dialogue
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a record was read: `source` as configured, `line` 1-based (a record number where lines fail)."""
@@ -51,14 +54,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One prompt and its ranked responses, best first (two: chosen, rejected).
+    """One prompt and its responses, best first (one: to be learnt; two: chosen, rejected; more: a ranking).
 
     `prompt` is plain text, taken as it stands, or a conversation; `responses` are what follows it, each the
     text of one answer (for messages: the content of one assistant turn). `scores`, where the source has
-    them, stand beside the responses.
+    them, stand beside the responses; those of a ranking never rise, and equal ones are ties.
     """
 
-    prompt: Text | Messages | Dialogue
+    prompt: Prompt
     responses: tuple[str, ...]
     origin: Origin
     scores: tuple[float, ...] | None = None

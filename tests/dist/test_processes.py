@@ -14,7 +14,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data import processes as processes_module
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.processes import CHUNK_RECORDS
@@ -53,10 +53,10 @@ def test_real_data_come_out_the_same(tmp_path: Path, make: Callable[[], PreTrain
     shared = shared_data_dir()
     if shared is None:
         pytest.skip("no slices of real data here")
-    names = ["bad_records.jsonl", "hh_rlhf_sample.jsonl", "ultrafeedback_plain_scored.jsonl"]
+    names = ["bad_records.jsonl", "hh_rlhf_sample.jsonl", "ultrafeedback_plain_scored.jsonl", "ranked_oasst_history_zh.json"]
     sources = [SourceConfig(str(shared / name), limit=500) for name in names]
-    one = prepare(tmp_path, sources, 1, make(), max_length=200)
-    assert prepare(tmp_path, sources, 3, make(), max_length=200) == one
+    one = prepare(tmp_path, sources, 1, make(), max_length=200, ranked=Ranked.all_pairs)
+    assert prepare(tmp_path, sources, 3, make(), max_length=200, ranked=Ranked.all_pairs) == one
 
 
 def test_no_number_of_records_is_odd(tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ def test_out_of_range(key: str, value: float) -> None:
         ({"data.train": [{"path": "a", "weight": 0}]}, "data.train[0].weight"),
         ({"data.eval": ["a", {"path": "b", "limit": 0}]}, "data.eval[1].limit"),
         ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval[0].weight"),
+        (
+            {"data.train": [{"path": "a", "format": "text"}], "data.ranked": "all_pairs"},
+            "data.ranked, data.train",
+        ),
         ({"reference.revision": "main"}, "reference.revision, reference.path"),
         ({"data.max_prompt_length": 64, "data.max_length": 64}, "data.max_prompt_length, data.max_length"),
         ({"loss.label_smoothing": 0.5, "loss.kind": "robust"}, "loss.label_smoothing"),
@@ -125,6 +129,7 @@ def test_refused(values: dict[str, Any], where: str) -> None:
         {},
         {"model.gradient_checkpointing": "full", "model.compile": True},
         {"model.gradient_checkpointing": 2, "model.liger": True},
+        {"data.train": [{"path": "a", "format": "text"}, "b"], "data.ranked": "all_pairs"},
         {"loss.label_smoothing": 0.6},
         {"loss.kind": "robust", "loss.label_smoothing": 0.4},
         {"loss.kind": "ipo", "loss.length_average": False},

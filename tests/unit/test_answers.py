@@ -1,0 +1,198 @@
+"""Rankings and completions in files: who stands first, what is no ranking, and which answer is learnt."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
+from tests.support.rows import TEXT, assistant, jsonl, outcomes, user
+from tests.support.shared_data import shared_data_dir
+
+SHARED = shared_data_dir()
+needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+H = "\n\nHuman: q\n\nAssistant:"
+
+
+def scored(text: str, score: str, **answers: Any) -> list[dict[str, Any]]:
+    """Answers with their scores, under these names."""
+    return [{text: answer, score: number, "model": "m"} for answer, number in answers.items()]
+
+
+def read_one(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord | BadRecord:
+    [record] = read_records(SourceConfig(path=jsonl(folder, row), format=layout))
+    return record
+
+
+def read_good(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    record = read_one(folder, row, layout)
+    assert isinstance(record, PreferenceRecord), record
+    return record
+
+
+def reason_against(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> str:
+    record = read_one(folder, row, layout)
+    assert isinstance(record, BadRecord), record
+    return record.reason
+
+
+@pytest.mark.parametrize("layout", [DataFormat.auto, DataFormat.ranked])
+@pytest.mark.parametrize(
+    ("row", "scores"),
+    [
+        ({"responses": ["a", "b", "c"]}, None),
+        ({"completions": ["a", "b", "c"], "scores": [5, 5, -1.5]}, (5.0, 5.0, -1.5)),
+        ({"responses": scored("text", "score", c=1, a=9, b=2)}, (9.0, 2.0, 1.0)),
+        ({"completions": scored("response", "overall_score", b=1, c=0, a=4)}, (4.0, 1.0, 0.0)),
+        ({"responses": scored("content", "rating", b="3", a="4", c="1")}, (4.0, 3.0, 1.0)),
+        # Equal scores stay as the file has them.
+        ({"responses": scored("text", "score", b=1, c=1, a=2)}, (2.0, 1.0, 1.0)),
+    ],
+)
+def test_the_best_stands_first(tmp_path: Path, layout: DataFormat, row: Any, scores: Any) -> None:
+    record = read_good(tmp_path, {"prompt": "q", **row}, layout)
+    assert (record.prompt, record.responses, record.scores) == ("q", ("a", "b", "c"), scores)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user("q")], "responses": ["a", "b", "c"]},
+        {"prompt": [user("q")], "responses": [assistant("a"), assistant("b"), assistant("c")]},
+        {"prompt": "q", "responses": [[assistant("a")], [assistant("b")], [assistant("c")]]},
+        {"responses": [[user("q"), assistant(text)] for text in "abc"]},
+        {"prompt": [user("q")], "responses": scored("content", "score", c=0, b=1, a=2)},
+        {"prompt": [user("q")], "responses": [assistant(t) | {"score": -ord(t)} for t in "cab"]},
+        {"instruction": "q", "completions": scored("response", "overall_score", b=1, c=0, a=2)},
+        {"instruction": "q", "input": "", "output": ["a", "b", "c"], "history": []},
+    ],
+)
+def test_every_way_to_write_a_ranked_conversation_gives_the_same_record(tmp_path: Path, row: Any) -> None:
+    record = read_good(tmp_path, row)
+    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("a", "b", "c"))
+
+
+def test_ranked_dialogues_are_split_at_their_last_answer(tmp_path: Path) -> None:
+    record = read_good(tmp_path, {"responses": [f"{H} {text}" for text in "abc"]})
+    assert (record.prompt, record.responses) == (Dialogue(H), (" a", " b", " c"))
+
+
+def test_an_instruction_stands_after_its_history(tmp_path: Path) -> None:
+    row = {"system": "be kind", "history": [["one", "two"]], "instruction": "do", "input": "this"}
+    record = read_good(tmp_path, row | {"output": ["a", "b"]})
+    roles = ("system", "user", "assistant", "user")
+    assert record.prompt == tuple(map(Message, roles, ("be kind", "one", "two", "do\nthis")))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"responses": ["a"]}, "no_ranking"),
+        ({"responses": []}, "no_ranking"),
+        ({"responses": ["a", None]}, "missing_field"),
+        ({"responses": [{"text": "a", "score": 1}, {"words": "b", "score": 0}]}, "missing_field"),
+        ({"responses": ["a", "b"], "scores": [1, 2]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1, float("nan")]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1, "N/A"]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "score": 1}, {"text": "b"}]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "score": 1}, "b"]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1, 1]}, "all_tied"),
+        ({"responses": [{"text": t, "score": 3} for t in "abc"]}, "all_tied"),
+        # Without scores the order of such a list says nothing.
+        ({"responses": [{"text": "a"}, {"text": "b"}]}, "unknown_format"),
+        ({"responses": ["a", 2]}, "unknown_format"),
+        ({"responses": ["a", " ", "c"]}, "empty_response"),
+        ({"responses": ["a", "b", " a"]}, "identical_responses"),
+        ({"responses": [[user("p"), assistant("a")], [user("q"), assistant("b")]]}, "history_differs"),
+        ({"prompt": None, "responses": ["a", "b"]}, "unknown_format"),
+        ({"prompt": None, "instruction": 3, "responses": ["a", "b"]}, "unread_content"),
+        ({"prompt": None, "instruction": "q", "history": ["q"], "responses": ["a", "b"]}, "unknown_format"),
+        (
+            {"prompt": None, "instruction": "q", "history": [["a", 1]], "responses": ["a", "b"]},
+            "unread_content",
+        ),
+    ],
+)
+def test_what_is_no_ranking_says_why(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    assert reason_against(tmp_path, {"prompt": "q", **row}) == reason
+
+
+@pytest.mark.parametrize("layout", [DataFormat.auto, DataFormat.completion])
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "completion": "a"}, "q"),
+        ({"prompt": [user("q")], "completion": [assistant("a")]}, (Message("user", "q"),)),
+        ({"prompt": [user("q")], "completion": "a", "label": None}, (Message("user", "q"),)),
+        ({"messages": [user("q"), assistant("a")]}, (Message("user", "q"),)),
+        ({"prompt": "q", "messages": [user("q"), assistant("a")]}, (Message("user", "q"),)),
+        ({"completion": H + "a"}, Dialogue(H)),
+    ],
+)
+def test_a_completion_is_a_record_of_one_response(
+    tmp_path: Path, layout: DataFormat, row: Any, prompt: Any
+) -> None:
+    record = read_good(tmp_path, row, layout)
+    assert (record.prompt, record.responses, record.scores) == (prompt, ("a",), None)
+
+
+def test_the_chosen_side_is_learnt_only_where_that_is_said(tmp_path: Path) -> None:
+    pair = TEXT | {"score_chosen": 2, "score_rejected": 1}
+    assert read_good(tmp_path, pair).responses == ("good", "bad")
+    assert read_good(tmp_path, pair, DataFormat.completion).responses == ("good",)
+    alone = {"prompt": "q", "chosen": "good"}
+    assert reason_against(tmp_path, alone) == "missing_field"
+    assert read_good(tmp_path, alone, DataFormat.completion).responses == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q"}, "missing_field"),
+        ({"prompt": "q", "completion": " "}, "empty_response"),
+        ({"prompt": "q", "completion": "a", "label": False}, "unknown_format"),
+        ({"messages": [user("q")]}, "not_one_answer"),
+        ({"messages": [assistant("a")]}, "empty_prompt"),
+        ({"completion": "a"}, "unknown_format"),
+    ],
+)
+def test_what_is_no_completion_says_why(tmp_path: Path, row: Any, reason: str) -> None:
+    assert reason_against(tmp_path, row, DataFormat.completion) == reason
+
+
+def test_a_pair_beside_other_fields_stays_a_pair(tmp_path: Path) -> None:
+    row = TEXT | {"messages": [user("q"), assistant("good")], "responses": ["x", "y"], "completion": "z"}
+    assert read_good(tmp_path, row).responses == ("good", "bad")
+
+
+@needs_shared_data
+def test_real_rankings_are_read_whole(tmp_path: Path) -> None:
+    assert SHARED is not None
+    records = list(read_records(str(SHARED / "ranked_oasst_history_zh.json")))
+    good = [record for record in records if isinstance(record, PreferenceRecord)]
+    faults = [line - 1 for line, reason in outcomes(records) if reason == "identical_responses"]
+    assert faults == [49, 97, 101, 102, 186, 248]
+    assert len(good) + len(faults) == len(records) == 250
+    assert {len(record.responses) for record in good} == {2, 3, 4, 5, 6, 8, 10}
+
+
+@needs_shared_data
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        ("hh_rlhf_sample.jsonl", {"empty_response": [58, 332, 606, 714]}),
+        ("ultrafeedback_plain_scored.jsonl", {"empty_response": [213]}),
+        ("derived/ultrafeedback_binarized_messages.jsonl", {}),
+        ("llama_factory_kto_en.json", {"unknown_format": list(range(60))}),
+    ],
+)
+def test_real_pairs_give_their_chosen_sides(name: str, faults: dict[str, list[int]]) -> None:
+    assert SHARED is not None
+    found: dict[str, list[int]] = {}
+    for line, reason in outcomes(read_records(SourceConfig(str(SHARED / name), DataFormat.completion))):
+        found.setdefault(reason, []).append(line - 1)
+    found.pop("", None)
+    assert found == faults
