@@ -95,21 +95,21 @@ def removed(ablation: Ablation) -> Iterator[Work]:
 
 
 def _counting_tokens(forward: Forward, work: Work) -> Forward:
-    def counted(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
+    def counted(model: PackedCausalLM, batch: PackedBatch, **asked: bool) -> Tensor:
         if torch.is_grad_enabled():
             work.micro_batches += 1
             work.tokens += len(batch.input_ids)
             work.most_tokens = max(work.most_tokens, len(batch.input_ids))
-        return forward(model, batch)
+        return forward(model, batch, **asked)
 
     return counted
 
 
 def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
-    def counted(head: LogpHead, hidden: Tensor, targets: Tensor) -> Tensor:
+    def counted(head: LogpHead, hidden: Tensor, targets: Tensor, **asked: bool) -> Tensor:
         if torch.is_grad_enabled():
             work.logits += len(hidden)
-        return forward(head, hidden, targets)
+        return forward(head, hidden, targets, **asked)
 
     return counted
 
@@ -118,14 +118,14 @@ _forward: Forward = PackedCausalLM.forward
 _head: HeadForward = LogpHead.forward
 
 
-def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch) -> Tensor:
+def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, **_asked: bool) -> Tensor:
     """The model's forward where every token goes through the head (`_all_logps`), of prompts as well."""
     every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
     logps = _forward(model, replace(batch, predictors=every))
     return logps[batch.predictors, batch.targets]
 
 
-def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor) -> Tensor:
+def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, **_asked: bool) -> Tensor:
     """[n, hidden_size] to float32 [n, vocab]; the targets' are taken from it outside."""
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 
@@ -176,7 +176,7 @@ def _packing(ablation: Ablation) -> Callable[..., PackedBatch]:
         pieces = pairs if ablation.shares_prompts else [alone for pair in pairs for alone in _apart(pair)]
         padded = ablation.packing is Packing.padded
         batch = _pack_padded(pieces, keys) if padded else pack(pieces, keys)
-        return replace(batch, weights=torch.ones(len(pairs)))
+        return replace(batch, weights=torch.ones(len(pairs)), ranking=None)
 
     return packed
 

@@ -1,9 +1,10 @@
 """From a global batch to what one rank computes: the plan of a step and its packed micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
@@ -76,5 +77,7 @@ def pack_rows(dataset: PairDataset, rows: Sequence[int], only_chosen: bool = Fal
     if not rows:
         return dummy_batch()
     which = [0] if only_chosen else None
-    places = [list(dataset.response_rows(row))[: 1 if only_chosen else None] for row in rows]
-    return pack([dataset.sequences(row, which) for row in rows], dataset.keys[np.concatenate(places)])
+    places = [dataset.response_rows(row) for row in rows]
+    keys = dataset.keys[np.concatenate([place[:1] if only_chosen else place for place in places])]
+    packed = pack([dataset.sequences(row, which) for row in rows], keys)
+    return replace(packed, score_gaps=torch.from_numpy(dataset.score_gaps(rows)))

@@ -127,6 +127,14 @@ class PairDataset:
         starts = self._first_pieces(rows) - rows
         return np.repeat(starts - starts_in_result, counts) + np.arange(counts.sum())
 
+    def score_gaps(self, rows: Rows | Sequence[int]) -> npt.NDArray[np.float32]:
+        """Score of each row's best response minus that of its worst, float32; nan without scores."""
+        rows = np.asarray(rows, dtype=np.int64)
+        best = self._first_pieces(rows) - rows
+        worst = best + self.response_counts(rows) - 1
+        gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
+        return gaps
+
     def rows_of_responses(self, places: Rows) -> tuple[Rows, Rows]:
         """(rows, which) of the responses whose keys stand at `places`, int64 each."""
         stops = self.pair_pieces - np.arange(len(self)) - 1

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.config.schema import LossConfig, LossKind, RunConfig, SourceConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
+from dpo_dist.errors import DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.load import load_config, load_tokenizer, model_folder, refuse_unpackable
 from dpo_dist.reference.key import tokenizer_digest
@@ -63,7 +64,9 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         encoded = world.on_main(
             lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder))
         )
-        return world.together(lambda: open_dataset(encoded, config.data))
+        dataset = world.together(lambda: open_dataset(encoded, config.data))
+        world.on_main(lambda: demand_fitting(dataset, config.loss))
+        return dataset
 
     train_set = encode(config.data.train)
     eval_set = encode(config.data.eval) if config.data.eval else None
@@ -73,6 +76,45 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for name, dataset in inputs.named.items():
         console.say(f"{name} data: {_told(dataset.counts)}")
     return inputs
+
+
+def demand_fitting(dataset: PairDataset, loss: LossConfig) -> None:
+    """Refuse data of which a pair does not have what the loss compares.
+
+    Raises:
+        DataError: too few or too many responses, or scores that `odpo` cannot take the logarithm of.
+    """
+    every = np.arange(len(dataset), dtype=np.int64)
+    counts = dataset.response_counts(every)
+    kinds = ", ".join(loss.kinds)
+    if not loss.is_one_sided:
+        _refuse(dataset, every[counts < 2], f"{kinds} compares responses", "1 response", "set loss=sft")
+    if not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
+        _refuse(
+            dataset,
+            every[counts > 2],
+            f"{kinds} compares two responses",
+            "a ranking of more",
+            "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs",
+        )
+    if LossKind.odpo in loss.kinds:
+        _refuse(
+            dataset,
+            every[~(dataset.score_gaps(every) > 0)],
+            "odpo takes the logarithm of how much better the chosen response is scored",
+            "no scores, or a chosen one that is not above the rejected one's",
+            "leave these pairs out, or set another loss.kind",
+        )
+
+
+def _refuse(dataset: PairDataset, rows: Rows, what: str, got: str, remedy: str) -> None:
+    if len(rows):
+        raise DataError(
+            f"{len(rows)} of {len(dataset)} pairs do not fit the loss: {what}",
+            where="; ".join(str(dataset.origin(int(row))) for row in rows[:5]),
+            got=got,
+            remedy=remedy,
+        )
 
 
 def shared_model_folder(path: str, revision: str | None, key: str, world: World) -> Path:

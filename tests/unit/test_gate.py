@@ -40,7 +40,13 @@ CPU = torch.device("cpu")
 SIGMOID = LossConfig()
 PAIRS = 6
 ROWS = [
-    {"prompt": f"q {n}", "chosen": f"right {n}" * 20, "rejected": f"wrong {n}" * n}
+    {
+        "prompt": f"q {n}",
+        "chosen": f"right {n}" * 20,
+        "rejected": f"wrong {n}" * n,
+        "score_chosen": n,
+        "score_rejected": 0,
+    }
     for n in range(1, 1 + PAIRS)
 ]
 

@@ -42,7 +42,14 @@ WORLD = World(None, 0, 1, CPU, ())
 PAIRS = 5
 BUDGET = 64
 ROWS = [
-    {"prompt": f"q {n}", "chosen": f"right {n}" * (1 + n), "rejected": f"wrong {n}" * 2} for n in range(PAIRS)
+    {
+        "prompt": f"q {n}",
+        "chosen": f"right {n}" * (1 + n),
+        "rejected": f"wrong {n}" * 2,
+        "score_chosen": 2,
+        "score_rejected": 1,
+    }
+    for n in range(PAIRS)
 ]
 
 
