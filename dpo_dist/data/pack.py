@@ -128,7 +128,7 @@ def dummy_batch() -> PackedBatch:
     """The smallest batch that takes part in a forward and weighs nothing."""
     one = np.zeros(1, dtype=np.int32)
     batch = pack([Sequences(one, (one, one))], np.empty((0, 2), dtype=np.uint64))
-    return replace(batch, weights=torch.zeros(1))
+    return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 
 def _ranking(counts: Sequence[int]) -> Tensor | None:

@@ -98,10 +98,14 @@ def start_ranks(
 
 
 def run_ranks(
-    scenario: Scenario, size: int, folder: Path, kind: ParallelismKind = ParallelismKind.zero3
+    scenario: Scenario,
+    size: int,
+    folder: Path,
+    kind: ParallelismKind = ParallelismKind.zero3,
+    seconds: float = 60,
 ) -> list[Any]:
-    """What `scenario` gives on each rank; it must not fail on any."""
-    outcomes = start_ranks(scenario, size, folder, kind).finish()
+    """What `scenario` gives on each rank; it must not fail on any, nor take longer than `seconds`."""
+    outcomes = start_ranks(scenario, size, folder, kind).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
     return [outcome.result for outcome in outcomes]

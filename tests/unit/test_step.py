@@ -1,6 +1,7 @@
 """Micro-batches are made ready on the host before they are needed, and measuring them asks nothing of it."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from dpo_dist.config.schema import (
     COUPLED_KINDS,
     REFERENCE_FREE_KINDS,
     DataConfig,
+    Dtype,
     LossConfig,
     LossKind,
     ModelConfig,
     SourceConfig,
+    Weighting,
 )
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset, open_dataset
@@ -26,12 +29,14 @@ from dpo_dist.data.pack import PackedBatch
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
+from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.provider import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.step import Objective, evaluate
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.step import Objective, evaluate, train_step
 from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.rows import jsonl
@@ -169,3 +174,74 @@ def test_forward_and_backward_ask_the_device_for_no_value(
             (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
     assert asked.found == []
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Trained:
+    """A model on this process alone, which keeps its gradients."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        logps: Tensor = self.model(batch)
+        return logps
+
+    def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        logps, collisions = self.model(batch, with_collisions=True)
+        return logps, collisions
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, rate: float) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PackedCausalLM:
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    return load_packed(folder, ModelConfig(dtype=Dtype.fp32), 1024, CPU)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighting"),
+    [
+        *((kind, Weighting.none) for kind in sorted(LossKind)),
+        (LossKind.sigmoid, Weighting.wpo),
+        (LossKind.beta_dpo, Weighting.wpo),
+    ],
+)
+def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch(
+    data: PairDataset, model: PackedCausalLM, tmp_path: Path, kind: LossKind, weighting: Weighting
+) -> None:
+    """Also where the loss couples its pairs: two passes are as good as one graph over all of them."""
+    loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
+    objective = Objective(
+        loss, NoReference() if kind in REFERENCE_FREE_KINDS else stored(data, tmp_path / "store")
+    )
+    running, rows = RunningMeans(margin=-1.0), np.arange(PAIRS)
+
+    def gradient(step: Callable[[Any], None]) -> Tensor:
+        model.zero_grad()
+        step(Trained(model))
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def in_micro_batches(policy: Any) -> None:
+        plan = plan_step(data, rows, 0, 1, BUDGET, COSTS, loss.is_one_sided)
+        assert len(plan.micro_batches) > 1
+        ready = objective.ready_step(plan, CPU)
+        train_step(policy, objective, ready, 1.0, WORLD, StepClock(CPU), running)
+
+    def at_once(policy: Any) -> None:
+        plan = plan_step(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
+        (batch,) = objective.ready_batches(plan, CPU)
+        pairs = objective.score(policy, batch, objective.reference_logps(batch))
+        total, _ = objective.measure(pairs, plan.mean_chosen_tokens, running)
+        policy.backward(total / PAIRS, is_last=True)
+
+    ours, direct = gradient(in_micro_batches), gradient(at_once)
+    assert (ours - direct).norm() <= 1e-4 * direct.norm()
+    assert direct.norm() > 0

@@ -1,0 +1,145 @@
+"""Every loss is what it is for any number of ranks and any packing, rankings and coupled losses included (law L1)."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_dist.config.schema import (
+    COUPLED_KINDS,
+    REFERENCE_FREE_KINDS,
+    BcoDelta,
+    DataConfig,
+    Divergence,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    SourceConfig,
+    Weighting,
+)
+from dpo_dist.data.batches import plan_step
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.prepare import prepare_dataset
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
+from dpo_dist.objective.running import RunningMeans
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.provider import LiveReference, NoReference
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.step import Objective, evaluate, train_step
+from tests.dist.scenario import Assets
+from tests.support import tiny
+from tests.support.packing import COSTS
+from tests.support.ranks import OPTIM, run_ranks
+
+RECORDS = 11
+# Odd numbers, fewer pairs than ranks, a row twice in a batch.
+STEPS = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9, 2), (1, 3, 5, 7, 9, 10, 0))
+
+CASES = {
+    **{kind.value: LossConfig(kind, 1.0 if kind not in (LossKind.sft, LossKind.orpo) else 0.1) for kind in LossKind},
+    "aot, smoothed": LossConfig(LossKind.aot, 0.5, 0.1),
+    "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, bco_delta=BcoDelta.running_mean),
+    "beta_dpo, js, wpo": LossConfig(
+        LossKind.beta_dpo, 0.5, divergence=Divergence.js, weighting=Weighting.wpo
+    ),
+    "sigmoid, forward_kl": LossConfig(beta=0.5, divergence=Divergence.forward_kl),
+    "sigmoid, ld_alpha, wpo": LossConfig(beta=0.5, ld_alpha=0.3, weighting=Weighting.wpo),
+    "sigmoid and sft": LossConfig(
+        beta=0.5, terms=[LossTermConfig(LossKind.sigmoid, 1.0), LossTermConfig(LossKind.sft, 0.1)]
+    ),
+    "aot and sft, ld_alpha": LossConfig(
+        beta=0.5,
+        ld_alpha=0.5,
+        terms=[LossTermConfig(LossKind.aot, 1.0), LossTermConfig(LossKind.sft, 0.1)],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded folders: scored pairs, and rankings of 2 to 5 responses."""
+
+    pairs: Path
+    rankings: Path
+
+    def of(self, loss: LossConfig) -> PairDataset:
+        ranked = loss.kind is LossKind.plackett_luce
+        return open_dataset(self.rankings if ranked else self.pairs, DataConfig())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder, source = tmp_path_factory.mktemp("ranked"), random.Random(0)
+
+    def record(number: int, responses: int) -> dict[str, Any]:
+        prompt = f"{number} " + " ".join(source.choices(["sea", "story", "write"], k=source.randint(1, 30)))
+        texts = [
+            f"{rank} " + " ".join(source.choices(["yes", "weather", "Paris"], k=source.randint(1, 20)))
+            for rank in range(responses)
+        ]
+        return {"prompt": prompt, "responses": texts, "scores": [9.0 - 1.5 * rank for rank in range(responses)]}
+
+    def encoded(name: str, counts: list[int]) -> Path:
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(record(*item)) + "\n" for item in enumerate(counts)))
+        config = DataConfig(cache=str(folder / "encoded"))
+        return prepare_dataset([SourceConfig(str(file))], config, tiny.qwen(), "qwen")
+
+    return Data(encoded("pairs", [2] * RECORDS), encoded("rankings", [2 + n % 4 for n in range(RECORDS)]))
+
+
+def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder: Path) -> dict[str, Any]:
+    """Of every case, the metrics and the gradient norm of each step, and an evaluation at the end."""
+    return {name: list(_trajectory(assets, data.of(loss), loss, budget, world)) for name, loss in CASES.items()}
+
+
+def _trajectory(
+    assets: Assets, dataset: PairDataset, loss: LossConfig, budget: int, world: World
+) -> Iterator[dict[str, float]]:
+    config = assets.config(assets.policy)
+    free = REFERENCE_FREE_KINDS.issuperset(loss.kinds)
+    reference = NoReference() if free else LiveReference(load_reference(assets.reference, config, world))
+    objective, running = Objective(loss, reference), RunningMeans()
+    policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)
+
+    def plan(rows: Any) -> Any:
+        only = loss.is_one_sided
+        return plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS, only)
+
+    def means(sums: MetricSums) -> dict[str, float]:
+        return replace(sums, values=world.sum(sums.values)).means()
+
+    for rows in STEPS:
+        ready, clock = objective.ready_step(plan(rows), world.device), StepClock(world.device)
+        sums, norm = train_step(policy, objective, ready, OPTIM.lr, world, clock, running)
+        metrics = means(sums)
+        if not loss.is_one_sided:
+            reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+            running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(rows))
+        yield {**metrics, "grad_norm": norm.item()}
+    yield means(evaluate(policy, objective, plan(range(RECORDS)), world, running))
+
+
+def test_every_loss_trains_alike_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
+    (alone,) = run_ranks(partial(trajectories, assets, data, 8192), 1, tmp_path / "one", seconds=300)
+    pair = run_ranks(partial(trajectories, assets, data, 128), 2, tmp_path / "two", seconds=300)
+    assert set(alone) == set(CASES)
+    for of_rank in pair:
+        for name, steps in of_rank.items():
+            for step, (got, expected) in enumerate(zip(steps, alone[name], strict=True)):
+                assert got == pytest.approx(expected, rel=2e-4, abs=2e-5), (name, step)
+    for name, steps in alone.items():
+        assert all(np.isfinite(list(step.values())).all() for step in steps), name
+        assert steps[-1]["loss"] != steps[0]["loss"], name
+
+
