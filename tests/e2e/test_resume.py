@@ -54,6 +54,20 @@ def test_a_stopped_run_ends_with_75_and_goes_on_exactly(overrides: Overrides, tm
     assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("loss", [["loss=beta_dpo"], ["loss=bco_pair", "loss.bco_delta=running_mean"]])
+def test_running_means_of_a_loss_are_taken_up_again(
+    loss: list[str], overrides: Overrides, tmp_path: Path
+) -> None:
+    steps = ["trainer.epochs=2", "optim.lr=1e-2", "loss.beta=0.5", *loss]
+    train(overrides(*steps, f"run.dir={tmp_path}/whole"))
+    assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=3")).code == 75
+    train(overrides(*steps))
+    rows = history(tmp_path / "run")
+    assert rows == history(tmp_path / "whole")
+    told = [row[name] for row in rows for name in ("loss/beta", "loss/delta") if name in row]
+    assert len(set(told)) > 3
+
+
 def test_a_damaged_checkpoint_is_passed_over(overrides: Overrides, tmp_path: Path) -> None:
     command = overrides("trainer.epochs=2", "trainer.save_every=2", "trainer.keep_last=3")
     run_verb("train", [*command, "trainer.stop_after_steps=5"])

@@ -1,0 +1,70 @@
+"""Losses by the command line that need data of their own: rankings, scores, completions, and a clear no."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Overrides
+from tests.support.launch import history, run_verb, train
+
+RANKINGS = [
+    {"prompt": f"question {n}", "responses": [f"answer {n} {rank}" * (rank + 1) for rank in range(2 + n % 3)]}
+    for n in range(9)
+]
+SCORED = [
+    {
+        "prompt": f"question {n}",
+        "chosen": "yes" * (n + 1),
+        "rejected": "no",
+        "score_chosen": 5,
+        "score_rejected": n % 5,
+    }
+    for n in range(9)
+]
+COMPLETIONS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(9)]
+
+
+def written(file: Path, rows: list[dict[str, object]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.train=[{file}]"
+
+
+def test_rankings_of_different_lengths_train_on_two_processes(overrides: Overrides, tmp_path: Path) -> None:
+    data = written(tmp_path / "rankings.jsonl", RANKINGS)
+    train(overrides(data, "loss=plackett_luce", "trainer.epochs=3", "optim.lr=1e-2"), processes=2)
+    rows = history(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["rewards/margins"] == 0
+
+
+def test_scored_pairs_train_with_an_offset(overrides: Overrides, tmp_path: Path) -> None:
+    train(overrides(written(tmp_path / "scored.jsonl", SCORED), "loss=odpo"))
+    # At no margin the loss is above log 2, for gaps above 1.
+    assert history(tmp_path / "run")[0]["loss"] > 0.7
+
+
+def test_completions_alone_train_a_model_to_answer(overrides: Overrides, tmp_path: Path) -> None:
+    data = written(tmp_path / "completions.jsonl", COMPLETIONS)
+    train(overrides(data, "loss=sft", "trainer.epochs=3", "optim.lr=1e-2"), processes=2)
+    rows = history(tmp_path / "run")
+    assert rows[-1]["logps/chosen"] > rows[0]["logps/chosen"]
+    assert not [name for name in rows[0] if "rejected" in name or "margins" in name]
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss", "said"),
+    [
+        (RANKINGS, "sigmoid", "set loss.kind=plackett_luce"),
+        (COMPLETIONS, "sigmoid", "set loss=sft"),
+        ([{**row, "score_rejected": 5} for row in SCORED], "odpo", "above the rejected"),
+    ],
+)
+def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(
+    rows: list[dict[str, object]], loss: str, said: str, overrides: Overrides, tmp_path: Path
+) -> None:
+    refused = run_verb("train", overrides(written(tmp_path / "rows.jsonl", rows), f"loss={loss}"))
+    assert refused.code == 2, refused.output
+    assert said in refused.output
+    assert "rows.jsonl:" in refused.output
+    assert "Traceback" not in refused.output
