@@ -205,5 +205,5 @@ def evaluate(
                 sums += objective.measure(pairs, plan.mean_chosen_tokens, running)[1]
     if objective.loss.is_coupled:
         _, of_all = objective.measure(gather_pairs(scored, plan, world), plan.mean_chosen_tokens, running)
-        sums += of_all if world.is_main else sums
+        sums = of_all if world.is_main else sums
     return sums
