@@ -53,6 +53,7 @@ def dataset(tmp_path: Path) -> PairDataset:
         piece_ends=np.cumsum([len(piece) for piece in pieces]),
         pair_pieces=np.cumsum([len(pair) for pair in pairs]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
+        scores=np.full(len(keys), np.nan),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
     )
 
