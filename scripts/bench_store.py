@@ -175,6 +175,7 @@ def invented_pairs(pairs: int) -> PairDataset:
         piece_ends=ends,
         pair_pieces=np.arange(3, 3 * pairs + 1, 3),
         keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
+        scores=np.full(2 * pairs, np.nan),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
 

@@ -158,7 +158,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | N
     with whole.running():
         trainer = Trainer(
             model=str(folder / "model"),
-            args=_trl_config(setting, out, best_micro_pairs),
+            args=trl_config(setting, out, best_micro_pairs),
             train_dataset=Dataset.from_dict(columns),
             callbacks=[Steps()],
         )
@@ -167,7 +167,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | N
     return Measured(training, reference, whole, rows, {})
 
 
-def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> Any:
+def trl_config(setting: Setting, out: Path, best_micro_pairs: int | None, **changed: Any) -> Any:
     """TRL's defaults but for what makes the runs the same run; at its best, with all that makes it faster.
 
     `padding_free` is switched off in this version whatever it is set to, and Liger's fused loss is refused.
@@ -199,7 +199,7 @@ def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None) -> An
         report_to="none",
         disable_tqdm=True,
         seed=setting.seed,
-        **options,
+        **{**options, **changed},
     )
 
 

@@ -101,6 +101,15 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     )
 
 
+def test_a_sweep_scores_its_pairs_once() -> None:
+    """Ends with an error if the trainers computed another loss at any first step."""
+    measured = figures("bench_sweep.py")
+    scored = {name: told["scored_pairs"] for name, told in measured["results"].items()}
+    assert measured["points"] == 2
+    assert scored == {"dpo_dist": 8, "trl_default": 16, "trl_kept": 8}
+    assert measured["largest_loss_difference"] < 1e-4
+
+
 def test_bench_schedule_costs() -> None:
     costs = figures("bench_schedule.py", "--costs")["costs"]
     assert costs["microseconds_per_token"] > 0

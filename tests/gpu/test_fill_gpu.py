@@ -43,6 +43,7 @@ def pairs(folder: Path) -> PairDataset:
         piece_ends=np.cumsum(lengths),
         pair_pieces=np.arange(3, 3 * PAIRS + 1, 3),
         keys=np.arange(4 * PAIRS, dtype=np.uint64).reshape(-1, 2),
+        scores=np.full(2 * PAIRS, np.nan),
         origins=np.zeros((PAIRS, 2), dtype=np.int64),
     )
 

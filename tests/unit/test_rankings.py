@@ -76,12 +76,10 @@ def test_whoever_stands_before_another_has_the_higher_score(scores: list[int]) -
             assert [len(examples[0]), len(examples[0]) + ties] == [len(set(scores)), len(scores)]
 
 
+SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
 ROWS = [
     {"prompt": "one", "responses": ["best", "middle", "worst"]},
-    {
-        "prompt": "two",
-        "responses": [{"text": "low", "score": 1}, {"text": "tie", "score": 1}, {"text": "top", "score": 7}],
-    },
+    {"prompt": "two", "responses": [{"text": text, "score": score} for text, score in SCORED.items()]},
     TEXT | {"score_chosen": 2, "score_rejected": 5},
     {"prompt": "three", "completion": "learnt"},
 ]
@@ -93,8 +91,8 @@ NAN = pytest.approx(np.nan, nan_ok=True)
     [
         (
             Ranked.whole,
-            [["best", "middle", "worst"], ["top", "low"], ["good", "bad"], ["learnt"]],
-            [[NAN] * 3, [7, 1], [2, 5], [NAN]],
+            [["best", "middle", "worst"], ["top", "mid", "low"], ["good", "bad"], ["learnt"]],
+            [[NAN] * 3, [7, 4, 1], [2, 5], [NAN]],
             1,
         ),
         (
@@ -107,12 +105,15 @@ NAN = pytest.approx(np.nan, nan_ok=True)
             Ranked.all_pairs,
             [
                 *map(list, combinations(["best", "middle", "worst"], 2)),
+                ["top", "mid"],
                 ["top", "low"],
                 ["top", "tie"],
+                ["mid", "low"],
+                ["mid", "tie"],
                 ["good", "bad"],
                 ["learnt"],
             ],
-            [*[[NAN] * 2] * 3, [7, 1], [7, 1], [2, 5], [NAN]],
+            [*[[NAN] * 2] * 3, [7, 4], [7, 1], [7, 1], [4, 1], [4, 1], [2, 5], [NAN]],
             1,
         ),
     ],
