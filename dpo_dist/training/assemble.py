@@ -19,9 +19,10 @@ from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed, numerics_of
+from dpo_dist.reference.digest import model_digest, model_label
 from dpo_dist.reference.engine import load_reference, scoring_tokens
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
-from dpo_dist.reference.key import ReferenceSpace, model_digest
+from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider, StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.console import Console
@@ -194,7 +195,8 @@ def _stored_reference(
     While the engine is there, a sample of all rows is scored again: those found as well as those computed.
     """
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    space = ReferenceSpace(digest, numerics_of(config.model, backend, world.device))
+    label = model_label(config.reference.path or config.model.path, folder)
+    space = ReferenceSpace(digest, numerics_of(config.model, backend, world.device), label)
     open_store = partial(LogpStore.open, Path(config.reference.store), space)
     engines: list[FrozenEngine] = []
 
