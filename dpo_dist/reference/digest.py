@@ -14,11 +14,9 @@ from dpo_dist.atomic import write_text
 from dpo_dist.data.files import content_digest
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import weight_files
+from dpo_dist.reference.key import MEMO_FOLDER
 
 log = logging.getLogger(__name__)
-
-# One file for each digested file, named by what it is of: jobs that write at once never meet.
-MEMO_FOLDER = "file_digests"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -64,6 +62,7 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def _remembered_digest(file: Path, memo: Path | None) -> str:
+    # Each digest is a file of its own, named by what it is of: jobs that write at once never meet.
     try:
         identity = _identity(file)
         entry = memo / f"{_short_digest(identity)}.json" if memo is not None else None

@@ -18,6 +18,9 @@ STORE_FORMAT = 2
 
 SPACE_FILE = "space.json"
 
+# Beside the spaces: digests of model files, one file for each.
+MEMO_FOLDER = "file_digests"
+
 
 @dataclass(frozen=True)
 class ReferenceSpace:
@@ -61,6 +64,6 @@ def read_space(folder: Path) -> ReferenceSpace | None:
     try:
         content = json.loads((folder / SPACE_FILE).read_bytes())
         space = ReferenceSpace(content["reference"], dict(content["profile"]), str(content["label"]))
-        return space if space.name == folder.name else None
+        return space if space.describe() == content and space.name == folder.name else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -44,7 +44,6 @@ class Shard:
         values: float32; fewer than `ends` says if the file was cut short.
     """
 
-    name: str
     keys: Keys
     ends: npt.NDArray[np.int64]
     checks: npt.NDArray[np.int64]
@@ -124,7 +123,7 @@ def verified_shard(file: Path, content: npt.NDArray[np.uint8]) -> Shard:
     Raises:
         ValueError, KeyError, TypeError, OverflowError: it is not the shard that its name and folder say.
     """
-    shard = _parse_shard(file.name, content)
+    shard = parse_shard(content)
     if shard_name(file.parent.name, shard.keys, shard.ends, shard.checks) != file.name:
         raise ValueError("its index is not the one of its name and reference")
     if shard.is_cut_short:
@@ -150,8 +149,12 @@ def holds(values: Values, tokens: int, check: int) -> bool:
     return len(values) == tokens and zlib.crc32(values.data) == check
 
 
-def _parse_shard(name: str, content: npt.NDArray[np.uint8]) -> Shard:
-    """Find the tensors in a safetensors file; of its header only the places count, the types are ours."""
+def parse_shard(content: npt.NDArray[np.uint8]) -> Shard:
+    """Find the tensors in a safetensors file; of its header only the places count, the types are ours.
+
+    Raises:
+        ValueError, KeyError, TypeError, OverflowError: they are not there.
+    """
     header_bytes = int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8 : 8 + header_bytes].tobytes())
 
@@ -161,7 +164,6 @@ def _parse_shard(name: str, content: npt.NDArray[np.uint8]) -> Shard:
         return found[: len(found) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize].view(dtype)
 
     shard = Shard(
-        name,
         tensor("keys", np.uint64).reshape(-1, 2),
         tensor("ends", np.int64),
         tensor("checks", np.int64),

@@ -45,9 +45,9 @@ def open_store(root: Path) -> LogpStore:
     return LogpStore.open(root, SPACE)
 
 
-def readable(root: Path, names: Sequence[int]) -> Rows:
+def readable(root: Path, names: Sequence[int], space: ReferenceSpace = SPACE) -> Rows:
     """The rows of these names that a run would read."""
-    store = open_store(root)
+    store = LogpStore.open(root, space)
     held = [name for name, holds in zip(names, store.holds(keys_of(names)), strict=True) if holds]
     return {name: row.tolist() for name, row in zip(held, store.read(keys_of(held)), strict=True)}
 
