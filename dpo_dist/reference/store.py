@@ -109,6 +109,20 @@ class LogpStore:
         """The shards that there are now, in this view or not."""
         return _names_below(self.root, self._spaces)
 
+    def demand_writable(self) -> None:
+        """Say before hours of computing what could not be stored.
+
+        Raises:
+            ReferenceError: the own space is read-only.
+        """
+        if not os.access(self.folder, os.W_OK):
+            raise ReferenceError(
+                "the reference store lacks rows that this run needs, and cannot be written",
+                where="reference.store",
+                got=f"{self.folder} is read-only",
+                remedy="mend the permissions, or set another reference.store",
+            )
+
     def __len__(self) -> int:
         return len(self._index.first_words)
 

@@ -4,8 +4,7 @@ import json
 import multiprocessing
 import resource
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeAlias
@@ -21,6 +20,7 @@ from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.key import ReferenceSpace, read_space
 from dpo_dist.reference.shard import Keys, Values
 from dpo_dist.reference.store import LogpStore
+from tests.support.read_only import read_only
 
 SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
 Rows: TypeAlias = dict[int, list[float]]
@@ -249,39 +249,21 @@ def test_a_space_that_does_not_say_what_it_is_serves_and_is_mended(
     assert json.loads(described.read_text()) == SPACE.describe()
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
-    """Makes a folder read-only for every user by mounting it on itself."""
-    mounted = []
-
-    def make(folder: Path) -> Path:
-        for options in (["--bind", str(folder), str(folder)], ["-o", "remount,ro,bind", str(folder)]):
-            done = subprocess.run(["mount", *options], check=False, capture_output=True)
-            if done.returncode != 0:
-                pytest.skip("cannot mount a folder read-only")
-            mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in set(mounted):
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.parametrize("described", [True, False])
 def test_a_read_only_store_serves_what_it_has_and_tells_what_cannot_be_written(
-    tmp_path: Path, read_only: Callable[[Path], Path], described: bool
+    tmp_path: Path, described: bool
 ) -> None:
     folder = write(tmp_path, ROWS).parent
     open_store(tmp_path)
     if not described:
         (folder / "space.json").unlink()
-    read_only(tmp_path)
-    assert readable(tmp_path, list(ROWS)) == ROWS
-    with pytest.raises(ReferenceError, match="cannot be written") as raised:
-        open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
-    assert "Read-only" in raised.value.got
-    with pytest.raises(ReferenceError, match="cannot be opened"):
-        LogpStore.open(tmp_path, ReferenceSpace("new", {}))
+    with read_only(tmp_path):
+        assert readable(tmp_path, list(ROWS)) == ROWS
+        with pytest.raises(ReferenceError, match="cannot be written") as raised:
+            open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
+        assert "Read-only" in raised.value.got
+        with pytest.raises(ReferenceError, match="cannot be opened"):
+            LogpStore.open(tmp_path, ReferenceSpace("new", {}))
 
 
 def test_rows_of_kin_serve_where_the_own_space_has_none(tmp_path: Path) -> None:
