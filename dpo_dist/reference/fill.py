@@ -68,12 +68,12 @@ def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tup
     many have one.
     """
     places = dataset.response_places(rows)
-    distinct = places[_first_of_each(dataset.keys[places])]
+    distinct = places[first_of_each(dataset.keys[places])]
     held = store.holds(dataset.keys[distinct])
     return np.sort(distinct[~held]), int(held.sum())
 
 
-def _first_of_each(keys: Keys) -> Places:
+def first_of_each(keys: Keys) -> Places:
     """Where each distinct key stands first, in the order of keys, in which a store is looked up fastest."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=np.bool_)

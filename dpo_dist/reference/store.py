@@ -47,7 +47,8 @@ class LogpStore:
     def __init__(self, root: Path, spaces: Sequence[ReferenceSpace], names: Iterable[str]):
         self.root = root
         self.folder = root / spaces[0].name
-        self._spaces = spaces
+        self.spaces = spaces
+        """Its own space, and those of its kin."""
         self.damaged: list[str] = []
         """Shards whose index does not hold: all their rows count as missing."""
         self.damaged_rows: Counter[str] = Counter()
@@ -91,8 +92,9 @@ class LogpStore:
         try:
             if names is not None:
                 return cls(root, spaces, names)
-            _enter(root / space.name, space)
-            store = cls(root, spaces, _names_below(root, spaces))
+            for each in spaces:
+                _enter(root / each.name, each)
+            store = cls(root, spaces, names_below(root, spaces))
             store.foreign = [f"{space.name}/{name}" for name in list_foreign(store.folder)]
             for name in store.foreign:
                 log.warning("%s is no shard of the reference store and is passed over", root / name)
@@ -107,7 +109,7 @@ class LogpStore:
 
     def names_now(self) -> list[str]:
         """The shards that there are now, in this view or not."""
-        return _names_below(self.root, self._spaces)
+        return names_below(self.root, self.spaces)
 
     def demand_writable(self) -> None:
         """Say before hours of computing what could not be stored.
@@ -134,13 +136,15 @@ class LogpStore:
             held[part] = [shard is not None for shard in self._find(keys[part])[1]]
         return held
 
-    def serving_spaces(self, keys: Keys) -> Counter[str]:
-        """How many of `keys` are served by each space, by its name."""
-        served: Counter[str] = Counter()
+    def servers(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """Which of `spaces` serves each of `keys`, -1 for none; int64 [n]."""
+        numbers = {space.name: number for number, space in enumerate(self.spaces)}
+        of_shards = [numbers[name.split("/")[0]] for name in self.names]
+        serving: list[int] = []
         for start in range(0, len(keys), _KEYS_AT_ONCE):
             _, shards = self._find(keys[start : start + _KEYS_AT_ONCE])
-            served.update(self.names[shard].split("/")[0] for shard in shards if shard is not None)
-        return served
+            serving += [-1 if shard is None else of_shards[shard] for shard in shards]
+        return np.array(serving, dtype=np.int64)
 
     def read(self, keys: Keys) -> list[Values]:
         """The rows of `keys`, float32 [completion tokens] each.
@@ -251,7 +255,7 @@ def _enter(folder: Path, space: ReferenceSpace) -> None:
         log.warning("the reference store is used as it is and not written to: %s", error)
 
 
-def _names_below(root: Path, spaces: Sequence[ReferenceSpace]) -> list[str]:
+def names_below(root: Path, spaces: Sequence[ReferenceSpace]) -> list[str]:
     """All shards of `spaces` by their path below `root`, in the order of the spaces."""
     names = []
     for space in spaces:

@@ -275,7 +275,7 @@ def test_rows_of_kin_serve_where_the_own_space_has_none(tmp_path: Path) -> None:
     keys = keys_of([1, 2, 3, 4])
     assert store.holds(keys).tolist() == [True, True, True, False]
     assert [row.tolist() for row in store.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
-    assert store.serving_spaces(keys) == {SPACE.name: 1, near.name: 1, far.name: 1}
+    assert store.servers(keys).tolist() == [0, 1, 2, -1]
     again = LogpStore.open(tmp_path, SPACE, store.names)
     assert [row.tolist() for row in again.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
     assert open_store(tmp_path).holds(keys).tolist() == [True, False, False, False]
