@@ -189,7 +189,7 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     from dpo_dist.data.prepare import prepare_dataset
     from dpo_dist.data.schedule import make_schedule
     from dpo_dist.model.load import load_tokenizer
-    from dpo_dist.reference.key import tokenizer_digest
+    from dpo_dist.reference.digest import tokenizer_digest
 
     config = load_run_config(overrides(setting, folder, folder / "unused", folder / "unused"))
     model = Path(config.model.path)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from dpo_dist.config.check_data import check_data
 from dpo_dist.config.check_loss import check_loss
+from dpo_dist.config.check_store import check_store
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     REFERENCE_FREE_KINDS,
@@ -36,6 +37,7 @@ def check(config: RunConfig) -> None:
     check_data(config.data)
     check_loss(config.loss)
     _check_reference(config.reference, config.loss)
+    check_store(config.reference)
     _check_optim(config.optim)
     _check_trainer(config.trainer, config.data)
     _check_parallelism(config.parallelism)

@@ -111,6 +111,11 @@ class ReferenceMode(StrEnum):
     none = "none"
 
 
+class Numerics(StrEnum):
+    strict = "strict"
+    tolerant = "tolerant"
+
+
 class Offload(StrEnum):
     none = "none"
     cpu = "cpu"
@@ -265,6 +270,7 @@ class ReferenceConfig:
     path: str | None = None
     revision: str | None = None
     offload: Offload = _free(Offload.none)
+    numerics: Numerics = Numerics.strict
     store: str = _free("output/reference")
     micro_batch_tokens: int | None = _free(None)
     rows_per_shard: int = _free(4096)

@@ -277,10 +277,19 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
         "transformers": transformers.__version__,
     }
+    if backend is AttentionBackend.flash_attention_2:
+        profile["flash_attn"] = importlib.metadata.version("flash-attn")
+    if torch.are_deterministic_algorithms_enabled():
+        profile["deterministic"] = "true"
     if config.compile:
         profile["compile"] = "inductor"
     if config.liger:
         profile["liger"] = importlib.metadata.version("liger-kernel")
     if device.type == "cuda":
+        matmul = torch.backends.cuda.matmul
         profile["gpu"] = torch.cuda.get_device_name(device)
+        profile["cuda"] = str(torch.version.cuda)
+        profile["bf16_reduction"] = str(matmul.allow_bf16_reduced_precision_reduction)
+    if device.type == "cpu":
+        profile["cpu"] = torch.backends.cpu.get_cpu_capability()
     return profile

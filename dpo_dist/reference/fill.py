@@ -1,9 +1,11 @@
 """Fill the store with what it lacks: find missing responses, score them on all ranks, write whole shards."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
-from dpo_dist.data.plan import ComputeCosts, plan_micro_batches
+from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
+from dpo_dist.reference.rounds import Places, Round, Work, by_pair, in_rounds, plan_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
 
-Places = npt.NDArray[np.int64]
 Scorer = Callable[[PackedBatch], Tensor]
 Progress = Callable[[int, int], None]
 
@@ -29,20 +31,36 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True)
 class FillReport:
-    """What a fill did: distinct responses found stored, computed, and the seconds that computing took."""
+    """What a fill did.
+
+    Attributes:
+        hits: distinct responses found stored, by other jobs since this one began as well.
+        computed: distinct responses computed.
+        seconds: that computing took.
+        damaged: files of the store that do not hold what they promise.
+    """
 
     hits: int = 0
     computed: int = 0
     seconds: float = 0.0
+    damaged: frozenset[str] = frozenset()
 
     def __add__(self, other: "FillReport") -> "FillReport":
         return FillReport(
-            self.hits + other.hits, self.computed + other.computed, self.seconds + other.seconds
+            self.hits + other.hits,
+            self.computed + other.computed,
+            self.seconds + other.seconds,
+            self.damaged | other.damaged,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """For summary.json."""
-        return {"hits": self.hits, "computed": self.computed, "seconds": round(self.seconds, 3)}
+        return {
+            "hits": self.hits,
+            "computed": self.computed,
+            "seconds": round(self.seconds, 3),
+            "damaged": sorted(self.damaged),
+        }
 
 
 def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tuple[Places, int]:
@@ -50,12 +68,12 @@ def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tup
     many have one.
     """
     places = dataset.response_places(rows)
-    distinct = places[_first_of_each(dataset.keys[places])]
+    distinct = places[first_of_each(dataset.keys[places])]
     held = store.holds(dataset.keys[distinct])
     return np.sort(distinct[~held]), int(held.sum())
 
 
-def _first_of_each(keys: Keys) -> Places:
+def first_of_each(keys: Keys) -> Places:
     """Where each distinct key stands first, in the order of keys, in which a store is looked up fastest."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=np.bool_)
@@ -78,7 +96,8 @@ def fill_store(
 
     Rank 0 says what is missing, so that all ranks agree while other jobs write to the same store. Each rank
     writes the rows it computed as shards of its own, while the next ones are computed; a killed fill loses at
-    most two shards of each rank.
+    most two shards of each rank. Jobs that fill one store at once visit their rounds in random orders and
+    look before each one what the others have written: they share the work, and wait for nobody.
 
     Args:
         open_store: opens the store, at the given shards or at all there are.
@@ -88,26 +107,69 @@ def fill_store(
         rows_per_shard: about how many rows a shard holds.
         progress: called after every round with pairs done and pairs in all.
     """
-    missing, hits = world.on_main(lambda: missing_responses(open_store(None), dataset, needed))
+    others = _OtherJobs(open_store)
+    missing, report, seed = world.on_main(lambda: (*others.survey(dataset, needed), secrets.randbits(32)))
     if not len(missing):
-        return FillReport(hits=hits)
+        return report
     started = time.monotonic()
     store = open_store([])
-    work = _by_pair(dataset, missing)
-    rounds = _rounds(
-        dataset, work, world, micro_batch_tokens, costs, max(1, rows_per_shard // 2) * world.size
-    )
-    done, written = 0, None
-    with prefetch(rounds, 1) as planned, ThreadPoolExecutor(1, "shards") as writer:
+    world.together(store.demand_writable)
+    work = by_pair(dataset, missing)
+    plan = partial(plan_round, dataset, world.rank, world.size, micro_batch_tokens, costs)
+    rounds = in_rounds(work, max(1, rows_per_shard // 2) * world.size, seed)
+    done, computed, written = 0, 0, None
+    with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as writer:
         score = scorer()
         for part in planned:
-            keys, rows = _score(dataset, part, score, world)
-            _agree_on(written, world)
-            written = writer.submit(store.write, keys, rows) if rows else None
+            left = _left(dataset, part, others, plan, world)
+            if left is not None:
+                keys, rows = _score(dataset, left, score, world)
+                _agree_on(written, world)
+                written = writer.submit(store.write, keys, rows) if rows else None
+                computed += len(left.work.places)
             done += len(part.work)
             progress(done, len(work))
         _agree_on(written, world)
-    return FillReport(hits, len(missing), time.monotonic() - started)
+    return report + FillReport(len(missing) - computed, computed, time.monotonic() - started)
+
+
+class _OtherJobs:
+    """What other jobs store while this one fills; seen by rank 0."""
+
+    def __init__(self, open_store: Callable[[Sequence[str] | None], LogpStore]):
+        self._open_store = open_store
+        self._known: set[str] = set()
+        self._stores: list[LogpStore] = []
+
+    def survey(self, dataset: PairDataset, needed: Rows) -> tuple[Places, FillReport]:
+        """What is missing now, and what a fill that computes nothing would report."""
+        store = self._open_store(None)
+        self._known = {*store.names, *store.damaged}
+        missing, hits = missing_responses(store, dataset, needed)
+        damaged = frozenset([*store.foreign, *store.damaged, *store.damaged_rows])
+        return missing, FillReport(hits, damaged=damaged)
+
+    def hold(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Which of `keys` have a row in a shard that came after the survey; bool [n]."""
+        store = self._open_store([])
+        new = [name for name in store.names_now() if name not in self._known]
+        if new:
+            self._known.update(new)
+            self._stores.append(self._open_store(new))
+        held = np.zeros(len(keys), dtype=np.bool_)
+        for opened in self._stores:
+            held |= opened.holds(keys)
+        return held
+
+
+def _left(
+    dataset: PairDataset, part: Round, others: _OtherJobs, plan: Callable[[Work], Round], world: World
+) -> Round | None:
+    """What other jobs have left of a round; None if they have stored all of it. Collective."""
+    held = world.on_main(lambda: others.hold(dataset.keys[part.work.places]))
+    if held.all():
+        return None
+    return plan(by_pair(dataset, part.work.places[~held])) if held.any() else part
 
 
 def _agree_on(written: Future[str] | None, world: World) -> None:
@@ -121,65 +183,7 @@ def open_filled(open_store: Callable[[Sequence[str] | None], LogpStore], world: 
     return world.together(lambda: open_store(names))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Pairs with the responses of them that are to be scored, as arrays: they may be many millions.
-
-    Attributes:
-        rows: int64 [pairs], ascending.
-        stops: int64 [pairs], where each pair's responses end in `places`.
-        places: int64 [responses], where their keys stand in the data set's `keys`.
-        which: int64 [responses], which of its pair's responses each is.
-    """
-
-    rows: Rows
-    stops: Rows
-    places: Places
-    which: Rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def part(self, start: int, stop: int) -> "_Work":
-        """The pairs ``start <= number < stop``."""
-        first = int(self.stops[start - 1]) if start else 0
-        rows, stops = self.rows[start:stop], self.stops[start:stop] - first
-        responses = slice(first, first + int(stops[-1]))
-        return _Work(rows, stops, self.places[responses], self.which[responses])
-
-
-def _by_pair(dataset: PairDataset, places: Places) -> _Work:
-    """The work that these `places`, ascending, are."""
-    rows, which = dataset.rows_of_responses(places)
-    distinct, counts = np.unique(rows, return_counts=True)
-    return _Work(distinct, np.cumsum(counts), places, which)
-
-
-@dataclass(frozen=True)
-class _Round:
-    """What all ranks score before they write: `work`, and the numbers in it of this rank's micro-batches."""
-
-    work: _Work
-    micro_batches: list[list[int]]
-
-
-def _rounds(
-    dataset: PairDataset, work: _Work, world: World, micro_batch_tokens: int, costs: ComputeCosts, pairs: int
-) -> Iterator[_Round]:
-    """Divide `work` into rounds of so many pairs, planned for this rank; not collective.
-
-    A round has thousands of pairs for each rank: dealt out in order of cost, ranks get nearly the same, and
-    each plans its own only.
-    """
-    for start in range(0, len(work), pairs):
-        part = work.part(start, start + pairs)
-        sizes = dataset.sizes(part.rows, part.places, np.diff(part.stops, prepend=0), costs)
-        mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
-        plan = plan_micro_batches(sizes.at(mine), 1, micro_batch_tokens)
-        yield _Round(part, [mine[places].tolist() for (places,) in plan])
-
-
-def _score(dataset: PairDataset, part: _Round, score: Scorer, world: World) -> tuple[Keys, list[Values]]:
+def _score(dataset: PairDataset, part: Round, score: Scorer, world: World) -> tuple[Keys, list[Values]]:
     """This rank's share of a round: keys uint64 [n, 2] and their rows. Collective.
 
     On every rank as many micro-batches (law L2).
@@ -201,14 +205,14 @@ def _score(dataset: PairDataset, part: _Round, score: Scorer, world: World) -> t
 
 
 def _packed(
-    dataset: PairDataset, work: _Work, micro_batches: Iterable[list[int]], device: torch.device
+    dataset: PairDataset, work: Work, micro_batches: Iterable[list[int]], device: torch.device
 ) -> Iterator[PackedBatch]:
     for numbers in micro_batches:
         batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
         yield batch.pinned() if device.type == "cuda" else batch
 
 
-def _pack(pairs: Sequence[_Work], dataset: PairDataset) -> PackedBatch:
+def _pack(pairs: Sequence[Work], dataset: PairDataset) -> PackedBatch:
     """A micro-batch of these works of one pair each."""
     if not pairs:
         return dummy_batch()

@@ -1,99 +1,69 @@
-"""What a stored log-prob is addressed by: the reference's files, the exact ids, the numerics (law L3).
+"""What stored log-probs belong to: one reference, its numerics, the code that computed them (law L3).
 
-Weights are digested as files, never as live tensors: under ZeRO-3 those are empty.
+Each such space is a folder of the store, named by a digest of all three; rows inside are addressed by the
+exact token ids. Imports no torch.
 """
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from dpo_dist.atomic import write_text
-from dpo_dist.data.files import content_digest
-from dpo_dist.errors import ConfigError
-from dpo_dist.model.load import weight_files
 
 # Raised when the code that computes log-probs changes their digits: the packed layout, the head.
 LOGP_PATH_VERSION = 1
 
-_MEMO = "file_digests.json"
+# Raised when the files of a space change: rows of older formats are computed anew and never misread.
+STORE_FORMAT = 2
+
+SPACE_FILE = "space.json"
+
+# Beside the spaces: digests of model files, one file for each.
+MEMO_FOLDER = "file_digests"
 
 
 @dataclass(frozen=True)
 class ReferenceSpace:
-    """All rows of one reference under one numerics profile; rows inside are addressed by token ids."""
+    """All rows of one reference under one numerics profile.
+
+    Attributes:
+        reference: digest of the model's files.
+        profile: `model.load.numerics_of`.
+        label: the model's name for people; not a part of the space's identity.
+    """
 
     reference: str
     profile: dict[str, str]
+    label: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
-        """Folder name of the space: digest over reference and profile."""
-        content = {"reference": self.reference, "profile": self.profile, "path": LOGP_PATH_VERSION}
-        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+        """Folder name of the space: digest over reference, profile and versions; 32 hex digits."""
+        content = json.dumps(self._identity(), sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """For `space.json` beside the rows."""
-        return {"reference": self.reference, "profile": self.profile, "logp_path": LOGP_PATH_VERSION}
+        return {**self._identity(), "label": self.label}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "reference": self.reference,
+            "profile": self.profile,
+            "logp_path": LOGP_PATH_VERSION,
+            "format": STORE_FORMAT,
+        }
 
 
-def model_digest(folder: Path, memo_folder: Path | None = None) -> str:
-    """Digest of a model's function: config.json, its weight files, and code that comes with them.
+def read_space(folder: Path) -> ReferenceSpace | None:
+    """The space that `folder` says it is; None if it does not say, or says another than its name.
 
-    Args:
-        folder: the model folder.
-        memo_folder: where digests are remembered by path, size, inode and times, so that a file is read once.
+    Raises:
+        OSError: its `space.json` is there and cannot be read.
     """
-    files = [folder / "config.json", *weight_files(folder), *sorted(folder.glob("*.py"))]
-    memo_file = memo_folder / _MEMO if memo_folder is not None else None
-    memo = _read_memo(memo_file)
-    identities = [_identity(file) for file in files]
-    unknown = [file for file, identity in zip(files, identities, strict=True) if identity not in memo]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for file, digest in zip(unknown, pool.map(_file_digest, unknown), strict=True):
-            memo[_identity(file)] = digest
-    if memo_file is not None and unknown:
-        write_text(memo_file, json.dumps(memo, indent=1))
-    parts = [(file.name, memo[identity]) for file, identity in zip(files, identities, strict=True)]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Digest of the files that decide how text becomes ids."""
-    patterns = (
-        "tokenizer*",
-        "*.model",
-        "vocab*",
-        "merges*",
-        "special_tokens*",
-        "added_tokens*",
-        "chat_template*",
-    )
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    parts = [(file.name, content_digest([file])) for file in files]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
     try:
-        return content_digest([file])
-    except OSError as error:
-        raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
-
-
-def _identity(file: Path) -> str:
-    # The change time too: whoever copies over a file can set its modification time, but not this one.
-    status = file.resolve().stat()
-    return f"{file.resolve()}|{status.st_size}|{status.st_ino}|{status.st_mtime_ns}|{status.st_ctime_ns}"
-
-
-def _read_memo(memo_file: Path | None) -> dict[str, str]:
-    if memo_file is None or not memo_file.is_file():
-        return {}
-    try:
-        memo: dict[str, str] = json.loads(memo_file.read_text())
-    except ValueError:
-        return {}
-    return memo
+        content = json.loads((folder / SPACE_FILE).read_bytes())
+        space = ReferenceSpace(content["reference"], dict(content["profile"]), str(content["label"]))
+        return space if space.describe() == content and space.name == folder.name else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

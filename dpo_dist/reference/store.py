@@ -4,101 +4,126 @@ Shards are named by their content, so writers never meet, and several jobs fill 
 reads everything but the values.
 """
 
+import contextlib
 import json
-import zlib
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from dpo_dist.atomic import is_temporary, staged_file, write_text
+from dpo_dist.atomic import write_text
 from dpo_dist.errors import ReferenceError
-from dpo_dist.reference.key import ReferenceSpace
-from dpo_dist.reference.shard import SUFFIX, Keys, Shard, Values, open_shard, shard_name
+from dpo_dist.reference.index import build_index, first_values
+from dpo_dist.reference.key import SPACE_FILE, ReferenceSpace, read_space
+from dpo_dist.reference.shard import (
+    Keys,
+    Values,
+    holds,
+    list_foreign,
+    list_shards,
+    open_shard,
+    write_shard,
+)
 
-_Number = TypeVar("_Number", np.uint64, np.int64, np.uint32)
+log = logging.getLogger(__name__)
 
 _KEYS_AT_ONCE = 1 << 16  # the rows of a batch of look-ups are Python objects
 
 
-@dataclass(frozen=True)
-class _Index:
-    """All rows in ascending order of their keys' first words; 28 bytes a row.
-
-    Attributes:
-        first_words: uint64 [rows], of the keys.
-        second_words: uint64 [rows].
-        places: int64 [rows], where a row's first value stands in the values of all shards laid end to end,
-            shifted by `token_bits`, and in these its number of tokens.
-        checks: uint32 [rows], checksums of the values.
-        token_bits: as many as the longest row's number of tokens takes.
-    """
-
-    first_words: npt.NDArray[np.uint64]
-    second_words: npt.NDArray[np.uint64]
-    places: npt.NDArray[np.int64]
-    checks: npt.NDArray[np.uint32]
-    token_bits: int
-
-
 class LogpStore:
-    """Rows of one reference space: response key to per-token float32 log-probs.
+    """Rows of one reference: response key to per-token float32 log-probs.
 
     A row holds one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`data.encode.response_key`).
+    (`data.encode.response_key`). Shards are named by their path below the root: space and file. Rows of the
+    store's own space are preferred to those of its kin.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str]):
-        self.folder = folder
+    def __init__(self, root: Path, spaces: Sequence[ReferenceSpace], names: Iterable[str]):
+        self.root = root
+        self.folder = root / spaces[0].name
+        self.spaces = spaces
+        """Its own space, and those of its kin."""
         self.damaged: list[str] = []
+        """Shards whose index does not hold: all their rows count as missing."""
+        self.damaged_rows: Counter[str] = Counter()
+        """Rows that were looked up and whose values do not hold, by shard."""
         shards = []
-        names = sorted(names)
+        names = list(names)
         with ThreadPoolExecutor(max_workers=8) as pool:
-            for name, shard in zip(
-                names, pool.map(lambda name: open_shard(folder / name), names), strict=True
-            ):
+            for name, shard in zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True):
                 if shard is None:
                     self.damaged.append(name)
                 else:
-                    shards.append(shard)
-        self.names = [shard.name for shard in shards]
+                    shards.append((name, shard))
+        self.foreign: list[str] = []
+        """What lies among the shards of the own space and is none; known where all shards were asked for."""
+        self.names = [name for name, _ in shards]
         """The shards this view of the store was opened with, damaged ones left out."""
-        self._values = [shard.values for shard in shards]
-        self._first_values = _first_values(shards)
-        self._index = _build_index(shards, self._first_values)
+        self._values = [shard.values for _, shard in shards]
+        self._first_values = first_values([shard for _, shard in shards])
+        self._index = build_index([shard for _, shard in shards], self._first_values)
 
     @classmethod
-    def open(cls, root: Path, space: ReferenceSpace, names: Sequence[str] | None = None) -> "LogpStore":
+    def open(
+        cls,
+        root: Path,
+        space: ReferenceSpace,
+        names: Sequence[str] | None = None,
+        kin: Sequence[ReferenceSpace] = (),
+    ) -> "LogpStore":
         """Open the rows of `space` below `root`, creating its folder.
 
         Args:
             root: `reference.store`.
             space: reference and numerics.
             names: the shards to see, of another process's `names`; None: all that are there now.
+            kin: other spaces whose rows may serve where `space` has none, the nearest first.
 
         Raises:
             ReferenceError: the folder cannot be made or read.
         """
-        folder = root / space.name
+        spaces = [space, *kin]
         try:
-            if not (folder / "space.json").is_file():
-                write_text(folder / "space.json", json.dumps(space.describe(), indent=1))
-            if names is None:
-                names = [file.name for file in folder.glob(f"*{SUFFIX}") if not is_temporary(file)]
-            return cls(folder, names)
+            if names is not None:
+                return cls(root, spaces, names)
+            for each in spaces:
+                _enter(root / each.name, each)
+            store = cls(root, spaces, names_below(root, spaces))
+            store.foreign = [f"{space.name}/{name}" for name in list_foreign(store.folder)]
+            for name in store.foreign:
+                log.warning("%s is no shard of the reference store and is passed over", root / name)
+            return store
         except OSError as error:
             raise ReferenceError(
                 "the reference store cannot be opened",
                 where="reference.store",
-                got=f"{folder}: {error}",
-                remedy="check that the folder exists, can be written, and is seen by every node",
+                got=f"{root / space.name}: {error}",
+                remedy="check that the folder exists, can be read, and is seen by every node",
             ) from error
+
+    def names_now(self) -> list[str]:
+        """The shards that there are now, in this view or not."""
+        return names_below(self.root, self.spaces)
+
+    def demand_writable(self) -> None:
+        """Say before hours of computing what could not be stored.
+
+        Raises:
+            ReferenceError: the own space is read-only.
+        """
+        if not os.access(self.folder, os.W_OK):
+            raise ReferenceError(
+                "the reference store lacks rows that this run needs, and cannot be written",
+                where="reference.store",
+                got=f"{self.folder} is read-only",
+                remedy="mend the permissions, or set another reference.store",
+            )
 
     def __len__(self) -> int:
         return len(self._index.first_words)
@@ -108,8 +133,18 @@ class LogpStore:
         held = np.empty(len(keys), dtype=np.bool_)
         for start in range(0, len(keys), _KEYS_AT_ONCE):
             part = slice(start, start + _KEYS_AT_ONCE)
-            held[part] = [row is not None for row in self._find(keys[part])]
+            held[part] = [shard is not None for shard in self._find(keys[part])[1]]
         return held
+
+    def servers(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """Which of `spaces` serves each of `keys`, -1 for none; int64 [n]."""
+        numbers = {space.name: number for number, space in enumerate(self.spaces)}
+        of_shards = [numbers[name.split("/")[0]] for name in self.names]
+        serving: list[int] = []
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            _, shards = self._find(keys[start : start + _KEYS_AT_ONCE])
+            serving += [-1 if shard is None else of_shards[shard] for shard in shards]
+        return np.array(serving, dtype=np.int64)
 
     def read(self, keys: Keys) -> list[Values]:
         """The rows of `keys`, float32 [completion tokens] each.
@@ -118,7 +153,7 @@ class LogpStore:
             ReferenceError: a row is missing or damaged.
         """
         rows = []
-        for key, row in zip(keys, self._find(keys), strict=True):
+        for key, row in zip(keys, self._find(keys)[0], strict=True):
             if row is None:
                 raise ReferenceError(
                     "a reference log-prob that this run needs is missing or damaged",
@@ -129,9 +164,10 @@ class LogpStore:
             rows.append(row)
         return rows
 
-    def _find(self, keys: Keys) -> list[Values | None]:
-        """The row of each key; None if no row with that key has values whose checksum holds."""
+    def _find(self, keys: Keys) -> tuple[list[Values | None], list[int | None]]:
+        """The row of each key and the number of its shard; None where no row has values that hold."""
         found: list[Values | None] = [None] * len(keys)
+        holders: list[int | None] = [None] * len(keys)
         wanted = np.arange(len(keys))
         index = self._index
         rows = np.searchsorted(index.first_words, keys[:, 0])
@@ -142,13 +178,19 @@ class LogpStore:
             alike = index.first_words[rows] == keys[wanted, 0]
             wanted, rows = wanted[alike], rows[alike]
             same = index.second_words[rows] == keys[wanted, 1]
-            self._load(rows[same], wanted[same].tolist(), found)
+            self._load(rows[same], wanted[same].tolist(), found, holders)
             left = np.array([found[number] is None for number in wanted.tolist()], dtype=np.bool_)
             wanted, rows = wanted[left], rows[left] + 1
-        return found
+        return found, holders
 
-    def _load(self, rows: npt.NDArray[np.int64], numbers: list[int], found: list[Values | None]) -> None:
-        """Put the values of these rows of the index into `found[numbers]`, where their checksums hold."""
+    def _load(
+        self,
+        rows: npt.NDArray[np.int64],
+        numbers: list[int],
+        found: list[Values | None],
+        holders: list[int | None],
+    ) -> None:
+        """Put these rows of the index, where their values hold, into `found` and `holders` at `numbers`."""
         places, checks, token_bits = (
             self._index.places[rows],
             self._index.checks[rows],
@@ -161,8 +203,10 @@ class LogpStore:
         columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), checks.tolist())
         for number, shard, start, stop, check in zip(*columns, strict=True):
             values = self._values[shard][start:stop]
-            if zlib.crc32(values.data) == check:
-                found[number] = values
+            if holds(values, stop - start, check):
+                found[number], holders[number] = values, shard
+            else:
+                self.damaged_rows[self.names[shard]] += 1
 
     def write(self, keys: Keys, rows: Sequence[Values]) -> str:
         """Append rows as one shard, whole or not at all; visible to stores opened afterwards.
@@ -181,52 +225,40 @@ class LogpStore:
                 got=f"{useless} of {len(rows)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        rows = [np.ascontiguousarray(rows[i], dtype=np.float32) for i in order]
-        keys = np.ascontiguousarray(keys[order])
-        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-        checks = np.array([zlib.crc32(row.data) for row in rows], dtype=np.uint32)
-        name = shard_name(keys, ends, checks)
         try:
-            with staged_file(self.folder / name) as temporary:
-                tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(rows)}
-                save_file(tensors, temporary)
+            return f"{self.folder.name}/{write_shard(self.folder, keys, rows)}"
         except (OSError, SafetensorError) as error:
             raise ReferenceError(
                 "a shard of reference log-probs cannot be written",
                 where="reference.store",
-                got=f"{self.folder / name}: {error}",
+                got=f"{self.folder}: {error}",
                 remedy="make room or set another reference.store; finished shards are kept",
             ) from error
-        return name
 
 
-def _first_values(shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
-    """Where each shard's values start if all are laid end to end; int64 [shards]."""
-    tokens = np.array([shard.ends[-1] if len(shard.ends) else 0 for shard in shards], dtype=np.int64)
-    return np.cumsum(tokens) - tokens
+def _enter(folder: Path, space: ReferenceSpace) -> None:
+    """Have the folder say what it holds, and when it was last used; one that is read-only may still be read.
+
+    Raises:
+        OSError: it is not there and cannot be made.
+    """
+    try:
+        if read_space(folder) is not None:
+            os.utime(folder / SPACE_FILE)
+            return
+        if (folder / SPACE_FILE).exists():
+            log.warning("%s is damaged and is written anew", folder / SPACE_FILE)
+        write_text(folder / SPACE_FILE, json.dumps(space.describe(), indent=1))
+    except OSError as error:
+        if not folder.is_dir():
+            raise
+        log.warning("the reference store is used as it is and not written to: %s", error)
 
 
-def _build_index(shards: Sequence[Shard], first_values: npt.NDArray[np.int64]) -> _Index:
-    tokens = [np.diff(shard.ends, prepend=0) for shard in shards]
-    token_bits = max((int(of_shard.max(initial=0)) for of_shard in tokens), default=0).bit_length()
-    values = sum(len(shard.values) for shard in shards)
-    assert values.bit_length() + token_bits < 64, "4 TiB of rows of less than 8 million tokens have room"
-    places = [
-        (shard.ends - of_shard + first_value) << token_bits | of_shard
-        for shard, of_shard, first_value in zip(shards, tokens, first_values, strict=True)
-    ]
-    first_words = _joined([shard.keys[:, 0] for shard in shards], np.uint64)
-    # Stable: of rows of one key that two jobs have computed, every rank takes the same.
-    order = np.argsort(first_words, kind="stable")
-    return _Index(
-        first_words[order],
-        _joined([shard.keys[:, 1] for shard in shards], np.uint64)[order],
-        _joined(places, np.int64)[order],
-        _joined([shard.checks for shard in shards], np.uint32)[order],
-        token_bits,
-    )
-
-
-def _joined(arrays: Sequence[npt.NDArray[_Number]], dtype: type[_Number]) -> npt.NDArray[_Number]:
-    return np.concatenate([np.empty(0, dtype=dtype), *arrays])
+def names_below(root: Path, spaces: Sequence[ReferenceSpace]) -> list[str]:
+    """All shards of `spaces` by their path below `root`, in the order of the spaces."""
+    names = []
+    for space in spaces:
+        with contextlib.suppress(FileNotFoundError):  # dropped, or never made
+            names += [f"{space.name}/{name}" for name in list_shards(root / space.name)]
+    return names

@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,18 @@ import torch
 
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.checkpoint import CheckpointSaver, load_checkpoint
 from dpo_dist.distributed.runtime import World, start_world, stop_world
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
+from dpo_dist.distributed.zero import PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
-from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.flops import matmul_peak
-from dpo_dist.model.load import TORCH_DTYPES, load_packed, numerics_of
-from dpo_dist.reference.engine import load_reference, scoring_tokens
-from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
-from dpo_dist.reference.key import ReferenceSpace, model_digest
-from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider, StoredReference
-from dpo_dist.reference.store import LogpStore
+from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.reference.digest import model_digest, model_label
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.fill import FillReport
+from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider
 from dpo_dist.report.console import Console
 from dpo_dist.report.history import History, final_and_best
 from dpo_dist.report.page import METRICS_FOLDER
@@ -44,6 +43,7 @@ from dpo_dist.training.gate import pass_gate
 from dpo_dist.training.inputs import Inputs, load_inputs, shared_model_folder
 from dpo_dist.training.loop import Loop, Position, StopRequest
 from dpo_dist.training.step import Objective
+from dpo_dist.training.stored import stored_reference
 
 EXIT_COMPLETED = 0
 EXIT_PREEMPTED = 75
@@ -56,12 +56,14 @@ class Reference:
     Attributes:
         digest: of the model; None where there is none.
         is_policys_start: whether it is the model that the policy starts from.
+        audited: a data set and rows of it whose reference values are to be tested by a fresh computation.
         report: for summary.json.
     """
 
     provider: ReferenceProvider
     digest: str | None
     is_policys_start: bool
+    audited: tuple[PairDataset, Rows]
     report: dict[str, Any]
 
 
@@ -94,7 +96,7 @@ def train(config: RunConfig, console: Console) -> int:
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
             policy.train(False)
-            drift = pass_gate(policy.token_logps, objective, *inputs.visited[0], inputs.costs, config, world)
+            drift = pass_gate(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
             report = {**report, "drift": drift}
             console.say(f"step-0 gate passed: {json.dumps(drift)}")
         loop = Loop(
@@ -170,8 +172,10 @@ def _world(config: RunConfig) -> Iterator[World]:
 def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
     """The provider of reference values; fills the store if it lacks any. Collective."""
     mode = config.reference.mode
+    audited = inputs.visited[0]
     if mode is ReferenceMode.none:
-        return Reference(NoReference(), None, False, {"mode": mode.value, **FillReport().as_dict()})
+        report = {"mode": mode.value, **FillReport().as_dict()}
+        return Reference(NoReference(), None, False, audited, report)
     path = config.reference.path or config.model.path
     revision = config.reference.revision if config.reference.path else config.model.revision
     folder = shared_model_folder(path, revision, "reference.path", world)
@@ -182,55 +186,11 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
         provider: ReferenceProvider = LiveReference(load_reference(folder, config, world))
         report = FillReport().as_dict()
     else:
-        provider, report = _stored_reference(config, inputs, folder, digest, world, console)
-    return Reference(provider, digest, is_start, {"mode": mode.value, **report})
-
-
-def _stored_reference(
-    config: RunConfig, inputs: Inputs, folder: Path, digest: str, world: World, console: Console
-) -> tuple[StoredReference, dict[str, Any]]:
-    """The store with every row that the run visits; what it lacks is computed, and then the engine freed.
-
-    While the engine is there, a sample of all rows is scored again: those found as well as those computed.
-    """
-    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    space = ReferenceSpace(digest, numerics_of(config.model, backend, world.device))
-    open_store = partial(LogpStore.open, Path(config.reference.store), space)
-    engines: list[FrozenEngine] = []
-
-    def scorer() -> Scorer:
-        if not engines:
-            engines.append(load_reference(folder, config, world))
-        return engines[0].token_logps
-
-    filled = FillReport()
-    for dataset, rows in inputs.visited:
-        with console.bar("reference", 0, 0, "pair") as bar:
-            filled += fill_store(
-                open_store,
-                dataset,
-                rows,
-                scorer,
-                world,
-                scoring_tokens(config),
-                inputs.costs,
-                config.reference.rows_per_shard,
-                partial(_show_progress, bar),
-            )
-    console.say(f"reference: {filled.hits} rows found in the store, {filled.computed} computed")
-    provider = StoredReference(open_filled(open_store, world))
-    report = filled.as_dict()
-    if engines and config.reference.audit_pairs:
-        objective = Objective(config.loss, provider)
-        report["drift"] = pass_gate(scorer(), objective, *inputs.visited[0], inputs.costs, config, world)
-    for engine in engines:
-        engine.free()
-    return provider, report
-
-
-def _show_progress(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
+        label = model_label(path, folder)
+        provider, report, audited = stored_reference(
+            config, inputs, folder, (digest, label), is_start, world, console
+        )
+    return Reference(provider, digest, is_start, audited, {"mode": mode.value, **report})
 
 
 def _open_recorder(

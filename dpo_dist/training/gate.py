@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_dist.config.schema import Dtype, RunConfig
+from dpo_dist.config.schema import Dtype, Numerics, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.pack import PackedBatch
@@ -84,7 +84,7 @@ def pass_gate(
     losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)
-    _refuse_drift(everywhere, dataset, config.model.dtype)
+    _refuse_drift(everywhere, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()
     _refuse_loss(loss, loss_at_zero_margin, config.model.dtype)
     return report
@@ -127,7 +127,8 @@ def _tolerance(dtype: Dtype, tokens: int) -> float:
     return _TOLERANCE[dtype] * few
 
 
-def _refuse_drift(scored: list[_ScoredResponse], dataset: PairDataset, dtype: Dtype) -> None:
+def _refuse_drift(scored: list[_ScoredResponse], dataset: PairDataset, config: RunConfig) -> None:
+    dtype = config.model.dtype
     # Not "drift > tolerance", which lets nan pass.
     drifted = [s for s in scored if not s.token_drift <= _tolerance(dtype, s.tokens)]
     if drifted:
@@ -137,7 +138,11 @@ def _refuse_drift(scored: list[_ScoredResponse], dataset: PairDataset, dtype: Dt
             where="; ".join(named),
             got="mean drift per token as given above, in nats",
             expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for a few tokens in bf16",
-            remedy="the store does not belong to this model or was damaged: set another reference.store",
+            remedy=(
+                "the store does not belong to this model or was damaged: set another reference.store"
+                if config.reference.numerics is Numerics.strict
+                else "rows of other numerics are too far from this run's: set reference.numerics=strict"
+            ),
         )
 
 

@@ -17,7 +17,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.load import load_config, load_tokenizer, model_folder, refuse_unpackable
-from dpo_dist.reference.key import tokenizer_digest
+from dpo_dist.reference.digest import tokenizer_digest
 from dpo_dist.report.console import Console
 
 _NO_CHANGES = frozenset({"read", "kept", "dropped", "examples"})

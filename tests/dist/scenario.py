@@ -48,6 +48,7 @@ def fill(
     _folder: Path,
     before_scoring: Callable[[], None] = lambda: None,
     change: Callable[[Tensor], Tensor] = lambda logps: logps,
+    rows_per_shard: int = 4,
 ) -> dict[str, Any]:
     """Fill `store` for the first `pairs`, a few a shard; what was reported, and what this rank scored."""
     scored = {"rows": 0, "dummies": 0}
@@ -72,7 +73,7 @@ def fill(
         world,
         micro_batch_tokens=128,
         costs=COSTS,
-        rows_per_shard=4,
+        rows_per_shard=rows_per_shard,
         progress=lambda _done, _total: None,
     )
     complete = open_filled(open_store, world).holds(assets.dataset().keys[: 2 * pairs]).all()

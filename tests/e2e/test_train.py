@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.formats import read_records
+from dpo_dist.reference.key import read_space
+from dpo_dist.reference.shard import open_shard
+from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.history import PHASES
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
@@ -109,21 +114,21 @@ def test_a_model_that_was_warmed_up_with_sft_starts_from_its_own_reference(
 
 
 def test_a_log_prob_that_is_not_the_models_is_caught_at_the_gate(
-    overrides: Overrides, tmp_path: Path
+    overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """Rows of another model under this model's key: nothing but re-scoring can tell."""
     train(overrides("trainer.max_steps=1"))
     other = write_model(tmp_path / "other", seed=9)
     train(overrides(f"model.path={other}", f"run.dir={tmp_path}/other-run", "trainer.max_steps=1"))
-    spaces = sorted(
-        (folder for folder in (tmp_path / "store").iterdir() if folder.is_dir()),
-        key=lambda folder: (folder / "space.json").stat().st_mtime_ns,
-    )
-    first, second = ([*folder.glob("*.safetensors")] for folder in spaces)
-    for shard in second:
-        shard.unlink()
-    for shard in first:
-        shard.rename(spaces[1] / shard.name)
+    by_label = {space.label: space for path in (tmp_path / "store").glob("*/") if (space := read_space(path))}
+    own, others = by_label[f"{assets}/model"], by_label[str(other)]
+    shards = [
+        shard for file in (tmp_path / "store" / own.name).glob("*.safetensors") if (shard := open_shard(file))
+    ]
+    keys = np.concatenate([shard.keys for shard in shards])
+    rows = LogpStore.open(tmp_path / "store", own).read(keys)
+    shutil.rmtree(tmp_path / "store" / others.name)
+    LogpStore.open(tmp_path / "store", others).write(keys, rows)
     ended = run_verb(
         "train", overrides(f"model.path={other}", f"run.dir={tmp_path}/third-run", "trainer.max_steps=1")
     )

@@ -168,6 +168,19 @@ def test_numerics_tell_apart_what_changes_digits() -> None:
     )
     compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
     assert fp32 != numerics_of(compiled, AttentionBackend.sdpa, CPU)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert fp32 != numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_numerics_name_the_version_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9")
+    assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["cpu"] == torch.backends.cpu.get_cpu_capability()
+    flash = numerics_of(ModelConfig(), AttentionBackend.flash_attention_2, CPU)
+    assert flash["flash_attn"] == "flash-attn 9"
+    assert "flash_attn" not in numerics_of(ModelConfig(), AttentionBackend.varlen, CPU)
 
 
 def test_liger_is_refused_before_weights_are_read_where_it_cannot_run(folder: Path) -> None:

@@ -18,6 +18,7 @@ from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
+from tests.support.read_only import read_only
 
 SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
 RESPONSES = [2, 1, 3, 2, 2, 2]
@@ -152,6 +153,84 @@ def test_a_round_is_written_before_the_next_but_one_is_scored(
     fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Watching())
     assert len(shards) == len(RESPONSES)
     assert all(round_ - 1 <= written <= round_ for round_, written in enumerate(shards))
+
+
+class OtherJob(Scorer):
+    """While it scores its first batch, another job computes what `rows` need, or all that is left of it."""
+
+    def __init__(self, root: Path, dataset: PairDataset, rows: list[int], world: World) -> None:
+        super().__init__()
+        self._start = lambda: fill(root, dataset, rows, world, rows_per_shard=2)[0]
+        self.report = FillReport()
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        if not self.responses:
+            self.report = self._start()
+        return super().__call__(batch)
+
+
+@pytest.mark.parametrize("theirs", [[0, 1, 2, 3, 4, 5], [2, 5], [1]])
+def test_what_another_job_stores_meanwhile_is_not_computed(
+    tmp_path: Path, dataset: PairDataset, world: World, theirs: list[int]
+) -> None:
+    rows = list(range(len(RESPONSES)))
+    other = OtherJob(tmp_path, dataset, theirs, world)
+    report, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard=2, scorer=other)
+    distinct = sum(RESPONSES) - 1
+    assert report.hits + report.computed == distinct
+    assert report.computed == scorer.responses
+    first_round = max(RESPONSES)
+    assert distinct <= report.computed + other.report.computed <= distinct + first_round
+    assert scorer.progress[-1] == (len(rows), len(rows))
+    assert_filled(tmp_path, dataset, rows)
+
+
+def test_of_a_round_only_what_nobody_else_stored_is_computed(
+    tmp_path: Path, dataset: PairDataset, world: World
+) -> None:
+    """The other job has stored one response of a pair."""
+    [place] = dataset.response_places(np.array([2]))[1:2]
+
+    class Neighbour(Scorer):
+        def __call__(self, batch: PackedBatch) -> Tensor:
+            if not self.responses:
+                values = logps_of(torch.from_numpy(dataset.sequences(2).responses[1])).numpy()
+                LogpStore.open(tmp_path, SPACE).write(dataset.keys[[place]], [values])
+            return super().__call__(batch)
+
+    for _ in range(2):
+        report, _ = fill(tmp_path, dataset, [0, 2], world, rows_per_shard=2, scorer=Neighbour())
+        assert report.hits + report.computed == 5
+        assert_filled(tmp_path, dataset, [0, 2])
+
+
+def test_what_is_damaged_is_named_and_computed_anew(
+    tmp_path: Path, dataset: PairDataset, world: World
+) -> None:
+    rows = list(range(len(RESPONSES)))
+    fill(tmp_path, dataset, rows, world, rows_per_shard=4)
+    first, second, third = sorted(tmp_path.glob("*/*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.write_bytes(b"")
+    (third.parent / "x.safetensors").write_bytes(b"")
+    left = len(LogpStore.open(tmp_path, SPACE)) - 1  # the index of the first is whole, but not its last row
+    report, scorer = fill(tmp_path, dataset, rows, world)
+    assert report.damaged == {f"{SPACE.name}/{name}" for name in (first.name, second.name, "x.safetensors")}
+    assert report.computed == sum(RESPONSES) - 1 - left
+    assert scorer.responses == report.computed
+    assert_filled(tmp_path, dataset, rows)
+
+
+def test_a_store_that_cannot_be_written_is_told_before_anything_is_computed(
+    tmp_path: Path, dataset: PairDataset, world: World
+) -> None:
+    fill(tmp_path, dataset, [0], world)
+    with read_only(tmp_path):
+        assert fill(tmp_path, dataset, [0], world)[0] == FillReport(hits=2)
+        scorer = Scorer()
+        with pytest.raises(ReferenceError, match="cannot be written"):
+            fill(tmp_path, dataset, [0, 1], world, scorer=scorer)
+        assert not scorer.responses
 
 
 @pytest.mark.parametrize("broken", [0, 3, len(RESPONSES) - 1])

@@ -1,12 +1,21 @@
 """A stored log-prob belongs to the weights on disk and to the numerics; neither changes unnoticed."""
 
+import json
 import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dpo_dist.errors import ConfigError
+from dpo_dist.reference import digest as digest_module
 from dpo_dist.reference import key as key_module
-from dpo_dist.reference.key import ReferenceSpace, model_digest, tokenizer_digest
+from dpo_dist.reference.digest import model_digest, model_label, tokenizer_digest
+from dpo_dist.reference.key import ReferenceSpace
 
 
 @pytest.fixture
@@ -59,13 +68,13 @@ def test_a_copy_has_the_same_digest(model: Path, tmp_path: Path) -> None:
 
 def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    digest = key_module.content_digest
+    digest = digest_module.content_digest
 
     def spy(files: list[Path]) -> str:
         read.extend(file.name for file in files)
         return digest(files)
 
-    monkeypatch.setattr(key_module, "content_digest", spy)
+    monkeypatch.setattr(digest_module, "content_digest", spy)
     first = model_digest(model, tmp_path / "memo")
     assert len(read) == 4
     assert model_digest(model, tmp_path / "memo") == first
@@ -85,11 +94,73 @@ def test_a_change_that_keeps_size_and_time_is_seen(model: Path, tmp_path: Path) 
     assert model_digest(model, tmp_path) != before
 
 
-def test_a_damaged_memo_is_written_anew(model: Path, tmp_path: Path) -> None:
+def damages(content: bytes) -> Iterator[bytes]:
+    yield b""
+    yield content[: len(content) // 2]
+    yield b"[]"
+    digest = json.loads(content)["digest"]
+    yield content.replace(digest.encode(), digest[::-1].encode())
+
+
+def test_a_damaged_memo_is_written_anew(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = model_digest(model, tmp_path)
-    (tmp_path / "file_digests.json").write_text('{"half')
-    assert model_digest(model, tmp_path) == before
-    assert model_digest(model, tmp_path) == before
+    entries = sorted((tmp_path / "file_digests").iterdir())
+    assert len(entries) == 4
+    for entry in entries:
+        whole = entry.read_bytes()
+        for damaged in damages(whole):
+            entry.write_bytes(damaged)
+            assert model_digest(model, tmp_path) == before
+            assert entry.name in caplog.text
+            assert entry.read_bytes() == whole
+
+
+def test_jobs_that_digest_at_once_forget_nothing_of_each_other(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each finds the memo empty, and both write it."""
+    models = [model, shutil.copytree(model, tmp_path / "other")]
+    digest, meeting = digest_module.content_digest, threading.Barrier(2)
+
+    def met(files: list[Path]) -> str:
+        if files[0].name == "config.json":
+            meeting.wait(10)
+        return digest(files)
+
+    monkeypatch.setattr(digest_module, "content_digest", met)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda folder: model_digest(folder, tmp_path / "memo"), models))
+    monkeypatch.setattr(digest_module, "content_digest", lambda files: pytest.fail(f"{files} read again"))
+    assert [model_digest(folder, tmp_path / "memo") for folder in models] == digests
+
+
+def test_a_file_that_changes_while_it_is_read_has_no_digest(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = digest_module.content_digest
+
+    def overtaken(files: list[Path]) -> str:
+        told = digest(files)
+        files[0].write_bytes(files[0].read_bytes() + b" ")
+        return told
+
+    monkeypatch.setattr(digest_module, "content_digest", overtaken)
+    with pytest.raises(ConfigError, match="changes while it is read"):
+        model_digest(model, tmp_path / "memo")
+    assert not (tmp_path / "memo").exists()
+
+
+def test_a_memo_that_cannot_be_written_is_done_without(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_bytes(b"")
+    assert model_digest(model, tmp_path / "occupied") == model_digest(model)
+
+
+def test_a_snapshot_of_the_hub_is_named_by_its_commit(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    assert model_label("org/model", tmp_path / "snapshots" / commit) == f"org/model@{commit}"
+    assert model_label("./model", tmp_path / "model") == "./model"
 
 
 def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
@@ -104,11 +175,15 @@ def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
     assert len({space.name for space in (base, *others)}) == 5
     assert base.name == ReferenceSpace("weights", dict(reversed(profile.items()))).name
     assert base.describe()["profile"] == profile
+    assert replace(base, label="a name").name == base.name
 
 
-def test_a_change_of_the_log_prob_path_starts_a_new_space(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["LOGP_PATH_VERSION", "STORE_FORMAT"])
+def test_a_change_of_the_log_prob_path_or_the_files_starts_a_new_space(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = ReferenceSpace("weights", {}).name
-    monkeypatch.setattr(key_module, "LOGP_PATH_VERSION", key_module.LOGP_PATH_VERSION + 1)
+    monkeypatch.setattr(key_module, version, getattr(key_module, version) + 1)
     assert ReferenceSpace("weights", {}).name != before
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import resource
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dpo_dist.errors import ReferenceError
-from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.key import ReferenceSpace, read_space
 from dpo_dist.reference.shard import Keys, Values
 from dpo_dist.reference.store import LogpStore
+from tests.support.read_only import read_only
 
 SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
 Rows: TypeAlias = dict[int, list[float]]
@@ -36,16 +38,16 @@ def values(*numbers: float) -> Values:
 def write(root: Path, rows: Rows, space: ReferenceSpace = SPACE) -> Path:
     """Write these rows as one shard and give its file."""
     store = LogpStore.open(root, space, [])
-    return store.folder / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
+    return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
 
 
 def open_store(root: Path) -> LogpStore:
     return LogpStore.open(root, SPACE)
 
 
-def readable(root: Path, names: Sequence[int]) -> Rows:
+def readable(root: Path, names: Sequence[int], space: ReferenceSpace = SPACE) -> Rows:
     """The rows of these names that a run would read."""
-    store = open_store(root)
+    store = LogpStore.open(root, space)
     held = [name for name, holds in zip(names, store.holds(keys_of(names)), strict=True) if holds]
     return {name: row.tolist() for name, row in zip(held, store.read(keys_of(held)), strict=True)}
 
@@ -75,6 +77,7 @@ def test_an_empty_store_holds_nothing(tmp_path: Path) -> None:
     assert store.holds(keys_of([1, 2])).tolist() == [False, False]
     assert store.names == []
     assert json.loads((store.folder / "space.json").read_text()) == SPACE.describe()
+    assert read_space(store.folder) == SPACE
 
 
 def test_another_space_sees_none_of_the_rows(tmp_path: Path) -> None:
@@ -88,8 +91,9 @@ def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     write(tmp_path, {2: [-2.0]})
     assert store.holds(keys_of([1, 2])).tolist() == [True, False]
-    again = LogpStore.open(tmp_path, SPACE, [first.name])
-    assert again.names == store.names == [first.name]
+    name = f"{SPACE.name}/{first.name}"
+    again = LogpStore.open(tmp_path, SPACE, [name])
+    assert again.names == store.names == [name]
     assert open_store(tmp_path).holds(keys_of([1, 2])).all()
 
 
@@ -149,7 +153,7 @@ def test_a_flipped_key_loses_the_shard_and_says_so(tmp_path: Path, caplog: pytes
     write(tmp_path, {2: [-9.0]})
     flip(file, file.read_bytes().index(keys_of([7]).tobytes()))
     store = open_store(tmp_path)
-    assert store.damaged == [file.name]
+    assert store.damaged == [f"{SPACE.name}/{file.name}"]
     assert file.name in caplog.text
     assert store.holds(keys_of([7, 1, 4, 2])).tolist() == [False, False, False, True]
     # The same rows computed again put a whole shard in its place.
@@ -166,6 +170,20 @@ def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
         file.write_bytes(whole)
 
 
+def test_a_shard_that_was_cut_short_keeps_the_rows_before_the_cut(tmp_path: Path) -> None:
+    file = write(tmp_path, ROWS)
+    content = file.read_bytes()
+    last = content.index(values(*ROWS[7]).tobytes())
+    assert last > content.index(values(*ROWS[4]).tobytes())
+    for size in (last + 4, last + 7):
+        file.write_bytes(content[:size])
+        store = open_store(tmp_path)
+        assert store.holds(keys_of([1, 4, 7])).tolist() == [True, True, False]
+        assert store.damaged_rows == {f"{SPACE.name}/{file.name}": 1}
+    write(tmp_path, {7: ROWS[7]})
+    assert readable(tmp_path, list(ROWS)) == ROWS
+
+
 def test_no_truncation_gives_another_value(tmp_path: Path) -> None:
     file = write(tmp_path, ROWS)
     whole = file.read_bytes()
@@ -175,13 +193,21 @@ def test_no_truncation_gives_another_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no shard at all", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
-def test_a_foreign_file_is_passed_over(tmp_path: Path, content: bytes) -> None:
+def test_a_foreign_file_is_passed_over_and_named(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write(tmp_path, ROWS).parent
     (folder / "foreign.safetensors").write_bytes(content)
     save_file({"other": np.zeros(3)}, folder / "other.safetensors")
     (folder / "half.safetensors.tmp-123456789abc").write_bytes(b"half")
+    (folder / f"{'0' * 32}.safetensors").mkdir()
+    shardlike = f"{'1' * 32}.safetensors"
+    (folder / shardlike).write_bytes(content)
     store = open_store(tmp_path)
-    assert store.damaged == ["foreign.safetensors", "other.safetensors"]
+    assert store.damaged == [f"{SPACE.name}/{shardlike}"]
+    foreign = [f"{'0' * 32}.safetensors", "foreign.safetensors", "other.safetensors"]
+    assert store.foreign == [f"{SPACE.name}/{name}" for name in foreign]
+    assert all(name in caplog.text for name in foreign)
     assert store.holds(keys_of(list(ROWS))).all()
 
 
@@ -195,6 +221,67 @@ def test_a_shard_under_another_s_name_is_passed_over(tmp_path: Path) -> None:
     first, second = write(tmp_path, {1: [-1.0]}), write(tmp_path, {2: [-2.0]})
     first.write_bytes(second.read_bytes())
     assert open_store(tmp_path).holds(keys_of([1, 2])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("other", [ReferenceSpace("other", SPACE.profile), ReferenceSpace("weights", {})])
+def test_a_shard_copied_in_from_another_space_is_refused(tmp_path: Path, other: ReferenceSpace) -> None:
+    """Its keys, checksums and values are all as they were written, but of another reference."""
+    whole = write(tmp_path, ROWS, other)
+    own = write(tmp_path, {2: [-1.0]})
+    shutil.copy(whole, own.parent)
+    store = open_store(tmp_path)
+    assert store.damaged == [f"{SPACE.name}/{whole.name}"]
+    assert store.holds(keys_of([*ROWS, 2])).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"[]", b'{"reference": "other", "profile": {}, "label": ""}']
+)
+def test_a_space_that_does_not_say_what_it_is_serves_and_is_mended(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    described = write(tmp_path, ROWS).parent / "space.json"
+    open_store(tmp_path)
+    described.unlink()
+    if content is not None:
+        described.write_bytes(content)
+    assert readable(tmp_path, list(ROWS)) == ROWS
+    assert json.loads(described.read_text()) == SPACE.describe()
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_read_only_store_serves_what_it_has_and_tells_what_cannot_be_written(
+    tmp_path: Path, described: bool
+) -> None:
+    folder = write(tmp_path, ROWS).parent
+    open_store(tmp_path)
+    if not described:
+        (folder / "space.json").unlink()
+    with read_only(tmp_path):
+        assert readable(tmp_path, list(ROWS)) == ROWS
+        with pytest.raises(ReferenceError, match="cannot be written") as raised:
+            open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
+        assert "Read-only" in raised.value.got
+        with pytest.raises(ReferenceError, match="cannot be opened"):
+            LogpStore.open(tmp_path, ReferenceSpace("new", {}))
+
+
+def test_rows_of_kin_serve_where_the_own_space_has_none(tmp_path: Path) -> None:
+    near, far = (ReferenceSpace("weights", {"dtype": "fp32", "torch": number}) for number in "12")
+    write(tmp_path, {1: [-1.0]})
+    write(tmp_path, {1: [-1.5], 2: [-2.0]}, near)
+    write(tmp_path, {1: [-1.25], 2: [-2.5], 3: [-3.0]}, far)
+    store = LogpStore.open(tmp_path, SPACE, kin=[near, far])
+    keys = keys_of([1, 2, 3, 4])
+    assert store.holds(keys).tolist() == [True, True, True, False]
+    assert [row.tolist() for row in store.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
+    assert store.servers(keys).tolist() == [0, 1, 2, -1]
+    again = LogpStore.open(tmp_path, SPACE, store.names)
+    assert [row.tolist() for row in again.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
+    assert open_store(tmp_path).holds(keys).tolist() == [True, False, False, False]
+    # What is written goes to the own space only.
+    store.write(keys[3:], [values(-4.0)])
+    assert open_store(tmp_path).holds(keys).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
@@ -237,10 +324,13 @@ def test_shards_may_be_more_than_files_may_be_open(tmp_path: Path) -> None:
 
 def test_a_shard_that_cannot_be_read_is_no_damaged_one(tmp_path: Path) -> None:
     """To compute anew what is there would be dear, and would not mend it."""
-    (write(tmp_path, ROWS).parent / "folder.safetensors").mkdir()
+    file = write(tmp_path, ROWS)
+    name = f"{SPACE.name}/{file.name}"
+    file.unlink()
+    file.mkdir()
     with pytest.raises(ReferenceError, match="cannot be opened") as raised:
-        open_store(tmp_path)
-    assert "folder.safetensors" in raised.value.got
+        LogpStore.open(tmp_path, SPACE, [name])
+    assert file.name in raised.value.got
 
 
 def write_many(root: str, writer: int) -> None:

@@ -1,0 +1,112 @@
+"""Rows of the same reference under other numerics: which there are, and what they serve.
+
+Where `reference.numerics` is tolerant, they serve where the run's own numerics have no row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.schedule import Rows
+from dpo_dist.reference.fill import first_of_each, missing_responses
+from dpo_dist.reference.inventory import space_folders
+from dpo_dist.reference.key import ReferenceSpace, read_space
+from dpo_dist.reference.store import LogpStore, names_below
+
+TOLERATED = frozenset(
+    {
+        "attention",
+        "compile",
+        "cpu",
+        "cuda",
+        "deterministic",
+        "device",
+        "flash_attn",
+        "gpu",
+        "liger",
+        "torch",
+        "transformers",
+    }
+)
+"""The parts of a numerics profile that kin may differ in: the same numbers rounded in another order. All
+others (dtype, float32 matmul precision, ...) decide how precise a value is."""
+
+Visited = Sequence[tuple[PairDataset, Rows]]
+
+
+def kin_of(root: Path, space: ReferenceSpace) -> list[ReferenceSpace]:
+    """The spaces below `root` whose rows may serve for `space`: those of the least differences first."""
+    if not root.is_dir():
+        return []
+    others = [other for folder in space_folders(root) if (other := read_space(folder)) is not None]
+    kin = [
+        other
+        for other in others
+        if other.reference == space.reference
+        and other != space
+        and TOLERATED.issuperset(_differing(space, other))
+    ]
+    return sorted(kin, key=lambda other: (len(_differing(space, other)), other.name))
+
+
+def difference(space: ReferenceSpace, other: ReferenceSpace) -> str:
+    """How the numerics of `other` differ from those of `space`: "attention sdpa, torch 2.12"."""
+    return ", ".join(f"{name} {other.profile.get(name, '-')}" for name in _differing(space, other))
+
+
+def _differing(space: ReferenceSpace, other: ReferenceSpace) -> list[str]:
+    names = sorted(space.profile.keys() | other.profile.keys())
+    return [name for name in names if space.profile.get(name) != other.profile.get(name)]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Rows that a run computes although kin have them: how many, and how the numerics of these differ."""
+
+    rows: int
+    differences: list[str]
+
+
+def unused_rows(root: Path, space: ReferenceSpace, kin: Sequence[ReferenceSpace], visited: Visited) -> Unused:
+    """What a strict run leaves unused of its kin."""
+    if not kin:
+        return Unused(0, [])
+    own, others = LogpStore.open(root, space), LogpStore(root, kin, names_below(root, kin))
+    servers = np.concatenate(
+        [others.servers(data.keys[missing_responses(own, data, rows)[0]]) for data, rows in visited]
+    )
+    serving = np.unique(servers[servers >= 0]).tolist()
+    return Unused(int((servers >= 0).sum()), [difference(space, kin[number]) for number in serving])
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a run was given by its own space and by kin.
+
+    Attributes:
+        rows: distinct responses by the difference of their numerics, "own" for none.
+        audited: which data set of those visited, and rows of it with values of kin; None if there are none.
+    """
+
+    rows: dict[str, int]
+    audited: tuple[int, Rows] | None
+
+
+def rows_served(store: LogpStore, visited: Visited) -> Served:
+    """Who serves the rows of `visited`, all of which `store` has."""
+    counts = np.zeros(len(store.spaces), dtype=np.int64)
+    audited = None
+    for number, (dataset, rows) in enumerate(visited):
+        places = dataset.response_places(rows)
+        servers = store.servers(dataset.keys[places])
+        counts += np.bincount(servers[first_of_each(dataset.keys[places])], minlength=len(counts))
+        of_kin = np.unique(np.repeat(rows, dataset.response_counts(rows))[servers > 0])
+        if audited is None and len(of_kin):
+            audited = number, of_kin
+    own, *kin = store.spaces
+    names = ["own", *(difference(own, other) for other in kin)]
+    told = {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
+    return Served(told, audited)

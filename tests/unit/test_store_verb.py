@@ -1,0 +1,280 @@
+"""`python -m dpo_dist.store`: what is in a store, whether it is whole, and what of it goes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.store import LogpStore
+from dpo_dist.store import main
+from tests.unit.test_reference_store import Rows, flip, keys_of, readable, values
+
+FIRST = ReferenceSpace("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
+SECOND = ReferenceSpace("ab" * 16, {"dtype": "bf16"}, "./second")
+ROWS: Rows = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
+DAY = 24 * 3600
+
+
+def write(root: Path, space: ReferenceSpace, rows: Rows) -> Path:
+    store = LogpStore.open(root, space)
+    return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
+
+
+def rows_of(root: Path, space: ReferenceSpace) -> Rows:
+    return readable(root, [1, 2, 4, 7], space)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    """Of a store with three rows of one reference and two of another."""
+    return [write(tmp_path, FIRST, ROWS), write(tmp_path, SECOND, {1: [-9.0], 2: [-8.0]})]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    def run(verb: str, *arguments: str) -> tuple[int, str]:
+        code = main([verb, str(tmp_path), *arguments])
+        told = capsys.readouterr()
+        return code, told.out + told.err
+
+    return run
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+def test_info_tells_what_each_reference_holds(run: Run, shards: list[Path]) -> None:
+    os.utime(shards[1].parent / "space.json", (time.time() - 10 * DAY,) * 2)
+    told = json.loads(run("info", "--json")[1])
+    assert [space["label"] for space in told] == ["org/first@0123", "./second"]
+    first = told[0]
+    assert (first["reference"], first["space"], first["profile"]) == (
+        FIRST.reference,
+        FIRST.name,
+        FIRST.profile,
+    )
+    assert (first["rows"], first["tokens"], first["shards"], first["damaged_shards"]) == (3, 6, 1, 0)
+    assert first["bytes"] == sum(file.stat().st_size for file in shards[0].parent.iterdir())
+    age = datetime.now(UTC) - datetime.fromisoformat(told[1]["last_used"])
+    assert 10 <= age.total_seconds() / DAY < 10.1
+    code, table = run("info")
+    assert code == 0
+    for text in ("org/first@0123", FIRST.reference, FIRST.name, "dtype fp32", "3 rows", "2 spaces, 5 rows"):
+        assert text in table
+
+
+def test_opening_stamps_the_space_as_used(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    stamp = shards[0].parent / "space.json"
+    os.utime(stamp, (0, 0))
+    LogpStore.open(tmp_path, FIRST)
+    assert time.time() - stamp.stat().st_mtime < 60
+
+
+def test_a_whole_store_is_clean(run: Run, shards: list[Path]) -> None:
+    code, told = run("verify")
+    assert (code, told) == (0, "2 shards, 5 rows that hold, 0 of them twice, 0 files damaged\n")
+
+
+def test_rows_that_are_there_twice_are_counted(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    write(tmp_path, FIRST, {4: [-0.5, -0.125], 2: [-1.0]})
+    assert "7 rows that hold, 1 of them twice" in run("verify")[1]
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def flip_at(row: int) -> Callable[[Path], None]:
+    return lambda file: flip(file, file.read_bytes().index(values(*ROWS[row]).tobytes()))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], list[int], str]] = {
+    "value": (flip_at(4), [1, 7], "1 of 3 rows do not hold"),
+    "first value": (flip_at(1), [4, 7], "1 of 3 rows do not hold"),
+    "index": (lambda f: flip(f, f.read_bytes().index(keys_of([7]).tobytes())), [], "no row can be told"),
+    "header": (lambda f: flip(f, 8), [], "no row can be told"),
+    "cut": (lambda f: cut(f, f.stat().st_size - 5), [1, 4], "1 of 3 rows do not hold"),
+    "cut in the index": (lambda f: cut(f, 150), [], "no row can be told"),
+    "empty": (lambda f: cut(f, 0), [], "no row can be told"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_repaired_down_to_the_rows_that_hold(
+    damage: str, run: Run, shards: list[Path], tmp_path: Path
+) -> None:
+    harm, left, fault = DAMAGES[damage]
+    harm(shards[0])
+    expected = {name: ROWS[name] for name in left}
+    assert rows_of(tmp_path, FIRST) == expected, "what a run reads before any repair"
+    code, told = run("verify")
+    assert code == 2
+    assert f"damaged: {shards[0]}: " in told
+    assert fault in told
+    assert "1 files damaged" in told
+    assert shards[0].exists(), "verify alone changes nothing"
+
+    assert run("verify", "--repair")[0] == 0
+    assert not shards[0].exists()
+    assert run("verify")[0] == 0
+    assert rows_of(tmp_path, FIRST) == expected
+    assert rows_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
+
+
+def test_a_shard_of_another_space_is_told_and_put_back(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    shards[1].rename(shards[0].parent / shards[1].name)
+    assert rows_of(tmp_path, FIRST) == ROWS
+    assert rows_of(tmp_path, SECOND) == {}
+    code, told = run("verify")
+    assert code == 2
+    assert f"a shard of {SECOND.name}" in told
+    assert run("verify", "--repair")[0] == 0
+    assert rows_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
+
+
+@pytest.mark.parametrize("content", [None, b"{"])
+def test_a_space_that_does_not_say_what_it_is_is_told(
+    content: bytes | None, run: Run, shards: list[Path], tmp_path: Path
+) -> None:
+    described = shards[0].parent / "space.json"
+    described.unlink() if content is None else described.write_bytes(content)
+    code, told = run("verify")
+    assert code == 2
+    assert f"damaged: {described}" in told
+    assert run("verify", "--repair")[0] == 2
+    assert "no valid space.json" in run("info")[1]
+    assert rows_of(tmp_path, FIRST) == ROWS
+    assert run("verify")[0] == 0
+
+
+def test_foreign_and_left_over_files_are_named_and_no_damage(
+    run: Run, shards: list[Path], tmp_path: Path
+) -> None:
+    folder = shards[0].parent
+    (folder / "notes.txt").write_text("")
+    (folder / "x.safetensors").mkdir()
+    (tmp_path / "other").mkdir()
+    (folder / "half.safetensors.tmp-123456789abc").write_bytes(b"half")
+    (tmp_path / "file_digests").mkdir()
+    code, told = run("verify", "--repair")
+    assert code == 0
+    for name in ("notes.txt", "x.safetensors", str(tmp_path / "other")):
+        assert f"passed over: {folder / name}" in told
+    assert "being written: " in told
+    assert (folder / "half.safetensors.tmp-123456789abc").exists()
+
+
+def test_rows_of_another_version_are_told_and_not_read(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    described = shards[1].parent / "space.json"
+    content = json.loads(described.read_text())
+    del content["format"]
+    described.write_text(json.dumps(content))
+    code, told = run("verify")
+    assert code == 0
+    assert f"serves no run: {shards[1].parent}" in told
+    assert "of another version" in run("info")[1]
+
+
+def test_gc_only_tells_without_yes(run: Run, shards: list[Path]) -> None:
+    code, told = run("gc", "--drop", FIRST.reference)
+    assert code == 0
+    assert FIRST.name in told
+    assert "--yes" in told
+    assert all(shard.exists() for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        (["--drop", "aa"], [SECOND]),
+        (["--drop", FIRST.name], [SECOND]),
+        (["--drop", "aa", "ab"], []),
+        (["--keep", "aa"], [FIRST]),
+        (["--unused-days", "30"], [FIRST]),
+        (["--unused-days", "30", "--keep", "ab"], [FIRST, SECOND]),
+        (["--unused-days", "60"], [FIRST, SECOND]),
+        (["--unused-days", "60", "--drop", "aa"], [SECOND]),
+        ([], [FIRST, SECOND]),
+    ],
+)
+def test_gc_drops_what_was_named_or_not_used(
+    arguments: list[str], left: list[ReferenceSpace], run: Run, shards: list[Path], tmp_path: Path
+) -> None:
+    os.utime(shards[1].parent / "space.json", (time.time() - 40 * DAY,) * 2)
+    assert run("gc", *arguments, "--yes")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(space.name for space in left)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--drop", "a"], "more than one reference"),
+        (["--keep", "ff"], "fits no reference"),
+        (["--drop", ""], "more than one reference"),
+        (["--drop", "aa", "--keep", FIRST.name], "dropped and kept"),
+    ],
+)
+def test_gc_refuses_what_can_be_misunderstood(
+    arguments: list[str], told: str, run: Run, shards: list[Path]
+) -> None:
+    code, screen = run("gc", *arguments, "--yes")
+    assert code == 2
+    assert told in screen
+    assert all(shard.exists() for shard in shards)
+
+
+def test_gc_removes_old_leftovers_and_no_young_ones(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    old, young = (shards[0].parent / f"{name}.safetensors.tmp-123456789abc" for name in "ab")
+    folder = tmp_path / f"{'0' * 32}.tmp-123456789abc"
+    folder.mkdir()
+    for path in (old, young):
+        path.write_bytes(b"half")
+    for path in (old, folder):
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+    assert run("gc", "--yes")[0] == 0
+    assert [path.exists() for path in (old, young, folder)] == [False, True, False]
+    assert all(shard.exists() for shard in shards)
+
+
+def test_a_running_job_reads_on_after_its_space_was_dropped(
+    run: Run, shards: list[Path], tmp_path: Path
+) -> None:
+    store = LogpStore.open(tmp_path, FIRST)
+    assert run("gc", "--drop", "aa", "--yes")[0] == 0
+    assert [row.tolist() for row in store.read(keys_of([4, 7]))] == [ROWS[4], ROWS[7]]
+    store.write(keys_of([2]), [values(-1.0)])
+    assert rows_of(tmp_path, FIRST) == {2: [-1.0]}
+
+
+@pytest.mark.parametrize("verb", ["info", "verify", "gc"])
+def test_a_store_that_is_not_there_is_one_block(verb: str, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "dpo_dist.store", verb, str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "no such reference store" in ended.stderr
+    assert ended.stderr.count("to do:") == 1
+    assert "Traceback" not in ended.stderr
+
+
+def test_it_starts_without_torch() -> None:
+    check = (
+        "import dpo_dist.store, sys; sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_copy_of_a_store_is_the_store(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(shards[0].parents[0], tmp_path / "copy" / shards[0].parent.name)
+    assert rows_of(tmp_path / "copy", FIRST) == ROWS
