@@ -154,6 +154,7 @@ class PolicyEngine:
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
+        _gather_bases_for_dora(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
 
     def train(self, mode: bool = True) -> None:
@@ -247,12 +248,14 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Have ZeRO-3 gather some layers' weights at once.
+    """Have ZeRO-3 gather the weights of a compiled layer at once: its hooks then lie outside of the code."""
+    if model.compiled:
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
 
-    Those of a compiled decoder layer: ZeRO's hooks then lie outside of the code. Those of a linear layer and
-    its adapter: DoRA reads the base's weight outside of the base's forward, and with the adapter off the same
-    is gathered in the same order.
-    """
-    layers = decoder_layers(model) if model.compiled else adapted_layers(model)
-    if layers:
-        deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+
+def _gather_bases_for_dora(model: PackedCausalLM) -> None:
+    """Have ZeRO-3 gather a base's weight again where DoRA reads it, outside of the base's own forward."""
+    for layer in adapted_layers(model):
+        for dora in layer.lora_magnitude_vector.values():
+            for parameter in layer.get_base_layer().parameters():
+                deepspeed.zero.register_external_parameter(dora, parameter)
