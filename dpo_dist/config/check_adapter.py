@@ -3,10 +3,12 @@
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     AdapterConfig,
+    AdapterVariant,
     ModelConfig,
     Offload,
     ParallelismConfig,
     ParallelismKind,
+    Quantization,
     ReferenceConfig,
     ReferenceMode,
 )
@@ -90,6 +92,13 @@ def _check_quantization(
             got=f"{model.quantization}, {parallelism.kind}",
             expected="parallelism.kind=ddp: every process holds the whole quantized base",
             remedy="choose parallelism=ddp, or model.quantization=null to shard the base",
+        )
+    if model.quantization is Quantization.int8 and model.adapter.variant is AdapterVariant.dora:
+        raise ConfigError(
+            "DoRA needs the norms of the base's weights, which peft cannot take of 8-bit ones",
+            where="model.adapter.variant, model.quantization",
+            got=f"{model.adapter.variant}, {model.quantization}",
+            remedy="set model.quantization=nf4, or another model.adapter.variant",
         )
     if model.compile:
         raise ConfigError(

@@ -47,7 +47,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
         torch.manual_seed(seed)
         causal_lm.add_adapter(lora)
     if model.compiled:
-        # ZeRO-3 takes a compiled layer's gradients when that of its input is there; frozen embeddings have none.
+        # ZeRO-3 takes a compiled layer's gradients once that of its input is there.
         causal_lm.enable_input_require_grads()
     is_folder = Path(config.path).expanduser().is_dir()
     lora.base_model_name_or_path = causal_lm.name_or_path if is_folder else config.path

@@ -16,7 +16,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error, verify_kernel
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
-from dpo_dist.model.quantize import quantization_profile, quantized_loading
+from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 
@@ -182,6 +182,8 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     if config.compile:
         demand_compiler(device)
     causal_lm = _load_weights(folder, model_config, config, device)
+    if config.quantization is not None:
+        keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)

@@ -5,6 +5,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from dpo_dist.config.schema import Quantization
@@ -47,3 +48,13 @@ def quantized_loading(
 def quantization_profile(quantization: Quantization) -> str:
     """What of it decides a log-prob's digits."""
     return f"{quantization} by bitsandbytes {importlib.metadata.version('bitsandbytes')}"
+
+
+def keep_trainable(causal_lm: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for CPUs when they are first scored with: what is packed
+    passes no gradients on, and both happen by turns.
+    """
+    module: Any
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

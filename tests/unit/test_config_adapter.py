@@ -12,7 +12,9 @@ QUANTIZED = [ADAPTER, "model.quantization=nf4", "reference=adapter", "parallelis
 
 
 def test_an_adapter_is_typed_and_survives_being_written() -> None:
-    config = load_run_config([*BASIC, "model.adapter={r: 8, alpha: 4, variant: dora, target_modules: [q_proj]}"])
+    config = load_run_config(
+        [*BASIC, "model.adapter={r: 8, alpha: 4, variant: dora, target_modules: [q_proj]}"]
+    )
     wanted = AdapterConfig(8, 4.0, target_modules=["q_proj"], variant=AdapterVariant.dora)
     assert config.model.adapter == wanted
     assert from_yaml(to_yaml(config)) == config
@@ -23,10 +25,13 @@ def test_a_run_has_no_adapter_unless_it_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["{r: 9, alpha: 32}", "{r: 8, alpha: 32, variant: rslora}", "{r: 8, alpha: 32, target_modules: [k]}"]
+    "other",
+    ["{r: 9, alpha: 32}", "{r: 8, alpha: 32, variant: rslora}", "{r: 8, alpha: 32, target_modules: [k]}"],
 )
 def test_the_adapter_defines_the_run(other: str) -> None:
-    digests = {run_digest(load_run_config([*BASIC, *more])) for more in ([], [ADAPTER], [f"model.adapter={other}"])}
+    digests = {
+        run_digest(load_run_config([*BASIC, *more])) for more in ([], [ADAPTER], [f"model.adapter={other}"])
+    }
     assert len(digests) == 3
 
 
@@ -59,6 +64,9 @@ def test_quantized_weights_under_an_adapter_are_accepted() -> None:
         ([ADAPTER, "reference=adapter", "reference.offload=cpu"], "parallelism.offload_parameters"),
         ([ADAPTER, "reference=adapter", "loss.kind=simpo"], "choose reference=none"),
         (["model.quantization=int8"], "cannot be trained"),
+        (["model.adapter.r=8"], "add it: +model.adapter.r="),
+        (["+model.adapter.rr=8"], "there is no key 'model.adapter.rr'"),
+        ([*QUANTIZED, "+model.adapter.variant=dora", "model.quantization=int8"], "nf4"),
         ([*QUANTIZED, "parallelism.kind=zero3"], "parallelism=ddp"),
         ([*QUANTIZED, "parallelism.kind=zero2"], "parallelism=ddp"),
         ([*QUANTIZED, "reference.mode=cached"], "choose reference=adapter"),
