@@ -49,8 +49,8 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
     if model.compiled:
         # ZeRO-3 takes a compiled layer's gradients once that of its input is there.
         causal_lm.enable_input_require_grads()
-    is_folder = Path(config.path).expanduser().is_dir()
-    lora.base_model_name_or_path = causal_lm.name_or_path if is_folder else config.path
+    local = Path(config.path).expanduser()
+    lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
     lora.revision = config.revision
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
