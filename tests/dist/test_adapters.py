@@ -1,6 +1,8 @@
 """Adapters on several ranks, with any sharding: peft on plain PyTorch is the oracle."""
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,15 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
-from dpo_dist.reference.provider import AdapterReference
+from dpo_dist.reference.provider import AdapterReference, NoReference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.folder import export_model
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM, run_ranks
+from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.tiny_model import write_model
 
 LOSS = LossConfig(beta=0.5)
 STEPS: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9))
@@ -173,6 +176,23 @@ def test_steps_and_the_folder_they_end_in_are_those_of_plain_peft(
     assert (seen - base).abs().max() > 0.01
     torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(scored_plainly(oracle, assets), seen, atol=2e-4, rtol=2e-4)
+
+
+def first_norm(model: ModelConfig, assets: Assets, world: World, _folder: Path) -> float:
+    trainer = Trainer(model, assets, world)
+    trainer.objective = Objective(LossConfig(reference_free=True), NoReference())
+    return trainer.step(STEPS[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_layers_train_every_adapter_under_zero3(assets: Assets, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "one_layer", layers=1)
+    plain = ModelConfig(str(path), dtype=Dtype.fp32, adapter=LORA)
+    (wanted,) = run_ranks(partial(first_norm, plain, assets), 1, tmp_path / "plain")
+    compiled = partial(first_norm, replace(plain, compile=True), assets)
+    (told,) = start_ranks(compiled, 1, tmp_path / "compiled").finish(seconds=240)
+    assert told.error == "", told.log
+    assert told.result == pytest.approx(wanted, rel=1e-4)
 
 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
