@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from dpo_dist.config.check_adapter import check_adapter
 from dpo_dist.config.check_data import check_data
 from dpo_dist.config.check_loss import check_loss
 from dpo_dist.config.check_store import check_store
@@ -41,6 +42,7 @@ def check(config: RunConfig) -> None:
     _check_optim(config.optim)
     _check_trainer(config.trainer, config.data)
     _check_parallelism(config.parallelism)
+    check_adapter(config.model, config.reference, config.parallelism)
 
 
 def _check_folder(run: FolderConfig) -> None:
@@ -98,7 +100,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
             "this loss needs a reference model",
             where="reference.mode",
             got=f"none with {_listed(kinds)}",
-            expected="cached or live",
+            expected="cached or live, or adapter with model.adapter",
             remedy="choose reference=cached, or set loss.reference_free=true to take its log-probs as 0",
         )
     if not needed and reference.mode is not ReferenceMode.none:

@@ -153,6 +153,8 @@ def _unknown_key(key: str, cause: OmegaConfBaseException, kind: type, origin: st
     if key.startswith("hydra."):
         return ConfigError(what, where=where, remedy="see what Hydra knows with --cfg hydra")
     best = nearest(key, known)[0]
+    if key.startswith(f"{best}."):
+        return ConfigError(what, where=where, remedy=f"add it: +{key}=..., or set {best} as a whole")
     return ConfigError(what, where=where, expected=best, remedy=f"did you mean {best}?")
 
 

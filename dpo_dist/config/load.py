@@ -25,7 +25,7 @@ from yaml import YAMLError
 from dpo_dist.config.check import check
 from dpo_dist.config.explain import explain, explain_key, in_words, unset
 from dpo_dist.config.presets import demand_presets_kept
-from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError, DpoDistError
 
 _Typed = TypeVar("_Typed")
@@ -85,7 +85,8 @@ def resolve(composed: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
         train=_sources("data.train", config.data.train),
         eval=_sources("data.eval", config.data.eval),
     )
-    config = replace(config, data=data)
+    model = replace(config.model, adapter=_adapter(config.model.adapter))
+    config = replace(config, data=data, model=model)
     check(config)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
@@ -170,6 +171,25 @@ def _typed(kind: type[_Typed], content: Any, prefix: str) -> _Typed:
     for key in sorted(OmegaConf.missing_keys(node)):
         raise unset(prefix + key, config_dir())
     return cast(_Typed, OmegaConf.to_object(node))
+
+
+def _adapter(content: Any) -> AdapterConfig | None:
+    """OmegaConf types a section that may be null too, but its frozen node could not be overridden."""
+    where = "model.adapter"
+    if content is None:
+        return None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{where} is not an adapter",
+            where=where,
+            got=str(content),
+            expected=f"null or {in_words(AdapterConfig)}",
+            remedy=f"'{where}={{r: 64, alpha: 128}}'",
+        )
+    try:
+        return _typed(AdapterConfig, content, f"{where}.")
+    except OmegaConfBaseException as fault:
+        raise explain_key(fault, f"{where}.{fault.full_key}", kind=AdapterConfig) from fault
 
 
 def _sources(key: str, entries: list[Any]) -> list[SourceConfig]:

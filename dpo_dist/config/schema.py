@@ -30,6 +30,17 @@ class AttentionBackend(StrEnum):
     sdpa = "sdpa"
 
 
+class AdapterVariant(StrEnum):
+    lora = "lora"
+    rslora = "rslora"
+    dora = "dora"
+
+
+class Quantization(StrEnum):
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class DataFormat(StrEnum):
     auto = "auto"
     hh = "hh"
@@ -108,6 +119,7 @@ class Weighting(StrEnum):
 class ReferenceMode(StrEnum):
     cached = "cached"
     live = "live"
+    adapter = "adapter"
     none = "none"
 
 
@@ -156,11 +168,27 @@ class FolderConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """`model.adapter`: low-rank matrices that are trained in place of the model's own.
+
+    `target_modules` is `all-linear` (all linear layers but the output layer) or a list of names. `rslora`
+    scales by alpha / sqrt(r) (arXiv:2312.03732), `dora` also trains the norm of each weight's rows
+    (arXiv:2402.09353).
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"
+    variant: AdapterVariant = AdapterVariant.lora
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """`model`: the policy.
 
     `gradient_checkpointing` is `none`, `full` or n: every n-th decoder layer. A bool is accepted by its type
-    only to be refused with a remedy.
+    only to be refused with a remedy. `adapter` is null or an `AdapterConfig`.
     """
 
     path: str = MISSING
@@ -170,6 +198,8 @@ class ModelConfig:
     gradient_checkpointing: bool | int | str = _free("none")
     compile: bool = _free(False)
     liger: bool = _free(False)
+    adapter: Any = None
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
 
 

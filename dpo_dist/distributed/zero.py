@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepsp
 from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
+from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 
@@ -153,6 +154,7 @@ class PolicyEngine:
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
+        _gather_bases_for_dora(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
 
     def train(self, mode: bool = True) -> None:
@@ -168,6 +170,12 @@ class PolicyEngine:
         """As `objective.logps.token_logps_and_collisions`, of every target of `batch`."""
         logps, collisions = self._engine(batch, with_collisions=True)
         return logps, collisions.detach()
+
+    @torch.no_grad()
+    def base_token_logps(self, batch: PackedBatch) -> Tensor:
+        """float32 [targets] of the model with its adapter off."""
+        with adapter_off(self._engine.module):
+            return self.token_logps(batch)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients of a local sum of losses; `is_last` ends the step's accumulation.
@@ -189,13 +197,15 @@ class PolicyEngine:
         return torch.as_tensor(norm, device=self._world.device)
 
     def save_shards(self, folder: str) -> None:
-        """Write weights, master weights and optimizer states, every rank its own.
+        """Write what is trained: weights, master weights and optimizer states, every rank its own.
 
         Raises:
             OSError: this rank cannot write its own; the others go on.
         """
         try:
-            self._engine.save_checkpoint(folder, tag="engine", save_latest=False)
+            self._engine.save_checkpoint(
+                folder, tag="engine", save_latest=False, exclude_frozen_parameters=True
+            )
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by a RuntimeError
             # The other ranks, done with theirs, are in the collective calls that end DeepSpeed's saving: join
             # them. If it was a rank's death that failed here, it fails again.
@@ -206,11 +216,19 @@ class PolicyEngine:
 
     def load_shards(self, folder: str) -> None:
         """Read what `save_shards` wrote on the same number of ranks."""
-        self._engine.load_checkpoint(folder, tag="engine", load_lr_scheduler_states=False)
+        self._engine.load_checkpoint(
+            folder,
+            tag="engine",
+            load_module_strict=not adapted_layers(self._engine.module),
+            load_lr_scheduler_states=False,
+        )
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights under their transformers names, on rank 0's host memory; None elsewhere."""
-        weights = self._world.accelerator.get_state_dict(self._engine)
+        """All trained weights under their transformers names, on rank 0's host memory; None elsewhere."""
+        if self._engine.zero_optimization_partition_weights():
+            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        else:
+            weights = self._world.accelerator.get_state_dict(self._engine)
         if not self._world.is_main:
             return None
         return {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
@@ -226,6 +244,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         (matrices if dimensions > 1 else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -236,3 +256,11 @@ def _gather_whole_layers(model: PackedCausalLM) -> None:
     """Have ZeRO-3 gather the weights of a compiled layer at once: its hooks then lie outside of the code."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+
+
+def _gather_bases_for_dora(model: PackedCausalLM) -> None:
+    """Have ZeRO-3 gather a base's weight again where DoRA reads it, outside of the base's own forward."""
+    for layer in adapted_layers(model):
+        for dora in layer.lora_magnitude_vector.values():
+            for parameter in layer.get_base_layer().parameters():
+                deepspeed.zero.register_external_parameter(dora, parameter)

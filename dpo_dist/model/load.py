@@ -16,6 +16,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error, verify_kernel
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
+from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 
@@ -180,14 +181,16 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
         demand_liger(model_config.model_type, device)
     if config.compile:
         demand_compiler(device)
-    causal_lm = _load_weights(folder, model_config, config)
+    causal_lm = _load_weights(folder, model_config, config, device)
+    if config.quantization is not None:
+        keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     return PackedCausalLM(causal_lm, backend, config.compile)
 
 
-def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
+def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: torch.device) -> Any:
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -196,6 +199,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
             attn_implementation=PACKED,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
@@ -281,6 +285,8 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         profile["flash_attn"] = importlib.metadata.version("flash-attn")
     if torch.are_deterministic_algorithms_enabled():
         profile["deterministic"] = "true"
+    if config.quantization is not None:
+        profile["quantization"] = quantization_profile(config.quantization)
     if config.compile:
         profile["compile"] = "inductor"
     if config.liger:

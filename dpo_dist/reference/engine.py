@@ -27,7 +27,7 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> FrozenEngin
     """The reference model of `folder` as an engine of its own, in the policy's precision; collective."""
     log.info("loading the reference from %s", folder)
     deepspeed_config = frozen_config(config.reference.offload, config.model.dtype)
-    model_config = replace(config.model, gradient_checkpointing="none")
+    model_config = replace(config.model, gradient_checkpointing="none", adapter=None)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
     hidden_size = model.causal_lm.config.hidden_size

@@ -1,4 +1,4 @@
-"""Where a micro-batch's reference log-probs come from: the stored rows, a live engine, or nowhere."""
+"""Where a micro-batch's reference log-probs come from: stored rows, a model, or nowhere."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.data.pack import PackedBatch
-from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.reference.store import LogpStore
 
 
@@ -51,6 +51,21 @@ class LiveReference:
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Score the batch; collective under ZeRO-3."""
         return self.engine.token_logps(batch)
+
+
+@dataclass(frozen=True)
+class AdapterReference:
+    """`reference.mode=adapter`: the policy with its adapter off; no second model."""
+
+    policy: PolicyEngine
+
+    def attach(self, batch: PackedBatch) -> PackedBatch:
+        """Nothing is known before the model has scored."""
+        return batch
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """Score the batch; collective under ZeRO-3."""
+        return self.policy.base_token_logps(batch)
 
 
 @dataclass(frozen=True)

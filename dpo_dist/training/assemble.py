@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from dpo_dist.distributed.checkpoint import CheckpointSaver, load_checkpoint
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
+from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.reference.digest import model_digest, model_label
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport
-from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider
+from dpo_dist.reference.provider import AdapterReference, LiveReference, NoReference, ReferenceProvider
 from dpo_dist.report.console import Console
 from dpo_dist.report.history import History, final_and_best
 from dpo_dist.report.page import METRICS_FOLDER
@@ -84,9 +85,10 @@ def train(config: RunConfig, console: Console) -> int:
             "data": inputs.train_set.fingerprint,
             "reference": reference.digest,
         }
+        policy = _load_policy(config, inputs, world)
+        if config.reference.mode is ReferenceMode.adapter:
+            reference = replace(reference, provider=AdapterReference(policy))
         objective = Objective(config.loss, reference.provider)
-        model = load_packed(inputs.policy_folder, config.model, config.data.max_length, world.device)
-        policy = PolicyEngine(model, config.optim, world)
         report = reference.report
         position = Position()
         if checkpoint is not None:
@@ -117,6 +119,14 @@ def train(config: RunConfig, console: Console) -> int:
             stop_wanted=stop,
         )
         return _run(loop, position, inputs, report)
+
+
+def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
+    """The policy at its start, with its adapter if it has one; collective."""
+    model = load_packed(inputs.policy_folder, config.model, config.data.max_length, world.device)
+    if config.model.adapter is not None:
+        add_adapter(model, config.model, config.trainer.seed)
+    return PolicyEngine(model, config.optim, world)
 
 
 def _peak_flops(config: RunConfig, world: World) -> float:
@@ -170,7 +180,10 @@ def _world(config: RunConfig) -> Iterator[World]:
 
 
 def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
-    """The provider of reference values; fills the store if it lacks any. Collective."""
+    """The provider of reference values; fills the store if it lacks any. Collective.
+
+    In mode `adapter` it is the policy that provides them, once it is there.
+    """
     mode = config.reference.mode
     audited = inputs.visited[0]
     if mode is ReferenceMode.none:
@@ -182,9 +195,11 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     memo = Path(config.reference.store)
     digest = world.on_main(lambda: model_digest(folder, memo))
     is_start = digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
-    if mode is ReferenceMode.live:
-        provider: ReferenceProvider = LiveReference(load_reference(folder, config, world))
-        report = FillReport().as_dict()
+    report = FillReport().as_dict()
+    if mode is ReferenceMode.adapter:
+        provider: ReferenceProvider = NoReference()
+    elif mode is ReferenceMode.live:
+        provider = LiveReference(load_reference(folder, config, world))
     else:
         label = model_label(path, folder)
         provider, report, audited = stored_reference(

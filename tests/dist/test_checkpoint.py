@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import LossConfig, LossKind, ParallelismKind
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, LossConfig, LossKind, ParallelismKind
 from dpo_dist.data.batches import plan_step
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import CheckpointError
+from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.provider import NoReference
@@ -36,8 +38,11 @@ OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
 class Trainer:
     """A policy with its steps, and what this rank holds of it."""
 
-    def __init__(self, assets: Assets, world: World):
-        model = load_packed(assets.policy, assets.config(assets.policy).model, 1024, world.device)
+    def __init__(self, assets: Assets, world: World, adapter: AdapterConfig | None = None):
+        config = replace(assets.config(assets.policy).model, adapter=adapter)
+        model = load_packed(assets.policy, config, 1024, world.device)
+        if adapter is not None:
+            add_adapter(model, config, seed=0)
         self.policy = PolicyEngine(model, OPTIM, world)
         self.dataset = assets.dataset()
         self.world = world
@@ -74,8 +79,10 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) > 0 and all(map(torch.equal, first, second))
 
 
-def save_go_on_and_return(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
-    trainer = Trainer(assets, world)
+def save_go_on_and_return(
+    assets: Assets, root: Path, adapter: AdapterConfig | None, world: World, _folder: Path
+) -> dict[str, Any]:
+    trainer = Trainer(assets, world, adapter)
     trainer.step([0, 1, 2])
     trainer.step([3, 4, 5])
     saved = trainer.held()
@@ -104,11 +111,29 @@ def save_go_on_and_return(assets: Assets, root: Path, world: World, _folder: Pat
 def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
-    scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints")
-    for told in run_ranks(scenario, 2, tmp_path / "ranks", kind):
+    demand_exact(partial(save_go_on_and_return, assets, tmp_path / "checkpoints", None), kind, tmp_path)
+
+
+def demand_exact(scenario: Callable[[World, Path], dict[str, Any]], kind: ParallelismKind, folder: Path) -> None:
+    for told in run_ranks(scenario, 2, folder / "ranks", kind):
         assert told.pop("folder") == "step-000002"
         assert told.pop("state") == {"step": 2, "world_size": 2}
         assert told == dict.fromkeys(told, True)
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_a_checkpoint_of_an_adapter_is_as_exact_and_holds_nothing_of_the_base(
+    kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
+    adapter = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
+    root = tmp_path / "checkpoints"
+    demand_exact(partial(save_go_on_and_return, assets, root, adapter), kind, tmp_path)
+    for file in root.rglob("*model_states.pt"):
+        content = torch.load(file, weights_only=False)
+        assert {name.rpartition(".lora_")[1] for name in content["module"]} == {".lora_"}
+        assert not content.get("frozen_param_fragments")
+    written = sum(file.stat().st_size for file in root.rglob("*_states.pt"))
+    assert written < (assets.policy / "model.safetensors").stat().st_size
 
 
 def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:

@@ -78,7 +78,11 @@ class Ranks:
 
 
 def start_ranks(
-    scenario: Scenario, size: int, folder: Path, kind: ParallelismKind = ParallelismKind.zero3
+    scenario: Scenario,
+    size: int,
+    folder: Path,
+    kind: ParallelismKind = ParallelismKind.zero3,
+    dtype: Dtype = Dtype.fp32,
 ) -> Ranks:
     """Start `scenario` on every rank of a new world; logs and results go to the new `folder`."""
     folder.mkdir(parents=True)
@@ -89,7 +93,7 @@ def start_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = tuple(
-        _context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, folder))
+        _context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder))
         for rank in range(size)
     )
     for process in processes:
@@ -102,17 +106,18 @@ def run_ranks(
     size: int,
     folder: Path,
     kind: ParallelismKind = ParallelismKind.zero3,
+    dtype: Dtype = Dtype.fp32,
     seconds: float = 60,
 ) -> list[Any]:
     """What `scenario` gives on each rank; it must not fail on any, nor take longer than `seconds`."""
-    outcomes = start_ranks(scenario, size, folder, kind).finish(seconds)
+    outcomes = start_ranks(scenario, size, folder, kind, dtype).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
     return [outcome.result for outcome in outcomes]
 
 
 def _be_rank(
-    scenario: Scenario, rank: int, size: int, port: int, kind: ParallelismKind, folder: Path
+    scenario: Scenario, rank: int, size: int, port: int, kind: ParallelismKind, dtype: Dtype, folder: Path
 ) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -123,7 +128,7 @@ def _be_rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     outcome: dict[str, Any]
     try:
-        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, Dtype.fp32), timeout_seconds=600)
+        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=600)
         with world.watch():
             outcome = {"result": scenario(world, folder)}
             world.barrier()

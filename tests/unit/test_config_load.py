@@ -69,8 +69,9 @@ def test_shared_folders_follow_the_root() -> None:
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_preset_composes(group: str, name: str) -> None:
     needed = [override for override in RUN if not override.startswith(group)]
-    without_reference = ["loss=sft"] if (group, name) == ("reference", "none") else []
-    config = load_run_config([*needed, *without_reference, f"{group}={name}"])
+    going_with = {"none": ["loss=sft"], "adapter": ["model.adapter={r: 8}"]}
+    besides = going_with.get(name, []) if group == "reference" else []
+    config = load_run_config([*needed, *besides, f"{group}={name}"])
     if group == "loss":
         kinds = [LossKind.sigmoid, LossKind.sft] if name == "sigmoid_sft" else [LossKind[name]]
         assert list(config.loss.kinds) == kinds

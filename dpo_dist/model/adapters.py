@@ -1,0 +1,112 @@
+"""LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft.
+
+The base is frozen. Only the adapter is trained, saved in checkpoints, and written at the end of a run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.head import PackedCausalLM
+
+
+def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
+    """Freeze `model` and put the adapter of `config` on it, which changes no log-prob yet.
+
+    The weights, sharded or not, are where `load_packed` put them. The adapter starts at the same values on
+    every rank and for every kind of parallelism.
+
+    Args:
+        model: as `load_packed` made it, before it is in an engine.
+        config: with an adapter.
+        seed: decides where the adapter starts.
+
+    Raises:
+        ConfigError: a target names no linear layer of the model, or its output layer.
+    """
+    adapter: AdapterConfig = config.adapter
+    causal_lm = model.causal_lm
+    lora = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        use_rslora=adapter.variant is AdapterVariant.rslora,
+        use_dora=adapter.variant is AdapterVariant.dora,
+        target_modules=_targets(causal_lm, adapter),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        causal_lm.add_adapter(lora)
+    if model.compiled:
+        # ZeRO-3 takes a compiled layer's gradients once that of its input is there.
+        causal_lm.enable_input_require_grads()
+    local = Path(config.path).expanduser()
+    lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
+    lora.revision = config.revision
+    model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
+
+
+def adapted_layers(model: nn.Module) -> list[LoraLayer]:
+    """The layers that have an adapter; none if the model has none."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` computes what its base does."""
+    layers = adapted_layers(model)
+    # Not peft's own switch: it also stops and restarts gradients, which DeepSpeed has hooked.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _targets(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
+    """The names of the layers that `adapter` goes to.
+
+    As in peft, a target is the last part of a layer's name, or several: `q_proj`, `self_attn.q_proj`.
+    """
+    head = causal_lm.get_output_embeddings()
+    layers = [
+        name
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    if adapter.target_modules == "all-linear":
+        return layers
+    targets: list[str] = adapter.target_modules
+    for target in targets:
+        if not any(_is_called(name, target) for name in layers):
+            raise ConfigError(
+                "an adapter's target is no linear layer of this model's body",
+                where="model.adapter.target_modules",
+                got=target,
+                expected="all-linear, or some of "
+                + ", ".join(sorted({n.rpartition(".")[2] for n in layers})),
+                remedy="name layers that exist; the output layer and embeddings take no adapter",
+            )
+    return [name for name in layers if any(_is_called(name, target) for target in targets)]
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _keep_trained(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Leave only what is trained in a state dict: the base is as it was in its own files."""
+    trained = {prefix + name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in [name for name in state if name not in trained]:
+        del state[name]

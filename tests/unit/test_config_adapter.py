@@ -1,0 +1,80 @@
+"""The keys of adapters and quantization: typed, strict, and refused where they would have no effect."""
+
+import pytest
+
+from dpo_dist.config.load import from_yaml, load_run_config, run_digest, to_yaml
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Quantization, ReferenceMode
+from dpo_dist.errors import ConfigError
+
+BASIC = ["model.path=m", "data.train=[p.jsonl]"]
+ADAPTER = "model.adapter={r: 8, alpha: 32}"
+QUANTIZED = [ADAPTER, "model.quantization=nf4", "reference=adapter", "parallelism=ddp"]
+
+
+def test_an_adapter_is_typed_and_survives_being_written() -> None:
+    config = load_run_config(
+        [*BASIC, "model.adapter={r: 8, alpha: 4, variant: dora, target_modules: [q_proj]}"]
+    )
+    wanted = AdapterConfig(8, 4.0, target_modules=["q_proj"], variant=AdapterVariant.dora)
+    assert config.model.adapter == wanted
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_a_run_has_no_adapter_unless_it_says_so() -> None:
+    assert load_run_config(BASIC).model.adapter is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["{r: 9, alpha: 32}", "{r: 8, alpha: 32, variant: rslora}", "{r: 8, alpha: 32, target_modules: [k]}"],
+)
+def test_the_adapter_defines_the_run(other: str) -> None:
+    digests = {
+        run_digest(load_run_config([*BASIC, *more])) for more in ([], [ADAPTER], [f"model.adapter={other}"])
+    }
+    assert len(digests) == 3
+
+
+def test_the_experiment_is_what_its_docs_say_and_can_be_overridden() -> None:
+    config = load_run_config(["+experiment=qwen7b_lora", "model.adapter.variant=dora"])
+    assert config.model.adapter == AdapterConfig(64, 128.0, variant=AdapterVariant.dora)
+    assert config.reference.mode is ReferenceMode.adapter
+    assert (config.optim.lr, config.trainer.global_batch_pairs, config.trainer.epochs) == (5e-6, 16, 2)
+    assert (config.loss.beta, config.data.max_length) == (0.1, 2048)
+
+
+def test_quantized_weights_under_an_adapter_are_accepted() -> None:
+    assert load_run_config([*BASIC, *QUANTIZED]).model.quantization is Quantization.nf4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.adapter={alpa: 8}"], "did you mean alpha?"),
+        (["model.adapter={r: many}"], "whole number"),
+        (["model.adapter={r: 8, variant: dorra}"], "did you mean model.adapter.variant=dora"),
+        (["model.adapter=lora"], "a mapping with r, alpha"),
+        (["model.adapter={r: 0}"], "model.adapter.r"),
+        (["model.adapter={alpha: 0}"], "model.adapter.alpha"),
+        (["model.adapter={dropout: 0.05}"], "model.adapter.dropout"),
+        (["model.adapter={target_modules: []}"], "all-linear, or a list"),
+        (["model.adapter={target_modules: all_linear}"], "all-linear, or a list"),
+        (["reference=adapter"], "set model.adapter="),
+        ([ADAPTER, "reference=adapter", "reference.path=other"], "leave reference.path out"),
+        ([ADAPTER, "reference=adapter", "reference.offload=cpu"], "parallelism.offload_parameters"),
+        ([ADAPTER, "reference=adapter", "loss.kind=simpo"], "choose reference=none"),
+        (["model.quantization=int8"], "cannot be trained"),
+        (["model.adapter.r=8"], "add it: +model.adapter.r="),
+        (["+model.adapter.rr=8"], "there is no key 'model.adapter.rr'"),
+        ([*QUANTIZED, "+model.adapter.variant=dora", "model.quantization=int8"], "nf4"),
+        ([*QUANTIZED, "parallelism.kind=zero3"], "parallelism=ddp"),
+        ([*QUANTIZED, "parallelism.kind=zero2"], "parallelism=ddp"),
+        ([*QUANTIZED, "reference.mode=cached"], "choose reference=adapter"),
+        ([*QUANTIZED, "reference.mode=live"], "choose reference=adapter"),
+        ([*QUANTIZED, "model.compile=true"], "model.compile=false"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_with_a_way_out(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_run_config([*BASIC, *overrides])
+    assert told in str(refused.value)
