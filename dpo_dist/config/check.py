@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from dpo_dist.config.check_placement import check_placement
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     REFERENCE_FREE_KINDS,
@@ -47,6 +48,7 @@ def check(config: RunConfig) -> None:
     _check_optim(config.optim)
     _check_trainer(config.trainer, config.data)
     _check_parallelism(config.parallelism)
+    check_placement(config)
 
 
 def _check_folder(run: FolderConfig) -> None:
@@ -225,7 +227,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
 
 
 def _check_no_reference_options(reference: ReferenceConfig) -> None:
-    for option in ("path", "revision", "offload"):
+    for option in ("path", "revision", "offload", "nvme_path", "quantization"):
         value = getattr(reference, option)
         if value != getattr(ReferenceConfig, option):
             raise ConfigError(

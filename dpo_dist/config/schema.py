@@ -71,6 +71,12 @@ class ReferenceMode(StrEnum):
 class Offload(StrEnum):
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"
+
+
+class Quantization(StrEnum):
+    int8 = "int8"
+    nf4 = "nf4"
 
 
 class ParallelismKind(StrEnum):
@@ -167,6 +173,16 @@ class LossTermConfig:
 
 
 @dataclass(frozen=True)
+class SyncReferenceConfig:
+    """`loss.sync_reference`: after every `every` steps the reference becomes (1 - `mixup`) times itself plus
+    `mixup` times the policy (TR-DPO, arXiv:2404.09656). `every` null: never.
+    """
+
+    every: int | None = None
+    mixup: float = 0.6
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """`loss`: what is optimised. An option that the chosen kinds do not use is an error."""
 
@@ -177,6 +193,7 @@ class LossConfig:
     simpo_gamma: float = 0.5
     reference_free: bool = False
     terms: list[LossTermConfig] = field(default_factory=list)
+    sync_reference: SyncReferenceConfig = field(default_factory=SyncReferenceConfig)
 
 
 @dataclass(frozen=True)
@@ -189,7 +206,9 @@ class ReferenceConfig:
     mode: ReferenceMode = ReferenceMode.cached
     path: str | None = None
     revision: str | None = None
+    quantization: Quantization | None = None
     offload: Offload = _free(Offload.none)
+    nvme_path: str | None = _free(None)
     store: str = _free("output/reference")
     micro_batch_tokens: int | None = _free(None)
     rows_per_shard: int = _free(4096)

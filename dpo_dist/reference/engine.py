@@ -1,13 +1,25 @@
 """The reference model, loaded to score: sharded, offloaded where wanted, and freed when done."""
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_dist.config.schema import RunConfig
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import FrozenEngine, fetching_layers_ahead, frozen_config, sharded_loading
-from dpo_dist.model.load import load_packed
+from dpo_dist.distributed.zero import (
+    FrozenEngine,
+    fetching_layers_ahead,
+    frozen_config,
+    on_nvme,
+    sharded_loading,
+    whole_loading,
+)
+from dpo_dist.model.load import load_config, load_packed
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +38,24 @@ def scoring_tokens(config: RunConfig) -> int:
 def load_reference(folder: Path, config: RunConfig, world: World) -> FrozenEngine:
     """The reference model of `folder` as an engine of its own, in the policy's precision; collective."""
     log.info("loading the reference from %s", folder)
-    deepspeed_config = frozen_config(config.reference.offload, config.model.dtype)
+    placement = config.reference
     model_config = replace(config.model, gradient_checkpointing="none")
+    deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
+    if placement.nvme_path is not None:
+        own = own_folder(placement.nvme_path, world)
+        largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
+        deepspeed_config = on_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
     hidden_size = model.causal_lm.config.hidden_size
-    return FrozenEngine(model, fetching_layers_ahead(deepspeed_config, hidden_size))
+    return FrozenEngine(model, fetching_layers_ahead(deepspeed_config, hidden_size), own)
+
+
+def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
+    """Elements of the model's largest weight, none of which is read for it."""
+    with whole_loading(world), torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            load_config(folder, config), trust_remote_code=config.trust_remote_code
+        )
+    sizes: list[int] = [weight.numel() for weight in causal_lm.parameters()]
+    return max(sizes)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from dpo_dist.config.load import run_digest
-from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import CheckpointSaver, load_checkpoint
+from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
+from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint
+from dpo_dist.distributed.nvme import demand_async_io
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
@@ -85,11 +87,13 @@ def train(config: RunConfig, console: Console) -> int:
         objective = Objective(config.loss, reference.provider)
         model = load_packed(inputs.policy_folder, config.model, config.data.max_length, world.device)
         policy = PolicyEngine(model, config.optim, world)
+        reference_sync = _reference_sync(config, reference.provider, policy, world)
+        changing: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
         report = reference.report
         position = Position()
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, identity)
-            load_checkpoint(checkpoint, policy, world)
+            load_checkpoint(checkpoint, changing, world)
             position = Position(**{name: checkpoint.state[name] for name in vars(position)})
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
@@ -104,17 +108,29 @@ def train(config: RunConfig, console: Console) -> int:
             flops=inputs.flops,
             peak_flops=_peak_flops(config, world),
             objective=objective,
+            reference_sync=reference_sync,
             schedule=inputs.schedule,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
             recorder=_open_recorder(config, run_dir, world, position, stop, environment),
             console=console,
-            checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, policy, world),
+            checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, changing, world),
             identity=identity,
             stop_wanted=stop,
         )
         return _run(loop, position, inputs, report)
+
+
+def _reference_sync(
+    config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
+) -> ReferenceSync | None:
+    """What has the reference follow the policy, where `loss.sync_reference` says so."""
+    sync = config.loss.sync_reference
+    if sync.every is None:
+        return None
+    assert isinstance(reference, LiveReference), "the configuration was checked"
+    return ReferenceSync(reference.engine, policy, sync, world)
 
 
 def _peak_flops(config: RunConfig, world: World) -> float:
@@ -159,6 +175,8 @@ def precompute(config: RunConfig, console: Console) -> int:
 
 @contextlib.contextmanager
 def _world(config: RunConfig) -> Iterator[World]:
+    if config.reference.offload is Offload.nvme:
+        demand_async_io()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
