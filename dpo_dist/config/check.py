@@ -227,7 +227,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
 
 
 def _check_no_reference_options(reference: ReferenceConfig) -> None:
-    for option in ("path", "revision", "offload", "nvme_path", "quantization"):
+    for option in ("path", "revision", "offload"):
         value = getattr(reference, option)
         if value != getattr(ReferenceConfig, option):
             raise ConfigError(

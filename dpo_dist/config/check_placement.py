@@ -66,7 +66,17 @@ def _check_policys_offload(parallelism: ParallelismConfig) -> None:
 
 
 def _check_quantization(reference: ReferenceConfig) -> None:
-    if reference.quantization is not None and reference.offload is not Offload.none:
+    if reference.quantization is None:
+        return
+    if reference.mode not in (ReferenceMode.cached, ReferenceMode.live):
+        raise ConfigError(
+            "reference.quantization has no effect without a reference of its own",
+            where="reference.quantization, reference.mode",
+            got=f"{reference.quantization}, {reference.mode}",
+            expected="reference.mode cached or live",
+            remedy="leave reference.quantization out",
+        )
+    if reference.offload is not Offload.none:
         raise ConfigError(
             "a quantised reference is whole on every device and cannot be offloaded",
             where="reference.quantization, reference.offload",

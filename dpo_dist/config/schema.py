@@ -30,6 +30,11 @@ class AttentionBackend(StrEnum):
     sdpa = "sdpa"
 
 
+class Quantization(StrEnum):
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class DataFormat(StrEnum):
     auto = "auto"
     hh = "hh"
@@ -72,11 +77,6 @@ class Offload(StrEnum):
     none = "none"
     cpu = "cpu"
     nvme = "nvme"
-
-
-class Quantization(StrEnum):
-    int8 = "int8"
-    nf4 = "nf4"
 
 
 class ParallelismKind(StrEnum):
@@ -128,6 +128,7 @@ class ModelConfig:
     gradient_checkpointing: bool | int | str = _free("none")
     compile: bool = _free(False)
     liger: bool = _free(False)
+    quantization: Quantization | None = None
     trust_remote_code: bool = False
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config
 
@@ -159,14 +158,24 @@ class FrozenEngine:
     def free(self) -> None:
         """Give its memory back."""
         self._engine.destroy()
-        # DeepSpeed never takes the outermost module, and with it every weight, off this list again.
-        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self._engine.module]
+        # DeepSpeed's own lists and caches go on referring to the modules, so their tensors are emptied.
+        for weight in self._engine.module.parameters():
+            weight.ds_tensor.data = weight.data = weight.new_empty(0)
+            if weight.nvme_swapper is not None:
+                weight.nvme_swapper.buffers = None
+        for buffer in self._engine.module.buffers():
+            buffer.data = buffer.new_empty(0)
         del self._engine
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_memory()
+
+
+def return_memory() -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class PolicyEngine:

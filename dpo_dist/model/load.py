@@ -16,6 +16,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, sliding_window_error, verify_kernel
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
+from dpo_dist.model.quantize import quantization_profile, quantized_loading
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 
@@ -127,6 +128,11 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer's files."""
+    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
+
+
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a model folder.
 
@@ -134,7 +140,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         ConfigError: there is none, or it cannot be loaded.
     """
     # Without its files transformers makes an empty one of the model's kind.
-    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise ConfigError(
             "the model folder has no tokenizer",
             where="model.path",
@@ -180,14 +186,14 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
         demand_liger(model_config.model_type, device)
     if config.compile:
         demand_compiler(device)
-    causal_lm = _load_weights(folder, model_config, config)
+    causal_lm = _load_weights(folder, model_config, config, device)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     return PackedCausalLM(causal_lm, backend, config.compile)
 
 
-def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
+def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: torch.device) -> Any:
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -196,6 +202,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig) -> Any:
             attn_implementation=PACKED,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
@@ -277,6 +284,8 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
         "transformers": transformers.__version__,
     }
+    if config.quantization is not None:
+        profile["quantization"] = quantization_profile(config.quantization)
     if config.compile:
         profile["compile"] = "inductor"
     if config.liger:

@@ -21,11 +21,13 @@ from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed, numerics_of
-from dpo_dist.reference.engine import load_reference, scoring_tokens
+from dpo_dist.model.quantize import demand_bitsandbytes
+from dpo_dist.reference.engine import ReferenceEngine, load_reference, scored_model, scoring_tokens
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace, model_digest
 from dpo_dist.reference.provider import LiveReference, NoReference, ReferenceProvider, StoredReference
 from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.vocabulary import refuse_other_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.report.history import History, final_and_best
 from dpo_dist.report.page import METRICS_FOLDER
@@ -57,7 +59,7 @@ class Reference:
 
     Attributes:
         digest: of the model; None where there is none.
-        is_policys_start: whether it is the model that the policy starts from.
+        is_policys_start: whether it is the model that the policy starts from, and not quantized.
         report: for summary.json.
     """
 
@@ -119,7 +121,10 @@ def train(config: RunConfig, console: Console) -> int:
             identity=identity,
             stop_wanted=stop,
         )
-        return _run(loop, position, inputs, report)
+        exit_code = _run(loop, position, inputs, report)
+        if isinstance(reference.provider, LiveReference):
+            reference.provider.engine.free()
+        return exit_code
 
 
 def _reference_sync(
@@ -129,7 +134,8 @@ def _reference_sync(
     sync = config.loss.sync_reference
     if sync.every is None:
         return None
-    assert isinstance(reference, LiveReference), "the configuration was checked"
+    assert isinstance(reference, LiveReference)
+    assert isinstance(reference.engine, FrozenEngine)
     return ReferenceSync(reference.engine, policy, sync, world)
 
 
@@ -177,6 +183,8 @@ def precompute(config: RunConfig, console: Console) -> int:
 def _world(config: RunConfig) -> Iterator[World]:
     if config.reference.offload is Offload.nvme:
         demand_async_io()
+    if config.reference.quantization is not None:
+        demand_bitsandbytes(config.reference.quantization, "reference.quantization")
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
@@ -195,7 +203,11 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     folder = shared_model_folder(path, revision, "reference.path", world)
     memo = Path(config.reference.store)
     digest = world.on_main(lambda: model_digest(folder, memo))
-    is_start = digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
+    if config.reference.path:
+        world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
+    is_start = config.reference.quantization is None and digest == world.on_main(
+        lambda: model_digest(inputs.policy_folder, memo)
+    )
     if mode is ReferenceMode.live:
         provider: ReferenceProvider = LiveReference(load_reference(folder, config, world))
         report = FillReport().as_dict()
@@ -212,9 +224,9 @@ def _stored_reference(
     While the engine is there, a sample of all rows is scored again: those found as well as those computed.
     """
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    space = ReferenceSpace(digest, numerics_of(config.model, backend, world.device))
+    space = ReferenceSpace(digest, numerics_of(scored_model(config), backend, world.device))
     open_store = partial(LogpStore.open, Path(config.reference.store), space)
-    engines: list[FrozenEngine] = []
+    engines: list[ReferenceEngine] = []
 
     def scorer() -> Scorer:
         if not engines:

@@ -1,0 +1,58 @@
+"""Weights in 8 or 4 bits under an adapter (QLoRA, arXiv:2305.14314), by the optional bitsandbytes."""
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from dpo_dist.config.schema import Quantization
+from dpo_dist.errors import ConfigError
+
+
+def quantized_loading(
+    quantization: Quantization | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What tells transformers to quantize the linear layers as it loads them; the output layer stays whole.
+
+    Args:
+        quantization: null loads them as they are.
+        dtype: in which products with them are computed.
+        device: where they are put.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return {}
+    demand_bitsandbytes(quantization, "model.quantization")
+    nf4 = quantization is Quantization.nf4
+    config = BitsAndBytesConfig(
+        load_in_8bit=not nf4,
+        load_in_4bit=nf4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def demand_bitsandbytes(quantization: Quantization, key: str) -> None:
+    """Raise where weights cannot be quantized.
+
+    Raises:
+        ConfigError: bitsandbytes, which `key` asks for, is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "bitsandbytes is not installed",
+            where=key,
+            got=quantization,
+            remedy=f"install dpo-dist[quantization], or set {key}=null",
+        )
+
+
+def quantization_profile(quantization: Quantization) -> str:
+    """What of it decides a log-prob's digits."""
+    return f"{quantization} by bitsandbytes {importlib.metadata.version('bitsandbytes')}"
