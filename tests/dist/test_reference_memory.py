@@ -15,9 +15,10 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, ReferenceConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.report.console import Console
-from dpo_dist.training import assemble
+from dpo_dist.training.assemble import build_reference
 from dpo_dist.training.inputs import load_inputs
 from tests.dist.scenario import Assets
 from tests.support.invented import write_pairs
@@ -68,19 +69,18 @@ def test_a_freed_engine_leaves_no_weights_behind(offload: Offload, assets: Asset
 def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
     config, console = load_run_config(overrides), Console(io.StringIO())
     inputs = load_inputs(config, world, console)
-    load, loaded = assemble.load_reference, []
+    free, filled = FrozenEngine.free, []
 
-    def load_and_weigh(*arguments: Any) -> Any:
-        engine = load(*arguments)
-        loaded.append(tensor_bytes())
-        return engine
+    def weigh_and_free(engine: FrozenEngine) -> None:
+        filled.append(tensor_bytes())
+        free(engine)
 
-    assemble.load_reference = load_and_weigh
+    FrozenEngine.free = weigh_and_free
     before = tensor_bytes()
-    reference = assemble.build_reference(config, inputs, world, console)
+    reference = build_reference(config, inputs, world, console)
     return {
         "computed": reference.report["computed"],
-        "grown": loaded[0] - before,
+        "grown": filled[0] - before,
         "left": tensor_bytes() - before,
     }
 
