@@ -20,7 +20,7 @@ def check_placement(config: RunConfig) -> None:
     """
     _check_nvme(config.reference, config.model.compile)
     _check_policys_offload(config.parallelism)
-    _check_quantization(config.reference)
+    _check_quantization(config.reference, config.model.compile)
     _check_sync(config.loss.sync_reference, config)
 
 
@@ -65,7 +65,7 @@ def _check_policys_offload(parallelism: ParallelismConfig) -> None:
             )
 
 
-def _check_quantization(reference: ReferenceConfig) -> None:
+def _check_quantization(reference: ReferenceConfig, compiled: bool) -> None:
     if reference.quantization is None:
         return
     if reference.mode not in (ReferenceMode.cached, ReferenceMode.live):
@@ -83,6 +83,13 @@ def _check_quantization(reference: ReferenceConfig) -> None:
             got=f"{reference.quantization}, {reference.offload}",
             expected="reference.offload=none",
             remedy="leave one of them out",
+        )
+    if compiled:
+        raise ConfigError(
+            "torch.compile is not known to be exact with quantized weights",
+            where="model.compile, reference.quantization",
+            got=f"true, {reference.quantization}",
+            remedy="set model.compile=false, or leave reference.quantization out",
         )
 
 

@@ -41,6 +41,7 @@ NVME = ["reference.offload=nvme", "reference.nvme_path=/nvme"]
             ["reference.quantization=int8", "loss=simpo", "reference=none"],
             "reference.quantization, reference.mode",
         ),
+        (["reference.quantization=nf4", "model.compile=true"], "model.compile, reference.quantization"),
         ([*NVME, "loss=simpo", "reference=none"], "reference.offload, reference.mode"),
     ],
 )
