@@ -1,10 +1,11 @@
 """What a reference takes by mode: `scripts/bench_memory.py --models tiny 40m --processes 1 2`.
 
-One short training run for each mode, each in processes of its own, sharded as ZeRO-3. Of the largest rank, in
-MiB: the reference's weights that are there while the policy trains, the peak while the reference is made
-ready (loaded, the store filled, freed), and the peak from then on. On a GPU it is memory that PyTorch has
-allocated; else weights are counted as tensors and peaks are of the resident set, libraries included, which
-is why reference weights "in host memory" are no saving there. Prints a Markdown table; the last line is JSON.
+One short training run for each mode, without checkpoints, in processes of its own, sharded as in ZeRO-3. Of
+the largest rank, in MiB: the reference's weights that are there while the policy trains, the peak while the
+reference is made ready (loaded, the store filled, freed), and the peak from then on. On a GPU it is memory
+that PyTorch has allocated. Elsewhere weights are counted as tensors, and peaks are of the resident set, with
+libraries and with what the allocator keeps; "offload cpu" then moves nothing. Prints a Markdown table; the
+last line is JSON.
 """
 
 import argparse
@@ -134,6 +135,7 @@ def _measure(mode: str, folder: Path, processes: int) -> Result:
         text=True,
         check=False,
     )
+    print(f"{mode}, {_ranks(processes)}: {ended.returncode}", file=sys.stderr)
     ranks: list[Result] = [json.loads(file.read_text()) for file in out.glob("rank-*.json")]
     if ended.returncode or len(ranks) != processes:
         raise SystemExit(f"{mode} failed:\n{ended.stdout[-4000:]}")
@@ -149,6 +151,7 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
     config = load_run_config([*overrides(setting, folder, out / "run", store), "parallelism=zero3", *extra])
     measured: Result = {}
     with open_console(out / "run") as console:
+        from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.training import assemble
 
         build = assemble.build_reference
@@ -162,7 +165,11 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
             _restart_peak()
             return reference
 
-        with patch.object(assemble, "build_reference", build_and_weigh):
+        with (
+            patch.object(assemble, "build_reference", build_and_weigh),
+            patch.object(CheckpointSaver, "save"),
+            patch.object(assemble, "export_model"),
+        ):
             assemble.train(config, console)
     measured["peak while training"] = _peak()
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(measured))
