@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dpo_dist.config.check_adapter import check_adapter
 from dpo_dist.config.check_data import check_data
 from dpo_dist.config.check_loss import check_loss
+from dpo_dist.config.check_placement import check_placement
 from dpo_dist.config.check_store import check_store
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
@@ -43,6 +44,7 @@ def check(config: RunConfig) -> None:
     _check_trainer(config.trainer, config.data)
     _check_parallelism(config.parallelism)
     check_adapter(config.model, config.reference, config.parallelism)
+    check_placement(config)
 
 
 def _check_folder(run: FolderConfig) -> None:

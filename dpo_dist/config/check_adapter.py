@@ -107,11 +107,12 @@ def _check_quantization(
             got=f"true, {model.quantization}",
             remedy="set model.compile=false",
         )
-    if reference.mode in (ReferenceMode.cached, ReferenceMode.live):
+    has_own_weights = reference.mode in (ReferenceMode.cached, ReferenceMode.live)
+    if has_own_weights and reference.path is None and reference.quantization is not model.quantization:
         raise ConfigError(
             "the reference would be scored without the quantization that the policy starts from",
-            where="reference.mode, model.quantization",
-            got=f"{reference.mode}, {model.quantization}",
-            expected="adapter: the policy's own base, with its adapter off",
-            remedy="choose reference=adapter",
+            where="reference.quantization, model.quantization",
+            got=f"{reference.quantization or 'null'}, {model.quantization}",
+            expected="the same, or reference.mode=adapter: the policy's own base, with its adapter off",
+            remedy=f"choose reference=adapter, or set reference.quantization={model.quantization}",
         )

@@ -96,6 +96,8 @@ def in_words(hint: Any) -> str:
         return " or ".join(in_words(part) for part in get_args(hint))
     if get_origin(hint) is list:
         return "a list in brackets: [a,b]"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(member.name for member in hint)
     if is_dataclass(hint):
         return "a mapping with " + ", ".join(field.name for field in fields(hint))
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}

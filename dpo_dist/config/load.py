@@ -158,11 +158,16 @@ def from_yaml(text: str) -> RunConfig:
 
 def _schema(kind: type) -> DictConfig:
     """The typed node of a frozen dataclass; OmegaConf makes these read-only, which forbids composing."""
-    node = OmegaConf.structured(kind)
-    sections = (node[field.name] for field in fields(kind) if is_dataclass(field.type))
-    for part in (node, *sections):
-        OmegaConf.set_readonly(part, False)
-    return cast(DictConfig, node)
+    node = cast(DictConfig, OmegaConf.structured(kind))
+    _make_writable(node, kind)
+    return node
+
+
+def _make_writable(node: DictConfig, kind: type) -> None:
+    OmegaConf.set_readonly(node, False)
+    for field in fields(kind):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            _make_writable(node[field.name], field.type)
 
 
 def _typed(kind: type[_Typed], content: Any, prefix: str) -> _Typed:

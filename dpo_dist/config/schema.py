@@ -131,6 +131,7 @@ class Numerics(StrEnum):
 class Offload(StrEnum):
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"
 
 
 class ParallelismKind(StrEnum):
@@ -247,6 +248,16 @@ class LossTermConfig:
 
 
 @dataclass(frozen=True)
+class SyncReferenceConfig:
+    """`loss.sync_reference`: after every `every` steps the reference becomes (1 - `mixup`) times itself plus
+    `mixup` times the policy (TR-DPO, arXiv:2404.09656). `every` null: never.
+    """
+
+    every: int | None = None
+    mixup: float = 0.6
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """`loss`: what is optimised. An option that the chosen kinds do not use is an error.
 
@@ -272,6 +283,7 @@ class LossConfig:
     weighting: Weighting = Weighting.none
     reference_free: bool = False
     terms: list[LossTermConfig] = field(default_factory=list)
+    sync_reference: SyncReferenceConfig = field(default_factory=SyncReferenceConfig)
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:
@@ -299,8 +311,10 @@ class ReferenceConfig:
     mode: ReferenceMode = ReferenceMode.cached
     path: str | None = None
     revision: str | None = None
+    quantization: Quantization | None = None
     offload: Offload = _free(Offload.none)
     numerics: Numerics = Numerics.strict
+    nvme_path: str | None = _free(None)
     store: str = _free("output/reference")
     micro_batch_tokens: int | None = _free(None)
     rows_per_shard: int = _free(4096)

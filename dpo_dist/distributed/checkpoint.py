@@ -11,11 +11,11 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ import torch
 from dpo_dist.atomic import commit_folder, is_temporary, sync, temporary_name, write_text
 from dpo_dist.data.files import content_digest
 from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -32,6 +31,22 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 
 Digests = dict[str, dict[str, Any]]
+
+
+class Sharded(Protocol):
+    """What a checkpoint holds of a run's weights: the policy, and what else changes while it trains."""
+
+    def save_shards(self, folder: str) -> None:
+        """Write this rank's part; collective.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        ...
+
+    def load_shards(self, folder: str) -> None:
+        """Read what `save_shards` wrote on the same number of ranks; collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,9 +69,9 @@ class _Pending:
 class CheckpointSaver:
     """Saves the checkpoints of one run below `root` and keeps the last `keep_last` of them."""
 
-    def __init__(self, root: Path, keep_last: int, policy: PolicyEngine, world: World):
+    def __init__(self, root: Path, keep_last: int, parts: Sequence[Sharded], world: World):
         self._root, self._keep_last = root, keep_last
-        self._policy, self._world = policy, world
+        self._parts, self._world = parts, world
         self._disk = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
@@ -69,7 +84,7 @@ class CheckpointSaver:
         self.commit()
         world, folder = self._world, self._root / f"step-{step:06d}"
         temporary = Path(world.on_main(lambda: _make(temporary_name(folder))))
-        world.together(lambda: _write(temporary, self._policy, state, world))
+        world.together(lambda: _write(temporary, self._parts, state, world))
         digests = self._disk.submit(_sync_share, temporary, world)
         self._pending = _Pending(temporary, folder, digests)
 
@@ -114,7 +129,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, policy: PolicyEngine, world: World) -> None:
+def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
     """Restore weights, optimizer and random states on the number of ranks that saved them; collective.
 
     Raises:
@@ -129,7 +144,8 @@ def load_checkpoint(checkpoint: Checkpoint, policy: PolicyEngine, world: World) 
             expected=f"{saved_ranks}",
             remedy=f"launch {saved_ranks} processes, or start afresh with another run.dir",
         )
-    policy.load_shards(str(checkpoint.folder))
+    for part in parts:
+        part.load_shards(str(checkpoint.folder))
     # Written by this program and vouched for by the manifest, so unpickling it is safe.
     states = torch.load(checkpoint.folder / _random_file(world), weights_only=False)
     random.setstate(states["python"])
@@ -148,9 +164,10 @@ def _make(folder: Path) -> str:
     return str(folder)
 
 
-def _write(folder: Path, policy: PolicyEngine, state: dict[str, Any], world: World) -> None:
+def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world: World) -> None:
     def work() -> None:
-        policy.save_shards(str(folder))
+        for part in parts:
+            part.save_shards(str(folder))
         states = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),

@@ -8,7 +8,9 @@ states, `ddp` optimizer states only (weights and gradients are whole on every ra
 import contextlib
 import gc
 import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -51,6 +53,20 @@ def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
     if offload is not Offload.none:
         zero["offload_param"] = _offload(offload)
     return _shared_config(zero, dtype)
+
+
+def on_nvme(deepspeed_config: dict[str, Any], folder: Path, largest_shard: int) -> dict[str, Any]:
+    """`frozen_config` of weights that are read from `folder` when they are needed.
+
+    DeepSpeed reads shards into a few buffers in host memory, and fails where one is larger than a buffer.
+
+    Args:
+        folder: for this process alone.
+        largest_shard: elements of the largest weight that one process holds.
+    """
+    zero = deepspeed_config["zero_optimization"]
+    offload = {**zero["offload_param"], "nvme_path": str(folder), "buffer_size": largest_shard}
+    return {**deepspeed_config, "zero_optimization": {**zero, "offload_param": offload}}
 
 
 def fetching_layers_ahead(deepspeed_config: dict[str, Any], hidden_size: int) -> dict[str, Any]:
@@ -103,6 +119,11 @@ def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
 
 
+def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
+    """Within it, transformers loads and makes whole weights, whatever the policy's configuration says."""
+    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
+
+
 @contextlib.contextmanager
 def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """Within it, transformers loads weights as this configuration shards them, not as the policy's does."""
@@ -115,9 +136,10 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
 
 
 class FrozenEngine:
-    """A sharded model that is only scored."""
+    """A sharded model that is only scored; `folder` is where its weights lie on NVMe."""
 
-    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any]):
+    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
+        self._folder = folder
         model.requires_grad_(False)
         _gather_whole_layers(model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
@@ -129,13 +151,32 @@ class FrozenEngine:
         logps: Tensor = self._engine(batch)
         return logps
 
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model inside; its tensors are sharded."""
+        return self._engine.module.causal_lm
+
     def free(self) -> None:
         """Give its memory back."""
         self._engine.destroy()
+        # DeepSpeed's own lists and caches go on referring to the modules, so their tensors are emptied.
+        for weight in self._engine.module.parameters():
+            weight.ds_tensor.data = weight.data = weight.new_empty(0)
+            if weight.nvme_swapper is not None:
+                weight.nvme_swapper.buffers = None
+        for buffer in self._engine.module.buffers():
+            buffer.data = buffer.new_empty(0)
         del self._engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return_memory()
+
+
+def return_memory() -> None:
+    """Give what nothing refers to any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class PolicyEngine:

@@ -128,6 +128,11 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer's files."""
+    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
+
+
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a model folder.
 
@@ -135,7 +140,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         ConfigError: there is none, or it cannot be loaded.
     """
     # Without its files transformers makes an empty one of the model's kind.
-    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise ConfigError(
             "the model folder has no tokenizer",
             where="model.path",

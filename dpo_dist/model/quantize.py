@@ -27,13 +27,7 @@ def quantized_loading(
     """
     if quantization is None:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "bitsandbytes is not installed",
-            where="model.quantization",
-            got=quantization,
-            remedy="install dpo-dist[quantization], or set model.quantization=null",
-        )
+    demand_bitsandbytes(quantization, "model.quantization")
     nf4 = quantization is Quantization.nf4
     config = BitsAndBytesConfig(
         load_in_8bit=not nf4,
@@ -43,6 +37,21 @@ def quantized_loading(
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def demand_bitsandbytes(quantization: Quantization, key: str) -> None:
+    """Raise where weights cannot be quantized.
+
+    Raises:
+        ConfigError: bitsandbytes, which `key` asks for, is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "bitsandbytes is not installed",
+            where=key,
+            got=quantization,
+            remedy=f"install dpo-dist[quantization], or set {key}=null",
+        )
 
 
 def quantization_profile(quantization: Quantization) -> str:

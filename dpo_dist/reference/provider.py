@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.data.pack import PackedBatch
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.reference.engine import ReferenceEngine
 from dpo_dist.reference.store import LogpStore
 
 
@@ -42,7 +43,7 @@ class NoReference:
 class LiveReference:
     """`reference.mode=live`: the engine computes beside the policy."""
 
-    engine: FrozenEngine
+    engine: ReferenceEngine
 
     def attach(self, batch: PackedBatch) -> PackedBatch:
         """Nothing is known before the model has scored."""

@@ -10,20 +10,24 @@ from typing import Any
 import torch
 
 from dpo_dist.config.load import run_digest
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
-from dpo_dist.distributed.checkpoint import CheckpointSaver, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint
+from dpo_dist.distributed.nvme import demand_async_io
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
-from dpo_dist.distributed.zero import PolicyEngine, policy_config
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import model_digest, model_label
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.provider import AdapterReference, LiveReference, NoReference, ReferenceProvider
+from dpo_dist.reference.vocabulary import refuse_other_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.report.history import History, final_and_best
 from dpo_dist.report.page import METRICS_FOLDER
@@ -56,7 +60,7 @@ class Reference:
 
     Attributes:
         digest: of the model; None where there is none.
-        is_policys_start: whether it is the model that the policy starts from.
+        is_policys_start: whether it is the model that the policy starts from, in the same precision.
         audited: a data set and rows of it whose reference values are to be tested by a fresh computation.
         report: for summary.json.
     """
@@ -89,11 +93,13 @@ def train(config: RunConfig, console: Console) -> int:
         if config.reference.mode is ReferenceMode.adapter:
             reference = replace(reference, provider=AdapterReference(policy))
         objective = Objective(config.loss, reference.provider)
+        reference_sync = _reference_sync(config, reference.provider, policy, world)
+        changing: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
         report = reference.report
         position = Position()
         if checkpoint is not None:
             refuse_other_inputs(checkpoint, identity)
-            load_checkpoint(checkpoint, policy, world)
+            load_checkpoint(checkpoint, changing, world)
             position = Position.of(checkpoint.state)
             console.say(f"resuming from {checkpoint.folder}")
         elif reference.is_policys_start and config.reference.audit_pairs:
@@ -108,17 +114,33 @@ def train(config: RunConfig, console: Console) -> int:
             flops=inputs.flops,
             peak_flops=_peak_flops(config, world),
             objective=objective,
+            reference_sync=reference_sync,
             schedule=inputs.schedule,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
             recorder=_open_recorder(config, run_dir, world, position, stop, environment),
             console=console,
-            checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, policy, world),
+            checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, changing, world),
             identity=identity,
             stop_wanted=stop,
         )
-        return _run(loop, position, inputs, report)
+        exit_code = _run(loop, position, inputs, report)
+        if isinstance(reference.provider, LiveReference):
+            reference.provider.engine.free()
+        return exit_code
+
+
+def _reference_sync(
+    config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
+) -> ReferenceSync | None:
+    """What has the reference follow the policy, where `loss.sync_reference` says so."""
+    sync = config.loss.sync_reference
+    if sync.every is None:
+        return None
+    assert isinstance(reference, LiveReference)
+    assert isinstance(reference.engine, FrozenEngine)
+    return ReferenceSync(reference.engine, policy, sync, world)
 
 
 def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
@@ -171,6 +193,10 @@ def precompute(config: RunConfig, console: Console) -> int:
 
 @contextlib.contextmanager
 def _world(config: RunConfig) -> Iterator[World]:
+    if config.reference.offload is Offload.nvme:
+        demand_async_io()
+    if config.reference.quantization is not None:
+        demand_bitsandbytes(config.reference.quantization, "reference.quantization")
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
@@ -194,12 +220,15 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     folder = shared_model_folder(path, revision, "reference.path", world)
     memo = Path(config.reference.store)
     digest = world.on_main(lambda: model_digest(folder, memo))
-    is_start = digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
+    if config.reference.path:
+        world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
+    same_precision = config.reference.quantization is config.model.quantization
+    is_start = same_precision and digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
     report = FillReport().as_dict()
     if mode is ReferenceMode.adapter:
-        provider: ReferenceProvider = NoReference()
-    elif mode is ReferenceMode.live:
-        provider = LiveReference(load_reference(folder, config, world))
+        return Reference(NoReference(), digest, True, audited, {"mode": mode.value, **report})
+    if mode is ReferenceMode.live:
+        provider: ReferenceProvider = LiveReference(load_reference(folder, config, world))
     else:
         label = model_label(path, folder)
         provider, report, audited = stored_reference(

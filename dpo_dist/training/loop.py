@@ -17,6 +17,7 @@ from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows, Schedule
 from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import DivergedError
@@ -53,7 +54,8 @@ class Loop:
     """Everything that the steps of one run need, wired by `assemble`.
 
     `flops` is what a step of the model takes, and `peak_flops` what all devices could do in a second.
-    `recorder` is there on rank 0 only. `identity` goes into checkpoints, to tell whose they are.
+    `reference_sync` is there where the reference follows the policy, `recorder` on rank 0 only. `identity`
+    goes into checkpoints, to tell whose they are.
     `stop_wanted` is asked after every step; one rank's yes ends the run on all after a checkpoint.
     """
 
@@ -63,6 +65,7 @@ class Loop:
     flops: StepFlops
     peak_flops: float
     objective: Objective
+    reference_sync: ReferenceSync | None
     schedule: Schedule
     train_set: PairDataset
     eval_set: PairDataset | None
@@ -117,6 +120,8 @@ class Loop:
         plan = ready.plan
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, self.world, clock, position.running)
+        if self.reference_sync is not None:
+            self.reference_sync.after_step(step + 1)
         votes = [self.stop_wanted.vote(self.world.is_main), self.checkpoints.is_ready]
         metrics, (for_stopping, for_committing), grad_norm = self._reduce(sums, votes, norm)
         if for_committing == self.world.size:

@@ -10,10 +10,9 @@ from dpo_dist.config.schema import Numerics, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.load import numerics_of
-from dpo_dist.reference.engine import load_reference, scoring_tokens
+from dpo_dist.reference.engine import ReferenceEngine, load_reference, scored_model, scoring_tokens
 from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.kin import kin_of, rows_served, unused_rows
@@ -51,10 +50,10 @@ def stored_reference(
     """
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     digest, label = model
-    space = ReferenceSpace(digest, numerics_of(config.model, backend, world.device), label)
+    space = ReferenceSpace(digest, numerics_of(scored_model(config), backend, world.device), label)
     kin = _serving_kin(config, space, inputs, world, console)
     open_store = partial(LogpStore.open, Path(config.reference.store), space, kin=kin)
-    engines: list[FrozenEngine] = []
+    engines: list[ReferenceEngine] = []
 
     def scorer() -> Scorer:
         if not engines:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
@@ -35,9 +35,11 @@ class Assets:
     def dataset(self) -> PairDataset:
         return open_dataset(self.encoded, DataConfig())
 
-    def config(self, model: Path) -> RunConfig:
+    def config(self, model: Path, reference: ReferenceConfig | None = None) -> RunConfig:
         """Of a run in float32 that trains `model`."""
-        return RunConfig(model=ModelConfig(str(model), dtype=Dtype.fp32))
+        return RunConfig(
+            model=ModelConfig(str(model), dtype=Dtype.fp32), reference=reference or ReferenceConfig()
+        )
 
 
 def fill(

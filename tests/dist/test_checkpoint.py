@@ -59,7 +59,7 @@ class Trainer:
         saver.commit()
 
     def saver(self, root: Path, keep_last: int = 2) -> CheckpointSaver:
-        return CheckpointSaver(root, keep_last, self.policy, self.world)
+        return CheckpointSaver(root, keep_last, [self.policy], self.world)
 
     def held(self) -> list[Tensor]:
         """Copies of this rank's weights, master weights and optimizer states."""
@@ -93,7 +93,7 @@ def save_go_on_and_return(
     end = trainer.held()
     found = latest_checkpoint(root, world)
     assert found is not None
-    load_checkpoint(found, trainer.policy, world)
+    load_checkpoint(found, [trainer.policy], world)
     returned = trainer.held()
     return {
         "folder": found.folder.name,
@@ -156,7 +156,7 @@ def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folde
     world.barrier()
     committed = sorted(path.name for path in root.glob("step-??????"))
     first = Checkpoint(root / "step-000001", {"world_size": 2})
-    load_checkpoint(first, trainer.policy, world)
+    load_checkpoint(first, [trainer.policy], world)
     return {
         "ready": ready,
         "uncommitted": uncommitted,

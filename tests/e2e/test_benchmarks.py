@@ -41,6 +41,14 @@ def test_bench_mfu() -> None:
     assert all(variant["mfu"] > 0 for variant in measured["variants"].values())
 
 
+def test_bench_memory() -> None:
+    measured = figures("bench_memory.py")["tiny, 1 rank"]
+    cold, warm, live = (of_mode["kept"] for of_mode in measured.values())
+    # What was loaded to fill the store is gone when training starts.
+    assert cold < 0.1 * live
+    assert warm < 0.1 * live
+
+
 def test_bench_encode(tmp_path: Path) -> None:
     data = shared_data_dir()
     file = [] if data is None else ["--file", str(data / "hh_rlhf_sample.jsonl")]

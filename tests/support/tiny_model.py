@@ -14,6 +14,7 @@ def write_model(
     *,
     seed: int = 0,
     hidden_size: int = 32,
+    intermediate_size: int | None = None,
     layers: int = 2,
     tied: bool = True,
 ) -> Path:
@@ -23,7 +24,7 @@ def write_model(
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=intermediate_size or 2 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

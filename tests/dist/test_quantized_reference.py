@@ -1,0 +1,70 @@
+"""A quantised reference stands whole beside a sharded policy, and its rows never serve the one in full."""
+
+import importlib.util
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import Quantization, ReferenceConfig
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.runtime import World
+from dpo_dist.reference.engine import QuantizedReference, load_reference
+from dpo_dist.report.console import Console
+from dpo_dist.training.assemble import build_reference
+from dpo_dist.training.inputs import load_inputs
+from tests.dist.scenario import Assets
+from tests.support.invented import write_pairs
+from tests.support.packing import COSTS
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import write_model
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+
+
+def score_both(assets: Assets, model: Path, quantization: str, world: World, _folder: Path) -> dict[str, Any]:
+    """How far a quantised reference is from the one in full, at most; and what it is."""
+    [batch] = plan_step(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    in_full = load_reference(model, assets.config(model), world).token_logps(batch)
+    quantized = ReferenceConfig(quantization=Quantization(quantization))
+    engine = load_reference(model, assets.config(model, quantized), world)
+    drift = (engine.token_logps(batch) - in_full).abs().mean()
+    return {"drift": float(drift), "whole": isinstance(engine, QuantizedReference)}
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+def test_its_log_probs_are_near_those_in_full(quantization: str, assets: Assets, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", hidden_size=64)
+    told = run_ranks(partial(score_both, assets, model, quantization), 2, tmp_path / "ranks")
+    assert told[0] == told[1]
+    assert told[0]["whole"]
+    assert 1e-4 < told[0]["drift"] < 0.5
+
+
+def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
+    """What is computed for a quantised reference, for the one in full, and for the quantised one again."""
+    told = []
+    for quantization in ("nf4", "null", "nf4"):
+        config = load_run_config([*overrides, f"reference.quantization={quantization}"])
+        console = Console(io.StringIO())
+        reference = build_reference(config, load_inputs(config, world, console), world, console)
+        told.append([reference.report["computed"], reference.is_policys_start])
+    return told
+
+
+def test_its_rows_are_its_own(tmp_path: Path) -> None:
+    overrides = [
+        f"model.path={write_model(tmp_path / 'model', hidden_size=64)}",
+        "model.dtype=fp32",
+        f"data.train=[{write_pairs(tmp_path / 'pairs.jsonl', 8)}]",
+        f"data.cache={tmp_path / 'encoded'}",
+        f"reference.store={tmp_path / 'store'}",
+    ]
+    for told in run_ranks(partial(fill_twice, overrides), 2, tmp_path / "ranks"):
+        assert told == [[16, False], [16, True], [0, False]]

@@ -1,0 +1,100 @@
+"""What a reference takes is given back once the store is filled, wherever its weights lay."""
+
+import gc
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import Offload, ReferenceConfig
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.report.console import Console
+from dpo_dist.training.assemble import build_reference
+from dpo_dist.training.inputs import load_inputs
+from tests.dist.scenario import Assets
+from tests.support.invented import write_pairs
+from tests.support.packing import COSTS
+from tests.support.ranks import run_ranks
+
+HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
+
+
+def tensor_bytes() -> int:
+    """Memory of all numbers that could be weights in this process, shards of ZeRO-3 included."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
+
+
+def come_and_go(assets: Assets, offload: Offload, world: World, folder: Path) -> list[list[int]]:
+    nvme = str(folder / "nvme") if offload is Offload.nvme else None
+    config = assets.config(assets.policy, ReferenceConfig(offload=offload, nvme_path=nvme))
+    told = []
+    for _ in range(2):
+        before = tensor_bytes()
+        engine = load_reference(assets.reference, config, world)
+        [batch] = plan_step(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+        for _ in range(3):  # DeepSpeed remembers the order of its first passes
+            engine.token_logps(batch)
+        del batch
+        loaded = tensor_bytes()
+        engine.free()
+        told.append([before, loaded, tensor_bytes()])
+    return told
+
+
+NVME = pytest.param(Offload.nvme, marks=pytest.mark.skipif(not HAS_ASYNC_IO, reason="needs libaio"))
+
+
+@pytest.mark.parametrize("offload", [Offload.none, Offload.cpu, NVME])
+def test_a_freed_engine_leaves_no_weights_behind(offload: Offload, assets: Assets, tmp_path: Path) -> None:
+    weights = sum(f.stat().st_size for f in assets.reference.glob("*.safetensors"))
+    for rank in run_ranks(partial(come_and_go, assets, offload), 2, tmp_path / "ranks"):
+        for before, loaded, after in rank:
+            assert loaded - before > 0.4 * weights
+            assert after - before <= 2  # DeepSpeed keeps one half-precision number for NVMe
+
+
+def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
+    config, console = load_run_config(overrides), Console(io.StringIO())
+    inputs = load_inputs(config, world, console)
+    free, filled = FrozenEngine.free, []
+
+    def weigh_and_free(engine: FrozenEngine) -> None:
+        filled.append(tensor_bytes())
+        free(engine)
+
+    FrozenEngine.free = weigh_and_free
+    before = tensor_bytes()
+    reference = build_reference(config, inputs, world, console)
+    return {
+        "computed": reference.report["computed"],
+        "grown": filled[0] - before,
+        "left": tensor_bytes() - before,
+    }
+
+
+def test_after_the_fill_of_a_run_its_memory_is_as_before(assets: Assets, tmp_path: Path) -> None:
+    overrides = [
+        f"model.path={assets.policy}",
+        f"reference.path={assets.reference}",
+        "model.dtype=fp32",
+        f"data.train=[{write_pairs(tmp_path / 'pairs.jsonl', 8)}]",
+        f"data.cache={tmp_path / 'encoded'}",
+        f"reference.store={tmp_path / 'store'}",
+    ]
+    for told in run_ranks(partial(fill_a_store, overrides), 2, tmp_path / "ranks"):
+        assert told["computed"] == 16
+        assert told["grown"] > 0
+        assert told["left"] == 0

@@ -1,0 +1,238 @@
+"""TR-DPO: the reference follows the policy, shard by shard, as one process with whole weights would have it."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.schema import LossConfig, Offload, ParallelismKind, ReferenceConfig, SyncReferenceConfig
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.provider import LiveReference
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.step import Objective, evaluate, train_step
+from tests.dist.scenario import Assets
+from tests.support.packing import COSTS, plain_logps
+from tests.support.ranks import OPTIM, run_ranks
+from tests.support.tiny_model import write_model
+
+ROWS = [(0, 1, 2), (3, 4), (5, 6, 7, 8), (9,), (10, 0), (1, 2, 3)]
+MIXUP = 0.6
+EVERY = 2
+POLICY = "policy.safetensors"
+
+
+class Trainer:
+    """A policy beside a live reference that follows it."""
+
+    def __init__(
+        self,
+        assets: Assets,
+        world: World,
+        model: Path,
+        reference: Path,
+        mixup: float = MIXUP,
+        offload: Offload = Offload.none,
+    ):
+        config = assets.config(model, ReferenceConfig(offload=offload))
+        self.reference = load_reference(reference, config, world)
+        packed = load_packed(model, config.model, 1024, world.device)
+        self.policy = PolicyEngine(packed, OPTIM, world)
+        self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, mixup), world)
+        self.objective = Objective(LossConfig(beta=0.5), LiveReference(self.reference))
+        self.dataset, self.world, self.done = assets.dataset(), world, 0
+
+    def steps(self, count: int) -> list[float]:
+        return [self.step(ROWS[self.done]) for _ in range(count)]
+
+    def step(self, rows: Sequence[int]) -> float:
+        device = self.world.device
+        ready = self.objective.ready_step(self._plan(rows), device)
+        clock = StepClock(device)
+        sums, norm = train_step(self.policy, self.objective, ready, OPTIM.lr, device, clock)
+        self.done += 1
+        self.sync.after_step(self.done)
+        return self._metrics(sums)["loss"] + norm.item()
+
+    def margin(self) -> float:
+        """Mean reward margin of all pairs."""
+        plan = self._plan(range(len(self.dataset)))
+        return self._metrics(evaluate(self.policy, self.objective, plan, self.world.device))["rewards/margins"]
+
+    def _plan(self, rows: Sequence[int]) -> Any:
+        return plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
+
+    def _metrics(self, sums: MetricSums) -> dict[str, float]:
+        return MetricSums(self.world.sum(sums.values)).means()
+
+    def held(self) -> list[Tensor]:
+        """Copies of this rank's shards of the reference without their padding."""
+        rank, kept = self.world.rank, []
+        for weight in self.reference.causal_lm.parameters():
+            own = min(weight.ds_tensor.ds_numel, weight.ds_numel - rank * weight.ds_tensor.ds_numel)
+            kept.append(weight.ds_tensor[: max(0, own)].clone())
+        return kept
+
+
+def follow(
+    assets: Assets, model: Path, reference: Path, offload: Offload, world: World, _folder: Path
+) -> dict[str, Any]:
+    trainer = Trainer(assets, world, model, reference, offload=offload)
+    margins = [trainer.margin()]
+    told = []
+    for _ in ROWS:
+        told += trainer.steps(1)
+        margins.append(trainer.margin())
+    return {"steps": told, "margins": margins}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Policy and reference with weights whose sizes three ranks cannot divide."""
+    folder = tmp_path_factory.mktemp("odd")
+    sizes = {"hidden_size": 40, "layers": 1, "intermediate_size": 37}
+    return (
+        write_model(folder / "policy", seed=5, **sizes),
+        write_model(folder / "reference", seed=6, **sizes),
+    )
+
+
+@pytest.fixture(scope="module")
+def one_rank(assets: Assets, odd: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    ranks = tmp_path_factory.mktemp("one") / "ranks"
+    told: dict[str, Any] = run_ranks(partial(follow, assets, *odd, Offload.none), 1, ranks)[0]
+    return told
+
+
+WAYS = [
+    pytest.param(3, ParallelismKind.zero3, Offload.none, id="3 ranks, zero3"),
+    pytest.param(3, ParallelismKind.zero2, Offload.none, id="3 ranks, zero2"),
+    pytest.param(2, ParallelismKind.ddp, Offload.cpu, id="2 ranks, ddp, offloaded"),
+]
+
+
+@pytest.mark.parametrize(("size", "kind", "offload"), WAYS)
+def test_any_number_of_ranks_follows_as_one_does(
+    size: int,
+    kind: ParallelismKind,
+    offload: Offload,
+    assets: Assets,
+    odd: tuple[Path, Path],
+    one_rank: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    for told in run_ranks(partial(follow, assets, *odd, offload), size, tmp_path / "ranks", kind):
+        assert told["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
+        assert told["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)
+
+
+def follow_and_score(assets: Assets, model: Path, reference: Path, world: World, folder: Path) -> list[float]:
+    """One sync; the policy's weights go to a file, and this is what the reference then gives."""
+    trainer = Trainer(assets, world, model, reference)
+    trainer.steps(1)
+    trainer.margin()  # after this, small weights are whole on every rank
+    trainer.steps(1)
+    weights = trainer.policy.whole_weights()
+    if weights is not None:
+        save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / POLICY)
+    [batch] = plan_step(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
+    scored: list[float] = trainer.reference.token_logps(batch).tolist()
+    return scored
+
+
+def test_the_mixed_reference_scores_as_the_weighted_mean_of_both_models(
+    assets: Assets, odd: tuple[Path, Path], tmp_path: Path
+) -> None:
+    told = run_ranks(partial(follow_and_score, assets, *odd), 2, tmp_path / "ranks")
+    plain = AutoModelForCausalLM.from_pretrained(odd[1], dtype=torch.float32)
+    policy = load_file(tmp_path / "ranks" / POLICY)
+    plain.load_state_dict(
+        {name: (1 - MIXUP) * old + MIXUP * policy[name] for name, old in plain.state_dict().items()}
+    )
+    with torch.no_grad():
+        wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
+    for scored in told:
+        torch.testing.assert_close(torch.tensor(scored), wanted, atol=1e-4, rtol=0)
+
+
+def hard_update(assets: Assets, model: Path, reference: Path, world: World, _folder: Path) -> list[float]:
+    trainer = Trainer(assets, world, model, reference, mixup=1.0)
+    trainer.steps(1)
+    before = trainer.margin()
+    trainer.steps(1)
+    return [before, trainer.margin()]
+
+
+@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
+def test_a_whole_mixup_makes_the_reference_the_policy(
+    kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for before, after in run_ranks(partial(hard_update, assets, *odd), 2, tmp_path / "ranks", kind):
+        assert before != 0.0
+        assert after == 0.0
+
+
+def save_go_on_and_return(
+    assets: Assets, model: Path, reference: Path, root: Path, world: World, _folder: Path
+) -> dict[str, Any]:
+    trainer = Trainer(assets, world, model, reference)
+    parts = [trainer.policy, trainer.sync]
+    trainer.steps(3)
+    saved = trainer.held()
+    saver = CheckpointSaver(root, 2, parts, world)
+    saver.save(3, {"step": 3})
+    saver.commit()
+    went_on = trainer.steps(3)
+    end = trainer.held()
+    found = latest_checkpoint(root, world)
+    assert found is not None
+    load_checkpoint(found, parts, world)
+    trainer.done = 3
+    same = [all(map(torch.equal, saved, trainer.held()))]
+    again = trainer.steps(3)
+    same.append(all(map(torch.equal, end, trainer.held())))
+    moved = not all(map(torch.equal, saved, end))
+    files = sorted(file.name for file in found.folder.glob("reference_*"))
+    return {"same": same, "moved": moved, "went on": went_on == again, "files": files}
+
+
+@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
+def test_a_checkpoint_holds_the_reference_as_it_was(
+    kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
+) -> None:
+    scenario = partial(save_go_on_and_return, assets, *odd, tmp_path / "checkpoints")
+    for told in run_ranks(scenario, 2, tmp_path / "ranks", kind):
+        assert told == {
+            "same": [True, True],
+            "moved": True,
+            "went on": True,
+            "files": ["reference_0.safetensors", "reference_1.safetensors"],
+        }
+
+
+def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Trainer(assets, world, model, assets.reference)
+    return str(caught.value.block())
+
+
+def test_a_reference_of_another_shape_cannot_follow(
+    assets: Assets, odd: tuple[Path, Path], tmp_path: Path
+) -> None:
+    [told] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")
+    assert "must have the policy's weights" in told
+    assert "model.embed_tokens.weight" in told

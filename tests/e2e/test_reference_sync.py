@@ -1,0 +1,29 @@
+"""TR-DPO by the command line: any number of processes, and a stop in between, end at the same numbers."""
+
+from pathlib import Path
+
+from tests.e2e.conftest import Overrides
+from tests.support.launch import assert_same_history, history, run_verb, summary, train
+
+STEPS = ["reference.mode=live", "trainer.max_steps=6", "optim.lr=1e-3"]
+SYNC = [*STEPS, "loss.sync_reference={every: 2, mixup: 0.5}"]
+
+
+def test_a_reference_that_follows_is_part_of_the_run(overrides: Overrides, tmp_path: Path) -> None:
+    train(overrides(*SYNC, f"run.dir={tmp_path}/whole"), processes=2)
+    whole = history(tmp_path / "whole")
+
+    stopped = run_verb("train", overrides(*SYNC, "trainer.stop_after_steps=3"), processes=2)
+    assert summary(tmp_path / "run")["exit"] == "preempted", stopped.output
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
+    assert '"reference_1.safetensors"' in (checkpoint / "manifest.json").read_text()
+    train(overrides(*SYNC), processes=2)
+    assert history(tmp_path / "run") == whole
+
+    train(overrides(*SYNC, f"run.dir={tmp_path}/alone"))
+    assert_same_history(history(tmp_path / "alone"), whole, relative=2e-4)
+
+    train(overrides(*STEPS, f"run.dir={tmp_path}/fixed"))
+    fixed = history(tmp_path / "fixed")
+    assert_same_history(fixed[:2], whole[:2], relative=2e-4)
+    assert abs(fixed[2]["rewards/margins"] - whole[2]["rewards/margins"]) > 1e-3
