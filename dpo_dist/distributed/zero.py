@@ -195,7 +195,6 @@ class PolicyEngine:
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
-        _gather_bases_for_dora(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
 
     def train(self, mode: bool = True) -> None:
@@ -297,11 +296,3 @@ def _gather_whole_layers(model: PackedCausalLM) -> None:
     """Have ZeRO-3 gather the weights of a compiled layer at once: its hooks then lie outside of the code."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
-
-
-def _gather_bases_for_dora(model: PackedCausalLM) -> None:
-    """Have ZeRO-3 gather a base's weight again where DoRA reads it, outside of the base's own forward."""
-    for layer in adapted_layers(model):
-        for dora in layer.lora_magnitude_vector.values():
-            for parameter in layer.get_base_layer().parameters():
-                deepspeed.zero.register_external_parameter(dora, parameter)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
+from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.head import LogpHead, PackedCausalLM
@@ -96,6 +97,15 @@ def test_the_seed_alone_decides_where_an_adapter_starts(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_optimizer_holds_the_adapter_alone(folder: Path) -> None:
+    model = adapted(folder, variant=AdapterVariant.dora)
+    matrices, norms = _parameter_groups(model, 0.1)
+    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.dim() for parameter in matrices["params"]} == {2}
+    held = {id(parameter) for parameter in (*matrices["params"], *norms["params"])}
+    assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
