@@ -46,7 +46,7 @@ def main() -> int:
         data="hh" if has_data and not arguments.smoke else "synthetic",
         pairs=arguments.pairs,
         batch_pairs=arguments.batch_pairs,
-        max_length=256,
+        max_length=arguments.max_length,
         dtype="fp32",
         micro_batch_tokens=4096,
         trl_micro_pairs=arguments.batch_pairs,
@@ -80,13 +80,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", default=LOSSES, help="kinds that both trainers have")
     parser.add_argument("--betas", nargs="+", type=float, default=BETAS)
     parser.add_argument("--model", choices=SHAPES, default="5m")
-    parser.add_argument("--pairs", type=int, default=16)
-    parser.add_argument("--batch-pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--batch-pairs", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--work", type=Path, help="where temporary files go")
     parser.add_argument("--smoke", action="store_true", help="two betas of one loss on a tiny model")
     arguments = parser.parse_args()
     if arguments.smoke:
-        vars(arguments).update(losses=LOSSES[:1], betas=BETAS[4:6], model="tiny", pairs=8, batch_pairs=4)
+        vars(arguments).update(losses=LOSSES[:1], betas=BETAS[4:6], model="tiny")
     if arguments.pairs % arguments.batch_pairs:
         parser.error("pairs must be a multiple of batch-pairs")
     return arguments
