@@ -41,6 +41,7 @@ def dataset() -> PairDataset:
         piece_ends=np.arange(1, 13),
         pair_pieces=np.arange(3, 13, 3),
         keys=keys,
+        scores=np.full(len(keys), np.nan),
         origins=np.zeros((4, 2), dtype=np.int64),
     )
 

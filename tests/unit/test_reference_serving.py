@@ -92,6 +92,7 @@ def dataset_of(pairs: list[int]) -> PairDataset:
         piece_ends=np.cumsum([len(piece) for piece in pieces]),
         pair_pieces=np.cumsum([1 + len(pair.responses) for pair in sequences]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
+        scores=np.full(len(keys), np.nan),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
     )
 
