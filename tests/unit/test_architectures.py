@@ -10,7 +10,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import EXACT_MODEL_TYPES, refuse_unpackable
+from dpo_dist.model.packable import EXACT_MODEL_TYPES, refuse_unpackable
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {

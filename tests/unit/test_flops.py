@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from dpo_dist.model import flops as counting
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, matmul_peak
-from dpo_dist.model.load import EXACT_MODEL_TYPES
+from dpo_dist.model.packable import EXACT_MODEL_TYPES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
 

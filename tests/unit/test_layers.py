@@ -9,7 +9,7 @@ import torch
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import LIGER_MODEL_TYPES, checkpoint_layers, decoder_layers, demand_liger
-from dpo_dist.model.load import EXACT_MODEL_TYPES
+from dpo_dist.model.packable import EXACT_MODEL_TYPES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
 
