@@ -30,6 +30,7 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.provider import AdapterReference
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.folder import export_model
@@ -59,10 +60,10 @@ class Trainer:
         self.dataset, self.world, self.lr = assets.dataset(), world, optim.lr
 
     def step(self, rows: Sequence[int]) -> float:
-        device = self.world.device
-        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 128, COSTS)
-        ready, clock = self.objective.ready_step(plan, device), StepClock(device)
-        return train_step(self.policy, self.objective, ready, self.lr, device, clock)[1].item()
+        world = self.world
+        plan = plan_step(self.dataset, np.array(rows), world.rank, world.size, 128, COSTS)
+        ready, clock = self.objective.ready_step(plan, world.device), StepClock(world.device)
+        return train_step(self.policy, self.objective, ready, self.lr, world, clock, RunningMeans())[1].item()
 
     @torch.no_grad()
     def scored(self) -> dict[str, list[float]]:

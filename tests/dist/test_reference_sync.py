@@ -21,6 +21,7 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.objective.running import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.provider import LiveReference
 from dpo_dist.training.clock import StepClock
@@ -60,10 +61,9 @@ class Trainer:
         return [self.step(ROWS[self.done]) for _ in range(count)]
 
     def step(self, rows: Sequence[int]) -> float:
-        device = self.world.device
-        ready = self.objective.ready_step(self._plan(rows), device)
-        clock = StepClock(device)
-        sums, norm = train_step(self.policy, self.objective, ready, OPTIM.lr, device, clock)
+        world = self.world
+        ready, clock = self.objective.ready_step(self._plan(rows), world.device), StepClock(world.device)
+        sums, norm = train_step(self.policy, self.objective, ready, OPTIM.lr, world, clock, RunningMeans())
         self.done += 1
         self.sync.after_step(self.done)
         return self._metrics(sums)["loss"] + norm.item()
@@ -71,13 +71,14 @@ class Trainer:
     def margin(self) -> float:
         """Mean reward margin of all pairs."""
         plan = self._plan(range(len(self.dataset)))
-        return self._metrics(evaluate(self.policy, self.objective, plan, self.world.device))["rewards/margins"]
+        sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans())
+        return self._metrics(sums)["rewards/margins"]
 
     def _plan(self, rows: Sequence[int]) -> Any:
         return plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
 
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
-        return MetricSums(self.world.sum(sums.values)).means()
+        return MetricSums(sums.names, self.world.sum(sums.values)).means()
 
     def held(self) -> list[Tensor]:
         """Copies of this rank's shards of the reference without their padding."""
