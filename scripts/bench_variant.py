@@ -108,13 +108,13 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     with open_console(run_dir) as console:
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import fill_store
-        from dpo_dist.training import assemble, loop
+        from dpo_dist.training import assemble, loop, stored
         from dpo_dist.training.step import train_step
 
         with (
             patch.object(loop, "train_step", training.around(train_step)),
-            patch.object(assemble, "fill_store", filling.around(fill_store)),
-            patch.object(assemble, "load_reference", loading.around(load_reference)),
+            patch.object(stored, "fill_store", filling.around(fill_store)),
+            patch.object(stored, "load_reference", loading.around(load_reference)),
             removed(ablation) as work,
             whole.running(),
         ):

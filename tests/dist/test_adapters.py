@@ -101,7 +101,7 @@ def plain_steps(model: Any, assets: Assets) -> list[float]:
         with torch.no_grad(), model.disable_adapter():
             reference = sum_by_response(plain_logps(model, pairs), lengths)
         logps = sum_by_response(plain_logps(model, pairs), lengths)
-        preference_loss(logps, reference, LOSS, 1.0).mean().backward()
+        preference_loss(logps, reference, LOSS).mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trained, OPTIM.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
