@@ -78,7 +78,7 @@ def _check_quantization(reference: ReferenceConfig, compiled: bool) -> None:
         )
     if reference.offload is not Offload.none:
         raise ConfigError(
-            "a quantised reference is whole on every device and cannot be offloaded",
+            "a quantized reference is whole on every device and cannot be offloaded",
             where="reference.quantization, reference.offload",
             got=f"{reference.quantization}, {reference.offload}",
             expected="reference.offload=none",
@@ -123,7 +123,7 @@ def _check_sync(sync: SyncReferenceConfig, config: RunConfig) -> None:
         )
     if reference.quantization is not None:
         raise ConfigError(
-            "quantised weights cannot be moved towards the policy's",
+            "quantized weights cannot be moved towards the policy's",
             where="loss.sync_reference.every, reference.quantization",
             got=f"{sync.every}, {reference.quantization}",
             remedy="leave one of them out",

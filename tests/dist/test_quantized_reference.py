@@ -1,4 +1,4 @@
-"""A quantised reference stands whole beside a sharded policy, and its rows never serve the one in full."""
+"""A quantized reference stands whole beside a sharded policy, and its rows never serve the one in full."""
 
 import importlib.util
 import io
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def score_both(assets: Assets, model: Path, quantization: str, world: World, _folder: Path) -> dict[str, Any]:
-    """How far a quantised reference is from the one in full, at most; and what it is."""
+    """How far a quantized reference is from the one in full, at most; and what it is."""
     [batch] = plan_step(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
     in_full = load_reference(model, assets.config(model), world).token_logps(batch)
     quantized = ReferenceConfig(quantization=Quantization(quantization))
@@ -48,7 +48,7 @@ def test_its_log_probs_are_near_those_in_full(quantization: str, assets: Assets,
 
 
 def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
-    """What is computed for a quantised reference, for the one in full, and for the quantised one again."""
+    """What is computed for a quantized reference, for the one in full, and for the quantized one again."""
     told = []
     for quantization in ("nf4", "null", "nf4"):
         config = load_run_config([*overrides, f"reference.quantization={quantization}"])

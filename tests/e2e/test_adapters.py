@@ -1,5 +1,6 @@
 """An adapter from the command line: killed, resumed, written, and loaded by peft on the plain base."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,15 @@ def test_a_stored_and_a_live_reference_are_the_base_that_the_adapter_leaves(
     assert_same_history(history(tmp_path / "run"), history(uninterrupted), 2e-4)
     assert summary(tmp_path / "run")["reference"]["mode"] == mode
     assert summary(tmp_path / "run")["reference"]["computed"] == (2 * 28 if mode == "cached" else 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_quantized_base_is_its_own_reference_switched_off_and_stored(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    quantized = [*STEPS, "model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=3"]
+    train(overrides(*quantized, f"run.dir={tmp_path}/off"))
+    stored = train(overrides(*quantized, "reference.mode=cached", "reference.quantization=nf4"))
+    assert "step-0 gate passed" in stored.output
+    assert history(tmp_path / "off")[0]["rewards/margins"] == 0
+    assert_same_history(history(tmp_path / "run"), history(tmp_path / "off"), 2e-4)

@@ -12,6 +12,7 @@ from dpo_dist.model.quantize import demand_bitsandbytes
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 LIVE = "reference.mode=live"
+ADAPTER = "model.adapter={r: 8}"
 EVERY = "loss.sync_reference.every=2"
 NVME = ["reference.offload=nvme", "reference.nvme_path=/nvme"]
 
@@ -27,6 +28,11 @@ NVME = ["reference.offload=nvme", "reference.nvme_path=/nvme"]
         ([EVERY, "loss=simpo", "reference=none"], "loss.sync_reference.every, reference.mode"),
         ([LIVE, EVERY, "reference.quantization=nf4"], "loss.sync_reference.every, reference.quantization"),
         ([LIVE, EVERY, *NVME], "loss.sync_reference.every, reference.offload"),
+        ([LIVE, EVERY, ADAPTER], "loss.sync_reference.every, model.adapter"),
+        (
+            [ADAPTER, "model.quantization=nf4", "parallelism=ddp"],
+            "reference.quantization, model.quantization",
+        ),
         (["reference.offload=nvme"], "reference.offload, reference.nvme_path"),
         (["reference.nvme_path=/nvme"], "reference.offload, reference.nvme_path"),
         (["reference.offload=cpu", "reference.nvme_path=/nvme"], "reference.offload, reference.nvme_path"),
@@ -57,6 +63,7 @@ def test_refused(overrides: list[str], where: str) -> None:
     [
         NVME,
         [LIVE, *NVME],
+        [ADAPTER, "model.quantization=nf4", "parallelism=ddp", "reference.quantization=nf4"],
         ["reference.quantization=nf4"],
         [LIVE, "reference.quantization=int8"],
         [LIVE, EVERY, "loss.sync_reference.mixup=1", "reference.offload=cpu"],
