@@ -10,7 +10,6 @@ import torch
 from dpo_dist.config.schema import Dtype, Numerics, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.pack import PackedBatch
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
@@ -80,7 +79,7 @@ def pass_gate(
                     objective.pairs(logps, batch), reference, batch.score_gaps, None, batch.weights
                 )
                 losses[place] += objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())[0].double()
-            scored += _drifts(fresh - stored, host_batch, micro_rows)
+            scored += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_rows)
     losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)
@@ -90,15 +89,14 @@ def pass_gate(
     return report
 
 
-def _drifts(difference: torch.Tensor, batch: PackedBatch, rows: tuple[int, ...]) -> list[_ScoredResponse]:
+def _drifts(
+    difference: torch.Tensor, response_tokens: torch.Tensor, dataset: PairDataset, rows: tuple[int, ...]
+) -> list[_ScoredResponse]:
     if not rows:
         return []
-    parts = torch.split(difference.cpu(), batch.response_tokens.tolist())
-    owners = [
-        (row, which)
-        for row, responses in zip(rows, batch.pair_tokens, strict=True)
-        for which in range(len(responses))
-    ]
+    parts = torch.split(difference.cpu(), response_tokens.tolist())
+    counts = dataset.response_counts(np.array(rows, dtype=np.int64)).tolist()
+    owners = [(row, which) for row, count in zip(rows, counts, strict=True) for which in range(count)]
     return [
         _ScoredResponse(
             row=row,

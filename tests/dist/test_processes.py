@@ -143,6 +143,7 @@ def test_a_process_that_dies_is_one_clear_error(tmp_path: Path, kind: type[PreTr
 
 
 ENDLESS = """
+import signal
 import sys
 from pathlib import Path
 from dpo_dist.config.schema import SourceConfig
@@ -151,6 +152,7 @@ from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by jobs that a shell runs in the background
     prepare_module.read_records = endless_records
     prepare(Path(sys.argv[1]), [SourceConfig(__file__)], 2, tiny.qwen())
 """
