@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, default="5m")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--batch-pairs", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--work", type=Path, help="where temporary files go")
     parser.add_argument("--smoke", action="store_true", help="two betas of one loss on a tiny model")
     arguments = parser.parse_args()
