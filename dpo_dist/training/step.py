@@ -120,6 +120,18 @@ def train_step(
     return sums, grad_norm
 
 
+def _score(
+    policy: PolicyEngine, objective: Objective, host_batch: PackedBatch, world: World, clock: StepClock
+) -> ScoredPairs:
+    """One micro-batch by reference and policy; collective."""
+    clock.enter("data")
+    batch = host_batch.to(world.device)
+    clock.enter("reference")
+    reference = objective.reference_logps(batch)
+    clock.enter("forward")
+    return objective.score(policy, batch, reference)
+
+
 def _accumulate(
     policy: PolicyEngine,
     objective: Objective,
@@ -132,12 +144,7 @@ def _accumulate(
     policy.train()
     sums = MetricSums.zeros(metric_names(objective.loss), world.device)
     for number, host_batch in enumerate(step.batches, start=1):
-        clock.enter("data")
-        batch = host_batch.to(world.device)
-        clock.enter("reference")
-        reference = objective.reference_logps(batch)
-        clock.enter("forward")
-        pairs = objective.score(policy, batch, reference)
+        pairs = _score(policy, objective, host_batch, world, clock)
         loss, batch_sums = objective.measure(pairs, step.plan.mean_chosen_tokens, running)
         sums += batch_sums
         clock.enter("backward")
@@ -161,14 +168,7 @@ def _accumulate_coupled(
     plan, batches = step.plan, step.batches
     with torch.no_grad():
         policy.train(False)
-        scored = []
-        for host_batch in batches:
-            clock.enter("data")
-            batch = host_batch.to(world.device)
-            clock.enter("reference")
-            reference = objective.reference_logps(batch)
-            clock.enter("forward")
-            scored.append(objective.score(policy, batch, reference))
+        scored = [_score(policy, objective, batch, world, clock) for batch in batches]
     pairs = gather_pairs(scored, plan, world)
     leaves = pairs.policy.chosen.requires_grad_(), pairs.policy.rejected.requires_grad_()
     loss, sums = objective.measure(pairs, plan.mean_chosen_tokens, running)
