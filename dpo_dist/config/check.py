@@ -1,7 +1,5 @@
 """What must hold between the values of a run: every cross-field rule, in one place (law L5)."""
 
-from collections.abc import Iterable
-
 from dpo_dist.config.check_adapter import check_adapter
 from dpo_dist.config.check_data import check_data
 from dpo_dist.config.check_loss import check_loss
@@ -101,7 +99,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
         raise ConfigError(
             "this loss needs a reference model",
             where="reference.mode",
-            got=f"none with {_listed(kinds)}",
+            got=f"none with {', '.join(kinds)}",
             expected="cached or live, or adapter with model.adapter",
             remedy="choose reference=cached, or set loss.reference_free=true to take its log-probs as 0",
         )
@@ -109,7 +107,7 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
         raise ConfigError(
             "the reference would be computed for nothing",
             where="reference.mode",
-            got=f"{reference.mode} with {_listed(kinds)}, reference_free={loss.reference_free}".lower(),
+            got=f"{reference.mode} with {', '.join(kinds)}, reference_free={loss.reference_free}".lower(),
             expected="none",
             remedy="choose reference=none",
         )
@@ -186,10 +184,6 @@ def _check_parallelism(parallelism: ParallelismConfig) -> None:
                 f"{parallelism.kind} cannot do parallelism.{option}",
                 where=f"parallelism.{option}, parallelism.kind",
                 got=f"{getattr(parallelism, option)}, {parallelism.kind}",
-                expected=f"parallelism.kind one of {_listed(kinds)}",
+                expected=f"parallelism.kind one of {', '.join(kinds)}",
                 remedy=f"set parallelism.kind={kinds[0]} or parallelism.{option}=none",
             )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

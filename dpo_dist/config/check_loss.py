@@ -122,7 +122,7 @@ def _check_terms(loss: LossConfig) -> None:
         raise ConfigError(
             "loss.terms is the whole loss, so loss.kind has no effect",
             where="loss.kind, loss.terms",
-            got=f"{loss.kind}, {_listed(loss.kinds)}",
+            got=f"{loss.kind}, {', '.join(loss.kinds)}",
             remedy=f"add {{kind: {loss.kind}}} to loss.terms or leave loss.kind out",
         )
 
@@ -131,13 +131,13 @@ def _check_used(loss: LossConfig) -> None:
     for option, users in _KINDS_USING.items():
         value = getattr(loss, option)
         if value != getattr(LossConfig, option) and users.isdisjoint(loss.kinds):
-            raise _without_effect(option, f"{value} with {_listed(loss.kinds)}", users)
+            raise _without_effect(option, f"{value} with {', '.join(loss.kinds)}", users)
     for option in _ALL_KINDS_MUST_USE:
         # sft beside a preference loss is not what such an option is about.
         others = sorted(set(loss.kinds) - _KINDS_USING[option] - _ONE_SIDED)
         if getattr(loss, option) != getattr(LossConfig, option) and others:
             raise _without_effect(
-                option, f"{getattr(loss, option)} with {_listed(others)}", _KINDS_USING[option]
+                option, f"{getattr(loss, option)} with {', '.join(others)}", _KINDS_USING[option]
             )
     if loss.alpha_coefficient != LossConfig.alpha_coefficient and loss.divergence is not Divergence.alpha:
         raise ConfigError(
@@ -154,10 +154,6 @@ def _without_effect(option: str, got: str, users: Iterable[LossKind]) -> ConfigE
         f"loss.{option} has no effect with this loss",
         where=f"loss.{option}",
         got=got,
-        expected=f"a loss that uses it: {_listed(sorted(users))}",
+        expected=f"a loss that uses it: {', '.join(sorted(users))}",
         remedy=f"leave loss.{option} out or choose another loss.kind",
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
