@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dpo_dist.atomic import commit_folder, is_temporary, sync, temporary_name, write_text
-from dpo_dist.data.files import content_digest
+from dpo_dist.digests import content_digest
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import CheckpointError
 
