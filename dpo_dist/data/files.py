@@ -2,15 +2,15 @@
 
 import csv
 import difflib
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 import pyarrow.parquet
 
 from dpo_dist.data.records import BadRecord, Origin
+from dpo_dist.digests import content_digest
 from dpo_dist.errors import ConfigError, DataError
 
 Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
@@ -18,7 +18,6 @@ Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _MAX_CELL_CHARACTERS = 2**31 - 1
 _PARQUET_BATCH_ROWS = 1024
-_BLOCK_BYTES = 2**22
 
 
 def read_rows(path: str, split: str | None) -> Iterator[Located]:
@@ -267,13 +266,3 @@ def source_identity(path: str) -> str:
             got=str(fault).splitlines()[0],
             remedy="check the name, the network, and access rights of a gated data set",
         ) from fault
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """blake2b over the bytes of `files`, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.atomic import sync
-from dpo_dist.data.files import content_digest
+from dpo_dist.digests import content_digest
 
 MANIFEST = "manifest.json"
 
