@@ -5,11 +5,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from dpo_dist.atomic import (
     is_temporary,
+    recover_folder,
     staged_file,
     staged_folder,
     temporary_name,
@@ -89,6 +91,55 @@ def test_many_writers_of_one_folder_all_end_well(tmp_path: Path) -> None:
         list(pool.map(write, range(64)))
     assert (path / "one").read_text() == (path / "two").read_text()
     assert names(tmp_path) == ["folder"]
+
+
+def replace_and_die(path: Path) -> None:
+    """Replace the folder `path` in a process that ends with its first rename onto or away from it."""
+    child = os.fork()
+    if child == 0:
+        rename = Path.rename
+
+        def last_rename(self: Path, target: Path) -> Path:
+            renamed = rename(self, target)
+            os._exit(1)
+            return renamed
+
+        with staged_folder(path) as temporary:
+            (temporary / "file").write_text("second")
+            mock.patch.object(Path, "rename", last_rename).start()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_kill_while_a_folder_is_replaced_leaves_one(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without exchange, the folder is back when it is next written."""
+    path = tmp_path / "fol[d]er"
+    if not can_exchange:
+        monkeypatch.setattr("dpo_dist.atomic._exchange", lambda *_: False)
+    with staged_folder(path) as temporary:
+        (temporary / "file").write_text("first")
+    replace_and_die(path)
+    assert path.exists() is can_exchange
+    with pytest.raises(InterruptedError), staged_folder(path) as temporary:
+        fail_after_writing(temporary / "file")
+    assert (path / "file").read_text() == ("second" if can_exchange else "first")
+
+
+def test_a_folder_that_is_there_is_not_replaced_by_one_that_was_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo_dist.atomic._exchange", lambda *_: False)
+        with staged_folder(path) as temporary:
+            (temporary / "file").write_text("first")
+        replace_and_die(path)
+    path.mkdir()
+    recover_folder(path)
+    assert names(path) == []
 
 
 def test_temporary_names_are_known_and_never_the_same(tmp_path: Path) -> None:
