@@ -10,7 +10,7 @@ from typing import Any, TextIO, TypeAlias
 import pyarrow.parquet
 
 from dpo_dist.data.records import BadRecord, Origin
-from dpo_dist.digests import content_digest
+from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
 Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
@@ -242,23 +242,43 @@ def _refuse_split(path: str, split: str | None) -> None:
         )
 
 
-def source_identity(path: str) -> str:
-    """What changes when the content of a source changes: a digest of its bytes, or the hub's revision.
+def source_files(path: str) -> list[Path]:
+    """The local files of a source, in order; none of a hub name.
 
     Raises:
         DataError: there is no such source.
     """
     local = Path(path).expanduser()
     if local.is_file():
-        return content_digest([local])
+        return [local]
     if local.is_dir():
-        return content_digest(sorted(below for below in local.rglob("*") if below.is_file()))
+        return sorted(below for below in local.rglob("*") if below.is_file())
     if _looks_local(path):
         raise _missing(local)
+    return []
+
+
+def source_identity(path: str, memo: Path | None) -> str:
+    """What changes when the content of a source changes: a digest of its bytes and of how the names of its
+    files end, or the hub's revision. Where it lies does not matter.
+
+    Args:
+        path: of the source.
+        memo: where digests of files are remembered; None: nowhere, every file is read.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    local = Path(path).expanduser()
+    files = source_files(path)
+    if files:
+        names = [file.suffix if file == local else str(file.relative_to(local)) for file in files]
+        digests = [remembered_digest(file, memo) for file in files]
+        return text_digest(json.dumps(list(zip(names, digests, strict=True))))
     from huggingface_hub import dataset_info  # noqa: PLC0415  # only needed here
 
     try:
-        return f"hub revision {dataset_info(path).sha}"
+        return f"hub revision {path}@{dataset_info(path).sha}"
     except (OSError, ValueError) as fault:
         raise DataError(
             "neither a local file nor a data set that the hub gives",
