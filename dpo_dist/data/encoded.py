@@ -7,6 +7,7 @@ records follow. Its name is a digest of everything that decides the ids, never a
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.atomic import is_temporary, write_text
+from dpo_dist.data.folders import is_glob
 from dpo_dist.data.joined import Array
 from dpo_dist.data.parts import SHOWN_EXAMPLES, DataCounts, EncodedPart, Outcome
 from dpo_dist.digests import remember_digest, remembered_digest, text_digest
@@ -110,7 +112,7 @@ class SourceWriter:
         self.records += len(part.outcomes)
 
     def _file(self, source: str) -> int:
-        name = os.path.relpath(source, _root(self._path))
+        name = os.path.relpath(Path(source).expanduser(), _root(self._path).expanduser())
         return self._files.setdefault(name, len(self._files))
 
     def _append(self, name: str, values: Any) -> None:
@@ -250,14 +252,10 @@ def _map(folder: Path, name: str, size: int) -> npt.NDArray[Any]:
     return np.memmap(folder / f"{name}.bin", dtype=_ARRAYS[name], mode="r", shape=(size,))
 
 
-def _root(path: str) -> str:
+def _root(path: str) -> Path:
     """What names of files are relative to: the source itself, or of a pattern the folder before it."""
-    parts = Path(path).parts
-    fixed = [
-        part for number, part in enumerate(parts) if not any(set(p) & set("*?[") for p in parts[: number + 1])
-    ]
-    return str(Path(*fixed)) if fixed else "."
+    return Path(*itertools.takewhile(lambda part: not is_glob(part), Path(path).parts))
 
 
 def _display_name(path: str, name: str) -> str:
-    return path if name == "." else str(Path(_root(path)) / name)
+    return path if name == "." else str(_root(path) / name)

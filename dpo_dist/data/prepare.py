@@ -20,9 +20,10 @@ from dpo_dist.data.encoded import (
     folder_name,
     remember_written,
 )
-from dpo_dist.data.files import source_files, source_identity
+from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.processes import CHUNK_RECORDS, Records, encode_in_order
+from dpo_dist.data.sources import local_files, pinned, source_identity
 from dpo_dist.digests import file_identity, text_digest
 from dpo_dist.errors import DataError
 
@@ -72,8 +73,9 @@ def _encoded(
     progress: Progress,
 ) -> Path:
     cache = Path(config.cache)
+    source = pinned(source, cache)
     state = _state(source)
-    identity = source_identity(source.path, cache / MEMO_FOLDER)
+    identity = source_identity(source, cache / MEMO_FOLDER)
     fingerprint = _fingerprint(source, identity, config, tokenizer_digest)
     found = find_encoded(cache, fingerprint, source.limit)
     if found is not None:
@@ -88,7 +90,7 @@ def _encoded(
                 writer.add(part)
                 progress(source.path, len(part.outcomes))
         # The digest is that of what was read only if nothing has changed meanwhile.
-        if _state(source) != state or source_identity(source.path, None) != identity:
+        if _state(source) != state or source_identity(source) != identity:
             raise DataError(
                 "the data changed while they were read",
                 where=source.path,
@@ -105,7 +107,7 @@ def _stands(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> b
 
 def _state(source: SourceConfig) -> list[str]:
     """What changes when a file of the source is replaced, also by one that is put back afterwards."""
-    files = source_files(source.path)
+    files = local_files(source) or []
     # The link itself too, where the path is one.
     return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
 
@@ -127,6 +129,7 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, tokeni
         "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
         "content": identity,
+        "kinds": [file_kind(file) for file in local_files(source) or []],
         "format": source.format,
         "split": source.split,
     }
