@@ -46,11 +46,12 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
 
 
 def test_a_stopped_run_ends_with_75_and_goes_on_exactly(overrides: Overrides, tmp_path: Path) -> None:
-    train(overrides("trainer.epochs=2", f"run.dir={tmp_path}/whole"))
-    stopped = run_verb("train", overrides("trainer.epochs=2", "trainer.stop_after_steps=3"))
+    steps = ["trainer.epochs=2", "trainer.log_every=2"]  # stopped between two rows
+    train(overrides(*steps, f"run.dir={tmp_path}/whole"))
+    stopped = run_verb("train", overrides(*steps, "trainer.stop_after_steps=3"))
     assert stopped.code == 75, stopped.output
     assert summary(tmp_path / "run")["exit"] == "preempted"
-    train(overrides("trainer.epochs=2"))
+    train(overrides(*steps))
     assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
