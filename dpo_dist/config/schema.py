@@ -208,12 +208,16 @@ class ModelConfig:
 class SourceConfig:
     """One entry of `data.train` or `data.eval`; a bare string there means `path`.
 
+    `name` (the configuration, or subset), `data_dir` and `revision` select data of a dataset on the hub.
     `weight` 2 gives every pair of the source twice an epoch, 0.5 a seeded half of them.
     """
 
     path: str = MISSING
     format: DataFormat = DataFormat.auto
     split: str | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
     weight: float = 1.0
     limit: int | None = None
 
