@@ -360,7 +360,8 @@ class OptimConfig:
 class TrainerConfig:
     """`trainer`: the loop. Gradient accumulation is derived, never configured.
 
-    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only.
+    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only. `eval_at_start`
+    evaluates before the first step too.
     """
 
     global_batch_pairs: int = 64
@@ -368,6 +369,7 @@ class TrainerConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     eval_every: int = _free(0)
+    eval_at_start: bool = _free(False)
     save_every: int = _free(0)
     keep_last: int = _free(2)
     log_every: int = _free(1)
