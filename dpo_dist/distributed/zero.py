@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepsp
 
 from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.gather_order import keep_gather_orders
 from dpo_dist.distributed.manifest import recorded_writes
 from dpo_dist.distributed.runtime import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
@@ -197,6 +198,7 @@ class PolicyEngine:
         zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
+        keep_gather_orders(self._engine)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""

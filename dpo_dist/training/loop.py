@@ -22,7 +22,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops, StepFlops
-from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
+from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
 from dpo_dist.objective.running import RunningMeans
 from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
@@ -93,6 +93,8 @@ class Loop:
             DivergedError: loss or gradient stopped being finite.
         """
         trainer, steps = self.config.trainer, self.schedule.steps
+        if self.eval_set is not None and trainer.eval_at_start and position.step == 0:
+            self._record(self._evaluate(self.eval_set, position))
         with (
             self.console.bar("train", steps, position.step, "step") as bar,
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
@@ -188,8 +190,8 @@ class Loop:
         if loss.bco_delta is BcoDelta.running_mean:
             row["loss/delta"] = before.reward
         if row:
-            mean_reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-            position.running = before.after(loss, metrics.get(BATCH_MARGIN, 0.0), mean_reward, pairs)
+            margin, reward = metrics.get(BATCH_MARGIN, 0.0), metrics.get(BATCH_REWARD, 0.0)
+            position.running = before.after(loss, margin, reward, pairs)
         return row
 
     def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:

@@ -1,8 +1,10 @@
 """What is written appears whole or not at all."""
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -147,3 +149,60 @@ def test_temporary_names_are_known_and_never_the_same(tmp_path: Path) -> None:
     assert first.parent == path.parent
     assert is_temporary(first)
     assert not is_temporary(path)
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every fsync and rename in order, with the path or the new path."""
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def watch_fsync(descriptor: int) -> None:
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def watch(move: Any) -> Any:
+        def moved(path: Path, target: Path) -> Path:
+            events.append(("rename", str(target)))
+            return move(path, target)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch(rename))
+    monkeypatch.setattr(Path, "replace", watch(replace))
+    return events
+
+
+def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, on_disk: list[tuple[str, str]]
+) -> None:
+    with staged_file(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"content")
+    assert on_disk == [
+        ("fsync", str(temporary)),
+        ("rename", str(tmp_path / "file")),
+        ("fsync", str(tmp_path)),
+    ]
+
+
+def test_every_file_and_folder_is_on_disk_before_a_folder_has_its_name(
+    tmp_path: Path, on_disk: list[tuple[str, str]]
+) -> None:
+    with staged_folder(tmp_path / "folder") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_bytes(b"content")
+    named = on_disk.index(("rename", str(tmp_path / "folder")))
+    below = [temporary, temporary / "below", temporary / "below" / "file"]
+    assert {("fsync", str(path)) for path in below} <= set(on_disk[:named])
+    assert ("fsync", str(tmp_path)) in on_disk[named:]
+
+
+def test_private_files_become_as_open_as_the_umask_lets_them(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with staged_folder(tmp_path / "folder") as temporary:
+        descriptor, _ = tempfile.mkstemp(dir=temporary, prefix="private")
+        os.close(descriptor)
+    (private,) = (tmp_path / "folder").iterdir()
+    assert private.stat().st_mode == plain.stat().st_mode
