@@ -21,6 +21,7 @@ from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
+from dpo_dist.model.kernels import use_deterministic_kernels
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import model_digest, model_label
@@ -194,6 +195,8 @@ def _world(config: RunConfig) -> Iterator[World]:
         demand_async_io()
     if config.reference.quantization is not None:
         demand_bitsandbytes(config.reference.quantization, "reference.quantization")
+    if config.trainer.deterministic:
+        use_deterministic_kernels()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
