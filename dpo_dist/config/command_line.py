@@ -33,7 +33,6 @@ _DISK_FAULTS = frozenset(
         errno.EPERM,
         errno.ENOTDIR,
         errno.EISDIR,
-        errno.ENOENT,
         errno.ENAMETOOLONG,
     }
 )
@@ -97,7 +96,7 @@ def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int]
         # Who reads the output has closed it: --help | head.
         os._exit(0)
     except OSError as fault:
-        if fault.errno not in _DISK_FAULTS or fault.filename is None:
+        if fault.errno not in _DISK_FAULTS:
             raise
         sys.stderr.write(_disk_error(fault).block() + "\n")
         exit_code = ConfigError.exit_code
@@ -253,7 +252,7 @@ def _rank() -> int:
 def _disk_error(fault: OSError) -> ConfigError:
     return ConfigError(
         "a file cannot be written or read",
-        where=str(fault.filename),
+        where=str(fault.filename or "see logs/rank-N.log of the run"),
         got=str(fault.strerror),
         remedy="make room, or correct the path or its permissions; what was committed is whole, "
         "start the same command again",

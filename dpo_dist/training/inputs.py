@@ -16,7 +16,8 @@ from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
-from dpo_dist.model.load import load_config, load_tokenizer, model_folder
+from dpo_dist.model.folder import model_folder
+from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import tokenizer_digest
 from dpo_dist.report.console import Console
