@@ -45,7 +45,7 @@ def check_source(source: SourceConfig) -> None:
     """
     local = Path(source.path).expanduser()
     if not (local.is_dir() and is_saved(local)):
-        for file in _local_files(source) or []:
+        for file in local_files(source) or []:
             check_kind(file, source.path)
 
 
