@@ -1,6 +1,7 @@
 """What `--check` looks at: a run up to its first GPU second, on one process and without writing anything."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.parts import EncodedPart, encode_part
+from dpo_dist.data.parts import DataCounts, EncodedPart, encode_part
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.model.folder import description_folder
@@ -87,7 +88,8 @@ def _first_records(
             remedy="name another file, or remove it",
         )
     part = encode_part(records, config.data, tokenizer)
-    counts = part.counts
+    examples = [f"{bad.origin} {bad.reason}" for _, bad in part.bad]
+    counts = DataCounts.of(Counter(part.outcomes), examples)
     dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
     if not counts.kept:
         raise DataError(
@@ -102,7 +104,7 @@ def _first_records(
     told += [
         f"{number} {name.replace('_', ' ')}" for name, number in sorted(counts.changed.items()) if number
     ]
-    told.append(f"{len(part.ids) / max(1, len(part.pair_pieces)):.0f} tokens a pair")
+    told.append(f"{part.piece_tokens.sum() / len(part.pair_pieces):.0f} tokens a pair")
     return ", ".join(told)
 
 

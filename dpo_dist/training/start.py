@@ -15,7 +15,7 @@ from dpo_dist.model.extras import demand_bitsandbytes, demand_liger_kernel
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 # What a run folder holds before its first step: nothing that anybody would miss.
-_BEFORE_THE_FIRST_STEP = frozenset({"logs", ".lock", "config.yaml", "environment.json"})
+_BEFORE_THE_FIRST_STEP = frozenset({"logs", ".lock", "config.yaml", "environment.json", "run_state.json"})
 # Processes of one start begin within this time of each other.
 _START_SECONDS = 60.0
 
