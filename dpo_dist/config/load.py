@@ -4,11 +4,13 @@ Hydra composes `conf/` onto the schema. What it composed is merged into the sche
 lets `+loss.gamma=1` add a key that nobody reads.
 """
 
-import errno
 import hashlib
 import json
 import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -26,11 +28,11 @@ from dpo_dist.config.check import check
 from dpo_dist.config.explain import explain, explain_key, in_words, unset
 from dpo_dist.config.presets import demand_presets_kept
 from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
-from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.errors import ConfigError, DpoDistError, disk_error
 
 _Typed = TypeVar("_Typed")
 _HYDRA_VERSION = "1.3"
-_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+_RANK_0_SECONDS = 60
 _DEFINING_SECTIONS = ("model", "data", "loss", "reference", "optim", "trainer")
 # ValueError: Hydra's own, for example for a group chosen by a number.
 _COMPOSITION_FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -101,27 +103,33 @@ def run_verb(main: Callable[[RunConfig], int]) -> NoReturn:
         config = _from_command_line()
         exit_code = 0 if config is None else main(config)
     except DpoDistError as error:
-        if int(os.environ.get("RANK", "0")) == error.speaker:
-            sys.stderr.write(error.block() + "\n")
+        _print(error)
         exit_code = error.exit_code
-    except OSError as fault:
-        if fault.errno not in _DISK_FAULTS:
-            raise
-        sys.stderr.write(_disk_error(fault).block() + "\n")
-        exit_code = ConfigError.exit_code
+    except Exception as fault:
+        told = disk_error(fault)
+        if told is not None:
+            _print(told)
+        else:
+            traceback.print_exc()
+        exit_code = 1 if told is None else told.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written, and at interpreter exit threads of communication libraries may still abort the process.
     os._exit(exit_code)
 
 
-def _disk_error(fault: OSError) -> ConfigError:
-    return ConfigError(
-        "a file cannot be written or read",
-        where=str(fault.filename or "see logs/rank-N.log of the run"),
-        got=str(fault.strerror),
-        remedy="make room or mend the permissions; what was committed is whole, start the same command again",
-    )
+def _print(error: DpoDistError) -> None:
+    """Print `error` if this process is the one that does.
+
+    Before the processes have joined, all have most errors alike. The launcher ends the others once rank 0 has
+    printed its own and left; a rank that it does not end is alone with its error.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if error.speaker is None and rank > 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
+        time.sleep(_RANK_0_SECONDS)
+    if error.speaker in (None, rank):
+        sys.stderr.write(error.block() + "\n")
 
 
 def run_dir(config: RunConfig) -> Path:
