@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from dpo_dist.report.console import Console, open_console
 @contextlib.contextmanager
 def opened(run_dir: Path) -> Iterator[Console]:
     """A console where standard error is descriptor 2, as in a process of its own, and not pytest's."""
-    stderr = mock.patch.object(sys, "stderr", open(2, "w", buffering=1, closefd=False))
+    stderr = mock.patch.object(sys, "stderr", os.fdopen(2, "w", buffering=1, closefd=False))
     with stderr, open_console(run_dir) as console:
         yield console
 
