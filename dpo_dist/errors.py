@@ -7,7 +7,16 @@ Every error a user can cause is a `DpoDistError`. The verbs print it without a t
 import errno
 from typing import ClassVar
 
-_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PATH_FAULTS = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
 
 
 class DpoDistError(Exception):
@@ -107,12 +116,15 @@ class PeerLostError(DpoDistError):
 
 
 def disk_error(fault: BaseException) -> ConfigError | None:
-    """Return `fault` as an error for the user if a disk or its permissions caused it."""
-    if not isinstance(fault, OSError) or fault.errno not in _DISK_FAULTS:
+    """Return `fault` as an error for the user if a full disk, a path or its permissions caused it."""
+    if not isinstance(fault, OSError):
+        return None
+    if fault.errno not in _DISK_IS_FULL and (fault.errno not in _PATH_FAULTS or fault.filename is None):
         return None
     return ConfigError(
         "a file cannot be written or read",
         where=str(fault.filename or "see logs/rank-N.log of the run"),
         got=str(fault.strerror),
-        remedy="make room or correct the permissions; what was committed is complete, run the command again",
+        remedy="make room, or correct the path or its permissions; what was committed is complete, "
+        "start the same command again",
     )

@@ -117,6 +117,7 @@ class Weighting(StrEnum):
 
 
 class ReferenceMode(StrEnum):
+    auto = "auto"
     cached = "cached"
     live = "live"
     adapter = "adapter"
@@ -208,12 +209,16 @@ class ModelConfig:
 class SourceConfig:
     """One entry of `data.train` or `data.eval`; a bare string there means `path`.
 
+    `name` (the configuration, or subset), `data_dir` and `revision` select data of a dataset on the hub.
     `weight` 2 gives every pair of the source twice an epoch, 0.5 a seeded half of them.
     """
 
     path: str = MISSING
     format: DataFormat = DataFormat.auto
     split: str | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
     weight: float = 1.0
     limit: int | None = None
 
@@ -282,7 +287,7 @@ class LossConfig:
     ld_alpha: float | None = None
     weighting: Weighting = Weighting.none
     reference_free: bool = False
-    terms: list[LossTermConfig] = field(default_factory=list)
+    terms: list[Any] = field(default_factory=list)
     sync_reference: SyncReferenceConfig = field(default_factory=SyncReferenceConfig)
 
     @property
@@ -296,6 +301,11 @@ class LossConfig:
         return not COUPLED_KINDS.isdisjoint(self.kinds)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the loss depends on a reference's log-probs."""
+        return not self.reference_free and not REFERENCE_FREE_KINDS.issuperset(self.kinds)
+
+    @property
     def is_one_sided(self) -> bool:
         """Whether only the chosen responses matter."""
         return set(self.kinds) == {LossKind.sft}
@@ -305,10 +315,12 @@ class LossConfig:
 class ReferenceConfig:
     """`reference`: where the frozen model's log-probs come from.
 
-    `micro_batch_tokens` null: four times the trainer's, as scoring keeps no activations.
+    `mode` auto: `none` for a loss that needs no reference, `adapter` for an adapter whose base is the
+    reference, else `cached`. `micro_batch_tokens` null: four times the trainer's, as scoring keeps no
+    activations.
     """
 
-    mode: ReferenceMode = ReferenceMode.cached
+    mode: ReferenceMode = ReferenceMode.auto
     path: str | None = None
     revision: str | None = None
     quantization: Quantization | None = None
@@ -348,7 +360,8 @@ class OptimConfig:
 class TrainerConfig:
     """`trainer`: the loop. Gradient accumulation is derived, never configured.
 
-    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only.
+    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only. `eval_at_start`
+    evaluates before the first step too.
     """
 
     global_batch_pairs: int = 64
@@ -356,6 +369,7 @@ class TrainerConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     eval_every: int = _free(0)
+    eval_at_start: bool = _free(False)
     save_every: int = _free(0)
     keep_last: int = _free(2)
     log_every: int = _free(1)

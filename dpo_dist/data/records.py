@@ -1,8 +1,9 @@
 """A preference as people wrote it down, before any tokenizer: what every format is read into."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -69,8 +70,17 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used; `reason` is the name under which it is counted."""
+    """A record that cannot be used.
+
+    `reason` is the name under which it is counted; `unread` are fields that it has and that are not read, and
+    these are counted by their names as well. `detail` never quotes a text of the record.
+    """
 
     reason: str
     origin: Origin
     detail: str = ""
+    unread: tuple[str, ...] = ()
+
+
+Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
+"""What a source has at one place, not yet read as a record."""

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
+from dpo_dist.data.batches import pack_rows
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.rankings import training_examples
@@ -131,6 +132,15 @@ def test_scores_stand_beside_the_responses_that_are_trained_on(
     assert told == [4, 4, len(responses), ties]
 
 
+def test_a_micro_batch_has_the_score_gaps_of_its_own_pairs(tmp_path: Path) -> None:
+    texts = [{**TEXT, "prompt": f"q{row}", "score_chosen": 9.0, "score_rejected": row} for row in range(4)]
+    data = encoded(tmp_path, *texts)
+    for rows in ([3, 0, 2], [1], [2, 3]):
+        packed = pack_rows(data, rows)
+        assert packed.score_gaps is not None
+        assert packed.score_gaps.tolist() == [9.0 - row for row in rows]
+
+
 def test_pairs_of_one_ranking_share_its_place_and_its_keys(tmp_path: Path) -> None:
     """The reference has nothing to score twice, also where the prompt is cut for the longest response."""
     row = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
@@ -170,8 +180,8 @@ def test_responses_that_are_cut_to_the_same_drop_the_record(tmp_path: Path, rank
 
 
 def test_another_use_of_rankings_is_another_data_set(tmp_path: Path) -> None:
-    folders = {encoded(tmp_path, *ROWS, ranked=ranked).folder for ranked in Ranked}
-    assert len(folders) == len(Ranked)
+    digests = {encoded(tmp_path, *ROWS, ranked=ranked).fingerprint for ranked in Ranked}
+    assert len(digests) == len(Ranked)
 
 
 def test_real_rankings_give_the_pairs_that_they_hold(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist import digests as digest_module
 from dpo_dist.errors import ConfigError
-from dpo_dist.reference import digest as digest_module
 from dpo_dist.reference import key as key_module
 from dpo_dist.reference.digest import model_digest, model_label, tokenizer_digest
 from dpo_dist.reference.key import ReferenceSpace
