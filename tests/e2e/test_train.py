@@ -32,6 +32,7 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
             "trainer.eval_at_start=true",
         ),
         processes=2,
+        cold=True,
     ).output
     run = tmp_path / "run"
     for name in ("config.yaml", "environment.json", "report.html", "checkpoints/latest", "model/config.json"):
@@ -85,7 +86,7 @@ def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
 
 def test_a_finished_run_is_left_alone(overrides: Overrides, tmp_path: Path) -> None:
     command = overrides("trainer.max_steps=1")
-    train(command)
+    train(command, cold=True)
     before = (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns
     assert "is complete" in train(command).output
     assert (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns == before
