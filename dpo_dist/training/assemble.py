@@ -64,14 +64,15 @@ def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; returns the exit code."""
     run_dir = Path(str(config.run.dir))
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with _world(config) as world, locked(run_dir, world, console):
+    with _world(config, console) as world, locked(run_dir, world, console):
+        console.say(f"run folder: {run_dir}")
         start = find_start(config, run_dir, world)
         checkpoint = start.checkpoint
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, run_dir, world)
         inputs = load_inputs(config, world, console)
-        identity = identify(config, inputs, world)
+        identity = identify(config, inputs, world, console)
         if checkpoint is not None:
             check_identity(checkpoint.state, identity, checkpoint.folder)
         first_step = checkpoint.state["step"] if checkpoint is not None else 0
@@ -131,7 +132,9 @@ def _complete(
     run_dir = Path(str(config.run.dir))
     where = run_dir / STATE_NAME
     check_identity(finished.identity, {"run_digest": run_digest(config)}, where)
-    check_identity(finished.identity, identify(config, load_inputs(config, world, console), world), where)
+    check_identity(
+        finished.identity, identify(config, load_inputs(config, world, console), world, console), where
+    )
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, run_dir, world)
@@ -174,14 +177,15 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with what the run of `config` would need, and end."""
-    with _world(config) as world:
+    with _world(config, console) as world:
+        console.say(f"run folder: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         build_reference(config, inputs, world, console)
     return EXIT_COMPLETED
 
 
 @contextlib.contextmanager
-def _world(config: RunConfig) -> Iterator[World]:
+def _world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.offload is Offload.nvme:
         demand_async_io()
     if config.reference.quantization is not None:
@@ -189,7 +193,7 @@ def _world(config: RunConfig) -> Iterator[World]:
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
-    with world.watch():
+    with world.watch(console.alarm):
         yield world
     stop_world()
 
@@ -206,13 +210,16 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
         return Reference(NoReference(), None, False, audited, report)
     path = config.reference.path or config.model.path
     revision = config.reference.revision if config.reference.path else config.model.revision
-    folder = shared_model_folder(path, revision, "reference.path", world)
+    folder = shared_model_folder(path, revision, "reference.path", world, console)
     memo = Path(config.reference.store)
-    digest = world.on_main(lambda: model_digest(folder, memo))
+    digesting = console.heartbeat("reading the model's files to identify them")
+    digest = world.on_main(lambda: model_digest(folder, memo), digesting)
     if config.reference.path:
         world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
+    is_start = same_precision and digest == world.on_main(
+        lambda: model_digest(inputs.policy_folder, memo), digesting
+    )
     report = FillReport().as_dict()
     if mode is ReferenceMode.adapter:
         return Reference(NoReference(), digest, True, audited, {"mode": mode.value, **report})
