@@ -57,7 +57,7 @@ class Inputs:
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     """Tokenizer and encoded data; rank 0 reads and encodes, all map the result. Collective."""
-    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world)
+    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     refuse_unpackable(model_config, config.data.max_length)
@@ -66,7 +66,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
 
     def encode(sources: Sequence[SourceConfig]) -> PairDataset:
         encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder))
+            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder)),
+            console.heartbeat("encoding the data"),
         )
         dataset = world.together(lambda: open_dataset(encoded, config.data))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
@@ -127,10 +128,11 @@ def _refuse(dataset: PairDataset, rows: Rows, what: str, got: str, remedy: str) 
         )
 
 
-def shared_model_folder(path: str, revision: str | None, key: str, world: World) -> Path:
+def shared_model_folder(path: str, revision: str | None, key: str, world: World, console: Console) -> Path:
     """`model_folder` on every rank; rank 0 is first to download, nodes may have caches of their own."""
-    world.on_main(lambda: model_folder(path, revision, key))
-    return world.together(lambda: model_folder(path, revision, key))
+    downloading = console.heartbeat(f"downloading {path}")
+    world.on_main(lambda: model_folder(path, revision, key), downloading)
+    return world.together(lambda: model_folder(path, revision, key), downloading)
 
 
 def _counting(dataset: PairDataset, **numbers: int) -> PairDataset:
