@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
+from dpo_dist.data.counts import DataCounts
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.parts import DataCounts, EncodedPart, encode_part
+from dpo_dist.data.parts import EncodedPart, encode_part
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.model.folder import description_folder
