@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts
+from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.parts import EncodedPart, encode_part
 from dpo_dist.data.sources import pinned
@@ -82,23 +82,14 @@ def _first_records(
     """Read and encode the first records of a source, and say what became of them."""
     # Nothing is written, so a commit of the hub is not remembered.
     records = list(itertools.islice(read_records(pinned(source, None)), _FIRST_RECORDS))
-    if not records:
-        raise DataError(
-            "the source has no records",
-            where=f"{key}: {source.path}",
-            remedy="name another file, or remove it",
-        )
     part = encode_part(records, config.data, tokenizer)
     examples = [f"{bad.origin} {bad.reason}" for _, bad in part.bad]
-    counts = DataCounts.of(Counter(part.outcomes), examples)
+    details = {bad.reason: bad.detail for _, bad in reversed(part.bad) if bad.detail}
+    counts = DataCounts.of(Counter(part.outcomes), examples, details)
     dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
     if not counts.kept:
-        raise DataError(
-            f"none of the first {counts.read} records can be used",
-            where="; ".join([f"{key}: {source.path}", *counts.examples[:3]]),
-            got=dropped,
-            remedy="docs/data.md describes the formats and each reason",
-        )
+        # A share of so few records says little; none at all says enough.
+        check_counts(counts, f"{key}: {source.path}", config.data)
     _check_loss(part, config.loss, f"{key}: {source.path}")
     told = [f"{source.path}, {counts.kept} of the first {counts.read} records kept"]
     told += [f"{dropped} dropped"] if dropped else []

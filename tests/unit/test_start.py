@@ -185,7 +185,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 @pytest.mark.parametrize(
     ("records", "overrides", "told"),
     [
-        ([UNKNOWN] * 3, [], "none of the first 3 records can be used"),
+        ([UNKNOWN] * 3, [], "no usable record was read"),
         ([COMPLETION], [], "sigmoid does not fit these records"),
         ([], [], "no records"),
     ],
