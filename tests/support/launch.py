@@ -133,6 +133,12 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return content
 
 
+def run_state(run_dir: Path) -> dict[str, Any]:
+    """run_state.json."""
+    content: dict[str, Any] = json.loads((run_dir / "run_state.json").read_text())
+    return content
+
+
 def assert_same_history(got: list[dict[str, float]], wanted: list[dict[str, float]], relative: float) -> None:
     """Equal steps and keys, and values within `relative` of the larger of the wanted value and 0.1."""
     assert [row["step"] for row in got] == [row["step"] for row in wanted]
