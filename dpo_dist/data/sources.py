@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
-from dpo_dist.data.files import KINDS, located, read_file
+from dpo_dist.data.files import KINDS, check_kind, located, read_file
 from dpo_dist.data.folders import globbed_files, is_glob, is_saved, refuse_split, saved_rows, shards
 from dpo_dist.data.records import Located
 from dpo_dist.digests import remembered_digest, text_digest
@@ -25,7 +25,7 @@ def read_rows(source: SourceConfig) -> Iterator[Located]:
         DataError: there is no such source, or it cannot be read.
         ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
     """
-    files = _local_files(source)
+    files = local_files(source)
     if files is None:
         return located(hub.hub_rows(source), source.path)
     local = Path(source.path).expanduser()
@@ -36,35 +36,31 @@ def read_rows(source: SourceConfig) -> Iterator[Located]:
     return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
 
 
+def check_source(source: SourceConfig) -> None:
+    """Refuse a local source that is missing or of a kind that cannot be read; a hub is not asked.
+
+    Raises:
+        DataError: one of these.
+        ConfigError: as `read_rows`.
+    """
+    local = Path(source.path).expanduser()
+    if not (local.is_dir() and is_saved(local)):
+        for file in local_files(source) or []:
+            check_kind(file, source.path)
+
+
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     """The source, with the commit in `revision` if it is a hub dataset; see `hub.pinned`."""
-    return source if _local_files(source) is not None else hub.pinned(source, cache)
+    return source if local_files(source) is not None else hub.pinned(source, cache)
 
 
-def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Digest that changes when the content of a source changes: of its files, or the hub's commit.
-
-    Args:
-        source: of the hub: `pinned`.
-        memo: where digests of files are remembered.
+def local_files(source: SourceConfig) -> list[Path] | None:
+    """The files that make up a local source; None for a dataset on the hub.
 
     Raises:
         DataError: there is no such source.
+        ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
     """
-    files = _local_files(source)
-    if files is None:
-        return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
-    digests = [remembered_digest(file, memo) for file in files]
-    if Path(source.path).expanduser().is_file():
-        return digests[0]
-    # Names tell kind and split; where the folder is does not matter.
-    return text_digest(
-        "\n".join(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
-    )
-
-
-def _local_files(source: SourceConfig) -> list[Path] | None:
-    """The files that make up a local source; None for a dataset on the hub."""
     if "://" in source.path:
         raise DataError(
             "an address is no source: URLs are not read",
@@ -87,6 +83,28 @@ def _local_files(source: SourceConfig) -> list[Path] | None:
             return globbed_files(str(local))
         raise _missing(local)
     return None
+
+
+def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
+    """Digest that changes when the content of a source changes: of its files, or the hub's commit.
+
+    Args:
+        source: of the hub: `pinned`.
+        memo: where digests of files are remembered.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    files = local_files(source)
+    if files is None:
+        return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
+    digests = [remembered_digest(file, memo) for file in files]
+    if Path(source.path).expanduser().is_file():
+        return digests[0]
+    # Names tell kind and split; where the folder is does not matter.
+    return text_digest(
+        "\n".join(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
+    )
 
 
 def _refuse_hub_options(source: SourceConfig) -> None:

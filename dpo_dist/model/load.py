@@ -1,100 +1,30 @@
 """From a model folder or hub name to a packed model and its tokenizer."""
 
 import importlib.metadata
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import PACKED, choose_backend, verify_kernel
+from dpo_dist.model.attention import PACKED
+from dpo_dist.model.folder import check_tokenizer_files
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.kernels import choose_backend, heads_of, verify_kernel
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
-from dpo_dist.model.packable import refuse_unpackable
+from dpo_dist.model.packable import refuse_remote_model, refuse_unpackable
 from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
 
-_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
+log = logging.getLogger(__name__)
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+# In the names of options that make training random: dropout, layerdrop, router_jitter_noise.
+_NOISES = ("drop", "jitter", "noise")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
-
-
-def model_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
-    """The local folder of a model: `path` itself, or the hub's snapshot of it.
-
-    Args:
-        path: a folder or a hub name.
-        revision: of the hub name.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: there is no such model, or it holds no weights.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        folder = _snapshot(path, revision, key)
-    elif revision is not None:
-        raise ConfigError(
-            "a revision has no effect on a local folder",
-            where=key.replace("path", "revision"),
-            got=f"{revision} with {path}",
-            remedy="leave it out, or name the model on the hub",
-        )
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            "the model folder has no config.json", where=key, got=str(folder), expected="a transformers model"
-        )
-    if not weight_files(folder):
-        raise ConfigError(
-            "the model folder has no weights",
-            where=key,
-            got=str(folder),
-            expected="*.safetensors or *.bin beside config.json",
-            remedy="point the key at a complete model folder",
-        )
-    return folder
-
-
-def _snapshot(path: str, revision: str | None, key: str) -> Path:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not looks_local:
-        try:
-            return Path(snapshot_download(path, revision=revision))
-        except (OSError, HFValidationError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                "there is no such model folder, and the hub did not give it",
-                where=key,
-                got=f"{path} ({reason})",
-                remedy="check the path or the hub name, and that the hub can be reached or is cached",
-            ) from None
-    raise ConfigError(
-        "there is no such model folder",
-        where=key,
-        got=path,
-        remedy="check the path; it is relative to where you are",
-    )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, safetensors where it has both kinds."""
-    for suffix in WEIGHT_SUFFIXES:
-        found = sorted(file for file in folder.glob(f"*{suffix}") if file.name != "training_args.bin")
-        if found:
-            return found
-    return []
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds a tokenizer's files."""
-    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -104,14 +34,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         ConfigError: there is none, or it cannot be loaded.
     """
     # Without its files transformers makes an empty one of the model's kind.
-    if not has_tokenizer(folder):
-        raise ConfigError(
-            "the model folder has no tokenizer",
-            where="model.path",
-            got=str(folder),
-            expected="tokenizer.json, tokenizer.model or vocab.json beside config.json",
-            remedy="put the tokenizer's files beside config.json",
-        )
+    check_tokenizer_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code
@@ -145,7 +68,7 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     model_config = load_config(folder, config)
     refuse_unpackable(model_config, max_length)
     if backend is not AttentionBackend.sdpa:
-        verify_kernel(backend, device)
+        verify_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
     if config.liger:
         demand_liger(model_config.model_type, device)
     if config.compile:
@@ -170,7 +93,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             output_loading_info=True,
             **quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # an architecture's constructor can raise anything about its configuration
         raise ConfigError(
             "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
         ) from error
@@ -182,25 +105,71 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
             remedy="point the key at a complete model folder",
         )
+    refuse_unread(causal_lm, sorted(report["unexpected_keys"]), folder)
     return causal_lm
 
 
-def load_config(folder: Path, config: ModelConfig) -> Any:
-    """The transformers configuration of a model folder, with every dropout switched off.
+def refuse_unread(causal_lm: Any, unread: list[str], folder: Path) -> None:
+    """Raise an error where weight files have more for a module of the model than the architecture reads.
+
+    Whole modules that the model has not (a value head, layers that predict further tokens) are only logged:
+    log-probs do not need them.
+
+    Args:
+        causal_lm: the loaded model.
+        unread: names of tensors in the files that were not loaded.
+        folder: of the model, for the error.
 
     Raises:
-        ConfigError: its config.json cannot be read.
+        ConfigError: a module of the model lacks some of its weights, so that another function is computed.
+    """
+    if not unread:
+        return
+    modules = dict(causal_lm.named_modules())
+    containers = {"", causal_lm.base_model_prefix}
+    containers |= {name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)}
+    foreign: list[str] = []
+    own: list[str] = []
+    for name in unread:
+        parts = name.split(".")
+        owner = next(o for n in range(len(parts), -1, -1) if (o := ".".join(parts[:n])) in modules)
+        (foreign if owner in containers else own).append(name)
+    if own:
+        raise ConfigError(
+            f"the weight files have tensors that {type(causal_lm).__name__} does not read",
+            where="model.path",
+            got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
+            expected="weights and config.json of one architecture",
+            remedy="check model_type and the options in config.json",
+        )
+    log.warning(
+        "%s: not used by %s: %s (%d tensors in all)",
+        folder,
+        type(causal_lm).__name__,
+        ", ".join(foreign[:5]),
+        len(foreign),
+    )
+
+
+def load_config(folder: Path, config: ModelConfig) -> Any:
+    """Return the transformers configuration of a model folder, with all dropout and noise switched off.
+
+    Raises:
+        ConfigError: its config.json cannot be read, or names code of its own for the model.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration's validation can raise anything
         raise ConfigError(
             "the model's config.json cannot be read",
             where="model.path",
             got=f"{folder}: {_first_line(error)}",
         ) from error
+    if config.trust_remote_code:
+        refuse_remote_model(folder, model_config)
     for name, value in vars(model_config).items():
-        if "drop" in name and isinstance(value, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and any(noise in name for noise in _NOISES):
             setattr(model_config, name, 0.0)
     return model_config
 

@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.load import load_run_config, run_digest
 from dpo_dist.config.schema import Quantization, SyncReferenceConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.quantize import demand_bitsandbytes
+from dpo_dist.model.extras import demand_bitsandbytes
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 LIVE = "reference.mode=live"
@@ -30,7 +30,7 @@ NVME = ["reference.offload=nvme", "reference.nvme_path=/nvme"]
         ([LIVE, EVERY, *NVME], "loss.sync_reference.every, reference.offload"),
         ([LIVE, EVERY, ADAPTER], "loss.sync_reference.every, model.adapter"),
         (
-            [ADAPTER, "model.quantization=nf4", "parallelism=ddp"],
+            [ADAPTER, "model.quantization=nf4", "parallelism=ddp", "reference=cached"],
             "reference.quantization, model.quantization",
         ),
         (["reference.offload=nvme"], "reference.offload, reference.nvme_path"),
@@ -63,6 +63,7 @@ def test_refused(overrides: list[str], where: str) -> None:
     [
         NVME,
         [LIVE, *NVME],
+        [ADAPTER, "model.quantization=nf4", "parallelism=ddp"],
         [ADAPTER, "model.quantization=nf4", "parallelism=ddp", "reference.quantization=nf4"],
         ["reference.quantization=nf4"],
         [LIVE, "reference.quantization=int8"],
@@ -93,7 +94,7 @@ def test_sync_can_be_written_as_one_mapping() -> None:
         ("loss.sync_reference.evry=2", "loss.sync_reference.every"),
         ("loss.sync_reference={evry: 2}", "loss.sync_reference.every"),
         ("loss.sync_reference.every=often", "a whole number or null"),
-        ("reference.quantization=int4", "one of int8, nf4 or null"),
+        ("reference.quantization=int4", "one of nf4, int8 or null"),
     ],
 )
 def test_a_slip_names_what_was_meant(override: str, expected: Any) -> None:

@@ -44,14 +44,15 @@ def dataset(tmp_path: Path) -> PairDataset:
     pairs[second][:2] = pairs[first]
     keys = [response_key(prompt, response) for prompt, *responses in pairs for response in responses]
     pieces = [piece for pair in pairs for piece in pair]
+    lengths = np.array([len(piece) for piece in pieces])
     return PairDataset(
-        folder=tmp_path,
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(len(pairs),),
         ids=np.concatenate(pieces),
-        piece_ends=np.cumsum([len(piece) for piece in pieces]),
+        piece_starts=np.cumsum(lengths) - lengths,
+        piece_tokens=lengths,
         pair_pieces=np.cumsum([len(pair) for pair in pairs]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(len(keys), np.nan),
