@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
 _ENCODING_VERSION = 3
 
-Progress = Callable[[str, int], None]
-"""Called with the path of a source and how many records more of it are encoded."""
+Progress = Callable[[int], None]
+"""Called with how many records more are encoded."""
 
 
 def prepare_dataset(
@@ -41,7 +41,7 @@ def prepare_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_digest: str,
-    progress: Progress = lambda _path, _records: None,
+    progress: Progress = lambda _records: None,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into a folder of its own below `config.cache`, or find it there; for one process.
 
@@ -88,7 +88,7 @@ def _encoded(
         with closing(encode_in_order(_chunks(source), config, tokenizer)) as parts:
             for part in parts:
                 writer.add(part)
-                progress(source.path, len(part.outcomes))
+                progress(len(part.outcomes))
         # The digest is that of what was read only if nothing has changed meanwhile.
         if _state(source) != state or source_identity(source) != identity:
             raise DataError(

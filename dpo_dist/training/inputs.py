@@ -63,16 +63,17 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for note in training_notes(model_config):
         console.say(note)
 
-    def encode(sources: Sequence[SourceConfig]) -> PairDataset:
-        encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder))
-        )
+    def encode(name: str, sources: Sequence[SourceConfig]) -> PairDataset:
+        with console.counter(f"encoding {name} data", "record") as count:
+            encoded = world.on_main(
+                lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count)
+            )
         dataset = world.together(lambda: open_dataset(encoded, config.data))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
         return dataset
 
-    train_set = encode(config.data.train)
-    eval_set = encode(config.data.eval) if config.data.eval else None
+    train_set = encode("train", config.data.train)
+    eval_set = encode("eval", config.data.eval) if config.data.eval else None
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)
