@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.encoded import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
 from dpo_dist.data.joined import Column, joined
 from dpo_dist.data.pack import Sequences, packed_tokens
@@ -222,6 +222,16 @@ def _check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
             where=examples or path,
             got=f"{counts.read} records; dropped: {reasons or 'none'}",
             remedy="check the file and the record format; docs/data.md lists the formats and reasons",
+        )
+    templated = counts.changed["templated_text"]
+    if config.template is TextTemplate.auto and templated > counts.kept / 2:
+        raise DataError(
+            f"a chat template has already been applied to {templated} of {counts.kept} texts",
+            where=path,
+            got="turns of a chat template, or its BOS, spelt in the prompt",
+            expected="prompts as plain texts or messages",
+            remedy="set data.template=applied to read them as they stand, or data.template=literal if the "
+            "model is meant to see these tokens spelt out",
         )
     if dropped > config.max_bad_share * counts.read:
         raise DataError(

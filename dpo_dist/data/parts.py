@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN_EXAMPLES = 20
-_FLAGS = ("prompt_truncated", "response_truncated", "boundary_resplit")
+_FLAGS = (
+    "prompt_truncated",
+    "response_truncated",
+    "boundary_resplit",
+    "templated_text",
+    "opened_thought_joined",
+    "opened_thought_removed",
+)
 
 
 @dataclass(frozen=True)
