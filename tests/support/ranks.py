@@ -1,42 +1,29 @@
 """Scenarios on several real processes: gloo, DeepSpeed on the CPU, one process per rank.
 
-A fork server imports everything once, so that starting a few ranks costs a second and not half a minute.
+They are forked from the warm parent of `tests.support.warm`.
 """
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.runtime import World, start_world
 from dpo_dist.distributed.zero import policy_config
+from tests.support.warm import context, free_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 # Steps large enough to see, clipped, and smooth where a gradient is only rounding.
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, eps=1e-3)
 
 Scenario = Callable[[World, Path], Any]
-
-_context = multiprocessing.get_context("forkserver")
-_PRELOADED = [__name__, "transformers.models.qwen2.modeling_qwen2"]
-_ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-}
 
 
 @dataclass(frozen=True)
@@ -83,17 +70,17 @@ def start_ranks(
     folder: Path,
     kind: ParallelismKind = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
+    timeout: int = 600,
 ) -> Ranks:
-    """Start `scenario` on every rank of a new world; logs and results go to the new `folder`."""
+    """Start `scenario` on every rank of a new world; logs and results go to the new `folder`.
+
+    A collective call waits `timeout` seconds.
+    """
     folder.mkdir(parents=True)
-    _context.set_forkserver_preload(_PRELOADED)
-    with mock.patch.dict(os.environ, _ENVIRONMENT):
-        forkserver.ensure_running()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    start_parent()
+    port = free_port()
     processes = tuple(
-        _context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder))
+        context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout))
         for rank in range(size)
     )
     for process in processes:
@@ -108,16 +95,24 @@ def run_ranks(
     kind: ParallelismKind = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     seconds: float = 60,
+    timeout: int = 600,
 ) -> list[Any]:
     """What `scenario` gives on each rank; it must not fail on any, nor take longer than `seconds`."""
-    outcomes = start_ranks(scenario, size, folder, kind, dtype).finish(seconds)
+    outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
     return [outcome.result for outcome in outcomes]
 
 
 def _be_rank(
-    scenario: Scenario, rank: int, size: int, port: int, kind: ParallelismKind, dtype: Dtype, folder: Path
+    scenario: Scenario,
+    rank: int,
+    size: int,
+    port: int,
+    kind: ParallelismKind,
+    dtype: Dtype,
+    folder: Path,
+    timeout: int,
 ) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -128,7 +123,7 @@ def _be_rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     outcome: dict[str, Any]
     try:
-        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=600)
+        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=timeout)
         with world.watch():
             outcome = {"result": scenario(world, folder)}
             world.barrier()
