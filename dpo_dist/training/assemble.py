@@ -18,11 +18,10 @@ from dpo_dist.distributed.nvme import demand_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
-from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.extras import demand_bitsandbytes
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import model_digest, model_label
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport
@@ -178,13 +177,6 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with what the run of `config` would need, and end."""
-    if config.reference.mode is not ReferenceMode.cached:
-        raise ConfigError(
-            "only a stored reference can be precomputed",
-            where="reference.mode",
-            got=config.reference.mode,
-            expected="cached",
-        )
     with _world(config, console) as world:
         console.say(f"run folder: {config.run.dir}")
         inputs = load_inputs(config, world, console)

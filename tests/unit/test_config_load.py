@@ -451,6 +451,40 @@ def test_hydras_own_questions_are_answered(verb: Verb) -> None:
     assert "loss: aot, aot_unpaired" in helped.stdout
 
 
+def test_a_shown_configuration_is_checked_too(verb: Verb) -> None:
+    shown = verb("--cfg", "job", *RUN, "loss.beta=0")
+    assert shown.returncode == 2
+    assert "beta: 0" in shown.stdout
+    assert "loss.beta is out of range" in shown.stderr
+    shown = verb(*RUN, "loss=simpo", "--cfg=job", "-p", "reference")
+    assert "mode: none" in shown.stdout, "what would run, not what was composed"
+
+
+def test_who_reads_only_the_beginning_gets_no_traceback(verb: Verb) -> None:
+    tiny = ROOT / "tests" / "support" / "tiny_verb.py"
+    for arguments in (["--help"], ["--cfg", "job", *RUN]):
+        command = [sys.executable, str(tiny), *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+
+
+def test_a_verb_without_check_says_so(verb: Verb) -> None:
+    done = verb("--check", *RUN)
+    assert done.returncode == 2
+    assert "this verb has no --check" in done.stderr
+
+
+def test_own_experiments_are_found_wherever_the_option_stands(tmp_path: Path, verb: Verb) -> None:
+    (tmp_path / "my conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "my conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {name: mine}\n")
+    done = verb(*RUN, "--config-dir", str(tmp_path / "my conf"), "+experiment=mine", "loss.beta=0.3")
+    assert done.returncode == 75, done.stderr
+    assert "output/mine-" in done.stdout
+
+
 def test_configuration_needs_no_torch() -> None:
     command = "import sys, dpo_dist.config.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
