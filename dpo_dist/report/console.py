@@ -4,8 +4,9 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,12 +14,23 @@ from tqdm import tqdm
 
 from dpo_dist.errors import DpoDistError
 
+_FIRST_LINE_SECONDS = 5.0
+_LINE_SECONDS = 30.0
+_FIRST_HEARTBEAT_SECONDS = 15.0
+_HEARTBEAT_SECONDS = 60.0
+
 
 class Console:
-    """Where a person looks; silent on every rank but the first."""
+    """Where a person looks; only `alarm` prints on other ranks than the first.
 
-    def __init__(self, screen: TextIO | None):
+    Args:
+        screen: None on every rank but the first.
+        alarms: where errors go; by default nowhere.
+    """
+
+    def __init__(self, screen: TextIO | None, alarms: TextIO | None = None):
         self._screen = screen
+        self._alarms = alarms
 
     def say(self, text: str) -> None:
         """Print one line, and keep it in the log."""
@@ -26,8 +38,27 @@ class Console:
         if self._screen is not None:
             tqdm.write(text, file=self._screen)
 
-    def bar(self, what: str, total: int, done: int, unit: str) -> Any:
-        """A progress bar with the time to go."""
+    def alarm(self, text: str) -> None:
+        """Print an error, from whichever rank and thread, and keep it in the log."""
+        logging.getLogger("dpo_dist").error(text)
+        if self._alarms is not None:
+            self._alarms.write(text + "\n")
+            self._alarms.flush()
+
+    def heartbeat(self, work: str) -> Callable[[float], None]:
+        """Return a function that takes the seconds `work` has taken, and prints them about once a minute."""
+        due = _FIRST_HEARTBEAT_SECONDS
+
+        def beat(seconds: float) -> None:
+            nonlocal due
+            if seconds >= due:
+                due = seconds + _HEARTBEAT_SECONDS
+                self.say(f"{work}: {seconds:.0f} s so far")
+
+        return beat
+
+    def bar(self, what: str, total: int | None, done: int, unit: str) -> Any:
+        """A progress bar, with the time to go where the total is known."""
         return tqdm(
             desc=what,
             total=total,
@@ -38,6 +69,60 @@ class Console:
             mininterval=0.5,
             dynamic_ncols=True,
         )
+
+    @contextlib.contextmanager
+    def counter(self, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function to call with how many more of an unknown number are done.
+
+        Shows a bar on a terminal, elsewhere a line now and then; nothing if it is never called.
+        """
+        if self._screen is None or not self._screen.isatty():
+            yield _Tally(self.say, what, unit)
+            return
+        with contextlib.ExitStack() as stack:
+            bars: list[Any] = []
+
+            def count(more: int) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(self.bar(what, None, 0, unit)))
+                bars[0].update(more)
+
+            yield count
+
+
+class _Tally:
+    """Says how many are done, at first after a few seconds and then about twice a minute."""
+
+    def __init__(self, say: Callable[[str], None], what: str, unit: str):
+        self._say, self._what, self._unit = say, what, unit
+        self._done = 0
+        self._started: float | None = None
+        self._due = 0.0
+
+    def __call__(self, more: int) -> None:
+        now = time.monotonic()
+        if self._started is None:
+            self._started, self._due = now, now + _FIRST_LINE_SECONDS
+            self._say(f"{self._what} ...")
+        self._done += more
+        if now >= self._due:
+            self._due = now + _LINE_SECONDS
+            speed = self._done / (now - self._started)
+            self._say(f"{self._what}: {self._done:,} {self._unit}s, {speed:,.0f} a second")
+
+
+class _Once(logging.Filter):
+    """Lets every distinct message pass once: some libraries repeat a warning at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
 
 
 @contextlib.contextmanager
@@ -63,19 +148,22 @@ def open_console(run_dir: Path) -> Iterator[Console]:
             force=True,
         )
         logging.captureWarnings(True)
-        screen = os.fdopen(os.dup(saved[1]), "w", buffering=1) if rank == "0" else None
+        once, warnings_logger = _Once(), logging.getLogger("py.warnings")
+        warnings_logger.addFilter(once)
+        alarms = os.fdopen(os.dup(saved[1]), "w", buffering=1)
         try:
-            yield Console(screen)
+            yield Console(alarms if rank == "0" else None, alarms)
         except BaseException as error:
-            text = error.block() if isinstance(error, DpoDistError) else traceback.format_exc()
-            log.write(text + "\n")
+            log.write(traceback.format_exc())
+            if isinstance(error, DpoDistError):
+                log.write(error.block() + "\n")
             raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            warnings_logger.removeFilter(once)
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
-            if screen is not None:
-                screen.close()
+            alarms.close()

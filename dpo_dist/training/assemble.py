@@ -18,12 +18,11 @@ from dpo_dist.distributed.nvme import demand_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
-from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.extras import demand_bitsandbytes
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.kernels import use_deterministic_kernels
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import model_digest, model_label
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport
@@ -66,14 +65,15 @@ def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; returns the exit code."""
     run_dir = Path(str(config.run.dir))
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with _world(config) as world, locked(run_dir, world, console):
+    with _world(config, console) as world, locked(run_dir, world, console):
+        console.say(f"run folder: {run_dir}")
         start = find_start(config, run_dir, world)
         checkpoint = start.checkpoint
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, run_dir, world)
         inputs = load_inputs(config, world, console)
-        identity = identify(config, inputs, world)
+        identity = identify(config, inputs, world, console)
         if checkpoint is not None:
             check_identity(checkpoint.state, identity, checkpoint.folder)
         first_step = checkpoint.state["step"] if checkpoint is not None else 0
@@ -108,7 +108,7 @@ def train(config: RunConfig, console: Console) -> int:
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
-            recorder=_open_recorder(config, position.step, world, stop, environment),
+            recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
             checkpoints=CheckpointSaver(
                 run_dir / CHECKPOINTS,
@@ -133,11 +133,13 @@ def _complete(
     run_dir = Path(str(config.run.dir))
     where = run_dir / STATE_NAME
     check_identity(finished.identity, {"run_digest": run_digest(config)}, where)
-    check_identity(finished.identity, identify(config, load_inputs(config, world, console), world), where)
+    check_identity(
+        finished.identity, identify(config, load_inputs(config, world, console), world, console), where
+    )
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, run_dir, world)
-        recorder = _open_recorder(config, finished.step, world, stop, environment)
+        recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
     console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
     return EXIT_COMPLETED
@@ -176,21 +178,15 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with what the run of `config` would need, and end."""
-    if config.reference.mode is not ReferenceMode.cached:
-        raise ConfigError(
-            "only a stored reference can be precomputed",
-            where="reference.mode",
-            got=config.reference.mode,
-            expected="cached",
-        )
-    with _world(config) as world:
+    with _world(config, console) as world:
+        console.say(f"run folder: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         build_reference(config, inputs, world, console)
     return EXIT_COMPLETED
 
 
 @contextlib.contextmanager
-def _world(config: RunConfig) -> Iterator[World]:
+def _world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.offload is Offload.nvme:
         demand_async_io()
     if config.reference.quantization is not None:
@@ -200,7 +196,7 @@ def _world(config: RunConfig) -> Iterator[World]:
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
-    with world.watch():
+    with world.watch(console.alarm):
         yield world
     stop_world()
 
@@ -217,13 +213,16 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
         return Reference(NoReference(), None, False, audited, report)
     path = config.reference.path or config.model.path
     revision = config.reference.revision if config.reference.path else config.model.revision
-    folder = shared_model_folder(path, revision, "reference.path", world)
+    folder = shared_model_folder(path, revision, "reference.path", world, console)
     memo = Path(config.reference.store)
-    digest = world.on_main(lambda: model_digest(folder, memo))
+    digesting = console.heartbeat("reading the model's files to identify them")
+    digest = world.on_main(lambda: model_digest(folder, memo), digesting)
     if config.reference.path:
         world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
+    is_start = same_precision and digest == world.on_main(
+        lambda: model_digest(inputs.policy_folder, memo), digesting
+    )
     report = FillReport().as_dict()
     if mode is ReferenceMode.adapter:
         return Reference(NoReference(), digest, True, audited, {"mode": mode.value, **report})
@@ -238,11 +237,17 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
 
 
 def _open_recorder(
-    config: RunConfig, step: int, world: World, stop: StopRequest, environment: dict[str, Any]
+    config: RunConfig,
+    step: int,
+    world: World,
+    stop: StopRequest,
+    environment: dict[str, Any],
+    console: Console,
 ) -> Recorder | None:
     """The recorder of a run that goes on after `step`; on rank 0 only."""
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
     history = History.open(run_dir / METRICS_FOLDER, step or None)
-    return Recorder(run_dir, history, open_tracker(config, run_dir, stop.ask, environment=environment))
+    tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
+    return Recorder(run_dir, history, tracker)

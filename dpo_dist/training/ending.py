@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.describe import settings
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.runtime import World
@@ -55,7 +56,8 @@ def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
         _close(loop, state, summary)
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return EXIT_PREEMPTED
-    export_model(loop.policy, ending.inputs.tokenizer, run_dir / MODEL, loop.world)
+    writing = loop.console.heartbeat("writing the model")
+    export_model(loop.policy, ending.inputs.tokenizer, run_dir / MODEL, loop.world, writing)
     exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(run_dir, exported), run_dir, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
@@ -110,5 +112,6 @@ def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
         "peak_memory_bytes": peak_bytes,
         "reference": ending.reference,
         "world_size": loop.world.size,
+        "settings": settings(loop.config),
         "data": {name: dataset.counts for name, dataset in ending.inputs.named.items()},
     }

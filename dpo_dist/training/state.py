@@ -12,6 +12,7 @@ from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import CheckpointError
 from dpo_dist.reference.digest import model_digest
+from dpo_dist.report.console import Console
 from dpo_dist.training.inputs import Inputs, shared_model_folder
 
 STATE_NAME = "run_state.json"
@@ -85,18 +86,19 @@ def write_state(run_dir: Path, state: RunState) -> None:
     write_text(run_dir / STATE_NAME, json.dumps(asdict(state), indent=1) + "\n")
 
 
-def identify(config: RunConfig, inputs: Inputs, world: World) -> Identity:
+def identify(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Identity:
     """Return the digests of what a run's result depends on; collective."""
     memo = Path(config.reference.store)
-    model = world.on_main(lambda: model_digest(inputs.policy_folder, memo))
+    digesting = console.heartbeat("reading the model's files to identify them")
+    model = world.on_main(lambda: model_digest(inputs.policy_folder, memo), digesting)
     reference: str | None = model
     if config.reference.mode is ReferenceMode.none:
         reference = None
     elif config.reference.path is not None:
         folder = shared_model_folder(
-            config.reference.path, config.reference.revision, "reference.path", world
+            config.reference.path, config.reference.revision, "reference.path", world, console
         )
-        reference = world.on_main(lambda: model_digest(folder, memo))
+        reference = world.on_main(lambda: model_digest(folder, memo), digesting)
     return {
         "run_digest": run_digest(config),
         "data": inputs.train_set.fingerprint,
