@@ -14,14 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED, choose_backend, verify_kernel
+from dpo_dist.model.files import CONFIG_FILE, check_no_adapter, weight_files
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
 from dpo_dist.model.packable import refuse_unpackable
 from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
@@ -35,7 +34,7 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: there is no such model, or it holds no weights.
+        ConfigError: there is no such model, it holds no weights, or an adapter beside them.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -47,7 +46,7 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
             got=f"{revision} with {path}",
             remedy="leave it out, or name the model on the hub",
         )
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             "the model folder has no config.json", where=key, got=str(folder), expected="a transformers model"
         )
@@ -56,9 +55,10 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
             "the model folder has no weights",
             where=key,
             got=str(folder),
-            expected="*.safetensors or *.bin beside config.json",
+            expected="model.safetensors or pytorch_model.bin, or the index of one, beside config.json",
             remedy="point the key at a complete model folder",
         )
+    check_no_adapter(folder, key)
     return folder
 
 
@@ -81,15 +81,6 @@ def _snapshot(path: str, revision: str | None, key: str) -> Path:
         got=path,
         remedy="check the path; it is relative to where you are",
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, safetensors where it has both kinds."""
-    for suffix in WEIGHT_SUFFIXES:
-        found = sorted(file for file in folder.glob(f"*{suffix}") if file.name != "training_args.bin")
-        if found:
-            return found
-    return []
 
 
 def has_tokenizer(folder: Path) -> bool:

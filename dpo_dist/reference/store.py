@@ -54,7 +54,8 @@ class LogpStore:
         self.damaged_rows: Counter[str] = Counter()
         """Rows that were looked up and whose values do not hold, by shard."""
         shards = []
-        names = list(names)
+        order = {space.name: number for number, space in enumerate(spaces)}
+        names = sorted(names, key=lambda name: (order[name.split("/")[0]], name))
         with ThreadPoolExecutor(max_workers=8) as pool:
             for name, shard in zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True):
                 if shard is None:
@@ -65,6 +66,8 @@ class LogpStore:
         """What lies among the shards of the own space and is none; known where all shards were asked for."""
         self.names = [name for name, _ in shards]
         """The shards this view of the store was opened with, damaged ones left out."""
+        self.shard_bytes = {name: shard.bytes for name, shard in shards}
+        """Size of each of them."""
         self._values = [shard.values for _, shard in shards]
         self._first_values = first_values([shard for _, shard in shards])
         self._index = build_index([shard for _, shard in shards], self._first_values)

@@ -1,7 +1,6 @@
 """The only place where the parts of a run are built and wired."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from dpo_dist.config.load import run_digest
-from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
+from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint
@@ -23,8 +22,8 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.quantize import demand_bitsandbytes
-from dpo_dist.reference.digest import model_digest, model_label
-from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, model_label
+from dpo_dist.reference.engine import load_digested
 from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.provider import AdapterReference, LiveReference, NoReference, ReferenceProvider
 from dpo_dist.reference.vocabulary import refuse_other_vocabulary
@@ -44,7 +43,7 @@ from dpo_dist.training.folder import (
     peak_memory_bytes,
     refuse_other_inputs,
 )
-from dpo_dist.training.gate import pass_gate
+from dpo_dist.training.gate import describe_drift, pass_gate
 from dpo_dist.training.inputs import Inputs, load_inputs, shared_model_folder
 from dpo_dist.training.loop import Loop, Position, StopRequest
 from dpo_dist.training.step import Objective
@@ -60,6 +59,7 @@ class Reference:
 
     Attributes:
         digest: of the model; None where there is none.
+        policy_start: the files that the policy is loaded from; None where there is no reference.
         is_policys_start: whether it is the model that the policy starts from, in the same precision.
         audited: a data set and rows of it whose reference values are to be tested by a fresh computation.
         report: for summary.json.
@@ -67,6 +67,7 @@ class Reference:
 
     provider: ReferenceProvider
     digest: str | None
+    policy_start: ModelFiles | None
     is_policys_start: bool
     audited: tuple[PairDataset, Rows]
     report: dict[str, Any]
@@ -90,6 +91,8 @@ def train(config: RunConfig, console: Console) -> int:
             "reference": reference.digest,
         }
         policy = _load_policy(config, inputs, world)
+        if reference.policy_start is not None:
+            world.together(reference.policy_start.check_unchanged)
         if config.reference.mode is ReferenceMode.adapter:
             reference = replace(reference, provider=AdapterReference(policy))
         objective = Objective(config.loss, reference.provider)
@@ -106,7 +109,7 @@ def train(config: RunConfig, console: Console) -> int:
             policy.train(False)
             drift = pass_gate(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
             report = {**report, "drift": drift}
-            console.say(f"step-0 gate passed: {json.dumps(drift)}")
+            console.say(f"step-0 gate passed: {describe_drift(drift)}")
         loop = Loop(
             config=config,
             world=world,
@@ -214,27 +217,29 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     audited = inputs.visited[0]
     if mode is ReferenceMode.none:
         report = {"mode": mode.value, **FillReport().as_dict()}
-        return Reference(NoReference(), None, False, audited, report)
+        return Reference(NoReference(), None, None, False, audited, report)
     path = config.reference.path or config.model.path
     revision = config.reference.revision if config.reference.path else config.model.revision
     folder = shared_model_folder(path, revision, "reference.path", world)
-    memo = Path(config.reference.store)
-    digest = world.on_main(lambda: model_digest(folder, memo))
+    store, remote_code = Path(config.reference.store), config.model.trust_remote_code
+    is_whole = config.reference.quantization is not None
+    files = digest_on_every_node(folder, store, remote_code, is_whole, world)
+    is_whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
+    start = digest_on_every_node(inputs.policy_folder, store, remote_code, is_whole, world)
     if config.reference.path:
         world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and digest == world.on_main(lambda: model_digest(inputs.policy_folder, memo))
+    is_start = same_precision and files.digest == start.digest
     report = FillReport().as_dict()
     if mode is ReferenceMode.adapter:
-        return Reference(NoReference(), digest, True, audited, {"mode": mode.value, **report})
-    if mode is ReferenceMode.live:
-        provider: ReferenceProvider = LiveReference(load_reference(folder, config, world))
+        provider: ReferenceProvider = NoReference()
+        is_start = True
+    elif mode is ReferenceMode.live:
+        provider = LiveReference(load_digested(files, config, world))
     else:
         label = model_label(path, folder)
-        provider, report, audited = stored_reference(
-            config, inputs, folder, (digest, label), is_start, world, console
-        )
-    return Reference(provider, digest, is_start, audited, {"mode": mode.value, **report})
+        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
+    return Reference(provider, files.digest, start, is_start, audited, {"mode": mode.value, **report})
 
 
 def _open_recorder(
