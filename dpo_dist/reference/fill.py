@@ -242,8 +242,10 @@ def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
         ReferenceError: one does not appear, or not with its size.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
+    order = [space.name for space in open_store([]).spaces]
+    names = sorted(shards, key=lambda name: (order.index(name.split("/")[0]), name))
     while True:
-        store = open_store(list(shards))
+        store = open_store(names)
         unseen = sorted(name for name, size in shards.items() if store.shard_bytes.get(name) != size)
         if not unseen:
             return store

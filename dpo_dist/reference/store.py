@@ -54,8 +54,7 @@ class LogpStore:
         self.damaged_rows: Counter[str] = Counter()
         """Rows that were looked up and whose values do not hold, by shard."""
         shards = []
-        order = {space.name: number for number, space in enumerate(spaces)}
-        names = sorted(names, key=lambda name: (order[name.split("/")[0]], name))
+        names = list(names)
         with ThreadPoolExecutor(max_workers=8) as pool:
             for name, shard in zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True):
                 if shard is None:
