@@ -5,7 +5,9 @@ fsync, rename, fsync of the parent.
 """
 
 import contextlib
+import ctypes
 import errno
+import glob
 import os
 import shutil
 import uuid
@@ -13,6 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _TEMPORARY = ".tmp-"
+_REPLACED = "replaced-"
+
+# Of linux/fcntl.h and linux/fs.h.
+_WORKING_FOLDER = -100
+_EXCHANGE = 2
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -52,6 +59,7 @@ def staged_folder(path: Path, stands: Callable[[Path], bool] | None = None) -> I
         stands: whether what another process has committed there meanwhile is as good, and stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
@@ -63,19 +71,33 @@ def staged_folder(path: Path, stands: Callable[[Path], bool] | None = None) -> I
 
 
 def commit_folder(temporary: Path, path: Path) -> None:
-    """Sync every file below `temporary` and rename it to `path`; an older `path` goes only then."""
+    """Sync every file below `temporary` and rename it to `path`; an older `path` is deleted only then.
+
+    Where the file system can exchange two names, `path` exists at every moment. Elsewhere (NFS, Lustre) a
+    crash between two renames leaves both folders under temporary names, until `recover_folder`.
+    """
     for below in sorted(temporary.rglob("*")):
         sync(below)
     sync(temporary)
     replaced = []
     while not _take(temporary, path):
-        aside = temporary_name(path)
+        if _exchange(temporary, path):
+            replaced.append(temporary)
+            break
+        aside = path.with_name(f"{path.name}{_TEMPORARY}{_REPLACED}{uuid.uuid4().hex[:12]}")
         with contextlib.suppress(FileNotFoundError):  # another process was first to move it
             path.rename(aside)
             replaced.append(aside)
     sync(path.parent)
     for folder in replaced:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Rename to `path`, where it is missing, the folder that a killed `commit_folder` had moved aside."""
+    if not path.exists():
+        for aside in sorted(path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}{_REPLACED}*")):
+            _take(aside, path)
 
 
 def _take(temporary: Path, path: Path) -> bool:
@@ -87,6 +109,15 @@ def _take(temporary: Path, path: Path) -> bool:
             raise
         return False
     return True
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two folders in one step; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; glibc 2.28 or newer, or musl
+    if rename is None:
+        return False
+    failed: int = rename(_WORKING_FOLDER, os.fsencode(first), _WORKING_FOLDER, os.fsencode(second), _EXCHANGE)
+    return not failed
 
 
 def temporary_name(path: Path) -> Path:

@@ -163,13 +163,17 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig) -> None:
         check_range(f"trainer.{name}", getattr(trainer, name), at_least=0)
     for name in ("epochs", "max_seconds"):
         check_range(f"trainer.{name}", getattr(trainer, name), above=0)
-    if trainer.eval_every and not data.eval:
-        raise ConfigError(
-            "there is nothing to evaluate on",
-            where="trainer.eval_every, data.eval",
-            got=f"{trainer.eval_every}, an empty list",
-            remedy="set data.eval=[held_out.jsonl] or trainer.eval_every=0",
-        )
+    for name, value, off in (
+        ("eval_every", trainer.eval_every, "0"),
+        ("eval_at_start", trainer.eval_at_start, "false"),
+    ):
+        if value and not data.eval:
+            raise ConfigError(
+                "there is nothing to evaluate on",
+                where=f"trainer.{name}, data.eval",
+                got=f"{value}, an empty list".lower(),
+                remedy=f"set data.eval=[held_out.jsonl] or trainer.{name}={off}",
+            )
 
 
 def _check_parallelism(parallelism: ParallelismConfig) -> None:

@@ -93,10 +93,10 @@ def _check_ranges(loss: LossConfig) -> None:
 
 
 def _check_smoothing(loss: LossConfig) -> None:
+    # A share of labels that are wrong. From a half on, the loss would prefer the rejected response.
     if LossKind.exo_pair in loss.kinds:
-        check_range("loss.label_smoothing", loss.label_smoothing, above=0, below=1)
-    limit = 0.5 if LossKind.robust in loss.kinds else 1.0
-    check_range("loss.label_smoothing", loss.label_smoothing, at_least=0, below=limit)
+        check_range("loss.label_smoothing", loss.label_smoothing, above=0, below=0.5)
+    check_range("loss.label_smoothing", loss.label_smoothing, at_least=0, below=0.5)
 
 
 def _check_terms(loss: LossConfig) -> None:

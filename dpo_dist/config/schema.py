@@ -208,12 +208,16 @@ class ModelConfig:
 class SourceConfig:
     """One entry of `data.train` or `data.eval`; a bare string there means `path`.
 
+    `name` (the configuration, or subset), `data_dir` and `revision` select data of a dataset on the hub.
     `weight` 2 gives every pair of the source twice an epoch, 0.5 a seeded half of them.
     """
 
     path: str = MISSING
     format: DataFormat = DataFormat.auto
     split: str | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
     weight: float = 1.0
     limit: int | None = None
 
@@ -348,7 +352,8 @@ class OptimConfig:
 class TrainerConfig:
     """`trainer`: the loop. Gradient accumulation is derived, never configured.
 
-    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only.
+    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only. `eval_at_start`
+    evaluates before the first step too.
     """
 
     global_batch_pairs: int = 64
@@ -356,6 +361,7 @@ class TrainerConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     eval_every: int = _free(0)
+    eval_at_start: bool = _free(False)
     save_every: int = _free(0)
     keep_last: int = _free(2)
     log_every: int = _free(1)

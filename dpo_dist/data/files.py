@@ -1,94 +1,167 @@
-"""Rows of a local file, a saved folder or a hub data set, each with the line it stands on."""
+"""Rows of one file, each with the line it stands on."""
 
-import csv
-import difflib
-import hashlib
+import contextlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, BinaryIO
 
+import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.records import BadRecord, Origin
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.data.csv_rows import csv_rows
+from dpo_dist.data.records import BadRecord, Located, Origin
+from dpo_dist.errors import DataError
 
-Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_MAX_CELL_CHARACTERS = 2**31 - 1
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
+_MAX_RECORD_BYTES = 2**26
+_MAX_UNPACKED_ARRAY_BYTES = 2**30
 _PARQUET_BATCH_ROWS = 1024
 _BLOCK_BYTES = 2**22
+_SHOWN_KEY_CHARACTERS = 40
 
 
-def read_rows(path: str, split: str | None) -> Iterator[Located]:
-    """Rows in the source's order, streamed except for a .json array.
+def file_kind(file: Path) -> str | None:
+    """The ending by which a file is read, without that of its compression; None if it cannot be read."""
+    if file.suffix in _COMPRESSIONS:
+        inner = Path(file.stem).suffix
+        return inner if inner in _COMPRESSED_KINDS else None
+    return file.suffix if file.suffix in KINDS else None
+
+
+def read_file(file: Path, path: str) -> Iterator[Located]:
+    """Rows in the file's order, streamed except for a .json array. No record of .jsonl or .csv above 64 MiB
+    is held in memory; it is a bad one.
 
     Args:
-        path: local file, folder saved by `datasets`, or hub name.
-        split: for a saved folder of several splits or a hub name (null: train); an error elsewhere.
+        file: .jsonl, .json (one array), .csv, any of these as .gz or .zst, or .parquet.
+        path: the source as configured, for origins.
 
     Returns:
         Each row or why it is none, and its origin: true 1-based line numbers for .jsonl and .csv (where the
         record starts), record numbers elsewhere.
 
     Raises:
-        DataError: there is no such source, or it cannot be read.
-        ConfigError: `split` given where it has no effect.
+        DataError: the file cannot be read; by this call where its beginning shows it, else when it is met.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _located(_saved_rows(local, split), path)
-    if not local.is_file():
-        if _looks_local(path):
-            raise _missing(local)
-        return _located(_hub_rows(path, split), path)
-    _refuse_split(path, split)
-    match local.suffix:
+    with _damage_told(path):
+        return _rows(file, path)
+
+
+def _rows(file: Path, path: str) -> Iterator[Located]:
+    match file_kind(file):
         case ".jsonl":
-            return _jsonl_rows(local, path)
+            rows = _jsonl_rows(_opened(file), path)
         case ".json":
-            return _located(_json_rows(local), path)
+            rows = located(_json_rows(file), path)
         case ".csv":
-            return _csv_rows(local, path)
+            # What is not UTF-8 becomes a lone surrogate, which makes its record a bad one and no other.
+            text = io.TextIOWrapper(_opened(file), "utf-8-sig", "surrogateescape", newline="")
+            rows = csv_rows(text, path, _MAX_RECORD_BYTES)
         case ".parquet":
-            return _located(_parquet_rows(local), path)
-    raise DataError(
-        "this kind of file cannot be read",
-        where=path,
-        got=local.suffix or "a name without an ending",
-        expected=", ".join(_SUFFIXES),
-        remedy="convert or rename the file; a file with one JSON object per line ends in .jsonl",
-    )
+            rows = located(_parquet_rows(file), path)
+        case _:
+            raise DataError(
+                "this kind of file cannot be read",
+                where=path,
+                got=file.suffix or "a name without an ending",
+                expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
+                remedy="convert or rename the file; a file with one JSON object per line ends in .jsonl",
+            )
+    return _guarded(rows, path)
 
 
-def _located(rows: Iterator[Any], path: str) -> Iterator[Located]:
+def _guarded(rows: Iterator[Located], path: str) -> Iterator[Located]:
+    with _damage_told(path):
+        yield from rows
+
+
+@contextlib.contextmanager
+def _damage_told(path: str) -> Iterator[None]:
+    """Raise DataError for what the file system and decompression raise."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as fault:
+        raise DataError(
+            "the file cannot be read to its end",
+            where=path,
+            got=str(fault).splitlines()[0],
+            remedy="check the file; if it is damaged or cut short, write or download it again",
+        ) from fault
+
+
+def _opened(file: Path) -> BinaryIO:
+    if file.suffix not in _COMPRESSIONS:
+        return file.open("rb")
+    unpacked = pyarrow.CompressedInputStream(file.open("rb"), _COMPRESSIONS[file.suffix])
+    return io.BufferedReader(unpacked, _BLOCK_BYTES)
+
+
+def located(rows: Iterator[Any], path: str) -> Iterator[Located]:
+    """Rows with their record number as origin; what is no object is a bad record."""
     for number, row in enumerate(rows, start=1):
         yield _object(row, Origin(path, number))
 
 
 def _object(row: Any, origin: Origin) -> Located:
-    if isinstance(row, Mapping):
-        return row, origin
+    match row:
+        case Mapping():
+            return row, origin
+        case ValueError():
+            return BadRecord("unparsable", origin, reason(row)), origin
     return BadRecord("unparsable", origin, f"a {type(row).__name__} where an object is expected"), origin
 
 
-def _jsonl_rows(file: Path, path: str) -> Iterator[Located]:
-    # Read as bytes: only "\n" ends a line, whatever Unicode separators the texts hold.
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            origin = Origin(path, number)
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as fault:
-                yield BadRecord("unparsable", origin, _reason(fault)), origin
-            else:
-                yield _object(row, origin)
+def _jsonl_rows(stream: BinaryIO, path: str) -> Iterator[Located]:
+    for number, line in enumerate(_lines(stream), start=1):
+        if not line.strip():
+            continue
+        origin = Origin(path, number)
+        if len(line) > _MAX_RECORD_BYTES:
+            yield BadRecord("unparsable", origin, f"a line of more than {_MAX_RECORD_BYTES} bytes"), origin
+            continue
+        try:
+            row = parse_json(line)
+        except (ValueError, RecursionError) as fault:
+            yield BadRecord("unparsable", origin, reason(fault)), origin
+        else:
+            yield _object(row, origin)
 
 
-def _reason(fault: Exception) -> str:
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines as bytes: only a newline ends one, whatever Unicode separators it has. Of one that is too long
+    for a record only the start.
+    """
+    while line := stream.readline(_MAX_RECORD_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(_BLOCK_BYTES)
+
+
+def parse_json(content: bytes) -> Any:
+    """The value that UTF-8 bytes write; ValueError (a key that an object has twice too) or RecursionError."""
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"an object has the key {shown_key(twice)} twice")
+    return fields
+
+
+def shown_key(key: Any) -> str:
+    """A field's name as messages show it: cut where it is so long that it may be a text."""
+    text = ascii(str(key))[1:-1]
+    return text if len(text) <= _SHOWN_KEY_CHARACTERS else f"{text[:_SHOWN_KEY_CHARACTERS]}..."
+
+
+def reason(fault: Exception) -> str:
     """Why parsing failed, without the text that failed to parse."""
     match fault:
         case json.JSONDecodeError():
@@ -101,13 +174,22 @@ def _reason(fault: Exception) -> str:
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
+    with _opened(file) as stream:
+        content = stream.read(_MAX_UNPACKED_ARRAY_BYTES + 1 if file.suffix in _COMPRESSIONS else -1)
+    if file.suffix in _COMPRESSIONS and len(content) > _MAX_UNPACKED_ARRAY_BYTES:
+        raise DataError(
+            "a compressed JSON array is too large to be read at once",
+            where=str(file),
+            got=f"more than {_MAX_UNPACKED_ARRAY_BYTES} bytes when unpacked",
+            remedy="write one object per line (.jsonl.gz or .jsonl.zst), which is read line by line",
+        )
     try:
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"))
+        rows = parse_json(content)
     except (ValueError, RecursionError) as fault:
         raise DataError(
             "the file is not JSON",
             where=str(file),
-            got=_reason(fault),
+            got=reason(fault) if content.strip() else "an empty file",
             expected="one array of objects",
             remedy="a file with one object per line has to be named .jsonl",
         ) from fault
@@ -117,51 +199,9 @@ def _json_rows(file: Path) -> Iterator[Any]:
             where=str(file),
             got=f"a {type(rows).__name__}",
             expected="one array of objects",
+            remedy="a file with one object per line has to be named .jsonl",
         )
     return iter(rows)
-
-
-def _csv_rows(file: Path, path: str) -> Iterator[Located]:
-    csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    with _open_csv(file) as text:
-        try:
-            header = next(csv.reader(text, strict=True), [])
-        except csv.Error as fault:
-            raise DataError("the first line is no CSV header", where=f"{path}:1", got=str(fault)) from fault
-    if len(set(header)) < len(header):
-        raise DataError(
-            "two columns have the same name",
-            where=f"{path}:1",
-            got=", ".join(header),
-            expected="a name of its own for each column",
-        )
-    return _csv_records(file, path, header)
-
-
-def _csv_records(file: Path, path: str, header: list[str]) -> Iterator[Located]:
-    with _open_csv(file) as text:
-        # Strict, so that a quote that never closes is a bad record and not one giant cell.
-        reader = csv.reader(text, strict=True)
-        next(reader, None)
-        while True:
-            origin = Origin(path, reader.line_num + 1)
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as fault:
-                lines = reader.line_num - origin.line + 1
-                yield BadRecord("unparsable", origin, f"{fault} ({lines} lines read)"), origin
-                continue
-            if len(cells) > len(header):
-                yield BadRecord("unparsable", origin, f"{len(cells)} cells under {len(header)} names"), origin
-            elif cells:
-                yield dict(zip(header, cells, strict=False)), origin
-
-
-def _open_csv(file: Path) -> TextIO:
-    # What is not UTF-8 becomes a lone surrogate, which makes its record a bad one and no other.
-    return file.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _parquet_rows(file: Path) -> Iterator[Any]:
@@ -169,111 +209,24 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as fault:
         raise DataError("the file is not Parquet", where=str(file), got=str(fault)) from fault
-    batches = table.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
-    return (row for batch in batches for row in batch.to_pylist())
-
-
-def _saved_rows(folder: Path, split: str | None) -> Iterator[Any]:
-    from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import, and only needed here
-
-    try:
-        saved = load_from_disk(str(folder))
-    except (OSError, ValueError) as fault:
-        files = sorted(below.name for below in folder.iterdir() if below.suffix in _SUFFIXES)
+    names = table.schema_arrow.names
+    if len(set(names)) < len(names):
         raise DataError(
-            "the folder was not saved by datasets",
-            where=str(folder),
-            expected="what Dataset.save_to_disk writes",
-            remedy=f"name one of its files: {', '.join(files[:5])}" if files else "",
-        ) from fault
-    if isinstance(saved, Dataset):
-        _refuse_split(str(folder), split)
-        return iter(saved)
-    if (split or "train") not in saved:
-        raise DataError(
-            "the folder has no such split",
-            where=str(folder),
-            got=split or "train (the default)",
-            expected=", ".join(map(str, saved)),
-            remedy="set split of this source",
+            "two columns have the same name",
+            where=str(file),
+            got=", ".join(map(shown_key, names)),
+            expected="a name of its own for each column",
         )
-    return iter(saved[split or "train"])
+    return (row for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS) for row in _batch_rows(batch))
 
 
-def _hub_rows(name: str, split: str | None) -> Iterator[Any]:
-    from datasets import load_dataset  # noqa: PLC0415  # slow to import, and only needed here
-
+def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Any]:
+    """The rows of a batch; where a text is not UTF-8, the error in place of its row."""
     try:
-        return iter(load_dataset(name, split=split or "train", streaming=True))
-    except (OSError, ValueError) as fault:
-        raise DataError(
-            "neither a local file nor a data set that the hub gives",
-            where=f"{name} (split {split or 'train'})",
-            got=str(fault),
-            remedy="check the name, the split, the network, and access rights of a gated data set",
-        ) from fault
-
-
-def _looks_local(path: str) -> bool:
-    return path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def _missing(file: Path) -> DataError:
-    if not file.parent.is_dir():
-        return DataError(
-            "there is no such folder", where=str(file.parent), remedy="check the path of the source"
-        )
-    names = [below.name for below in file.parent.iterdir()]
-    near = difflib.get_close_matches(file.name, names, n=3)
-    return DataError(
-        "there is no such file",
-        where=str(file),
-        remedy=f"did you mean {' or '.join(near)}?" if near else "check the path of the source",
-    )
-
-
-def _refuse_split(path: str, split: str | None) -> None:
-    if split is not None:
-        raise ConfigError(
-            "a split has no effect on a source without splits",
-            where=f"split of {path}",
-            got=split,
-            expected="null",
-            remedy="remove split, or use limit to take the first records only",
-        )
-
-
-def source_identity(path: str) -> str:
-    """What changes when the content of a source changes: a digest of its bytes, or the hub's revision.
-
-    Raises:
-        DataError: there is no such source.
-    """
-    local = Path(path).expanduser()
-    if local.is_file():
-        return content_digest([local])
-    if local.is_dir():
-        return content_digest(sorted(below for below in local.rglob("*") if below.is_file()))
-    if _looks_local(path):
-        raise _missing(local)
-    from huggingface_hub import dataset_info  # noqa: PLC0415  # only needed here
-
-    try:
-        return f"hub revision {dataset_info(path).sha}"
-    except (OSError, ValueError) as fault:
-        raise DataError(
-            "neither a local file nor a data set that the hub gives",
-            where=path,
-            got=str(fault).splitlines()[0],
-            remedy="check the name, the network, and access rights of a gated data set",
-        ) from fault
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """blake2b over the bytes of `files`, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
+        yield from batch.to_pylist()
+    except UnicodeDecodeError as fault:
+        if len(batch) == 1:
+            yield fault
+            return
+        for place in range(len(batch)):
+            yield from _batch_rows(batch.slice(place, 1))

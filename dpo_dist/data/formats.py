@@ -18,8 +18,8 @@ from dpo_dist.data.answers import (
     recognise,
 )
 from dpo_dist.data.conversations import conversation, is_messages, prompt_before
-from dpo_dist.data.files import read_rows
 from dpo_dist.data.records import BadRecord, Dialogue, Messages, Origin, PreferenceRecord, Prompt
+from dpo_dist.data.sources import read_rows
 from dpo_dist.errors import ConfigError
 
 _LAST_TURN = "\n\nAssistant:"
@@ -53,7 +53,7 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
             got=str(source.limit),
             expected="a positive number of records, or null for all",
         )
-    rows = islice(read_rows(source.path, source.split), source.limit)
+    rows = islice(read_rows(source), source.limit)
     return (
         row if isinstance(row, BadRecord) else _from_row(row, source.format, origin) for row, origin in rows
     )

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.atomic import staged_folder, write_text
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.dataset import ARRAYS, MANIFEST, is_complete
-from dpo_dist.data.files import source_identity
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.parts import DataCounts, EncodedPart
 from dpo_dist.data.processes import CHUNK_RECORDS, Records, encode_in_order
+from dpo_dist.data.sources import pinned, source_identity
 
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
 _ENCODING_VERSION = 2
@@ -39,6 +39,7 @@ def prepare_dataset(
         DataError: a source cannot be read, or a record cannot be used and `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
+    sources = [pinned(source, Path(config.cache)) for source in sources]
     fingerprint = _fingerprint(sources, config, tokenizer_digest)
     folder = Path(config.cache) / fingerprint
     if not is_complete(folder):
@@ -71,7 +72,7 @@ def _fingerprint(sources: Sequence[SourceConfig], config: DataConfig, tokenizer_
         "sources": [
             {
                 "path": source.path,
-                "content": source_identity(source.path),
+                "content": source_identity(source),
                 "format": source.format,
                 "split": source.split,
                 "limit": source.limit,

@@ -1,8 +1,9 @@
 """A preference as people wrote it down, before any tokenizer: what every format is read into."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -74,3 +75,7 @@ class BadRecord:
     reason: str
     origin: Origin
     detail: str = ""
+
+
+Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
+"""What a source has at one place, not yet read as a record."""

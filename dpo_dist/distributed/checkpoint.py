@@ -1,46 +1,47 @@
 """Checkpoints that exist whole or not at all (law L4).
 
 All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests; then
-it is renamed, `latest` follows, and only after that the oldest go. Nothing is loaded that no manifest vouches
-for. Training goes on while the disk takes the written files: only what the next step would change is waited
-for.
+it is renamed, `latest` follows, and only after that older ones are deleted. Nothing is loaded that no
+manifest vouches for. Training continues while the written files are flushed to disk in the background.
 """
 
 import io
 import json
 import logging
 import random
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from dpo_dist.atomic import commit_folder, is_temporary, sync, temporary_name, write_text
-from dpo_dist.data.files import content_digest
+from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
+from dpo_dist.config.schema import ParallelismKind
+from dpo_dist.distributed.manifest import Entries, describe_files, find_faults, has_all_files, write_manifest
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"
 _STATE = "state.json"
-
-Digests = dict[str, dict[str, Any]]
+_LATEST = "latest"
+_NAME = re.compile(r"step-(\d+)")
 
 
 class Sharded(Protocol):
-    """What a checkpoint holds of a run's weights: the policy, and what else changes while it trains."""
+    """Weights that training changes, saved by shards: the policy, and a reference that follows it."""
 
-    def save_shards(self, folder: str) -> None:
-        """Write this rank's part; collective.
+    def save_shards(self, folder: str) -> list[Path]:
+        """Write this rank's shards below `folder` and return the files that this rank wrote; collective.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: they cannot be written.
         """
         ...
 
@@ -51,27 +52,46 @@ class Sharded(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: its folder and the loop's state in it."""
+    """A committed checkpoint.
+
+    Attributes:
+        folder: where its files are.
+        state: the loop's state in it.
+        damaged: names of newer checkpoints that are not whole.
+    """
 
     folder: Path
     state: dict[str, Any]
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is written, and on its way to the disk in the background."""
+    """A checkpoint that is written, and being flushed to disk in the background."""
 
     temporary: Path
     folder: Path
-    digests: "Future[Digests]"
+    entries: "Future[Entries]"
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run below `root` and keeps the last `keep_last` of them."""
+    """Save the checkpoints of one run below `root` and keep the last `keep_last` whole ones, at least one.
 
-    def __init__(self, root: Path, keep_last: int, parts: Sequence[Sharded], world: World):
-        self._root, self._keep_last = root, keep_last
+    `damaged` names checkpoints that are known not to be whole: they do not count, and are deleted once a
+    whole one has been committed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int,
+        parts: Sequence[Sharded],
+        world: World,
+        damaged: Iterable[str] = (),
+    ):
+        self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
+        self._damaged = set(damaged)
         self._disk = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
@@ -84,14 +104,14 @@ class CheckpointSaver:
         self.commit()
         world, folder = self._world, self._root / f"step-{step:06d}"
         temporary = Path(world.on_main(lambda: _make(temporary_name(folder))))
-        world.together(lambda: _write(temporary, self._parts, state, world))
-        digests = self._disk.submit(_sync_share, temporary, world)
-        self._pending = _Pending(temporary, folder, digests)
+        written = world.together(lambda: _write(temporary, self._parts, state, world))
+        entries = self._disk.submit(_described, written, temporary)
+        self._pending = _Pending(temporary, folder, entries)
 
     @property
     def is_ready(self) -> bool:
         """Whether this rank's files of a pending checkpoint are on disk; not collective."""
-        return self._pending is not None and self._pending.digests.done()
+        return self._pending is not None and self._pending.entries.done()
 
     def commit(self) -> None:
         """Wait for the pending checkpoint, if there is one, and make it the latest; collective.
@@ -102,40 +122,46 @@ class CheckpointSaver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        digests = self._world.together(pending.digests.result)
-        listed = {name: entry for part in self._world.gather(digests) for name, entry in part.items()}
-        self._world.on_main(lambda: _commit(pending.temporary, pending.folder, listed, self._keep_last))
+        mine = self._world.together(pending.entries.result)
+        entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
+        self._world.on_main(lambda: _commit(pending.temporary, pending.folder, entries))
+        self._damaged.discard(pending.folder.name)
+        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged))
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
-    """The newest committed checkpoint whose files are what its manifest says; collective.
+    """Return the newest checkpoint whose files are those of its manifest; None if there is none. Collective.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
     folders = world.on_main(lambda: _committed(root))
+    damaged: list[str] = []
     for folder in folders:
-        damage = [fault for faults in world.gather(_verify_share(folder, world)) for fault in faults]
+        damage = [
+            fault for faults in world.gather(find_faults(folder, world.rank, world.size)) for fault in faults
+        ]
         if not damage:
-            return Checkpoint(folder, json.loads((folder / _STATE).read_text()))
-        log.warning("checkpoint %s is damaged and passed over: %s", folder, "; ".join(damage[:5]))
+            return Checkpoint(folder, world.on_main(partial(_read_state, folder)), tuple(damaged))
+        log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(damage[:5]))
+        damaged.append(folder.name)
     if folders:
         raise CheckpointError(
             "no checkpoint of this run is whole",
             where=str(root),
-            got=", ".join(folder.name for folder in folders),
-            remedy="restore the folder, or set run.resume=never and another run.dir to start afresh",
+            got=f"{', '.join(damaged)}; {damage[0]}",
+            remedy="restore the folder, or delete it to start afresh",
         )
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
-    """Restore weights, optimizer and random states on the number of ranks that saved them; collective.
+def check_same_processes(checkpoint: Checkpoint, kind: ParallelismKind, world: World) -> None:
+    """Accept a checkpoint that as many processes of the same kind of parallelism wrote.
 
     Raises:
-        CheckpointError: the number of ranks differs.
+        CheckpointError: its shards fit another number of processes, or another kind of parallelism.
     """
-    saved_ranks = checkpoint.state["world_size"]
+    saved_ranks, saved_kind = checkpoint.state["world_size"], checkpoint.state.get("parallelism", kind)
     if saved_ranks != world.size:
         raise CheckpointError(
             "the checkpoint was written by another number of processes",
@@ -144,6 +170,18 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
             expected=f"{saved_ranks}",
             remedy=f"launch {saved_ranks} processes, or start afresh with another run.dir",
         )
+    if saved_kind != kind:
+        raise CheckpointError(
+            "the checkpoint was written with another kind of parallelism",
+            where=str(checkpoint.folder),
+            got=f"parallelism.kind={kind}",
+            expected=f"parallelism.kind={saved_kind}",
+            remedy=f"set parallelism.kind={saved_kind}, or start afresh with another run.dir",
+        )
+
+
+def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
+    """Restore weights, optimizer and random states on the processes that saved them; collective."""
     for part in parts:
         part.load_shards(str(checkpoint.folder))
     # Written by this program and vouched for by the manifest, so unpickling it is safe.
@@ -155,6 +193,18 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def _read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / _STATE).read_bytes())
+    return state
+
+
+def drop_checkpoints(root: Path) -> None:
+    """Delete every checkpoint below `root`; on one rank."""
+    for folder in root.glob("step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (root / _LATEST).unlink(missing_ok=True)
+
+
 def _make(folder: Path) -> str:
     """A new folder to write in; what a save that never finished left beside it goes first, to make room."""
     for left_over in folder.parent.glob("step-*"):
@@ -164,10 +214,13 @@ def _make(folder: Path) -> str:
     return str(folder)
 
 
-def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world: World) -> None:
+def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world: World) -> list[Path]:
+    """Write this rank's files and return them."""
+    written: list[Path] = []
+
     def work() -> None:
         for part in parts:
-            part.save_shards(str(folder))
+            written.extend(part.save_shards(str(folder)))
         states = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),
@@ -176,11 +229,14 @@ def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world:
         }
         content = io.BytesIO()  # so that a full disk is an OSError
         torch.save(states, content)
-        (folder / _random_file(world)).write_bytes(content.getvalue())
+        written.append(folder / _random_file(world))
+        written[-1].write_bytes(content.getvalue())
         if world.is_main:
-            (folder / _STATE).write_text(json.dumps({**state, "world_size": world.size}, indent=1))
+            written.append(folder / _STATE)
+            written[-1].write_text(json.dumps({**state, "world_size": world.size}, indent=1))
 
     _guard(work, folder)
+    return written
 
 
 def _guard(work: Callable[[], None], folder: Path) -> None:
@@ -199,55 +255,34 @@ def _random_file(world: World) -> str:
     return f"random_states_{world.rank}.pt"
 
 
-def _share(folder: Path, world: World) -> list[Path]:
-    """The files that this rank reads to digest them, so that all ranks share the work."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _MANIFEST)
-    return files[world.rank :: world.size]
+def _described(files: Sequence[Path], folder: Path) -> Entries:
+    entries: Entries = {}
+    _guard(lambda: entries.update(describe_files(files, folder)), folder)
+    return entries
 
 
-def _sync_share(folder: Path, world: World) -> Digests:
-    """Flush this rank's share of the files to disk and digest them."""
-    digests: Digests = {}
-
+def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
     def work() -> None:
-        for file in _share(folder, world):
-            sync(file)
-            entry = {"bytes": file.stat().st_size, "digest": content_digest([file])}
-            digests[str(file.relative_to(folder))] = entry
-
-    _guard(work, folder)
-    return digests
-
-
-def _commit(temporary: Path, folder: Path, listed: Digests, keep_last: int) -> None:
-    def work() -> None:
-        (temporary / _MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
+        write_manifest(temporary, entries)
         commit_folder(temporary, folder)
-        write_text(folder.parent / "latest", folder.name)
+        write_text(folder.parent / _LATEST, folder.name)
 
     _guard(work, folder)
-    for old in _committed(folder.parent)[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete_old(committed: Path, keep_last: int, damaged: set[str]) -> None:
+    """Keep `committed` and the newest whole ones beside it; of the others only their sizes are looked at."""
+    others = [folder for folder in _committed(committed.parent) if folder != committed]
+    whole = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
+    for folder in set(others) - set(whole[: keep_last - 1]):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _committed(root: Path) -> list[Path]:
-    """Committed checkpoints, newest first."""
-    return sorted(
-        (f for f in root.glob("step-*") if not is_temporary(f) and (f / _MANIFEST).is_file()), reverse=True
-    )
-
-
-def _verify_share(folder: Path, world: World) -> list[str]:
-    """What this rank's share of the manifest's files has wrong."""
-    try:
-        listed = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{_MANIFEST}: {error}"]
-    faults = []
-    for name in sorted(listed)[world.rank :: world.size]:
-        file = folder / name
-        if not file.is_file():
-            faults.append(f"{name} is missing")
-        elif file.stat().st_size != listed[name]["bytes"] or content_digest([file]) != listed[name]["digest"]:
-            faults.append(f"{name} differs from its digest")
-    return faults
+    """Folders of checkpoints, newest first, whole or not."""
+    steps = {
+        folder: int(match[1])
+        for folder in root.glob("step-*")
+        if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()
+    }
+    return sorted(steps, key=lambda folder: steps[folder], reverse=True)

@@ -54,8 +54,8 @@ class ReferenceSync:
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
             _forget_whole(reference)
 
-    def save_shards(self, folder: str) -> None:
-        """Write the reference as it is now, every rank its own shards.
+    def save_shards(self, folder: str) -> list[Path]:
+        """Write the reference as it is now, every rank its own shards; returns this rank's file.
 
         Raises:
             OSError: they cannot be written.
@@ -66,6 +66,7 @@ class ReferenceSync:
             )
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        return [self._file(folder)]
 
     @torch.no_grad()
     def load_shards(self, folder: str) -> None:

@@ -21,6 +21,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepsp
 
 from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.gather_order import keep_gather_orders
+from dpo_dist.distributed.manifest import recorded_writes
 from dpo_dist.distributed.runtime import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
@@ -198,6 +200,7 @@ class PolicyEngine:
         zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
+        keep_gather_orders(self._engine)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -238,16 +241,20 @@ class PolicyEngine:
         norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
         return torch.as_tensor(norm, device=self._world.device)
 
-    def save_shards(self, folder: str) -> None:
+    def save_shards(self, folder: str) -> list[Path]:
         """Write what is trained: weights, master weights and optimizer states, every rank its own.
+
+        Returns:
+            The files that this rank wrote.
 
         Raises:
             OSError: this rank cannot write its own; the others go on.
         """
         try:
-            self._engine.save_checkpoint(
-                folder, tag="engine", save_latest=False, exclude_frozen_parameters=True
-            )
+            with recorded_writes(self._engine.checkpoint_engine) as written:
+                self._engine.save_checkpoint(
+                    folder, tag="engine", save_latest=False, exclude_frozen_parameters=True
+                )
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by a RuntimeError
             # The other ranks, done with theirs, are in the collective calls that end DeepSpeed's saving: join
             # them. If it was a rank's death that failed here, it fails again.
@@ -255,6 +262,8 @@ class PolicyEngine:
                 self._engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
             raise OSError(str(error)) from error
+        scripts = Path(folder).glob("*.py") if self._world.is_main else ()  # DeepSpeed's, to convert shards
+        return [*written, *scripts]
 
     def load_shards(self, folder: str) -> None:
         """Read what `save_shards` wrote on the same number of ranks."""

@@ -40,7 +40,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
         lora_alpha=adapter.alpha,
         use_rslora=adapter.variant is AdapterVariant.rslora,
         use_dora=adapter.variant is AdapterVariant.dora,
-        target_modules=_targets(causal_lm, adapter),
+        target_modules=target_layers(causal_lm, adapter),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=()):
@@ -74,10 +74,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _targets(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
-    """The names of the layers that `adapter` goes to.
+def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
+    """Return the names of the layers that `adapter` goes to.
 
     As in peft, a target is the last part of a layer's name, or several: `q_proj`, `self_attn.q_proj`.
+
+    Raises:
+        ConfigError: a target names no linear layer of the model's body.
     """
     head = causal_lm.get_output_embeddings()
     layers = [

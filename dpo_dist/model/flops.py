@@ -1,5 +1,6 @@
 """Floating-point operations that a training step needs, and how many of them a device does in a second."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -7,10 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.data.plan import ComputeCosts
+from dpo_dist.model.adapters import target_layers
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6
+# A frozen weight has no gradient.
+_FORWARD_AND_INPUT_GRADIENT = 4
 # Seconds of a FLOP in attention and in the output layer over those of one in the layers' matrices: 1.37 and
 # 0.88 by `scripts/bench_schedule.py --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC), which then
 # tell the seconds of 10 micro-batches of very different shapes within 5 %.
@@ -18,6 +23,32 @@ _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
 _PEAK_TRIALS = 5
 _PEAK_SIDE = {"cuda": 8192, "cpu": 1024}
+# TFLOP/s of dense matrix products by the makers' data sheets: bf16, and float32 without TF32. The first entry
+# counts whose name is in the name that PyTorch gives the device.
+_DATASHEET_TFLOPS = (
+    ("GB200", 2500.0, 80.0),
+    ("B200", 2250.0, 75.0),
+    ("H200", 989.4, 66.9),
+    ("H100 PCIe", 756.0, 51.2),
+    ("H100 NVL", 835.5, 60.0),
+    ("H100", 989.4, 66.9),
+    ("H800", 989.4, 66.9),
+    ("GH200", 989.4, 66.9),
+    ("H20", 148.0, 44.0),
+    ("A100", 312.0, 19.5),
+    ("A800", 312.0, 19.5),
+    ("A40", 149.7, 37.4),
+    ("A30", 165.0, 10.3),
+    ("A10G", 70.0, 35.0),
+    ("A10", 125.0, 31.2),
+    ("L40S", 362.0, 91.6),
+    ("L40", 181.0, 90.5),
+    ("L4", 121.0, 30.3),
+    ("RTX A6000", 154.8, 38.7),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71.0, 35.6),
+    ("MI300X", 1307.4, 163.4),
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +70,24 @@ class StepFlops:
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
-def count_flops(config: PretrainedConfig) -> StepFlops:
-    """What a model of this configuration, one of `EXACT_MODEL_TYPES`, costs.
+@dataclass(frozen=True)
+class PeakFlops:
+    """Operations per second that all devices of a run could do together in `model.dtype`.
+
+    Attributes:
+        measured: of a product of large matrices.
+        datasheet: by the makers' data sheets; None where a device is not in the table.
+    """
+
+    measured: float
+    datasheet: float | None
+
+
+def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> StepFlops:
+    """Return the operations of a training step of a model, one of `EXACT_MODEL_TYPES`.
+
+    With an adapter the weights of the model are frozen: their gradients are not counted, and the matrices of
+    the adapter are. What DoRA does once per step and layer is not counted.
 
     Every weight with two dimensions or more is multiplied with each token, but for embeddings, which are
     looked up, and for experts (three dimensions, the first of them the experts), of which a token visits
@@ -56,14 +103,21 @@ def count_flops(config: PretrainedConfig) -> StepFlops:
         if id(parameter) not in outside and parameter.dim() > 1:
             share = config.num_experts_per_tok / len(parameter) if parameter.dim() > 2 else 1.0
             visited += share * parameter.numel()
+    per_weight = _FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_INPUT_GRADIENT
+    added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Scores and the weighted sum of values are two products over the width of all heads.
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
     return StepFlops(
-        per_token=_FORWARD_AND_BACKWARD * visited,
-        per_target=_FORWARD_AND_BACKWARD * output.numel(),
+        per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
+        per_target=per_weight * output.numel(),
         per_attended=_FORWARD_AND_BACKWARD * attention,
     )
+
+
+def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:
+    weights = [causal_lm.get_parameter(f"{name}.weight") for name in target_layers(causal_lm, adapter)]
+    return adapter.r * sum(sum(weight.shape) for weight in weights)
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:
@@ -90,6 +144,14 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     product = torch.empty_like(left)
     fastest = min(_seconds(left, right, product) for _ in range(_PEAK_TRIALS))
     return 2 * side**3 / fastest
+
+
+def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
+    """Return the operations per second of a device by its data sheet; None if the table does not have it."""
+    for name, bf16, fp32 in _DATASHEET_TFLOPS:
+        if re.search(rf"\b{name}\b", device_name) and "Laptop" not in device_name:
+            return 1e12 * (bf16 if dtype is torch.bfloat16 else fp32)
+    return None
 
 
 def _seconds(left: Tensor, right: Tensor, product: Tensor) -> float:

@@ -18,13 +18,18 @@ _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 class PairLogps:
     """Log-probs of pairs, or of rankings, summed over completion tokens.
 
+    `sum_by_response` makes float64 of them: a log-ratio is a small difference of large sums. Any floating
+    dtype is accepted by the losses, which compute in it.
+
     Attributes:
-        chosen: float32 [pairs], sum of log p(token) over the best response, end-of-turn token included.
-        rejected: float32 [pairs], the same for the worst response; 0 where there is none.
-        chosen_tokens: float32 [pairs], number of completion tokens of the chosen response.
-        rejected_tokens: float32 [pairs], the same for the rejected response; 0 where there is none.
-        between: float32 [pairs, n], of the responses ranked between these, best first; None: there are none.
-        between_tokens: float32 [pairs, n], the same; 0 where a ranking has fewer than n.
+        chosen: [pairs], sum of log p(token) over the best response, end-of-turn token included.
+        rejected: [pairs], the same for the worst response; 0 where there is none.
+        chosen_tokens: [pairs], number of completion tokens of the chosen response.
+        rejected_tokens: [pairs], the same for the rejected response; 0 where there is none.
+        between: [pairs, n], of the responses ranked between these, best first; None: there are none.
+        between_tokens: [pairs, n], the same; 0 where a ranking has fewer than n.
+        whole_chosen: [pairs], `chosen` with every token counted once, where `ld_alpha` has changed the sums
+            above; None: `chosen` is that sum.
     """
 
     chosen: Tensor
@@ -33,28 +38,49 @@ class PairLogps:
     rejected_tokens: Tensor
     between: Tensor | None = None
     between_tokens: Tensor | None = None
+    whole_chosen: Tensor | None = None
 
     @property
     def mean_chosen(self) -> Tensor:
-        """float32 [pairs], mean over the tokens of the chosen response."""
+        """[pairs], mean over the tokens of the chosen response."""
         return self.chosen / self.chosen_tokens
 
     @property
     def mean_rejected(self) -> Tensor:
-        """float32 [pairs], mean over the tokens of the rejected response; 0 where there is none."""
+        """[pairs], mean over the tokens of the rejected response; 0 where there is none."""
         return self.rejected / self.rejected_tokens.clamp(min=1)
 
     def minus(self, reference: "PairLogps") -> "PairLogps":
-        """Log-ratios of the same responses."""
-        between = None
-        if self.between is not None and reference.between is not None:
-            between = self.between - reference.between
+        """Log-ratios of the same responses; nan where the reference counts no tokens of a ranked response.
+
+        Raises:
+            ValueError: the reference has other numbers of pairs or of ranked responses.
+        """
+        if (self._shape, reference._shape) != (self._shape, self._shape):
+            raise ValueError(
+                f"the reference's log-probs are not of the policy's responses: [pairs, responses] "
+                f"{list(reference._shape)}, expected {list(self._shape)}"
+            )
         return replace(
             self,
             chosen=self.chosen - reference.chosen,
             rejected=self.rejected - reference.rejected,
-            between=between,
+            between=self._between_ratios(reference),
+            whole_chosen=None,
         )
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self.chosen), 2 if self.between is None else 2 + self.between.shape[1]
+
+    def _between_ratios(self, reference: "PairLogps") -> Tensor | None:
+        if self.between is None or reference.between is None:
+            return None
+        if self.between_tokens is None or reference.between_tokens is None:
+            raise ValueError("log-probs of ranked responses without their numbers of tokens")
+        # Not raised: for it the host would wait for the device.
+        is_missing = (reference.between_tokens == 0) & (self.between_tokens > 0)
+        return (self.between - reference.between).masked_fill(is_missing, torch.nan)
 
     def detached(self) -> "PairLogps":
         """The same without a graph."""
@@ -67,27 +93,22 @@ def sum_by_response(
     ranking: Tensor | None = None,
     token_weights: Tensor | None = None,
 ) -> PairLogps:
-    """Sum per-token log-probs to pairs.
+    """Sum per-token log-probs to pairs, in float64.
 
     Args:
         token_logps: float32 [targets], response after response of the first pair, of the second, and so on.
         response_tokens: int64 [responses], completion tokens of each response in that order.
         ranking: int64 [pairs, 2 + n], places in `response_tokens` of each pair's best response, its worst,
             and those between them; -1 where there is none. None: every pair has two responses, best first.
-        token_weights: float32 [targets], by which log-probs are multiplied; None: 1.
+        token_weights: float32 [targets], by which log-probs are multiplied (`desensitised_weights`); None: 1.
     """
-    weighted = token_logps if token_weights is None else token_logps * token_weights
-    # Added one by one in float32, some hundred tokens are off in the fourth decimal. unsafe: that the lengths
-    # fit is known; to check it, the host would wait for the device.
-    sums = torch.segment_reduce(weighted.double(), "sum", lengths=response_tokens, unsafe=True)
-    sums, tokens = sums.to(token_logps.dtype), response_tokens.to(token_logps.dtype)
-    if ranking is None:
-        chosen, rejected = sums.view(-1, 2).unbind(1)
-        chosen_tokens, rejected_tokens = tokens.view(-1, 2).unbind(1)
-        return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
-    # -1 finds the zero that is appended.
-    sums, tokens = (torch.cat((values, values.new_zeros(1)))[ranking] for values in (sums, tokens))
-    has_between = ranking.shape[1] > 2
+    tokens = _by_pair(response_tokens.double(), ranking)
+    whole = _by_pair(_response_sums(token_logps.double(), response_tokens), ranking)
+    sums = whole
+    if token_weights is not None:
+        weighted = token_logps.double() * token_weights.double()
+        sums = _by_pair(_response_sums(weighted, response_tokens), ranking)
+    has_between = sums.shape[1] > 2
     return PairLogps(
         sums[:, 0],
         sums[:, 1],
@@ -95,7 +116,18 @@ def sum_by_response(
         tokens[:, 1],
         sums[:, 2:] if has_between else None,
         tokens[:, 2:] if has_between else None,
+        None if token_weights is None else whole[:, 0],
     )
+
+
+def _response_sums(values: Tensor, response_tokens: Tensor) -> Tensor:
+    # unsafe: that the lengths fit is known; to check it, the host would wait for the device.
+    return torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True)
+
+
+def _by_pair(values: Tensor, ranking: Tensor | None) -> Tensor:
+    """[responses] to [pairs, 2 + n]; -1 finds the zero that is appended."""
+    return values.view(-1, 2) if ranking is None else torch.cat((values, values.new_zeros(1)))[ranking]
 
 
 def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:
@@ -126,7 +158,7 @@ def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor]
         sums: adds values of targets up to pairs (`sum_by_response`).
 
     Returns:
-        float32 [pairs], product over both responses of exp(mean over tokens of their difference).
+        float64 [pairs], product over both responses of exp(mean over tokens of their difference).
     """
     typicality = sums(token_logps - collisions)
     return torch.exp(typicality.mean_chosen + typicality.mean_rejected)

@@ -1,4 +1,4 @@
-"""Preference losses: one definition per kind, float32, per pair; their mean over a global batch is the loss.
+"""Preference losses: one definition per kind, per pair; their mean over a global batch is the loss.
 
 Notation of the formulas: `pw`, `pl` the policy's summed log-probs of chosen and rejected, `rw`, `rl` the
 reference's, `nw`, `nl` completion token counts, `Dw = pw - rw` and `Dl = pl - rl` the log-ratios, `Sw`, `Sl`
@@ -37,8 +37,8 @@ class BatchFacts:
     Attributes:
         mean_chosen_tokens: mean `nw` over the *global* batch, by which `sft` becomes a token mean over that
             batch. None: these pairs are the global batch.
-        score_gaps: float32 [pairs], score of chosen minus score of rejected (`odpo`).
-        pair_weights: float32 [pairs], by which losses are multiplied (`weighting`).
+        score_gaps: [pairs], score of chosen minus score of rejected (`odpo`).
+        pair_weights: [pairs], multiply the losses of pairs (`weighting`), and not `sft`, of one response.
         running: means over the steps before (`beta_dpo`, `bco_pair`).
     """
 
@@ -56,24 +56,29 @@ def preference_loss(
     For coupled kinds (`config.is_coupled`) the given pairs must be the whole global batch.
 
     Args:
-        policy: the policy's log-probs of these pairs.
-        reference: the reference's, or None for kinds that need none (and for `reference_free`).
+        policy: the policy's log-probs of these pairs. With `config.ld_alpha` they are sums by
+            `desensitised_weights` already, as those of the reference.
+        reference: the reference's of the same responses, or None for kinds that need none (and for
+            `reference_free`).
         config: kind or terms, beta and the kind's options.
         facts: what else the loss needs; by default nothing.
 
     Returns:
-        float32 [pairs], differentiable in `policy`.
+        [pairs] in the dtype of `policy`, differentiable in it.
 
     Raises:
-        ValueError: a kind needs a reference or scores that are not given.
+        ValueError: a kind needs a reference or scores that are not given, or the reference lacks responses.
     """
     facts = facts or BatchFacts()
     if config.reference_free:
         reference = _zero_reference(policy)
     total = torch.zeros_like(policy.chosen)
     for term in loss_terms(config):
-        total = total + term.weight * _kind_loss(term.kind, policy, reference, config, facts)
-    return total if facts.pair_weights is None else total * facts.pair_weights
+        loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)
+        if facts.pair_weights is not None and term.kind is not LossKind.sft:
+            loss = loss * facts.pair_weights
+        total = total + loss
+    return total
 
 
 def loss_terms(config: LossConfig) -> list[LossTermConfig]:
@@ -105,7 +110,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch for each kind, noth
                 - config.cpo_nll_weight * policy.mean_chosen
             )
         case LossKind.sft:
-            return -policy.chosen / _mean_chosen_tokens(policy, facts)
+            chosen = policy.chosen if policy.whole_chosen is None else policy.whole_chosen
+            return -chosen / _mean_chosen_tokens(policy, facts)
         case LossKind.sigmoid:
             # Rafailov et al. 2023, arXiv 2305.18290; smoothing: Mitchell's conservative DPO
             return _smoothed(beta * _margin(ratios, config), smoothing)
@@ -197,9 +203,20 @@ def divergence_score(log_ratio: Tensor, config: LossConfig) -> Tensor:
 
 
 def scaled_margin(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Tensor:
-    """`b h` of each pair, float32 [pairs]; what `beta_dpo` keeps a running mean of."""
-    reference = _zero_reference(policy) if reference is None or config.reference_free else reference
-    return config.beta * _margin(policy.minus(reference), config)
+    """`b h` of each pair, [pairs]; `beta_dpo` keeps a running mean of it."""
+    return config.beta * _margin(_ratios(policy, reference, config), config)
+
+
+def scaled_ratio(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Tensor:
+    """`b (Dw + Dl) / 2` of each pair, [pairs]; `bco_pair` keeps a running mean of it."""
+    ratios = _ratios(policy, reference, config)
+    return config.beta * (ratios.chosen + ratios.rejected) / 2
+
+
+def _ratios(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> PairLogps:
+    if reference is None or config.reference_free:
+        reference = _zero_reference(policy)
+    return policy.minus(reference)
 
 
 def _margin(ratios: PairLogps, config: LossConfig) -> Tensor:
@@ -275,7 +292,7 @@ def _zero_reference(policy: PairLogps) -> PairLogps:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Implicit rewards of pairs, float32 [pairs], without gradient."""
+    """Implicit rewards of pairs, [pairs], without gradient."""
 
     chosen: Tensor
     rejected: Tensor

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import LossConfig, LossKind
+from dpo_dist.config.schema import BcoDelta, LossConfig, LossKind
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import implicit_rewards, scaled_margin
+from dpo_dist.objective.losses import implicit_rewards, scaled_margin, scaled_ratio
 
 PAIR_METRICS = (
     "loss",
@@ -22,13 +22,17 @@ PAIR_METRICS = (
 
 _ONE_SIDED_METRICS = ("loss", "rewards/chosen", "logps/chosen")
 BATCH_MARGIN = "loss/margin"
-"""Mean of `b h`, told where the loss depends on it."""
+"""Mean of `b h`, reported where the loss depends on it."""
+BATCH_REWARD = "loss/reward"
+"""Mean of `b (Dw + Dl) / 2`, reported where the loss depends on it."""
 
 
 def metric_names(config: LossConfig) -> tuple[str, ...]:
     """What is measured of each pair, in the order in which its sums travel."""
     names = _ONE_SIDED_METRICS if config.is_one_sided else PAIR_METRICS
-    return (*names, BATCH_MARGIN) if LossKind.beta_dpo in config.kinds else names
+    margin = (BATCH_MARGIN,) if LossKind.beta_dpo in config.kinds else ()
+    reward = (BATCH_REWARD,) if config.bco_delta is BcoDelta.running_mean else ()
+    return (*names, *margin, *reward)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def metric_sums(
     """Sums of `metric_names(config)` over these pairs; of a ranking its best and its worst response count.
 
     Args:
-        losses: float32 [pairs], of `preference_loss`.
+        losses: [pairs], of `preference_loss`.
         policy: the policy's log-probs.
         reference: the reference's, or None.
         config: the loss that defines the rewards.
@@ -74,13 +78,15 @@ def metric_sums(
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
-        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
         "rewards/margins": margins,
         "logps/chosen": policy.chosen.detach(),
         "logps/rejected": policy.rejected.detach(),
     }
     if LossKind.beta_dpo in config.kinds:
         measured[BATCH_MARGIN] = scaled_margin(policy, reference, config)
+    if config.bco_delta is BcoDelta.running_mean:
+        measured[BATCH_REWARD] = scaled_ratio(policy, reference, config)
     names = metric_names(config)
     columns = torch.stack([*(measured[name] for name in names), torch.ones_like(margins)])
     return MetricSums(names, (columns.double() * weights.double()).sum(dim=1))

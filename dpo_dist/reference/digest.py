@@ -4,29 +4,19 @@ Weights are digested as files, never as live tensors: under ZeRO-3 those are emp
 was digested only if no file has changed in between, which `ModelFiles.check_unchanged` tells.
 """
 
-import hashlib
 import json
-import logging
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_dist.atomic import write_text
-from dpo_dist.data.files import content_digest
+from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ConfigError, ReferenceError
 from dpo_dist.model.files import CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.key import MEMO_FOLDER
 
-log = logging.getLogger(__name__)
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Read whenever a remembered digest is asked for: size, inode and times can be those of another file where a
-# file system image with fixed times is mounted.
-_SAMPLES = 32
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,7 @@ class ModelFiles:
         folder: the model folder.
         code: digest of each file of configuration and code by its name, and whose classes are used.
         weights: digest of each weight file by its name, in the order of their names.
-        identities: `_identity` of each file that this process loads.
+        identities: `file_identity` of each file that this process loads.
     """
 
     folder: Path
@@ -49,7 +39,7 @@ class ModelFiles:
     def digest(self) -> str:
         """Digest of the model's function; 32 hex digits, the same for a copy of the folder."""
         parts = [sorted(self.code.items()), sorted(self.weights.items())]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        return text_digest(json.dumps(parts))
 
     def check_unchanged(self) -> None:
         """Check after loading that the files are still those that were digested.
@@ -178,7 +168,7 @@ def tokenizer_digest(folder: Path) -> str:
     )
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     parts = [(file.name, content_digest([file])) for file in files]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps(parts))
 
 
 def _name(file: Path, folder: Path) -> str:
@@ -203,72 +193,15 @@ def _classes(folder: Path, remote_code: bool) -> str:
 
 def _digest(file: Path, memo: Path | None) -> tuple[str, str]:
     """A file's identity and its content's digest, remembered or read now."""
-    # Each digest is a file of its own, named by what it is of: jobs that write at once never meet.
     try:
-        identity = _identity(file)
-        entry = memo / f"{_short_digest(identity)}.json" if memo is not None else None
-        digest = _read_entry(entry, identity)
-        if digest is None:
-            digest = content_digest([file])
-            if _identity(file) != identity:
-                raise ConfigError(
-                    "a file of the model changes while it is read",
-                    where=str(file),
-                    remedy="start again when the model is completely written",
-                )
-            _write_entry(entry, identity, digest)
+        identity = file_identity(file)
     except OSError as error:
         raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
-    return identity, digest
-
-
-def _identity(file: Path) -> str:
-    """What tells a file from every other one and from itself after a change, without reading all of it."""
-    path = file.resolve()
-    samples = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as opened:
-        # Of the opened file: a network file system asks its server for these when it opens one.
-        status = os.fstat(opened.fileno())
-        last = max(0, status.st_size - _SAMPLE_BYTES)
-        for start in (*range(0, last, max(_SAMPLE_BYTES, status.st_size // _SAMPLES)), last):
-            opened.seek(start)
-            samples.update(opened.read(_SAMPLE_BYTES))
-    # The change time too: whoever copies over a file can set its modification time, but not this one.
-    numbers = (status.st_dev, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-    return "|".join(map(str, (path, *numbers, samples.hexdigest())))
+    return identity, remembered_digest(file, memo)
 
 
 def _identity_or_none(file: Path) -> str | None:
     try:
-        return _identity(file)
+        return file_identity(file)
     except OSError:
         return None
-
-
-def _short_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _read_entry(entry: Path | None, identity: str) -> str | None:
-    """The digest remembered for `identity`; None if there is none or the entry is damaged."""
-    if entry is None or not entry.is_file():
-        return None
-    try:
-        content = json.loads(entry.read_bytes())
-        digest = str(content["digest"])
-        if content["check"] == _short_digest(identity + digest):
-            return digest
-    except (ValueError, KeyError, TypeError):
-        pass
-    log.warning("%s is damaged; the file that it is of is read again", entry)
-    return None
-
-
-def _write_entry(entry: Path | None, identity: str, digest: str) -> None:
-    if entry is None:
-        return
-    content = {"file": identity, "digest": digest, "check": _short_digest(identity + digest)}
-    try:
-        write_text(entry, json.dumps(content, indent=1))
-    except OSError as error:
-        log.warning("a file's digest cannot be remembered and is computed by every start: %s", error)

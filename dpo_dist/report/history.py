@@ -23,7 +23,7 @@ CSV_NAME = "training_metrics.csv"
 SUMMARY_NAME = "summary.json"
 
 # What a step spends its time on, as rows tell it under `time/`.
-Phase = Literal["data", "reference", "forward", "backward", "optimizer", "other"]
+Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _COST = (
@@ -36,6 +36,7 @@ _COST = (
     "tokens_per_second",
     *(f"time/{phase}" for phase in PHASES),
     "mfu",
+    "mfu/datasheet",
     "memory/peak_allocated_bytes",
 )
 COLUMNS = ("step", "epoch", *PAIR_METRICS, *_COST, *(f"eval_{key}" for key in PAIR_METRICS))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline"]
 
 ID_PATH = Path("wandb") / "run_id.txt"
+STEP_AXIS = "train/global_step"
 
 _MODE_BY_ENVIRONMENT = {
     "online": WandbMode.online,
@@ -46,8 +47,9 @@ class Tracker:
         self._restart = start
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Send one row of `log_history.json`; its `step` is the x axis."""
-        self._act(lambda run: run.log(dict(row)))
+        """Send one row of `log_history.json` under the names that other trainers use (`wandb_names`)."""
+        named = wandb_names(row)
+        self._act(lambda run: run.log(named))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the run. What cannot be uploaded in time stays in the run folder, with a warning.
@@ -79,6 +81,22 @@ class Tracker:
             _log.warning("wandb tracking ends here, training goes on: %s", _one_line(error))
             self.run = None
             _tear_down()
+
+
+def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a row with the W&B keys of transformers' and TRL's trainers, so that runs can be overlaid.
+
+    `eval_loss` becomes `eval/loss`, every other key `train/<key>`; `step` is `train/global_step`, the x axis.
+    """
+    named = {}
+    for key, value in row.items():
+        if key == "step":
+            named[STEP_AXIS] = value
+        elif key.startswith("eval_"):
+            named[f"eval/{key.removeprefix('eval_')}"] = value
+        else:
+            named[f"train/{key}"] = value
+    return named
 
 
 def open_tracker(
@@ -166,8 +184,8 @@ def _start(
     )
     # On its built-in axis wandb drops rows whose step does not grow: evaluations, and what a resumed run
     # computes again.
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
+    run.define_metric(STEP_AXIS)
+    run.define_metric("*", step_metric=STEP_AXIS)
     where = run.url if mode == "online" else f"offline; upload with: wandb sync {run.settings.sync_dir}"
     _log.info("wandb run %s: %s", run.id, where)
     return run

@@ -19,7 +19,7 @@ from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.errors import ConfigError, DivergedError
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.flops import matmul_peak
+from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, model_label
@@ -115,7 +115,7 @@ def train(config: RunConfig, console: Console) -> int:
             world=world,
             policy=policy,
             flops=inputs.flops,
-            peak_flops=_peak_flops(config, world),
+            peaks=_peak_flops(config, world),
             objective=objective,
             reference_sync=reference_sync,
             schedule=inputs.schedule,
@@ -154,10 +154,15 @@ def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngin
     return PolicyEngine(model, config.optim, world)
 
 
-def _peak_flops(config: RunConfig, world: World) -> float:
-    """What all devices together multiply in a second while all of them do; collective."""
+def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
+    """Return the peak of all devices, measured while all of them are busy; collective."""
+    dtype = TORCH_DTYPES[config.model.dtype]
+    is_cuda = world.device.type == "cuda"
+    datasheet = datasheet_peak(torch.cuda.get_device_name(world.device), dtype) if is_cuda else None
     world.barrier()
-    return sum(world.gather(matmul_peak(world.device, TORCH_DTYPES[config.model.dtype])))
+    peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
+    sheets = [sheet for _, sheet in peaks if sheet is not None]
+    return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)
 
 
 def _run(loop: Loop, position: Position, inputs: Inputs, reference: dict[str, Any]) -> int:

@@ -73,7 +73,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     eval_set = encode(config.data.eval) if config.data.eval else None
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
-    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, count_flops(model_config))
+    flops = count_flops(model_config, config.model.adapter)
+    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, flops)
     for name, dataset in inputs.named.items():
         console.say(f"{name} data: {_told(dataset.counts)}")
     return inputs

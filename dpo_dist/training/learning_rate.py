@@ -8,8 +8,10 @@ from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """The rate of `step` (0-based) in a run of `steps`.
 
-    It rises linearly over the first `warmup_ratio` of the steps, reaching `optim.lr` at the end of them, and
-    then stays, or falls towards 0, which the step after the last would have.
+    It rises linearly over the first `warmup_ratio` of the steps, reaching `optim.lr` in the last of them, and
+    then stays, or falls towards 0, which the step after the last would have. The schedules of transformers
+    differ in the warm-up only, which they start one step later: their first step has a rate of 0, so that its
+    batch changes nothing.
     """
     warmup_steps = math.ceil(optim.warmup_ratio * steps)
     if step < warmup_steps:

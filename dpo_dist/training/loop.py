@@ -21,14 +21,15 @@ from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import DivergedError
-from dpo_dist.model.flops import StepFlops
-from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
+from dpo_dist.model.flops import PeakFlops, StepFlops
+from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
 from dpo_dist.objective.running import RunningMeans
 from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.step import Objective, ReadyStep, evaluate, train_step
+from dpo_dist.training.window import LogWindow, StepMeasures, throughput
 
 _STEPS_AHEAD = 2
 
@@ -41,19 +42,25 @@ class Position:
     pairs_seen: int = 0
     train_seconds: float = 0.0
     running: RunningMeans = field(default_factory=RunningMeans)
+    window: LogWindow = field(default_factory=LogWindow)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
         """The position that a checkpoint's state tells of."""
-        values = {name: state[name] for name in vars(cls())}
-        return cls(**{**values, "running": RunningMeans(**state["running"])})
+        return cls(
+            step=state["step"],
+            pairs_seen=state["pairs_seen"],
+            train_seconds=state["train_seconds"],
+            running=RunningMeans(**state["running"]),
+            window=LogWindow(**state["window"]),
+        )
 
 
 @dataclass(frozen=True)
 class Loop:
     """Everything that the steps of one run need, wired by `assemble`.
 
-    `flops` is what a step of the model takes, and `peak_flops` what all devices could do in a second.
+    `flops` are the operations of a step, and `peaks` those that all devices could do in a second.
     `reference_sync` is there where the reference follows the policy, `recorder` on rank 0 only. `identity`
     goes into checkpoints, to tell whose they are.
     `stop_wanted` is asked after every step; one rank's yes ends the run on all after a checkpoint.
@@ -63,7 +70,7 @@ class Loop:
     world: World
     policy: PolicyEngine
     flops: StepFlops
-    peak_flops: float
+    peaks: PeakFlops
     objective: Objective
     reference_sync: ReferenceSync | None
     schedule: Schedule
@@ -86,17 +93,19 @@ class Loop:
             DivergedError: loss or gradient stopped being finite.
         """
         trainer, steps = self.config.trainer, self.schedule.steps
+        if self.eval_set is not None and trainer.eval_at_start and position.step == 0:
+            self._record(self._evaluate(self.eval_set, position))
         with (
             self.console.bar("train", steps, position.step, "step") as bar,
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             while position.step < steps:
-                row, asked_to_stop = self._step(position, ready_steps)
-                bar.set_postfix(_postfix(row), refresh=False)
+                measures, asked_to_stop = self._step(position, ready_steps)
+                bar.set_postfix(_postfix(measures), refresh=False)
                 bar.update()
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
-                    self._record(row)
+                    self._record_window(position)
                 if self.eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
                     self._record(self._evaluate(self.eval_set, position))
                 if done == steps or asked_to_stop or _is_due(done, trainer.save_every):
@@ -112,51 +121,68 @@ class Loop:
             plan = self._plan(self.train_set, self.schedule.rows(step))
             yield self.objective.ready_step(plan, self.world.device)
 
-    def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[dict[str, float], bool]:
+    def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[StepMeasures, bool]:
         """Train one step; no wait for the device but DeepSpeed's before its update and the sum over ranks."""
         clock = StepClock(self.world.device)
         clock.enter("data")
         ready, step = next(ready_steps), position.step
         plan = ready.plan
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
-        sums, norm = train_step(self.policy, self.objective, ready, rate, self.world, clock, position.running)
+        pair_sums, norm = train_step(
+            self.policy, self.objective, ready, rate, self.world, clock, position.running
+        )
         if self.reference_sync is not None:
             self.reference_sync.after_step(step + 1)
         votes = [self.stop_wanted.vote(self.world.is_main), self.checkpoints.is_ready]
-        metrics, (for_stopping, for_committing), grad_norm = self._reduce(sums, votes, norm)
+        (*sums, pair_count), (for_stopping, for_committing), grad_norm = self._reduce(pair_sums, votes, norm)
         if for_committing == self.world.size:
+            clock.enter("checkpoint")
             self.checkpoints.commit()
-        times = clock.stop()
-        seconds = sum(times.values())
+            clock.enter("other")
+        means = {name: total / pair_count for name, total in zip(pair_sums.names, sums, strict=True)}
+        running = self._running_values(means, position, plan.pairs)
+        times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
+        measures = StepMeasures(
+            pair_sums=dict(zip(pair_sums.names, sums, strict=True)),
+            pair_count=pair_count,
+            values={**running, "grad_norm": grad_norm, **times},
+            learning_rate=rate,
+            pairs=plan.pairs,
+            tokens=plan.tokens,
+            flops=self.flops.of(plan.tokens, plan.targets, plan.attended),
+            seconds=sum(times.values()),
+        )
         position.step += 1
         position.pairs_seen += plan.pairs
-        position.train_seconds += seconds
-        row = {
-            "step": position.step,
-            "epoch": self.schedule.epoch(step),
-            **metrics,
-            **self._running_row(metrics, position, plan.pairs),
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-            **_throughput(plan, seconds),
-            "mfu": self.flops.of(plan.tokens, plan.targets, plan.attended) / seconds / self.peak_flops,
-            **{f"time/{phase}": spent for phase, spent in times.items()},
-        }
-        if self.world.device.type == "cuda":
-            row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
-        if not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
-            self._record(row)
+        position.train_seconds += measures.seconds
+        position.window.add(measures)
+        if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
+            self._record_window(position)
             self.checkpoints.commit()
             raise DivergedError(
                 f"loss or gradient is not finite at step {position.step}; this update was not applied",
-                got=f"loss {metrics['loss']}, gradient norm {grad_norm}",
+                got=f"loss {means['loss']}, gradient norm {grad_norm}",
                 remedy="lower optim.lr or raise its warm-up, and look at the pairs of this step; "
                 "the checkpoints before it are whole",
             )
-        return row, for_stopping > 0
+        return measures, for_stopping > 0
 
-    def _running_row(self, metrics: Mapping[str, float], position: Position, pairs: int) -> dict[str, float]:
-        """What the loss took from the steps before, where it takes anything; `position` gets this one's."""
+    def _record_window(self, position: Position) -> None:
+        """Record one row for the steps since the last one."""
+        row = {
+            "step": position.step,
+            "epoch": self.schedule.epoch(position.step - 1),
+            **position.window.row(self.peaks),
+        }
+        if self.world.device.type == "cuda":
+            row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        self._record(row)
+        position.window = LogWindow()
+
+    def _running_values(
+        self, metrics: Mapping[str, float], position: Position, pairs: int
+    ) -> dict[str, float]:
+        """Return the loss parameters that follow from the steps before; add this step to `position`."""
         loss, before = self.config.loss, position.running
         row = {}
         if BATCH_MARGIN in metrics:
@@ -164,8 +190,8 @@ class Loop:
         if loss.bco_delta is BcoDelta.running_mean:
             row["loss/delta"] = before.reward
         if row:
-            mean_reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-            position.running = before.after(loss, metrics.get(BATCH_MARGIN, 0.0), mean_reward, pairs)
+            margin, reward = metrics.get(BATCH_MARGIN, 0.0), metrics.get(BATCH_REWARD, 0.0)
+            position.running = before.after(loss, margin, reward, pairs)
         return row
 
     def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
@@ -174,26 +200,23 @@ class Loop:
 
     def _reduce(
         self, sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor
-    ) -> tuple[dict[str, float], list[int], float]:
-        """Means over the global batch and how many ranks voted for what, in one collective call; they and the
-        gradient norm, equal on all ranks, in one copy to the host.
+    ) -> tuple[list[float], list[int], float]:
+        """Return metric sums over the global batch, votes and the gradient norm.
+
+        One all-reduce for sums and votes, then one device-to-host copy of all three.
         """
         cast = torch.tensor(votes, dtype=sums.values.dtype).to(sums.values.device, non_blocking=True)
         total = self.world.sum(torch.cat((sums.values, cast)))
         on_host = torch.cat((total, grad_norm.double().view(1))).cpu()
-        means, counted = on_host[: len(sums.values)], on_host[len(sums.values) : -1]
-        return (
-            MetricSums(sums.names, means).means(),
-            [round(count) for count in counted.tolist()],
-            float(on_host[-1]),
-        )
+        reduced, counted = on_host[: len(sums.values)], on_host[len(sums.values) : -1]
+        return reduced.tolist(), [round(count) for count in counted.tolist()], float(on_host[-1])
 
     def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()
         plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
         sums = evaluate(self.policy, self.objective, plan, self.world, position.running)
         metrics = MetricSums(sums.names, self.world.sum(sums.values)).means()
-        measured = {**metrics, **_throughput(plan, time.monotonic() - started)}
+        measured = {**metrics, **throughput(plan.pairs, plan.tokens, time.monotonic() - started)}
         row = {f"eval_{name}": value for name, value in measured.items()}
         return {"step": position.step, "epoch": self.schedule.epoch(position.step - 1), **row}
 
@@ -231,19 +254,10 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _throughput(plan: StepPlan, seconds: float) -> dict[str, float]:
+def _postfix(step: StepMeasures) -> dict[str, str]:
+    means = step.means()
     return {
-        "pairs": plan.pairs,
-        "tokens": plan.tokens,
-        "step_seconds": seconds,
-        "pairs_per_second": plan.pairs / seconds,
-        "tokens_per_second": plan.tokens / seconds,
-    }
-
-
-def _postfix(row: dict[str, float]) -> dict[str, str]:
-    return {
-        "loss": f"{row['loss']:.4f}",
-        **({"acc": f"{row['rewards/accuracies']:.2f}"} if "rewards/accuracies" in row else {}),
-        "pairs/s": f"{row['pairs_per_second']:.1f}",
+        "loss": f"{means['loss']:.4f}",
+        **({"acc": f"{means['rewards/accuracies']:.2f}"} if "rewards/accuracies" in means else {}),
+        "pairs/s": f"{step.pairs / step.seconds:.1f}",
     }

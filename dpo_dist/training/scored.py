@@ -12,7 +12,7 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.running import RunningMeans
 
-_COLUMNS = 8
+_COLUMNS = 9
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ScoredPairs:
         policy: with a graph where gradients are on.
         reference: None where the loss needs none.
         score_gaps: float32 [pairs], or None without scores.
-        pair_weights: float32 [pairs], of the loss; None where it has none.
+        pair_weights: float64 [pairs], of the loss; None where it has none.
         counts: float32 [pairs], 1, or 0 for a dummy.
     """
 
@@ -34,14 +34,15 @@ class ScoredPairs:
     counts: Tensor
 
     def columns(self) -> Tensor:
-        """float32 [8, pairs]; zeros for what there is not."""
-        nothing = torch.zeros_like(self.counts)
-        reference = self.reference
+        """float64 [9, pairs]; zeros for what there is not."""
+        nothing = torch.zeros_like(self.policy.chosen)
+        whole_chosen, reference = self.policy.whole_chosen, self.reference
         columns = (
             self.policy.chosen,
             self.policy.rejected,
             self.policy.chosen_tokens,
             self.policy.rejected_tokens,
+            nothing if whole_chosen is None else whole_chosen,
             nothing if reference is None else reference.chosen,
             nothing if reference is None else reference.rejected,
             nothing if self.score_gaps is None else self.score_gaps,
@@ -51,10 +52,12 @@ class ScoredPairs:
 
     def from_columns(self, columns: Tensor) -> "ScoredPairs":
         """The pairs of these `columns`, which have what this has."""
-        chosen, rejected, chosen_tokens, rejected_tokens, of_chosen, of_rejected, gaps, weights = columns
-        tokens = (chosen_tokens, rejected_tokens)
+        chosen, rejected, chosen_tokens, rejected_tokens, whole, of_chosen, of_rejected, gaps, weights = (
+            columns
+        )
+        tokens, has_whole = (chosen_tokens, rejected_tokens), self.policy.whole_chosen is not None
         return ScoredPairs(
-            policy=PairLogps(chosen, rejected, *tokens),
+            policy=PairLogps(chosen, rejected, *tokens, whole_chosen=whole if has_whole else None),
             reference=None if self.reference is None else PairLogps(of_chosen, of_rejected, *tokens),
             score_gaps=gaps,
             pair_weights=None if self.pair_weights is None else weights,
@@ -72,7 +75,7 @@ def gather_pairs(scored: Sequence[ScoredPairs], plan: StepPlan, world: World) ->
     Args:
         scored: this rank's micro-batches, without a graph.
     """
-    whole = torch.zeros(_COLUMNS, plan.pairs, device=world.device)
+    whole = torch.zeros(_COLUMNS, plan.pairs, dtype=torch.float64, device=world.device)
     for pairs, places in zip(scored, plan.places, strict=True):
         if places:
             whole[:, index_of(places, world.device)] = pairs.columns()

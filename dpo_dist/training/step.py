@@ -170,9 +170,9 @@ def _accumulate_coupled(
         policy.train(False)
         scored = [_score(policy, objective, batch, world, clock) for batch in batches]
     pairs = gather_pairs(scored, plan, world)
-    leaves = pairs.policy.chosen.requires_grad_(), pairs.policy.rejected.requires_grad_()
+    leaves = [leaf.requires_grad_() for leaf in _summed(pairs.policy)]
     loss, sums = objective.measure(pairs, plan.mean_chosen_tokens, running)
-    by_chosen, by_rejected = torch.autograd.grad(loss / plan.pairs, leaves)
+    slopes = torch.autograd.grad(loss / plan.pairs, leaves, allow_unused=True, materialize_grads=True)
     policy.train()
     for number, (host_batch, places) in enumerate(zip(batches, plan.places, strict=True), start=1):
         clock.enter("data")
@@ -181,9 +181,16 @@ def _accumulate_coupled(
         logps = objective.pairs(policy.token_logps(batch), batch)
         clock.enter("backward")
         own = index_of(places or (0,), world.device)
-        surrogate = (by_chosen[own] * logps.chosen + by_rejected[own] * logps.rejected) * batch.weights
+        parts = zip(slopes, _summed(logps), strict=True)
+        surrogate = torch.stack([slope[own] * part for slope, part in parts]) * batch.weights
         policy.backward(surrogate.sum(), is_last=number == len(batches))
     return sums if world.is_main else MetricSums.zeros(sums.names, world.device)
+
+
+def _summed(logps: PairLogps) -> list[Tensor]:
+    """The sums that a coupled loss depends on, [pairs] each."""
+    whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
+    return [logps.chosen, logps.rejected, *whole]
 
 
 @torch.no_grad()

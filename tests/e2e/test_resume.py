@@ -45,13 +45,19 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
     assert summary(run)["exit"] == "completed"
 
 
-def test_a_stopped_run_ends_with_75_and_goes_on_exactly(overrides: Overrides, tmp_path: Path) -> None:
-    train(overrides("trainer.epochs=2", f"run.dir={tmp_path}/whole"))
-    stopped = run_verb("train", overrides("trainer.epochs=2", "trainer.stop_after_steps=3"))
+def test_a_stopped_run_ends_with_75_and_goes_on_exactly(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    steps = ["trainer.epochs=2", "trainer.log_every=2"]  # stopped between two rows
+    steps += [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_at_start=true"]
+    train(overrides(*steps, f"run.dir={tmp_path}/whole"))
+    stopped = run_verb("train", overrides(*steps, "trainer.stop_after_steps=3"))
     assert stopped.code == 75, stopped.output
     assert summary(tmp_path / "run")["exit"] == "preempted"
-    train(overrides("trainer.epochs=2"))
-    assert history(tmp_path / "run") == history(tmp_path / "whole")
+    train(overrides(*steps))
+    rows = history(tmp_path / "run")
+    assert rows == history(tmp_path / "whole")
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, rows[-1]["step"]]
 
 
 @pytest.mark.parametrize("loss", [["loss=beta_dpo"], ["loss=bco_pair", "loss.bco_delta=running_mean"]])

@@ -25,7 +25,12 @@ from tests.support.tiny_model import write_model
 
 def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
     screen = train(
-        overrides(f"data.eval=[{assets}/eval.jsonl]", "tracking.wandb=offline", "trainer.eval_every=2"),
+        overrides(
+            f"data.eval=[{assets}/eval.jsonl]",
+            "tracking.wandb=offline",
+            "trainer.eval_every=2",
+            "trainer.eval_at_start=true",
+        ),
         processes=2,
     ).output
     run = tmp_path / "run"
@@ -40,12 +45,14 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
     rows = history(run)
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
-    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 4]
+    assert (rows[0]["epoch"], rows[0]["eval_rewards/margins"]) == (0.0, 0.0)
     assert [row["pairs"] for row in steps] == [6, 6, 6, 5]
     assert steps[-1]["epoch"] == 1.0
     with (run / "dpo_metrics/training_metrics.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [float(line["loss"]) for line in table if line["loss"]] == [row["loss"] for row in steps]
+    assert [line["step"] for line in table if line["eval_loss"]] == ["0", "2", "4"]
     for line in (line for line in table if line["loss"]):
         times = [float(line[f"time/{phase}"]) for phase in PHASES]
         assert min(times) >= 0

@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
 
 TIMINGS = frozenset(
-    {"step_seconds", "pairs_per_second", "tokens_per_second", "mfu", *(f"time/{phase}" for phase in PHASES)}
+    {
+        "step_seconds",
+        "pairs_per_second",
+        "tokens_per_second",
+        "mfu",
+        "mfu/datasheet",
+        *(f"time/{phase}" for phase in PHASES),
+    }
 )
 
 

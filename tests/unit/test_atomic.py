@@ -1,12 +1,17 @@
 """What is written appears whole or not at all."""
 
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from dpo_dist.atomic import (
     is_temporary,
+    recover_folder,
     staged_file,
     staged_folder,
     temporary_name,
@@ -88,6 +93,55 @@ def test_many_writers_of_one_folder_all_end_well(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
+def replace_and_die(path: Path) -> None:
+    """Replace the folder `path` in a process that ends with its first rename onto or away from it."""
+    child = os.fork()
+    if child == 0:
+        rename = Path.rename
+
+        def last_rename(self: Path, target: Path) -> Path:
+            renamed = rename(self, target)
+            os._exit(1)
+            return renamed
+
+        with staged_folder(path) as temporary:
+            (temporary / "file").write_text("second")
+            mock.patch.object(Path, "rename", last_rename).start()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_kill_while_a_folder_is_replaced_leaves_one(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without exchange, the folder is back when it is next written."""
+    path = tmp_path / "fol[d]er"
+    if not can_exchange:
+        monkeypatch.setattr("dpo_dist.atomic._exchange", lambda *_: False)
+    with staged_folder(path) as temporary:
+        (temporary / "file").write_text("first")
+    replace_and_die(path)
+    assert path.exists() is can_exchange
+    with pytest.raises(InterruptedError), staged_folder(path) as temporary:
+        fail_after_writing(temporary / "file")
+    assert (path / "file").read_text() == ("second" if can_exchange else "first")
+
+
+def test_a_folder_that_is_there_is_not_replaced_by_one_that_was_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo_dist.atomic._exchange", lambda *_: False)
+        with staged_folder(path) as temporary:
+            (temporary / "file").write_text("first")
+        replace_and_die(path)
+    path.mkdir()
+    recover_folder(path)
+    assert names(path) == []
+
+
 def test_temporary_names_are_known_and_never_the_same(tmp_path: Path) -> None:
     path = tmp_path / "file"
     first, second = temporary_name(path), temporary_name(path)
@@ -95,3 +149,60 @@ def test_temporary_names_are_known_and_never_the_same(tmp_path: Path) -> None:
     assert first.parent == path.parent
     assert is_temporary(first)
     assert not is_temporary(path)
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Every fsync and rename in order, with the path or the new path."""
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def watch_fsync(descriptor: int) -> None:
+        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def watch(move: Any) -> Any:
+        def moved(path: Path, target: Path) -> Path:
+            events.append(("rename", str(target)))
+            return move(path, target)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch(rename))
+    monkeypatch.setattr(Path, "replace", watch(replace))
+    return events
+
+
+def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, on_disk: list[tuple[str, str]]
+) -> None:
+    with staged_file(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"content")
+    assert on_disk == [
+        ("fsync", str(temporary)),
+        ("rename", str(tmp_path / "file")),
+        ("fsync", str(tmp_path)),
+    ]
+
+
+def test_every_file_and_folder_is_on_disk_before_a_folder_has_its_name(
+    tmp_path: Path, on_disk: list[tuple[str, str]]
+) -> None:
+    with staged_folder(tmp_path / "folder") as temporary:
+        (temporary / "below").mkdir()
+        (temporary / "below" / "file").write_bytes(b"content")
+    named = on_disk.index(("rename", str(tmp_path / "folder")))
+    below = [temporary, temporary / "below", temporary / "below" / "file"]
+    assert {("fsync", str(path)) for path in below} <= set(on_disk[:named])
+    assert ("fsync", str(tmp_path)) in on_disk[named:]
+
+
+def test_private_files_become_as_open_as_the_umask_lets_them(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with staged_folder(tmp_path / "folder") as temporary:
+        descriptor, _ = tempfile.mkstemp(dir=temporary, prefix="private")
+        os.close(descriptor)
+    (private,) = (tmp_path / "folder").iterdir()
+    assert private.stat().st_mode == plain.stat().st_mode

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig
@@ -235,6 +236,19 @@ def test_the_two_ways_to_encode_agree(text: str, make: Any) -> None:
     after_first_end = expected[expected.index(shared_end, 1) :]
     assert found[-len(after_first_end) :] == after_first_end
     assert facts.encode_continuation(usual) == expected[-tail:]
+
+
+def test_whitespace_that_a_special_token_takes_is_taken_beside_literal_text_too() -> None:
+    """As Phi-3's `<|end|>`, which swallows the line end after it."""
+    tokenizer = tiny.qwen().__class__(
+        tokenizer_object=tiny.qwen().backend_tokenizer,
+        eos_token=AddedToken("<|end|>", rstrip=True, lstrip=True, normalized=False, special=True),
+    )
+    facts = tokenizer_facts(tokenizer)
+    [usual] = facts.encode(["hello \n<|end|>\n the answer"])
+    [literal] = facts.encode(["hello \n<|end|>\n the answer \ufdd0literal0\ufdd0"])
+    assert literal[: len(usual)] == usual
+    assert tokenizer.decode(usual) == "hello<|end|>the answer"
 
 
 def test_special_token_that_cannot_be_written_as_text_is_a_bad_record() -> None:

@@ -43,42 +43,6 @@ def test_a_bad_record_never_quotes_its_text(tmp_path: Path) -> None:
     assert all(isinstance(record, BadRecord) and "secret" not in record.detail for record in records)
 
 
-def test_csv_records_carry_the_line_where_they_start(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_bytes(
-        b"\xef\xbb\xbfprompt,chosen,rejected\r\n"
-        b'q,"two\nlines",b\r\n'
-        b"\r\n"
-        b"q,a,b,too many\r\n"
-        b"q,too few\r\n"
-        b'"say ""hi""",a,b\r\n'
-        b"q,b\xe4d,b\r\n"
-        b'q,"never closed,b\r\nq,a,b\r\n'
-    )
-    records = list(read_records(str(file)))
-    assert outcomes(records) == [
-        (2, ""),
-        (5, "unparsable"),
-        (6, "missing_field"),
-        (7, ""),
-        (8, "invalid_unicode"),
-        (9, "unparsable"),
-    ]
-    first, quoted = records[0], records[3]
-    assert isinstance(first, PreferenceRecord)
-    assert first.responses[0] == "two\nlines"
-    assert isinstance(quoted, PreferenceRecord)
-    assert quoted.prompt == 'say "hi"'
-
-
-def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_text(f"prompt,chosen,rejected\nq,{'a' * 200_000},b\n")
-    [record] = read_records(str(file))
-    assert isinstance(record, PreferenceRecord)
-    assert len(record.responses[0]) == 200_000
-
-
 def test_json_array_counts_records(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([TEXT, "no object", TEXT]))
@@ -126,12 +90,6 @@ def test_saved_folder_gives_the_split_asked_for(tmp_path: Path) -> None:
         read_records(SourceConfig(path=splitted, split="validation"))
     with pytest.raises(ConfigError):
         read_records(SourceConfig(path=str(tmp_path / "one"), split="test"))
-
-
-def test_folder_that_datasets_did_not_save_names_its_files(tmp_path: Path) -> None:
-    jsonl(tmp_path, TEXT)
-    with pytest.raises(DataError, match=r"rows\.jsonl"):
-        read_records(str(tmp_path))
 
 
 def test_limit_takes_the_first_records_only(tmp_path: Path) -> None:

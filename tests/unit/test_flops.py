@@ -7,8 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.model import flops as counting
-from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, matmul_peak
+from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, datasheet_peak, matmul_peak
 from dpo_dist.model.packable import EXACT_MODEL_TYPES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
@@ -46,6 +48,41 @@ def test_a_token_is_charged_for_the_experts_it_visits() -> None:
     expert, router = 2 * 3 * 32 * 16, 2 * 32
     assert per_token(num_experts_per_tok=3) - per_token(num_experts_per_tok=2) == 6 * expert
     assert per_token(num_experts=8) - per_token(num_experts=4) == 6 * 4 * router
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_an_adapter_is_counted_as_pytorch_counts_its_forward_and_backward(targets: Any) -> None:
+    adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
+    config = tiny_config("qwen2")
+    model = packed(tiny_causal_lm(config))
+    add_adapter(model, ModelConfig(path="org/model", adapter=adapter), seed=0)
+    # Else the first layer has no gradient of its input, which is the only one that is missing.
+    model.causal_lm.enable_input_require_grads()
+    batch = pack_unkeyed(random_pairs(SHAPES))
+    with FlopCounterMode(display=False) as counter:
+        model(batch).sum().backward()
+    products = counter.get_flop_counts()["Global"]
+    seen = sum(count for kind, count in products.items() if str(kind) in ("aten.mm", "aten.addmm"))
+    assert count_flops(config, adapter).of(len(batch.input_ids), len(batch.targets), attended=0) == seen
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_device_is_found_by_its_whole_name(name: str, tflops: float | None) -> None:
+    assert datasheet_peak(name, torch.bfloat16) == (None if tflops is None else 1e12 * tflops)
 
 
 def test_costs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

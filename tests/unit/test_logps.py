@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_dist.objective import logps
-from dpo_dist.objective.logps import sum_by_response, token_logps
+from dpo_dist.objective.logps import desensitised_weights, sum_by_response, token_logps
 
 VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 
@@ -127,9 +127,34 @@ def test_token_values_are_summed_response_by_response(lengths: list[int]) -> Non
     assert pairs.rejected.tolist() == pytest.approx([float(part.sum()) for part in parts[1::2]], abs=1e-5)
     assert pairs.chosen_tokens.tolist() == lengths[::2]
     assert pairs.rejected_tokens.tolist() == lengths[1::2]
-    slopes = torch.arange(1.0, len(lengths) // 2 + 1)
+    slopes = torch.arange(1.0, len(lengths) // 2 + 1, dtype=torch.float64)
     (pairs.chosen @ slopes - pairs.rejected @ slopes).backward()  # type: ignore[no-untyped-call]
     signed = [sign * slope for slope in slopes.tolist() for sign in (1, -1)]
     expected = [slope for slope, length in zip(signed, lengths, strict=True) for _ in range(length)]
     assert values.grad is not None
     assert values.grad.tolist() == expected
+
+
+def test_log_ratios_of_long_responses_are_not_rounded() -> None:
+    """Sums of -1e6 over 128k tokens: float32 knows them to 0.06, and the log-ratio is -0.0808."""
+    tokens = 128 * 1024
+    generator = torch.Generator().manual_seed(0)
+    reference = -8 - torch.rand(2 * tokens, generator=generator)
+    policy = reference - torch.tensor([2.0**-20, 0.0]).repeat_interleave(tokens)
+    lengths = torch.tensor([tokens, tokens])
+    ratios = sum_by_response(policy, lengths).minus(sum_by_response(reference, lengths))
+    exact = (policy.double() - reference.double()).view(2, tokens).sum(1)
+    assert float(exact[0]) < -0.05
+    assert [float(ratios.chosen), float(ratios.rejected)] == pytest.approx(
+        exact.tolist(), rel=1e-7, abs=1e-12
+    )
+
+
+def test_a_value_counted_less_is_still_counted_once_in_the_whole_of_the_chosen_response() -> None:
+    values = torch.tensor([-1.0, -2.0, -4.0, -8.0])
+    weights = desensitised_weights([(3, 1)], 0.25)
+    pairs = sum_by_response(values, torch.tensor([3, 1]), token_weights=weights)
+    assert (pairs.chosen.tolist(), pairs.rejected.tolist()) == ([-2.5], [-8.0])
+    assert pairs.whole_chosen is not None
+    assert pairs.whole_chosen.tolist() == [-7.0]
+    assert sum_by_response(values, torch.tensor([3, 1])).whole_chosen is None

@@ -202,6 +202,34 @@ def test_a_ranking_by_hand_beside_shorter_ones() -> None:
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def ranked(between: Tensor | None, between_tokens: Tensor | None) -> PairLogps:
+    return replace(POLICY, between=between, between_tokens=between_tokens)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ranked(None, None),
+        ranked(torch.zeros(2, 1), torch.ones(2, 1)),
+        replace(ranked(torch.zeros(2, 2), torch.ones(2, 2)), chosen=torch.zeros(1), rejected=torch.zeros(1)),
+    ],
+    ids=["no ranking", "a response fewer", "a pair fewer"],
+)
+def test_a_reference_that_lacks_responses_is_refused(reference: PairLogps) -> None:
+    policy = ranked(torch.tensor([[-14.0, -15.0]] * 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="not of the policy's responses"):
+        preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
+    with pytest.raises(ValueError, match="not of the policy's responses"):
+        preference_loss(POLICY, ranked(torch.zeros(2, 1), torch.ones(2, 1)), LossConfig())
+
+
+def test_a_reference_without_tokens_of_a_ranked_response_gives_no_number() -> None:
+    policy = ranked(torch.tensor([[-14.0], [-10.0]]), torch.tensor([[3.0], [0.0]]))
+    reference = ranked(torch.zeros(2, 1), torch.zeros(2, 1))
+    losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
+    assert losses.isnan().tolist() == [True, False]
+
+
 def test_coupled_losses_do_not_ask_for_the_order_of_pairs() -> None:
     def flipped(pairs: PairLogps) -> PairLogps:
         return replace(
@@ -435,6 +463,17 @@ def test_terms_are_a_weighted_sum() -> None:
     both = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5, terms=terms))
     # 0.7 softplus(-b h) + 0.2 (10 and 12) / 5.
     assert both.tolist() == pytest.approx([0.7 * softplus(-2) + 0.4, 0.7 * softplus(-0.5) + 0.48])
+
+
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - {LossKind.sft}))
+def test_modifiers_of_other_terms_leave_sft_as_it_is(kind: LossKind) -> None:
+    """`ld_alpha` has changed the sums, `weighting` weighs the pairs."""
+    facts = replace(FACTS, pair_weights=torch.tensor([0.25, 2.0]))
+    desensitised = replace(POLICY, whole_chosen=torch.tensor([-15.0, -30.0]))
+    terms = [LossTermConfig(kind, 0.5), LossTermConfig(LossKind.sft, 3.0)]
+    both = preference_loss(desensitised, REFERENCE, LossConfig(beta=0.5, terms=terms), facts)
+    other = preference_loss(POLICY, REFERENCE, LossConfig(kind, 0.5), facts)
+    assert (both - 0.5 * other).tolist() == pytest.approx([3.0 * 15 / 5, 3.0 * 30 / 5], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCE)

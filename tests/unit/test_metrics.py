@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.config.schema import LossConfig
+from dpo_dist.config.schema import BcoDelta, LossConfig, LossKind, LossTermConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
-from dpo_dist.objective.metrics import PAIR_METRICS, MetricSums, metric_sums
+from dpo_dist.objective.metrics import BATCH_REWARD, PAIR_METRICS, MetricSums, metric_sums
 
 CPU = torch.device("cpu")
 CONFIG = LossConfig(beta=0.5)
@@ -74,3 +74,14 @@ def test_metrics_hold_no_graph() -> None:
     policy = PairLogps(chosen, chosen, torch.ones(1), torch.ones(1))
     losses = preference_loss(policy, None, LossConfig(reference_free=True))
     assert not metric_sums(losses, policy, None, CONFIG, torch.ones(1)).values.requires_grad
+
+
+def test_the_shift_of_bco_is_of_its_own_rewards_whatever_rewards_are_reported() -> None:
+    """Reported rewards follow the first kind, which divides by the number of tokens."""
+    tokens = torch.tensor([4.0])
+    policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
+    terms = [LossTermConfig(LossKind.simpo), LossTermConfig(LossKind.bco_pair)]
+    config = LossConfig(beta=0.5, terms=terms, reference_free=True, bco_delta=BcoDelta.running_mean)
+    means = metric_sums(torch.zeros(1), policy, None, config, torch.ones(1)).means()
+    assert means["rewards/chosen"] == 0.5 * -8 / 4
+    assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
+from dpo_dist.data.batches import pack_rows
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.rankings import training_examples
@@ -129,6 +130,15 @@ def test_scores_stand_beside_the_responses_that_are_trained_on(
     assert data.response_counts(np.arange(len(data))).tolist() == [len(row) for row in responses]
     told = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
     assert told == [4, 4, len(responses), ties]
+
+
+def test_a_micro_batch_has_the_score_gaps_of_its_own_pairs(tmp_path: Path) -> None:
+    texts = [{**TEXT, "prompt": f"q{row}", "score_chosen": 9.0, "score_rejected": row} for row in range(4)]
+    data = encoded(tmp_path, *texts)
+    for rows in ([3, 0, 2], [1], [2, 3]):
+        packed = pack_rows(data, rows)
+        assert packed.score_gaps is not None
+        assert packed.score_gaps.tolist() == [9.0 - row for row in rows]
 
 
 def test_pairs_of_one_ranking_share_its_place_and_its_keys(tmp_path: Path) -> None:

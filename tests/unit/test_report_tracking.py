@@ -68,7 +68,11 @@ def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -
         tracker.log(row)
     tracker.finish("completed", {"steps": 2, "reference": {"mode": "cached", "hits": 7}})
 
-    assert history_rows(run_dir) == rows
+    assert history_rows(run_dir) == [
+        {"train/global_step": 1, "train/epoch": 0.1, "train/loss": 0.69, "train/rewards/margins": 0.0},
+        {"train/global_step": 2, "train/epoch": 0.2, "train/loss": 0.65, "train/rewards/margins": 0.2},
+        {"train/global_step": 2, "train/epoch": 0.2, "eval/loss": 0.66},
+    ]
     (run,) = records_of(run_dir, "run")[:1]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["model"]["path"] == "org/model"
@@ -77,7 +81,7 @@ def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -
     assert run.display_name == "a-run-12345678"
     assert list(run.tags) == ["a tag"]
     axes = {metric.glob_name or metric.name: metric.step_metric for metric in records_of(run_dir, "metric")}
-    assert axes == {"step": "", "*": "step"}
+    assert axes == {"train/global_step": "", "*": "train/global_step"}
     summary = {
         item.key or item.nested_key[0]: item.value_json
         for record in records_of(run_dir, "summary")
@@ -111,7 +115,7 @@ def test_a_resumed_job_goes_on_with_the_same_run(tmp_path: Path) -> None:
     second.log({"step": 2, "loss": 0.6})
     second.log({"step": 3, "loss": 0.5})
     second.finish("completed", {})
-    assert [row["step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
     assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}
 
 
@@ -165,7 +169,7 @@ def test_unreachable_server_leaves_an_offline_run_and_no_secret(
     assert tracker.run.offline
     tracker.log({"step": 1, "loss": 0.7})
     tracker.finish("completed", {})
-    assert history_rows(run_dir) == [{"step": 1, "loss": 0.7}]
+    assert history_rows(run_dir) == [{"train/global_step": 1, "train/loss": 0.7}]
     assert "cannot start online" in caplog.text
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
@@ -190,7 +194,10 @@ def test_online_run_reaches_the_server_and_its_stop_button_the_run(
         tracker.log({"step": 1, "loss": 0.7})
         tracker.log({"step": 1, "eval_loss": 0.6})
         tracker.finish("completed", {})
-        assert server.history_rows() == [{"step": 1, "loss": 0.7}, {"step": 1, "eval_loss": 0.6}]
+        assert server.history_rows() == [
+            {"train/global_step": 1, "train/loss": 0.7},
+            {"train/global_step": 1, "eval/loss": 0.6},
+        ]
 
 
 def test_server_lost_while_training_holds_up_the_end_only_so_long(
@@ -204,7 +211,7 @@ def test_server_lost_while_training_holds_up_the_end_only_so_long(
     tracker.finish("completed", {})
     (warning,) = warnings(caplog)
     assert f"wandb sync {tmp_path / 'run' / 'wandb'}" in warning
-    assert history_rows(tmp_path / "run") == [{"step": 1, "loss": 0.7}]
+    assert history_rows(tmp_path / "run") == [{"train/global_step": 1, "train/loss": 0.7}]
 
 
 def test_malformed_key_leaves_an_offline_run(
@@ -237,7 +244,7 @@ def test_service_killed_by_the_signal_of_a_preemption_loses_no_later_row(
     kill_service()
     tracker.log({"step": 2, "loss": 0.6})
     tracker.finish("preempted", {"steps": 2})
-    assert history_rows(tmp_path)[-1] == {"step": 2, "loss": 0.6}
+    assert history_rows(tmp_path)[-1] == {"train/global_step": 2, "train/loss": 0.6}
     assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
     assert warnings(caplog) == []
     assert services() == []

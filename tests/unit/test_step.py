@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dpo_dist.config.schema import (
     Dtype,
     LossConfig,
     LossKind,
+    LossTermConfig,
     ModelConfig,
     SourceConfig,
     Weighting,
@@ -139,6 +140,18 @@ def test_the_model_computes_in_the_calling_thread(data: PairDataset, tmp_path: P
     sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
     assert sums.values[-1] == PAIRS
+
+
+@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
+def test_length_desensitised_terms_leave_the_token_mean_of_sft(data: PairDataset, kind: LossKind) -> None:
+    """Log-probs of -1: sft is 1 whatever share of a longer response's tokens counts in the other term."""
+    terms = [LossTermConfig(kind), LossTermConfig(LossKind.sft, 5.0)]
+    losses = []
+    for loss in (LossConfig(kind), LossConfig(terms=terms)):
+        objective = Objective(replace(loss, ld_alpha=0.2, reference_free=True), NoReference())
+        sums = evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+        losses.append(sums.means()["loss"])
+    assert losses[1] - losses[0] == pytest.approx(5.0)
 
 
 class AsksForValues(TorchDispatchMode):

@@ -1,0 +1,120 @@
+"""From a source as configured to its rows: a file, a pattern, a folder, or a dataset on the hub."""
+
+import difflib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data import hub
+from dpo_dist.data.files import KINDS, located, read_file
+from dpo_dist.data.folders import globbed_files, is_glob, is_saved, refuse_split, saved_rows, shards
+from dpo_dist.data.records import Located
+from dpo_dist.digests import remembered_digest, text_digest
+from dpo_dist.errors import ConfigError, DataError
+
+
+def read_rows(source: SourceConfig) -> Iterator[Located]:
+    """Rows in the source's order, streamed except for a .json array; several files follow each other by path.
+
+    Returns:
+        Each row or why it is none, and its origin: the file (for a hub dataset its name) and the true 1-based
+        line for .jsonl and .csv (where the record starts), the record number elsewhere.
+
+    Raises:
+        DataError: there is no such source, or it cannot be read.
+        ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
+    """
+    files = _local_files(source)
+    if files is None:
+        return located(hub.hub_rows(source), source.path)
+    local = Path(source.path).expanduser()
+    if local.is_dir() and is_saved(local):
+        return located(saved_rows(local, source.split), source.path)
+    if len(files) == 1 and local.is_file():
+        return read_file(local, source.path)
+    return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
+
+
+def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
+    """The source, with the commit in `revision` if it is a hub dataset; see `hub.pinned`."""
+    return source if _local_files(source) is not None else hub.pinned(source, cache)
+
+
+def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
+    """Digest that changes when the content of a source changes: of its files, or the hub's commit.
+
+    Args:
+        source: of the hub: `pinned`.
+        memo: where digests of files are remembered.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    files = _local_files(source)
+    if files is None:
+        return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
+    digests = [remembered_digest(file, memo) for file in files]
+    if Path(source.path).expanduser().is_file():
+        return digests[0]
+    # Names tell kind and split; where the folder is does not matter.
+    return text_digest(
+        "\n".join(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
+    )
+
+
+def _local_files(source: SourceConfig) -> list[Path] | None:
+    """The files that make up a local source; None for a dataset on the hub."""
+    if "://" in source.path:
+        raise DataError(
+            "an address is no source: URLs are not read",
+            where=source.path,
+            expected="a local path, or the name of a dataset on the Hugging Face hub",
+            remedy="download the file and name it, or write a hub dataset as organisation/name",
+        )
+    local = Path(source.path).expanduser()
+    if local.is_dir():
+        _refuse_hub_options(source)
+        if is_saved(local):
+            return sorted(below for below in local.rglob("*") if below.is_file())
+        return shards(local, source.split)
+    if local.is_file() or is_glob(source.path) or _looks_local(source.path):
+        _refuse_hub_options(source)
+        refuse_split(source.path, source.split)
+        if local.is_file():
+            return [local]
+        if is_glob(source.path):
+            return globbed_files(str(local))
+        raise _missing(local)
+    return None
+
+
+def _refuse_hub_options(source: SourceConfig) -> None:
+    options = {"name": source.name, "data_dir": source.data_dir, "revision": source.revision}
+    for key, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{key} has no effect on a local source",
+                where=f"{key} of {source.path}",
+                got=value,
+                expected="null",
+                remedy=f"remove {key}, or name a dataset on the Hugging Face hub",
+            )
+
+
+def _looks_local(path: str) -> bool:
+    return path.endswith((*KINDS, ".gz", ".zst")) or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _missing(file: Path) -> DataError:
+    if not file.parent.is_dir():
+        return DataError(
+            "there is no such folder", where=str(file.parent), remedy="check the path of the source"
+        )
+    names = [below.name for below in file.parent.iterdir()]
+    near = difflib.get_close_matches(file.name, names, n=3)
+    return DataError(
+        "there is no such file",
+        where=str(file),
+        remedy=f"did you mean {' or '.join(near)}?" if near else "check the path of the source",
+    )

@@ -1,0 +1,98 @@
+"""Metrics of the steps between two logged rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dpo_dist.model.flops import PeakFlops
+
+
+@dataclass(frozen=True)
+class StepMeasures:
+    """The measures of one optimizer step over its global batch.
+
+    Attributes:
+        pair_sums: sum over pairs by metric name.
+        pair_count: pairs in these sums.
+        values: one value for the whole step by name: gradient norm, moving loss parameters, `time/*`.
+        learning_rate: of this step.
+        pairs: in the global batch.
+        tokens: unique tokens computed.
+        flops: useful operations of the step on all ranks.
+        seconds: wall-clock time.
+    """
+
+    pair_sums: Mapping[str, float]
+    pair_count: float
+    values: Mapping[str, float]
+    learning_rate: float
+    pairs: int
+    tokens: int
+    flops: float
+    seconds: float
+
+    def means(self) -> dict[str, float]:
+        """Return the mean over pairs of every pair metric."""
+        return {name: total / self.pair_count for name, total in self.pair_sums.items()}
+
+
+@dataclass
+class LogWindow:
+    """Sums over the steps since the last logged row.
+
+    A row of `trainer.log_every` steps has exact means over all pairs of these steps. The sums are part of
+    every checkpoint, so that a resumed run writes the same rows.
+    """
+
+    steps: int = 0
+    pair_sums: dict[str, float] = field(default_factory=dict)
+    pair_count: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    learning_rate: float = 0.0
+    pairs: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, step: StepMeasures) -> None:
+        """Add one step."""
+        _add(self.pair_sums, step.pair_sums)
+        _add(self.values, step.values)
+        self.steps += 1
+        self.learning_rate = step.learning_rate
+        self.pair_count += step.pair_count
+        self.pairs += step.pairs
+        self.tokens += step.tokens
+        self.flops += step.flops
+        self.seconds += step.seconds
+
+    def row(self, peaks: PeakFlops) -> dict[str, float]:
+        """Return one row of the metrics log, without `step` and `epoch`.
+
+        Pair metrics are means over pairs, values of a step and `step_seconds` means over steps, pairs and
+        tokens totals; the learning rate is that of the last step.
+        """
+        row = {name: total / self.pair_count for name, total in self.pair_sums.items()}
+        row |= {name: total / self.steps for name, total in self.values.items()}
+        row["learning_rate"] = self.learning_rate
+        row |= throughput(self.pairs, self.tokens, self.seconds)
+        row["step_seconds"] = self.seconds / self.steps
+        row["mfu"] = self.flops / self.seconds / peaks.measured
+        if peaks.datasheet is not None:
+            row["mfu/datasheet"] = self.flops / self.seconds / peaks.datasheet
+        return row
+
+
+def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
+    """Return the columns of a row that say how much was computed how fast."""
+    return {
+        "pairs": pairs,
+        "tokens": tokens,
+        "step_seconds": seconds,
+        "pairs_per_second": pairs / seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _add(totals: dict[str, float], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value

@@ -1,0 +1,74 @@
+"""Under ZeRO-3 every forward finds the order of modules that DeepSpeed recorded for it, whatever ran before."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
+
+from dpo_dist.config.schema import AdapterConfig, Dtype, LossConfig, LossKind, ModelConfig
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
+from dpo_dist.reference.provider import AdapterReference, NoReference, ReferenceProvider
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.step import Objective, evaluate, train_step
+from tests.dist.scenario import Assets
+from tests.support.packing import COSTS
+from tests.support.ranks import OPTIM, run_ranks
+
+# The token budgets of steps and what follows them: many micro-batches, one, many.
+BUDGETS = (64, 8192, 64)
+ROWS = np.arange(6)
+
+
+CASES = {
+    f"{kind}, {'adapter' if adapter else 'whole'}": (LossConfig(kind, reference_free=not adapter), adapter)
+    for kind in (LossKind.sigmoid, LossKind.aot)
+    for adapter in (AdapterConfig(r=2), None)
+}
+
+
+def train(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
+    return {name: told(assets, world, *case) for name, case in CASES.items()}
+
+
+def told(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
+    """Of steps with an evaluation after each: micro-batches, how often DeepSpeed discarded a record, and how often
+    it had compared one over ranks by then.
+    """
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
+    packed = load_packed(assets.policy, model, 1024, world.device)
+    if adapter is not None:
+        add_adapter(packed, model, 0)
+    policy = PolicyEngine(packed, OPTIM, world)
+    reference: ReferenceProvider = NoReference() if adapter is None else AdapterReference(policy)
+    objective, dataset = Objective(loss, reference), assets.dataset()
+    coordinator, micro_batches, comparisons = gathering.PartitionedParameterCoordinator, [], []
+    discard, compare = coordinator._invalidate_trace, gathering.assert_ints_same_as_other_ranks
+    with (
+        mock.patch.object(coordinator, "_invalidate_trace", autospec=True, side_effect=discard) as discarded,
+        mock.patch.object(gathering, "assert_ints_same_as_other_ranks", side_effect=compare) as compared,
+    ):
+        for budget in BUDGETS:
+            plan = plan_step(dataset, ROWS, world.rank, world.size, budget, COSTS)
+            ready = objective.ready_step(plan, world.device)
+            train_step(policy, objective, ready, 1e-3, world, StepClock(world.device), RunningMeans())
+            evaluate(policy, objective, plan, world, RunningMeans())
+            micro_batches.append(len(plan.micro_batches))
+            comparisons.append(compared.call_count)
+    return {"discarded": discarded.call_count, "compared": comparisons, "micro_batches": micro_batches}
+
+
+def test_no_forward_makes_deepspeed_discard_the_order_of_another(assets: Assets, tmp_path: Path) -> None:
+    for of_rank in run_ranks(partial(train, assets), 2, tmp_path / "ranks"):
+        for name, case in of_rank.items():
+            assert case["micro_batches"][0] > 2, name
+            assert case["micro_batches"][1] == 1, name
+            assert case["discarded"] == 0, name
+            assert case["compared"][0] == case["compared"][-1], name

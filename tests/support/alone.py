@@ -1,0 +1,33 @@
+"""A world of one process, for what needs no other rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import torch
+
+from dpo_dist.distributed.runtime import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Alone:
+    rank: int = 0
+    size: int = 1
+    is_main: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def barrier(self) -> None: ...
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def together(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+ALONE = cast(World, _Alone())
