@@ -8,13 +8,17 @@ import contextlib
 import ctypes
 import errno
 import glob
+import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _TEMPORARY = ".tmp-"
+_OWNER_PARTS = 4
+_ABANDONED_SECONDS = 24 * 3600
 _REPLACED = "replaced-"
 
 # Of linux/fcntl.h and linux/fs.h.
@@ -121,13 +125,64 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses and that `is_temporary` knows."""
-    return path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+    """A name beside `path` that no other process uses, and by which its writer is known."""
+    unique = uuid.uuid4().hex[:12]
+    return path.with_name(
+        f"{path.name}{_TEMPORARY}{_PROCESSES}-{os.getpid()}-{_started(os.getpid())}-{unique}"
+    )
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is left over from a write that never finished."""
+    """Whether `path` is left over from a write that never finished, or is being written."""
     return _TEMPORARY in path.name
+
+
+def collect_abandoned(folder: Path) -> list[Path]:
+    """Remove what dead writers have left in `folder`; returns what was removed.
+
+    A writer is dead if no process of its number and start time is there any more. Of one on another machine
+    or in another container that cannot be asked: it counts as dead if it has written nothing for a day.
+    """
+    removed = []
+    for path in sorted(folder.glob(f"*{_TEMPORARY}*")):
+        with contextlib.suppress(OSError):  # another process was first
+            if _is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed.append(path)
+    return removed
+
+
+def _is_abandoned(path: Path) -> bool:
+    name, _, end = path.name.partition(_TEMPORARY)
+    if end.startswith(_REPLACED) and not path.with_name(name).exists():
+        return False  # all that there is of that folder
+    owner = end.split("-")
+    if len(owner) == _OWNER_PARTS and owner[0] == _PROCESSES:
+        return _started(int(owner[1])) != int(owner[2])
+    written = max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
+    return time.time() - written > _ABANDONED_SECONDS
+
+
+def _process_namespace() -> str:
+    """Names the boot and the container within which process numbers mean something; random if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return uuid.uuid4().hex[:8]
+    return hashlib.blake2b(f"{boot}{namespace}".encode(), digest_size=4).hexdigest()
+
+
+def _started(process: int) -> int:
+    """When a process started, in the kernel's clock ticks; -1 if there is none, or only its exit code."""
+    try:
+        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return -1 if state == "Z" else int(numbers[18])
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+_PROCESSES = _process_namespace()
 
 
 def sync(path: Path) -> None:

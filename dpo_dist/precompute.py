@@ -5,7 +5,7 @@ Takes the configuration of the training run; only what the store lacks is comput
 
 from pathlib import Path
 
-from dpo_dist.config.load import run_verb
+from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.report.console import open_console
 

@@ -6,7 +6,7 @@ stopped with a checkpoint.
 
 from pathlib import Path
 
-from dpo_dist.config.load import run_verb
+from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.report.console import open_console
 

@@ -100,7 +100,7 @@ def measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pat
     seconds = time.perf_counter() - started
     main_seconds, all_seconds = time.process_time() - main_before, cpu_seconds() - all_before
     digest = hashlib.blake2b()
-    for written in sorted(encoded.iterdir()):
+    for written in sorted(encoded[0].folder.iterdir()):
         digest.update(written.read_bytes())
     tokens = len(open_dataset(encoded, config).ids)
     figure = Figure(processes, seconds, records / seconds, tokens / seconds, main_seconds / all_seconds)

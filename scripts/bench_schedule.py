@@ -47,9 +47,10 @@ from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes, plan_micro_b
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.schedule import Span, make_schedule
 from dpo_dist.model import flops
-from dpo_dist.model.attention import PACKED, choose_backend
+from dpo_dist.model.attention import PACKED
 from dpo_dist.model.flops import compute_costs, count_flops
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.kernels import choose_backend
 from dpo_dist.model.load import TORCH_DTYPES
 from scripts.bench_assets import SHAPES, Shape
 

@@ -169,13 +169,13 @@ def invented_pairs(pairs: int) -> PairDataset:
     pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
     ends = np.cumsum(pieces)
     return PairDataset(
-        folder=Path(),
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(pairs,),
         ids=np.zeros(int(ends[-1]), dtype=np.int32),
-        piece_ends=ends,
+        piece_starts=ends - pieces.ravel(),
+        piece_tokens=pieces.ravel(),
         pair_pieces=np.arange(3, 3 * pairs + 1, 3),
         keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
         scores=np.full(2 * pairs, np.nan),
@@ -198,7 +198,7 @@ def scorable(dataset: PairDataset) -> PairDataset:
 def write(root: Path, dataset: PairDataset, rows_per_shard: int) -> None:
     """A row of each response's length, made of its key, so that a wrong row is seen."""
     store = LogpStore.open(root, SPACE, [])
-    lengths = np.diff(dataset.piece_ends, prepend=0).reshape(-1, 3)[:, 1:].ravel()
+    lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
     for start in range(0, len(dataset.keys), rows_per_shard):
         keys = dataset.keys[start : start + rows_per_shard]
         numbers = marks(keys)

@@ -7,7 +7,6 @@ from dpo_dist.config.check_placement import check_placement
 from dpo_dist.config.check_store import check_store
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
-    REFERENCE_FREE_KINDS,
     AttentionBackend,
     DataConfig,
     Dtype,
@@ -32,6 +31,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
+    _check_paths_named(config)
     _check_folder(config.run)
     _check_model(config.model)
     check_data(config.data)
@@ -43,6 +43,28 @@ def check(config: RunConfig) -> None:
     _check_parallelism(config.parallelism)
     check_adapter(config.model, config.reference, config.parallelism)
     check_placement(config)
+
+
+def _check_paths_named(config: RunConfig) -> None:
+    """An empty path would be the folder that the command is started in."""
+    sources = {
+        f"{key}[{index}].path": source.path
+        for key, entries in (("data.train", config.data.train), ("data.eval", config.data.eval))
+        for index, source in enumerate(entries)
+    }
+    named = {
+        "model.path": config.model.path,
+        "run.dir": config.run.dir,
+        "run.root": config.run.root,
+        "data.cache": config.data.cache,
+        "reference.path": config.reference.path,
+        "reference.store": config.reference.store,
+        "reference.nvme_path": config.reference.nvme_path,
+        **sources,
+    }
+    for key, path in named.items():
+        if path is not None and not path.strip():
+            raise ConfigError(f"{key} is empty", where=key, got=repr(path), remedy="write the path")
 
 
 def _check_folder(run: FolderConfig) -> None:
@@ -94,22 +116,22 @@ def _check_reference(reference: ReferenceConfig, loss: LossConfig) -> None:
     check_range("reference.rows_per_shard", reference.rows_per_shard, at_least=1)
     check_range("reference.audit_pairs", reference.audit_pairs, at_least=0)
     kinds = loss.kinds
-    needed = not loss.reference_free and not REFERENCE_FREE_KINDS.issuperset(kinds)
+    needed = loss.needs_reference
     if needed and reference.mode is ReferenceMode.none:
         raise ConfigError(
             "this loss needs a reference model",
             where="reference.mode",
             got=f"none with {', '.join(kinds)}",
-            expected="cached or live, or adapter with model.adapter",
-            remedy="choose reference=cached, or set loss.reference_free=true to take its log-probs as 0",
+            expected="auto, cached or live, or adapter with model.adapter",
+            remedy="choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
         )
     if not needed and reference.mode is not ReferenceMode.none:
         raise ConfigError(
-            "the reference would be computed for nothing",
+            "this loss does not use a reference model",
             where="reference.mode",
             got=f"{reference.mode} with {', '.join(kinds)}, reference_free={loss.reference_free}".lower(),
-            expected="none",
-            remedy="choose reference=none",
+            expected="auto or none",
+            remedy="choose reference=none, or remove reference.mode: auto follows the loss",
         )
     if not needed:
         _check_no_reference_options(reference)

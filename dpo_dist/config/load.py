@@ -1,21 +1,17 @@
-"""From overrides to one frozen `RunConfig`, and from a verb's command line to its exit code.
+"""From overrides to one frozen `RunConfig`.
 
 Hydra composes `conf/` onto the schema. What it composed is merged into the schema once more, because Hydra
 lets `+loss.gamma=1` add a key that nobody reads.
 """
 
-import errno
 import hashlib
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -23,14 +19,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_dist.config.check import check
-from dpo_dist.config.explain import explain, explain_key, in_words, unset
-from dpo_dist.config.presets import demand_presets_kept
-from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
-from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.config.explain import explain, explain_key, unset
+from dpo_dist.config.keys import in_words
+from dpo_dist.config.overrides import check_overrides, given_keys
+from dpo_dist.config.parse import parse_overrides
+from dpo_dist.config.presets import keep_chosen_presets
+from dpo_dist.config.reference_mode import resolve_reference
+from dpo_dist.config.schema import AdapterConfig, LossTermConfig, RunConfig, SourceConfig
+from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")
-_HYDRA_VERSION = "1.3"
-_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+HYDRA_VERSION = "1.3"
 _DEFINING_SECTIONS = ("model", "data", "loss", "reference", "optim", "trainer")
 # ValueError: Hydra's own, for example for a group chosen by a number.
 _COMPOSITION_FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
@@ -49,11 +48,12 @@ def config_dir() -> Path:
     )
 
 
-def load_run_config(overrides: Sequence[str]) -> RunConfig:
+def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) -> RunConfig:
     """Compose, type and check one run.
 
     Args:
         overrides: as on the command line of a verb: `["+experiment=qwen7b", "loss.beta=0.2"]`.
+        own_folder: a folder of further configuration groups, as of `--config-dir`.
 
     Returns:
         The configuration with every value resolved and `run.dir` filled in.
@@ -61,67 +61,64 @@ def load_run_config(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: a key, value or choice that does not exist, or options that do not go together.
     """
+    return resolve(compose(overrides, own_folder), overrides, own_folder)
+
+
+def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: str = "config") -> DictConfig:
+    """What Hydra composes from `overrides`, not yet typed or checked.
+
+    Raises:
+        ConfigError: it cannot be composed.
+    """
+    parsed = parse_overrides(overrides)
+    folders = _folders(own_folder)
+    check_overrides(parsed, folders)
+
+    def compose_lines(lines: Sequence[str]) -> DictConfig:
+        with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
+            return hydra.compose(name, overrides=[*_search_path(own_folder), *lines])
+
     try:
-        with hydra.initialize_config_dir(version_base=_HYDRA_VERSION, config_dir=str(config_dir())):
-            composed = hydra.compose("config", overrides=list(overrides))
+        composed = compose_lines(overrides)
+        keep_chosen_presets(composed, parsed, folders, compose_lines)
     except _COMPOSITION_FAULTS as fault:
-        raise explain(fault, overrides, config_dir()) from fault
-    demand_presets_kept(composed, overrides, [config_dir()])
-    return resolve(composed, overrides)
+        raise explain(fault, parsed, folders) from fault
+    return composed
 
 
-def resolve(composed: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
-    """Type and check what Hydra composed from `overrides`, and fill in `run.dir`.
+def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Path | None = None) -> RunConfig:
+    """Type and check what Hydra composed from `overrides`, and fill in `reference.mode` and `run.dir`.
 
     Raises:
         ConfigError: as `load_run_config`.
     """
+    parsed, folders = parse_overrides(overrides), _folders(own_folder)
     try:
-        config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "")
+        config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
     except OmegaConfBaseException as fault:
-        raise explain(fault, overrides, config_dir()) from fault
+        raise explain(fault, parsed, folders) from fault
     data = replace(
         config.data,
         train=_sources("data.train", config.data.train),
         eval=_sources("data.eval", config.data.eval),
     )
     model = replace(config.model, adapter=_adapter(config.model.adapter))
-    config = replace(config, data=data, model=model)
+    loss = replace(config.loss, terms=_terms(config.loss.terms))
+    config = replace(config, data=data, model=model, loss=loss)
+    config = resolve_reference(config, given_keys(parsed))
     check(config)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
-def run_verb(main: Callable[[RunConfig], int]) -> NoReturn:
-    """Run `main` with the configuration that the command line describes, and end with its exit code.
-
-    The command line is Hydra's (overrides, `--config-dir`, `--cfg job`, `--help`, `--info`). A
-    `DpoDistError` is printed as one block, by the first rank only; other exceptions keep their traceback.
-    """
-    try:
-        config = _from_command_line()
-        exit_code = 0 if config is None else main(config)
-    except DpoDistError as error:
-        if int(os.environ.get("RANK", "0")) == error.speaker:
-            sys.stderr.write(error.block() + "\n")
-        exit_code = error.exit_code
-    except OSError as fault:
-        if fault.errno not in _DISK_FAULTS:
-            raise
-        sys.stderr.write(_disk_error(fault).block() + "\n")
-        exit_code = ConfigError.exit_code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written, and at interpreter exit threads of communication libraries may still abort the process.
-    os._exit(exit_code)
+def _folders(own_folder: Path | None) -> list[Path]:
+    return [config_dir(), *([own_folder] if own_folder is not None else [])]
 
 
-def _disk_error(fault: OSError) -> ConfigError:
-    return ConfigError(
-        "a file cannot be written or read",
-        where=str(fault.filename or "see logs/rank-N.log of the run"),
-        got=str(fault.strerror),
-        remedy="make room or mend the permissions; what was committed is whole, start the same command again",
-    )
+def _search_path(own_folder: Path | None) -> list[str]:
+    if own_folder is None:
+        return []
+    quoted = str(own_folder.resolve()).replace("\\", "\\\\").replace('"', '\\"')
+    return [f'hydra.searchpath=["file://{quoted}"]']
 
 
 def run_dir(config: RunConfig) -> Path:
@@ -152,7 +149,7 @@ def from_yaml(text: str) -> RunConfig:
     try:
         loaded = cast(DictConfig, OmegaConf.create(text))
     except YAMLError as fault:
-        raise explain(fault, (), config_dir()) from fault
+        raise explain(fault, (), _folders(None)) from fault
     return resolve(loaded)
 
 
@@ -170,11 +167,11 @@ def _make_writable(node: DictConfig, kind: type) -> None:
             _make_writable(node[field.name], field.type)
 
 
-def _typed(kind: type[_Typed], content: Any, prefix: str) -> _Typed:
+def _typed(kind: type[_Typed], content: Any, prefix: str, folders: Sequence[Path] = ()) -> _Typed:
     """`content` as a `kind`, strictly: no key beyond its own, every mandatory one set."""
     node = OmegaConf.merge(_schema(kind), content)
     for key in sorted(OmegaConf.missing_keys(node)):
-        raise unset(prefix + key, config_dir())
+        raise unset(prefix + key, folders)
     return cast(_Typed, OmegaConf.to_object(node))
 
 
@@ -198,22 +195,29 @@ def _adapter(content: Any) -> AdapterConfig | None:
 
 
 def _sources(key: str, entries: list[Any]) -> list[SourceConfig]:
-    sources = []
-    for index, entry in enumerate(entries):
+    contents = [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+    return _entries(key, contents, SourceConfig, f"a path, a hub name or {in_words(SourceConfig)}")
+
+
+def _terms(entries: list[Any]) -> list[LossTermConfig]:
+    contents = [{"kind": entry} if isinstance(entry, str) else entry for entry in entries]
+    return _entries("loss.terms", contents, LossTermConfig, in_words(LossTermConfig))
+
+
+def _entries(key: str, contents: list[Any], kind: type[_Typed], expected: str) -> list[_Typed]:
+    """Typed one by one, so that an error tells which one it is in."""
+    typed = []
+    for index, content in enumerate(contents):
         where = f"{key}[{index}]"
-        if not isinstance(entry, str | dict):
-            raise ConfigError(
-                f"{where} is not a source",
-                where=where,
-                got=str(entry),
-                expected=f"a path, a hub name or {in_words(SourceConfig)}",
-            )
-        content = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(content, dict):
+            what = f"{where} is not a {'source' if kind is SourceConfig else 'term'}"
+            remedy = f"write {key}=[ENTRY,ENTRY]"
+            raise ConfigError(what, where=where, got=str(content), expected=expected, remedy=remedy)
         try:
-            sources.append(_typed(SourceConfig, content, f"{where}."))
+            typed.append(_typed(kind, content, f"{where}."))
         except OmegaConfBaseException as fault:
-            raise explain_key(fault, f"{where}.{fault.full_key}", kind=SourceConfig) from fault
-    return sources
+            raise explain_key(fault, f"{where}.{fault.full_key}", kind=kind) from fault
+    return typed
 
 
 def _defining(value: Any) -> Any:
@@ -224,34 +228,6 @@ def _defining(value: Any) -> Any:
             if field.metadata.get("defines_result", True)
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value
-
-
-def _from_command_line() -> RunConfig | None:
-    """The configuration of `sys.argv`, or None where Hydra was only asked to show something."""
-    arguments = get_args_parser().parse_args()
-    if arguments.multirun or any("hydra.mode=" in override for override in arguments.overrides):
-        raise ConfigError(
-            "one command is one run",
-            where="command line",
-            got="--multirun or hydra.mode",
-            remedy="to sweep, launch one process group (one job) for each value",
-        )
-    composed: list[DictConfig] = []
-
-    def keep(config: DictConfig) -> None:
-        composed.append(config)
-
-    # Otherwise Hydra prints what went wrong in its own way and exits with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(version_base=_HYDRA_VERSION, config_path=str(config_dir()), config_name="config")(keep)()
-    except _COMPOSITION_FAULTS as fault:
-        raise explain(fault, arguments.overrides, config_dir()) from fault
-    if not composed:
-        return None
-    own = [Path(arguments.config_dir)] if arguments.config_dir else []
-    demand_presets_kept(composed[0], arguments.overrides, [config_dir(), *own])
-    return resolve(composed[0], arguments.overrides)
 
 
 ConfigStore.instance().store(name="schema", node=_schema(RunConfig))

@@ -1,51 +1,65 @@
-"""A preset chosen on the command line must count (law L5).
+"""A preset chosen on the command line counts, also after an experiment.
 
-Hydra applies groups before experiments: `+experiment=qwen7b loss=simpo` composes without a word where the
-experiment sets `loss.kind` itself, and trains another loss than was asked for.
+Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, values that the
+experiment sets for its own loss would replace those of the chosen preset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_dist.errors import ConfigError
+# A loss is one thing: an option that an experiment sets for its own loss means nothing to another one.
+_WHOLE_SECTIONS = ("loss",)
 
 
-def demand_presets_kept(composed: DictConfig, overrides: Sequence[str], folders: Sequence[Path]) -> None:
-    """Refuse a preset of `overrides` of which an experiment replaced a value.
+def keep_chosen_presets(
+    composed: DictConfig,
+    overrides: Sequence[Override],
+    folders: Iterable[Path],
+    compose: Callable[[Sequence[str]], DictConfig],
+) -> None:
+    """Give back to `composed` what presets of the command line say and an experiment replaced.
 
     Args:
-        composed: what Hydra composed from `overrides`.
-        overrides: as written on the command line.
-        folders: where the groups lie, in the order in which Hydra searches them.
-
-    Raises:
-        ConfigError: a value of a chosen preset is gone, and no override replaced it.
+        composed: what Hydra composed from `overrides`; changed in place.
+        overrides: of the command line, parsed. Values that they give win over presets.
+        folders: the folders of groups, in the order in which Hydra searches them.
+        compose: Hydra's composition of overrides.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    set_by_hand = {override.key_or_group for override in parsed}
-    for override in parsed:
-        group, name = override.key_or_group, override.value()
-        preset = next(
-            (file for folder in folders if (file := folder / group / f"{name}.yaml").is_file()), None
+    if not any(override.key_or_group == "experiment" for override in overrides):
+        return
+    for group, choice in chosen_presets(overrides).items():
+        file = next(
+            (file for folder in folders if (file := folder / group / f"{choice}.yaml").is_file()), None
         )
-        if preset is None or group not in composed:
+        if file is None or group not in composed:
             continue
-        values = _values(composed[group])
-        for key, wanted in _values(OmegaConf.load(preset)).items():
-            if key in values and values[key] != wanted and f"{group}.{key}" not in set_by_hand:
-                raise ConfigError(
-                    f"{group}={name} is chosen, but the experiment sets {group}.{key} after it",
-                    where=f"{group}.{key}",
-                    got=str(values[key]),
-                    expected=str(wanted),
-                    remedy=f"say which one counts: add {group}.{key}=... to the command line",
-                )
+        preset = OmegaConf.load(file)
+        keys = [str(key) for key in preset if key != "defaults"]
+        whole = group in _WHOLE_SECTIONS
+        prefixes = [group] if whole else [f"{group}.{key}" for key in keys]
+        alone = compose(
+            [
+                str(override.input_line)
+                for override in overrides
+                if override.key_or_group == group or _is_below(override.key_or_group, prefixes)
+            ]
+        )
+        for key in alone[group] if whole else keys:
+            composed[group][key] = alone[group][key]
 
 
-def _values(config: Any) -> dict[Any, Any]:
-    content = OmegaConf.to_container(config)
-    return content if isinstance(content, dict) else {}
+def chosen_presets(overrides: Iterable[Override]) -> dict[str, str]:
+    """The last preset that the command line chooses of each group: `{"loss": "simpo"}`."""
+    chosen = {}
+    for override in overrides:
+        value = override.value()
+        if isinstance(value, str) and "." not in override.key_or_group:
+            chosen[override.key_or_group] = value
+    return chosen
+
+
+def _is_below(key: str, prefixes: Iterable[str]) -> bool:
+    return any(key == prefix or key.startswith((f"{prefix}.", f"{prefix}[")) for prefix in prefixes)

@@ -117,6 +117,7 @@ class Weighting(StrEnum):
 
 
 class ReferenceMode(StrEnum):
+    auto = "auto"
     cached = "cached"
     live = "live"
     adapter = "adapter"
@@ -286,7 +287,7 @@ class LossConfig:
     ld_alpha: float | None = None
     weighting: Weighting = Weighting.none
     reference_free: bool = False
-    terms: list[LossTermConfig] = field(default_factory=list)
+    terms: list[Any] = field(default_factory=list)
     sync_reference: SyncReferenceConfig = field(default_factory=SyncReferenceConfig)
 
     @property
@@ -300,6 +301,11 @@ class LossConfig:
         return not COUPLED_KINDS.isdisjoint(self.kinds)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the loss depends on a reference's log-probs."""
+        return not self.reference_free and not REFERENCE_FREE_KINDS.issuperset(self.kinds)
+
+    @property
     def is_one_sided(self) -> bool:
         """Whether only the chosen responses matter."""
         return set(self.kinds) == {LossKind.sft}
@@ -309,10 +315,12 @@ class LossConfig:
 class ReferenceConfig:
     """`reference`: where the frozen model's log-probs come from.
 
-    `micro_batch_tokens` null: four times the trainer's, as scoring keeps no activations.
+    `mode` auto: `none` for a loss that needs no reference, `adapter` for an adapter whose base is the
+    reference, else `cached`. `micro_batch_tokens` null: four times the trainer's, as scoring keeps no
+    activations.
     """
 
-    mode: ReferenceMode = ReferenceMode.cached
+    mode: ReferenceMode = ReferenceMode.auto
     path: str | None = None
     revision: str | None = None
     quantization: Quantization | None = None

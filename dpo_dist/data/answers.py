@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dpo_dist.config.schema import DataFormat
+from dpo_dist.data.conversations import unread_keys
+from dpo_dist.data.files import shown_key
 from dpo_dist.data.records import BadRecord, Origin
 
 Row: TypeAlias = Mapping[str, Any]
@@ -14,7 +16,19 @@ Row: TypeAlias = Mapping[str, Any]
 _SIDES = ("chosen", "rejected")
 _RANKINGS = ("responses", "completions", "output")
 _TEXTS = ("content", "text", "response")
-_SCORES = ("score", "overall_score", "rating")
+_SCORES = ("score", "fine-grained_score", "overall_score", "rating")
+
+# The keys by which each arrangement is recognised, for the message about a row that fits none.
+_EXPECTED = {
+    "text or messages": ("prompt", *_SIDES),
+    "hh": _SIDES,
+    "ranked": ("prompt", "responses", "scores"),
+    "ranked (instruction)": ("instruction", "input", "output", "history", "system"),
+    "completion": ("prompt", "completion"),
+    "completion (messages)": ("messages",),
+}
+_MOST_SHOWN_KEYS = 12
+_KINDS = {str: "text", list: "list", dict: "object", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,13 @@ class Answers:
         prompt: None where the answers contain it.
         values: best first, by the name under which a message tells of them.
         scores: of each answer, finite; None where the source has none.
+        is_instruction: whether `prompt` was made of the row's `instruction` and the fields beside it.
     """
 
     prompt: Any
     values: Mapping[str, Any]
     scores: tuple[float, ...] | None = None
+    is_instruction: bool = False
 
 
 def recognise(row: Row) -> DataFormat | None:
@@ -41,6 +57,18 @@ def recognise(row: Row) -> DataFormat | None:
     if row.get("label") is None and any(row.get(name) is not None for name in ("completion", "messages")):
         return DataFormat.completion
     return None
+
+
+def unrecognised(row: Row, origin: Origin) -> BadRecord:
+    """`unknown_format`, with the fields that the row has and those of the formats nearest to it."""
+    shown = [f"{shown_key(key)} ({_KINDS.get(type(value), 'value')})" for key, value in row.items()]
+    if len(shown) > _MOST_SHOWN_KEYS:
+        shown[_MOST_SHOWN_KEYS:] = ["..."]
+    common = {name: len(row.keys() & set(keys)) for name, keys in _EXPECTED.items()}
+    most = max(common.values())
+    nearest = [f"{name}: {', '.join(_EXPECTED[name])}" for name, count in common.items() if count == most > 0]
+    told = f"; nearest formats: {'; '.join(nearest)}" if nearest else ""
+    return BadRecord("unknown_format", origin, f"fields: {', '.join(shown) or 'none'}{told}")
 
 
 def pair_answers(row: Row, origin: Origin) -> Answers | BadRecord:
@@ -75,6 +103,9 @@ def ranked_answers(row: Row, origin: Origin) -> Answers | BadRecord:
         return BadRecord("unknown_format", origin, f"{name} is not a list")
     if len(items) < 2:
         return BadRecord("no_ranking", origin, f"{len(items)} in {name}")
+    unread = unread_keys(*(item for item in items if isinstance(item, Mapping)))
+    if unread:
+        return BadRecord("unread_content", origin, f"a response has {', '.join(unread)}", unread)
     try:
         values, scores = _ranking(items, row.get("scores"))
     except (TypeError, ValueError):
@@ -85,13 +116,15 @@ def ranked_answers(row: Row, origin: Origin) -> Answers | BadRecord:
         return BadRecord("missing_field", origin, f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
         return BadRecord("all_tied", origin, f"all score {scores[0]:g}")
-    prompt = _instruction(row) if row.get("prompt") is None else row["prompt"]
-    return Answers(prompt, {f"rank {rank}": value for rank, value in enumerate(values, start=1)}, scores)
+    is_instruction = row.get("prompt") is None
+    prompt = _instruction(row) if is_instruction else row["prompt"]
+    by_rank = {f"rank {rank}": value for rank, value in enumerate(values, start=1)}
+    return Answers(prompt, by_rank, scores, is_instruction and prompt is not None)
 
 
 def _ranking(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
     """The answers best first, with their scores; ValueError or TypeError for scores that are none."""
-    carried = [_first(item, _SCORES) if isinstance(item, Mapping) else None for item in items]
+    carried = [_carried_score(item) if isinstance(item, Mapping) else None for item in items]
     if any(score is not None for score in carried):
         numbers = _finite(carried)
         order = sorted(range(len(items)), key=lambda place: -numbers[place])
@@ -102,6 +135,21 @@ def _ranking(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...
     if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
         raise ValueError("not one for each response, best first")
     return items, numbers
+
+
+def _carried_score(answer: Row) -> Any:
+    """The score beside an answer: the mean rating of its aspects where it has them, else a single number.
+
+    UltraFeedback's `overall_score` is wrong for hundreds of its answers (a rating of 1 became 10); the
+    ratings of the aspects are right (dataset card of argilla/ultrafeedback-binarized-preferences).
+    """
+    annotations = answer.get("annotations")
+    aspects = annotations.values() if isinstance(annotations, Mapping) else ()
+    ratings = [aspect["Rating"] for aspect in aspects if isinstance(aspect, Mapping) and "Rating" in aspect]
+    if not ratings:
+        return _first(answer, _SCORES)
+    given = _finite(rating for rating in ratings if rating not in (None, "N/A"))
+    return sum(given) / len(given) if given else math.nan
 
 
 def _instruction(row: Row) -> list[Row] | None:
@@ -130,10 +178,22 @@ def _pair_scores(row: Row) -> tuple[float, ...] | None:
 
 
 def _finite(values: Iterable[Any]) -> tuple[float, ...]:
-    numbers = tuple(map(float, values))
+    """The values as finite numbers; TypeError or ValueError where one is none."""
+    if isinstance(values, str | Mapping):
+        raise TypeError("not a list")
+    numbers = tuple(map(_number, values))
     if not all(map(math.isfinite, numbers)):
         raise ValueError("a score is not finite")
     return numbers
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError("a score is true or false")
+    try:
+        return float(value)
+    except OverflowError as fault:
+        raise ValueError("a score is too large") from fault
 
 
 def _first(fields: Row, names: Iterable[str]) -> Any:

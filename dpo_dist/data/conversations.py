@@ -5,7 +5,32 @@ from typing import Any
 
 from dpo_dist.data.records import BadRecord, Message, Messages, Origin
 
-_UNREAD_MESSAGE_KEYS = ("tool_calls", "reasoning_content", "thinking")
+_NO_VALUES: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {}, ())
+# What a chat template may write and `Message` has no place for.
+_UNREAD_MESSAGE_KEYS = (
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "images",
+    "image",
+    "audio",
+    "videos",
+)
+
+
+def has_value(value: Any) -> bool:
+    """Whether a field says anything: an empty list, object or text does not, also one written as JSON."""
+    return value not in _NO_VALUES and not (isinstance(value, str) and not value.strip())
+
+
+def unread_keys(*messages: Mapping[str, Any]) -> tuple[str, ...]:
+    """What messages have beside their content that is not read, by the name of the field."""
+    return tuple(
+        key for key in _UNREAD_MESSAGE_KEYS if any(has_value(message.get(key)) for message in messages)
+    )
 
 
 def is_messages(value: Any) -> bool:
@@ -25,10 +50,12 @@ def conversation(value: Any, origin: Origin, role: str) -> Messages | BadRecord:
     messages = [value] if isinstance(value, Mapping) else value
     for message in messages:
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            return BadRecord("unread_content", origin, "a message whose role or content is not a text")
-        unread = [key for key in _UNREAD_MESSAGE_KEYS if message.get(key)]
-        if unread:
-            return BadRecord("unread_content", origin, f"a message has {', '.join(unread)}")
+            return BadRecord(
+                "unread_content", origin, "a message whose role or content is not a text", ("content",)
+            )
+    unread = unread_keys(*messages)
+    if unread:
+        return BadRecord("unread_content", origin, f"a message has {', '.join(unread)}", unread)
     return tuple(Message(message["role"], message["content"]) for message in messages)
 
 

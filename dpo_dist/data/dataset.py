@@ -1,36 +1,27 @@
-"""Encoded pairs on disk, memory-mapped: written once by one process, opened by all, found again by content.
+"""The encoded pairs of a run: those of its sources, one after the other, memory-mapped by all ranks.
 
-A folder holds flat arrays: token ids piece after piece (a pair's prompt, then its responses), where each
-piece ends, how many pieces each pair has, a content key and a score for every response, and where each pair
-came from. Nothing of the size of the data set lives in memory.
+Nothing of the size of the dataset is in memory.
 """
 
 import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.encoded import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
+from dpo_dist.data.joined import Column, joined
 from dpo_dist.data.pack import Sequences, packed_tokens
+from dpo_dist.data.parts import DataCounts
 from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes
 from dpo_dist.data.records import Origin
 from dpo_dist.data.schedule import Rows, Span
+from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
-
-MANIFEST = "manifest.json"
-ARRAYS = {
-    "ids": np.int32,
-    "piece_ends": np.int64,
-    "pair_pieces": np.int64,
-    "keys": np.uint64,
-    "scores": np.float64,
-    "origins": np.int64,
-}
 
 Keys = npt.NDArray[np.uint64]
 
@@ -39,27 +30,34 @@ Keys = npt.NDArray[np.uint64]
 class PairDataset:
     """Encoded pairs of one list of sources; row = place of a pair in their order.
 
-    A pair has one response (supervised), two (chosen, rejected) or more (a ranking), best first.
+    A pair has one response (supervised), two (chosen, rejected) or more (a ranking), best first. It is a
+    number of pieces: its prompt, then its responses. Pairs of one ranking share the ids of their pieces.
 
     Attributes:
-        folder: where the arrays lie.
         fingerprint: digest of everything that decided the ids.
         counts: what became of the records (`DataCounts.as_dict`).
+        source_paths: the files in which pairs were read.
+        source_pairs: how many pairs each source has.
+        ids: int32 [tokens].
+        piece_starts: int64 [pieces], where each piece starts in `ids`.
+        piece_tokens: int32 [pieces], how many tokens it has.
+        pair_pieces: int64 [pairs], where the pieces of each pair end.
         keys: uint64 [responses, 2], `encode.response_key` of each response in row order.
         scores: float64 [responses], in the order of `keys`, nan where a record has no scores.
+        origins: int64 [pairs, 2], place in `source_paths`, and line.
     """
 
-    folder: Path
     fingerprint: str
     counts: dict[str, Any]
     source_paths: tuple[str, ...]
     source_pairs: tuple[int, ...]
-    ids: npt.NDArray[np.int32]
-    piece_ends: npt.NDArray[np.int64]
-    pair_pieces: npt.NDArray[np.int64]
-    keys: Keys
-    scores: npt.NDArray[np.float64]
-    origins: npt.NDArray[np.int64]
+    ids: Column
+    piece_starts: Column
+    piece_tokens: Column
+    pair_pieces: Column
+    keys: Column
+    scores: Column
+    origins: Column
 
     def __len__(self) -> int:
         return len(self.pair_pieces)
@@ -75,18 +73,14 @@ class PairDataset:
     def lengths(self, row: int) -> list[int]:
         """Tokens of a pair's pieces: prompt, response, response, ..."""
         first, stop = self._pieces(row)
-        bounds = [int(self.piece_ends[first - 1]) if first else 0, *map(int, self.piece_ends[first:stop])]
-        return [end - start for start, end in itertools.pairwise(bounds)]
+        return [int(tokens) for tokens in self.piece_tokens[first:stop]]
 
     def sequences(self, row: int, which: Sequence[int] | None = None) -> Sequences:
         """The token ids of a pair; `which` selects some of its responses."""
-        first, _ = self._pieces(row)
-        start = int(self.piece_ends[first - 1]) if first else 0
-        pieces = []
-        for length in self.lengths(row):
-            pieces.append(self.ids[start : start + length])
-            start += length
-        prompt, *responses = pieces
+        first, stop = self._pieces(row)
+        starts = map(int, self.piece_starts[first:stop])
+        pieces = zip(starts, self.lengths(row), strict=True)
+        prompt, *responses = (self.ids[start : start + tokens] for start, tokens in pieces)
         return Sequences(prompt, tuple(responses if which is None else (responses[i] for i in which)))
 
     def packed_tokens(self, row: int, which: Sequence[int] | None = None) -> int:
@@ -118,7 +112,8 @@ class PairDataset:
 
     def response_counts(self, rows: Rows) -> Rows:
         """How many responses each of `rows` has, int64."""
-        return self.pair_pieces[rows] - self._first_pieces(rows) - 1
+        counts: Rows = self.pair_pieces[rows] - self._first_pieces(rows) - 1
+        return counts
 
     def response_places(self, rows: Rows) -> Rows:
         """Where the keys of all responses of `rows` stand in `keys`, int64."""
@@ -136,83 +131,103 @@ class PairDataset:
         return gaps
 
     def rows_of_responses(self, places: Rows) -> tuple[Rows, Rows]:
-        """(rows, which) of the responses whose keys stand at `places`, int64 each."""
-        stops = self.pair_pieces - np.arange(len(self)) - 1
-        rows = np.searchsorted(stops, places, side="right")
-        return rows, places - np.where(rows > 0, stops[rows - 1], 0)
+        """(rows, which) of the responses whose keys stand at `places`, int64 each; O(places log pairs)."""
+        lowest, beyond = np.zeros(len(places), dtype=np.int64), np.full(len(places), len(self))
+        while (lowest < beyond).any():
+            middle = (lowest + beyond) // 2
+            ends_before = self._response_ends(np.minimum(middle, len(self) - 1)) <= places
+            lowest = np.where(ends_before & (lowest < beyond), middle + 1, lowest)
+            beyond = np.where(ends_before, beyond, np.minimum(middle, beyond))
+        return lowest, places - np.where(lowest > 0, self._response_ends(np.maximum(lowest - 1, 0)), 0)
 
     def origin(self, row: int) -> Origin:
         """Where a pair was read."""
         source, line = self.origins[row]
         return Origin(self.source_paths[int(source)], int(line))
 
+    def _response_ends(self, rows: Rows) -> Rows:
+        """Where the responses of each of `rows` end in `keys`."""
+        ends: Rows = self.pair_pieces[rows] - rows - 1
+        return ends
+
     def _first_pieces(self, rows: Rows) -> Rows:
-        return np.where(rows > 0, self.pair_pieces[rows - 1], 0)
+        if not len(rows):
+            return np.empty(0, dtype=np.int64)
+        return np.where(rows > 0, self.pair_pieces[np.maximum(rows - 1, 0)], 0)
 
     def _piece_tokens(self, pieces: Rows) -> Rows:
-        return self.piece_ends[pieces] - np.where(pieces > 0, self.piece_ends[pieces - 1], 0)
+        return np.asarray(self.piece_tokens[pieces], dtype=np.int64)
 
     def _pieces(self, row: int) -> tuple[int, int]:
         return (int(self.pair_pieces[row - 1]) if row else 0), int(self.pair_pieces[row])
 
 
-def open_dataset(folder: Path, config: DataConfig) -> PairDataset:
-    """Map a folder written by `prepare_dataset`; reads no ids.
+def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PairDataset:
+    """Map what `prepare_dataset` gave. Digests are verified; a file is read for it only if it has changed.
 
     Raises:
-        DataError: more was dropped than `data.max_bad_share` allows, or nothing is left.
+        DataError: a file is damaged, more was dropped than `data.max_bad_share` allows, or nothing is left.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
-    counts = manifest["counts"]
-    _check_counts(counts, config)
-    arrays = {name: _map(folder, name, manifest["sizes"][name]) for name in ARRAYS}
+    manifests = [_verified(source) for source in sources]
+    views = list(map(view, sources, manifests))
+    counts = DataCounts()
+    for source, seen in zip(sources, views, strict=True):
+        _check_counts(seen.counts, source.path, config)
+        counts.add(seen.counts)
+    parts = [
+        [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
+    ]
     return PairDataset(
-        folder=folder,
-        fingerprint=manifest["fingerprint"],
-        counts=counts,
-        source_paths=tuple(manifest["source_paths"]),
-        source_pairs=tuple(manifest["source_pairs"]),
-        ids=arrays["ids"],
-        piece_ends=arrays["piece_ends"],
-        pair_pieces=arrays["pair_pieces"],
-        keys=arrays["keys"].reshape(-1, 2),
-        scores=arrays["scores"],
-        origins=arrays["origins"].reshape(-1, 2),
+        fingerprint=text_digest(json.dumps(parts)),
+        counts=counts.as_dict(),
+        source_paths=tuple(file for seen in views for file in seen.files),
+        source_pairs=tuple(seen.pairs for seen in views),
+        ids=_join(views, "ids"),
+        piece_starts=_join(views, "piece_starts", [len(seen.arrays["ids"]) for seen in views]),
+        piece_tokens=_join(views, "piece_tokens"),
+        pair_pieces=_join(views, "pair_pieces", [len(seen.arrays["piece_starts"]) for seen in views]),
+        keys=_join(views, "keys"),
+        scores=_join(views, "scores"),
+        origins=_join(views, "origins", [np.array([len(seen.files), 0]) for seen in views]),
     )
 
 
-def _map(folder: Path, name: str, size: int) -> npt.NDArray[Any]:
-    return np.memmap(folder / f"{name}.bin", dtype=ARRAYS[name], mode="r", shape=(size,))
+def _verified(source: EncodedSource) -> Manifest:
+    manifest = read_manifest(source.folder)
+    damaged = ["manifest"] if manifest is None else find_damage(source.folder, manifest)
+    if manifest is None or damaged:
+        raise DataError(
+            "the encoded data are damaged",
+            where=str(source.folder),
+            got=", ".join(damaged),
+            remedy="start again: what is damaged is encoded anew",
+        )
+    return manifest
 
 
-def _check_counts(counts: dict[str, Any], config: DataConfig) -> None:
-    dropped = sum(counts["dropped"].values())
-    reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts["dropped"].items()))
-    examples = "; ".join(counts["examples"][:5])
-    if counts["kept"] == 0:
+def _join(views: Sequence[SourceView], name: str, steps: Sequence[Any] | None = None) -> Column:
+    """An array of all sources; `steps` is by how much a source raises the values of those after it."""
+    parts = [seen.arrays[name] for seen in views]
+    return joined(parts, None if steps is None else [sum(steps[:number], 0) for number in range(len(parts))])
+
+
+def _check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
+    """Refuse a source of which too little is left."""
+    dropped = sum(counts.dropped.values())
+    reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
+    examples = "; ".join(counts.examples[:5])
+    if counts.kept == 0:
         raise DataError(
             "no usable record was read",
-            where=examples or "data.train",
-            got=f"{counts['read']} records; dropped: {reasons or 'none'}",
-            remedy="check the files and the record format; docs/data.md lists the formats and reasons",
+            where=examples or path,
+            got=f"{counts.read} records; dropped: {reasons or 'none'}",
+            remedy="check the file and the record format; docs/data.md lists the formats and reasons",
         )
-    if dropped > config.max_bad_share * counts["read"]:
+    if dropped > config.max_bad_share * counts.read:
         raise DataError(
-            f"{dropped} of {counts['read']} records cannot be used",
+            f"{dropped} of {counts.read} records cannot be used",
             where=examples,
             got=reasons,
             expected=f"at most a share of {config.max_bad_share} (data.max_bad_share)",
-            remedy="mend the records, or raise data.max_bad_share if this loss is meant",
+            remedy="correct the records, or raise data.max_bad_share if this loss is intended",
         )
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every array has the size that the manifest promises."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return all(
-            (folder / f"{name}.bin").stat().st_size == manifest["sizes"][name] * np.dtype(dtype).itemsize
-            for name, dtype in ARRAYS.items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False

@@ -16,7 +16,9 @@ from dpo_dist.data.answers import (
     pair_answers,
     ranked_answers,
     recognise,
+    unrecognised,
 )
+from dpo_dist.data.context import in_context
 from dpo_dist.data.conversations import conversation, is_messages, prompt_before
 from dpo_dist.data.records import BadRecord, Dialogue, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.sources import read_rows
@@ -60,35 +62,41 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
 
 
 def _from_row(row: Row, layout: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    arrangement = recognise(row) if layout is DataFormat.auto else layout
-    match arrangement:
-        case None:
-            answers: Answers | BadRecord = _unknown(row, origin)
-        case DataFormat.ranked:
-            answers = ranked_answers(row, origin)
-        case DataFormat.completion:
-            answers = completion_answers(row, origin)
-        case _:
-            answers = pair_answers(row, origin)
+    answers = _answers(row, layout, origin)
     if isinstance(answers, BadRecord):
         return answers
-    match layout if layout in _STYLES else _style(answers):
-        case None:
-            read: tuple[Prompt, list[str]] | BadRecord = _unknown(row, origin)
-        case DataFormat.hh:
-            read = _read_hh(answers, origin)
-        case DataFormat.text:
-            read = _read_text(answers, origin)
-        case _:
-            read = _read_messages(answers, origin)
+    read = _read(row, answers, layout, origin)
     if isinstance(read, BadRecord):
         return read
     prompt, texts = read
-    return _checked(PreferenceRecord(prompt, tuple(texts), origin, answers.scores))
+    whole = in_context(prompt, row, answers, origin, plain=layout is DataFormat.text)
+    if isinstance(whole, BadRecord):
+        return whole
+    return _checked(PreferenceRecord(whole, tuple(texts), origin, answers.scores))
 
 
-def _unknown(row: Row, origin: Origin) -> BadRecord:
-    return BadRecord("unknown_format", origin, f"keys: {', '.join(sorted(map(str, row)))}")
+def _answers(row: Row, layout: DataFormat, origin: Origin) -> Answers | BadRecord:
+    match recognise(row) if layout is DataFormat.auto else layout:
+        case None:
+            return unrecognised(row, origin)
+        case DataFormat.ranked:
+            return ranked_answers(row, origin)
+        case DataFormat.completion:
+            return completion_answers(row, origin)
+    return pair_answers(row, origin)
+
+
+def _read(
+    row: Row, answers: Answers, layout: DataFormat, origin: Origin
+) -> tuple[Prompt, list[str]] | BadRecord:
+    match layout if layout in _STYLES else _style(answers):
+        case None:
+            return unrecognised(row, origin)
+        case DataFormat.hh:
+            return _read_hh(answers, origin)
+        case DataFormat.text:
+            return _read_text(answers, origin)
+    return _read_messages(answers, origin)
 
 
 def _style(answers: Answers) -> DataFormat | None:

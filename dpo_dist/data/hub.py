@@ -77,11 +77,11 @@ def _errors_told(source: SourceConfig) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        lines = f"{type(fault).__name__}: {fault}".splitlines()
+        first_lines = f"{type(fault).__name__}: {fault}".splitlines()[:2]
         raise DataError(
             "neither a local file nor a dataset that the Hugging Face hub gives",
             where=_described(source),
-            got=lines[0],
+            got=" ".join(first_lines),
             remedy="check the name, its configuration (name, data_dir), revision and split, the network, and "
             "access rights of a gated dataset; with HF_HUB_OFFLINE=1 only what was downloaded before is read",
         ) from fault

@@ -1,27 +1,39 @@
-"""From sources to an encoded data set on disk: read, encode, count, write; for one process of a run."""
+"""From sources to encoded sources on disk: read, encode, count, write; for one process of a run."""
 
-import contextlib
-import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.atomic import staged_folder, write_text
+from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.dataset import ARRAYS, MANIFEST, is_complete
+from dpo_dist.data.encoded import (
+    MEMO_FOLDER,
+    EncodedSource,
+    SourceWriter,
+    find_encoded,
+    folder_name,
+    remember_written,
+)
+from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.parts import DataCounts, EncodedPart
 from dpo_dist.data.processes import CHUNK_RECORDS, Records, encode_in_order
-from dpo_dist.data.sources import pinned, source_identity
+from dpo_dist.data.sources import local_files, pinned, source_identity
+from dpo_dist.digests import file_identity, text_digest
+from dpo_dist.errors import DataError
+
+log = logging.getLogger(__name__)
 
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
-_ENCODING_VERSION = 2
+_ENCODING_VERSION = 3
+
+Progress = Callable[[str, int], None]
+"""Called with the path of a source and how many records more of it are encoded."""
 
 
 def prepare_dataset(
@@ -29,37 +41,84 @@ def prepare_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_digest: str,
-) -> Path:
-    """Encode `sources` into a folder below `config.cache`, or find it there; for one process of a run.
+    progress: Progress = lambda _path, _records: None,
+) -> tuple[EncodedSource, ...]:
+    """Encode each source into a folder of its own below `config.cache`, or find it there; for one process.
+
+    A folder is found by content: a source that was moved, or stands in another list, with another weight or
+    a lower limit, is not encoded again. What is damaged is.
 
     Returns:
-        The folder, for `open_dataset`.
+        The sources in their order, for `open_dataset`.
 
     Raises:
-        DataError: a source cannot be read, or a record cannot be used and `data.on_bad_record` is `error`.
+        DataError: a source cannot be read or changes while it is, or a record cannot be used and
+            `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
-    sources = [pinned(source, Path(config.cache)) for source in sources]
-    fingerprint = _fingerprint(sources, config, tokenizer_digest)
-    folder = Path(config.cache) / fingerprint
-    if not is_complete(folder):
-        with staged_folder(folder, stands=is_complete) as temporary:
-            writer = _Writer(temporary, sources, fingerprint)
-            with contextlib.closing(encode_in_order(_chunks(sources), config, tokenizer)) as parts:
-                for source, part in parts:
-                    writer.add(source, part)
-            writer.finish()
+    cache = Path(config.cache)
+    collect_abandoned(cache)
+    encoded = []
+    for source in sources:
+        folder = _encoded(source, config, tokenizer, tokenizer_digest, progress)
+        encoded.append(EncodedSource(source.path, folder, source.limit))
+    return tuple(encoded)
+
+
+def _encoded(
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_digest: str,
+    progress: Progress,
+) -> Path:
+    cache = Path(config.cache)
+    source = pinned(source, cache)
+    state = _state(source)
+    identity = source_identity(source, cache / MEMO_FOLDER)
+    fingerprint = _fingerprint(source, identity, config, tokenizer_digest)
+    found = find_encoded(cache, fingerprint, source.limit)
+    if found is not None:
+        return found
+    folder = cache / folder_name(fingerprint, source.limit)
+    if folder.exists():
+        log.warning("%s is damaged and is encoded anew", folder)
+    stands = partial(_stands, cache, fingerprint, source.limit)
+    with staged_folder(folder, stands) as temporary, closing(SourceWriter(temporary, source.path)) as writer:
+        with closing(encode_in_order(_chunks(source), config, tokenizer)) as parts:
+            for part in parts:
+                writer.add(part)
+                progress(source.path, len(part.outcomes))
+        # The digest is that of what was read only if nothing has changed meanwhile.
+        if _state(source) != state or source_identity(source) != identity:
+            raise DataError(
+                "the data changed while they were read",
+                where=source.path,
+                remedy="start again when nothing writes to them",
+            )
+        writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
+    remember_written(folder)
     return folder
 
 
-def _chunks(sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Records]]:
-    for number, source in enumerate(sources):
-        records = read_records(source)
-        while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
-            yield number, chunk
+def _stands(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
+    return find_encoded(cache, fingerprint, limit) == folder
 
 
-def _fingerprint(sources: Sequence[SourceConfig], config: DataConfig, tokenizer_digest: str) -> str:
+def _state(source: SourceConfig) -> list[str]:
+    """What changes when a file of the source is replaced, also by one that is put back afterwards."""
+    files = local_files(source) or []
+    # The link itself too, where the path is one.
+    return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
+
+
+def _chunks(source: SourceConfig) -> Iterator[Records]:
+    records = read_records(source)
+    while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
+        yield chunk
+
+
+def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, tokenizer_digest: str) -> str:
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": tokenizer_digest,
@@ -69,57 +128,9 @@ def _fingerprint(sources: Sequence[SourceConfig], config: DataConfig, tokenizer_
         "text_as_messages": config.text_as_messages,
         "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
-        "sources": [
-            {
-                "path": source.path,
-                "content": source_identity(source),
-                "format": source.format,
-                "split": source.split,
-                "limit": source.limit,
-            }
-            for source in sources
-        ],
+        "content": identity,
+        "kinds": [file_kind(file) for file in local_files(source) or []],
+        "format": source.format,
+        "split": source.split,
     }
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-class _Writer:
-    """Appends parts to the arrays of a folder; memory does not grow with their number."""
-
-    def __init__(self, folder: Path, sources: Sequence[SourceConfig], fingerprint: str):
-        self.folder = folder
-        self.sources = sources
-        self.fingerprint = fingerprint
-        self.counts = DataCounts()
-        self.source_pairs = [0] * len(sources)
-        self.sizes = dict.fromkeys(ARRAYS, 0)
-        self.files = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
-        self.total_pieces = 0
-
-    def add(self, source: int, part: EncodedPart) -> None:
-        self._append("piece_ends", self.sizes["ids"] + np.cumsum(part.piece_tokens))
-        self._append("ids", part.ids)
-        self._append("keys", part.keys)
-        self._append("scores", part.scores)
-        self._append("pair_pieces", self.total_pieces + np.cumsum(part.pair_pieces))
-        self._append("origins", np.stack([np.full_like(part.lines, source), part.lines], axis=1))
-        self.total_pieces += len(part.piece_tokens)
-        self.source_pairs[source] += len(part.lines)
-        self.counts.add(part.counts)
-
-    def _append(self, name: str, values: npt.NDArray[Any]) -> None:
-        array = np.asarray(values, dtype=ARRAYS[name])
-        self.files[name].write(array.tobytes())
-        self.sizes[name] += array.size
-
-    def finish(self) -> None:
-        for file in self.files.values():
-            file.close()
-        manifest = {
-            "fingerprint": self.fingerprint,
-            "sizes": self.sizes,
-            "source_paths": [source.path for source in self.sources],
-            "source_pairs": self.source_pairs,
-            "counts": self.counts.as_dict(),
-        }
-        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+    return text_digest(json.dumps(content, sort_keys=True))

@@ -37,21 +37,20 @@ _CHUNKS_AHEAD = 2
 
 
 def encode_in_order(
-    chunks: Iterable[tuple[int, Records]], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> Generator[tuple[int, EncodedPart], None, None]:
+    chunks: Iterable[Records], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> Generator[EncodedPart, None, None]:
     """Encode chunks of records on `data.processes` processes; what comes out does not depend on their number.
 
     Closing the generator ends the processes.
 
     Args:
-        chunks: of about `CHUNK_RECORDS` records each, with the number of their source; a few for each
-            process are held at a time.
+        chunks: of about `CHUNK_RECORDS` records each; a few for each process are held at a time.
 
     Raises:
         DataError: see `encode_part`; the one of the first such record.
         PeerLostError: one of the processes has died.
     """
-    first: list[tuple[int, Records]] = []
+    first: list[Records] = []
     processes = config.processes
     chunks = iter(chunks)
     if processes is None:
@@ -60,27 +59,27 @@ def encode_in_order(
     every = itertools.chain(first, chunks)
     if processes > 1:
         yield from _on_processes(every, processes, config, tokenizer)
-    for source, records in every:
-        yield source, encode_part(records, config, tokenizer)
+    for records in every:
+        yield encode_part(records, config, tokenizer)
 
 
 def _on_processes(
-    chunks: Iterable[tuple[int, Records]],
+    chunks: Iterable[Records],
     processes: int,
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
-) -> Iterator[tuple[int, EncodedPart]]:
-    ahead: deque[tuple[int, Future[EncodedPart]]] = deque()
+) -> Iterator[EncodedPart]:
+    ahead: deque[Future[EncodedPart]] = deque()
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_process, (config, tokenizer)
     )
     try:
-        for source, records in chunks:
-            ahead.append((source, pool.submit(_encode, records)))
+        for records in chunks:
+            ahead.append(pool.submit(_encode, records))
             if len(ahead) == _CHUNKS_AHEAD * processes:
-                yield _taken(ahead)
+                yield ahead.popleft().result()
         while ahead:
-            yield _taken(ahead)
+            yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise PeerLostError(
             "a process that encodes data died",
@@ -90,11 +89,6 @@ def _on_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _taken(ahead: "deque[tuple[int, Future[EncodedPart]]]") -> tuple[int, EncodedPart]:
-    source, part = ahead.popleft()
-    return source, part.result()
 
 
 def _usable_cores() -> int:

@@ -70,11 +70,16 @@ class PreferenceRecord:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be used; `reason` is the name under which it is counted."""
+    """A record that cannot be used.
+
+    `reason` is the name under which it is counted; `unread` are fields that it has and that are not read, and
+    these are counted by their names as well. `detail` never quotes a text of the record.
+    """
 
     reason: str
     origin: Origin
     detail: str = ""
+    unread: tuple[str, ...] = ()
 
 
 Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]

@@ -25,7 +25,7 @@ def read_rows(source: SourceConfig) -> Iterator[Located]:
         DataError: there is no such source, or it cannot be read.
         ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
     """
-    files = _local_files(source)
+    files = local_files(source)
     if files is None:
         return located(hub.hub_rows(source), source.path)
     local = Path(source.path).expanduser()
@@ -38,33 +38,16 @@ def read_rows(source: SourceConfig) -> Iterator[Located]:
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     """The source, with the commit in `revision` if it is a hub dataset; see `hub.pinned`."""
-    return source if _local_files(source) is not None else hub.pinned(source, cache)
+    return source if local_files(source) is not None else hub.pinned(source, cache)
 
 
-def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Digest that changes when the content of a source changes: of its files, or the hub's commit.
-
-    Args:
-        source: of the hub: `pinned`.
-        memo: where digests of files are remembered.
+def local_files(source: SourceConfig) -> list[Path] | None:
+    """The files that make up a local source; None for a dataset on the hub.
 
     Raises:
         DataError: there is no such source.
+        ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
     """
-    files = _local_files(source)
-    if files is None:
-        return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
-    digests = [remembered_digest(file, memo) for file in files]
-    if Path(source.path).expanduser().is_file():
-        return digests[0]
-    # Names tell kind and split; where the folder is does not matter.
-    return text_digest(
-        "\n".join(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
-    )
-
-
-def _local_files(source: SourceConfig) -> list[Path] | None:
-    """The files that make up a local source; None for a dataset on the hub."""
     if "://" in source.path:
         raise DataError(
             "an address is no source: URLs are not read",
@@ -87,6 +70,28 @@ def _local_files(source: SourceConfig) -> list[Path] | None:
             return globbed_files(str(local))
         raise _missing(local)
     return None
+
+
+def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
+    """Digest that changes when the content of a source changes: of its files, or the hub's commit.
+
+    Args:
+        source: of the hub: `pinned`.
+        memo: where digests of files are remembered.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    files = local_files(source)
+    if files is None:
+        return f"hub commit {source.revision}, name {source.name}, data_dir {source.data_dir}"
+    digests = [remembered_digest(file, memo) for file in files]
+    if Path(source.path).expanduser().is_file():
+        return digests[0]
+    # Names tell kind and split; where the folder is does not matter.
+    return text_digest(
+        "\n".join(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
+    )
 
 
 def _refuse_hub_options(source: SourceConfig) -> None:

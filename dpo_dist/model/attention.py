@@ -5,7 +5,7 @@ With a pair laid out as ``[P, R1, R2, ...]`` the queries ``{[P, R1], [R2], ...}`
 per response gives, at the cost of one prompt. Transformers' models reach it by `AttentionInterface`.
 """
 
-import importlib.util
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
 
 PACKED = "dpo_dist_packed"
@@ -32,62 +32,6 @@ class PackedAttention(Protocol):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [tokens, heads, dim]."""
         ...
-
-
-def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
-    """The backend that `wanted` means on `device`; `auto` takes the fastest that computes in `dtype` there.
-
-    Raises:
-        ConfigError: the backend cannot run here.
-    """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    on_cuda = device.type == "cuda"
-    if wanted is AttentionBackend.auto:
-        if not on_cuda or dtype is Dtype.fp32:  # the variable-length kernels compute in 16 bits
-            return AttentionBackend.sdpa
-        return AttentionBackend.flash_attention_2 if has_flash else AttentionBackend.varlen
-    if wanted is not AttentionBackend.sdpa and not on_cuda:
-        raise ConfigError(
-            f"attention backend {wanted} runs on CUDA only",
-            where="model.attention",
-            got=f"{wanted} on {device.type}",
-            expected="auto or sdpa",
-        )
-    if wanted is AttentionBackend.flash_attention_2 and not has_flash:
-        raise ConfigError(
-            "flash-attn is not installed",
-            where="model.attention",
-            remedy="install the flash-attn extra, or set model.attention=auto",
-        )
-    return wanted
-
-
-@torch.no_grad()
-def verify_kernel(backend: AttentionBackend, device: torch.device) -> None:
-    """Attend over a small layout by this backend and by SDPA, in bf16, before any of a run depends on it.
-
-    A kernel that aligns its causal mask otherwise, or reads lengths otherwise, would give wrong log-probs to
-    policy and reference alike, and nothing later could tell.
-
-    Raises:
-        ConfigError: they differ by more than rounding.
-    """
-    layout: Layout = ((5, 3, 7), (2, 0, 4))
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(map(sum, layout))
-    query, key, value = (
-        torch.randn(tokens, heads, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2)
-    )
-    wanted = packed_attention(layout, AttentionBackend.sdpa, device)(query, key, value, None)
-    got = packed_attention(layout, backend, device)(query, key, value, None)
-    difference = float((got.float() - wanted.float()).abs().max())
-    if not difference < 0.05:
-        raise ConfigError(
-            "this attention kernel does not compute packed attention on this device",
-            where="model.attention",
-            got=f"{backend} differs from sdpa by {difference:.2g}",
-            remedy="set model.attention=sdpa, or another of its values",
-        )
 
 
 def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:
@@ -221,23 +165,39 @@ class VarlenAttention:
                 query, key, value, cu_query, cu_key, max_query, max_key, softmax_scale=scale, causal=True
             )
         else:
-            from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
-
-            output = varlen_attn(
-                query,
-                key,
-                value,
-                cu_query,
-                cu_key,
-                max_query,
-                max_key,
-                scale=scale,
-                window_size=(-1, 0),
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            assert isinstance(output, Tensor)
-            attended = output
+            attended = _varlen(query, key, value, (cu_query, cu_key), (max_query, max_key), scale)
         return attended
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cumulative: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+) -> Tensor:
+    """Causal `torch.nn.attention.varlen`, whose keywords differ between versions of torch."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
+
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        raise ConfigError(
+            "this torch's variable-length attention takes no scale or no window",
+            where="model.attention",
+            got=f"varlen with torch {torch.__version__}",
+            expected="torch 2.11 or newer",
+            remedy="update torch, or set model.attention=sdpa",
+        )
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    attended = varlen_attn(query, key, value, *cumulative, *longest, **options)
+    assert isinstance(attended, Tensor)
+    return attended
 
 
 def _copied_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -282,12 +242,17 @@ def _refuse_unpackable(layout: Layout, options: dict[str, Any]) -> None:
 
 
 def sliding_window_error(window: int, longest: int) -> ConfigError:
-    """The error for a model whose sliding window is shorter than a sequence."""
+    """Return the error for a model whose sliding window is shorter than a sequence.
+
+    Args:
+        window: tokens that a token sees, itself included.
+        longest: input tokens of the longest sequence; its last token is no input.
+    """
     return ConfigError(
         "the model's sliding window is shorter than a sequence, so packing would not be exact",
         where="data.max_length",
-        got=f"window {window}, sequence {longest}",
-        remedy=f"set data.max_length to {window} or less",
+        got=f"window {window}, sequence {longest + 1}",
+        remedy=f"set data.max_length to {window + 1} or less",
     )
 
 

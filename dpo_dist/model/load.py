@@ -1,6 +1,7 @@
 """From a model folder or hub name to a packed model and its tokenizer."""
 
 import importlib.metadata
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,24 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import PACKED, choose_backend, verify_kernel
+from dpo_dist.model.attention import PACKED
 from dpo_dist.model.files import CONFIG_FILE, check_no_adapter, weight_files
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.kernels import choose_backend, heads_of, verify_kernel
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
-from dpo_dist.model.packable import refuse_unpackable
+from dpo_dist.model.packable import refuse_remote_model, refuse_unpackable
 from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
 
+log = logging.getLogger(__name__)
+
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
+
+# In the names of options that make training random: dropout, layerdrop, router_jitter_noise.
+_NOISES = ("drop", "jitter", "noise")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
@@ -136,7 +142,7 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     model_config = load_config(folder, config)
     refuse_unpackable(model_config, max_length)
     if backend is not AttentionBackend.sdpa:
-        verify_kernel(backend, device)
+        verify_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
     if config.liger:
         demand_liger(model_config.model_type, device)
     if config.compile:
@@ -161,7 +167,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             output_loading_info=True,
             **quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # an architecture's constructor can raise anything about its configuration
         raise ConfigError(
             "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
         ) from error
@@ -173,25 +179,71 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
             remedy="point the key at a complete model folder",
         )
+    refuse_unread(causal_lm, sorted(report["unexpected_keys"]), folder)
     return causal_lm
 
 
-def load_config(folder: Path, config: ModelConfig) -> Any:
-    """The transformers configuration of a model folder, with every dropout switched off.
+def refuse_unread(causal_lm: Any, unread: list[str], folder: Path) -> None:
+    """Raise an error where weight files have more for a module of the model than the architecture reads.
+
+    Whole modules that the model has not (a value head, layers that predict further tokens) are only logged:
+    log-probs do not need them.
+
+    Args:
+        causal_lm: the loaded model.
+        unread: names of tensors in the files that were not loaded.
+        folder: of the model, for the error.
 
     Raises:
-        ConfigError: its config.json cannot be read.
+        ConfigError: a module of the model lacks some of its weights, so that another function is computed.
+    """
+    if not unread:
+        return
+    modules = dict(causal_lm.named_modules())
+    containers = {"", causal_lm.base_model_prefix}
+    containers |= {name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)}
+    foreign: list[str] = []
+    own: list[str] = []
+    for name in unread:
+        parts = name.split(".")
+        owner = next(o for n in range(len(parts), -1, -1) if (o := ".".join(parts[:n])) in modules)
+        (foreign if owner in containers else own).append(name)
+    if own:
+        raise ConfigError(
+            f"the weight files have tensors that {type(causal_lm).__name__} does not read",
+            where="model.path",
+            got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
+            expected="weights and config.json of one architecture",
+            remedy="check model_type and the options in config.json",
+        )
+    log.warning(
+        "%s: not used by %s: %s (%d tensors in all)",
+        folder,
+        type(causal_lm).__name__,
+        ", ".join(foreign[:5]),
+        len(foreign),
+    )
+
+
+def load_config(folder: Path, config: ModelConfig) -> Any:
+    """Return the transformers configuration of a model folder, with all dropout and noise switched off.
+
+    Raises:
+        ConfigError: its config.json cannot be read, or names code of its own for the model.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration's validation can raise anything
         raise ConfigError(
             "the model's config.json cannot be read",
             where="model.path",
             got=f"{folder}: {_first_line(error)}",
         ) from error
+    if config.trust_remote_code:
+        refuse_remote_model(folder, model_config)
     for name, value in vars(model_config).items():
-        if "drop" in name and isinstance(value, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and any(noise in name for noise in _NOISES):
             setattr(model_config, name, 0.0)
     return model_config
 

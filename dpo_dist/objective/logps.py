@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 # Of float32 logits at a time: what stays in a CPU's caches, what fills a GPU's matrix units.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Of the output layer's weight, converted to float32 at a time on a CPU.
+_BLOCK_ROWS = 2048
 # Of probabilities that backward finds ready. More is faster by up to a quarter of the head's time.
 _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
@@ -168,7 +170,7 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     """Log-prob of each target under softmax(hidden @ weight.T + bias), chunk by chunk.
 
     Logits exist for one chunk of positions at a time; backward keeps the probabilities of the last few chunks
-    and computes the others again. Softmax is taken in float32.
+    and computes the others again. Logits and softmax are float32.
 
     Args:
         hidden: [targets, hidden_size], the state that predicts each target.
@@ -215,11 +217,28 @@ def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     The largest probability is at least 1 / vocab, so its logarithm gives the normalizer without another pass
     of exponentials.
     """
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    logits = _logits(hidden, weight)
+    if bias is not None:
+        logits += bias
+    probabilities = torch.softmax(logits, dim=-1)
     largest, where = logits.max(dim=-1, keepdim=True)
-    normalizers = largest.float() - probabilities.gather(1, where).log()
-    return probabilities, (logits.gather(1, targets[:, None]).float() - normalizers).squeeze(1)
+    normalizers = largest - probabilities.gather(1, where).log()
+    return probabilities, (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T in float32 [n, vocab]: rounded to bf16, logits are off by hundredths of a nat."""
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.T
+    if hidden.device.type == "cuda":
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    # CPUs have no such product. Of the weight a block is converted at a time, which stays in the caches.
+    logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+    wide = hidden.float()
+    for start in range(0, len(weight), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        torch.mm(wide, weight[block].float().T, out=logits[:, block])
+    return logits
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Raised when the code that computes log-probs changes their digits: the packed layout, the head.
-LOGP_PATH_VERSION = 1
+# Raised when the code that computes log-probs changes their digits (tests/unit/test_scoring_digits.py).
+LOGP_PATH_VERSION = 2
 
 # Raised when the files of a space change: rows of older formats are computed anew and never misread.
 STORE_FORMAT = 2

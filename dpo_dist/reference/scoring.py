@@ -95,9 +95,9 @@ def _check_encoded(dataset: PairDataset, damaged: list[int]) -> None:
         raise DataError(
             "token ids of the encoded data are not those that their content key was computed from",
             where="; ".join(str(dataset.origin(row)) for row in damaged[:5]),
-            got=f"{len(damaged)} records near a mismatch, in {dataset.folder}",
+            got=f"{len(damaged)} records in micro-batches with such ids",
             expected="the ids that were encoded; their log-probs would be stored for another response",
-            remedy="remove that folder and start again: the data are encoded anew",
+            remedy="remove the folder data.cache and start again: the data are encoded anew",
         )
 
 

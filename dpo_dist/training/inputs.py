@@ -17,7 +17,7 @@ from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.load import load_config, load_tokenizer, model_folder
-from dpo_dist.model.packable import refuse_unpackable
+from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import tokenizer_digest
 from dpo_dist.report.console import Console
 
@@ -60,6 +60,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     refuse_unpackable(model_config, config.data.max_length)
+    for note in training_notes(model_config):
+        console.say(note)
 
     def encode(sources: Sequence[SourceConfig]) -> PairDataset:
         encoded = world.on_main(

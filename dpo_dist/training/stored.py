@@ -9,7 +9,7 @@ from dpo_dist.config.schema import Numerics, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
-from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.kernels import choose_backend
 from dpo_dist.model.load import numerics_of
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens

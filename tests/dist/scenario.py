@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.encoded import EncodedSource
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.engine import load_reference
@@ -31,7 +32,7 @@ class Assets:
     policy: Path
     untied_policy: Path
     reference: Path
-    encoded: Path
+    encoded: tuple[EncodedSource, ...]
 
     def dataset(self) -> PairDataset:
         return open_dataset(self.encoded, DataConfig())

@@ -26,6 +26,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.encoded import EncodedSource
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -67,10 +68,10 @@ CASES = {
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded folders: scored pairs, and rankings of 2 to 5 responses."""
+    """Encoded: scored pairs, and rankings of 2 to 5 responses."""
 
-    pairs: Path
-    rankings: Path
+    pairs: tuple[EncodedSource, ...]
+    rankings: tuple[EncodedSource, ...]
 
     def of(self, loss: LossConfig) -> PairDataset:
         ranked = loss.kind is LossKind.plackett_luce
@@ -89,7 +90,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         ]
         return {"prompt": prompt, "responses": texts, "scores": [9.0 - 1.5 * rank for rank in range(responses)]}
 
-    def encoded(name: str, counts: list[int]) -> Path:
+    def encoded(name: str, counts: list[int]) -> tuple[EncodedSource, ...]:
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(record(*item)) + "\n" for item in enumerate(counts)))
         config = DataConfig(cache=str(folder / "encoded"))

@@ -20,6 +20,7 @@ from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.processes import CHUNK_RECORDS
 from dpo_dist.errors import DataError, PeerLostError
 from tests.support import tiny
+from tests.support.cache import encoded_folders
 from tests.support.rows import jsonl
 from tests.support.shared_data import shared_data_dir
 
@@ -45,7 +46,11 @@ def prepare(
     """The files that preparing `sources` on so many processes leaves."""
     config = DataConfig(cache=str(folder / f"cache {processes}"), processes=processes, **data)
     encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
-    return {file.name: file.read_bytes() for file in encoded.iterdir()}
+    return {
+        f"{place} {file.name}": file.read_bytes()
+        for place, one in enumerate(encoded)
+        for file in one.folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize("make", [tiny.qwen, tiny.mistral], ids=["qwen", "mistral"])
@@ -78,7 +83,7 @@ def test_the_first_bad_record_is_the_one_that_is_told(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="identical_responses") as raised:
             prepare(tmp_path, [rows], processes, tiny.qwen(), on_bad_record=OnBadRecord.error)
         assert raised.value.where == f"{rows.path}:71"
-        assert list((tmp_path / f"cache {processes}").iterdir()) == []
+        assert encoded_folders(tmp_path, f"cache {processes}") == []
 
 
 def test_few_records_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +143,7 @@ def test_a_process_that_dies_is_one_clear_error(tmp_path: Path, kind: type[PreTr
     with pytest.raises(PeerLostError, match="encodes data died") as raised:
         prepare(tmp_path, [rows], 2, tokenizer)
     assert "data.processes" in raised.value.where + raised.value.remedy
-    assert list((tmp_path / "cache 2").iterdir()) == []
+    assert encoded_folders(tmp_path, "cache 2") == []
     assert encoders(psutil.Process()) == []
 
 

@@ -34,13 +34,13 @@ def pairs(folder: Path) -> PairDataset:
     """Pairs whose token ids are all different."""
     lengths = np.random.default_rng(0).integers(1, 40, 3 * PAIRS)
     return PairDataset(
-        folder=folder,
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(PAIRS,),
         ids=np.arange(lengths.sum(), dtype=np.int32),
-        piece_ends=np.cumsum(lengths),
+        piece_starts=np.cumsum(lengths) - lengths,
+        piece_tokens=lengths,
         pair_pieces=np.arange(3, 3 * PAIRS + 1, 3),
         keys=np.arange(4 * PAIRS, dtype=np.uint64).reshape(-1, 2),
         scores=np.full(2 * PAIRS, np.nan),

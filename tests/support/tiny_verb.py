@@ -1,6 +1,6 @@
 """The smallest verb: says where the run would go. `fail` in `run.name` stands for a fault of the program."""
 
-from dpo_dist.config.load import run_verb
+from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 
 

@@ -56,6 +56,27 @@ def test_the_best_stands_first(tmp_path: Path, layout: DataFormat, row: Any, sco
     assert (record.prompt, record.responses, record.scores) == ("q", ("a", "b", "c"), scores)
 
 
+def rated(text: str, overall: float, *ratings: str) -> dict[str, Any]:
+    """An answer as UltraFeedback has it."""
+    names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    aspects = {
+        name: {"Rating": rating, "Rationale": "r"} for name, rating in zip(names, ratings, strict=False)
+    }
+    return {"response": text, "overall_score": overall, "fine-grained_score": 9.0, "annotations": aspects}
+
+
+def test_ratings_of_aspects_count_and_not_the_overall_score(tmp_path: Path) -> None:
+    answers = [
+        rated("c", 10, "1", "1", "2", "1"),
+        rated("a", 8, "5", "4", "5", "5"),
+        rated("b", 7, "3", "N/A", "3"),
+    ]
+    record = read_good(tmp_path, {"instruction": "q", "completions": answers})
+    assert (record.responses, record.scores) == (("a", "b", "c"), (4.75, 3.0, 1.25))
+    unrated = [rated("a", 8, "5"), rated("b", 7, "N/A")]
+    assert reason_against(tmp_path, {"instruction": "q", "completions": unrated}) == "invalid_scores"
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -99,6 +120,11 @@ def test_an_instruction_stands_after_its_history(tmp_path: Path) -> None:
         ({"responses": ["a", "b"], "scores": [1, "N/A"]}, "invalid_scores"),
         ({"responses": [{"text": "a", "score": 1}, {"text": "b"}]}, "invalid_scores"),
         ({"responses": [{"text": "a", "score": 1}, "b"]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": "53"}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": {"5": 1, "3": 1}}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [10**400, 1]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [True, False]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "score": 10**400}, {"text": "b", "score": 1}]}, "invalid_scores"),
         ({"responses": ["a", "b"], "scores": [1, 1]}, "all_tied"),
         ({"responses": [{"text": t, "score": 3} for t in "abc"]}, "all_tied"),
         # Without scores the order of such a list says nothing.

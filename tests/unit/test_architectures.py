@@ -1,5 +1,7 @@
 """Every accepted architecture gives packed what it gives plain; the others are refused."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.packable import EXACT_MODEL_TYPES, refuse_unpackable
+from dpo_dist.model.packable import EXACT_MODEL_TYPES, refuse_unpackable, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {
@@ -36,7 +38,8 @@ OWN: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8, "sliding_window": 32},
     "ministral3": {"head_dim": 8},
     "mistral": {"sliding_window": None},
-    "mixtral": {"num_local_experts": 2},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 2, "head_dim": 8},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "qwen2": {"tie_word_embeddings": True},
@@ -107,9 +110,14 @@ def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
         ("gemma2", {"head_dim": 8}, "final_logit_softcapping"),
         ("granite", {"logits_scaling": 8.0}, "logits_scaling"),
         ("cohere", {}, "logit_scale"),
-        ("mistral", {"sliding_window": LONGEST - 1}, "sliding window"),
-        ("gemma3_text", {"head_dim": 8, "sliding_window": LONGEST - 1}, "sliding window"),
-        ("phi3", {"sliding_window": LONGEST - 1}, "sliding window"),
+        ("mistral", {"sliding_window": LONGEST - 2}, "sliding window"),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": LONGEST - 2}, "sliding window"),
+        ("phi3", {"sliding_window": LONGEST - 2}, "sliding window"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("llama", {"is_causal": False}, "is_causal"),
+        ("gpt2", {"n_positions": LONGEST - 2}, "has fewer than a sequence needs"),
+        ("opt", {"max_position_embeddings": LONGEST - 2}, "has fewer than a sequence needs"),
         ("t5", {}, "t5"),
         # Mixes tokens outside of attention, in some layers or in all.
         ("mamba", {}, "mamba"),
@@ -130,7 +138,8 @@ def test_what_would_not_be_exact_is_refused(model_type: str, own: dict[str, Any]
 @pytest.mark.parametrize(
     ("model_type", "own"),
     [
-        ("mistral", {"sliding_window": LONGEST}),
+        ("mistral", {"sliding_window": LONGEST - 1}),
+        ("llama", {"max_position_embeddings": LONGEST // 2}),
         ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
         ("granite", {"logits_scaling": 1.0}),
     ],
@@ -154,8 +163,94 @@ def test_a_layer_that_asks_for_more_is_refused_even_if_the_model_was_not(
         model(pack_unkeyed(random_pairs(SHAPES)))
 
 
-def test_a_window_that_just_holds_the_longest_sequence_changes_nothing() -> None:
-    causal_lm = tiny_causal_lm(tiny_config("mistral", sliding_window=12))
-    pairs = random_pairs([(5, 8, 3)])
-    expected = plain_logps(causal_lm, pairs)
-    torch.testing.assert_close(packed(causal_lm)(pack_unkeyed(pairs)), expected, rtol=0, atol=1e-5)
+@torch.no_grad()
+def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
+    """Packed in training mode, and each response alone in a model that has seen no other."""
+    refuse_unpackable(config, LONGEST)
+    causal_lm = tiny_causal_lm(config)
+    pairs = random_pairs(shapes)
+    expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [pair]) for pair in pairs])
+    logps = packed(causal_lm).train()(pack_unkeyed(pairs))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def test_a_mixture_of_experts_says_that_its_router_is_not_balanced() -> None:
+    for model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+        assert "load-balancing" in " ".join(training_notes(tiny_config(model_type)))
+    assert training_notes(tiny_config("mixtral", router_aux_loss_coef=0.0)) == []
+    assert training_notes(tiny_config("qwen3")) == []
+
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {},
+    "ministral": {},
+    "ministral3": {},
+    "mistral": {},
+    "mixtral": {},
+    "olmo3": {},
+    "phi3": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3_moe": {"use_sliding_window": True},
+    "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1]},
+    "starcoder2": {},
+}
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_a_window_that_just_holds_the_longest_input_changes_nothing(model_type: str) -> None:
+    """The longest sequence has `LONGEST` tokens, of which the last is no input."""
+    own = WINDOWED[model_type]
+    assert_exact(tiny_config(model_type, **own, sliding_window=LONGEST - 1))
+    with pytest.raises(ConfigError, match="sliding window") as raised:
+        refuse_unpackable(tiny_config(model_type, **own, sliding_window=LONGEST - 2), LONGEST)
+    assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_learned_positions_just_hold_the_longest_input(model_type: str) -> None:
+    config = tiny_config(model_type, max_position_embeddings=LONGEST - 1)
+    refuse_unpackable(config, LONGEST)
+    causal_lm = tiny_causal_lm(config)
+    batch = pack_unkeyed(random_pairs([(7, 9), (1, 4)]))
+    assert packed(causal_lm)(batch).isfinite().all()
+
+
+def with_rope(config: Any, rope_type: str, limit: int) -> Any:
+    """`config` with another kind of RoPE, trained on sequences of `limit` tokens and stretched beyond."""
+
+    def changed(default: dict[str, Any]) -> dict[str, Any]:
+        rotated = int(head_dim * default.get("partial_rotary_factor", 1.0)) // 2
+        own: dict[str, dict[str, Any]] = {
+            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "longrope": {
+                "short_factor": [1.0 + 0.1 * place for place in range(rotated)],
+                "long_factor": [3.0 + place for place in range(rotated)],
+            },
+        }
+        length = {} if rope_type in ("linear", "dynamic") else {"original_max_position_embeddings": limit}
+        return default | {"rope_type": rope_type, "factor": 4.0} | length | own.get(rope_type, {})
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = config.rope_parameters
+    nested = {name: changed(value) for name, value in parameters.items() if isinstance(value, dict)}
+    config.rope_parameters = nested or changed(parameters)
+    config.max_position_embeddings = limit if rope_type == "dynamic" else 64
+    if rope_type == "longrope":
+        config.original_max_position_embeddings = limit
+    return config
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
+@pytest.mark.parametrize("model_type", sorted(EXACT_MODEL_TYPES - {"gpt2", "opt"}))
+def test_rotation_does_not_depend_on_a_long_neighbour(model_type: str, rope_type: str) -> None:
+    """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
+    assert_exact(with_rope(tiny_config(model_type), rope_type, LONGEST))
+    beyond = with_rope(tiny_config(model_type), rope_type, LONGEST - 1)
+    if rope_type not in ("dynamic", "longrope"):
+        assert_exact(beyond)
+        return
+    with pytest.raises(ConfigError, match=rope_type) as raised:
+        refuse_unpackable(beyond, LONGEST)
+    assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"

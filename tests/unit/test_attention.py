@@ -1,21 +1,19 @@
 """Packed attention is one causal attention per response: each sees its prompt and itself, nothing else."""
 
-from itertools import pairwise
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import Layout, choose_backend, packed_attention, verify_kernel
+from dpo_dist.model.attention import Layout, packed_attention
+from tests.support.kernels import masked_attention, put_kernels, varlen_of_torch_2_10, varlen_of_torch_2_11
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 HEADS, KEY_HEADS, DIM = 4, 2, 8
+BACKENDS = [AttentionBackend.sdpa, AttentionBackend.varlen, AttentionBackend.flash_attention_2]
 
 # Prompt of at least one token; responses without their last token, so that nothing may be left of them.
 layouts: st.SearchStrategy[Layout] = st.lists(
@@ -52,59 +50,30 @@ def random_heads(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def masked_attention(heads: tuple[Tensor, Tensor, Tensor], mask: Tensor, scale: float | None) -> Tensor:
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in heads)
-    attended = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
-    return attended[0].transpose(0, 1)
-
-
-def segment_by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    max_query: int,
-    max_key: int,
-    *,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What a variable-length kernel computes: causal in each segment, aligned to the bottom right."""
-    assert window_size == (-1, 0)
-    assert enable_gqa
-    assert cu_query.dtype == cu_key.dtype == torch.int32
-    query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in (cu_query, cu_key))
-    assert max_query == max(stop - start for start, stop in query_bounds)
-    assert max_key == max(stop - start for start, stop in key_bounds)
-    assert query_bounds[-1][1] == len(query)
-    assert key_bounds[-1][1] == len(key)
-    outputs = []
-    for (start, stop), (key_start, key_stop) in zip(query_bounds, key_bounds, strict=True):
-        queries, keys = stop - start, key_stop - key_start
-        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-        part = (query[start:stop], key[key_start:key_stop], value[key_start:key_stop])
-        outputs.append(masked_attention(part, mask, scale))
-    return torch.cat(outputs)
-
-
 @pytest.fixture(autouse=True)
-def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel needs CUDA; what it is asked for can be tried anywhere."""
-    varlen: Any = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", segment_by_segment)
+def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels need CUDA; what they are asked for can be tried anywhere."""
+    put_kernels(monkeypatch)
 
 
-@pytest.mark.parametrize("backend", [AttentionBackend.sdpa, AttentionBackend.varlen])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_attention_by_hand_sized_layouts(backend: AttentionBackend, scale: float | None) -> None:
     check(((3, 2, 4), (1, 0, 2), (2, 3, 0), (4, 1, 2, 3), (2, 0, 0)), backend, scale)
 
 
-@given(layouts, st.sampled_from([AttentionBackend.sdpa, AttentionBackend.varlen]))
+@given(layouts, st.sampled_from(BACKENDS))
 def test_attention_is_causal_attention_of_each_response(layout: Layout, backend: AttentionBackend) -> None:
     check(layout, backend, None)
+
+
+def test_varlen_is_asked_for_as_each_torch_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_kernels(monkeypatch, varlen_of_torch_2_11)
+    check(((3, 2, 4), (1, 0, 2)), AttentionBackend.varlen, 0.5)
+    put_kernels(monkeypatch, varlen_of_torch_2_10)
+    with pytest.raises(ConfigError, match="takes no scale") as raised:
+        check(((3, 2, 4),), AttentionBackend.varlen, 0.5)
+    assert "update torch" in raised.value.remedy
 
 
 def check(layout: Layout, backend: AttentionBackend, scale: float | None) -> None:
@@ -118,33 +87,3 @@ def check(layout: Layout, backend: AttentionBackend, scale: float | None) -> Non
     )
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_auto_means_a_backend_that_runs_there() -> None:
-    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CPU) is AttentionBackend.sdpa
-    assert choose_backend(AttentionBackend.sdpa, Dtype.bf16, CUDA) is AttentionBackend.sdpa
-    assert choose_backend(AttentionBackend.auto, Dtype.fp32, CUDA) is AttentionBackend.sdpa
-    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) in (
-        AttentionBackend.flash_attention_2,
-        AttentionBackend.varlen,
-    )
-
-
-@pytest.mark.parametrize("wanted", [AttentionBackend.varlen, AttentionBackend.flash_attention_2])
-def test_a_cuda_kernel_on_a_cpu_is_an_error(wanted: AttentionBackend) -> None:
-    with pytest.raises(ConfigError, match="CUDA only"):
-        choose_backend(wanted, Dtype.bf16, CPU)
-
-
-def test_a_kernel_that_attends_otherwise_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    verify_kernel(AttentionBackend.varlen, CPU)
-
-    def misaligned(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
-        options["scale"] = None
-        right = segment_by_segment(query, key, value, *lengths, **options)
-        return torch.cat((right[1:], right[:1]))
-
-    varlen: Any = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", misaligned)
-    with pytest.raises(ConfigError, match="does not compute packed attention"):
-        verify_kernel(AttentionBackend.varlen, CPU)

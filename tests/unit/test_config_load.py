@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.explain import key_types
+from dpo_dist.config.keys import key_types
 from dpo_dist.config.load import config_dir, from_yaml, load_run_config, run_dir, to_yaml
-from dpo_dist.config.schema import Dtype, LossKind, LossTermConfig, Offload, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    Dtype,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    Offload,
+    ReferenceMode,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +184,6 @@ def test_the_folder_is_named_after_root_and_name() -> None:
         ("++loss.gamma=1", "loss."),
         ("training.epochs=2", "trainer.epochs"),
         ("loss={betta: 1}", "loss.beta"),
-        ("loss.terms=[{kin: sft}]", "loss.terms[].kind"),
         ("data.train=[{path: a, limt: 3}]", "limit"),
     ],
 )
@@ -237,11 +245,92 @@ def test_unknown_interpolation_names_the_key() -> None:
     assert "data.cache" in error_of("data.cache=${run.rot}/x").where
 
 
-def test_a_chosen_preset_that_the_experiment_undoes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer=default is chosen") as caught:
-        load_run_config(["+experiment=qwen7b", "trainer=default"])
-    assert caught.value.where == "trainer.global_batch_pairs"
-    load_run_config(["+experiment=qwen7b", "trainer=default", "trainer.global_batch_pairs=64"])
+def test_an_unknown_name_in_a_term_is_told_with_its_place() -> None:
+    error = error_of("loss.terms=[{kind: sigmoid},{kin: sft}]")
+    assert error.where == "loss.terms[1].kin"
+    assert (error.expected, error.remedy) == ("loss.terms[1].kind", "did you mean kind?")
+
+
+# Presets of the command line and of an experiment
+
+
+def test_a_preset_of_the_command_line_counts_after_an_experiment() -> None:
+    config = load_run_config(["+experiment=qwen7b", "trainer=default"])
+    assert config.trainer.global_batch_pairs == 64
+    assert config.trainer.micro_batch_tokens == 16384, "what the preset does not say stays the experiment's"
+    config = load_run_config(["+experiment=qwen7b", "trainer=default", "trainer.global_batch_pairs=32"])
+    assert config.trainer.global_batch_pairs == 32
+
+
+def test_a_loss_of_the_command_line_replaces_the_experiments_whole() -> None:
+    config = load_run_config(["+experiment=qwen7b_lora", "loss=simpo", "loss.simpo_gamma=0.7"])
+    assert (config.loss.kind, config.loss.beta, config.loss.simpo_gamma) == (LossKind.simpo, 2.0, 0.7)
+    assert config.model.adapter is not None
+
+
+def test_an_option_that_an_experiment_sets_for_its_own_loss_is_gone_with_it(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nloss: {kind: simpo, simpo_gamma: 0.3}\nreference: {mode: none}\n"
+    )
+    config = load_run_config([*RUN, "+experiment=mine", "loss=ipo"], tmp_path)
+    assert (config.loss, config.reference.mode) == (LossConfig(LossKind.ipo), ReferenceMode.cached)
+    assert load_run_config([*RUN, "+experiment=mine"], tmp_path).loss.simpo_gamma == 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mode"),
+    [
+        (RUN, "cached"),
+        ([*RUN, "loss=simpo"], "none"),
+        ([*RUN, "loss.reference_free=true"], "none"),
+        ([*RUN, "loss.terms=[{kind: sft},{kind: simpo}]"], "none"),
+        ([*RUN, "loss=sigmoid_sft"], "cached"),
+        ([*RUN, "model.adapter={r: 8}"], "adapter"),
+        ([*RUN, "model.adapter={r: 8}", "model.quantization=nf4", "parallelism=ddp"], "adapter"),
+        ([*RUN, "model.adapter={r: 8}", "loss=orpo"], "none"),
+        ([*RUN, "model.adapter={r: 8}", "reference.path=other"], "cached"),
+        ([*RUN, "model.adapter={r: 8}", "reference=cached"], "cached"),
+        (["+experiment=qwen7b"], "cached"),
+        (["+experiment=qwen7b", "loss=simpo"], "none"),
+        (["+experiment=qwen7b", "loss.kind=sft"], "none"),
+        (["+experiment=qwen7b", "reference=none", "loss=cpo"], "none"),
+        (["+experiment=qwen7b", "model.adapter={r: 8}"], "adapter"),
+        (["+experiment=qwen7b_lora"], "adapter"),
+        (["+experiment=qwen7b_lora", "model.adapter=null"], "cached"),
+        (["+experiment=qwen7b_sft", "loss=ipo"], "cached"),
+    ],
+)
+def test_the_reference_follows_loss_and_model(overrides: list[str], mode: str) -> None:
+    config = load_run_config(overrides)
+    assert config.reference.mode == mode
+    assert from_yaml(to_yaml(config)) == config, "config.yaml records the mode that was found"
+    offload = Offload.cpu if mode == "cached" and "+experiment=qwen7b" in overrides else Offload.none
+    assert config.reference.offload is offload
+
+
+@pytest.mark.parametrize("mode", ["cached", "none", "adapter"])
+def test_a_mode_that_an_experiment_records_does_not_fight_the_command_line(mode: str, tmp_path: Path) -> None:
+    before = {"none": ["loss=simpo"], "adapter": ["model.adapter={r: 8}"]}.get(mode, [])
+    (tmp_path / "experiment").mkdir()
+    written = to_yaml(load_run_config([*RUN, *before]))
+    (tmp_path / "experiment" / "again.yaml").write_text(written.replace("  dir: ", "  # dir: "))
+    assert f"mode: {mode}" in written
+    for loss, wanted in (("sft", "none"), ("ipo", "adapter" if mode == "adapter" else "cached")):
+        config = load_run_config(["+experiment=again", f"loss={loss}"], tmp_path)
+        assert config.reference.mode == wanted
+    assert load_run_config(["+experiment=again", "model.adapter=null"], tmp_path).model.adapter is None
+
+
+def test_a_mode_that_is_found_names_the_same_run_as_one_that_is_said() -> None:
+    assert folder() == folder("reference=cached")
+    assert folder("loss=simpo") == folder("loss=simpo", "reference=none")
+    assert folder("model.adapter={r: 8}") == folder("model.adapter={r: 8}", "reference=adapter")
+
+
+def test_an_option_of_the_command_line_that_the_mode_does_not_use_is_still_an_error() -> None:
+    error = error_of("loss=simpo", "reference.offload=cpu")
+    assert error.where == "reference.offload, reference.mode"
 
 
 # The command line of a verb

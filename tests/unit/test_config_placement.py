@@ -30,7 +30,7 @@ NVME = ["reference.offload=nvme", "reference.nvme_path=/nvme"]
         ([LIVE, EVERY, *NVME], "loss.sync_reference.every, reference.offload"),
         ([LIVE, EVERY, ADAPTER], "loss.sync_reference.every, model.adapter"),
         (
-            [ADAPTER, "model.quantization=nf4", "parallelism=ddp"],
+            [ADAPTER, "model.quantization=nf4", "parallelism=ddp", "reference=cached"],
             "reference.quantization, model.quantization",
         ),
         (["reference.offload=nvme"], "reference.offload, reference.nvme_path"),
@@ -63,6 +63,7 @@ def test_refused(overrides: list[str], where: str) -> None:
     [
         NVME,
         [LIVE, *NVME],
+        [ADAPTER, "model.quantization=nf4", "parallelism=ddp"],
         [ADAPTER, "model.quantization=nf4", "parallelism=ddp", "reference.quantization=nf4"],
         ["reference.quantization=nf4"],
         [LIVE, "reference.quantization=int8"],
@@ -93,7 +94,7 @@ def test_sync_can_be_written_as_one_mapping() -> None:
         ("loss.sync_reference.evry=2", "loss.sync_reference.every"),
         ("loss.sync_reference={evry: 2}", "loss.sync_reference.every"),
         ("loss.sync_reference.every=often", "a whole number or null"),
-        ("reference.quantization=int4", "one of int8, nf4 or null"),
+        ("reference.quantization=int4", "one of nf4, int8 or null"),
     ],
 )
 def test_a_slip_names_what_was_meant(override: str, expected: Any) -> None:

@@ -1,23 +1,22 @@
 """Encoded pairs on disk: what was written is read back by row, found again by content, never half there."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig, Truncation
+from dpo_dist.config.schema import OnBadRecord
 from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.batches import pack_rows, plan_step
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.pack import Ids, packed_tokens
-from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.data.schedule import Span
 from dpo_dist.errors import DataError
 from tests.support import tiny
+from tests.support.cache import encoded_folders, opened
 from tests.support.packing import COSTS
 from tests.support.pairs import encode
 from tests.support.rows import jsonl
@@ -28,16 +27,6 @@ GOOD = [
 BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
 # Responses of each record: a record of three responses follows one of one.
 RANKED = [2, 1, 3, 2, 3, 1, 1, 2]
-
-
-def prepare(folder: Path, *paths: str, tokenizer_digest: str = "qwen", **data: object) -> Path:
-    config = DataConfig(cache=str(folder / "cache"), **data)
-    sources = [SourceConfig(path) for path in paths]
-    return prepare_dataset(sources, config, tiny.qwen(), tokenizer_digest)
-
-
-def opened(folder: Path, *paths: str, **data: object) -> PairDataset:
-    return open_dataset(prepare(folder, *paths, **data), DataConfig(**data))
 
 
 def ranked_records() -> list[PreferenceRecord]:
@@ -171,94 +160,7 @@ def test_the_first_bad_record_can_be_made_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="identical_responses") as raised:
         opened(tmp_path, path, on_bad_record=OnBadRecord.error, max_bad_share=1.0)
     assert raised.value.where == f"{path}:2"
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    folder = prepare(tmp_path, path)
-    written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert prepare(tmp_path, path, max_bad_share=0.5) == folder
-    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_length": 30},
-        {"max_prompt_length": 5},
-        {"truncation": Truncation.drop},
-        {"text_as_messages": True},
-        {"on_bad_record": OnBadRecord.error},
-        {"tokenizer_digest": "another"},
-    ],
-    ids=str,
-)
-def test_whatever_decides_the_ids_makes_another_data_set(tmp_path: Path, change: dict[str, object]) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
-
-
-def test_changed_content_and_limit_make_another_data_set(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    before = prepare(tmp_path, path)
-    config = DataConfig(cache=str(tmp_path / "cache"))
-    limited = prepare_dataset([SourceConfig(path, limit=2)], config, tiny.qwen(), "qwen")
-    assert len(open_dataset(limited, config)) == 2
-    jsonl(tmp_path, *GOOD[:-1], {**GOOD[-1], "chosen": "right 8"})
-    assert len({before, limited, prepare(tmp_path, path)}) == 3
-
-
-def truncate(folder: Path) -> None:
-    content = (folder / "ids.bin").read_bytes()
-    (folder / "ids.bin").write_bytes(content[:-4])
-
-
-def lose_an_array(folder: Path) -> None:
-    (folder / "keys.bin").unlink()
-
-
-def lose_the_manifest(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
-
-
-def break_the_manifest(folder: Path) -> None:
-    (folder / "manifest.json").write_text('{"sizes"')
-
-
-@pytest.mark.parametrize("damage", [truncate, lose_an_array, lose_the_manifest, break_the_manifest])
-def test_a_folder_that_is_not_whole_is_made_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    path = jsonl(tmp_path, *GOOD)
-    folder = prepare(tmp_path, path)
-    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
-    damage(folder)
-    assert prepare(tmp_path, path) == folder
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
-    assert [below.name for below in folder.parent.iterdir()] == [folder.name]
-
-
-def test_a_write_that_was_killed_leaves_nothing_that_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = jsonl(tmp_path, *GOOD)
-
-    def killed(_source: SourceConfig) -> Iterator[PreferenceRecord]:
-        yield ranked_records()[0]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "read_records", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path, path)
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert len(opened(tmp_path, path)) == len(GOOD)
-
-
-def test_opening_tells_the_folder_s_own_fingerprint(tmp_path: Path) -> None:
-    folder = prepare(tmp_path, jsonl(tmp_path, *GOOD))
-    data = open_dataset(folder, DataConfig())
-    assert data.fingerprint == folder.name
-    assert json.loads((folder / "manifest.json").read_text())["counts"] == data.counts
+    assert encoded_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

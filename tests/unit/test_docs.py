@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.explain import key_types
+from dpo_dist.config.keys import key_types
 from dpo_dist.config.schema import LossKind, RunConfig
 from dpo_dist.errors import ConfigError, DivergedError, PeerLostError
 from dpo_dist.report.history import PHASES

@@ -111,6 +111,7 @@ H = "\n\nHuman: q\n\nAssistant:"
         (TEXT | {"chosen": " bad\n"}, "identical_responses"),
         (TEXT | {"score_chosen": 1.0}, "invalid_scores"),
         (TEXT | {"score_chosen": float("nan"), "score_rejected": 0}, "invalid_scores"),
+        (TEXT | {"score_chosen": 10**400, "score_rejected": 0}, "invalid_scores"),
         (TEXT | {"chosen": "\ud800"}, "invalid_unicode"),
     ],
 )
@@ -124,7 +125,31 @@ def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
     record = read_one(tmp_path, {"label": True, "messages": []})
     assert isinstance(record, BadRecord)
     assert "label" in record.detail
-    assert "messages" in record.detail
+    assert "messages (list)" in record.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"question": "secret", "chosen": "secret", "rejected": "secret"},
+            "text or messages: prompt, chosen",
+        ),
+        ({"prompt": "secret", "chosen": 1, "rejected": {"a": "secret"}}, "chosen (value), rejected (object)"),
+        ({"instruction": "secret", "output": "secret"}, "instruction, input, output"),
+        ({"prompt": "secret", "answer": "secret"}, "completion: prompt, completion"),
+        ({"x": "secret", "y": None}, "fields: x (text), y (null)"),
+        ({"long " * 40: "secret"}, "long long long long long long long long ..."),
+        ({str(n): "secret" for n in range(100)}, "11 (text), ..."),
+        ({}, "fields: none"),
+    ],
+)
+def test_an_unknown_layout_names_the_nearest_ones(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+    record = read_one(tmp_path, row)
+    assert isinstance(record, BadRecord)
+    assert record.reason == "unknown_format"
+    assert told in record.detail
+    assert "secret" not in record.detail
 
 
 def test_an_explicit_format_is_not_second_guessed(tmp_path: Path) -> None:

@@ -68,6 +68,20 @@ def test_bf16_is_about_as_near_to_the_truth_as_a_plain_bf16_head() -> None:
         assert (value - truth).norm() <= 1.1 * (plain_value - truth).norm()
 
 
+@pytest.mark.usefixtures("chunk_positions")
+@pytest.mark.parametrize("vocabulary_block", [7, 1000])
+def test_bf16_weights_and_states_are_multiplied_to_float32(
+    vocabulary_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "_BLOCK_ROWS", vocabulary_block)
+    hidden, weight, bias, targets = head(torch.bfloat16)
+    assert bias is not None
+    exact = plain(hidden.double() * 8, weight.double(), bias.double(), targets)
+    torch.testing.assert_close(
+        token_logps(hidden * 8, weight, bias, targets).double(), exact, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_frozen_parameters_get_no_gradient() -> None:
     hidden, weight, bias, targets = head(torch.float32)
     assert bias is not None

@@ -16,6 +16,7 @@ from dpo_dist.model.load import load_packed, load_tokenizer, model_folder, numer
 from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
+from tests.unit.test_architectures import tiny_config
 
 CPU = torch.device("cpu")
 FP32 = ModelConfig(dtype=Dtype.fp32)
@@ -125,11 +126,77 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], told: str, 
 def test_a_window_shorter_than_a_sequence_is_refused_at_load(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"use_sliding_window": True, "sliding_window": 63, "layer_types": ["sliding_attention"] * 2}
+    config |= {"use_sliding_window": True, "sliding_window": 62, "layer_types": ["sliding_attention"] * 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="sliding window") as raised:
         load(tmp_path)
     assert raised.value.remedy == "set data.max_length to 63 or less"
+
+
+def weights_of(folder: Path, **more: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors") | more
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "model.norm.bias", "model.layers.1.post_norm.weight"]
+)
+def test_weights_that_the_architecture_does_not_read_are_refused(name: str, tmp_path: Path) -> None:
+    weights_of(write_model(tmp_path), **{name: torch.ones(8)})
+    with pytest.raises(ConfigError, match="Qwen2ForCausalLM does not read") as raised:
+        load(tmp_path)
+    assert name in raised.value.got
+
+
+def test_whole_modules_beside_the_model_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign = {"v_head.weight": torch.ones(1, 32), "model.layers.2.mlp.up_proj.weight": torch.ones(1, 32)}
+    weights_of(write_model(tmp_path), **foreign)
+    load(tmp_path)
+    assert all(name in caplog.text for name in foreign)
+
+
+def test_noise_of_a_router_is_off_in_training(tmp_path: Path) -> None:
+    config = tiny_config("mixtral", router_jitter_noise=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with torch.no_grad():
+        training = model.train()(pack_unkeyed(PAIRS))
+        assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
+
+
+def ship_code(folder: Path, names: dict[str, str]) -> None:
+    """Let config.json name code of its own, whose model differs from transformers'."""
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class OwnConfig(Qwen2Config):\n    pass\n"
+        "class Own(Qwen2ForCausalLM):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        outputs = super().forward(*args, **kwargs)\n"
+        "        outputs.logits = outputs.logits / 2\n"
+        "        return outputs\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [{"AutoModelForCausalLM": "own.Own"}, {"AutoConfig": "own.OwnConfig"}],
+    ids=["model", "configuration"],
+)
+def test_a_model_with_code_of_its_own_is_refused(
+    names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = write_model(tmp_path / "model")
+    ship_code(folder, names)
+    with pytest.raises(ConfigError, match="code of its own") as raised:
+        load(folder, ModelConfig(dtype=Dtype.fp32, trust_remote_code=True))
+    assert raised.value.where == "model.trust_remote_code"
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    with torch.no_grad():
+        expected, logps = plain_logps(plain, PAIRS), load(folder)(pack_unkeyed(PAIRS))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 
 def test_a_folder_is_a_model_only_with_config_and_weights(folder: Path, tmp_path: Path) -> None:

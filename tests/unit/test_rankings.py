@@ -180,8 +180,8 @@ def test_responses_that_are_cut_to_the_same_drop_the_record(tmp_path: Path, rank
 
 
 def test_another_use_of_rankings_is_another_data_set(tmp_path: Path) -> None:
-    folders = {encoded(tmp_path, *ROWS, ranked=ranked).folder for ranked in Ranked}
-    assert len(folders) == len(Ranked)
+    digests = {encoded(tmp_path, *ROWS, ranked=ranked).fingerprint for ranked in Ranked}
+    assert len(digests) == len(Ranked)
 
 
 def test_real_rankings_give_the_pairs_that_they_hold(tmp_path: Path) -> None:

@@ -48,14 +48,15 @@ def dataset(tmp_path: Path) -> PairDataset:
     pairs[second][:2] = pairs[first]
     keys = [response_key(prompt, response) for prompt, *responses in pairs for response in responses]
     pieces = [piece for pair in pairs for piece in pair]
+    lengths = np.array([len(piece) for piece in pieces])
     return PairDataset(
-        folder=tmp_path,
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(len(pairs),),
         ids=np.concatenate(pieces),
-        piece_ends=np.cumsum([len(piece) for piece in pieces]),
+        piece_starts=np.cumsum(lengths) - lengths,
+        piece_tokens=lengths,
         pair_pieces=np.cumsum([len(pair) for pair in pairs]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(len(keys), np.nan),
@@ -272,8 +273,7 @@ def test_ids_that_changed_since_they_were_encoded_are_not_scored(
 ) -> None:
     """Their values would be stored under the key of the ids that were encoded."""
     damaged = dataclasses.replace(dataset, ids=dataset.ids.copy())
-    first_id = int(dataset.piece_ends[piece - 1]) if piece else 0
-    damaged.ids[first_id] ^= flipped
+    damaged.ids[dataset.piece_starts[piece]] ^= flipped
 
     class Vocabulary(Scorer):
         def __call__(self, batch: PackedBatch) -> Tensor:

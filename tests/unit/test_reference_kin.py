@@ -32,13 +32,13 @@ def dataset() -> PairDataset:
     """Four pairs of one prompt token and two responses of one token; the last two pairs are the same."""
     keys = np.array([(0, n) for n in (0, 1, 2, 3, 4, 5, 4, 5)], dtype=np.uint64)
     return PairDataset(
-        folder=Path(),
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(4,),
         ids=np.zeros(12, dtype=np.int32),
-        piece_ends=np.arange(1, 13),
+        piece_starts=np.arange(12),
+        piece_tokens=np.ones(12, dtype=np.int32),
         pair_pieces=np.arange(3, 13, 3),
         keys=keys,
         scores=np.full(len(keys), np.nan),

@@ -82,14 +82,15 @@ def dataset_of(pairs: list[int]) -> PairDataset:
     sequences = [PAIRS[pair] for pair in pairs]
     pieces = [piece for pair in sequences for piece in (pair.prompt_ids, *pair.responses)]
     keys = [response_key(pair.prompt_ids, response) for pair in sequences for response in pair.responses]
+    lengths = np.array([len(piece) for piece in pieces])
     return PairDataset(
-        folder=Path(),
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(len(pairs),),
         ids=np.concatenate(pieces),
-        piece_ends=np.cumsum([len(piece) for piece in pieces]),
+        piece_starts=np.cumsum(lengths) - lengths,
+        piece_tokens=lengths,
         pair_pieces=np.cumsum([1 + len(pair.responses) for pair in sequences]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(len(keys), np.nan),

@@ -1,0 +1,216 @@
+"""The usual names of other trainers' options, and what they are called here.
+
+Names are those of Hugging Face TrainingArguments, TRL's DPOConfig, LLaMA-Factory and common habit. A name is
+looked up whole and by its last part, in lower case, with `_` for `-`.
+"""
+
+
+def _by_name(names: dict[str, str]) -> dict[str, str]:
+    """Each of the names, divided by spaces, with the key that it stands under."""
+    return {name: here for here, listed in names.items() for name in listed.split()}
+
+
+# Options of the same meaning, whose value can be written as it is.
+SAME_MEANING = _by_name(
+    {
+        "model.path": (
+            "model_name_or_path model_name model_path model_id base_model pretrained_model_name_or_path"
+        ),
+        "model.revision": "model_revision",
+        "model.dtype": "torch_dtype dtype precision",
+        "model.attention": "attn_implementation",
+        "model.trust_remote_code": "trust_remote_code",
+        "model.liger": "use_liger_kernel use_liger enable_liger_kernel",
+        "model.compile": "torch_compile",
+        "model.gradient_checkpointing": "gradient_checkpointing",
+        "data.train": (
+            "train train_file train_data train_path train_dataset dataset datasets dataset_name "
+            "dataset_path data_path data.path data.name data.dataset data.file data.files"
+        ),
+        "data.eval": (
+            "eval eval_file eval_data eval_dataset validation_file validation_data val_data "
+            "data.test data.val data.validation"
+        ),
+        "data.max_length": "cutoff_len max_seq_len max_seq_length max_len model_max_length sequence_len",
+        "data.max_prompt_length": "max_prompt_len",
+        "data.truncation": "truncation_mode",
+        "data.processes": "dataset_num_proc preprocessing_num_workers num_proc num_workers",
+        "loss.beta": "pref_beta dpo_beta",
+        "loss.label_smoothing": "dpo_label_smoothing",
+        "loss.divergence": "f_divergence_type",
+        "loss.alpha_coefficient": "f_alpha_divergence_coef",
+        "loss.simpo_gamma": "gamma",
+        "loss.terms": "loss_terms",
+        "loss.sync_reference.every": "ref_model_sync_steps",
+        "loss.sync_reference.mixup": "ref_model_mixup_alpha",
+        "reference.path": "ref_model ref_model_name_or_path ref_model_path reference_model",
+        "reference.revision": "ref_model_revision",
+        "optim.lr": "learning_rate lr",
+        "optim.schedule": "lr_scheduler_type lr_scheduler lr_schedule scheduler",
+        "optim.warmup_ratio": "warmup",
+        "optim.weight_decay": "wd",
+        "optim.eps": "adam_epsilon adam_eps epsilon",
+        "optim.betas": "adam_betas",
+        "optim.max_grad_norm": "gradient_clipping gradient_clip_val grad_clip clip_grad_norm max_norm",
+        "trainer.epochs": "num_train_epochs num_epochs n_epochs",
+        "trainer.global_batch_pairs": "total_batch_size global_batch_size train_batch_size batch_size",
+        "trainer.save_every": "save_steps save_interval save_freq checkpoint_every",
+        "trainer.eval_every": "eval_steps eval_interval eval_freq evaluation_steps",
+        "trainer.log_every": "logging_steps log_steps log_interval logging_interval",
+        "trainer.keep_last": "save_total_limit",
+        "trainer.seed": "data_seed random_seed",
+        "run.dir": "output_dir output_path out_dir save_dir out output",
+        "run.name": "run_name experiment_name exp_name",
+        "tracking.project": "wandb_project",
+        "tracking.entity": "wandb_entity",
+        "tracking.group": "wandb_group",
+        "tracking.tags": "wandb_tags",
+        "tracking.wandb": "wandb_mode",
+        "parallelism.timeout_seconds": "ddp_timeout",
+        "model.adapter.r": "model.adapter.rank model.adapter.lora_r model.adapter.lora_rank",
+        "model.adapter.alpha": "model.adapter.lora_alpha",
+        "model.adapter.dropout": "model.adapter.lora_dropout",
+        "model.adapter.target_modules": (
+            "model.adapter.targets model.adapter.modules model.adapter.lora_target"
+        ),
+        "model.adapter.variant": "model.adapter.type model.adapter.kind",
+    }
+)
+
+# Names in an entry of data.train or data.eval.
+IN_SOURCE = _by_name(
+    {
+        "path": "file file_name name dataset hf_hub_url url",
+        "format": "type formatting",
+        "weight": "probability ratio",
+        "limit": "max_samples num_samples n",
+    }
+)
+
+_ACCUMULATION = (
+    "set trainer.global_batch_pairs: pairs of an optimizer step over all processes; "
+    "trainer.micro_batch_tokens bounds what a device computes at once, accumulation follows from both"
+)
+_ADAPTER = "'model.adapter={r: 16, alpha: 32, target_modules: all-linear}' trains an adapter"
+_ADAPTER_OR_ALL = f"{_ADAPTER}; without it all weights are trained"
+_DEEPSPEED = (
+    "choose parallelism=zero3, zero2 or ddp; DeepSpeed's configuration is built from the keys of parallelism"
+)
+_LOSS = "choose loss=NAME, or weigh several in loss.terms"
+_OFFLOAD = "set parallelism.offload_parameters, parallelism.offload_optimizer or reference.offload to cpu"
+_RESUME = "set run.resume=auto (the default), never or must; the same command finds its checkpoints"
+_LAUNCHER = (
+    "options of the launcher come before -m: accelerate launch --num_processes N -m dpo_dist.train ..."
+)
+_BEST = "not offered; trainer.keep_last says how many of the last checkpoints are kept"
+
+# Options of another shape: what to do here.
+IN_OTHER_WORDS = _by_name(
+    {
+        _LOSS: "loss_type pref_loss loss.type loss.name",
+        "'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.1}]'": "loss_weights pref_ftx",
+        "choose loss=sigmoid_sft; the weight of its sft term is in loss.terms": "rpo_alpha",
+        "set loss.weighting=wpo": "use_weighting",
+        _ACCUMULATION: (
+            "per_device_train_batch_size per_device_batch_size per_gpu_train_batch_size "
+            "micro_batch_size mini_batch_size gradient_accumulation_steps gradient_accumulation "
+            "grad_accum"
+        ),
+        "trainer.micro_batch_tokens bounds evaluation too": "per_device_eval_batch_size eval_batch_size",
+        "set model.dtype=bf16 (the default) or fp32": "bf16 tf32",
+        "float16 is not offered; set model.dtype=bf16 or fp32": "fp16",
+        "set model.dtype=bf16 (the default, with float32 master weights) or fp32": "mixed_precision",
+        "set model.attention=auto, flash_attention_2, varlen or sdpa": "flash_attn",
+        "set model.attention=flash_attention_2": "use_flash_attention_2",
+        "set model.quantization=int8, with model.adapter and parallelism=ddp": "load_in_8bit",
+        "set model.quantization=nf4, with model.adapter and parallelism=ddp": "load_in_4bit",
+        "set model.quantization=int8 or nf4, with model.adapter and parallelism=ddp": "quantization_bit",
+        _ADAPTER: (
+            "use_peft peft peft_config lora use_lora lora_r lora_rank lora_alpha lora_dropout "
+            "lora_target lora_target_modules target_modules"
+        ),
+        _ADAPTER_OR_ALL: "finetuning_type",
+        "not offered: an adapter starts from scratch; merge the old one into the model first": (
+            "adapter_name_or_path"
+        ),
+        "set tracking.wandb=auto, online, offline or off": "report_to use_wandb wandb",
+        "logs are in run.dir": "logging_dir",
+        "AdamW is the optimizer; its options are in optim": "optim_type optimizer",
+        "AdamW is the optimizer: choose optim=adamw, its options are in optim": "optim",
+        "set optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
+        "set optim.warmup_ratio: the share of all steps": "warmup_steps num_warmup_steps",
+        _DEEPSPEED: "deepspeed deepspeed_config zero_stage fsdp ddp",
+        "training is DPO; choose loss=sft for supervised fine-tuning": "stage",
+        _OFFLOAD: "cpu_offload offload",
+        "set reference.mode=cached: log-probs are computed once and stored": "precompute_ref_log_probs",
+        "set reference.micro_batch_tokens": "precompute_ref_batch_size",
+        "set reference=live and loss.sync_reference.every": "sync_ref_model",
+        _RESUME: "resume_from_checkpoint resume",
+        "set run.resume=never with a new run.dir to start afresh": "overwrite_output_dir",
+        "set trainer.save_every: steps, or 0 for the end only": "save_strategy",
+        "set trainer.eval_every: steps, or 0 for the end only": "eval_strategy evaluation_strategy",
+        "set trainer.log_every: steps": "logging_strategy",
+        _BEST: "load_best_model_at_end metric_for_best_model",
+        "set limit of a source: 'data.train=[{path: pairs.jsonl, limit: 1000}]'": (
+            "max_samples max_train_samples data.limit"
+        ),
+        "set split of a source: 'data.train=[{path: org/name, split: train}]'": (
+            "split data.split dataset_split"
+        ),
+        "set format of a source: 'data.train=[{path: pairs.jsonl, format: text}]'": "data.format",
+        "set weight of a source: 'data.train=[{path: pairs.jsonl, weight: 0.5}]'": "data.weight",
+        "name the files: data.train=[folder/pairs.jsonl]": "dataset_dir",
+        "the tokenizer's own chat template is used": "template chat_template",
+        "not needed: pairs are always packed without padding": "packing padding_free",
+        "not needed: pairs are packed without padding, and divided by what they cost": "group_by_length",
+        "not needed: the verb is the task": "do_train",
+        "not needed: data.eval is evaluated where it is set": "do_eval",
+        "not needed": "remove_unused_columns label_pad_token_id",
+        "not needed: dropout is always off": "disable_dropout",
+        "not needed; data.processes is the number of processes that encode": "dataloader_num_workers",
+        "not offered": "neftune_noise_alpha",
+        "not offered; upload model/ of the run folder": "push_to_hub",
+        _LAUNCHER: "num_gpus num_processes nproc_per_node num_machines config_file",
+        "processes are started by accelerate launch or torchrun, which say it in the environment": (
+            "local_rank"
+        ),
+        "--config-dir DIR adds a folder of yours; +experiment=NAME reads DIR/experiment/NAME.yaml": (
+            "config"
+        ),
+    }
+)
+
+# Values by the names that other programs give them.
+VALUE_NAMES = _by_name(
+    {
+        "sigmoid": "dpo",
+        "hinge": "slic slic_hf",
+        "sft": "nll",
+        "sigmoid_sft": "rpo",
+        "nca_pair": "nca",
+        "exo_pair": "exo",
+        "bco_pair": "bco",
+        "sppo_hard": "sppo",
+        "apo_zero": "apo",
+        "sigmoid_norm": "dpo_norm",
+        "plackett_luce": "pl lipo",
+        "bf16": "bfloat16 fp16 float16",
+        "fp32": "float32",
+        "flash_attention_2": "fa2 flash_attention",
+        "sdpa": "eager",
+        "nf4": "int4 4bit 4",
+        "int8": "8bit 8",
+        "constant": "constant_with_warmup",
+        "cosine": "cosine_with_min_lr cosine_with_restarts",
+        "zero3": "stage3 deepspeed fsdp",
+        "ddp": "stage1 zero1",
+        "off": "false no disabled",
+        "zero2": "stage2",
+    }
+)
+
+
+def alias_of(key: str, names: dict[str, str]) -> str | None:
+    """The entry of `names` for `key`: whole, or else its last part."""
+    plain = key.lower().replace("-", "_")
+    return names.get(plain) or names.get(plain.rpartition(".")[2])

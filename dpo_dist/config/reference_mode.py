@@ -1,0 +1,61 @@
+"""Resolve `reference.mode=auto`: which reference a loss and a model need."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from dpo_dist.config.schema import ReferenceConfig, ReferenceMode, RunConfig
+
+# Options that only say how a reference model is loaded, and the modes that load one that way.
+_LOADED = (ReferenceMode.cached, ReferenceMode.live)
+_MODES_USING = {
+    "offload": _LOADED,
+    "nvme_path": _LOADED,
+    "micro_batch_tokens": (ReferenceMode.cached,),
+}
+_NAMING_A_MODEL = ("path", "revision", "quantization", "numerics")
+
+
+def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
+    """Replace `auto` by `none`, `adapter` or `cached`, and reset options without effect.
+
+    An experiment may say how its reference is loaded, and the command line may choose a loss or a mode that
+    loads none. Options that the command line gives itself are kept, so that the checks refuse them.
+
+    Args:
+        config: with every section typed.
+        given: the keys that the command line gives.
+    """
+    reference = config.reference
+    mode_given = not {"reference", "reference.mode"}.isdisjoint(given)
+    follows = reference.mode is ReferenceMode.auto or (not mode_given and _is_overruled(config, given))
+    mode = _needed_mode(config) if follows else reference.mode
+    unused = []
+    if follows or mode_given:
+        unused += [option for option, modes in _MODES_USING.items() if mode not in modes]
+    if follows and mode is ReferenceMode.none and _is_given("loss", given):
+        unused += _NAMING_A_MODEL
+    defaults = ReferenceConfig()
+    reset = {option: getattr(defaults, option) for option in unused if f"reference.{option}" not in given}
+    return replace(config, reference=replace(reference, mode=mode, **reset))
+
+
+def _is_overruled(config: RunConfig, given: Collection[str]) -> bool:
+    """Whether the command line chooses a loss or a model that the experiment's mode cannot go with."""
+    mode = config.reference.mode
+    if _is_given("loss", given):
+        return (mode is ReferenceMode.none) is config.loss.needs_reference
+    return mode is ReferenceMode.adapter and config.model.adapter is None and _is_given("model", given)
+
+
+def _is_given(section: str, given: Collection[str]) -> bool:
+    return any(key.partition(".")[0] == section for key in given)
+
+
+def _needed_mode(config: RunConfig) -> ReferenceMode:
+    if not config.loss.needs_reference:
+        return ReferenceMode.none
+    reference, model = config.reference, config.model
+    base_is_reference = reference.path is None and reference.quantization is None
+    if model.adapter is not None and base_is_reference:
+        return ReferenceMode.adapter
+    return ReferenceMode.cached

@@ -1,0 +1,135 @@
+"""Choose the attention kernel of a run, and check it on the device before anything depends on it."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention import Layout, packed_attention
+
+# The variable-length kernels need Ampere's instructions, as bf16 does.
+_FIRST_CAPABILITY = (8, 0)
+
+# Several segments, a response of one token, another of three.
+_TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
+# Relative to the largest value: bf16 rounds at 2^-9, and gradients add up some of that.
+_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of a model's attention: numbers of query and key heads, numbers per head."""
+
+    query: int
+    key: int
+    dim: int
+
+
+def heads_of(model_config: Any) -> Heads:
+    """Return the attention shape of a transformers configuration."""
+    heads: int = model_config.num_attention_heads
+    dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim)
+
+
+def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
+    """Return the backend that `wanted` means on `device`: for `auto` the fastest that computes in `dtype`.
+
+    Raises:
+        ConfigError: the backend cannot run here.
+    """
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    on_cuda = device.type == "cuda"
+    if wanted is AttentionBackend.auto:
+        # The variable-length kernels compute in 16 bits.
+        if not on_cuda or dtype is Dtype.fp32 or _capability(device) < _FIRST_CAPABILITY:
+            return AttentionBackend.sdpa
+        return AttentionBackend.flash_attention_2 if has_flash else AttentionBackend.varlen
+    if wanted is AttentionBackend.sdpa:
+        return wanted
+    if not on_cuda or _capability(device) < _FIRST_CAPABILITY:
+        raise ConfigError(
+            f"attention backend {wanted} runs on CUDA only, on Ampere GPUs and newer",
+            where="model.attention",
+            got=f"{wanted} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
+            expected="auto or sdpa",
+            remedy="set model.attention=auto",
+        )
+    if wanted is AttentionBackend.flash_attention_2 and not has_flash:
+        raise ConfigError(
+            "flash-attn is not installed",
+            where="model.attention",
+            remedy="install the flash-attn extra, or set model.attention=auto",
+        )
+    return wanted
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def verify_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> None:
+    """Attend over a small layout by this backend and by SDPA, forward and backward, and compare.
+
+    A kernel that aligns its causal mask otherwise, or reads lengths otherwise, would give wrong log-probs to
+    policy and reference alike, and nothing later could tell.
+
+    Args:
+        backend: of `choose_backend`.
+        device: where the run computes.
+        heads: the model's.
+        dtype: in which the model computes.
+
+    Raises:
+        ConfigError: the results differ by more than rounding, or the kernel fails.
+    """
+    wanted = _attend(AttentionBackend.sdpa, device, heads, dtype)
+    try:
+        got = _attend(backend, device, heads, dtype)
+    except ConfigError:
+        raise
+    except Exception as error:  # a kernel raises what it likes
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ConfigError(
+            "this attention kernel fails on this device",
+            where="model.attention",
+            got=f"{backend} with {_told(heads, dtype)}: {type(error).__name__}: {reason}",
+            remedy="set model.attention=sdpa, or another of its values",
+        ) from error
+    for name, ours, theirs in zip(("output", "query", "key", "value"), got, wanted, strict=True):
+        difference = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not difference < _TOLERANCE:
+            what = "output" if name == "output" else f"gradient of the {name}"
+            raise ConfigError(
+                "this attention kernel does not compute packed attention on this device",
+                where="model.attention",
+                got=f"{backend} with {_told(heads, dtype)}: {what} differs from sdpa's by {difference:.2g}",
+                remedy="set model.attention=sdpa, or another of its values",
+            )
+
+
+def _told(heads: Heads, dtype: torch.dtype) -> str:
+    kind = str(dtype).removeprefix("torch.")
+    return f"{heads.query} query and {heads.key} key heads of {heads.dim} in {kind}"
+
+
+def _attend(
+    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return attention over random numbers, and gradients of query, key and value, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, _TRIAL))
+    inputs = [
+        torch.randn(tokens, count, heads.dim, generator=generator).to(device, dtype).requires_grad_()
+        for count in (heads.query, heads.key, heads.key)
+    ]
+    slopes = torch.randn(tokens, heads.query, heads.dim, generator=generator).to(device, dtype)
+    with torch.enable_grad():
+        query, key, value = inputs
+        output = packed_attention(_TRIAL, backend, device)(query, key, value, None)
+        gradients = torch.autograd.grad(output, inputs, slopes)
+    return tuple(tensor.detach().float() for tensor in (output, *gradients))

@@ -1,0 +1,34 @@
+"""Rows of files, encoded into a cache in a test's folder."""
+
+from pathlib import Path
+
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.encoded import MEMO_FOLDER, EncodedSource
+from dpo_dist.data.prepare import prepare_dataset
+from tests.support import tiny
+
+
+def prepare_all(
+    folder: Path, *sources: str | SourceConfig, tokenizer_digest: str = "qwen", **data: object
+) -> tuple[EncodedSource, ...]:
+    """Encode sources into `folder`/cache."""
+    config = DataConfig(cache=str(folder / "cache"), **data)
+    configs = [SourceConfig(source) if isinstance(source, str) else source for source in sources]
+    return prepare_dataset(configs, config, tiny.qwen(), tokenizer_digest)
+
+
+def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
+    """Encode one source; its folder."""
+    [encoded] = prepare_all(folder, source, **data)
+    return encoded.folder
+
+
+def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PairDataset:
+    """Encode sources and open them."""
+    return open_dataset(prepare_all(folder, *sources, **data), DataConfig(**data))
+
+
+def encoded_folders(folder: Path, cache: str = "cache") -> list[str]:
+    """What is in the cache beside the digests of files."""
+    return sorted(below.name for below in (folder / cache).iterdir() if below.name != MEMO_FOLDER)

@@ -1,0 +1,135 @@
+"""Variable-length attention kernels in plain PyTorch, with the signatures of those that need CUDA."""
+
+import sys
+import types
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def masked_attention(heads: tuple[Tensor, Tensor, Tensor], mask: Tensor, scale: float | None) -> Tensor:
+    """Attention under a mask; tensors are [tokens, heads, dim]."""
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in heads)
+    attended = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    return attended[0].transpose(0, 1)
+
+
+def _by_segment(
+    heads: tuple[Tensor, Tensor, Tensor],
+    cumulative: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+) -> Tensor:
+    """What a variable-length kernel computes: causal in each segment, aligned to the bottom right."""
+    query, key, value = heads
+    assert all(bounds.dtype == torch.int32 for bounds in cumulative)
+    query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in cumulative)
+    assert longest[0] == max(stop - start for start, stop in query_bounds)
+    assert longest[1] == max(stop - start for start, stop in key_bounds)
+    assert query_bounds[-1][1] == len(query)
+    assert key_bounds[-1][1] == len(key)
+    outputs = []
+    for (start, stop), (key_start, key_stop) in zip(query_bounds, key_bounds, strict=True):
+        queries, keys = stop - start, key_stop - key_start
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        part = (query[start:stop], key[key_start:key_stop], value[key_start:key_stop])
+        outputs.append(masked_attention(part, mask, scale))
+    return torch.cat(outputs)
+
+
+def varlen_of_torch_2_13(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` of torch 2.12 and 2.13."""
+    assert window_size == (-1, 0)
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale)
+
+
+def varlen_of_torch_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """The same where it knows no groups of heads."""
+    assert window_size == (-1, 0)
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    return _by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale)
+
+
+def varlen_of_torch_2_10(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    return_aux: Any = None,
+) -> Tensor:
+    """The same where it takes no scale either."""
+    raise AssertionError("not to be called")
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
+    assert causal
+    assert dropout_p == 0.0
+    assert window_size == (-1, -1)
+    return _by_segment((q, k, v), (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale)
+
+
+def put_kernels(
+    monkeypatch: pytest.MonkeyPatch, varlen_attn: Callable[..., Tensor] = varlen_of_torch_2_13
+) -> None:
+    """Put these in the place of the kernels that need CUDA."""
+    varlen: Any = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    flash: Any = types.ModuleType("flash_attn")
+    flash.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)

@@ -1,0 +1,170 @@
+"""Mistyped command lines, and those of people who come from other trainers: one block that helps."""
+
+import re
+import shlex
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from dpo_dist.config.aliases import IN_OTHER_WORDS, IN_SOURCE, SAME_MEANING
+from dpo_dist.config.command_line import divide
+from dpo_dist.config.keys import key_types, run_keys
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.errors import ConfigError
+
+RUN = ["model.path=m", "data.train=[a.jsonl]"]
+SECTIONS = "|".join(name for name in run_keys() if "." not in name)
+
+# A command line as typed, and what the answer must say.
+MISTYPED = [
+    # A group is no list, and takes presets only.
+    ("loss=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
+    ("loss=[dpo,nll]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
+    ("data=[hh_rlhf,ultrafeedback]", "data.train="),
+    ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
+    ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
+    ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
+    ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),
+    ("loss=kto", "one of "),
+    ("loss=DPO", "did you mean loss=sigmoid?"),
+    ("loss=null", "choose one of aot"),
+    ("optim=sgd", "write optim=adamw"),
+    ("parallelism=deepspeed", "did you mean parallelism=zero3?"),
+    ("tracking=none", "one of off, wandb"),
+    ("+experiment=qwen7b +experiment=smoke", "write '+experiment=[qwen7b,smoke]'"),
+    ("loss=sigmoid,ipo", "one job for each value"),
+    # Names of other trainers.
+    ("learning_rate=1e-5", "write optim.lr=1e-5"),
+    ("optim.learning_rate=1e-5", "write optim.lr=1e-5"),
+    ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
+    ("--learning_rate 1e-5", "write optim.lr=1e-5"),
+    ("--learning-rate=1e-5", "write optim.lr=1e-5"),
+    ("trainer.save_steps=100", "write trainer.save_every=100"),
+    ("eval_steps=100", "write trainer.eval_every=100"),
+    ("logging_steps=5", "write trainer.log_every=5"),
+    ("batch_size=4", "write trainer.global_batch_pairs=4"),
+    ("per_device_train_batch_size=1", "trainer.global_batch_pairs"),
+    ("report_to=wandb", "tracking.wandb=auto"),
+    ("deepspeed=ds.json", "parallelism=zero3"),
+    ("lora_rank=8", "model.adapter={r: 16"),
+    ("'model.adapter={rank: 8}'", "did you mean r?"),
+    ("model_name_or_path=org/name", "write model.path=org/name"),
+    ("loss.type=ipo", "write loss=ipo"),
+    ("loss.loss_type=dpo", "write loss=sigmoid"),
+    ("cutoff_len=512", "write data.max_length=512"),
+    ("train=x.jsonl", "write 'data.train=[x.jsonl]'"),
+    ("data.path=x", "write 'data.train=[x]'"),
+    ("output_dir=out/a", "write run.dir=out/a"),
+    ("bf16=true", "model.dtype=bf16"),
+    ("fp16=true", "float16 is not offered"),
+    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine"),
+    ("'data.train=[{file: a}]'", "did you mean path?"),
+    ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
+    # A guess only where it deserves one.
+    ("+loss.foo=1", "the keys of loss are kind, beta, "),
+    ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
+    ("trainer.steps=100", "the keys of trainer are global_batch_pairs"),
+    ("trainer.batch=4", "trainer.global_batch_pairs or trainer.micro_batch_tokens"),
+    ("foo=1", "the sections are run, model, "),
+    ("lossbeta=1", "did you mean loss.beta?"),
+    ("trainer.max_step=9", "did you mean trainer.max_steps?"),
+    # What Hydra does not read, with the quoting that it does.
+    ("model.path=~/m", "'~' needs quotes"),
+    ("'data.train=[~/x, b.jsonl]'", "write 'data.train=[\"~/x\",b.jsonl]'"),
+    ("model.path=/tmp/modèle", "'è' needs quotes"),
+    ("model.path=a=b", "'=' needs quotes"),
+    ("'data.train=[a.jsonl,' 'b.jsonl]'", "put it in quotes: 'data.train=[a.jsonl, b.jsonl]'"),
+    ("loss.beta = 0.2", "write loss.beta=0.2, without spaces"),
+    ("loss.beta= 0.2", "write loss.beta=0.2, without spaces"),
+    ("loss.beta =0.2", "write loss.beta=0.2, without spaces"),
+    ("loss.beta:0.2", "write loss.beta=0.2"),
+    ("--loss.beta=0.2", "write loss.beta=0.2"),
+    ("loss.beta=[1", "a bracket is not closed"),
+    ("loss.beta=0,2", "a decimal point is a dot: loss.beta=0.2"),
+    ("=3", "cannot be read"),
+    ("my.yaml", "--config-dir DIR +experiment=NAME"),
+    ("'data.cache=${run.rot}/x'", "run.rot"),
+    # Values.
+    ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "where:    loss.terms[1].kind"),
+    ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "did you mean loss.terms[1].kind=sft?"),
+    ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
+    ("'data.train={path: a}'", "write 'data.train=[{path: a}]'"),
+    ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
+    ("data.train=[[a]]", "data.train[0] is not a source"),
+    ("optim.lr=[1e-5]", "set optim.lr to a number"),
+    ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
+    ("trainer.seed=1 trainer.seed=x", "where:    command line: trainer.seed=x"),
+    ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
+    ("model.dtype=half", "set model.dtype to one of these"),
+    ("run.dir=", "run.dir is empty"),
+    ("model.path=", "model.path is empty"),
+    ("'data.train=[\"\"]'", "data.train[0].path is empty"),
+    ("~loss.beta", "cannot be removed"),
+    ("model.adapter.r=8", "+model.adapter.r="),
+    # Options.
+    ("--multirun", "(one job) for each value"),
+    ("--cfg jobb", "job, hydra or all"),
+    ("--config-dir", "write --config-dir VALUE"),
+    ("--config-dir nowhere", "--config-dir is no folder"),
+    ("--confg-dir x", "did you mean --config-dir?"),
+    ("--config my.yaml", "+experiment=NAME"),
+    ("--num_processes 2", "options of the launcher come before -m"),
+]
+
+
+def answer(typed: str) -> ConfigError:
+    try:
+        arguments = divide([*RUN, *shlex.split(typed)])
+        load_run_config(arguments.overrides, arguments.own_folder)
+    except ConfigError as error:
+        return error
+    raise AssertionError(f"{typed} was accepted")
+
+
+@pytest.mark.parametrize(("typed", "told"), MISTYPED)
+def test_a_mistyped_command_line_is_answered(typed: str, told: str) -> None:
+    error = answer(typed)
+    assert told in error.block()
+    assert error.remedy
+    assert "\n" not in error.what + error.where + error.got + error.expected + error.remedy
+
+
+@pytest.mark.parametrize("typed", sorted({typed for typed, told in MISTYPED if " write " in f" {told}"}))
+def test_what_an_answer_says_to_write_can_be_read(typed: str) -> None:
+    written = re.search(r"write (.*?)(, without|: the inner|;|$)", answer(typed).remedy)
+    assert written is not None
+    for line in shlex.split(written[1]):
+        if "=" in line:
+            OverridesParser.create().parse_override(line)
+
+
+@pytest.mark.parametrize("alias", sorted({**SAME_MEANING, **IN_OTHER_WORDS}))
+def test_every_alias_leads_to_keys_that_exist(alias: str) -> None:
+    told = SAME_MEANING.get(alias) or IN_OTHER_WORDS[alias]
+    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", told)
+    files = (".jsonl", ".yaml")
+    assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []
+    if alias not in key_types(RunConfig):
+        assert "there is no key" in answer(f"{alias}=1").what
+
+
+def test_aliases_in_a_source_are_names_of_a_source() -> None:
+    assert set(IN_SOURCE.values()) <= set(key_types(SourceConfig))
+    assert set(IN_SOURCE).isdisjoint(key_types(SourceConfig))
+
+
+@pytest.mark.parametrize(
+    "typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9", "save_steps=9", "trainer.mx=9"]
+)
+def test_no_guess_ends_a_run_early(typed: str) -> None:
+    assert "max_steps?" not in answer(typed).remedy
+    assert "write trainer.max_steps" not in answer(typed).remedy
+
+
+def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
+    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "--cfg=job", "trainer.seed=3", "-i"])
+    assert arguments.overrides == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
+    assert arguments.options == {"--config-dir": ".", "--cfg": "job", "--info": ""}
+    config = load_run_config([*RUN, *arguments.overrides, "tracking=off", "tracking=wandb", "trainer.seed=4"])
+    assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
