@@ -179,9 +179,9 @@ def _check_optim(optim: OptimConfig) -> None:
 
 
 def _check_trainer(trainer: TrainerConfig, data: DataConfig) -> None:
-    for name in ("global_batch_pairs", "micro_batch_tokens", "max_steps", "keep_last", "stop_after_steps"):
+    for name in ("global_batch_pairs", "micro_batch_tokens", "max_steps", "stop_after_steps"):
         check_range(f"trainer.{name}", getattr(trainer, name), at_least=1)
-    for name in ("eval_every", "save_every", "log_every", "seed"):
+    for name in ("eval_every", "save_every", "keep_last", "log_every", "seed"):
         check_range(f"trainer.{name}", getattr(trainer, name), at_least=0)
     for name in ("epochs", "max_seconds"):
         check_range(f"trainer.{name}", getattr(trainer, name), above=0)

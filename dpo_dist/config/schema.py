@@ -361,7 +361,8 @@ class TrainerConfig:
     """`trainer`: the loop. Gradient accumulation is derived, never configured.
 
     `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only. `eval_at_start`
-    evaluates before the first step too.
+    evaluates before the first step too. `keep_last` 0 keeps one checkpoint while the run trains and none once
+    it is complete.
     """
 
     global_batch_pairs: int = 64

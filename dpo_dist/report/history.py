@@ -92,13 +92,13 @@ class History:
         To be called before a checkpoint of the same step is committed: then no row that a resumed run relies
         on is missing. Values that are not finite become null, for which JSON has no other word.
         """
-        lines = ",\n".join(json.dumps(_plain(row)) for row in self.rows)
+        lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
         atomic.write_text(self.folder / LOG_NAME, f"[\n{lines}\n]\n")
         self._write_csv()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` whole; values that are not finite become null."""
-        atomic.write_text(self.folder / SUMMARY_NAME, json.dumps(_plain(summary), indent=2) + "\n")
+        atomic.write_text(self.folder / SUMMARY_NAME, json.dumps(plain(summary), indent=2) + "\n")
 
     def _widen(self, keys: Iterable[str]) -> bool:
         unknown = [key for key in dict.fromkeys(keys) if key not in self._columns]
@@ -163,11 +163,12 @@ def _read_rows(path: Path, last_step: int) -> list[Row]:
     return [row for row in rows if row["step"] <= last_step]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return `value` as JSON can have it: numbers that are not finite become null."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

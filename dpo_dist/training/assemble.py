@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dpo_dist.config.load import run_digest
-from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint
@@ -17,40 +17,29 @@ from dpo_dist.distributed.nvme import demand_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
-from dpo_dist.errors import ConfigError, DivergedError
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.quantize import demand_bitsandbytes
-from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, model_label
+from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_digested
 from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.provider import AdapterReference, LiveReference, NoReference, ReferenceProvider
 from dpo_dist.reference.vocabulary import refuse_other_vocabulary
 from dpo_dist.report.console import Console
-from dpo_dist.report.history import History, final_and_best
+from dpo_dist.report.history import History
 from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
-from dpo_dist.training.folder import (
-    CHECKPOINTS,
-    MODEL,
-    describe_run,
-    export_model,
-    find_checkpoint,
-    is_complete,
-    locked,
-    peak_memory_bytes,
-    refuse_other_inputs,
-)
+from dpo_dist.training.ending import EXIT_COMPLETED, Ending, finish, run_to_its_end
+from dpo_dist.training.folder import CHECKPOINTS, describe_run, find_start, locked, mark_started
 from dpo_dist.training.gate import describe_drift, pass_gate
-from dpo_dist.training.inputs import Inputs, load_inputs, shared_model_folder
+from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, Position, StopRequest
+from dpo_dist.training.state import STATE_NAME, Outcome, RunState, check_identity, identify
 from dpo_dist.training.step import Objective
 from dpo_dist.training.stored import stored_reference
-
-EXIT_COMPLETED = 0
-EXIT_PREEMPTED = 75
 
 
 @dataclass(frozen=True)
@@ -58,16 +47,12 @@ class Reference:
     """The reference of a run and what getting it ready took.
 
     Attributes:
-        digest: of the model; None where there is none.
-        policy_start: the files that the policy is loaded from; None where there is no reference.
         is_policys_start: whether it is the model that the policy starts from, in the same precision.
         audited: a data set and rows of it whose reference values are to be tested by a fresh computation.
         report: for summary.json.
     """
 
     provider: ReferenceProvider
-    digest: str | None
-    policy_start: ModelFiles | None
     is_policys_start: bool
     audited: tuple[PairDataset, Rows]
     report: dict[str, Any]
@@ -77,22 +62,21 @@ def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; returns the exit code."""
     run_dir = Path(str(config.run.dir))
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with _world(config) as world, locked(run_dir, world):
-        checkpoint = find_checkpoint(config, run_dir, world)
-        if checkpoint is not None and is_complete(checkpoint, run_dir):
-            console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
-            return EXIT_COMPLETED
+    with _world(config) as world, locked(run_dir, world, console):
+        start = find_start(config, run_dir, world)
+        checkpoint = start.checkpoint
+        if start.finished is not None:
+            return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, run_dir, world)
         inputs = load_inputs(config, world, console)
+        identity = identify(config, inputs)
+        if checkpoint is not None:
+            check_identity(checkpoint.state, identity, checkpoint.folder)
+        first_step = checkpoint.state["step"] if checkpoint is not None else 0
+        mark_started(run_dir, RunState(Outcome.started, first_step, identity), world)
         reference = build_reference(config, inputs, world, console)
-        identity = {
-            "run_digest": run_digest(config),
-            "data": inputs.train_set.fingerprint,
-            "reference": reference.digest,
-        }
         policy = _load_policy(config, inputs, world)
-        if reference.policy_start is not None:
-            world.together(reference.policy_start.check_unchanged)
+        world.together(inputs.policy_files.check_unchanged)
         if config.reference.mode is ReferenceMode.adapter:
             reference = replace(reference, provider=AdapterReference(policy))
         objective = Objective(config.loss, reference.provider)
@@ -101,7 +85,6 @@ def train(config: RunConfig, console: Console) -> int:
         report = reference.report
         position = Position()
         if checkpoint is not None:
-            refuse_other_inputs(checkpoint, identity)
             load_checkpoint(checkpoint, changing, world)
             position = Position.of(checkpoint.state)
             console.say(f"resuming from {checkpoint.folder}")
@@ -122,16 +105,39 @@ def train(config: RunConfig, console: Console) -> int:
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
-            recorder=_open_recorder(config, run_dir, world, position, stop, environment),
+            recorder=_open_recorder(config, position.step, world, stop, environment),
             console=console,
-            checkpoints=CheckpointSaver(run_dir / CHECKPOINTS, config.trainer.keep_last, changing, world),
-            identity=identity,
+            checkpoints=CheckpointSaver(
+                run_dir / CHECKPOINTS,
+                config.trainer.keep_last,
+                changing,
+                world,
+                checkpoint.damaged if checkpoint is not None else (),
+            ),
+            identity={**identity, "parallelism": config.parallelism.kind.value},
             stop_wanted=stop,
         )
-        exit_code = _run(loop, position, inputs, report)
+        exit_code = run_to_its_end(loop, position, Ending(inputs, identity, report))
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         return exit_code
+
+
+def _complete(
+    config: RunConfig, finished: RunState, stop: StopRequest, world: World, console: Console
+) -> int:
+    """Write what a run whose model is written still lacks, if its inputs are those it had; collective."""
+    run_dir = Path(str(config.run.dir))
+    where = run_dir / STATE_NAME
+    check_identity(finished.identity, {"run_digest": run_digest(config)}, where)
+    check_identity(finished.identity, identify(config, load_inputs(config, world, console)), where)
+    recorder = None
+    if finished.outcome is Outcome.exported:
+        environment = describe_run(config, run_dir, world)
+        recorder = _open_recorder(config, finished.step, world, stop, environment)
+    finish(config, finished, recorder, world, console)
+    console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
+    return EXIT_COMPLETED
 
 
 def _reference_sync(
@@ -148,7 +154,7 @@ def _reference_sync(
 
 def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
     """The policy at its start, with its adapter if it has one; collective."""
-    model = load_packed(inputs.policy_folder, config.model, config.data.max_length, world.device)
+    model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
     return PolicyEngine(model, config.optim, world)
@@ -163,25 +169,6 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
     peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
     sheets = [sheet for _, sheet in peaks if sheet is not None]
     return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)
-
-
-def _run(loop: Loop, position: Position, inputs: Inputs, reference: dict[str, Any]) -> int:
-    """Run the loop to whatever end it has, and leave the files that tell of it."""
-    run_dir = Path(str(loop.config.run.dir))
-    outcome = "diverged"
-    try:
-        outcome = "completed" if loop.run(position) else "preempted"
-        if outcome == "completed":
-            export_model(loop.policy, inputs.tokenizer, run_dir / MODEL, loop.world)
-    except DivergedError:
-        _close(loop, position, outcome, inputs, reference)
-        raise
-    _close(loop, position, outcome, inputs, reference)
-    if outcome == "preempted":
-        loop.console.say(f"stopped after step {position.step}; the same command goes on from there")
-        return EXIT_PREEMPTED
-    loop.console.say(f"model: {run_dir / MODEL}   report: {run_dir / 'report.html'}")
-    return EXIT_COMPLETED
 
 
 def precompute(config: RunConfig, console: Console) -> int:
@@ -222,19 +209,13 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     audited = inputs.visited[0]
     if mode is ReferenceMode.none:
         report = {"mode": mode.value, **FillReport().as_dict()}
-        return Reference(NoReference(), None, None, False, audited, report)
-    path = config.reference.path or config.model.path
-    revision = config.reference.revision if config.reference.path else config.model.revision
-    folder = shared_model_folder(path, revision, "reference.path", world)
-    store, remote_code = Path(config.reference.store), config.model.trust_remote_code
-    is_whole = config.reference.quantization is not None
-    files = digest_on_every_node(folder, store, remote_code, is_whole, world)
-    is_whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
-    start = digest_on_every_node(inputs.policy_folder, store, remote_code, is_whole, world)
+        return Reference(NoReference(), False, audited, report)
+    files = inputs.reference_files
+    assert files is not None, "there is one in every other mode"
     if config.reference.path:
-        world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
+        world.on_main(lambda: refuse_other_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and files.digest == start.digest
+    is_start = same_precision and files.digest == inputs.policy_files.digest
     report = FillReport().as_dict()
     if mode is ReferenceMode.adapter:
         provider: ReferenceProvider = NoReference()
@@ -242,41 +223,17 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     elif mode is ReferenceMode.live:
         provider = LiveReference(load_digested(files, config, world))
     else:
-        label = model_label(path, folder)
+        label = model_label(config.reference.path or config.model.path, files.folder)
         provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
-    return Reference(provider, files.digest, start, is_start, audited, {"mode": mode.value, **report})
+    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
 
 
 def _open_recorder(
-    config: RunConfig,
-    run_dir: Path,
-    world: World,
-    position: Position,
-    stop: StopRequest,
-    environment: dict[str, Any],
+    config: RunConfig, step: int, world: World, stop: StopRequest, environment: dict[str, Any]
 ) -> Recorder | None:
+    """The recorder of a run that goes on after `step`; on rank 0 only."""
     if not world.is_main:
         return None
-    history = History.open(run_dir / METRICS_FOLDER, position.step or None)
+    run_dir = Path(str(config.run.dir))
+    history = History.open(run_dir / METRICS_FOLDER, step or None)
     return Recorder(run_dir, history, open_tracker(config, run_dir, stop.ask, environment=environment))
-
-
-def _close(loop: Loop, position: Position, outcome: str, inputs: Inputs, reference: dict[str, Any]) -> None:
-    """Write summary, curves and report; collective: no rank leaves before rank 0 has written."""
-    peak_bytes = peak_memory_bytes(loop.world)
-    if loop.recorder is not None:
-        seconds = position.train_seconds
-        summary = {
-            **final_and_best(loop.recorder.history.rows),
-            "steps": position.step,
-            "pairs_seen": position.pairs_seen,
-            "train_seconds": seconds,
-            "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
-            "peak_memory_bytes": peak_bytes,
-            "reference": reference,
-            "world_size": loop.world.size,
-            "data": {name: dataset.counts for name, dataset in inputs.named.items()},
-            "exit": outcome,
-        }
-        loop.recorder.close(summary)
-    loop.world.barrier()

@@ -13,7 +13,7 @@ from tests.support.launch import run_verb, train
 
 
 def fails_with(overrides: list[str], *told: str, processes: int = 1) -> None:
-    ended = run_verb("train", overrides, processes=processes)
+    ended = run_verb("train", overrides, processes=processes, cold=processes > 1)
     # The launcher of several processes ends with 1 whatever they end with.
     assert ended.code == (2 if processes == 1 else 1), ended.output
     assert ended.output.count("to do:") == 1, ended.output

@@ -1,11 +1,13 @@
 """Kill it at any moment (law L4): resuming equals the run that was never interrupted, bit for bit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import history, kill_one_rank, run_verb, summary, train
+from tests.support.launch import history, kill_one_rank, run_state, run_verb, summary, train
+from tests.support.tiny_model import write_model
 
 STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-3"]
 
@@ -108,3 +110,28 @@ def test_another_number_of_processes_is_refused_with_the_right_one(overrides: Ov
     other = run_verb("train", overrides(), processes=2)
     assert other.code == 1
     assert "launch 1 processes" in other.output
+
+
+def test_another_base_or_parallelism_is_refused_and_costs_nothing(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """Without a reference, too: an adapter's base is not in its checkpoints."""
+    model = tmp_path / "model"
+    shutil.copytree(assets / "model", model)
+    options = (f"model.path={model}", "model.adapter={r: 4}", "loss=simpo", "trainer.epochs=1")
+    assert run_verb("train", overrides(*options, "trainer.stop_after_steps=2")).code == 75
+    assert run_state(tmp_path / "run")["outcome"] == "preempted"
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(
+        (write_model(tmp_path / "other", seed=5) / "model.safetensors").read_bytes()
+    )
+    other = run_verb("train", overrides(*options))
+    assert other.code == 2, other.output
+    assert "the model that the policy starts from of this run changed" in other.output
+    (model / "model.safetensors").write_bytes(whole)
+    other = run_verb("train", overrides(*options, "parallelism=zero2"))
+    assert other.code == 2, other.output
+    assert "set parallelism.kind=zero3" in other.output
+    train(overrides(*options))
+    assert run_state(tmp_path / "run")["outcome"] == "completed"
+    assert summary(tmp_path / "run")["exit"] == "completed"

@@ -32,6 +32,7 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
             "trainer.eval_at_start=true",
         ),
         processes=2,
+        cold=True,
     ).output
     run = tmp_path / "run"
     for name in ("config.yaml", "environment.json", "report.html", "checkpoints/latest", "model/config.json"):
@@ -85,10 +86,26 @@ def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
 
 def test_a_finished_run_is_left_alone(overrides: Overrides, tmp_path: Path) -> None:
     command = overrides("trainer.max_steps=1")
-    train(command)
+    train(command, cold=True)
     before = (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "run/checkpoints")
     assert "is complete" in train(command).output
     assert (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_does_not_pass_for_one_of_other_data(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "train.jsonl"
+    lines = (assets / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    command = overrides("trainer.max_steps=1", "trainer.keep_last=0", f"data.train=[{data}]")
+    train(command)
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+    data.write_text("".join(lines[1:]))
+    other = run_verb("train", command)
+    assert other.code == 2, other.output
+    assert "the training data of this run changed" in other.output
 
 
 def test_the_reference_is_paid_for_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run the verbs as a person does: a real command line, real processes, a real run folder."""
+"""Run the verbs as a person does: their command line, real processes, a real run folder."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.report.history import PHASES
+from tests.support.warm import launcher_variables, run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
@@ -51,9 +52,21 @@ def environment() -> dict[str, str]:
 
 
 def run_verb(
-    verb: str, overrides: list[str], *, processes: int = 1, cwd: Path = ROOT, seconds: int = 300
+    verb: str,
+    overrides: list[str],
+    *,
+    processes: int = 1,
+    cwd: Path = ROOT,
+    seconds: int = 300,
+    cold: bool = False,
 ) -> Finished:
-    """Run a verb to its end; its screen as one text."""
+    """Run a verb to its end; its screen as one text.
+
+    The processes are forked from a warm parent. `cold` takes the real command line, for what depends on it.
+    """
+    if not cold:
+        added = launcher_variables(TWO_PROCESSES) if processes > 1 else {}
+        return Finished(*run_warm(verb, overrides, {**environment(), **added}, processes, cwd, seconds))
     ended = subprocess.run(
         command(verb, overrides, processes),
         cwd=cwd,
@@ -67,9 +80,9 @@ def run_verb(
     return Finished(ended.returncode, ended.stdout)
 
 
-def train(overrides: list[str], *, processes: int = 1) -> Finished:
+def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Finished:
     """Train to completion, or fail the test with what the screen said."""
-    ended = run_verb("train", overrides, processes=processes)
+    ended = run_verb("train", overrides, processes=processes, cold=cold)
     assert ended.code == 0, ended.output
     return ended
 
@@ -117,6 +130,12 @@ def history(run_dir: Path) -> list[dict[str, float]]:
 def summary(run_dir: Path) -> dict[str, Any]:
     """summary.json."""
     content: dict[str, Any] = json.loads((run_dir / "dpo_metrics" / "summary.json").read_text())
+    return content
+
+
+def run_state(run_dir: Path) -> dict[str, Any]:
+    """run_state.json."""
+    content: dict[str, Any] = json.loads((run_dir / "run_state.json").read_text())
     return content
 
 

@@ -1,42 +1,29 @@
 """Scenarios on several real processes: gloo, DeepSpeed on the CPU, one process per rank.
 
-A fork server imports everything once, so that starting a few ranks costs a second and not half a minute.
+They are forked from the warm parent of `tests.support.warm`.
 """
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.runtime import World, start_world
 from dpo_dist.distributed.zero import policy_config
+from tests.support.warm import context, free_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 # Steps large enough to see, clipped, and smooth where a gradient is only rounding.
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, eps=1e-3)
 
 Scenario = Callable[[World, Path], Any]
-
-_context = multiprocessing.get_context("forkserver")
-_PRELOADED = [__name__, "transformers.models.qwen2.modeling_qwen2"]
-_ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-}
 
 
 @dataclass(frozen=True)
@@ -86,14 +73,10 @@ def start_ranks(
 ) -> Ranks:
     """Start `scenario` on every rank of a new world; logs and results go to the new `folder`."""
     folder.mkdir(parents=True)
-    _context.set_forkserver_preload(_PRELOADED)
-    with mock.patch.dict(os.environ, _ENVIRONMENT):
-        forkserver.ensure_running()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    start_parent()
+    port = free_port()
     processes = tuple(
-        _context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder))
+        context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder))
         for rank in range(size)
     )
     for process in processes:

@@ -1,0 +1,126 @@
+"""Mixtures of experts train on two ranks as in one process, under each kind of optimizer wrapper."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
+from dpo_dist.data.batches import plan_step
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running import RunningMeans
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.folder import export_model
+from dpo_dist.training.step import Objective, train_step
+from tests.dist.scenario import Assets
+from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
+from tests.support import tiny
+from tests.support.packing import COSTS
+from tests.support.ranks import OPTIM, run_ranks
+
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+}
+ZERO3, ZERO2, DDP = ParallelismKind
+
+
+def write_moe(folder: Path, model_type: str) -> Path:
+    tokenizer = tiny.qwen()
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        router_jitter_noise=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **OWN[model_type],
+    )
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def moe_steps(
+    assets: Assets, model: Path, dtype: Dtype, reference: Sequence[np.ndarray], world: World, folder: Path
+) -> list[float]:
+    """Gradient norms of `STEPS`; the result is exported to `folder`."""
+    config, dataset = ModelConfig(str(model), dtype=dtype), assets.dataset()
+    policy = PolicyEngine(load_packed(model, config, 1024, world.device), OPTIM, world)
+    objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
+    norms = []
+    for rows, budget in STEPS:
+        plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        ready = objective.ready_step(plan, world.device)
+        clock = StepClock(world.device)
+        norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
+    export_model(policy, tiny.qwen(), folder / "model", world)
+    return norms
+
+
+def trained(folder: Path) -> dict[str, Tensor]:
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return dict(loaded.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [("qwen3_moe", ZERO3), ("qwen3_moe", ZERO2), ("mixtral", ZERO3), ("mixtral", DDP)],
+)
+def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
+    model_type: str, kind: ParallelismKind, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+) -> None:
+    model = write_moe(tmp_path / "model", model_type)
+    scenario = partial(moe_steps, assets, model, Dtype.fp32, plain_rows)
+    told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    norms = plain_steps(plain, assets.dataset(), plain_rows)
+    for of_rank in told:
+        assert of_rank == pytest.approx(norms, rel=5e-5)
+    after = trained(tmp_path / "ranks" / "model")
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("qwen3_moe", DDP), ("mixtral", ZERO3)])
+def test_in_bf16_two_ranks_train_it_as_one_process(
+    model_type: str, kind: ParallelismKind, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+) -> None:
+    model = write_moe(tmp_path / "model", model_type)
+    scenario = partial(moe_steps, assets, model, Dtype.bf16, plain_rows)
+    norms = run_ranks(scenario, 1, tmp_path / "one", kind, Dtype.bf16)[0]
+    told = run_ranks(scenario, 2, tmp_path / "two", kind, Dtype.bf16)
+    assert told[0] == told[1]
+    assert told[0][0] == pytest.approx(norms[0], rel=5e-3)
+    before, one, two = (trained(folder / "model") for folder in (tmp_path, tmp_path / "one", tmp_path / "two"))
+    # Rounding moves a share of the weights by a bf16 step: some hundredths of what they were trained by.
+    apart, change = (
+        torch.cat([(a[name] - b[name]).flatten() for name in before]).norm()
+        for a, b in ((two, one), (one, before))
+    )
+    assert apart < 0.06 * change

@@ -1,0 +1,139 @@
+"""Verbs on real processes that are forked from a warm parent, which has imported everything once.
+
+A cold start imports for eight seconds on each process. A forked process runs the verb as `__main__`, with its
+command line, environment, working folder and exit code; `launch.run_verb(cold=True)` takes the real command
+line.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# What a launcher says of a place in the world, and of itself, is set anew for every start.
+_OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
+
+# A rank that fails may have told the others why they end too.
+_GRACE_SECONDS = 10
+_POLL_SECONDS = 0.05
+
+context = multiprocessing.get_context("forkserver")
+
+
+def start_parent() -> None:
+    """Start the warm parent of this test session, if it does not run yet."""
+    context.set_forkserver_preload(
+        [
+            "dpo_dist.training.assemble",
+            "tests.support.ranks",
+            "transformers.models.qwen2.modeling_qwen2",
+        ]
+    )
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@cache
+def launcher_variables(config_file: Path) -> dict[str, str]:
+    """What `accelerate launch` with this file adds to the environment of every process."""
+    script = Path(__file__).with_name("print_environment.py")
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    told = subprocess.run(
+        [*launcher, "--config_file", str(config_file), str(script)],
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    added = json.loads(told.splitlines()[0])
+    kept = {name: value for name, value in added.items() if not name.startswith(_OF_A_LAUNCH)}
+    return {name: value for name, value in kept.items() if os.environ.get(name) != value}
+
+
+def run_warm(
+    verb: str, overrides: list[str], variables: dict[str, str], size: int, folder: Path, seconds: float
+) -> tuple[int, str]:
+    """Run a verb on `size` processes; exit code and screen as `python -m` or `accelerate launch` give them.
+
+    Args:
+        verb: module below dpo_dist.
+        overrides: its command line.
+        variables: the whole environment.
+        size: processes; more than one are a world, of which a launcher ends the others when one fails.
+        folder: the working folder.
+        seconds: after which the test fails.
+    """
+    start_parent()
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as temporary:
+        screen = Path(temporary) / "screen"
+        screen.touch()
+        processes = []
+        for rank in range(size):
+            place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+            world = {name: str(number) for name, number in place.items()}
+            own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = context.Process(
+                target=_be_verb, args=(verb, overrides, own if size > 1 else variables, folder, screen)
+            )
+            process.start()
+            processes.append(process)
+        code = _wait(processes, seconds)
+        return code, screen.read_text(encoding="utf-8")
+
+
+def _wait(processes: list[Any], seconds: float) -> int:
+    """Wait as the launcher of several does: the first failure ends all, with 1."""
+    deadline = time.monotonic() + seconds
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+            raise TimeoutError(f"the verb took longer than {seconds} s")
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.join(_GRACE_SECONDS)
+                process.terminate()
+        processes[0].join(_POLL_SECONDS)
+    codes = [process.exitcode for process in processes]
+    return codes[0] if len(codes) == 1 else int(any(codes))
+
+
+def _be_verb(verb: str, overrides: list[str], variables: dict[str, str], folder: Path, screen: Path) -> None:
+    descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.argv = [verb, *overrides]
+    runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)
