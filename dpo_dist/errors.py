@@ -4,7 +4,19 @@ Every error a user can cause is a `DpoDistError`. The verbs print it without a t
 `exit_code`; anything else that escapes is a fault of the program and keeps its traceback.
 """
 
+import errno
 from typing import ClassVar
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PATH_FAULTS = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
 
 
 class DpoDistError(Exception):
@@ -18,7 +30,7 @@ class DpoDistError(Exception):
         remedy: what to do next.
     """
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
     title: ClassVar[str] = "error"
 
     def __init__(self, what: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
@@ -28,8 +40,8 @@ class DpoDistError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
-        self.speaker = 0
-        """The rank that prints the error, where every rank raises it."""
+        self.speaker: int | None = None
+        """The rank that prints the error; None before the processes have joined."""
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle with every field, so that one rank's error can be raised on all."""
@@ -90,8 +102,29 @@ class DivergedError(DpoDistError):
     title = "diverged"
 
 
+class DeviceMemoryError(DpoDistError):
+    """A GPU has no memory left."""
+
+    title = "out of memory"
+
+
 class PeerLostError(DpoDistError):
-    """Another process of the run is gone; the first rank that is left says so."""
+    """Another process of the run died or failed."""
 
     exit_code = 1
     title = "process lost"
+
+
+def disk_error(fault: BaseException) -> ConfigError | None:
+    """Return `fault` as an error for the user if a full disk, a path or its permissions caused it."""
+    if not isinstance(fault, OSError):
+        return None
+    if fault.errno not in _DISK_IS_FULL and (fault.errno not in _PATH_FAULTS or fault.filename is None):
+        return None
+    return ConfigError(
+        "a file cannot be written or read",
+        where=str(fault.filename or "see logs/rank-N.log of the run"),
+        got=str(fault.strerror),
+        remedy="make room, or correct the path or its permissions; what was committed is complete, "
+        "start the same command again",
+    )

@@ -5,9 +5,11 @@ other questions about itself are passed on to it.
 """
 
 import contextlib
-import errno
 import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +24,9 @@ from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, resolve, to
 from dpo_dist.config.parse import parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.suggest import likely, unknown_key, written
-from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.errors import ConfigError, DpoDistError, disk_error
 
-_DISK_FAULTS = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENOENT,
-        errno.ENAMETOOLONG,
-    }
-)
+_RANK_0_SECONDS = 60
 # Options by the word that they are known by here, and whether a value follows.
 _OPTIONS = {
     "--help": False,
@@ -80,7 +70,7 @@ class Arguments:
 def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None = None) -> NoReturn:
     """Run `main` with the configuration that the command line describes, and end with its exit code.
 
-    A `DpoDistError` is printed as one block, by the first rank only; other exceptions keep their traceback.
+    A `DpoDistError` is printed as one block, by one rank only; other exceptions keep their traceback.
 
     Args:
         main: the verb.
@@ -90,22 +80,36 @@ def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int]
         exit_code = _run(main, check)
         sys.stdout.flush()
     except DpoDistError as error:
-        if _rank() == error.speaker:
-            sys.stderr.write(error.block() + "\n")
+        _print(error)
         exit_code = error.exit_code
     except BrokenPipeError:
         # Who reads the output has closed it: --help | head.
         os._exit(0)
-    except OSError as fault:
-        if fault.errno not in _DISK_FAULTS or fault.filename is None:
-            raise
-        sys.stderr.write(_disk_error(fault).block() + "\n")
-        exit_code = ConfigError.exit_code
+    except Exception as fault:  # whatever it is, this process must not hang at exit
+        told = disk_error(fault)
+        if told is not None:
+            _print(told)
+        else:
+            traceback.print_exc()
+        exit_code = 1 if told is None else told.exit_code
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
     # All is written, and at interpreter exit threads of communication libraries may still abort the process.
     os._exit(exit_code)
+
+
+def _print(error: DpoDistError) -> None:
+    """Print `error` if this process is the one that does.
+
+    Before the processes have joined, most errors come up in all of them. The launcher ends the others once
+    rank 0 has printed its own and left; a rank that it does not end is alone with its error.
+    """
+    if error.speaker is None and _rank() > 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
+        time.sleep(_RANK_0_SECONDS)
+    if error.speaker in (None, _rank()):
+        sys.stderr.write(error.block() + "\n")
 
 
 def _run(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None) -> int:
@@ -248,13 +252,3 @@ def _ask_hydra(arguments: Arguments) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _disk_error(fault: OSError) -> ConfigError:
-    return ConfigError(
-        "a file cannot be written or read",
-        where=str(fault.filename),
-        got=str(fault.strerror),
-        remedy="make room, or correct the path or its permissions; what was committed is whole, "
-        "start the same command again",
-    )

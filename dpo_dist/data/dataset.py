@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.encoded import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
 from dpo_dist.data.joined import Column, joined
 from dpo_dist.data.pack import Sequences, packed_tokens
-from dpo_dist.data.parts import DataCounts
 from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes
 from dpo_dist.data.records import Origin
 from dpo_dist.data.schedule import Rows, Span
@@ -35,7 +35,7 @@ class PairDataset:
 
     Attributes:
         fingerprint: digest of everything that decided the ids.
-        counts: what became of the records (`DataCounts.as_dict`).
+        counts: what became of the records (`DataCounts.as_dict`); under `sources` those of each source.
         source_paths: the files in which pairs were read.
         source_pairs: how many pairs each source has.
         ids: int32 [tokens].
@@ -171,15 +171,17 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PairDa
     manifests = [_verified(source) for source in sources]
     views = list(map(view, sources, manifests))
     counts = DataCounts()
+    told = []
     for source, seen in zip(sources, views, strict=True):
-        _check_counts(seen.counts, source.path, config)
+        check_counts(seen.counts, source.path, config)
+        told.append({"path": source.path, **seen.counts.numbers()})
         counts.add(seen.counts)
     parts = [
         [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
     ]
     return PairDataset(
         fingerprint=text_digest(json.dumps(parts)),
-        counts=counts.as_dict(),
+        counts=counts.as_dict() | {"sources": told},
         source_paths=tuple(file for seen in views for file in seen.files),
         source_pairs=tuple(seen.pairs for seen in views),
         ids=_join(views, "ids"),
@@ -209,25 +211,3 @@ def _join(views: Sequence[SourceView], name: str, steps: Sequence[Any] | None = 
     """An array of all sources; `steps` is by how much a source raises the values of those after it."""
     parts = [seen.arrays[name] for seen in views]
     return joined(parts, None if steps is None else [sum(steps[:number], 0) for number in range(len(parts))])
-
-
-def _check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
-    """Refuse a source of which too little is left."""
-    dropped = sum(counts.dropped.values())
-    reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
-    examples = "; ".join(counts.examples[:5])
-    if counts.kept == 0:
-        raise DataError(
-            "no usable record was read",
-            where=examples or path,
-            got=f"{counts.read} records; dropped: {reasons or 'none'}",
-            remedy="check the file and the record format; docs/data.md lists the formats and reasons",
-        )
-    if dropped > config.max_bad_share * counts.read:
-        raise DataError(
-            f"{dropped} of {counts.read} records cannot be used",
-            where=examples,
-            got=reasons,
-            expected=f"at most a share of {config.max_bad_share} (data.max_bad_share)",
-            remedy="correct the records, or raise data.max_bad_share if this loss is intended",
-        )

@@ -159,7 +159,7 @@ def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedPair | B
     if len(prompt) == tokens.prefix_length:
         return BadRecord("empty_prompt", origin, "the prompt has no tokens")
     if limits.max_prompt_length is not None:
-        prompt = _cut_left(prompt, limits.max_prompt_length, tokens.prefix_length)
+        prompt = _cut_to_limit(prompt, limits.max_prompt_length, tokens.prefix_length)
     longest = max(map(len, responses))
     if len(prompt) + longest > limits.max_length:
         match limits.truncation:
@@ -184,6 +184,18 @@ def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedPair | B
         response_truncated=response_truncated,
         boundary_resplit=tokens.boundary_resplit,
     )
+
+
+def _cut_to_limit(prompt: list[int], limit: int, prefix_length: int) -> list[int]:
+    if limit <= prefix_length:
+        raise ConfigError(
+            "data.max_prompt_length leaves room for nothing but the tokens that start every prompt",
+            where="data.max_prompt_length",
+            got=str(limit),
+            expected=f"more than {prefix_length} (BOS)",
+            remedy="raise data.max_prompt_length, or remove it",
+        )
+    return _cut_left(prompt, limit, prefix_length)
 
 
 def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.atomic import is_temporary, write_text
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.folders import is_glob
 from dpo_dist.data.joined import Array
-from dpo_dist.data.parts import SHOWN_EXAMPLES, DataCounts, EncodedPart, Outcome
+from dpo_dist.data.parts import EncodedPart
 from dpo_dist.digests import remember_digest, remembered_digest, text_digest
 from dpo_dist.errors import ConfigError
 
@@ -53,7 +54,8 @@ class Manifest:
         outcomes: the distinct outcomes of records, by the numbers that the array `outcomes` has, each as
             ``[dropped, pairs, changed]``.
         files: the files in which pairs and bad records were read, relative to the source's path.
-        examples: the first dropped records, each as ``[record number, file number, line, reason]``.
+        examples: the first dropped records, and the first for each reason, each as
+            ``[record number, file number, line, reason, detail]``.
     """
 
     fingerprint: str
@@ -63,7 +65,7 @@ class Manifest:
     digests: dict[str, str]
     outcomes: list[tuple[str | None, int, list[tuple[str, int]]]]
     files: list[str]
-    examples: list[tuple[int, int, int, str]]
+    examples: list[tuple[int, int, int, str, str]]
 
     def covers(self, limit: int | None) -> bool:
         """Whether the first `limit` records (None: all) are among the encoded ones."""
@@ -92,7 +94,7 @@ class SourceWriter:
         self._pieces = 0
         self._outcomes: dict[Outcome, int] = {}
         self._files: dict[str, int] = {}
-        self._examples: list[tuple[int, int, int, str]] = []
+        self._examples: list[tuple[int, int, int, str, str]] = []
 
     def add(self, part: EncodedPart) -> None:
         """Append the pairs of the records that follow."""
@@ -105,9 +107,12 @@ class SourceWriter:
         self._append("origins", [(self._file(at.source), at.line) for at in part.origins])
         codes = [self._outcomes.setdefault(outcome, len(self._outcomes)) for outcome in part.outcomes]
         self._append("outcomes", codes)
-        for place, bad in part.bad[: SHOWN_EXAMPLES - len(self._examples)]:
-            origin = self._file(bad.origin.source), bad.origin.line
-            self._examples.append((self.records + place, *origin, bad.reason))
+        for place, bad in part.bad:
+            if len(self._examples) < SHOWN_EXAMPLES or all(
+                bad.reason != shown[3] for shown in self._examples
+            ):
+                origin = self._file(bad.origin.source), bad.origin.line
+                self._examples.append((self.records + place, *origin, bad.reason, bad.detail))
         self._pieces += len(part.piece_starts)
         self.records += len(part.outcomes)
 
@@ -221,12 +226,10 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
     ]
     numbers = np.bincount(used, minlength=len(outcomes)).tolist()
     files = [_display_name(source.path, name) for name in manifest.files]
-    examples = [
-        f"{files[file]}:{line} {reason}"
-        for place, file, line, reason in manifest.examples
-        if place < len(used)
-    ]
-    counts = DataCounts.of(Counter(dict(zip(outcomes, numbers, strict=True))), examples)
+    shown = [example for example in manifest.examples if example[0] < len(used)]
+    examples = [f"{files[file]}:{line} {reason}" for _, file, line, reason, _ in shown]
+    details = {reason: detail for *_, reason, detail in reversed(shown) if detail}
+    counts = DataCounts.of(Counter(dict(zip(outcomes, numbers, strict=True))), examples, details)
     pairs = counts.pairs
     pieces = int(arrays["pair_pieces"][pairs - 1]) if pairs else 0
     responses = pieces - pairs

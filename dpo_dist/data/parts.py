@@ -1,14 +1,14 @@
 """Consecutive records encoded to one part of a source, and what became of each of them."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord
+from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedPair, TokenIds, encode_pair, response_key
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
@@ -16,75 +16,6 @@ from dpo_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SHOWN_EXAMPLES = 20
-_FLAGS = ("prompt_truncated", "response_truncated", "boundary_resplit")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a record: the reason why it was dropped; else the pairs that it gave, and how often
-    each kind of change was made to it.
-    """
-
-    dropped: str | None = None
-    pairs: int = 0
-    changed: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass
-class DataCounts:
-    """What became of the records read: `read` = `kept` + sum of `dropped`.
-
-    `pairs` is what the kept ones gave: one each, or several from a ranking. `changed` is what was done to
-    records that were kept, and how many ties were left out of them. `examples` are dropped records as
-    ``file:line reason``.
-    """
-
-    read: int = 0
-    kept: int = 0
-    pairs: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(
-        default_factory=lambda: Counter(dict.fromkeys((*_FLAGS, "ties_left_out"), 0))
-    )
-    examples: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, outcomes: Mapping[Outcome, int], examples: Iterable[str]) -> "DataCounts":
-        """Count records, given how many of them had each outcome."""
-        counts = cls(examples=list(examples)[:SHOWN_EXAMPLES])
-        for outcome, records in outcomes.items():
-            counts.read += records
-            if outcome.dropped is not None:
-                counts.dropped[outcome.dropped] += records
-                continue
-            counts.kept += records
-            counts.pairs += records * outcome.pairs
-            for name, times in outcome.changed:
-                counts.changed[name] += records * times
-        counts.dropped += Counter()  # without zeros
-        return counts
-
-    def add(self, later: "DataCounts") -> None:
-        """Count the records that follow these."""
-        self.read += later.read
-        self.kept += later.kept
-        self.pairs += later.pairs
-        self.dropped.update(later.dropped)
-        self.changed.update(later.changed)
-        self.examples += later.examples[: SHOWN_EXAMPLES - len(self.examples)]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "read": self.read,
-            "kept": self.kept,
-            "pairs": self.pairs,
-            "dropped": dict(self.dropped),
-            **{name: self.changed[name] for name in sorted(self.changed)},
-            "examples": self.examples,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +32,8 @@ class EncodedPart:
         scores: float64 [responses], nan where the source has none.
         origins: [pairs], where each pair was read.
         outcomes: [records], what became of each record.
-        bad: the first few records that were dropped, each with its place among the records.
+        bad: the first few records that were dropped, and the first for each reason, each with its place among
+            the records.
     """
 
     ids: TokenIds
@@ -173,8 +105,9 @@ def encode_part(
                 got=outcome.detail,
                 remedy="correct the record, or set data.on_bad_record=drop",
             )
-        outcomes.append(Outcome(dropped=outcome.reason))
-        if len(bad) < SHOWN_EXAMPLES:
+        unread = tuple((f"unread_{name}", 1) for name in outcome.unread)
+        outcomes.append(Outcome(dropped=outcome.reason, changed=unread))
+        if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
             bad.append((place, outcome))
     return EncodedPart(
         ids=np.concatenate(pairs.ids),
@@ -207,5 +140,7 @@ def _encode(
         [scores[place] for place in used],
     )
     pairs.origins += [record.origin] * len(examples)
-    changed = {name: int(getattr(encoded, name)) for name in _FLAGS} | {"ties_left_out": ties}
+    changed = {name: int(getattr(encoded, name)) for name in FLAGS} | {"ties_left_out": ties}
+    if isinstance(record.prompt, str) and not config.text_as_messages and tokenizer.chat_template:
+        changed["chat_template_not_applied"] = 1
     return Outcome(None, len(examples), tuple((name, times) for name, times in changed.items() if times))

@@ -30,7 +30,7 @@ from dpo_dist.errors import DataError
 log = logging.getLogger(__name__)
 
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
-_ENCODING_VERSION = 3
+_ENCODING_VERSION = 4
 
 Progress = Callable[[str, int], None]
 """Called with the path of a source and how many records more of it are encoded."""

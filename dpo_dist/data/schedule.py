@@ -77,10 +77,10 @@ def make_schedule(spans: Sequence[Span], config: TrainerConfig) -> Schedule:
     """The schedule of a run over `spans`, `config.epochs` long or `config.max_steps` if that is given.
 
     Raises:
-        ConfigError: a source has pairs, but its weight leaves none of them in an epoch.
+        ConfigError: an epoch has no pair of a source.
     """
     for number, span in enumerate(spans):
-        if span.stop > span.start and not _drawn(span):
+        if not _drawn(span):
             raise ConfigError(
                 "the weight of a source leaves none of its pairs",
                 where=f"data.train[{number}].weight",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,30 +24,37 @@ import deepspeed.ops
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
-from dpo_dist.errors import DpoDistError, PeerLostError
+from dpo_dist.distributed.device_memory import out_of_memory
+from dpo_dist.distributed.peers import (
+    FAREWELL_SECONDS,
+    NOBODY,
+    FailureRecord,
+    Monitor,
+    Neighbours,
+    Peer,
+    Tell,
+    failed_elsewhere,
+    settle,
+)
+from dpo_dist.errors import DpoDistError, disk_error
 
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
-_FAREWELL_SECONDS = 3.0
-_CONTROL_PATIENCE_HOURS = 12
+_BEAT_SECONDS = 5.0
+_MAY_FOLLOW = (RuntimeError, OSError, SystemExit, KeyboardInterrupt)
+"""What the end of another process may cause: from a collective call, or by the signal of the launcher."""
 
-
-@dataclass(frozen=True)
-class Peer:
-    """Where a rank runs."""
-
-    rank: int
-    host: str
-    pid: int
+WhileWaiting = Callable[[float], None]
+"""Called every few seconds of long work with the seconds since its start."""
 
 
 @dataclass(frozen=True)
 class World:
     """All processes of the run, seen from one. Every method is collective unless it says otherwise.
 
-    `control` is a process group on the host, for what ranks tell each other outside of steps. It is patient:
-    rank 0 may encode a data set or digest a model's files for hours while the others wait for it.
+    `control` is a process group on the host, for what ranks tell each other outside of steps. Like every
+    other group it waits `timeout_seconds`, longer only for a rank that shows that it works (`while_waiting`).
     """
 
     accelerator: Any
@@ -55,6 +63,7 @@ class World:
     device: torch.device
     peers: tuple[Peer, ...]
     control: Any = None
+    timeout_seconds: int = 600
 
     @property
     def is_main(self) -> bool:
@@ -77,26 +86,36 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 and give its result to all; an error of rank 0 is raised on all (law L2)."""
+    def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
+        """Do `work` on rank 0 and give its result to all; an error of rank 0 is raised on all (law L2).
+
+        Args:
+            while_waiting: given if `work` may take longer than a collective call waits; called on rank 0.
+        """
         outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = work()
-            except DpoDistError as error:
-                outcome[1] = error
+        try:
+            with self._alive(while_waiting):
+                if self.is_main:
+                    outcome[0] = work()
+        except DpoDistError as error:
+            outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
         result: T = outcome[0]
         return result
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Do `work` on every rank; if one fails with a `DpoDistError`, all raise the first one."""
+    def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
+        """Do `work` on every rank; if one fails with a `DpoDistError`, all raise the first one.
+
+        Args:
+            while_waiting: given if `work` may take longer than a collective call waits; called on every rank.
+        """
         error: DpoDistError | None = None
         result: T | None = None
         try:
-            result = work()
+            with self._alive(while_waiting):
+                result = work()
         except DpoDistError as raised:
             error = raised
         first = next((e for e in self.gather(error) if e is not None), None)
@@ -104,6 +123,40 @@ class World:
             raise first
         assert result is not None or error is None
         return result  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def _alive(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
+        """Within it, a thread shows the other ranks that this one works; ends when no rank works any more.
+
+        Collective if `while_waiting` is given.
+        """
+        if while_waiting is None:
+            yield
+            return
+        done = threading.Event()
+        failures: list[BaseException] = []
+
+        def beat() -> None:
+            started, beat_seconds = time.monotonic(), min(_BEAT_SECONDS, self.timeout_seconds / 4)
+            try:
+                anyone_works = torch.ones(1)
+                while anyone_works.item():
+                    if not done.wait(beat_seconds):
+                        while_waiting(time.monotonic() - started)
+                    anyone_works.fill_(not done.is_set())
+                    dist.all_reduce(anyone_works, op=dist.ReduceOp.MAX, group=self.control)
+            except Exception as failure:  # raised below, in the main thread
+                failures.append(failure)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if failures:
+            raise failures[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` added over ranks, in place."""
@@ -118,44 +171,62 @@ class World:
         return bool(tensor.item())
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Turn the failure that follows another rank's death into an error that says who died."""
+    def watch(self, tell: Tell = print) -> Iterator[None]:
+        """Within it, the end of one process ends all, and exactly one of them prints why.
+
+        Leaving it is collective if nothing failed. An error that leaves it has `speaker` set: the rank that
+        prints it. A failure that only followed from another process's becomes a `PeerLostError`, printed by
+        the first survivor if that process died, and by nobody if it printed its own error.
+
+        Args:
+            tell: prints a block on the screen, from whichever rank, if the main thread is blocked.
+        """
+        record = FailureRecord(self.size)
+        neighbours = Neighbours(self.peers, self.rank)
+        monitor = Monitor(neighbours, self.rank, record, tell)
         previous = signal.signal(signal.SIGTERM, _raise_terminated)
+        if self.size > 1:
+            monitor.start()
         try:
             yield
-            signal.signal(signal.SIGTERM, previous)
+            self.barrier()
         except BaseException as failure:
             # The launcher asks more than once, and this process has still to say why it ends.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            lost = [] if isinstance(failure, DpoDistError) else self._lost_peers()
-            if not lost:
+            monitor.stop()
+            error = _for_the_user(failure)
+            if error is not None:
+                settle(error, self.rank, record)
+            elif isinstance(failure, _MAY_FOLLOW):
+                error = self._consequence(failure, neighbours, record)
+            if error is None:  # a fault of the program, which keeps its traceback
+                record.report(1)
+                record.wait_for_all(FAREWELL_SECONDS)
+            if error is None or error is failure:
                 raise
-            error = PeerLostError(
-                f"rank {', '.join(str(peer.rank) for peer in lost)} of {self.size} died",
-                where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
-                got=_one_line(failure),
-                remedy="see its logs/rank-N.log; the same command again resumes from the last checkpoint",
-            )
-            error.speaker = self._first_survivor(lost)
-            # The other survivors are looking who is gone; who leaves now would be counted among the dead.
-            time.sleep(_FAREWELL_SECONDS)
             raise error from failure
+        monitor.stop()
+        signal.signal(signal.SIGTERM, previous)
 
-    def _first_survivor(self, lost: list[Peer]) -> int:
-        here = socket.gethostname()
-        return min(peer.rank for peer in self.peers if peer.host == here and peer not in lost)
-
-    def _lost_peers(self) -> list[Peer]:
-        """Ranks of this host whose process is gone; waits a little, as a death is seen before it is done."""
-        here = socket.gethostname()
-        others = [peer for peer in self.peers if peer.host == here and peer.rank != self.rank]
+    def _consequence(
+        self, failure: BaseException, neighbours: Neighbours, record: FailureRecord
+    ) -> DpoDistError | None:
+        """Return the error of another process that `failure` follows from; that one may still be dying."""
         deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
-        while others:
-            lost = [peer for peer in others if not _is_alive(peer.pid)]
-            if lost or time.monotonic() > deadline:
-                return lost
+        while time.monotonic() < deadline:
+            exit_code, lost = record.exit_code(), neighbours.lost()
+            if exit_code is not None:
+                record.report(exit_code)
+                return failed_elsewhere(exit_code)
+            if lost:
+                error = neighbours.lost_error(lost, _one_line(failure))
+                if error.speaker == self.rank and record.report(error.exit_code) is False:
+                    error.speaker = NOBODY
+                # The other survivors are looking who is gone; who leaves now would be counted among the dead.
+                time.sleep(FAREWELL_SECONDS)
+                return error
             time.sleep(0.2)
-        return []
+        return None
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
@@ -178,17 +249,21 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     # DeepSpeed would compile an all-reduce of its own for CPUs at first use; gloo needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # For groups that DeepSpeed and torch make without saying how long they wait.
+    timeout = timedelta(seconds=timeout_seconds)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
         mixed_precision="no",  # precision is DeepSpeed's, by model.dtype; the environment would change it
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_seconds))],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
-    control = dist.new_group(backend="gloo", timeout=timedelta(hours=_CONTROL_PATIENCE_HOURS))
-    me = Peer(accelerator.process_index, socket.gethostname(), os.getpid())
-    peers: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(peers, me, group=control)
-    return World(accelerator, me.rank, accelerator.num_processes, accelerator.device, tuple(peers), control)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    peers: list[Any] = [None] * size
+    dist.all_gather_object(peers, Peer.here(rank), group=control)
+    return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 
 def stop_world() -> None:
@@ -205,11 +280,11 @@ def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
     raise _Terminated(128 + signal.SIGTERM)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def _for_the_user(failure: BaseException) -> DpoDistError | None:
+    """Return `failure` as an error for the user, None if it is none."""
+    if isinstance(failure, torch.OutOfMemoryError):
+        return out_of_memory(failure)
+    return failure if isinstance(failure, DpoDistError) else disk_error(failure)
 
 
 def _one_line(failure: BaseException) -> str:

@@ -1,22 +1,20 @@
-"""Find the files of a model folder that transformers loads."""
+"""Find the files of a model folder that transformers loads; imports neither it nor torch."""
 
 import json
 import re
 from pathlib import Path
 
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
-
 from dpo_dist.errors import ConfigError
 
 CONFIG_FILE = "config.json"
 
-_ADAPTER_FILE = "adapter_config.json"
-_WEIGHT_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+ADAPTER_FILE = "adapter_config.json"
+_WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _DISTRIBUTED_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
@@ -56,11 +54,11 @@ def check_no_adapter(folder: Path, key: str) -> None:
     Raises:
         ConfigError: the folder has an adapter_config.json.
     """
-    if (folder / _ADAPTER_FILE).is_file():
+    if (folder / ADAPTER_FILE).is_file():
         raise ConfigError(
             "the model folder holds an adapter beside full weights",
             where=key,
-            got=str(folder / _ADAPTER_FILE),
+            got=str(folder / ADAPTER_FILE),
             expected="full weights only: transformers would apply the adapter to them",
             remedy="merge the adapter into the weights, or move its files to another folder",
         )

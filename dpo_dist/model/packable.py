@@ -121,7 +121,10 @@ def _refuse_window(model_config: Any, max_length: int) -> None:
 
 def _refuse_moving_rotation(model_config: Any, max_length: int) -> None:
     """Refuse sequences for which rotary frequencies depend on the longest sequence of the batch."""
-    parameters = getattr(model_config, "rope_parameters", None) or {}
+    if not getattr(model_config, "rope_parameters", None):
+        return
+    model_config.standardize_rope_params()  # the model does so too, and may replace the original length
+    parameters = model_config.rope_parameters
     of_layers = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in of_layers or [parameters]:
         rope_type = rope.get("rope_type", "default")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.runtime import WhileWaiting, World
 from dpo_dist.errors import ConfigError, ReferenceError
 from dpo_dist.model.files import CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.key import MEMO_FOLDER
@@ -98,7 +98,12 @@ def digest_model(
 
 
 def digest_on_every_node(
-    folder: Path, store: Path, remote_code: bool, loads_whole: bool, world: World
+    folder: Path,
+    store: Path,
+    remote_code: bool,
+    loads_whole: bool,
+    world: World,
+    while_waiting: WhileWaiting | None = None,
 ) -> ModelFiles:
     """Digest a model on rank 0, and on one rank of every other node what that node loads of it; collective.
 
@@ -107,6 +112,7 @@ def digest_on_every_node(
         store: as in `digest_model`.
         remote_code: as in `digest_model`.
         loads_whole: whether every rank loads the weights; otherwise rank 0 loads and scatters them.
+        while_waiting: called with the seconds that it has taken.
 
     Returns:
         The digests of rank 0; on ranks that leave checking to another one of their node, no identities.
@@ -115,7 +121,7 @@ def digest_on_every_node(
         ConfigError: as `digest_model`.
         ReferenceError: nodes have different files.
     """
-    main = world.on_main(lambda: digest_model(folder, store, remote_code=remote_code))
+    main = world.on_main(lambda: digest_model(folder, store, remote_code=remote_code), while_waiting)
 
     def digest_here() -> ModelFiles:
         if world.is_main:
@@ -124,7 +130,7 @@ def digest_on_every_node(
             return replace(main, identities={})
         return digest_model(folder, store, remote_code=remote_code, with_weights=loads_whole)
 
-    mine = world.together(digest_here)
+    mine = world.together(digest_here, while_waiting)
     _check_alike(main, world.gather((mine.code, mine.weights if loads_whole else main.weights)), world)
     return replace(mine, weights=main.weights)
 

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,18 +13,46 @@ from tqdm import tqdm
 
 from dpo_dist.errors import DpoDistError
 
+_FIRST_HEARTBEAT_SECONDS = 15.0
+_HEARTBEAT_SECONDS = 60.0
+
 
 class Console:
-    """Where a person looks; silent on every rank but the first."""
+    """Where a person looks; only `alarm` prints on other ranks than the first.
 
-    def __init__(self, screen: TextIO | None):
+    Args:
+        screen: None on every rank but the first.
+        alarms: where errors go; by default nowhere.
+    """
+
+    def __init__(self, screen: TextIO | None, alarms: TextIO | None = None):
         self._screen = screen
+        self._alarms = alarms
 
     def say(self, text: str) -> None:
         """Print one line, and keep it in the log."""
         logging.getLogger("dpo_dist").info(text)
         if self._screen is not None:
             tqdm.write(text, file=self._screen)
+
+    def alarm(self, text: str) -> None:
+        """Print an error, from whichever rank and thread, and keep it in the log."""
+        logging.getLogger("dpo_dist").error(text)
+        if self._alarms is not None:
+            self._alarms.write(text + "\n")
+            self._alarms.flush()
+
+    def heartbeat(self, work: str) -> Callable[[float], None]:
+        """Return a function that takes the seconds `work` has taken, and prints them about once a minute."""
+        due = _FIRST_HEARTBEAT_SECONDS
+
+        def beat(seconds: float) -> None:
+            nonlocal due
+            if seconds >= due:
+                due = seconds + _HEARTBEAT_SECONDS
+                self.say(f"{work}: {seconds:.0f} s so far")
+
+        return beat
 
     def bar(self, what: str, total: int, done: int, unit: str) -> Any:
         """A progress bar with the time to go."""
@@ -38,6 +66,20 @@ class Console:
             mininterval=0.5,
             dynamic_ncols=True,
         )
+
+
+class _Once(logging.Filter):
+    """Lets every distinct message pass once: some libraries repeat a warning at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
 
 
 @contextlib.contextmanager
@@ -63,19 +105,22 @@ def open_console(run_dir: Path) -> Iterator[Console]:
             force=True,
         )
         logging.captureWarnings(True)
-        screen = os.fdopen(os.dup(saved[1]), "w", buffering=1) if rank == "0" else None
+        once, warnings_logger = _Once(), logging.getLogger("py.warnings")
+        warnings_logger.addFilter(once)
+        alarms = os.fdopen(os.dup(saved[1]), "w", buffering=1)
         try:
-            yield Console(screen)
+            yield Console(alarms if rank == "0" else None, alarms)
         except BaseException as error:
-            text = error.block() if isinstance(error, DpoDistError) else traceback.format_exc()
-            log.write(text + "\n")
+            log.write(traceback.format_exc())
+            if isinstance(error, DpoDistError):
+                log.write(error.block() + "\n")
             raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            warnings_logger.removeFilter(once)
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
-            if screen is not None:
-                screen.close()
+            alarms.close()

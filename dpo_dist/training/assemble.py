@@ -17,11 +17,10 @@ from dpo_dist.distributed.nvme import demand_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
-from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.extras import demand_bitsandbytes
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_digested
 from dpo_dist.reference.fill import FillReport
@@ -62,7 +61,8 @@ def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; returns the exit code."""
     run_dir = Path(str(config.run.dir))
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with _world(config) as world, locked(run_dir, world, console):
+    with _world(config, console) as world, locked(run_dir, world, console):
+        console.say(f"run folder: {run_dir}")
         start = find_start(config, run_dir, world)
         checkpoint = start.checkpoint
         if start.finished is not None:
@@ -173,21 +173,15 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with what the run of `config` would need, and end."""
-    if config.reference.mode is not ReferenceMode.cached:
-        raise ConfigError(
-            "only a stored reference can be precomputed",
-            where="reference.mode",
-            got=config.reference.mode,
-            expected="cached",
-        )
-    with _world(config) as world:
+    with _world(config, console) as world:
+        console.say(f"run folder: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         build_reference(config, inputs, world, console)
     return EXIT_COMPLETED
 
 
 @contextlib.contextmanager
-def _world(config: RunConfig) -> Iterator[World]:
+def _world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.offload is Offload.nvme:
         demand_async_io()
     if config.reference.quantization is not None:
@@ -195,7 +189,7 @@ def _world(config: RunConfig) -> Iterator[World]:
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
-    with world.watch():
+    with world.watch(console.alarm):
         yield world
     stop_world()
 

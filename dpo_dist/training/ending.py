@@ -55,7 +55,8 @@ def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
         _close(loop, state, summary)
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return EXIT_PREEMPTED
-    export_model(loop.policy, ending.inputs.tokenizer, run_dir / MODEL, loop.world)
+    writing = loop.console.heartbeat("writing the model")
+    export_model(loop.policy, ending.inputs.tokenizer, run_dir / MODEL, loop.world, writing)
     exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(run_dir, exported), run_dir, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)

@@ -21,7 +21,7 @@ from dpo_dist.config.load import run_digest, to_yaml
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.runtime import WhileWaiting, World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.errors import CheckpointError
 from dpo_dist.report.console import Console
@@ -226,7 +226,11 @@ def describe_run(config: RunConfig, run_dir: Path, world: World) -> dict[str, An
 
 
 def export_model(
-    policy: PolicyEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
+    policy: PolicyEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    world: World,
+    while_waiting: WhileWaiting | None = None,
 ) -> None:
     """Write the result as a folder that transformers loads; collective.
 
@@ -248,7 +252,7 @@ def export_model(
                 remedy="make room; the last checkpoint is whole, the same command writes the model from it",
             ) from error
 
-    world.on_main(write)
+    world.on_main(write, while_waiting)
 
 
 def reset_peak_memory(world: World) -> None:

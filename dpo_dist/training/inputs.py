@@ -1,7 +1,7 @@
 """The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,20 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.duplicates import count_duplicates, count_shared
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
-from dpo_dist.model.load import load_config, load_tokenizer, model_folder
+from dpo_dist.model.folder import model_folder
+from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
-_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples"})
+_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sources"})
 
 
 @dataclass(frozen=True)
@@ -70,35 +72,41 @@ class Inputs:
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     """Tokenizer and encoded data; rank 0 reads and encodes, all map the result. Collective."""
-    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world)
+    folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     refuse_unpackable(model_config, config.data.max_length)
     for note in training_notes(model_config):
         console.say(note)
-    policy_files, reference_files = _digest_models(folder, config, world)
+    policy_files, reference_files = _digest_models(folder, config, world, console)
 
     def encode(sources: Sequence[SourceConfig]) -> PairDataset:
         encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder))
+            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder)),
+            console.heartbeat("encoding the data"),
         )
         dataset = world.together(lambda: open_dataset(encoded, config.data))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
-        return dataset
+        return _counting(dataset, duplicates=count_duplicates(dataset))
 
     train_set = encode(config.data.train)
     eval_set = encode(config.data.eval) if config.data.eval else None
+    if eval_set is not None:
+        eval_set = _counting(eval_set, also_in_train=count_shared(eval_set, train_set))
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)
     inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, schedule, flops)
     for name, dataset in inputs.named.items():
-        console.say(f"{name} data: {_told(dataset.counts)}")
+        for line in counts_told(name, dataset.counts):
+            console.say(line)
+    for line in short_run_told(schedule):
+        console.say(line)
     return inputs
 
 
 def _digest_models(
-    policy_folder: Path, config: RunConfig, world: World
+    policy_folder: Path, config: RunConfig, world: World, console: Console
 ) -> tuple[ModelFiles, ModelFiles | None]:
     """Digest the files of the policy and of the reference, if there is one; collective."""
     is_scattered = config.parallelism.kind is ParallelismKind.zero3
@@ -107,6 +115,7 @@ def _digest_models(
         store=Path(config.reference.store),
         remote_code=config.model.trust_remote_code,
         world=world,
+        while_waiting=console.heartbeat("reading the model's files to identify them"),
     )
     policy_is_whole = config.model.quantization is not None or not is_scattered
     policy_files = digest(policy_folder, loads_whole=policy_is_whole)
@@ -118,7 +127,7 @@ def _digest_models(
     folder = policy_folder
     if config.reference.path is not None:
         revision = config.reference.revision
-        folder = shared_model_folder(config.reference.path, revision, "reference.path", world)
+        folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
     return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
@@ -161,10 +170,45 @@ def _refuse(dataset: PairDataset, rows: Rows, what: str, got: str, remedy: str) 
         )
 
 
-def shared_model_folder(path: str, revision: str | None, key: str, world: World) -> Path:
+def shared_model_folder(path: str, revision: str | None, key: str, world: World, console: Console) -> Path:
     """`model_folder` on every rank; rank 0 is first to download, nodes may have caches of their own."""
-    world.on_main(lambda: model_folder(path, revision, key))
-    return world.together(lambda: model_folder(path, revision, key))
+    downloading = console.heartbeat(f"downloading {path}")
+    world.on_main(lambda: model_folder(path, revision, key), downloading)
+    return world.together(lambda: model_folder(path, revision, key), downloading)
+
+
+def _counting(dataset: PairDataset, **numbers: int) -> PairDataset:
+    return replace(dataset, counts=dataset.counts | numbers)
+
+
+def counts_told(name: str, counts: dict[str, Any]) -> list[str]:
+    """What was kept and every reason for which something was not, of all sources and of each."""
+    lines = [f"{name} data: {_told(counts)}"]
+    sources = counts["sources"] if len(counts["sources"]) > 1 else []
+    lines += [f"{name} data: {source['path']}: {_told(source)}" for source in sources]
+    if plain := counts.get("chat_template_not_applied"):
+        lines.append(
+            f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "
+            "(data.text_as_messages=true makes their prompts user turns)"
+        )
+    return lines
+
+
+def short_run_told(schedule: Schedule) -> list[str]:
+    """What is unusual of a run with fewer pairs than a few steps take."""
+    pairs, batch = schedule.pairs_per_epoch, schedule.global_batch_pairs
+    times = -(-min(batch, schedule.total_pairs) // pairs)
+    if times > 1:
+        return [
+            f"an epoch has {pairs} pairs and trainer.global_batch_pairs is {batch}: "
+            f"each pair occurs up to {times} times in one step"
+        ]
+    if schedule.steps == 1:
+        return [
+            f"the whole run is 1 step: {schedule.total_pairs} pairs with trainer.global_batch_pairs={batch}; "
+            "lower it or raise trainer.epochs"
+        ]
+    return []
 
 
 def _told(counts: dict[str, Any]) -> str:

@@ -68,10 +68,16 @@ def test_a_broken_line_is_an_error_where_that_is_wanted(overrides: Overrides, br
 def test_a_broken_line_is_dropped_counted_and_shown(
     overrides: Overrides, broken_line: Path, tmp_path: Path
 ) -> None:
-    ended = run_verb("train", overrides(f"data.train=[{broken_line}]", "trainer.max_steps=1"))
+    data = f"data.train=[{broken_line}]", f"data.eval=[{broken_line}]"
+    ended = run_verb("train", overrides(*data, "trainer.max_steps=1", "trainer.global_batch_pairs=22"))
     assert ended.code == 0, ended.output
     assert "1 dropped (unparsable)" in ended.output
-    counts = json.loads((tmp_path / "run/dpo_metrics/summary.json").read_text())["data"]["train"]
+    assert "22 also in train" in ended.output
+    assert "the whole run is 1 step" in ended.output
+    told = json.loads((tmp_path / "run/dpo_metrics/summary.json").read_text())["data"]
+    assert told["eval"]["also_in_train"] == 22
+    counts = told["train"]
+    assert counts["duplicates"] == 0
     assert (counts["read"], counts["kept"], counts["dropped"]) == (23, 22, {"unparsable": 1})
     assert counts["examples"] == [f"{broken_line}:4 unparsable"]
 

@@ -70,13 +70,17 @@ def start_ranks(
     folder: Path,
     kind: ParallelismKind = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
+    timeout: int = 600,
 ) -> Ranks:
-    """Start `scenario` on every rank of a new world; logs and results go to the new `folder`."""
+    """Start `scenario` on every rank of a new world; logs and results go to the new `folder`.
+
+    A collective call waits `timeout` seconds.
+    """
     folder.mkdir(parents=True)
     start_parent()
     port = free_port()
     processes = tuple(
-        context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder))
+        context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout))
         for rank in range(size)
     )
     for process in processes:
@@ -91,16 +95,24 @@ def run_ranks(
     kind: ParallelismKind = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     seconds: float = 60,
+    timeout: int = 600,
 ) -> list[Any]:
     """What `scenario` gives on each rank; it must not fail on any, nor take longer than `seconds`."""
-    outcomes = start_ranks(scenario, size, folder, kind, dtype).finish(seconds)
+    outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"
     return [outcome.result for outcome in outcomes]
 
 
 def _be_rank(
-    scenario: Scenario, rank: int, size: int, port: int, kind: ParallelismKind, dtype: Dtype, folder: Path
+    scenario: Scenario,
+    rank: int,
+    size: int,
+    port: int,
+    kind: ParallelismKind,
+    dtype: Dtype,
+    folder: Path,
+    timeout: int,
 ) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -111,7 +123,7 @@ def _be_rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     outcome: dict[str, Any]
     try:
-        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=600)
+        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=timeout)
         with world.watch():
             outcome = {"result": scenario(world, folder)}
             world.barrier()

@@ -1,13 +1,16 @@
 """Overrides become one typed, frozen run; every mistake in them is told with the key that was meant."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dpo_dist.config import command_line
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.load import config_dir, from_yaml, load_run_config, run_dir, to_yaml
 from dpo_dist.config.schema import (
@@ -371,10 +374,39 @@ def test_a_users_mistake_is_one_block(verb: Verb) -> None:
     ]
 
 
-def test_other_ranks_stay_silent(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+def catches_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
+
+
+def test_other_ranks_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for the launcher, which ends them when rank 0 has printed its error and left."""
     monkeypatch.setenv("RANK", "1")
-    done = verb(*RUN, "loss.betta=0.2")
-    assert (done.returncode, done.stderr) == (2, "")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, str(ROOT / "tests" / "support" / "tiny_verb.py"), *RUN, "loss.betta=0.2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as rank_1:
+        while not catches_sigterm(rank_1.pid):
+            time.sleep(0.02)
+        rank_1.terminate()
+        _, told = rank_1.communicate(timeout=30)
+    assert (rank_1.returncode, told) == (2, "")
+
+
+def test_a_rank_that_nobody_ends_is_alone_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    error = ConfigError("no such folder", where="model.path")
+    command_line._print(error)
+    assert capsys.readouterr().err == error.block() + "\n"
+    assert len(waited) == 1
+    error.speaker = 0
+    command_line._print(error)
+    assert (capsys.readouterr().err, len(waited)) == ("", 1), "another rank prints it"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(verb: Verb) -> None:
@@ -417,6 +449,40 @@ def test_hydras_own_questions_are_answered(verb: Verb) -> None:
     helped = verb("--help")
     assert helped.returncode == 0
     assert "loss: aot, aot_unpaired" in helped.stdout
+
+
+def test_a_shown_configuration_is_checked_too(verb: Verb) -> None:
+    shown = verb("--cfg", "job", *RUN, "loss.beta=0")
+    assert shown.returncode == 2
+    assert "beta: 0" in shown.stdout
+    assert "loss.beta is out of range" in shown.stderr
+    shown = verb(*RUN, "loss=simpo", "--cfg=job", "-p", "reference")
+    assert "mode: none" in shown.stdout, "what would run, not what was composed"
+
+
+def test_who_reads_only_the_beginning_gets_no_traceback(verb: Verb) -> None:
+    tiny = ROOT / "tests" / "support" / "tiny_verb.py"
+    for arguments in (["--help"], ["--cfg", "job", *RUN]):
+        command = [sys.executable, str(tiny), *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+
+
+def test_a_verb_without_check_says_so(verb: Verb) -> None:
+    done = verb("--check", *RUN)
+    assert done.returncode == 2
+    assert "this verb has no --check" in done.stderr
+
+
+def test_own_experiments_are_found_wherever_the_option_stands(tmp_path: Path, verb: Verb) -> None:
+    (tmp_path / "my conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "my conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nrun: {name: mine}\n")
+    done = verb(*RUN, "--config-dir", str(tmp_path / "my conf"), "+experiment=mine", "loss.beta=0.3")
+    assert done.returncode == 75, done.stderr
+    assert "output/mine-" in done.stdout
 
 
 def test_configuration_needs_no_torch() -> None:

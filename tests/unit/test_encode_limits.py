@@ -10,6 +10,7 @@ from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.pack import packed_tokens
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.tokens import tokenizer_facts
+from dpo_dist.errors import ConfigError
 from tests.support import tiny
 from tests.support.pairs import CHAT, encode, flags, reason_against, record
 
@@ -67,6 +68,13 @@ def test_bos_that_the_template_writes_is_kept_too() -> None:
         full = encode(record(CHAT), tokenizer).prompt_ids.tolist()
         cut = encode(record(CHAT), tokenizer, DataConfig(max_prompt_length=5)).prompt_ids.tolist()
         assert cut == [tokenizer.bos_token_id, *full[-4:]]
+
+
+def test_a_limit_that_leaves_only_bos_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_prompt_length") as raised:
+        encode_pair(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
+    assert raised.value.where == "data.max_prompt_length"
+    assert isinstance(encode_pair(record("one"), tiny.llama3(), DataConfig(max_prompt_length=2)), EncodedPair)
 
 
 def test_prompt_without_tokens_is_a_bad_record() -> None:

@@ -112,5 +112,7 @@ def test_a_weight_that_leaves_nothing_is_said() -> None:
     assert raised.value.where == "data.train[1].weight"
 
 
-def test_a_source_of_which_nothing_was_kept_is_passed_over() -> None:
-    assert sorted(visited(schedule([Span(0, 0, 1.0), Span(0, 5, 1.0)], 2))) == [0, 1, 2, 3, 4]
+def test_a_source_of_which_nothing_was_kept_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves none") as raised:
+        schedule([Span(0, 0, 1.0), Span(0, 5, 1.0)], 2)
+    assert raised.value.where == "data.train[0].weight"

@@ -1,0 +1,197 @@
+"""Detect dead and failed processes of the run, so that exactly one process prints what happened.
+
+A process that is blocked in a collective call cannot be reached by another collective call, and if it waits
+for a CUDA kernel it runs no signal handler either. Failures are therefore recorded in the key-value store in
+which the processes met, and a thread of each process looks for them and for dead processes of its host.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from dpo_dist.errors import DpoDistError, PeerLostError
+
+NOBODY = -1
+FAREWELL_SECONDS = 5.0
+_POLL_SECONDS = 1.0
+_GRACE_SECONDS = 8.0
+_STORE_SECONDS = 10
+_FAILURES, _EXIT_CODE = "failures", "exit_code"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    pid: int
+
+    @classmethod
+    def here(cls, rank: int) -> "Peer":
+        """This process."""
+        return cls(rank, socket.gethostname(), os.getpid())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs; only for a peer on this host."""
+        try:
+            return bool(psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+
+class Neighbours:
+    """The other processes of the run on this host. One that another container hides is not among them."""
+
+    def __init__(self, peers: Sequence[Peer], rank: int):
+        own = peers[rank]
+        others = [peer for peer in peers if peer.host == own.host and peer is not own]
+        self._visible = [peer for peer in others if peer.is_alive]
+        self._own, self._size = own, len(peers)
+
+    def lost(self) -> list[Peer]:
+        """Return those that have died."""
+        return [peer for peer in self._visible if not peer.is_alive]
+
+    def lost_error(self, lost: Sequence[Peer], got: str) -> PeerLostError:
+        """Return the error that names the dead; the survivor of the lowest rank on this host prints it."""
+        error = PeerLostError(
+            f"rank {', '.join(str(peer.rank) for peer in lost)} of {self._size} died",
+            where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
+            got=got,
+            remedy="see its logs/rank-N.log (if that ends without an error, the process was killed, often "
+            "for lack of host memory); the same command again resumes from the last checkpoint",
+        )
+        survivors = [peer.rank for peer in self._visible if peer not in lost]
+        error.speaker = min([self._own.rank, *survivors])
+        return error
+
+
+class FailureRecord:
+    """The first failure of the run, in the key-value store of the launcher; thread-safe.
+
+    Where the store cannot be reached, nothing is recorded, and known is what was read before.
+    """
+
+    def __init__(self, size: int):
+        self._store = _store() if size > 1 else None
+        self._size = size
+        self._known: int | None = None
+
+    def report(self, exit_code: int) -> bool | None:
+        """Record that this process ends with `exit_code`.
+
+        Returns:
+            Whether it is the first to fail, and so the one that prints why; None if that cannot be known.
+        """
+        if self._store is None:
+            return True if self._size == 1 else None
+        with contextlib.suppress(RuntimeError):
+            is_first = bool(self._store.add(_FAILURES, 1) == 1)
+            if is_first:
+                self._store.set(_EXIT_CODE, str(exit_code))
+            return is_first
+        return None
+
+    def exit_code(self) -> int | None:
+        """Return the exit code of the first failure, None if there is none."""
+        if self._known is None and self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                if self._store.check([_EXIT_CODE]):
+                    self._known = int(self._store.get(_EXIT_CODE))
+        return self._known
+
+    def wait_for_all(self, seconds: float) -> None:
+        """Wait until every process has reported, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):
+            while self._store is not None and time.monotonic() < deadline:
+                if self._store.add(_FAILURES, 0) >= self._size:
+                    return
+                time.sleep(0.05)
+
+
+def settle(error: DpoDistError, rank: int, record: FailureRecord) -> None:
+    """Report `error`, choose who prints it (this process or `NOBODY`), and give the others time to follow."""
+    is_first = record.report(error.exit_code)
+    error.speaker = rank if is_first or (is_first is None and rank == 0) else NOBODY
+    record.wait_for_all(FAREWELL_SECONDS)
+
+
+def failed_elsewhere(exit_code: int) -> PeerLostError:
+    """Return the error, which nobody prints, of a process that ends because another one failed."""
+    error = PeerLostError(
+        "another process of the run failed",
+        remedy="see the error on the screen or in the other logs/rank-N.log",
+    )
+    error.exit_code, error.speaker = exit_code, NOBODY
+    return error
+
+
+class Monitor(threading.Thread):
+    """Ends this process if another one failed and the main thread cannot: it is blocked in a collective call.
+
+    Args:
+        tell: prints an error on the screen.
+    """
+
+    def __init__(self, neighbours: Neighbours, rank: int, record: FailureRecord, tell: Tell):
+        super().__init__(name="peers", daemon=True)
+        self._neighbours, self._rank, self._record, self._tell = neighbours, rank, record, tell
+        self._stopping = threading.Event()
+        self._ending = threading.Lock()
+
+    def run(self) -> None:
+        """Look for failures until `stop`; the main thread gets the time to find out by itself."""
+        while not self._stopping.wait(_POLL_SECONDS):
+            if self._record.exit_code() is None and not self._neighbours.lost():
+                continue
+            if self._stopping.wait(_GRACE_SECONDS):
+                return
+            with self._ending:
+                if not self._stopping.is_set():
+                    self._end()
+
+    def stop(self) -> None:
+        """Leave the end of this process to the caller."""
+        with self._ending:
+            self._stopping.set()
+
+    def _end(self) -> None:
+        exit_code = self._record.exit_code()
+        if exit_code is not None:
+            error = failed_elsewhere(exit_code)
+        else:
+            error = self._neighbours.lost_error(self._neighbours.lost(), "this process waits for it in vain")
+            if self._record.report(error.exit_code) is False:
+                error.speaker = NOBODY
+        if error.speaker == self._rank:
+            self._tell(error.block())
+            # Whoever leaves now would be counted among the dead by survivors that are still looking.
+            time.sleep(FAREWELL_SECONDS)
+        os._exit(error.exit_code)
+
+
+def _store() -> Store | None:
+    """Connect to the store in which the processes met; None if it is gone."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with contextlib.suppress(RuntimeError):
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=_STORE_SECONDS),
+        )
+        return PrefixStore(f"dpo_dist/{attempt}", store)
+    return None

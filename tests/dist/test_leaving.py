@@ -1,0 +1,134 @@
+"""However the processes of a run end after a failure, exactly one of them prints it, and none is left behind."""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_dist.distributed import peers, runtime
+from dpo_dist.distributed.runtime import World
+from dpo_dist.errors import DataError
+from tests.support.ranks import Outcome, start_ranks
+
+libc = ctypes.CDLL(None)
+
+
+def block_in_c(seconds: int) -> None:
+    """As a collective call of NCCL does: without the interpreter, so that no Python signal handler runs."""
+    peers._GRACE_SECONDS = 1.0
+    libc.sleep(seconds)
+
+
+def refuse() -> None:
+    raise DataError("the data are refused", remedy="correct them")
+
+
+def terminated_after(seconds: float) -> None:
+    """Ask this process to end, as the launcher does when another one has left."""
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def outcomes_of(scenario: Any, folder: Path, size: int = 2) -> list[Outcome]:
+    return start_ranks(scenario, size, folder / "ranks").finish()
+
+
+def printing(outcomes: Sequence[Outcome]) -> list[int]:
+    """The ranks that print an error."""
+    return [rank for rank, outcome in enumerate(outcomes) if outcome.speaker == rank]
+
+
+def blocked_while_one_dies(world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    block_in_c(50)
+
+
+def test_a_rank_blocked_in_c_says_who_died_and_leaves(tmp_path: Path) -> None:
+    survivor, _, other = outcomes_of(blocked_while_one_dies, tmp_path, size=3)
+    assert survivor.exit_code == other.exit_code == 1, survivor.log + other.log
+    assert "process lost: rank 1 of 3 died" in survivor.log
+    assert "process lost" not in other.log
+
+
+def one_fails(error: Exception, world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        peers.FAREWELL_SECONDS = runtime.FAREWELL_SECONDS = 1.0
+        raise error
+    world.barrier()
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (DataError("the data are refused"), "DataError"),
+        (KeyError("a bug"), "KeyError"),
+        (OSError(28, "No space left on device"), "ConfigError"),
+    ],
+    ids=["a user's error", "a bug", "a full disk"],
+)
+def test_an_error_of_one_rank_is_told_by_that_rank(error: Exception, name: str, tmp_path: Path) -> None:
+    waiting, failing = outcomes_of(partial(one_fails, error), tmp_path)
+    assert failing.error == name
+    if name != "KeyError":  # which keeps its traceback
+        assert printing([waiting, failing]) == [1]
+    assert (waiting.error, waiting.speaker) == ("PeerLostError", peers.NOBODY), waiting.log
+    assert "process of the run failed" in waiting.told
+
+
+def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    block_in_c(50)
+
+
+def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> None:
+    blocked, failing = outcomes_of(out_of_memory_while_blocked, tmp_path)
+    assert (failing.error, failing.speaker) == ("DeviceMemoryError", 1)
+    assert "Tried to allocate 20.00 MiB" in failing.told
+    assert "trainer.micro_batch_tokens" in failing.told
+    assert blocked.exit_code == 2, blocked.log
+    assert "process lost" not in blocked.log
+
+
+def refused_at_different_times(late: int, world: World, _folder: Path) -> None:
+    """Each rank finds the same fault by itself."""
+    if world.rank == late:
+        time.sleep(2)
+    refuse()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_same_error_of_all_ranks_is_told_once(late: int, tmp_path: Path) -> None:
+    outcomes = outcomes_of(partial(refused_at_different_times, late), tmp_path)
+    assert [outcome.error for outcome in outcomes] == ["DataError"] * 2
+    assert len(printing(outcomes)) == 1
+
+
+def terminated_before_it_refuses(world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        terminated_after(1)
+        time.sleep(30)
+    refuse()
+
+
+def terminated_while_it_waits(world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        terminated_after(1)
+        world.barrier()
+    refuse()
+
+
+@pytest.mark.parametrize("scenario", [terminated_before_it_refuses, terminated_while_it_waits])
+def test_a_refusal_is_no_lost_process(scenario: Any, tmp_path: Path) -> None:
+    """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
+    refusing, ended = outcomes_of(scenario, tmp_path)
+    assert printing([refusing, ended]) == [0]
+    assert (ended.error, ended.speaker) == ("PeerLostError", peers.NOBODY), ended.log

@@ -1,0 +1,69 @@
+"""How long ranks wait for each other: as configured in every process group, longer only for one that is working."""
+
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from dpo_dist.config.schema import ParallelismKind
+from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.load import load_packed
+from dpo_dist.reference.engine import load_reference
+from tests.dist.scenario import Assets
+from tests.support.ranks import OPTIM, run_ranks, start_ranks
+
+
+def timeouts_of_all_groups(assets: Assets, world: World, _folder: Path) -> list[float]:
+    config = assets.config(assets.policy)
+    load_reference(assets.reference, config, world)
+    PolicyEngine(load_packed(assets.policy, config.model, 64, world.device), OPTIM, world)
+    groups = list(distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
+def test_every_process_group_waits_as_configured(kind: ParallelismKind, assets: Assets, tmp_path: Path) -> None:
+    for found in run_ranks(partial(timeouts_of_all_groups, assets), 2, tmp_path / "ranks", kind, timeout=77):
+        assert len(found) >= 3, "the default group, ours on the host, DeepSpeed's clone"
+        assert set(found) == {timedelta(seconds=77).total_seconds()}
+
+
+def slow_work(world: World, _folder: Path) -> dict[str, Any]:
+    """Work three times as long as a collective call may wait."""
+    beats: list[float] = []
+
+    def work() -> str:
+        time.sleep(6)
+        return f"from {world.rank}"
+
+    on_main = world.on_main(work, beats.append)
+    mine = world.together((lambda: "quick") if world.rank else work, beats.append)
+    return {"on_main": on_main, "mine": mine, "beats": len(beats), "ascending": beats[:3] == sorted(beats[:3])}
+
+
+def test_a_rank_that_shows_that_it_works_is_waited_for(tmp_path: Path) -> None:
+    first, second = run_ranks(slow_work, 2, tmp_path / "ranks", timeout=2)
+    assert (first["on_main"], first["mine"]) == ("from 0", "from 0")
+    assert (second["on_main"], second["mine"]) == ("from 0", "quick")
+    assert first["ascending"]
+    assert first["beats"] > 4
+    assert second["beats"] == 0, "it has nothing to do"
+
+
+def silent_work(world: World, _folder: Path) -> None:
+    world.on_main(lambda: time.sleep(5))
+
+
+def test_a_silent_rank_is_not_waited_for(tmp_path: Path) -> None:
+    """Set-up, checkpoints and fill rounds: a hung file system must not hold the allocation."""
+    ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
+    _, second = ranks.finish()
+    assert second.error == "RuntimeError", second.log
+    assert "Timed out" in second.told

@@ -1,0 +1,70 @@
+"""The screen stays readable, and the log does not fill with what libraries repeat."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dpo_dist.errors import DataError
+from dpo_dist.report.console import Console, open_console
+
+
+@contextlib.contextmanager
+def opened(run_dir: Path) -> Iterator[Console]:
+    """A console where standard error is descriptor 2, as in a process of its own, and not pytest's."""
+    stderr = mock.patch.object(sys, "stderr", os.fdopen(2, "w", buffering=1, closefd=False))
+    with stderr, open_console(run_dir) as console:
+        yield console
+
+
+def warn(text: str) -> None:
+    """As some libraries do: with every filter reset before."""
+    warnings.simplefilter("always")
+    warnings.warn(text, FutureWarning, stacklevel=1)
+
+
+def test_a_warning_is_logged_once_however_often_it_is_raised(tmp_path: Path) -> None:
+    with warnings.catch_warnings(), opened(tmp_path):
+        for _ in range(3):
+            warn("a thing will go")
+            warn("another thing will go")
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert logged.count("FutureWarning: a thing will go") == 1
+    assert logged.count("FutureWarning: another thing will go") == 1
+    assert logging.getLogger("py.warnings").filters == []
+
+
+def test_only_the_first_rank_talks_but_every_rank_can_raise_an_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with opened(tmp_path) as console:
+        console.say("good news")
+        console.alarm("process lost: rank 0 of 2 died")
+    assert capfd.readouterr().err == "process lost: rank 0 of 2 died\n"
+    logged = (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "good news" in logged
+    assert "process lost" in logged
+
+
+def test_the_log_has_the_traceback_of_an_error_and_ends_with_its_block(tmp_path: Path) -> None:
+    with pytest.raises(DataError), opened(tmp_path):
+        raise DataError("no pair", where="a.jsonl:3")
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert "Traceback" in logged
+    assert logged.endswith("\ndata error: no pair\n  where:    a.jsonl:3\n")
+
+
+def test_a_heartbeat_is_shown_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, said = Console(None), []
+    monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
+    beat = console.heartbeat("encoding the data")
+    for seconds in range(5, 200, 5):
+        beat(float(seconds))
+    assert said == [f"encoding the data: {seconds} s so far" for seconds in (15, 75, 135, 195)]
