@@ -81,7 +81,7 @@ def test_weights_that_are_exchanged_while_the_reference_loads_store_nothing(
 def train_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
     policy = while_exchanged(assemble._load_policy, *models)
     joined = contextlib.nullcontext(world)
-    with patch.object(assemble, "_load_policy", policy), patch.object(assemble, "_world", lambda _: joined):
+    with patch.object(assemble, "_load_policy", policy), patch.object(assemble, "_world", lambda *_: joined):
         assemble.train(load_run_config(overrides), Console(io.StringIO()))
 
 
