@@ -3,20 +3,51 @@
 Takes the configuration of the training run; only what the store lacks is computed.
 """
 
+import logging
+import sys
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.errors import ConfigError
 from dpo_dist.report.console import open_console
+from dpo_dist.training.start import check_start, without_traces
 
 
 def main(config: RunConfig) -> int:
     """Score what the run of `config` needs; returns the exit code."""
-    with open_console(Path(str(config.run.dir))) as console:
-        from dpo_dist.training.assemble import precompute  # noqa: PLC0415  (heavy; prints go to the log)
+    _check_mode(config)
+    with without_traces(config):
+        check_start(config)
+        with open_console(Path(str(config.run.dir))) as console:
+            # Heavy, and what it prints goes to the log.
+            from dpo_dist.training.assemble import precompute  # noqa: PLC0415
 
-        return precompute(config, console)
+            return precompute(config, console)
+
+
+def check(config: RunConfig) -> int:
+    """Look at all that the run of `config` needs before its first GPU second; returns the exit code."""
+    _check_mode(config)
+    with without_traces(config, of_success=True):
+        check_start(config)
+        logging.disable(logging.WARNING)
+        from dpo_dist.training.rehearse import rehearse  # noqa: PLC0415  (heavy)
+
+        sys.stdout.write(rehearse(config))
+    return 0
+
+
+def _check_mode(config: RunConfig) -> None:
+    if config.reference.mode is not ReferenceMode.cached:
+        raise ConfigError(
+            "only a stored reference can be precomputed",
+            where="reference.mode",
+            got=f"{config.reference.mode} with {', '.join(config.loss.kinds)}",
+            expected="cached",
+            remedy="set reference=cached, with a loss that needs a reference",
+        )
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(main, check)

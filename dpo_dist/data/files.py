@@ -64,14 +64,28 @@ def _rows(file: Path, path: str) -> Iterator[Located]:
         case ".parquet":
             rows = located(_parquet_rows(file), path)
         case _:
-            raise DataError(
-                "this kind of file cannot be read",
-                where=path,
-                got=file.suffix or "a name without an ending",
-                expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-                remedy="convert or rename the file; a file with one JSON object per line ends in .jsonl",
-            )
+            raise _unknown_kind(file, path)
     return _guarded(rows, path)
+
+
+def check_kind(file: Path, path: str) -> None:
+    """Refuse a file that `read_file` does not read, by its ending.
+
+    Raises:
+        DataError: it has another ending.
+    """
+    if file_kind(file) is None:
+        raise _unknown_kind(file, path)
+
+
+def _unknown_kind(file: Path, path: str) -> DataError:
+    return DataError(
+        "this kind of file cannot be read",
+        where=path,
+        got=file.suffix or "a name without an ending",
+        expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
+        remedy="convert or rename the file; a file with one JSON object per line ends in .jsonl",
+    )
 
 
 def _guarded(rows: Iterator[Located], path: str) -> Iterator[Located]:

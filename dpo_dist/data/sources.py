@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
-from dpo_dist.data.files import KINDS, located, read_file
+from dpo_dist.data.files import KINDS, check_kind, located, read_file
 from dpo_dist.data.folders import globbed_files, is_glob, is_saved, refuse_split, saved_rows, shards
 from dpo_dist.data.records import Located
 from dpo_dist.digests import remembered_digest, text_digest
@@ -34,6 +34,19 @@ def read_rows(source: SourceConfig) -> Iterator[Located]:
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path)
     return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
+
+
+def check_source(source: SourceConfig) -> None:
+    """Refuse a local source that is missing or of a kind that cannot be read; a hub is not asked.
+
+    Raises:
+        DataError: one of these.
+        ConfigError: as `read_rows`.
+    """
+    local = Path(source.path).expanduser()
+    if not (local.is_dir() and is_saved(local)):
+        for file in local_files(source) or []:
+            check_kind(file, source.path)
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:

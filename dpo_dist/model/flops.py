@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Pretrained
 
 from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.data.plan import ComputeCosts
+from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
@@ -92,9 +93,20 @@ def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) 
     Every weight with two dimensions or more is multiplied with each token, but for embeddings, which are
     looked up, and for experts (three dimensions, the first of them the experts), of which a token visits
     `num_experts_per_tok`. Norms, rotations and softmax are not counted.
+
+    Raises:
+        ConfigError: transformers cannot make a model of this configuration.
     """
-    with torch.device("meta"):
-        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]](config)
+    try:
+        with torch.device("meta"):
+            causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]](config)
+    except Exception as error:  # a constructor can raise anything about its configuration
+        raise ConfigError(
+            "transformers cannot make a model of this config.json",
+            where="model.path",
+            got=f"{config.model_type}: {type(error).__name__}: {error}",
+            remedy="check config.json, above all what differs from the model that it was copied from",
+        ) from error
     output = causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside.add(id(output))

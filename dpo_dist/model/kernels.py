@@ -16,8 +16,9 @@ _FIRST_CAPABILITY = (8, 0)
 
 # Several segments, a response of one token, another of three.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
-# Relative to the largest value: bf16 rounds at 2^-9, and gradients add up some of that.
-_TOLERANCE = 0.03
+# Relative to the largest value. In bf16 gradients of keys and values are off by 0.013 of it (SDPA, 32 heads
+# of 128 in 8 groups); a kernel that masks otherwise is off by as much as the values are large.
+_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def verify_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> None:
-    """Attend over a small layout by this backend and by SDPA, forward and backward, and compare.
+    """Attend over a small layout by this backend, and by SDPA in float32, forward and backward, and compare.
 
     A kernel that aligns its causal mask otherwise, or reads lengths otherwise, would give wrong log-probs to
     policy and reference alike, and nothing later could tell.
@@ -87,9 +88,10 @@ def verify_kernel(backend: AttentionBackend, device: torch.device, heads: Heads,
     Raises:
         ConfigError: the results differ by more than rounding, or the kernel fails.
     """
-    wanted = _attend(AttentionBackend.sdpa, device, heads, dtype)
+    rounded = _random_heads(device, heads, dtype)
+    wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded])
     try:
-        got = _attend(backend, device, heads, dtype)
+        got = _attend(backend, device, rounded)
     except ConfigError:
         raise
     except Exception as error:  # a kernel raises what it likes
@@ -117,19 +119,21 @@ def _told(heads: Heads, dtype: torch.dtype) -> str:
     return f"{heads.query} query and {heads.key} key heads of {heads.dim} in {kind}"
 
 
-def _attend(
-    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return attention over random numbers, and gradients of query, key and value, in float32."""
+def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
+    """Return query, key and value of the trial layout, and the gradient that goes into the output."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(map(sum, _TRIAL))
-    inputs = [
-        torch.randn(tokens, count, heads.dim, generator=generator).to(device, dtype).requires_grad_()
-        for count in (heads.query, heads.key, heads.key)
+    return [
+        torch.randn(tokens, count, heads.dim, generator=generator).to(device, dtype)
+        for count in (heads.query, heads.key, heads.key, heads.query)
     ]
-    slopes = torch.randn(tokens, heads.query, heads.dim, generator=generator).to(device, dtype)
+
+
+def _attend(backend: AttentionBackend, device: torch.device, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return attention over `_random_heads`, and gradients of query, key and value, in float32."""
+    *heads, slopes = tensors
     with torch.enable_grad():
-        query, key, value = inputs
+        query, key, value = (tensor.requires_grad_() for tensor in heads)
         output = packed_attention(_TRIAL, backend, device)(query, key, value, None)
-        gradients = torch.autograd.grad(output, inputs, slopes)
+        gradients = torch.autograd.grad(output, (query, key, value), slopes)
     return tuple(tensor.detach().float() for tensor in (output, *gradients))

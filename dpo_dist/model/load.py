@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
+from dpo_dist.model.folder import check_tokenizer_files
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.kernels import choose_backend, heads_of, verify_kernel
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
@@ -22,85 +21,10 @@ from dpo_dist.model.quantize import keep_trainable, quantization_profile, quanti
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
-
 # In the names of options that make training random: dropout, layerdrop, router_jitter_noise.
 _NOISES = ("drop", "jitter", "noise")
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
-
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
-
-
-def model_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
-    """The local folder of a model: `path` itself, or the hub's snapshot of it.
-
-    Args:
-        path: a folder or a hub name.
-        revision: of the hub name.
-        key: the configuration key to name in an error.
-
-    Raises:
-        ConfigError: there is no such model, or it holds no weights.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        folder = _snapshot(path, revision, key)
-    elif revision is not None:
-        raise ConfigError(
-            "a revision has no effect on a local folder",
-            where=key.replace("path", "revision"),
-            got=f"{revision} with {path}",
-            remedy="leave it out, or name the model on the hub",
-        )
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            "the model folder has no config.json", where=key, got=str(folder), expected="a transformers model"
-        )
-    if not weight_files(folder):
-        raise ConfigError(
-            "the model folder has no weights",
-            where=key,
-            got=str(folder),
-            expected="*.safetensors or *.bin beside config.json",
-            remedy="point the key at a complete model folder",
-        )
-    return folder
-
-
-def _snapshot(path: str, revision: str | None, key: str) -> Path:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not looks_local:
-        try:
-            return Path(snapshot_download(path, revision=revision))
-        except (OSError, HFValidationError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                "there is no such model folder, and the hub did not give it",
-                where=key,
-                got=f"{path} ({reason})",
-                remedy="check the path or the hub name, and that the hub can be reached or is cached",
-            ) from None
-    raise ConfigError(
-        "there is no such model folder",
-        where=key,
-        got=path,
-        remedy="check the path; it is relative to where you are",
-    )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, safetensors where it has both kinds."""
-    for suffix in WEIGHT_SUFFIXES:
-        found = sorted(file for file in folder.glob(f"*{suffix}") if file.name != "training_args.bin")
-        if found:
-            return found
-    return []
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds a tokenizer's files."""
-    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -110,14 +34,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         ConfigError: there is none, or it cannot be loaded.
     """
     # Without its files transformers makes an empty one of the model's kind.
-    if not has_tokenizer(folder):
-        raise ConfigError(
-            "the model folder has no tokenizer",
-            where="model.path",
-            got=str(folder),
-            expected="tokenizer.json, tokenizer.model or vocab.json beside config.json",
-            remedy="put the tokenizer's files beside config.json",
-        )
+    check_tokenizer_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code

@@ -65,7 +65,8 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
             where="model.path",
             got=model_config.model_type,
             expected=", ".join(sorted(EXACT_MODEL_TYPES)),
-            remedy="choose another model",
+            remedy="choose a model of these; to add one, see EXACT_MODEL_TYPES in dpo_dist/model/packable.py "
+            "and show it exact in tests/unit/test_architectures.py",
         )
     _refuse_bidirectional(model_config)
     _refuse_window(model_config, max_length)
@@ -121,7 +122,10 @@ def _refuse_window(model_config: Any, max_length: int) -> None:
 
 def _refuse_moving_rotation(model_config: Any, max_length: int) -> None:
     """Refuse sequences for which rotary frequencies depend on the longest sequence of the batch."""
-    parameters = getattr(model_config, "rope_parameters", None) or {}
+    if not getattr(model_config, "rope_parameters", None):
+        return
+    model_config.standardize_rope_params()  # the model does so too, and may replace the original length
+    parameters = model_config.rope_parameters
     of_layers = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in of_layers or [parameters]:
         rope_type = rope.get("rope_type", "default")

@@ -1,7 +1,6 @@
 """Weights in 8 or 4 bits under an adapter (QLoRA, arXiv:2305.14314), by the optional bitsandbytes."""
 
 import importlib.metadata
-import importlib.util
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from dpo_dist.config.schema import Quantization
-from dpo_dist.errors import ConfigError
+from dpo_dist.model.extras import demand_bitsandbytes
 
 
 def quantized_loading(
@@ -37,21 +36,6 @@ def quantized_loading(
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def demand_bitsandbytes(quantization: Quantization, key: str) -> None:
-    """Raise where weights cannot be quantized.
-
-    Raises:
-        ConfigError: bitsandbytes, which `key` asks for, is not installed.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "bitsandbytes is not installed",
-            where=key,
-            got=quantization,
-            remedy=f"install dpo-dist[quantization], or set {key}=null",
-        )
 
 
 def quantization_profile(quantization: Quantization) -> str:

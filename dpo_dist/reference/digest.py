@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_dist.digests import content_digest, remembered_digest, text_digest
-from dpo_dist.model.load import weight_files
+from dpo_dist.model.folder import weight_files
 from dpo_dist.reference.key import MEMO_FOLDER
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.load import has_tokenizer, load_config, load_tokenizer
+from dpo_dist.model.folder import has_tokenizer
+from dpo_dist.model.load import load_config, load_tokenizer
 
 
 def refuse_other_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:

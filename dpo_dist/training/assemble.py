@@ -18,11 +18,10 @@ from dpo_dist.distributed.nvme import demand_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
-from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.extras import demand_bitsandbytes
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.quantize import demand_bitsandbytes
 from dpo_dist.reference.digest import model_digest, model_label
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import FillReport
@@ -108,7 +107,7 @@ def train(config: RunConfig, console: Console) -> int:
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
-            recorder=_open_recorder(config, position.step, world, stop, environment),
+            recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
             checkpoints=CheckpointSaver(
                 run_dir / CHECKPOINTS,
@@ -139,7 +138,7 @@ def _complete(
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, run_dir, world)
-        recorder = _open_recorder(config, finished.step, world, stop, environment)
+        recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
     console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
     return EXIT_COMPLETED
@@ -178,13 +177,6 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with what the run of `config` would need, and end."""
-    if config.reference.mode is not ReferenceMode.cached:
-        raise ConfigError(
-            "only a stored reference can be precomputed",
-            where="reference.mode",
-            got=config.reference.mode,
-            expected="cached",
-        )
     with _world(config, console) as world:
         console.say(f"run folder: {config.run.dir}")
         inputs = load_inputs(config, world, console)
@@ -242,11 +234,17 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
 
 
 def _open_recorder(
-    config: RunConfig, step: int, world: World, stop: StopRequest, environment: dict[str, Any]
+    config: RunConfig,
+    step: int,
+    world: World,
+    stop: StopRequest,
+    environment: dict[str, Any],
+    console: Console,
 ) -> Recorder | None:
     """The recorder of a run that goes on after `step`; on rank 0 only."""
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
     history = History.open(run_dir / METRICS_FOLDER, step or None)
-    return Recorder(run_dir, history, open_tracker(config, run_dir, stop.ask, environment=environment))
+    tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
+    return Recorder(run_dir, history, tracker)

@@ -1,17 +1,20 @@
 """Every accepted architecture gives packed what it gives plain; the others are refused."""
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_config
 from dpo_dist.model.packable import EXACT_MODEL_TYPES, refuse_unpackable, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
@@ -172,6 +175,36 @@ def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Non
     expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [pair]) for pair in pairs])
     logps = packed(causal_lm).train()(pack_unkeyed(pairs))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scaling"),
+    [
+        ("llama", {"type": "dynamic"}),
+        ("llama", {"rope_type": "longrope"}),
+        ("phi3", {"type": "longrope"}),
+        ("gemma3_text", {"rope_type": "dynamic"}),
+        ("gpt_neox", {"type": "dynamic"}),
+    ],
+)
+def test_rope_is_understood_as_older_config_files_write_it(
+    model_type: str, scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    """As `rope_scaling`, with the original length beside it."""
+    written = tiny_config(model_type).to_dict()
+    del written["rope_parameters"]
+    dynamic = "dynamic" in scaling.values()
+    written |= {
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling | {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        "max_position_embeddings": LONGEST if dynamic else 64,
+        "original_max_position_embeddings": LONGEST,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = load_config(tmp_path, ModelConfig())
+    refuse_unpackable(config, LONGEST)
+    with pytest.raises(ConfigError, match="longest sequence of the batch"):
+        refuse_unpackable(load_config(tmp_path, ModelConfig()), LONGEST + 1)
 
 
 def test_a_mixture_of_experts_says_that_its_router_is_not_balanced() -> None:

@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.load import load_run_config, run_digest
 from dpo_dist.config.schema import Quantization, SyncReferenceConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.quantize import demand_bitsandbytes
+from dpo_dist.model.extras import demand_bitsandbytes
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 LIVE = "reference.mode=live"

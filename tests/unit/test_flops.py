@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
+from dpo_dist.errors import ConfigError
 from dpo_dist.model import flops as counting
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, datasheet_peak, matmul_peak
@@ -28,6 +29,13 @@ def test_matrices_are_those_that_pytorch_counts_in_a_forward(model_type: str) ->
     seen = sum(count for kind, count in products.items() if str(kind) in ("aten.mm", "aten.addmm"))
     step = count_flops(config).of(len(batch.input_ids), len(batch.targets), attended=0)
     assert step / 3 == seen
+
+
+def test_a_configuration_of_which_no_model_can_be_made_is_refused() -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = {"rope_type": "unheard_of", "rope_theta": 10000.0}
+    with pytest.raises(ConfigError, match="unheard_of"):
+        count_flops(config)
 
 
 def test_a_step_by_hand() -> None:

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed, load_tokenizer, model_folder, numerics_of
+from dpo_dist.model.load import load_packed, load_tokenizer, numerics_of
 from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
