@@ -105,7 +105,7 @@ def train(config: RunConfig, console: Console) -> int:
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
-            recorder=_open_recorder(config, position.step, world, stop, environment),
+            recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
             checkpoints=CheckpointSaver(
                 run_dir / CHECKPOINTS,
@@ -134,7 +134,7 @@ def _complete(
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, run_dir, world)
-        recorder = _open_recorder(config, finished.step, world, stop, environment)
+        recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
     console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
     return EXIT_COMPLETED
@@ -223,11 +223,17 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
 
 
 def _open_recorder(
-    config: RunConfig, step: int, world: World, stop: StopRequest, environment: dict[str, Any]
+    config: RunConfig,
+    step: int,
+    world: World,
+    stop: StopRequest,
+    environment: dict[str, Any],
+    console: Console,
 ) -> Recorder | None:
     """The recorder of a run that goes on after `step`; on rank 0 only."""
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
     history = History.open(run_dir / METRICS_FOLDER, step or None)
-    return Recorder(run_dir, history, open_tracker(config, run_dir, stop.ask, environment=environment))
+    tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
+    return Recorder(run_dir, history, tracker)

@@ -80,17 +80,18 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
 
-    def encode(sources: Sequence[SourceConfig]) -> PairDataset:
-        encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder)),
-            console.heartbeat("encoding the data"),
-        )
+    def encode(name: str, sources: Sequence[SourceConfig]) -> PairDataset:
+        with console.counter(f"encoding {name} data", "record") as count:
+            encoded = world.on_main(
+                lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count),
+                console.heartbeat(f"preparing the {name} data"),
+            )
         dataset = world.together(lambda: open_dataset(encoded, config.data))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
         return _counting(dataset, duplicates=count_duplicates(dataset))
 
-    train_set = encode(config.data.train)
-    eval_set = encode(config.data.eval) if config.data.eval else None
+    train_set = encode("train", config.data.train)
+    eval_set = encode("eval", config.data.eval) if config.data.eval else None
     if eval_set is not None:
         eval_set = _counting(eval_set, also_in_train=count_shared(eval_set, train_set))
     spans = train_set.spans([source.weight for source in config.data.train])
