@@ -177,10 +177,12 @@ class FrozenEngine:
 
 
 def return_memory() -> None:
-    """Give what nothing refers to any more back to the device."""
+    """Return memory that nothing refers to any more: the device's, and pinned memory of the host."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
+            torch.accelerator.empty_host_cache()
 
 
 class PolicyEngine:
