@@ -23,7 +23,7 @@ from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import tokenizer_digest
 from dpo_dist.report.console import Console
 
-_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sources"})
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
 
 
 @dataclass(frozen=True)
