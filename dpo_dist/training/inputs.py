@@ -31,7 +31,7 @@ from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
-_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sources"})
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
 
 
 @dataclass(frozen=True)
