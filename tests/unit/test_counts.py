@@ -97,10 +97,12 @@ def test_an_empty_source_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_record_of_each_reason_is_kept_for_its_detail(tmp_path: Path) -> None:
-    rows = [TEXT | {"chosen": ""}] * 200 + [{"question": "q", "answer": "a"}] * 300 + GOOD
-    with pytest.raises(DataError) as raised:
-        opened(tmp_path, jsonl(tmp_path, *rows))
-    assert "question (text)" in raised.value.got
+    """Also where more of another reason stand before it, in the same chunk or in earlier ones."""
+    for empty, unknown in ((30, 34), (200, 300)):
+        rows = [TEXT | {"chosen": ""}] * empty + [{"question": "q", "answer": "a"}] * unknown + GOOD
+        with pytest.raises(DataError) as raised:
+            opened(tmp_path, jsonl(tmp_path, *rows))
+        assert "question (text)" in raised.value.got
 
 
 def test_records_that_occur_again_are_counted(tmp_path: Path) -> None:
