@@ -81,7 +81,7 @@ SAME_MEANING = _by_name(
 # Names in an entry of data.train or data.eval.
 IN_SOURCE = _by_name(
     {
-        "path": "file file_name name dataset hf_hub_url url",
+        "path": "file file_name dataset hf_hub_url url",
         "format": "type formatting",
         "weight": "probability ratio",
         "limit": "max_samples num_samples n",

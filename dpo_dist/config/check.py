@@ -43,6 +43,7 @@ def check(config: RunConfig) -> None:
     _check_parallelism(config.parallelism)
     check_adapter(config.model, config.reference, config.parallelism)
     check_placement(config)
+    _check_deterministic(config)
 
 
 def _check_paths_named(config: RunConfig) -> None:
@@ -196,6 +197,17 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig) -> None:
                 got=f"{value}, an empty list".lower(),
                 remedy=f"set data.eval=[held_out.jsonl] or trainer.{name}={off}",
             )
+
+
+def _check_deterministic(config: RunConfig) -> None:
+    if config.trainer.deterministic and config.model.liger:
+        raise ConfigError(
+            "Liger's kernels do not promise the same bits again",
+            where="trainer.deterministic, model.liger",
+            got="true, true",
+            expected="one of them",
+            remedy="set model.liger=false or trainer.deterministic=false",
+        )
 
 
 def _check_parallelism(parallelism: ParallelismConfig) -> None:
