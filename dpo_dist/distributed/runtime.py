@@ -70,6 +70,12 @@ class World:
         """Whether this is rank 0, which writes and prints; not collective."""
         return self.rank == 0
 
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether no rank below this one runs on the same host; not collective."""
+        here = [peer.host for peer in self.peers if peer.rank == self.rank]
+        return not any(peer.host in here for peer in self.peers[: self.rank])
+
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier(group=self.control)

@@ -24,13 +24,14 @@ from dpo_dist.distributed.zero import (
 )
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
 
-# With h the hidden size, training keeps some 34 h bytes of activations for each token and layer
-# (arXiv:2205.05198), or 2 h and one layer's 34 h with gradient checkpointing; scoring has one layer's only.
-# At 28 layers four times the tokens then take a seventh of the memory; or 1.5 times with checkpointing, where
-# gradients and optimizer states, which are not there yet, leave room for it.
+# With h the hidden size, training keeps some 63 h bytes of activations for each token and layer (measured;
+# arXiv:2205.05198 counts 34 h), or 2 h and one layer's 63 h with gradient checkpointing; scoring has one
+# layer's only. At 28 layers four times the tokens then take a seventh of the memory; or twice as much with
+# checkpointing, where gradients and optimizer states, which are not there yet, leave room for it.
 _SCORING_TOKENS_FACTOR = 4
 
 
@@ -81,6 +82,17 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEn
         with whole_loading(world):
             return QuantizedReference(load_packed(folder, model_config, config.data.max_length, world.device))
     return _load_sharded(folder, model_config, config, world)
+
+
+def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
+    """Load the reference whose `files` were digested, and check that it was still these; collective.
+
+    Raises:
+        ReferenceError: a file has changed since it was digested.
+    """
+    engine = load_reference(files.folder, config, world)
+    world.together(files.check_unchanged)
+    return engine
 
 
 def _load_sharded(folder: Path, model_config: ModelConfig, config: RunConfig, world: World) -> FrozenEngine:

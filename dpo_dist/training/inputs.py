@@ -1,14 +1,22 @@
-"""What a run starts from, before any weights are loaded: tokenizer, encoded data, schedule."""
+"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import LossConfig, LossKind, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    LossConfig,
+    LossKind,
+    ParallelismKind,
+    ReferenceMode,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared
 from dpo_dist.data.plan import ComputeCosts
@@ -20,17 +28,23 @@ from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable, training_notes
-from dpo_dist.reference.digest import tokenizer_digest
+from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
-_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sources"})
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one run, the same on every rank."""
+    """The inputs of one run, the same on every rank.
 
-    policy_folder: Path
+    Attributes:
+        policy_files: what the policy is loaded from, as it was before.
+        reference_files: the same of the reference; None where there is none.
+    """
+
+    policy_files: ModelFiles
+    reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
     train_set: PairDataset
     eval_set: PairDataset | None
@@ -64,6 +78,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     refuse_unpackable(model_config, config.data.max_length)
     for note in training_notes(model_config):
         console.say(note)
+    policy_files, reference_files = _digest_models(folder, config, world, console)
 
     def encode(name: str, sources: Sequence[SourceConfig]) -> PairDataset:
         with console.counter(f"encoding {name} data", "record") as count:
@@ -82,13 +97,39 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)
-    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, flops)
+    inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, schedule, flops)
     for name, dataset in inputs.named.items():
         for line in counts_told(name, dataset.counts):
             console.say(line)
     for line in short_run_told(schedule):
         console.say(line)
     return inputs
+
+
+def _digest_models(
+    policy_folder: Path, config: RunConfig, world: World, console: Console
+) -> tuple[ModelFiles, ModelFiles | None]:
+    """Digest the files of the policy and of the reference, if there is one; collective."""
+    is_scattered = config.parallelism.kind is ParallelismKind.zero3
+    digest = partial(
+        digest_on_every_node,
+        store=Path(config.reference.store),
+        remote_code=config.model.trust_remote_code,
+        world=world,
+        while_waiting=console.heartbeat("reading the model's files to identify them"),
+    )
+    policy_is_whole = config.model.quantization is not None or not is_scattered
+    policy_files = digest(policy_folder, loads_whole=policy_is_whole)
+    if config.reference.mode is ReferenceMode.none:
+        return policy_files, None
+    reference_is_whole = config.reference.quantization is not None
+    if config.reference.path is None and (policy_is_whole or not reference_is_whole):
+        return policy_files, policy_files
+    folder = policy_folder
+    if config.reference.path is not None:
+        revision = config.reference.revision
+        folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
+    return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
 def demand_fitting(dataset: PairDataset, loss: LossConfig) -> None:
