@@ -31,7 +31,8 @@ from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
-_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
+_TOLD_APART = "chat_template_not_applied"
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _TOLD_APART})
 
 
 @dataclass(frozen=True)
