@@ -32,20 +32,20 @@ def text_digest(text: str) -> str:
 
 
 def file_identity(file: Path) -> str:
-    """Path, size, inode, times and a few sampled blocks of a file: they change when its content does.
+    """Path, device, size, inode, times and a few sampled blocks of a file: they change when its content does.
 
     The change time is included, as whoever copies over a file can set its modification time. The samples tell
     apart files of equal metadata, such as those of two read-only images that were mounted at one path.
     """
     path = file.resolve()
-    status = path.stat()
     samples = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
+        status = path.stat()  # of an opened file: a client of a network file system asks its server then
         for number in range(_SAMPLES):
             stream.seek(max(status.st_size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
             samples.update(stream.read(_SAMPLE_BYTES))
     times = f"{status.st_mtime_ns}|{status.st_ctime_ns}"
-    return f"{path}|{status.st_size}|{status.st_ino}|{times}|{samples.hexdigest()}"
+    return f"{path}|{status.st_dev}|{status.st_size}|{status.st_ino}|{times}|{samples.hexdigest()}"
 
 
 def remembered_digest(file: Path, memo: Path | None) -> str:

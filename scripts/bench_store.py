@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,14 @@ from bench_assets import SHAPES, save_random_model
 
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.distributed.runtime import World
 from dpo_dist.model.load import load_packed
-from dpo_dist.reference.fill import FillReport, Scorer, fill_store, missing_responses
+from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
 from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 
 SPACE = ReferenceSpace("invented", {})
@@ -110,7 +113,7 @@ def bench_small_shards(root: Path, shards: int) -> Figures:
 
 def bench_fill(root: Path, responses: int) -> Figures:
     """What a fill costs beside its model: find, plan, pack, split, write; one process."""
-    dataset = invented_pairs(responses // 2)
+    dataset = scorable(invented_pairs(responses // 2))
     report = fill(
         root, dataset, lambda batch: torch.zeros(len(batch.targets)), ReferenceConfig.rows_per_shard
     )
@@ -132,7 +135,7 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
         seconds += time.monotonic() - started
         return logps
 
-    report = fill(root / "store", invented_pairs(pairs), score, pairs // 4)
+    report = fill(root / "store", scorable(invented_pairs(pairs)), score, pairs // 4)
     return {
         "fill_outside_model_share": 1 - seconds / report.seconds,
         "model_microseconds_per_pair": seconds / pairs * 1e6,
@@ -178,6 +181,18 @@ def invented_pairs(pairs: int) -> PairDataset:
         scores=np.full(2 * pairs, np.nan),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
+
+
+def scorable(dataset: PairDataset) -> PairDataset:
+    """The same pairs with ids that differ, and their keys, as a fill demands."""
+    ids = np.random.default_rng(1).integers(0, 100, len(dataset.ids)).astype(np.int32)
+    dataset = replace(dataset, ids=ids)
+    keys = [
+        response_key(pair.prompt_ids, response)
+        for pair in map(dataset.sequences, range(len(dataset)))
+        for response in pair.responses
+    ]
+    return replace(dataset, keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
 
 
 def write(root: Path, dataset: PairDataset, rows_per_shard: int) -> None:

@@ -56,6 +56,7 @@ SAME_MEANING = _by_name(
         "trainer.global_batch_pairs": "total_batch_size global_batch_size train_batch_size batch_size",
         "trainer.save_every": "save_steps save_interval save_freq checkpoint_every",
         "trainer.eval_every": "eval_steps eval_interval eval_freq evaluation_steps",
+        "trainer.eval_at_start": "eval_on_start",
         "trainer.log_every": "logging_steps log_steps log_interval logging_interval",
         "trainer.keep_last": "save_total_limit",
         "trainer.seed": "data_seed random_seed",
@@ -80,7 +81,7 @@ SAME_MEANING = _by_name(
 # Names in an entry of data.train or data.eval.
 IN_SOURCE = _by_name(
     {
-        "path": "file file_name name dataset hf_hub_url url",
+        "path": "file file_name dataset hf_hub_url url",
         "format": "type formatting",
         "weight": "probability ratio",
         "limit": "max_samples num_samples n",

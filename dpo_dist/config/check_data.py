@@ -1,5 +1,7 @@
 """What must hold between the values of `data`."""
 
+from datetime import date
+
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig
 from dpo_dist.errors import ConfigError
@@ -41,7 +43,20 @@ def check_data(data: DataConfig) -> None:
             expected="max_prompt_length < max_length",
             remedy="raise data.max_length or lower data.max_prompt_length",
         )
+    _check_template_date(data)
     _check_ranked(data)
+
+
+def _check_template_date(data: DataConfig) -> None:
+    try:
+        date.fromisoformat(data.template_date)
+    except ValueError as fault:
+        raise ConfigError(
+            "data.template_date is not a date",
+            where="data.template_date",
+            got=data.template_date,
+            expected=f"YYYY-MM-DD, such as {DataConfig.template_date}",
+        ) from fault
 
 
 def _check_ranked(data: DataConfig) -> None:

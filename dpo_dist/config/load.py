@@ -30,7 +30,7 @@ from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")
 HYDRA_VERSION = "1.3"
-_DEFINING_SECTIONS = ("model", "data", "loss", "reference", "optim", "trainer")
+DEFINING_SECTIONS = ("model", "data", "loss", "reference", "optim", "trainer")
 # ValueError: Hydra's own, for example for a group chosen by a number.
 _COMPOSITION_FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
@@ -130,7 +130,7 @@ def run_dir(config: RunConfig) -> Path:
 
 def run_digest(config: RunConfig) -> str:
     """8 hex digits of SHA-256 over what defines the run's result; paths count as they are written."""
-    defining = {name: _defining(getattr(config, name)) for name in _DEFINING_SECTIONS}
+    defining = {name: _defining(getattr(config, name)) for name in DEFINING_SECTIONS}
     canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 

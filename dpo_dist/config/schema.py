@@ -56,6 +56,12 @@ class Ranked(StrEnum):
     all_pairs = "all_pairs"
 
 
+class TextTemplate(StrEnum):
+    auto = "auto"
+    applied = "applied"
+    literal = "literal"
+
+
 class Truncation(StrEnum):
     keep_start = "keep_start"
     keep_end = "keep_end"
@@ -228,6 +234,9 @@ class DataConfig:
     """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens.
 
     `ranked`: what becomes of more than two responses: one ranking, its best and worst, or every pair of it.
+    `template`: what is done with texts that a chat template has already been applied to: an error where most
+    are so (`auto`), read as they stand (`applied`), or as the letters that they are (`literal`).
+    `template_date`: the day (YYYY-MM-DD) that a chat template with a clock is told.
     `processes` null: as many as there are usable cores, where there are enough records for it.
     """
 
@@ -239,6 +248,8 @@ class DataConfig:
     on_bad_record: OnBadRecord = OnBadRecord.drop
     max_bad_share: float = 0.05
     text_as_messages: bool = False
+    template: TextTemplate = TextTemplate.auto
+    template_date: str = "2024-07-26"
     ranked: Ranked = Ranked.whole
     cache: str = _free("output/encoded")
     processes: int | None = _free(None)

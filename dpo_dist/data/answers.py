@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from dpo_dist.config.schema import DataFormat
 from dpo_dist.data.conversations import unread_keys
-from dpo_dist.data.files import shown_key
-from dpo_dist.data.records import BadRecord, Origin
+from dpo_dist.data.records import BadRecord, Origin, shown_key
 
 Row: TypeAlias = Mapping[str, Any]
 

@@ -5,11 +5,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.errors import DataError
 
 SHOWN_EXAMPLES = 20
-FLAGS = ("prompt_truncated", "response_truncated", "boundary_resplit")
+FLAGS = (
+    "prompt_truncated",
+    "response_truncated",
+    "boundary_resplit",
+    "templated_text",
+    "opened_thought_joined",
+    "opened_thought_removed",
+)
 _NAMED_PLACES = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end, which cut the start of prompts"
 _REMEDIES = {
@@ -102,8 +109,10 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
     """Refuse a source of which too little is left.
 
     Raises:
-        DataError: no record was kept, or more were dropped than `data.max_bad_share` allows.
+        DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or most texts went
+            through a chat template and `data.template` does not say what is done with them.
     """
+    _check_templated(counts, path, config)
     dropped = sum(counts.dropped.values())
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
@@ -129,3 +138,16 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
     )
+
+
+def _check_templated(counts: DataCounts, path: str, config: DataConfig) -> None:
+    templated = counts.changed["templated_text"]
+    if config.template is TextTemplate.auto and templated > counts.kept / 2:
+        raise DataError(
+            f"a chat template has already been applied to {templated} of {counts.kept} texts",
+            where=path,
+            got="turns of a chat template, or its BOS, spelt in the prompt",
+            expected="prompts as plain texts or messages",
+            remedy="set data.template=applied to read them as they stand, or data.template=literal if the "
+            "model is meant to see these tokens spelt out",
+        )

@@ -11,13 +11,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TextIO
 
-from dpo_dist.data.records import BadRecord, Located, Origin
+from dpo_dist.data.records import BadRecord, Located, Origin, shown_key
 from dpo_dist.errors import DataError
 
 _QUOTE = re.compile(r'(?P<opening>(?:^|,)")|"(?=,|\s*$)')
 _MAX_CELL_CHARACTERS = 2**31 - 1
 # Stands for a line that is too long to be kept; as a record it has too few cells.
-_TOO_LONG = "\0"
+_TOO_LONG = "\0too long\0"
 
 
 def csv_rows(text: TextIO, path: str, most_characters: int) -> Iterator[Located]:
@@ -41,7 +41,7 @@ def csv_rows(text: TextIO, path: str, most_characters: int) -> Iterator[Located]
         raise DataError(
             "two columns have the same name",
             where=f"{path}:1",
-            got=", ".join(header),
+            got=", ".join(map(shown_key, header)),
             expected="a name of its own for each column",
         )
     return _records(lines, path, header)
@@ -105,7 +105,7 @@ class _Lines:
         while line := self._take():
             self.taken.append(line)
             size += len(line)
-            if line is _TOO_LONG or size > self._most:
+            if line == _TOO_LONG or size > self._most:
                 raise csv.Error(f"more than {self._most} characters")
             yield line
 

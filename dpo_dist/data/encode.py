@@ -1,15 +1,22 @@
 """From a preference record to token ids: one prompt, and each response as it goes on from it."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from dpo_dist.config.schema import DataConfig, Truncation
+from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
+from dpo_dist.data.templates import (
+    ends_opened_thought,
+    ends_thought,
+    opens_thought,
+    within_thought,
+    without_open_thought,
+)
 from dpo_dist.data.tokens import RESERVED_CHARACTER, SpecialTokenInTextError, TokenizerFacts, tokenizer_facts
 from dpo_dist.errors import ConfigError
 
@@ -30,6 +37,11 @@ class EncodedPair:
         response_truncated: whether the end of a response was cut.
         boundary_resplit: whether a response was tokenised by itself, because together with the prompt the
             prompt's last tokens would have come out otherwise.
+        templated_text: whether the prompt is a text that a chat template seems to have written.
+        opened_thought_joined: whether the template opens a thought in the prompt, and a response that opened
+            the same one goes on from it.
+        opened_thought_removed: whether the template opens a thought in the prompt, and the prompt is without
+            it, as a response has none.
     """
 
     prompt_ids: TokenIds
@@ -37,18 +49,25 @@ class EncodedPair:
     prompt_truncated: bool = False
     response_truncated: bool = False
     boundary_resplit: bool = False
+    templated_text: bool = False
+    opened_thought_joined: bool = False
+    opened_thought_removed: bool = False
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What will be tokenised, escaped: each response with its end of turn."""
+    """What will be tokenised, escaped: each response with its end of turn. Flags as in `EncodedPair`."""
 
     prompt: str
     responses: tuple[str, ...]
+    templated_text: bool = False
+    opened_thought_joined: bool = False
+    opened_thought_removed: bool = False
 
 
 @dataclass(frozen=True)
 class _Tokens:
+    written: _Written
     prompt: list[int]
     responses: list[list[int]]
     prefix_length: int
@@ -61,14 +80,16 @@ def encode_pair(
     """Encode one record within the configured lengths.
 
     Messages, and dialogues where the tokenizer has a chat template, go through that template; plain text
-    never does unless `data.text_as_messages`. A prompt starts with the tokenizer's BOS exactly once; a
-    response ends with its end-of-turn token (plain text: EOS) exactly once. A special token spelt in a
-    content is encoded as text.
+    never does unless `data.text_as_messages`; with `data.template=applied` a text that a template seems to
+    have written is encoded as it stands, special tokens and all. A prompt starts with the tokenizer's BOS
+    exactly once; a response ends with its end-of-turn token (plain text: EOS) exactly once. A special token
+    spelt in a content is encoded as text.
 
     Args:
         record: what `read_records` gives.
         tokenizer: of the policy; probed at its first use.
-        data_config: `max_length`, `max_prompt_length` (tokens), `truncation` and `text_as_messages` are used.
+        data_config: `max_length`, `max_prompt_length` (tokens), `truncation`, `text_as_messages`,
+            `template` and `template_date` are used.
 
     Returns:
         The pair, or why it cannot be one: `template_rejected`, `reserved_character`,
@@ -78,11 +99,11 @@ def encode_pair(
     Raises:
         ConfigError: messages for a tokenizer without chat template; no EOS; a template unfit for chats.
     """
-    facts = tokenizer_facts(tokenizer)
+    facts = tokenizer_facts(tokenizer, data_config.template_date)
     if RESERVED_CHARACTER in _all_text(record):
         return BadRecord("reserved_character", record.origin, "U+FDD0, a noncharacter, stands in a text")
     try:
-        tokens = _tokenise(_write(record, facts, data_config.text_as_messages), facts)
+        tokens = _tokenise(_write(record, facts, data_config), facts)
     except TemplateError as fault:
         return BadRecord("template_rejected", record.origin, str(fault))
     except SpecialTokenInTextError:
@@ -110,12 +131,15 @@ def _all_text(record: PreferenceRecord) -> str:
     return prompt + "".join(record.responses)
 
 
-def _write(record: PreferenceRecord, facts: TokenizerFacts, text_as_messages: bool) -> _Written:
+def _write(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> _Written:
     match record.prompt:
-        case str() if text_as_messages:
-            return _write_messages((Message("user", record.prompt),), record.responses, facts, record.origin)
+        case str() if facts.is_templated(record.prompt):
+            if config.template is TextTemplate.applied:
+                ended = tuple(facts.end_templated(response) for response in record.responses)
+                return _Written(record.prompt, ended, templated_text=True)
+            return replace(_write_plain(record.prompt, record, facts, config), templated_text=True)
         case str():
-            return _write_text(record.prompt, record.responses, facts)
+            return _write_plain(record.prompt, record, facts, config)
         case Dialogue() if facts.chat_template is not None:
             answers = tuple(response.strip() for response in record.responses)
             return _write_messages(record.prompt.messages(), answers, facts, record.origin)
@@ -123,6 +147,14 @@ def _write(record: PreferenceRecord, facts: TokenizerFacts, text_as_messages: bo
             return _write_text(record.prompt.text, record.responses, facts)
         case _:
             return _write_messages(record.prompt, record.responses, facts, record.origin)
+
+
+def _write_plain(
+    prompt: str, record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig
+) -> _Written:
+    if config.text_as_messages:
+        return _write_messages((Message("user", prompt),), record.responses, facts, record.origin)
+    return _write_text(prompt, record.responses, facts)
 
 
 def _write_text(prompt: str, responses: tuple[str, ...], facts: TokenizerFacts) -> _Written:
@@ -144,13 +176,45 @@ def _write_messages(
             "or write the conversations as texts",
         )
     prompt = facts.render(messages, add_generation_prompt=True)
-    return _Written(prompt, tuple(facts.rendered_answer(messages, answer, prompt) for answer in answers))
+    if opens_thought(prompt):
+        return _write_after_thought(messages, answers, facts, prompt)
+    return _Written(prompt, _rendered(messages, answers, facts, prompt))
+
+
+def _rendered(
+    messages: Messages, answers: tuple[str, ...], facts: TokenizerFacts, prompt: str
+) -> tuple[str, ...]:
+    rendered = (facts.rendered_answer(messages, answer, prompt) for answer in answers)
+    return tuple(
+        facts.bare_answer(answer) if whole is None else whole
+        for whole, answer in zip(rendered, answers, strict=True)
+    )
+
+
+def _write_after_thought(
+    messages: Messages, answers: tuple[str, ...], facts: TokenizerFacts, prompt: str
+) -> _Written:
+    """After a prompt that opens a thought, every response ends it and none opens it again."""
+    rendered = [facts.rendered_answer(messages, answer, prompt) for answer in answers]
+    if all(whole is not None and ends_opened_thought(whole) for whole in rendered):
+        return _Written(prompt, tuple(map(str, rendered)))
+    if all(map(ends_thought, answers)):
+        joined = tuple(within_thought(answer, prompt) for answer in answers)
+        return _Written(
+            prompt, tuple(map(facts.bare_answer, joined)), opened_thought_joined=joined != answers
+        )
+    prompt = without_open_thought(prompt)
+    responses = tuple(
+        facts.bare_answer(answer) if ends_thought(answer) else whole
+        for answer, whole in zip(answers, _rendered(messages, answers, facts, prompt), strict=True)
+    )
+    return _Written(prompt, responses, opened_thought_removed=True)
 
 
 def _tokenise(written: _Written, facts: TokenizerFacts) -> _Tokens:
     prompt, responses, resplit = facts.encode_after(written.prompt, written.responses)
     prompt, prefix_length = facts.with_prefix(prompt)
-    return _Tokens(prompt, responses, prefix_length, resplit)
+    return _Tokens(written, prompt, responses, prefix_length, resplit)
 
 
 def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedPair | BadRecord:
@@ -183,6 +247,9 @@ def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedPair | B
         prompt_truncated=len(prompt) < len(tokens.prompt),
         response_truncated=response_truncated,
         boundary_resplit=tokens.boundary_resplit,
+        templated_text=tokens.written.templated_text,
+        opened_thought_joined=tokens.written.opened_thought_joined,
+        opened_thought_removed=tokens.written.opened_thought_removed,
     )
 
 

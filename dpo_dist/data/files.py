@@ -1,5 +1,6 @@
 """Rows of one file, each with the line it stands on."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -11,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.data.csv_rows import csv_rows
-from dpo_dist.data.records import BadRecord, Located, Origin
+from dpo_dist.data.records import BadRecord, Located, Origin, shown_key
 from dpo_dist.errors import DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -21,7 +22,6 @@ _MAX_RECORD_BYTES = 2**26
 _MAX_UNPACKED_ARRAY_BYTES = 2**30
 _PARQUET_BATCH_ROWS = 1024
 _BLOCK_BYTES = 2**22
-_SHOWN_KEY_CHARACTERS = 40
 
 
 def file_kind(file: Path) -> str | None:
@@ -108,10 +108,20 @@ def _damage_told(path: str) -> Iterator[None]:
 
 
 def _opened(file: Path) -> BinaryIO:
-    if file.suffix not in _COMPRESSIONS:
-        return file.open("rb")
-    unpacked = pyarrow.CompressedInputStream(file.open("rb"), _COMPRESSIONS[file.suffix])
-    return io.BufferedReader(unpacked, _BLOCK_BYTES)
+    """The unpacked bytes of a file of UTF-8 text."""
+    packed = file.open("rb")
+    stream = packed
+    if file.suffix in _COMPRESSIONS:
+        unpacked = pyarrow.CompressedInputStream(packed, _COMPRESSIONS[file.suffix])
+        stream = io.BufferedReader(unpacked, _BLOCK_BYTES)
+    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(
+            "the file is not UTF-8",
+            where=str(file),
+            got="UTF-16",
+            remedy="convert it, for example by iconv -f UTF-16 -t UTF-8",
+        )
+    return stream
 
 
 def located(rows: Iterator[Any], path: str) -> Iterator[Located]:
@@ -167,12 +177,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"an object has the key {shown_key(twice)} twice")
     return fields
-
-
-def shown_key(key: Any) -> str:
-    """A field's name as messages show it: cut where it is so long that it may be a text."""
-    text = ascii(str(key))[1:-1]
-    return text if len(text) <= _SHOWN_KEY_CHARACTERS else f"{text[:_SHOWN_KEY_CHARACTERS]}..."
 
 
 def reason(fault: Exception) -> str:

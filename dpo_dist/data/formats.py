@@ -34,7 +34,8 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
 
     Args:
         source: what to read; a bare string is its path. The path names a local .jsonl, .json (an array), .csv
-            or .parquet file, a folder saved by `datasets`, or a data set on the hub.
+            or .parquet file (the first three also as .gz or .zst), files by a pattern, a folder of shards, a
+            folder saved by `datasets`, or a dataset on the hub.
 
     Returns:
         One item per record, read as the iterator is advanced. Reasons of bad records: `unparsable`,
@@ -44,7 +45,7 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
 
     Raises:
         DataError: the source does not exist or cannot be read at all; raised by this call.
-        ConfigError: `limit` is not positive, or `split` has no effect on such a source.
+        ConfigError: `limit` is not positive, or `split` or another key has no effect on such a source.
     """
     if isinstance(source, str):
         source = SourceConfig(path=source)

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import collect_abandoned, staged_folder
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.encoded import (
     MEMO_FOLDER,
     EncodedSource,
@@ -24,16 +24,17 @@ from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.processes import CHUNK_RECORDS, Records, encode_in_order
 from dpo_dist.data.sources import local_files, pinned, source_identity
+from dpo_dist.data.templates import has_clock
 from dpo_dist.digests import file_identity, text_digest
-from dpo_dist.errors import DataError
+from dpo_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
 _ENCODING_VERSION = 4
 
-Progress = Callable[[str, int], None]
-"""Called with the path of a source and how many records more of it are encoded."""
+Progress = Callable[[int], None]
+"""Called with how many records more are encoded."""
 
 
 def prepare_dataset(
@@ -41,7 +42,7 @@ def prepare_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     tokenizer_digest: str,
-    progress: Progress = lambda _path, _records: None,
+    progress: Progress = lambda _records: None,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into a folder of its own below `config.cache`, or find it there; for one process.
 
@@ -56,6 +57,7 @@ def prepare_dataset(
             `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
+    _check_template_date(config, tokenizer)
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
@@ -88,7 +90,7 @@ def _encoded(
         with closing(encode_in_order(_chunks(source), config, tokenizer)) as parts:
             for part in parts:
                 writer.add(part)
-                progress(source.path, len(part.outcomes))
+                progress(len(part.outcomes))
         # The digest is that of what was read only if nothing has changed meanwhile.
         if _state(source) != state or source_identity(source) != identity:
             raise DataError(
@@ -99,6 +101,18 @@ def _encoded(
         writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
     remember_written(folder)
     return folder
+
+
+def _check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    if config.template_date != DataConfig.template_date and not has_clock(template):
+        raise ConfigError(
+            "the tokenizer's chat template has no clock, so that no date has an effect",
+            where="data.template_date",
+            got=config.template_date,
+            expected=f"{DataConfig.template_date} (the default)",
+            remedy="leave data.template_date out",
+        )
 
 
 def _stands(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
@@ -126,6 +140,8 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, tokeni
         "max_prompt_length": config.max_prompt_length,
         "truncation": config.truncation,
         "text_as_messages": config.text_as_messages,
+        "template_applied": config.template is TextTemplate.applied,
+        "template_date": config.template_date,
         "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
         "content": identity,

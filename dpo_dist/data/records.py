@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_LONGEST_NAME = 40
+_MOST_WORDS = 3
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -84,3 +86,11 @@ class BadRecord:
 
 Located: TypeAlias = tuple[Mapping[str, Any] | BadRecord, Origin]
 """What a source has at one place, not yet read as a record."""
+
+
+def shown_key(key: Any) -> str:
+    """A field's name as messages show it; one that may be a text (of a file without header) by its length."""
+    name = str(key)
+    if len(name) > _LONGEST_NAME or len(name.split()) > _MOST_WORDS or not name.isprintable():
+        return f"a name of {len(name)} characters"
+    return name

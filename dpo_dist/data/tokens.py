@@ -5,16 +5,17 @@ for it, so every special token still spelt out was written by the chat template 
 texts are encoded; a content without such a spelling is its own escaped form.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken
 
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Message, Messages
+from dpo_dist.data.templates import any_of, has_foreign_marks, pin_clock, turn_tokens
+from dpo_dist.data.twins import continuing_twin, literal_twin
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class TokenizerFacts:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.prefix_ids = _prefix_ids(tokenizer)
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
-        # In reverse, so that a longer token is found before one that starts it.
-        self._special_tokens = sorted({*added, *tokenizer.all_special_tokens}, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, self._special_tokens)) or r"(?!)")
+        added = tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._turn_tokens = turn_tokens(tokenizer, chat_template)
+        self._special_tokens = sorted(special | self._turn_tokens)
+        self._special = any_of(self._special_tokens)
+        self._added = any_of({*map(str, added), *self._special_tokens})
 
     @cached_property
     def end_of_text(self) -> str:
@@ -78,6 +81,24 @@ class TokenizerFacts:
         first = self._special.search(self._after_answer)
         return first.group() if first else self.end_of_text
 
+    def is_templated(self, text: str) -> bool:
+        """Whether a text looks as if a chat template had written it: it has turns, or starts with BOS."""
+        bos = self.tokenizer.bos_token
+        return (
+            any(found.group() in self._turn_tokens for found in self._special.finditer(text))
+            or (bos is not None and text.startswith(str(bos)))
+            or has_foreign_marks(text)
+        )
+
+    def end_templated(self, answer: str) -> str:
+        """A templated answer with its end of turn, or end of text, exactly once and nothing after it."""
+        ends = [self.end_of_text] if self.chat_template is None else [self.end_of_turn, self.end_of_text]
+        end = ends[0]
+        while (bare := answer.rstrip()).endswith(tuple(ends)):
+            end = next(end for end in ends if bare.endswith(end))
+            answer = bare.removesuffix(end)
+        return answer + end
+
     def escape(self, text: str) -> str:
         """`text` with a mark for every special token that it spells."""
         return self._special.sub(self._mark, text)
@@ -93,15 +114,19 @@ class TokenizerFacts:
         )
         return str(rendered)
 
-    def rendered_answer(self, messages: Messages, answer: str, prompt: str) -> str:
+    def bare_answer(self, answer: str) -> str:
+        """The answer's own text with the end of a turn; escaped."""
+        return self.escape(answer) + self.end_of_turn
+
+    def rendered_answer(self, messages: Messages, answer: str, prompt: str) -> str | None:
         """What the template writes for `answer` after the rendered `prompt`, up to its end of turn; escaped.
 
-        Keeps what the template puts around an answer (a leading space, an empty thought). Where it renders
-        the prompt otherwise once an answer follows, the answer's own text.
+        Keeps what the template puts around an answer (a leading space, an empty thought). None where it
+        renders the prompt otherwise once an answer follows.
         """
         whole = self.render((*messages, Message("assistant", answer)))
         if not whole.startswith(prompt):
-            return self.escape(answer) + self.end_of_turn
+            return None
         added = whole[len(prompt) :]
         end = added.rfind(self.end_of_turn)
         if end < 0:
@@ -124,7 +149,11 @@ class TokenizerFacts:
 
     def encode_continuation(self, escaped: str) -> list[int]:
         """Token ids of a text that goes on from another one: no space is put before its first word."""
-        return self._encode_literally([_ANCHOR + escaped])[0][1:]
+        # From an added token on the text is encoded as ever, with such a space where the tokenizer puts one.
+        first = self._added.search(escaped)
+        cut = first.start() if first else len(escaped)
+        ids = self._encode_literally([_ANCHOR + escaped[:cut]], self._continuing)[0][1:]
+        return ids + (self.encode([escaped[cut:]])[0] if cut < len(escaped) else [])
 
     def encode_after(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
         """Ids of an escaped prompt and of each response that goes on from it; whether one was split off.
@@ -155,8 +184,11 @@ class TokenizerFacts:
             last = found.start()
         return last
 
-    def _encode_literally(self, escaped: Sequence[str]) -> list[list[int]]:
-        twin, real_ids = self._twin
+    def _encode_literally(
+        self, escaped: Sequence[str], twin: "PreTrainedTokenizerBase | None" = None
+    ) -> list[list[int]]:
+        twin = twin or self._twin
+        real_ids = self._real_ids
         spelt = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
         encoded = self._ids(twin, spelt, literal=True)
         # Some vocabularies hold special tokens as ordinary pieces; these cannot be written as text.
@@ -166,18 +198,21 @@ class TokenizerFacts:
         return [[real_ids.get(token, token) for token in ids] for ids in encoded]
 
     @cached_property
-    def _twin(self) -> tuple["PreTrainedTokenizerBase", dict[int, int]]:
-        """A copy that reads spelt special tokens as text and knows them by aliases; alias ids to real ids."""
-        twin = copy.deepcopy(self.tokenizer)
-        added = {str(token): token for token in self.tokenizer.added_tokens_decoder.values()}
-        aliases = [AddedToken(_ANCHOR, normalized=False, special=False)]
-        for token in self._special_tokens:
-            strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
-            aliases.append(AddedToken(_alias_of(token), normalized=False, special=False, **strip))
-        twin.add_tokens(aliases)
-        alias_ids = twin.convert_tokens_to_ids([_alias_of(token) for token in self._special_tokens])
+    def _twin(self) -> "PreTrainedTokenizerBase":
+        """Reads spelt special tokens as text and knows them by aliases."""
+        aliases = {token: _alias_of(token) for token in self._special_tokens}
+        return literal_twin(self.tokenizer, aliases, [_ANCHOR])
+
+    @cached_property
+    def _continuing(self) -> "PreTrainedTokenizerBase":
+        return continuing_twin(self._twin)
+
+    @cached_property
+    def _real_ids(self) -> dict[int, int]:
+        """Real ids of special tokens by the ids of their aliases."""
+        alias_ids = self._twin.convert_tokens_to_ids([_alias_of(token) for token in self._special_tokens])
         real_ids = self.tokenizer.convert_tokens_to_ids(self._special_tokens)
-        return twin, dict(zip(alias_ids, real_ids, strict=True))
+        return dict(zip(alias_ids, real_ids, strict=True))
 
     @staticmethod
     def _ids(
@@ -206,9 +241,17 @@ class TokenizerFacts:
 _facts = lru_cache(maxsize=4)(TokenizerFacts)
 
 
-def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
-    """The facts of `tokenizer`, probed once for each chat template that it is given."""
-    return _facts(tokenizer, tokenizer.get_chat_template() if tokenizer.chat_template else None)
+def tokenizer_facts(
+    tokenizer: "PreTrainedTokenizerBase", template_date: str = DataConfig.template_date
+) -> TokenizerFacts:
+    """The facts of `tokenizer`, probed once for each chat template that it is given.
+
+    Args:
+        tokenizer: of the policy.
+        template_date: the day that a template with a clock is told (ISO 8601).
+    """
+    template = pin_clock(tokenizer.get_chat_template(), template_date) if tokenizer.chat_template else None
+    return _facts(tokenizer, template)
 
 
 def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -24,6 +24,7 @@ import deepspeed.ops
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
+from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.peers import (
     FAREWELL_SECONDS,
     NOBODY,
@@ -35,7 +36,7 @@ from dpo_dist.distributed.peers import (
     failed_elsewhere,
     settle,
 )
-from dpo_dist.errors import DeviceMemoryError, DpoDistError, disk_error
+from dpo_dist.errors import DpoDistError, disk_error
 
 T = TypeVar("T")
 
@@ -68,6 +69,12 @@ class World:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes and prints; not collective."""
         return self.rank == 0
+
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether no rank below this one runs on the same host; not collective."""
+        here = [peer.host for peer in self.peers if peer.rank == self.rank]
+        return not any(peer.host in here for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -276,12 +283,7 @@ def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
 def _for_the_user(failure: BaseException) -> DpoDistError | None:
     """Return `failure` as an error for the user, None if it is none."""
     if isinstance(failure, torch.OutOfMemoryError):
-        return DeviceMemoryError(
-            "a GPU has no memory left",
-            got=_one_line(failure),
-            remedy="lower trainer.micro_batch_tokens, set model.gradient_checkpointing=full, use more GPUs "
-            "with parallelism=zero3, or set parallelism=zero3_offload",
-        )
+        return out_of_memory(failure)
     return failure if isinstance(failure, DpoDistError) else disk_error(failure)
 
 

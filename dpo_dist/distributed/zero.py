@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepsp
 
 from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.device_memory import described, explained, policy_remedy, reference_remedy
 from dpo_dist.distributed.gather_order import keep_gather_orders
 from dpo_dist.distributed.manifest import recorded_writes
 from dpo_dist.distributed.runtime import World
@@ -150,7 +151,8 @@ class FrozenEngine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """float32 [targets]; collective under ZeRO-3."""
-        logps: Tensor = self._engine(batch)
+        with explained(f"scoring {described(batch)}", reference_remedy()):
+            logps: Tensor = self._engine(batch)
         return logps
 
     @property
@@ -175,10 +177,12 @@ class FrozenEngine:
 
 
 def return_memory() -> None:
-    """Give what nothing refers to any more back to the device."""
+    """Return memory that nothing refers to any more: the device's, and pinned memory of the host."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
+            torch.accelerator.empty_host_cache()
 
 
 class PolicyEngine:
@@ -198,6 +202,7 @@ class PolicyEngine:
         zero.update(_communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
+        self._backwards, self._current = 0, ("", "")
         keep_gather_orders(self._engine)
 
     def train(self, mode: bool = True) -> None:
@@ -206,12 +211,14 @@ class PolicyEngine:
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """float32 [targets]."""
-        logps: Tensor = self._engine(batch)
+        with self._naming(batch):
+            logps: Tensor = self._engine(batch)
         return logps
 
     def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """As `objective.logps.token_logps_and_collisions`, of every target of `batch`."""
-        logps, collisions = self._engine(batch, with_collisions=True)
+        with self._naming(batch):
+            logps, collisions = self._engine(batch, with_collisions=True)
         return logps, collisions.detach()
 
     @torch.no_grad()
@@ -226,7 +233,15 @@ class PolicyEngine:
         DeepSpeed averages gradients over ranks, so the sum over ranks needs the factor world size.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self._world.size)
+        with explained(*self._current):
+            self._engine.backward(loss * self._world.size)
+        self._backwards = 0 if is_last else self._backwards + 1
+
+    def _naming(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
+        """Within it, and in the backward that follows, running out of GPU memory is reported with `batch`."""
+        work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
+        self._current = f"{work}: {described(batch)}", policy_remedy(batch)
+        return explained(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip and update; returns the gradient norm before clipping, a scalar on the device.
@@ -235,7 +250,8 @@ class PolicyEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._engine.step()
+        with explained("the optimizer's step", policy_remedy()):
+            self._engine.step()
         norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
         return torch.as_tensor(norm, device=self._world.device)
 

@@ -4,9 +4,9 @@ import difflib
 from pathlib import Path
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.files import ADAPTER_FILE, CONFIG_FILE, check_no_adapter, weight_files
 
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _NO_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
@@ -19,7 +19,7 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: there is no such model, or it holds no weights.
+        ConfigError: there is no such model, it holds no weights, or an adapter beside them.
     """
     folder = local_model_folder(path, revision, key)
     if folder is None:
@@ -64,15 +64,6 @@ def local_model_folder(path: str, revision: str | None, key: str = "model.path")
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, safetensors where it has both kinds."""
-    for suffix in _WEIGHT_SUFFIXES:
-        found = sorted(file for file in folder.glob(f"*{suffix}") if file.name != "training_args.bin")
-        if found:
-            return found
-    return []
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder holds a tokenizer's files."""
     return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
@@ -95,8 +86,8 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def _check_files(folder: Path, key: str) -> None:
-    if not (folder / "config.json").is_file():
-        is_adapter = (folder / "adapter_config.json").is_file()
+    if not (folder / CONFIG_FILE).is_file():
+        is_adapter = (folder / ADAPTER_FILE).is_file()
         raise ConfigError(
             "the model folder has no config.json",
             where=key,
@@ -111,9 +102,10 @@ def _check_files(folder: Path, key: str) -> None:
             "the model folder has no weights",
             where=key,
             got=str(folder),
-            expected="*.safetensors or *.bin beside config.json",
+            expected="model.safetensors or pytorch_model.bin, or the index of one, beside config.json",
             remedy="point the key at a complete model folder",
         )
+    check_no_adapter(folder, key)
 
 
 def _missing(folder: Path, key: str, path: str) -> ConfigError:

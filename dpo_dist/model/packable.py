@@ -65,7 +65,8 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
             where="model.path",
             got=model_config.model_type,
             expected=", ".join(sorted(EXACT_MODEL_TYPES)),
-            remedy="choose another model",
+            remedy="choose a model of these; to add one, see EXACT_MODEL_TYPES in dpo_dist/model/packable.py "
+            "and show it exact in tests/unit/test_architectures.py",
         )
     _refuse_bidirectional(model_config)
     _refuse_window(model_config, max_length)

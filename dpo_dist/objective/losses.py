@@ -7,7 +7,7 @@ gradients, for log-ratios up to 1e4 either way.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def preference_loss(
     """
     facts = facts or BatchFacts()
     if config.reference_free:
-        reference = _zero_reference(policy)
+        reference = policy.minus(policy).detached()
     total = torch.zeros_like(policy.chosen)
     for term in loss_terms(config):
         loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)
@@ -202,21 +202,14 @@ def divergence_score(log_ratio: Tensor, config: LossConfig) -> Tensor:
             return torch.expm1((order * log_ratio).clamp(max=_LARGEST_EXPONENT)) / order
 
 
-def scaled_margin(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Tensor:
+def log_ratios(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> PairLogps:
+    """`D` of each response; the policy's log-probs themselves without a reference and `reference_free`."""
+    return policy if reference is None or config.reference_free else policy.minus(reference)
+
+
+def scaled_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     """`b h` of each pair, [pairs]; `beta_dpo` keeps a running mean of it."""
-    return config.beta * _margin(_ratios(policy, reference, config), config)
-
-
-def scaled_ratio(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Tensor:
-    """`b (Dw + Dl) / 2` of each pair, [pairs]; `bco_pair` keeps a running mean of it."""
-    ratios = _ratios(policy, reference, config)
-    return config.beta * (ratios.chosen + ratios.rejected) / 2
-
-
-def _ratios(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> PairLogps:
-    if reference is None or config.reference_free:
-        reference = _zero_reference(policy)
-    return policy.minus(reference)
+    return config.beta * _margin(ratios, config)
 
 
 def _margin(ratios: PairLogps, config: LossConfig) -> Tensor:
@@ -286,10 +279,6 @@ def _score_gaps(facts: BatchFacts) -> Tensor:
     return facts.score_gaps
 
 
-def _zero_reference(policy: PairLogps) -> PairLogps:
-    return policy.minus(policy).detached()
-
-
 @dataclass(frozen=True)
 class Rewards:
     """Implicit rewards of pairs, [pairs], without gradient."""
@@ -304,8 +293,7 @@ _LENGTH_AVERAGED = frozenset({LossKind.simpo, LossKind.orpo, LossKind.sft})
 @torch.no_grad()
 def implicit_rewards(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Rewards:
     """`b (p - r)`; without a reference `b p`, length-averaged where the kind is (DPO paper, equation 5)."""
-    if reference is not None and not config.reference_free:
-        policy = policy.minus(reference)
-    elif config.kinds[0] in _LENGTH_AVERAGED:
-        policy = replace(policy, chosen=policy.mean_chosen, rejected=policy.mean_rejected)
-    return Rewards(config.beta * policy.chosen, config.beta * policy.rejected)
+    ratios = log_ratios(policy, reference, config)
+    if ratios is policy and config.kinds[0] in _LENGTH_AVERAGED:
+        return Rewards(config.beta * policy.mean_chosen, config.beta * policy.mean_rejected)
+    return Rewards(config.beta * ratios.chosen, config.beta * ratios.rejected)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dpo_dist.config.schema import BcoDelta, LossConfig, LossKind
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import implicit_rewards, scaled_margin, scaled_ratio
+from dpo_dist.objective.losses import implicit_rewards, log_ratios, scaled_margin
 
 PAIR_METRICS = (
     "loss",
@@ -83,10 +83,11 @@ def metric_sums(
         "logps/chosen": policy.chosen.detach(),
         "logps/rejected": policy.rejected.detach(),
     }
+    ratios = log_ratios(policy, reference, config)
     if LossKind.beta_dpo in config.kinds:
-        measured[BATCH_MARGIN] = scaled_margin(policy, reference, config)
+        measured[BATCH_MARGIN] = scaled_margin(ratios, config)
     if config.bco_delta is BcoDelta.running_mean:
-        measured[BATCH_REWARD] = scaled_ratio(policy, reference, config)
+        measured[BATCH_REWARD] = config.beta * (ratios.chosen + ratios.rejected) / 2
     names = metric_names(config)
     columns = torch.stack([*(measured[name] for name in names), torch.ones_like(margins)])
     return MetricSums(names, (columns.double() * weights.double()).sum(dim=1))

@@ -1,36 +1,158 @@
-"""Digests of a model's files, remembered in the store.
+"""Digest the files that decide a model's function, each read once and remembered in the store.
 
-Weights are digested as files, never as live tensors: under ZeRO-3 those are empty.
+Weights are digested as files, never as live tensors: under ZeRO-3 those are empty. So what was loaded is what
+was digested only if no file has changed in between, which `ModelFiles.check_unchanged` tells.
 """
 
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_dist.digests import content_digest, remembered_digest, text_digest
-from dpo_dist.model.folder import weight_files
+from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
+from dpo_dist.distributed.runtime import WhileWaiting, World
+from dpo_dist.errors import ConfigError, ReferenceError
+from dpo_dist.model.files import CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.key import MEMO_FOLDER
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def model_digest(folder: Path, store: Path | None = None) -> str:
-    """Digest of a model's function: config.json, its weight files, and code that comes with them.
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files that decide a model's function, as they were when they were digested.
+
+    Attributes:
+        folder: the model folder.
+        code: digest of each file of configuration and code by its name, and whose classes are used.
+        weights: digest of each weight file by its name, in the order of their names.
+        identities: `file_identity` of each file that this process loads.
+    """
+
+    folder: Path
+    code: dict[str, str]
+    weights: dict[str, str]
+    identities: dict[Path, str]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the model's function; 32 hex digits, the same for a copy of the folder."""
+        parts = [sorted(self.code.items()), sorted(self.weights.items())]
+        return text_digest(json.dumps(parts))
+
+    def check_unchanged(self) -> None:
+        """Check after loading that the files are still those that were digested.
+
+        A file that was replaced and put back has other times, so it counts as changed too.
+
+        Raises:
+            ReferenceError: a file has changed since.
+        """
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            now = pool.map(_identity_or_none, self.identities)
+            changed = [
+                file.name
+                for (file, then), is_now in zip(self.identities.items(), now, strict=True)
+                if then != is_now
+            ]
+        if changed:
+            raise ReferenceError(
+                "the model's files changed while the model was loaded",
+                where=str(self.folder),
+                got=", ".join(changed),
+                expected="the files that were digested before",
+                remedy="start again when nothing writes to the folder",
+            )
+
+
+def digest_model(
+    folder: Path, store: Path | None = None, *, remote_code: bool = False, with_weights: bool = True
+) -> ModelFiles:
+    """Digest what decides a model's function: config.json, code, and the weight files that are loaded.
 
     Args:
         folder: the model folder.
-        store: where digests are remembered by path, size, inode and times, so that a file is read once.
+        store: where digests are remembered by path, device, size, inode, times and samples of the content, so
+            that a file is read once.
+        remote_code: `model.trust_remote_code`: classes that the folder brings replace those of transformers.
+        with_weights: whether this process loads the weight files.
 
     Raises:
-        ConfigError: a file cannot be read, or changes while it is.
+        ConfigError: a file cannot be read, or changes while it is; the code is in another repository.
     """
-    files = [folder / "config.json", *weight_files(folder), *sorted(folder.glob("*.py"))]
     memo = store / MEMO_FOLDER if store is not None else None
+    own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
+    code = [folder / CONFIG_FILE, *sorted(own_code)]
+    weights = weight_files(folder) if with_weights else []
     with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(lambda file: remembered_digest(file, memo), files))
-    parts = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
-    return text_digest(json.dumps(parts))
+        known = dict(
+            zip([*code, *weights], pool.map(lambda f: _digest(f, memo), [*code, *weights]), strict=True)
+        )
+    return ModelFiles(
+        folder,
+        {_name(file, folder): known[file][1] for file in code} | {"classes": _classes(folder, remote_code)},
+        {_name(file, folder): known[file][1] for file in weights},
+        {file: identity for file, (identity, _) in known.items()},
+    )
+
+
+def digest_on_every_node(
+    folder: Path,
+    store: Path,
+    remote_code: bool,
+    loads_whole: bool,
+    world: World,
+    while_waiting: WhileWaiting | None = None,
+) -> ModelFiles:
+    """Digest a model on rank 0, and on one rank of every other node what that node loads of it; collective.
+
+    Args:
+        folder: the model folder; each node may have a copy of its own.
+        store: as in `digest_model`.
+        remote_code: as in `digest_model`.
+        loads_whole: whether every rank loads the weights; otherwise rank 0 loads and scatters them.
+        while_waiting: called with the seconds that it has taken.
+
+    Returns:
+        The digests of rank 0; on ranks that leave checking to another one of their node, no identities.
+
+    Raises:
+        ConfigError: as `digest_model`.
+        ReferenceError: nodes have different files.
+    """
+    main = world.on_main(lambda: digest_model(folder, store, remote_code=remote_code), while_waiting)
+
+    def digest_here() -> ModelFiles:
+        if world.is_main:
+            return main
+        if not world.is_first_of_host:
+            return replace(main, identities={})
+        return digest_model(folder, store, remote_code=remote_code, with_weights=loads_whole)
+
+    mine = world.together(digest_here, while_waiting)
+    _check_alike(main, world.gather((mine.code, mine.weights if loads_whole else main.weights)), world)
+    return replace(mine, weights=main.weights)
+
+
+def _check_alike(
+    main: ModelFiles, everywhere: list[tuple[dict[str, str], dict[str, str]]], world: World
+) -> None:
+    wanted = main.code | main.weights
+    differing = []
+    for rank, (code, weights) in enumerate(everywhere):
+        here = code | weights
+        names = sorted(name for name in wanted.keys() | here.keys() if wanted.get(name) != here.get(name))
+        if names:
+            differing.append(f"{world.peers[rank].host} (rank {rank}): {', '.join(names[:5])}")
+    if differing:
+        raise ReferenceError(
+            "nodes have different files of the same model",
+            where=str(main.folder),
+            got="; ".join(differing),
+            expected=f"the files of {world.peers[0].host} (rank 0)",
+            remedy="copy the same model to every node, or put it on a file system that all of them see",
+        )
 
 
 def model_label(path: str, folder: Path) -> str:
@@ -53,3 +175,39 @@ def tokenizer_digest(folder: Path) -> str:
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     parts = [(file.name, content_digest([file])) for file in files]
     return text_digest(json.dumps(parts))
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _classes(folder: Path, remote_code: bool) -> str:
+    """Whose classes are used: the folder's own, where it has some and they are trusted, or transformers'."""
+    own = read_model_json(folder / CONFIG_FILE).get("auto_map") if remote_code else None
+    if not own:
+        return "transformers"
+    text = json.dumps(own, sort_keys=True)
+    if "--" in text:
+        raise ConfigError(
+            "the model's code is in another repository, where it can change unseen",
+            where=str(folder / CONFIG_FILE),
+            got=f"auto_map {text}",
+            remedy="copy the code into the model folder and name it in auto_map without a repository",
+        )
+    return text
+
+
+def _digest(file: Path, memo: Path | None) -> tuple[str, str]:
+    """A file's identity and its content's digest, remembered or read now."""
+    try:
+        identity = file_identity(file)
+    except OSError as error:
+        raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
+    return identity, remembered_digest(file, memo)
+
+
+def _identity_or_none(file: Path) -> str | None:
+    try:
+        return file_identity(file)
+    except OSError:
+        return None

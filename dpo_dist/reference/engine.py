@@ -24,6 +24,7 @@ from dpo_dist.distributed.zero import (
 )
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,17 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEn
         with whole_loading(world):
             return QuantizedReference(load_packed(folder, model_config, config.data.max_length, world.device))
     return _load_sharded(folder, model_config, config, world)
+
+
+def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
+    """Load the reference whose `files` were digested, and check that it was still these; collective.
+
+    Raises:
+        ReferenceError: a file has changed since it was digested.
+    """
+    engine = load_reference(files.folder, config, world)
+    world.together(files.check_unchanged)
+    return engine
 
 
 def _load_sharded(folder: Path, model_config: ModelConfig, config: RunConfig, world: World) -> FrozenEngine:

@@ -1,32 +1,35 @@
 """Fill the store with what it lacks: find missing responses, score them on all ranks, write whole shards."""
 
 import secrets
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
-from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
 from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
+from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.rounds import Places, Round, Work, by_pair, in_rounds, plan_round
+from dpo_dist.reference.scoring import Scorer, score_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
 
-Scorer = Callable[[PackedBatch], Tensor]
+OpenStore = Callable[[Sequence[str] | None], LogpStore]
 Progress = Callable[[int, int], None]
 
-_BATCHES_AHEAD = 2
+PATIENCE_SECONDS = 90
+"""How long another node's shard may stay unseen. Clients of NFS look anew after 60 seconds at most."""
+
+_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,15 @@ class FillReport:
         computed: distinct responses computed.
         seconds: that computing took.
         damaged: files of the store that do not hold what they promise.
+        shards: size in bytes of every shard that has what the fill found or wrote, by its name; the same on
+            every rank.
     """
 
     hits: int = 0
     computed: int = 0
     seconds: float = 0.0
     damaged: frozenset[str] = frozenset()
+    shards: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: "FillReport") -> "FillReport":
         return FillReport(
@@ -51,6 +57,7 @@ class FillReport:
             self.computed + other.computed,
             self.seconds + other.seconds,
             self.damaged | other.damaged,
+            {**self.shards, **other.shards},
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def first_of_each(keys: Keys) -> Places:
 
 
 def fill_store(
-    open_store: Callable[[Sequence[str] | None], LogpStore],
+    open_store: OpenStore,
     dataset: PairDataset,
     needed: Rows,
     scorer: Callable[[], Scorer],
@@ -91,6 +98,7 @@ def fill_store(
     costs: ComputeCosts,
     rows_per_shard: int,
     progress: Progress,
+    known: Mapping[str, int] | None = None,
 ) -> FillReport:
     """Compute and store what the pairs `needed` of `dataset` need and the store lacks; collective.
 
@@ -105,9 +113,14 @@ def fill_store(
         micro_batch_tokens: that fit on a device at once, as no activations are kept.
         costs: of the model, by which ranks are loaded evenly.
         rows_per_shard: about how many rows a shard holds.
-        progress: called after every round with pairs done and pairs in all.
+        progress: called with pairs done and pairs in all: at the start, and as micro-batches are scored.
+        known: `FillReport.shards` of an earlier fill of this run, which a listing may not show yet.
+
+    Raises:
+        ReferenceError: the store cannot be written, or a log-prob is not finite.
+        DataError: token ids are not those of the key that they would be stored under.
     """
-    others = _OtherJobs(open_store)
+    others = _OtherJobs(open_store, known or {})
     missing, report, seed = world.on_main(lambda: (*others.survey(dataset, needed), secrets.randbits(32)))
     if not len(missing):
         return report
@@ -117,45 +130,72 @@ def fill_store(
     work = by_pair(dataset, missing)
     plan = partial(plan_round, dataset, world.rank, world.size, micro_batch_tokens, costs)
     rounds = in_rounds(work, max(1, rows_per_shard // 2) * world.size, seed)
-    done, computed, written = 0, 0, None
+    done, computed, written, shards = 0, 0, None, dict[str, int]()
+    progress(0, len(work))
     with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as writer:
         score = scorer()
         for part in planned:
             left = _left(dataset, part, others, plan, world)
             if left is not None:
-                keys, rows = _score(dataset, left, score, world)
-                _agree_on(written, world)
-                written = writer.submit(store.write, keys, rows) if rows else None
+                told = partial(_tell_within, progress, done, len(part.work), len(work))
+                keys, rows = score_round(dataset, left, score, world, told)
+                shards |= _agree_on(written, world)
+                written = writer.submit(_write, store, keys, rows) if rows else None
                 computed += len(left.work.places)
             done += len(part.work)
             progress(done, len(work))
-        _agree_on(written, world)
-    return report + FillReport(len(missing) - computed, computed, time.monotonic() - started)
+        shards |= _agree_on(written, world)
+    seconds = time.monotonic() - started
+    used = world.on_main(lambda: others.shards)
+    for written_by_rank in world.gather(shards):
+        used |= written_by_rank
+    return report + FillReport(len(missing) - computed, computed, seconds, shards=used)
+
+
+def _tell_within(progress: Progress, done: int, pairs: int, total: int, share: float) -> None:
+    """Report a part of a round; ranks have equal shares of it."""
+    progress(done + int(share * pairs), total)
+
+
+def _write(store: LogpStore, keys: Keys, rows: list[Values]) -> dict[str, int]:
+    """Write a shard; its name and size."""
+    name = store.write(keys, rows)
+    return {name: (store.root / name).stat().st_size}
 
 
 class _OtherJobs:
-    """What other jobs store while this one fills; seen by rank 0."""
+    """What other jobs store while this one fills; seen by rank 0.
 
-    def __init__(self, open_store: Callable[[Sequence[str] | None], LogpStore]):
+    Attributes:
+        shards: size of each shard in which something was found.
+    """
+
+    def __init__(self, open_store: OpenStore, known: Mapping[str, int]):
         self._open_store = open_store
-        self._known: set[str] = set()
+        self._seen: set[str] = set()
         self._stores: list[LogpStore] = []
+        self._known = known
+        self.shards: dict[str, int] = {}
 
     def survey(self, dataset: PairDataset, needed: Rows) -> tuple[Places, FillReport]:
         """What is missing now, and what a fill that computes nothing would report."""
-        store = self._open_store(None)
-        self._known = {*store.names, *store.damaged}
+        listed = self._open_store(None)
+        shards = {**listed.shard_bytes, **self._known}
+        store = listed if shards == listed.shard_bytes else open_shards(self._open_store, shards)
+        self._seen = {*shards, *listed.damaged}
+        self.shards = shards
         missing, hits = missing_responses(store, dataset, needed)
-        damaged = frozenset([*store.foreign, *store.damaged, *store.damaged_rows])
-        return missing, FillReport(hits, damaged=damaged)
+        damaged = frozenset([*listed.foreign, *listed.damaged, *store.damaged_rows])
+        return missing, FillReport(hits, damaged=damaged, shards=shards)
 
     def hold(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `keys` have a row in a shard that came after the survey; bool [n]."""
         store = self._open_store([])
-        new = [name for name in store.names_now() if name not in self._known]
+        new = [name for name in store.names_now() if name not in self._seen]
         if new:
-            self._known.update(new)
+            self._seen.update(new)
             self._stores.append(self._open_store(new))
+            self.shards |= self._stores[-1].shard_bytes
         held = np.zeros(len(keys), dtype=np.bool_)
         for opened in self._stores:
             held |= opened.holds(keys)
@@ -169,81 +209,75 @@ def _left(
     held = world.on_main(lambda: others.hold(dataset.keys[part.work.places]))
     if held.all():
         return None
-    return plan(by_pair(dataset, part.work.places[~held])) if held.any() else part
+    return plan(part.work.where(~held)) if held.any() else part
 
 
-def _agree_on(written: Future[str] | None, world: World) -> None:
-    """Wait for the shards that are being written; an error of one rank is raised on all. Collective."""
-    world.together(lambda: written.result() if written is not None else "")
+def _agree_on(written: Future[dict[str, int]] | None, world: World) -> dict[str, int]:
+    """Wait for the shards that are being written; an error of one rank is raised on all. Collective.
 
-
-def open_filled(open_store: Callable[[Sequence[str] | None], LogpStore], world: World) -> LogpStore:
-    """The store as rank 0 sees it now, opened by every rank at the same shards; collective."""
-    names = world.on_main(lambda: open_store(None).names)
-    return world.together(lambda: open_store(names))
-
-
-def _score(dataset: PairDataset, part: Round, score: Scorer, world: World) -> tuple[Keys, list[Values]]:
-    """This rank's share of a round: keys uint64 [n, 2] and their rows. Collective.
-
-    On every rank as many micro-batches (law L2).
+    Returns:
+        Name and size of this rank's shard, if it wrote one.
     """
-    dummies = max(world.gather(len(part.micro_batches))) - len(part.micro_batches)
-    packed = _packed(dataset, part.work, part.micro_batches + [[]] * dummies, world.device)
-    keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
-    rows: list[Values] = []
-    last: _ScoredBatch | None = None
-    with prefetch(packed, _BATCHES_AHEAD) as batches:
-        for batch in batches:
-            scored = _ScoredBatch.of(batch, score(batch.to(world.device)))
-            keys.append(batch.keys)
-            # Read one batch late: the device has the next one to compute while this one's values arrive.
-            rows += last.rows() if last is not None else []
-            last = scored
-    rows += last.rows() if last is not None else []
-    return np.concatenate(keys), rows
+    return world.together(lambda: written.result() if written is not None else {})
 
 
-def _packed(
-    dataset: PairDataset, work: Work, micro_batches: Iterable[list[int]], device: torch.device
-) -> Iterator[PackedBatch]:
-    for numbers in micro_batches:
-        batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
-        yield batch.pinned() if device.type == "cuda" else batch
+def open_filled(open_store: OpenStore, shards: Mapping[str, int], world: World) -> LogpStore:
+    """Open the same shards on every rank: those that ranks say they found or wrote; collective.
+
+    Args:
+        open_store: as in `fill_store`.
+        shards: `FillReport.shards`. A listing is not asked: on a network file system it may lack files that
+            another node has just written.
+
+    Raises:
+        ReferenceError: a rank does not get to see a shard.
+    """
+    return world.together(lambda: open_shards(open_store, shards))
 
 
-def _pack(pairs: Sequence[Work], dataset: PairDataset) -> PackedBatch:
-    """A micro-batch of these works of one pair each."""
-    if not pairs:
-        return dummy_batch()
-    sequences = [dataset.sequences(int(pair.rows[0]), pair.which.tolist()) for pair in pairs]
-    return pack(sequences, dataset.keys[np.concatenate([pair.places for pair in pairs])])
+def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
+    """Open the store at `shards`, waiting a little for those that this node does not see whole yet.
+
+    Raises:
+        ReferenceError: one does not appear, or not with its size.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    order = [space.name for space in open_store([]).spaces]
+    names = sorted(shards, key=lambda name: (order.index(name.split("/")[0]), name))
+    while True:
+        store = open_store(names)
+        unseen = sorted(name for name, size in shards.items() if store.shard_bytes.get(name) != size)
+        if not unseen:
+            return store
+        if time.monotonic() > deadline:
+            raise ReferenceError(
+                "shards of reference log-probs that this run uses cannot be read",
+                where=f"reference.store on {socket.gethostname()}",
+                got=f"{len(unseen)} of {len(shards)} missing or damaged: {store.root / unseen[0]}",
+                expected=f"to see them within {PATIENCE_SECONDS} seconds of their writing",
+                remedy="put reference.store on a file system that every node sees, and start again; what is "
+                "missing is computed before training",
+            )
+        time.sleep(_RETRY_SECONDS)
+        store.names_now()  # a client of a network file system that lists a folder looks for its new files
 
 
-@dataclass(frozen=True)
-class _ScoredBatch:
-    """A micro-batch and its log-probs, which may still be on their way to the host until `arrived`."""
+def check_complete(store: LogpStore, dataset: PairDataset, rows: Rows, world: World) -> None:
+    """Check on every rank, before training, that the store has all that `rows` need; collective.
 
-    batch: PackedBatch
-    logps: Tensor
-    arrived: torch.cuda.Event | None
+    Raises:
+        ReferenceError: a rank lacks some of it.
+    """
 
-    @classmethod
-    def of(cls, batch: PackedBatch, logps: Tensor) -> "_ScoredBatch":
-        """Start the copy; the host does not wait for the device."""
-        if logps.device.type != "cuda":
-            return cls(batch, logps, None)
-        on_host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
-        on_host.copy_(logps, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return cls(batch, on_host, arrived)
+    def check() -> None:
+        missing, held = missing_responses(store, dataset, rows)
+        if len(missing):
+            raise ReferenceError(
+                "the reference store lacks log-probs right after it was filled",
+                where=f"{store.folder} on rank {world.rank} ({socket.gethostname()})",
+                got=f"{len(missing):,} of {len(missing) + held:,} responses have none",
+                remedy="check that every node sees the same folder and that nothing changes files in it, and "
+                "start the same command again: what is missing is computed before training",
+            )
 
-    def rows(self) -> list[Values]:
-        """The values of each response; none of a dummy."""
-        if not len(self.batch.keys):
-            return []
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        ends = np.cumsum(self.batch.response_tokens.numpy())
-        return np.split(self.logps.numpy(), ends[:-1])
+    world.together(check)

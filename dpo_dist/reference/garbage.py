@@ -1,5 +1,6 @@
 """What of a store may go: references that nobody wants, and what dead writers left. Needs no torch."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from dpo_dist.atomic import temporary_name
 from dpo_dist.errors import ConfigError
-from dpo_dist.reference.inventory import SpaceInfo, take_inventory
+from dpo_dist.reference.inventory import SpaceInfo, changed_at, take_inventory
 from dpo_dist.reference.verify import find_leftovers
 
 # A shard is written in seconds. Whether its writer lives cannot be asked: it may run on another node, or in a
@@ -50,7 +51,7 @@ def find_garbage(root: Path, drop: Sequence[str], keep: Sequence[str], unused_da
         )
     going = [space for space in spaces if _goes(space, dropped, kept, unused_days)]
     now = time.time()
-    leftovers = [path for path in find_leftovers(root) if now - path.stat().st_mtime > _LEFTOVER_SECONDS]
+    leftovers = [path for path in find_leftovers(root) if now - changed_at(path, now) > _LEFTOVER_SECONDS]
     return Garbage(root, going, leftovers)
 
 
@@ -63,13 +64,21 @@ def remove(garbage: Garbage) -> None:
     for space in garbage.spaces:
         folder = garbage.root / space.name
         aside = temporary_name(folder)
-        folder.rename(aside)
-        shutil.rmtree(aside)
+        with contextlib.suppress(FileNotFoundError):  # another gc was first
+            folder.rename(aside)
+            _remove_folder(aside)
     for path in garbage.leftovers:
         if path.is_dir():
-            shutil.rmtree(path)
+            _remove_folder(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder, whatever of it another gc removes meanwhile."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _goes(space: SpaceInfo, dropped: set[str], kept: set[str], unused_days: float | None) -> bool:

@@ -1,7 +1,9 @@
 """What is in a store: its references, how much each holds, when it was last used. Needs no torch."""
 
+import contextlib
 import json
 import re
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -99,11 +101,16 @@ def is_outdated(folder: Path) -> bool:
 def take_inventory(root: Path) -> list[SpaceInfo]:
     """All spaces of a store, the last used first. Reads indices, not values.
 
+    Spaces and files that another process removes meanwhile are left out.
+
     Raises:
         ReferenceError: there is no such store.
         OSError: a space cannot be read.
     """
-    spaces = [space_info(folder) for folder in space_folders(root)]
+    spaces = []
+    for folder in space_folders(root):
+        with contextlib.suppress(FileNotFoundError):
+            spaces.append(space_info(folder))
     return sorted(spaces, key=lambda space: space.last_used, reverse=True)
 
 
@@ -111,14 +118,13 @@ def space_info(folder: Path) -> SpaceInfo:
     """What the space `folder` holds.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read; FileNotFoundError if it is there no more.
     """
     outdated = is_outdated(folder)
     files = [] if outdated else [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         sizes = [size for size in pool.map(_rows_and_tokens, files) if size is not None]
-    stamp = folder / SPACE_FILE
-    used = (stamp if stamp.exists() else folder).stat().st_mtime
+    made = folder.stat().st_mtime
     return SpaceInfo(
         name=folder.name,
         space=read_space(folder),
@@ -127,9 +133,25 @@ def space_info(folder: Path) -> SpaceInfo:
         damaged=len(files) - len(sizes),
         rows=sum(rows for rows, _ in sizes),
         tokens=sum(tokens for _, tokens in sizes),
-        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-        last_used=datetime.fromtimestamp(used, UTC),
+        bytes=sum(map(_size, folder.rglob("*"))),
+        last_used=datetime.fromtimestamp(changed_at(folder / SPACE_FILE, made), UTC),
     )
+
+
+def changed_at(path: Path, gone: float) -> float:
+    """When `path` was last changed, in seconds since 1970; `gone` if it is there no more."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return gone
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _rows_and_tokens(file: Path) -> tuple[int, int] | None:

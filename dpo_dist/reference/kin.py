@@ -11,6 +11,8 @@ import numpy as np
 
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
+from dpo_dist.distributed.runtime import World
+from dpo_dist.errors import ReferenceError
 from dpo_dist.reference.fill import first_of_each, missing_responses
 from dpo_dist.reference.inventory import space_folders
 from dpo_dist.reference.key import ReferenceSpace, read_space
@@ -34,7 +36,49 @@ TOLERATED = frozenset(
 """The parts of a numerics profile that kin may differ in: the same numbers rounded in another order. All
 others (dtype, float32 matmul precision, ...) decide how precise a value is."""
 
+Profile = dict[str, str]
+
 Visited = Sequence[tuple[PairDataset, Rows]]
+
+
+def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
+    """Agree on the one numerics profile under which all ranks store log-probs; collective.
+
+    Args:
+        profile: of this rank.
+        is_tolerant: whether ranks may differ in `TOLERATED`. Their profile then names all that there are, as
+            whoever reads a value does not know which rank computed it.
+
+    Raises:
+        ReferenceError: ranks differ, and may not.
+    """
+    profiles = world.gather(profile)
+    names = sorted({name for each in profiles for name in each})
+    found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
+    differing = {name: values for name, values in found.items() if len(values) > 1}
+    if differing and not (is_tolerant and TOLERATED.issuperset(differing)):
+        raise ReferenceError(
+            "the processes of this run compute log-probs with different numerics",
+            where=f"ranks of {world.size}",
+            got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in differing),
+            expected="one numerics profile on all ranks: stored log-probs are addressed by it",
+            remedy="run on nodes of one kind with one installation"
+            + ("; or set reference.numerics=tolerant" if TOLERATED.issuperset(differing) else ""),
+        )
+    return {name: " or ".join(values) for name, values in found.items()}
+
+
+def _by_ranks(name: str, profiles: list[Profile], world: World) -> str:
+    """The values of one part of the profiles, each with its ranks: "AVX2 on rank 1 (host b), ..."."""
+    ranks: dict[str, list[int]] = {}
+    for rank, profile in enumerate(profiles):
+        ranks.setdefault(profile.get(name, "-"), []).append(rank)
+    hosts = {peer.rank: peer.host for peer in world.peers}
+    return ", ".join(
+        f"{value} on rank {', '.join(map(str, of_value))} "
+        f"({', '.join(sorted({hosts.get(rank, '-') for rank in of_value}))})"
+        for value, of_value in ranks.items()
+    )
 
 
 def kin_of(root: Path, space: ReferenceSpace) -> list[ReferenceSpace]:

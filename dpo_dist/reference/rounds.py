@@ -39,6 +39,12 @@ class Work:
         responses = slice(first, first + int(stops[-1]))
         return Work(rows, stops, self.places[responses], self.which[responses])
 
+    def where(self, wanted: npt.NDArray[np.bool_]) -> "Work":
+        """The responses that are `wanted`, bool [responses]."""
+        pairs = np.repeat(np.arange(len(self)), np.diff(self.stops, prepend=0))[wanted]
+        distinct, counts = np.unique(pairs, return_counts=True)
+        return Work(self.rows[distinct], np.cumsum(counts), self.places[wanted], self.which[wanted])
+
 
 def by_pair(dataset: PairDataset, places: Places) -> Work:
     """The work that these `places`, ascending, are."""

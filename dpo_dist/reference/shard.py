@@ -42,12 +42,14 @@ class Shard:
         ends: int64 [rows], where each row's values end.
         checks: int64 [rows], CRC-32 of each row's values.
         values: float32; fewer than `ends` says if the file was cut short.
+        bytes: size of the file.
     """
 
     keys: Keys
     ends: npt.NDArray[np.int64]
     checks: npt.NDArray[np.int64]
     values: Values
+    bytes: int
 
     @property
     def tokens(self) -> int:
@@ -168,6 +170,7 @@ def parse_shard(content: npt.NDArray[np.uint8]) -> Shard:
         tensor("ends", np.int64),
         tensor("checks", np.int64),
         tensor("values", np.float32),
+        len(content),
     )
     if not len(shard.keys) == len(shard.ends) == len(shard.checks):
         raise ValueError("keys, ends and checksums are not of the same rows")

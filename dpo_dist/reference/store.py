@@ -65,6 +65,8 @@ class LogpStore:
         """What lies among the shards of the own space and is none; known where all shards were asked for."""
         self.names = [name for name, _ in shards]
         """The shards this view of the store was opened with, damaged ones left out."""
+        self.shard_bytes = {name: shard.bytes for name, shard in shards}
+        """Size of each of them."""
         self._values = [shard.values for _, shard in shards]
         self._first_values = first_values([shard for _, shard in shards])
         self._index = build_index([shard for _, shard in shards], self._first_values)

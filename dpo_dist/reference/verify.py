@@ -70,10 +70,12 @@ def verify_store(root: Path) -> Verification:
     folders = space_folders(root)
     outdated = [folder for folder in folders if is_outdated(folder)]
     current = [folder for folder in folders if folder not in outdated]
-    files = [folder / name for folder in current for name in list_shards(folder)]
+    files = [folder / name for folder in current for name in _shards(folder)]
     with ProcessPoolExecutor() as pool:
         checked = list(pool.map(_check, files, chunksize=_SHARDS_AT_ONCE))
-    undescribed = [folder / SPACE_FILE for folder in current if read_space(folder) is None]
+    undescribed = [
+        folder / SPACE_FILE for folder in current if read_space(folder) is None and folder.exists()
+    ]
     return Verification(
         shards=len(checked),
         rows=sum(len(shard.keys) for shard in checked),
@@ -107,6 +109,8 @@ def repair(damage: Damage) -> tuple[bool, str]:
         return True, f"moved to {home.name}"
     try:
         shard = verified_shard(file, _read(file))
+    except FileNotFoundError:
+        return True, "removed by another process"
     except (ValueError, KeyError, TypeError, OverflowError):
         file.unlink()
         return True, "removed; none of its rows can be told to be right"
@@ -122,13 +126,30 @@ def repair(damage: Damage) -> tuple[bool, str]:
 def find_leftovers(root: Path) -> list[Path]:
     """Temporary files and folders of a store, of writers that are writing now or died."""
     folders = [root, *(path for path in sorted(root.iterdir()) if path.is_dir() and not is_temporary(path))]
-    return [path for folder in folders for path in sorted(folder.iterdir()) if is_temporary(path)]
+    return [path for folder in folders for path in _entries(folder) if is_temporary(path)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted; nothing if another process has removed it."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _shards(folder: Path) -> list[str]:
+    try:
+        return list_shards(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _check(file: Path) -> _CheckedShard:
     try:
         shard = verified_shard(file, _read(file))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except FileNotFoundError:  # removed since it was listed
+        return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), "")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         home = _home(file)
         fault = f"a shard of {home.name}" if home is not None else f"no row can be told to be right: {error}"
         return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), fault)
@@ -167,5 +188,5 @@ def _foreign(root: Path, folders: list[Path]) -> Iterator[Path]:
         if path not in folders and path.name != MEMO_FOLDER and not is_temporary(path):
             yield path
     for folder in folders:
-        known = {SPACE_FILE, *list_shards(folder)}
-        yield from (p for p in sorted(folder.iterdir()) if p.name not in known and not is_temporary(p))
+        known = {SPACE_FILE, *_shards(folder)}
+        yield from (p for p in _entries(folder) if p.name not in known and not is_temporary(p))

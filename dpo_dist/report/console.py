@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from dpo_dist.errors import DpoDistError
 
+_FIRST_LINE_SECONDS = 5.0
+_LINE_SECONDS = 30.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 
@@ -54,8 +57,8 @@ class Console:
 
         return beat
 
-    def bar(self, what: str, total: int, done: int, unit: str) -> Any:
-        """A progress bar with the time to go."""
+    def bar(self, what: str, total: int | None, done: int, unit: str) -> Any:
+        """A progress bar, with the time to go where the total is known."""
         return tqdm(
             desc=what,
             total=total,
@@ -66,6 +69,46 @@ class Console:
             mininterval=0.5,
             dynamic_ncols=True,
         )
+
+    @contextlib.contextmanager
+    def counter(self, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function to call with how many more of an unknown number are done.
+
+        Shows a bar on a terminal, elsewhere a line now and then; nothing if it is never called.
+        """
+        if self._screen is None or not self._screen.isatty():
+            yield _Tally(self.say, what, unit)
+            return
+        with contextlib.ExitStack() as stack:
+            bars: list[Any] = []
+
+            def count(more: int) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(self.bar(what, None, 0, unit)))
+                bars[0].update(more)
+
+            yield count
+
+
+class _Tally:
+    """Says how many are done, at first after a few seconds and then about twice a minute."""
+
+    def __init__(self, say: Callable[[str], None], what: str, unit: str):
+        self._say, self._what, self._unit = say, what, unit
+        self._done = 0
+        self._started: float | None = None
+        self._due = 0.0
+
+    def __call__(self, more: int) -> None:
+        now = time.monotonic()
+        if self._started is None:
+            self._started, self._due = now, now + _FIRST_LINE_SECONDS
+            self._say(f"{self._what} ...")
+        self._done += more
+        if now >= self._due:
+            self._due = now + _LINE_SECONDS
+            speed = self._done / (now - self._started)
+            self._say(f"{self._what}: {self._done:,} {self._unit}s, {speed:,.0f} a second")
 
 
 class _Once(logging.Filter):

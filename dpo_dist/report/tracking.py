@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_dist import atomic
+from dpo_dist.config.describe import title
 from dpo_dist.config.schema import RunConfig, WandbMode
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ _EXIT_CODES = {"completed": 0, "diverged": 3, "preempted": 75}
 _log = logging.getLogger(__name__)
 
 
+def _silent(_text: str) -> None:
+    """Where nobody looks."""
+
+
 class Tracker:
     """One wandb run, or silence.
 
@@ -42,9 +47,10 @@ class Tracker:
         run: the wandb run; `None` where tracking is off, has failed or is finished.
     """
 
-    def __init__(self, start: "Callable[[], wandb.Run] | None"):
+    def __init__(self, start: "Callable[[], wandb.Run] | None", say: Callable[[str], None] = _silent):
         self.run = start() if start else None
         self._restart = start
+        self._say = say
 
     def log(self, row: Mapping[str, float]) -> None:
         """Send one row of `log_history.json` under the names that other trainers use (`wandb_names`)."""
@@ -58,7 +64,7 @@ class Tracker:
             outcome: `completed`, `preempted` or `diverged`; anything else counts as failed.
             summary: as in `summary.json`.
         """
-        self._act(lambda run: _close(run, outcome, summary))
+        self._act(lambda run: _close(run, outcome, summary, self._say))
         if self.run is not None:
             self.run = None
             _tear_down()
@@ -78,7 +84,7 @@ class Tracker:
                 self.run, self._restart = self._restart(), None
                 action(self.run)
         except Exception as error:
-            _log.warning("wandb tracking ends here, training goes on: %s", _one_line(error))
+            _warn(f"wandb tracking ends here, training goes on: {_one_line(error)}", self._say)
             self.run = None
             _tear_down()
 
@@ -105,6 +111,7 @@ def open_tracker(
     request_stop: Callable[[], None],
     *,
     environment: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = _silent,
     init_seconds: float = 60.0,
     finish_seconds: float = 20.0,
 ) -> Tracker:
@@ -120,6 +127,7 @@ def open_tracker(
         run_dir: wandb's files go to `run_dir`/wandb.
         request_stop: called from another thread when someone stops the run on its web page.
         environment: versions and hardware as in `environment.json`, logged beside `config`.
+        say: prints a line for people: where the run is, and why it is not online.
         init_seconds: how long to wait for the server at the start.
         finish_seconds: how long to wait for uploads at the end; a preempted job has little time.
     """
@@ -127,16 +135,29 @@ def open_tracker(
     if wanted is WandbMode.auto:
         wanted = _MODE_BY_ENVIRONMENT.get(os.environ.get("WANDB_MODE", ""), wanted)
     settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
-    for mode in _modes_to_try(wanted):
+    for mode in _modes_to_try(wanted, say):
         try:
-            return Tracker(functools.partial(_start, config, run_dir, mode, environment, settings))
+            tracker = Tracker(functools.partial(_start, config, run_dir, mode, environment, settings), say)
         except Exception as error:
-            _log.warning("wandb cannot start %s: %s", mode, _one_line(error))
+            _warn(f"wandb cannot start {mode}: {_one_line(error)}", say)
             _tear_down()
+            continue
+        if tracker.run is not None:
+            say(f"wandb: {_place(tracker.run, mode)}")
+        return tracker
     return Tracker(None)
 
 
-def _modes_to_try(wanted: WandbMode) -> list[Mode]:
+def _place(run: "wandb.Run", mode: Mode) -> str:
+    return str(run.url) if mode == "online" else f"offline; upload with: wandb sync {run.settings.sync_dir}"
+
+
+def _warn(text: str, say: Callable[[str], None]) -> None:
+    _log.warning(text)
+    say(text)
+
+
+def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
     if wanted is WandbMode.off:
         return []
     if wanted is WandbMode.offline:
@@ -144,12 +165,12 @@ def _modes_to_try(wanted: WandbMode) -> list[Mode]:
     try:
         has_key = _set_up("online").login(prompt=False, verify=False)
     except Exception as error:
-        _log.warning("wandb cannot log in: %s", _one_line(error))
+        _warn(f"wandb cannot log in: {_one_line(error)}", say)
         has_key = False
     if has_key:
         return ["online", "offline"]
     if wanted is WandbMode.online:
-        _log.warning("wandb has no usable key, the run is kept offline; `wandb login` stores one")
+        _warn("wandb has no usable key, the run is kept offline; `wandb login` stores one", say)
     return ["offline"]
 
 
@@ -166,7 +187,7 @@ def _start(
         entity=config.tracking.entity,
         group=config.tracking.group,
         tags=config.tracking.tags,
-        name=run_dir.name,
+        name=title(config, run_dir),
         id=_run_id(run_dir),
         resume="allow",
         dir=run_dir,
@@ -186,8 +207,7 @@ def _start(
     # computes again.
     run.define_metric(STEP_AXIS)
     run.define_metric("*", step_metric=STEP_AXIS)
-    where = run.url if mode == "online" else f"offline; upload with: wandb sync {run.settings.sync_dir}"
-    _log.info("wandb run %s: %s", run.id, where)
+    _log.info("wandb run %s: %s", run.id, _place(run, mode))
     return run
 
 
@@ -206,14 +226,14 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any]) -> None:
+def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
     run.summary.update(dict(summary))
     if outcome == "preempted":
         run.mark_preempting()
     try:
         run.finish(exit_code=_EXIT_CODES.get(outcome, 1))
     except TimeoutError:
-        _log.warning("wandb has not uploaded everything; later: wandb sync %s", run.settings.sync_dir)
+        _warn(f"wandb has not uploaded everything; later: wandb sync {run.settings.sync_dir}", say)
 
 
 def _tear_down() -> None:

@@ -1,7 +1,6 @@
 """The only place where the parts of a run are built and wired."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.extras import demand_bitsandbytes
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.reference.digest import model_digest, model_label
-from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.digest import model_label
+from dpo_dist.reference.engine import load_digested
 from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.provider import AdapterReference, LiveReference, NoReference, ReferenceProvider
 from dpo_dist.reference.vocabulary import refuse_other_vocabulary
@@ -34,8 +33,8 @@ from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.ending import EXIT_COMPLETED, Ending, finish, run_to_its_end
 from dpo_dist.training.folder import CHECKPOINTS, describe_run, find_start, locked, mark_started
-from dpo_dist.training.gate import pass_gate
-from dpo_dist.training.inputs import Inputs, load_inputs, shared_model_folder
+from dpo_dist.training.gate import describe_drift, pass_gate
+from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, Position, StopRequest
 from dpo_dist.training.state import STATE_NAME, Outcome, RunState, check_identity, identify
 from dpo_dist.training.step import Objective
@@ -47,14 +46,12 @@ class Reference:
     """The reference of a run and what getting it ready took.
 
     Attributes:
-        digest: of the model; None where there is none.
         is_policys_start: whether it is the model that the policy starts from, in the same precision.
         audited: a data set and rows of it whose reference values are to be tested by a fresh computation.
         report: for summary.json.
     """
 
     provider: ReferenceProvider
-    digest: str | None
     is_policys_start: bool
     audited: tuple[PairDataset, Rows]
     report: dict[str, Any]
@@ -72,13 +69,14 @@ def train(config: RunConfig, console: Console) -> int:
             return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, run_dir, world)
         inputs = load_inputs(config, world, console)
-        identity = identify(config, inputs, world, console)
+        identity = identify(config, inputs)
         if checkpoint is not None:
             check_identity(checkpoint.state, identity, checkpoint.folder)
         first_step = checkpoint.state["step"] if checkpoint is not None else 0
         mark_started(run_dir, RunState(Outcome.started, first_step, identity), world)
         reference = build_reference(config, inputs, world, console)
         policy = _load_policy(config, inputs, world)
+        world.together(inputs.policy_files.check_unchanged)
         if config.reference.mode is ReferenceMode.adapter:
             reference = replace(reference, provider=AdapterReference(policy))
         objective = Objective(config.loss, reference.provider)
@@ -94,7 +92,7 @@ def train(config: RunConfig, console: Console) -> int:
             policy.train(False)
             drift = pass_gate(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
             report = {**report, "drift": drift}
-            console.say(f"step-0 gate passed: {json.dumps(drift)}")
+            console.say(f"step-0 gate passed: {describe_drift(drift)}")
         loop = Loop(
             config=config,
             world=world,
@@ -107,7 +105,7 @@ def train(config: RunConfig, console: Console) -> int:
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
-            recorder=_open_recorder(config, position.step, world, stop, environment),
+            recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
             checkpoints=CheckpointSaver(
                 run_dir / CHECKPOINTS,
@@ -132,13 +130,11 @@ def _complete(
     run_dir = Path(str(config.run.dir))
     where = run_dir / STATE_NAME
     check_identity(finished.identity, {"run_digest": run_digest(config)}, where)
-    check_identity(
-        finished.identity, identify(config, load_inputs(config, world, console), world, console), where
-    )
+    check_identity(finished.identity, identify(config, load_inputs(config, world, console)), where)
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, run_dir, world)
-        recorder = _open_recorder(config, finished.step, world, stop, environment)
+        recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
     console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
     return EXIT_COMPLETED
@@ -158,7 +154,7 @@ def _reference_sync(
 
 def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
     """The policy at its start, with its adapter if it has one; collective."""
-    model = load_packed(inputs.policy_folder, config.model, config.data.max_length, world.device)
+    model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
     return PolicyEngine(model, config.optim, world)
@@ -207,38 +203,37 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     audited = inputs.visited[0]
     if mode is ReferenceMode.none:
         report = {"mode": mode.value, **FillReport().as_dict()}
-        return Reference(NoReference(), None, False, audited, report)
-    path = config.reference.path or config.model.path
-    revision = config.reference.revision if config.reference.path else config.model.revision
-    folder = shared_model_folder(path, revision, "reference.path", world, console)
-    memo = Path(config.reference.store)
-    digesting = console.heartbeat("reading the model's files to identify them")
-    digest = world.on_main(lambda: model_digest(folder, memo), digesting)
+        return Reference(NoReference(), False, audited, report)
+    files = inputs.reference_files
+    assert files is not None, "there is one in every other mode"
     if config.reference.path:
-        world.on_main(lambda: refuse_other_vocabulary(folder, inputs.tokenizer, config.model))
+        world.on_main(lambda: refuse_other_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and digest == world.on_main(
-        lambda: model_digest(inputs.policy_folder, memo), digesting
-    )
+    is_start = same_precision and files.digest == inputs.policy_files.digest
     report = FillReport().as_dict()
     if mode is ReferenceMode.adapter:
-        return Reference(NoReference(), digest, True, audited, {"mode": mode.value, **report})
-    if mode is ReferenceMode.live:
-        provider: ReferenceProvider = LiveReference(load_reference(folder, config, world))
+        provider: ReferenceProvider = NoReference()
+        is_start = True
+    elif mode is ReferenceMode.live:
+        provider = LiveReference(load_digested(files, config, world))
     else:
-        label = model_label(path, folder)
-        provider, report, audited = stored_reference(
-            config, inputs, folder, (digest, label), is_start, world, console
-        )
-    return Reference(provider, digest, is_start, audited, {"mode": mode.value, **report})
+        label = model_label(config.reference.path or config.model.path, files.folder)
+        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
+    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
 
 
 def _open_recorder(
-    config: RunConfig, step: int, world: World, stop: StopRequest, environment: dict[str, Any]
+    config: RunConfig,
+    step: int,
+    world: World,
+    stop: StopRequest,
+    environment: dict[str, Any],
+    console: Console,
 ) -> Recorder | None:
     """The recorder of a run that goes on after `step`; on rank 0 only."""
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
     history = History.open(run_dir / METRICS_FOLDER, step or None)
-    return Recorder(run_dir, history, open_tracker(config, run_dir, stop.ask, environment=environment))
+    tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
+    return Recorder(run_dir, history, tracker)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.describe import settings
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.runtime import World
@@ -111,5 +112,6 @@ def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
         "peak_memory_bytes": peak_bytes,
         "reference": ending.reference,
         "world_size": loop.world.size,
+        "settings": settings(loop.config),
         "data": {name: dataset.counts for name, dataset in ending.inputs.named.items()},
     }

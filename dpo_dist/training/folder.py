@@ -255,6 +255,15 @@ def export_model(
     world.on_main(write, while_waiting)
 
 
+def reset_peak_memory(world: World) -> None:
+    """Begin `peak_memory_bytes` anew, where the system lets it; not collective."""
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux only
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(world: World) -> int:
     """Of the largest rank: GPU memory where there is one, else the resident set; collective."""
     if world.device.type == "cuda":

@@ -16,7 +16,7 @@ from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import ReferenceError
 from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.fill import Scorer
+from dpo_dist.reference.scoring import Scorer
 from dpo_dist.training.scored import ScoredPairs
 from dpo_dist.training.step import BATCHES_AHEAD, Objective
 
@@ -87,6 +87,16 @@ def pass_gate(
     loss, loss_at_zero_margin = losses.tolist()
     _refuse_loss(loss, loss_at_zero_margin, config.model.dtype)
     return report
+
+
+def describe_drift(drift: dict[str, Any]) -> str:
+    """Describe what `pass_gate` reports in a sentence for the screen."""
+    return (
+        f"{drift['responses']:,} reference log-probs computed again: they differ by "
+        f"{drift['mean_token_drift']:.2g} nats per token on average, by at most "
+        f"{drift['largest_token_drift']:.2g} in a token and by at most "
+        f"{drift['largest_response_drift']:.2g} in a response"
+    )
 
 
 def _drifts(

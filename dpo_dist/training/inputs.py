@@ -1,14 +1,22 @@
-"""What a run starts from, before any weights are loaded: tokenizer, encoded data, schedule."""
+"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import LossConfig, LossKind, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    LossConfig,
+    LossKind,
+    ParallelismKind,
+    ReferenceMode,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared
 from dpo_dist.data.plan import ComputeCosts
@@ -20,7 +28,7 @@ from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable, training_notes
-from dpo_dist.reference.digest import tokenizer_digest
+from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
 # 64 MiB of ids.
@@ -31,9 +39,15 @@ _NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sour
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one run, the same on every rank."""
+    """The inputs of one run, the same on every rank.
 
-    policy_folder: Path
+    Attributes:
+        policy_files: what the policy is loaded from, as it was before.
+        reference_files: the same of the reference; None where there is none.
+    """
+
+    policy_files: ModelFiles
+    reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
     train_set: PairDataset
     eval_set: PairDataset | None
@@ -67,25 +81,27 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     refuse_unpackable(model_config, config.data.max_length)
     for note in training_notes(model_config):
         console.say(note)
+    policy_files, reference_files = _digest_models(folder, config, world, console)
 
-    def encode(sources: Sequence[SourceConfig]) -> PairDataset:
-        encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder)),
-            console.heartbeat("encoding the data"),
-        )
+    def encode(name: str, sources: Sequence[SourceConfig]) -> PairDataset:
+        with console.counter(f"encoding {name} data", "record") as count:
+            encoded = world.on_main(
+                lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count),
+                console.heartbeat(f"preparing the {name} data"),
+            )
         dataset = world.together(lambda: open_dataset(encoded, config.data))
         world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
         return _counting(dataset, duplicates=count_duplicates(dataset))
 
-    train_set = encode(config.data.train)
-    eval_set = encode(config.data.eval) if config.data.eval else None
+    train_set = encode("train", config.data.train)
+    eval_set = encode("eval", config.data.eval) if config.data.eval else None
     if eval_set is not None:
         eval_set = _counting(eval_set, also_in_train=count_shared(eval_set, train_set))
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)
-    inputs = Inputs(folder, tokenizer, train_set, eval_set, schedule, flops)
+    inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, schedule, flops)
     for name, dataset in inputs.named.items():
         for line in counts_told(name, dataset.counts):
             console.say(line)
@@ -114,6 +130,32 @@ def refuse_unknown_ids(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase,
                 expected=f"ids below the model's vocab_size of {vocab_size}",
                 remedy="use the tokenizer that belongs to the model, or resize the model's embeddings to it",
             )
+
+
+def _digest_models(
+    policy_folder: Path, config: RunConfig, world: World, console: Console
+) -> tuple[ModelFiles, ModelFiles | None]:
+    """Digest the files of the policy and of the reference, if there is one; collective."""
+    is_scattered = config.parallelism.kind is ParallelismKind.zero3
+    digest = partial(
+        digest_on_every_node,
+        store=Path(config.reference.store),
+        remote_code=config.model.trust_remote_code,
+        world=world,
+        while_waiting=console.heartbeat("reading the model's files to identify them"),
+    )
+    policy_is_whole = config.model.quantization is not None or not is_scattered
+    policy_files = digest(policy_folder, loads_whole=policy_is_whole)
+    if config.reference.mode is ReferenceMode.none:
+        return policy_files, None
+    reference_is_whole = config.reference.quantization is not None
+    if config.reference.path is None and (policy_is_whole or not reference_is_whole):
+        return policy_files, policy_files
+    folder = policy_folder
+    if config.reference.path is not None:
+        revision = config.reference.revision
+        folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
+    return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
 def demand_fitting(dataset: PairDataset, loss: LossConfig) -> None:

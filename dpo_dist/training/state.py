@@ -8,12 +8,9 @@ from typing import Any
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.load import run_digest
-from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.runtime import World
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError
-from dpo_dist.reference.digest import model_digest
-from dpo_dist.report.console import Console
-from dpo_dist.training.inputs import Inputs, shared_model_folder
+from dpo_dist.training.inputs import Inputs
 
 STATE_NAME = "run_state.json"
 
@@ -86,25 +83,14 @@ def write_state(run_dir: Path, state: RunState) -> None:
     write_text(run_dir / STATE_NAME, json.dumps(asdict(state), indent=1) + "\n")
 
 
-def identify(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Identity:
-    """Return the digests of what a run's result depends on; collective."""
-    memo = Path(config.reference.store)
-    digesting = console.heartbeat("reading the model's files to identify them")
-    model = world.on_main(lambda: model_digest(inputs.policy_folder, memo), digesting)
-    reference: str | None = model
-    if config.reference.mode is ReferenceMode.none:
-        reference = None
-    elif config.reference.path is not None:
-        folder = shared_model_folder(
-            config.reference.path, config.reference.revision, "reference.path", world, console
-        )
-        reference = world.on_main(lambda: model_digest(folder, memo), digesting)
+def identify(config: RunConfig, inputs: Inputs) -> Identity:
+    """Return the digests of what a run's result depends on."""
     return {
         "run_digest": run_digest(config),
         "data": inputs.train_set.fingerprint,
         "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
-        "model": model,
-        "reference": reference,
+        "model": inputs.policy_files.digest,
+        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
     }
 
 

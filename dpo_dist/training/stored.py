@@ -1,7 +1,6 @@
-"""The stored reference of a run: what the store lacks is computed, what it serves is audited."""
+"""The stored reference of a run: compute what the store lacks, and re-score a sample of what it has."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,17 @@ from dpo_dist.data.schedule import Rows
 from dpo_dist.distributed.runtime import World
 from dpo_dist.model.kernels import choose_backend
 from dpo_dist.model.load import numerics_of
-from dpo_dist.reference.engine import ReferenceEngine, load_reference, scored_model, scoring_tokens
-from dpo_dist.reference.fill import FillReport, Scorer, fill_store, open_filled
+from dpo_dist.reference.digest import ModelFiles
+from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
+from dpo_dist.reference.fill import FillReport, OpenStore, check_complete, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace
-from dpo_dist.reference.kin import kin_of, rows_served, unused_rows
+from dpo_dist.reference.kin import agree_on_numerics, kin_of, rows_served, unused_rows
 from dpo_dist.reference.provider import StoredReference
+from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.console import Console
-from dpo_dist.training.gate import pass_gate
+from dpo_dist.training.folder import peak_memory_bytes, reset_peak_memory
+from dpo_dist.training.gate import describe_drift, pass_gate
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.step import Objective
 
@@ -29,8 +31,8 @@ Audited = tuple[PairDataset, Rows]
 def stored_reference(
     config: RunConfig,
     inputs: Inputs,
-    folder: Path,
-    model: tuple[str, str],
+    files: ModelFiles,
+    label: str,
     is_start: bool,
     world: World,
     console: Console,
@@ -41,41 +43,48 @@ def stored_reference(
     any case: by the policy if it starts from the reference, else by an engine that is loaded for it.
 
     Args:
-        folder: of the reference model.
-        model: its digest, and its name for people.
+        files: of the reference model, digested.
+        label: its name for people.
         is_start: whether the policy starts from it.
 
     Returns:
         The provider; what getting it ready took, for summary.json; and the rows to audit.
     """
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    digest, label = model
-    space = ReferenceSpace(digest, numerics_of(scored_model(config), backend, world.device), label)
+    is_tolerant = config.reference.numerics is Numerics.tolerant
+    own = numerics_of(scored_model(config), backend, world.device)
+    space = ReferenceSpace(files.digest, agree_on_numerics(own, is_tolerant, world), label)
     kin = _serving_kin(config, space, inputs, world, console)
     open_store = partial(LogpStore.open, Path(config.reference.store), space, kin=kin)
     engines: list[ReferenceEngine] = []
 
     def scorer() -> Scorer:
         if not engines:
-            engines.append(load_reference(folder, config, world))
+            engines.append(load_digested(files, config, world))
         return engines[0].token_logps
 
-    report = _fill(config, inputs, open_store, scorer, world, console).as_dict()
-    provider = StoredReference(open_filled(open_store, world))
+    filled = _fill(config, inputs, open_store, scorer, world, console)
+    report = filled.as_dict()
+    provider = StoredReference(open_filled(open_store, filled.shards, world))
+    for dataset, rows in inputs.visited:
+        check_complete(provider.store, dataset, rows, world)
     served = world.on_main(lambda: rows_served(provider.store, inputs.visited)) if kin else None
     audited = inputs.visited[0]
     audits_kin = served is not None and served.audited is not None
     if served is not None:
         report["served"] = served.rows
-        console.say(f"reference: rows by numerics: {json.dumps(served.rows)}")
+        console.say(f"reference: log-probs used by numerics: {_listed(served.rows)}")
         if served.audited is not None:
             audited = inputs.visited[served.audited[0]][0], served.audited[1]
     if config.reference.audit_pairs and (engines or (audits_kin and not is_start)):
         objective = Objective(config.loss, provider)
         report["drift"] = pass_gate(scorer(), objective, *audited, inputs.costs, config, world)
-        console.say(f"reference: drift of stored rows: {json.dumps(report['drift'])}")
+        console.say(f"reference: {describe_drift(report['drift'])}")
     for engine in engines:
         engine.free()
+    if engines:
+        report["peak_memory_bytes"] = peak_memory_bytes(world)
+        reset_peak_memory(world)
     return provider, report, audited
 
 
@@ -90,8 +99,8 @@ def _serving_kin(
     unused = world.on_main(lambda: unused_rows(root, space, kin, inputs.visited))
     if unused.rows:
         console.say(
-            f"reference: {unused.rows} of the rows to compute are stored under other numerics "
-            f"({'; '.join(unused.differences)}); reference.numerics=tolerant lets them serve"
+            f"reference: {unused.rows:,} of the log-probs to compute are stored under other numerics "
+            f"({'; '.join(unused.differences)}); reference.numerics=tolerant uses them"
         )
     return []
 
@@ -99,7 +108,7 @@ def _serving_kin(
 def _fill(
     config: RunConfig,
     inputs: Inputs,
-    open_store: Callable[[Sequence[str] | None], LogpStore],
+    open_store: OpenStore,
     scorer: Callable[[], Scorer],
     world: World,
     console: Console,
@@ -118,11 +127,16 @@ def _fill(
                 inputs.costs,
                 config.reference.rows_per_shard,
                 partial(_show_progress, bar),
+                filled.shards,
             )
-    console.say(f"reference: {filled.hits} rows found in the store, {filled.computed} computed")
+    console.say(f"reference: {filled.computed:,} log-probs computed, {filled.hits:,} reused")
     for name in sorted(filled.damaged):
-        console.say(f"reference: damaged or foreign, passed over: {config.reference.store}/{name}")
+        console.say(f"reference: damaged or foreign file ignored: {config.reference.store}/{name}")
     return filled
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return "; ".join(f"{count:,} of {numerics}" for numerics, count in counts.items())
 
 
 def _show_progress(bar: Any, done: int, total: int) -> None:

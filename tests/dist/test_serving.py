@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.distributed.runtime import World
-from dpo_dist.reference.digest import model_digest
+from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace
@@ -43,7 +43,7 @@ def carry_out(
     told = []
     for model, pairs, micro_batch_tokens, rows_per_shard in runs:
         folder = getattr(assets, model)
-        space = ReferenceSpace(world.on_main(partial(model_digest, folder, store)), {"dtype": "fp32"})
+        space = ReferenceSpace(world.on_main(partial(digest_model, folder, store)).digest, {"dtype": "fp32"})
         dataset = assets.dataset()
         open_store = partial(LogpStore.open, store, space)
         engine = load_reference(folder, assets.config(folder), world)
@@ -59,7 +59,7 @@ def carry_out(
             lambda _done, _total: None,
         )
         engine.free()
-        rows = open_filled(open_store, world).read(dataset.keys[dataset.response_places(np.array(pairs))])
+        rows = open_filled(open_store, report.shards, world).read(dataset.keys[dataset.response_places(np.array(pairs))])
         told.append({"found": report.hits, "computed": report.computed, "rows": [r.tolist() for r in rows]})
     return told
 

@@ -63,11 +63,12 @@ def test_accelerate_reads_geometry(file: Path) -> None:
 
 
 def accelerate_command(
-    tmp_path: Path, cwd: Path = ROOT, **environment: str
+    tmp_path: Path, cwd: Path = ROOT, unset: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the batch script with `srun` and `scontrol` that answer for node 1 of a job on 3 nodes of 4 GPUs.
 
-    What comes back on standard output is the command of that node, one JSON list.
+    What comes back on standard output is the command of that node, one JSON list. `unset` is a variable that
+    this cluster's SLURM does not set.
     """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -89,6 +90,7 @@ def accelerate_command(
         "DPO_DIST_ENV": "",
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
     }
+    job.pop(unset, None)
     return subprocess.run(
         ["bash", SBATCH, *OVERRIDES],
         env=job | environment,
@@ -137,6 +139,26 @@ def test_a_wrong_start_says_what_is_missing(tmp_path: Path) -> None:
     answer = accelerate_command(tmp_path, cwd=tmp_path)
     assert answer.returncode == 2
     assert "submit from the root of the checkout" in answer.stderr
+
+
+def test_a_cluster_that_counts_no_gpus_is_told_what_to_set(tmp_path: Path) -> None:
+    answer = accelerate_command(tmp_path, unset="SLURM_GPUS_ON_NODE")
+    assert answer.returncode == 2
+    assert "unbound" not in answer.stderr
+    assert "PROCESSES_PER_NODE=8" in answer.stderr
+
+
+def test_processes_are_given_where_gpus_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    settings, _ = parsed(accelerate_command(tmp_path, unset="SLURM_GPUS_ON_NODE", PROCESSES_PER_NODE="2"))
+    assert settings["num_processes"] == 6
+
+
+def test_a_job_without_a_number_of_cpus_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parsed(accelerate_command(tmp_path, unset="SLURM_CPUS_PER_TASK"))
 
 
 def test_a_missing_environment_ends_the_job(tmp_path: Path) -> None:

@@ -125,9 +125,9 @@ def test_rows_of_other_numerics_serve_only_a_tolerant_run(
 
     strict = overrides(*STEPS, f"run.dir={tmp_path}/strict")
     screen = run_verb("precompute", strict).output
-    assert "24 of the rows to compute are stored under other numerics (torch 2.0)" in screen
+    assert "24 of the log-probs to compute are stored under other numerics (torch 2.0)" in screen
     assert "reference.numerics=tolerant" in screen
-    assert "0 rows found in the store, 24 computed" in screen
+    assert "reference: 24 log-probs computed, 0 reused" in screen
 
     listed = json.loads(run_verb("store", ["info", "--json", str(kin.parent)]).output)
     assert {space["space"] for space in listed} == {path.name for path in spaces(kin.parent)}

@@ -21,6 +21,7 @@ from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import history, run_verb, summary, train
 from tests.support.tiny_model import write_model
+from tests.support.wandb_file import history_rows
 
 
 def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
@@ -54,6 +55,7 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
         table = list(csv.DictReader(file))
     assert [float(line["loss"]) for line in table if line["loss"]] == [row["loss"] for row in steps]
     assert [line["step"] for line in table if line["eval_loss"]] == ["0", "2", "4"]
+    assert [row["train/global_step"] for row in history_rows(run) if "eval/loss" in row] == [0, 2, 4]
     for line in (line for line in table if line["loss"]):
         times = [float(line[f"time/{phase}"]) for phase in PHASES]
         assert min(times) >= 0

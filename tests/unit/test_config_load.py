@@ -1,6 +1,7 @@
 """Overrides become one typed, frozen run; every mistake in them is told with the key that was meant."""
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config import command_line
+from dpo_dist.config.describe import settings, title
 from dpo_dist.config.keys import key_types
-from dpo_dist.config.load import config_dir, from_yaml, load_run_config, run_dir, to_yaml
+from dpo_dist.config.load import config_dir, from_yaml, load_run_config, run_digest, run_dir, to_yaml
 from dpo_dist.config.schema import (
     Dtype,
     LossConfig,
@@ -171,6 +173,50 @@ def test_the_folder_is_named_after_root_and_name() -> None:
     assert run_dir(config).parent == Path("/r")
     assert run_dir(config).name.startswith("n-")
     assert folder("run.dir=/mine") == "/mine"
+
+
+# What tells runs apart
+
+
+def test_settings_tell_what_differs_and_the_usual() -> None:
+    told = settings(load_run_config([*RUN, "loss=simpo", "optim.lr=5e-7", "data.truncation=drop"]))
+    assert told == {
+        "model.path": "m",
+        "data.train": [{"path": "a.jsonl"}],
+        "data.truncation": "drop",
+        "loss.kind": "simpo",
+        "loss.beta": 2.0,
+        "loss.simpo_gamma": 1.0,
+        "reference.mode": "none",
+        "optim.lr": 5e-7,
+        "trainer.epochs": 1.0,
+        "trainer.global_batch_pairs": 64,
+        "trainer.seed": 0,
+    }
+    assert json.loads(json.dumps(told)) == told
+    told = settings(
+        load_run_config([*RUN, "loss=sigmoid_sft", "model.adapter={r: 8}", "trainer.save_every=7"])
+    )
+    assert told["loss.terms"] == [{"kind": "sigmoid"}, {"kind": "sft", "weight": 0.1}]
+    assert told["model.adapter"] == {"r": 8}
+    assert not {"loss.kind", "trainer.save_every"} & set(told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["loss=ipo", "run.name=mine"], "mine ipo beta=0.1 lr=1e-06 {digest}"),
+        (["loss=sft", "optim.lr=2e-5"], "run sft lr=2e-05 {digest}"),
+        (
+            ["loss=sigmoid_sft", "trainer.seed=3", "run.dir=/x/there"],
+            "there sigmoid+sft beta=0.1 lr=1e-06 seed=3",
+        ),
+        (["model.adapter={r: 8, variant: dora}"], "run sigmoid beta=0.1 lr=1e-06 dora r=8 {digest}"),
+    ],
+)
+def test_a_title_tells_what_people_compare(overrides: list[str], name: str) -> None:
+    config = load_run_config([*RUN, *overrides])
+    assert title(config, Path(str(config.run.dir))) == name.format(digest=run_digest(config))
 
 
 # Mistakes

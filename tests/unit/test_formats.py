@@ -139,7 +139,7 @@ def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
         ({"instruction": "secret", "output": "secret"}, "instruction, input, output"),
         ({"prompt": "secret", "answer": "secret"}, "completion: prompt, completion"),
         ({"x": "secret", "y": None}, "fields: x (text), y (null)"),
-        ({"long " * 40: "secret"}, "long long long long long long long long ..."),
+        ({"a secret text of a file without header": "secret"}, "fields: a name of 38 characters (text)"),
         ({str(n): "secret" for n in range(100)}, "11 (text), ..."),
         ({}, "fields: none"),
     ],

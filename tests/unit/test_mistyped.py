@@ -42,6 +42,7 @@ MISTYPED = [
     ("--learning-rate=1e-5", "write optim.lr=1e-5"),
     ("trainer.save_steps=100", "write trainer.save_every=100"),
     ("eval_steps=100", "write trainer.eval_every=100"),
+    ("eval_on_start=true", "write trainer.eval_at_start=true"),
     ("logging_steps=5", "write trainer.log_every=5"),
     ("batch_size=4", "write trainer.global_batch_pairs=4"),
     ("per_device_train_batch_size=1", "trainer.global_batch_pairs"),

@@ -1,6 +1,8 @@
 """A fill computes what the store lacks and nothing else, each row under the key of its own response."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.pack import PackedBatch
+from dpo_dist.data.pack import PackedBatch, pack
 from dpo_dist.distributed.runtime import World
-from dpo_dist.errors import ReferenceError
-from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
+from dpo_dist.errors import DataError, ReferenceError
+from dpo_dist.reference import fill as fill_module
+from dpo_dist.reference.fill import FillReport, check_complete, fill_store, missing_responses, open_filled
 from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.scoring import keys_of_ids
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 from tests.support.read_only import read_only
@@ -250,3 +254,140 @@ def test_a_round_that_cannot_be_written_is_told(
     with pytest.raises(ReferenceError, match="not finite"):
         fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Broken())
     assert len(LogpStore.open(tmp_path, SPACE).names) == broken
+
+
+def test_progress_has_a_total_at_once_and_moves_within_a_round(
+    tmp_path: Path, dataset: PairDataset, world: World
+) -> None:
+    rows = list(range(len(RESPONSES)))
+    _, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard=4096)
+    assert scorer.progress[0] == (0, len(rows))
+    assert scorer.progress == sorted(scorer.progress)
+    assert len({done for done, _ in scorer.progress}) > 3
+
+
+@pytest.mark.parametrize("flipped", [1, 1 << 30])
+@pytest.mark.parametrize("piece", [0, 1])
+def test_ids_that_changed_since_they_were_encoded_are_not_scored(
+    tmp_path: Path, dataset: PairDataset, world: World, piece: int, flipped: int
+) -> None:
+    """Their values would be stored under the key of the ids that were encoded."""
+    damaged = dataclasses.replace(dataset, ids=dataset.ids.copy())
+    damaged.ids[dataset.piece_starts[piece]] ^= flipped
+
+    class Vocabulary(Scorer):
+        def __call__(self, batch: PackedBatch) -> Tensor:
+            assert batch.input_ids.max() < 1 << 20, "no embedding has this id"
+            return super().__call__(batch)
+
+    with pytest.raises(DataError, match="not those that their content key") as raised:
+        fill(tmp_path, damaged, [0, 1, 2], world, rows_per_shard=1 << 12, scorer=Vocabulary())
+    assert str(dataset.origin(0)) in raised.value.where
+    assert not LogpStore.open(tmp_path, SPACE).names
+    fill(tmp_path, dataset, [0, 1, 2], world)
+    assert_filled(tmp_path, dataset, [0, 1, 2])
+
+
+def test_keys_follow_from_the_ids_of_a_batch(dataset: PairDataset) -> None:
+    rows = range(len(RESPONSES))
+    batch = pack([dataset.sequences(row) for row in rows], dataset.keys)
+    assert np.array_equal(keys_of_ids(batch), dataset.keys)
+
+
+def test_the_data_set_is_searched_once_however_many_jobs_share_the_rounds(
+    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+    search = PairDataset.rows_of_responses
+
+    def counted(self: PairDataset, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        searches.append(len(places))
+        return search(self, places)
+
+    class Neighbour(Scorer):
+        """Before each batch another job stores one response of the third pair and of the last."""
+
+        def __call__(self, batch: PackedBatch) -> Tensor:
+            for row in (2, 5):
+                place = dataset.response_places(np.array([row]))[0]
+                values = logps_of(torch.from_numpy(dataset.sequences(row).responses[0])).numpy()
+                LogpStore.open(tmp_path, SPACE).write(dataset.keys[[place]], [values])
+            return super().__call__(batch)
+
+    monkeypatch.setattr(PairDataset, "rows_of_responses", counted)
+    rows = list(range(len(RESPONSES)))
+    report, _ = fill(tmp_path, dataset, rows, world, rows_per_shard=2, scorer=Neighbour())
+    assert report.hits, "a round was shared"
+    assert len(searches) == 1
+    assert_filled(tmp_path, dataset, rows)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill_module, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(fill_module, "_RETRY_SECONDS", 0.05)
+
+
+def open_at(root: Path) -> Callable[..., LogpStore]:
+    return partial(LogpStore.open, root, SPACE)
+
+
+def test_a_listing_that_is_behind_loses_no_shard(
+    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system gives it, right after another node wrote."""
+    monkeypatch.setattr("dpo_dist.reference.store.list_shards", lambda _folder: [])
+    report, _ = fill(tmp_path, dataset, [0, 1, 2], world, rows_per_shard=2)
+    assert len(report.shards) == len(list(tmp_path.glob("*/*.safetensors"))) == 3
+    store = open_filled(open_at(tmp_path), report.shards, world)
+    check_complete(store, dataset, np.arange(3), world)
+    again = fill_store(
+        open_at(tmp_path),
+        dataset,
+        np.arange(2, 4),
+        Scorer,
+        world,
+        30,
+        COSTS,
+        4,
+        lambda _done, _total: None,
+        report.shards,
+    )
+    assert (again.hits, again.computed) == (3, 2)
+    both = report + again
+    check_complete(open_filled(open_at(tmp_path), both.shards, world), dataset, np.arange(4), world)
+
+
+def test_a_shard_that_comes_late_or_in_part_is_waited_for(
+    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    report, _ = fill(tmp_path, dataset, [0, 1], world)
+    [name] = report.shards
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-4])
+    look = LogpStore.names_now
+
+    def arrive(self: LogpStore) -> list[str]:
+        (tmp_path / name).write_bytes(content)
+        return look(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LogpStore, "names_now", arrive)
+        check_complete(open_filled(open_at(tmp_path), report.shards, world), dataset, np.arange(2), world)
+    for damage in (lambda: (tmp_path / name).write_bytes(content[:-4]), (tmp_path / name).unlink):
+        damage()
+        with pytest.raises(ReferenceError, match="cannot be read") as raised:
+            open_filled(open_at(tmp_path), report.shards, world)
+        assert name in raised.value.got
+
+
+def test_what_is_missing_after_a_fill_is_told_before_training(
+    tmp_path: Path, dataset: PairDataset, world: World
+) -> None:
+    report, _ = fill(tmp_path, dataset, [0, 1], world)
+    store = open_filled(open_at(tmp_path), report.shards, world)
+    check_complete(store, dataset, np.array([0, 1]), world)
+    with pytest.raises(ReferenceError, match="lacks log-probs") as raised:
+        check_complete(store, dataset, np.array([1, 2]), world)
+    assert "3 of 4" in raised.value.got
+    assert "rank 0" in raised.value.where

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from dpo_dist import digests as digest_module
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, ReferenceError
 from dpo_dist.reference import key as key_module
-from dpo_dist.reference.digest import model_digest, model_label, tokenizer_digest
+from dpo_dist.reference.digest import digest_model, model_label, tokenizer_digest
 from dpo_dist.reference.key import ReferenceSpace
+
+INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
 
 
 @pytest.fixture
@@ -24,6 +26,7 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, content in (
         ("config.json", b"{}"),
+        ("model.safetensors.index.json", INDEX),
         ("model-1.safetensors", b"weights one"),
         ("model-2.safetensors", b"weights two"),
         ("modeling_own.py", b"code"),
@@ -36,26 +39,31 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model-1.safetensors", "model-2.safetensors", "modeling_own.py"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors.index.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "modeling_own.py",
+    ],
 )
 def test_every_file_that_decides_the_function_counts(model: Path, name: str) -> None:
-    before = model_digest(model)
+    before = digest_model(model).digest
     content = (model / name).read_bytes()
-    (model / name).write_bytes(content[::-1] + b" ")
-    assert model_digest(model) != before
+    (model / name).write_bytes(content + b" ")
+    assert digest_model(model).digest != before
     (model / name).write_bytes(content)
-    assert model_digest(model) == before
-    (model / name).rename(model / f"a-{name}") if name != "config.json" else (model / "more.py").write_bytes(
-        b""
-    )
-    assert model_digest(model) != before
+    assert digest_model(model).digest == before
+    (model / "more.py").write_bytes(b"")
+    assert digest_model(model).digest != before
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "generation_config.json"])
 def test_files_beside_the_function_do_not_count(model: Path, name: str) -> None:
-    before = model_digest(model)
+    before = digest_model(model).digest
     (model / name).write_bytes(b"changed")
-    assert model_digest(model) == before
+    assert digest_model(model).digest == before
 
 
 def test_a_copy_has_the_same_digest(model: Path, tmp_path: Path) -> None:
@@ -63,7 +71,7 @@ def test_a_copy_has_the_same_digest(model: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for file in model.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert model_digest(copy) == model_digest(model)
+    assert digest_model(copy).digest == digest_model(model).digest
 
 
 def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,23 +83,68 @@ def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch
         return digest(files)
 
     monkeypatch.setattr(digest_module, "content_digest", spy)
-    first = model_digest(model, tmp_path / "memo")
-    assert len(read) == 4
-    assert model_digest(model, tmp_path / "memo") == first
-    assert len(read) == 4
-    assert model_digest(model) == first
+    first = digest_model(model, tmp_path / "memo").digest
+    assert len(read) == 5
+    assert digest_model(model, tmp_path / "memo").digest == first
+    assert len(read) == 5
+    assert digest_model(model).digest == first
     (model / "model-2.safetensors").write_bytes(b"weights 2!!")
     read.clear()
-    assert model_digest(model, tmp_path / "memo") != first
+    assert digest_model(model, tmp_path / "memo").digest != first
     assert read == ["model-2.safetensors"]
 
 
 def test_a_change_that_keeps_size_and_time_is_seen(model: Path, tmp_path: Path) -> None:
     file = model / "model-1.safetensors"
-    before, status = model_digest(model, tmp_path), file.stat()
+    before, status = digest_model(model, tmp_path).digest, file.stat()
     file.write_bytes(b"WEIGHTS ONE")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert model_digest(model, tmp_path) != before
+    assert digest_model(model, tmp_path).digest != before
+
+
+def test_weights_that_are_put_back_after_loading_count_as_changed(model: Path, tmp_path: Path) -> None:
+    files = digest_model(model, tmp_path / "memo")
+    files.check_unchanged()
+    weights, aside = model / "model-1.safetensors", tmp_path / "aside"
+    weights.rename(aside)
+    weights.write_bytes(b"weights of another model")
+    with pytest.raises(ReferenceError, match="changed while the model was loaded") as raised:
+        files.check_unchanged()
+    assert raised.value.got == weights.name
+    aside.replace(weights)
+    assert digest_model(model).digest == files.digest
+    with pytest.raises(ReferenceError):
+        files.check_unchanged()
+    weights.unlink()
+    with pytest.raises(ReferenceError):
+        files.check_unchanged()
+
+
+def test_only_weights_that_are_loaded_count(model: Path) -> None:
+    before = digest_model(model).digest
+    (model / "consolidated.safetensors").write_bytes(b"passed over")
+    (model / "pytorch_model.bin").write_bytes(b"passed over")
+    assert digest_model(model).digest == before
+    (model / "model.safetensors.index.json").unlink()
+    in_torch_format = digest_model(model).digest
+    (model / "pytorch_model.bin").write_bytes(b"loaded")
+    assert digest_model(model).digest != in_torch_format
+
+
+def test_another_class_is_another_model(model: Path) -> None:
+    """What `model.trust_remote_code` chooses, and all of the code that it brings."""
+    plain = digest_model(model).digest
+    assert digest_model(model, remote_code=True).digest == plain
+    (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    trusted = digest_model(model, remote_code=True).digest
+    assert trusted != digest_model(model).digest
+    (model / "layers").mkdir()
+    (model / "layers" / "own.py").write_text("scale = 2")
+    assert digest_model(model, remote_code=True).digest != trusted
+    (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "org/code--modeling.Own"}}')
+    with pytest.raises(ConfigError, match="in another repository"):
+        digest_model(model, remote_code=True)
+    digest_model(model)
 
 
 def damages(content: bytes) -> Iterator[bytes]:
@@ -105,14 +158,14 @@ def damages(content: bytes) -> Iterator[bytes]:
 def test_a_damaged_memo_is_written_anew(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = model_digest(model, tmp_path)
+    before = digest_model(model, tmp_path).digest
     entries = sorted((tmp_path / "file_digests").iterdir())
-    assert len(entries) == 4
+    assert len(entries) == 5
     for entry in entries:
         whole = entry.read_bytes()
         for damaged in damages(whole):
             entry.write_bytes(damaged)
-            assert model_digest(model, tmp_path) == before
+            assert digest_model(model, tmp_path).digest == before
             assert entry.name in caplog.text
             assert entry.read_bytes() == whole
 
@@ -131,9 +184,9 @@ def test_jobs_that_digest_at_once_forget_nothing_of_each_other(
 
     monkeypatch.setattr(digest_module, "content_digest", met)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda folder: model_digest(folder, tmp_path / "memo"), models))
+        digests = list(pool.map(lambda folder: digest_model(folder, tmp_path / "memo").digest, models))
     monkeypatch.setattr(digest_module, "content_digest", lambda files: pytest.fail(f"{files} read again"))
-    assert [model_digest(folder, tmp_path / "memo") for folder in models] == digests
+    assert [digest_model(folder, tmp_path / "memo").digest for folder in models] == digests
 
 
 def test_a_file_that_changes_while_it_is_read_has_no_digest(
@@ -148,13 +201,13 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(
 
     monkeypatch.setattr(digest_module, "content_digest", overtaken)
     with pytest.raises(ConfigError, match="changes while it is read"):
-        model_digest(model, tmp_path / "memo")
+        digest_model(model, tmp_path / "memo")
     assert not (tmp_path / "memo").exists()
 
 
 def test_a_memo_that_cannot_be_written_is_done_without(model: Path, tmp_path: Path) -> None:
     (tmp_path / "occupied").write_bytes(b"")
-    assert model_digest(model, tmp_path / "occupied") == model_digest(model)
+    assert digest_model(model, tmp_path / "occupied").digest == digest_model(model).digest
 
 
 def test_a_snapshot_of_the_hub_is_named_by_its_commit(tmp_path: Path) -> None:

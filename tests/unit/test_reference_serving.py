@@ -28,7 +28,7 @@ from dpo_dist.data.pack import PackedBatch, Sequences, pack
 from dpo_dist.distributed.runtime import World
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed, numerics_of
-from dpo_dist.reference.digest import model_digest
+from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fill import FillReport, fill_store, open_filled
 from dpo_dist.reference.key import ReferenceSpace
 from dpo_dist.reference.provider import StoredReference
@@ -153,7 +153,7 @@ damages = st.builds(
 def carry_out(run: Run, model_folder: Path, store: Path, world: World) -> tuple[FillReport, Tensor]:
     """Fill the store for a run, and give what a batch of all its pairs is served."""
     setting = ModelConfig(str(model_folder), dtype=run.dtype)
-    digest = model_digest(model_folder, store)
+    digest = digest_model(model_folder, store).digest
     space = ReferenceSpace(digest, numerics_of(setting, AttentionBackend.sdpa, CPU))
     model = load_packed(model_folder, setting, 64, CPU)
 
@@ -173,7 +173,7 @@ def carry_out(run: Run, model_folder: Path, store: Path, world: World) -> tuple[
         run.rows_per_shard,
         lambda _done, _total: None,
     )
-    provider = StoredReference(open_filled(open_store, world))
+    provider = StoredReference(open_filled(open_store, report.shards, world))
     batch = provider.attach(pack([PAIRS[pair] for pair in run.pairs], dataset.keys))
     return report, provider.token_logps(batch)
 

@@ -58,7 +58,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -> None:
     run_dir = tmp_path / "a-run-12345678"
-    tracker = open_in(run_dir, WandbMode.offline, environment={"torch": "2.13.0"})
+    said: list[str] = []
+    tracker = open_in(run_dir, WandbMode.offline, environment={"torch": "2.13.0"}, say=said.append)
+    (line,) = said
+    assert f"upload with: wandb sync {run_dir / 'wandb'}" in line
     rows = [
         {"step": 1, "epoch": 0.1, "loss": 0.69, "rewards/margins": 0.0},
         {"step": 2, "epoch": 0.2, "loss": 0.65, "rewards/margins": 0.2},
@@ -78,7 +81,7 @@ def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -
     assert config["model"]["path"] == "org/model"
     assert config["tracking"]["wandb"] == "offline"
     assert config["environment"] == {"torch": "2.13.0"}
-    assert run.display_name == "a-run-12345678"
+    assert run.display_name == "a-run-12345678 sigmoid beta=0.1 lr=1e-06"
     assert list(run.tags) == ["a tag"]
     axes = {metric.glob_name or metric.name: metric.step_metric for metric in records_of(run_dir, "metric")}
     assert axes == {"train/global_step": "", "*": "train/global_step"}
@@ -164,9 +167,13 @@ def test_unreachable_server_leaves_an_offline_run_and_no_secret(
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
     run_dir = tmp_path / "run"
-    tracker = open_in(run_dir, WandbMode.auto, init_seconds=2.0)
+    said: list[str] = []
+    tracker = open_in(run_dir, WandbMode.auto, init_seconds=2.0, say=said.append)
     assert tracker.run is not None
     assert tracker.run.offline
+    why, where = said
+    assert "cannot start online" in why
+    assert "wandb sync" in where
     tracker.log({"step": 1, "loss": 0.7})
     tracker.finish("completed", {})
     assert history_rows(run_dir) == [{"train/global_step": 1, "train/loss": 0.7}]
@@ -218,7 +225,13 @@ def test_malformed_key_leaves_an_offline_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    tracker = open_in(tmp_path / "run", WandbMode.auto)
+    said: list[str] = []
+    tracker = open_in(tmp_path / "run", WandbMode.online, say=said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "wandb cannot log in",
+        "wandb has no usable key, the run is kept offline; `wandb login` stores one",
+        "wandb",
+    ]
     assert tracker.run is not None
     assert tracker.run.offline
     tracker.finish("completed", {})

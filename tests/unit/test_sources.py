@@ -229,3 +229,12 @@ def test_an_empty_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         read_records(str(tmp_path / "a.json"))
     assert raised.value.got == "an empty file"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.jsonl.gz"])
+def test_utf16_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    content = lines("one").decode().encode("utf-16")
+    write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match="not UTF-8") as raised:
+        read_records(str(tmp_path / name))
+    assert raised.value.got == "UTF-16"

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.reference import garbage, inventory, verify
+from dpo_dist.reference.garbage import find_garbage, remove
+from dpo_dist.reference.inventory import space_folders
 from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.shard import list_shards
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.store import main
 from tests.unit.test_reference_store import Rows, flip, keys_of, readable, values
@@ -242,6 +246,32 @@ def test_gc_removes_old_leftovers_and_no_young_ones(run: Run, shards: list[Path]
     assert run("gc", "--yes")[0] == 0
     assert [path.exists() for path in (old, young, folder)] == [False, True, False]
     assert all(shard.exists() for shard in shards)
+
+
+def test_gc_gets_over_what_goes_while_it_looks(
+    run: Run, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that commits its file, another gc, a repair."""
+    leftover = shards[0].parent / "a.safetensors.tmp-123456789abc"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (time.time() - 2 * DAY,) * 2)
+    found = find_garbage(tmp_path, ["aa"], [], None)
+    assert (len(found.spaces), found.leftovers) == (1, [leftover])
+    remove(found)
+    remove(found)
+    assert [shard.exists() for shard in shards] == [False, True]
+
+    gone = [tmp_path / "gone.tmp-123456789abc", shards[1].parent / "gone.tmp-123456789abc"]
+    monkeypatch.setattr(garbage, "find_leftovers", lambda _root: gone)
+    assert find_garbage(tmp_path, [], [], None).leftovers == []
+    folders = [*space_folders(tmp_path), tmp_path / FIRST.name]
+    for module in (inventory, verify):
+        monkeypatch.setattr(module, "space_folders", lambda _root: folders)
+        monkeypatch.setattr(
+            module, "list_shards", lambda folder: [*list_shards(folder), f"{'0' * 32}.safetensors"]
+        )
+    assert [space.name for space in inventory.take_inventory(tmp_path)] == [SECOND.name]
+    assert verify.verify_store(tmp_path).damage == []
 
 
 def test_a_running_job_reads_on_after_its_space_was_dropped(

@@ -1,0 +1,146 @@
+"""What scores is what was digested: weights exchanged while a run starts, and nodes that are not alike."""
+
+import contextlib
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.distributed.runtime import Peer, World
+from dpo_dist.reference.digest import digest_on_every_node
+from dpo_dist.reference import engine
+from dpo_dist.report.console import Console
+from dpo_dist.training import assemble, stored
+from dpo_dist.training.inputs import load_inputs
+from tests.support.invented import write_pairs
+from tests.support.ranks import run_ranks, start_ranks
+from tests.support.tiny_model import write_model
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    return [write_model(tmp_path / name, seed=seed) for seed, name in enumerate(("model", "other"))]
+
+
+@pytest.fixture
+def overrides(models: list[Path], tmp_path: Path) -> list[str]:
+    return [
+        f"model.path={models[0]}",
+        "model.dtype=fp32",
+        f"data.train=[{write_pairs(tmp_path / 'pairs.jsonl', 4)}]",
+        f"data.cache={tmp_path / 'encoded'}",
+        f"reference.store={tmp_path / 'store'}",
+        f"run.dir={tmp_path / 'run'}",
+        "trainer.global_batch_pairs=4",
+        "tracking.wandb=off",
+    ]
+
+
+def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Callable[..., Any]:
+    """Load from `folder` while it has the weights of `other`; afterwards it has its own file again."""
+
+    def load_other(*arguments: Any) -> Any:
+        (folder / WEIGHTS).rename(folder / "aside")
+        shutil.copy(other / WEIGHTS, folder / WEIGHTS)
+        loaded = load(*arguments)
+        (folder / "aside").replace(folder / WEIGHTS)
+        return loaded
+
+    return load_other
+
+
+def reference_of(overrides: list[str], world: World) -> assemble.Reference:
+    config, console = load_run_config(overrides), Console(io.StringIO())
+    return assemble.build_reference(config, load_inputs(config, world, console), world, console)
+
+
+def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
+    with patch.object(engine, "load_reference", while_exchanged(engine.load_reference, *models)):
+        reference_of(overrides, world)
+
+
+@pytest.mark.parametrize("mode", ["cached", "live"])
+def test_weights_that_are_exchanged_while_the_reference_loads_store_nothing(
+    mode: str, overrides: list[str], models: list[Path], tmp_path: Path
+) -> None:
+    overrides.append(f"reference.mode={mode}")
+    [outcome] = start_ranks(partial(fill_with_others, overrides, models), 1, tmp_path / "rank").finish()
+    assert "changed while the model was loaded" in outcome.told, outcome.log
+    assert not list((tmp_path / "store").glob("*/*.safetensors"))
+
+
+def train_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
+    policy = while_exchanged(assemble._load_policy, *models)
+    joined = contextlib.nullcontext(world)
+    with patch.object(assemble, "_load_policy", policy), patch.object(assemble, "_world", lambda *_: joined):
+        assemble.train(load_run_config(overrides), Console(io.StringIO()))
+
+
+def test_a_policy_that_is_not_the_reference_it_should_start_from_is_not_trained(
+    overrides: list[str], models: list[Path], tmp_path: Path
+) -> None:
+    """Without the step-0 gate, which would see it too."""
+    overrides.append("reference.audit_pairs=0")
+    [outcome] = start_ranks(partial(train_with_others, overrides, models), 1, tmp_path / "rank").finish()
+    assert "changed while the model was loaded" in outcome.told, outcome.log
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def on_two_nodes(world: World) -> World:
+    """The same processes, as if each ran on a host of its own."""
+    return replace(world, peers=tuple(Peer(peer.rank, f"node-{peer.rank}", peer.pid) for peer in world.peers))
+
+
+def build_on_unlike_cpus(overrides: list[str], world: World, _folder: Path) -> Any:
+    """What is computed where the second node has other instructions."""
+    numerics = stored.numerics_of
+
+    def of_this_node(*arguments: Any) -> dict[str, str]:
+        return {**numerics(*arguments), "cpu": f"AVX{world.rank}"}
+
+    with patch.object(stored, "numerics_of", of_this_node):
+        report = reference_of(overrides, on_two_nodes(world)).report
+        again = reference_of(overrides, on_two_nodes(world)).report
+    return [report["computed"], again["hits"], "peak_memory_bytes" in report, "peak_memory_bytes" in again]
+
+
+def test_unlike_nodes_are_refused_or_agree_on_a_profile_that_names_both(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    unlike = partial(build_on_unlike_cpus, overrides)
+    for outcome in start_ranks(unlike, 2, tmp_path / "strict").finish():
+        assert "different numerics" in outcome.told, outcome.log
+        assert "AVX0 on rank 0 (node-0), AVX1 on rank 1 (node-1)" in outcome.told
+    assert not list((tmp_path / "store").glob("*/*.safetensors"))
+    overrides.append("reference.numerics=tolerant")
+    for told in run_ranks(partial(build_on_unlike_cpus, overrides), 2, tmp_path / "tolerant"):
+        assert told == [8, 8, True, False]
+    [space] = (tmp_path / "store").glob("*/space.json")
+    assert "AVX0 or AVX1" in space.read_text()
+
+
+def digest_copies(models: list[Path], store: Path, loads_whole: bool, world: World, _folder: Path) -> Any:
+    files = digest_on_every_node(models[world.rank], store, False, loads_whole, on_two_nodes(world))
+    files.check_unchanged()
+    return [files.digest, len(files.weights)]
+
+
+def test_every_node_has_the_files_of_the_first(models: list[Path], tmp_path: Path) -> None:
+    """All of them where it loads them itself, else those that its processes read."""
+    sharded, whole = (partial(digest_copies, models, tmp_path / "store", loads) for loads in (False, True))
+    first, second = run_ranks(sharded, 2, tmp_path / "sharded")
+    assert first == second
+    for outcome in start_ranks(whole, 2, tmp_path / "whole").finish():
+        assert f"node-1 (rank 1): {WEIGHTS}" in outcome.told, outcome.log
+    (models[1] / "config.json").write_text((models[1] / "config.json").read_text() + " ")
+    for outcome in start_ranks(sharded, 2, tmp_path / "configured").finish():
+        assert "node-1 (rank 1): config.json" in outcome.told, outcome.log

@@ -1,0 +1,89 @@
+"""What is digested of a model folder is what transformers loads of it, and nothing else may join in."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers.modeling_utils import _get_resolved_checkpoint_files
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.files import weight_files
+from dpo_dist.model.folder import model_folder
+
+CONTENT = {
+    "model.safetensors.index.json": {
+        "metadata": {},
+        "weight_map": {"a": "m-2.safetensors", "b": "m-1.safetensors"},
+    },
+    "pytorch_model.bin.index.json": {"metadata": {}, "weight_map": {"a": "sub/p-1.bin", "b": "sub/p-1.bin"}},
+}
+SHARDS = ["m-1.safetensors", "m-2.safetensors", "sub/p-1.bin", "other.safetensors", "training_args.bin"]
+
+
+def write_folder(folder: Path, names: list[str], config: dict[str, str]) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in [*names, *SHARDS]:
+        (folder / name).write_text(json.dumps(CONTENT.get(name, {})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "config"),
+    [
+        (["model.safetensors"], {}),
+        (["model.safetensors.index.json"], {}),
+        (["pytorch_model.bin"], {}),
+        (["pytorch_model.bin.index.json"], {}),
+        (["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"], {}),
+        (["model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"], {}),
+        (["pytorch_model.bin", "pytorch_model.bin.index.json"], {}),
+        (["model.safetensors"], {"transformers_weights": "other.safetensors"}),
+        (
+            ["model.safetensors", "model.safetensors.index.json"],
+            {"transformers_weights": "model.safetensors.index.json"},
+        ),
+    ],
+)
+def test_the_files_are_those_that_transformers_resolves(
+    names: list[str], config: dict[str, str], tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path / "model", names, config)
+    resolved, _ = _get_resolved_checkpoint_files(
+        str(folder),
+        variant=None,
+        gguf_file=None,
+        use_safetensors=None,
+        user_agent=None,
+        is_remote_code=False,
+        transformers_explicit_filename=config.get("transformers_weights"),
+    )
+    files = weight_files(folder)
+    assert [str(file) for file in files if not file.name.endswith(".index.json")] == sorted(resolved)
+
+
+def test_a_folder_without_such_files_has_no_weights(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", [], {})
+    assert weight_files(folder) == []
+    with pytest.raises(ConfigError, match="no weights"):
+        model_folder(str(folder), None)
+    (folder / "shard-00000-model-00001-of-00001.safetensors").write_bytes(b"")
+    assert len(weight_files(folder)) == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_an_index_that_names_nothing_is_told(content: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", [], {})
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        weight_files(folder)
+    assert raised.value.where.endswith("model.safetensors.index.json")
+
+
+def test_an_adapter_beside_full_weights_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", ["model.safetensors"], {})
+    model_folder(str(folder), None)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="adapter beside full weights") as raised:
+        model_folder(str(folder), None, "reference.path")
+    assert raised.value.where == "reference.path"
