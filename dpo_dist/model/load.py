@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
@@ -91,7 +92,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             attn_implementation=PACKED,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
-            **quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device),
+            **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything about its configuration
         raise ConfigError(
@@ -107,6 +108,14 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
         )
     refuse_unread(causal_lm, sorted(report["unexpected_keys"]), folder)
     return causal_lm
+
+
+def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put whole weights straight on a GPU, without a copy on the host."""
+    if config.quantization is not None:
+        return quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device)
+    on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # which puts its shards itself
+    return {} if on_host else {"device_map": {"": device}}
 
 
 def refuse_unread(causal_lm: Any, unread: list[str], folder: Path) -> None:

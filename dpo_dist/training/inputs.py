@@ -34,7 +34,7 @@ from dpo_dist.report.console import Console
 # 64 MiB of ids.
 _IDS_AT_ONCE = 2**24
 
-_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sources"})
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
 
 
 @dataclass(frozen=True)

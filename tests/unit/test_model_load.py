@@ -13,7 +13,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed, load_tokenizer, numerics_of
+from dpo_dist.model.load import load_packed, load_tokenizer, numerics_of, placement
 from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
@@ -272,3 +272,11 @@ def test_compiling_is_refused_without_a_compiler(folder: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"C\+\+ compiler") as raised:
         load(folder, ModelConfig(dtype=Dtype.fp32, compile=True))
     assert raised.value.where == "model.compile"
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_whole_weights_go_straight_to_a_gpu(is_sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
+    config, gpu = ModelConfig("m"), torch.device("cuda", 3)
+    assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
+    assert placement(config, torch.device("cpu")) == {}
