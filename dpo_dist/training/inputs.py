@@ -213,7 +213,7 @@ def counts_told(name: str, counts: dict[str, Any]) -> list[str]:
     lines = [f"{name} data: {_told(counts)}"]
     sources = counts["sources"] if len(counts["sources"]) > 1 else []
     lines += [f"{name} data: {source['path']}: {_told(source)}" for source in sources]
-    if plain := counts.get("chat_template_not_applied"):
+    if plain := counts.get(_TOLD_APART):
         lines.append(
             f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "
             "(data.text_as_messages=true makes their prompts user turns)"
