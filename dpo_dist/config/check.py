@@ -43,6 +43,7 @@ def check(config: RunConfig) -> None:
     _check_parallelism(config.parallelism)
     check_adapter(config.model, config.reference, config.parallelism)
     check_placement(config)
+    _check_deterministic(config)
 
 
 def _check_paths_named(config: RunConfig) -> None:
@@ -101,7 +102,7 @@ def _check_model(model: ModelConfig) -> None:
 def _check_checkpointing(value: bool | int | str) -> None:
     usable = value in ("none", "full") if isinstance(value, bool | str) else value >= 2
     if not usable:
-        meant = "full" if value in (True, 1) else "none"
+        meant = "none" if value in (False, 0) else "full"
         raise ConfigError(
             "model.gradient_checkpointing is not a choice of layers",
             where="model.gradient_checkpointing",
@@ -172,7 +173,11 @@ def _check_optim(optim: OptimConfig) -> None:
     check_range("optim.max_grad_norm", optim.max_grad_norm, above=0)
     if len(optim.betas) != 2:
         raise ConfigError(
-            "AdamW has two betas", where="optim.betas", got=str(optim.betas), expected="[0.9, 0.999]"
+            "AdamW has two betas",
+            where="optim.betas",
+            got=str(optim.betas),
+            expected="[0.9, 0.999]",
+            remedy="write 'optim.betas=[0.9,0.999]'",
         )
     for index, beta in enumerate(optim.betas):
         check_range(f"optim.betas[{index}]", beta, at_least=0, below=1)
@@ -196,6 +201,17 @@ def _check_trainer(trainer: TrainerConfig, data: DataConfig) -> None:
                 got=f"{value}, an empty list".lower(),
                 remedy=f"set data.eval=[held_out.jsonl] or trainer.{name}={off}",
             )
+
+
+def _check_deterministic(config: RunConfig) -> None:
+    if config.trainer.deterministic and config.model.liger:
+        raise ConfigError(
+            "Liger's kernels do not promise the same bits again",
+            where="trainer.deterministic, model.liger",
+            got="true, true",
+            expected="one of them",
+            remedy="set model.liger=false or trainer.deterministic=false",
+        )
 
 
 def _check_parallelism(parallelism: ParallelismConfig) -> None:

@@ -373,7 +373,7 @@ class TrainerConfig:
 
     `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only. `eval_at_start`
     evaluates before the first step too. `keep_last` 0 keeps one checkpoint while the run trains and none once
-    it is complete.
+    it is complete. `deterministic`: only kernels that give the same bits again, or an error; slower on GPUs.
     """
 
     global_batch_pairs: int = 64
@@ -386,6 +386,7 @@ class TrainerConfig:
     keep_last: int = _free(2)
     log_every: int = _free(1)
     seed: int = 0
+    deterministic: bool = _free(False)
     stop_after_steps: int | None = _free(None)
     max_seconds: float | None = _free(None)
 

@@ -16,8 +16,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+)
 
 from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.pack import PackedBatch
@@ -25,6 +30,7 @@ from dpo_dist.distributed.device_memory import described, explained, policy_reme
 from dpo_dist.distributed.gather_order import keep_gather_orders
 from dpo_dist.distributed.manifest import recorded_writes
 from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.whole_weights import whole_weights
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
@@ -171,6 +177,9 @@ class FrozenEngine:
         for buffer in self._engine.module.buffers():
             buffer.data = buffer.new_empty(0)
         del self._engine
+        # Loading replaced it for the whole process, which would change the digits of a policy that is whole.
+        if not is_deepspeed_zero3_enabled():
+            torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         return_memory()
@@ -256,19 +265,15 @@ class PolicyEngine:
         return torch.as_tensor(norm, device=self._world.device)
 
     def save_shards(self, folder: str) -> list[Path]:
-        """Write what is trained: weights, master weights and optimizer states, every rank its own.
-
-        Returns:
-            The files that this rank wrote.
+        """Write weights, master weights and optimizer states, every rank its own; returns this rank's files.
 
         Raises:
             OSError: this rank cannot write its own; the others go on.
         """
         try:
             with recorded_writes(self._engine.checkpoint_engine) as written:
-                self._engine.save_checkpoint(
-                    folder, tag="engine", save_latest=False, exclude_frozen_parameters=True
-                )
+                options = {"save_latest": False, "exclude_frozen_parameters": True}
+                self._engine.save_checkpoint(folder, tag="engine", **options)
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by a RuntimeError
             # The other ranks, done with theirs, are in the collective calls that end DeepSpeed's saving: join
             # them. If it was a rank's death that failed here, it fails again.
@@ -290,13 +295,8 @@ class PolicyEngine:
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """All trained weights under their transformers names, on rank 0's host memory; None elsewhere."""
-        if self._engine.zero_optimization_partition_weights():
-            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
-        else:
-            weights = self._world.accelerator.get_state_dict(self._engine)
-        if not self._world.is_main:
-            return None
-        return {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        weights = whole_weights(self._engine, self._world.is_main)
+        return weights and {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
 
     @property
     def causal_lm(self) -> Any:

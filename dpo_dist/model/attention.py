@@ -162,7 +162,16 @@ class VarlenAttention:
             from flash_attn import flash_attn_varlen_func  # noqa: PLC0415  (optional extra)
 
             attended = flash_attn_varlen_func(
-                query, key, value, cu_query, cu_key, max_query, max_key, softmax_scale=scale, causal=True
+                query,
+                key,
+                value,
+                cu_query,
+                cu_key,
+                max_query,
+                max_key,
+                softmax_scale=scale,
+                causal=True,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
             )
         else:
             attended = _varlen(query, key, value, (cu_query, cu_key), (max_query, max_key), scale)

@@ -1,6 +1,7 @@
 """Choose the attention kernel of a run, and check it on the device before anything depends on it."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,17 @@ def heads_of(model_config: Any) -> Heads:
     heads: int = model_config.num_attention_heads
     dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim)
+
+
+def use_deterministic_kernels() -> None:
+    """Run only kernels that give the same bits again; an operation that has none raises an error.
+
+    To be called before the first matrix product on a GPU, when cuBLAS reads its workspace.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Else PyTorch fills every new tensor with NaN first, which costs time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
@@ -91,7 +92,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             attn_implementation=PACKED,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
-            **quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device),
+            **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything about its configuration
         raise ConfigError(
@@ -107,6 +108,14 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
         )
     refuse_unread(causal_lm, sorted(report["unexpected_keys"]), folder)
     return causal_lm
+
+
+def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put whole weights straight on a GPU, without a copy on the host."""
+    if config.quantization is not None:
+        return quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device)
+    on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # which puts its shards itself
+    return {} if on_host else {"device_map": {"": device}}
 
 
 def refuse_unread(causal_lm: Any, unread: list[str], folder: Path) -> None:
@@ -155,7 +164,8 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     """Return the transformers configuration of a model folder, with all dropout and noise switched off.
 
     Raises:
-        ConfigError: its config.json cannot be read, or names code of its own for the model.
+        ConfigError: its config.json cannot be read, names code of its own for the model, or says that the
+            weights are quantized in their files.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -167,6 +177,16 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         ) from error
     if config.trust_remote_code:
         refuse_remote_model(folder, model_config)
+    quantized = getattr(model_config, "quantization_config", None)
+    if quantized is not None:
+        # Quantized weights have no gradient: biases and norms alone would be trained.
+        raise ConfigError(
+            "the model's weights are quantized in their files",
+            where="model.path",
+            got=f"{folder}, quantized by {dict(quantized).get('quant_method', 'a method without a name')}",
+            expected="weights in bf16, fp16 or fp32",
+            remedy="use the model it was made from; model.quantization=nf4 quantizes that when it is loaded",
+        )
     for name, value in vars(model_config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and any(noise in name for noise in _NOISES):

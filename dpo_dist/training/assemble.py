@@ -20,6 +20,7 @@ from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, policy_config
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.extras import demand_bitsandbytes
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
+from dpo_dist.model.kernels import use_deterministic_kernels
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_digested
@@ -186,6 +187,8 @@ def _world(config: RunConfig, console: Console) -> Iterator[World]:
         demand_async_io()
     if config.reference.quantization is not None:
         demand_bitsandbytes(config.reference.quantization, "reference.quantization")
+    if config.trainer.deterministic:
+        use_deterministic_kernels()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)

@@ -37,11 +37,11 @@ class Assets:
     def dataset(self) -> PairDataset:
         return open_dataset(self.encoded, DataConfig())
 
-    def config(self, model: Path, reference: ReferenceConfig | None = None) -> RunConfig:
-        """Of a run in float32 that trains `model`."""
-        return RunConfig(
-            model=ModelConfig(str(model), dtype=Dtype.fp32), reference=reference or ReferenceConfig()
-        )
+    def config(
+        self, model: Path, reference: ReferenceConfig | None = None, dtype: Dtype = Dtype.fp32
+    ) -> RunConfig:
+        """Of a run that trains `model`."""
+        return RunConfig(model=ModelConfig(str(model), dtype=dtype), reference=reference or ReferenceConfig())
 
 
 def fill(

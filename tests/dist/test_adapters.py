@@ -198,7 +198,7 @@ def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) 
     export_model(trainer.policy, tiny.qwen(), folder / "after", world)
 
 
-@pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.ddp])
+@pytest.mark.parametrize("kind", ParallelismKind)
 def test_steps_below_the_resolution_of_bf16_add_up(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:

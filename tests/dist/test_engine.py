@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind
+from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind, RunConfig
 from dpo_dist.data.batches import plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.pack import PackedBatch
@@ -101,10 +103,10 @@ def shards(policy: PolicyEngine) -> list[Tensor]:
 
 
 def steps(
-    assets: Assets, model: Path, reference: Sequence[np.ndarray], world: World, folder: Path
+    assets: Assets, model: Path, reference: Sequence[np.ndarray], dtype: Dtype, world: World, folder: Path
 ) -> dict[str, Any]:
     """`STEPS` with a reference engine coming and going between, then a step that is not finite."""
-    config, dataset = assets.config(model), assets.dataset()
+    config, dataset = assets.config(model, dtype=dtype), assets.dataset()
     policy = PolicyEngine(load_packed(model, config.model, 1024, world.device), OPTIM, world)
     write_whole(policy, folder / "before.safetensors")
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
@@ -116,7 +118,7 @@ def steps(
         return train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item()
 
     norms = [step(*STEPS[0])]
-    shares = reference_comes_and_goes(assets, dataset, reference, world)
+    shares = reference_comes_and_goes(assets, config, dataset, reference, world)
     norms += [step(*of_step) for of_step in STEPS[1:]]
     write_whole(policy, folder / "after.safetensors")
 
@@ -131,16 +133,21 @@ def steps(
 
 
 def write_whole(policy: PolicyEngine, file: Path) -> None:
+    if dist.get_rank():  # only rank 0 has a copy in host memory
+        refuse = AssertionError("a copy of the whole model")
+        with mock.patch.object(type(policy._engine.module), "state_dict", side_effect=refuse):
+            assert policy.whole_weights() is None
+        return
     weights = policy.whole_weights()
     if weights is not None:
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, file)
 
 
 def reference_comes_and_goes(
-    assets: Assets, dataset: PairDataset, expected: Sequence[np.ndarray], world: World
+    assets: Assets, config: RunConfig, dataset: PairDataset, expected: Sequence[np.ndarray], world: World
 ) -> dict[str, Any]:
     """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
-    engine = load_reference(assets.reference, assets.config(assets.policy), world)
+    engine = load_reference(assets.reference, config, world)
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)
@@ -170,7 +177,7 @@ def test_steps_are_those_of_plain_pytorch(
 ) -> None:
     model = assets.policy if tied else assets.untied_policy
     ranks = tmp_path / "ranks"
-    told = run_ranks(partial(steps, assets, model, plain_rows), size, ranks, kind)
+    told = run_ranks(partial(steps, assets, model, plain_rows, Dtype.fp32), size, ranks, kind)
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     before = load_file(ranks / "before.safetensors")
@@ -187,6 +194,32 @@ def test_steps_are_those_of_plain_pytorch(
         assert of_rank["norms"] == told[0]["norms"]
         assert of_rank["drift"] < 1e-5
         assert of_rank["share"] == pytest.approx(1 / size, abs=0.01)
+        assert of_rank["bad norms"] == ["inf", "inf"]
+        assert of_rank["unchanged"]
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_steps_in_bf16_are_those_of_float32_but_for_rounding(
+    kind: ParallelismKind, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+) -> None:
+    """Each kind has an optimizer wrapper of its own in bf16, with its own way to skip a step."""
+    ranks = tmp_path / "ranks"
+    scenario = partial(steps, assets, assets.policy, plain_rows, Dtype.bf16)
+    told = run_ranks(scenario, 2, ranks, kind, Dtype.bf16)
+    loaded = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.bfloat16)
+    before = load_file(ranks / "before.safetensors")
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
+
+    norms = plain_steps(loaded.float(), assets.dataset(), plain_rows)
+    after = load_file(ranks / "after.safetensors")
+    for name, tensor in loaded.state_dict().items():
+        assert after[name].dtype is torch.bfloat16
+        assert not torch.equal(before[name], after[name]), f"{name} was not trained"
+        torch.testing.assert_close(after[name].float(), tensor, atol=0.01, rtol=0.01)
+    for of_rank in told:
+        assert of_rank["norms"] == pytest.approx(norms, rel=0.1)
+        assert of_rank["norms"] == told[0]["norms"]
+        assert of_rank["drift"] < 0.1
         assert of_rank["bad norms"] == ["inf", "inf"]
         assert of_rank["unchanged"]
 

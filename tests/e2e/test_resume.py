@@ -62,6 +62,23 @@ def test_a_stopped_run_ends_with_75_and_goes_on_exactly(
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, rows[-1]["step"]]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["parallelism=zero3"], ["parallelism=zero2", "trainer.deterministic=true"], ["parallelism=ddp"]],
+)
+def test_a_stopped_run_in_bf16_goes_on_exactly(
+    options: list[str], overrides: Overrides, tmp_path: Path
+) -> None:
+    steps = ["model.dtype=bf16", "trainer.max_steps=5", "optim.lr=1e-3", *options]
+    train(overrides(*steps, f"run.dir={tmp_path}/whole"), processes=2)
+    assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=2"), processes=2).code == 1
+    assert run_state(tmp_path / "run")["outcome"] == "preempted"
+    train(overrides(*steps), processes=2)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+    written = [tmp_path / name / "model" / "model.safetensors" for name in ("run", "whole")]
+    assert written[0].read_bytes() == written[1].read_bytes()
+
+
 @pytest.mark.parametrize("loss", [["loss=beta_dpo"], ["loss=bco_pair", "loss.bco_delta=running_mean"]])
 def test_running_means_of_a_loss_are_taken_up_again(
     loss: list[str], overrides: Overrides, tmp_path: Path

@@ -72,7 +72,7 @@ def launcher_variables(config_file: Path) -> dict[str, str]:
         check=True,
         text=True,
     ).stdout
-    added = json.loads(told.splitlines()[0])
+    added, _ = json.JSONDecoder().raw_decode(told)  # of two processes, whose lines may run together
     kept = {name: value for name, value in added.items() if not name.startswith(_OF_A_LAUNCH)}
     return {name: value for name, value in kept.items() if os.environ.get(name) != value}
 

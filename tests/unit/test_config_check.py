@@ -70,6 +70,7 @@ def test_out_of_range(key: str, value: float) -> None:
         ({"model.gradient_checkpointing": "some"}, "model.gradient_checkpointing"),
         ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
         ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
+        ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
         ({"data.train": []}, "data.train"),
         ({"data.train": [{"path": "a", "weight": 0}]}, "data.train[0].weight"),
         ({"data.eval": ["a", {"path": "b", "limit": 0}]}, "data.eval[1].limit"),

@@ -13,7 +13,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed, load_tokenizer, numerics_of
+from dpo_dist.model.load import load_packed, load_tokenizer, numerics_of, placement
 from tests.support import tiny
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
@@ -156,6 +156,16 @@ def test_whole_modules_beside_the_model_are_told(tmp_path: Path, caplog: pytest.
     assert all(name in caplog.text for name in foreign)
 
 
+def test_a_model_that_is_quantized_in_its_files_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    with pytest.raises(ConfigError, match="quantized in their files") as raised:
+        load(folder)
+    assert "fp8" in raised.value.got
+
+
 def test_noise_of_a_router_is_off_in_training(tmp_path: Path) -> None:
     config = tiny_config("mixtral", router_jitter_noise=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -262,3 +272,11 @@ def test_compiling_is_refused_without_a_compiler(folder: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"C\+\+ compiler") as raised:
         load(folder, ModelConfig(dtype=Dtype.fp32, compile=True))
     assert raised.value.where == "model.compile"
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_whole_weights_go_straight_to_a_gpu(is_sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
+    config, gpu = ModelConfig("m"), torch.device("cuda", 3)
+    assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
+    assert placement(config, torch.device("cpu")) == {}
