@@ -23,13 +23,16 @@ from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
-from dpo_dist.errors import DataError
+from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
+
+# 64 MiB of ids.
+_IDS_AT_ONCE = 2**24
 
 _NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
 
@@ -87,6 +90,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
                 console.heartbeat(f"preparing the {name} data"),
             )
         dataset = world.together(lambda: open_dataset(encoded, config.data))
+        world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
         return _counting(dataset, duplicates=count_duplicates(dataset))
 
@@ -104,6 +108,28 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for line in short_run_told(schedule):
         console.say(line)
     return inputs
+
+
+def refuse_unknown_ids(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise an error for data with token ids that the model has no embedding of.
+
+    Tokenizers often have more tokens than their model, which never occur in text (a padding token).
+
+    Raises:
+        ConfigError: an id in the data is `vocab_size` or above.
+    """
+    if max(tokenizer.get_vocab().values()) < vocab_size:
+        return
+    for start in range(0, len(dataset.ids), _IDS_AT_ONCE):
+        largest = int(dataset.ids[start : start + _IDS_AT_ONCE].max())
+        if largest >= vocab_size:
+            raise ConfigError(
+                "the data have a token that the model has no embedding of",
+                where="model.path",
+                got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
+                expected=f"ids below the model's vocab_size of {vocab_size}",
+                remedy="use the tokenizer that belongs to the model, or resize the model's embeddings to it",
+            )
 
 
 def _digest_models(
