@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.communication import fetching_layers_ahead
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import (
     FrozenEngine,
-    fetching_layers_ahead,
     frozen_config,
     on_nvme,
     return_memory,
