@@ -1,14 +1,21 @@
-# Build:  docker build -t dpo_dist .
-# Run:    docker run --rm --gpus all --ipc=host -v "$PWD/output:/workspace/output" dpo_dist \
-#             accelerate launch -m dpo_dist.train +experiment=qwen7b
+# Build:  docker build -t dpo_dist --build-arg USER_ID=$(id -u) .
+#         --build-arg FLASH_ATTN=1 adds flash-attn, --build-arg EXTRAS="quantization liger" optional packages.
+# Run:    mkdir -p output "$HOME/.cache/huggingface"   # a folder that docker makes belongs to root
+#         docker run --rm --gpus all --ipc=host --ulimit memlock=-1 \
+#             -v "$PWD/output:/workspace/output" -v "$HOME/.cache/huggingface:/home/trainer/.cache/huggingface" \
+#             dpo_dist accelerate launch -m dpo_dist.train +experiment=qwen7b
+#         Local models and data: -v /shared:/shared. Between nodes with InfiniBand: --device=/dev/infiniband --network=host.
 #
 # The development image, because DeepSpeed compiles kernels at their first use. Its CUDA version is the one
 # that the pinned torch is built for.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
+# NCCL reaches InfiniBand and RoCE cards through libibverbs, and without it uses TCP; DeepSpeed's async_io, for
+# reference.offload=nvme, needs libaio.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         g++ git python3 python3-dev python3-venv \
+        ibverbs-providers libibverbs1 rdma-core libaio-dev \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/venv
@@ -30,6 +37,14 @@ RUN if [ "$FLASH_ATTN" = 1 ]; then \
         && pip install --constraint constraints.txt --no-build-isolation flash-attn; \
     fi
 
+# Optional dependencies of pyproject.toml: quantization (bitsandbytes), liger.
+ARG EXTRAS=
+RUN for extra in $EXTRAS; do \
+        python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' \
+                "$extra" > extra.txt \
+        && pip install --constraint constraints.txt --requirement extra.txt || exit 1; \
+    done
+
 COPY README.md ./
 COPY conf conf
 COPY dpo_dist dpo_dist
@@ -38,7 +53,8 @@ RUN pip install --no-deps .
 # The owner of what is written to mounted folders: --build-arg USER_ID=$(id -u)
 ARG USER_ID=1000
 RUN useradd --create-home --non-unique --uid "$USER_ID" trainer \
-    && install --directory --owner=trainer /workspace
+    && install --directory --owner=trainer /workspace /workspace/output \
+    && install --directory --owner=trainer /home/trainer/.cache /home/trainer/.cache/huggingface
 USER trainer
 WORKDIR /workspace
 

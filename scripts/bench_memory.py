@@ -152,7 +152,7 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
     measured: Result = {}
     with open_console(out / "run") as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
-        from dpo_dist.training import assemble
+        from dpo_dist.training import assemble, ending
 
         build = assemble.build_reference
 
@@ -168,7 +168,7 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
         with (
             patch.object(assemble, "build_reference", build_and_weigh),
             patch.object(CheckpointSaver, "save"),
-            patch.object(assemble, "export_model"),
+            patch.object(ending, "export_model"),
         ):
             assemble.train(config, console)
     measured["peak while training"] = _peak()

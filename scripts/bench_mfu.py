@@ -184,9 +184,9 @@ def _train(arguments: list[str]) -> None:
     run_dir, *command = arguments
     with open_console(Path(run_dir)) as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
-        from dpo_dist.training import assemble
+        from dpo_dist.training import assemble, ending
 
-        with patch.object(CheckpointSaver, "save"), patch.object(assemble, "export_model"):
+        with patch.object(CheckpointSaver, "save"), patch.object(ending, "export_model"):
             assemble.train(load_run_config(command), console)
 
 

@@ -82,6 +82,7 @@ SAME_MEANING = _by_name(
 IN_SOURCE = _by_name(
     {
         "path": "file file_name dataset hf_hub_url url",
+        "name": "subset config_name configuration",
         "format": "type formatting",
         "weight": "probability ratio",
         "limit": "max_samples num_samples n",
@@ -134,13 +135,14 @@ IN_OTHER_WORDS = _by_name(
         "not offered: an adapter starts from scratch; merge the old one into the model first": (
             "adapter_name_or_path"
         ),
+        "write +experiment=NAME": "exp experiments",
         "set tracking.wandb=auto, online, offline or off": "report_to use_wandb wandb",
         "logs are in run.dir": "logging_dir",
         "AdamW is the optimizer; its options are in optim": "optim_type optimizer",
         "AdamW is the optimizer: choose optim=adamw, its options are in optim": "optim",
         "set optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
         "set optim.warmup_ratio: the share of all steps": "warmup_steps num_warmup_steps",
-        _DEEPSPEED: "deepspeed deepspeed_config zero_stage fsdp ddp",
+        _DEEPSPEED: "deepspeed deepspeed_config zero_stage parallelism.stage parallelism.zero fsdp ddp",
         "training is DPO; choose loss=sft for supervised fine-tuning": "stage",
         _OFFLOAD: "cpu_offload offload",
         "set reference.mode=cached: log-probs are computed once and stored": "precompute_ref_log_probs",
@@ -171,7 +173,10 @@ IN_OTHER_WORDS = _by_name(
         "not needed; data.processes is the number of processes that encode": "dataloader_num_workers",
         "not offered": "neftune_noise_alpha",
         "not offered; upload model/ of the run folder": "push_to_hub",
-        _LAUNCHER: "num_gpus num_processes nproc_per_node num_machines config_file",
+        _LAUNCHER: (
+            "devices gpus n_gpus nnodes num_nodes num_gpus num_processes "
+            "nproc_per_node num_machines config_file"
+        ),
         "processes are started by accelerate launch or torchrun, which say it in the environment": (
             "local_rank"
         ),
@@ -207,6 +212,11 @@ VALUE_NAMES = _by_name(
         "ddp": "stage1 zero1",
         "off": "false no disabled",
         "zero2": "stage2",
+        "keep_end": "left",
+        "keep_start": "right",
+        "drop": "skip ignore",
+        "online": "on true",
+        "error": "raise fail",
     }
 )
 

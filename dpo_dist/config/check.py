@@ -102,7 +102,7 @@ def _check_model(model: ModelConfig) -> None:
 def _check_checkpointing(value: bool | int | str) -> None:
     usable = value in ("none", "full") if isinstance(value, bool | str) else value >= 2
     if not usable:
-        meant = "full" if value in (True, 1) else "none"
+        meant = "none" if value in (False, 0) else "full"
         raise ConfigError(
             "model.gradient_checkpointing is not a choice of layers",
             where="model.gradient_checkpointing",
@@ -173,7 +173,11 @@ def _check_optim(optim: OptimConfig) -> None:
     check_range("optim.max_grad_norm", optim.max_grad_norm, above=0)
     if len(optim.betas) != 2:
         raise ConfigError(
-            "AdamW has two betas", where="optim.betas", got=str(optim.betas), expected="[0.9, 0.999]"
+            "AdamW has two betas",
+            where="optim.betas",
+            got=str(optim.betas),
+            expected="[0.9, 0.999]",
+            remedy="write 'optim.betas=[0.9,0.999]'",
         )
     for index, beta in enumerate(optim.betas):
         check_range(f"optim.betas[{index}]", beta, at_least=0, below=1)

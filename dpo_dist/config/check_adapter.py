@@ -48,6 +48,7 @@ def _check_shape(adapter: AdapterConfig) -> None:
             where="model.adapter.target_modules",
             got=str(targets),
             expected="all-linear, or a list such as [q_proj,v_proj]",
+            remedy="write target_modules: all-linear, or names in brackets",
         )
 
 

@@ -150,6 +150,8 @@ def divide(arguments: Sequence[str]) -> Arguments:
             continue
         name, equals, value = argument.partition("=")
         option = _SHORT.get(name, name)
+        if equals and option in _OPTIONS and not _OPTIONS[option] and option != "--info":
+            raise ConfigError(f"{name} takes no value", where=_WHERE, got=argument, remedy=f"write {name}")
         if option not in _OPTIONS:
             raise _unknown_option(name, value if equals else (rest[0] if rest else ""))
         if _OPTIONS[option] and not equals:

@@ -153,6 +153,8 @@ def _check_key(override: Override) -> None:
         and isinstance(override.value(), list | dict)
     ):
         remedy = f"set {key} to {in_words(hint)}"
+        if key == "loss.kind":
+            remedy = _instead_of_list("loss", _names(override.value()), [])
         raise ConfigError(
             f"{key} has the wrong type", where=where, got=text, expected=in_words(hint), remedy=remedy
         )
@@ -165,6 +167,8 @@ def _names(value: object) -> list[str]:
 
 
 def _instead_of_list(group: str, names: list[str], known: Sequence[str]) -> str:
+    if len(names) == 1 and names[0] in known:
+        return f"write {group}={names[0]}"
     if group == "loss":
         kinds = [VALUE_NAMES.get(name, name) for name in names]
         return f"weigh them: 'loss.terms=[{', '.join(f'{{kind: {kind}, weight: 1}}' for kind in kinds)}]'"

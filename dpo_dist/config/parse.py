@@ -59,6 +59,9 @@ def _unreadable(line: str, before: Sequence[str], following: Sequence[str]) -> C
     strange = next((character for character in value if not _PLAIN.match(character)), None)
     if strange is None and "=" in value:
         strange = "="
+    if key.endswith("+"):
+        remedy = f"a list is given whole: write {shlex.quote(f'{key[:-1]}=[FIRST,SECOND]')}"
+        return ConfigError(what, where=_COMMAND_LINE, got=line, expected=expected, remedy=remedy)
     if _is_open(value):
         return ConfigError(
             "an override cannot be read: a bracket is not closed",

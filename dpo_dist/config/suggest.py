@@ -79,6 +79,8 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     if meant is not None:
         expected = f"{meant}, {in_words(known[meant])}" if in_words(known[meant]) else meant
         remedy = f"write {written(meant, value, known[meant])}"
+        if meant.startswith("model.adapter."):
+            remedy = f"write 'model.adapter={{{meant.rpartition('.')[2]}: {value or '...'}}}'"
         return ConfigError(what, where=where, expected=expected, remedy=remedy)
     likely_keys = likely(key, known)
     if likely_keys:

@@ -117,8 +117,7 @@ class SourceWriter:
         self.records += len(part.outcomes)
 
     def _file(self, source: str) -> int:
-        name = os.path.relpath(Path(source).expanduser(), _root(self._path).expanduser())
-        return self._files.setdefault(name, len(self._files))
+        return self._files.setdefault(source, len(self._files))
 
     def _append(self, name: str, values: Any) -> None:
         array = np.asarray(values, dtype=_ARRAYS[name])
@@ -137,7 +136,7 @@ class SourceWriter:
             sizes=self._sizes,
             digests={name: digest.hexdigest() for name, digest in self._hashes.items()},
             outcomes=[(kind.dropped, kind.pairs, list(kind.changed)) for kind in self._outcomes],
-            files=list(self._files),
+            files=[_relative_name(self._path, source) for source in self._files],
             examples=self._examples,
         )
         content = json.dumps(asdict(manifest), indent=1)
@@ -258,6 +257,10 @@ def _map(folder: Path, name: str, size: int) -> npt.NDArray[Any]:
 def _root(path: str) -> Path:
     """What names of files are relative to: the source itself, or of a pattern the folder before it."""
     return Path(*itertools.takewhile(lambda part: not is_glob(part), Path(path).parts))
+
+
+def _relative_name(path: str, source: str) -> str:
+    return os.path.relpath(Path(source).expanduser(), _root(path).expanduser())
 
 
 def _display_name(path: str, name: str) -> str:

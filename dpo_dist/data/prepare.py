@@ -57,7 +57,7 @@ def prepare_dataset(
             `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
-    _check_template_date(config, tokenizer)
+    check_template_date(config, tokenizer)
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
@@ -103,7 +103,8 @@ def _encoded(
     return folder
 
 
-def _check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a date that has no effect. Raises ConfigError."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if config.template_date != DataConfig.template_date and not has_clock(template):
         raise ConfigError(

@@ -117,7 +117,7 @@ def _missing(folder: Path, key: str, path: str) -> ConfigError:
         got=path,
         remedy=f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?"
         if near
-        else "check the path; it is relative to where you are",
+        else "check the path, relative to where you are; a model on the hub is named organisation/name",
     )
 
 

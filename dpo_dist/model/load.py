@@ -164,7 +164,8 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     """Return the transformers configuration of a model folder, with all dropout and noise switched off.
 
     Raises:
-        ConfigError: its config.json cannot be read, or names code of its own for the model.
+        ConfigError: its config.json cannot be read, names code of its own for the model, or says that the
+            weights are quantized in their files.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -176,6 +177,16 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         ) from error
     if config.trust_remote_code:
         refuse_remote_model(folder, model_config)
+    quantized = getattr(model_config, "quantization_config", None)
+    if quantized is not None:
+        # Quantized weights have no gradient: biases and norms alone would be trained.
+        raise ConfigError(
+            "the model's weights are quantized in their files",
+            where="model.path",
+            got=f"{folder}, quantized by {dict(quantized).get('quant_method', 'a method without a name')}",
+            expected="weights in bf16, fp16 or fp32",
+            remedy="use the model it was made from; model.quantization=nf4 quantizes that when it is loaded",
+        )
     for name, value in vars(model_config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and any(noise in name for noise in _NOISES):

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.pack import PackedBatch
+from dpo_dist.distributed.communication import fetching_layers_ahead
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import (
     FrozenEngine,
-    fetching_layers_ahead,
     frozen_config,
     on_nvme,
     return_memory,
@@ -28,10 +28,10 @@ from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
 
-# With h the hidden size, training keeps some 34 h bytes of activations for each token and layer
-# (arXiv:2205.05198), or 2 h and one layer's 34 h with gradient checkpointing; scoring has one layer's only.
-# At 28 layers four times the tokens then take a seventh of the memory; or 1.5 times with checkpointing, where
-# gradients and optimizer states, which are not there yet, leave room for it.
+# With h the hidden size, training keeps some 63 h bytes of activations for each token and layer (measured;
+# arXiv:2205.05198 counts 34 h), or 2 h and one layer's 63 h with gradient checkpointing; scoring has one
+# layer's only. At 28 layers four times the tokens then take a seventh of the memory; or twice as much with
+# checkpointing, where gradients and optimizer states, which are not there yet, leave room for it.
 _SCORING_TOKENS_FACTOR = 4
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.atomic import collect_abandoned
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prefetch import prefetch
@@ -105,7 +106,8 @@ def fill_store(
     Rank 0 says what is missing, so that all ranks agree while other jobs write to the same store. Each rank
     writes the rows it computed as shards of its own, while the next ones are computed; a killed fill loses at
     most two shards of each rank. Jobs that fill one store at once visit their rounds in random orders and
-    look before each one what the others have written: they share the work, and wait for nobody.
+    look before each one what the others have written: they share the work, and wait for nobody. What killed
+    fills have left half-written is removed.
 
     Args:
         open_store: opens the store, at the given shards or at all there are.
@@ -127,6 +129,7 @@ def fill_store(
     started = time.monotonic()
     store = open_store([])
     world.together(store.demand_writable)
+    world.on_main(lambda: collect_abandoned(store.folder))
     work = by_pair(dataset, missing)
     plan = partial(plan_round, dataset, world.rank, world.size, micro_batch_tokens, costs)
     rounds = in_rounds(work, max(1, rows_per_shard // 2) * world.size, seed)

@@ -23,7 +23,7 @@ from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
 from dpo_dist.distributed.runtime import World
-from dpo_dist.errors import DataError
+from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
@@ -31,7 +31,11 @@ from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
-_NO_CHANGES = frozenset({"read", "kept", "dropped", "examples", "details", "sources"})
+# 64 MiB of ids.
+_IDS_AT_ONCE = 2**24
+
+_TOLD_APART = "chat_template_not_applied"
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _TOLD_APART})
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
                 lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count),
                 console.heartbeat(f"preparing the {name} data"),
             )
-        dataset = world.together(lambda: open_dataset(encoded, config.data))
+        # A node that sees the files as another device verifies them anew.
+        opening = console.heartbeat(f"verifying the {name} data")
+        dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
+        world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
         return _counting(dataset, duplicates=count_duplicates(dataset))
 
@@ -104,6 +111,28 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for line in short_run_told(schedule):
         console.say(line)
     return inputs
+
+
+def refuse_unknown_ids(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise an error for data with token ids that the model has no embedding of.
+
+    Tokenizers often have more tokens than their model, which never occur in text (a padding token).
+
+    Raises:
+        ConfigError: an id in the data is `vocab_size` or above.
+    """
+    if max(tokenizer.get_vocab().values()) < vocab_size:
+        return
+    for start in range(0, len(dataset.ids), _IDS_AT_ONCE):
+        largest = int(dataset.ids[start : start + _IDS_AT_ONCE].max())
+        if largest >= vocab_size:
+            raise ConfigError(
+                "the data have a token that the model has no embedding of",
+                where="model.path",
+                got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
+                expected=f"ids below the model's vocab_size of {vocab_size}",
+                remedy="use the tokenizer that belongs to the model, or resize the model's embeddings to it",
+            )
 
 
 def _digest_models(
@@ -187,7 +216,7 @@ def counts_told(name: str, counts: dict[str, Any]) -> list[str]:
     lines = [f"{name} data: {_told(counts)}"]
     sources = counts["sources"] if len(counts["sources"]) > 1 else []
     lines += [f"{name} data: {source['path']}: {_told(source)}" for source in sources]
-    if plain := counts.get("chat_template_not_applied"):
+    if plain := counts.get(_TOLD_APART):
         lines.append(
             f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "
             "(data.text_as_messages=true makes their prompts user turns)"

@@ -12,6 +12,7 @@ from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, Sou
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.parts import EncodedPart, encode_part
+from dpo_dist.data.prepare import check_template_date
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.model.folder import description_folder
@@ -38,6 +39,7 @@ def rehearse(config: RunConfig) -> str:
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     refuse_unpackable(model_config, config.data.max_length)
+    check_template_date(config.data, tokenizer)
     lines = [
         ("run.dir", f"{config.run.dir}{_state(Path(str(config.run.dir)))}"),
         ("model.path", f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"),

@@ -87,6 +87,7 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
     assert_whole(store, assets, plain_rows, PAIRS)
     missing = 2 * PAIRS - len(left)
     assert told[0]["hits"] == len(left)
+    assert not list(left.folder.glob("*.tmp-*"))
     assert told[0]["computed"] == told[0]["rows"] + told[1]["rows"] == missing
 
 

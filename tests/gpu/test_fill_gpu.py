@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.pack import PackedBatch
 from dpo_dist.distributed.runtime import World
 from dpo_dist.reference.fill import fill_store
@@ -33,16 +34,19 @@ def world() -> Iterator[World]:
 def pairs(folder: Path) -> PairDataset:
     """Pairs whose token ids are all different."""
     lengths = np.random.default_rng(0).integers(1, 40, 3 * PAIRS)
+    ids = np.arange(lengths.sum(), dtype=np.int32)
+    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    keys = [response_key(pieces[n - n % 3], pieces[n]) for n in range(3 * PAIRS) if n % 3]
     return PairDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
         source_pairs=(PAIRS,),
-        ids=np.arange(lengths.sum(), dtype=np.int32),
+        ids=ids,
         piece_starts=np.cumsum(lengths) - lengths,
         piece_tokens=lengths,
         pair_pieces=np.arange(3, 3 * PAIRS + 1, 3),
-        keys=np.arange(4 * PAIRS, dtype=np.uint64).reshape(-1, 2),
+        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(2 * PAIRS, np.nan),
         origins=np.zeros((PAIRS, 2), dtype=np.int64),
     )

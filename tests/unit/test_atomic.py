@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from dpo_dist.atomic import (
+    collect_abandoned,
     is_temporary,
     recover_folder,
     staged_file,
@@ -206,3 +207,20 @@ def test_private_files_become_as_open_as_the_umask_lets_them(tmp_path: Path) -> 
         os.close(descriptor)
     (private,) = (tmp_path / "folder").iterdir()
     assert private.stat().st_mode == plain.stat().st_mode
+
+
+def test_only_what_dead_writers_left_is_collected(tmp_path: Path) -> None:
+    """Not what is being written, and not the folder that a killed commit had moved aside."""
+    living, file = temporary_name(tmp_path / "folder"), temporary_name(tmp_path / "file")
+    dead = file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    old, new = tmp_path / "old.tmp-0123456789ab", tmp_path / "new.tmp-0123456789ab"
+    aside, superseded = tmp_path / "gone.tmp-replaced-01", tmp_path / "there.tmp-replaced-01"
+    for folder in (living, aside, superseded, tmp_path / "there"):
+        folder.mkdir()
+    for one in (file, dead, old, new):
+        one.write_bytes(b"")
+    for one in (old, aside, superseded):
+        os.utime(one, (0, 0))
+    assert collect_abandoned(tmp_path) == sorted([dead, old, superseded])
+    assert names(tmp_path) == sorted(path.name for path in (living, file, new, aside, tmp_path / "there"))
+    assert collect_abandoned(tmp_path / "missing") == []

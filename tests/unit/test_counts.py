@@ -59,7 +59,10 @@ def test_every_source_is_told(tmp_path: Path) -> None:
     ]
     lines = counts_told("train", counts)
     assert "43 of 44 records kept" in lines[0]
-    assert any(second in line and "1 dropped (missing_field)" in line for line in lines)
+    assert lines[1:3] == [
+        f"train data: {first}: 40 of 40 records kept, 40 pairs",
+        f"train data: {second}: 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
+    ]
     json.dumps(counts)
 
 
@@ -97,10 +100,12 @@ def test_an_empty_source_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_record_of_each_reason_is_kept_for_its_detail(tmp_path: Path) -> None:
-    rows = [TEXT | {"chosen": ""}] * 200 + [{"question": "q", "answer": "a"}] * 300 + GOOD
-    with pytest.raises(DataError) as raised:
-        opened(tmp_path, jsonl(tmp_path, *rows))
-    assert "question (text)" in raised.value.got
+    """Also where more of another reason stand before it, in the same chunk or in earlier ones."""
+    for empty, unknown in ((30, 34), (200, 300)):
+        rows = [TEXT | {"chosen": ""}] * empty + [{"question": "q", "answer": "a"}] * unknown + GOOD
+        with pytest.raises(DataError) as raised:
+            opened(tmp_path, jsonl(tmp_path, *rows))
+        assert "question (text)" in raised.value.got
 
 
 def test_records_that_occur_again_are_counted(tmp_path: Path) -> None:

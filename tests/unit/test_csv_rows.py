@@ -91,12 +91,13 @@ def test_an_open_cell_that_another_line_closes_does_not_hide_lines(tmp_path: Pat
     assert good_lines(records)[-1] == 5
 
 
-def test_two_open_cells_cost_two_lines(tmp_path: Path) -> None:
-    rows = ["q,a,b"] * 40
+def test_three_open_cells_cost_three_lines_and_no_order(tmp_path: Path) -> None:
+    rows = [f"q{n},a,b" for n in range(40)]
     rows[10] = rows[20] = rows[30] = 'q,"open,b'
     records = read(tmp_path, "".join(f"{row}\n" for row in rows))
     assert [line for line, reason in outcomes(records) if reason] == [12, 22, 32]
-    assert len(records) == 40
+    prompts = [record.prompt for record in records if isinstance(record, PreferenceRecord)]
+    assert prompts == [f"q{n}" for n in range(40) if n not in (10, 20, 30)]
 
 
 def test_a_record_above_the_limit_is_bad_and_reading_goes_on(

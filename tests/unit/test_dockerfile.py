@@ -1,6 +1,9 @@
 """The image installs what constraints.txt pins, holds nothing else, and does not run as root."""
 
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,31 @@ def test_it_does_not_run_as_root() -> None:
     names = [name for name, _ in instructions()]
     assert arguments("USER") == ["trainer"]
     assert "RUN" not in names[names.index("USER") :]
+
+
+def test_network_cards_and_nvme_are_usable() -> None:
+    packages = " ".join(rest for rest in arguments("RUN") if "apt-get install" in rest)
+    for package in ("rdma-core", "libibverbs1", "ibverbs-providers", "libaio-dev"):
+        assert package in packages.split()
+
+
+def test_extras_of_the_build_are_those_of_the_package() -> None:
+    """The command that reads them, run as the image runs it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    run = next(rest for rest in arguments("RUN") if "$EXTRAS" in rest)
+    program = re.search(r"python -c '(.*?)'", run)
+    assert program is not None
+    for extra in ("quantization", "liger"):
+        told = subprocess.run(
+            [sys.executable, "-c", program[1], extra], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert told.stdout.split() == extras[extra]
+        assert f"{extra}" in (ROOT / "Dockerfile").read_text()
+
+
+def test_what_the_run_line_mounts_belongs_to_the_user() -> None:
+    head = (ROOT / "Dockerfile").read_text().partition("FROM")[0]
+    mounted = re.findall(r'-v "[^":]+:([^"]+)"', head)
+    made = " ".join(rest for rest in arguments("RUN") if "--owner=trainer" in rest).split()
+    assert mounted
+    assert set(mounted) <= set(made)

@@ -156,6 +156,16 @@ def test_whole_modules_beside_the_model_are_told(tmp_path: Path, caplog: pytest.
     assert all(name in caplog.text for name in foreign)
 
 
+def test_a_model_that_is_quantized_in_its_files_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    with pytest.raises(ConfigError, match="quantized in their files") as raised:
+        load(folder)
+    assert "fp8" in raised.value.got
+
+
 def test_noise_of_a_router_is_off_in_training(tmp_path: Path) -> None:
     config = tiny_config("mixtral", router_jitter_noise=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

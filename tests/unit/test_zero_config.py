@@ -4,7 +4,8 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dpo_dist.config.schema import Dtype, Offload
-from dpo_dist.distributed.zero import fetching_layers_ahead, frozen_config
+from dpo_dist.distributed.communication import fetching_layers_ahead
+from dpo_dist.distributed.zero import frozen_config
 
 
 @pytest.mark.parametrize(
