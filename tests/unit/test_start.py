@@ -1,9 +1,12 @@
 """What is said before torch is imported, what `--check` looks at, and that failed starts leave nothing."""
 
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +133,46 @@ def test_other_ends_keep_it(assets: Path, tmp_path: Path, monkeypatch: pytest.Mo
     # What an earlier start has left is not this one's to remove.
     monkeypatch.setattr("dpo_dist.training.start._START_SECONDS", -1e9)
     refused(run_of(assets, tmp_path, f"run.dir={config.run.dir}", "data.eval=[/nowhere/a.jsonl]"))
+    assert log.is_file()
+
+
+def test_a_log_of_before_is_kept_although_this_start_adds_to_it(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(assets, tmp_path)
+    log = Path(str(config.run.dir)) / "logs" / "rank-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("how an earlier start ended\n")
+    monkeypatch.setattr("dpo_dist.training.start._START_SECONDS", 0.0)
+    time.sleep(0.05)
+    with contextlib.suppress(DataError), without_traces(config):
+        log.write_text(log.read_text() + "what libraries say\n")
+        raise DataError("too many bad records")
+    assert "how an earlier start ended" in log.read_text()
+
+
+@pytest.mark.parametrize("of_success", [False, True])
+def test_the_folder_of_a_start_that_runs_is_kept(of_success: bool, assets: Path, tmp_path: Path) -> None:
+    """A second start, or a check, in the first minute of a run that encodes."""
+    config = run_of(assets, tmp_path)
+    run_dir = Path(str(config.run.dir))
+    run_dir.mkdir(parents=True)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(DataError), without_traces(config, of_success=of_success):
+            if not of_success:
+                raise DataError("no such file")
+        assert (run_dir / ".lock").is_file()
+
+
+def test_a_check_removes_no_file(assets: Path, tmp_path: Path) -> None:
+    """Whose lock is not to be seen: it has not joined yet, or is on another host."""
+    config = run_of(assets, tmp_path)
+    log = Path(str(config.run.dir)) / "logs" / "rank-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("what libraries say\n")
+    with without_traces(config, of_success=True):
+        check_start(config)
     assert log.is_file()
 
 
