@@ -7,12 +7,14 @@ which the processes met, and a thread of each process looks for them and for dea
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -25,6 +27,8 @@ _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 8.0
 _STORE_SECONDS = 10
 _FAILURES, _EXIT_CODE = "failures", "exit_code"
+
+T = TypeVar("T")
 
 Tell = Callable[[str], None]
 
@@ -59,6 +63,17 @@ class Neighbours:
         others = [peer for peer in peers if peer.host == own.host and peer is not own]
         self._visible = [peer for peer in others if peer.is_alive]
         self._own, self._size = own, len(peers)
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process."""
+        return self._own.rank
+
+    @property
+    def lowest_rank_but_0(self) -> int:
+        """Of the processes of the run on this host; 0 if there is no other."""
+        ranks = [peer.rank for peer in (self._own, *self._visible) if peer.rank > 0]
+        return min(ranks, default=0)
 
     def lost(self) -> list[Peer]:
         """Return those that have died."""
@@ -95,31 +110,51 @@ class FailureRecord:
         Returns:
             Whether it is the first to fail, and so the one that prints why; None if that cannot be known.
         """
-        if self._store is None:
-            return True if self._size == 1 else None
-        with contextlib.suppress(RuntimeError):
-            is_first = bool(self._store.add(_FAILURES, 1) == 1)
+
+        def add(store: Store) -> bool:
+            is_first = bool(store.add(_FAILURES, 1) == 1)
             if is_first:
-                self._store.set(_EXIT_CODE, str(exit_code))
+                store.set(_EXIT_CODE, str(exit_code))
             return is_first
-        return None
+
+        return True if self._size == 1 else self._ask(add)
 
     def exit_code(self) -> int | None:
         """Return the exit code of the first failure, None if there is none."""
-        if self._known is None and self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                if self._store.check([_EXIT_CODE]):
-                    self._known = int(self._store.get(_EXIT_CODE))
+        if self._known is None:
+            self._known = self._ask(
+                lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None
+            )
         return self._known
 
     def wait_for_all(self, seconds: float) -> None:
         """Wait until every process has reported, at most `seconds`."""
         deadline = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):
-            while self._store is not None and time.monotonic() < deadline:
-                if self._store.add(_FAILURES, 0) >= self._size:
-                    return
-                time.sleep(0.05)
+        while time.monotonic() < deadline:
+            reported = self._ask(lambda store: int(store.add(_FAILURES, 0)))
+            if reported is None or reported >= self._size:
+                return
+            time.sleep(0.05)
+
+    def _ask(self, question: Callable[[Store], T]) -> T | None:
+        """What the store answers; None if it is gone, or silent, and then it is not asked again.
+
+        A call has no time limit of its own: it waits for ever for a host that hangs.
+        """
+        store, answers = self._store, list[T]()
+        if store is None:
+            return None
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question(store))
+
+        asking = threading.Thread(target=ask, name="failures", daemon=True)
+        asking.start()
+        asking.join(_STORE_SECONDS)
+        if asking.is_alive():
+            self._store = None
+        return answers[0] if answers else None
 
 
 def settle(error: DpoDistError, rank: int, record: FailureRecord) -> None:
@@ -127,6 +162,31 @@ def settle(error: DpoDistError, rank: int, record: FailureRecord) -> None:
     is_first = record.report(error.exit_code)
     error.speaker = rank if is_first or (is_first is None and rank == 0) else NOBODY
     record.wait_for_all(FAREWELL_SECONDS)
+
+
+def nobody_answered(
+    failure: BaseException, neighbours: Neighbours, record: FailureRecord
+) -> PeerLostError | None:
+    """Return `failure` as an error for the user if a collective call waited in vain for a living process.
+
+    The first that finds out prints it; where that cannot be known, one process of each host: on the host that
+    has the store, and may be the silent one, the one of the second rank.
+    """
+    told = (str(failure).splitlines() or [""])[0]
+    if not isinstance(failure, RuntimeError) or not re.search("timed ?out|timeout", told, re.IGNORECASE):
+        return None
+    error = PeerLostError(
+        "a process of the run does not answer",
+        got=told[:300],
+        expected="an answer within parallelism.timeout_seconds",
+        remedy="see which logs/rank-N.log was the first to fall silent (its node, network or file system may "
+        "hang) and end that process; the same command again resumes from the last checkpoint",
+    )
+    rank, is_first = neighbours.rank, record.report(error.exit_code)
+    speaks = rank == neighbours.lowest_rank_but_0 if is_first is None else is_first
+    error.speaker = rank if speaks else NOBODY
+    record.wait_for_all(FAREWELL_SECONDS)
+    return error
 
 
 def failed_elsewhere(exit_code: int) -> PeerLostError:

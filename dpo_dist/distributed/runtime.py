@@ -34,6 +34,7 @@ from dpo_dist.distributed.peers import (
     Peer,
     Tell,
     failed_elsewhere,
+    nobody_answered,
     settle,
 )
 from dpo_dist.errors import DpoDistError, disk_error
@@ -226,7 +227,7 @@ class World:
                 time.sleep(FAREWELL_SECONDS)
                 return error
             time.sleep(0.2)
-        return None
+        return nobody_answered(failure, neighbours, record)
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:

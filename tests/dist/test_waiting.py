@@ -1,5 +1,7 @@
 """How long ranks wait for each other: as configured in every process group, longer only for one that is working."""
 
+import os
+import signal
 import time
 from datetime import timedelta
 from functools import partial
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dpo_dist.config.schema import ParallelismKind
+from dpo_dist.distributed import peers, runtime
 from dpo_dist.distributed.runtime import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
@@ -62,8 +65,31 @@ def silent_work(world: World, _folder: Path) -> None:
 
 
 def test_a_silent_rank_is_not_waited_for(tmp_path: Path) -> None:
-    """Set-up, checkpoints and fill rounds: a hung file system must not hold the allocation."""
+    """Set-up, checkpoints and fill rounds: a hung file system must not hold the allocation. It is one block."""
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
-    assert second.error == "RuntimeError", second.log
+    assert (second.error, second.speaker) == ("PeerLostError", 1), second.log
+    assert "does not answer" in second.told
     assert "Timed out" in second.told
+
+
+def stopped_host_of_the_store(world: World, _folder: Path) -> None:
+    peers._STORE_SECONDS = runtime._PEER_PATIENCE_SECONDS = 2
+    if world.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    world.barrier()
+
+
+def test_a_hanging_process_that_has_the_store_is_not_waited_for(tmp_path: Path) -> None:
+    """What processes tell each other about failures goes through rank 0 or its launcher."""
+    ranks = start_ranks(stopped_host_of_the_store, 3, tmp_path / "ranks", timeout=2)
+    deadline = time.monotonic() + 40
+    while not all((tmp_path / "ranks" / f"rank-{rank}.json").exists() for rank in (1, 2)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    os.kill(ranks.processes[0].pid, signal.SIGKILL)
+    _, second, third = ranks.finish()
+    assert (second.error, second.speaker) == ("PeerLostError", 1), second.log
+    assert "does not answer" in second.told
+    assert (third.error, third.speaker) == ("PeerLostError", peers.NOBODY), third.log
