@@ -182,8 +182,8 @@ class World:
         Args:
             tell: prints a block on the screen, from whichever rank, if the main thread is blocked.
         """
+        neighbours = Neighbours(self.peers, self.rank)  # before connecting, in which time one may die
         record = FailureRecord(self.size)
-        neighbours = Neighbours(self.peers, self.rank)
         monitor = Monitor(neighbours, self.rank, record, tell)
         previous = signal.signal(signal.SIGTERM, _raise_terminated)
         if self.size > 1:

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,17 +59,18 @@ class History:
         self._widen(key for row in rows for key in row)
 
     @classmethod
-    def open(cls, folder: Path, resume_step: int | None) -> "History":
+    def open(
+        cls, folder: Path, resume_step: int | None, say: Callable[[str], None] = _log.warning
+    ) -> "History":
         """Start a history, or take up the one in `folder`.
 
         Args:
             folder: created if missing.
             resume_step: the step of the checkpoint that training goes on from. Later rows are dropped,
                 because their steps are computed again. `None` starts with no rows, whatever is in `folder`.
-
-        A history that cannot be read is reported as a warning: it is no reason to lose a training run.
+            say: tells of a history that cannot be read, which is no reason to lose a training run.
         """
-        rows = [] if resume_step is None else _read_rows(folder / LOG_NAME, resume_step)
+        rows = [] if resume_step is None else _read_rows(folder / LOG_NAME, resume_step, say)
         history = cls(folder, rows)
         history.save()
         return history
@@ -153,12 +154,12 @@ def read_rows(path: Path) -> list[Row]:
     return restored
 
 
-def _read_rows(path: Path, last_step: int) -> list[Row]:
+def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:
     try:
         rows = read_rows(path)
     except (OSError, ValueError) as error:
         if last_step > 0:
-            _log.warning("metrics up to step %d are lost, their record cannot be read: %s", last_step, error)
+            say(f"warning: metrics up to step {last_step} are lost, their record cannot be read: {error}")
         return []
     return [row for row in rows if row["step"] <= last_step]
 

@@ -89,6 +89,8 @@ def train(config: RunConfig, console: Console) -> int:
             load_checkpoint(checkpoint, changing, world)
             position = Position.of(checkpoint.state)
             console.say(f"resuming from {checkpoint.folder}")
+            for name in checkpoint.damaged:
+                console.say(f"warning: checkpoint {name} is damaged and not used")
         elif reference.is_policys_start and config.reference.audit_pairs:
             policy.train(False)
             drift = pass_gate(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
@@ -237,6 +239,6 @@ def _open_recorder(
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
-    history = History.open(run_dir / METRICS_FOLDER, step or None)
+    history = History.open(run_dir / METRICS_FOLDER, step or None, console.say)
     tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
     return Recorder(run_dir, history, tracker)

@@ -66,7 +66,10 @@ def read_state(run_dir: Path) -> RunState | None:
     file = run_dir / STATE_NAME
     try:
         content = json.loads(file.read_bytes())
-        return RunState(**{**content, "outcome": Outcome(content["outcome"])})
+        state = RunState(**{**content, "outcome": Outcome(content["outcome"])})
+        if not isinstance(state.step, int) or not isinstance(state.identity, dict):
+            raise TypeError("step is a number, and identity has digests by their names")
+        return state
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -102,7 +102,13 @@ def test_a_damaged_checkpoint_is_passed_over(overrides: Overrides, tmp_path: Pat
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    assert "step-000004" in train(command).output
+    record = tmp_path / "run/dpo_metrics/log_history.json"
+    record.write_text("[{")
+    screen = train(command).output
+    assert "resuming from" in screen
+    assert "step-000004" in screen
+    assert "checkpoint step-000005 is damaged" in screen
+    assert "metrics up to step 4 are lost" in screen
 
 
 def test_resume_never_and_must_keep_their_word(overrides: Overrides, tmp_path: Path) -> None:

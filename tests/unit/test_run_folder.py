@@ -72,7 +72,15 @@ def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert read_state(tmp_path) == state_of(outcome)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"outcome": "won", "step": 1, "identity": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}"),
+        '{"outcome": "won", "step": 1, "identity": {}}',
+        '{"outcome": "completed", "step": 1, "identity": null}',
+        '{"outcome": "completed", "step": "1", "identity": {}}',
+    ],
+)
 def test_a_state_that_cannot_be_read_is_an_error_and_no_fresh_start(content: str, tmp_path: Path) -> None:
     (tmp_path / STATE_NAME).write_text(content)
     with pytest.raises(CheckpointError, match="cannot be read"):
