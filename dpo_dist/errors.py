@@ -123,7 +123,7 @@ def disk_error(fault: BaseException) -> ConfigError | None:
         return None
     return ConfigError(
         "a file cannot be written or read",
-        where=str(fault.filename or "see logs/rank-N.log of the run"),
+        where=str(fault.filename or "run.dir, data.cache or reference.store"),
         got=str(fault.strerror),
         remedy="make room, or correct the path or its permissions; what was committed is complete, "
         "start the same command again",

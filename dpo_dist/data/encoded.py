@@ -6,11 +6,13 @@ response; where each pair was read; and what became of every record, from which 
 records follow. Its name is a digest of everything that decides the ids, never a path.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,8 @@ class SourceWriter:
     def _append(self, name: str, values: Any) -> None:
         array = np.asarray(values, dtype=_ARRAYS[name])
         content = array.tobytes()
-        self._streams[name].write(content)
+        with self._writing():
+            self._streams[name].write(content)
         self._hashes[name].update(content)
         self._sizes[name] += array.size
 
@@ -145,7 +148,20 @@ class SourceWriter:
     def close(self) -> None:
         """Close the files."""
         for stream in self._streams.values():
-            stream.close()
+            with self._writing():
+                stream.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk does not say which file it was
+            raise ConfigError(
+                "the encoded data cannot be written",
+                where="data.cache",
+                got=f"{self._folder}: {error}",
+                remedy="make room, or set data.cache to a folder on another disk",
+            ) from error
 
 
 def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:

@@ -18,8 +18,9 @@ from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data import parts as parts_module
 from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.encoded import SourceWriter
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.errors import DataError
+from dpo_dist.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.rows import jsonl
 
@@ -296,6 +297,19 @@ def test_data_replaced_while_they_are_read_are_not_kept(
     assert encoded_folders(tmp_path) == []
     path.write_bytes(original)
     assert len(opened(tmp_path, str(path))) == 7
+
+
+def test_a_full_disk_is_told_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnFullDisk(SourceWriter):
+        def __init__(self, folder: Path, path: str):
+            (folder / "ids.bin").symlink_to("/dev/full")
+            super().__init__(folder, path)
+
+    monkeypatch.setattr(prepare_module, "SourceWriter", OnFullDisk)
+    with pytest.raises(ConfigError, match="the encoded data cannot be written") as caught:
+        prepare(tmp_path, jsonl(tmp_path, *GOOD))
+    assert caught.value.where == "data.cache"
+    assert not encoded_folders(tmp_path)
 
 
 def test_a_start_reads_no_file_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
