@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.parts import EncodedPart, encode_part
 from dpo_dist.data.prepare import check_template_date
@@ -89,10 +91,13 @@ def _first_records(
     details = {bad.reason: bad.detail for _, bad in reversed(part.bad) if bad.detail}
     counts = DataCounts.of(Counter(part.outcomes), examples, details)
     dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
-    if not counts.kept:
-        # A share of so few records says little; none at all says enough.
-        check_counts(counts, f"{key}: {source.path}", config.data)
-    _check_loss(part, config.loss, f"{key}: {source.path}")
+    where = f"{key}: {source.path}"
+    if len(records) < _FIRST_RECORDS or not counts.kept:
+        check_counts(counts, where, config.data)
+    elif counts.changed["templated_text"] == counts.kept:
+        # A share of the first records says little; all or none of them says enough.
+        check_templated(counts, where, config.data)
+    _check_loss(part, config.loss, where)
     told = [f"{source.path}, {counts.kept} of the first {counts.read} records kept"]
     told += [f"{dropped} dropped"] if dropped else []
     told += [
@@ -111,5 +116,17 @@ def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
     if most > 2 and not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         what = {"got": f"rankings of up to {most} responses", "remedy": remedy}
+    if not what and LossKind.odpo in loss.kinds and not (_score_gaps(part) > 0).all():
+        what = {
+            "got": "no scores, or a chosen response that is not scored above the rejected one",
+            "remedy": "remove these pairs, or set another loss",
+        }
     if what:
         raise DataError(f"{', '.join(loss.kinds)} does not fit these records", where=where, **what)
+
+
+def _score_gaps(part: EncodedPart) -> npt.NDArray[np.float64]:
+    """Score of each pair's best response minus that of its worst; nan without scores."""
+    ends = np.cumsum(part.pair_pieces - 1)
+    gaps: npt.NDArray[np.float64] = part.scores[ends - part.pair_pieces + 1] - part.scores[ends - 1]
+    return gaps
