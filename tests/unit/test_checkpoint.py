@@ -21,7 +21,6 @@ from dpo_dist.distributed.manifest import MANIFEST, read_manifest
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
 
-
 ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 
