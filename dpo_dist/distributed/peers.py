@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -41,7 +42,7 @@ class Peer:
     @classmethod
     def here(cls, rank: int) -> "Peer":
         """This process."""
-        return cls(rank, socket.gethostname(), os.getpid(), os.readlink("/proc/self/ns/pid"))
+        return cls(rank, socket.gethostname(), os.getpid(), str(Path("/proc/self/ns/pid").readlink()))
 
     @property
     def is_alive(self) -> bool:
