@@ -16,6 +16,7 @@ SHARES = {
     "forward": 0.24,
     "backward": 0.5,
     "optimizer": 0.25,
+    "checkpoint": 0.0,
     "other": 0.009,
 }
 VOID = {"meta", "img"}
