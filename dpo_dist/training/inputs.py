@@ -34,7 +34,8 @@ from dpo_dist.report.console import Console
 # 64 MiB of ids.
 _IDS_AT_ONCE = 2**24
 
-_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources"})
+_TOLD_APART = "chat_template_not_applied"
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _TOLD_APART})
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
                 lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count),
                 console.heartbeat(f"preparing the {name} data"),
             )
-        dataset = world.together(lambda: open_dataset(encoded, config.data))
+        # A node that sees the files as another device verifies them anew.
+        opening = console.heartbeat(f"verifying the {name} data")
+        dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
         world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
         return _counting(dataset, duplicates=world.on_main(lambda: count_duplicates(dataset)))

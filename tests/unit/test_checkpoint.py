@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.schema import ParallelismKind
+from dpo_dist.config.schema import Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     check_same_processes,
     drop_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    saved_parallelism,
 )
 from dpo_dist.distributed.manifest import MANIFEST, read_manifest
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
+
+ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Run:
 
     root: Path
     keep_last: int = 2
-    parallelism: ParallelismKind = ParallelismKind.zero2
+    parallelism: ParallelismConfig = ZERO2
 
     def start(self) -> int:
         """Resume; returns the step, 0 for a fresh start."""
@@ -63,7 +66,7 @@ class Run:
     def save(self, *steps: int) -> None:
         for step in steps:
             self.weights.value = step
-            self.saver.save(step, {"step": step, "parallelism": "zero2"})
+            self.saver.save(step, {"step": step, **saved_parallelism(self.parallelism)})
             self.saver.commit()
 
     def left(self) -> list[str]:
@@ -168,13 +171,26 @@ def test_the_manifest_names_every_file_that_was_written(tmp_path: Path) -> None:
     assert files == {*read_manifest(folder), MANIFEST}
 
 
-def test_another_kind_of_parallelism_is_refused_with_the_right_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "remedy"),
+    [
+        (ParallelismConfig(ParallelismKind.zero3), "set parallelism.kind=zero2"),
+        (
+            ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
+            "set parallelism.offload_optimizer=none",
+        ),
+    ],
+)
+def test_another_sharding_or_optimizer_is_refused_with_the_right_one(
+    other: ParallelismConfig, remedy: str, tmp_path: Path
+) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(1)
-    run.parallelism = ParallelismKind.zero3
-    with pytest.raises(CheckpointError, match=r"set parallelism\.kind=zero2"):
+    run.parallelism = other
+    with pytest.raises(CheckpointError) as caught:
         run.start()
+    assert remedy in caught.value.remedy
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
