@@ -1,6 +1,7 @@
 """What can be known about a run before torch is imported and processes join: packages, files, folders."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -68,11 +69,26 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
 def _remove_traces(run_dir: Path, missing: list[Path], began: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if run_dir.is_dir() and _is_of_this_start(run_dir, began):
-        shutil.rmtree(run_dir, ignore_errors=True)
+    with _not_locked(run_dir) as is_free:
+        if is_free and run_dir.is_dir() and _is_of_this_start(run_dir, began):
+            shutil.rmtree(run_dir, ignore_errors=True)
     for folder in sorted(missing, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _not_locked(run_dir: Path) -> Iterator[bool]:
+    """Yield whether no other start has the lock of the folder (`folder.locked`), and keep it until the end."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context((run_dir / ".lock").open()), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, NotADirectoryError):
+            yield True
+        except OSError:  # locked, or on a file system that cannot tell
+            yield False
+        else:
+            yield True
 
 
 def _is_of_this_start(run_dir: Path, began: float) -> bool:

@@ -1,5 +1,6 @@
 """What is said before torch is imported, what `--check` looks at, and that failed starts leave nothing."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -139,6 +140,18 @@ def test_a_folder_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) 
     (Path(str(config.run.dir)) / kept).mkdir(parents=True)
     fail_after_logs(config, ConfigError("late"))
     assert (Path(str(config.run.dir)) / kept).is_dir()
+
+
+def test_the_folder_of_a_run_that_goes_on_is_kept(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    run_dir = Path(str(config.run.dir))
+    run_dir.mkdir(parents=True)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(run_of(assets, tmp_path, f"run.dir={run_dir}", "data.eval=[/nowhere/a.jsonl]"))
+        assert (run_dir / ".lock").is_file()
+    refused(run_of(assets, tmp_path, f"run.dir={run_dir}", "data.eval=[/nowhere/a.jsonl]"))
+    assert not run_dir.exists()
 
 
 def test_only_the_first_rank_removes(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
