@@ -81,8 +81,8 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     belong to the only split.
 
     Raises:
-        DataError: there is no data file, there are files of several kinds, some that tell no split beside others
-            that do, or none of the split; or a shard of it is missing.
+        DataError: there is no data file, there are files of several kinds, some that tell no split beside
+            others that do, or none of the split; or a shard of it is missing.
         ConfigError: a split is asked for and no file tells one.
     """
     below = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_beside_data(folder, file))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -31,16 +32,17 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Peer:
-    """Where a rank runs."""
+    """Where a rank runs; `namespace` is that of its process number, another one in each container."""
 
     rank: int
     host: str
     pid: int
+    namespace: str = ""
 
     @classmethod
     def here(cls, rank: int) -> "Peer":
         """This process."""
-        return cls(rank, socket.gethostname(), os.getpid())
+        return cls(rank, socket.gethostname(), os.getpid(), str(Path("/proc/self/ns/pid").readlink()))
 
     @property
     def is_alive(self) -> bool:
@@ -56,8 +58,8 @@ class Neighbours:
 
     def __init__(self, peers: Sequence[Peer], rank: int):
         own = peers[rank]
-        others = [peer for peer in peers if peer.host == own.host and peer is not own]
-        self._visible = [peer for peer in others if peer.is_alive]
+        here = [peer for peer in peers if (peer.host, peer.namespace) == (own.host, own.namespace)]
+        self._visible = [peer for peer in here if peer is not own]
         self._own, self._size = own, len(peers)
 
     def lost(self) -> list[Peer]:

@@ -93,15 +93,14 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
         world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
-        duplicates = world.on_main(lambda: counted_once(count_duplicates, cache, dataset), opening)
+        duplicates = world.on_main(partial(counted_once, count_duplicates, cache, dataset), opening)
         return _counting(dataset, duplicates=duplicates)
 
     train_set = encode("train", config.data.train)
     eval_set = encode("eval", config.data.eval) if config.data.eval else None
     if eval_set is not None:
-        held_out = eval_set
-        shared = world.on_main(lambda: counted_once(count_shared, cache, held_out, train_set))
-        eval_set = _counting(eval_set, also_in_train=shared)
+        also_in_train = world.on_main(partial(counted_once, count_shared, cache, eval_set, train_set))
+        eval_set = _counting(eval_set, also_in_train=also_in_train)
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
@@ -111,5 +112,13 @@ def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
     if most > 2 and not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         what = {"got": f"rankings of up to {most} responses", "remedy": remedy}
+    if LossKind.odpo in loss.kinds and not what:
+        ends = np.cumsum(part.pair_pieces - 1)
+        best, worst = ends - (part.pair_pieces - 1), ends - 1
+        if not (part.scores[best] > part.scores[worst]).all():
+            got = (
+                "records without scores, or with a chosen response that is not scored above the rejected one"
+            )
+            what = {"got": got, "remedy": "leave these records out, or set another loss.kind"}
     if what:
         raise DataError(f"{', '.join(loss.kinds)} does not fit these records", where=where, **what)

@@ -1,6 +1,5 @@
 """What is said before torch is imported, what `--check` looks at, and that failed starts leave nothing."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -13,8 +12,11 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model import extras
+from dpo_dist.report.console import Console
+from dpo_dist.training.folder import locked
 from dpo_dist.training.rehearse import rehearse
 from dpo_dist.training.start import check_start, without_traces
+from tests.support.alone import ALONE
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 
@@ -134,24 +136,28 @@ def test_other_ends_keep_it(assets: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert log.is_file()
 
 
+def test_another_start_in_the_same_folder_keeps_it(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    run_dir = Path(str(config.run.dir))
+    with locked(run_dir, ALONE, Console(None)), without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / ".lock").is_file()
+    with locked(run_dir, ALONE, Console(None)):
+        fail_after_logs(config, ConfigError("late"))
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+    # Before it has its lock, only its log tells of it.
+    (run_dir / ".lock").unlink()
+    with without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+
+
 @pytest.mark.parametrize("kept", ["checkpoints", "dpo_metrics", "model", "notes"])
 def test_a_folder_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path)
     (Path(str(config.run.dir)) / kept).mkdir(parents=True)
     fail_after_logs(config, ConfigError("late"))
     assert (Path(str(config.run.dir)) / kept).is_dir()
-
-
-def test_the_folder_of_a_run_that_goes_on_is_kept(assets: Path, tmp_path: Path) -> None:
-    config = run_of(assets, tmp_path)
-    run_dir = Path(str(config.run.dir))
-    run_dir.mkdir(parents=True)
-    with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(run_of(assets, tmp_path, f"run.dir={run_dir}", "data.eval=[/nowhere/a.jsonl]"))
-        assert (run_dir / ".lock").is_file()
-    refused(run_of(assets, tmp_path, f"run.dir={run_dir}", "data.eval=[/nowhere/a.jsonl]"))
-    assert not run_dir.exists()
 
 
 def test_only_the_first_rank_removes(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +198,7 @@ def rows(file: Path, *rows: dict[str, object]) -> Path:
 
 
 COMPLETION = {"prompt": "Say hello.", "completion": "Hello!"}
+PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
 UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 
 
@@ -200,6 +207,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
     [
         ([UNKNOWN] * 3, [], "no usable record was read"),
         ([COMPLETION], [], "sigmoid does not fit these records"),
+        ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
         ([], [], "no records"),
     ],
 )
