@@ -158,7 +158,8 @@ def _instruction(row: Row) -> list[Row] | None:
     history = row.get("history") or []
     if row.get("instruction") is None or not isinstance(history, list):
         return None
-    turns = [("system", row["system"])] if row.get("system") else []
+    system = row.get("system") or row.get("system_prompt")
+    turns = [("system", system)] if system else []
     for exchange in history:
         if not isinstance(exchange, list) or len(exchange) != 2:
             return None

@@ -151,8 +151,8 @@ def check_templated(counts: DataCounts, path: str, config: DataConfig) -> None:
         raise DataError(
             f"a chat template has already been applied to {templated} of {counts.kept} texts",
             where=path,
-            got="turns of a chat template, or its BOS, spelt in the prompt",
-            expected="prompts as plain texts or messages",
+            got="turns of a chat template or BOS spelt in the prompt, or the end of a turn in an answer",
+            expected="prompts and answers as plain texts or messages",
             remedy="set data.template=applied to read them as they stand, or data.template=literal if the "
             "model is meant to see these tokens spelt out",
         )

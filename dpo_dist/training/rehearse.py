@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
@@ -116,17 +115,13 @@ def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
     if most > 2 and not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         what = {"got": f"rankings of up to {most} responses", "remedy": remedy}
-    if not what and LossKind.odpo in loss.kinds and not (_score_gaps(part) > 0).all():
-        what = {
-            "got": "no scores, or a chosen response that is not scored above the rejected one",
-            "remedy": "remove these pairs, or set another loss",
-        }
+    if LossKind.odpo in loss.kinds and not what:
+        ends = np.cumsum(part.pair_pieces - 1)
+        best, worst = ends - (part.pair_pieces - 1), ends - 1
+        if not (part.scores[best] > part.scores[worst]).all():
+            got = (
+                "records without scores, or with a chosen response that is not scored above the rejected one"
+            )
+            what = {"got": got, "remedy": "leave these records out, or set another loss.kind"}
     if what:
         raise DataError(f"{', '.join(loss.kinds)} does not fit these records", where=where, **what)
-
-
-def _score_gaps(part: EncodedPart) -> npt.NDArray[np.float64]:
-    """Score of each pair's best response minus that of its worst; nan without scores."""
-    ends = np.cumsum(part.pair_pieces - 1)
-    gaps: npt.NDArray[np.float64] = part.scores[ends - part.pair_pieces + 1] - part.scores[ends - 1]
-    return gaps
