@@ -23,6 +23,7 @@ _FOREIGN_MARKS = (
     "<start_of_turn>",
     "[INST]",
 )
+FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _OPEN, _CLOSE = "<think>", "</think>"
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
-from dpo_dist.config.schema import ParallelismKind
+from dpo_dist.config.schema import ParallelismConfig
 from dpo_dist.distributed.manifest import Entries, describe_files, find_faults, has_all_files, write_manifest
 from dpo_dist.distributed.runtime import World
 from dpo_dist.errors import CheckpointError
@@ -155,13 +155,13 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def check_same_processes(checkpoint: Checkpoint, kind: ParallelismKind, world: World) -> None:
-    """Accept a checkpoint that as many processes of the same kind of parallelism wrote.
+def check_same_processes(checkpoint: Checkpoint, parallelism: ParallelismConfig, world: World) -> None:
+    """Accept a checkpoint that as many processes wrote, with the same sharding and the same optimizer.
 
     Raises:
-        CheckpointError: its shards fit another number of processes, or another kind of parallelism.
+        CheckpointError: its shards or its optimizer states are others.
     """
-    saved_ranks, saved_kind = checkpoint.state["world_size"], checkpoint.state.get("parallelism", kind)
+    saved_ranks = checkpoint.state["world_size"]
     if saved_ranks != world.size:
         raise CheckpointError(
             "the checkpoint was written by another number of processes",
@@ -170,14 +170,24 @@ def check_same_processes(checkpoint: Checkpoint, kind: ParallelismKind, world: W
             expected=f"{saved_ranks}",
             remedy=f"launch {saved_ranks} processes, or start afresh with another run.dir",
         )
-    if saved_kind != kind:
-        raise CheckpointError(
-            "the checkpoint was written with another kind of parallelism",
-            where=str(checkpoint.folder),
-            got=f"parallelism.kind={kind}",
-            expected=f"parallelism.kind={saved_kind}",
-            remedy=f"set parallelism.kind={saved_kind}, or start afresh with another run.dir",
-        )
+    for key, value in saved_parallelism(parallelism).items():
+        saved = checkpoint.state.get(key, value)
+        if saved != value:
+            raise CheckpointError(
+                f"the checkpoint was written with another {key}",
+                where=str(checkpoint.folder),
+                got=f"{key}={value}",
+                expected=f"{key}={saved}",
+                remedy=f"set {key}={saved}, or start afresh with another run.dir",
+            )
+
+
+def saved_parallelism(parallelism: ParallelismConfig) -> dict[str, str]:
+    """Return the options that shards and optimizer states depend on, as a checkpoint's state has them."""
+    return {
+        "parallelism.kind": parallelism.kind.value,
+        "parallelism.offload_optimizer": parallelism.offload_optimizer.value,
+    }
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
@@ -189,7 +199,7 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
         torch.cuda.set_rng_state(states["cuda"])
 
 
@@ -200,7 +210,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def drop_checkpoints(root: Path) -> None:
     """Delete every checkpoint below `root`; on one rank."""
-    for folder in root.glob("step-*"):
+    unfinished = [folder for folder in root.glob("step-*") if is_temporary(folder)]
+    for folder in [*_committed(root), *unfinished]:
         shutil.rmtree(folder, ignore_errors=True)
     (root / _LATEST).unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.schedule import Rows
-from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint, saved_parallelism
 from dpo_dist.distributed.nvme import demand_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.runtime import World, start_world, stop_world
@@ -115,7 +115,7 @@ def train(config: RunConfig, console: Console) -> int:
                 world,
                 checkpoint.damaged if checkpoint is not None else (),
             ),
-            identity={**identity, "parallelism": config.parallelism.kind.value},
+            identity={**identity, **saved_parallelism(config.parallelism)},
             stop_wanted=stop,
         )
         exit_code = run_to_its_end(loop, position, Ending(inputs, identity, report))

@@ -134,7 +134,7 @@ def find_start(config: RunConfig, run_dir: Path, world: World) -> Start:
         _check_fresh_start(config.run.resume, run_dir, is_finished, has_model)
         return Start()
     check_identity(checkpoint.state, {"run_digest": run_digest(config)}, checkpoint.folder)
-    check_same_processes(checkpoint, config.parallelism.kind, world)
+    check_same_processes(checkpoint, config.parallelism, world)
     return Start(checkpoint)
 
 

@@ -1,6 +1,7 @@
 """What can be known about a run before torch is imported and processes join: packages, files, folders."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -49,7 +50,9 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
         config: names the folders.
         of_success: remove them where it ends well, too.
     """
-    began = time.time()
+    began, run_dir = time.time(), Path(str(config.run.dir))
+    # Of another start, which may be at work: this one's first rank has not opened its log yet.
+    is_used = (run_dir / "logs" / "rank-0.log").exists()
     missing = [
         path
         for folder in _needed_folders(config).values()
@@ -59,16 +62,16 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     try:
         yield
     except (ConfigError, DataError):
-        _remove_traces(Path(str(config.run.dir)), missing, began)
+        _remove_traces(run_dir, is_used, missing, began)
         raise
     if of_success:
-        _remove_traces(Path(str(config.run.dir)), missing, began)
+        _remove_traces(run_dir, is_used, missing, began)
 
 
-def _remove_traces(run_dir: Path, missing: list[Path], began: float) -> None:
+def _remove_traces(run_dir: Path, is_used: bool, missing: list[Path], began: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if run_dir.is_dir() and _is_of_this_start(run_dir, began):
+    if not is_used and run_dir.is_dir() and _is_of_this_start(run_dir, began):
         shutil.rmtree(run_dir, ignore_errors=True)
     for folder in sorted(missing, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
@@ -77,10 +80,22 @@ def _remove_traces(run_dir: Path, missing: list[Path], began: float) -> None:
 
 def _is_of_this_start(run_dir: Path, began: float) -> bool:
     """Whether all that is in the folder was written by this start, before a first step."""
-    if not {entry.name for entry in run_dir.iterdir()} <= _BEFORE_THE_FIRST_STEP:
+    if not {entry.name for entry in run_dir.iterdir()} <= _BEFORE_THE_FIRST_STEP or _is_locked(run_dir):
         return False
     files = [file for file in run_dir.rglob("*") if file.is_file()]
     return bool(files) and all(file.stat().st_ctime > began - _START_SECONDS for file in files)
+
+
+def _is_locked(run_dir: Path) -> bool:
+    """Whether another start is at work in the folder, as far as its file system can lock files."""
+    try:
+        with (run_dir / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _needed_folders(config: RunConfig) -> dict[str, Path]:

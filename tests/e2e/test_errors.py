@@ -82,10 +82,13 @@ def test_a_broken_line_is_dropped_counted_and_shown(
     assert counts["examples"] == [f"{broken_line}:4 unparsable"]
 
 
-def test_more_bad_records_than_allowed_is_an_error(overrides: Overrides, broken_line: Path) -> None:
+def test_more_bad_records_than_allowed_is_an_error(
+    overrides: Overrides, broken_line: Path, tmp_path: Path
+) -> None:
     fails_with(
         overrides(f"data.train=[{broken_line}]", "data.max_bad_share=0.01"), "broken.jsonl:4", "1 of 23"
     )
+    assert not (tmp_path / "run").exists(), "a start that fails before its first step leaves no run folder"
 
 
 def test_two_processes_print_one_block(overrides: Overrides, assets: Path) -> None:

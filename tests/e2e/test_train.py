@@ -65,6 +65,7 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
     assert (told["exit"], told["steps"], told["pairs_seen"], told["world_size"]) == ("completed", 4, 23, 2)
     assert told["reference"]["computed"] == 2 * (23 + 5)
     assert told["final"]["loss"] == steps[-1]["loss"]
+    assert (told["settings"]["loss.kind"], told["settings"]["optim.lr"]) == ("sigmoid", 1e-4)
     assert told["peak_memory_bytes"] > 0
 
 

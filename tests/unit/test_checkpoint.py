@@ -3,22 +3,26 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_dist.config.schema import ParallelismKind
+from dpo_dist.config.schema import Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     check_same_processes,
+    drop_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    saved_parallelism,
 )
 from dpo_dist.distributed.manifest import MANIFEST, read_manifest
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
+
+ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Run:
 
     root: Path
     keep_last: int = 2
-    parallelism: ParallelismKind = ParallelismKind.zero2
+    parallelism: ParallelismConfig = ZERO2
 
     def start(self) -> int:
         """Resume; returns the step, 0 for a fresh start."""
@@ -62,7 +66,7 @@ class Run:
     def save(self, *steps: int) -> None:
         for step in steps:
             self.weights.value = step
-            self.saver.save(step, {"step": step, "parallelism": "zero2"})
+            self.saver.save(step, {"step": step, **saved_parallelism(self.parallelism)})
             self.saver.commit()
 
     def left(self) -> list[str]:
@@ -145,6 +149,9 @@ def test_folders_of_people_are_no_checkpoints(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000002-best")
     run.save(3, 4)
     assert run.left() == ["step-000002-best", "step-000003", "step-000004"]
+    (tmp_path / "step-000005.tmp-0123456789ab").mkdir()
+    drop_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002-best"]
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
@@ -164,13 +171,26 @@ def test_the_manifest_names_every_file_that_was_written(tmp_path: Path) -> None:
     assert files == {*read_manifest(folder), MANIFEST}
 
 
-def test_another_kind_of_parallelism_is_refused_with_the_right_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "remedy"),
+    [
+        (ParallelismConfig(ParallelismKind.zero3), "set parallelism.kind=zero2"),
+        (
+            ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
+            "set parallelism.offload_optimizer=none",
+        ),
+    ],
+)
+def test_another_sharding_or_optimizer_is_refused_with_the_right_one(
+    other: ParallelismConfig, remedy: str, tmp_path: Path
+) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(1)
-    run.parallelism = ParallelismKind.zero3
-    with pytest.raises(CheckpointError, match=r"set parallelism\.kind=zero2"):
+    run.parallelism = other
+    with pytest.raises(CheckpointError) as caught:
         run.start()
+    assert remedy in caught.value.remedy
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
@@ -180,3 +200,16 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     wanted = torch.rand(3).tolist()
     run.start()
     assert torch.rand(3).tolist() == wanted
+
+
+def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no state of the GPU's random numbers, of which training takes none."""
+    run = Run(tmp_path)
+    run.start()
+    run.save(1)
+    found = latest_checkpoint(tmp_path, ALONE)
+    assert found is not None
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
+    load_checkpoint(found, [run.weights], replace(ALONE, device=torch.device("cuda")))
+    assert not taken

@@ -53,7 +53,7 @@ def config_in(run_dir: Path, keep_last: int = 2, resume: Resume = Resume.auto) -
 
 def save_checkpoint(run_dir: Path, step: int) -> None:
     saver = CheckpointSaver(run_dir / CHECKPOINTS, 2, [], ALONE)
-    saver.save(step, {"step": step, "parallelism": "zero3", **IDENTITY})
+    saver.save(step, {"step": step, **IDENTITY})
     saver.commit()
 
 

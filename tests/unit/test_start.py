@@ -12,8 +12,11 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model import extras
+from dpo_dist.report.console import Console
+from dpo_dist.training.folder import locked
 from dpo_dist.training.rehearse import rehearse
 from dpo_dist.training.start import check_start, without_traces
+from tests.support.alone import ALONE
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 
@@ -133,6 +136,22 @@ def test_other_ends_keep_it(assets: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert log.is_file()
 
 
+def test_another_start_in_the_same_folder_keeps_it(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    run_dir = Path(str(config.run.dir))
+    with locked(run_dir, ALONE, Console(None)), without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / ".lock").is_file()
+    with locked(run_dir, ALONE, Console(None)):
+        fail_after_logs(config, ConfigError("late"))
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+    # Before it has its lock, only its log tells of it.
+    (run_dir / ".lock").unlink()
+    with without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+
+
 @pytest.mark.parametrize("kept", ["checkpoints", "dpo_metrics", "model", "notes"])
 def test_a_folder_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path)
@@ -179,6 +198,8 @@ def rows(file: Path, *rows: dict[str, object]) -> Path:
 
 
 COMPLETION = {"prompt": "Say hello.", "completion": "Hello!"}
+PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
+TEMPLATED = PAIR | {"prompt": "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"}
 UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 
 
@@ -187,7 +208,12 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
     [
         ([UNKNOWN] * 3, [], "no usable record was read"),
         ([COMPLETION], [], "sigmoid does not fit these records"),
+        ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
         ([], [], "no records"),
+        ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
+        ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
+        ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
+        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo does not fit"),
     ],
 )
 def test_a_check_reads_the_first_records(

@@ -1,5 +1,6 @@
 """Templates with clocks, opened thoughts, ordinary tokens as marks; texts that went through a template."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,28 @@ def test_texts_that_went_through_a_template_are_counted_and_refused_where_most_a
         opened(tmp_path, [plain, written, written], TextTemplate.auto)
     assert "data.template=applied" in raised.value.remedy
     for template in (TextTemplate.applied, TextTemplate.literal):
-        assert opened(tmp_path, [plain, written, written], template)["templated_text"] == 2
+        counts = opened(tmp_path, [plain, written, written], template)
+        assert counts["templated_text"] == 2
+        # The template was applied to what stands as it is; the rest goes without.
+        assert counts["chat_template_not_applied"] == (1 if template is TextTemplate.applied else 3)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|endoftext|><|im_end|>", "<|eot_id|>"])
+def test_ends_in_answers_to_plain_prompts_are_counted(tmp_path: Path, end: str) -> None:
+    plain = {"prompt": "why?", "chosen": "so", "rejected": "no"}
+    ended = {"prompt": "why?", "chosen": f"so{end}", "rejected": f"no{end}"}
+    assert opened(tmp_path, [plain, plain, ended], TextTemplate.auto)["templated_text"] == 1
+    with pytest.raises(DataError, match="already been applied"):
+        opened(tmp_path, [plain, ended, ended], TextTemplate.auto)
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_an_applied_end_is_there_once(as_messages: bool) -> None:
+    applied = replace(APPLIED, text_as_messages=as_messages)
+    bare = encode_pair(record("why </s>?", "so", "no"), tiny.qwen(), applied)
+    ended = encode_pair(record("why </s>?", "so<|im_end|>\n", "no<|im_end|>"), tiny.qwen(), applied)
+    assert ids_of(ended) == ids_of(bare)
+    assert (bare.templated_text, ended.templated_text) == (False, True)
 
 
 @pytest.mark.parametrize(
