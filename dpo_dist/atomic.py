@@ -140,8 +140,9 @@ def is_temporary(path: Path) -> bool:
 def collect_abandoned(folder: Path) -> list[Path]:
     """Remove what dead writers have left in `folder`; returns what was removed.
 
-    A writer is dead if no process of its number and start time is there any more. Of one on another machine
-    or in another container that cannot be asked: it counts as dead if it has written nothing for a day.
+    A writer is dead if no process of its number and start time is there any more. Of one on another machine,
+    in another container, or of another user whose processes are hidden, that cannot be asked: it counts as
+    dead if it has written nothing for a day.
     """
     removed = []
     for path in sorted(folder.glob(f"*{_TEMPORARY}*")):
@@ -157,7 +158,7 @@ def _is_abandoned(path: Path) -> bool:
     if end.startswith(_REPLACED) and not path.with_name(name).exists():
         return False  # all that there is of that folder
     owner = end.split("-")
-    if len(owner) == _OWNER_PARTS and owner[0] == _PROCESSES:
+    if len(owner) == _OWNER_PARTS and owner[0] == _PROCESSES and not _is_hidden(int(owner[1])):
         return _started(int(owner[1])) != int(owner[2])
     written = max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
     return time.time() - written > _ABANDONED_SECONDS
@@ -180,6 +181,19 @@ def _started(process: int) -> int:
         return -1 if state == "Z" else int(numbers[18])
     except (OSError, ValueError, IndexError):
         return -1
+
+
+def _is_hidden(process: int) -> bool:
+    """Whether there is a process of another user that /proc does not show (its mount option hidepid)."""
+    if _started(process) >= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 _PROCESSES = _process_namespace()

@@ -60,7 +60,7 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
     """
     try:
         identity = file_identity(file)
-        digest = _read_entry(memo, identity)
+        digest = recall(memo, identity)
         if digest is None:
             digest = content_digest([file])
             if file_identity(file) != identity:
@@ -69,7 +69,7 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
                     where=str(file),
                     remedy="start again when the file is completely written",
                 )
-            _write_entry(memo, identity, digest)
+            remember(memo, identity, digest)
     except OSError as error:
         raise ConfigError("a file cannot be read", where=str(file), got=str(error)) from error
     return digest
@@ -77,16 +77,11 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
 
 def remember_digest(file: Path, memo: Path, digest: str) -> None:
     """Remember a digest that was computed while the file was written."""
-    _write_entry(memo, file_identity(file), digest)
+    remember(memo, file_identity(file), digest)
 
 
-def _entry(memo: Path, identity: str) -> Path:
-    # Each digest is a file of its own, named by what it is of: jobs that write at once never meet.
-    return memo / f"{text_digest(identity)}.json"
-
-
-def _read_entry(memo: Path | None, identity: str) -> str | None:
-    """The digest remembered for `identity`; None if there is none or the entry is damaged."""
+def recall(memo: Path | None, identity: str) -> str | None:
+    """Return what was remembered of `identity`; None if that is nothing or the entry is damaged."""
     if memo is None or not (entry := _entry(memo, identity)).is_file():
         return None
     try:
@@ -96,15 +91,21 @@ def _read_entry(memo: Path | None, identity: str) -> str | None:
             return digest
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s is damaged; the file that it is of is read again", entry)
+    log.warning("%s is damaged; what it says is computed again", entry)
     return None
 
 
-def _write_entry(memo: Path | None, identity: str, digest: str) -> None:
+def remember(memo: Path | None, identity: str, digest: str) -> None:
+    """Remember a digest, or another short text, that follows from `identity` alone."""
     if memo is None:
         return
     content = {"file": identity, "digest": digest, "check": text_digest(identity + digest)}
     try:
         write_text(_entry(memo, identity), json.dumps(content, indent=1))
     except OSError as error:
-        log.warning("a file's digest cannot be remembered and is computed by every start: %s", error)
+        log.warning("a digest cannot be remembered and is computed by every start: %s", error)
+
+
+def _entry(memo: Path, identity: str) -> Path:
+    # Each digest is a file of its own, named by what it is of: jobs that write at once never meet.
+    return memo / f"{text_digest(identity)}.json"

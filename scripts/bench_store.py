@@ -173,6 +173,7 @@ def invented_pairs(pairs: int) -> PairDataset:
         counts={},
         source_paths=("",),
         source_pairs=(pairs,),
+        largest_id=99,
         ids=np.zeros(int(ends[-1]), dtype=np.int32),
         piece_starts=ends - pieces.ravel(),
         piece_tokens=pieces.ravel(),

@@ -67,6 +67,8 @@ def unrecognised(row: Row, origin: Origin) -> BadRecord:
     most = max(common.values())
     nearest = [f"{name}: {', '.join(_EXPECTED[name])}" for name, count in common.items() if count == most > 0]
     told = f"; nearest formats: {'; '.join(nearest)}" if nearest else ""
+    if row.get("label") is not None:
+        told = "; label: one answer with a verdict is no pair, and not one to learn"
     return BadRecord("unknown_format", origin, f"fields: {', '.join(shown) or 'none'}{told}")
 
 
@@ -156,7 +158,8 @@ def _instruction(row: Row) -> list[Row] | None:
     history = row.get("history") or []
     if row.get("instruction") is None or not isinstance(history, list):
         return None
-    turns = [("system", row["system"])] if row.get("system") else []
+    system = row.get("system") or row.get("system_prompt")
+    turns = [("system", system)] if system else []
     for exchange in history:
         if not isinstance(exchange, list) or len(exchange) != 2:
             return None

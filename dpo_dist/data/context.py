@@ -29,7 +29,10 @@ def in_context(
     """
     unread = [name for name in _UNREAD if has_value(row.get(name))]
     turns: list[Message] = []
-    if not answers.is_instruction:
+    if answers.is_instruction:
+        given = [row[name] for name in _SYSTEMS if has_value(row.get(name))]
+        unread += _SYSTEMS[1:] if given[1:] and given[0] != given[1] else ()
+    else:
         unread += [name for name in _MAYBE_IN_PROMPT if _is_beside(row, name, prompt)]
         # A dialogue is read from the answers alone.
         unread += ["prompt"] if isinstance(prompt, Dialogue) and _is_beside(row, "prompt", prompt) else []
@@ -83,7 +86,7 @@ def _exchanges(history: Any) -> list[Message] | None:
 def _is_beside(row: Row, name: str, prompt: Prompt) -> bool:
     """Whether a field says something that the row's prompt does not contain."""
     value = row.get(name)
-    if row.get("prompt") is None or not has_value(value):
+    if not has_value(value):
         return False
     texts = [prompt.text] if isinstance(prompt, Dialogue) else [turn.content for turn in _messages(prompt)]
     return not isinstance(value, str) or not any(value.strip() in text for text in texts)

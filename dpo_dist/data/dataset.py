@@ -38,6 +38,7 @@ class PairDataset:
         counts: what became of the records (`DataCounts.as_dict`); under `sources` those of each source.
         source_paths: the files in which pairs were read.
         source_pairs: how many pairs each source has.
+        largest_id: no token id in `ids` is above it.
         ids: int32 [tokens].
         piece_starts: int64 [pieces], where each piece starts in `ids`.
         piece_tokens: int32 [pieces], how many tokens it has.
@@ -51,6 +52,7 @@ class PairDataset:
     counts: dict[str, Any]
     source_paths: tuple[str, ...]
     source_pairs: tuple[int, ...]
+    largest_id: int
     ids: Column
     piece_starts: Column
     piece_tokens: Column
@@ -184,6 +186,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PairDa
         counts=counts.as_dict() | {"sources": told},
         source_paths=tuple(file for seen in views for file in seen.files),
         source_pairs=tuple(seen.pairs for seen in views),
+        largest_id=max(manifest.largest_id for manifest in manifests),
         ids=_join(views, "ids"),
         piece_starts=_join(views, "piece_starts", [len(seen.arrays["ids"]) for seen in views]),
         piece_tokens=_join(views, "piece_tokens"),

@@ -1,9 +1,29 @@
 """Records that occur more than once, in one dataset or in training and evaluation data."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.encoded import MEMO_FOLDER
+from dpo_dist.digests import recall, remember
+
+
+def counted_once(count: Callable[..., int], cache: Path, *datasets: PairDataset) -> int:
+    """Return `count` of `datasets`, which reads all their keys, remembered by their content in `cache`.
+
+    Args:
+        count: `count_duplicates` or `count_shared`.
+        cache: `data.cache`.
+    """
+    identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
+    told = recall(cache / MEMO_FOLDER, identity)
+    if told is None:
+        told = str(count(*datasets))
+        remember(cache / MEMO_FOLDER, identity, told)
+    return int(told)
 
 
 def count_duplicates(dataset: PairDataset) -> int:

@@ -37,7 +37,8 @@ class EncodedPair:
         response_truncated: whether the end of a response was cut.
         boundary_resplit: whether a response was tokenised by itself, because together with the prompt the
             prompt's last tokens would have come out otherwise.
-        templated_text: whether the prompt is a text that a chat template seems to have written.
+        templated_text: whether the prompt is a text that a chat template seems to have written, or a response
+            after a text has the end that one writes.
         opened_thought_joined: whether the template opens a thought in the prompt, and a response that opened
             the same one goes on from it.
         opened_thought_removed: whether the template opens a thought in the prompt, and the prompt is without
@@ -138,6 +139,11 @@ def _write(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) 
                 ended = tuple(facts.end_templated(response) for response in record.responses)
                 return _Written(record.prompt, ended, templated_text=True)
             return replace(_write_plain(record.prompt, record, facts, config), templated_text=True)
+        case str() if any(map(facts.is_ended, record.responses)):
+            if config.template is TextTemplate.applied:
+                bare = tuple(map(facts.without_end, record.responses))
+                record = replace(record, responses=bare)
+            return replace(_write_plain(str(record.prompt), record, facts, config), templated_text=True)
         case str():
             return _write_plain(record.prompt, record, facts, config)
         case Dialogue() if facts.chat_template is not None:

@@ -51,6 +51,7 @@ class Manifest:
         fingerprint: digest of everything that decides the ids.
         whole: whether the source was read to its end.
         records: how many records were read.
+        largest_id: of all token ids; -1 if there are none.
         sizes: elements of each array.
         digests: digest of each array's file.
         outcomes: the distinct outcomes of records, by the numbers that the array `outcomes` has, each as
@@ -63,6 +64,7 @@ class Manifest:
     fingerprint: str
     whole: bool
     records: int
+    largest_id: int
     sizes: dict[str, int]
     digests: dict[str, str]
     outcomes: list[tuple[str | None, int, list[tuple[str, int]]]]
@@ -88,6 +90,7 @@ class SourceWriter:
 
     def __init__(self, folder: Path, path: str):
         self.records = 0
+        self._largest_id = -1
         self._folder = folder
         self._path = path
         self._sizes = dict.fromkeys(_ARRAYS, 0)
@@ -103,6 +106,7 @@ class SourceWriter:
         self._append("piece_starts", self._sizes["ids"] + part.piece_starts)
         self._append("piece_tokens", part.piece_tokens)
         self._append("ids", part.ids)
+        self._largest_id = max(self._largest_id, int(part.ids.max(initial=-1)))
         self._append("keys", part.keys)
         self._append("scores", part.scores)
         self._append("pair_pieces", self._pieces + np.cumsum(part.pair_pieces))
@@ -136,6 +140,7 @@ class SourceWriter:
             fingerprint=fingerprint,
             whole=whole,
             records=self.records,
+            largest_id=self._largest_id,
             sizes=self._sizes,
             digests={name: digest.hexdigest() for name, digest in self._hashes.items()},
             outcomes=[(kind.dropped, kind.pairs, list(kind.changed)) for kind in self._outcomes],
@@ -171,7 +176,9 @@ def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | Non
         if is_temporary(folder):
             continue
         manifest = read_manifest(folder)
-        if manifest is not None and manifest.covers(limit) and not find_damage(folder, manifest):
+        # A folder under a name that is not its own has other content.
+        is_it = manifest is not None and manifest.fingerprint == fingerprint and manifest.covers(limit)
+        if manifest is not None and is_it and not find_damage(folder, manifest):
             return folder
     return None
 

@@ -13,7 +13,7 @@ _GLOB = re.compile(r"[*?\[]")
 _SAVED = ("state.json", "dataset_dict.json")
 # What `datasets` writes beside data files, not data itself.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", *_SAVED)
-_SHARD_OF_SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+_SHARD_OF_SPLIT = re.compile(r"(.+?)-(\d{5})-of-(\d{5})")
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -81,7 +81,8 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     belong to the only split.
 
     Raises:
-        DataError: there is no data file, there are files of several kinds, or none of the split.
+        DataError: there is no data file, there are files of several kinds, some that tell no split beside
+            others that do, or none of the split; or a shard of it is missing.
         ConfigError: a split is asked for and no file tells one.
     """
     below = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_beside_data(folder, file))
@@ -107,10 +108,37 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     if not told:
         refuse_split(str(folder), split)
         return files
+    untold = [file for file in files if splits[file] is None]
+    if untold:
+        raise DataError(
+            "the folder has files whose names tell no split, beside others that do",
+            where=str(folder),
+            got=", ".join(str(file.relative_to(folder)) for file in untold[:5]),
+            expected=f"names that tell one, as others do: {', '.join(told)}",
+            remedy="name the files that are wanted by a pattern, for example path/*.jsonl, or rename these",
+        )
     found = [file for file in files if splits[file] == (split or "train")]
     if not found:
         raise _no_split(folder, split, told)
+    _check_all_shards(folder, found)
     return found
+
+
+def _check_all_shards(folder: Path, files: list[Path]) -> None:
+    numbers: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if shard := _SHARD_OF_SPLIT.match(file.name):
+            numbers.setdefault((file.parent, shard[1], int(shard[3])), set()).add(int(shard[2]))
+    for (_, name, total), there in numbers.items():
+        if missing := sorted(set(range(total)) - there):
+            raise DataError(
+                "shards of the source are missing",
+                where=str(folder),
+                got=f"{len(missing)} of {total}: {name}-{missing[0]:05d}-of-{total:05d}"
+                + (" and others" if missing[1:] else ""),
+                remedy="copy or download the folder again; a part of it is named by a pattern, for example "
+                f"path/{name}-*",
+            )
 
 
 def refuse_split(path: str, split: str | None) -> None:

@@ -31,7 +31,7 @@ from dpo_dist.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Raised when the same records would be encoded to other ids, or laid out otherwise.
-_ENCODING_VERSION = 4
+_ENCODING_VERSION = 5
 
 Progress = Callable[[int], None]
 """Called with how many records more are encoded."""

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Message, Messages
-from dpo_dist.data.templates import any_of, has_foreign_marks, pin_clock, turn_tokens
+from dpo_dist.data.templates import FOREIGN_ENDS, any_of, has_foreign_marks, pin_clock, turn_tokens
 from dpo_dist.data.twins import continuing_twin, literal_twin
 from dpo_dist.errors import ConfigError
 
@@ -90,14 +90,29 @@ class TokenizerFacts:
             or has_foreign_marks(text)
         )
 
+    def is_ended(self, answer: str) -> bool:
+        """Whether an answer looks as if a chat template had ended it: with the end of a turn, or with EOS."""
+        eos = self.tokenizer.eos_token
+        ends = (*self._turn_tokens, *FOREIGN_ENDS, *([str(eos)] if eos is not None else []))
+        return answer.rstrip().endswith(ends)
+
     def end_templated(self, answer: str) -> str:
         """A templated answer with its end of turn, or end of text, exactly once and nothing after it."""
+        bare, end = self._without_end(answer)
+        return bare + end
+
+    def without_end(self, answer: str) -> str:
+        """A templated answer without its end of turn or end of text."""
+        return self._without_end(answer)[0]
+
+    def _without_end(self, answer: str) -> tuple[str, str]:
+        """An answer before its first end, and that; the one to write where it has none."""
         ends = [self.end_of_text] if self.chat_template is None else [self.end_of_turn, self.end_of_text]
         end = ends[0]
         while (bare := answer.rstrip()).endswith(tuple(ends)):
             end = next(end for end in ends if bare.endswith(end))
             answer = bare.removesuffix(end)
-        return answer + end
+        return answer, end
 
     def escape(self, text: str) -> str:
         """`text` with a mark for every special token that it spells."""

@@ -199,7 +199,7 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
         torch.cuda.set_rng_state(states["cuda"])
 
 
@@ -210,7 +210,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def drop_checkpoints(root: Path) -> None:
     """Delete every checkpoint below `root`; on one rank."""
-    for folder in root.glob("step-*"):
+    unfinished = [folder for folder in root.glob("step-*") if is_temporary(folder)]
+    for folder in [*_committed(root), *unfinished]:
         shutil.rmtree(folder, ignore_errors=True)
     (root / _LATEST).unlink(missing_ok=True)
 

@@ -221,10 +221,10 @@ class World:
                 return failed_elsewhere(exit_code)
             if lost:
                 error = neighbours.lost_error(lost, _one_line(failure))
-                if error.speaker == self.rank and record.report(error.exit_code) is False:
-                    error.speaker = NOBODY
                 # The other survivors are looking who is gone; who leaves now would be counted among the dead.
                 time.sleep(FAREWELL_SECONDS)
+                if error.speaker == self.rank and record.report(error.exit_code) is False:
+                    error.speaker = NOBODY
                 return error
             time.sleep(0.2)
         return nobody_answered(failure, neighbours, record)

@@ -166,6 +166,9 @@ def tokenizer_digest(folder: Path) -> str:
     patterns = (
         "tokenizer*",
         "*.model",
+        "*.tiktoken",
+        "tekken*",
+        "*.py",
         "vocab*",
         "merges*",
         "special_tokens*",
@@ -174,6 +177,9 @@ def tokenizer_digest(folder: Path) -> str:
     )
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     parts = [(file.name, content_digest([file])) for file in files]
+    config = read_model_json(folder / CONFIG_FILE)
+    # By these transformers chooses the tokenizer's class.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
     return text_digest(json.dumps(parts))
 
 

@@ -138,6 +138,17 @@ class LogpStore:
             held[part] = [shard is not None for shard in self._find(keys[part])[1]]
         return held
 
+    def indexed(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Which of `keys` have a row; bool [n]. Reads no values: whether these hold, `holds` knows."""
+        rows = np.searchsorted(self._index.first_words, keys[:, 0]).clip(max=len(self) - 1)
+        if not len(self):
+            return np.zeros(len(keys), dtype=np.bool_)
+        found: npt.NDArray[np.bool_] = self._index.first_words[rows] == keys[:, 0]
+        found &= self._index.second_words[rows] == keys[:, 1]
+        # Few are left: those of which another row has the first word.
+        found[~found] = self.holds(keys[~found])
+        return found
+
     def servers(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Which of `spaces` serves each of `keys`, -1 for none; int64 [n]."""
         numbers = {space.name: number for number, space in enumerate(self.spaces)}

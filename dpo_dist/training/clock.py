@@ -48,5 +48,8 @@ class StepClock:
     def _durations(self) -> list[float]:
         """From each entry to the next."""
         if self._on_cuda:
+            if self._events:
+                # The last phases may have begun after the host's wait, and be recorded only now.
+                self._events[-1].synchronize()
             return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(self._events)]
         return [end - begin for begin, end in itertools.pairwise(self._seconds)]

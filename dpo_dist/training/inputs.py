@@ -18,7 +18,7 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared
+from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
 from dpo_dist.data.plan import ComputeCosts
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Rows, Schedule, make_schedule
@@ -30,9 +30,6 @@ from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
-
-# 64 MiB of ids.
-_IDS_AT_ONCE = 2**24
 
 _TOLD_APART = "chat_template_not_applied"
 _NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _TOLD_APART})
@@ -83,6 +80,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for note in training_notes(model_config):
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
+    cache = Path(config.data.cache)
 
     def encode(name: str, sources: Sequence[SourceConfig]) -> PairDataset:
         with console.counter(f"encoding {name} data", "record") as count:
@@ -95,12 +93,14 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
         world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: demand_fitting(dataset, config.loss))
-        return _counting(dataset, duplicates=count_duplicates(dataset))
+        duplicates = world.on_main(partial(counted_once, count_duplicates, cache, dataset), opening)
+        return _counting(dataset, duplicates=duplicates)
 
     train_set = encode("train", config.data.train)
     eval_set = encode("eval", config.data.eval) if config.data.eval else None
     if eval_set is not None:
-        eval_set = _counting(eval_set, also_in_train=count_shared(eval_set, train_set))
+        also_in_train = world.on_main(partial(counted_once, count_shared, cache, eval_set, train_set))
+        eval_set = _counting(eval_set, also_in_train=also_in_train)
     spans = train_set.spans([source.weight for source in config.data.train])
     schedule = make_schedule(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)
@@ -121,18 +121,15 @@ def refuse_unknown_ids(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase,
     Raises:
         ConfigError: an id in the data is `vocab_size` or above.
     """
-    if max(tokenizer.get_vocab().values()) < vocab_size:
-        return
-    for start in range(0, len(dataset.ids), _IDS_AT_ONCE):
-        largest = int(dataset.ids[start : start + _IDS_AT_ONCE].max())
-        if largest >= vocab_size:
-            raise ConfigError(
-                "the data have a token that the model has no embedding of",
-                where="model.path",
-                got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
-                expected=f"ids below the model's vocab_size of {vocab_size}",
-                remedy="use the tokenizer that belongs to the model, or resize the model's embeddings to it",
-            )
+    largest = dataset.largest_id
+    if largest >= vocab_size:
+        raise ConfigError(
+            "the data have a token that the model has no embedding of",
+            where="model.path",
+            got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
+            expected=f"ids below the model's vocab_size of {vocab_size}",
+            remedy="use the tokenizer that belongs to the model, or resize the model's embeddings to it",
+        )
 
 
 def _digest_models(

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.parts import EncodedPart, encode_part
 from dpo_dist.data.prepare import check_template_date
@@ -89,10 +90,13 @@ def _first_records(
     details = {bad.reason: bad.detail for _, bad in reversed(part.bad) if bad.detail}
     counts = DataCounts.of(Counter(part.outcomes), examples, details)
     dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
-    if not counts.kept:
-        # A share of so few records says little; none at all says enough.
-        check_counts(counts, f"{key}: {source.path}", config.data)
-    _check_loss(part, config.loss, f"{key}: {source.path}")
+    where = f"{key}: {source.path}"
+    if len(records) < _FIRST_RECORDS or not counts.kept:
+        check_counts(counts, where, config.data)
+    elif counts.changed["templated_text"] == counts.kept:
+        # A share of the first records says little; all or none of them says enough.
+        check_templated(counts, where, config.data)
+    _check_loss(part, config.loss, where)
     told = [f"{source.path}, {counts.kept} of the first {counts.read} records kept"]
     told += [f"{dropped} dropped"] if dropped else []
     told += [
@@ -111,5 +115,13 @@ def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
     if most > 2 and not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         what = {"got": f"rankings of up to {most} responses", "remedy": remedy}
+    if LossKind.odpo in loss.kinds and not what:
+        ends = np.cumsum(part.pair_pieces - 1)
+        best, worst = ends - (part.pair_pieces - 1), ends - 1
+        if not (part.scores[best] > part.scores[worst]).all():
+            got = (
+                "records without scores, or with a chosen response that is not scored above the rejected one"
+            )
+            what = {"got": got, "remedy": "leave these records out, or set another loss.kind"}
     if what:
         raise DataError(f"{', '.join(loss.kinds)} does not fit these records", where=where, **what)

@@ -46,14 +46,13 @@ def check_start(config: RunConfig) -> None:
 def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[None]:
     """Remove the folders of a start that ends with a user's error before its first step; on the first rank.
 
-    Logs that an earlier start has left, and the run folder of one that runs, stay.
-
     Args:
         config: names the folders.
-        of_success: the start only looks: it writes no files, and empty folders go where it ends well, too.
+        of_success: remove them where it ends well, too.
     """
-    run_dir = Path(str(config.run.dir))
-    is_new = not of_success and _has_nothing_from_before(run_dir, time.time())
+    began, run_dir = time.time(), Path(str(config.run.dir))
+    # Of another start, which may be at work: this one's first rank has not opened its log yet.
+    is_used = (run_dir / "logs" / "rank-0.log").exists()
     missing = [
         path
         for folder in _needed_folders(config).values()
@@ -63,46 +62,40 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     try:
         yield
     except (ConfigError, DataError):
-        _remove_traces(run_dir, missing, is_new)
+        _remove_traces(run_dir, is_used, missing, began)
         raise
     if of_success:
-        _remove_traces(run_dir, missing, is_new)
+        _remove_traces(run_dir, is_used, missing, began)
 
 
-def _remove_traces(run_dir: Path, missing: list[Path], is_new: bool) -> None:
+def _remove_traces(run_dir: Path, is_used: bool, missing: list[Path], began: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if is_new:
-        with contextlib.suppress(OSError):  # another process was first
-            _remove_before_first_step(run_dir)
+    if not is_used and run_dir.is_dir() and _is_of_this_start(run_dir, began):
+        shutil.rmtree(run_dir, ignore_errors=True)
     for folder in sorted(missing, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
-def _has_nothing_from_before(run_dir: Path, began: float) -> bool:
-    """Whether there is no file yet but those that other processes of this start may have written."""
-    try:
-        files = [file for file in run_dir.rglob("*") if file.is_file()]
-        return all(file.stat().st_ctime > began - _START_SECONDS for file in files)
-    except OSError:
+def _is_of_this_start(run_dir: Path, began: float) -> bool:
+    """Whether all that is in the folder was written by this start, before a first step."""
+    if not {entry.name for entry in run_dir.iterdir()} <= _BEFORE_THE_FIRST_STEP or _is_locked(run_dir):
         return False
+    files = [file for file in run_dir.rglob("*") if file.is_file()]
+    return bool(files) and all(file.stat().st_ctime > began - _START_SECONDS for file in files)
 
 
-def _remove_before_first_step(run_dir: Path) -> None:
-    """Remove a run folder that has no results, unless another start is training there.
-
-    Raises:
-        OSError: it is gone, or another process has its lock.
-    """
-    names = {entry.name for entry in run_dir.iterdir()}
-    if not names or not names <= _BEFORE_THE_FIRST_STEP:
-        return
-    with contextlib.ExitStack() as stack:
-        if ".lock" in names:
-            lock = stack.enter_context((run_dir / ".lock").open("r+"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(run_dir, ignore_errors=True)
+def _is_locked(run_dir: Path) -> bool:
+    """Whether another start is at work in the folder, as far as its file system can lock files."""
+    try:
+        with (run_dir / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _needed_folders(config: RunConfig) -> dict[str, Path]:

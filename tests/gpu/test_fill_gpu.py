@@ -42,6 +42,7 @@ def pairs(folder: Path) -> PairDataset:
         counts={},
         source_paths=("",),
         source_pairs=(PAIRS,),
+        largest_id=int(ids.max()),
         ids=ids,
         piece_starts=np.cumsum(lengths) - lengths,
         piece_tokens=lengths,

@@ -224,3 +224,20 @@ def test_only_what_dead_writers_left_is_collected(tmp_path: Path) -> None:
     assert collect_abandoned(tmp_path) == sorted([dead, old, superseded])
     assert names(tmp_path) == sorted(path.name for path in (living, file, new, aside, tmp_path / "there"))
     assert collect_abandoned(tmp_path / "missing") == []
+
+
+def test_what_a_hidden_process_may_be_writing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc shows a user only processes of their own (hidepid)."""
+
+    def deny(process: int, _signal: int) -> None:
+        raise PermissionError(process)
+
+    new, old = temporary_name(tmp_path / "new"), temporary_name(tmp_path / "old")
+    for one in (new, old):
+        one.write_bytes(b"")
+    os.utime(old, (0, 0))
+    monkeypatch.setattr("dpo_dist.atomic._started", lambda _process: -1)
+    monkeypatch.setattr(os, "kill", deny)
+    assert collect_abandoned(tmp_path) == [old]

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from dpo_dist.config.schema import Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     check_same_processes,
+    drop_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     saved_parallelism,
@@ -148,6 +149,9 @@ def test_folders_of_people_are_no_checkpoints(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000002-best")
     run.save(3, 4)
     assert run.left() == ["step-000002-best", "step-000003", "step-000004"]
+    (tmp_path / "step-000005.tmp-0123456789ab").mkdir()
+    drop_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002-best"]
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
@@ -196,3 +200,16 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     wanted = torch.rand(3).tolist()
     run.start()
     assert torch.rand(3).tolist() == wanted
+
+
+def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no state of the GPU's random numbers, of which training takes none."""
+    run = Run(tmp_path)
+    run.start()
+    run.save(1)
+    found = latest_checkpoint(tmp_path, ALONE)
+    assert found is not None
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
+    load_checkpoint(found, [run.weights], replace(ALONE, device=torch.device("cuda")))
+    assert not taken

@@ -11,6 +11,28 @@ from dpo_dist.training.clock import StepClock
 CPU = torch.device("cpu")
 
 
+class Event:
+    """Stands in for a CUDA event, which the device reaches once the host waits for it or for a later one."""
+
+    recorded: list["Event"]
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+        self.is_reached = False
+
+    def record(self) -> None:
+        self.recorded.append(self)
+
+    def synchronize(self) -> None:
+        for event in self.recorded[: self.recorded.index(self) + 1]:
+            event.is_reached = True
+
+    def elapsed_time(self, end: "Event") -> float:
+        if not (self.is_reached and end.is_reached):
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return 1.0
+
+
 def test_phases_add_up_to_the_step() -> None:
     before = time.monotonic()
     clock = StepClock(CPU)
@@ -43,3 +65,15 @@ def test_time_before_the_first_phase_and_after_the_last_is_of_no_phase() -> None
 def test_a_step_without_phases_is_all_other() -> None:
     seconds = StepClock(CPU).stop()
     assert sum(seconds.values()) == pytest.approx(seconds["other"])
+
+
+def test_on_a_gpu_the_last_phase_may_have_begun_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a checkpoint is committed after the host has waited for the step."""
+    Event.recorded = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StepClock(torch.device("cuda"))
+    clock.enter("optimizer")
+    clock.enter("checkpoint")
+    clock.enter("other")
+    seconds = clock.stop()
+    assert seconds["optimizer"] == seconds["checkpoint"] == 0.001

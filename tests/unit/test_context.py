@@ -17,6 +17,7 @@ COMPLETION = {"prompt": "q", "completion": "a"}
 SYSTEM = {"role": "system", "content": "be kind"}
 KIND = Message("system", "be kind")
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+MADE = {"instruction": "q", "output": ["a", "b"]}
 WITH_SYSTEM = CHAT | {"prompt": [SYSTEM, user("q")]}
 EVERY = {"text": TEXT, "chat": CHAT, "whole": WHOLE, "ranked": RANKED, "completion": COMPLETION, "hh": HH}
 
@@ -62,7 +63,7 @@ def test_empty_fields_say_nothing(tmp_path: Path, kind: str, nothing: Any) -> No
     assert isinstance(without, PreferenceRecord)
 
 
-@pytest.mark.parametrize("row", [TEXT, CHAT, WHOLE, RANKED, COMPLETION, WITH_SYSTEM])
+@pytest.mark.parametrize("row", [TEXT, CHAT, WHOLE, RANKED, COMPLETION, WITH_SYSTEM, MADE])
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_a_system_text_becomes_the_system_message(tmp_path: Path, row: dict[str, Any], name: str) -> None:
     record = read_one(tmp_path, row | {name: "be kind"})
@@ -95,6 +96,9 @@ def test_turns_before_a_text_are_its_history(tmp_path: Path) -> None:
         (TEXT | {"input": "more"}, ("input",)),
         (CHAT | {"input": "more", "tools": ["x"]}, ("tools", "input")),
         (RANKED | {"instruction": "do"}, ("instruction",)),
+        (WHOLE | {"instruction": "do"}, ("instruction",)),
+        (HH | {"input": "more"}, ("input",)),
+        (MADE | {"system": "be kind", "system_prompt": "be brief"}, ("system_prompt",)),
     ],
 )
 def test_what_has_no_plain_place_is_refused(tmp_path: Path, row: Any, names: tuple[str, ...]) -> None:
@@ -107,7 +111,7 @@ def test_a_plain_text_has_no_place_for_a_system_text(tmp_path: Path) -> None:
 
 
 def test_fields_that_repeat_the_prompt_lose_nothing(tmp_path: Path) -> None:
-    for row in (TEXT, CHAT, RANKED):
+    for row in (TEXT, CHAT, RANKED, WHOLE, HH):
         record = read_one(tmp_path, row | {"input": "q", "instruction": " q "})
         assert isinstance(record, PreferenceRecord)
 

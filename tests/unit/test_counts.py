@@ -1,6 +1,7 @@
 """What became of the records is told whole: by source, by field, with the remedy that helps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, SourceConfig, TrainerConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared
+from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.schedule import Span, make_schedule
 from dpo_dist.errors import DataError
@@ -120,6 +121,18 @@ def test_records_that_occur_again_are_counted(tmp_path: Path) -> None:
     assert count_duplicates(twice) == 7
     held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
+
+
+def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) -> None:
+    twice = opened(tmp_path, file_of(tmp_path, "twice", *GOOD, *GOOD[:2]))
+    other = opened(tmp_path, file_of(tmp_path, "other", *GOOD[:3], GOOD[0]))
+    cache = tmp_path / "cache"
+    assert counted_once(count_duplicates, cache, twice) == 2
+    unread = replace(twice, keys=np.empty((0, 2), dtype=np.uint64))
+    assert counted_once(count_duplicates, cache, unread) == 2
+    assert counted_once(count_duplicates, cache, other) == 1
+    assert counted_once(count_shared, cache, other, twice) == 4
+    assert counted_once(count_shared, cache, twice, other) == 5
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,14 @@ def test_a_start_reads_no_file_that_it_knows(tmp_path: Path, monkeypatch: pytest
     assert len(opened(tmp_path, path)) == 7
 
 
+def test_a_folder_under_another_name_than_its_own_is_not_used(tmp_path: Path) -> None:
+    one, other = two_files(tmp_path)
+    folder, elsewhere = prepare(tmp_path, one), prepare(tmp_path, other)
+    shutil.rmtree(folder)
+    shutil.copytree(elsewhere, folder)
+    assert len(opened(tmp_path, one)) == 3
+
+
 def test_a_killed_encoder_s_folder_is_collected_and_a_living_one_s_is_not(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     folder = prepare(tmp_path, path)

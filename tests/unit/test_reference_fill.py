@@ -54,6 +54,7 @@ def dataset(tmp_path: Path) -> PairDataset:
         counts={},
         source_paths=("",),
         source_pairs=(len(pairs),),
+        largest_id=int(np.concatenate(pieces).max()),
         ids=np.concatenate(pieces),
         piece_starts=np.cumsum(lengths) - lengths,
         piece_tokens=lengths,
@@ -379,6 +380,27 @@ def test_a_shard_that_comes_late_or_in_part_is_waited_for(
         with pytest.raises(ReferenceError, match="cannot be read") as raised:
             open_filled(open_at(tmp_path), report.shards, world)
         assert name in raised.value.got
+
+
+def test_completeness_is_judged_without_reading_values(
+    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, _ = fill(tmp_path, dataset, [0, 1, 2, 3], world, rows_per_shard=2)
+    store = open_filled(open_at(tmp_path), report.shards, world)
+    monkeypatch.setattr(fill_module, "_KEYS_AT_ONCE", 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(LogpStore, "_load", lambda *_: pytest.fail("values were read"))
+        check_complete(store, dataset, np.arange(4), world)
+    keys = dataset.keys[dataset.response_places(np.arange(len(dataset)))]
+    assert store.indexed(keys).tolist() == store.holds(keys).tolist()
+    # Keys of one first word.
+    other = np.stack([keys[:, 0], keys[:, 1] ^ np.uint64(1)], axis=1)
+    assert not store.indexed(other).any()
+    values = [np.array([-1.0], dtype=np.float32)] * 2
+    LogpStore.open(tmp_path, SPACE).write(np.stack([other[0], other[1]]), values)
+    both = LogpStore.open(tmp_path, SPACE)
+    assert both.indexed(np.concatenate([other[:2], keys[:2]])).all()
+    assert not LogpStore.open(tmp_path / "empty", SPACE).indexed(keys).any()
 
 
 def test_what_is_missing_after_a_fill_is_told_before_training(

@@ -241,12 +241,31 @@ def test_a_change_of_the_log_prob_path_or_the_files_starts_a_new_space(
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"]
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenization_own.py",
+        "vocabulary.tiktoken",
+        "tekken.json",
+    ],
 )
 def test_whatever_makes_ids_of_text_is_in_the_tokenizer_s_digest(model: Path, name: str) -> None:
     before = tokenizer_digest(model)
     (model / name).write_bytes(b"changed")
     assert tokenizer_digest(model) != before
+
+
+def test_the_kind_of_model_is_in_the_tokenizer_s_digest(model: Path) -> None:
+    """transformers chooses the tokenizer's class by it."""
+    digests = {tokenizer_digest(model)}
+    for content in ({"model_type": "llama"}, {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"}):
+        (model / "config.json").write_text(json.dumps(content))
+        digests.add(tokenizer_digest(model))
+    assert len(digests) == 3
 
 
 def test_weights_are_not_in_the_tokenizer_s_digest(model: Path) -> None:

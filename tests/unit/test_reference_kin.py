@@ -36,6 +36,7 @@ def dataset() -> PairDataset:
         counts={},
         source_paths=("",),
         source_pairs=(4,),
+        largest_id=0,
         ids=np.zeros(12, dtype=np.int32),
         piece_starts=np.arange(12),
         piece_tokens=np.ones(12, dtype=np.int32),

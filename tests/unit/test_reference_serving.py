@@ -88,6 +88,7 @@ def dataset_of(pairs: list[int]) -> PairDataset:
         counts={},
         source_paths=("",),
         source_pairs=(len(pairs),),
+        largest_id=int(np.concatenate(pieces).max()),
         ids=np.concatenate(pieces),
         piece_starts=np.cumsum(lengths) - lengths,
         piece_tokens=lengths,

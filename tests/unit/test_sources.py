@@ -132,6 +132,21 @@ def test_splits_of_any_name_are_told_by_their_shards(tmp_path: Path) -> None:
         read_records(str(tmp_path))
 
 
+def test_no_file_of_a_folder_is_passed_over_in_silence(tmp_path: Path) -> None:
+    write(tmp_path / "some" / "train.jsonl", lines("one"))
+    write(tmp_path / "some" / "more.jsonl", lines("two"))
+    with pytest.raises(DataError, match="tell no split") as raised:
+        read_records(str(tmp_path / "some"))
+    assert raised.value.got == "more.jsonl"
+    for number in (0, 2):
+        write(tmp_path / "cut" / f"train-{number:05d}-of-00003.jsonl", lines("one"))
+    with pytest.raises(DataError, match="shards of the source are missing") as raised:
+        read_records(str(tmp_path / "cut"))
+    assert "train-00001-of-00003" in raised.value.got
+    write(tmp_path / "cut" / "train-00001-of-00003.jsonl", lines("two"))
+    assert prompts(tmp_path / "cut") == ["one", "two", "one"]
+
+
 def test_a_folder_of_files_without_splits_is_read_whole(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", lines("two"))
     write(tmp_path / "a.jsonl.gz", gzip.compress(lines("one")))

@@ -1,12 +1,9 @@
 """What is said before torch is imported, what `--check` looks at, and that failed starts leave nothing."""
 
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,11 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model import extras
+from dpo_dist.report.console import Console
+from dpo_dist.training.folder import locked
 from dpo_dist.training.rehearse import rehearse
 from dpo_dist.training.start import check_start, without_traces
+from tests.support.alone import ALONE
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
 
@@ -136,44 +136,20 @@ def test_other_ends_keep_it(assets: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert log.is_file()
 
 
-def test_a_log_of_before_is_kept_although_this_start_adds_to_it(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run_of(assets, tmp_path)
-    log = Path(str(config.run.dir)) / "logs" / "rank-0.log"
-    log.parent.mkdir(parents=True)
-    log.write_text("how an earlier start ended\n")
-    monkeypatch.setattr("dpo_dist.training.start._START_SECONDS", 0.0)
-    time.sleep(0.05)
-    with contextlib.suppress(DataError), without_traces(config):
-        log.write_text(log.read_text() + "what libraries say\n")
-        raise DataError("too many bad records")
-    assert "how an earlier start ended" in log.read_text()
-
-
-@pytest.mark.parametrize("of_success", [False, True])
-def test_the_folder_of_a_start_that_runs_is_kept(of_success: bool, assets: Path, tmp_path: Path) -> None:
-    """A second start, or a check, in the first minute of a run that encodes."""
+def test_another_start_in_the_same_folder_keeps_it(assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path)
     run_dir = Path(str(config.run.dir))
-    run_dir.mkdir(parents=True)
-    with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(DataError), without_traces(config, of_success=of_success):
-            if not of_success:
-                raise DataError("no such file")
-        assert (run_dir / ".lock").is_file()
-
-
-def test_a_check_removes_no_file(assets: Path, tmp_path: Path) -> None:
-    """Whose lock is not to be seen: it has not joined yet, or is on another host."""
-    config = run_of(assets, tmp_path)
-    log = Path(str(config.run.dir)) / "logs" / "rank-0.log"
-    log.parent.mkdir(parents=True)
-    log.write_text("what libraries say\n")
+    with locked(run_dir, ALONE, Console(None)), without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / ".lock").is_file()
+    with locked(run_dir, ALONE, Console(None)):
+        fail_after_logs(config, ConfigError("late"))
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+    # Before it has its lock, only its log tells of it.
+    (run_dir / ".lock").unlink()
     with without_traces(config, of_success=True):
         check_start(config)
-    assert log.is_file()
+    assert (run_dir / "logs" / "rank-0.log").is_file()
 
 
 @pytest.mark.parametrize("kept", ["checkpoints", "dpo_metrics", "model", "notes"])
@@ -222,6 +198,8 @@ def rows(file: Path, *rows: dict[str, object]) -> Path:
 
 
 COMPLETION = {"prompt": "Say hello.", "completion": "Hello!"}
+PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
+TEMPLATED = PAIR | {"prompt": "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"}
 UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 
 
@@ -230,7 +208,12 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
     [
         ([UNKNOWN] * 3, [], "no usable record was read"),
         ([COMPLETION], [], "sigmoid does not fit these records"),
+        ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
         ([], [], "no records"),
+        ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
+        ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
+        ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
+        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo does not fit"),
     ],
 )
 def test_a_check_reads_the_first_records(
