@@ -136,7 +136,8 @@ def _unread_when_scattered(causal_lm: Any, folder: Path) -> set[str]:
                 unread.add(name)
     info = LoadStateDictInfo(set(), unread, set(), [], {}, set())
     causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture passes over
-    return info.unexpected_keys
+    found: set[str] = info.unexpected_keys
+    return found
 
 
 def _tensor_names(file: Path) -> list[str]:
