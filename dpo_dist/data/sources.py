@@ -125,6 +125,13 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing(file: Path) -> DataError:
+    first = str(file).partition(" ")[0]
+    if first != str(file) and Path(first).exists():
+        return DataError(
+            "there is no such file",
+            where=str(file),
+            remedy="the sources of a list are divided by commas: 'data.train=[a.jsonl, b.jsonl]'",
+        )
     if not file.parent.is_dir():
         return DataError(
             "there is no such folder", where=str(file.parent), remedy="check the path of the source"
