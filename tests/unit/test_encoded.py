@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 
 from dpo_dist import digests as digests_module
 from dpo_dist.atomic import temporary_name
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import parts as parts_module
 from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.dataset import PairDataset, open_dataset
@@ -78,6 +79,22 @@ def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
 def test_whatever_decides_the_ids_makes_another_data_set(tmp_path: Path, change: dict[str, object]) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
+
+
+def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_path: Path) -> None:
+    """Of equal content: its format, its split where one folder has several, the kind of file."""
+    path = jsonl(tmp_path, *GOOD)
+    assert prepare(tmp_path, path) != prepare(tmp_path, SourceConfig(path, format=DataFormat.text))
+    saved = str(tmp_path / "saved")
+    of_splits = {"train": Dataset.from_list(GOOD), "test": Dataset.from_list(GOOD[:2])}
+    DatasetDict(of_splits).save_to_disk(saved)
+    lengths = [len(opened(tmp_path, SourceConfig(saved, split=split))) for split in (None, "test", "train")]
+    assert lengths == [7, 2, 7]
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(GOOD))
+    assert len(opened(tmp_path, str(array))) == 7
+    with pytest.raises(DataError, match="no usable record"):
+        opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
 
 
 def test_changed_content_and_limit_make_another_data_set(tmp_path: Path) -> None:
