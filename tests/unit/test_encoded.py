@@ -97,6 +97,14 @@ def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_pa
         opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
 
 
+def test_records_are_told_where_they_were_read_whatever_names_their_files(tmp_path: Path) -> None:
+    below = tmp_path / "a"
+    below.mkdir()
+    path = jsonl(below, *GOOD)
+    for source in (f"{tmp_path}/*/*.jsonl", f"{below}/*.jsonl", str(below), path):
+        assert str(opened(tmp_path, source).origin(0)) == f"{path}:1"
+
+
 def test_changed_content_and_limit_make_another_data_set(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     before, limited = opened(tmp_path, path), opened(tmp_path, SourceConfig(path, limit=2))
