@@ -154,11 +154,19 @@ IN_OTHER_WORDS = _by_name(
         "set trainer.eval_every: steps, or 0 for the end only": "eval_strategy evaluation_strategy",
         "set trainer.log_every: steps": "logging_strategy",
         _BEST: "load_best_model_at_end metric_for_best_model",
+        "set data.max_length: tokens of prompt and response together": (
+            "max_completion_length max_target_length"
+        ),
+        "hold pairs out in a file of their own: data.eval=[held_out.jsonl]": (
+            "val_size eval_size test_size eval_ratio val_ratio val_split data.val_size data.val_split"
+        ),
+        "--check looks at values, model, tokenizer, data and folders, and ends": "dry_run validate check",
+        "--config-dir DIR adds a folder of yours": "config_path",
         "set limit of a source: 'data.train=[{path: pairs.jsonl, limit: 1000}]'": (
             "max_samples max_train_samples data.limit"
         ),
         "set split of a source: 'data.train=[{path: org/name, split: train}]'": (
-            "split data.split dataset_split"
+            "split data.split dataset_split dataset_train_split dataset_test_split"
         ),
         "set format of a source: 'data.train=[{path: pairs.jsonl, format: text}]'": "data.format",
         "set weight of a source: 'data.train=[{path: pairs.jsonl, weight: 0.5}]'": "data.weight",

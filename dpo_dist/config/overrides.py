@@ -66,8 +66,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     plus = "+" if group == "experiment" else ""
     found = likely(choice, known)
     remedies = [f"did you mean {plus}{group}={found[0]}?"] if found else []
-    if group in ("model", "data") and not found:
-        key = "data.train" if group == "data" else "model.path"
+    key = {"model": "model.path", "data": "data.train", "reference": "reference.path"}.get(group)
+    if key is not None and not found:
         line = written(key, choice, run_keys()[key])
         remedies.append(f"a {'file or dataset' if group == 'data' else 'model'} is named by {line}")
     if group == "experiment":
@@ -127,9 +127,7 @@ def _check_key(override: Override) -> None:
     where = f"{_COMMAND_LINE}: {line}"
     hint = run_keys().get(key.partition("[")[0])
     if hint is None:
-        if not key.startswith("hydra."):
-            raise unknown_key(key, text, where=where)
-        return
+        raise unknown_key(key, text, where=where)
     if override.is_sweep_override():
         raise _several_values(override)
     if override.is_add() and not key.startswith("model.adapter."):
@@ -145,7 +143,7 @@ def _check_key(override: Override) -> None:
             where=where,
             got=text,
             expected=in_words(hint),
-            remedy=f"write {written(key, text, hint)}",
+            remedy=_list_to_write(key, text, hint),
         )
     if (
         isinstance(hint, type)
@@ -158,6 +156,14 @@ def _check_key(override: Override) -> None:
         raise ConfigError(
             f"{key} has the wrong type", where=where, got=text, expected=in_words(hint), remedy=remedy
         )
+
+
+def _list_to_write(key: str, text: str, hint: Any) -> str:
+    if key == "optim.betas":
+        return "write 'optim.betas=[0.9,0.999]'"
+    if text == "null" and key != "data.train":
+        return f"write {key}=[]"
+    return f"write {written(key, text, hint)}"
 
 
 def _names(value: object) -> list[str]:

@@ -72,7 +72,10 @@ def _unreadable(line: str, before: Sequence[str], following: Sequence[str]) -> C
         )
     quoted = f"{key}={_quoted(value)}"
     remedy = "a value with spaces, commas, brackets or = needs quotes of its own: 'key=\"a, b\"'"
-    if _is_readable(quoted) and quoted != line:
+    meant = f"{key}={_without_slips(value)}"
+    if _is_readable(meant) and meant != line:
+        remedy = f"write {shlex.quote(meant)}"
+    elif _is_readable(quoted) and quoted != line:
         remedy = (
             f"write {shlex.quote(quoted)}: the inner quotes are read by Hydra, the outer ones by the shell"
         )
@@ -132,6 +135,14 @@ def _is_readable(line: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _without_slips(value: str) -> str:
+    """`value` with the brackets and commas of a list where Python's tuple or a shell's array was written."""
+    value = value.rstrip(",")
+    if value.startswith("(") and value.endswith(")"):
+        value = f"[{value[1:-1].rstrip(',')}]"
+    return re.sub(r"""(["'])\s+(["'])""", r"\1,\2", value)
 
 
 def _quoted(value: str) -> str:

@@ -1,7 +1,9 @@
 """A number within its bounds, or an error that names them."""
 
 import math
+from typing import get_args
 
+from dpo_dist.config.keys import run_keys
 from dpo_dist.errors import ConfigError
 
 
@@ -30,10 +32,11 @@ def check_range(
     if math.isfinite(value) and all(kept for _, _, kept in bounds):
         return
     expected = " and ".join(f"{sign} {bound:g}" for bound, sign, _ in bounds if bound is not None)
+    none = " or null" if type(None) in get_args(run_keys().get(key)) else ""
     raise ConfigError(
         f"{key} is out of range",
         where=key,
         got=f"{value:g}",
-        expected=expected,
-        remedy=f"choose {key} in that range",
+        expected=expected + none,
+        remedy=f"choose {key} in that range" + (", or null" if none else ""),
     )

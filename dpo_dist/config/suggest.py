@@ -66,7 +66,11 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     """
     what, where = f"there is no key {key!r}", where or key
     if key.startswith("hydra."):
-        return ConfigError(what, where=where, remedy="see what Hydra knows with --cfg hydra")
+        return ConfigError(
+            f"{key} has no effect: Hydra only composes the configuration",
+            where=where,
+            remedy="remove it; run.dir or run.root says where a run writes",
+        )
     known = run_keys()
     meant = alias_of(key, SAME_MEANING)
     words = alias_of(key, IN_OTHER_WORDS)
@@ -112,6 +116,8 @@ def written(key: str, value: str, hint: Any) -> str:
     """`key=value` for a shell, with `...` in place of a value that `key` cannot have."""
     if get_origin(hint) is list and value and not value.startswith("["):
         value = f"[{value}]"
+    if choices(hint) and VALUE_NAMES.get(value.lower()) in choices(hint):
+        value = VALUE_NAMES[value.lower()]
     if value in ("", "null", "[null]") or (choices(hint) and value not in choices(hint)):
         value = "..."
     return f"{key}=..." if value == "..." else shlex.quote(f"{key}={value}")

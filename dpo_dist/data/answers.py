@@ -67,6 +67,8 @@ def unrecognised(row: Row, origin: Origin) -> BadRecord:
     most = max(common.values())
     nearest = [f"{name}: {', '.join(_EXPECTED[name])}" for name, count in common.items() if count == most > 0]
     told = f"; nearest formats: {'; '.join(nearest)}" if nearest else ""
+    if row.get("label") is not None:
+        told = "; label: one answer with a verdict is no pair, and not one to learn"
     return BadRecord("unknown_format", origin, f"fields: {', '.join(shown) or 'none'}{told}")
 
 

@@ -112,7 +112,7 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or most texts went
             through a chat template and `data.template` does not say what is done with them.
     """
-    _check_templated(counts, path, config)
+    check_templated(counts, path, config)
     dropped = sum(counts.dropped.values())
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
@@ -140,7 +140,12 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
     )
 
 
-def _check_templated(counts: DataCounts, path: str, config: DataConfig) -> None:
+def check_templated(counts: DataCounts, path: str, config: DataConfig) -> None:
+    """Refuse texts that went through a chat template, unless `data.template` says how to read them.
+
+    Raises:
+        DataError: most of its texts did.
+    """
     templated = counts.changed["templated_text"]
     if config.template is TextTemplate.auto and templated > counts.kept / 2:
         raise DataError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord
+from dpo_dist.config.schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedPair, TokenIds, encode_pair, response_key
 from dpo_dist.data.rankings import training_examples
@@ -141,6 +141,8 @@ def _encode(
     )
     pairs.origins += [record.origin] * len(examples)
     changed = {name: int(getattr(encoded, name)) for name in FLAGS} | {"ties_left_out": ties}
-    if isinstance(record.prompt, str) and not config.text_as_messages and tokenizer.chat_template:
+    stands = encoded.templated_text and config.template is TextTemplate.applied
+    plain = isinstance(record.prompt, str) and not config.text_as_messages
+    if plain and not stands and tokenizer.chat_template:
         changed["chat_template_not_applied"] = 1
     return Outcome(None, len(examples), tuple((name, times) for name, times in changed.items() if times))

@@ -42,7 +42,10 @@ class Peer:
     @classmethod
     def here(cls, rank: int) -> "Peer":
         """This process."""
-        return cls(rank, socket.gethostname(), os.getpid(), str(Path("/proc/self/ns/pid").readlink()))
+        namespace = ""
+        with contextlib.suppress(OSError):  # Linux only
+            namespace = str(Path("/proc/self/ns/pid").readlink())
+        return cls(rank, socket.gethostname(), os.getpid(), namespace)
 
     @property
     def is_alive(self) -> bool:
@@ -157,31 +160,30 @@ class Monitor(threading.Thread):
     def run(self) -> None:
         """Look for failures until `stop`; the main thread gets the time to find out by itself."""
         while not self._stopping.wait(_POLL_SECONDS):
-            if self._record.exit_code() is None and not self._neighbours.lost():
+            lost = self._neighbours.lost()
+            if self._record.exit_code() is None and not lost:
                 continue
             if self._stopping.wait(_GRACE_SECONDS):
                 return
             with self._ending:
                 if not self._stopping.is_set():
-                    self._end()
+                    self._end(lost)
 
     def stop(self) -> None:
         """Leave the end of this process to the caller."""
         with self._ending:
             self._stopping.set()
 
-    def _end(self) -> None:
+    def _end(self, lost: Sequence[Peer]) -> None:
+        """End the process; of those that saw their neighbours die unrecorded, one says so."""
         exit_code = self._record.exit_code()
-        if exit_code is not None:
-            error = failed_elsewhere(exit_code)
-        else:
-            error = self._neighbours.lost_error(self._neighbours.lost(), "this process waits for it in vain")
-            if self._record.report(error.exit_code) is False:
-                error.speaker = NOBODY
-        if error.speaker == self._rank:
+        if exit_code is not None or not lost:
+            os._exit(exit_code or PeerLostError.exit_code)
+        error = self._neighbours.lost_error(lost, "this process waits for it in vain")
+        if error.speaker == self._rank and self._record.report(error.exit_code) is not False:
             self._tell(error.block())
-            # Whoever leaves now would be counted among the dead by survivors that are still looking.
-            time.sleep(FAREWELL_SECONDS)
+        # Whoever leaves now would be counted among the dead by survivors that are still looking.
+        time.sleep(FAREWELL_SECONDS)
         os._exit(error.exit_code)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.parts import EncodedPart, encode_part
 from dpo_dist.data.prepare import check_template_date
@@ -90,10 +90,13 @@ def _first_records(
     details = {bad.reason: bad.detail for _, bad in reversed(part.bad) if bad.detail}
     counts = DataCounts.of(Counter(part.outcomes), examples, details)
     dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
-    if not counts.kept:
-        # A share of so few records says little; none at all says enough.
-        check_counts(counts, f"{key}: {source.path}", config.data)
-    _check_loss(part, config.loss, f"{key}: {source.path}")
+    where = f"{key}: {source.path}"
+    if len(records) < _FIRST_RECORDS or not counts.kept:
+        check_counts(counts, where, config.data)
+    elif counts.changed["templated_text"] == counts.kept:
+        # A share of the first records says little; all or none of them says enough.
+        check_templated(counts, where, config.data)
+    _check_loss(part, config.loss, where)
     told = [f"{source.path}, {counts.kept} of the first {counts.read} records kept"]
     told += [f"{dropped} dropped"] if dropped else []
     told += [

@@ -21,9 +21,9 @@ from tests.support.ranks import Outcome, start_ranks
 libc = ctypes.CDLL(None)
 
 
-def block_in_c(seconds: int) -> None:
+def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
     """As a collective call of NCCL does: without the interpreter, so that no Python signal handler runs."""
-    peers._GRACE_SECONDS = 1.0
+    peers._GRACE_SECONDS = grace_seconds
     libc.sleep(seconds)
 
 
@@ -45,14 +45,15 @@ def printing(outcomes: Sequence[Outcome]) -> list[int]:
     return [rank for rank, outcome in enumerate(outcomes) if outcome.speaker == rank]
 
 
-def blocked_while_one_dies(world: World, _folder: Path) -> None:
+def blocked_while_one_dies(late: int, world: World, _folder: Path) -> None:
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    block_in_c(50)
+    block_in_c(50, grace_seconds=3.0 if world.rank == late else 1.0)
 
 
-def test_a_rank_blocked_in_c_says_who_died_and_leaves(tmp_path: Path) -> None:
-    survivor, _, other = outcomes_of(blocked_while_one_dies, tmp_path, size=3)
+@pytest.mark.parametrize("late", [0, 2])
+def test_ranks_blocked_in_c_say_who_died_and_leave(late: int, tmp_path: Path) -> None:
+    survivor, _, other = outcomes_of(partial(blocked_while_one_dies, late), tmp_path, size=3)
     assert survivor.exit_code == other.exit_code == 1, survivor.log + other.log
     assert "process lost: rank 1 of 3 died" in survivor.log
     assert "process lost" not in other.log

@@ -124,7 +124,7 @@ def test_a_record_that_cannot_be_used_says_why(tmp_path: Path, row: Any, reason:
 def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
     record = read_one(tmp_path, {"label": True, "messages": []})
     assert isinstance(record, BadRecord)
-    assert "label" in record.detail
+    assert "one answer with a verdict is no pair" in record.detail
     assert "messages (list)" in record.detail
 
 

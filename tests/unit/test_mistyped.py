@@ -62,6 +62,14 @@ MISTYPED = [
     ("lr_scheduler_type=polynomial", "one of constant, linear, cosine"),
     ("'data.train=[{file: a}]'", "did you mean path?"),
     ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
+    ("max_completion_length=128", "set data.max_length"),
+    ("val_size=0.1", "data.eval=[held_out.jsonl]"),
+    ("dataset_train_split=train", "split of a source"),
+    ("torch_dtype=bfloat16", "write model.dtype=bf16"),
+    ("torch_dtype=auto", "write model.dtype=..."),
+    ("reference=../base", "named by reference.path=../base"),
+    ("hydra.run.dir=out", "run.dir or run.root says where"),
+    ("hydra.job.chdir=true", "has no effect"),
     # A guess only where it deserves one.
     ("+loss.foo=1", "the keys of loss are kind, beta, "),
     ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
@@ -86,7 +94,13 @@ MISTYPED = [
     ("=3", "cannot be read"),
     ("my.yaml", "--config-dir DIR +experiment=NAME"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
+    ("loss.beta=0.1,", "write loss.beta=0.1"),
+    ("'optim.betas=(0.9,0.95)'", "write 'optim.betas=[0.9,0.95]'"),
+    ('\'data.train=["a.jsonl" "b.jsonl"]\'', 'write \'data.train=["a.jsonl","b.jsonl"]\''),
     # Values.
+    ("optim.betas=0.9", "write 'optim.betas=[0.9,0.999]'"),
+    ("data.eval=null", "write data.eval=[]"),
+    ("trainer.max_steps=-1", "in that range, or null"),
     ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "where:    loss.terms[1].kind"),
     ("'loss.terms=[{kind: sigmoid}, {kind: nll}]'", "did you mean loss.terms[1].kind=sft?"),
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
@@ -123,6 +137,8 @@ MISTYPED = [
     ("--config-dir nowhere", "--config-dir is no folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
     ("--config my.yaml", "+experiment=NAME"),
+    ("--config-path conf", "--config-dir DIR"),
+    ("--dry-run", "--check looks at"),
     ("--num_processes 2", "options of the launcher come before -m"),
 ]
 

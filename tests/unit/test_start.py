@@ -199,6 +199,7 @@ def rows(file: Path, *rows: dict[str, object]) -> Path:
 
 COMPLETION = {"prompt": "Say hello.", "completion": "Hello!"}
 PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
+TEMPLATED = PAIR | {"prompt": "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"}
 UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 
 
@@ -209,6 +210,10 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
         ([COMPLETION], [], "sigmoid does not fit these records"),
         ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
         ([], [], "no records"),
+        ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
+        ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
+        ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
+        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo does not fit"),
     ],
 )
 def test_a_check_reads_the_first_records(

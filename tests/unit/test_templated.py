@@ -244,7 +244,10 @@ def test_texts_that_went_through_a_template_are_counted_and_refused_where_most_a
         opened(tmp_path, [plain, written, written], TextTemplate.auto)
     assert "data.template=applied" in raised.value.remedy
     for template in (TextTemplate.applied, TextTemplate.literal):
-        assert opened(tmp_path, [plain, written, written], template)["templated_text"] == 2
+        counts = opened(tmp_path, [plain, written, written], template)
+        assert counts["templated_text"] == 2
+        # The template was applied to what stands as it is; the rest goes without.
+        assert counts["chat_template_not_applied"] == (1 if template is TextTemplate.applied else 3)
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|endoftext|><|im_end|>", "<|eot_id|>"])

@@ -1,0 +1,31 @@
+"""Which of the run's processes one can see die."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.distributed.peers import Neighbours, Peer
+
+NO_PROCESS = 2**22 + 1
+
+
+def test_only_processes_of_this_host_and_container_can_be_seen_to_die() -> None:
+    own = Peer.here(0)
+    dead = Peer(1, own.host, NO_PROCESS, own.namespace)
+    others = [replace(dead, rank=2, host="another"), replace(dead, rank=3, namespace="pid:[1]")]
+    assert Neighbours([own, dead, *others], 0).lost() == [dead]
+    assert Neighbours([own, replace(dead, pid=os.getpid()), *others], 0).lost() == []
+
+
+def test_where_containers_cannot_be_told_apart_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS, or without /proc."""
+
+    def fail(_path: Path) -> Path:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self/ns/pid")
+
+    monkeypatch.setattr(Path, "readlink", fail)
+    own = Peer.here(0)
+    dead = Peer(1, own.host, NO_PROCESS, own.namespace)
+    assert Neighbours([own, dead], 0).lost() == [dead]
