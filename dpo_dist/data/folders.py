@@ -28,7 +28,7 @@ def is_glob(path: str) -> bool:
 
 
 def root_of(path: str) -> Path:
-    """What a source's files are named relative to: the source itself, or of a pattern the folder before it."""
+    """What files of a source are named relative to: the source, or of a pattern the folder before it."""
     return Path(*itertools.takewhile(lambda part: not is_glob(part), Path(path).parts))
 
 

@@ -19,6 +19,7 @@ from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, 
 from dpo_dist.data import parts as parts_module
 from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.joined import Joined
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.errors import DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -254,6 +255,17 @@ def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
         for name in ("keys", "origins"):
             assert np.array_equal(getattr(seen, name), getattr(alone, name))
         assert np.array_equal(seen.scores, alone.scores, equal_nan=True)
+
+
+def test_joined_arrays_are_indexed_as_one() -> None:
+    parts = [np.arange(3), np.arange(0), np.arange(3, 8), np.arange(8, 9)]
+    whole, column = np.concatenate(parts), Joined(parts)
+    shifted = Joined(parts, [0, 10, 20, 30])
+    for index in (0, 8, -1, -9, slice(1, 3), slice(2, 7), slice(-2, None), slice(4, 2)):
+        assert np.array_equal(column[index], whole[index])
+    places = np.array([8, -1, 0, -9, 3])
+    assert np.array_equal(column[places], whole[places])
+    assert shifted[places].tolist() == [38, 38, 0, 0, 23]
 
 
 def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
