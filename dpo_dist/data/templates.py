@@ -26,7 +26,9 @@ _FOREIGN_MARKS = (
 FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _OPEN, _CLOSE = "<think>", "</think>"
 _CLOCK = "strftime_now"
-_DIRECTIVES = "aAbBcdDeFGHIjmMpSTuUVwWxXyYzZ"
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
+# Stands for "%%" until all directives are written.
+_PERCENT = "\ufdd0"
 
 
 def has_clock(template: str) -> bool:
@@ -43,10 +45,13 @@ def pin_clock(template: str, day: str) -> str:
     if not has_clock(template):
         return template
     moment = date.fromisoformat(day)
-    written = {f"%-{letter}": moment.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dHIjmMS"}
+    written = {"%%": _PERCENT}
+    written |= {f"%-{letter}": moment.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dHIjmMS"}
     written |= {f"%{letter}": moment.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    written[_PERCENT] = "%"
     filters = "".join(f" | replace({json.dumps(d)}, {json.dumps(text)})" for d, text in written.items())
-    return f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro -%}}{template}"
+    # transformers drops the line end after a block: the template starts as if nothing stood before it.
+    return f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}\n{template}"
 
 
 def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> set[str]:

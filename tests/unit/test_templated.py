@@ -16,6 +16,7 @@ from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.encoded import EncodedSource
 from dpo_dist.data.prepare import prepare_dataset
 from dpo_dist.data.records import Message
+from dpo_dist.data.templates import pin_clock
 from dpo_dist.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.pairs import CHAT, WIDE, encode, record, texts
@@ -67,6 +68,27 @@ def test_every_directive_of_the_clock_is_pinned() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), "{{ strftime_now('" + formats + "') }}" + tiny.CHATML)
     prompt, *_ = texts(encode(record(CHAT), tokenizer, DataConfig(template_date="2025-03-04")), tokenizer)
     assert prompt.startswith("2025-03-04|March 4, 2025|Tuesday 00:00:00|25 063|3<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ strftime_now('100%%, %%Y, %%%Y, %R %D %h %C %e') }}",
+        "\n\n  {{ strftime_now('%Y') }}",
+        "  {% if true %}a{% endif %}\n  {{ strftime_now('%Y') }}",
+    ],
+)
+def test_a_pinned_template_writes_what_it_would_on_that_day(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, turns = tiny.qwen(), [{"role": "user", "content": "q"}]
+
+    def written(template: str) -> Any:
+        return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+
+    pinned = written(pin_clock(template, "2031-01-02"))
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert pinned == written(template)
 
 
 def test_the_date_is_part_of_the_fingerprint_and_has_an_effect(tmp_path: Path) -> None:
