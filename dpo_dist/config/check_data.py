@@ -56,6 +56,7 @@ def _check_template_date(data: DataConfig) -> None:
             where="data.template_date",
             got=data.template_date,
             expected=f"YYYY-MM-DD, such as {DataConfig.template_date}",
+            remedy=f"write data.template_date={DataConfig.template_date}; other days likewise",
         ) from fault
 
 

@@ -60,11 +60,18 @@ def presets(group: str, folders: Iterable[Path]) -> list[str]:
 
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """The error for a preset that does not exist."""
+    if not group:
+        return ConfigError(
+            "there is no such configuration",
+            where="--config-name",
+            got=choice,
+            remedy="remove it; +experiment=NAME chooses what to run, --config-dir DIR adds your own",
+        )
     known = presets(group, folders)
     if not known:
         return ConfigError("a configuration file does not exist", got=f"{group}/{choice}.yaml")
     plus = "+" if group == "experiment" else ""
-    found = likely(choice, known)
+    found = likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known)
     remedies = [f"did you mean {plus}{group}={found[0]}?"] if found else []
     key = {"model": "model.path", "data": "data.train", "reference": "reference.path"}.get(group)
     if key is not None and not found:

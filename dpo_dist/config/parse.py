@@ -70,18 +70,22 @@ def _unreadable(line: str, before: Sequence[str], following: Sequence[str]) -> C
             expected=expected,
             remedy=f"close it; text with brackets needs quotes: {shlex.quote(f'{key}={_quoted(value)}')}",
         )
-    quoted = f"{key}={_quoted(value)}"
-    remedy = "a value with spaces, commas, brackets or = needs quotes of its own: 'key=\"a, b\"'"
-    meant = f"{key}={_without_slips(value)}"
-    if _is_readable(meant) and meant != line:
-        remedy = f"write {shlex.quote(meant)}"
-    elif _is_readable(quoted) and quoted != line:
-        remedy = (
-            f"write {shlex.quote(quoted)}: the inner quotes are read by Hydra, the outer ones by the shell"
-        )
+    remedy = _corrected(line, key, value)
     if strange is not None:
         what = f"an override cannot be read: {strange!r} needs quotes"
     return ConfigError(what, where=_COMMAND_LINE, got=line, expected=expected, remedy=remedy)
+
+
+def _corrected(line: str, key: str, value: str) -> str:
+    """What to write in place of a `line` that Hydra cannot read."""
+    quoted, meant = f"{key}={_quoted(value)}", f"{key}={_without_slips(value)}"
+    if _is_readable(meant) and meant != line:
+        return f"write {shlex.quote(meant)}"
+    if value.startswith(("[", "{")) and not quoted.startswith(f"{key}=["):
+        return "a list is [a, b], a mapping {name: value}; other characters in a text need quotes of its own"
+    if _is_readable(quoted) and quoted != line:
+        return f"write {shlex.quote(quoted)}: the inner quotes are read by Hydra, the outer ones by the shell"
+    return "a value with spaces, commas, brackets or = needs quotes of its own: 'key=\"a, b\"'"
 
 
 def _around_equals(line: str, before: Sequence[str], following: Sequence[str]) -> list[str]:
@@ -138,8 +142,8 @@ def _is_readable(line: str) -> bool:
 
 
 def _without_slips(value: str) -> str:
-    """`value` with the brackets and commas of a list where Python's tuple or a shell's array was written."""
-    value = value.rstrip(",")
+    """`value` with the signs of a list or mapping where Python's or a shell's were written."""
+    value = re.sub(r"([{,]\s*\w+)=", r"\1: ", value.rstrip(","))
     if value.startswith("(") and value.endswith(")"):
         value = f"[{value[1:-1].rstrip(',')}]"
     return re.sub(r"""(["'])\s+(["'])""", r"\1,\2", value)

@@ -8,7 +8,6 @@ records follow. Its name is a digest of everything that decides the ids, never a
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 from collections import Counter
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 from dpo_dist.atomic import is_temporary, write_text
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
-from dpo_dist.data.folders import is_glob
+from dpo_dist.data.folders import root_of
 from dpo_dist.data.joined import Array
 from dpo_dist.data.parts import EncodedPart
 from dpo_dist.digests import remember_digest, remembered_digest, text_digest
@@ -277,14 +276,9 @@ def _map(folder: Path, name: str, size: int) -> npt.NDArray[Any]:
     return np.memmap(folder / f"{name}.bin", dtype=_ARRAYS[name], mode="r", shape=(size,))
 
 
-def _root(path: str) -> Path:
-    """What names of files are relative to: the source itself, or of a pattern the folder before it."""
-    return Path(*itertools.takewhile(lambda part: not is_glob(part), Path(path).parts))
-
-
 def _relative_name(path: str, source: str) -> str:
-    return os.path.relpath(Path(source).expanduser(), _root(path).expanduser())
+    return os.path.relpath(Path(source).expanduser(), root_of(path).expanduser())
 
 
 def _display_name(path: str, name: str) -> str:
-    return path if name == "." else str(_root(path) / name)
+    return path if name == "." else str(root_of(path) / name)

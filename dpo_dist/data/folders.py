@@ -1,6 +1,7 @@
 """Sources of several local files: globs, folders of shards, folders saved by `datasets`."""
 
 import glob
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ _SPLIT_WORDS = {
 def is_glob(path: str) -> bool:
     """Whether `path` has a character of a glob pattern."""
     return _GLOB.search(path) is not None
+
+
+def root_of(path: str) -> Path:
+    """What files of a source are named relative to: the source, or of a pattern the folder before it."""
+    return Path(*itertools.takewhile(lambda part: not is_glob(part), Path(path).parts))
 
 
 def globbed_files(pattern: str) -> list[Path]:

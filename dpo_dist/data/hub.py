@@ -1,20 +1,19 @@
 """Datasets of the Hugging Face hub, pinned to one commit and read from the hub's local cache."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.atomic import write_text
 from dpo_dist.config.schema import SourceConfig
+from dpo_dist.digests import recall, remember
 from dpo_dist.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_COMMITS = "hub_commits.json"
+_COMMITS = "hub_commits"
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
@@ -30,18 +29,19 @@ def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     from huggingface_hub.errors import RevisionResolutionError  # noqa: PLC0415
 
     key = f"{source.path}@{source.revision or 'main'}"
-    kept = _kept_commits(cache)
+    memo = None if cache is None else cache / _COMMITS
     with _errors_told(source):
         try:
             found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
             commit = found.resolved
         except RevisionResolutionError:
-            if key not in kept:
+            kept = recall(memo, key)
+            if kept is None:
                 raise
-            commit = kept[key]
+            commit = kept
             log.warning("the hub cannot be asked for %s; it was %s when it was read last", key, commit)
-    if cache is not None and kept.get(key) != commit:
-        write_text(cache / _COMMITS, json.dumps(kept | {key: commit}, indent=1))
+    if recall(memo, key) != commit:
+        remember(memo, key, commit)
     return replace(source, revision=commit)
 
 
@@ -95,14 +95,3 @@ def _described(source: SourceConfig) -> str:
         "split": source.split or "train",
     }
     return f"{source.path} ({', '.join(f'{key} {value}' for key, value in options.items() if value)})"
-
-
-def _kept_commits(cache: Path | None) -> dict[str, str]:
-    """The commits last named, by ``name@revision``; none where they cannot be read."""
-    if cache is None:
-        return {}
-    try:
-        kept = json.loads((cache / _COMMITS).read_text())
-        return {str(key): str(commit) for key, commit in kept.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -2,13 +2,22 @@
 
 import difflib
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.files import KINDS, check_kind, located, read_file
-from dpo_dist.data.folders import globbed_files, is_glob, is_saved, refuse_split, saved_rows, shards
+from dpo_dist.data.folders import (
+    globbed_files,
+    is_glob,
+    is_saved,
+    refuse_split,
+    root_of,
+    saved_rows,
+    shards,
+)
 from dpo_dist.data.records import Located
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -101,10 +110,10 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     digests = [remembered_digest(file, memo) for file in files]
     if Path(source.path).expanduser().is_file():
         return digests[0]
-    # Names tell kind and split; where the folder is does not matter.
-    return text_digest(
-        "\n".join(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True))
-    )
+    # Names tell kind and split, and where records were read; where the folder is does not matter.
+    root = root_of(source.path).expanduser()
+    names = [os.path.relpath(file, root) for file in files]
+    return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
 def _refuse_hub_options(source: SourceConfig) -> None:
@@ -125,6 +134,13 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing(file: Path) -> DataError:
+    first = str(file).partition(" ")[0]
+    if first != str(file) and Path(first).exists():
+        return DataError(
+            "there is no such file",
+            where=str(file),
+            remedy="the sources of a list are divided by commas: 'data.train=[a.jsonl, b.jsonl]'",
+        )
     if not file.parent.is_dir():
         return DataError(
             "there is no such folder", where=str(file.parent), remedy="check the path of the source"

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
+from dpo_dist.model.files import weight_files
 from dpo_dist.model.folder import check_tokenizer_files
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.kernels import choose_backend, heads_of, verify_kernel
@@ -106,8 +110,43 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
             remedy="point the key at a complete model folder",
         )
-    refuse_unread(causal_lm, sorted(report["unexpected_keys"]), folder)
+    scattered = is_deepspeed_zero3_enabled() and config.quantization is None
+    unread = _unread_when_scattered(causal_lm, folder) if scattered else report["unexpected_keys"]
+    refuse_unread(causal_lm, sorted(unread), folder)
     return causal_lm
+
+
+def _unread_when_scattered(causal_lm: Any, folder: Path) -> set[str]:
+    """Return the names of tensors in the weight files that were not loaded, reading names only.
+
+    Under ZeRO-3 transformers does not say so itself.
+    """
+    held = causal_lm.state_dict()
+    mapping = getattr(causal_lm, "_weight_conversions", None) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = causal_lm.base_model_prefix
+    unread = set()
+    for file in weight_files(folder):
+        for name in _tensor_names(file):
+            renamed, _ = rename_source_key(
+                name, renamings, converters, base_model_prefix=prefix, meta_state_dict=held
+            )
+            if renamed not in held and f"{prefix}.{renamed}" not in held:
+                unread.add(name)
+    info = LoadStateDictInfo(set(), unread, set(), [], {}, set())
+    causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture passes over
+    found: set[str] = info.unexpected_keys
+    return found
+
+
+def _tensor_names(file: Path) -> list[str]:
+    if file.suffix == ".json":  # an index
+        return []
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as content:
+            return list(content.keys())
+    return list(torch.load(file, map_location="meta", weights_only=True))
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:

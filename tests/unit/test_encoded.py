@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 
 from dpo_dist import digests as digests_module
 from dpo_dist.atomic import temporary_name
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import parts as parts_module
 from dpo_dist.data import prepare as prepare_module
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.encoded import SourceWriter
+from dpo_dist.data.joined import Joined
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -79,6 +81,30 @@ def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
 def test_whatever_decides_the_ids_makes_another_data_set(tmp_path: Path, change: dict[str, object]) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
+
+
+def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_path: Path) -> None:
+    """Of equal content: its format, its split where one folder has several, the kind of file."""
+    path = jsonl(tmp_path, *GOOD)
+    assert prepare(tmp_path, path) != prepare(tmp_path, SourceConfig(path, format=DataFormat.text))
+    saved = str(tmp_path / "saved")
+    of_splits = {"train": Dataset.from_list(GOOD), "test": Dataset.from_list(GOOD[:2])}
+    DatasetDict(of_splits).save_to_disk(saved)
+    lengths = [len(opened(tmp_path, SourceConfig(saved, split=split))) for split in (None, "test", "train")]
+    assert lengths == [7, 2, 7]
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(GOOD))
+    assert len(opened(tmp_path, str(array))) == 7
+    with pytest.raises(DataError, match="no usable record"):
+        opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
+
+
+def test_records_are_told_where_they_were_read_whatever_names_their_files(tmp_path: Path) -> None:
+    below = tmp_path / "a"
+    below.mkdir()
+    path = jsonl(below, *GOOD)
+    for source in (f"{tmp_path}/*/*.jsonl", f"{below}/*.jsonl", str(below), path):
+        assert str(opened(tmp_path, source).origin(0)) == f"{path}:1"
 
 
 def test_changed_content_and_limit_make_another_data_set(tmp_path: Path) -> None:
@@ -230,6 +256,17 @@ def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
         for name in ("keys", "origins"):
             assert np.array_equal(getattr(seen, name), getattr(alone, name))
         assert np.array_equal(seen.scores, alone.scores, equal_nan=True)
+
+
+def test_joined_arrays_are_indexed_as_one() -> None:
+    parts = [np.arange(3), np.arange(0), np.arange(3, 8), np.arange(8, 9)]
+    whole, column = np.concatenate(parts), Joined(parts)
+    shifted = Joined(parts, [0, 10, 20, 30])
+    for index in (0, 8, -1, -9, slice(1, 3), slice(2, 7), slice(-2, None), slice(4, 2)):
+        assert np.array_equal(column[index], whole[index])
+    places = np.array([8, -1, 0, -9, 3])
+    assert np.array_equal(column[places], whole[places])
+    assert shifted[places].tolist() == [38, 38, 0, 0, 23]
 
 
 def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:

@@ -99,6 +99,13 @@ def test_limit_takes_the_first_records_only(tmp_path: Path) -> None:
         read_records(SourceConfig(path=path, limit=0))
 
 
+def test_two_files_without_a_comma_between_them_are_told_as_such(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, TEXT)
+    with pytest.raises(DataError, match="no such file") as raised:
+        read_records(f"{file} {file}")
+    assert "divided by commas" in raised.value.remedy
+
+
 def test_missing_file_is_told_at_once_with_its_nearest_name(tmp_path: Path) -> None:
     jsonl(tmp_path, TEXT)
     with pytest.raises(DataError, match=r"rows\.jsonl") as fault:

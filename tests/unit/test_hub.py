@@ -6,10 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
 
+from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data.hub import pinned
 from tests.support.hub_server import HubServer
 
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
@@ -127,3 +132,23 @@ def test_a_hub_dataset_is_pinned_and_needed_once(tmp_path: Path, hub: HubServer)
     )
     assert bare[0] == 2
     assert "could not be reached" in bare[1][1]
+
+
+def test_jobs_that_start_at_once_keep_each_other_s_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job reads what is kept before, and writes after, another one does both."""
+    asked: list[str] = []
+
+    def answer(_api: object, name: str, **_of: object) -> SimpleNamespace:
+        asked.append(name)
+        if len(asked) > 2:
+            raise RevisionResolutionError("no network")
+        if name == "o/slow":
+            pinned(SourceConfig(path="o/quick"), tmp_path)
+        return SimpleNamespace(resolved=f"commit of {name}")
+
+    monkeypatch.setattr(HfApi, "resolve_revision", answer)
+    pinned(SourceConfig(path="o/slow"), tmp_path)
+    for name in ("o/slow", "o/quick"):
+        assert pinned(SourceConfig(path=name), tmp_path).revision == f"commit of {name}"

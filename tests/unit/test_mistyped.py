@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dpo_dist.config.aliases import IN_OTHER_WORDS, IN_SOURCE, SAME_MEANING
 from dpo_dist.config.command_line import divide
 from dpo_dist.config.keys import key_types, run_keys
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.load import compose, load_run_config
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
@@ -95,6 +95,11 @@ MISTYPED = [
     ("my.yaml", "--config-dir DIR +experiment=NAME"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
     ("loss.beta=0.1,", "write loss.beta=0.1"),
+    ("'data.train=[{path=a.jsonl, limit=9}]'", "write 'data.train=[{path: a.jsonl, limit: 9}]'"),
+    ("'data.train=[{a.jsonl}]'", "a mapping {name: value}"),
+    ("loss=ipo.yaml", "did you mean loss=ipo?"),
+    ("+experiment=conf/experiment/qwen7b.yaml", "did you mean +experiment=qwen7b?"),
+    ("data.template_date=today", "write data.template_date=2024-07-26"),
     ("'optim.betas=(0.9,0.95)'", "write 'optim.betas=[0.9,0.95]'"),
     ('\'data.train=["a.jsonl" "b.jsonl"]\'', 'write \'data.train=["a.jsonl","b.jsonl"]\''),
     # Values.
@@ -198,3 +203,9 @@ def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
     assert arguments.options == {"--config-dir": ".", "--cfg": "job", "--info": ""}
     config = load_run_config([*RUN, *arguments.overrides, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
+
+
+def test_a_configuration_of_another_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no such configuration") as raised:
+        compose(RUN, None, name="foo")
+    assert "remove it" in raised.value.remedy
