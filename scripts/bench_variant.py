@@ -106,7 +106,7 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     config = load_run_config([*wanted, *ablation.overrides])
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
     with open_console(run_dir) as console:
-        from dpo_dist.reference.engine import load_reference
+        from dpo_dist.reference.engine import load_digested
         from dpo_dist.reference.fill import fill_store
         from dpo_dist.training import assemble, loop, stored
         from dpo_dist.training.step import train_step
@@ -114,7 +114,7 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
         with (
             patch.object(loop, "train_step", training.around(train_step)),
             patch.object(stored, "fill_store", filling.around(fill_store)),
-            patch.object(stored, "load_reference", loading.around(load_reference)),
+            patch.object(stored, "load_digested", loading.around(load_digested)),
             removed(ablation) as work,
             whole.running(),
         ):

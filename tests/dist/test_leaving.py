@@ -33,7 +33,8 @@ def refuse() -> None:
 
 def terminated_after(seconds: float) -> None:
     """Ask this process to end, as the launcher does when another one has left."""
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    # To the main thread: sent to the process, it may reach another one, and the main thread sleeps on.
+    threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
 
 
 def outcomes_of(scenario: Any, folder: Path, size: int = 2) -> list[Outcome]:
@@ -132,4 +133,4 @@ def test_a_refusal_is_no_lost_process(scenario: Any, tmp_path: Path) -> None:
     """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
     refusing, ended = outcomes_of(scenario, tmp_path)
     assert printing([refusing, ended]) == [0]
-    assert (ended.error, ended.speaker) == ("PeerLostError", peers.NOBODY), ended.log
+    assert (ended.error, ended.speaker) == ("PeerLostError", peers.NOBODY), (ended.exit_code, ended.log)
