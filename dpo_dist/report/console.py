@@ -71,6 +71,23 @@ class Console:
         )
 
     @contextlib.contextmanager
+    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function to call with how many are done and how many there are.
+
+        The bar appears with its total at the first call; none appears if there is nothing to do.
+        """
+        with contextlib.ExitStack() as stack:
+            bars: list[Any] = []
+
+            def show(done: int, total: int) -> None:
+                if not bars and total:
+                    bars.append(stack.enter_context(self.bar(what, total, done, unit)))
+                for bar in bars:
+                    bar.update(done - bar.n)
+
+            yield show
+
+    @contextlib.contextmanager
     def counter(self, what: str, unit: str) -> Iterator[Callable[[int], None]]:
         """Yield a function to call with how many more of an unknown number are done.
 

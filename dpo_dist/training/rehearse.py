@@ -16,6 +16,7 @@ from dpo_dist.data.parts import EncodedPart, encode_part
 from dpo_dist.data.prepare import check_template_date
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
+from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.packable import refuse_unpackable
@@ -40,6 +41,7 @@ def rehearse(config: RunConfig) -> str:
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     refuse_unpackable(model_config, config.data.max_length)
+    count_flops(model_config, config.model.adapter)  # as a run does: refuses targets that are no layers
     check_template_date(config.data, tokenizer)
     lines = [
         ("run.dir", f"{config.run.dir}{_state(Path(str(config.run.dir)))}"),

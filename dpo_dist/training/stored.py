@@ -116,7 +116,7 @@ def _fill(
     """Compute what the store lacks of the rows that the run visits, and tell; collective."""
     filled = FillReport()
     for dataset, rows in inputs.visited:
-        with console.bar("reference", 0, 0, "pair") as bar:
+        with console.progress("reference", "pair") as progress:
             filled += fill_store(
                 open_store,
                 dataset,
@@ -126,7 +126,7 @@ def _fill(
                 scoring_tokens(config),
                 inputs.costs,
                 config.reference.rows_per_shard,
-                partial(_show_progress, bar),
+                progress,
                 filled.shards,
             )
     console.say(f"reference: {filled.computed:,} log-probs computed, {filled.hits:,} reused")
@@ -137,8 +137,3 @@ def _fill(
 
 def _listed(counts: dict[str, int]) -> str:
     return "; ".join(f"{count:,} of {numerics}" for numerics, count in counts.items())
-
-
-def _show_progress(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)

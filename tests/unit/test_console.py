@@ -86,6 +86,19 @@ def test_a_terminal_shows_a_bar_of_what_is_counted() -> None:
     assert "192record" in screen.getvalue()
 
 
+def test_a_bar_has_its_total_from_the_first_sight_and_nothing_to_do_has_none() -> None:
+    screen = Terminal()
+    with Console(screen).progress("reference", "pair") as show:
+        show(0, 120)
+        assert "0/120" in screen.getvalue()
+        show(120, 120)
+    assert "120/120" in screen.getvalue()
+    idle = Terminal()
+    with Console(idle).progress("reference", "pair") as show:
+        show(0, 0)
+    assert not idle.getvalue()
+
+
 def test_elsewhere_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, seconds = io.StringIO(), iter(range(0, 1000, 10))
     monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(seconds)))

@@ -225,6 +225,11 @@ def test_a_check_reads_the_first_records(
     assert caught.value.remedy
 
 
+def test_a_check_refuses_an_adapter_on_layers_that_do_not_exist(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter's target"):
+        rehearse(run_of(assets, tmp_path, "model.adapter={target_modules: [nope]}"))
+
+
 def test_a_check_accepts_or_refuses_the_architecture(assets: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
