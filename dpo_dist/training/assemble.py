@@ -37,7 +37,8 @@ from dpo_dist.training.folder import CHECKPOINTS, describe_run, find_start, lock
 from dpo_dist.training.gate import describe_drift, pass_gate
 from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, Position, StopRequest
-from dpo_dist.training.state import STATE_NAME, Outcome, RunState, check_identity, identify
+from dpo_dist.training.start import STATE_NAME
+from dpo_dist.training.state import Outcome, RunState, check_identity, identify
 from dpo_dist.training.step import Objective
 from dpo_dist.training.stored import stored_reference
 

@@ -28,8 +28,8 @@ from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.history import SUMMARY_NAME
 from dpo_dist.report.page import METRICS_FOLDER, write_page
+from dpo_dist.training.start import STATE_NAME
 from dpo_dist.training.state import (
-    STATE_NAME,
     Outcome,
     RunState,
     check_identity,

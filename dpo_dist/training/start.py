@@ -15,8 +15,9 @@ from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.extras import demand_bitsandbytes, demand_liger_kernel
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
-# What a run folder holds before its first step: nothing that anybody would miss.
-_BEFORE_THE_FIRST_STEP = frozenset({"logs", ".lock", "config.yaml", "environment.json", "run_state.json"})
+STATE_NAME = "run_state.json"
+# A run folder before its first step: nothing that anybody would miss.
+_BEFORE_THE_FIRST_STEP = frozenset({"logs", ".lock", "config.yaml", "environment.json", STATE_NAME})
 # Processes of one start begin within this time of each other.
 _START_SECONDS = 60.0
 
@@ -36,6 +37,7 @@ def check_start(config: RunConfig) -> None:
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
+    _check_run_dir(config)
     for key, folder in _needed_folders(config).items():
         if key != "reference.store" or not folder.is_dir():
             # A store that can only be read serves runs that it lacks nothing for.
@@ -105,6 +107,27 @@ def _needed_folders(config: RunConfig) -> dict[str, Path]:
     if config.reference.nvme_path is not None:
         folders["reference.nvme_path"] = Path(config.reference.nvme_path)
     return folders
+
+
+def _check_run_dir(config: RunConfig) -> None:
+    """A run has a folder of its own: not a model's, and not the one in which other runs have theirs."""
+    run_dir = Path(str(config.run.dir)).expanduser().resolve()
+    models = [path for path in (config.model.path, config.reference.path) if path is not None]
+    what = ""
+    if run_dir == run_dir.parent:
+        what = "the root of the file system"
+    elif any(Path(path).expanduser().resolve() == run_dir for path in models):
+        what = "the folder of a model"
+    elif next(run_dir.glob(f"*/{STATE_NAME}"), None) is not None:
+        what = "a folder that has other runs in it"
+    if what:
+        raise ConfigError(
+            f"run.dir is {what}",
+            where="run.dir",
+            got=str(run_dir),
+            expected="a folder of this run's own",
+            remedy="set run.dir to a new folder, or run.root to the folder in which runs get theirs",
+        )
 
 
 def _check_folder(folder: Path, key: str) -> None:

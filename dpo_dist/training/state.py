@@ -11,8 +11,7 @@ from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError
 from dpo_dist.training.inputs import Inputs
-
-STATE_NAME = "run_state.json"
+from dpo_dist.training.start import STATE_NAME
 
 Identity = dict[str, str | None]
 

@@ -28,6 +28,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     write_model(folder / "model")
     write_pairs(folder / "train.jsonl", 12, seed=1)
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "run_state.json").write_text("{}")
     return folder
 
 
@@ -56,6 +58,9 @@ def refused(config: RunConfig) -> DpoDistError:
         ("data.train=[https://example.com/a.jsonl]", "URLs are not read"),
         ("run.dir=/proc/foo", "nothing can be written to run.dir"),
         ("run.dir={assets}/train.jsonl", "run.dir is a file"),
+        ("run.dir=/", "run.dir is the root of the file system"),
+        ("run.dir={assets}/model", "run.dir is the folder of a model"),
+        ("run.dir={assets}/runs", "run.dir is a folder that has other runs in it"),
         ("run.dir={assets}/train.jsonl/run", "nothing can be written to run.dir"),
         ("data.cache=/proc/foo", "nothing can be written to data.cache"),
         ("reference.store={assets}/train.jsonl", "reference.store is a file"),
