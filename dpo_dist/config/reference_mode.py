@@ -5,12 +5,14 @@ from dataclasses import replace
 
 from dpo_dist.config.schema import ReferenceConfig, ReferenceMode, RunConfig
 
-# Options that only say how a reference model is loaded, and the modes that load one that way.
+# Options that say how a reference model is loaded and scored, and the modes in which they have an effect.
 _LOADED = (ReferenceMode.cached, ReferenceMode.live)
 _MODES_USING = {
     "offload": _LOADED,
     "nvme_path": _LOADED,
     "micro_batch_tokens": (ReferenceMode.cached,),
+    "rows_per_shard": (ReferenceMode.cached,),
+    "audit_pairs": (*_LOADED, ReferenceMode.adapter),
 }
 _NAMING_A_MODEL = ("path", "revision", "quantization", "numerics")
 

@@ -117,6 +117,14 @@ def test_out_of_range(key: str, value: float) -> None:
             "reference.micro_batch_tokens, reference.mode",
         ),
         (
+            {"reference.mode": "live", "reference.rows_per_shard": 64},
+            "reference.rows_per_shard, reference.mode",
+        ),
+        (
+            {"loss.kind": "sft", "reference.audit_pairs": 4} | NO_REFERENCE,
+            "reference.audit_pairs, reference.mode",
+        ),
+        (
             {"loss.kind": "sft", "reference.micro_batch_tokens": 64} | NO_REFERENCE,
             "reference.micro_batch_tokens, reference.mode",
         ),
