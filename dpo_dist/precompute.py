@@ -11,7 +11,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.report.console import open_console
-from dpo_dist.training.start import check_start, without_traces
+from dpo_dist.training.startup import check_start, without_traces
 
 
 def main(config: RunConfig) -> int:
@@ -21,7 +21,7 @@ def main(config: RunConfig) -> int:
         check_start(config)
         with open_console(Path(str(config.run.dir))) as console:
             # Heavy, and what it prints goes to the log.
-            from dpo_dist.training.assemble import precompute  # noqa: PLC0415
+            from dpo_dist.training.run import precompute  # noqa: PLC0415
 
             return precompute(config, console)
 
@@ -32,7 +32,7 @@ def check(config: RunConfig) -> int:
     with without_traces(config, of_success=True):
         check_start(config)
         logging.disable(logging.WARNING)
-        from dpo_dist.training.rehearse import rehearse  # noqa: PLC0415  (heavy)
+        from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (heavy)
 
         sys.stdout.write(rehearse(config))
     return 0

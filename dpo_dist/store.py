@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_dist.errors import DpoDistError, ReferenceError
-from dpo_dist.reference.garbage import find_garbage, remove
-from dpo_dist.reference.inventory import SpaceInfo, take_inventory
-from dpo_dist.reference.verify import repair, verify_store
+from dpo_dist.reference.maintenance.garbage import find_garbage, remove
+from dpo_dist.reference.maintenance.info import SpaceInfo, take_inventory
+from dpo_dist.reference.maintenance.verify import repair, verify_store
 
 EXIT_DAMAGED = 2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.report.console import open_console
-from dpo_dist.training.start import check_start, without_traces
+from dpo_dist.training.startup import check_start, without_traces
 
 
 def main(config: RunConfig) -> int:
@@ -20,7 +20,7 @@ def main(config: RunConfig) -> int:
         check_start(config)
         with open_console(Path(str(config.run.dir))) as console:
             # Heavy, and what it prints goes to the log.
-            from dpo_dist.training.assemble import train  # noqa: PLC0415
+            from dpo_dist.training.run import train  # noqa: PLC0415
 
             return train(config, console)
 
@@ -30,7 +30,7 @@ def check(config: RunConfig) -> int:
     with without_traces(config, of_success=True):
         check_start(config)
         logging.disable(logging.WARNING)
-        from dpo_dist.training.rehearse import rehearse  # noqa: PLC0415  (heavy)
+        from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (heavy)
 
         sys.stdout.write(rehearse(config))
     return 0

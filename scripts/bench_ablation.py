@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.data import batches, dataset
-from dpo_dist.data.pack import PackedBatch, Sequences, pack
-from dpo_dist.data.plan import Counts, PairSizes, pair_sizes
+from dpo_dist.data import dataset, step_plan
+from dpo_dist.data.micro_batches import Counts, PairSizes, pair_sizes
+from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.model.head import LogpHead, PackedCausalLM
 
 Forward = Callable[[PackedCausalLM, PackedBatch], Tensor]
@@ -86,9 +86,9 @@ def removed(ablation: Ablation) -> Iterator[Work]:
             swaps.enter_context(patch.object(dataset, "pair_sizes", _sizes_apart(ablation.packing)))
         if ablation.packing is not Packing.packed:
             plan = _plan_single if ablation.packing is Packing.single else _plan_padded
-            swaps.enter_context(patch.object(batches, "plan_micro_batches", plan))
+            swaps.enter_context(patch.object(step_plan, "plan_micro_batches", plan))
         if not ablation.shares_prompts or ablation.packing is Packing.padded:
-            swaps.enter_context(patch.object(batches, "pack", _packing(ablation)))
+            swaps.enter_context(patch.object(step_plan, "pack", _packing(ablation)))
         swaps.enter_context(patch.object(PackedCausalLM, "forward", _counting_tokens(forward, work)))
         swaps.enter_context(patch.object(LogpHead, "forward", _counting_logits(head, work)))
         yield work

@@ -185,9 +185,9 @@ def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -
 
 def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     from dpo_dist.config.load import load_run_config
+    from dpo_dist.data.build_dataset import prepare_dataset
     from dpo_dist.data.dataset import open_dataset
-    from dpo_dist.data.prepare import prepare_dataset
-    from dpo_dist.data.schedule import make_schedule
+    from dpo_dist.data.sampler import make_schedule
     from dpo_dist.model.load import load_tokenizer
     from dpo_dist.reference.digest import tokenizer_digest
 

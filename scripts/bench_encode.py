@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_assets import REAL_DATA, learnt_tokenizer, shared_data
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.prepare import prepare_dataset
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -152,9 +152,10 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
     measured: Result = {}
     with open_console(out / "run") as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
-        from dpo_dist.training import assemble, ending
+        from dpo_dist.training import finish as finish_module
+        from dpo_dist.training import run as run_module
 
-        build = assemble.build_reference
+        build = run_module.build_reference
 
         def build_and_weigh(*arguments: Any) -> Any:
             before = _weights()
@@ -166,11 +167,11 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
             return reference
 
         with (
-            patch.object(assemble, "build_reference", build_and_weigh),
+            patch.object(run_module, "build_reference", build_and_weigh),
             patch.object(CheckpointSaver, "save"),
-            patch.object(ending, "export_model"),
+            patch.object(finish_module, "export_model"),
         ):
-            assemble.train(config, console)
+            run_module.train(config, console)
     measured["peak while training"] = _peak()
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(measured))
 

@@ -184,10 +184,11 @@ def _train(arguments: list[str]) -> None:
     run_dir, *command = arguments
     with open_console(Path(run_dir)) as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
-        from dpo_dist.training import assemble, ending
+        from dpo_dist.training import finish as finish_module
+        from dpo_dist.training import run as run_module
 
-        with patch.object(CheckpointSaver, "save"), patch.object(ending, "export_model"):
-            assemble.train(load_run_config(command), console)
+        with patch.object(CheckpointSaver, "save"), patch.object(finish_module, "export_model"):
+            run_module.train(load_run_config(command), console)
 
 
 def _print_table(results: dict[str, Result]) -> None:

@@ -36,12 +36,12 @@ from bench_assets import SHAPES, save_random_model
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.pack import PackedBatch
-from dpo_dist.data.plan import ComputeCosts
-from dpo_dist.distributed.runtime import World
+from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
-from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceSpace
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 

@@ -108,17 +108,18 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     with open_console(run_dir) as console:
         from dpo_dist.reference.engine import load_digested
         from dpo_dist.reference.fill import fill_store
-        from dpo_dist.training import assemble, loop, stored
+        from dpo_dist.training import loop, reference_setup
+        from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
 
         with (
             patch.object(loop, "train_step", training.around(train_step)),
-            patch.object(stored, "fill_store", filling.around(fill_store)),
-            patch.object(stored, "load_digested", loading.around(load_digested)),
+            patch.object(reference_setup, "fill_store", filling.around(fill_store)),
+            patch.object(reference_setup, "load_digested", loading.around(load_digested)),
             removed(ablation) as work,
             whole.running(),
         ):
-            assemble.train(config, console)
+            run_module.train(config, console)
     metrics = run_dir / "dpo_metrics"
     training.seconds = json.loads((metrics / "summary.json").read_text())["train_seconds"]
     rows = json.loads((metrics / "log_history.json").read_text())

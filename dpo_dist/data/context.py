@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dpo_dist.data.answers import Answers, Row
 from dpo_dist.data.conversations import has_value
+from dpo_dist.data.layouts import Answers, Row
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, Prompt
 
 _SYSTEMS = ("system", "system_prompt")

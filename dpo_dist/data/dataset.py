@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.concatenated import Column, joined
 from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.encoded import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
-from dpo_dist.data.joined import Column, joined
-from dpo_dist.data.pack import Sequences, packed_tokens
-from dpo_dist.data.plan import ComputeCosts, PairSizes, pair_sizes
+from dpo_dist.data.encoded_source import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
+from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes
+from dpo_dist.data.packing import Sequences, packed_tokens
 from dpo_dist.data.records import Origin
-from dpo_dist.data.schedule import Rows, Span
+from dpo_dist.data.sampler import Rows, Span
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.encoded import MEMO_FOLDER
+from dpo_dist.data.encoded_source import MEMO_FOLDER
 from dpo_dist.digests import recall, remember
 
 

@@ -9,15 +9,20 @@ import numpy.typing as npt
 from jinja2 import TemplateError
 
 from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
-from dpo_dist.data.templates import (
+from dpo_dist.data.chat_template import (
     ends_opened_thought,
     ends_thought,
     opens_thought,
     within_thought,
     without_open_thought,
 )
-from dpo_dist.data.tokens import RESERVED_CHARACTER, SpecialTokenInTextError, TokenizerFacts, tokenizer_facts
+from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
+from dpo_dist.data.tokenizer import (
+    RESERVED_CHARACTER,
+    SpecialTokenInTextError,
+    TokenizerFacts,
+    tokenizer_facts,
+)
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.csv_rows import csv_rows
+from dpo_dist.data.csv_records import csv_rows
 from dpo_dist.data.records import BadRecord, Located, Origin, shown_key
 from dpo_dist.errors import DataError
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from itertools import combinations, islice
 
 from dpo_dist.config.schema import DataFormat, SourceConfig
-from dpo_dist.data.answers import (
+from dpo_dist.data.context import in_context
+from dpo_dist.data.conversations import conversation, is_messages, prompt_before
+from dpo_dist.data.layouts import (
     Answers,
     Row,
     completion_answers,
@@ -18,8 +20,6 @@ from dpo_dist.data.answers import (
     recognise,
     unrecognised,
 )
-from dpo_dist.data.context import in_context
-from dpo_dist.data.conversations import conversation, is_messages, prompt_before
 from dpo_dist.data.records import BadRecord, Dialogue, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.sources import read_rows
 from dpo_dist.errors import ConfigError

@@ -23,8 +23,14 @@ import torch
 
 from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
 from dpo_dist.config.schema import ParallelismConfig
-from dpo_dist.distributed.manifest import Entries, describe_files, find_faults, has_all_files, write_manifest
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.checkpoint_manifest import (
+    Entries,
+    describe_files,
+    find_faults,
+    has_all_files,
+    write_manifest,
+)
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
 
 log = logging.getLogger(__name__)

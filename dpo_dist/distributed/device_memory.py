@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dpo_dist.data.pack import PackedBatch
+from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import DeviceMemoryError
 
 _FEWER_BYTES = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"

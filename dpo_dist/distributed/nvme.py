@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 
 _PREFIX = "dpo_dist"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import SyncReferenceConfig
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 
 _CHUNK_ELEMENTS = 2**24

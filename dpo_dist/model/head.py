@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.data.pack import PackedBatch
+from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.objective.logps import token_logps, token_logps_and_collisions

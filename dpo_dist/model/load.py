@@ -16,13 +16,13 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
+from dpo_dist.model.attention_backend import choose_backend, heads_of, verify_kernel
 from dpo_dist.model.files import weight_files
 from dpo_dist.model.folder import check_tokenizer_files
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.kernels import choose_backend, heads_of, verify_kernel
 from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
-from dpo_dist.model.packable import refuse_remote_model, refuse_unpackable
 from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
+from dpo_dist.model.supported import refuse_remote_model, refuse_unpackable
 
 log = logging.getLogger(__name__)
 

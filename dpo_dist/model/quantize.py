@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from dpo_dist.config.schema import Quantization
-from dpo_dist.model.extras import demand_bitsandbytes
+from dpo_dist.model.optional_packages import demand_bitsandbytes
 
 
 def quantized_loading(

@@ -22,7 +22,7 @@ from dpo_dist.config.schema import (
     LossTermConfig,
 )
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.running import RunningMeans
+from dpo_dist.objective.running_stats import RunningMeans
 
 _LARGEST_EXPONENT = 80.0  # exp(89) is no float32
 _LARGEST_ROOT = 1e19  # the square of more is no float32

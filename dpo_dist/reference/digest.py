@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
-from dpo_dist.distributed.runtime import WhileWaiting, World
+from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, ReferenceError
 from dpo_dist.model.files import CONFIG_FILE, read_model_json, weight_files
-from dpo_dist.reference.key import MEMO_FOLDER
+from dpo_dist.reference.fingerprint import MEMO_FOLDER
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

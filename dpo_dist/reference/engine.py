@@ -10,11 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.data.pack import PackedBatch
-from dpo_dist.distributed.communication import fetching_layers_ahead
-from dpo_dist.distributed.nvme import own_folder
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import (
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.deepspeed_config import fetching_layers_ahead
+from dpo_dist.distributed.engine import (
     FrozenEngine,
     frozen_config,
     on_nvme,
@@ -22,6 +20,8 @@ from dpo_dist.distributed.zero import (
     sharded_loading,
     whole_loading,
 )
+from dpo_dist.distributed.nvme import own_folder
+from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.reference.digest import ModelFiles

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from dpo_dist.atomic import collect_abandoned
 from dpo_dist.data.dataset import Keys, PairDataset
-from dpo_dist.data.plan import ComputeCosts
-from dpo_dist.data.prefetch import prefetch
-from dpo_dist.data.schedule import Rows
-from dpo_dist.distributed.runtime import World
+from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.sampler import Rows
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceError
-from dpo_dist.reference.rounds import Places, Round, Work, by_pair, in_rounds, plan_round
+from dpo_dist.prefetch import prefetch
+from dpo_dist.reference.fill_rounds import Places, Round, Work, by_pair, in_rounds, plan_round
 from dpo_dist.reference.scoring import Scorer, score_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.pack import PackedBatch, dummy_batch, pack
-from dpo_dist.data.prefetch import prefetch
-from dpo_dist.distributed.runtime import World
+from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError
-from dpo_dist.reference.rounds import Round, Work
+from dpo_dist.prefetch import prefetch
+from dpo_dist.reference.fill_rounds import Round, Work
 from dpo_dist.reference.shard import Values
 
 Scorer = Callable[[PackedBatch], Tensor]

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 
 from dpo_dist.atomic import write_text
 from dpo_dist.errors import ReferenceError
+from dpo_dist.reference.fingerprint import SPACE_FILE, ReferenceSpace, read_space
 from dpo_dist.reference.index import build_index, first_values
-from dpo_dist.reference.key import SPACE_FILE, ReferenceSpace, read_space
 from dpo_dist.reference.shard import (
     Keys,
     Values,

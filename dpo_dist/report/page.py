@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dpo_dist import atomic
-from dpo_dist.report.history import LOG_NAME, PHASES, SUMMARY_NAME, read_rows
+from dpo_dist.report.metrics_log import LOG_NAME, PHASES, SUMMARY_NAME, read_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")

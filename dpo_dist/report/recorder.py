@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.report.history import History
+from dpo_dist.report.metrics_log import History
 from dpo_dist.report.page import CURVES_NAME, write_page
 from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.tracking import Tracker

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import BcoDelta, RunConfig
-from dpo_dist.data.batches import StepPlan, plan_step
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.plan import ComputeCosts
-from dpo_dist.data.prefetch import prefetch
-from dpo_dist.data.schedule import Rows, Schedule
+from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.sampler import Rows, Schedule
+from dpo_dist.data.step_plan import StepPlan, plan_step
 from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops, StepFlops
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
-from dpo_dist.objective.running import RunningMeans
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.prefetch import prefetch
 from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.training.clock import StepClock
 from dpo_dist.training.learning_rate import learning_rate
+from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
 from dpo_dist.training.step import Objective, ReadyStep, evaluate, train_step
-from dpo_dist.training.window import LogWindow, StepMeasures, throughput
+from dpo_dist.training.step_timer import StepClock
 
 _STEPS_AHEAD = 2
 

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import LossConfig, Weighting
-from dpo_dist.data.batches import StepPlan
-from dpo_dist.data.pack import PackedBatch
-from dpo_dist.data.prefetch import prefetch
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.step_plan import StepPlan
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import MetricSums, metric_names, metric_sums
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.provider import ReferenceProvider
-from dpo_dist.training.clock import StepClock
-from dpo_dist.training.scored import ScoredPairs, gather_pairs, index_of
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.prefetch import prefetch
+from dpo_dist.reference.providers import ReferenceProvider
+from dpo_dist.training.coupled import ScoredPairs, gather_pairs, index_of
+from dpo_dist.training.step_timer import StepClock
 
 BATCHES_AHEAD = 4
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.encoded import EncodedSource
-from dpo_dist.data.pack import PackedBatch
-from dpo_dist.distributed.runtime import World
+from dpo_dist.data.encoded_source import EncodedSource
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import fill_store, open_filled
-from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceSpace
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS

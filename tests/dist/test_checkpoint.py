@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, LossConfig, LossKind, ParallelismKind
-from dpo_dist.data.batches import plan_step
+from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
-from dpo_dist.distributed.manifest import MANIFEST, read_manifest
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.provider import NoReference
-from dpo_dist.training.clock import StepClock
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import NoReference
+from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS

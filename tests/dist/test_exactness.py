@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import LossConfig
-from dpo_dist.data.batches import plan_step
+from dpo_dist.data.step_plan import plan_step
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.pack import Sequences
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.data.packing import Sequences
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.provider import StoredReference
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.step import Objective
 from tests.dist.scenario import PAIRS, SPACE, Assets, fill

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 from dpo_dist.reference import shard as shard_module
 from dpo_dist.reference.store import LogpStore
 from tests.dist.scenario import PAIRS, SPACE, Assets, fill

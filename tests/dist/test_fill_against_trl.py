@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.prepare import prepare_dataset
+from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.reference.store import LogpStore

@@ -9,14 +9,14 @@ import numpy as np
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, LossConfig, LossKind, ModelConfig
-from dpo_dist.data.batches import plan_step
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.data.step_plan import plan_step
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.provider import AdapterReference, NoReference, ReferenceProvider
-from dpo_dist.training.clock import StepClock
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import AdapterReference, NoReference, ReferenceProvider
+from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.step import Objective, evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_dist.config.schema import Dtype, LossConfig, ModelConfig, ParallelismKind
-from dpo_dist.data.batches import plan_step
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.data.step_plan import plan_step
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.provider import NoReference
-from dpo_dist.training.clock import StepClock
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import NoReference
+from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import write_whole

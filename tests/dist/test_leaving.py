@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed import peers, runtime
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed import peers
+from dpo_dist.distributed import world as world_module
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError
 from tests.support.ranks import Outcome, start_ranks
 
@@ -62,7 +63,7 @@ def test_ranks_blocked_in_c_say_who_died_and_leave(late: int, tmp_path: Path) ->
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:
     if world.rank == 1:
-        peers.FAREWELL_SECONDS = runtime.FAREWELL_SECONDS = 1.0
+        peers.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = 1.0
         raise error
     world.barrier()
 

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from tests.support.ranks import run_ranks
-from tests.unit.test_architectures import tiny_config
+from tests.unit.model.test_architectures import tiny_config
 
 FOREIGN = "v_head.weight"
 # Of each way in which names in files become names of weights: as they are, with a prefix, experts that are merged.

@@ -24,18 +24,18 @@ from dpo_dist.config.schema import (
     SourceConfig,
     Weighting,
 )
-from dpo_dist.data.batches import plan_step
+from dpo_dist.data.step_plan import plan_step
 from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.encoded import EncodedSource
-from dpo_dist.data.prepare import prepare_dataset
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.data.encoded_source import EncodedSource
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
-from dpo_dist.objective.running import RunningMeans
+from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.provider import LiveReference, NoReference
-from dpo_dist.training.clock import StepClock
+from dpo_dist.reference.providers import LiveReference, NoReference
+from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.step import Objective, evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
-from dpo_dist.data.batches import plan_step
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.data.step_plan import plan_step
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.training.clock import StepClock
-from dpo_dist.training.folder import export_model
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.run_folder import export_model
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps

@@ -11,9 +11,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Offload, ReferenceConfig
-from dpo_dist.data.batches import plan_step
+from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.nvme import demand_async_io, own_folder
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 from dpo_dist.reference.engine import load_reference
 from tests.dist.scenario import Assets

@@ -15,9 +15,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data import processes as processes_module
-from dpo_dist.data.prepare import prepare_dataset
-from dpo_dist.data.processes import CHUNK_RECORDS
+from dpo_dist.data import encode_workers as encode_workers_module
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.encode_workers import CHUNK_RECORDS
 from dpo_dist.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
@@ -89,24 +89,24 @@ def test_the_first_bad_record_is_the_one_that_is_told(tmp_path: Path) -> None:
 def test_few_records_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = source(tmp_path, *map(record, range(100)))
     one = prepare(tmp_path, [rows], 1, tiny.qwen())
-    monkeypatch.setattr(processes_module, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(encode_workers_module, "ProcessPoolExecutor", None)
     assert prepare(tmp_path, [rows], None, tiny.qwen()) == one
 
 
 def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And records that were read to know that there are many are not lost."""
-    monkeypatch.setattr(processes_module, "_FEWEST_CHUNKS", 2)
-    monkeypatch.setattr(processes_module, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(encode_workers_module, "_FEWEST_CHUNKS", 2)
+    monkeypatch.setattr(encode_workers_module, "_usable_cores", lambda: 2)
     rows = source(tmp_path, *map(record, range(3 * CHUNK_RECORDS)))
     one = prepare(tmp_path, [rows], 1, tiny.qwen())
     started = []
 
-    class Pool(processes_module.ProcessPoolExecutor):
+    class Pool(encode_workers_module.ProcessPoolExecutor):
         def __init__(self, processes: int, *arguments: Any) -> None:
             started.append(processes)
             super().__init__(processes, *arguments)
 
-    monkeypatch.setattr(processes_module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encode_workers_module, "ProcessPoolExecutor", Pool)
     assert prepare(tmp_path, [rows], None, tiny.qwen()) == one
     assert started == [2]
 
@@ -152,13 +152,13 @@ import signal
 import sys
 from pathlib import Path
 from dpo_dist.config.schema import SourceConfig
-from dpo_dist.data import prepare as prepare_module
+from dpo_dist.data import build_dataset as build_dataset_module
 from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by jobs that a shell runs in the background
-    prepare_module.read_records = endless_records
+    build_dataset_module.read_records = endless_records
     prepare(Path(sys.argv[1]), [SourceConfig(__file__)], 2, tiny.qwen())
 """
 
@@ -194,6 +194,6 @@ def test_no_process_outlives_its_parent(tmp_path: Path, number: signal.Signals) 
 
 def test_a_process_that_encodes_imports_no_torch() -> None:
     """Each one would take seconds and hundreds of megabytes more."""
-    code = "import sys, dpo_dist.data.processes; sys.exit('torch' in sys.modules)"
+    code = "import sys, dpo_dist.data.encode_workers; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -11,12 +11,12 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Quantization, ReferenceConfig
-from dpo_dist.data.batches import plan_step
-from dpo_dist.distributed.runtime import World
+from dpo_dist.data.step_plan import plan_step
+from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.report.console import Console
-from dpo_dist.training.assemble import build_reference
-from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.run import build_reference
+from dpo_dist.training.data_setup import load_inputs
 from tests.dist.scenario import Assets
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS

@@ -13,12 +13,12 @@ from unittest.mock import patch
 import pytest
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.distributed.runtime import Peer, World
+from dpo_dist.distributed.world import Peer, World
 from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.reference import engine
 from dpo_dist.report.console import Console
-from dpo_dist.training import assemble, stored
-from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training import run as run_module, reference_setup
+from dpo_dist.training.data_setup import load_inputs
 from tests.support.invented import write_pairs
 from tests.support.ranks import run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -58,9 +58,9 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
     return load_other
 
 
-def reference_of(overrides: list[str], world: World) -> assemble.Reference:
+def reference_of(overrides: list[str], world: World) -> run_module.Reference:
     config, console = load_run_config(overrides), Console(io.StringIO())
-    return assemble.build_reference(config, load_inputs(config, world, console), world, console)
+    return run_module.build_reference(config, load_inputs(config, world, console), world, console)
 
 
 def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
@@ -79,10 +79,10 @@ def test_weights_that_are_exchanged_while_the_reference_loads_store_nothing(
 
 
 def train_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
-    policy = while_exchanged(assemble._load_policy, *models)
+    policy = while_exchanged(run_module._load_policy, *models)
     joined = contextlib.nullcontext(world)
-    with patch.object(assemble, "_load_policy", policy), patch.object(assemble, "_world", lambda *_: joined):
-        assemble.train(load_run_config(overrides), Console(io.StringIO()))
+    with patch.object(run_module, "_load_policy", policy), patch.object(run_module, "_world", lambda *_: joined):
+        run_module.train(load_run_config(overrides), Console(io.StringIO()))
 
 
 def test_a_policy_that_is_not_the_reference_it_should_start_from_is_not_trained(
@@ -102,12 +102,12 @@ def on_two_nodes(world: World) -> World:
 
 def build_on_unlike_cpus(overrides: list[str], world: World, _folder: Path) -> Any:
     """What is computed where the second node has other instructions."""
-    numerics = stored.numerics_of
+    numerics = reference_setup.numerics_of
 
     def of_this_node(*arguments: Any) -> dict[str, str]:
         return {**numerics(*arguments), "cpu": f"AVX{world.rank}"}
 
-    with patch.object(stored, "numerics_of", of_this_node):
+    with patch.object(reference_setup, "numerics_of", of_this_node):
         report = reference_of(overrides, on_two_nodes(world)).report
         again = reference_of(overrides, on_two_nodes(world)).report
     return [report["computed"], again["hits"], "peak_memory_bytes" in report, "peak_memory_bytes" in again]

@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import LossConfig, Offload, ParallelismKind, ReferenceConfig, SyncReferenceConfig
-from dpo_dist.data.batches import plan_step
+from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.objective.running import RunningMeans
+from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.provider import LiveReference
-from dpo_dist.training.clock import StepClock
+from dpo_dist.reference.providers import LiveReference
+from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.step import Objective, evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps

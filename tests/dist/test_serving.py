@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import fill_store, open_filled
-from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
 from tests.dist.scenario import PAIRS, Assets
 from tests.support.packing import COSTS, plain_logps

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dpo_dist.config.schema import ParallelismKind
-from dpo_dist.distributed import peers, runtime
-from dpo_dist.distributed.runtime import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed import peers
+from dpo_dist.distributed import world as world_module
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.engine import load_reference
 from tests.dist.scenario import Assets
@@ -74,7 +75,7 @@ def test_a_silent_rank_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def stopped_host_of_the_store(world: World, _folder: Path) -> None:
-    peers._STORE_SECONDS = runtime._PEER_PATIENCE_SECONDS = 2
+    peers._STORE_SECONDS = world_module._PEER_PATIENCE_SECONDS = 2
     if world.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     world.barrier()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError, DataError, DpoDistError
 from tests.support.ranks import run_ranks, start_ranks
 

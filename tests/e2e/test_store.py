@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.reference.key import ReferenceSpace, read_space
+from dpo_dist.reference.fingerprint import ReferenceSpace, read_space
 from dpo_dist.reference.store import LogpStore
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, run_verb, summary, train

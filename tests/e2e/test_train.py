@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.reference.key import read_space
+from dpo_dist.reference.fingerprint import read_space
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.report.history import PHASES
+from dpo_dist.report.metrics_log import PHASES
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import history, run_verb, summary, train

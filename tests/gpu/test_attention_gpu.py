@@ -8,7 +8,7 @@ import torch
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.model.attention import Layout, packed_attention
-from dpo_dist.model.kernels import Heads, verify_kernel
+from dpo_dist.model.attention_backend import Heads, verify_kernel
 from dpo_dist.model.load import load_packed
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

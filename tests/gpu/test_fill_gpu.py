@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.pack import PackedBatch
-from dpo_dist.distributed.runtime import World
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.world import World
 from dpo_dist.reference.fill import fill_store
-from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceSpace
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.pack import PackedBatch
+from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import LIGER_MODEL_TYPES, checkpoint_layers, use_liger
 from dpo_dist.model.load import load_packed
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
-from tests.unit.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

@@ -8,10 +8,10 @@ import torch
 
 from dpo_dist.config.schema import Dtype, LossConfig, LossKind, ModelConfig
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running import RunningMeans
-from dpo_dist.reference.provider import NoReference
-from dpo_dist.training.clock import StepClock
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import NoReference
 from dpo_dist.training.step import Objective
+from dpo_dist.training.step_timer import StepClock
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 

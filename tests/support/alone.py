@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from dpo_dist.distributed.runtime import World
+from dpo_dist.distributed.world import World
 
 T = TypeVar("T")
 

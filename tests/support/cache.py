@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.encoded import MEMO_FOLDER, EncodedSource
-from dpo_dist.data.prepare import prepare_dataset
+from dpo_dist.data.encoded_source import MEMO_FOLDER, EncodedSource
 from tests.support import tiny
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.data.pack import Ids, PackedBatch, Sequences, pack
-from dpo_dist.data.plan import ComputeCosts
+from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 
 VOCABULARY = 97
 # Of a usual model.

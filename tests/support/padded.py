@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.pack import Sequences
+from dpo_dist.data.packing import Sequences
 from dpo_dist.data.records import PreferenceRecord
 from tests.support import tiny
 from tests.support.packing import random_pairs

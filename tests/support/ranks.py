@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.distributed.runtime import World, start_world
-from dpo_dist.distributed.zero import policy_config
+from dpo_dist.distributed.engine import policy_config
+from dpo_dist.distributed.world import World, start_world
 from tests.support.warm import context, free_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]

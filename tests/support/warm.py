@@ -43,7 +43,7 @@ def start_parent() -> None:
     """Start the warm parent of this test session, if it does not run yet."""
     context.set_forkserver_preload(
         [
-            "dpo_dist.training.assemble",
+            "dpo_dist.training.run",
             "tests.support.ranks",
             "transformers.models.qwen2.modeling_qwen2",
         ]

@@ -11,7 +11,7 @@ import pytest
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.schema import LossKind, RunConfig
 from dpo_dist.errors import ConfigError, DivergedError, PeerLostError
-from dpo_dist.report.history import PHASES
+from dpo_dist.report.metrics_log import PHASES
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
-FOUNDATION = ("errors", "atomic", "digests")
+FOUNDATION = ("errors", "atomic", "digests", "prefetch")
 LAYERS = (
     "config",
     "objective",
@@ -75,7 +75,7 @@ def test_every_folder_has_a_place() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("objective/losses.py", "from dpo_dist.data.pack import pack"),
+        ("objective/losses.py", "from dpo_dist.data.packing import pack"),
         ("errors.py", "import dpo_dist.config.schema"),
         ("config/load.py", "from dpo_dist import train"),
         ("config/load.py", "def f():\n    import torch"),
@@ -94,7 +94,7 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("train.py", "from omegaconf import DictConfig\nfrom dpo_dist.training.loop import train"),
-        ("distributed/zero.py", "import deepspeed\nfrom dpo_dist.errors import ConfigError"),
+        ("distributed/engine.py", "import deepspeed\nfrom dpo_dist.errors import ConfigError"),
         ("report/tracking.py", "import wandb"),
     ],
 )

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.reference import garbage, inventory, verify
-from dpo_dist.reference.garbage import find_garbage, remove
-from dpo_dist.reference.inventory import space_folders
-from dpo_dist.reference.key import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.maintenance import garbage, info, verify
+from dpo_dist.reference.maintenance.garbage import find_garbage, remove
+from dpo_dist.reference.maintenance.info import space_folders
 from dpo_dist.reference.shard import list_shards
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.store import main
-from tests.unit.test_reference_store import Rows, flip, keys_of, readable, values
+from tests.unit.reference.test_store import Rows, flip, keys_of, readable, values
 
 FIRST = ReferenceSpace("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
 SECOND = ReferenceSpace("ab" * 16, {"dtype": "bf16"}, "./second")
@@ -265,12 +265,12 @@ def test_gc_gets_over_what_goes_while_it_looks(
     monkeypatch.setattr(garbage, "find_leftovers", lambda _root: gone)
     assert find_garbage(tmp_path, [], [], None).leftovers == []
     folders = [*space_folders(tmp_path), tmp_path / FIRST.name]
-    for module in (inventory, verify):
+    for module in (info, verify):
         monkeypatch.setattr(module, "space_folders", lambda _root: folders)
         monkeypatch.setattr(
             module, "list_shards", lambda folder: [*list_shards(folder), f"{'0' * 32}.safetensors"]
         )
-    assert [space.name for space in inventory.take_inventory(tmp_path)] == [SECOND.name]
+    assert [space.name for space in info.take_inventory(tmp_path)] == [SECOND.name]
     assert verify.verify_store(tmp_path).damage == []
 
 

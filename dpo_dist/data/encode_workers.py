@@ -1,0 +1,120 @@
+"""Encode on several processes what one would encode, in the same order.
+
+Nearly all the time of preparing data goes into the tokenizer and the chat template. The tokenizer's own
+threads work inside one call only and leave the template to one core, so records are dealt out in chunks to
+processes. These are spawned, as forking a process with the threads of torch and gloo is unsafe, and import
+nothing heavy: `data.parts` and what is below it know no torch.
+"""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.encode_chunk import EncodedPart, encode_part
+from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.errors import PeerLostError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]
+
+CHUNK_RECORDS = 64
+# One process reads and writes for all the others; beyond so many it is what they wait for.
+_MOST_PROCESSES = 16
+# Fewer are encoded before other processes have started.
+_FEWEST_CHUNKS = 2048 // CHUNK_RECORDS
+_CHUNKS_AHEAD = 2
+
+
+def encode_in_order(
+    chunks: Iterable[Records], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> Generator[EncodedPart, None, None]:
+    """Encode chunks of records on `data.processes` processes; what comes out does not depend on their number.
+
+    Closing the generator ends the processes.
+
+    Args:
+        chunks: of about `CHUNK_RECORDS` records each; a few for each process are held at a time.
+
+    Raises:
+        DataError: see `encode_part`; the one of the first such record.
+        PeerLostError: one of the processes has died.
+    """
+    first: list[Records] = []
+    processes = config.processes
+    chunks = iter(chunks)
+    if processes is None:
+        first = list(itertools.islice(chunks, _FEWEST_CHUNKS))
+        processes = 1 if len(first) < _FEWEST_CHUNKS else min(_usable_cores(), _MOST_PROCESSES)
+    every = itertools.chain(first, chunks)
+    if processes > 1:
+        yield from _on_processes(every, processes, config, tokenizer)
+    for records in every:
+        yield encode_part(records, config, tokenizer)
+
+
+def _on_processes(
+    chunks: Iterable[Records],
+    processes: int,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Iterator[EncodedPart]:
+    ahead: deque[Future[EncodedPart]] = deque()
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _start_process, (config, tokenizer)
+    )
+    try:
+        for records in chunks:
+            ahead.append(pool.submit(_encode, records))
+            if len(ahead) == _CHUNKS_AHEAD * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise PeerLostError(
+            "a process that encodes data died",
+            where="data.processes",
+            got=str(error).splitlines()[0],
+            remedy="lower data.processes if memory ran out (1: no other process); else see logs/rank-0.log",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_encoders: list[Callable[[Records], EncodedPart]] = []
+"""Of a spawned process: what encodes a chunk."""
+
+
+def _start_process(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Get a spawned process ready. It leaves interrupts to its parent, and ends when that dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    _encoders.append(partial(encode_part, config=config, tokenizer=tokenizer))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(records: Records) -> EncodedPart:
+    return _encoders[0](records)

@@ -1,0 +1,284 @@
+"""One encoded source on disk: flat arrays and a manifest with their digests, written once and memory-mapped.
+
+A folder has the token ids of all distinct pieces (prompts and responses); for each piece of each pair where
+its ids start and how many there are; how many pieces each pair has; a content key and a score for every
+response; where each pair was read; and what became of every record, from which the counts of the first n
+records follow. Its name is a digest of everything that decides the ids, never a path.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.atomic import is_temporary, write_text
+from dpo_dist.data.concatenated import Array
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
+from dpo_dist.data.encode_chunk import EncodedPart
+from dpo_dist.data.folders import root_of
+from dpo_dist.digests import remember_digest, remembered_digest, text_digest
+from dpo_dist.errors import ConfigError
+
+MEMO_FOLDER = "file_digests"
+_MANIFEST = "manifest.json"
+_FIRST = "-first-"
+_ARRAYS = {
+    "ids": np.int32,
+    "piece_starts": np.int64,
+    "piece_tokens": np.int32,
+    "pair_pieces": np.int64,
+    "keys": np.uint64,
+    "scores": np.float64,
+    "origins": np.int64,
+    "outcomes": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an encoded source promises.
+
+    Attributes:
+        fingerprint: digest of everything that decides the ids.
+        whole: whether the source was read to its end.
+        records: how many records were read.
+        largest_id: of all token ids; -1 if there are none.
+        sizes: elements of each array.
+        digests: digest of each array's file.
+        outcomes: the distinct outcomes of records, by the numbers that the array `outcomes` has, each as
+            ``[dropped, pairs, changed]``.
+        files: the files in which pairs and bad records were read, relative to the source's path.
+        examples: the first dropped records, and the first for each reason, each as
+            ``[record number, file number, line, reason, detail]``.
+    """
+
+    fingerprint: str
+    whole: bool
+    records: int
+    largest_id: int
+    sizes: dict[str, int]
+    digests: dict[str, str]
+    outcomes: list[tuple[str | None, int, list[tuple[str, int]]]]
+    files: list[str]
+    examples: list[tuple[int, int, int, str, str]]
+
+    def covers(self, limit: int | None) -> bool:
+        """Whether the first `limit` records (None: all) are among the encoded ones."""
+        return self.whole or (limit is not None and self.records >= limit)
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """The first `limit` records (None: all) of a source, encoded in `folder`; `path` is as configured."""
+
+    path: str
+    folder: Path
+    limit: int | None = None
+
+
+class SourceWriter:
+    """Appends parts to the arrays of a folder; memory does not grow with their number."""
+
+    def __init__(self, folder: Path, path: str):
+        self.records = 0
+        self._largest_id = -1
+        self._folder = folder
+        self._path = path
+        self._sizes = dict.fromkeys(_ARRAYS, 0)
+        self._streams = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
+        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in _ARRAYS}
+        self._pieces = 0
+        self._outcomes: dict[Outcome, int] = {}
+        self._files: dict[str, int] = {}
+        self._examples: list[tuple[int, int, int, str, str]] = []
+
+    def add(self, part: EncodedPart) -> None:
+        """Append the pairs of the records that follow."""
+        self._append("piece_starts", self._sizes["ids"] + part.piece_starts)
+        self._append("piece_tokens", part.piece_tokens)
+        self._append("ids", part.ids)
+        self._largest_id = max(self._largest_id, int(part.ids.max(initial=-1)))
+        self._append("keys", part.keys)
+        self._append("scores", part.scores)
+        self._append("pair_pieces", self._pieces + np.cumsum(part.pair_pieces))
+        self._append("origins", [(self._file(at.source), at.line) for at in part.origins])
+        codes = [self._outcomes.setdefault(outcome, len(self._outcomes)) for outcome in part.outcomes]
+        self._append("outcomes", codes)
+        for place, bad in part.bad:
+            if len(self._examples) < SHOWN_EXAMPLES or all(
+                bad.reason != shown[3] for shown in self._examples
+            ):
+                origin = self._file(bad.origin.source), bad.origin.line
+                self._examples.append((self.records + place, *origin, bad.reason, bad.detail))
+        self._pieces += len(part.piece_starts)
+        self.records += len(part.outcomes)
+
+    def _file(self, source: str) -> int:
+        return self._files.setdefault(source, len(self._files))
+
+    def _append(self, name: str, values: Any) -> None:
+        array = np.asarray(values, dtype=_ARRAYS[name])
+        content = array.tobytes()
+        with self._writing():
+            self._streams[name].write(content)
+        self._hashes[name].update(content)
+        self._sizes[name] += array.size
+
+    def finish(self, fingerprint: str, whole: bool) -> None:
+        """Write the manifest; the folder is complete then."""
+        self.close()
+        manifest = Manifest(
+            fingerprint=fingerprint,
+            whole=whole,
+            records=self.records,
+            largest_id=self._largest_id,
+            sizes=self._sizes,
+            digests={name: digest.hexdigest() for name, digest in self._hashes.items()},
+            outcomes=[(kind.dropped, kind.pairs, list(kind.changed)) for kind in self._outcomes],
+            files=[_relative_name(self._path, source) for source in self._files],
+            examples=self._examples,
+        )
+        content = json.dumps(asdict(manifest), indent=1)
+        write_text(self._folder / _MANIFEST, json.dumps({"digest": text_digest(content), "content": content}))
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream in self._streams.values():
+            with self._writing():
+                stream.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk does not say which file it was
+            raise ConfigError(
+                "the encoded data cannot be written",
+                where="data.cache",
+                got=f"{self._folder}: {error}",
+                remedy="make room, or set data.cache to a folder on another disk",
+            ) from error
+
+
+def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:
+    """The undamaged folder with the first `limit` records (None: all) of this content, if there is one."""
+    folders = sorted(cache.glob(f"{fingerprint}*"), key=lambda folder: (len(folder.name), folder.name))
+    for folder in folders:
+        if is_temporary(folder):
+            continue
+        manifest = read_manifest(folder)
+        # A folder under a name that is not its own has other content.
+        is_it = manifest is not None and manifest.fingerprint == fingerprint and manifest.covers(limit)
+        if manifest is not None and is_it and not find_damage(folder, manifest):
+            return folder
+    return None
+
+
+def folder_name(fingerprint: str, limit: int | None) -> str:
+    """The name under which the first `limit` records (None: all) of this content are encoded."""
+    return fingerprint if limit is None else f"{fingerprint}{_FIRST}{limit}"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder; None if there is none or it is damaged."""
+    try:
+        told = json.loads((folder / _MANIFEST).read_bytes())
+        if text_digest(told["content"]) != told["digest"]:
+            return None
+        return Manifest(**json.loads(told["content"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def find_damage(folder: Path, manifest: Manifest) -> list[str]:
+    """The files that are not what the manifest promises; each is read again only if it has changed."""
+    return [name for name in _ARRAYS if not _is_whole(folder, name, manifest)]
+
+
+def _is_whole(folder: Path, name: str, manifest: Manifest) -> bool:
+    file = folder / f"{name}.bin"
+    try:
+        if file.stat().st_size != manifest.sizes[name] * np.dtype(_ARRAYS[name]).itemsize:
+            return False
+        return remembered_digest(file, folder.parent / MEMO_FOLDER) == manifest.digests[name]
+    except (OSError, ConfigError):
+        return False
+
+
+def remember_written(folder: Path) -> None:
+    """Remember the digests of a folder that this process has just written."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        for name in _ARRAYS:
+            remember_digest(folder / f"{name}.bin", folder.parent / MEMO_FOLDER, manifest.digests[name])
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """The records of a source that are used, memory-mapped.
+
+    Attributes:
+        counts: what became of them.
+        pairs: how many pairs they gave.
+        files: where they were read, named as the source was configured.
+        arrays: by the names of `PairDataset`'s attributes.
+    """
+
+    counts: DataCounts
+    pairs: int
+    files: list[str]
+    arrays: dict[str, Array]
+
+
+def view(source: EncodedSource, manifest: Manifest) -> SourceView:
+    """Map the first `limit` records of an encoded source; reads no ids."""
+    arrays = {name: _map(source.folder, name, manifest.sizes[name]) for name in _ARRAYS}
+    used = arrays["outcomes"][: source.limit]
+    outcomes = [
+        Outcome(drop, pairs, tuple((n, k) for n, k in changed)) for drop, pairs, changed in manifest.outcomes
+    ]
+    numbers = np.bincount(used, minlength=len(outcomes)).tolist()
+    files = [_display_name(source.path, name) for name in manifest.files]
+    shown = [example for example in manifest.examples if example[0] < len(used)]
+    examples = [f"{files[file]}:{line} {reason}" for _, file, line, reason, _ in shown]
+    details = {reason: detail for *_, reason, detail in reversed(shown) if detail}
+    counts = DataCounts.of(Counter(dict(zip(outcomes, numbers, strict=True))), examples, details)
+    pairs = counts.pairs
+    pieces = int(arrays["pair_pieces"][pairs - 1]) if pairs else 0
+    responses = pieces - pairs
+    return SourceView(
+        counts,
+        pairs,
+        files,
+        {
+            "ids": arrays["ids"],
+            "piece_starts": arrays["piece_starts"][:pieces],
+            "piece_tokens": arrays["piece_tokens"][:pieces],
+            "pair_pieces": arrays["pair_pieces"][:pairs],
+            "keys": arrays["keys"].reshape(-1, 2)[:responses],
+            "scores": arrays["scores"][:responses],
+            "origins": arrays["origins"].reshape(-1, 2)[:pairs],
+        },
+    )
+
+
+def _map(folder: Path, name: str, size: int) -> npt.NDArray[Any]:
+    if not size:
+        return np.empty(0, dtype=_ARRAYS[name])
+    return np.memmap(folder / f"{name}.bin", dtype=_ARRAYS[name], mode="r", shape=(size,))
+
+
+def _relative_name(path: str, source: str) -> str:
+    return os.path.relpath(Path(source).expanduser(), root_of(path).expanduser())
+
+
+def _display_name(path: str, name: str) -> str:
+    return path if name == "." else str(root_of(path) / name)

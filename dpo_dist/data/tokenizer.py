@@ -1,0 +1,294 @@
+"""What a tokenizer does to texts and conversations, found out by probing it once.
+
+Texts move through this module *escaped*: where a content spells a special token (`</s>`), a mark stands
+for it, so every special token still spelt out was written by the chat template or by us. Only escaped
+texts are encoded; a content without such a spelling is its own escaped form.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.chat_template import FOREIGN_ENDS, any_of, has_foreign_marks, pin_clock, turn_tokens
+from dpo_dist.data.records import Message, Messages
+from dpo_dist.data.tokenizer_copies import continuing_twin, literal_twin
+from dpo_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A Unicode noncharacter: never part of interchanged text, so it can frame marks.
+RESERVED_CHARACTER = "\ufdd0"
+
+_LITERAL = re.compile(f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}")
+_ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
+_PROBE = "probe answer"
+
+
+class SpecialTokenInTextError(Exception):
+    """A content spells a special token, and this tokenizer knows no other tokens for that text."""
+
+
+class TokenizerFacts:
+    """One tokenizer and what it does.
+
+    Attributes:
+        prefix_ids: what the tokenizer puts before an encoded text (BOS, or nothing).
+        chat_template: how it renders conversations; None where it cannot.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.prefix_ids = _prefix_ids(tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._turn_tokens = turn_tokens(tokenizer, chat_template)
+        self._special_tokens = sorted(special | self._turn_tokens)
+        self._special = any_of(self._special_tokens)
+        self._added = any_of({*map(str, added), *self._special_tokens})
+
+    @cached_property
+    def end_of_text(self) -> str:
+        """The token that ends a plain text."""
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(
+                "the tokenizer has no end-of-sequence token",
+                where="tokenizer of model.path",
+                remedy="set eos_token in the model's tokenizer_config.json",
+            )
+        return str(self.tokenizer.eos_token)
+
+    @cached_property
+    def _after_answer(self) -> str:
+        """What the template writes after an assistant's last answer."""
+        messages = (Message("user", "probe question"), Message("assistant", _PROBE))
+        try:
+            _, found, after = self.render(messages).rpartition(_PROBE)
+        except TemplateError as fault:
+            raise _unusable_template(str(fault)) from fault
+        if not found:
+            raise _unusable_template("the assistant's answer is not in what it renders")
+        return after
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special token with which the template ends an answer; the end of text where it has none."""
+        first = self._special.search(self._after_answer)
+        return first.group() if first else self.end_of_text
+
+    def is_templated(self, text: str) -> bool:
+        """Whether a text looks as if a chat template had written it: it has turns, or starts with BOS."""
+        bos = self.tokenizer.bos_token
+        return (
+            any(found.group() in self._turn_tokens for found in self._special.finditer(text))
+            or (bos is not None and text.startswith(str(bos)))
+            or has_foreign_marks(text)
+        )
+
+    def is_ended(self, answer: str) -> bool:
+        """Whether an answer looks as if a chat template had ended it: with the end of a turn, or with EOS."""
+        eos = self.tokenizer.eos_token
+        ends = (*self._turn_tokens, *FOREIGN_ENDS, *([str(eos)] if eos is not None else []))
+        return answer.rstrip().endswith(ends)
+
+    def end_templated(self, answer: str) -> str:
+        """A templated answer with its end of turn, or end of text, exactly once and nothing after it."""
+        bare, end = self._without_end(answer)
+        return bare + end
+
+    def without_end(self, answer: str) -> str:
+        """A templated answer without its end of turn or end of text."""
+        return self._without_end(answer)[0]
+
+    def _without_end(self, answer: str) -> tuple[str, str]:
+        """An answer before its first end, and that; the one to write where it has none."""
+        ends = [self.end_of_text] if self.chat_template is None else [self.end_of_turn, self.end_of_text]
+        end = ends[0]
+        while (bare := answer.rstrip()).endswith(tuple(ends)):
+            end = next(end for end in ends if bare.endswith(end))
+            answer = bare.removesuffix(end)
+        return answer, end
+
+    def escape(self, text: str) -> str:
+        """`text` with a mark for every special token that it spells."""
+        return self._special.sub(self._mark, text)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it, escaped. Raises jinja2's TemplateError."""
+        turns = [{"role": message.role, "content": self.escape(message.content)} for message in messages]
+        rendered = self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return str(rendered)
+
+    def bare_answer(self, answer: str) -> str:
+        """The answer's own text with the end of a turn; escaped."""
+        return self.escape(answer) + self.end_of_turn
+
+    def rendered_answer(self, messages: Messages, answer: str, prompt: str) -> str | None:
+        """What the template writes for `answer` after the rendered `prompt`, up to its end of turn; escaped.
+
+        Keeps what the template puts around an answer (a leading space, an empty thought). None where it
+        renders the prompt otherwise once an answer follows.
+        """
+        whole = self.render((*messages, Message("assistant", answer)))
+        if not whole.startswith(prompt):
+            return None
+        added = whole[len(prompt) :]
+        end = added.rfind(self.end_of_turn)
+        if end < 0:
+            return added.removesuffix(self._after_answer) + self.end_of_turn
+        return added[: end + len(self.end_of_turn)]
+
+    def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
+        """`ids` with the tokenizer's prefix exactly once, and how many leading ids a cut must keep."""
+        prefix = list(self.prefix_ids)
+        if ids[: len(prefix)] != prefix:
+            return prefix + ids, len(prefix)
+        starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
+        return ids, max(len(prefix), int(starts_with_bos))
+
+    def encode(self, escaped: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; nothing is added to them. Raises SpecialTokenInTextError."""
+        if any(RESERVED_CHARACTER in text for text in escaped):
+            return self._encode_literally(escaped)
+        return self._ids(self.tokenizer, escaped)
+
+    def encode_continuation(self, escaped: str) -> list[int]:
+        """Token ids of a text that goes on from another one: no space is put before its first word."""
+        # From an added token on the text is encoded as ever, with such a space where the tokenizer puts one.
+        first = self._added.search(escaped)
+        cut = first.start() if first else len(escaped)
+        ids = self._encode_literally([_ANCHOR + escaped[:cut]], self._continuing)[0][1:]
+        return ids + (self.encode([escaped[cut:]])[0] if cut < len(escaped) else [])
+
+    def encode_after(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
+        """Ids of an escaped prompt and of each response that goes on from it; whether one was split off.
+
+        A response is tokenised together with the prompt. Where that would change the prompt's own tokens
+        (a token over the boundary), the response is tokenised by itself.
+        """
+        # Tokens from the last special token on do not depend on what stands before it.
+        tail = prompt[self._start_of_last_special(prompt) :]
+        texts = [prompt, *(tail + response for response in responses)]
+        if tail == prompt:
+            prompt_ids, *joint = self.encode(texts)
+            tail_ids = prompt_ids
+        else:
+            prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
+        response_ids, resplit = [], False
+        for response, ids in zip(responses, joint, strict=True):
+            if ids[: len(tail_ids)] == tail_ids:
+                response_ids.append(ids[len(tail_ids) :])
+            else:
+                response_ids.append(self.encode_continuation(response))
+                resplit = True
+        return prompt_ids, response_ids, resplit
+
+    def _start_of_last_special(self, escaped: str) -> int:
+        last = 0
+        for found in self._special.finditer(escaped):
+            last = found.start()
+        return last
+
+    def _encode_literally(
+        self, escaped: Sequence[str], twin: "PreTrainedTokenizerBase | None" = None
+    ) -> list[list[int]]:
+        twin = twin or self._twin
+        real_ids = self._real_ids
+        spelt = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
+        encoded = self._ids(twin, spelt, literal=True)
+        # Some vocabularies hold special tokens as ordinary pieces; these cannot be written as text.
+        special_ids = set(real_ids.values()) - {self.tokenizer.unk_token_id}
+        if any(not special_ids.isdisjoint(ids) for ids in encoded):
+            raise SpecialTokenInTextError
+        return [[real_ids.get(token, token) for token in ids] for ids in encoded]
+
+    @cached_property
+    def _twin(self) -> "PreTrainedTokenizerBase":
+        """Reads spelt special tokens as text and knows them by aliases."""
+        aliases = {token: _alias_of(token) for token in self._special_tokens}
+        return literal_twin(self.tokenizer, aliases, [_ANCHOR])
+
+    @cached_property
+    def _continuing(self) -> "PreTrainedTokenizerBase":
+        return continuing_twin(self._twin)
+
+    @cached_property
+    def _real_ids(self) -> dict[int, int]:
+        """Real ids of special tokens by the ids of their aliases."""
+        alias_ids = self._twin.convert_tokens_to_ids([_alias_of(token) for token in self._special_tokens])
+        real_ids = self.tokenizer.convert_tokens_to_ids(self._special_tokens)
+        return dict(zip(alias_ids, real_ids, strict=True))
+
+    @staticmethod
+    def _ids(
+        tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, literal: bool = False
+    ) -> list[list[int]]:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=literal,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def _mark(self, found: "re.Match[str]") -> str:
+        number = self._special_tokens.index(found.group())
+        return f"{RESERVED_CHARACTER}literal{number}{RESERVED_CHARACTER}"
+
+    def _literal(self, found: "re.Match[str]") -> str:
+        token: str = self._special_tokens[int(found.group(1))]
+        return token
+
+
+_facts = lru_cache(maxsize=4)(TokenizerFacts)
+
+
+def tokenizer_facts(
+    tokenizer: "PreTrainedTokenizerBase", template_date: str = DataConfig.template_date
+) -> TokenizerFacts:
+    """The facts of `tokenizer`, probed once for each chat template that it is given.
+
+    Args:
+        tokenizer: of the policy.
+        template_date: the day that a template with a clock is told (ISO 8601).
+    """
+    template = pin_clock(tokenizer.get_chat_template(), template_date) if tokenizer.chat_template else None
+    return _facts(tokenizer, template)
+
+
+def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
+
+
+def _alias_of(token: str) -> str:
+    return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
+
+
+def _alias(found: "re.Match[str]") -> str:
+    return _alias_of(found.group())
+
+
+def _unusable_template(got: str) -> ConfigError:
+    return ConfigError(
+        "the chat template cannot render a question and its answer",
+        where="chat template of model.path",
+        got=got,
+        expected="a template for user and assistant turns",
+        remedy="set the chat_template of an instruction-tuned model of the same family",
+    )

@@ -1,0 +1,184 @@
+"""Which architectures the packed forward gives the exact log-probs of."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention import sliding_window_error
+
+# What the tests hold to be exact. Others may mix tokens outside of attention (Mamba, Qwen3-Next), never call
+# the registered attention (Bloom), or go on after the output layer: their numbers would be silently wrong.
+EXACT_MODEL_TYPES = frozenset(
+    {
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+    }
+)
+
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+# Both have an embedding for each position, and no position after the last of these.
+_LEARNED_POSITIONS = frozenset({"gpt2", "opt"})
+
+
+def refuse_unpackable(model_config: Any, max_length: int) -> None:
+    """Raise an error for a model whose log-probs the packed forward would not compute exactly.
+
+    Args:
+        model_config: a transformers configuration.
+        max_length: the longest prompt plus response, in tokens. All of them but the last are laid out.
+
+    Raises:
+        ConfigError: the architecture is not one of `EXACT_MODEL_TYPES`, changes its logits after the output
+            layer, is not causal, or is exact for shorter sequences only.
+    """
+    _refuse_changed_logits(model_config)
+    if model_config.model_type not in EXACT_MODEL_TYPES:
+        raise ConfigError(
+            "the packed forward is not known to give this architecture's log-probs",
+            where="model.path",
+            got=model_config.model_type,
+            expected=", ".join(sorted(EXACT_MODEL_TYPES)),
+            remedy="choose a model of these; to add one, see EXACT_MODEL_TYPES in "
+            "dpo_dist/model/supported.py and show it exact in tests/unit/model/test_architectures.py",
+        )
+    _refuse_bidirectional(model_config)
+    _refuse_window(model_config, max_length)
+    _refuse_moving_rotation(model_config, max_length)
+    _refuse_learned_positions(model_config, max_length)
+
+
+def training_notes(model_config: Any) -> list[str]:
+    """Return what a user should know of how a model that was accepted trains here, a line each."""
+    coefficient = getattr(model_config, "router_aux_loss_coef", None)
+    if not coefficient:
+        return []
+    return [
+        "mixture of experts: trained without the router's load-balancing loss "
+        f"(router_aux_loss_coef={coefficient} has no effect)"
+    ]
+
+
+def _refuse_changed_logits(model_config: Any) -> None:
+    for name, neutral in _LOGIT_CHANGES.items():
+        value = getattr(model_config, name, neutral)
+        if value not in (None, neutral):
+            raise ConfigError(
+                "this architecture changes its logits after the output layer, where the log-prob head ends",
+                where="model.path",
+                got=f"{model_config.model_type} with {name}={value}",
+                remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",
+            )
+
+
+def _refuse_bidirectional(model_config: Any) -> None:
+    if getattr(model_config, "use_bidirectional_attention", None):
+        option = "use_bidirectional_attention=true"
+    elif not getattr(model_config, "is_causal", True):
+        option = "is_causal=false"
+    else:
+        return
+    raise ConfigError(
+        "this model's tokens attend to later tokens, so it has no log-probs of a response",
+        where="model.path",
+        got=f"{model_config.model_type} with {option}",
+        remedy="choose a causal language model",
+    )
+
+
+def _refuse_window(model_config: Any, max_length: int) -> None:
+    window = getattr(model_config, "sliding_window", None)
+    layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"]
+    uses_window = getattr(model_config, "use_sliding_window", True) and "sliding_attention" in layer_types
+    if window is not None and uses_window and window < max_length - 1:
+        raise sliding_window_error(window, max_length - 1)
+
+
+def _refuse_moving_rotation(model_config: Any, max_length: int) -> None:
+    """Refuse sequences for which rotary frequencies depend on the longest sequence of the batch."""
+    if not getattr(model_config, "rope_parameters", None):
+        return
+    model_config.standardize_rope_params()  # the model does so too, and may replace the original length
+    parameters = model_config.rope_parameters
+    of_layers = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in of_layers or [parameters]:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type == "longrope":
+            limit = rope["original_max_position_embeddings"]
+        elif "dynamic" in rope_type:
+            limit = model_config.max_position_embeddings
+        else:
+            continue
+        if max_length > limit:
+            raise ConfigError(
+                f"beyond {limit} tokens, {rope_type} RoPE depends on the longest sequence of the batch, "
+                "so packing would not be exact",
+                where="data.max_length",
+                got=str(max_length),
+                expected=f"{limit} or less",
+                remedy=f"set data.max_length to {limit} or less",
+            )
+
+
+def _refuse_learned_positions(model_config: Any, max_length: int) -> None:
+    if model_config.model_type not in _LEARNED_POSITIONS:
+        return
+    positions = model_config.max_position_embeddings
+    if max_length - 1 > positions:
+        raise ConfigError(
+            "this architecture learned an embedding for each position, and has fewer than a sequence needs",
+            where="data.max_length",
+            got=f"{max_length} with {positions} positions",
+            expected=f"{positions + 1} or less; a sequence's last token is not an input",
+            remedy=f"set data.max_length to {positions + 1} or less",
+        )
+
+
+def refuse_remote_model(folder: Path, model_config: Any) -> None:
+    """Raise an error for a model whose forward is not transformers' own: its log-probs were not tested.
+
+    Args:
+        folder: of the model, for the error.
+        model_config: as transformers made it with remote code allowed.
+
+    Raises:
+        ConfigError: it names a model class, or is of a class, that came with the model.
+    """
+    remote = (getattr(model_config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    config_module = type(model_config).__module__
+    if remote is None and not config_module.startswith("transformers."):
+        remote = f"{config_module}.{type(model_config).__name__}"
+    if remote is not None:
+        raise ConfigError(
+            "the model comes with code of its own, and the packed forward is not known to be exact for it",
+            where="model.trust_remote_code",
+            got=f"true for {folder}, whose config.json names {remote}",
+            expected="an architecture of transformers",
+            remedy="set model.trust_remote_code=false: transformers' own code for this model_type is used",
+        )

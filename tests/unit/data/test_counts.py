@@ -1,0 +1,156 @@
+"""What became of the records is told whole: by source, by field, with the remedy that helps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_dist.config.schema import DataConfig, SourceConfig, TrainerConfig
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
+from dpo_dist.data.sampler import Span, make_schedule
+from dpo_dist.errors import DataError
+from dpo_dist.training.data_setup import counts_told, short_run_told
+from tests.support import tiny
+from tests.support.rows import TEXT, jsonl
+
+GOOD = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
+
+
+def opened(folder: Path, *paths: str, **data: object) -> PairDataset:
+    config = DataConfig(cache=str(folder / "cache"), **data)  # type: ignore[arg-type]
+    return open_dataset(
+        prepare_dataset([SourceConfig(path) for path in paths], config, tiny.qwen(), "q"), config
+    )
+
+
+def file_of(folder: Path, name: str, *rows: object) -> str:
+    (folder / name).mkdir()
+    return jsonl(folder / name, *rows)
+
+
+def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
+    rows = [*GOOD, TEXT | {"tools": ["f"]}, TEXT | {"tools": ["f"], "images": ["i"]}]
+    counts = opened(tmp_path, jsonl(tmp_path, *rows), max_bad_share=0.1).counts
+    assert counts["dropped"] == {"unread_content": 2}
+    assert (counts["unread_tools"], counts["unread_images"]) == (2, 1)
+    assert "tools" in counts["details"]["unread_content"]
+    [line, plain] = counts_told("train", counts)
+    assert "2 dropped (unread_content)" in line
+    assert "2 unread tools" in line
+    assert "40 of 40 records are plain text" in plain
+    assert "data.text_as_messages=true" in plain
+
+
+def test_templated_records_are_not_called_plain(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    assert len(counts_told("train", opened(tmp_path, path, text_as_messages=True).counts)) == 1
+
+
+def test_every_source_is_told(tmp_path: Path) -> None:
+    bad = TEXT | {"chosen": None}
+    first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
+    counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
+    assert [(told["path"], told["read"], told["kept"], told["dropped"]) for told in counts["sources"]] == [
+        (first, 40, 40, {}),
+        (second, 4, 3, {"missing_field": 1}),
+    ]
+    lines = counts_told("train", counts)
+    assert "43 of 44 records kept" in lines[0]
+    assert lines[1:3] == [
+        f"train data: {first}: 40 of 40 records kept, 40 pairs",
+        f"train data: {second}: 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
+    ]
+    json.dumps(counts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "expected"),
+    [
+        (
+            [{"question": "q", "chosen": "a", "rejected": "b"}],
+            {},
+            ["question (text)", "prompt, chosen, rejected"],
+        ),
+        (
+            GOOD,
+            {"max_length": 2},
+            ["data.max_length is 2", "data.max_prompt_length", "data.truncation=keep_end"],
+        ),
+        (GOOD, {"max_length": 4, "truncation": "drop"}, ["data.max_length is 4", "keep_start"]),
+        ([*GOOD[:3], TEXT | {"tools": [1]}], {}, ["fields: tools", "data.max_bad_share"]),
+    ],
+)
+def test_the_error_names_what_helps(
+    tmp_path: Path, rows: list[object], data: dict[str, object], expected: list[str]
+) -> None:
+    with pytest.raises(DataError) as raised:
+        opened(tmp_path, jsonl(tmp_path, *rows), **data)
+    block = raised.value.block()
+    assert [text for text in expected if text not in block] == []
+
+
+def test_an_empty_source_is_named(tmp_path: Path) -> None:
+    whole, empty = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two")
+    with pytest.raises(DataError, match="no records") as raised:
+        opened(tmp_path, whole, empty)
+    assert raised.value.where == empty
+
+
+def test_the_first_record_of_each_reason_is_kept_for_its_detail(tmp_path: Path) -> None:
+    """Also where more of another reason stand before it, in the same chunk or in earlier ones."""
+    for empty, unknown in ((30, 34), (200, 300)):
+        rows = [TEXT | {"chosen": ""}] * empty + [{"question": "q", "answer": "a"}] * unknown + GOOD
+        with pytest.raises(DataError) as raised:
+            opened(tmp_path, jsonl(tmp_path, *rows))
+        assert "question (text)" in raised.value.got
+
+
+def test_records_that_occur_again_are_counted(tmp_path: Path) -> None:
+    swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
+    ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
+    other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
+    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
+    assert count_duplicates(once) == 0
+    twice = opened(
+        tmp_path, file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking), file_of(tmp_path, "b", *GOOD[:5])
+    )
+    assert count_duplicates(twice) == 7
+    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
+    assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
+
+
+def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) -> None:
+    twice = opened(tmp_path, file_of(tmp_path, "twice", *GOOD, *GOOD[:2]))
+    other = opened(tmp_path, file_of(tmp_path, "other", *GOOD[:3], GOOD[0]))
+    cache = tmp_path / "cache"
+    assert counted_once(count_duplicates, cache, twice) == 2
+    unread = replace(twice, keys=np.empty((0, 2), dtype=np.uint64))
+    assert counted_once(count_duplicates, cache, unread) == 2
+    assert counted_once(count_duplicates, cache, other) == 1
+    assert counted_once(count_shared, cache, other, twice) == 4
+    assert counted_once(count_shared, cache, twice, other) == 5
+
+
+@pytest.mark.parametrize(
+    ("pairs", "trainer", "told"),
+    [
+        (12, {"global_batch_pairs": 1000, "max_steps": 1}, "up to 84 times in one step"),
+        (12, {"global_batch_pairs": 64}, "the whole run is 1 step: 12 pairs"),
+        (12, {"global_batch_pairs": 10, "epochs": 2.0}, None),
+        (100, {"global_batch_pairs": 64, "max_steps": 1}, "the whole run is 1 step: 64 pairs"),
+        (100, {"global_batch_pairs": 10}, None),
+    ],
+)
+def test_a_run_of_hardly_any_pairs_is_told(pairs: int, trainer: dict[str, float], told: str | None) -> None:
+    schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(**trainer))  # type: ignore[arg-type]
+    lines = short_run_told(schedule)
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+    most = max(
+        int(np.unique(schedule.rows(step), return_counts=True)[1].max()) for step in range(schedule.steps)
+    )
+    assert ("times in one step" in (told or "")) == (most > 2)

@@ -1,0 +1,190 @@
+"""Encoded pairs on disk: what was written is read back by row, found again by content, never half there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_dist.config.schema import OnBadRecord
+from dpo_dist.data import build_dataset as build_dataset_module
+from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.encode import response_key
+from dpo_dist.data.packing import Ids, packed_tokens
+from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.sampler import Span
+from dpo_dist.data.step_plan import pack_rows, plan_step
+from dpo_dist.errors import DataError
+from tests.support import tiny
+from tests.support.cache import encoded_folders, opened
+from tests.support.packing import COSTS
+from tests.support.pairs import encode
+from tests.support.rows import jsonl
+
+GOOD = [
+    {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
+]
+BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
+# Responses of each record: a record of three responses follows one of one.
+RANKED = [2, 1, 3, 2, 3, 1, 1, 2]
+
+
+def ranked_records() -> list[PreferenceRecord]:
+    texts = ["good", "worse than that", "the very worst of all", "none"]
+    return [
+        PreferenceRecord(
+            f"question number {n}", tuple(f"{text} {n}" for text in texts[:k]), Origin("ranked", n)
+        )
+        for n, k in enumerate(RANKED, start=1)
+    ]
+
+
+@pytest.fixture
+def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairDataset:
+    """Records of one, two and three responses mixed, which no file format gives yet."""
+    monkeypatch.setattr(build_dataset_module, "read_records", lambda _source: iter(ranked_records()))
+    return opened(tmp_path, jsonl(tmp_path, {}))
+
+
+def same_ids(first: Sequence[Ids], second: Sequence[Ids]) -> bool:
+    return len(first) == len(second) and all(map(np.array_equal, first, second))
+
+
+def test_pairs_come_back_as_they_were_encoded(ranked: PairDataset) -> None:
+    assert len(ranked) == len(RANKED)
+    for row, record in enumerate(ranked_records()):
+        pair = encode(record, tiny.qwen())
+        read = ranked.sequences(row)
+        assert same_ids((read.prompt_ids, *read.responses), (pair.prompt_ids, *pair.responses))
+        assert ranked.lengths(row) == [len(pair.prompt_ids), *map(len, pair.responses)]
+        assert ranked.packed_tokens(row) == packed_tokens(
+            len(pair.prompt_ids), list(map(len, pair.responses))
+        )
+        assert ranked.origin(row) == Origin(ranked.source_paths[0], record.origin.line)
+        last = [len(pair.responses) - 1]
+        assert same_ids(ranked.sequences(row, last).responses, pair.responses[-1:])
+        assert ranked.packed_tokens(row, last) == packed_tokens(
+            len(pair.prompt_ids), [len(pair.responses[-1])]
+        )
+
+
+def test_keys_stand_beside_the_responses_they_address(ranked: PairDataset) -> None:
+    assert len(ranked.keys) == sum(RANKED)
+    for row, count in enumerate(RANKED):
+        pair, places = ranked.sequences(row), ranked.response_rows(row)
+        assert len(places) == count
+        for place, response in zip(places, pair.responses, strict=True):
+            assert ranked.keys[place].tobytes() == response_key(pair.prompt_ids, response)
+    rows, which_ones = ranked.rows_of_responses(np.arange(sum(RANKED)))
+    assert rows.tolist() == [row for row, count in enumerate(RANKED) for _ in range(count)]
+    assert which_ones.tolist() == [which for count in RANKED for which in range(count)]
+
+
+@pytest.mark.parametrize("rows", [[0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []])
+def test_places_of_many_rows_are_those_of_each(ranked: PairDataset, rows: list[int]) -> None:
+    expected = [place for row in rows for place in ranked.response_rows(row)]
+    assert ranked.response_places(np.array(rows, dtype=np.int64)).tolist() == expected
+
+
+def test_work_is_what_a_look_at_every_token_counts(ranked: PairDataset) -> None:
+    rows = np.array([5, 2, 0, 7])
+    targets = attended = 0
+    for row in rows.tolist():
+        prompt, *responses = ranked.lengths(row)
+        targets += sum(responses)
+        attended += sum(place + 1 for place in range(prompt))
+        attended += sum(prompt + place + 1 for tokens in responses for place in range(tokens - 1))
+    plan = plan_step(ranked, rows, 0, 1, 8192, COSTS)
+    assert (plan.targets, plan.attended) == (targets, attended)
+
+
+def test_sizes_of_many_rows_are_those_of_each(ranked: PairDataset) -> None:
+    rows = np.array([2, 0, 7, 2])
+    sizes = ranked.sizes(rows, ranked.response_places(rows), ranked.response_counts(rows), COSTS)
+    assert sizes.tokens.tolist() == [ranked.packed_tokens(row) for row in rows.tolist()]
+    some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]), COSTS)
+    assert some.tokens.tolist() == [ranked.packed_tokens(2, [1, 2]), ranked.packed_tokens(4, [1])]
+
+
+def test_a_key_tells_apart_where_the_prompt_ends() -> None:
+    one, two, both = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2]))
+    empty = np.array([], dtype=np.int32)
+    keys = {
+        response_key(one, two),
+        response_key(both, empty),
+        response_key(empty, both),
+        response_key(two, one),
+    }
+    assert len(keys) == 4
+    assert {len(key) for key in keys} == {16}
+    assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
+
+
+def test_sources_follow_each_other_and_carry_their_weights(tmp_path: Path) -> None:
+    first = jsonl(tmp_path, *GOOD[:3])
+    (tmp_path / "second").mkdir()
+    second = jsonl(tmp_path / "second", BAD, *GOOD[3:])
+    data = opened(tmp_path, first, second, max_bad_share=0.5)
+    assert data.spans([1.0, 0.5]) == [Span(0, 3, 1.0), Span(3, 7, 0.5)]
+    assert data.origin(2) == Origin(first, 3)
+    assert data.origin(3) == Origin(second, 2)
+
+
+def test_counts_say_what_became_of_every_record(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, BAD, *GOOD, "no object", {**GOOD[0], "chosen": "right " * 500})
+    counts = opened(tmp_path, path, max_bad_share=0.5, max_length=120).counts
+    assert counts["read"] == 10
+    assert counts["kept"] == 8
+    assert counts["dropped"] == {"identical_responses": 1, "unparsable": 1}
+    assert counts["response_truncated"] == 1
+    assert counts["prompt_truncated"] == 0
+    assert counts["examples"] == [f"{path}:1 identical_responses", f"{path}:9 unparsable"]
+
+
+def test_more_bad_records_than_allowed_is_an_error(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, BAD, *GOOD)
+    assert len(opened(tmp_path, path, max_bad_share=1 / 8)) == 7
+    with pytest.raises(DataError, match="1 of 8 records") as raised:
+        opened(tmp_path, path, max_bad_share=0.124)
+    assert f"{path}:1" in raised.value.where
+    assert "identical_responses 1" in raised.value.got
+
+
+def test_no_pair_at_all_is_an_error_whatever_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable record"):
+        opened(tmp_path, jsonl(tmp_path, BAD), max_bad_share=1.0)
+
+
+def test_the_first_bad_record_can_be_made_an_error(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, GOOD[0], BAD)
+    with pytest.raises(DataError, match="identical_responses") as raised:
+        opened(tmp_path, path, on_bad_record=OnBadRecord.error, max_bad_share=1.0)
+    assert raised.value.where == f"{path}:2"
+    assert encoded_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_ranks_of_a_step_compute_its_pairs_once_and_agree_on_its_numbers(
+    tmp_path: Path, world_size: int
+) -> None:
+    data = opened(tmp_path, jsonl(tmp_path, *GOOD))
+    rows = np.array([5, 1, 3, 6, 0], dtype=np.int64)
+    plans = [plan_step(data, rows, rank, world_size, 60, COSTS) for rank in range(world_size)]
+    computed = [row for plan in plans for micro_batch in plan.micro_batches for row in micro_batch]
+    assert sorted(computed) == sorted(rows.tolist())
+    assert len({len(plan.micro_batches) for plan in plans}) == 1
+    assert len({(plan.pairs, plan.tokens, plan.mean_chosen_tokens) for plan in plans}) == 1
+    assert plans[0].pairs == len(rows)
+    assert plans[0].mean_chosen_tokens == pytest.approx(np.mean([data.lengths(row)[1] for row in rows]))
+    batches = [batch for plan in plans for batch in plan.batches()]
+    assert sum(batch.tokens for batch in batches) == plans[0].tokens
+    assert sum(float(batch.weights.sum()) for batch in batches) == len(rows)
+
+
+def test_a_batch_carries_the_keys_of_its_responses(ranked: PairDataset) -> None:
+    batch = pack_rows(ranked, (4, 1))
+    pairs = [ranked.sequences(row) for row in (4, 1)]
+    expected = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
+    assert [key.tobytes() for key in batch.keys] == expected
+    assert batch.targets.tolist() == [int(t) for pair in pairs for r in pair.responses for t in r]
+    assert pack_rows(ranked, ()).weights.tolist() == [0]

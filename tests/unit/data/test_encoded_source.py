@@ -1,0 +1,382 @@
+"""The cache of encoded sources: found by content, encoded once, verified, never half there."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+
+from dpo_dist import digests as digests_module
+from dpo_dist.atomic import temporary_name
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.data import build_dataset as build_dataset_module
+from dpo_dist.data import encode_chunk as encode_chunk_module
+from dpo_dist.data.concatenated import Joined
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.encoded_source import SourceWriter
+from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.errors import ConfigError, DataError
+from tests.support.cache import encoded_folders, opened, prepare, prepare_all
+from tests.support.rows import jsonl
+
+GOOD = [
+    {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
+]
+BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
+
+
+def folders(folder: Path, number: int) -> list[Path]:
+    made = [folder / str(place) for place in range(number)]
+    for one in made:
+        one.mkdir()
+    return made
+
+
+def two_files(folder: Path) -> list[str]:
+    parts = zip(folders(folder, 2), (GOOD[:3], GOOD[3:]), strict=True)
+    return [jsonl(below, *rows) for below, rows in parts]
+
+
+@pytest.fixture
+def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts of all records that are encoded."""
+    seen: list[str] = []
+    encode_one = encode_chunk_module.encode_pair
+
+    def spy(record: PreferenceRecord, *rest: Any) -> Any:
+        seen.append(str(record.prompt))
+        return encode_one(record, *rest)
+
+    monkeypatch.setattr(encode_chunk_module, "encode_pair", spy)
+    return seen
+
+
+def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    folder = prepare(tmp_path, path)
+    written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert prepare(tmp_path, path, max_bad_share=0.5) == folder
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 30},
+        {"max_prompt_length": 5},
+        {"truncation": Truncation.drop},
+        {"text_as_messages": True},
+        {"on_bad_record": OnBadRecord.error},
+        {"tokenizer_digest": "another"},
+    ],
+    ids=str,
+)
+def test_whatever_decides_the_ids_makes_another_data_set(tmp_path: Path, change: dict[str, object]) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
+
+
+def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_path: Path) -> None:
+    """Of equal content: its format, its split where one folder has several, the kind of file."""
+    path = jsonl(tmp_path, *GOOD)
+    assert prepare(tmp_path, path) != prepare(tmp_path, SourceConfig(path, format=DataFormat.text))
+    saved = str(tmp_path / "saved")
+    of_splits = {"train": Dataset.from_list(GOOD), "test": Dataset.from_list(GOOD[:2])}
+    DatasetDict(of_splits).save_to_disk(saved)
+    lengths = [len(opened(tmp_path, SourceConfig(saved, split=split))) for split in (None, "test", "train")]
+    assert lengths == [7, 2, 7]
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(GOOD))
+    assert len(opened(tmp_path, str(array))) == 7
+    with pytest.raises(DataError, match="no usable record"):
+        opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
+
+
+def test_records_are_told_where_they_were_read_whatever_names_their_files(tmp_path: Path) -> None:
+    below = tmp_path / "a"
+    below.mkdir()
+    path = jsonl(below, *GOOD)
+    for source in (f"{tmp_path}/*/*.jsonl", f"{below}/*.jsonl", str(below), path):
+        assert str(opened(tmp_path, source).origin(0)) == f"{path}:1"
+
+
+def test_changed_content_and_limit_make_another_data_set(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    before, limited = opened(tmp_path, path), opened(tmp_path, SourceConfig(path, limit=2))
+    assert len(limited) == 2
+    jsonl(tmp_path, *GOOD[:-1], {**GOOD[-1], "chosen": "right 8"})
+    assert len({data.fingerprint for data in (before, limited, opened(tmp_path, path))}) == 3
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "ids.bin").read_bytes()
+    (folder / "ids.bin").write_bytes(content[:-4])
+
+
+def lose_an_array(folder: Path) -> None:
+    (folder / "keys.bin").unlink()
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def break_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"sizes"')
+
+
+def flip_a_bit(folder: Path) -> None:
+    """As a disk does: the size and the time of the file stay."""
+    file = folder / "ids.bin"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def change_a_key(folder: Path) -> None:
+    file = folder / "keys.bin"
+    file.write_bytes(file.read_bytes()[::-1])
+
+
+def change_the_manifest(folder: Path) -> None:
+    told = json.loads((folder / "manifest.json").read_text())
+    told["content"] = told["content"].replace('"records": 7', '"records": 6')
+    (folder / "manifest.json").write_text(json.dumps(told))
+
+
+DAMAGES = [
+    truncate,
+    lose_an_array,
+    lose_the_manifest,
+    break_the_manifest,
+    flip_a_bit,
+    change_a_key,
+    change_the_manifest,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_data_are_not_opened(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    encoded = prepare_all(tmp_path, jsonl(tmp_path, *GOOD))
+    damage(encoded[0].folder)
+    with pytest.raises(DataError, match="damaged"):
+        open_dataset(encoded, DataConfig())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_that_is_not_whole_is_made_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    folder = prepare(tmp_path, path)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damage(folder)
+    assert prepare(tmp_path, path) == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    assert encoded_folders(tmp_path) == [folder.name]
+
+
+def test_a_write_that_was_killed_leaves_nothing_that_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path, *GOOD)
+
+    def killed(_source: SourceConfig) -> Iterator[PreferenceRecord]:
+        yield PreferenceRecord("q", ("right", "wrong"), Origin("here", 1))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_dataset_module, "read_records", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, path)
+    assert encoded_folders(tmp_path) == []
+    assert len(opened(tmp_path, path)) == len(GOOD)
+
+
+def test_the_fingerprint_is_one_of_content_and_order_not_of_places(tmp_path: Path) -> None:
+    first, second = two_files(tmp_path)
+    here = opened(tmp_path, first, second)
+    assert opened(tmp_path, second, first).fingerprint != here.fingerprint
+    shutil.copytree(tmp_path / "0", tmp_path / "elsewhere")
+    assert opened(tmp_path, str(tmp_path / "elsewhere/rows.jsonl"), second).fingerprint == here.fingerprint
+
+
+def contents(data: PairDataset) -> list[list[list[int]]]:
+    pairs = map(data.sequences, range(len(data)))
+    return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
+
+
+def test_a_record_is_encoded_once_whatever_list_it_stands_in(tmp_path: Path, encodes: list[str]) -> None:
+    """Other sources, limits, weights, orders and places encode nothing anew, and give the same pairs."""
+    first, second = two_files(tmp_path)
+    one, two = contents(opened(tmp_path, first)), contents(opened(tmp_path, second))
+    encodes.clear()
+    shutil.copytree(tmp_path / "0", tmp_path / "elsewhere")
+    moved = str(tmp_path / "elsewhere/rows.jsonl")
+    assert contents(opened(tmp_path, first, second)) == one + two
+    assert contents(opened(tmp_path, second, moved, first)) == two + one + one
+    part = opened(tmp_path, SourceConfig(first, weight=2.0), SourceConfig(second, limit=2))
+    assert contents(part) == one + two[:2]
+    assert contents(opened(tmp_path, SourceConfig(moved, limit=100))) == one
+    assert encodes == []
+    assert opened(tmp_path, second, moved).origin(5) == Origin(moved, 2)
+
+
+def test_a_limit_reads_no_more_than_it_needs_and_serves_every_lower_one(
+    tmp_path: Path, encodes: list[str]
+) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    five = opened(tmp_path, SourceConfig(path, limit=5))
+    assert len(encodes) == 5
+    assert contents(opened(tmp_path, SourceConfig(path, limit=3))) == contents(five)[:3]
+    assert len(encodes) == 5
+    assert len(opened(tmp_path, SourceConfig(path, limit=50))) == 7
+    assert len(encodes) == 12
+    assert contents(opened(tmp_path, path))[:5] == contents(five)
+    assert len(encodes) == 12
+
+
+def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
+    ranking = {"prompt": "q", "responses": ["a", "b", "c", "d"], "scores": [3, 2, 2, 1]}
+    path = jsonl(tmp_path, GOOD[0], BAD, "no object", ranking, {**GOOD[1], "chosen": "long " * 50}, BAD)
+    how = {"max_bad_share": 1.0, "ranked": Ranked.all_pairs, "max_length": 100}
+    assert len(opened(tmp_path, path, **how)) == 7
+    for limit in range(1, 7):
+        (tmp_path / str(limit)).mkdir()
+        source = SourceConfig(path, limit=limit)
+        seen, alone = opened(tmp_path, source, **how), opened(tmp_path / str(limit), source, **how)
+        assert seen.counts == alone.counts
+        assert contents(seen) == contents(alone)
+        for name in ("keys", "origins"):
+            assert np.array_equal(getattr(seen, name), getattr(alone, name))
+        assert np.array_equal(seen.scores, alone.scores, equal_nan=True)
+
+
+def test_joined_arrays_are_indexed_as_one() -> None:
+    parts = [np.arange(3), np.arange(0), np.arange(3, 8), np.arange(8, 9)]
+    whole, column = np.concatenate(parts), Joined(parts)
+    shifted = Joined(parts, [0, 10, 20, 30])
+    for index in (0, 8, -1, -9, slice(1, 3), slice(2, 7), slice(-2, None), slice(4, 2)):
+        assert np.array_equal(column[index], whole[index])
+    places = np.array([8, -1, 0, -9, 3])
+    assert np.array_equal(column[places], whole[places])
+    assert shifted[places].tolist() == [38, 38, 0, 0, 23]
+
+
+def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
+    """Rankings of several sizes over three sources: ids, keys, places, sizes and origins."""
+
+    def row(number: int) -> dict[str, Any]:
+        responses = [f"answer {n} " * (n + 1) for n in range(2 + number % 3)]
+        return {"prompt": f"question {number}", "responses": responses}
+
+    parts = [list(map(row, range(start, start + 4))) for start in (0, 4, 8)]
+    files = [jsonl(folder, *rows) for folder, rows in zip(folders(tmp_path, 3), parts, strict=True)]
+    whole = opened(tmp_path, jsonl(tmp_path, *itertools.chain(*parts)), ranked=Ranked.all_pairs)
+    data = opened(tmp_path, *files, ranked=Ranked.all_pairs)
+    every = np.arange(len(whole))
+    assert contents(data) == contents(whole)
+    places = data.response_places(every[::-1])
+    assert places.tolist() == whole.response_places(every[::-1]).tolist()
+    assert np.array_equal(data.keys[places], whole.keys[places])
+    assert np.array_equal(data.keys[:], whole.keys)
+    assert data.keys[-1].tolist() == whole.keys[-1].tolist()
+    for found, expected in zip(data.rows_of_responses(places), whole.rows_of_responses(places), strict=True):
+        assert found.tolist() == expected.tolist()
+    assert [data.lengths(row) for row in every] == [whole.lengths(row) for row in every]
+    assert data.mean_chosen_tokens(every) == whole.mean_chosen_tokens(every)
+    lines = {(origin.source, origin.line) for origin in map(data.origin, every)}
+    assert lines == {(file, line) for file in files for line in range(1, 5)}
+
+
+def test_pairs_of_one_ranking_share_their_ids(tmp_path: Path) -> None:
+    row = {"prompt": "a question", "responses": ["first", "second one", "a third one"]}
+    path = jsonl(tmp_path, row, row)
+    shared, alone = (opened(tmp_path, path, ranked=ranked) for ranked in (Ranked.all_pairs, Ranked.whole))
+    assert len(shared) == 3 * len(alone) == 6
+    assert np.array_equal(shared.ids, alone.ids)
+
+
+def test_a_source_of_which_too_little_is_left_is_told_whatever_others_have(tmp_path: Path) -> None:
+    good, bad = folders(tmp_path, 2)
+    whole = jsonl(good, *GOOD * 20)
+    with pytest.raises(DataError, match="no usable record"):
+        opened(tmp_path, whole, jsonl(bad, BAD))
+    with pytest.raises(DataError, match="1 of 2 records"):
+        opened(tmp_path, whole, jsonl(bad, BAD, GOOD[0]))
+
+
+@pytest.mark.parametrize("put_back", [False, True], ids=["replaced", "replaced and put back"])
+def test_data_replaced_while_they_are_read_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: bool
+) -> None:
+    path = Path(jsonl(tmp_path, *GOOD))
+    original, read = path.read_bytes(), build_dataset_module.read_records
+
+    def overtaken(source: SourceConfig) -> Iterator[Any]:
+        path.rename(tmp_path / "aside")
+        jsonl(tmp_path, *GOOD[:3])
+        records = list(read(source))
+        if put_back:
+            (tmp_path / "aside").rename(path)
+        return iter(records)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_dataset_module, "read_records", overtaken)
+        with pytest.raises(DataError, match="changed while they were read"):
+            prepare(tmp_path, str(path))
+    assert encoded_folders(tmp_path) == []
+    path.write_bytes(original)
+    assert len(opened(tmp_path, str(path))) == 7
+
+
+def test_a_full_disk_is_told_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnFullDisk(SourceWriter):
+        def __init__(self, folder: Path, path: str):
+            (folder / "ids.bin").symlink_to("/dev/full")
+            super().__init__(folder, path)
+
+    monkeypatch.setattr(build_dataset_module, "SourceWriter", OnFullDisk)
+    with pytest.raises(ConfigError, match="the encoded data cannot be written") as caught:
+        prepare(tmp_path, jsonl(tmp_path, *GOOD))
+    assert caught.value.where == "data.cache"
+    assert not encoded_folders(tmp_path)
+
+
+def test_a_start_reads_no_file_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    opened(tmp_path, path)
+    monkeypatch.setattr(digests_module, "content_digest", lambda files: pytest.fail(f"{files} read again"))
+    assert len(opened(tmp_path, path)) == 7
+
+
+def test_a_folder_under_another_name_than_its_own_is_not_used(tmp_path: Path) -> None:
+    one, other = two_files(tmp_path)
+    folder, elsewhere = prepare(tmp_path, one), prepare(tmp_path, other)
+    shutil.rmtree(folder)
+    shutil.copytree(elsewhere, folder)
+    assert len(opened(tmp_path, one)) == 3
+
+
+def test_a_killed_encoder_s_folder_is_collected_and_a_living_one_s_is_not(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    folder = prepare(tmp_path, path)
+    living = temporary_name(folder)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = living.with_name(living.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    foreign = living.with_name(f"{folder.name}.tmp-{'0' * 8}-1-1-{'0' * 12}")
+    old = living.with_name(f"{folder.name}.tmp-{'1' * 12}")
+    for one in (living, dead, foreign, old):
+        one.mkdir()
+        (one / "ids.bin").write_bytes(b"")
+    for one in (old / "ids.bin", old):
+        os.utime(one, (0, 0))
+    assert prepare(tmp_path, path) == folder
+    assert encoded_folders(tmp_path) == sorted(one.name for one in (folder, living, foreign))

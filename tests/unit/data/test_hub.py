@@ -1,0 +1,154 @@
+"""Hub datasets: what is read is what the fingerprint names, and a hub once asked is not needed again."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
+
+from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data.hub import pinned
+from tests.support.hub_server import HubServer
+
+# Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
+_STEPS = """
+import json, sys
+from pathlib import Path
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import pinned
+from dpo_dist.errors import DataError
+told = []
+config = DataConfig(cache=sys.argv[1])
+for verb, options in json.loads(sys.argv[2]):
+    source = SourceConfig(**options)
+    try:
+        if verb == "read":
+            told.append([record.prompt for record in read_records(source)])
+        elif verb == "pin":
+            told.append(pinned(source, Path(config.cache)).revision)
+        else:
+            from dpo_dist.data.dataset import open_dataset
+            from dpo_dist.data.build_dataset import prepare_dataset
+            from tests.support import tiny
+            told.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
+    except DataError as error:
+        told.append([error.where, error.got])
+print(json.dumps(told))
+"""
+CARD = b"""---
+configs:
+- config_name: one
+  data_files: one/*.jsonl
+- config_name: two
+  data_files: two/*.jsonl
+---
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def rows(*prompts: str) -> bytes:
+    return "".join(
+        json.dumps({"prompt": prompt, "chosen": "a", "rejected": "b"}) + "\n" for prompt in prompts
+    ).encode()
+
+
+def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **environment: str) -> list[Any]:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(folder / "home"),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        **environment,
+    }
+    command = [sys.executable, "-c", _STEPS, str(folder / "encoded"), json.dumps(steps)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def test_a_hub_dataset_is_pinned_and_needed_once(tmp_path: Path, hub: HubServer) -> None:
+    first = hub.commit("o/pairs", {"train.jsonl": rows("old"), "test.jsonl": rows("held out")})
+    hub.commit("o/pairs", {"train.jsonl": rows("tagged")}, "v1")
+    hub.commit("o/sets", {"README.md": CARD, "one/train.jsonl": rows("1"), "two/train.jsonl": rows("2")})
+    hub.commit("o/dirs", {"x/train.jsonl": rows("x"), "y/train.jsonl": rows("y")})
+    pairs, sets, dirs = ({"path": f"o/{name}"} for name in ("pairs", "sets", "dirs"))
+    told = run(
+        tmp_path,
+        hub.url,
+        [
+            ("read", pairs),
+            ("pin", pairs),
+            ("read", pairs | {"split": "test"}),
+            ("read", pairs | {"revision": "v1"}),
+            ("read", sets | {"name": "two"}),
+            ("read", sets),
+            ("read", dirs | {"data_dir": "y"}),
+            ("read", pairs | {"split": "none"}),
+            ("read", {"path": "o/nothing"}),
+        ],
+    )
+    assert told[:5] == [["old"], first, ["held out"], ["tagged"], ["2"]]
+    assert "one" in told[5][1]  # the configurations to choose from
+    assert told[6] == ["y"]
+    assert "none" in told[7][0]
+    assert "RepositoryNotFound" in told[8][1]
+
+    second = hub.commit("o/pairs", {"train.jsonl": rows("new", "newer")})
+    # What the hub names now is asked at each start; a commit stays what it was.
+    told = run(tmp_path, hub.url, [("read", pairs | {"revision": first}), ("pin", pairs), ("encode", pairs)])
+    assert told == [["old"], second, 2]
+
+    asked = len(hub.asked)
+    offline = run(
+        tmp_path,
+        hub.url,
+        [("pin", pairs), ("read", pairs), ("read", {"path": "o/other"})],
+        HF_HUB_OFFLINE="1",
+    )
+    assert offline[:2] == [second, ["new", "newer"]]
+    assert "o/other" in offline[2][0]
+    assert len(hub.asked) == asked
+
+    # On a machine without network and without the hub's cache what was encoded is enough.
+    bare = run(
+        tmp_path,
+        "http://127.0.0.1:9",
+        [("encode", pairs), ("encode", {"path": "o/other"})],
+        HF_HOME=str(tmp_path / "other home"),
+    )
+    assert bare[0] == 2
+    assert "could not be reached" in bare[1][1]
+
+
+def test_jobs_that_start_at_once_keep_each_other_s_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job reads what is kept before, and writes after, another one does both."""
+    asked: list[str] = []
+
+    def answer(_api: object, name: str, **_of: object) -> SimpleNamespace:
+        asked.append(name)
+        if len(asked) > 2:
+            raise RevisionResolutionError("no network")
+        if name == "o/slow":
+            pinned(SourceConfig(path="o/quick"), tmp_path)
+        return SimpleNamespace(resolved=f"commit of {name}")
+
+    monkeypatch.setattr(HfApi, "resolve_revision", answer)
+    pinned(SourceConfig(path="o/slow"), tmp_path)
+    for name in ("o/slow", "o/quick"):
+        assert pinned(SourceConfig(path=name), tmp_path).revision == f"commit of {name}"

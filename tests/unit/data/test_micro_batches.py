@@ -1,0 +1,161 @@
+"""Who computes which pairs: every pair once, within the budget, in few micro-batches of like cost."""
+
+import math
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
+from dpo_dist.data.packing import packed_tokens
+from tests.support.packing import pair_shapes
+
+Plan = list[list[list[int]]]
+
+
+def sizes(tokens: list[int], costs: list[float] | None = None) -> PairSizes:
+    counts = np.array(tokens, dtype=np.int64)
+    return PairSizes(counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
+
+
+def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Cost of each micro-batch on each rank."""
+    return np.array([[sum(costs[place] for place in places) for places in ranks] for ranks in plan])
+
+
+# Few long pairs and many short ones, and attention that makes long ones dearer.
+pairs = st.lists(st.tuples(st.integers(1, 60), st.floats(1, 3)), min_size=1, max_size=200)
+
+
+@given(pairs, st.integers(1, 9), st.integers(1, 300))
+def test_every_pair_is_computed_once_within_the_budget(
+    pairs: list[tuple[int, float]], world_size: int, budget: int
+) -> None:
+    tokens = [length for length, _ in pairs]
+    of = sizes(tokens, [length * slowness for length, slowness in pairs])
+    plan = plan_micro_batches(of, world_size, budget)
+    bins = list(chain.from_iterable(plan))
+    assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
+    assert {len(ranks) for ranks in plan} == {world_size}
+    for places in bins:
+        assert sum(tokens[place] for place in places) <= budget or len(places) == 1
+    # No round in which every rank would compute a dummy.
+    assert all(any(ranks) for ranks in plan)
+    assert plan == plan_micro_batches(of, world_size, budget)
+
+
+@given(pairs, st.integers(1, 9), st.integers(60, 300))
+def test_micro_batches_are_at_most_what_first_fit_would_take(
+    pairs: list[tuple[int, float]], world_size: int, budget: int
+) -> None:
+    """First fit needs less than twice the volume and one bin; a plan rounds up to all ranks."""
+    tokens = [length for length, _ in pairs]
+    plan = plan_micro_batches(sizes(tokens), world_size, budget)
+    least = math.ceil(sum(tokens) / (world_size * budget))
+    assert least <= len(plan) <= math.ceil((2 * sum(tokens) / budget + 1) / world_size)
+
+
+@given(pairs, st.integers(1, 9))
+def test_with_room_enough_no_rank_has_more_than_the_mean_and_a_pair(
+    pairs: list[tuple[int, float]], world_size: int
+) -> None:
+    costs = [length * slowness for length, slowness in pairs]
+    (micro_batch,) = plan_micro_batches(sizes([length for length, _ in pairs], costs), world_size, 200 * 60)
+    loads = loads_of([micro_batch], costs)[0]
+    assert loads.max() <= loads.mean() + max(costs) + 1e-6
+
+
+def test_nothing_is_planned_for_no_pairs() -> None:
+    assert plan_micro_batches(sizes([]), 4, 100) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "world_size", "budget", "expected"),
+    [
+        ([30, 30, 30, 30], 2, 60, 1),
+        ([30, 30, 30, 31], 2, 60, 2),
+        ([5], 4, 60, 1),
+        ([100, 5, 5], 1, 60, 2),
+        ([100, 100, 100], 2, 60, 2),
+        ([60] * 8, 4, 60, 2),
+        # The dearest into the emptiest bin leaves no room for the last pair; the tightest fit does.
+        ([30, 30, 20, 20, 20], 1, 60, 2),
+    ],
+)
+def test_micro_batches_are_no_more_than_needed(
+    tokens: list[int], world_size: int, budget: int, expected: int
+) -> None:
+    assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == expected
+
+
+@given(pair_shapes)
+def test_sizes_are_tokens_laid_out_and_what_keys_and_targets_add(shapes: list[tuple[int, ...]]) -> None:
+    prompts = np.array([prompt for prompt, *_ in shapes])
+    responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
+    counts = np.array([len(lengths) for _, *lengths in shapes])
+    laid_out = [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]
+    of = pair_sizes(prompts, responses, counts, ComputeCosts(key=0, target=0))
+    assert of.tokens.tolist() == of.costs.tolist() == laid_out
+    heads = pair_sizes(prompts, responses, counts, ComputeCosts(key=0, target=1)).costs - laid_out
+    assert heads.tolist() == [sum(lengths) for _, *lengths in shapes]
+    keys = pair_sizes(prompts, responses, counts, ComputeCosts(key=1, target=0)).costs - laid_out
+    # Token n of a sequence sees n keys; half of that square is what a causal kernel computes.
+    assert keys.tolist() == [
+        prompt**2 / 2 + sum((n - 1) * (prompt + (n - 1) / 2) for n in lengths) for prompt, *lengths in shapes
+    ]
+
+
+@pytest.mark.parametrize(("budget", "micro_batches"), [(8192, 2), (13_000, 1)])
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_ranks_are_loaded_alike(world_size: int, budget: int, micro_batches: int) -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, 28 * world_size).tolist()
+    costs = [t + t * t / 4_000 for t in tokens]
+    plan = plan_micro_batches(sizes(tokens, costs), world_size, budget)
+    assert len(plan) == micro_batches
+    loads = loads_of(plan, costs)
+    assert loads.max(axis=1).sum() < 1.03 * loads.mean() * micro_batches
+    assert loads.sum(axis=0).max() < 1.02 * loads.sum(axis=0).mean()
+
+
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_a_budget_that_the_pairs_all_but_fill_takes_no_micro_batch_more(world_size: int) -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, 40 * world_size).tolist()
+    for filled in (0.9, 0.95, 0.98):
+        budget = round(sum(tokens) / world_size / 2 / filled)
+        assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == 2, filled
+
+
+def test_ranks_wait_little_where_few_pairs_fill_the_budget() -> None:
+    tokens = np.random.default_rng(0).integers(20, 500, (16 * 8, 3)).sum(axis=1).tolist()
+    plan = plan_micro_batches(sizes(tokens), 8, 2048)
+    loads = loads_of(plan, tokens)
+    assert len(plan) == -(-sum(tokens) // (8 * 2048))
+    assert loads.max() <= 2048
+    assert loads.max(axis=1).sum() < 1.03 * loads.mean() * len(plan)
+    assert loads.sum(axis=0).max() < 1.02 * loads.sum(axis=0).mean()
+
+
+def test_where_one_pair_is_dear_the_other_ranks_do_more_beside_it() -> None:
+    """Pairs of 1 would be levelled at 70 in both micro-batches, and all would wait for the pair of 100."""
+    tokens = [100] + [1] * (4 * 140 - 100)
+    loads = loads_of(plan_micro_batches(sizes(tokens), 4, 100), tokens)
+    assert len(loads) == 2
+    assert loads.max(axis=1).sum() <= 141
+
+
+def test_pairs_above_the_budget_leave_the_others_within_it() -> None:
+    long = [182, 132, 119, 111, 176, 145, 76, 163, 140, 88, 122, 124, 199, 178, 151]
+    tokens = [*long, 35, 29, 10, 49, 7, 20, 28, 5, 59, 8, 45]
+    bins = list(chain.from_iterable(plan_micro_batches(sizes(tokens), 2, 60)))
+    assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
+    assert all(len(places) == 1 or sum(tokens[place] for place in places) <= 60 for places in bins)
+    assert len(bins) == 20
+
+
+def test_pairs_above_the_budget_share_a_micro_batch() -> None:
+    """Their ranks would wait for each other in two."""
+    tokens = [300, 280, 290, *[20] * 60]
+    plan = plan_micro_batches(sizes(tokens), 4, 100)
+    assert sum(max(tokens[place] for place in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1

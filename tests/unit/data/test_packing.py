@@ -1,0 +1,69 @@
+"""How pairs lie in a micro-batch."""
+
+import numpy as np
+import torch
+from hypothesis import given
+
+from dpo_dist.data.packing import Sequences, dummy_batch, pack, packed_tokens
+from tests.support.packing import pack_unkeyed, pair_shapes, random_pairs
+
+
+def ids(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(numbers, dtype=np.int32)
+
+
+def test_layout_by_hand() -> None:
+    keys = np.arange(8, dtype=np.uint64).reshape(4, 2)
+    batch = pack(
+        [
+            Sequences(ids(1, 2, 3), (ids(4, 5), ids(6, 7, 8))),
+            Sequences(ids(9), (ids(10), ids(11, 12))),
+        ],
+        keys,
+    )
+    # No response's last token is laid out: it predicts nothing.
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 6, 7, 9, 11]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0, 1]
+    assert batch.layout == ((3, 1, 2), (1, 0, 1))
+    assert batch.targets.tolist() == [4, 5, 6, 7, 8, 10, 11, 12]
+    assert batch.predictors.tolist() == [2, 3, 2, 4, 5, 6, 6, 7]
+    assert batch.response_tokens.tolist() == [2, 3, 1, 2]
+    assert batch.keys is keys
+    assert batch.weights.tolist() == [1, 1]
+    assert batch.tokens == 8
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.targets, batch.predictors)} == {torch.int64}
+
+
+@given(pair_shapes)
+def test_every_target_is_predicted_by_the_token_before_it(shapes: list[tuple[int, ...]]) -> None:
+    pairs = random_pairs(shapes)
+    batch = pack_unkeyed(pairs)
+    before = [
+        (int(token), place)
+        for pair in pairs
+        for response in pair.responses
+        for place, token in enumerate([*pair.prompt_ids, *response][:-1])
+        if place >= len(pair.prompt_ids) - 1
+    ]
+    places = batch.predictors
+    predicting = zip(batch.input_ids[places].tolist(), batch.position_ids[places].tolist(), strict=True)
+    assert list(predicting) == before
+    assert batch.targets.tolist() == [t for p in pairs for r in p.responses for t in r.tolist()]
+    assert sum(map(sum, batch.layout)) == len(batch.input_ids) == batch.tokens
+    assert batch.tokens == sum(packed_tokens(prompt, responses) for prompt, *responses in shapes)
+
+
+def test_a_dummy_takes_part_and_weighs_nothing() -> None:
+    batch = dummy_batch()
+    assert batch.weights.tolist() == [0]
+    assert len(batch.keys) == 0
+    assert batch.tokens == 0
+    assert len(batch.targets) == int(batch.response_tokens.sum()) == 2
+    assert len(batch.input_ids) == 1
+
+
+def test_a_batch_moves_to_a_device_whole() -> None:
+    batch = pack_unkeyed(random_pairs([(3, 2, 4)])).to(torch.device("meta"))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -1,0 +1,215 @@
+"""Which checkpoints are whole, which are found, and which are kept; in a world of one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_dist.config.schema import Offload, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.checkpoint import (
+    CheckpointSaver,
+    check_same_processes,
+    drop_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    saved_parallelism,
+)
+from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
+from dpo_dist.errors import CheckpointError
+from tests.support.alone import ALONE
+
+ZERO2 = ParallelismConfig(ParallelismKind.zero2)
+
+
+@dataclass
+class Weights:
+    """A part with one file, which tells the step it was saved at."""
+
+    value: int = 0
+
+    def save_shards(self, folder: str) -> list[Path]:
+        file = Path(folder) / "engine" / "weights"
+        file.parent.mkdir()
+        file.write_text(str(self.value))
+        return [file]
+
+    def load_shards(self, folder: str) -> None:
+        self.value = int((Path(folder) / "engine" / "weights").read_text())
+
+
+@dataclass
+class Run:
+    """Starts and saves as a run does."""
+
+    root: Path
+    keep_last: int = 2
+    parallelism: ParallelismConfig = ZERO2
+
+    def start(self) -> int:
+        """Resume; returns the step, 0 for a fresh start."""
+        found = latest_checkpoint(self.root, ALONE)
+        damaged = found.damaged if found else ()
+        weights = Weights()
+        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged)
+        self.weights = weights
+        if found is None:
+            return 0
+        check_same_processes(found, self.parallelism, ALONE)
+        load_checkpoint(found, [weights], ALONE)
+        assert weights.value == found.state["step"]
+        return weights.value
+
+    def save(self, *steps: int) -> None:
+        for step in steps:
+            self.weights.value = step
+            self.saver.save(step, {"step": step, **saved_parallelism(self.parallelism)})
+            self.saver.commit()
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.root.glob("step-*"))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a flipped bit": lambda folder: flip(folder / "engine" / "weights"),
+    "a missing file": lambda folder: (folder / "engine" / "weights").unlink(),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "an emptied manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
+    "a manifest of nothing": lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
+    "a manifest that is a list": lambda folder: (folder / MANIFEST).write_text("[1]"),
+    "a manifest that lost a file": lambda folder: lose_entry(folder / MANIFEST),
+}
+
+
+def lose_entry(manifest: Path) -> None:
+    content = json.loads(manifest.read_text())
+    del content["files"]["engine/weights"]
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_never_resumed_and_never_taken_for_none(damage: str, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(50, 100)
+    DAMAGE[damage](tmp_path / "step-000100")
+    assert run.start() == 50
+    DAMAGE[damage](tmp_path / "step-000050")
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+        run.start()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_was_just_committed_stays_whatever_lies_beside_it(damage: str, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(50, 100)
+    DAMAGE[damage](tmp_path / "step-000100")
+    run.keep_last = 1
+    assert run.start() == 50
+    run.save(75)
+    assert run.left() == ["step-000075"]
+    assert run.start() == 75
+    run.save(100)
+    assert run.left() == ["step-000100"]
+    assert run.start() == 100
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(50, 100)
+    flip(tmp_path / "step-000100" / "engine" / "weights")
+    assert run.start() == 50
+    run.save(150)
+    assert run.left() == ["step-000050", "step-000150"]
+
+
+def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last=1)
+    run.start()
+    run.save(999_999, 1_000_000)
+    assert run.left() == ["step-1000000"]
+    assert run.start() == 1_000_000
+
+
+def test_folders_of_people_are_no_checkpoints(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(1, 2)
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000002-best")
+    run.save(3, 4)
+    assert run.left() == ["step-000002-best", "step-000003", "step-000004"]
+    (tmp_path / "step-000005.tmp-0123456789ab").mkdir()
+    drop_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002-best"]
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_while_a_run_trains_its_last_checkpoint_is_there(keep_last: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last)
+    run.start()
+    run.save(1, 2)
+    assert run.left() == ["step-000002"]
+
+
+def test_the_manifest_names_every_file_that_was_written(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(3)
+    folder = tmp_path / "step-000003"
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert files == {*read_manifest(folder), MANIFEST}
+
+
+@pytest.mark.parametrize(
+    ("other", "remedy"),
+    [
+        (ParallelismConfig(ParallelismKind.zero3), "set parallelism.kind=zero2"),
+        (
+            ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
+            "set parallelism.offload_optimizer=none",
+        ),
+    ],
+)
+def test_another_sharding_or_optimizer_is_refused_with_the_right_one(
+    other: ParallelismConfig, remedy: str, tmp_path: Path
+) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(1)
+    run.parallelism = other
+    with pytest.raises(CheckpointError) as caught:
+        run.start()
+    assert remedy in caught.value.remedy
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start()
+    run.save(1)
+    wanted = torch.rand(3).tolist()
+    run.start()
+    assert torch.rand(3).tolist() == wanted
+
+
+def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no state of the GPU's random numbers, of which training takes none."""
+    run = Run(tmp_path)
+    run.start()
+    run.save(1)
+    found = latest_checkpoint(tmp_path, ALONE)
+    assert found is not None
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
+    load_checkpoint(found, [run.weights], replace(ALONE, device=torch.device("cuda")))
+    assert not taken

@@ -1,0 +1,103 @@
+"""Running out of GPU memory is one block: which micro-batch, how large it is, and what to lower."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_dist.data.packing import PackedBatch, Sequences, pack
+from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
+from dpo_dist.errors import DeviceMemoryError
+
+FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
+
+
+class Engine:
+    """Stands in for DeepSpeed's: it runs out of memory in what is named."""
+
+    training = True
+
+    def __init__(self, fails_in: str, calls: int = 0):
+        self._fails_in, self._calls = fails_in, calls
+        self.optimizer = type("Optimizer", (), {"param_groups": []})
+
+    def _reach(self, what: str) -> None:
+        if what == self._fails_in:
+            self._calls -= 1
+            if self._calls < 0:
+                raise torch.OutOfMemoryError(FAULT + "\nand much more text")
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        self._reach("forward")
+        return torch.zeros(len(batch.targets))
+
+    def backward(self, _loss: torch.Tensor) -> None:
+        self._reach("backward")
+
+    def step(self) -> None:
+        self._reach("step")
+
+    def set_gradient_accumulation_boundary(self, _is_last: bool) -> None:
+        pass
+
+
+def policy(engine: Engine) -> PolicyEngine:
+    made: Any = object.__new__(PolicyEngine)
+    made._engine, made._world = engine, type("World", (), {"size": 1})
+    made._backwards, made._current = 0, ("", "")
+    return made
+
+
+def batch(*responses: int) -> PackedBatch:
+    """A pair for each number: a prompt of 3 tokens and two responses of so many."""
+    ids = [np.arange(count, dtype=np.int32) for count in (3, *responses)]
+    return pack(
+        [Sequences(ids[0], (response, response)) for response in ids[1:]],
+        np.zeros((2 * len(responses), 2), dtype=np.uint64),
+    )
+
+
+def told_by(work: Callable[[], Any]) -> DeviceMemoryError:
+    with pytest.raises(DeviceMemoryError) as raised:
+        work()
+    return raised.value
+
+
+def one_step(engine: PolicyEngine, *batches: PackedBatch) -> None:
+    for number, micro_batch in enumerate(batches, start=1):
+        engine.token_logps(micro_batch)
+        engine.backward(torch.zeros(()), is_last=number == len(batches))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
+    engine = policy(Engine(where, calls=3))
+    one_step(engine, batch(2), batch(2))
+    error = told_by(lambda: one_step(engine, batch(2), batch(5, 9)))
+    # Responses without their last tokens: 3 + 4 + 4, and 3 + 8 + 8.
+    assert error.where == "micro-batch 2 of a step: 30 tokens in 2 pairs, the longest of 19"
+    assert error.got == FAULT
+    assert "trainer.micro_batch_tokens" in error.remedy
+    assert "model.gradient_checkpointing" in error.remedy
+
+
+def test_a_single_pair_is_too_long_rather_than_the_budget() -> None:
+    error = told_by(lambda: one_step(policy(Engine("forward")), batch(5)))
+    assert "data.max_length" in error.remedy
+    assert "micro_batch_tokens" not in error.remedy
+
+
+def test_the_optimizers_states_are_named() -> None:
+    error = told_by(lambda: policy(Engine("step")).step(1e-6))
+    assert error.where == "the optimizer's step"
+    assert "zero3_offload" in error.remedy
+
+
+def test_the_reference_has_limits_of_its_own() -> None:
+    reference: Any = object.__new__(FrozenEngine)
+    reference._engine = Engine("forward")
+    error = told_by(lambda: reference.token_logps(batch(5, 9)))
+    assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
+    assert "reference.micro_batch_tokens" in error.remedy

@@ -1,0 +1,116 @@
+"""Which layers get an adapter, what of the model is trained then, and switching it off."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
+from dpo_dist.distributed.engine import _parameter_groups
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.adapters import adapted_layers, adapter_off, add_adapter
+from dpo_dist.model.head import LogpHead, PackedCausalLM
+from dpo_dist.model.load import load_packed
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.tiny_model import write_model
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+BATCH = pack_unkeyed(random_pairs([(3, 4, 2), (5, 1, 6)]))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
+
+
+def adapted(folder: Path, seed: int = 0, **adapter: object) -> PackedCausalLM:
+    config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=AdapterConfig(**adapter))
+    model = load_packed(folder, config, 64, torch.device("cpu"))
+    add_adapter(model, config, seed)
+    return model
+
+
+def adapted_names(model: PackedCausalLM) -> set[str]:
+    layers = adapted_layers(model)
+    return {name for name, module in model.causal_lm.named_modules() if module in layers}
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(folder: Path) -> None:
+    model = adapted(folder)
+    names = adapted_names(model)
+    assert len(names) == 2 * len(LINEAR)
+    assert {name.rpartition(".")[2] for name in names} == LINEAR
+    assert type(model.causal_lm.get_output_embeddings()) is LogpHead
+
+
+def test_named_layers_are_those_with_that_ending(folder: Path) -> None:
+    names = adapted_names(adapted(folder, target_modules=["mlp.up_proj", "model.layers.1.self_attn.q_proj"]))
+    assert names == {f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)} | {
+        "model.layers.1.self_attn.q_proj"
+    }
+
+
+@pytest.mark.parametrize("target", ["proj", "query", "lm_head", "embed_tokens"])
+def test_a_name_that_is_no_layer_is_refused_with_those_that_are(folder: Path, target: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        adapted(folder, target_modules=["q_proj", target])
+    assert refused.value.got == target
+    assert all(name in refused.value.expected for name in LINEAR)
+
+
+@pytest.mark.parametrize("variant", AdapterVariant)
+def test_an_adapter_changes_nothing_until_it_is_trained_and_nothing_when_off(
+    folder: Path, variant: AdapterVariant
+) -> None:
+    base = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, torch.device("cpu"))(BATCH)
+    model = adapted(folder, variant=variant)
+    assert torch.equal(model(BATCH), base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    moved = model(BATCH)
+    assert (moved - base).abs().max() > 0.01
+    with adapter_off(model):
+        assert torch.equal(model(BATCH), base)
+    assert torch.equal(model(BATCH), moved)
+
+
+def test_only_the_adapter_is_trained_and_stands_in_the_state(folder: Path) -> None:
+    model = adapted(folder, variant=AdapterVariant.dora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 3 * 2 * len(LINEAR)
+    assert all(".lora_" in name for name in trained)
+    assert model.state_dict().keys() == trained
+    with adapter_off(model):
+        pass
+    assert all(parameter.requires_grad is (".lora_" in name) for name, parameter in model.named_parameters())
+    model(BATCH).sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+
+
+def test_the_seed_alone_decides_where_an_adapter_starts(folder: Path) -> None:
+    torch.manual_seed(1)
+    first = adapted(folder, seed=3).state_dict()
+    state = torch.get_rng_state()
+    again, other = adapted(folder, seed=3).state_dict(), adapted(folder, seed=4).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_optimizer_holds_the_adapter_alone(folder: Path) -> None:
+    model = adapted(folder, variant=AdapterVariant.dora)
+    matrices, norms = _parameter_groups(model, 0.1)
+    assert (matrices["weight_decay"], norms["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.dim() for parameter in matrices["params"]} == {2}
+    held = {id(parameter) for parameter in (*matrices["params"], *norms["params"])}
+    assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_without_bitsandbytes_a_quantized_model_is_refused(folder: Path) -> None:
+    config = ModelConfig(str(folder), dtype=Dtype.fp32, quantization=Quantization.nf4)
+    with pytest.raises(ConfigError, match="bitsandbytes is not installed") as refused:
+        load_packed(folder, config, 64, torch.device("cpu"))
+    assert "dpo-dist[quantization]" in refused.value.remedy

@@ -1,0 +1,289 @@
+"""Every accepted architecture gives packed what it gives plain; the others are refused."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_dist.config.schema import AttentionBackend, ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention import PACKED
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_config
+from dpo_dist.model.supported import EXACT_MODEL_TYPES, refuse_unpackable, training_notes
+from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+OWN: dict[str, dict[str, Any]] = {
+    "exaone4": {"sliding_window": 32},
+    "gemma": {"head_dim": 8, "num_key_value_heads": 1},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 32},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "ministral": {"head_dim": 8, "sliding_window": 32},
+    "ministral3": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 2, "head_dim": 8},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+}
+# Prompt, then responses: single tokens on either side, and three responses.
+SHAPES = [(7, 5, 9), (1, 1, 4), (12, 3, 1), (4, 3, 2, 6)]
+LONGEST = 16
+
+
+def tiny_config(model_type: str, **own: Any) -> Any:
+    config = AutoConfig.for_model(model_type, **{**COMMON, **OWN.get(model_type, {}), **own})
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def tiny_causal_lm(config: Any) -> Any:
+    """A model in float32 whose random weights are large enough for every path to matter."""
+    torch.manual_seed(0)
+    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in causal_lm.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return causal_lm
+
+
+def packed(causal_lm: Any) -> PackedCausalLM:
+    causal_lm.config._attn_implementation = PACKED
+    return PackedCausalLM(causal_lm, AttentionBackend.sdpa)
+
+
+def gradients(causal_lm: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    causal_lm.zero_grad()
+    logps.square().sum().backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in causal_lm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own"),
+    [*((name, {}) for name in sorted(EXACT_MODEL_TYPES)), ("qwen2", {"tie_word_embeddings": False})],
+)
+def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
+    config = tiny_config(model_type, **own)
+    refuse_unpackable(config, LONGEST)
+    causal_lm = tiny_causal_lm(config)
+    pairs = random_pairs(SHAPES)
+    expected = plain_logps(causal_lm, pairs)
+    expected_gradients = gradients(causal_lm, expected)
+    model = packed(causal_lm)
+    logps = model(pack_unkeyed(pairs))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    ours = gradients(causal_lm, logps)
+    assert ours.keys() == expected_gradients.keys()
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        # A bias of keys has no gradient but rounding: its own norm is no measure.
+        assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "named"),
+    [
+        ("gemma2", {"head_dim": 8}, "final_logit_softcapping"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("cohere", {}, "logit_scale"),
+        ("mistral", {"sliding_window": LONGEST - 2}, "sliding window"),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": LONGEST - 2}, "sliding window"),
+        ("phi3", {"sliding_window": LONGEST - 2}, "sliding window"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("llama", {"is_causal": False}, "is_causal"),
+        ("gpt2", {"n_positions": LONGEST - 2}, "has fewer than a sequence needs"),
+        ("opt", {"max_position_embeddings": LONGEST - 2}, "has fewer than a sequence needs"),
+        ("t5", {}, "t5"),
+        # Mixes tokens outside of attention, in some layers or in all.
+        ("mamba", {}, "mamba"),
+        ("qwen3_next", {}, "qwen3_next"),
+        ("falcon_h1", {}, "falcon_h1"),
+        # Never calls the attention that is registered.
+        ("bloom", {}, "bloom"),
+        ("codegen", {}, "codegen"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(model_type: str, own: dict[str, Any], named: str) -> None:
+    config = AutoConfig.for_model(model_type, **own)
+    with pytest.raises(ConfigError, match=named) as raised:
+        refuse_unpackable(config, LONGEST)
+    assert raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own"),
+    [
+        ("mistral", {"sliding_window": LONGEST - 1}),
+        ("llama", {"max_position_embeddings": LONGEST // 2}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
+        ("granite", {"logits_scaling": 1.0}),
+    ],
+)
+def test_options_that_change_nothing_are_accepted(model_type: str, own: dict[str, Any]) -> None:
+    refuse_unpackable(AutoConfig.for_model(model_type, **own), LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "named"),
+    [
+        ("gemma2", {"head_dim": 8, "sliding_window": 64}, "softcap"),
+        ("mistral", {"sliding_window": 8}, "window"),
+    ],
+)
+def test_a_layer_that_asks_for_more_is_refused_even_if_the_model_was_not(
+    model_type: str, own: dict[str, Any], named: str
+) -> None:
+    model = packed(tiny_causal_lm(tiny_config(model_type, **own)))
+    with pytest.raises(ConfigError, match=named):
+        model(pack_unkeyed(random_pairs(SHAPES)))
+
+
+@torch.no_grad()
+def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
+    """Packed in training mode, and each response alone in a model that has seen no other."""
+    refuse_unpackable(config, LONGEST)
+    causal_lm = tiny_causal_lm(config)
+    pairs = random_pairs(shapes)
+    expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [pair]) for pair in pairs])
+    logps = packed(causal_lm).train()(pack_unkeyed(pairs))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scaling"),
+    [
+        ("llama", {"type": "dynamic"}),
+        ("llama", {"rope_type": "longrope"}),
+        ("phi3", {"type": "longrope"}),
+        ("gemma3_text", {"rope_type": "dynamic"}),
+        ("gpt_neox", {"type": "dynamic"}),
+    ],
+)
+def test_rope_is_understood_as_older_config_files_write_it(
+    model_type: str, scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    """As `rope_scaling`, with the original length beside it."""
+    written = tiny_config(model_type).to_dict()
+    del written["rope_parameters"]
+    dynamic = "dynamic" in scaling.values()
+    written |= {
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling | {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        "max_position_embeddings": LONGEST if dynamic else 64,
+        "original_max_position_embeddings": LONGEST,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = load_config(tmp_path, ModelConfig())
+    refuse_unpackable(config, LONGEST)
+    with pytest.raises(ConfigError, match="longest sequence of the batch"):
+        refuse_unpackable(load_config(tmp_path, ModelConfig()), LONGEST + 1)
+
+
+def test_a_mixture_of_experts_says_that_its_router_is_not_balanced() -> None:
+    for model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+        assert "load-balancing" in " ".join(training_notes(tiny_config(model_type)))
+    assert training_notes(tiny_config("mixtral", router_aux_loss_coef=0.0)) == []
+    assert training_notes(tiny_config("qwen3")) == []
+
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {},
+    "ministral": {},
+    "ministral3": {},
+    "mistral": {},
+    "mixtral": {},
+    "olmo3": {},
+    "phi3": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3_moe": {"use_sliding_window": True},
+    "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1]},
+    "starcoder2": {},
+}
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_a_window_that_just_holds_the_longest_input_changes_nothing(model_type: str) -> None:
+    """The longest sequence has `LONGEST` tokens, of which the last is no input."""
+    own = WINDOWED[model_type]
+    assert_exact(tiny_config(model_type, **own, sliding_window=LONGEST - 1))
+    with pytest.raises(ConfigError, match="sliding window") as raised:
+        refuse_unpackable(tiny_config(model_type, **own, sliding_window=LONGEST - 2), LONGEST)
+    assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_learned_positions_just_hold_the_longest_input(model_type: str) -> None:
+    config = tiny_config(model_type, max_position_embeddings=LONGEST - 1)
+    refuse_unpackable(config, LONGEST)
+    causal_lm = tiny_causal_lm(config)
+    batch = pack_unkeyed(random_pairs([(7, 9), (1, 4)]))
+    assert packed(causal_lm)(batch).isfinite().all()
+
+
+def with_rope(config: Any, rope_type: str, limit: int) -> Any:
+    """`config` with another kind of RoPE, trained on sequences of `limit` tokens and stretched beyond."""
+
+    def changed(default: dict[str, Any]) -> dict[str, Any]:
+        rotated = int(head_dim * default.get("partial_rotary_factor", 1.0)) // 2
+        own: dict[str, dict[str, Any]] = {
+            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "longrope": {
+                "short_factor": [1.0 + 0.1 * place for place in range(rotated)],
+                "long_factor": [3.0 + place for place in range(rotated)],
+            },
+        }
+        length = {} if rope_type in ("linear", "dynamic") else {"original_max_position_embeddings": limit}
+        return default | {"rope_type": rope_type, "factor": 4.0} | length | own.get(rope_type, {})
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = config.rope_parameters
+    nested = {name: changed(value) for name, value in parameters.items() if isinstance(value, dict)}
+    config.rope_parameters = nested or changed(parameters)
+    config.max_position_embeddings = limit if rope_type == "dynamic" else 64
+    if rope_type == "longrope":
+        config.original_max_position_embeddings = limit
+    return config
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
+@pytest.mark.parametrize("model_type", sorted(EXACT_MODEL_TYPES - {"gpt2", "opt"}))
+def test_rotation_does_not_depend_on_a_long_neighbour(model_type: str, rope_type: str) -> None:
+    """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
+    assert_exact(with_rope(tiny_config(model_type), rope_type, LONGEST))
+    beyond = with_rope(tiny_config(model_type), rope_type, LONGEST - 1)
+    if rope_type not in ("dynamic", "longrope"):
+        assert_exact(beyond)
+        return
+    with pytest.raises(ConfigError, match=rope_type) as raised:
+        refuse_unpackable(beyond, LONGEST)
+    assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"

@@ -1,0 +1,148 @@
+"""The kernel that a run gets is one that runs there, and it is tried before anything depends on it."""
+
+import os
+import sys
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, Qwen3Config
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention_backend import (
+    Heads,
+    choose_backend,
+    heads_of,
+    use_deterministic_kernels,
+    verify_kernel,
+)
+from dpo_dist.model.load import numerics_of
+from tests.support.kernels import (
+    flash_attn_varlen_func,
+    put_kernels,
+    varlen_of_torch_2_11,
+    varlen_of_torch_2_13,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GROUPED = Heads(6, 2, 40)
+KERNELS = [AttentionBackend.varlen, AttentionBackend.flash_attention_2]
+
+
+@pytest.fixture(autouse=True)
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of(monkeypatch, (8, 0))
+
+
+def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla T4")
+
+
+def test_auto_means_a_backend_that_runs_there() -> None:
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CPU) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.sdpa, Dtype.bf16, CUDA) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.auto, Dtype.fp32, CUDA) is AttentionBackend.sdpa
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) in KERNELS
+
+
+def test_a_gpu_without_bf16_takes_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of(monkeypatch, (7, 5))
+    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.sdpa
+    with pytest.raises(ConfigError, match="Ampere") as raised:
+        choose_backend(AttentionBackend.varlen, Dtype.bf16, CUDA)
+    assert "Tesla T4" in raised.value.got
+
+
+def test_deterministic_kernels_are_asked_of_pytorch_cublas_and_flash_attn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_kernels(monkeypatch)
+    asked = []
+
+    def record(*args: Any, deterministic: bool, **options: Any) -> Tensor:
+        asked.append(deterministic)
+        return flash_attn_varlen_func(*args, deterministic=deterministic, **options)
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", record)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    verify_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
+    try:
+        use_deterministic_kernels()
+        verify_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        config = ModelConfig("m", dtype=Dtype.fp32)
+        assert numerics_of(config, AttentionBackend.sdpa, CPU)["deterministic"] == "true"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (asked[0], asked[-1]) == (False, True)
+
+
+@pytest.mark.parametrize("wanted", KERNELS)
+def test_a_cuda_kernel_on_a_cpu_is_an_error(wanted: AttentionBackend) -> None:
+    with pytest.raises(ConfigError, match="CUDA only"):
+        choose_backend(wanted, Dtype.bf16, CPU)
+
+
+def test_heads_are_the_model_s_own() -> None:
+    assert heads_of(GPT2Config(n_embd=48, n_head=4)) == Heads(4, 4, 12)
+    grouped = Qwen3Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=40)
+    assert heads_of(grouped) == GROUPED
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [GROUPED, Heads(3, 3, 64)])
+def test_a_right_kernel_passes(
+    backend: AttentionBackend, dtype: torch.dtype, heads: Heads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for varlen in (varlen_of_torch_2_13, varlen_of_torch_2_11):
+        put_kernels(monkeypatch, varlen)
+        verify_kernel(backend, CPU, heads, dtype)
+
+
+def shifted(*args: Any, **options: Any) -> Tensor:
+    right = varlen_of_torch_2_13(*args, **options)
+    return torch.cat((right[1:], right[:1]))
+
+
+class HalvesGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / 2
+
+
+def wrong_backward(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
+    halved: Tensor = HalvesGradients.apply(key)  # type: ignore[no-untyped-call]
+    return varlen_of_torch_2_13(query, halved, value, *lengths, **options)
+
+
+def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    if query.shape[-1] > 32:
+        raise RuntimeError("head_dim should be at most 32\nat kernel.cu:1")
+    return varlen_of_torch_2_13(query, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [
+        (shifted, "output differs"),
+        (wrong_backward, "gradient of the key differs"),
+        (fails_for_large_heads, "6 query and 2 key heads of 40 in bfloat16: RuntimeError: head_dim"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
+    kernel: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel))
+    with torch.no_grad(), pytest.raises(ConfigError) as raised:
+        verify_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
+    assert told in raised.value.got
+    assert "model.attention=sdpa" in raised.value.remedy

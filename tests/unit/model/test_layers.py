@@ -1,0 +1,73 @@
+"""Checkpointing is of the layers that were chosen and changes no gradient; what cannot be done is refused."""
+
+import importlib.util
+from collections import Counter
+
+import pytest
+import torch
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.layers import LIGER_MODEL_TYPES, checkpoint_layers, decoder_layers, demand_liger
+from dpo_dist.model.supported import EXACT_MODEL_TYPES
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+
+BATCH = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)]))
+CUDA = torch.device("cuda")
+
+
+def forwards(model: PackedCausalLM) -> list[int]:
+    """How often each layer's first part computes in one forward and backward."""
+    counts: Counter[int] = Counter()
+    layers = decoder_layers(model)
+    handles = [
+        next(layer.children()).register_forward_hook(lambda *_, n=number: counts.update([n]))
+        for number, layer in enumerate(layers)
+    ]
+    model(BATCH).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return [counts[number] for number in range(len(layers))]
+
+
+@pytest.mark.parametrize("model_type", sorted(EXACT_MODEL_TYPES))
+def test_chosen_layers_compute_twice_and_gradients_stay(model_type: str) -> None:
+    model = packed(tiny_causal_lm(tiny_config(model_type, num_hidden_layers=3))).train()
+    expected = gradients(model.causal_lm, model(BATCH))
+    for choice, computed in (("none", [1, 1, 1]), (2, [1, 2, 1]), (3, [1, 1, 2]), ("full", [2, 2, 2])):
+        checkpoint_layers(model.causal_lm, choice)
+        assert forwards(model) == computed
+        ours = gradients(model.causal_lm, model(BATCH))
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_scoring_computes_nothing_twice() -> None:
+    model = packed(tiny_causal_lm(tiny_config("qwen2"))).eval()
+    checkpoint_layers(model.causal_lm, "full")
+    assert forwards(model) == [1, 1]
+
+
+def test_a_distance_beyond_the_last_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no layer would be checkpointed") as raised:
+        checkpoint_layers(tiny_causal_lm(tiny_config("qwen2")), 3)
+    assert "2" in raised.value.expected
+
+
+def test_liger_is_for_architectures_that_are_accepted() -> None:
+    assert LIGER_MODEL_TYPES < EXACT_MODEL_TYPES
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_liger_is_refused_where_it_is_not_installed() -> None:
+    with pytest.raises(ConfigError, match="liger extra"):
+        demand_liger("qwen2", CUDA)
+
+
+def test_liger_is_refused_for_an_architecture_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
+    demand_liger("qwen2", CUDA)
+    with pytest.raises(ConfigError, match="gpt2"):
+        demand_liger("gpt2", CUDA)

@@ -1,0 +1,282 @@
+"""A model folder becomes the model that lies in it, or an error that says what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.folder import model_folder
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed, load_tokenizer, numerics_of, placement
+from tests.support import tiny
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
+from tests.support.tiny_model import write_model
+from tests.unit.model.test_architectures import tiny_config
+
+CPU = torch.device("cpu")
+FP32 = ModelConfig(dtype=Dtype.fp32)
+PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
+
+
+def load(folder: Path, config: ModelConfig = FP32) -> PackedCausalLM:
+    return load_packed(folder, config, 64, CPU)
+
+
+def test_a_loaded_model_scores_like_the_plain_one(folder: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = plain_logps(plain, PAIRS)
+        logps = load(folder)(pack_unkeyed(PAIRS))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def test_the_head_owns_the_model_s_parameters(folder: Path) -> None:
+    loaded = load(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state, expected = loaded.causal_lm.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert len(list(loaded.parameters())) == len(list(plain.parameters()))
+
+
+def test_a_saved_model_is_the_loaded_one(folder: Path, tmp_path: Path) -> None:
+    load(folder).causal_lm.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
+
+
+def test_precision_is_as_configured(folder: Path) -> None:
+    for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
+        model = load(folder, ModelConfig(dtype=dtype))
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert model(pack_unkeyed(PAIRS)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_training_and_scoring_are_the_same_function(kind: str, tmp_path: Path) -> None:
+    """Dropout, which both kinds have by default, is off wherever the architecture keeps it."""
+    from transformers import OPTConfig
+
+    small = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    config = (
+        GPT2Config(**small, n_positions=64, bos_token_id=1, eos_token_id=2)
+        if kind == "gpt2"
+        else OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, layerdrop=0.5)
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with torch.no_grad():
+        training = model.train()(pack_unkeyed(PAIRS))
+        assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reshape_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1000])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def name_an_unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (drop_a_weight, r"random values(.|\n)*layers\.1\.mlp\.up_proj"),
+        (reshape_a_weight, "cannot be loaded"),
+        (truncate_weights, "cannot be loaded"),
+        (break_config, r"config\.json cannot be read"),
+        (name_an_unknown_architecture, "unheard_of"),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+    damage(write_model(tmp_path))
+    with pytest.raises(ConfigError, match=told) as raised:
+        load(tmp_path)
+    assert str(tmp_path) in raised.value.got
+
+
+def test_a_window_shorter_than_a_sequence_is_refused_at_load(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 62, "layer_types": ["sliding_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="sliding window") as raised:
+        load(tmp_path)
+    assert raised.value.remedy == "set data.max_length to 63 or less"
+
+
+def weights_of(folder: Path, **more: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors") | more
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "model.norm.bias", "model.layers.1.post_norm.weight"]
+)
+def test_weights_that_the_architecture_does_not_read_are_refused(name: str, tmp_path: Path) -> None:
+    weights_of(write_model(tmp_path), **{name: torch.ones(8)})
+    with pytest.raises(ConfigError, match="Qwen2ForCausalLM does not read") as raised:
+        load(tmp_path)
+    assert name in raised.value.got
+
+
+def test_whole_modules_beside_the_model_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign = {"v_head.weight": torch.ones(1, 32), "model.layers.2.mlp.up_proj.weight": torch.ones(1, 32)}
+    weights_of(write_model(tmp_path), **foreign)
+    load(tmp_path)
+    assert all(name in caplog.text for name in foreign)
+
+
+def test_a_model_that_is_quantized_in_its_files_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    with pytest.raises(ConfigError, match="quantized in their files") as raised:
+        load(folder)
+    assert "fp8" in raised.value.got
+
+
+def test_noise_of_a_router_is_off_in_training(tmp_path: Path) -> None:
+    config = tiny_config("mixtral", router_jitter_noise=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with torch.no_grad():
+        training = model.train()(pack_unkeyed(PAIRS))
+        assert torch.equal(training, model.eval()(pack_unkeyed(PAIRS)))
+
+
+def ship_code(folder: Path, names: dict[str, str]) -> None:
+    """Let config.json name code of its own, whose model differs from transformers'."""
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class OwnConfig(Qwen2Config):\n    pass\n"
+        "class Own(Qwen2ForCausalLM):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        outputs = super().forward(*args, **kwargs)\n"
+        "        outputs.logits = outputs.logits / 2\n"
+        "        return outputs\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [{"AutoModelForCausalLM": "own.Own"}, {"AutoConfig": "own.OwnConfig"}],
+    ids=["model", "configuration"],
+)
+def test_a_model_with_code_of_its_own_is_refused(
+    names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = write_model(tmp_path / "model")
+    ship_code(folder, names)
+    with pytest.raises(ConfigError, match="code of its own") as raised:
+        load(folder, ModelConfig(dtype=Dtype.fp32, trust_remote_code=True))
+    assert raised.value.where == "model.trust_remote_code"
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    with torch.no_grad():
+        expected, logps = plain_logps(plain, PAIRS), load(folder)(pack_unkeyed(PAIRS))
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def test_a_folder_is_a_model_only_with_config_and_weights(folder: Path, tmp_path: Path) -> None:
+    assert model_folder(str(folder), None) == folder
+    with pytest.raises(ConfigError, match="no effect on a local folder") as caught:
+        model_folder(str(folder), "main", "reference.path")
+    assert caught.value.where == "reference.revision"
+    for missing in ("/no/such/folder", "./none", "a/b/c"):
+        with pytest.raises(ConfigError, match="no such model folder"):
+            model_folder(missing, None)
+    with pytest.raises(ConfigError, match=r"no config\.json") as raised:
+        model_folder(str(tmp_path), None, key="reference.path")
+    assert raised.value.where == "reference.path"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="no weights"):
+        model_folder(str(tmp_path), None)
+
+
+def test_a_tokenizer_is_loaded_only_from_its_files(folder: Path, tmp_path: Path) -> None:
+    assert len(load_tokenizer(folder, FP32)) == len(tiny.qwen())
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        load_tokenizer(tmp_path, FP32)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path, FP32)
+
+
+def test_numerics_tell_apart_what_changes_digits() -> None:
+    fp32 = numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    assert fp32 != numerics_of(ModelConfig(), AttentionBackend.sdpa, CPU)
+    assert fp32 != numerics_of(FP32, AttentionBackend.varlen, CPU)
+    assert fp32 == numerics_of(
+        ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full"), AttentionBackend.sdpa, CPU
+    )
+    compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
+    assert fp32 != numerics_of(compiled, AttentionBackend.sdpa, CPU)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert fp32 != numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_numerics_name_the_version_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9")
+    assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["cpu"] == torch.backends.cpu.get_cpu_capability()
+    flash = numerics_of(ModelConfig(), AttentionBackend.flash_attention_2, CPU)
+    assert flash["flash_attn"] == "flash-attn 9"
+    assert "flash_attn" not in numerics_of(ModelConfig(), AttentionBackend.varlen, CPU)
+
+
+def test_liger_is_refused_before_weights_are_read_where_it_cannot_run(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="CUDA only") as raised:
+        load(folder, ModelConfig(dtype=Dtype.fp32, liger=True))
+    assert raised.value.where == "model.liger"
+
+
+def test_compiling_is_refused_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler") as raised:
+        load(folder, ModelConfig(dtype=Dtype.fp32, compile=True))
+    assert raised.value.where == "model.compile"
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_whole_weights_go_straight_to_a_gpu(is_sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
+    config, gpu = ModelConfig("m"), torch.device("cuda", 3)
+    assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
+    assert placement(config, torch.device("cpu")) == {}

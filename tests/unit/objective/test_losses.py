@@ -1,0 +1,527 @@
+"""Each kind of loss by its definition: numbers worked out by hand, signs, and behaviour at the extremes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpo_dist.config.check_loss import _KINDS_USING
+from dpo_dist.config.schema import (
+    COUPLED_KINDS,
+    REFERENCE_FREE_KINDS,
+    BcoDelta,
+    Divergence,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+)
+from dpo_dist.objective.logps import PairLogps
+from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
+from dpo_dist.objective.running_stats import RunningMeans
+
+WITH_REFERENCE = sorted(set(LossKind) - REFERENCE_FREE_KINDS)
+
+# Pair one: log-ratios 2 and -2, h = 4. Pair two: log-ratios 0 and -1, h = 1. Completion tokens 4, 5 and 6, 2.
+CHOSEN, REJECTED = (-10.0, -12.0), (-20.0, -9.0)
+REFERENCE_CHOSEN, REFERENCE_REJECTED = (-12.0, -12.0), (-18.0, -8.0)
+CHOSEN_TOKENS, REJECTED_TOKENS = (4.0, 6.0), (5.0, 2.0)
+
+
+def logps(
+    chosen: Sequence[float], rejected: Sequence[float], dtype: torch.dtype = torch.float32
+) -> PairLogps:
+    return PairLogps(
+        torch.tensor(chosen, dtype=dtype),
+        torch.tensor(rejected, dtype=dtype),
+        torch.tensor(CHOSEN_TOKENS[: len(chosen)], dtype=dtype),
+        torch.tensor(REJECTED_TOKENS[: len(chosen)], dtype=dtype),
+    )
+
+
+POLICY = logps(CHOSEN, REJECTED)
+REFERENCE = logps(REFERENCE_CHOSEN, REFERENCE_REJECTED)
+
+
+def softplus(x: float) -> float:
+    """-log sigmoid(-x)."""
+    return math.log1p(math.exp(x))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(mean_logp: float) -> float:
+    return mean_logp - math.log(1 - math.exp(mean_logp))
+
+
+def exo(x: float) -> float:
+    """KL(softmax of rewards || (0.9, 0.1))."""
+    chosen = sigmoid(x)
+    return chosen * math.log(chosen / 0.9) + (1 - chosen) * math.log((1 - chosen) / 0.1)
+
+
+def discopop(x: float) -> float:
+    mixed = sigmoid(x / 0.5)
+    return (1 - mixed) * softplus(-x) + mixed * math.exp(-x)
+
+
+NO_OFFSET = BatchFacts(score_gaps=torch.ones(2))
+FACTS = BatchFacts(score_gaps=torch.tensor([2.0, 0.5]), running=RunningMeans(margin=0.25, reward=0.125))
+
+# With beta 0.5: b h is 2 and 0.5, b Dw 1 and 0, b Dl -1 and -0.5, 1 / (2 b) is 1.
+BY_HAND = [
+    (LossConfig(LossKind.sigmoid), (softplus(-2), softplus(-0.5))),
+    (
+        LossConfig(LossKind.sigmoid, label_smoothing=0.1),
+        (0.9 * softplus(-2) + 0.1 * softplus(2), 0.9 * softplus(-0.5) + 0.1 * softplus(0.5)),
+    ),
+    (
+        LossConfig(LossKind.robust, label_smoothing=0.1),
+        (
+            (0.9 * softplus(-2) - 0.1 * softplus(2)) / 0.8,
+            (0.9 * softplus(-0.5) - 0.1 * softplus(0.5)) / 0.8,
+        ),
+    ),
+    (LossConfig(LossKind.hinge), (0.0, 0.5)),
+    # Means over tokens 2/4 + 2/5 = 0.9 and 0/6 + 1/2 = 0.5, against 1 / (2 * 0.5) = 1.
+    (LossConfig(LossKind.ipo), (0.01, 0.25)),
+    (LossConfig(LossKind.ipo, length_average=False), (9.0, 0.0)),
+    (LossConfig(LossKind.sigmoid_norm), (softplus(-0.45), softplus(-0.25))),
+    (LossConfig(LossKind.exo_pair, label_smoothing=0.1), (exo(2), exo(0.5))),
+    (
+        LossConfig(LossKind.nca_pair),
+        (1.5 * softplus(-1) + 0.5 * softplus(1), 1.5 * math.log(2) + 0.5 * softplus(-0.5)),
+    ),
+    (LossConfig(LossKind.bco_pair), (2 * softplus(-1), math.log(2) + softplus(-0.5))),
+    (
+        LossConfig(LossKind.bco_pair, bco_delta=BcoDelta.running_mean),
+        (softplus(-0.875) + softplus(-1.125), softplus(0.125) + softplus(-0.625)),
+    ),
+    (LossConfig(LossKind.sppo_hard), (1.0 + 1.0, 1.0 + 0.0)),
+    (LossConfig(LossKind.apo_zero), (1 - sigmoid(1) + sigmoid(-1), 0.5 + sigmoid(-0.5))),
+    (LossConfig(LossKind.apo_down), (sigmoid(1) + 1 - sigmoid(2), 0.5 + 1 - sigmoid(0.5))),
+    (LossConfig(LossKind.discopop, discopop_tau=0.5), (discopop(2), discopop(0.5))),
+    (LossConfig(LossKind.dpop), (softplus(-2), softplus(-0.5))),
+    # Score gaps of 2 and 1/2.
+    (
+        LossConfig(LossKind.odpo, offset_alpha=1.5),
+        (softplus(-2 + 1.5 * math.log(2)), softplus(-0.5 - 1.5 * math.log(2))),
+    ),
+    # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
+    (LossConfig(LossKind.simpo, simpo_gamma=0.5), (softplus(-0.25), softplus(-0.75))),
+    (LossConfig(LossKind.simpo, simpo_gamma=0.0), (softplus(-0.75), softplus(-1.25))),
+    (
+        LossConfig(LossKind.orpo, orpo_lambda=0.3),
+        (
+            2.5 + 0.3 * softplus(log_odds(-4) - log_odds(-2.5)),
+            2.0 + 0.3 * softplus(log_odds(-4.5) - log_odds(-2)),
+        ),
+    ),
+    (LossConfig(LossKind.cpo, cpo_nll_weight=0.4), (softplus(-5) + 0.4 * 2.5, softplus(1.5) + 0.4 * 2)),
+    # The chosen responses have 5 tokens in the mean.
+    (LossConfig(LossKind.sft), (10 / 5, 12 / 5)),
+    # pw - pl are 10 and -3, rw - rl 6 and -4: sorted, -3 meets -4 and 10 meets 6.
+    (LossConfig(LossKind.aot), (softplus(-0.5), softplus(-2))),
+    (
+        LossConfig(LossKind.aot, label_smoothing=0.1),
+        (0.9 * softplus(-0.5) + 0.1 * softplus(0.5), 0.9 * softplus(-2) + 0.1 * softplus(2)),
+    ),
+    # Dw are 2 and 0, Dl -2 and -1: sorted, 0 meets -2 and 2 meets -1.
+    (LossConfig(LossKind.aot_unpaired), (softplus(-1), softplus(-1.5))),
+    # M is 1.25 in the mean, M0 0.25: b' = 0.5 (1 + 0.6).
+    (LossConfig(LossKind.beta_dpo), (softplus(-3.2), softplus(-0.8))),
+    (LossConfig(LossKind.plackett_luce), (softplus(-2), softplus(-0.5))),
+    # Scores 1 - 1/e^2 and 1 - e^2, 0 and 1 - e.
+    (
+        LossConfig(divergence=Divergence.forward_kl),
+        (softplus(-0.5 * (math.exp(2) - math.exp(-2))), softplus(-0.5 * (math.e - 1))),
+    ),
+    (
+        LossConfig(divergence=Divergence.js),
+        (
+            softplus(-0.5 * (math.log(sigmoid(2)) - math.log(sigmoid(-2)))),
+            softplus(-0.5 * (math.log(0.5) - math.log(sigmoid(-1)))),
+        ),
+    ),
+    # (exp(-D / 2) - 1) / (-1/2).
+    (
+        LossConfig(divergence=Divergence.alpha),
+        (softplus(-(math.e - 1 / math.e)), softplus(-(math.exp(0.5) - 1))),
+    ),
+    (LossConfig(divergence=Divergence.alpha, alpha_coefficient=1.0), (softplus(-2), softplus(-0.5))),
+    # Scores over 4 and 5 tokens, over 6 and 2.
+    (
+        LossConfig(LossKind.ipo, divergence=Divergence.forward_kl),
+        (
+            ((1 - math.exp(-2)) / 4 - (1 - math.exp(2)) / 5 - 1) ** 2,
+            (-(1 - math.e) / 2 - 1) ** 2,
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), BY_HAND)
+def test_losses_by_hand(config: LossConfig, expected: tuple[float, float]) -> None:
+    losses = preference_loss(POLICY, REFERENCE, replace(config, beta=0.5), FACTS)
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_dpop_punishes_a_chosen_response_that_fell_below_the_reference() -> None:
+    losses = preference_loss(REFERENCE, POLICY, LossConfig(LossKind.dpop, 0.5, dpop_lambda=3.0))
+    # D is -2 and 2, then 0 and 1: -b h is 2 and 0.5, and of the first b 3 max(0, 2) more.
+    assert losses.tolist() == pytest.approx([softplus(2 + 3), softplus(0.5)])
+
+
+def test_a_ranking_by_hand_beside_shorter_ones() -> None:
+    """Rewards b D of 1 > 0.5 > -1 > 0, of 2 > 1 > -1, and of a pair, in one batch."""
+    zeros = torch.zeros(3)
+    policy = PairLogps(
+        chosen=torch.tensor([2.0, 4.0, 6.0]),
+        rejected=torch.tensor([0.0, -2.0, 2.0]),
+        chosen_tokens=torch.ones(3),
+        rejected_tokens=torch.ones(3),
+        between=torch.tensor([[1.0, -2.0], [2.0, 0.0], [0.0, 0.0]]),
+        between_tokens=torch.tensor([[3.0, 1.0], [4.0, 0.0], [0.0, 0.0]]),
+    )
+    reference = replace(policy, chosen=zeros, rejected=zeros, between=torch.zeros(3, 2))
+
+    def by_hand(*rewards: float) -> float:
+        """-log of the probability that one after the other is drawn first from those that are left."""
+        left = [math.exp(reward) for reward in rewards]
+        return -sum(math.log(left[k] / sum(left[k:])) for k in range(len(left)))
+
+    losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce, 0.5))
+    expected = [by_hand(1, 0.5, -1, 0), by_hand(2, 1, -1), by_hand(3, 1)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def ranked(between: Tensor | None, between_tokens: Tensor | None) -> PairLogps:
+    return replace(POLICY, between=between, between_tokens=between_tokens)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ranked(None, None),
+        ranked(torch.zeros(2, 1), torch.ones(2, 1)),
+        replace(ranked(torch.zeros(2, 2), torch.ones(2, 2)), chosen=torch.zeros(1), rejected=torch.zeros(1)),
+    ],
+    ids=["no ranking", "a response fewer", "a pair fewer"],
+)
+def test_a_reference_that_lacks_responses_is_refused(reference: PairLogps) -> None:
+    policy = ranked(torch.tensor([[-14.0, -15.0]] * 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="not of the policy's responses"):
+        preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
+    with pytest.raises(ValueError, match="not of the policy's responses"):
+        preference_loss(POLICY, ranked(torch.zeros(2, 1), torch.ones(2, 1)), LossConfig())
+
+
+def test_a_reference_without_tokens_of_a_ranked_response_gives_no_number() -> None:
+    policy = ranked(torch.tensor([[-14.0], [-10.0]]), torch.tensor([[3.0], [0.0]]))
+    reference = ranked(torch.zeros(2, 1), torch.zeros(2, 1))
+    losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
+    assert losses.isnan().tolist() == [True, False]
+
+
+def test_coupled_losses_do_not_ask_for_the_order_of_pairs() -> None:
+    def flipped(pairs: PairLogps) -> PairLogps:
+        return replace(
+            pairs, **{name: value.flip(0) for name, value in vars(pairs).items() if value is not None}
+        )
+
+    for kind in sorted(COUPLED_KINDS):
+        config = LossConfig(kind, 0.5)
+        there = preference_loss(POLICY, REFERENCE, config, FACTS).sum()
+        back = preference_loss(flipped(POLICY), flipped(REFERENCE), config, FACTS).sum()
+        assert float(there) == pytest.approx(float(back))
+
+
+def test_beta_dpo_takes_no_gradient_through_the_beta_of_the_batch() -> None:
+    leaves = [
+        replace(POLICY, chosen=POLICY.chosen.clone().requires_grad_(), rejected=POLICY.rejected) for _ in "ab"
+    ]
+    preference_loss(leaves[0], REFERENCE, LossConfig(LossKind.beta_dpo, 0.5), FACTS).sum().backward()  # type: ignore[no-untyped-call]
+    preference_loss(leaves[1], REFERENCE, LossConfig(LossKind.sigmoid, 0.8)).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaves[0].chosen.grad is not None
+    assert leaves[1].chosen.grad is not None
+    assert leaves[0].chosen.grad.tolist() == pytest.approx(leaves[1].chosen.grad.tolist())
+
+
+def test_running_means_by_hand() -> None:
+    config = LossConfig(LossKind.beta_dpo, 0.5, beta_momentum=0.75)
+    first = RunningMeans().after(config, mean_margin=2.0, mean_reward=1.0, pairs=10)
+    assert first == RunningMeans(margin=2.0, reward=1.0, pairs=10)
+    second = first.after(config, mean_margin=6.0, mean_reward=4.0, pairs=5)
+    assert second == RunningMeans(margin=3.0, reward=2.0, pairs=15)
+    assert RunningMeans().batch_beta(config, 7.0) == 0.5
+    assert second.batch_beta(config, 4.0) == pytest.approx(0.5 * 1.6)
+
+
+def test_pair_weights_multiply_losses() -> None:
+    weights = torch.tensor([0.25, 2.0])
+    plain = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5))
+    weighted = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5), BatchFacts(pair_weights=weights))
+    assert torch.equal(weighted, plain * weights)
+
+
+@pytest.mark.parametrize("kind", WITH_REFERENCE)
+def test_policy_equal_to_reference_has_the_loss_of_no_margin(kind: LossKind) -> None:
+    others = {
+        LossKind.hinge: 1.0,
+        LossKind.ipo: (1 / 0.2) ** 2,
+        LossKind.exo_pair: 0.5 * (math.log(0.5 / (1 - 1e-3)) + math.log(0.5 / 1e-3)),
+        LossKind.nca_pair: 2 * math.log(2),
+        LossKind.bco_pair: 2 * math.log(2),
+        LossKind.sppo_hard: 2 * (1 / 0.2) ** 2,
+        LossKind.apo_zero: 1.0,
+        LossKind.apo_down: 1.0,
+        LossKind.discopop: 0.5 * math.log(2) + 0.5,
+    }
+    losses = preference_loss(REFERENCE, REFERENCE, LossConfig(kind, beta=0.1), NO_OFFSET)
+    expected = others.get(kind, math.log(2))
+    assert losses.tolist() == pytest.approx([expected] * 2)
+
+
+def test_every_kind_is_worked_out_by_hand() -> None:
+    assert {config.kind for config, _ in BY_HAND} == set(LossKind)
+
+
+@pytest.mark.parametrize("config", [config for config, _ in BY_HAND if config.kind is not LossKind.beta_dpo])
+def test_gradients_are_the_slopes_of_the_losses(config: LossConfig) -> None:
+    reference = logps((-12.0, -12.25), REFERENCE_REJECTED, torch.float64)  # away from the bend of dpop
+    policy = logps(CHOSEN, REJECTED, torch.float64)
+
+    def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return preference_loss(replace(policy, chosen=chosen, rejected=rejected), reference, config, FACTS)
+
+    inputs = (policy.chosen.requires_grad_(), policy.rejected.requires_grad_())
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
+values = st.floats(-1e4, 1e4, width=32)
+tokens = st.integers(1, 4096).map(float)
+
+
+# Kinds that want a certain reward or ratio and turn back beyond it, or that let chosen fall.
+NOT_MONOTONE = {LossKind.ipo, LossKind.sppo_hard, LossKind.nca_pair, LossKind.apo_down, LossKind.exo_pair}
+MONOTONE = sorted(set(LossKind) - NOT_MONOTONE)
+DIVERGENCES = sorted(Divergence)
+
+
+def slopes(
+    config: LossConfig, chosen: float, rejected: float, chosen_tokens: float, rejected_tokens: float
+) -> tuple[float, float]:
+    """The loss's derivative by both log-probs, against a reference of zeros; all must be finite."""
+    policy = PairLogps(
+        torch.tensor([chosen], requires_grad=True),
+        torch.tensor([rejected], requires_grad=True),
+        torch.tensor([chosen_tokens]),
+        torch.tensor([rejected_tokens]),
+    )
+    zeros = replace(policy, chosen=torch.zeros(1), rejected=torch.zeros(1))
+    loss = preference_loss(policy, zeros, config, BatchFacts(score_gaps=torch.ones(1))).sum()
+    by_chosen, by_rejected = torch.autograd.grad(
+        loss, (policy.chosen, policy.rejected), allow_unused=True, materialize_grads=True
+    )
+    assert torch.isfinite(torch.stack([loss.detach(), by_chosen[0], by_rejected[0]])).all()
+    return by_chosen.item(), by_rejected.item()
+
+
+@given(st.sampled_from(MONOTONE), values, values, tokens, tokens, st.floats(0.01, 5))
+def test_raising_chosen_and_lowering_rejected_never_costs(
+    kind: LossKind, chosen: float, rejected: float, chosen_tokens: float, rejected_tokens: float, beta: float
+) -> None:
+    if kind is LossKind.orpo:  # a probability
+        chosen, rejected = -abs(chosen), -abs(rejected)
+    config = LossConfig(kind, beta=beta, label_smoothing=0.2 if kind is LossKind.robust else 0.0)
+    by_chosen, by_rejected = slopes(config, chosen, rejected, chosen_tokens, rejected_tokens)
+    assert by_chosen <= 1e-6
+    assert by_rejected >= -1e-6
+
+
+@given(values, values, tokens, tokens, st.floats(0.01, 5))
+def test_ipo_pulls_towards_its_margin_from_both_sides(
+    chosen: float, rejected: float, chosen_tokens: float, rejected_tokens: float, beta: float
+) -> None:
+    by_chosen, by_rejected = slopes(
+        LossConfig(LossKind.ipo, beta), chosen, rejected, chosen_tokens, rejected_tokens
+    )
+    direction = 1 if chosen / chosen_tokens - rejected / rejected_tokens > 1 / (2 * beta) else -1
+    assert direction * by_chosen >= -1e-6
+    assert direction * by_rejected <= 1e-6
+
+
+@given(values, values, st.floats(0.01, 5))
+def test_the_other_kinds_move_what_their_papers_say(chosen: float, rejected: float, beta: float) -> None:
+    """nca_pair and apo_down: rejected falls. sppo_hard: to ratios of 1 / (2 b) and -1 / (2 b). exo_pair: to a
+    margin of log((1 - e) / e).
+    """
+    for kind in (LossKind.nca_pair, LossKind.apo_down):
+        assert slopes(LossConfig(kind, beta), chosen, rejected, 1, 1)[1] >= -1e-6
+    by_chosen, by_rejected = slopes(LossConfig(LossKind.sppo_hard, beta), chosen, rejected, 1, 1)
+    assert by_chosen * (chosen - 1 / (2 * beta)) >= -1e-6
+    assert by_rejected * (rejected + 1 / (2 * beta)) >= -1e-6
+    by_chosen, _ = slopes(LossConfig(LossKind.exo_pair, beta), chosen, rejected, 1, 1)
+    margin = beta * (chosen - rejected) - math.log((1 - 1e-3) / 1e-3)
+    assert by_chosen * math.copysign(1, margin) >= -1e-4
+
+
+@given(st.sampled_from(DIVERGENCES), values, values, tokens, tokens, st.sampled_from([0.5, 1.0, 2.0]))
+def test_every_kind_stays_finite_under_every_divergence(
+    divergence: Divergence,
+    chosen: float,
+    rejected: float,
+    chosen_tokens: float,
+    rejected_tokens: float,
+    a: float,
+) -> None:
+    for kind in sorted(_KINDS_USING["divergence"]):
+        config = LossConfig(kind, 0.1, divergence=divergence, alpha_coefficient=a)
+        slopes(config, chosen, rejected, chosen_tokens, rejected_tokens)
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=6), st.floats(0.01, 5))
+def test_rankings_stay_finite_and_lose_nothing_by_their_best(rewards: list[float], beta: float) -> None:
+    best, *between, worst = (torch.tensor([reward]) for reward in rewards)
+    best.requires_grad_()
+    middle = torch.stack(between, 1) if between else None
+    ones = torch.ones(1)
+    policy = PairLogps(best, worst, ones, ones, middle, None if middle is None else torch.ones_like(middle))
+    loss = preference_loss(policy, None, LossConfig(LossKind.plackett_luce, beta, reference_free=True))
+    (slope,) = torch.autograd.grad(loss.sum(), best)
+    assert torch.isfinite(loss).all()
+    assert loss.item() >= -1e-3
+    assert -beta * 1.001 <= slope.item() <= 1e-6
+
+
+@pytest.mark.parametrize("config", [config for config, _ in BY_HAND])
+@pytest.mark.parametrize("ratio", [-1e4, 1e4])
+def test_extreme_log_ratios_give_finite_losses_and_gradients(config: LossConfig, ratio: float) -> None:
+    policy = logps([ratio, 0.0], [0.0, ratio])
+    policy.chosen.requires_grad_()
+    policy.rejected.requires_grad_()
+    zeros = logps([0.0, 0.0], [0.0, 0.0])
+    losses = preference_loss(policy, zeros, replace(config, beta=1.0), FACTS)
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(losses).all()
+    for leaf in (policy.chosen, policy.rejected):
+        assert leaf.grad is None or torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.sigmoid_norm, LossKind.hinge])
+def test_a_pair_won_beyond_doubt_pulls_no_more_and_a_lost_one_pulls_fully(kind: LossKind) -> None:
+    policy = logps([1e4, -1e4], [-1e4, 1e4])
+    policy.chosen.requires_grad_()
+    losses = preference_loss(policy, None, LossConfig(kind, beta=1.0, reference_free=True))
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert policy.chosen.grad is not None
+    full = -1 / CHOSEN_TOKENS[1] if kind is LossKind.sigmoid_norm else -1.0
+    assert policy.chosen.grad.tolist() == pytest.approx([0.0, full])
+
+
+@given(values, st.floats(0.0, 0.49))
+def test_robust_loss_of_flipped_labels_is_the_clean_loss_in_the_mean(margin: float, share: float) -> None:
+    right = preference_loss(
+        logps([margin], [0.0]), None, LossConfig(LossKind.robust, 0.01, share, reference_free=True)
+    )
+    flipped = preference_loss(
+        logps([0.0], [margin]), None, LossConfig(LossKind.robust, 0.01, share, reference_free=True)
+    )
+    clean = preference_loss(
+        logps([margin], [0.0]), None, LossConfig(LossKind.sigmoid, 0.01, reference_free=True)
+    )
+    assert ((1 - share) * right + share * flipped).item() == pytest.approx(clean.item(), rel=1e-3, abs=1e-3)
+
+
+@given(st.integers(1, 5), st.data())
+def test_sft_of_a_batch_in_parts_is_the_token_mean_of_the_whole(parts: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(parts, 12))
+    tokens_of = torch.tensor(data.draw(st.lists(tokens, min_size=count, max_size=count)))
+    chosen = -torch.rand(count, generator=torch.Generator().manual_seed(count)) * tokens_of
+    policy = PairLogps(chosen, chosen, tokens_of, tokens_of)
+    mean_chosen_tokens = float(tokens_of.mean())
+    total = torch.zeros(())
+    for piece in torch.tensor_split(torch.arange(count), parts):
+        part = PairLogps(chosen[piece], chosen[piece], tokens_of[piece], tokens_of[piece])
+        total += preference_loss(part, None, LossConfig(LossKind.sft), BatchFacts(mean_chosen_tokens)).sum()
+    token_mean = -float(chosen.sum() / tokens_of.sum())
+    assert float(total / count) == pytest.approx(token_mean, rel=1e-4)
+    assert float(preference_loss(policy, None, LossConfig(LossKind.sft)).mean()) == pytest.approx(
+        token_mean, rel=1e-4
+    )
+
+
+def test_terms_are_a_weighted_sum() -> None:
+    terms = [LossTermConfig(LossKind.sigmoid, 0.7), LossTermConfig(LossKind.sft, 0.2)]
+    both = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5, terms=terms))
+    # 0.7 softplus(-b h) + 0.2 (10 and 12) / 5.
+    assert both.tolist() == pytest.approx([0.7 * softplus(-2) + 0.4, 0.7 * softplus(-0.5) + 0.48])
+
+
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - {LossKind.sft}))
+def test_modifiers_of_other_terms_leave_sft_as_it_is(kind: LossKind) -> None:
+    """`ld_alpha` has changed the sums, `weighting` weighs the pairs."""
+    facts = replace(FACTS, pair_weights=torch.tensor([0.25, 2.0]))
+    desensitised = replace(POLICY, whole_chosen=torch.tensor([-15.0, -30.0]))
+    terms = [LossTermConfig(kind, 0.5), LossTermConfig(LossKind.sft, 3.0)]
+    both = preference_loss(desensitised, REFERENCE, LossConfig(beta=0.5, terms=terms), facts)
+    other = preference_loss(POLICY, REFERENCE, LossConfig(kind, 0.5), facts)
+    assert (both - 0.5 * other).tolist() == pytest.approx([3.0 * 15 / 5, 3.0 * 30 / 5], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", WITH_REFERENCE)
+def test_reference_free_is_a_reference_of_zeros(kind: LossKind) -> None:
+    zeros = logps([0.0, 0.0], [0.0, 0.0])
+    for reference in (None, REFERENCE):
+        free = preference_loss(POLICY, reference, LossConfig(kind, reference_free=True), FACTS)
+        assert torch.equal(free, preference_loss(POLICY, zeros, LossConfig(kind), FACTS))
+
+
+@pytest.mark.parametrize("kind", WITH_REFERENCE)
+def test_a_missing_reference_is_said_and_never_guessed(kind: LossKind) -> None:
+    with pytest.raises(ValueError, match=f"{kind} needs reference"):
+        preference_loss(POLICY, None, LossConfig(kind))
+    with pytest.raises(ValueError, match=f"{kind} needs reference"):
+        preference_loss(POLICY, None, LossConfig(terms=[LossTermConfig(LossKind.sft), LossTermConfig(kind)]))
+
+
+@pytest.mark.parametrize("kind", sorted(REFERENCE_FREE_KINDS))
+def test_reference_free_kinds_do_not_look_at_a_reference(kind: LossKind) -> None:
+    alone = preference_loss(POLICY, None, LossConfig(kind))
+    assert torch.equal(alone, preference_loss(POLICY, REFERENCE, LossConfig(kind)))
+
+
+@pytest.mark.parametrize(
+    ("config", "reference", "chosen", "rejected"),
+    [
+        (LossConfig(LossKind.sigmoid, 0.5), REFERENCE, (1.0, 0.0), (-1.0, -0.5)),
+        (LossConfig(LossKind.ipo, 0.5), REFERENCE, (1.0, 0.0), (-1.0, -0.5)),
+        (LossConfig(LossKind.sigmoid, 0.5, reference_free=True), REFERENCE, (-5.0, -6.0), (-10.0, -4.5)),
+        (LossConfig(LossKind.simpo, 0.5), None, (-1.25, -1.0), (-2.0, -2.25)),
+        (LossConfig(LossKind.sft, 0.5), None, (-1.25, -1.0), (-2.0, -2.25)),
+        (LossConfig(LossKind.orpo, 0.5), None, (-1.25, -1.0), (-2.0, -2.25)),
+        (LossConfig(LossKind.cpo, 0.5), None, (-5.0, -6.0), (-10.0, -4.5)),
+    ],
+)
+def test_rewards_by_hand(
+    config: LossConfig,
+    reference: PairLogps | None,
+    chosen: tuple[float, float],
+    rejected: tuple[float, float],
+) -> None:
+    rewards = implicit_rewards(POLICY, reference, config)
+    assert rewards.chosen.tolist() == pytest.approx(chosen)
+    assert rewards.rejected.tolist() == pytest.approx(rejected)
+
+
+def test_rewards_carry_no_gradient() -> None:
+    policy = logps(CHOSEN, REJECTED)
+    policy.chosen.requires_grad_()
+    assert not implicit_rewards(policy, REFERENCE, LossConfig()).chosen.requires_grad

@@ -1,0 +1,258 @@
+"""TRL's own loss code as the oracle: equal where the definitions agree, both values where they do not."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl import DPOTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
+
+from dpo_dist.config.schema import BcoDelta, Divergence, LossConfig, LossKind, Weighting
+from dpo_dist.objective.logps import PairLogps, desensitised_weights, wpo_weights
+from dpo_dist.objective.losses import BatchFacts, preference_loss
+from dpo_dist.objective.running_stats import RunningMeans
+
+PAIRS, PROMPT_TOKENS, LONGEST = 6, 3, 9
+
+
+class Batch:
+    """Random per-token log-probs of prompts of equal and completions of different lengths."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(1, LONGEST + 1, (2 * PAIRS,), generator=generator)
+        places = torch.arange(PROMPT_TOKENS + LONGEST)
+        self.mask = (places >= PROMPT_TOKENS) & (places < PROMPT_TOKENS + self.tokens[:, None])
+        policy, reference, collisions = -3 * torch.rand((3, *self.mask.shape), generator=generator)
+        self.policy, self.reference = policy * self.mask, reference * self.mask
+        self.collisions = collisions * self.mask
+
+    def weighed(self, token_logps: Tensor, ld_alpha: float | None) -> Tensor:
+        """Sums over completions, by `desensitised_weights`."""
+        weights = self.mask.float()
+        if ld_alpha is not None:
+            pairs = list(zip(*self.tokens.view(2, -1).tolist(), strict=True))
+            flat = iter(desensitised_weights(pairs, ld_alpha).split([n for pair in pairs for n in pair]))
+            in_order = [next(flat) for _ in range(2 * PAIRS)]
+            for row, of_response in enumerate([*in_order[::2], *in_order[1::2]]):
+                weights[row, PROMPT_TOKENS : PROMPT_TOKENS + len(of_response)] = of_response
+        return (token_logps * weights).sum(1)
+
+    def pairs(self, token_logps: Tensor, ld_alpha: float | None = None) -> PairLogps:
+        chosen, rejected = self.weighed(token_logps, ld_alpha).chunk(2)
+        chosen_tokens, rejected_tokens = self.tokens.float().chunk(2)
+        return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+
+    def rows(self, pairs: slice) -> Tensor:
+        """The places of these pairs' chosen and rejected completions."""
+        places = torch.arange(PAIRS)[pairs]
+        return torch.cat((places, places + PAIRS))
+
+
+def trl_loss(
+    batch: Batch, kind: str, smoothing: float, beta: float, pairs: slice = slice(None), **changes: Any
+) -> float:
+    """The loss that TRL's DPO trainer gives for a micro-batch of these `pairs`, some options changed."""
+    rows = batch.rows(pairs)
+    # What a model returns in TRL stands one place earlier than the token it scores.
+    log_probs = batch.policy[rows, 1:]
+    options = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False} | changes
+    outputs = SimpleNamespace(
+        log_probs=log_probs,
+        log_sum_sq_probs=batch.collisions[rows, 1:],
+        entropy=torch.zeros_like(log_probs),
+        mean_logits=torch.zeros_like(log_probs),
+        is_top1=torch.zeros_like(log_probs, dtype=torch.bool),
+    )
+
+    def same(values: Tensor) -> Tensor:
+        return values
+
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        args=SimpleNamespace(discopop_tau=0.05),
+        **options,
+        loss_types=[kind],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=smoothing,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    reference_chosen, reference_rejected = batch.weighed(batch.reference, options["ld_alpha"])[rows].chunk(2)
+    inputs = {
+        "input_ids": torch.zeros_like(batch.mask[rows], dtype=torch.int64),
+        "attention_mask": torch.ones_like(batch.mask[rows], dtype=torch.int64),
+        "completion_mask": batch.mask[rows].long(),
+        "ref_chosen_logps": reference_chosen,
+        "ref_rejected_logps": reference_rejected,
+    }
+    loss: Any = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
+    return float(loss)
+
+
+def our_loss(batch: Batch, config: LossConfig) -> float:
+    policy, reference = (batch.pairs(logps, config.ld_alpha) for logps in (batch.policy, batch.reference))
+    weights = None
+    if config.weighting is Weighting.wpo:
+        weights = wpo_weights(batch.policy, batch.collisions, batch.pairs)
+    return float(preference_loss(policy, reference, config, BatchFacts(pair_weights=weights)).mean())
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5])
+@pytest.mark.parametrize(
+    ("kind", "smoothing"),
+    [
+        *(
+            (kind, 0.0)
+            for kind in ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "nca_pair", "bco_pair")
+        ),
+        *((kind, 0.0) for kind in ("sppo_hard", "apo_zero", "apo_down", "discopop", "aot", "aot_unpaired")),
+        *((kind, 0.3) for kind in ("robust", "exo_pair", "aot", "aot_unpaired")),
+    ],
+)
+def test_kinds_defined_alike_have_trl_s_loss(kind: str, smoothing: float, beta: float) -> None:
+    batch = Batch()
+    ours = our_loss(batch, LossConfig(LossKind(kind), beta, smoothing))
+    assert ours == pytest.approx(trl_loss(batch, kind, smoothing, beta), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
+)
+@pytest.mark.parametrize(
+    ("divergence", "named"),
+    [("forward_kl", "forward_kl"), ("js", "js_divergence"), ("alpha", "alpha_divergence")],
+)
+@pytest.mark.parametrize("coefficient", [0.5, 1.0, 1.7])
+def test_divergences_are_trl_s(kind: str, divergence: str, named: str, coefficient: float) -> None:
+    batch = Batch()
+    config = LossConfig(
+        LossKind(kind), 0.1, 0.2 if kind == "exo_pair" else None, Divergence(divergence), coefficient
+    )
+    changes = {"f_divergence_type": named, "f_alpha_divergence_coef": coefficient}
+    expected = trl_loss(batch, kind, config.label_smoothing or 0.0, 0.1, **changes)
+    assert our_loss(batch, config) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_length_desensitised_log_probs_are_trl_s(alpha: float) -> None:
+    batch = Batch()
+    expected = trl_loss(batch, "sigmoid", 0.0, 0.1, ld_alpha=alpha)
+    assert our_loss(batch, LossConfig(ld_alpha=alpha)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "nca_pair"])
+def test_wpo_weighs_pairs_as_trl_does(kind: str) -> None:
+    batch = Batch()
+    weighted = trl_loss(batch, kind, 0.0, 0.1, use_weighting=True)
+    config = LossConfig(LossKind(kind), weighting=Weighting.wpo)
+    assert our_loss(batch, config) == pytest.approx(weighted, rel=1e-5)
+    assert abs(weighted - trl_loss(batch, kind, 0.0, 0.1)) > 0.01
+
+
+def test_trl_sorts_aot_within_a_micro_batch() -> None:
+    batch = Batch()
+    halves = [slice(0, 3), slice(3, PAIRS)]
+    trl = sum(trl_loss(batch, "aot", 0.0, 0.5, half) for half in halves) / 2
+    whole = trl_loss(batch, "aot", 0.0, 0.5)
+    assert our_loss(batch, LossConfig(LossKind.aot, 0.5)) == pytest.approx(whole, rel=1e-6)
+    assert abs(trl - whole) > 0.01
+
+
+def test_trl_s_discopop_is_not_a_number_for_a_pair_that_is_lost_beyond_doubt() -> None:
+    batch = Batch()
+    batch.policy[:PAIRS] *= 1e3
+    assert math.isnan(trl_loss(batch, "discopop", 0.0, 1.0))
+    assert math.isfinite(our_loss(batch, LossConfig(LossKind.discopop, 1.0)))
+
+
+def test_trl_s_bco_has_no_reward_shift() -> None:
+    batch = Batch()
+    shift = RunningMeans(reward=0.4, pairs=1)
+    shifted = preference_loss(
+        batch.pairs(batch.policy),
+        batch.pairs(batch.reference),
+        LossConfig(LossKind.bco_pair, bco_delta=BcoDelta.running_mean),
+        BatchFacts(running=shift),
+    )
+    assert abs(float(shifted.mean()) - trl_loss(batch, "bco_pair", 0.0, 0.1)) > 0.01
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_simpo_has_the_losses_of_trl_s_cpo_trainer(gamma: float) -> None:
+    batch = Batch()
+    pairs = batch.pairs(batch.policy)
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        loss_type="simpo",
+        simpo_gamma=gamma,
+        beta=2.0,
+        label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    expected, _, _ = CPOTrainer.cpo_loss(
+        trainer, pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    )
+    ours = preference_loss(pairs, None, LossConfig(LossKind.simpo, 2.0, simpo_gamma=gamma))
+    assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+
+
+def test_cpo_has_the_losses_of_trl_s_cpo_trainer_before_its_own_likelihood_term() -> None:
+    pairs = Batch().pairs(Batch().policy)
+    trainer = SimpleNamespace(
+        loss_type="sigmoid",
+        alpha=0.0,
+        beta=0.1,
+        label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    expected, _, _ = CPOTrainer.cpo_loss(trainer, pairs.chosen, pairs.rejected)
+    ours = preference_loss(pairs, None, LossConfig(LossKind.cpo, 0.1, cpo_nll_weight=0.0))
+    assert ours.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+
+
+def test_orpo_has_the_odds_ratios_of_trl_s_orpo_trainer() -> None:
+    pairs = Batch().pairs(Batch().policy)
+    trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
+    expected, *_ = ORPOTrainer.odds_ratio_loss(trainer, pairs.mean_chosen, pairs.mean_rejected)
+    ours = preference_loss(pairs, None, LossConfig(LossKind.orpo, orpo_lambda=0.1))
+    assert (ours + pairs.mean_chosen).tolist() == pytest.approx((-expected).tolist(), rel=1e-5, abs=1e-6)
+
+
+def test_sft_of_one_micro_batch_has_trl_s_loss() -> None:
+    batch = Batch()
+    assert our_loss(batch, LossConfig(LossKind.sft)) == pytest.approx(trl_loss(batch, "sft", 0.0, 0.1))
+
+
+def test_trl_leaves_label_smoothing_out_of_sigmoid() -> None:
+    batch = Batch()
+    margins = batch.pairs(batch.policy - batch.reference)
+    logits = 0.5 * (margins.chosen - margins.rejected).double()
+    hard = sum(math.log1p(math.exp(-x)) for x in logits.tolist()) / PAIRS
+    flipped = sum(math.log1p(math.exp(x)) for x in logits.tolist()) / PAIRS
+    assert trl_loss(batch, "sigmoid", 0.3, 0.5) == pytest.approx(hard, rel=1e-6)
+    smoothed = our_loss(batch, LossConfig(LossKind.sigmoid, 0.5, 0.3))
+    assert smoothed == pytest.approx(0.7 * hard + 0.3 * flipped, rel=1e-6)
+    assert abs(smoothed - hard) > 0.01
+
+
+def test_trl_s_sft_depends_on_how_pairs_fall_into_micro_batches() -> None:
+    batch = Batch()
+    halves = [slice(0, 1), slice(1, PAIRS)]
+    trl = sum(trl_loss(batch, "sft", 0.0, 0.1, half) for half in halves) / 2
+    chosen = batch.pairs(batch.policy)
+    means = [float(-chosen.chosen[half].sum() / chosen.chosen_tokens[half].sum()) for half in halves]
+    whole = float(-chosen.chosen.sum() / chosen.chosen_tokens.sum())
+    assert trl == pytest.approx(sum(means) / 2, rel=1e-6)
+    assert our_loss(batch, LossConfig(LossKind.sft)) == pytest.approx(whole, rel=1e-6)
+    assert abs(trl - whole) > 0.01

@@ -1,0 +1,274 @@
+"""A stored log-prob belongs to the weights on disk and to the numerics; neither changes unnoticed."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpo_dist import digests as digest_module
+from dpo_dist.errors import ConfigError, ReferenceError
+from dpo_dist.reference import fingerprint as fingerprint_module
+from dpo_dist.reference.digest import digest_model, model_label, tokenizer_digest
+from dpo_dist.reference.fingerprint import ReferenceSpace
+
+INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in (
+        ("config.json", b"{}"),
+        ("model.safetensors.index.json", INDEX),
+        ("model-1.safetensors", b"weights one"),
+        ("model-2.safetensors", b"weights two"),
+        ("modeling_own.py", b"code"),
+        ("generation_config.json", b"{}"),
+        ("tokenizer.json", b"{}"),
+        ("README.md", b"words"),
+    ):
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors.index.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "modeling_own.py",
+    ],
+)
+def test_every_file_that_decides_the_function_counts(model: Path, name: str) -> None:
+    before = digest_model(model).digest
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content + b" ")
+    assert digest_model(model).digest != before
+    (model / name).write_bytes(content)
+    assert digest_model(model).digest == before
+    (model / "more.py").write_bytes(b"")
+    assert digest_model(model).digest != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "generation_config.json"])
+def test_files_beside_the_function_do_not_count(model: Path, name: str) -> None:
+    before = digest_model(model).digest
+    (model / name).write_bytes(b"changed")
+    assert digest_model(model).digest == before
+
+
+def test_a_copy_has_the_same_digest(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert digest_model(copy).digest == digest_model(model).digest
+
+
+def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    digest = digest_module.content_digest
+
+    def spy(files: list[Path]) -> str:
+        read.extend(file.name for file in files)
+        return digest(files)
+
+    monkeypatch.setattr(digest_module, "content_digest", spy)
+    first = digest_model(model, tmp_path / "memo").digest
+    assert len(read) == 5
+    assert digest_model(model, tmp_path / "memo").digest == first
+    assert len(read) == 5
+    assert digest_model(model).digest == first
+    (model / "model-2.safetensors").write_bytes(b"weights 2!!")
+    read.clear()
+    assert digest_model(model, tmp_path / "memo").digest != first
+    assert read == ["model-2.safetensors"]
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(model: Path, tmp_path: Path) -> None:
+    file = model / "model-1.safetensors"
+    before, status = digest_model(model, tmp_path).digest, file.stat()
+    file.write_bytes(b"WEIGHTS ONE")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert digest_model(model, tmp_path).digest != before
+
+
+def test_weights_that_are_put_back_after_loading_count_as_changed(model: Path, tmp_path: Path) -> None:
+    files = digest_model(model, tmp_path / "memo")
+    files.check_unchanged()
+    weights, aside = model / "model-1.safetensors", tmp_path / "aside"
+    weights.rename(aside)
+    weights.write_bytes(b"weights of another model")
+    with pytest.raises(ReferenceError, match="changed while the model was loaded") as raised:
+        files.check_unchanged()
+    assert raised.value.got == weights.name
+    aside.replace(weights)
+    assert digest_model(model).digest == files.digest
+    with pytest.raises(ReferenceError):
+        files.check_unchanged()
+    weights.unlink()
+    with pytest.raises(ReferenceError):
+        files.check_unchanged()
+
+
+def test_only_weights_that_are_loaded_count(model: Path) -> None:
+    before = digest_model(model).digest
+    (model / "consolidated.safetensors").write_bytes(b"passed over")
+    (model / "pytorch_model.bin").write_bytes(b"passed over")
+    assert digest_model(model).digest == before
+    (model / "model.safetensors.index.json").unlink()
+    in_torch_format = digest_model(model).digest
+    (model / "pytorch_model.bin").write_bytes(b"loaded")
+    assert digest_model(model).digest != in_torch_format
+
+
+def test_another_class_is_another_model(model: Path) -> None:
+    """What `model.trust_remote_code` chooses, and all of the code that it brings."""
+    plain = digest_model(model).digest
+    assert digest_model(model, remote_code=True).digest == plain
+    (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    trusted = digest_model(model, remote_code=True).digest
+    assert trusted != digest_model(model).digest
+    (model / "layers").mkdir()
+    (model / "layers" / "own.py").write_text("scale = 2")
+    assert digest_model(model, remote_code=True).digest != trusted
+    (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "org/code--modeling.Own"}}')
+    with pytest.raises(ConfigError, match="in another repository"):
+        digest_model(model, remote_code=True)
+    digest_model(model)
+
+
+def damages(content: bytes) -> Iterator[bytes]:
+    yield b""
+    yield content[: len(content) // 2]
+    yield b"[]"
+    digest = json.loads(content)["digest"]
+    yield content.replace(digest.encode(), digest[::-1].encode())
+
+
+def test_a_damaged_memo_is_written_anew(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = digest_model(model, tmp_path).digest
+    entries = sorted((tmp_path / "file_digests").iterdir())
+    assert len(entries) == 5
+    for entry in entries:
+        whole = entry.read_bytes()
+        for damaged in damages(whole):
+            entry.write_bytes(damaged)
+            assert digest_model(model, tmp_path).digest == before
+            assert entry.name in caplog.text
+            assert entry.read_bytes() == whole
+
+
+def test_jobs_that_digest_at_once_forget_nothing_of_each_other(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each finds the memo empty, and both write it."""
+    models = [model, shutil.copytree(model, tmp_path / "other")]
+    digest, meeting = digest_module.content_digest, threading.Barrier(2)
+
+    def met(files: list[Path]) -> str:
+        if files[0].name == "config.json":
+            meeting.wait(10)
+        return digest(files)
+
+    monkeypatch.setattr(digest_module, "content_digest", met)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda folder: digest_model(folder, tmp_path / "memo").digest, models))
+    monkeypatch.setattr(digest_module, "content_digest", lambda files: pytest.fail(f"{files} read again"))
+    assert [digest_model(folder, tmp_path / "memo").digest for folder in models] == digests
+
+
+def test_a_file_that_changes_while_it_is_read_has_no_digest(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = digest_module.content_digest
+
+    def overtaken(files: list[Path]) -> str:
+        told = digest(files)
+        files[0].write_bytes(files[0].read_bytes() + b" ")
+        return told
+
+    monkeypatch.setattr(digest_module, "content_digest", overtaken)
+    with pytest.raises(ConfigError, match="changes while it is read"):
+        digest_model(model, tmp_path / "memo")
+    assert not (tmp_path / "memo").exists()
+
+
+def test_a_memo_that_cannot_be_written_is_done_without(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_bytes(b"")
+    assert digest_model(model, tmp_path / "occupied").digest == digest_model(model).digest
+
+
+def test_a_snapshot_of_the_hub_is_named_by_its_commit(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    assert model_label("org/model", tmp_path / "snapshots" / commit) == f"org/model@{commit}"
+    assert model_label("./model", tmp_path / "model") == "./model"
+
+
+def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
+    profile = {"dtype": "bf16", "attention": "sdpa"}
+    base = ReferenceSpace("weights", profile)
+    others = [
+        ReferenceSpace("other", profile),
+        ReferenceSpace("weights", {**profile, "dtype": "fp32"}),
+        ReferenceSpace("weights", {**profile, "gpu": "new"}),
+        ReferenceSpace("weights", {"dtype": "bf16"}),
+    ]
+    assert len({space.name for space in (base, *others)}) == 5
+    assert base.name == ReferenceSpace("weights", dict(reversed(profile.items()))).name
+    assert base.describe()["profile"] == profile
+    assert replace(base, label="a name").name == base.name
+
+
+@pytest.mark.parametrize("version", ["LOGP_PATH_VERSION", "STORE_FORMAT"])
+def test_a_change_of_the_log_prob_path_or_the_files_starts_a_new_space(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = ReferenceSpace("weights", {}).name
+    monkeypatch.setattr(fingerprint_module, version, getattr(fingerprint_module, version) + 1)
+    assert ReferenceSpace("weights", {}).name != before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenization_own.py",
+        "vocabulary.tiktoken",
+        "tekken.json",
+    ],
+)
+def test_whatever_makes_ids_of_text_is_in_the_tokenizer_s_digest(model: Path, name: str) -> None:
+    before = tokenizer_digest(model)
+    (model / name).write_bytes(b"changed")
+    assert tokenizer_digest(model) != before
+
+
+def test_the_kind_of_model_is_in_the_tokenizer_s_digest(model: Path) -> None:
+    """transformers chooses the tokenizer's class by it."""
+    digests = {tokenizer_digest(model)}
+    for content in ({"model_type": "llama"}, {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"}):
+        (model / "config.json").write_text(json.dumps(content))
+        digests.add(tokenizer_digest(model))
+    assert len(digests) == 3
+
+
+def test_weights_are_not_in_the_tokenizer_s_digest(model: Path) -> None:
+    before = tokenizer_digest(model)
+    (model / "model-1.safetensors").write_bytes(b"changed")
+    assert tokenizer_digest(model) == before

@@ -1,0 +1,59 @@
+"""A row of several steps has the numbers of one pass over all their pairs."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from dpo_dist.model.flops import PeakFlops
+from dpo_dist.training.log_window import LogWindow, StepMeasures
+
+PEAKS = PeakFlops(measured=100.0, datasheet=200.0)
+
+
+def step(losses: list[float], grad_norm: float, seconds: float, rate: float = 0.1) -> StepMeasures:
+    return StepMeasures(
+        pair_sums={"loss": sum(losses)},
+        pair_count=float(len(losses)),
+        values={"grad_norm": grad_norm, "time/forward": seconds},
+        learning_rate=rate,
+        pairs=len(losses),
+        tokens=10 * len(losses),
+        flops=30.0 * len(losses),
+        seconds=seconds,
+    )
+
+
+def test_means_are_over_all_pairs_of_the_window_and_totals_are_totals() -> None:
+    window = LogWindow()
+    window.add(step([1.0, 2.0, 3.0], grad_norm=4.0, seconds=1.0))
+    window.add(step([10.0], grad_norm=2.0, seconds=3.0, rate=0.05))
+    assert window.row(PEAKS) == {
+        "loss": 4.0,
+        "grad_norm": 3.0,
+        "time/forward": 2.0,
+        "learning_rate": 0.05,
+        "pairs": 4,
+        "tokens": 40,
+        "step_seconds": 2.0,
+        "pairs_per_second": 1.0,
+        "tokens_per_second": 10.0,
+        "mfu": pytest.approx(120 / 4 / 100),
+        "mfu/datasheet": pytest.approx(120 / 4 / 200),
+    }
+
+
+def test_an_unknown_device_has_no_share_of_a_data_sheet() -> None:
+    window = LogWindow()
+    window.add(step([1.0], 1.0, 1.0))
+    assert "mfu/datasheet" not in window.row(PeakFlops(100.0, None))
+
+
+def test_a_window_cut_by_a_checkpoint_gives_the_same_row() -> None:
+    whole, cut = LogWindow(), LogWindow()
+    for number in range(5):
+        measures = step([0.1 * number, 0.7], grad_norm=0.3 * number, seconds=0.1)
+        whole.add(measures)
+        cut.add(measures)
+        cut = LogWindow(**json.loads(json.dumps(asdict(cut))))
+    assert cut.row(PEAKS) == whole.row(PEAKS)

@@ -1,0 +1,159 @@
+"""The step-0 gate lets a run start only if its policy scores like its reference."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_dist.config.schema import (
+    REFERENCE_FREE_KINDS,
+    DataConfig,
+    Dtype,
+    LossConfig,
+    LossKind,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.step_plan import pack_rows
+from dpo_dist.distributed.world import World
+from dpo_dist.errors import ReferenceError
+from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.providers import StoredReference
+from dpo_dist.reference.store import LogpStore
+from dpo_dist.training.reference_check import pass_gate
+from dpo_dist.training.step import Objective
+from tests.support import tiny
+from tests.support.packing import COSTS
+from tests.support.rows import jsonl
+
+CPU = torch.device("cpu")
+SIGMOID = LossConfig()
+PAIRS = 6
+ROWS = [
+    {
+        "prompt": f"q {n}",
+        "chosen": f"right {n}" * 20,
+        "rejected": f"wrong {n}" * n,
+        "score_chosen": n,
+        "score_rejected": 0,
+    }
+    for n in range(1, 1 + PAIRS)
+]
+
+
+@dataclass
+class Policy:
+    """A model of fixed log-probs, which depend on the tokens; `drift` is added to one pair's responses."""
+
+    pair: int = 0
+    chosen_drift: float = 0.0
+    rejected_drift: float = 0.0
+    rows_seen: list[int] = field(default_factory=list)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        logps = -1 - torch.frac(batch.targets.float() / 7)
+        if len(batch.keys):
+            parts = list(torch.split(logps, batch.response_tokens.tolist()))
+            self.rows_seen += [int(key[0]) for key in batch.keys[::2]]
+            for place, key in enumerate(batch.keys[::2]):
+                if int(key[0]) == self.pair:
+                    parts[2 * place] = parts[2 * place] + self.chosen_drift
+                    parts[2 * place + 1] = parts[2 * place + 1] + self.rejected_drift
+            logps = torch.cat(parts)
+        return logps
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(None, 0, 1, CPU, ())
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+    folder = tmp_path_factory.mktemp("data")
+    config = DataConfig(cache=str(folder / "cache"))
+    written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
+    data = open_dataset(written, config)
+    # Keys that say which pair they belong to.
+    return dataclasses.replace(data, keys=np.array([(n // 2, n) for n in range(2 * PAIRS)], dtype=np.uint64))
+
+
+@pytest.fixture(scope="module")
+def reference(data: PairDataset, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
+    root, space = tmp_path_factory.mktemp("store"), ReferenceSpace("weights", {})
+    batch = pack_rows(data, range(PAIRS))
+    rows = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
+    LogpStore.open(root, space).write(batch.keys, [row.numpy() for row in rows])
+    return StoredReference(LogpStore.open(root, space))
+
+
+@pytest.fixture
+def check(world: World, data: PairDataset, reference: StoredReference) -> Any:
+    def check(
+        policy: Policy, dtype: Dtype = Dtype.fp32, loss: LossConfig = SIGMOID, audit_pairs: int = 16
+    ) -> dict[str, Any]:
+        config = RunConfig(model=ModelConfig(dtype=dtype), loss=loss)
+        config = dataclasses.replace(
+            config, reference=dataclasses.replace(config.reference, audit_pairs=audit_pairs)
+        )
+        objective = Objective(loss, reference)
+        return pass_gate(policy.token_logps, objective, data, np.arange(PAIRS), COSTS, config, world)
+
+    return check
+
+
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - REFERENCE_FREE_KINDS))
+def test_a_policy_that_is_the_reference_passes_without_drift(check: Any, kind: LossKind) -> None:
+    assert check(Policy(), loss=LossConfig(kind)) == {
+        "responses": 2 * PAIRS,
+        "mean_token_drift": 0.0,
+        "largest_token_drift": 0.0,
+        "largest_response_drift": 0.0,
+    }
+
+
+def test_drift_is_reported_per_token_and_per_response(check: Any, data: PairDataset) -> None:
+    report = check(Policy(2, chosen_drift=-0.01, rejected_drift=0.02), Dtype.bf16)
+    _, chosen, rejected = data.lengths(2)
+    assert report["largest_token_drift"] == pytest.approx(0.02, rel=1e-3)
+    assert report["mean_token_drift"] == pytest.approx(0.03 / (2 * PAIRS), rel=1e-3)
+    assert report["largest_response_drift"] == pytest.approx(max(0.01 * chosen, 0.02 * rejected), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "drift"),
+    [(Dtype.fp32, 2e-4), (Dtype.bf16, 0.2), (Dtype.bf16, -0.2), (Dtype.bf16, float("nan"))],
+)
+def test_a_row_that_drifts_beyond_the_precision_is_named(
+    check: Any, data: PairDataset, dtype: Dtype, drift: float
+) -> None:
+    with pytest.raises(ReferenceError, match="1 of 12 sampled") as raised:
+        check(Policy(4, rejected_drift=drift), dtype)
+    assert str(data.origin(4)) + " response 1" in raised.value.where
+
+
+def test_small_drifts_that_add_up_to_another_loss_are_refused(check: Any) -> None:
+    drifting = Policy(0, chosen_drift=9e-5)
+    assert check(drifting)["largest_token_drift"] == pytest.approx(9e-5, rel=1e-2)
+    with pytest.raises(ReferenceError, match="not its value at zero margin"):
+        check(drifting, loss=LossConfig(beta=5.0))
+
+
+def test_the_sample_is_seeded_and_no_larger_than_asked(check: Any) -> None:
+    first, second = Policy(), Policy()
+    check(first, audit_pairs=3)
+    check(second, audit_pairs=3)
+    assert len(set(first.rows_seen)) == 3
+    assert first.rows_seen == second.rows_seen

@@ -1,0 +1,245 @@
+"""What is said before torch is imported, what `--check` looks at, and that failed starts leave nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.model import optional_packages
+from dpo_dist.report.console import Console
+from dpo_dist.training.preflight import rehearse
+from dpo_dist.training.run_folder import locked
+from dpo_dist.training.startup import check_start, without_traces
+from tests.support.alone import ALONE
+from tests.support.invented import write_pairs
+from tests.support.tiny_model import write_model
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    write_model(folder / "model")
+    write_pairs(folder / "train.jsonl", 12, seed=1)
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "run_state.json").write_text("{}")
+    return folder
+
+
+def run_of(assets: Path, root: Path, *overrides: str) -> RunConfig:
+    usual = [f"model.path={assets}/model", f"data.train=[{assets}/train.jsonl]", f"run.root={root}/output"]
+    return load_run_config([*usual, *overrides])
+
+
+def refused(config: RunConfig) -> DpoDistError:
+    with pytest.raises(DpoDistError) as caught, without_traces(config):
+        check_start(config)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.path={assets}/modle", "did you mean {assets}/model?"),
+        ("model.path={assets}/train.jsonl", "the model is a file"),
+        ("model.path={assets}", "no config.json"),
+        ("model.revision=main", "a revision has no effect on a local folder"),
+        ("reference.path={assets}/modle", "reference.path"),
+        ("data.train=[{assets}/trian.jsonl]", "train.jsonl"),
+        ("data.train=[{assets}/model/config.toml]", "no such file"),
+        ("data.eval=[{assets}/none/*.jsonl]", "no file matches"),
+        ("data.train=[https://example.com/a.jsonl]", "URLs are not read"),
+        ("run.dir=/proc/foo", "nothing can be written to run.dir"),
+        ("run.dir={assets}/train.jsonl", "run.dir is a file"),
+        ("run.dir=/", "run.dir is the root of the file system"),
+        ("run.dir={assets}/model", "run.dir is the folder of a model"),
+        ("run.dir={assets}/runs", "run.dir is a folder that has other runs in it"),
+        ("run.dir={assets}/train.jsonl/run", "nothing can be written to run.dir"),
+        ("data.cache=/proc/foo", "nothing can be written to data.cache"),
+        ("reference.store={assets}/train.jsonl", "reference.store is a file"),
+    ],
+)
+def test_what_is_missing_is_said_and_nothing_is_left(
+    override: str, told: str, assets: Path, tmp_path: Path
+) -> None:
+    error = refused(run_of(assets, tmp_path, override.format(assets=assets)))
+    assert told.format(assets=assets) in error.block()
+    assert error.remedy
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("package", "overrides"),
+    [
+        ("liger_kernel", ["model.liger=true"]),
+        ("bitsandbytes", ["model.adapter={r: 8}", "model.quantization=nf4", "parallelism=ddp"]),
+        ("bitsandbytes", ["reference.quantization=int8"]),
+    ],
+)
+def test_a_missing_package_is_said_before_anything_is_read(
+    package: str, overrides: list[str], assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        optional_packages.importlib.util, "find_spec", lambda name: None if name == package else name
+    )
+    error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides))
+    assert isinstance(error, ConfigError)
+    assert "is not installed" in error.what
+
+
+def test_a_tokenizer_is_looked_for(assets: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (assets / "model").iterdir():
+        if "token" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    error = refused(run_of(assets, tmp_path / "out", f"model.path={folder}"))
+    assert "no tokenizer" in error.what
+
+
+def test_verbs_say_so_without_torch() -> None:
+    command = "import sys, dpo_dist.train, dpo_dist.precompute; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
+
+
+# Failed starts
+
+
+def start(config: RunConfig, error: Exception) -> None:
+    with without_traces(config):
+        check_start(config)
+        logs = Path(str(config.run.dir)) / "logs"
+        logs.mkdir()
+        (logs / "rank-0.log").write_text("what libraries say\n")
+        raise error
+
+
+def fail_after_logs(config: RunConfig, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        start(config, error)
+
+
+def test_a_users_error_removes_a_run_folder_without_steps(assets: Path, tmp_path: Path) -> None:
+    fail_after_logs(run_of(assets, tmp_path), DataError("too many bad records"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_ends_keep_it(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_of(assets, tmp_path)
+    fail_after_logs(config, RuntimeError("a fault of the program"))
+    log = Path(str(config.run.dir)) / "logs" / "rank-0.log"
+    assert log.is_file()
+    os.utime(log, (1, 1))
+    # What an earlier start has left is not this one's to remove.
+    monkeypatch.setattr("dpo_dist.training.startup._START_SECONDS", -1e9)
+    refused(run_of(assets, tmp_path, f"run.dir={config.run.dir}", "data.eval=[/nowhere/a.jsonl]"))
+    assert log.is_file()
+
+
+def test_another_start_in_the_same_folder_keeps_it(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    run_dir = Path(str(config.run.dir))
+    with locked(run_dir, ALONE, Console(None)), without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / ".lock").is_file()
+    with locked(run_dir, ALONE, Console(None)):
+        fail_after_logs(config, ConfigError("late"))
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+    # Before it has its lock, only its log tells of it.
+    (run_dir / ".lock").unlink()
+    with without_traces(config, of_success=True):
+        check_start(config)
+    assert (run_dir / "logs" / "rank-0.log").is_file()
+
+
+@pytest.mark.parametrize("kept", ["checkpoints", "dpo_metrics", "model", "notes"])
+def test_a_folder_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    (Path(str(config.run.dir)) / kept).mkdir(parents=True)
+    fail_after_logs(config, ConfigError("late"))
+    assert (Path(str(config.run.dir)) / kept).is_dir()
+
+
+def test_only_the_first_rank_removes(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    config = run_of(assets, tmp_path)
+    fail_after_logs(config, ConfigError("on all ranks"))
+    assert Path(str(config.run.dir)).is_dir()
+
+
+def test_other_nodes_leave_the_look_to_the_first(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
+
+
+# --check
+
+
+def test_a_check_says_what_it_found_and_leaves_nothing(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path, f"data.eval=[{{path: {assets}/train.jsonl, limit: 5}}]")
+    with without_traces(config, of_success=True):
+        check_start(config)
+        told = rehearse(config)
+    assert "check passed" in told
+    assert "12 of the first 12 records kept" in told
+    assert "data.eval[0]:  " in told
+    assert "5 of the first 5 records kept" in told
+    assert "cached, store" in told
+    assert not list(tmp_path.iterdir())
+
+
+def rows(file: Path, *rows: dict[str, object]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+COMPLETION = {"prompt": "Say hello.", "completion": "Hello!"}
+PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
+TEMPLATED = PAIR | {"prompt": "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"}
+UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
+
+
+@pytest.mark.parametrize(
+    ("records", "overrides", "told"),
+    [
+        ([UNKNOWN] * 3, [], "no usable record was read"),
+        ([COMPLETION], [], "sigmoid does not fit these records"),
+        ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
+        ([], [], "no records"),
+        ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
+        ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
+        ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
+        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo does not fit"),
+    ],
+)
+def test_a_check_reads_the_first_records(
+    records: list[dict[str, object]], overrides: list[str], told: str, assets: Path, tmp_path: Path
+) -> None:
+    file = rows(tmp_path / "data.jsonl", *records)
+    with pytest.raises(DataError, match=told) as caught:
+        rehearse(run_of(assets, tmp_path, f"data.train=[{file}]", *overrides))
+    assert caught.value.remedy
+
+
+def test_a_check_refuses_an_adapter_on_layers_that_do_not_exist(assets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter's target"):
+        rehearse(run_of(assets, tmp_path, "model.adapter={target_modules: [nope]}"))
+
+
+def test_a_check_accepts_or_refuses_the_architecture(assets: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "bloom"}))
+    with pytest.raises(ConfigError, match="bloom"):
+        rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))

@@ -1,0 +1,260 @@
+"""Micro-batches are made ready on the host before they are needed, and measuring them asks nothing of it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo_dist.config.schema import (
+    COUPLED_KINDS,
+    REFERENCE_FREE_KINDS,
+    DataConfig,
+    Dtype,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    ModelConfig,
+    SourceConfig,
+    Weighting,
+)
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.step_plan import plan_step
+from dpo_dist.distributed.world import World
+from dpo_dist.errors import ReferenceError
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.providers import NoReference, StoredReference
+from dpo_dist.reference.store import LogpStore
+from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.step_timer import StepClock
+from tests.support import tiny
+from tests.support.packing import COSTS
+from tests.support.rows import jsonl
+from tests.support.tiny_model import write_model
+
+CPU = torch.device("cpu")
+WORLD = World(None, 0, 1, CPU, ())
+PAIRS = 5
+BUDGET = 64
+ROWS = [
+    {
+        "prompt": f"q {n}",
+        "chosen": f"right {n}" * (1 + n),
+        "rejected": f"wrong {n}" * 2,
+        "score_chosen": 2,
+        "score_rejected": 1,
+    }
+    for n in range(PAIRS)
+]
+
+
+@dataclass
+class Policy:
+    """Log-probs of one for every token; remembers the threads that it was asked in."""
+
+    threads: set[str] = field(default_factory=set)
+
+    def train(self, mode: bool = True) -> None:
+        pass
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        self.threads.add(threading.current_thread().name)
+        return -torch.ones(len(batch.targets))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+    folder = tmp_path_factory.mktemp("data")
+    config = DataConfig(cache=str(folder / "cache"))
+    written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
+    return open_dataset(written, config)
+
+
+def stored(data: PairDataset, root: Path, responses: int = 2 * PAIRS) -> StoredReference:
+    """A store of the first `responses` of `data`; the values of each say which it is and where they stand."""
+    space = ReferenceSpace("weights", {})
+    lengths = [tokens for row in range(PAIRS) for tokens in data.lengths(row)[1:]]
+    values = [-1 - n - np.linspace(0, 0.5, tokens, dtype=np.float32) for n, tokens in enumerate(lengths)]
+    LogpStore.open(root, space).write(data.keys[:responses], values[:responses])
+    return StoredReference(LogpStore.open(root, space))
+
+
+def plan_of(data: PairDataset, rank: int = 0, world_size: int = 1) -> Any:
+    return plan_step(data, np.arange(PAIRS), rank, world_size, BUDGET, COSTS)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_ready_batches_carry_the_stored_values_of_their_own_responses(
+    data: PairDataset, tmp_path: Path, world_size: int
+) -> None:
+    reference = stored(data, tmp_path)
+    objective = Objective(LossConfig(), reference)
+    seen = 0
+    for rank in range(world_size):
+        plan = plan_of(data, rank, world_size)
+        batches = list(objective.ready_batches(plan, CPU))
+        assert len(batches) == len(plan.micro_batches)
+        for rows, batch in zip(plan.micro_batches, batches, strict=True):
+            values = reference.token_logps(batch.to(CPU))
+            assert values.dtype == torch.float32
+            if not rows:
+                assert values.tolist() == [0.0] * len(batch.targets)
+                continue
+            parts = torch.split(values, batch.response_tokens.tolist())
+            firsts = [-1.0 - place for row in rows for place in data.response_rows(row)]
+            assert [float(part[0]) for part in parts] == firsts
+            seen += len(rows)
+    assert seen == PAIRS
+
+
+def test_looked_up_values_travel_with_the_batch(data: PairDataset, tmp_path: Path) -> None:
+    objective = Objective(LossConfig(), stored(data, tmp_path))
+    (batch, *_) = objective.ready_batches(plan_of(data), CPU)
+    moved = batch.to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
+    assert moved.reference_logps is not None
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.layout == batch.layout
+
+
+def test_a_row_that_is_missing_ends_an_evaluation(data: PairDataset, tmp_path: Path) -> None:
+    objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
+    with pytest.raises(ReferenceError, match="missing or damaged"):
+        evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+    assert "prefetch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_model_computes_in_the_calling_thread(data: PairDataset, tmp_path: Path) -> None:
+    policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
+    sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+    assert policy.threads == {threading.current_thread().name}
+    assert sums.values[-1] == PAIRS
+
+
+@pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
+def test_length_desensitised_terms_leave_the_token_mean_of_sft(data: PairDataset, kind: LossKind) -> None:
+    """Log-probs of -1: sft is 1 whatever share of a longer response's tokens counts in the other term."""
+    terms = [LossTermConfig(kind), LossTermConfig(LossKind.sft, 5.0)]
+    losses = []
+    for loss in (LossConfig(kind), LossConfig(terms=terms)):
+        objective = Objective(replace(loss, ld_alpha=0.2, reference_free=True), NoReference())
+        sums = evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+        losses.append(sums.means()["loss"])
+    assert losses[1] - losses[0] == pytest.approx(5.0)
+
+
+class AsksForValues(TorchDispatchMode):
+    """Collects the operations for which the host would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in {"_local_scalar_dense", "nonzero", "masked_select", "equal"}:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - COUPLED_KINDS))
+def test_forward_and_backward_ask_the_device_for_no_value(
+    data: PairDataset, tmp_path: Path, kind: LossKind
+) -> None:
+    loss = LossConfig(kind=kind)
+    free = kind in REFERENCE_FREE_KINDS
+    objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
+    model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
+    policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
+    plan = plan_of(data)
+    ready = objective.ready_step(plan, CPU)
+    with AsksForValues() as asked:
+        for host_batch in ready.batches:
+            batch = host_batch.to(CPU)
+            reference = objective.reference_logps(batch)
+            pairs = objective.score(policy, batch, reference)
+            total, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
+            (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
+    assert asked.found == []
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Trained:
+    """A model on this process alone, which keeps its gradients."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        logps: Tensor = self.model(batch)
+        return logps
+
+    def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        logps, collisions = self.model(batch, with_collisions=True)
+        return logps, collisions
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, rate: float) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PackedCausalLM:
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    return load_packed(folder, ModelConfig(dtype=Dtype.fp32), 1024, CPU)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighting"),
+    [
+        *((kind, Weighting.none) for kind in sorted(LossKind)),
+        (LossKind.sigmoid, Weighting.wpo),
+        (LossKind.beta_dpo, Weighting.wpo),
+    ],
+)
+def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch(
+    data: PairDataset, model: PackedCausalLM, tmp_path: Path, kind: LossKind, weighting: Weighting
+) -> None:
+    """Also where the loss couples its pairs: two passes are as good as one graph over all of them."""
+    loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
+    objective = Objective(
+        loss, NoReference() if kind in REFERENCE_FREE_KINDS else stored(data, tmp_path / "store")
+    )
+    running, rows = RunningMeans(margin=-1.0), np.arange(PAIRS)
+
+    def gradient(step: Callable[[Any], None]) -> Tensor:
+        model.zero_grad()
+        step(Trained(model))
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def in_micro_batches(policy: Any) -> None:
+        plan = plan_step(data, rows, 0, 1, BUDGET, COSTS, loss.is_one_sided)
+        assert len(plan.micro_batches) > 1
+        ready = objective.ready_step(plan, CPU)
+        train_step(policy, objective, ready, 1.0, WORLD, StepClock(CPU), running)
+
+    def at_once(policy: Any) -> None:
+        plan = plan_step(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
+        (batch,) = objective.ready_batches(plan, CPU)
+        pairs = objective.score(policy, batch, objective.reference_logps(batch))
+        total, _ = objective.measure(pairs, plan.mean_chosen_tokens, running)
+        policy.backward(total / PAIRS, is_last=True)
+
+    ours, direct = gradient(in_micro_batches), gradient(at_once)
+    assert (ours - direct).norm() <= 1e-4 * direct.norm()
+    assert direct.norm() > 0
