@@ -83,7 +83,7 @@ class DataError(DpoDistError):
     title = "data error"
 
 
-class ReferenceError(DpoDistError):
+class ReferenceModelError(DpoDistError):
     """Reference log-probs cannot be trusted or computed."""
 
     title = "reference error"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo_dist.errors import DpoDistError, ReferenceError
+from dpo_dist.errors import DpoDistError, ReferenceModelError
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import SpaceInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DpoDistError as error:
         fault = error
     except (OSError, SafetensorError) as error:
-        fault = ReferenceError("the store cannot be read or changed", where=str(given.folder), got=str(error))
+        fault = ReferenceModelError(
+            "the store cannot be read or changed", where=str(given.folder), got=str(error)
+        )
     sys.stderr.write(fault.block() + "\n")
     return fault.exit_code
 

@@ -197,7 +197,7 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
     dataset = open_dataset(encoded, config.data)
     schedule = make_schedule(dataset.spans([1.0]), config.trainer)
-    rows = [int(row) for step in range(schedule.steps) for row in schedule.rows(step)]
+    rows = [int(row) for step in range(schedule.steps) for row in schedule.indices(step)]
     pairs = [dataset.sequences(row) for row in rows]
     return {
         "unique_tokens": sum(dataset.packed_tokens(row) for row in rows),

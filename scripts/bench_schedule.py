@@ -167,7 +167,7 @@ def bench_schedule(pairs: int) -> dict[str, float]:
     schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
     figures: dict[str, float] = {"pairs": pairs}
     tracemalloc.start()
-    for name, work in (("first_step", lambda: schedule.rows(0)), ("all_rows", schedule.all_rows)):
+    for name, work in (("first_step", lambda: schedule.indices(0)), ("all_indices", schedule.all_indices)):
         started = time.perf_counter()
         work()
         figures[f"{name}_seconds"] = time.perf_counter() - started
@@ -175,7 +175,7 @@ def bench_schedule(pairs: int) -> dict[str, float]:
     tracemalloc.stop()
     started = time.perf_counter()
     for step in range(1, 101):
-        schedule.rows(step)
+        schedule.indices(step)
     figures["step_microseconds"] = (time.perf_counter() - started) * 1e4
     return figures
 

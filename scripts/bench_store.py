@@ -213,7 +213,7 @@ def marks(keys: Keys) -> np.ndarray:
 
 
 def lookups_per_second(store: LogpStore, dataset: PairDataset, clock: Callable[[], float]) -> float:
-    """Rows read at random in batches, warm, each compared with what was written."""
+    """Indices read at random in batches, warm, each compared with what was written."""
     places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in places]
     for keys in batches:

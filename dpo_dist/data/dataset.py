@@ -19,7 +19,7 @@ from dpo_dist.data.encoded_source import EncodedSource, Manifest, SourceView, fi
 from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes
 from dpo_dist.data.packing import Sequences, packed_tokens
 from dpo_dist.data.records import Origin
-from dpo_dist.data.sampler import Rows, Span
+from dpo_dist.data.sampler import Indices, Span
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 
@@ -90,11 +90,11 @@ class PairDataset:
         prompt, *responses = self.lengths(row)
         return packed_tokens(prompt, responses if which is None else [responses[i] for i in which])
 
-    def mean_chosen_tokens(self, rows: Rows) -> float:
+    def mean_chosen_tokens(self, rows: Indices) -> float:
         """Mean completion tokens of the chosen responses of these rows."""
         return float(self._piece_tokens(self._first_pieces(rows) + 1).mean())
 
-    def sizes(self, rows: Rows, places: Rows, responses: Rows, costs: ComputeCosts) -> PairSizes:
+    def sizes(self, rows: Indices, places: Indices, responses: Indices, costs: ComputeCosts) -> PairSizes:
         """What `rows` take with some of their responses, int64 each.
 
         Args:
@@ -112,19 +112,19 @@ class PairDataset:
         first, stop = self._pieces(row)
         return range(first - row, stop - row - 1)
 
-    def response_counts(self, rows: Rows) -> Rows:
+    def response_counts(self, rows: Indices) -> Indices:
         """How many responses each of `rows` has, int64."""
-        counts: Rows = self.pair_pieces[rows] - self._first_pieces(rows) - 1
+        counts: Indices = self.pair_pieces[rows] - self._first_pieces(rows) - 1
         return counts
 
-    def response_places(self, rows: Rows) -> Rows:
+    def response_places(self, rows: Indices) -> Indices:
         """Where the keys of all responses of `rows` stand in `keys`, int64."""
         counts = self.response_counts(rows)
         starts_in_result = np.cumsum(counts) - counts
         starts = self._first_pieces(rows) - rows
         return np.repeat(starts - starts_in_result, counts) + np.arange(counts.sum())
 
-    def score_gaps(self, rows: Rows | Sequence[int]) -> npt.NDArray[np.float32]:
+    def score_gaps(self, rows: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
         """Score of each row's best response minus that of its worst, float32; nan without scores."""
         rows = np.asarray(rows, dtype=np.int64)
         best = self._first_pieces(rows) - rows
@@ -132,7 +132,7 @@ class PairDataset:
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
 
-    def rows_of_responses(self, places: Rows) -> tuple[Rows, Rows]:
+    def indices_of_responses(self, places: Indices) -> tuple[Indices, Indices]:
         """(rows, which) of the responses whose keys stand at `places`, int64 each; O(places log pairs)."""
         lowest, beyond = np.zeros(len(places), dtype=np.int64), np.full(len(places), len(self))
         while (lowest < beyond).any():
@@ -147,17 +147,17 @@ class PairDataset:
         source, line = self.origins[row]
         return Origin(self.source_paths[int(source)], int(line))
 
-    def _response_ends(self, rows: Rows) -> Rows:
+    def _response_ends(self, rows: Indices) -> Indices:
         """Where the responses of each of `rows` end in `keys`."""
-        ends: Rows = self.pair_pieces[rows] - rows - 1
+        ends: Indices = self.pair_pieces[rows] - rows - 1
         return ends
 
-    def _first_pieces(self, rows: Rows) -> Rows:
+    def _first_pieces(self, rows: Indices) -> Indices:
         if not len(rows):
             return np.empty(0, dtype=np.int64)
         return np.where(rows > 0, self.pair_pieces[np.maximum(rows - 1, 0)], 0)
 
-    def _piece_tokens(self, pieces: Rows) -> Rows:
+    def _piece_tokens(self, pieces: Indices) -> Indices:
         return np.asarray(self.piece_tokens[pieces], dtype=np.int64)
 
     def _pieces(self, row: int) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[Any]:
             remedy="save it again with Dataset.save_to_disk",
         ) from fault
     if isinstance(saved, Dataset):
-        refuse_split(str(folder), split)
+        check_no_split(str(folder), split)
         return iter(saved)
     if (split or "train") not in saved:
         raise _no_split(folder, split, map(str, saved))
@@ -112,7 +112,7 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     told = sorted(name for name in set(splits.values()) if name)
     if not told:
-        refuse_split(str(folder), split)
+        check_no_split(str(folder), split)
         return files
     untold = [file for file in files if splits[file] is None]
     if untold:
@@ -147,7 +147,7 @@ def _check_all_shards(folder: Path, files: list[Path]) -> None:
             )
 
 
-def refuse_split(path: str, split: str | None) -> None:
+def check_no_split(path: str, split: str | None) -> None:
     """Refuse a split for a source that has none. Raises ConfigError."""
     if split is not None:
         raise ConfigError(

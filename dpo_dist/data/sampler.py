@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.errors import ConfigError
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Schedule:
         """Rows drawn in one epoch, weights included."""
         return sum(_drawn(span) for span in self.spans)
 
-    def rows(self, step: int) -> Rows:
+    def indices(self, step: int) -> Indices:
         """Rows of the global batch of `step` (0-based), int64 [pairs]."""
         start = step * self.global_batch_pairs
         stop = min(start + self.global_batch_pairs, self.total_pairs)
         return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)])
 
-    def all_rows(self) -> Rows:
+    def all_indices(self) -> Indices:
         """Every row that the run visits, once, in ascending order."""
         visited = np.zeros(max((span.stop for span in self.spans), default=0), dtype=np.bool_)
         for part in self._parts(0, self.total_pairs):
@@ -63,7 +63,7 @@ class Schedule:
         """Epochs completed after `step` (0-based)."""
         return min((step + 1) * self.global_batch_pairs, self.total_pairs) / self.pairs_per_epoch
 
-    def _parts(self, start: int, stop: int) -> Iterator[Rows]:
+    def _parts(self, start: int, stop: int) -> Iterator[Indices]:
         """The rows of these places in the run's order, epoch after epoch."""
         per_epoch = self.pairs_per_epoch
         while start < stop:
@@ -100,7 +100,7 @@ def _drawn(span: Span) -> int:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(spans: tuple[Span, ...], seed: int, epoch: int) -> Rows:
+def _epoch_order(spans: tuple[Span, ...], seed: int, epoch: int) -> Indices:
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     parts = []
     for span in spans:

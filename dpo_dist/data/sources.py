@@ -10,10 +10,10 @@ from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.files import KINDS, check_kind, located, read_file
 from dpo_dist.data.folders import (
+    check_no_split,
     globbed_files,
     is_glob,
     is_saved,
-    refuse_split,
     root_of,
     saved_rows,
     shards,
@@ -79,13 +79,13 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         )
     local = Path(source.path).expanduser()
     if local.is_dir():
-        _refuse_hub_options(source)
+        _check_no_hub_options(source)
         if is_saved(local):
             return sorted(below for below in local.rglob("*") if below.is_file())
         return shards(local, source.split)
     if local.is_file() or is_glob(source.path) or _looks_local(source.path):
-        _refuse_hub_options(source)
-        refuse_split(source.path, source.split)
+        _check_no_hub_options(source)
+        check_no_split(source.path, source.split)
         if local.is_file():
             return [local]
         if is_glob(source.path):
@@ -116,7 +116,7 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
-def _refuse_hub_options(source: SourceConfig) -> None:
+def _check_no_hub_options(source: SourceConfig) -> None:
     options = {"name": source.name, "data_dir": source.data_dir, "revision": source.revision}
     for key, value in options.items():
         if value is not None:

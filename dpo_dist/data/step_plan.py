@@ -9,7 +9,7 @@ import torch
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
 from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
-from dpo_dist.data.sampler import Rows
+from dpo_dist.data.sampler import Indices
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StepPlan:
 
 def plan_step(
     dataset: PairDataset,
-    rows: Rows,
+    rows: Indices,
     rank: int,
     world_size: int,
     micro_batch_tokens: int,

@@ -12,7 +12,7 @@ from dpo_dist.errors import ConfigError
 _PREFIX = "dpo_dist"
 
 
-def demand_async_io() -> None:
+def check_async_io() -> None:
     """Raise where DeepSpeed cannot read and write beside computing.
 
     Raises:

@@ -35,7 +35,7 @@ class ReferenceSync:
         self._every, self._mixup, self._world = config.every, config.mixup, world
         self._reference = dict(reference.causal_lm.named_parameters())
         self._policy = dict(policy.causal_lm.named_parameters())
-        _refuse_other_layout(self._reference, self._policy)
+        _check_same_layout(self._reference, self._policy)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -100,7 +100,7 @@ def _forget_whole(weight: Any) -> None:
         weight.partition()
 
 
-def _refuse_other_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:
+def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:
     shapes = [
         {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
         for weights in (reference, policy)

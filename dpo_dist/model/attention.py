@@ -230,12 +230,12 @@ def _interface(
     assert packed is not None, "the packed backbone was called without its layout"
     assert attention_mask is None
     assert dropout == 0.0, "dropout is switched off when the model is loaded"
-    _refuse_unpackable(packed.layout, options)
+    _check_supported(packed.layout, options)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return packed(query, key, value, scaling)[None], None
 
 
-def _refuse_unpackable(layout: Layout, options: dict[str, Any]) -> None:
+def _check_supported(layout: Layout, options: dict[str, Any]) -> None:
     """Raise for what a layer asks of attention that the packed layout cannot give exactly."""
     for option in ("softcap", "s_aux", "position_bias"):
         if options.get(option) is not None:

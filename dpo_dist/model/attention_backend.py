@@ -85,7 +85,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def verify_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> None:
+def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> None:
     """Attend over a small layout by this backend, and by SDPA in float32, forward and backward, and compare.
 
     A kernel that aligns its causal mask otherwise, or reads lengths otherwise, would give wrong log-probs to

@@ -64,7 +64,7 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         layer.gradient_checkpointing = number % distance == 0
 
 
-def demand_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
     """Find what torch.compile makes code with, which it would miss only in the first forward.
 
     Raises:
@@ -94,7 +94,7 @@ def compile_layers(causal_lm: nn.Module) -> None:
             part.compile(dynamic=True)
 
 
-def demand_liger(model_type: str, device: torch.device) -> None:
+def check_liger(model_type: str, device: torch.device) -> None:
     """Refuse Liger's kernels where they are not, cannot run, or are not known to be exact.
 
     Raises:

@@ -16,13 +16,13 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.attention_backend import choose_backend, heads_of, verify_kernel
+from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.files import weight_files
 from dpo_dist.model.folder import check_tokenizer_files
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import checkpoint_layers, demand_compiler, demand_liger, use_liger
+from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
-from dpo_dist.model.supported import refuse_remote_model, refuse_unpackable
+from dpo_dist.model.supported import check_no_remote_model, check_supported
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +71,13 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config)
-    refuse_unpackable(model_config, max_length)
+    check_supported(model_config, max_length)
     if backend is not AttentionBackend.sdpa:
-        verify_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
+        check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
     if config.liger:
-        demand_liger(model_config.model_type, device)
+        check_liger(model_config.model_type, device)
     if config.compile:
-        demand_compiler(device)
+        check_compiler(device)
     causal_lm = _load_weights(folder, model_config, config, device)
     if config.quantization is not None:
         keep_trainable(causal_lm)
@@ -112,7 +112,7 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
         )
     scattered = is_deepspeed_zero3_enabled() and config.quantization is None
     unread = _unread_when_scattered(causal_lm, folder) if scattered else report["unexpected_keys"]
-    refuse_unread(causal_lm, sorted(unread), folder)
+    check_all_weights_read(causal_lm, sorted(unread), folder)
     return causal_lm
 
 
@@ -157,7 +157,7 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     return {} if on_host else {"device_map": {"": device}}
 
 
-def refuse_unread(causal_lm: Any, unread: list[str], folder: Path) -> None:
+def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> None:
     """Raise an error where weight files have more for a module of the model than the architecture reads.
 
     Whole modules that the model has not (a value head, layers that predict further tokens) are only logged:
@@ -215,7 +215,7 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
             got=f"{folder}: {_first_line(error)}",
         ) from error
     if config.trust_remote_code:
-        refuse_remote_model(folder, model_config)
+        check_no_remote_model(folder, model_config)
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
         # Quantized weights have no gradient: biases and norms alone would be trained.

@@ -6,7 +6,7 @@ from dpo_dist.config.schema import Quantization
 from dpo_dist.errors import ConfigError
 
 
-def demand_bitsandbytes(quantization: Quantization, key: str) -> None:
+def check_bitsandbytes(quantization: Quantization, key: str) -> None:
     """Raise where weights cannot be quantized.
 
     Raises:
@@ -21,7 +21,7 @@ def demand_bitsandbytes(quantization: Quantization, key: str) -> None:
         )
 
 
-def demand_liger_kernel() -> None:
+def check_liger_kernel() -> None:
     """Raise where `model.liger` asks for a package that is not there.
 
     Raises:

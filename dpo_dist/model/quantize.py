@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from dpo_dist.config.schema import Quantization
-from dpo_dist.model.optional_packages import demand_bitsandbytes
+from dpo_dist.model.optional_packages import check_bitsandbytes
 
 
 def quantized_loading(
@@ -26,7 +26,7 @@ def quantized_loading(
     """
     if quantization is None:
         return {}
-    demand_bitsandbytes(quantization, "model.quantization")
+    check_bitsandbytes(quantization, "model.quantization")
     nf4 = quantization is Quantization.nf4
     config = BitsAndBytesConfig(
         load_in_8bit=not nf4,

@@ -47,7 +47,7 @@ _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit
 _LEARNED_POSITIONS = frozenset({"gpt2", "opt"})
 
 
-def refuse_unpackable(model_config: Any, max_length: int) -> None:
+def check_supported(model_config: Any, max_length: int) -> None:
     """Raise an error for a model whose log-probs the packed forward would not compute exactly.
 
     Args:
@@ -58,7 +58,7 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
         ConfigError: the architecture is not one of `EXACT_MODEL_TYPES`, changes its logits after the output
             layer, is not causal, or is exact for shorter sequences only.
     """
-    _refuse_changed_logits(model_config)
+    _check_logits_unchanged(model_config)
     if model_config.model_type not in EXACT_MODEL_TYPES:
         raise ConfigError(
             "the packed forward is not known to give this architecture's log-probs",
@@ -68,10 +68,10 @@ def refuse_unpackable(model_config: Any, max_length: int) -> None:
             remedy="choose a model of these; to add one, see EXACT_MODEL_TYPES in "
             "dpo_dist/model/supported.py and show it exact in tests/unit/model/test_architectures.py",
         )
-    _refuse_bidirectional(model_config)
-    _refuse_window(model_config, max_length)
-    _refuse_moving_rotation(model_config, max_length)
-    _refuse_learned_positions(model_config, max_length)
+    _check_causal(model_config)
+    _check_window(model_config, max_length)
+    _check_fixed_rotation(model_config, max_length)
+    _check_positions(model_config, max_length)
 
 
 def training_notes(model_config: Any) -> list[str]:
@@ -85,7 +85,7 @@ def training_notes(model_config: Any) -> list[str]:
     ]
 
 
-def _refuse_changed_logits(model_config: Any) -> None:
+def _check_logits_unchanged(model_config: Any) -> None:
     for name, neutral in _LOGIT_CHANGES.items():
         value = getattr(model_config, name, neutral)
         if value not in (None, neutral):
@@ -97,7 +97,7 @@ def _refuse_changed_logits(model_config: Any) -> None:
             )
 
 
-def _refuse_bidirectional(model_config: Any) -> None:
+def _check_causal(model_config: Any) -> None:
     if getattr(model_config, "use_bidirectional_attention", None):
         option = "use_bidirectional_attention=true"
     elif not getattr(model_config, "is_causal", True):
@@ -112,7 +112,7 @@ def _refuse_bidirectional(model_config: Any) -> None:
     )
 
 
-def _refuse_window(model_config: Any, max_length: int) -> None:
+def _check_window(model_config: Any, max_length: int) -> None:
     window = getattr(model_config, "sliding_window", None)
     layer_types = getattr(model_config, "layer_types", None) or ["sliding_attention"]
     uses_window = getattr(model_config, "use_sliding_window", True) and "sliding_attention" in layer_types
@@ -120,7 +120,7 @@ def _refuse_window(model_config: Any, max_length: int) -> None:
         raise sliding_window_error(window, max_length - 1)
 
 
-def _refuse_moving_rotation(model_config: Any, max_length: int) -> None:
+def _check_fixed_rotation(model_config: Any, max_length: int) -> None:
     """Refuse sequences for which rotary frequencies depend on the longest sequence of the batch."""
     if not getattr(model_config, "rope_parameters", None):
         return
@@ -146,7 +146,7 @@ def _refuse_moving_rotation(model_config: Any, max_length: int) -> None:
             )
 
 
-def _refuse_learned_positions(model_config: Any, max_length: int) -> None:
+def _check_positions(model_config: Any, max_length: int) -> None:
     if model_config.model_type not in _LEARNED_POSITIONS:
         return
     positions = model_config.max_position_embeddings
@@ -160,7 +160,7 @@ def _refuse_learned_positions(model_config: Any, max_length: int) -> None:
         )
 
 
-def refuse_remote_model(folder: Path, model_config: Any) -> None:
+def check_no_remote_model(folder: Path, model_config: Any) -> None:
     """Raise an error for a model whose forward is not transformers' own: its log-probs were not tested.
 
     Args:

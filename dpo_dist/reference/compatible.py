@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.sampler import Rows
+from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fill import first_of_each, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceSpace, read_space
 from dpo_dist.reference.maintenance.info import space_folders
@@ -38,7 +38,7 @@ others (dtype, float32 matmul precision, ...) decide how precise a value is."""
 
 Profile = dict[str, str]
 
-Visited = Sequence[tuple[PairDataset, Rows]]
+Visited = Sequence[tuple[PairDataset, Indices]]
 
 
 def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
@@ -50,14 +50,14 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
             whoever reads a value does not know which rank computed it.
 
     Raises:
-        ReferenceError: ranks differ, and may not.
+        ReferenceModelError: ranks differ, and may not.
     """
     profiles = world.gather(profile)
     names = sorted({name for each in profiles for name in each})
     found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
     differing = {name: values for name, values in found.items() if len(values) > 1}
     if differing and not (is_tolerant and TOLERATED.issuperset(differing)):
-        raise ReferenceError(
+        raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
             where=f"ranks of {world.size}",
             got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in differing),
@@ -136,7 +136,7 @@ class Served:
     """
 
     rows: dict[str, int]
-    audited: tuple[int, Rows] | None
+    audited: tuple[int, Indices] | None
 
 
 def rows_served(store: LogpStore, visited: Visited) -> Served:

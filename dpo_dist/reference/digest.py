@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import ConfigError, ReferenceError
+from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.model.files import CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.fingerprint import MEMO_FOLDER
 
@@ -47,7 +47,7 @@ class ModelFiles:
         A file that was replaced and put back has other times, so it counts as changed too.
 
         Raises:
-            ReferenceError: a file has changed since.
+            ReferenceModelError: a file has changed since.
         """
         with ThreadPoolExecutor(max_workers=8) as pool:
             now = pool.map(_identity_or_none, self.identities)
@@ -57,7 +57,7 @@ class ModelFiles:
                 if then != is_now
             ]
         if changed:
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "the model's files changed while the model was loaded",
                 where=str(self.folder),
                 got=", ".join(changed),
@@ -119,7 +119,7 @@ def digest_on_every_node(
 
     Raises:
         ConfigError: as `digest_model`.
-        ReferenceError: nodes have different files.
+        ReferenceModelError: nodes have different files.
     """
     main = world.on_main(lambda: digest_model(folder, store, remote_code=remote_code), while_waiting)
 
@@ -146,7 +146,7 @@ def _check_alike(
         if names:
             differing.append(f"{world.peers[rank].host} (rank {rank}): {', '.join(names[:5])}")
     if differing:
-        raise ReferenceError(
+        raise ReferenceModelError(
             "nodes have different files of the same model",
             where=str(main.folder),
             got="; ".join(differing),

@@ -88,7 +88,7 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
     """Load the reference whose `files` were digested, and check that it was still these; collective.
 
     Raises:
-        ReferenceError: a file has changed since it was digested.
+        ReferenceModelError: a file has changed since it was digested.
     """
     engine = load_reference(files.folder, config, world)
     world.together(files.check_unchanged)

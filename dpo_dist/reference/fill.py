@@ -15,9 +15,9 @@ import numpy.typing as npt
 from dpo_dist.atomic import collect_abandoned
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Rows
+from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.fill_rounds import Places, Round, Work, by_pair, in_rounds, plan_round
 from dpo_dist.reference.scoring import Scorer, score_round
@@ -72,7 +72,7 @@ class FillReport:
         }
 
 
-def missing_responses(store: LogpStore, dataset: PairDataset, rows: Rows) -> tuple[Places, int]:
+def missing_responses(store: LogpStore, dataset: PairDataset, rows: Indices) -> tuple[Places, int]:
     """Places in `dataset.keys` of the distinct responses of `rows` that have no valid stored row, and how
     many have one.
     """
@@ -93,7 +93,7 @@ def first_of_each(keys: Keys) -> Places:
 def fill_store(
     open_store: OpenStore,
     dataset: PairDataset,
-    needed: Rows,
+    needed: Indices,
     scorer: Callable[[], Scorer],
     world: World,
     micro_batch_tokens: int,
@@ -120,7 +120,7 @@ def fill_store(
         known: `FillReport.shards` of an earlier fill of this run, which a listing may not show yet.
 
     Raises:
-        ReferenceError: the store cannot be written, or a log-prob is not finite.
+        ReferenceModelError: the store cannot be written, or a log-prob is not finite.
         DataError: token ids are not those of the key that they would be stored under.
     """
     others = _OtherJobs(open_store, known or {})
@@ -129,7 +129,7 @@ def fill_store(
         return report
     started = time.monotonic()
     store = open_store([])
-    world.together(store.demand_writable)
+    world.together(store.check_writable)
     world.on_main(lambda: collect_abandoned(store.folder))
     work = by_pair(dataset, missing)
     plan = partial(plan_round, dataset, world.rank, world.size, micro_batch_tokens, costs)
@@ -181,7 +181,7 @@ class _OtherJobs:
         self._known = known
         self.shards: dict[str, int] = {}
 
-    def survey(self, dataset: PairDataset, needed: Rows) -> tuple[Places, FillReport]:
+    def survey(self, dataset: PairDataset, needed: Indices) -> tuple[Places, FillReport]:
         """What is missing now, and what a fill that computes nothing would report."""
         listed = self._open_store(None)
         shards = {**listed.shard_bytes, **self._known}
@@ -234,7 +234,7 @@ def open_filled(open_store: OpenStore, shards: Mapping[str, int], world: World) 
             another node has just written.
 
     Raises:
-        ReferenceError: a rank does not get to see a shard.
+        ReferenceModelError: a rank does not get to see a shard.
     """
     return world.together(lambda: open_shards(open_store, shards))
 
@@ -243,7 +243,7 @@ def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
     """Open the store at `shards`, waiting a little for those that this node does not see whole yet.
 
     Raises:
-        ReferenceError: one does not appear, or not with its size.
+        ReferenceModelError: one does not appear, or not with its size.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     order = [space.name for space in open_store([]).spaces]
@@ -254,7 +254,7 @@ def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
         if not unseen:
             return store
         if time.monotonic() > deadline:
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "shards of reference log-probs that this run uses cannot be read",
                 where=f"reference.store on {socket.gethostname()}",
                 got=f"{len(unseen)} of {len(shards)} missing or damaged: {store.root / unseen[0]}",
@@ -266,13 +266,13 @@ def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
         store.names_now()  # a client of a network file system that lists a folder looks for its new files
 
 
-def check_complete(store: LogpStore, dataset: PairDataset, rows: Rows, world: World) -> None:
+def check_complete(store: LogpStore, dataset: PairDataset, rows: Indices, world: World) -> None:
     """Check on every rank, before training, that the store has a row for all that `rows` need; collective.
 
     Reads no values: rank 0 has verified those that were stored, and each is verified again when it is used.
 
     Raises:
-        ReferenceError: a rank lacks some of it.
+        ReferenceModelError: a rank lacks some of it.
     """
 
     def check() -> None:
@@ -280,7 +280,7 @@ def check_complete(store: LogpStore, dataset: PairDataset, rows: Rows, world: Wo
         parts = np.split(places, range(_KEYS_AT_ONCE, len(places), _KEYS_AT_ONCE))
         missing = sum(int((~store.indexed(dataset.keys[part])).sum()) for part in parts)
         if missing:
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "the reference store lacks log-probs right after it was filled",
                 where=f"{store.folder} on rank {world.rank} ({socket.gethostname()})",
                 got=f"{missing:,} of {len(places):,} responses have none",

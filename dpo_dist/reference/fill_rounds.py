@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
-from dpo_dist.data.sampler import Rows
+from dpo_dist.data.sampler import Indices
 
 Places = npt.NDArray[np.int64]
 
@@ -24,10 +24,10 @@ class Work:
         which: int64 [responses], which of its pair's responses each is.
     """
 
-    rows: Rows
-    stops: Rows
+    rows: Indices
+    stops: Indices
     places: Places
-    which: Rows
+    which: Indices
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,7 +48,7 @@ class Work:
 
 def by_pair(dataset: PairDataset, places: Places) -> Work:
     """The work that these `places`, ascending, are."""
-    rows, which = dataset.rows_of_responses(places)
+    rows, which = dataset.indices_of_responses(places)
     distinct, counts = np.unique(rows, return_counts=True)
     return Work(distinct, np.cumsum(counts), places, which)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from dpo_dist.atomic import write_text
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import SPACE_FILE, ReferenceSpace, read_space
 from dpo_dist.reference.index import build_index, first_values
 from dpo_dist.reference.shard import (
@@ -88,7 +88,7 @@ class LogpStore:
             kin: other spaces whose rows may serve where `space` has none, the nearest first.
 
         Raises:
-            ReferenceError: the folder cannot be made or read.
+            ReferenceModelError: the folder cannot be made or read.
         """
         spaces = [space, *kin]
         try:
@@ -102,7 +102,7 @@ class LogpStore:
                 log.warning("%s is no shard of the reference store and is passed over", root / name)
             return store
         except OSError as error:
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "the reference store cannot be opened",
                 where="reference.store",
                 got=f"{root / space.name}: {error}",
@@ -113,14 +113,14 @@ class LogpStore:
         """The shards that there are now, in this view or not."""
         return names_below(self.root, self.spaces)
 
-    def demand_writable(self) -> None:
+    def check_writable(self) -> None:
         """Say before hours of computing what could not be stored.
 
         Raises:
-            ReferenceError: the own space is read-only.
+            ReferenceModelError: the own space is read-only.
         """
         if not os.access(self.folder, os.W_OK):
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "the reference store lacks rows that this run needs, and cannot be written",
                 where="reference.store",
                 got=f"{self.folder} is read-only",
@@ -163,12 +163,12 @@ class LogpStore:
         """The rows of `keys`, float32 [completion tokens] each.
 
         Raises:
-            ReferenceError: a row is missing or damaged.
+            ReferenceModelError: a row is missing or damaged.
         """
         rows = []
         for key, row in zip(keys, self._find(keys)[0], strict=True):
             if row is None:
-                raise ReferenceError(
+                raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
                     where=str(self.folder),
                     got=f"row {key[0]:016x}{key[1]:016x}",
@@ -228,11 +228,11 @@ class LogpStore:
             The shard's name.
 
         Raises:
-            ReferenceError: it cannot be written, or a value is not finite.
+            ReferenceModelError: it cannot be written, or a value is not finite.
         """
         useless = sum(not np.isfinite(row).all() for row in rows)
         if useless:
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "the reference model gives log-probs that are not finite",
                 where="reference.path",
                 got=f"{useless} of {len(rows)} responses",
@@ -241,7 +241,7 @@ class LogpStore:
         try:
             return f"{self.folder.name}/{write_shard(self.folder, keys, rows)}"
         except (OSError, SafetensorError) as error:
-            raise ReferenceError(
+            raise ReferenceModelError(
                 "a shard of reference log-probs cannot be written",
                 where="reference.store",
                 got=f"{self.folder}: {error}",

@@ -10,7 +10,7 @@ from dpo_dist.model.folder import has_tokenizer
 from dpo_dist.model.load import load_config, load_tokenizer
 
 
-def refuse_other_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+def check_same_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
     """Raise where log-probs of the policy's token ids by the model of `folder` would mean something else.
 
     Where the folder has no tokenizer, only the number of ids is compared.

@@ -21,13 +21,13 @@ from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
 from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Rows, Schedule, make_schedule
+from dpo_dist.data.sampler import Indices, Schedule, make_schedule
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
-from dpo_dist.model.supported import refuse_unpackable, training_notes
+from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
 from dpo_dist.report.console import Console
 
@@ -63,9 +63,9 @@ class Inputs:
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
 
     @property
-    def visited(self) -> list[tuple[PairDataset, Rows]]:
+    def visited(self) -> list[tuple[PairDataset, Indices]]:
         """Each data set with the rows of it that the run visits; the training set is the first."""
-        visited = [(self.train_set, self.schedule.all_rows())]
+        visited = [(self.train_set, self.schedule.all_indices())]
         if self.eval_set is not None:
             visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
         return visited
@@ -76,7 +76,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
-    refuse_unpackable(model_config, config.data.max_length)
+    check_supported(model_config, config.data.max_length)
     for note in training_notes(model_config):
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
@@ -91,8 +91,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         # A node that sees the files as another device verifies them anew.
         opening = console.heartbeat(f"verifying the {name} data")
         dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
-        world.on_main(lambda: refuse_unknown_ids(dataset, tokenizer, model_config.vocab_size))
-        world.on_main(lambda: demand_fitting(dataset, config.loss))
+        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
+        world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         duplicates = world.on_main(partial(counted_once, count_duplicates, cache, dataset), opening)
         return _counting(dataset, duplicates=duplicates)
 
@@ -113,7 +113,9 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     return inputs
 
 
-def refuse_unknown_ids(dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def check_ids_in_vocabulary(
+    dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
     """Raise an error for data with token ids that the model has no embedding of.
 
     Tokenizers often have more tokens than their model, which never occur in text (a padding token).
@@ -158,7 +160,7 @@ def _digest_models(
     return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
-def demand_fitting(dataset: PairDataset, loss: LossConfig) -> None:
+def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
     """Refuse data of which a pair does not have what the loss compares.
 
     Raises:
@@ -187,7 +189,7 @@ def demand_fitting(dataset: PairDataset, loss: LossConfig) -> None:
         )
 
 
-def _refuse(dataset: PairDataset, rows: Rows, what: str, got: str, remedy: str) -> None:
+def _refuse(dataset: PairDataset, rows: Indices, what: str, got: str, remedy: str) -> None:
     if len(rows):
         raise DataError(
             f"{len(rows)} of {len(dataset)} pairs do not fit the loss: {what}",

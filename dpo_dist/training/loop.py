@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_dist.config.schema import BcoDelta, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Rows, Schedule
+from dpo_dist.data.sampler import Indices, Schedule
 from dpo_dist.data.step_plan import StepPlan, plan_step
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
@@ -118,7 +118,7 @@ class Loop:
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Every step from `first` on; made ahead of training, in another thread."""
         for step in range(first, self.schedule.steps):
-            plan = self._plan(self.train_set, self.schedule.rows(step))
+            plan = self._plan(self.train_set, self.schedule.indices(step))
             yield self.objective.ready_step(plan, self.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[StepMeasures, bool]:
@@ -194,7 +194,7 @@ class Loop:
             position.running = before.after(loss, margin, reward, pairs)
         return row
 
-    def _plan(self, dataset: PairDataset, rows: Rows) -> StepPlan:
+    def _plan(self, dataset: PairDataset, rows: Indices) -> StepPlan:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
         return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs, only_chosen)
 

@@ -19,8 +19,8 @@ from dpo_dist.errors import DataError
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder
 from dpo_dist.model.load import load_config, load_tokenizer
-from dpo_dist.model.supported import refuse_unpackable
-from dpo_dist.reference.vocabulary import refuse_other_vocabulary
+from dpo_dist.model.supported import check_supported
+from dpo_dist.reference.vocabulary import check_same_vocabulary
 
 _FIRST_RECORDS = 64
 
@@ -40,7 +40,7 @@ def rehearse(config: RunConfig) -> str:
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
-    refuse_unpackable(model_config, config.data.max_length)
+    check_supported(model_config, config.data.max_length)
     count_flops(model_config, config.model.adapter)  # as a run does: refuses targets that are no layers
     check_template_date(config.data, tokenizer)
     lines = [
@@ -61,13 +61,13 @@ def _state(run_dir: Path) -> str:
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
     if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.nvme import demand_async_io  # noqa: PLC0415  (starts DeepSpeed)
+        from dpo_dist.distributed.nvme import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
 
-        demand_async_io()
+        check_async_io()
     told = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, reference.revision, "reference.path")
-        refuse_other_vocabulary(folder, tokenizer, config.model)
+        check_same_vocabulary(folder, tokenizer, config.model)
         told.append(f"model {folder}")
     if reference.mode.value == "cached":
         spaces = len(list(Path(reference.store).glob("*/space.json")))
@@ -109,7 +109,7 @@ def _first_records(
 
 
 def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
-    """As `inputs.demand_fitting` does for all pairs."""
+    """As `inputs.check_data_fits_loss` does for all pairs."""
     fewest, most = int(part.pair_pieces.min()) - 1, int(part.pair_pieces.max()) - 1
     what: dict[str, Any] = {}
     if fewest < 2 and not loss.is_one_sided:

@@ -10,10 +10,10 @@ import torch
 from dpo_dist.config.schema import Dtype, Numerics, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Rows
+from dpo_dist.data.sampler import Indices
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.scoring import Scorer
@@ -42,7 +42,7 @@ def pass_gate(
     score: Scorer,
     objective: Objective,
     dataset: PairDataset,
-    visited: Rows,
+    visited: Indices,
     costs: ComputeCosts,
     config: RunConfig,
     world: World,
@@ -57,8 +57,8 @@ def pass_gate(
         The drift, for the report: per token and per response, in nats.
 
     Raises:
-        ReferenceError: rows drift beyond what the precision explains, or the loss is not its value at zero
-            margin.
+        ReferenceModelError: log-probs drift beyond what the precision explains, or the loss is not its
+            value at zero margin.
     """
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(config.reference.audit_pairs, len(visited))
@@ -83,9 +83,9 @@ def pass_gate(
     losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)
-    _refuse_drift(everywhere, dataset, config)
+    _check_drift(everywhere, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()
-    _refuse_loss(loss, loss_at_zero_margin, config.model.dtype)
+    _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)
     return report
 
 
@@ -135,13 +135,13 @@ def _tolerance(dtype: Dtype, tokens: int) -> float:
     return _TOLERANCE[dtype] * few
 
 
-def _refuse_drift(scored: list[_ScoredResponse], dataset: PairDataset, config: RunConfig) -> None:
+def _check_drift(scored: list[_ScoredResponse], dataset: PairDataset, config: RunConfig) -> None:
     dtype = config.model.dtype
     # Not "drift > tolerance", which lets nan pass.
     drifted = [s for s in scored if not s.token_drift <= _tolerance(dtype, s.tokens)]
     if drifted:
         named = [f"{dataset.origin(s.row)} response {s.which} ({s.token_drift:.2g})" for s in drifted[:5]]
-        raise ReferenceError(
+        raise ReferenceModelError(
             f"{len(drifted)} of {len(scored)} sampled reference rows differ from a fresh computation",
             where="; ".join(named),
             got="mean drift per token as given above, in nats",
@@ -154,10 +154,10 @@ def _refuse_drift(scored: list[_ScoredResponse], dataset: PairDataset, config: R
         )
 
 
-def _refuse_loss(loss: float, loss_at_zero_margin: float, dtype: Dtype) -> None:
+def _check_loss_at_start(loss: float, loss_at_zero_margin: float, dtype: Dtype) -> None:
     tolerance = _LOSS_TOLERANCE[dtype] * max(1.0, abs(loss_at_zero_margin))
     if not abs(loss - loss_at_zero_margin) <= tolerance:
-        raise ReferenceError(
+        raise ReferenceModelError(
             "policy and reference are the same model, but the loss is not its value at zero margin",
             where="before the first step",
             got=f"{loss:.6f}",

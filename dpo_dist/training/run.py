@@ -11,22 +11,22 @@ import torch
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PairDataset
-from dpo_dist.data.sampler import Rows
+from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint, saved_parallelism
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine, policy_config
-from dpo_dist.distributed.nvme import demand_async_io
+from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World, start_world, stop_world
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.attention_backend import use_deterministic_kernels
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.optional_packages import demand_bitsandbytes
+from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_digested
 from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.providers import AdapterReference, LiveReference, NoReference, ReferenceProvider
-from dpo_dist.reference.vocabulary import refuse_other_vocabulary
+from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import History
 from dpo_dist.report.page import METRICS_FOLDER
@@ -55,7 +55,7 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool
-    audited: tuple[PairDataset, Rows]
+    audited: tuple[PairDataset, Indices]
     report: dict[str, Any]
 
 
@@ -187,9 +187,9 @@ def precompute(config: RunConfig, console: Console) -> int:
 @contextlib.contextmanager
 def _world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.offload is Offload.nvme:
-        demand_async_io()
+        check_async_io()
     if config.reference.quantization is not None:
-        demand_bitsandbytes(config.reference.quantization, "reference.quantization")
+        check_bitsandbytes(config.reference.quantization, "reference.quantization")
     if config.trainer.deterministic:
         use_deterministic_kernels()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
@@ -213,7 +213,7 @@ def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Co
     files = inputs.reference_files
     assert files is not None, "there is one in every other mode"
     if config.reference.path:
-        world.on_main(lambda: refuse_other_vocabulary(files.folder, inputs.tokenizer, config.model))
+        world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     report = FillReport().as_dict()

@@ -123,7 +123,7 @@ def find_start(config: RunConfig, run_dir: Path, world: World) -> Start:
             checkpoints is whole, or they were written by other processes.
     """
     if config.run.resume is Resume.never:
-        world.on_main(partial(_refuse_used_folder, run_dir))
+        world.on_main(partial(_check_folder_unused, run_dir))
         return Start()
     state, has_model = world.on_main(partial(_look_at, run_dir))
     is_finished = state is not None and state.outcome in (Outcome.exported, Outcome.completed)
@@ -202,7 +202,7 @@ def mark_started(run_dir: Path, state: RunState, world: World) -> None:
     write_on_main(work, run_dir, world)
 
 
-def _refuse_used_folder(run_dir: Path) -> None:
+def _check_folder_unused(run_dir: Path) -> None:
     used = [name for name in (CHECKPOINTS, METRICS_FOLDER, MODEL) if (run_dir / name).exists()]
     if used:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
-from dpo_dist.model.optional_packages import demand_bitsandbytes, demand_liger_kernel
+from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel
 
 STATE_NAME = "run_state.json"
 # A run folder before its first step: nothing that anybody would miss.
@@ -148,11 +148,11 @@ def _check_folder(folder: Path, key: str) -> None:
 
 def _check_packages(config: RunConfig) -> None:
     if config.model.quantization is not None:
-        demand_bitsandbytes(config.model.quantization, "model.quantization")
+        check_bitsandbytes(config.model.quantization, "model.quantization")
     if config.reference.quantization is not None:
-        demand_bitsandbytes(config.reference.quantization, "reference.quantization")
+        check_bitsandbytes(config.reference.quantization, "reference.quantization")
     if config.model.liger:
-        demand_liger_kernel()
+        check_liger_kernel()
 
 
 def _check_models(config: RunConfig) -> None:

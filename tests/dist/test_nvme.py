@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Offload, ReferenceConfig
 from dpo_dist.data.step_plan import plan_step
-from dpo_dist.distributed.nvme import demand_async_io, own_folder
+from dpo_dist.distributed.nvme import check_async_io, own_folder
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 from dpo_dist.reference.engine import load_reference
@@ -54,7 +54,7 @@ def test_weights_on_a_disk_score_as_those_in_memory(assets: Assets, tmp_path: Pa
 @pytest.mark.skipif(HAS_ASYNC_IO, reason="DeepSpeed's async_io can be built here")
 def test_where_deepspeed_cannot_read_beside_computing_it_is_said_beforehand() -> None:
     with pytest.raises(ConfigError) as caught:
-        demand_async_io()
+        check_async_io()
     assert caught.value.where == "reference.offload"
     assert "libaio" in str(caught.value.remedy)
 

@@ -8,7 +8,7 @@ import torch
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.model.attention import Layout, packed_attention
-from dpo_dist.model.attention_backend import Heads, verify_kernel
+from dpo_dist.model.attention_backend import Heads, check_kernel
 from dpo_dist.model.load import load_packed
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -30,7 +30,7 @@ KERNELS = [
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("heads", [Heads(32, 8, 128), Heads(28, 4, 128), Heads(8, 8, 64)], ids=str)
 def test_kernels_pass_the_check_of_a_run_s_start(kernel: AttentionBackend, heads: Heads) -> None:
-    verify_kernel(kernel, CUDA, heads, torch.bfloat16)
+    check_kernel(kernel, CUDA, heads, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,4 +1,4 @@
-"""Rows as people write them into files."""
+"""Indices as people write them into files."""
 
 import json
 from collections.abc import Iterable

@@ -19,20 +19,20 @@ from dpo_dist.reference.maintenance.info import space_folders
 from dpo_dist.reference.shard import list_shards
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.store import main
-from tests.unit.reference.test_store import Rows, flip, keys_of, readable, values
+from tests.unit.reference.test_store import Indices, flip, keys_of, readable, values
 
 FIRST = ReferenceSpace("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
 SECOND = ReferenceSpace("ab" * 16, {"dtype": "bf16"}, "./second")
-ROWS: Rows = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
+ROWS: Indices = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
 DAY = 24 * 3600
 
 
-def write(root: Path, space: ReferenceSpace, rows: Rows) -> Path:
+def write(root: Path, space: ReferenceSpace, rows: Indices) -> Path:
     store = LogpStore.open(root, space)
     return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
 
 
-def rows_of(root: Path, space: ReferenceSpace) -> Rows:
+def rows_of(root: Path, space: ReferenceSpace) -> Indices:
     return readable(root, [1, 2, 4, 7], space)
 
 

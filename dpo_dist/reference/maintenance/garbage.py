@@ -38,7 +38,7 @@ def find_garbage(root: Path, drop: Sequence[str], keep: Sequence[str], unused_da
 
     Raises:
         ConfigError: a digest fits nothing, or more than one reference.
-        ReferenceError: there is no such store.
+        ReferenceModelError: there is no such store.
     """
     spaces = take_inventory(root)
     dropped = {name for digits in drop for name in _named(spaces, "--drop", digits)}

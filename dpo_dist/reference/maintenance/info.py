@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import (
     LOGP_PATH_VERSION,
     SPACE_FILE,
@@ -76,12 +76,12 @@ def space_folders(root: Path) -> list[Path]:
     """The folders of all spaces of a store.
 
     Raises:
-        ReferenceError: there is no such store.
+        ReferenceModelError: there is no such store.
     """
     try:
         return sorted(path for path in root.iterdir() if _SPACE_NAME.fullmatch(path.name) and path.is_dir())
     except OSError as error:
-        raise ReferenceError(
+        raise ReferenceModelError(
             "there is no such reference store",
             where=str(root),
             got=str(error.strerror),
@@ -104,7 +104,7 @@ def take_inventory(root: Path) -> list[SpaceInfo]:
     Spaces and files that another process removes meanwhile are left out.
 
     Raises:
-        ReferenceError: there is no such store.
+        ReferenceModelError: there is no such store.
         OSError: a space cannot be read.
     """
     spaces = []

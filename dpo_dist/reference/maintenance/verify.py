@@ -64,7 +64,7 @@ def verify_store(root: Path) -> Verification:
     """Read every shard of the store `root` and check its name and the checksum of every row, in parallel.
 
     Raises:
-        ReferenceError: there is no such store.
+        ReferenceModelError: there is no such store.
         OSError: a file cannot be read.
     """
     folders = space_folders(root)

@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.load import load_run_config, run_digest
 from dpo_dist.config.schema import Quantization, SyncReferenceConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.optional_packages import demand_bitsandbytes
+from dpo_dist.model.optional_packages import check_bitsandbytes
 
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 LIVE = "reference.mode=live"
@@ -106,6 +106,6 @@ def test_a_slip_names_what_was_meant(override: str, expected: Any) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_without_bitsandbytes_the_key_that_needs_it_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        demand_bitsandbytes(Quantization.nf4, "reference.quantization")
+        check_bitsandbytes(Quantization.nf4, "reference.quantization")
     assert caught.value.where == "reference.quantization"
     assert "dpo-dist[quantization]" in str(caught.value.remedy)

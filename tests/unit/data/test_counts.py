@@ -151,6 +151,6 @@ def test_a_run_of_hardly_any_pairs_is_told(pairs: int, trainer: dict[str, float]
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
     most = max(
-        int(np.unique(schedule.rows(step), return_counts=True)[1].max()) for step in range(schedule.steps)
+        int(np.unique(schedule.indices(step), return_counts=True)[1].max()) for step in range(schedule.steps)
     )
     assert ("times in one step" in (told or "")) == (most > 2)

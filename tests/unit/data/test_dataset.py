@@ -75,7 +75,7 @@ def test_keys_stand_beside_the_responses_they_address(ranked: PairDataset) -> No
         assert len(places) == count
         for place, response in zip(places, pair.responses, strict=True):
             assert ranked.keys[place].tobytes() == response_key(pair.prompt_ids, response)
-    rows, which_ones = ranked.rows_of_responses(np.arange(sum(RANKED)))
+    rows, which_ones = ranked.indices_of_responses(np.arange(sum(RANKED)))
     assert rows.tolist() == [row for row, count in enumerate(RANKED) for _ in range(count)]
     assert which_ones.tolist() == [which for count in RANKED for which in range(count)]
 

@@ -287,7 +287,9 @@ def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
     assert np.array_equal(data.keys[places], whole.keys[places])
     assert np.array_equal(data.keys[:], whole.keys)
     assert data.keys[-1].tolist() == whole.keys[-1].tolist()
-    for found, expected in zip(data.rows_of_responses(places), whole.rows_of_responses(places), strict=True):
+    for found, expected in zip(
+        data.indices_of_responses(places), whole.indices_of_responses(places), strict=True
+    ):
         assert found.tolist() == expected.tolist()
     assert [data.lengths(row) for row in every] == [whole.lengths(row) for row in every]
     assert data.mean_chosen_tokens(every) == whole.mean_chosen_tokens(every)

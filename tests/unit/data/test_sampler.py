@@ -20,7 +20,7 @@ def schedule(pairs: int | list[Span], batch: int, **trainer: float) -> Schedule:
 
 def visited(of: Schedule) -> list[int]:
     """The rows of all steps in order."""
-    return [row for step in range(of.steps) for row in of.rows(step).tolist()]
+    return [row for step in range(of.steps) for row in of.indices(step).tolist()]
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 3))
@@ -37,28 +37,28 @@ def test_epochs_follow_without_a_gap_in_a_new_order(pairs: int, batch: int, epoc
     assert [sorted(part) for part in parts] == [list(range(pairs))] * epochs
     assert pairs < 10 or len({tuple(part) for part in parts}) == epochs
     # All batches but the last are full.
-    assert all(len(whole.rows(step)) == batch for step in range(whole.steps - 1))
-    assert 0 < len(whole.rows(whole.steps - 1)) <= batch
+    assert all(len(whole.indices(step)) == batch for step in range(whole.steps - 1))
+    assert 0 < len(whole.indices(whole.steps - 1)) <= batch
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.data())
 def test_a_step_is_the_same_wherever_a_run_starts(pairs: int, batch: int, data: st.DataObject) -> None:
     epochs = data.draw(st.floats(0.2, 3.0))
     whole = schedule(pairs, batch, epochs=epochs)
-    expected = [whole.rows(step).tolist() for step in range(whole.steps)]
+    expected = [whole.indices(step).tolist() for step in range(whole.steps)]
     for step in data.draw(st.permutations(range(whole.steps)))[:8]:
-        assert schedule(pairs, batch, epochs=epochs).rows(step).tolist() == expected[step]
+        assert schedule(pairs, batch, epochs=epochs).indices(step).tolist() == expected[step]
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.floats(0.05, 2.5))
 def test_all_rows_are_those_that_the_steps_visit(pairs: int, batch: int, epochs: float) -> None:
     whole = schedule(pairs, batch, epochs=epochs)
-    assert whole.all_rows().tolist() == sorted(set(visited(whole)))
+    assert whole.all_indices().tolist() == sorted(set(visited(whole)))
 
 
 def test_longer_runs_start_like_shorter_ones() -> None:
     short, long = schedule(100, 8, epochs=1.0), schedule(100, 8, max_steps=40)
-    assert all(np.array_equal(short.rows(step), long.rows(step)) for step in range(short.steps - 1))
+    assert all(np.array_equal(short.indices(step), long.indices(step)) for step in range(short.steps - 1))
 
 
 def test_seeds_and_nothing_else_change_the_order() -> None:
@@ -122,7 +122,7 @@ def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
 def test_max_steps_counts_full_batches_over_epochs() -> None:
     part = schedule(10, 4, max_steps=7, epochs=1.0)
     assert part.steps == 7
-    assert [len(part.rows(step)) for step in range(7)] == [4] * 7
+    assert [len(part.indices(step)) for step in range(7)] == [4] * 7
 
 
 def test_epoch_says_how_much_of_the_data_was_seen() -> None:

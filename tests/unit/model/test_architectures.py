@@ -15,7 +15,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
-from dpo_dist.model.supported import EXACT_MODEL_TYPES, refuse_unpackable, training_notes
+from dpo_dist.model.supported import EXACT_MODEL_TYPES, check_supported, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {
@@ -91,7 +91,7 @@ def gradients(causal_lm: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
 )
 def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
     config = tiny_config(model_type, **own)
-    refuse_unpackable(config, LONGEST)
+    check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
     pairs = random_pairs(SHAPES)
     expected = plain_logps(causal_lm, pairs)
@@ -134,7 +134,7 @@ def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
 def test_what_would_not_be_exact_is_refused(model_type: str, own: dict[str, Any], named: str) -> None:
     config = AutoConfig.for_model(model_type, **own)
     with pytest.raises(ConfigError, match=named) as raised:
-        refuse_unpackable(config, LONGEST)
+        check_supported(config, LONGEST)
     assert raised.value.remedy
 
 
@@ -148,7 +148,7 @@ def test_what_would_not_be_exact_is_refused(model_type: str, own: dict[str, Any]
     ],
 )
 def test_options_that_change_nothing_are_accepted(model_type: str, own: dict[str, Any]) -> None:
-    refuse_unpackable(AutoConfig.for_model(model_type, **own), LONGEST)
+    check_supported(AutoConfig.for_model(model_type, **own), LONGEST)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_layer_that_asks_for_more_is_refused_even_if_the_model_was_not(
 @torch.no_grad()
 def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
     """Packed in training mode, and each response alone in a model that has seen no other."""
-    refuse_unpackable(config, LONGEST)
+    check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
     pairs = random_pairs(shapes)
     expected = torch.cat([plain_logps(copy.deepcopy(causal_lm).eval(), [pair]) for pair in pairs])
@@ -202,9 +202,9 @@ def test_rope_is_understood_as_older_config_files_write_it(
     }
     (tmp_path / "config.json").write_text(json.dumps(written))
     config = load_config(tmp_path, ModelConfig())
-    refuse_unpackable(config, LONGEST)
+    check_supported(config, LONGEST)
     with pytest.raises(ConfigError, match="longest sequence of the batch"):
-        refuse_unpackable(load_config(tmp_path, ModelConfig()), LONGEST + 1)
+        check_supported(load_config(tmp_path, ModelConfig()), LONGEST + 1)
 
 
 def test_a_mixture_of_experts_says_that_its_router_is_not_balanced() -> None:
@@ -237,14 +237,14 @@ def test_a_window_that_just_holds_the_longest_input_changes_nothing(model_type: 
     own = WINDOWED[model_type]
     assert_exact(tiny_config(model_type, **own, sliding_window=LONGEST - 1))
     with pytest.raises(ConfigError, match="sliding window") as raised:
-        refuse_unpackable(tiny_config(model_type, **own, sliding_window=LONGEST - 2), LONGEST)
+        check_supported(tiny_config(model_type, **own, sliding_window=LONGEST - 2), LONGEST)
     assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
 def test_learned_positions_just_hold_the_longest_input(model_type: str) -> None:
     config = tiny_config(model_type, max_position_embeddings=LONGEST - 1)
-    refuse_unpackable(config, LONGEST)
+    check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
     batch = pack_unkeyed(random_pairs([(7, 9), (1, 4)]))
     assert packed(causal_lm)(batch).isfinite().all()
@@ -285,5 +285,5 @@ def test_rotation_does_not_depend_on_a_long_neighbour(model_type: str, rope_type
         assert_exact(beyond)
         return
     with pytest.raises(ConfigError, match=rope_type) as raised:
-        refuse_unpackable(beyond, LONGEST)
+        check_supported(beyond, LONGEST)
     assert raised.value.remedy == f"set data.max_length to {LONGEST - 1} or less"

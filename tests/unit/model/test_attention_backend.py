@@ -14,10 +14,10 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention_backend import (
     Heads,
+    check_kernel,
     choose_backend,
     heads_of,
     use_deterministic_kernels,
-    verify_kernel,
 )
 from dpo_dist.model.load import numerics_of
 from tests.support.kernels import (
@@ -69,10 +69,10 @@ def test_deterministic_kernels_are_asked_of_pytorch_cublas_and_flash_attn(
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", record)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    verify_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
+    check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
     try:
         use_deterministic_kernels()
-        verify_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
+        check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         config = ModelConfig("m", dtype=Dtype.fp32)
         assert numerics_of(config, AttentionBackend.sdpa, CPU)["deterministic"] == "true"
@@ -101,7 +101,7 @@ def test_a_right_kernel_passes(
 ) -> None:
     for varlen in (varlen_of_torch_2_13, varlen_of_torch_2_11):
         put_kernels(monkeypatch, varlen)
-        verify_kernel(backend, CPU, heads, dtype)
+        check_kernel(backend, CPU, heads, dtype)
 
 
 def shifted(*args: Any, **options: Any) -> Tensor:
@@ -143,6 +143,6 @@ def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
 ) -> None:
     put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
-        verify_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
+        check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
     assert told in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy

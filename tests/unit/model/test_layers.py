@@ -8,7 +8,7 @@ import torch
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.layers import LIGER_MODEL_TYPES, checkpoint_layers, decoder_layers, demand_liger
+from dpo_dist.model.layers import LIGER_MODEL_TYPES, check_liger, checkpoint_layers, decoder_layers
 from dpo_dist.model.supported import EXACT_MODEL_TYPES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
@@ -63,11 +63,11 @@ def test_liger_is_for_architectures_that_are_accepted() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 def test_liger_is_refused_where_it_is_not_installed() -> None:
     with pytest.raises(ConfigError, match="liger extra"):
-        demand_liger("qwen2", CUDA)
+        check_liger("qwen2", CUDA)
 
 
 def test_liger_is_refused_for_an_architecture_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
-    demand_liger("qwen2", CUDA)
+    check_liger("qwen2", CUDA)
     with pytest.raises(ConfigError, match="gpt2"):
-        demand_liger("gpt2", CUDA)
+        check_liger("gpt2", CUDA)

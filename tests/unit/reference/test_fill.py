@@ -15,7 +15,7 @@ from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, pack
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DataError, ReferenceError
+from dpo_dist.errors import DataError, ReferenceModelError
 from dpo_dist.reference import fill as fill_module
 from dpo_dist.reference.fill import FillReport, check_complete, fill_store, missing_responses, open_filled
 from dpo_dist.reference.fingerprint import ReferenceSpace
@@ -234,7 +234,7 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_is_computed(
     with read_only(tmp_path):
         assert fill(tmp_path, dataset, [0], world)[0] == FillReport(hits=2)
         scorer = Scorer()
-        with pytest.raises(ReferenceError, match="cannot be written"):
+        with pytest.raises(ReferenceModelError, match="cannot be written"):
             fill(tmp_path, dataset, [0, 1], world, scorer=scorer)
         assert not scorer.responses
 
@@ -252,7 +252,7 @@ def test_a_round_that_cannot_be_written_is_told(
             self.calls += 1
             return super().__call__(batch) / (0 if self.calls == broken + 1 else 1)
 
-    with pytest.raises(ReferenceError, match="not finite"):
+    with pytest.raises(ReferenceModelError, match="not finite"):
         fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Broken())
     assert len(LogpStore.open(tmp_path, SPACE).names) == broken
 
@@ -299,7 +299,7 @@ def test_the_data_set_is_searched_once_however_many_jobs_share_the_rounds(
     tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searches = []
-    search = PairDataset.rows_of_responses
+    search = PairDataset.indices_of_responses
 
     def counted(self: PairDataset, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         searches.append(len(places))
@@ -315,7 +315,7 @@ def test_the_data_set_is_searched_once_however_many_jobs_share_the_rounds(
                 LogpStore.open(tmp_path, SPACE).write(dataset.keys[[place]], [values])
             return super().__call__(batch)
 
-    monkeypatch.setattr(PairDataset, "rows_of_responses", counted)
+    monkeypatch.setattr(PairDataset, "indices_of_responses", counted)
     rows = list(range(len(RESPONSES)))
     report, _ = fill(tmp_path, dataset, rows, world, rows_per_shard=2, scorer=Neighbour())
     assert report.hits, "a round was shared"
@@ -377,7 +377,7 @@ def test_a_shard_that_comes_late_or_in_part_is_waited_for(
         check_complete(open_filled(open_at(tmp_path), report.shards, world), dataset, np.arange(2), world)
     for damage in (lambda: (tmp_path / name).write_bytes(content[:-4]), (tmp_path / name).unlink):
         damage()
-        with pytest.raises(ReferenceError, match="cannot be read") as raised:
+        with pytest.raises(ReferenceModelError, match="cannot be read") as raised:
             open_filled(open_at(tmp_path), report.shards, world)
         assert name in raised.value.got
 
@@ -409,7 +409,7 @@ def test_what_is_missing_after_a_fill_is_told_before_training(
     report, _ = fill(tmp_path, dataset, [0, 1], world)
     store = open_filled(open_at(tmp_path), report.shards, world)
     check_complete(store, dataset, np.array([0, 1]), world)
-    with pytest.raises(ReferenceError, match="lacks log-probs") as raised:
+    with pytest.raises(ReferenceModelError, match="lacks log-probs") as raised:
         check_complete(store, dataset, np.array([1, 2]), world)
     assert "3 of 4" in raised.value.got
     assert "rank 0" in raised.value.where

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist import digests as digest_module
-from dpo_dist.errors import ConfigError, ReferenceError
+from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
 from dpo_dist.reference.digest import digest_model, model_label, tokenizer_digest
 from dpo_dist.reference.fingerprint import ReferenceSpace
@@ -108,15 +108,15 @@ def test_weights_that_are_put_back_after_loading_count_as_changed(model: Path, t
     weights, aside = model / "model-1.safetensors", tmp_path / "aside"
     weights.rename(aside)
     weights.write_bytes(b"weights of another model")
-    with pytest.raises(ReferenceError, match="changed while the model was loaded") as raised:
+    with pytest.raises(ReferenceModelError, match="changed while the model was loaded") as raised:
         files.check_unchanged()
     assert raised.value.got == weights.name
     aside.replace(weights)
     assert digest_model(model).digest == files.digest
-    with pytest.raises(ReferenceError):
+    with pytest.raises(ReferenceModelError):
         files.check_unchanged()
     weights.unlink()
-    with pytest.raises(ReferenceError):
+    with pytest.raises(ReferenceModelError):
         files.check_unchanged()
 
 

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceSpace, read_space
 from dpo_dist.reference.shard import Keys, Values
 from dpo_dist.reference.store import LogpStore
 from tests.support.read_only import read_only
 
 SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
-Rows: TypeAlias = dict[int, list[float]]
+Indices: TypeAlias = dict[int, list[float]]
 
 
 def keys_of(names: Sequence[int]) -> Keys:
@@ -35,7 +35,7 @@ def values(*numbers: float) -> Values:
     return np.array(numbers, dtype=np.float32)
 
 
-def write(root: Path, rows: Rows, space: ReferenceSpace = SPACE) -> Path:
+def write(root: Path, rows: Indices, space: ReferenceSpace = SPACE) -> Path:
     """Write these rows as one shard and give its file."""
     store = LogpStore.open(root, space, [])
     return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
@@ -45,14 +45,14 @@ def open_store(root: Path) -> LogpStore:
     return LogpStore.open(root, SPACE)
 
 
-def readable(root: Path, names: Sequence[int], space: ReferenceSpace = SPACE) -> Rows:
+def readable(root: Path, names: Sequence[int], space: ReferenceSpace = SPACE) -> Indices:
     """The rows of these names that a run would read."""
     store = LogpStore.open(root, space)
     held = [name for name, holds in zip(names, store.holds(keys_of(names)), strict=True) if holds]
     return {name: row.tolist() for name, row in zip(held, store.read(keys_of(held)), strict=True)}
 
 
-ROWS: Rows = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
+ROWS: Indices = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
 
 
 def test_rows_are_read_by_key_in_any_order(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_rows_are_read_by_key_in_any_order(tmp_path: Path) -> None:
 
 def test_a_missing_row_is_an_error_and_never_a_guess(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
-    with pytest.raises(ReferenceError, match="missing or damaged") as raised:
+    with pytest.raises(ReferenceModelError, match="missing or damaged") as raised:
         open_store(tmp_path).read(keys_of([1, 5]))
     assert f"{5 % 3:016x}{5:016x}" in raised.value.got
     assert raised.value.remedy
@@ -109,7 +109,7 @@ def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
         max_size=6,
     )
 )
-def test_whatever_was_written_is_read(writes: list[Rows]) -> None:
+def test_whatever_was_written_is_read(writes: list[Indices]) -> None:
     with TemporaryDirectory() as folder:
         written: dict[int, list[list[float]]] = {}
         for rows in writes:
@@ -141,7 +141,7 @@ def test_a_flipped_value_loses_its_row_only(tmp_path: Path) -> None:
     place = file.read_bytes().index(values(*ROWS[4]).tobytes())
     flip(file, place)
     assert readable(tmp_path, list(ROWS)) == {7: ROWS[7], 1: ROWS[1]}
-    with pytest.raises(ReferenceError):
+    with pytest.raises(ReferenceModelError):
         open_store(tmp_path).read(keys_of([4]))
     # What is missing is computed again, and found in the new shard behind the damaged row.
     write(tmp_path, {4: ROWS[4]})
@@ -259,10 +259,10 @@ def test_a_read_only_store_serves_what_it_has_and_tells_what_cannot_be_written(
         (folder / "space.json").unlink()
     with read_only(tmp_path):
         assert readable(tmp_path, list(ROWS)) == ROWS
-        with pytest.raises(ReferenceError, match="cannot be written") as raised:
+        with pytest.raises(ReferenceModelError, match="cannot be written") as raised:
             open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
         assert "Read-only" in raised.value.got
-        with pytest.raises(ReferenceError, match="cannot be opened"):
+        with pytest.raises(ReferenceModelError, match="cannot be opened"):
             LogpStore.open(tmp_path, ReferenceSpace("new", {}))
 
 
@@ -286,7 +286,7 @@ def test_rows_of_kin_serve_where_the_own_space_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
 def test_values_that_are_not_finite_are_never_stored(tmp_path: Path, number: float) -> None:
-    with pytest.raises(ReferenceError, match="not finite") as raised:
+    with pytest.raises(ReferenceModelError, match="not finite") as raised:
         write(tmp_path, {1: [-1.0], 2: [-1.0, number]})
     assert raised.value.got == "1 of 2 responses"
     assert not open_store(tmp_path).holds(keys_of([1])).any()
@@ -297,7 +297,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(ReferenceError, match="cannot be written") as raised:
+        with pytest.raises(ReferenceModelError, match="cannot be written") as raised:
             store.write(keys_of([1]), [np.zeros(4096, dtype=np.float32)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -307,7 +307,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ReferenceError, match="cannot be opened"):
+    with pytest.raises(ReferenceModelError, match="cannot be opened"):
         open_store(tmp_path / "file")
 
 
@@ -328,7 +328,7 @@ def test_a_shard_that_cannot_be_read_is_no_damaged_one(tmp_path: Path) -> None:
     name = f"{SPACE.name}/{file.name}"
     file.unlink()
     file.mkdir()
-    with pytest.raises(ReferenceError, match="cannot be opened") as raised:
+    with pytest.raises(ReferenceModelError, match="cannot be opened") as raised:
         LogpStore.open(tmp_path, SPACE, [name])
     assert file.name in raised.value.got
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.reference.vocabulary import refuse_other_vocabulary
+from dpo_dist.reference.vocabulary import check_same_vocabulary
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -16,10 +16,10 @@ CONFIG = ModelConfig("policy")
 
 def test_the_policys_own_vocabulary_will_do_with_or_without_its_files(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    refuse_other_vocabulary(folder, tiny.qwen(), CONFIG)
+    check_same_vocabulary(folder, tiny.qwen(), CONFIG)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    refuse_other_vocabulary(folder, tiny.qwen(), CONFIG)
+    check_same_vocabulary(folder, tiny.qwen(), CONFIG)
 
 
 def test_ids_that_the_reference_does_not_have(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_ids_that_the_reference_does_not_have(tmp_path: Path) -> None:
     tokenizer = type(tokenizer).from_pretrained(longer)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ConfigError, match="no such token ids") as caught:
-        refuse_other_vocabulary(folder, tokenizer, CONFIG)
+        check_same_vocabulary(folder, tokenizer, CONFIG)
     assert caught.value.where == "reference.path"
     assert f"{ids} token ids" in str(caught.value.got)
 
@@ -45,6 +45,6 @@ def test_other_tokens_under_the_same_ids(tmp_path: Path) -> None:
         if other.suffix in (".json", ".jinja") and other.name.startswith(("tokenizer", "special", "chat")):
             other.write_text(other.read_text().replace("<|im_end|>", "<|fin|>"))
     with pytest.raises(ConfigError, match="other ids for the same tokens") as caught:
-        refuse_other_vocabulary(folder, tiny.qwen(), CONFIG)
+        check_same_vocabulary(folder, tiny.qwen(), CONFIG)
     assert "1 of" in str(caught.value.got)
     assert "<|im_end|>" in str(caught.value.got)

@@ -9,7 +9,7 @@ from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.errors import ConfigError
-from dpo_dist.training.data_setup import refuse_unknown_ids
+from dpo_dist.training.data_setup import check_ids_in_vocabulary
 from tests.support import tiny
 from tests.support.invented import write_pairs
 
@@ -27,8 +27,8 @@ def test_a_token_without_an_embedding_is_named_before_training(dataset: PairData
     largest = int(dataset.ids[0 : len(dataset.ids)].max())
     assert largest + 1 < len(tiny.qwen())
     dataset = replace(dataset, ids=np.empty(0, dtype=np.int32))
-    refuse_unknown_ids(dataset, tiny.qwen(), len(tiny.qwen()))
-    refuse_unknown_ids(dataset, tiny.qwen(), largest + 1)
+    check_ids_in_vocabulary(dataset, tiny.qwen(), len(tiny.qwen()))
+    check_ids_in_vocabulary(dataset, tiny.qwen(), largest + 1)
     with pytest.raises(ConfigError, match="no embedding") as raised:
-        refuse_unknown_ids(dataset, tiny.qwen(), largest)
+        check_ids_in_vocabulary(dataset, tiny.qwen(), largest)
     assert repr(tiny.qwen().convert_ids_to_tokens(largest)) in raised.value.got

@@ -26,7 +26,7 @@ from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.data.step_plan import pack_rows
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceSpace
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
@@ -139,7 +139,7 @@ def test_drift_is_reported_per_token_and_per_response(check: Any, data: PairData
 def test_a_row_that_drifts_beyond_the_precision_is_named(
     check: Any, data: PairDataset, dtype: Dtype, drift: float
 ) -> None:
-    with pytest.raises(ReferenceError, match="1 of 12 sampled") as raised:
+    with pytest.raises(ReferenceModelError, match="1 of 12 sampled") as raised:
         check(Policy(4, rejected_drift=drift), dtype)
     assert str(data.origin(4)) + " response 1" in raised.value.where
 
@@ -147,7 +147,7 @@ def test_a_row_that_drifts_beyond_the_precision_is_named(
 def test_small_drifts_that_add_up_to_another_loss_are_refused(check: Any) -> None:
     drifting = Policy(0, chosen_drift=9e-5)
     assert check(drifting)["largest_token_drift"] == pytest.approx(9e-5, rel=1e-2)
-    with pytest.raises(ReferenceError, match="not its value at zero margin"):
+    with pytest.raises(ReferenceModelError, match="not its value at zero margin"):
         check(drifting, loss=LossConfig(beta=5.0))
 
 

@@ -29,7 +29,7 @@ from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ReferenceError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
@@ -130,7 +130,7 @@ def test_looked_up_values_travel_with_the_batch(data: PairDataset, tmp_path: Pat
 
 def test_a_row_that_is_missing_ends_an_evaluation(data: PairDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
-    with pytest.raises(ReferenceError, match="missing or damaged"):
+    with pytest.raises(ReferenceModelError, match="missing or damaged"):
         evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
