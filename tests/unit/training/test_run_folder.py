@@ -13,7 +13,7 @@ import pytest
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.page import METRICS_FOLDER
@@ -23,7 +23,6 @@ from dpo_dist.training.finish import finish
 from dpo_dist.training.run_folder import CHECKPOINTS, MODEL, find_start, locked, mark_started
 from dpo_dist.training.run_state import (
     STATE_NAME,
-    Outcome,
     RunState,
     check_identity,
     read_state,

@@ -1,6 +1,6 @@
 """Measure the store of reference log-probs at scale, with invented keys and short rows.
 
-python scripts/bench_store.py [--rows 10000000] [--folder DIR] [--smoke]
+python -m benchmarks store [--rows 10000000] [--folder DIR] [--smoke]
 
 Writes the rows in shards of the default size, opens them, looks rows up at random, asks which responses of a
 data set are missing, and does the same over many small shards. Figures that end in `_cpu` are by its own
@@ -16,7 +16,6 @@ The last line is the figures as JSON.
 import argparse
 import gc
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench_assets import SHAPES, save_random_model
-
+from benchmarks.assets import SHAPES, save_random_model
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.encode import response_key
