@@ -38,11 +38,11 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 
-SPACE = ReferenceSpace("invented", {})
+SPACE = ReferenceFingerprint("invented", {})
 PROMPT_TOKENS = 32
 MICRO_BATCH_TOKENS = 8192
 LOOKUP_BATCH = 64
@@ -210,7 +210,7 @@ def marks(keys: Keys) -> np.ndarray:
 
 
 def lookups_per_second(store: LogpStore, dataset: PairDataset, clock: Callable[[], float]) -> float:
-    """Indices read at random in batches, warm, each compared with what was written."""
+    """Entries read at random in batches, warm, each compared with what was written."""
     places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in places]
     for keys in batches:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
-from dpo_dist.reference.maintenance.info import SpaceInfo, take_inventory
+from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
 
 
@@ -108,7 +108,7 @@ def _gc(given: argparse.Namespace) -> None:
         print("nothing to remove")
 
 
-def _line(space: SpaceInfo) -> str:
+def _line(space: FingerprintInfo) -> str:
     reference = space.space.reference if space.space is not None else "-"
     damaged = f", {space.damaged} damaged" if space.damaged else ""
     return (

@@ -101,7 +101,7 @@ def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
     peak_bytes = peak_memory_bytes(loop.world)
     seconds = position.train_seconds
     return {
-        **final_and_best(loop.recorder.history.rows if loop.recorder is not None else []),
+        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
         "train_seconds": seconds,

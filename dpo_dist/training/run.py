@@ -29,7 +29,7 @@ from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.providers import AdapterReference, LiveReference, NoReference, ReferenceProvider
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
-from dpo_dist.report.metrics_log import History
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
@@ -241,6 +241,6 @@ def _open_recorder(
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
-    history = History.open(run_dir / METRICS_FOLDER, step or None, console.say)
+    history = MetricsLog.open(run_dir / METRICS_FOLDER, step or None, console.say)
     tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
     return Recorder(run_dir, history, tracker)

@@ -15,7 +15,7 @@ from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig,
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
-from dpo_dist.report.metrics_log import History
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import Tracker
@@ -61,7 +61,7 @@ def state_of(outcome: Outcome) -> RunState:
 
 
 def recorder_in(run_dir: Path) -> Recorder:
-    return Recorder(run_dir, History.open(run_dir / METRICS_FOLDER, 4), Tracker(None))
+    return Recorder(run_dir, MetricsLog.open(run_dir / METRICS_FOLDER, 4), Tracker(None))
 
 
 def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:
