@@ -26,7 +26,7 @@ import json
 import math
 import time
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -164,7 +164,11 @@ def bench_schedule(pairs: int) -> dict[str, float]:
     schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
     figures: dict[str, float] = {"pairs": pairs}
     tracemalloc.start()
-    for name, work in (("first_step", lambda: schedule.indices(0)), ("all_indices", schedule.all_indices)):
+    works: dict[str, Callable[[], object]] = {
+        "first_step": lambda: schedule.indices(0),
+        "all_indices": schedule.all_indices,
+    }
+    for name, work in works.items():
         started = time.perf_counter()
         work()
         figures[f"{name}_seconds"] = time.perf_counter() - started
