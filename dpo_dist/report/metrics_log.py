@@ -41,7 +41,7 @@ COLUMNS = ("step", "epoch", *PAIR_METRICS, *_COST, *(f"eval_{key}" for key in PA
 _log = logging.getLogger(__name__)
 
 
-class History:
+class MetricsLog:
     """The metrics rows of one run, in memory and on disk.
 
     Attributes:
@@ -58,8 +58,8 @@ class History:
     @classmethod
     def open(
         cls, folder: RunFolder, resume_step: int | None, say: Callable[[str], None] = _log.warning
-    ) -> "History":
-        """Start a history, or continue the one in `folder`.
+    ) -> "MetricsLog":
+        """Start a log, or continue the one in `folder`.
 
         Args:
             folder: the run directory; its folder of metrics is created if missing.

@@ -19,11 +19,11 @@ from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.page import write_page
-from dpo_dist.training.run_state import Outcome, RunState, check_identity, read_state, write_state
+from dpo_dist.training.run_state import RunState, check_identity, read_state, write_state
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from dpo_dist.atomic import write_text
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.training.data_setup import Inputs
 
 Identity = dict[str, str | None]
@@ -22,21 +21,6 @@ _IDENTITY_WORDS = {
     "model": "model that the policy starts from",
     "reference": "reference model",
 }
-
-
-class Outcome(StrEnum):
-    """What a run has come to.
-
-    `started`: it trains, or was killed. `preempted`: stopped in order, with a checkpoint. `diverged`: stopped
-    at a loss that is not finite. `exported`: all steps done and the model written, but not the report.
-    `completed`: the report too.
-    """
-
-    started = "started"
-    preempted = "preempted"
-    diverged = "diverged"
-    exported = "exported"
-    completed = "completed"
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from dpo_dist.config.load import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
-from dpo_dist.report.metrics_log import History
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import Tracker
 from dpo_dist.training.finish import finish
 from dpo_dist.training.run_start import find_start, locked, mark_started
 from dpo_dist.training.run_state import (
-    Outcome,
     RunState,
     check_identity,
     read_state,
@@ -66,7 +65,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def recorder_in(folder: RunFolder) -> Recorder:
-    return Recorder(History.open(folder, 4), Tracker(None))
+    return Recorder(MetricsLog.open(folder, 4), Tracker(None))
 
 
 def test_the_state_is_read_as_it_was_written(folder: RunFolder) -> None:
