@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from benchmarks.assets import SHAPES, save_random_model
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
@@ -127,7 +128,7 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
     def score(batch: PackedBatch) -> torch.Tensor:
         nonlocal seconds
         started = time.monotonic()
-        logps = model(batch)
+        logps: torch.Tensor = model(batch)
         seconds += time.monotonic() - started
         return logps
 
@@ -139,7 +140,7 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
 
 
 def fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) -> FillReport:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         report = fill_store(
             lambda names: LogpStore.open(root, SPACE, names),
