@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs.choices["info"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["verify"].add_argument("--repair", action="store_true", help="keep the valid entries only")
     gc = verbs.choices["gc"]
-    gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help="references or fingerprints to remove")
+    gc.add_argument(
+        "--drop", nargs="+", default=[], metavar="DIGEST", help="references or fingerprints to remove"
+    )
     gc.add_argument("--keep", nargs="+", default=[], metavar="DIGEST", help="remove all but these")
     gc.add_argument("--unused-days", type=float, metavar="N", help="remove those not used for N days")
     gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")

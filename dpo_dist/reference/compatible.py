@@ -1,4 +1,4 @@
-"""Reuse log-probs that the same reference computed under compatible numerics (another GPU, kernel or library).
+"""Reuse log-probs that the same reference computed under compatible numerics (another GPU, kernel, library).
 
 With `reference.numerics=tolerant` they are used where the run's own numerics have no entry.
 """
@@ -83,7 +83,7 @@ def _by_ranks(name: str, profiles: list[Profile], world: World) -> str:
 
 
 def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFingerprint]:
-    """Return the fingerprints in the store `root` whose entries a tolerant run may use, most similar first."""
+    """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
     if not root.is_dir():
         return []
     found = [read_fingerprint(folder) for folder in fingerprint_folders(root)]
@@ -110,7 +110,7 @@ def _differing_fields(own: ReferenceFingerprint, other: ReferenceFingerprint) ->
 
 @dataclass(frozen=True)
 class Unused:
-    """Number of log-probs that a strict run computes although compatible ones are stored, and their numerics."""
+    """Log-probs that a strict run computes although compatible ones are stored: number and numerics."""
 
     entries: int
     differences: list[str]

@@ -1,7 +1,7 @@
 """Digest of the files that determine a model's function; each file is read once and remembered in the store.
 
-Weights are digested as files, never as live tensors, which are empty under ZeRO-3. `ModelFiles.check_unchanged`
-checks that no file has changed between digest and loading.
+Weights are digested as files, never as live tensors, which are empty under ZeRO-3. After loading,
+`ModelFiles.check_unchanged` checks that no file has changed since the digest.
 """
 
 import json
@@ -25,7 +25,7 @@ class ModelFiles:
 
     Attributes:
         folder: the model folder.
-        code: digest of each file of configuration and code, by name; under "classes" the owner of the classes.
+        code: digest of each file of configuration and code, by name; under "classes" the `auto_map`.
         weights: digest of each weight file, by name.
         identities: `file_identity` of each file that this process loads, at the time of the digest.
     """
@@ -104,7 +104,7 @@ def digest_on_every_node(
     world: World,
     while_waiting: WhileWaiting | None = None,
 ) -> ModelFiles:
-    """Digest a model on rank 0, and on one rank of every other node the files that the node loads; collective.
+    """Digest a model on rank 0, and on one rank of every other node what the node loads; collective.
 
     Args:
         folder: the model folder; each node may have its own copy.

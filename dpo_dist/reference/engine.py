@@ -29,8 +29,8 @@ from dpo_dist.reference.digest import ModelFiles
 log = logging.getLogger(__name__)
 
 # With hidden size h, training keeps about 63 h bytes of activations per token and layer (measured;
-# arXiv:2205.05198 counts 34 h), or 2 h plus one layer's 63 h with gradient checkpointing; scoring keeps only one
-# layer's. With 28 layers, four times the tokens then need a seventh of training's activation memory. With
+# arXiv:2205.05198 counts 34 h), or 2 h plus one layer's 63 h with gradient checkpointing; scoring keeps one
+# layer's only. With 28 layers, four times the tokens need a seventh of training's activation memory. With
 # checkpointing they need twice as much, which fits because gradients and optimizer states do not exist yet.
 _SCORING_TOKENS_FACTOR = 4
 

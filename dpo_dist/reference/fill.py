@@ -206,7 +206,8 @@ class _OtherJobs:
         store = listed if self.shards == listed.shards else self._store.wait_for(self.shards)
         self._seen = {*self.shards, *listed.damaged}
         missing, hits = missing_responses(store, dataset, indices)
-        return missing, FillReport(hits, damaged=frozenset(store.damaged_entries).union(listed.foreign, listed.damaged))
+        damaged = frozenset([*listed.foreign, *listed.damaged, *store.damaged_entries])
+        return missing, FillReport(hits, damaged=damaged)
 
     def contain(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Return which `keys` have an intact entry in a shard newer than the survey; bool [n]."""
@@ -234,7 +235,7 @@ def missing_responses(store: LogpStore, dataset: PairDataset, indices: Indices) 
 
 
 def first_of_each(keys: Keys) -> Indices:
-    """Return the index of the first occurrence of each distinct key, in the order of keys (fast to look up)."""
+    """Return the index of the first occurrence of each distinct key, in the order of keys (fast look-up)."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=np.bool_)
     new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)

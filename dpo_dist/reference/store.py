@@ -28,7 +28,7 @@ from dpo_dist.reference.shard import Keys, Values, list_foreign, list_shards, op
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 90
-"""How long another node's shard may stay invisible: NFS clients refresh a listing after 60 seconds at most."""
+"""How long another node's shard may stay invisible: NFS clients list a folder anew after 60 s at most."""
 
 _RETRY_SECONDS = 1.0
 
@@ -252,4 +252,4 @@ def _list_shards(root: Path, fingerprints: Sequence[ReferenceFingerprint]) -> li
 
 
 def _folder_of(name: str) -> str:
-    return name.split("/")[0]
+    return name.split("/", maxsplit=1)[0]

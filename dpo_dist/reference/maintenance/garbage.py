@@ -13,8 +13,8 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.reference.maintenance.info import FingerprintInfo, changed_at, take_inventory
 from dpo_dist.reference.maintenance.verify import find_leftovers
 
-# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node, or in
-# a container with its own process numbers.
+# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node, or
+# in a container with its own process numbers.
 _LEFTOVER_SECONDS = 24 * 3600
 
 
@@ -93,7 +93,9 @@ def _is_unwanted(info: FingerprintInfo, dropped: set[str], kept: set[str], unuse
 
 def _matching(infos: list[FingerprintInfo], option: str, digits: str) -> list[str]:
     """Return the names of the fingerprints that `digits` match: all of one reference, or a single one."""
-    by_reference = [i for i in infos if i.fingerprint is not None and i.fingerprint.reference.startswith(digits)]
+    by_reference = [
+        i for i in infos if i.fingerprint is not None and i.fingerprint.reference.startswith(digits)
+    ]
     found = by_reference or [info for info in infos if info.name.startswith(digits)]
     meant = {i.fingerprint.reference if by_reference and i.fingerprint else i.name for i in found}
     if len(meant) != 1 or not digits:
