@@ -7,6 +7,7 @@ from typing import Any
 from dpo_dist.config.describe import settings
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
+from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
 from dpo_dist.report.console import Console
@@ -14,7 +15,7 @@ from dpo_dist.report.metrics_log import final_and_best, plain
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.loop import Loop, Position
-from dpo_dist.training.run_folder import CHECKPOINTS, MODEL, export_model, peak_memory_bytes, write_on_main
+from dpo_dist.training.run_folder import CHECKPOINTS, MODEL, export_model, write_on_main
 from dpo_dist.training.run_state import Identity, Outcome, RunState, write_state
 
 EXIT_COMPLETED = 0
@@ -101,7 +102,7 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
 
 def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
     """What summary.json tells, but for `exit`; collective."""
-    peak_bytes = peak_memory_bytes(loop.world)
+    peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
     seconds = position.train_seconds
     return {
         **final_and_best(loop.recorder.history.rows if loop.recorder is not None else []),

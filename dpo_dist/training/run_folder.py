@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
@@ -253,23 +252,3 @@ def export_model(
             ) from error
 
     world.on_main(write, while_waiting)
-
-
-def reset_peak_memory(world: World) -> None:
-    """Begin `peak_memory_bytes` anew, where the system lets it; not collective."""
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux only
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes(world: World) -> int:
-    """Of the largest rank: GPU memory where there is one, else the resident set; collective."""
-    if world.device.type == "cuda":
-        mine = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # noqa: PLC0415  (POSIX only)
-
-        mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max(world.gather(mine))

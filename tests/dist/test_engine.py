@@ -20,7 +20,8 @@ from dpo_dist.data.step_plan import plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.engine import PolicyEngine, frozen_config, sharded_loading
+from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.engine import PolicyEngine, sharded_loading
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
