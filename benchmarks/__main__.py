@@ -5,4 +5,4 @@ import sys
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)
-    sys.exit(runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True) and None)
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)

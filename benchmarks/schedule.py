@@ -26,7 +26,7 @@ import json
 import math
 import time
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,11 +39,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from benchmarks.assets import SHAPES, Shape
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sampler import Span, make_schedule
+from dpo_dist.data.sources import read_records
 from dpo_dist.model import flops
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
@@ -164,7 +164,11 @@ def bench_schedule(pairs: int) -> dict[str, float]:
     schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
     figures: dict[str, float] = {"pairs": pairs}
     tracemalloc.start()
-    for name, work in (("first_step", lambda: schedule.indices(0)), ("all_indices", schedule.all_indices)):
+    works: dict[str, Callable[[], object]] = {
+        "first_step": lambda: schedule.indices(0),
+        "all_indices": schedule.all_indices,
+    }
+    for name, work in works.items():
         started = time.perf_counter()
         work()
         figures[f"{name}_seconds"] = time.perf_counter() - started

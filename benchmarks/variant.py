@@ -141,7 +141,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | N
             with reference.running():
                 return super()._precompute_ref_logps(*arguments)
 
-    class Steps(TrainerCallback):  # type: ignore[misc]
+    class Steps(TrainerCallback):
         """Measures from the first step to the last, without what is prepared before."""
 
         def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:

@@ -226,7 +226,7 @@ class Loop:
 
     def _save(self, position: Position) -> None:
         if self.recorder is not None:
-            self.recorder.history.save()
+            self.recorder.metrics.save()
         self.checkpoints.save(
             position.step, {**asdict(position), **self.identity, "steps": self.schedule.steps}
         )
