@@ -45,7 +45,7 @@ RUN for extra in $EXTRAS; do \
         && pip install --constraint constraints.txt --requirement extra.txt || exit 1; \
     done
 
-COPY README.md ./
+COPY LICENSE README.md ./
 COPY conf conf
 COPY dpo_dist dpo_dist
 RUN pip install --no-deps .

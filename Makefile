@@ -1,19 +1,25 @@
 BIN := .venv/bin
 
-.PHONY: check format test env
+.PHONY: help env format lint check test golden
 
-check: env
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 10
 
-format: env
+env: ## make .venv with the pinned packages
+	@./scripts/setup_env.sh dev
+
+format: env ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test:
+lint: ## check format, lint rules, types and spelling
+	@./scripts/lint.sh
+
+check: lint ## lint, then the unit tests
+	$(BIN)/python -m pytest tests/unit
+
+test: ## run all tests
 	./scripts/test.sh
 
-env:
-	@./scripts/setup_env.sh dev
+golden: env ## record the golden trajectories again (see CONTRIBUTING.md)
+	$(BIN)/python scripts/record_golden.py

@@ -1,14 +1,44 @@
-"""What goes wrong, told as one block: what, where, got, expected, what to do.
+"""Errors of the user as one block (message, where, got, expected, what to do), outcomes and exit codes.
 
-Every error a user can cause is a `DpoDistError`. The verbs print it without a traceback and end with its
-`exit_code`; anything else that escapes is a fault of the program and keeps its traceback.
+Every error that a user can cause is a `DpoDistError`. The verbs print it without a traceback and exit with
+its `exit_code`; any other exception is a bug of the program and keeps its traceback.
 """
 
 import errno
+from enum import IntEnum, StrEnum
 from typing import ClassVar
 
+
+class ExitCode(IntEnum):
+    """Exit code of a verb. Without an error or a stop by the user, SIGTERM gives 143 as in any program."""
+
+    completed = 0
+    failed = 1
+    """A bug of the program, or another process of the run died."""
+    invalid = 2
+    """The configuration, the data, a file or a device cannot be used."""
+    diverged = 3
+    preempted = 75
+    """Stopped with a checkpoint: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Outcome(StrEnum):
+    """State of a run, in run_state.json; `exit` in summary.json is one of the last three.
+
+    `started`: it trains, or was killed. `exported`: all steps are done and the model is written, the report
+    is not. `completed`: the report too. `preempted`: stopped in order, with a checkpoint. `diverged`: loss or
+    gradient was not finite.
+    """
+
+    started = "started"
+    exported = "exported"
+    completed = "completed"
+    preempted = "preempted"
+    diverged = "diverged"
+
+
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-_PATH_FAULTS = (
+_PATH_ERRORS = (
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
@@ -20,17 +50,17 @@ _PATH_FAULTS = (
 
 
 class DpoDistError(Exception):
-    """One fault, as a user should read it.
+    """An error that the user can fix.
 
     Args:
-        what: the fault in one sentence.
+        what: the error in one sentence.
         where: the key, ``file:line`` or pair that caused it.
         got: the offending value.
-        expected: what would have been accepted.
+        expected: the values that are accepted.
         remedy: what to do next.
     """
 
-    exit_code: int = 2
+    exit_code: int = ExitCode.invalid
     title: ClassVar[str] = "error"
 
     def __init__(self, what: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
@@ -40,26 +70,18 @@ class DpoDistError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
-        self.speaker: int | None = None
+        self.reporting_rank: int | None = None
         """The rank that prints the error; None before the processes have joined."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle with every field, so that one rank's error can be raised on all."""
+        """Pickle every field, so that one rank's error can be raised on all."""
         return _rebuild, (type(self), self.what, self.where, self.got, self.expected, self.remedy)
 
     def block(self) -> str:
-        """The error as the lines a user reads; empty parts are left out."""
-        lines = [f"{self.title}: {self.what}"]
-        parts = (
-            ("where", self.where),
-            ("got", self.got),
-            ("expected", self.expected),
-            ("to do", self.remedy),
-        )
-        for label, text in parts:
-            if text:
-                lines.append(f"  {label + ':':<10}{text}")
-        return "\n".join(lines)
+        """Return the error as the lines that are printed, without empty parts."""
+        parts = {"where": self.where, "got": self.got, "expected": self.expected, "to do": self.remedy}
+        lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
+        return "\n".join([f"{self.title}: {self.what}", *lines])
 
     def __str__(self) -> str:
         return self.block()
@@ -72,7 +94,7 @@ def _rebuild(
 
 
 class ConfigError(DpoDistError):
-    """The configuration cannot be run as it is written."""
+    """The configuration cannot be run."""
 
     title = "configuration error"
 
@@ -96,14 +118,14 @@ class CheckpointError(DpoDistError):
 
 
 class DivergedError(DpoDistError):
-    """Loss or gradient stopped being finite."""
+    """Loss or gradient is not finite."""
 
-    exit_code = 3
+    exit_code: int = ExitCode.diverged
     title = "diverged"
 
 
 class DeviceMemoryError(DpoDistError):
-    """A GPU has no memory left."""
+    """A GPU is out of memory."""
 
     title = "out of memory"
 
@@ -111,20 +133,20 @@ class DeviceMemoryError(DpoDistError):
 class PeerLostError(DpoDistError):
     """Another process of the run died or failed."""
 
-    exit_code = 1
+    exit_code: int = ExitCode.failed
     title = "process lost"
 
 
-def disk_error(fault: BaseException) -> ConfigError | None:
-    """Return `fault` as an error for the user if a full disk, a path or its permissions caused it."""
-    if not isinstance(fault, OSError):
+def disk_error(error: BaseException) -> ConfigError | None:
+    """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
+    if not isinstance(error, OSError):
         return None
-    if fault.errno not in _DISK_IS_FULL and (fault.errno not in _PATH_FAULTS or fault.filename is None):
+    if error.errno not in _DISK_IS_FULL and (error.errno not in _PATH_ERRORS or error.filename is None):
         return None
     return ConfigError(
         "a file cannot be written or read",
-        where=str(fault.filename or "run.dir, data.cache or reference.store"),
-        got=str(fault.strerror),
-        remedy="make room, or correct the path or its permissions; what was committed is complete, "
-        "start the same command again",
+        where=str(error.filename or "run.dir, data.cache or reference.store"),
+        got=str(error.strerror),
+        remedy="make room, or correct the path or its permissions; everything committed so far is complete, "
+        "and the same command continues from there",
     )

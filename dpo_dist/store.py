@@ -8,12 +8,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo_dist.errors import DpoDistError, ReferenceModelError
+from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
-from dpo_dist.reference.maintenance.info import SpaceInfo, take_inventory
+from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
-
-EXIT_DAMAGED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _verify(given)
             case "gc":
                 _gc(given)
-        return 0
+        return ExitCode.completed
     except DpoDistError as error:
         fault = error
     except (OSError, SafetensorError) as error:
@@ -89,7 +87,7 @@ def _verify(given: argparse.Namespace) -> int:
     )
     if found.damage and not given.repair:
         print("runs compute what they need of the damaged rows again; --repair keeps the rows that hold only")
-    return EXIT_DAMAGED if (unmended if given.repair else found.damage) else 0
+    return ExitCode.invalid if (unmended if given.repair else found.damage) else ExitCode.completed
 
 
 def _gc(given: argparse.Namespace) -> None:
@@ -110,7 +108,7 @@ def _gc(given: argparse.Namespace) -> None:
         print("nothing to remove")
 
 
-def _line(space: SpaceInfo) -> str:
+def _line(space: FingerprintInfo) -> str:
     reference = space.space.reference if space.space is not None else "-"
     damaged = f", {space.damaged} damaged" if space.damaged else ""
     return (

@@ -16,12 +16,12 @@ else
 fi
 
 echo "== 1/4 model and pairs"
-python scripts/make_demo.py output/demo
+python -m examples.demo.make output/demo
 echo "== 2/4 supervised warm-up"
 "${launch[@]}" -m dpo_dist.train +experiment=demo_warmup run.dir=output/demo-warmup
 echo "== 3/4 DPO"
 "${launch[@]}" -m dpo_dist.train +experiment=demo run.dir=output/demo-dpo \
     'data.eval=[output/demo/pairs_eval.jsonl]'
 echo "== 4/4 what changed"
-python scripts/demo_report.py --before output/demo-warmup/model --after output/demo-dpo/model \
+python -m examples.demo.report --before output/demo-warmup/model --after output/demo-dpo/model \
     --pairs output/demo/pairs_eval.jsonl --run output/demo-dpo

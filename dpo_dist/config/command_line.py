@@ -24,7 +24,7 @@ from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, resolve, to
 from dpo_dist.config.parse import parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.suggest import likely, unknown_key, written
-from dpo_dist.errors import ConfigError, DpoDistError, disk_error
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
 
 _RANK_0_SECONDS = 60
 # Options by the word that they are known by here, and whether a value follows.
@@ -91,7 +91,7 @@ def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int]
             _print(told)
         else:
             traceback.print_exc()
-        exit_code = 1 if told is None else told.exit_code
+        exit_code = ExitCode.failed if told is None else told.exit_code
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -105,10 +105,10 @@ def _print(error: DpoDistError) -> None:
     Before the processes have joined, most errors come up in all of them. The launcher ends the others once
     rank 0 has printed its own and left; a rank that it does not end is alone with its error.
     """
-    if error.speaker is None and _rank() > 0:
+    if error.reporting_rank is None and _rank() > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
-    if error.speaker in (None, _rank()):
+    if error.reporting_rank in (None, _rank()):
         sys.stderr.write(error.block() + "\n")
 
 

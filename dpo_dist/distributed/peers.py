@@ -94,7 +94,7 @@ class Neighbours:
             "for lack of host memory); the same command again resumes from the last checkpoint",
         )
         survivors = [peer.rank for peer in self._visible if peer not in lost]
-        error.speaker = min([self._own.rank, *survivors])
+        error.reporting_rank = min([self._own.rank, *survivors])
         return error
 
 
@@ -165,7 +165,7 @@ class FailureRecord:
 def settle(error: DpoDistError, rank: int, record: FailureRecord) -> None:
     """Report `error`, choose who prints it (this process or `NOBODY`), and give the others time to follow."""
     is_first = record.report(error.exit_code)
-    error.speaker = rank if is_first or (is_first is None and rank == 0) else NOBODY
+    error.reporting_rank = rank if is_first or (is_first is None and rank == 0) else NOBODY
     record.wait_for_all(FAREWELL_SECONDS)
 
 
@@ -189,7 +189,7 @@ def nobody_answered(
     )
     rank, is_first = neighbours.rank, record.report(error.exit_code)
     speaks = rank == neighbours.lowest_rank_but_0 if is_first is None else is_first
-    error.speaker = rank if speaks else NOBODY
+    error.reporting_rank = rank if speaks else NOBODY
     record.wait_for_all(FAREWELL_SECONDS)
     return error
 
@@ -200,7 +200,7 @@ def failed_elsewhere(exit_code: int) -> PeerLostError:
         "another process of the run failed",
         remedy="see the error on the screen or in the other logs/rank-N.log",
     )
-    error.exit_code, error.speaker = exit_code, NOBODY
+    error.exit_code, error.reporting_rank = exit_code, NOBODY
     return error
 
 
@@ -240,7 +240,7 @@ class Monitor(threading.Thread):
         if exit_code is not None or not lost:
             os._exit(exit_code or PeerLostError.exit_code)
         error = self._neighbours.lost_error(lost, "this process waits for it in vain")
-        if error.speaker == self._rank and self._record.report(error.exit_code) is not False:
+        if error.reporting_rank == self._rank and self._record.report(error.exit_code) is not False:
             self._tell(error.block())
         # Whoever leaves now would be counted among the dead by survivors that are still looking.
         time.sleep(FAREWELL_SECONDS)

@@ -37,7 +37,7 @@ from dpo_dist.distributed.peers import (
     nobody_answered,
     settle,
 )
-from dpo_dist.errors import DpoDistError, disk_error
+from dpo_dist.errors import DpoDistError, ExitCode, disk_error
 
 T = TypeVar("T")
 
@@ -175,8 +175,8 @@ class World:
     def watch(self, tell: Tell = print) -> Iterator[None]:
         """Within it, the end of one process ends all, and exactly one of them prints why.
 
-        Leaving it is collective if nothing failed. An error that leaves it has `speaker` set: the rank that
-        prints it. A failure that only followed from another process's becomes a `PeerLostError`, printed by
+        Leaving it is collective if nothing failed. An error that leaves it has `reporting_rank` set.
+        A failure that only followed from another process's becomes a `PeerLostError`, printed by
         the first survivor if that process died, and by nobody if it printed its own error.
 
         Args:
@@ -201,7 +201,7 @@ class World:
             elif isinstance(failure, _MAY_FOLLOW):
                 error = self._consequence(failure, neighbours, record)
             if error is None:  # a fault of the program, which keeps its traceback
-                record.report(1)
+                record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
             if error is None or error is failure:
                 raise
@@ -223,8 +223,8 @@ class World:
                 error = neighbours.lost_error(lost, _one_line(failure))
                 # The other survivors are looking who is gone; who leaves now would be counted among the dead.
                 time.sleep(FAREWELL_SECONDS)
-                if error.speaker == self.rank and record.report(error.exit_code) is False:
-                    error.speaker = NOBODY
+                if error.reporting_rank == self.rank and record.report(error.exit_code) is False:
+                    error.reporting_rank = NOBODY
                 return error
             time.sleep(0.2)
         return nobody_answered(failure, neighbours, record)

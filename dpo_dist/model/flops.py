@@ -18,8 +18,8 @@ _FORWARD_AND_BACKWARD = 6
 # A frozen weight has no gradient.
 _FORWARD_AND_INPUT_GRADIENT = 4
 # Seconds of a FLOP in attention and in the output layer over those of one in the layers' matrices: 1.37 and
-# 0.88 by `scripts/bench_schedule.py --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC), which then
-# tell the seconds of 10 micro-batches of very different shapes within 5 %.
+# 0.88 by `python -m benchmarks schedule --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC), which
+# then predict the seconds of 10 micro-batches of very different shapes within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
 _PEAK_TRIALS = 5

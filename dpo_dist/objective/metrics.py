@@ -1,5 +1,6 @@
-"""Metrics travel as sums and a count: their means do not depend on who computed which pair (law L1)."""
+"""Metrics of a global batch as sums and counts: exact means for any split of its pairs (law L1)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +19,15 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-
-
 _ONE_SIDED_METRICS = ("loss", "rewards/chosen", "logps/chosen")
 BATCH_MARGIN = "loss/margin"
-"""Mean of `b h`, reported where the loss depends on it."""
+"""Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
-"""Mean of `b (Dw + Dl) / 2`, reported where the loss depends on it."""
+"""Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
 
 
 def metric_names(config: LossConfig) -> tuple[str, ...]:
-    """What is measured of each pair, in the order in which its sums travel."""
+    """Return the names of the metrics of this loss, in the order of their sums."""
     names = _ONE_SIDED_METRICS if config.is_one_sided else PAIR_METRICS
     margin = (BATCH_MARGIN,) if config.uses("beta_momentum") else ()
     reward = (BATCH_REWARD,) if config.bco_delta is BcoDelta.running_mean else ()
@@ -36,10 +35,23 @@ def metric_names(config: LossConfig) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class MetricSums:
-    """Weighted sums over pairs, ready to be added over micro-batches and ranks.
+class Counted:
+    """A metric with a count of its own: the sum of `values` over the batch divided by the sum of `counts`.
 
-    `values` is float64 [len(names) + 1], the last entry the sum of the weights.
+    Attributes:
+        values: [pairs], for example log-probs summed over tokens; ignored where the count is 0.
+        counts: [pairs], for example numbers of tokens, or 1 for the pairs that have scores.
+    """
+
+    values: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """Weighted sums and counts over pairs, to be added over micro-batches and ranks.
+
+    `values` is float64 [2 * len(names)]: the sum of each metric, then the count of each.
     """
 
     names: tuple[str, ...]
@@ -47,23 +59,51 @@ class MetricSums:
 
     @staticmethod
     def zeros(names: tuple[str, ...], device: torch.device) -> "MetricSums":
-        """The sums of no pairs."""
-        return MetricSums(names, torch.zeros(len(names) + 1, dtype=torch.float64, device=device))
+        """Return the sums of no pairs."""
+        return MetricSums(names, torch.zeros(2 * len(names), dtype=torch.float64, device=device))
+
+    @staticmethod
+    def of(measured: Mapping[str, Tensor | Counted], weights: Tensor) -> "MetricSums":
+        """Sum metrics over pairs of weight 1; dummies have weight 0.
+
+        Args:
+            measured: by name, a value for each pair, [pairs], or `Counted`.
+            weights: float32 [pairs].
+        """
+        values, counts = zip(*map(_values_and_counts, measured.values()), strict=True)
+        columns = torch.cat((torch.stack(values).double(), torch.stack(counts).double()))
+        return MetricSums(tuple(measured), (columns * weights.double()).sum(dim=1))
 
     def __add__(self, other: "MetricSums") -> "MetricSums":
         return MetricSums(self.names, self.values + other.values)
 
     def means(self) -> dict[str, float]:
-        """Mean of every metric over the pairs; copies to the host once."""
-        *sums, count = self.values.tolist()
-        return {name: total / count for name, total in zip(self.names, sums, strict=True)}
+        """Return the mean of every metric; one device-to-host copy."""
+        return metric_means(*self.named(self.values.tolist()))
+
+    def named(self, values: Sequence[float]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return sums and counts by name, given the first 2 * len(names) of `values` on the host."""
+        middle, end = len(self.names), 2 * len(self.names)
+        return (
+            dict(zip(self.names, values[:middle], strict=True)),
+            dict(zip(self.names, values[middle:end], strict=True)),
+        )
+
+
+def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean of every metric that has a count above 0."""
+    return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
 
 @torch.no_grad()
 def metric_sums(
-    losses: Tensor, policy: PairLogps, reference: PairLogps | None, config: LossConfig, weights: Tensor
+    losses: Tensor,
+    policy: PairLogps,
+    reference: PairLogps | None,
+    config: LossConfig,
+    weights: Tensor,
 ) -> MetricSums:
-    """Sums of `metric_names(config)` over these pairs; of a ranking its best and its worst response count.
+    """Return the sums of `metric_names(config)` over these pairs; of a ranking, its best and worst response.
 
     Args:
         losses: [pairs], of `preference_loss`.
@@ -74,7 +114,7 @@ def metric_sums(
     """
     rewards = implicit_rewards(policy, reference, config)
     margins = rewards.chosen - rewards.rejected
-    measured = {
+    measured: dict[str, Tensor | Counted] = {
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
@@ -88,6 +128,10 @@ def metric_sums(
         measured[BATCH_MARGIN] = scaled_margin(ratios, config)
     if config.bco_delta is BcoDelta.running_mean:
         measured[BATCH_REWARD] = config.beta * (ratios.chosen + ratios.rejected) / 2
-    names = metric_names(config)
-    columns = torch.stack([*(measured[name] for name in names), torch.ones_like(margins)])
-    return MetricSums(names, (columns.double() * weights.double()).sum(dim=1))
+    return MetricSums.of({name: measured[name] for name in metric_names(config)}, weights)
+
+
+def _values_and_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:
+    if isinstance(metric, Counted):
+        return torch.where(metric.counts > 0, metric.values, 0.0), metric.counts
+    return metric, torch.ones_like(metric)

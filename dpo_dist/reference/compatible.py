@@ -14,9 +14,9 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fill import first_of_each, missing_responses
-from dpo_dist.reference.fingerprint import ReferenceSpace, read_space
-from dpo_dist.reference.maintenance.info import space_folders
-from dpo_dist.reference.store import LogpStore, names_below
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_dist.reference.maintenance.info import fingerprint_folders
+from dpo_dist.reference.store import LogpStore, list_stored
 
 TOLERATED = frozenset(
     {
@@ -81,11 +81,13 @@ def _by_ranks(name: str, profiles: list[Profile], world: World) -> str:
     )
 
 
-def kin_of(root: Path, space: ReferenceSpace) -> list[ReferenceSpace]:
+def find_compatible(root: Path, space: ReferenceFingerprint) -> list[ReferenceFingerprint]:
     """The spaces below `root` whose rows may serve for `space`: those of the least differences first."""
     if not root.is_dir():
         return []
-    others = [other for folder in space_folders(root) if (other := read_space(folder)) is not None]
+    others = [
+        other for folder in fingerprint_folders(root) if (other := read_fingerprint(folder)) is not None
+    ]
     kin = [
         other
         for other in others
@@ -96,12 +98,12 @@ def kin_of(root: Path, space: ReferenceSpace) -> list[ReferenceSpace]:
     return sorted(kin, key=lambda other: (len(_differing(space, other)), other.name))
 
 
-def difference(space: ReferenceSpace, other: ReferenceSpace) -> str:
+def difference(space: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
     """How the numerics of `other` differ from those of `space`: "attention sdpa, torch 2.12"."""
     return ", ".join(f"{name} {other.profile.get(name, '-')}" for name in _differing(space, other))
 
 
-def _differing(space: ReferenceSpace, other: ReferenceSpace) -> list[str]:
+def _differing(space: ReferenceFingerprint, other: ReferenceFingerprint) -> list[str]:
     names = sorted(space.profile.keys() | other.profile.keys())
     return [name for name in names if space.profile.get(name) != other.profile.get(name)]
 
@@ -114,13 +116,15 @@ class Unused:
     differences: list[str]
 
 
-def unused_rows(root: Path, space: ReferenceSpace, kin: Sequence[ReferenceSpace], visited: Visited) -> Unused:
+def count_unused(
+    root: Path, space: ReferenceFingerprint, kin: Sequence[ReferenceFingerprint], visited: Visited
+) -> Unused:
     """What a strict run leaves unused of its kin."""
     if not kin:
         return Unused(0, [])
-    own, others = LogpStore.open(root, space), LogpStore(root, kin, names_below(root, kin))
+    own, others = LogpStore.open(root, space), LogpStore(root, kin, list_stored(root, kin))
     servers = np.concatenate(
-        [others.servers(data.keys[missing_responses(own, data, rows)[0]]) for data, rows in visited]
+        [others.sources(data.keys[missing_responses(own, data, rows)[0]]) for data, rows in visited]
     )
     serving = np.unique(servers[servers >= 0]).tolist()
     return Unused(int((servers >= 0).sum()), [difference(space, kin[number]) for number in serving])
@@ -139,13 +143,13 @@ class Served:
     audited: tuple[int, Indices] | None
 
 
-def rows_served(store: LogpStore, visited: Visited) -> Served:
+def count_reused(store: LogpStore, visited: Visited) -> Served:
     """Who serves the rows of `visited`, all of which `store` has."""
     counts = np.zeros(len(store.spaces), dtype=np.int64)
     audited = None
     for number, (dataset, rows) in enumerate(visited):
         places = dataset.response_places(rows)
-        servers = store.servers(dataset.keys[places])
+        servers = store.sources(dataset.keys[places])
         counts += np.bincount(servers[first_of_each(dataset.keys[places])], minlength=len(counts))
         of_kin = np.unique(np.repeat(rows, dataset.response_counts(rows))[servers > 0])
         if audited is None and len(of_kin):

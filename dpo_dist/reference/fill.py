@@ -78,7 +78,7 @@ def missing_responses(store: LogpStore, dataset: PairDataset, rows: Indices) -> 
     """
     places = dataset.response_places(rows)
     distinct = places[first_of_each(dataset.keys[places])]
-    held = store.holds(dataset.keys[distinct])
+    held = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~held]), int(held.sum())
 
 
@@ -195,14 +195,14 @@ class _OtherJobs:
     def hold(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `keys` have a row in a shard that came after the survey; bool [n]."""
         store = self._open_store([])
-        new = [name for name in store.names_now() if name not in self._seen]
+        new = [name for name in store.list_now() if name not in self._seen]
         if new:
             self._seen.update(new)
             self._stores.append(self._open_store(new))
             self.shards |= self._stores[-1].shard_bytes
         held = np.zeros(len(keys), dtype=np.bool_)
         for opened in self._stores:
-            held |= opened.holds(keys)
+            held |= opened.contains(keys)
         return held
 
 
@@ -263,7 +263,7 @@ def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
                 "missing is computed before training",
             )
         time.sleep(_RETRY_SECONDS)
-        store.names_now()  # a client of a network file system that lists a folder looks for its new files
+        store.list_now()  # a client of a network file system that lists a folder looks for its new files
 
 
 def check_complete(store: LogpStore, dataset: PairDataset, rows: Indices, world: World) -> None:

@@ -17,14 +17,14 @@ LOGP_PATH_VERSION = 2
 # Raised when the files of a space change: rows of older formats are computed anew and never misread.
 STORE_FORMAT = 2
 
-SPACE_FILE = "space.json"
+FINGERPRINT_FILE = "space.json"
 
 # Beside the spaces: digests of model files, one file for each.
 MEMO_FOLDER = "file_digests"
 
 
 @dataclass(frozen=True)
-class ReferenceSpace:
+class ReferenceFingerprint:
     """All rows of one reference under one numerics profile.
 
     Attributes:
@@ -56,15 +56,15 @@ class ReferenceSpace:
         }
 
 
-def read_space(folder: Path) -> ReferenceSpace | None:
+def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
     """The space that `folder` says it is; None if it does not say, or says another than its name.
 
     Raises:
         OSError: its `space.json` is there and cannot be read.
     """
     try:
-        content = json.loads((folder / SPACE_FILE).read_bytes())
-        space = ReferenceSpace(content["reference"], dict(content["profile"]), str(content["label"]))
+        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
+        space = ReferenceFingerprint(content["reference"], dict(content["profile"]), str(content["label"]))
         return space if space.describe() == content and space.name == folder.name else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from dpo_dist.atomic import write_text
 from dpo_dist.errors import ReferenceModelError
-from dpo_dist.reference.fingerprint import SPACE_FILE, ReferenceSpace, read_space
+from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.index import build_index, first_values
 from dpo_dist.reference.shard import (
     Keys,
@@ -44,7 +44,7 @@ class LogpStore:
     store's own space are preferred to those of its kin.
     """
 
-    def __init__(self, root: Path, spaces: Sequence[ReferenceSpace], names: Iterable[str]):
+    def __init__(self, root: Path, spaces: Sequence[ReferenceFingerprint], names: Iterable[str]):
         self.root = root
         self.folder = root / spaces[0].name
         self.spaces = spaces
@@ -75,9 +75,9 @@ class LogpStore:
     def open(
         cls,
         root: Path,
-        space: ReferenceSpace,
+        space: ReferenceFingerprint,
         names: Sequence[str] | None = None,
-        kin: Sequence[ReferenceSpace] = (),
+        compatible: Sequence[ReferenceFingerprint] = (),
     ) -> "LogpStore":
         """Open the rows of `space` below `root`, creating its folder.
 
@@ -85,18 +85,18 @@ class LogpStore:
             root: `reference.store`.
             space: reference and numerics.
             names: the shards to see, of another process's `names`; None: all that are there now.
-            kin: other spaces whose rows may serve where `space` has none, the nearest first.
+            compatible: other spaces whose rows may serve where `space` has none, the nearest first.
 
         Raises:
             ReferenceModelError: the folder cannot be made or read.
         """
-        spaces = [space, *kin]
+        spaces = [space, *compatible]
         try:
             if names is not None:
                 return cls(root, spaces, names)
             for each in spaces:
                 _enter(root / each.name, each)
-            store = cls(root, spaces, names_below(root, spaces))
+            store = cls(root, spaces, list_stored(root, spaces))
             store.foreign = [f"{space.name}/{name}" for name in list_foreign(store.folder)]
             for name in store.foreign:
                 log.warning("%s is no shard of the reference store and is passed over", root / name)
@@ -109,9 +109,9 @@ class LogpStore:
                 remedy="check that the folder exists, can be read, and is seen by every node",
             ) from error
 
-    def names_now(self) -> list[str]:
+    def list_now(self) -> list[str]:
         """The shards that there are now, in this view or not."""
-        return names_below(self.root, self.spaces)
+        return list_stored(self.root, self.spaces)
 
     def check_writable(self) -> None:
         """Say before hours of computing what could not be stored.
@@ -130,7 +130,7 @@ class LogpStore:
     def __len__(self) -> int:
         return len(self._index.first_words)
 
-    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `keys` have a row whose checksum holds; bool [n]."""
         held = np.empty(len(keys), dtype=np.bool_)
         for start in range(0, len(keys), _KEYS_AT_ONCE):
@@ -146,10 +146,10 @@ class LogpStore:
         found: npt.NDArray[np.bool_] = self._index.first_words[rows] == keys[:, 0]
         found &= self._index.second_words[rows] == keys[:, 1]
         # Few are left: those of which another row has the first word.
-        found[~found] = self.holds(keys[~found])
+        found[~found] = self.contains(keys[~found])
         return found
 
-    def servers(self, keys: Keys) -> npt.NDArray[np.int64]:
+    def sources(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Which of `spaces` serves each of `keys`, -1 for none; int64 [n]."""
         numbers = {space.name: number for number, space in enumerate(self.spaces)}
         of_shards = [numbers[name.split("/")[0]] for name in self.names]
@@ -249,26 +249,26 @@ class LogpStore:
             ) from error
 
 
-def _enter(folder: Path, space: ReferenceSpace) -> None:
+def _enter(folder: Path, space: ReferenceFingerprint) -> None:
     """Have the folder say what it holds, and when it was last used; one that is read-only may still be read.
 
     Raises:
         OSError: it is not there and cannot be made.
     """
     try:
-        if read_space(folder) is not None:
-            os.utime(folder / SPACE_FILE)
+        if read_fingerprint(folder) is not None:
+            os.utime(folder / FINGERPRINT_FILE)
             return
-        if (folder / SPACE_FILE).exists():
-            log.warning("%s is damaged and is written anew", folder / SPACE_FILE)
-        write_text(folder / SPACE_FILE, json.dumps(space.describe(), indent=1))
+        if (folder / FINGERPRINT_FILE).exists():
+            log.warning("%s is damaged and is written anew", folder / FINGERPRINT_FILE)
+        write_text(folder / FINGERPRINT_FILE, json.dumps(space.describe(), indent=1))
     except OSError as error:
         if not folder.is_dir():
             raise
         log.warning("the reference store is used as it is and not written to: %s", error)
 
 
-def names_below(root: Path, spaces: Sequence[ReferenceSpace]) -> list[str]:
+def list_stored(root: Path, spaces: Sequence[ReferenceFingerprint]) -> list[str]:
     """All shards of `spaces` by their path below `root`, in the order of the spaces."""
     names = []
     for space in spaces:

@@ -44,7 +44,7 @@ COLUMNS = ("step", "epoch", *PAIR_METRICS, *_COST, *(f"eval_{key}" for key in PA
 _log = logging.getLogger(__name__)
 
 
-class History:
+class MetricsLog:
     """The rows of one run, in memory and in `folder`.
 
     Attributes:
@@ -61,7 +61,7 @@ class History:
     @classmethod
     def open(
         cls, folder: Path, resume_step: int | None, say: Callable[[str], None] = _log.warning
-    ) -> "History":
+    ) -> "MetricsLog":
         """Start a history, or take up the one in `folder`.
 
         Args:

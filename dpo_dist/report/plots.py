@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dpo_dist import atomic
 
 FloatArray = NDArray[np.float64]
-Indices = Sequence[Mapping[str, float]]
+Rows = Sequence[Mapping[str, float]]
 
 _TRAIN = "#2f6db3"
 _EVAL = "#e07b00"
@@ -39,10 +39,10 @@ _NOTE = "faint: logged steps    bold: moving mean, its last value beside the nam
 class _Panel:
     title: str
     keys: tuple[str, ...]
-    draw: Callable[[Axes, Indices], None]
+    draw: Callable[[Axes, Rows], None]
 
 
-def draw_curves(rows: Indices, path: Path, title: str) -> None:
+def draw_curves(rows: Rows, path: Path, title: str) -> None:
     """Draw what `rows` hold to the PNG file `path`, 1600 x 1000 pixels.
 
     Args:
@@ -65,35 +65,35 @@ def draw_curves(rows: Indices, path: Path, title: str) -> None:
         canvas.print_figure(temporary, format="png")
 
 
-def _draw_loss(axes: Axes, rows: Indices) -> None:
+def _draw_loss(axes: Axes, rows: Rows) -> None:
     _draw_line(axes, rows, "loss", "train", _TRAIN)
     _draw_evaluations(axes, rows, "eval_loss", "eval", _EVAL)
 
 
-def _draw_accuracy(axes: Axes, rows: Indices) -> None:
+def _draw_accuracy(axes: Axes, rows: Rows) -> None:
     axes.axhline(0.5, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     _draw_line(axes, rows, "rewards/accuracies", "train", _TRAIN)
     _draw_evaluations(axes, rows, "eval_rewards/accuracies", "eval", _EVAL)
     axes.set_ylim(-0.02, 1.02)
 
 
-def _draw_rewards(axes: Axes, rows: Indices) -> None:
+def _draw_rewards(axes: Axes, rows: Rows) -> None:
     axes.axhline(0.0, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     _draw_pair(axes, rows, "rewards")
     _draw_line(axes, rows, "rewards/margins", "margin", _MARGIN)
     _draw_evaluations(axes, rows, "eval_rewards/margins", None, _MARGIN)
 
 
-def _draw_logps(axes: Axes, rows: Indices) -> None:
+def _draw_logps(axes: Axes, rows: Rows) -> None:
     _draw_pair(axes, rows, "logps")
 
 
-def _draw_optimizer(axes: Axes, rows: Indices) -> None:
+def _draw_optimizer(axes: Axes, rows: Rows) -> None:
     _draw_line(axes, rows, "grad_norm", "gradient norm", _TRAIN)
     _draw_on_the_right(axes, rows, "learning_rate", "learning rate")
 
 
-def _draw_on_the_right(axes: Axes, rows: Indices, key: str, label: str) -> None:
+def _draw_on_the_right(axes: Axes, rows: Rows, key: str, label: str) -> None:
     steps, values = _series(rows, key)
     if len(steps) == 0:
         return
@@ -116,7 +116,7 @@ def _draw_on_the_right(axes: Axes, rows: Indices, key: str, label: str) -> None:
     right.spines[:].set_visible(False)
 
 
-def _draw_throughput(axes: Axes, rows: Indices) -> None:
+def _draw_throughput(axes: Axes, rows: Rows) -> None:
     _draw_line(axes, rows, "tokens_per_second", "tokens/s", _TRAIN)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -133,13 +133,13 @@ _PANELS = (
 )
 
 
-def _draw_pair(axes: Axes, rows: Indices, quantity: str) -> None:
+def _draw_pair(axes: Axes, rows: Rows, quantity: str) -> None:
     for side, color in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
         _draw_line(axes, rows, f"{quantity}/{side}", side, color)
         _draw_evaluations(axes, rows, f"eval_{quantity}/{side}", None, color)
 
 
-def _draw_line(axes: Axes, rows: Indices, key: str, label: str, color: str) -> None:
+def _draw_line(axes: Axes, rows: Rows, key: str, label: str, color: str) -> None:
     steps, values = _series(rows, key)
     if len(steps) == 0:
         return
@@ -158,7 +158,7 @@ def _draw_line(axes: Axes, rows: Indices, key: str, label: str, color: str) -> N
     )
 
 
-def _draw_evaluations(axes: Axes, rows: Indices, key: str, label: str | None, color: str) -> None:
+def _draw_evaluations(axes: Axes, rows: Rows, key: str, label: str | None, color: str) -> None:
     steps, values = _series(rows, key)
     if len(steps) == 0:
         return
@@ -203,7 +203,7 @@ def _dress(axes: Axes, title: str, first_step: float, last_step: float) -> None:
     axes.tick_params(colors="#374151", length=0)
 
 
-def _series(rows: Indices, key: str) -> tuple[FloatArray, FloatArray]:
+def _series(rows: Rows, key: str) -> tuple[FloatArray, FloatArray]:
     """Steps and finite values of the rows that have `key`, both float64 [n]."""
     points = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
     array = np.array(points, dtype=np.float64).reshape(-1, 2)

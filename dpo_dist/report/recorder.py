@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.report.metrics_log import History
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.page import CURVES_NAME, write_page
 from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.tracking import Tracker
@@ -16,18 +16,18 @@ class Recorder:
     """The files and the tracker of one run, kept in step."""
 
     run_dir: Path
-    history: History
+    metrics: MetricsLog
     tracker: Tracker
 
     def record(self, row: Mapping[str, float]) -> None:
         """Keep and send one row of log_history.json."""
-        self.history.append(row)
+        self.metrics.append(row)
         self.tracker.log(row)
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write all that people look at afterwards; `summary["exit"]` says how the run ended."""
-        self.history.save()
-        self.history.write_summary(summary)
-        draw_curves(self.history.rows, self.history.folder / CURVES_NAME, self.run_dir.name)
+        self.metrics.save()
+        self.metrics.write_summary(summary)
+        draw_curves(self.metrics.rows, self.metrics.folder / CURVES_NAME, self.run_dir.name)
         write_page(self.run_dir)
         self.tracker.finish(summary["exit"], summary)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dpo_dist import atomic
 from dpo_dist.config.describe import title
 from dpo_dist.config.schema import RunConfig, WandbMode
+from dpo_dist.errors import ExitCode, Outcome
 
 if TYPE_CHECKING:
     import wandb
@@ -31,7 +32,6 @@ _MODE_BY_ENVIRONMENT = {
     "offline": WandbMode.offline,
     "disabled": WandbMode.off,
 }
-_EXIT_CODES = {"completed": 0, "diverged": 3, "preempted": 75}
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Tracker:
         """Close the run. What cannot be uploaded in time stays in the run folder, with a warning.
 
         Args:
-            outcome: `completed`, `preempted` or `diverged`; anything else counts as failed.
+            outcome: `completed`, `preempted`, `diverged` or `failed`.
             summary: as in `summary.json`.
         """
         self._act(lambda run: _close(run, outcome, summary, self._say))
@@ -228,10 +228,10 @@ def _run_id(run_dir: Path) -> str:
 
 def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
     run.summary.update(dict(summary))
-    if outcome == "preempted":
+    if outcome == Outcome.preempted:
         run.mark_preempting()
     try:
-        run.finish(exit_code=_EXIT_CODES.get(outcome, 1))
+        run.finish(exit_code=ExitCode[outcome])
     except TimeoutError:
         _warn(f"wandb has not uploaded everything; later: wandb sync {run.settings.sync_dir}", say)
 

@@ -8,17 +8,14 @@ from dpo_dist.config.describe import settings
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DivergedError
+from dpo_dist.errors import DivergedError, ExitCode, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import final_and_best, plain
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_folder import CHECKPOINTS, MODEL, export_model, peak_memory_bytes, write_on_main
-from dpo_dist.training.run_state import Identity, Outcome, RunState, write_state
-
-EXIT_COMPLETED = 0
-EXIT_PREEMPTED = 75
+from dpo_dist.training.run_state import Identity, RunState, write_state
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,13 @@ def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
     if outcome is Outcome.preempted:
         _close(loop, state, summary)
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
-        return EXIT_PREEMPTED
+        return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
     export_model(loop.policy, ending.inputs.tokenizer, run_dir / MODEL, loop.world, writing)
     exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(run_dir, exported), run_dir, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
-    return EXIT_COMPLETED
+    return ExitCode.completed
 
 
 def finish(
@@ -104,7 +101,7 @@ def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
     peak_bytes = peak_memory_bytes(loop.world)
     seconds = position.train_seconds
     return {
-        **final_and_best(loop.recorder.history.rows if loop.recorder is not None else []),
+        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
         "train_seconds": seconds,

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dpo_dist.model.flops import PeakFlops
+from dpo_dist.objective.metrics import metric_means
 
 
 @dataclass(frozen=True)
@@ -11,8 +13,8 @@ class StepMeasures:
     """The measures of one optimizer step over its global batch.
 
     Attributes:
-        pair_sums: sum over pairs by metric name.
-        pair_count: pairs in these sums.
+        sums: sum over the global batch by metric name.
+        counts: count of each metric: pairs, or a count of its own.
         values: one value for the whole step by name: gradient norm, moving loss parameters, `time/*`.
         learning_rate: of this step.
         pairs: in the global batch.
@@ -21,8 +23,8 @@ class StepMeasures:
         seconds: wall-clock time.
     """
 
-    pair_sums: Mapping[str, float]
-    pair_count: float
+    sums: Mapping[str, float]
+    counts: Mapping[str, float]
     values: Mapping[str, float]
     learning_rate: float
     pairs: int
@@ -31,8 +33,8 @@ class StepMeasures:
     seconds: float
 
     def means(self) -> dict[str, float]:
-        """Return the mean over pairs of every pair metric."""
-        return {name: total / self.pair_count for name, total in self.pair_sums.items()}
+        """Return the mean of every metric."""
+        return metric_means(self.sums, self.counts)
 
 
 @dataclass
@@ -44,8 +46,8 @@ class LogWindow:
     """
 
     steps: int = 0
-    pair_sums: dict[str, float] = field(default_factory=dict)
-    pair_count: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     learning_rate: float = 0.0
     pairs: int = 0
@@ -53,13 +55,22 @@ class LogWindow:
     flops: float = 0.0
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "LogWindow":
+        """Return the window in a checkpoint's state; older ones have one count of pairs for all metrics."""
+        if "pair_count" not in state:
+            return cls(**state)
+        state = dict(state)
+        sums, count = state.pop("pair_sums"), state.pop("pair_count")
+        return cls(**state, sums=sums, counts=dict.fromkeys(sums, count))
+
     def add(self, step: StepMeasures) -> None:
         """Add one step."""
-        _add(self.pair_sums, step.pair_sums)
+        _add(self.sums, step.sums)
+        _add(self.counts, step.counts)
         _add(self.values, step.values)
         self.steps += 1
         self.learning_rate = step.learning_rate
-        self.pair_count += step.pair_count
         self.pairs += step.pairs
         self.tokens += step.tokens
         self.flops += step.flops
@@ -68,10 +79,10 @@ class LogWindow:
     def row(self, peaks: PeakFlops) -> dict[str, float]:
         """Return one row of the metrics log, without `step` and `epoch`.
 
-        Pair metrics are means over pairs, values of a step and `step_seconds` means over steps, pairs and
-        tokens totals; the learning rate is that of the last step.
+        Metrics are means over their counts (pairs, tokens), values of a step and `step_seconds` means over
+        steps, pairs and tokens totals; the learning rate is that of the last step.
         """
-        row = {name: total / self.pair_count for name, total in self.pair_sums.items()}
+        row = metric_means(self.sums, self.counts)
         row |= {name: total / self.steps for name, total in self.values.items()}
         row["learning_rate"] = self.learning_rate
         row |= throughput(self.pairs, self.tokens, self.seconds)

@@ -22,7 +22,7 @@ from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops, StepFlops
-from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
+from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums, metric_means
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.prefetch import prefetch
 from dpo_dist.report.console import Console
@@ -53,7 +53,7 @@ class Position:
             pairs_seen=state["pairs_seen"],
             train_seconds=state["train_seconds"],
             running=RunningMeans(**state["running"]),
-            window=LogWindow(**state["window"]),
+            window=LogWindow.of(state["window"]),
         )
 
 
@@ -129,23 +129,23 @@ class Loop:
         ready, step = next(ready_steps), position.step
         plan = ready.plan
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
-        pair_sums, norm = train_step(
+        metrics, norm = train_step(
             self.policy, self.objective, ready, rate, self.world, clock, position.running
         )
         if self.reference_sync is not None:
             self.reference_sync.after_step(step + 1)
         votes = [self.stop_wanted.vote(self.world.is_main), self.checkpoints.is_ready]
-        (*sums, pair_count), (for_stopping, for_committing), grad_norm = self._reduce(pair_sums, votes, norm)
+        sums, counts, (for_stopping, for_committing), grad_norm = self._reduce(metrics, votes, norm)
         if for_committing == self.world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        means = {name: total / pair_count for name, total in zip(pair_sums.names, sums, strict=True)}
+        means = metric_means(sums, counts)
         running = self._running_values(means, position, plan.pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = StepMeasures(
-            pair_sums=dict(zip(pair_sums.names, sums, strict=True)),
-            pair_count=pair_count,
+            sums=sums,
+            counts=counts,
             values={**running, "grad_norm": grad_norm, **times},
             learning_rate=rate,
             pairs=plan.pairs,
@@ -201,16 +201,16 @@ class Loop:
 
     def _reduce(
         self, sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor
-    ) -> tuple[list[float], list[int], float]:
-        """Return metric sums over the global batch, votes and the gradient norm.
+    ) -> tuple[dict[str, float], dict[str, float], list[int], float]:
+        """Return sums and counts of the metrics over the global batch, votes and the gradient norm.
 
         One all-reduce for sums and votes, then one device-to-host copy of all three.
         """
         cast = torch.tensor(votes, dtype=sums.values.dtype).to(sums.values.device, non_blocking=True)
         total = self.world.sum(torch.cat((sums.values, cast)))
         on_host = torch.cat((total, grad_norm.double().view(1))).cpu()
-        reduced, counted = on_host[: len(sums.values)], on_host[len(sums.values) : -1]
-        return reduced.tolist(), [round(count) for count in counted.tolist()], float(on_host[-1])
+        *reduced, norm = on_host.tolist()
+        return *sums.named(reduced), [round(vote) for vote in reduced[len(sums.values) :]], norm
 
     def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()
@@ -227,7 +227,7 @@ class Loop:
 
     def _save(self, position: Position) -> None:
         if self.recorder is not None:
-            self.recorder.history.save()
+            self.recorder.metrics.save()
         self.checkpoints.save(
             position.step, {**asdict(position), **self.identity, "steps": self.schedule.steps}
         )

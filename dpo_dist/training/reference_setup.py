@@ -11,11 +11,11 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.load import numerics_of
-from dpo_dist.reference.compatible import agree_on_numerics, kin_of, rows_served, unused_rows
+from dpo_dist.reference.compatible import agree_on_numerics, count_reused, count_unused, find_compatible
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
 from dpo_dist.reference.fill import FillReport, OpenStore, check_complete, fill_store, open_filled
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
@@ -53,9 +53,9 @@ def stored_reference(
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     is_tolerant = config.reference.numerics is Numerics.tolerant
     own = numerics_of(scored_model(config), backend, world.device)
-    space = ReferenceSpace(files.digest, agree_on_numerics(own, is_tolerant, world), label)
-    kin = _serving_kin(config, space, inputs, world, console)
-    open_store = partial(LogpStore.open, Path(config.reference.store), space, kin=kin)
+    space = ReferenceFingerprint(files.digest, agree_on_numerics(own, is_tolerant, world), label)
+    compatible = _compatible(config, space, inputs, world, console)
+    open_store = partial(LogpStore.open, Path(config.reference.store), space, compatible=compatible)
     engines: list[ReferenceEngine] = []
 
     def scorer() -> Scorer:
@@ -68,7 +68,7 @@ def stored_reference(
     provider = StoredReference(open_filled(open_store, filled.shards, world))
     for dataset, rows in inputs.visited:
         check_complete(provider.store, dataset, rows, world)
-    served = world.on_main(lambda: rows_served(provider.store, inputs.visited)) if kin else None
+    served = world.on_main(lambda: count_reused(provider.store, inputs.visited)) if compatible else None
     audited = inputs.visited[0]
     audits_kin = served is not None and served.audited is not None
     if served is not None:
@@ -88,15 +88,15 @@ def stored_reference(
     return provider, report, audited
 
 
-def _serving_kin(
-    config: RunConfig, space: ReferenceSpace, inputs: Inputs, world: World, console: Console
-) -> list[ReferenceSpace]:
+def _compatible(
+    config: RunConfig, space: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
+) -> list[ReferenceFingerprint]:
     """The spaces of other numerics whose rows serve; a strict run has none, and tells of them. Collective."""
     root = Path(config.reference.store)
-    kin = world.on_main(lambda: kin_of(root, space))
-    if config.reference.numerics is Numerics.tolerant or not kin:
-        return kin
-    unused = world.on_main(lambda: unused_rows(root, space, kin, inputs.visited))
+    compatible = world.on_main(lambda: find_compatible(root, space))
+    if config.reference.numerics is Numerics.tolerant or not compatible:
+        return compatible
+    unused = world.on_main(lambda: count_unused(root, space, compatible, inputs.visited))
     if unused.rows:
         console.say(
             f"reference: {unused.rows:,} of the log-probs to compute are stored under other numerics "

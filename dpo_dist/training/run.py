@@ -17,6 +17,7 @@ from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine, policy_confi
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World, start_world, stop_world
+from dpo_dist.errors import ExitCode, Outcome
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.attention_backend import use_deterministic_kernels
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
@@ -28,17 +29,17 @@ from dpo_dist.reference.fill import FillReport
 from dpo_dist.reference.providers import AdapterReference, LiveReference, NoReference, ReferenceProvider
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
-from dpo_dist.report.metrics_log import History
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.data_setup import Inputs, load_inputs
-from dpo_dist.training.finish import EXIT_COMPLETED, Ending, finish, run_to_its_end
+from dpo_dist.training.finish import Ending, finish, run_to_its_end
 from dpo_dist.training.loop import Loop, Position, StopRequest
 from dpo_dist.training.reference_check import describe_drift, pass_gate
 from dpo_dist.training.reference_setup import stored_reference
 from dpo_dist.training.run_folder import CHECKPOINTS, describe_run, find_start, locked, mark_started
-from dpo_dist.training.run_state import Outcome, RunState, check_identity, identify
+from dpo_dist.training.run_state import RunState, check_identity, identify
 from dpo_dist.training.startup import STATE_NAME
 from dpo_dist.training.step import Objective
 
@@ -141,7 +142,7 @@ def _complete(
         recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
     console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
-    return EXIT_COMPLETED
+    return ExitCode.completed
 
 
 def _reference_sync(
@@ -181,7 +182,7 @@ def precompute(config: RunConfig, console: Console) -> int:
         console.say(f"run folder: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         build_reference(config, inputs, world, console)
-    return EXIT_COMPLETED
+    return ExitCode.completed
 
 
 @contextlib.contextmanager
@@ -240,6 +241,6 @@ def _open_recorder(
     if not world.is_main:
         return None
     run_dir = Path(str(config.run.dir))
-    history = History.open(run_dir / METRICS_FOLDER, step or None, console.say)
+    history = MetricsLog.open(run_dir / METRICS_FOLDER, step or None, console.say)
     tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
     return Recorder(run_dir, history, tracker)

@@ -23,13 +23,12 @@ from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.metrics_log import SUMMARY_NAME
 from dpo_dist.report.page import METRICS_FOLDER, write_page
 from dpo_dist.training.run_state import (
-    Outcome,
     RunState,
     check_identity,
     read_state,

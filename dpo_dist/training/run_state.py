@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.startup import STATE_NAME
 
@@ -22,21 +21,6 @@ _IDENTITY_WORDS = {
     "model": "model that the policy starts from",
     "reference": "reference model",
 }
-
-
-class Outcome(StrEnum):
-    """What a run has come to.
-
-    `started`: it trains, or was killed. `preempted`: stopped in order, with a checkpoint. `diverged`: stopped
-    at a loss that is not finite. `exported`: all steps done and the model written, but not the report.
-    `completed`: the report too.
-    """
-
-    started = "started"
-    preempted = "preempted"
-    diverged = "diverged"
-    exported = "exported"
-    completed = "completed"
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import fill_store, open_filled
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 
 PAIRS = 11
-SPACE = ReferenceSpace("tiny", {"dtype": "fp32"})
+SPACE = ReferenceFingerprint("tiny", {"dtype": "fp32"})
 
 
 @dataclass(frozen=True)
@@ -80,5 +80,5 @@ def fill(
         rows_per_shard=rows_per_shard,
         progress=lambda _done, _total: None,
     )
-    complete = open_filled(open_store, report.shards, world).holds(assets.dataset().keys[: 2 * pairs]).all()
+    complete = open_filled(open_store, report.shards, world).contains(assets.dataset().keys[: 2 * pairs]).all()
     return {"hits": report.hits, "computed": report.computed, "complete": bool(complete), **scored}

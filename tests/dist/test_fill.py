@@ -18,10 +18,10 @@ from dpo_dist.reference.store import LogpStore
 from tests.dist.scenario import PAIRS, SPACE, Assets, fill
 from tests.support.ranks import run_ranks, start_ranks
 
-Indices = list[np.ndarray]
+Entries = list[np.ndarray]
 
 
-def assert_whole(store: Path, assets: Assets, plain_rows: Indices, pairs: int) -> None:
+def assert_whole(store: Path, assets: Assets, plain_rows: Entries, pairs: int) -> None:
     """Every row of the first `pairs` is there and is what the model says."""
     rows = LogpStore.open(store, SPACE).read(assets.dataset().keys[: 2 * pairs])
     for row, plain in zip(rows, plain_rows[: 2 * pairs], strict=True):
@@ -30,7 +30,7 @@ def assert_whole(store: Path, assets: Assets, plain_rows: Indices, pairs: int) -
 
 @pytest.mark.parametrize(("size", "pairs"), [(2, 11), (3, 7), (3, 1)])
 def test_ranks_share_the_work_and_every_row_is_the_models(
-    size: int, pairs: int, assets: Assets, plain_rows: Indices, tmp_path: Path
+    size: int, pairs: int, assets: Assets, plain_rows: Entries, tmp_path: Path
 ) -> None:
     told = run_ranks(partial(fill, assets, tmp_path / "store", pairs), size, tmp_path / "ranks")
     assert_whole(tmp_path / "store", assets, plain_rows, pairs)
@@ -67,7 +67,7 @@ def dying_at_call(number: int, save_file: Callable[..., None]) -> Callable[..., 
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
-    dying: int, assets: Assets, plain_rows: Indices, tmp_path: Path
+    dying: int, assets: Assets, plain_rows: Entries, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     killed = partial(fill_and_die, assets, store, PAIRS, dying)
@@ -77,7 +77,7 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
 
     left = LogpStore.open(store, SPACE)
     assert list(left.folder.glob("*.tmp-*")), "the half-written shard should be there, under another name"
-    held = left.holds(assets.dataset().keys)
+    held = left.contains(assets.dataset().keys)
     assert 0 < held.sum() == len(left) < 2 * PAIRS
     for place in np.flatnonzero(held):
         [row] = left.read(assets.dataset().keys[place : place + 1])
@@ -103,7 +103,7 @@ def test_rows_that_one_rank_cannot_write_are_every_rank_s_error(assets: Assets, 
         assert outcome.error == "ReferenceModelError", outcome.log
         assert "not finite" in outcome.told
     left = LogpStore.open(tmp_path / "store", SPACE)
-    assert 0 < left.holds(assets.dataset().keys).sum() == len(left) < 2 * PAIRS
+    assert 0 < left.contains(assets.dataset().keys).sum() == len(left) < 2 * PAIRS
 
 
 def fill_beside_others(
@@ -125,7 +125,7 @@ def fill_beside_others(
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 2)])
 def test_fills_of_one_store_at_once_share_the_work_and_all_end_with_all_rows(
-    sizes: tuple[int, ...], assets: Assets, plain_rows: Indices, tmp_path: Path
+    sizes: tuple[int, ...], assets: Assets, plain_rows: Entries, tmp_path: Path
 ) -> None:
     store, meeting = tmp_path / "store", tmp_path / "meeting"
     meeting.mkdir()

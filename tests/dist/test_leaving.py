@@ -44,7 +44,7 @@ def outcomes_of(scenario: Any, folder: Path, size: int = 2) -> list[Outcome]:
 
 def printing(outcomes: Sequence[Outcome]) -> list[int]:
     """The ranks that print an error."""
-    return [rank for rank, outcome in enumerate(outcomes) if outcome.speaker == rank]
+    return [rank for rank, outcome in enumerate(outcomes) if outcome.reporting_rank == rank]
 
 
 def blocked_while_one_dies(late: int, world: World, _folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_an_error_of_one_rank_is_told_by_that_rank(error: Exception, name: str, 
     assert failing.error == name
     if name != "KeyError":  # which keeps its traceback
         assert printing([waiting, failing]) == [1]
-    assert (waiting.error, waiting.speaker) == ("PeerLostError", peers.NOBODY), waiting.log
+    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", peers.NOBODY), waiting.log
     assert "process of the run failed" in waiting.told
 
 
@@ -94,7 +94,7 @@ def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
 
 def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> None:
     blocked, failing = outcomes_of(out_of_memory_while_blocked, tmp_path)
-    assert (failing.error, failing.speaker) == ("DeviceMemoryError", 1)
+    assert (failing.error, failing.reporting_rank) == ("DeviceMemoryError", 1)
     assert "Tried to allocate 20.00 MiB" in failing.told
     assert "trainer.micro_batch_tokens" in failing.told
     assert blocked.exit_code == 2, blocked.log
@@ -134,4 +134,4 @@ def test_a_refusal_is_no_lost_process(scenario: Any, tmp_path: Path) -> None:
     """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
     refusing, ended = outcomes_of(scenario, tmp_path)
     assert printing([refusing, ended]) == [0]
-    assert (ended.error, ended.speaker) == ("PeerLostError", peers.NOBODY), (ended.exit_code, ended.log)
+    assert (ended.error, ended.reporting_rank) == ("PeerLostError", peers.NOBODY), (ended.exit_code, ended.log)

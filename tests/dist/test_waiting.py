@@ -69,7 +69,7 @@ def test_a_silent_rank_is_not_waited_for(tmp_path: Path) -> None:
     """Set-up, checkpoints and fill rounds: a hung file system must not hold the allocation. It is one block."""
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
-    assert (second.error, second.speaker) == ("PeerLostError", 1), second.log
+    assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
     assert "does not answer" in second.told
     assert "Timed out" in second.told
 
@@ -91,6 +91,6 @@ def test_a_hanging_process_that_has_the_store_is_not_waited_for(tmp_path: Path) 
         time.sleep(0.1)
     os.kill(ranks.processes[0].pid, signal.SIGKILL)
     _, second, third = ranks.finish()
-    assert (second.error, second.speaker) == ("PeerLostError", 1), second.log
+    assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
     assert "does not answer" in second.told
-    assert (third.error, third.speaker) == ("PeerLostError", peers.NOBODY), third.log
+    assert (third.error, third.reporting_rank) == ("PeerLostError", peers.NOBODY), third.log

@@ -113,4 +113,4 @@ def test_survivors_name_the_dead_and_the_first_of_them_speaks(
     for outcome in survivors:
         assert outcome.error == "PeerLostError", outcome.log
         assert f"rank {dead} of {size} died" in outcome.told
-        assert outcome.speaker == min({0, 1, 2} - {dead})
+        assert outcome.reporting_rank == min({0, 1, 2} - {dead})

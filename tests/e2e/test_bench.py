@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support.launch import ROOT, environment
+from tests.support.launch import environment
 
 
 @pytest.mark.timeout(300)
@@ -14,7 +14,8 @@ def test_the_benchmark_ends_with_its_ratios_and_finds_both_trainers_equal() -> N
     ended = subprocess.run(
         [
             sys.executable,
-            str(ROOT / "scripts" / "bench_vs_trl.py"),
+            "-m",
+            "benchmarks.vs_trl",
             "--smoke",
             "--processes",
             "2",

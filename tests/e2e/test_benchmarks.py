@@ -10,29 +10,29 @@ import pytest
 
 from tests.support.shared_data import shared_data_dir
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
 
 
-def run(script: str, *arguments: str, seconds: int = 300) -> str:
-    command = [sys.executable, str(SCRIPTS / script), *arguments]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+def run(module: str, *arguments: str, seconds: int = 300) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
 
 
-def figures(script: str, *arguments: str) -> Any:
-    return json.loads(run(script, "--smoke", *arguments).splitlines()[-1])
+def figures(module: str, *arguments: str) -> Any:
+    return json.loads(run(module, "--smoke", *arguments).splitlines()[-1])
 
 
 def test_bench_store(tmp_path: Path) -> None:
-    measured = figures("bench_store.py", "--folder", str(tmp_path))
+    measured = figures("store", "--folder", str(tmp_path))
     assert (measured["rows"], measured["shards"], measured["small_shards"]) == (20_000, 5, 50)
     assert all(value >= 0 for value in measured.values())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bench_mfu() -> None:
-    measured = figures("bench_mfu.py")
+    measured = figures("mfu")
     assert measured["layers"] == 2
     losses = {tuple(variant["loss"]) for variant in measured["variants"].values()}
     assert set(measured["variants"]) == {"plain", "full", "every2"}
@@ -42,7 +42,7 @@ def test_bench_mfu() -> None:
 
 
 def test_bench_memory() -> None:
-    measured = figures("bench_memory.py")["tiny, 1 rank"]
+    measured = figures("memory")["tiny, 1 rank"]
     cold, warm, live = (of_mode["kept"] for of_mode in measured.values())
     # What was loaded to fill the store is gone when training starts.
     assert cold < 0.1 * live
@@ -52,7 +52,7 @@ def test_bench_memory() -> None:
 def test_bench_encode(tmp_path: Path) -> None:
     data = shared_data_dir()
     file = [] if data is None else ["--file", str(data / "hh_rlhf_sample.jsonl")]
-    measured = figures("bench_encode.py", "--folder", str(tmp_path), "--processes", "1", "2", *file)
+    measured = figures("encode", "--folder", str(tmp_path), "--processes", "1", "2", *file)
     assert [figure["processes"] for figure in measured["figures"]] == [1, 2]
     assert measured["records"] == 200
     assert all(figure["tokens_per_second"] > figure["records_per_second"] for figure in measured["figures"])
@@ -64,7 +64,7 @@ def test_bench_schedule(tmp_path: Path, real: bool) -> None:
     data = shared_data_dir() if real else tmp_path
     if data is None:
         pytest.skip("no slices of real data here")
-    measured = figures("bench_schedule.py", "--data", str(data))
+    measured = figures("schedule", "--data", str(data))
     kinds = {plan["lengths"] for plan in measured["plans"]}
     assert kinds == {"uniform", "long-tailed"} | ({"hh", "ultrafeedback"} if real else set())
     # No figure of time: how well the pairs are spread.
@@ -81,12 +81,12 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     measurements, page = docs / "performance.json", docs / "performance.md"
-    page.write_text((SCRIPTS.parent / "docs" / "performance.md").read_text())
+    page.write_text((ROOT / "docs" / "performance.md").read_text())
     encoded = tmp_path / "encoded"
     speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5, "main_share": 0.1}
     told = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
     encoded.write_text(f"a table\n{json.dumps(told)}\n")
-    run("bench_curves.py", "--smoke", "--out", str(measurements), "--encode", str(encoded), seconds=580)
+    run("curves", "--smoke", "--out", str(measurements), "--encode", str(encoded), seconds=580)
     parts = json.loads(measurements.read_text())
     names = ["shared_prefix", "response_tokens", "model_size", "memory", "ablation", "encode"]
     assert list(parts) == names
@@ -96,13 +96,13 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
 
     figures = docs / "figures"
     draw = ["--measurements", str(measurements), "--page", str(page), "--figures", str(figures)]
-    run("draw_performance.py", *draw)
+    run("draw_performance", *draw)
     drawn = {file.stem: file.read_bytes() for file in figures.iterdir()}
     first_page = page.read_text()
     assert set(drawn) == set(names)
     for name in names:
         assert f"](figures/{name}.svg)\n\n| " in first_page
-    run("draw_performance.py", *draw)
+    run("draw_performance", *draw)
     assert (drawn, first_page) == (
         {file.stem: file.read_bytes() for file in figures.iterdir()},
         page.read_text(),
@@ -111,7 +111,7 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
 
 def test_a_sweep_scores_its_pairs_once() -> None:
     """Ends with an error if the trainers computed another loss at any first step."""
-    measured = figures("bench_sweep.py")
+    measured = figures("sweep")
     scored = {name: told["scored_pairs"] for name, told in measured["results"].items()}
     assert measured["points"] == 2
     assert scored == {"dpo_dist": 8, "trl_default": 16, "trl_kept": 8}
@@ -119,6 +119,6 @@ def test_a_sweep_scores_its_pairs_once() -> None:
 
 
 def test_bench_schedule_costs() -> None:
-    costs = figures("bench_schedule.py", "--costs")["costs"]
+    costs = figures("schedule", "--costs")["costs"]
     assert costs["microseconds_per_token"] > 0
     assert {"attention_slowness", "head_slowness", "largest_error"} <= costs.keys()

@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from demo_report import read_prompts, report, reward_accuracy, sample_answers  # noqa: E402
-from demo_rule import follows_rule  # noqa: E402
-from make_demo import make_demo, make_records  # noqa: E402
-
-from dpo_dist.errors import ConfigError  # noqa: E402
+from dpo_dist.errors import ConfigError
+from examples.demo.make import make_demo, make_records
+from examples.demo.report import read_prompts, report, reward_accuracy, sample_answers
+from examples.demo.rule import follows_rule
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +30,7 @@ def records(demo: Path, name: str) -> list[dict]:
 
 
 def test_another_process_makes_the_same_bytes(demo, tmp_path):
-    command = [sys.executable, str(SCRIPTS / "make_demo.py"), str(tmp_path / "again")]
+    command = [sys.executable, "-m", "examples.demo.make", str(tmp_path / "again")]
     subprocess.run(command, check=True, capture_output=True)
     assert contents(tmp_path / "again") == contents(demo)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.reference.fingerprint import ReferenceSpace, read_space
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.store import LogpStore
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, run_verb, summary, train
@@ -24,9 +24,9 @@ def all_keys(shards: list[Path]) -> np.ndarray:
     return np.concatenate([shard.keys for shard in opened])
 
 
-def rewrite(root: Path, source: Path, to: ReferenceSpace, add: float = 0.0) -> None:
+def rewrite(root: Path, source: Path, to: ReferenceFingerprint, add: float = 0.0) -> None:
     """Write the rows of the space `source` to another space, changed by `add`."""
-    space = read_space(source)
+    space = read_fingerprint(source)
     assert space is not None
     store = LogpStore.open(root, space)
     keys = all_keys(sorted(source.glob("*.safetensors")))
@@ -95,9 +95,9 @@ def kin(overrides: Overrides, tmp_path: Path) -> Path:
     """A store of one reference's rows, of another version of torch."""
     assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
     [own] = spaces(tmp_path / "store")
-    space = read_space(own)
+    space = read_fingerprint(own)
     assert space is not None
-    older = ReferenceSpace(space.reference, {**space.profile, "torch": "2.0"}, space.label)
+    older = ReferenceFingerprint(space.reference, {**space.profile, "torch": "2.0"}, space.label)
     rewrite(tmp_path / "store", own, older, add=1e-5)
     shutil.rmtree(own)
     return tmp_path / "store" / older.name
@@ -137,9 +137,9 @@ def test_rows_of_other_numerics_serve_only_a_tolerant_run(
 def test_rows_of_other_numerics_that_are_too_far_end_the_run(
     overrides: Overrides, kin: Path, tmp_path: Path
 ) -> None:
-    space = read_space(kin)
+    space = read_fingerprint(kin)
     assert space is not None
-    further = ReferenceSpace(space.reference, {**space.profile, "torch": "2.1"}, space.label)
+    further = ReferenceFingerprint(space.reference, {**space.profile, "torch": "2.1"}, space.label)
     rewrite(tmp_path / "store", kin, further, add=1e-2)
     shutil.rmtree(kin)
     ended = run_verb("train", overrides(*STEPS, "reference.numerics=tolerant"))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.reference.fingerprint import read_space
+from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.metrics_log import PHASES
@@ -147,7 +147,9 @@ def test_a_log_prob_that_is_not_the_models_is_caught_at_the_gate(
     train(overrides("trainer.max_steps=1"))
     other = write_model(tmp_path / "other", seed=9)
     train(overrides(f"model.path={other}", f"run.dir={tmp_path}/other-run", "trainer.max_steps=1"))
-    by_label = {space.label: space for path in (tmp_path / "store").glob("*/") if (space := read_space(path))}
+    by_label = {
+        space.label: space for path in (tmp_path / "store").glob("*/") if (space := read_fingerprint(path))
+    }
     own, others = by_label[f"{assets}/model"], by_label[str(other)]
     shards = [
         shard for file in (tmp_path / "store" / own.name).glob("*.safetensors") if (shard := open_shard(file))

@@ -14,13 +14,13 @@ from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.fill import fill_store
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
+SPACE = ReferenceFingerprint("weights", {"dtype": "fp32"})
 PAIRS = 200
 
 

@@ -10,13 +10,25 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_memory.py"
+ROOT = Path(__file__).parents[2]
 MODES = ["cached, the store filled first", "live, offload cpu", "live"]
 
 
 def test_only_a_live_reference_takes_memory_while_the_policy_trains() -> None:
-    command = [sys.executable, str(SCRIPT), "--models", "5m", "--processes", "1", "--pairs", "4"]
-    ended = subprocess.run([*command, "--modes", *MODES], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        "--models",
+        "5m",
+        "--processes",
+        "1",
+        "--pairs",
+        "4",
+    ]
+    ended = subprocess.run(
+        [*command, "--modes", *MODES], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     measured = json.loads(ended.stdout.splitlines()[-1])["5m, 1 rank"]
     freed, offloaded, live = (measured[mode]["kept"] for mode in MODES)

@@ -35,7 +35,7 @@ class Outcome:
     result: Any = None
     error: str = ""
     told: str = ""
-    speaker: int | None = None
+    reporting_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,6 @@ def _be_rank(
         outcome = {
             "error": type(error).__name__,
             "told": str(error),
-            "speaker": getattr(error, "speaker", None),
+            "reporting_rank": getattr(error, "reporting_rank", None),
         }
     (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))

@@ -1,21 +1,16 @@
 """What the ablation removes changes where time and memory go, and no number."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.ablation import ABLATIONS, Work, removed
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data import dataset, step_plan
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from tests.support.packing import COSTS, VOCABULARY, plain_logps, random_pairs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from bench_ablation import ABLATIONS, Work, removed
 
 SHAPES = [(7, 5, 3), (4, 1, 6), (12, 2, 2), (3, 8, 9), (9, 4, 1)]
 BUDGET = 40

@@ -3,20 +3,18 @@
 import ast
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.performance_numbers import table
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DivergedError, PeerLostError
+from dpo_dist.errors import ExitCode
 from dpo_dist.report.metrics_log import PHASES
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-from performance_numbers import table  # noqa: E402
 
 PACKAGE = ROOT / "dpo_dist"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
@@ -65,14 +63,16 @@ def test_every_module_is_listed_and_no_other() -> None:
     assert set(first_column("architecture.md", "module")) == modules
 
 
-def test_exit_codes_are_those_of_the_errors() -> None:
+def test_every_exit_code_is_described() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
-    for code, meaning in (
-        (ConfigError.exit_code, "an error in configuration"),
-        (DivergedError.exit_code, "diverged"),
-        (PeerLostError.exit_code, "another process of the run died"),
-    ):
-        assert f"\n| {code} | {meaning}" in text
+    described = re.findall(r"^\| (\d+) \| (\w+)", text.split("\n## Exit codes\n")[1], re.MULTILINE)
+    assert {int(code): meaning for code, meaning in described} == {
+        ExitCode.completed: "completed",
+        ExitCode.failed: "failed",
+        ExitCode.invalid: "error",
+        ExitCode.diverged: "diverged",
+        ExitCode.preempted: "preempted",
+    }
 
 
 def test_defaults_are_those_of_the_schema() -> None:
@@ -100,7 +100,7 @@ def test_named_keys_and_linked_files_exist(page: Path) -> None:
 
 
 def test_tables_of_performance_are_those_of_its_measurements() -> None:
-    """`scripts/draw_performance.py` was run after the last `bench_curves.py`."""
+    """`benchmarks/draw_performance.py` was run after the last `benchmarks/curves.py`."""
     page = (ROOT / "docs" / "performance.md").read_text()
     measurements = ROOT / "docs" / "performance.json"
     parts = json.loads(measurements.read_text()) if measurements.is_file() else {}

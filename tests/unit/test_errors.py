@@ -1,11 +1,11 @@
-"""An error is one block that says what, where, got, expected and what to do, on whichever rank it is read."""
+"""An error is one block with the same lines on every rank; exit codes are those of the documentation."""
 
 import pickle
 
 import pytest
 
 from dpo_dist import errors
-from dpo_dist.errors import ConfigError, DataError, DivergedError, DpoDistError, PeerLostError
+from dpo_dist.errors import ConfigError, DataError, DivergedError, DpoDistError, ExitCode, PeerLostError
 
 
 def test_block_has_a_line_for_each_part() -> None:
@@ -20,7 +20,7 @@ def test_block_has_a_line_for_each_part() -> None:
     assert str(error) == error.block()
 
 
-def test_parts_without_text_are_left_out() -> None:
+def test_empty_parts_have_no_line() -> None:
     assert DataError("no pair", where="a.jsonl:3").block() == "data error: no pair\n  where:    a.jsonl:3"
 
 
@@ -31,7 +31,7 @@ def kinds() -> list[type[DpoDistError]]:
 
 
 @pytest.mark.parametrize("kind", kinds())
-def test_an_error_comes_whole_to_another_process(kind: type[DpoDistError]) -> None:
+def test_a_pickled_error_keeps_every_part(kind: type[DpoDistError]) -> None:
     error = kind("what", where="where", got="got", expected="expected", remedy="remedy")
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
@@ -43,3 +43,5 @@ def test_exit_codes_are_the_documented_ones() -> None:
     assert {kind: kind.exit_code for kind in kinds()} == {
         kind: {DivergedError: 3, PeerLostError: 1}.get(kind, 2) for kind in kinds()
     }
+    codes = {"completed": 0, "failed": 1, "invalid": 2, "diverged": 3, "preempted": 75}
+    assert {code.name: code.value for code in ExitCode} == codes

@@ -12,27 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.maintenance import garbage, info, verify
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
-from dpo_dist.reference.maintenance.info import space_folders
+from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.shard import list_shards
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.store import main
-from tests.unit.reference.test_store import Indices, flip, keys_of, readable, values
+from tests.unit.reference.test_store import Entries, flip, keys_of, readable, values
 
-FIRST = ReferenceSpace("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
-SECOND = ReferenceSpace("ab" * 16, {"dtype": "bf16"}, "./second")
-ROWS: Indices = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
+FIRST = ReferenceFingerprint("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
+SECOND = ReferenceFingerprint("ab" * 16, {"dtype": "bf16"}, "./second")
+ROWS: Entries = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
 DAY = 24 * 3600
 
 
-def write(root: Path, space: ReferenceSpace, rows: Indices) -> Path:
+def write(root: Path, space: ReferenceFingerprint, rows: Entries) -> Path:
     store = LogpStore.open(root, space)
     return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
 
 
-def rows_of(root: Path, space: ReferenceSpace) -> Indices:
+def rows_of(root: Path, space: ReferenceFingerprint) -> Entries:
     return readable(root, [1, 2, 4, 7], space)
 
 
@@ -210,7 +210,7 @@ def test_gc_only_tells_without_yes(run: Run, shards: list[Path]) -> None:
     ],
 )
 def test_gc_drops_what_was_named_or_not_used(
-    arguments: list[str], left: list[ReferenceSpace], run: Run, shards: list[Path], tmp_path: Path
+    arguments: list[str], left: list[ReferenceFingerprint], run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     os.utime(shards[1].parent / "space.json", (time.time() - 40 * DAY,) * 2)
     assert run("gc", *arguments, "--yes")[0] == 0
@@ -264,9 +264,9 @@ def test_gc_gets_over_what_goes_while_it_looks(
     gone = [tmp_path / "gone.tmp-123456789abc", shards[1].parent / "gone.tmp-123456789abc"]
     monkeypatch.setattr(garbage, "find_leftovers", lambda _root: gone)
     assert find_garbage(tmp_path, [], [], None).leftovers == []
-    folders = [*space_folders(tmp_path), tmp_path / FIRST.name]
+    folders = [*fingerprint_folders(tmp_path), tmp_path / FIRST.name]
     for module in (info, verify):
-        monkeypatch.setattr(module, "space_folders", lambda _root: folders)
+        monkeypatch.setattr(module, "fingerprint_folders", lambda _root: folders)
         monkeypatch.setattr(
             module, "list_shards", lambda folder: [*list_shards(folder), f"{'0' * 32}.safetensors"]
         )

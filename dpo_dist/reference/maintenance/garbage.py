@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_dist.atomic import temporary_name
 from dpo_dist.errors import ConfigError
-from dpo_dist.reference.maintenance.info import SpaceInfo, changed_at, take_inventory
+from dpo_dist.reference.maintenance.info import FingerprintInfo, changed_at, take_inventory
 from dpo_dist.reference.maintenance.verify import find_leftovers
 
 # A shard is written in seconds. Whether its writer lives cannot be asked: it may run on another node, or in a
@@ -23,7 +23,7 @@ class Garbage:
     """What is to go from the store `root`."""
 
     root: Path
-    spaces: list[SpaceInfo]
+    spaces: list[FingerprintInfo]
     leftovers: list[Path]
 
 
@@ -81,7 +81,7 @@ def _remove_folder(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _goes(space: SpaceInfo, dropped: set[str], kept: set[str], unused_days: float | None) -> bool:
+def _goes(space: FingerprintInfo, dropped: set[str], kept: set[str], unused_days: float | None) -> bool:
     if space.name in dropped:
         return True
     if space.name in kept:
@@ -91,7 +91,7 @@ def _goes(space: SpaceInfo, dropped: set[str], kept: set[str], unused_days: floa
     return bool(kept)
 
 
-def _named(spaces: list[SpaceInfo], option: str, digits: str) -> list[str]:
+def _named(spaces: list[FingerprintInfo], option: str, digits: str) -> list[str]:
     """The names of the spaces that `digits` mean: all of one reference, or a single one."""
     by_reference = [s for s in spaces if s.space is not None and s.space.reference.startswith(digits)]
     found = by_reference or [space for space in spaces if space.name.startswith(digits)]

@@ -14,11 +14,11 @@ import numpy as np
 
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import (
+    FINGERPRINT_FILE,
     LOGP_PATH_VERSION,
-    SPACE_FILE,
     STORE_FORMAT,
-    ReferenceSpace,
-    read_space,
+    ReferenceFingerprint,
+    read_fingerprint,
 )
 from dpo_dist.reference.shard import list_shards, verified_shard
 
@@ -26,7 +26,7 @@ _SPACE_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class SpaceInfo:
+class FingerprintInfo:
     """What one space holds.
 
     Attributes:
@@ -40,7 +40,7 @@ class SpaceInfo:
     """
 
     name: str
-    space: ReferenceSpace | None
+    space: ReferenceFingerprint | None
     is_outdated: bool
     shards: int
     damaged: int
@@ -54,7 +54,7 @@ class SpaceInfo:
         """The model's name, or why there is none."""
         if self.space is not None:
             return self.space.label or "unnamed"
-        return "of another version" if self.is_outdated else f"no valid {SPACE_FILE}"
+        return "of another version" if self.is_outdated else f"no valid {FINGERPRINT_FILE}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -72,7 +72,7 @@ class SpaceInfo:
         }
 
 
-def space_folders(root: Path) -> list[Path]:
+def fingerprint_folders(root: Path) -> list[Path]:
     """The folders of all spaces of a store.
 
     Raises:
@@ -92,13 +92,13 @@ def space_folders(root: Path) -> list[Path]:
 def is_outdated(folder: Path) -> bool:
     """Whether a space was written by another version of the program."""
     try:
-        content = json.loads((folder / SPACE_FILE).read_bytes())
+        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         return bool(content["logp_path"] != LOGP_PATH_VERSION or content.get("format", 1) != STORE_FORMAT)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def take_inventory(root: Path) -> list[SpaceInfo]:
+def take_inventory(root: Path) -> list[FingerprintInfo]:
     """All spaces of a store, the last used first. Reads indices, not values.
 
     Spaces and files that another process removes meanwhile are left out.
@@ -108,13 +108,13 @@ def take_inventory(root: Path) -> list[SpaceInfo]:
         OSError: a space cannot be read.
     """
     spaces = []
-    for folder in space_folders(root):
+    for folder in fingerprint_folders(root):
         with contextlib.suppress(FileNotFoundError):
-            spaces.append(space_info(folder))
+            spaces.append(fingerprint_info(folder))
     return sorted(spaces, key=lambda space: space.last_used, reverse=True)
 
 
-def space_info(folder: Path) -> SpaceInfo:
+def fingerprint_info(folder: Path) -> FingerprintInfo:
     """What the space `folder` holds.
 
     Raises:
@@ -125,16 +125,16 @@ def space_info(folder: Path) -> SpaceInfo:
     with ThreadPoolExecutor(max_workers=8) as pool:
         sizes = [size for size in pool.map(_rows_and_tokens, files) if size is not None]
     made = folder.stat().st_mtime
-    return SpaceInfo(
+    return FingerprintInfo(
         name=folder.name,
-        space=read_space(folder),
+        space=read_fingerprint(folder),
         is_outdated=outdated,
         shards=len(sizes),
         damaged=len(files) - len(sizes),
         rows=sum(rows for rows, _ in sizes),
         tokens=sum(tokens for _, tokens in sizes),
         bytes=sum(map(_size, folder.rglob("*"))),
-        last_used=datetime.fromtimestamp(changed_at(folder / SPACE_FILE, made), UTC),
+        last_used=datetime.fromtimestamp(changed_at(folder / FINGERPRINT_FILE, made), UTC),
     )
 
 

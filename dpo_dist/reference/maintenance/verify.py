@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dpo_dist.atomic import is_temporary
-from dpo_dist.reference.fingerprint import MEMO_FOLDER, SPACE_FILE, read_space
-from dpo_dist.reference.maintenance.info import is_outdated, space_folders
+from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, MEMO_FOLDER, read_fingerprint
+from dpo_dist.reference.maintenance.info import fingerprint_folders, is_outdated
 from dpo_dist.reference.shard import (
     Keys,
     damaged_rows,
@@ -67,14 +67,16 @@ def verify_store(root: Path) -> Verification:
         ReferenceModelError: there is no such store.
         OSError: a file cannot be read.
     """
-    folders = space_folders(root)
+    folders = fingerprint_folders(root)
     outdated = [folder for folder in folders if is_outdated(folder)]
     current = [folder for folder in folders if folder not in outdated]
     files = [folder / name for folder in current for name in _shards(folder)]
     with ProcessPoolExecutor() as pool:
         checked = list(pool.map(_check, files, chunksize=_SHARDS_AT_ONCE))
     undescribed = [
-        folder / SPACE_FILE for folder in current if read_space(folder) is None and folder.exists()
+        folder / FINGERPRINT_FILE
+        for folder in current
+        if read_fingerprint(folder) is None and folder.exists()
     ]
     return Verification(
         shards=len(checked),
@@ -101,7 +103,7 @@ def repair(damage: Damage) -> tuple[bool, str]:
         OSError, SafetensorError: it cannot be written.
     """
     file = damage.file
-    if file.name == SPACE_FILE:
+    if file.name == FINGERPRINT_FILE:
         return False, "left to the next run that uses the space"
     home = _home(file)
     if home is not None:
@@ -164,7 +166,7 @@ def _home(file: Path) -> Path | None:
         shard = parse_shard(_read(file))
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    for folder in space_folders(file.parents[1]):
+    for folder in fingerprint_folders(file.parents[1]):
         if (
             folder != file.parent
             and shard_name(folder.name, shard.keys, shard.ends, shard.checks) == file.name
@@ -188,5 +190,5 @@ def _foreign(root: Path, folders: list[Path]) -> Iterator[Path]:
         if path not in folders and path.name != MEMO_FOLDER and not is_temporary(path):
             yield path
     for folder in folders:
-        known = {SPACE_FILE, *_shards(folder)}
+        known = {FINGERPRINT_FILE, *_shards(folder)}
         yield from (p for p in _entries(folder) if p.name not in known and not is_temporary(p))

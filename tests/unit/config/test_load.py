@@ -442,7 +442,7 @@ def test_a_rank_that_nobody_ends_is_alone_with_its_error(
     command_line._print(error)
     assert capsys.readouterr().err == error.block() + "\n"
     assert len(waited) == 1
-    error.speaker = 0
+    error.reporting_rank = 0
     command_line._print(error)
     assert (capsys.readouterr().err, len(waited)) == ("", 1), "another rank prints it"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, LossTermConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
-from dpo_dist.objective.metrics import BATCH_REWARD, PAIR_METRICS, MetricSums, metric_sums
+from dpo_dist.objective.metrics import BATCH_REWARD, PAIR_METRICS, Counted, MetricSums, metric_sums
 
 CPU = torch.device("cpu")
 CONFIG = LossConfig(beta=0.5)
@@ -69,7 +69,7 @@ def test_sums_are_exact_where_float32_would_lose_pairs() -> None:
     assert total.means()["logps/chosen"] == -(2.0**24 + 3) / 4
 
 
-def test_metrics_hold_no_graph() -> None:
+def test_metrics_have_no_graph() -> None:
     chosen = torch.tensor([-1.0], requires_grad=True)
     policy = PairLogps(chosen, chosen, torch.ones(1), torch.ones(1))
     losses = preference_loss(policy, None, LossConfig(reference_free=True))
@@ -85,3 +85,23 @@ def test_the_shift_of_bco_is_of_its_own_rewards_whatever_rewards_are_reported() 
     means = metric_sums(torch.zeros(1), policy, None, config, torch.ones(1)).means()
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2
+
+
+def test_a_metric_may_have_a_count_of_its_own() -> None:
+    """Per token, and per pair that has a score; in two parts, with a dummy."""
+    nan = float("nan")
+    tokens, logps = torch.tensor([2.0, 1.0, 5.0, 4.0]), torch.tensor([-4.0, -1.0, -5.0, -99.0])
+    gaps = torch.tensor([3.0, nan, 1.0, nan])
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    total = MetricSums.zeros(("per_pair", "per_token", "gap", "unscored"), CPU)
+    for part in (slice(0, 2), slice(2, 4)):
+        total += MetricSums.of(
+            {
+                "per_pair": logps[part],
+                "per_token": Counted(logps[part], tokens[part]),
+                "gap": Counted(gaps[part], (~gaps[part].isnan()).float()),
+                "unscored": Counted(gaps[part], torch.zeros(2)),
+            },
+            weights[part],
+        )
+    assert total.means() == pytest.approx({"per_pair": -10 / 3, "per_token": -10 / 8, "gap": 2.0})

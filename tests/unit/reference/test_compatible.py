@@ -11,8 +11,8 @@ from dpo_dist.config.schema import Numerics, ReferenceConfig, ReferenceMode
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.errors import ConfigError
 from dpo_dist.reference import fingerprint as fingerprint_module
-from dpo_dist.reference.compatible import difference, kin_of, rows_served, unused_rows
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.compatible import count_reused, count_unused, difference, find_compatible
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
 
 PROFILE = {
@@ -22,9 +22,9 @@ PROFILE = {
     "torch": "2.13",
     "gpu": "H200",
 }
-OWN = ReferenceSpace("weights", PROFILE)
-SDPA = ReferenceSpace("weights", {**PROFILE, "attention": "sdpa"})
-OLD_SDPA = ReferenceSpace("weights", {**PROFILE, "attention": "sdpa", "torch": "2.12"})
+OWN = ReferenceFingerprint("weights", PROFILE)
+SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa"})
+OLD_SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa", "torch": "2.12"})
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def dataset() -> PairDataset:
     )
 
 
-def write(root: Path, space: ReferenceSpace, names: list[int]) -> None:
+def write(root: Path, space: ReferenceFingerprint, names: list[int]) -> None:
     keys = np.array([(0, name) for name in names], dtype=np.uint64).reshape(-1, 2)
     LogpStore.open(root, space).write(keys, [np.array([-float(name)], dtype=np.float32) for name in names])
 
@@ -56,22 +56,22 @@ def write(root: Path, space: ReferenceSpace, names: list[int]) -> None:
     "part", ["attention", "torch", "transformers", "gpu", "cuda", "device", "compile", "liger", "flash_attn"]
 )
 def test_what_only_reorders_sums_is_kin(part: str, tmp_path: Path) -> None:
-    write(tmp_path, ReferenceSpace("weights", {**PROFILE, part: "other"}), [1])
-    assert [difference(OWN, kin) for kin in kin_of(tmp_path, OWN)] == [f"{part} other"]
+    write(tmp_path, ReferenceFingerprint("weights", {**PROFILE, part: "other"}), [1])
+    assert [difference(OWN, kin) for kin in find_compatible(tmp_path, OWN)] == [f"{part} other"]
 
 
 @pytest.mark.parametrize(
     "part", ["dtype", "matmul_precision", "bf16_reduction", "quantization", "anything new"]
 )
 def test_what_changes_the_precision_is_not(part: str, tmp_path: Path) -> None:
-    write(tmp_path, ReferenceSpace("weights", {**PROFILE, part: "other"}), [1])
-    assert kin_of(tmp_path, OWN) == []
+    write(tmp_path, ReferenceFingerprint("weights", {**PROFILE, part: "other"}), [1])
+    assert find_compatible(tmp_path, OWN) == []
 
 
 def test_other_weights_other_scoring_code_and_foreign_folders_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert kin_of(tmp_path / "none", OWN) == []
+    assert find_compatible(tmp_path / "none", OWN) == []
     write(tmp_path, OWN, [1])
     write(tmp_path, replace(SDPA, reference="others"), [1])
     with monkeypatch.context() as patch:
@@ -79,23 +79,23 @@ def test_other_weights_other_scoring_code_and_foreign_folders_are_not(
         write(tmp_path, SDPA, [1])
     (tmp_path / ("0" * 32)).mkdir()
     (tmp_path / ("1" * 32)).write_text("")
-    assert kin_of(tmp_path, OWN) == []
+    assert find_compatible(tmp_path, OWN) == []
 
 
 def test_the_nearest_kin_is_first(tmp_path: Path) -> None:
     write(tmp_path, OLD_SDPA, [1])
     write(tmp_path, SDPA, [1])
-    assert kin_of(tmp_path, OWN) == [SDPA, OLD_SDPA]
+    assert find_compatible(tmp_path, OWN) == [SDPA, OLD_SDPA]
     assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
 
 
 def test_a_strict_run_is_told_what_it_leaves_unused(tmp_path: Path, dataset: PairDataset) -> None:
     visited = [(dataset, np.array([0, 1])), (dataset, np.array([2, 3]))]
     write(tmp_path, OWN, [0])
-    assert unused_rows(tmp_path, OWN, [], visited).rows == 0
+    assert count_unused(tmp_path, OWN, [], visited).rows == 0
     write(tmp_path, SDPA, [0, 1, 9])
     write(tmp_path, OLD_SDPA, [1, 5])
-    unused = unused_rows(tmp_path, OWN, [SDPA, OLD_SDPA], visited)
+    unused = count_unused(tmp_path, OWN, [SDPA, OLD_SDPA], visited)
     assert (unused.rows, unused.differences) == (2, ["attention sdpa", "attention sdpa, torch 2.12"])
 
 
@@ -103,13 +103,13 @@ def test_it_is_told_who_served_and_which_pairs_to_audit(tmp_path: Path, dataset:
     write(tmp_path, OWN, [0, 1, 2])
     write(tmp_path, SDPA, [2, 3, 4])
     write(tmp_path, OLD_SDPA, [4, 5])
-    store = LogpStore.open(tmp_path, OWN, kin=[SDPA, OLD_SDPA])
-    served = rows_served(store, [(dataset, np.array([0])), (dataset, np.array([0, 1, 2, 3]))])
+    store = LogpStore.open(tmp_path, OWN, compatible=[SDPA, OLD_SDPA])
+    served = count_reused(store, [(dataset, np.array([0])), (dataset, np.array([0, 1, 2, 3]))])
     assert served.rows == {"own": 2 + 3, "attention sdpa": 2, "attention sdpa, torch 2.12": 1}
     assert served.audited is not None
     number, rows = served.audited
     assert (number, rows.tolist()) == (1, [1, 2, 3])
-    alone = rows_served(store, [(dataset, np.array([0]))])
+    alone = count_reused(store, [(dataset, np.array([0]))])
     assert (alone.rows, alone.audited) == ({"own": 2}, None)
 
 

@@ -18,13 +18,13 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError, ReferenceModelError
 from dpo_dist.reference import fill as fill_module
 from dpo_dist.reference.fill import FillReport, check_complete, fill_store, missing_responses, open_filled
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import keys_of_ids
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 from tests.support.read_only import read_only
 
-SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
+SPACE = ReferenceFingerprint("weights", {"dtype": "fp32"})
 RESPONSES = [2, 1, 3, 2, 2, 2]
 # Two pairs with the same content, as data sets have them.
 TWINS = (1, 4)
@@ -366,14 +366,14 @@ def test_a_shard_that_comes_late_or_in_part_is_waited_for(
     [name] = report.shards
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:-4])
-    look = LogpStore.names_now
+    look = LogpStore.list_now
 
     def arrive(self: LogpStore) -> list[str]:
         (tmp_path / name).write_bytes(content)
         return look(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(LogpStore, "names_now", arrive)
+        patched.setattr(LogpStore, "list_now", arrive)
         check_complete(open_filled(open_at(tmp_path), report.shards, world), dataset, np.arange(2), world)
     for damage in (lambda: (tmp_path / name).write_bytes(content[:-4]), (tmp_path / name).unlink):
         damage()
@@ -392,7 +392,7 @@ def test_completeness_is_judged_without_reading_values(
         patched.setattr(LogpStore, "_load", lambda *_: pytest.fail("values were read"))
         check_complete(store, dataset, np.arange(4), world)
     keys = dataset.keys[dataset.response_places(np.arange(len(dataset)))]
-    assert store.indexed(keys).tolist() == store.holds(keys).tolist()
+    assert store.indexed(keys).tolist() == store.contains(keys).tolist()
     # Keys of one first word.
     other = np.stack([keys[:, 0], keys[:, 1] ^ np.uint64(1)], axis=1)
     assert not store.indexed(other).any()

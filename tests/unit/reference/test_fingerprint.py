@@ -15,7 +15,7 @@ from dpo_dist import digests as digest_module
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
 from dpo_dist.reference.digest import digest_model, model_label, tokenizer_digest
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
 
@@ -218,15 +218,15 @@ def test_a_snapshot_of_the_hub_is_named_by_its_commit(tmp_path: Path) -> None:
 
 def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
     profile = {"dtype": "bf16", "attention": "sdpa"}
-    base = ReferenceSpace("weights", profile)
+    base = ReferenceFingerprint("weights", profile)
     others = [
-        ReferenceSpace("other", profile),
-        ReferenceSpace("weights", {**profile, "dtype": "fp32"}),
-        ReferenceSpace("weights", {**profile, "gpu": "new"}),
-        ReferenceSpace("weights", {"dtype": "bf16"}),
+        ReferenceFingerprint("other", profile),
+        ReferenceFingerprint("weights", {**profile, "dtype": "fp32"}),
+        ReferenceFingerprint("weights", {**profile, "gpu": "new"}),
+        ReferenceFingerprint("weights", {"dtype": "bf16"}),
     ]
     assert len({space.name for space in (base, *others)}) == 5
-    assert base.name == ReferenceSpace("weights", dict(reversed(profile.items()))).name
+    assert base.name == ReferenceFingerprint("weights", dict(reversed(profile.items()))).name
     assert base.describe()["profile"] == profile
     assert replace(base, label="a name").name == base.name
 
@@ -235,9 +235,9 @@ def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
 def test_a_change_of_the_log_prob_path_or_the_files_starts_a_new_space(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = ReferenceSpace("weights", {}).name
+    before = ReferenceFingerprint("weights", {}).name
     monkeypatch.setattr(fingerprint_module, version, getattr(fingerprint_module, version) + 1)
-    assert ReferenceSpace("weights", {}).name != before
+    assert ReferenceFingerprint("weights", {}).name != before
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dpo_dist.errors import ReferenceModelError
-from dpo_dist.reference.fingerprint import ReferenceSpace, read_space
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.shard import Keys, Values
 from dpo_dist.reference.store import LogpStore
 from tests.support.read_only import read_only
 
-SPACE = ReferenceSpace("weights", {"dtype": "fp32"})
-Indices: TypeAlias = dict[int, list[float]]
+SPACE = ReferenceFingerprint("weights", {"dtype": "fp32"})
+Entries: TypeAlias = dict[int, list[float]]
 
 
 def keys_of(names: Sequence[int]) -> Keys:
@@ -35,7 +35,7 @@ def values(*numbers: float) -> Values:
     return np.array(numbers, dtype=np.float32)
 
 
-def write(root: Path, rows: Indices, space: ReferenceSpace = SPACE) -> Path:
+def write(root: Path, rows: Entries, space: ReferenceFingerprint = SPACE) -> Path:
     """Write these rows as one shard and give its file."""
     store = LogpStore.open(root, space, [])
     return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
@@ -45,21 +45,21 @@ def open_store(root: Path) -> LogpStore:
     return LogpStore.open(root, SPACE)
 
 
-def readable(root: Path, names: Sequence[int], space: ReferenceSpace = SPACE) -> Indices:
+def readable(root: Path, names: Sequence[int], space: ReferenceFingerprint = SPACE) -> Entries:
     """The rows of these names that a run would read."""
     store = LogpStore.open(root, space)
-    held = [name for name, holds in zip(names, store.holds(keys_of(names)), strict=True) if holds]
+    held = [name for name, holds in zip(names, store.contains(keys_of(names)), strict=True) if holds]
     return {name: row.tolist() for name, row in zip(held, store.read(keys_of(held)), strict=True)}
 
 
-ROWS: Indices = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
+ROWS: Entries = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
 
 
 def test_rows_are_read_by_key_in_any_order(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
     store = open_store(tmp_path)
     assert len(store) == 3
-    assert store.holds(keys_of([4, 2, 1, 7])).tolist() == [True, False, True, True]
+    assert store.contains(keys_of([4, 2, 1, 7])).tolist() == [True, False, True, True]
     assert [row.tolist() for row in store.read(keys_of([4, 7, 1, 7]))] == [ROWS[4], ROWS[7], ROWS[1], ROWS[7]]
     assert {row.dtype for row in store.read(keys_of([4, 7]))} == {np.dtype(np.float32)}
 
@@ -74,27 +74,30 @@ def test_a_missing_row_is_an_error_and_never_a_guess(tmp_path: Path) -> None:
 
 def test_an_empty_store_holds_nothing(tmp_path: Path) -> None:
     store = open_store(tmp_path / "new" / "store")
-    assert store.holds(keys_of([1, 2])).tolist() == [False, False]
+    assert store.contains(keys_of([1, 2])).tolist() == [False, False]
     assert store.names == []
     assert json.loads((store.folder / "space.json").read_text()) == SPACE.describe()
-    assert read_space(store.folder) == SPACE
+    assert read_fingerprint(store.folder) == SPACE
 
 
 def test_another_space_sees_none_of_the_rows(tmp_path: Path) -> None:
     write(tmp_path, ROWS)
-    for other in (ReferenceSpace("new weights", SPACE.profile), ReferenceSpace("weights", {"dtype": "bf16"})):
-        assert not LogpStore.open(tmp_path, other).holds(keys_of(list(ROWS))).any()
+    for other in (
+        ReferenceFingerprint("new weights", SPACE.profile),
+        ReferenceFingerprint("weights", {"dtype": "bf16"}),
+    ):
+        assert not LogpStore.open(tmp_path, other).contains(keys_of(list(ROWS))).any()
 
 
 def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
     first = write(tmp_path, {1: [-1.0]})
     store = open_store(tmp_path)
     write(tmp_path, {2: [-2.0]})
-    assert store.holds(keys_of([1, 2])).tolist() == [True, False]
+    assert store.contains(keys_of([1, 2])).tolist() == [True, False]
     name = f"{SPACE.name}/{first.name}"
     again = LogpStore.open(tmp_path, SPACE, [name])
     assert again.names == store.names == [name]
-    assert open_store(tmp_path).holds(keys_of([1, 2])).all()
+    assert open_store(tmp_path).contains(keys_of([1, 2])).all()
 
 
 @settings(max_examples=15)
@@ -109,7 +112,7 @@ def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
         max_size=6,
     )
 )
-def test_whatever_was_written_is_read(writes: list[Indices]) -> None:
+def test_whatever_was_written_is_read(writes: list[Entries]) -> None:
     with TemporaryDirectory() as folder:
         written: dict[int, list[list[float]]] = {}
         for rows in writes:
@@ -118,7 +121,7 @@ def test_whatever_was_written_is_read(writes: list[Indices]) -> None:
                 written.setdefault(name, []).append(row)
         names = list(range(13))
         store = open_store(Path(folder))
-        assert store.holds(keys_of(names)).tolist() == [name in written for name in names]
+        assert store.contains(keys_of(names)).tolist() == [name in written for name in names]
         for name, row in zip(written, store.read(keys_of(list(written))), strict=True):
             assert row.tolist() in written[name]
 
@@ -155,10 +158,10 @@ def test_a_flipped_key_loses_the_shard_and_says_so(tmp_path: Path, caplog: pytes
     store = open_store(tmp_path)
     assert store.damaged == [f"{SPACE.name}/{file.name}"]
     assert file.name in caplog.text
-    assert store.holds(keys_of([7, 1, 4, 2])).tolist() == [False, False, False, True]
+    assert store.contains(keys_of([7, 1, 4, 2])).tolist() == [False, False, False, True]
     # The same rows computed again put a whole shard in its place.
     assert write(tmp_path, ROWS) == file
-    assert open_store(tmp_path).holds(keys_of([7, 1, 4, 2])).all()
+    assert open_store(tmp_path).contains(keys_of([7, 1, 4, 2])).all()
 
 
 def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_a_shard_that_was_cut_short_keeps_the_rows_before_the_cut(tmp_path: Path
     for size in (last + 4, last + 7):
         file.write_bytes(content[:size])
         store = open_store(tmp_path)
-        assert store.holds(keys_of([1, 4, 7])).tolist() == [True, True, False]
+        assert store.contains(keys_of([1, 4, 7])).tolist() == [True, True, False]
         assert store.damaged_rows == {f"{SPACE.name}/{file.name}": 1}
     write(tmp_path, {7: ROWS[7]})
     assert readable(tmp_path, list(ROWS)) == ROWS
@@ -208,30 +211,32 @@ def test_a_foreign_file_is_passed_over_and_named(
     foreign = [f"{'0' * 32}.safetensors", "foreign.safetensors", "other.safetensors"]
     assert store.foreign == [f"{SPACE.name}/{name}" for name in foreign]
     assert all(name in caplog.text for name in foreign)
-    assert store.holds(keys_of(list(ROWS))).all()
+    assert store.contains(keys_of(list(ROWS))).all()
 
 
 def test_a_shard_that_went_away_is_missing_rows(tmp_path: Path) -> None:
     store = LogpStore.open(tmp_path, SPACE, ["0123.safetensors"])
     assert store.damaged == ["0123.safetensors"]
-    assert not store.holds(keys_of([1])).any()
+    assert not store.contains(keys_of([1])).any()
 
 
 def test_a_shard_under_another_s_name_is_passed_over(tmp_path: Path) -> None:
     first, second = write(tmp_path, {1: [-1.0]}), write(tmp_path, {2: [-2.0]})
     first.write_bytes(second.read_bytes())
-    assert open_store(tmp_path).holds(keys_of([1, 2])).tolist() == [False, True]
+    assert open_store(tmp_path).contains(keys_of([1, 2])).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("other", [ReferenceSpace("other", SPACE.profile), ReferenceSpace("weights", {})])
-def test_a_shard_copied_in_from_another_space_is_refused(tmp_path: Path, other: ReferenceSpace) -> None:
+@pytest.mark.parametrize(
+    "other", [ReferenceFingerprint("other", SPACE.profile), ReferenceFingerprint("weights", {})]
+)
+def test_a_shard_copied_in_from_another_space_is_refused(tmp_path: Path, other: ReferenceFingerprint) -> None:
     """Its keys, checksums and values are all as they were written, but of another reference."""
     whole = write(tmp_path, ROWS, other)
     own = write(tmp_path, {2: [-1.0]})
     shutil.copy(whole, own.parent)
     store = open_store(tmp_path)
     assert store.damaged == [f"{SPACE.name}/{whole.name}"]
-    assert store.holds(keys_of([*ROWS, 2])).tolist() == [False, False, False, True]
+    assert store.contains(keys_of([*ROWS, 2])).tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -263,25 +268,25 @@ def test_a_read_only_store_serves_what_it_has_and_tells_what_cannot_be_written(
             open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
         assert "Read-only" in raised.value.got
         with pytest.raises(ReferenceModelError, match="cannot be opened"):
-            LogpStore.open(tmp_path, ReferenceSpace("new", {}))
+            LogpStore.open(tmp_path, ReferenceFingerprint("new", {}))
 
 
 def test_rows_of_kin_serve_where_the_own_space_has_none(tmp_path: Path) -> None:
-    near, far = (ReferenceSpace("weights", {"dtype": "fp32", "torch": number}) for number in "12")
+    near, far = (ReferenceFingerprint("weights", {"dtype": "fp32", "torch": number}) for number in "12")
     write(tmp_path, {1: [-1.0]})
     write(tmp_path, {1: [-1.5], 2: [-2.0]}, near)
     write(tmp_path, {1: [-1.25], 2: [-2.5], 3: [-3.0]}, far)
-    store = LogpStore.open(tmp_path, SPACE, kin=[near, far])
+    store = LogpStore.open(tmp_path, SPACE, compatible=[near, far])
     keys = keys_of([1, 2, 3, 4])
-    assert store.holds(keys).tolist() == [True, True, True, False]
+    assert store.contains(keys).tolist() == [True, True, True, False]
     assert [row.tolist() for row in store.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
-    assert store.servers(keys).tolist() == [0, 1, 2, -1]
+    assert store.sources(keys).tolist() == [0, 1, 2, -1]
     again = LogpStore.open(tmp_path, SPACE, store.names)
     assert [row.tolist() for row in again.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
-    assert open_store(tmp_path).holds(keys).tolist() == [True, False, False, False]
+    assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, False]
     # What is written goes to the own space only.
     store.write(keys[3:], [values(-4.0)])
-    assert open_store(tmp_path).holds(keys).tolist() == [True, False, False, True]
+    assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
@@ -289,7 +294,7 @@ def test_values_that_are_not_finite_are_never_stored(tmp_path: Path, number: flo
     with pytest.raises(ReferenceModelError, match="not finite") as raised:
         write(tmp_path, {1: [-1.0], 2: [-1.0, number]})
     assert raised.value.got == "1 of 2 responses"
-    assert not open_store(tmp_path).holds(keys_of([1])).any()
+    assert not open_store(tmp_path).contains(keys_of([1])).any()
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.report.metrics_log import COLUMNS, History, final_and_best
+from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -31,7 +31,7 @@ def csv_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_csv_can_be_followed_while_the_run_trains(tmp_path: Path) -> None:
-    history = History.open(tmp_path / "dpo_metrics", None)
+    history = MetricsLog.open(tmp_path / "dpo_metrics", None)
     history.append(row_of(1))
     history.append(evaluation_of(1, 0.6, 0.5))
     first, second = csv_rows(history.folder)
@@ -42,7 +42,7 @@ def test_csv_can_be_followed_while_the_run_trains(tmp_path: Path) -> None:
 
 
 def test_a_key_without_a_column_gets_one_and_loses_nothing(tmp_path: Path) -> None:
-    history = History.open(tmp_path, None)
+    history = MetricsLog.open(tmp_path, None)
     history.append(row_of(1))
     history.append({**row_of(2), "eval_hard/loss": 0.25})
     history.append(row_of(3))
@@ -51,7 +51,7 @@ def test_a_key_without_a_column_gets_one_and_loses_nothing(tmp_path: Path) -> No
 
 
 def test_saving_changes_nothing_that_was_appended(tmp_path: Path) -> None:
-    history = History.open(tmp_path, None)
+    history = MetricsLog.open(tmp_path, None)
     for step in range(1, 4):
         history.append({**row_of(step), "new": 1 / 3})
     appended = (tmp_path / "training_metrics.csv").read_bytes()
@@ -61,19 +61,19 @@ def test_saving_changes_nothing_that_was_appended(tmp_path: Path) -> None:
 
 
 def test_resumed_files_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
-    whole = History.open(tmp_path / "whole", None)
+    whole = MetricsLog.open(tmp_path / "whole", None)
     for step in range(1, 11):
         whole.append(row_of(step))
     whole.append(evaluation_of(10, 0.5, 0.6))
     whole.save()
 
-    killed = History.open(tmp_path / "killed", None)
+    killed = MetricsLog.open(tmp_path / "killed", None)
     for step in range(1, 9):
         killed.append({**row_of(step), **({"seen only before the kill": 1.0} if step == 8 else {})})
         if step == 6:
             killed.save()
     killed.save()
-    resumed = History.open(tmp_path / "killed", 6)
+    resumed = MetricsLog.open(tmp_path / "killed", 6)
     assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5, 6]
     assert len(csv_rows(tmp_path / "killed")) == 6
     for step in range(7, 11):
@@ -84,10 +84,10 @@ def test_resumed_files_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
 
 
 def test_a_fresh_start_keeps_nothing_of_an_earlier_attempt(tmp_path: Path) -> None:
-    earlier = History.open(tmp_path, None)
+    earlier = MetricsLog.open(tmp_path, None)
     earlier.append(row_of(1))
     earlier.save()
-    History.open(tmp_path, None)
+    MetricsLog.open(tmp_path, None)
     assert csv_rows(tmp_path) == []
     assert json.loads((tmp_path / "log_history.json").read_text()) == []
 
@@ -97,7 +97,7 @@ def test_unreadable_history_is_reported_and_training_goes_on(tmp_path: Path, con
     if content is not None:
         (tmp_path / "log_history.json").write_text(content)
     told: list[str] = []
-    history = History.open(tmp_path, 6, told.append)
+    history = MetricsLog.open(tmp_path, 6, told.append)
     assert "up to step 6" in told[0]
     history.append(row_of(7))
     history.save()
@@ -105,7 +105,7 @@ def test_unreadable_history_is_reported_and_training_goes_on(tmp_path: Path, con
 
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
-    history = History.open(tmp_path, None)
+    history = MetricsLog.open(tmp_path, None)
     history.append({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     history.save()
     history.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
@@ -117,7 +117,7 @@ def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_pat
     assert rows == [{"step": 1, "loss": None, "grad_norm": None}]
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert summary == {"final": {"loss": None}, "losses": [None, 1.0], "exit": "diverged"}
-    assert math.isnan(History.open(tmp_path, 1).rows[0]["loss"])
+    assert math.isnan(MetricsLog.open(tmp_path, 1).rows[0]["loss"])
 
 
 def test_final_and_best_values() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_dist.report.metrics_log import History, final_and_best
+from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
 
@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 def finished_run(folder: Path) -> Path:
     run_dir = folder / "qwen-sigmoid-3fa9c1d2"
-    history = History.open(run_dir / "dpo_metrics", None)
+    history = MetricsLog.open(run_dir / "dpo_metrics", None)
     for step in range(1, 31):
         times = {f"time/{phase}": share * step / 30 for phase, share in SHARES.items()}
         history.append({"step": step, "loss": 0.7 - step / 100, **times})
@@ -148,7 +148,7 @@ def test_an_unreadable_file_costs_its_section_only(
 
 
 def test_values_that_were_never_finite_do_not_break_the_page(tmp_path: Path) -> None:
-    history = History.open(tmp_path / "dpo_metrics", None)
+    history = MetricsLog.open(tmp_path / "dpo_metrics", None)
     history.append({"step": 1, "loss": float("nan"), "eval_loss": float("inf")})
     history.save()
     history.write_summary({**final_and_best(history.rows), "exit": "diverged"})

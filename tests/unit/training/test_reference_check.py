@@ -19,7 +19,7 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.data.step_plan import pack_rows
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.reference_check import pass_gate
@@ -84,7 +84,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
 
 @pytest.fixture(scope="module")
 def reference(data: PairDataset, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
-    root, space = tmp_path_factory.mktemp("store"), ReferenceSpace("weights", {})
+    root, space = tmp_path_factory.mktemp("store"), ReferenceFingerprint("weights", {})
     batch = pack_rows(data, range(PAIRS))
     rows = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
     LogpStore.open(root, space).write(batch.keys, [row.numpy() for row in rows])

@@ -13,9 +13,9 @@ import pytest
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError
+from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
-from dpo_dist.report.metrics_log import History
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import Tracker
@@ -23,7 +23,6 @@ from dpo_dist.training.finish import finish
 from dpo_dist.training.run_folder import CHECKPOINTS, MODEL, find_start, locked, mark_started
 from dpo_dist.training.run_state import (
     STATE_NAME,
-    Outcome,
     RunState,
     check_identity,
     read_state,
@@ -62,7 +61,7 @@ def state_of(outcome: Outcome) -> RunState:
 
 
 def recorder_in(run_dir: Path) -> Recorder:
-    return Recorder(run_dir, History.open(run_dir / METRICS_FOLDER, 4), Tracker(None))
+    return Recorder(run_dir, MetricsLog.open(run_dir / METRICS_FOLDER, 4), Tracker(None))
 
 
 def test_the_state_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.step import Objective, evaluate, train_step
@@ -73,7 +73,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
 
 def stored(data: PairDataset, root: Path, responses: int = 2 * PAIRS) -> StoredReference:
     """A store of the first `responses` of `data`; the values of each say which it is and where they stand."""
-    space = ReferenceSpace("weights", {})
+    space = ReferenceFingerprint("weights", {})
     lengths = [tokens for row in range(PAIRS) for tokens in data.lengths(row)[1:]]
     values = [-1 - n - np.linspace(0, 0.5, tokens, dtype=np.float32) for n, tokens in enumerate(lengths)]
     LogpStore.open(root, space).write(data.keys[:responses], values[:responses])

@@ -1,6 +1,6 @@
-"""Draw docs/figures and write the tables of docs/performance.md: `python scripts/draw_performance.py`.
+"""Draw docs/figures and write the tables of docs/performance.md: `python -m benchmarks draw_performance`.
 
-From docs/performance.json, which `bench_curves.py` writes; measures nothing. In the page, what stands between
+From docs/performance.json, which `benchmarks curves` writes; measures nothing. In the page, text between
 `<!-- PART -->` and `<!-- end of PART -->` is replaced.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from bench_assets import ROOT
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from performance_numbers import (
+
+from benchmarks.assets import ROOT
+from benchmarks.performance_numbers import (
     ABLATIONS,
     OURS,
     TRL,

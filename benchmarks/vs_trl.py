@@ -1,4 +1,4 @@
-"""Compare the speed and memory of dpo_dist with TRL's: `python scripts/bench_vs_trl.py`.
+"""Compare the speed and memory of dpo_dist with TRL's: `python -m benchmarks vs_trl`.
 
 Same weights, token ids, order, batch, optimizer and precision; the first step must agree. Variants take
 turns, each in a process of its own. Times are of training steps and of scoring by the reference, without
@@ -22,8 +22,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench_assets import REAL_DATA, SHAPES, Setting, prepare, shared_data
-from bench_child import Result, in_fork, run_variant
+from benchmarks.assets import REAL_DATA, SHAPES, Setting, prepare, shared_data
+from benchmarks.child import Result, in_fork, run_variant
 
 Rounds = list[dict[str, Result]]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_assets import ROOT
+from benchmarks.assets import ROOT
 
 Result = dict[str, Any]
 
@@ -23,7 +23,6 @@ def in_fork(work: Callable[[], None]) -> None:
     if child == 0:
         code = 1
         try:
-            sys.path.insert(0, str(ROOT))
             work()
             code = 0
         except BaseException:
@@ -36,10 +35,10 @@ def in_fork(work: Callable[[], None]) -> None:
 
 
 def run_variant(folder: Path, variant: str, store: Path, processes: int, threads: int) -> Result:
-    """One run of `bench_variant.py`; CPU seconds are of all its processes, memory of the largest."""
+    """One run of `benchmarks/variant.py`; CPU seconds are of all its processes, memory of the largest."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    program = [str(ROOT / "scripts" / "bench_variant.py"), str(folder), variant, str(store), str(out)]
+    program = ["-m", "benchmarks.variant", str(folder), variant, str(store), str(out)]
     launch = [sys.executable]
     if processes > 1:
         launch = [*LAUNCHER, "--config_file", str(ROOT / "launch" / "accelerate" / "cpu_2.yaml")]
@@ -47,6 +46,7 @@ def run_variant(folder: Path, variant: str, store: Path, processes: int, threads
         [*launch, *program],
         env={
             **os.environ,
+            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": str(max(1, threads // processes)),
             "TOKENIZERS_PARALLELISM": "false",
         },

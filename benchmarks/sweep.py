@@ -1,4 +1,4 @@
-"""What a sweep over losses and betas on one base costs, beside TRL's: `python scripts/bench_sweep.py`.
+"""What a sweep over losses and betas on one base costs, beside TRL's: `python -m benchmarks sweep`.
 
 Each of our points is one command line in a process of its own, as a person runs them, all with one store and
 one cache of encoded data. TRL's points share one process, so that its packages are loaded once. Every point
@@ -6,7 +6,7 @@ trains the same weights on the same token ids in the same order; the first step 
 
     dpo_dist      the reference's values are looked up by content
     trl_default   the reference beside the policy, in every step
-    trl_kept      values computed before training and kept beside the data set (`bench_sweep_trl.py`)
+    trl_kept      values computed before training and kept beside the data set (`benchmarks/sweep_trl.py`)
 
 Prints a Markdown table and, as the last line, JSON: TRL's pairs and seconds over ours, and how far the losses
 lie apart. `rest` is starting processes, loading, saving, plots and reports. The step-0 gate, in which each of
@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_assets import REAL_DATA, ROOT, SHAPES, Setting, overrides, prepare, shared_data
-from bench_child import in_fork
-from bench_sweep_trl import SWEEP
+from benchmarks.assets import REAL_DATA, ROOT, SHAPES, Setting, overrides, prepare, shared_data
+from benchmarks.child import in_fork
+from benchmarks.sweep_trl import SWEEP
 
 Point = tuple[str, float]
 
@@ -113,8 +113,7 @@ def _sweep(setting: Setting, folder: Path, points: list[Point]) -> dict[str, Any
 
 def _trl_sweep(folder: Path, variant: str) -> dict[str, Any]:
     out = folder / f"{variant}.json"
-    program = ROOT / "scripts" / "bench_sweep_trl.py"
-    seconds = _timed([sys.executable, str(program), str(folder), variant, str(out)])
+    seconds = _timed([sys.executable, "-m", "benchmarks.sweep_trl", str(folder), variant, str(out)])
     return {**json.loads(out.read_text()), "whole_seconds": seconds}
 
 

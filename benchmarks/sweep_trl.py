@@ -1,6 +1,6 @@
-"""TRL's half of a sweep, all points in one process: `python scripts/bench_sweep_trl.py FOLDER VARIANT OUT`.
+"""TRL's half of a sweep, all points in one process: `python -m benchmarks sweep_trl FOLDER VARIANT OUT`.
 
-FOLDER is what `bench_assets.prepare` wrote, with the points in `sweep.json`. OUT gets what was measured.
+FOLDER is what `benchmarks.assets.prepare` wrote, with the points in `sweep.json`. OUT gets what was measured.
 
     trl_default   the reference beside the policy
     trl_kept      its values computed before training and kept beside the data set, as TRL does if that lies
@@ -15,10 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_assets import ORDER, ROOT, Setting
-from bench_variant import Meter, trl_config
-
-sys.path.insert(0, str(ROOT))
+from benchmarks.assets import ORDER, Setting
+from benchmarks.variant import Meter, trl_config
 
 SWEEP = "sweep.json"
 

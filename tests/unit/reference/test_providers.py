@@ -30,7 +30,7 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed, numerics_of
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fill import FillReport, fill_store, open_filled
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS, random_pairs
@@ -155,7 +155,7 @@ def carry_out(run: Run, model_folder: Path, store: Path, world: World) -> tuple[
     """Fill the store for a run, and give what a batch of all its pairs is served."""
     setting = ModelConfig(str(model_folder), dtype=run.dtype)
     digest = digest_model(model_folder, store).digest
-    space = ReferenceSpace(digest, numerics_of(setting, AttentionBackend.sdpa, CPU))
+    space = ReferenceFingerprint(digest, numerics_of(setting, AttentionBackend.sdpa, CPU))
     model = load_packed(model_folder, setting, 64, CPU)
 
     def score(batch: PackedBatch) -> Tensor:

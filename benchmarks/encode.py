@@ -1,6 +1,6 @@
 """Measure how fast records are encoded, on one process and on several.
 
-python scripts/bench_encode.py [--file PAIRS.jsonl] [--records 50000] [--processes 1 2 4] [--chat] [--smoke]
+python -m benchmarks encode [--file PAIRS.jsonl] [--records 50000] [--processes 1 2 4] [--chat] [--smoke]
 
 The records are those of the file (../shared/data/hh_rlhf_sample.jsonl where it is there, else invented ones),
 repeated; the tokenizer is learnt from them. Every number of processes must write the same bytes. `main_share`
@@ -14,17 +14,13 @@ import itertools
 import json
 import random
 import resource
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench_assets import REAL_DATA, learnt_tokenizer, shared_data
-
+from benchmarks.assets import REAL_DATA, learnt_tokenizer, shared_data
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset

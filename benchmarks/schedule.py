@@ -1,6 +1,6 @@
 """Measure how well the pairs of a step are spread over ranks and micro-batches, and what it costs to plan.
 
-python scripts/bench_schedule.py [--budgets 2048 8192] [--data DIR] [--smoke] [--costs]
+python -m benchmarks schedule [--budgets 2048 8192] [--data DIR] [--smoke] [--costs]
 
 Lengths are those of hh_rlhf_sample.jsonl and ultrafeedback_plain_scored.jsonl in DIR (../shared/data), where
 they are there, encoded by a tokenizer learnt from them, and invented ones; costs are those of a 40M model.
@@ -24,10 +24,9 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import time
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,8 +36,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.assets import SHAPES, Shape
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
 from dpo_dist.data.formats import read_records
@@ -52,7 +50,6 @@ from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.flops import compute_costs, count_flops
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES
-from scripts.bench_assets import SHAPES, Shape
 
 FILES = {"hh": "hh_rlhf_sample.jsonl", "ultrafeedback": "ultrafeedback_plain_scored.jsonl"}
 SEPARATOR = "<|end|>"
@@ -167,7 +164,11 @@ def bench_schedule(pairs: int) -> dict[str, float]:
     schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
     figures: dict[str, float] = {"pairs": pairs}
     tracemalloc.start()
-    for name, work in (("first_step", lambda: schedule.indices(0)), ("all_indices", schedule.all_indices)):
+    works: dict[str, Callable[[], object]] = {
+        "first_step": lambda: schedule.indices(0),
+        "all_indices": schedule.all_indices,
+    }
+    for name, work in works.items():
         started = time.perf_counter()
         work()
         figures[f"{name}_seconds"] = time.perf_counter() - started

@@ -1,8 +1,8 @@
-"""One trainer, once, in a process of its own: `python scripts/bench_variant.py FOLDER VARIANT STORE OUT`.
+"""One trainer, once, in a process of its own: `python -m benchmarks variant FOLDER VARIANT STORE OUT`.
 
-FOLDER is what `bench_assets.prepare` wrote. OUT/rank-N.json gets what was measured, the losses among it.
+FOLDER is what `benchmarks.assets.prepare` wrote. OUT/rank-N.json gets what was measured, the losses among it.
 Variants: `trl_default`, `trl_best_N` (N pairs a micro-batch), `dpo_dist` (with the reference values that
-STORE holds already), and `without_...`: dpo_dist less a part of it (`bench_ablation.ABLATIONS`).
+STORE holds already), and `without_...`: dpo_dist less a part of it (`benchmarks.ablation.ABLATIONS`).
 """
 
 import contextlib
@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench_assets import ORDER, ROOT, Setting, overrides
-
-sys.path.insert(0, str(ROOT))
+from benchmarks.assets import ORDER, Setting, overrides
 
 CURVES = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "grad_norm")
 
@@ -60,7 +58,7 @@ class Meter:
 class Measured:
     """Of one run: training steps only, scoring by the reference only, and both with loading and saving.
 
-    `rows` are the logged metrics of each step, `work` what our training computed (`bench_ablation.Work`).
+    `rows` are the logged metrics of each step, `work` what our training computed (`ablation.Work`).
     """
 
     training: Meter
@@ -95,8 +93,7 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
 
     One process shards nothing, as TRL's does not.
     """
-    from bench_ablation import ABLATIONS, removed
-
+    from benchmarks.ablation import ABLATIONS, removed
     from dpo_dist.config.load import load_run_config
     from dpo_dist.report.console import open_console
 
@@ -144,7 +141,7 @@ def run_trl(setting: Setting, folder: Path, out: Path, best_micro_pairs: int | N
             with reference.running():
                 return super()._precompute_ref_logps(*arguments)
 
-    class Steps(TrainerCallback):  # type: ignore[misc]
+    class Steps(TrainerCallback):
         """Measures from the first step to the last, without what is prepared before."""
 
         def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:

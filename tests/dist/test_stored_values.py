@@ -12,7 +12,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import fill_store, open_filled
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
 from tests.dist.scenario import PAIRS, Assets
 from tests.support.packing import COSTS, plain_logps
@@ -43,7 +43,7 @@ def carry_out(
     told = []
     for model, pairs, micro_batch_tokens, rows_per_shard in runs:
         folder = getattr(assets, model)
-        space = ReferenceSpace(world.on_main(partial(digest_model, folder, store)).digest, {"dtype": "fp32"})
+        space = ReferenceFingerprint(world.on_main(partial(digest_model, folder, store)).digest, {"dtype": "fp32"})
         dataset = assets.dataset()
         open_store = partial(LogpStore.open, store, space)
         engine = load_reference(folder, assets.config(folder), world)

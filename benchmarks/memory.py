@@ -1,4 +1,4 @@
-"""What a reference takes by mode: `scripts/bench_memory.py --models tiny 40m --processes 1 2`.
+"""What a reference takes by mode: `python -m benchmarks memory --models tiny 40m --processes 1 2`.
 
 One short training run for each mode, without checkpoints, in processes of its own, sharded as in ZeRO-3. Of
 the largest rank, in MiB: the reference's weights that are there while the policy trains, the peak while the
@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench_assets import ROOT, SHAPES, Setting, overrides, prepare
-from bench_child import LAUNCHER, in_fork
-
-sys.path.insert(0, str(ROOT))
+from benchmarks.assets import ROOT, SHAPES, Setting, overrides, prepare
+from benchmarks.child import LAUNCHER, in_fork
 
 LIVE = "reference.mode=live"
 COLD, WARM = "cached, the store filled first", "cached, all found in the store"
@@ -128,8 +126,13 @@ def _measure(mode: str, folder: Path, processes: int) -> Result:
     if processes > 1:
         launch = [*LAUNCHER, "--config_file", str(ROOT / "launch" / "accelerate" / "cpu_2.yaml")]
     ended = subprocess.run(
-        [*launch, __file__, _RUN, str(folder), str(folder / "store"), str(out), *extra],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        [*launch, "-m", "benchmarks.memory", _RUN, str(folder), str(folder / "store"), str(out), *extra],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,6 @@
 """Show what the demo's training changed: answers to held-out prompts, and the share that follows the rule.
 
-python scripts/demo_report.py --before MODEL --after MODEL --pairs FILE [--run RUN_DIR]
+python -m examples.demo.report --before MODEL --after MODEL --pairs FILE [--run RUN_DIR]
 """
 
 import argparse
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from demo_rule import follows_rule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_dist.errors import ConfigError, DpoDistError
+from examples.demo.rule import follows_rule
 
 PROMPTS = 200
 SHOWN = 5
@@ -49,7 +49,7 @@ def read_prompts(pairs: Path) -> list[Messages]:
     Raises:
         ConfigError: there is no such file.
     """
-    _require(pairs, "run scripts/make_demo.py first")
+    _require(pairs, "run `python -m examples.demo.make` first")
     with pairs.open(encoding="utf-8") as lines:
         return [json.loads(line)["prompt"] for line, _ in zip(lines, range(PROMPTS), strict=False)]
 

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from demo_rule import ADDRESS, INTRODUCTIONS
+from examples.demo.rule import ADDRESS, INTRODUCTIONS
 
 NAMES = (
     "Ada",

@@ -1,6 +1,6 @@
 """Measure the store of reference log-probs at scale, with invented keys and short rows.
 
-python scripts/bench_store.py [--rows 10000000] [--folder DIR] [--smoke]
+python -m benchmarks store [--rows 10000000] [--folder DIR] [--smoke]
 
 Writes the rows in shards of the default size, opens them, looks rows up at random, asks which responses of a
 data set are missing, and does the same over many small shards. Figures that end in `_cpu` are by its own
@@ -16,7 +16,6 @@ The last line is the figures as JSON.
 import argparse
 import gc
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,11 +27,9 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench_assets import SHAPES, save_random_model
-
+from benchmarks.assets import SHAPES, save_random_model
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PairDataset
 from dpo_dist.data.encode import response_key
@@ -41,11 +38,11 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
-from dpo_dist.reference.fingerprint import ReferenceSpace
+from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 
-SPACE = ReferenceSpace("invented", {})
+SPACE = ReferenceFingerprint("invented", {})
 PROMPT_TOKENS = 32
 MICRO_BATCH_TOKENS = 8192
 LOOKUP_BATCH = 64
@@ -131,7 +128,7 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
     def score(batch: PackedBatch) -> torch.Tensor:
         nonlocal seconds
         started = time.monotonic()
-        logps = model(batch)
+        logps: torch.Tensor = model(batch)
         seconds += time.monotonic() - started
         return logps
 
@@ -143,7 +140,7 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
 
 
 def fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) -> FillReport:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         report = fill_store(
             lambda names: LogpStore.open(root, SPACE, names),
@@ -213,7 +210,7 @@ def marks(keys: Keys) -> np.ndarray:
 
 
 def lookups_per_second(store: LogpStore, dataset: PairDataset, clock: Callable[[], float]) -> float:
-    """Indices read at random in batches, warm, each compared with what was written."""
+    """Entries read at random in batches, warm, each compared with what was written."""
     places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in places]
     for keys in batches:

@@ -1,6 +1,6 @@
 """Make the demo's assets: a small model with random weights, its tokenizer, and pairs from a seeded grammar.
 
-    python scripts/make_demo.py OUT [--seed 0]
+    python -m examples.demo.make OUT [--seed 0]
 
 writes OUT/base, OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl and OUT/warmup_train.jsonl, byte for byte the
 same for the same seed, this source and these library versions; OUT/demo.json tells which, and where all is
@@ -16,10 +16,9 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from demo_grammar import NAMES, QUESTIONS, Question, bad_answer, good_answer
-
 from dpo_dist.atomic import staged_folder
 from dpo_dist.errors import ConfigError, DpoDistError
+from examples.demo.grammar import NAMES, QUESTIONS, Question, bad_answer, good_answer
 
 TRAIN_PAIRS = 3000
 EVAL_PAIRS = 300
@@ -28,7 +27,7 @@ WARMUP_GOOD_SHARE = 0.3
 VOCABULARY = 1024
 END_OF_TURN = "<|im_end|>"
 MANIFEST = "demo.json"
-MADE_FROM = ("demo_grammar.py", "demo_rule.py", "make_demo.py")
+MADE_FROM = ("grammar.py", "make.py", "rule.py")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

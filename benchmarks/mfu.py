@@ -1,4 +1,4 @@
-"""How much of a device training uses: `scripts/bench_mfu.py --model 7b --layers 20 --variants plain full`.
+"""How much of a device training uses: `python -m benchmarks mfu --model 7b --layers 20`.
 
 Random weights of real shapes on real lengths, cached reference, the whole program but for checkpoints and
 the exported model. A variant is options joined by `+`; each runs in a process of its own. mfu counts unique
@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench_assets import REAL_DATA, ROOT, SHAPES, Setting, overrides, prepare, shared_data
-
-sys.path.insert(0, str(ROOT))
+from benchmarks.assets import REAL_DATA, ROOT, SHAPES, Setting, overrides, prepare, shared_data
 
 OPTIONS = {
     "plain": [],
@@ -51,7 +49,7 @@ def main() -> None:
     setting = _setting(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
-        failure = _child([__file__, _PREPARE, str(folder), json.dumps(vars(setting))])
+        failure = _child(["-m", "benchmarks.mfu", _PREPARE, str(folder), json.dumps(vars(setting))])
         if failure:
             raise SystemExit(f"the benchmark's model and pairs could not be made:\n{failure}")
         results = {variant: _measure(variant, setting, folder, arguments) for variant in arguments.variants}
@@ -133,7 +131,7 @@ def _measure(variant: str, setting: Setting, folder: Path, arguments: argparse.N
         "optim.lr=1e-6",
         *options,
     ]
-    failure = _child([__file__, _RUN, str(run_dir), *command])
+    failure = _child(["-m", "benchmarks.mfu", _RUN, str(run_dir), *command])
     if failure:
         return {"failed": failure}
     metrics = run_dir / "dpo_metrics"
@@ -150,8 +148,7 @@ def _measure(variant: str, setting: Setting, folder: Path, arguments: argparse.N
 
 def _measure_trl(variant: str, setting: Setting, folder: Path) -> Result:
     out = folder / variant
-    program = str(ROOT / "scripts" / "bench_variant.py")
-    failure = _child([program, str(folder), variant, str(folder / "store"), str(out)])
+    failure = _child(["-m", "benchmarks.variant", str(folder), variant, str(folder / "store"), str(out)])
     if failure:
         return {"failed": failure}
     measured = json.loads((out / "rank-0.json").read_text())
@@ -166,7 +163,7 @@ def _child(arguments: list[str]) -> str:
     """Run python with these; the end of what it said if it failed."""
     ended = subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT / "scripts",
+        cwd=ROOT,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

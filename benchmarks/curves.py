@@ -1,4 +1,4 @@
-"""Measure what speed and memory depend on: `python scripts/bench_curves.py`, then `draw_performance.py`.
+"""Measure what speed and memory depend on: `python -m benchmarks curves`, then `draw_performance`.
 
 Every part is measured in rounds whose runs take turns, each run in a process of its own, and then written to
 docs/performance.json beside the parts that stand there:
@@ -8,9 +8,9 @@ docs/performance.json beside the parts that stand there:
     model_size        the same over model size
     memory            peak memory and pairs/s over `trainer.micro_batch_tokens`
     ablation          CPU seconds and memory without prompt sharing, packing, chunked head, stored reference
-    encode            records/s over processes, from `--encode FILE`: what `bench_encode.py` printed
+    encode            records/s over processes, from `--encode FILE`: output of `benchmarks encode`
 
-Times are of training steps and of scoring by the reference, as in `bench_vs_trl.py`. Ends with an error if
+Times are of training steps and of scoring by the reference, as in `vs_trl`. Ends with an error if
 the trainers, or the whole program and what is left of it, compute different losses. A round of all parts is
 meant to take about ten minutes on two quiet cores.
 """
@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_assets import ORDER, REAL_DATA, ROOT, Setting, prepare, shared_data
-from bench_child import Result, in_fork, run_variant
+from benchmarks.assets import ORDER, REAL_DATA, ROOT, Setting, prepare, shared_data
+from benchmarks.child import Result, in_fork, run_variant
 
 MEASUREMENTS = ROOT / "docs" / "performance.json"
 PARTS = ("shared_prefix", "response_tokens", "model_size", "memory", "ablation")
@@ -260,9 +260,11 @@ def _told(point: Point, bench: Bench) -> dict[str, Any]:
 
 
 def _encoding(printed: Path) -> dict[str, Any]:
-    """What `bench_encode.py` printed, as a part of the file."""
+    """What `benchmarks/encode.py` printed, as a part of the file."""
     told = json.loads(printed.read_text().splitlines()[-1])
-    command = ["scripts/bench_encode.py", "--records", str(told["records"])] + ["--chat"] * told["chat"]
+    command = ["python", "-m", "benchmarks", "encode", "--records", str(told["records"])] + ["--chat"] * told[
+        "chat"
+    ]
     return {"command": shlex.join(command), "file": told["file"], "points": told["figures"]}
 
 
@@ -270,7 +272,7 @@ def _circumstances(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any
     environment = bench.environment()
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["scripts/bench_curves.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks", "curves", *sys.argv[1:]]),
         "machine": _machine(environment),
         "threads": arguments.threads,
         "python": environment["python"],

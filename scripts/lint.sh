@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Checks format, lint rules, types and spelling; changes nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./scripts/setup_env.sh dev
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/codespell
