@@ -10,12 +10,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import check_template_date
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import EncodedPart, encode_part
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.sources import pinned
+from dpo_dist.data.sources import pinned, read_records
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder
@@ -45,7 +45,7 @@ def rehearse(config: RunConfig) -> str:
     count_flops(model_config, config.model.adapter)  # as a run does: refuses targets that are no layers
     check_template_date(config.data, tokenizer)
     lines = [
-        ("run.dir", f"{config.run.dir}{_state(Path(str(config.run.dir)))}"),
+        ("run.dir", f"{config.run.dir}{_state(RunFolder.of(config))}"),
         ("model.path", f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"),
         ("loss", ", ".join(config.loss.kinds)),
         ("reference", _reference(config, tokenizer)),
@@ -55,8 +55,8 @@ def rehearse(config: RunConfig) -> str:
     return f"check passed: what can be checked without weights and GPUs is in order\n{told}"
 
 
-def _state(run_dir: Path) -> str:
-    return " (has checkpoints: the run resumes)" if any(run_dir.glob("checkpoints/step-*")) else " (new)"
+def _state(folder: RunFolder) -> str:
+    return " (has checkpoints: the run resumes)" if any(folder.checkpoints.glob("step-*")) else " (new)"
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -22,8 +22,8 @@ from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.console import Console
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.reference_check import describe_drift, pass_gate
-from dpo_dist.training.run_folder import peak_memory_bytes, reset_peak_memory
 from dpo_dist.training.step import Objective
+from dpo_dist.training.step_timer import peak_memory_bytes, reset_peak_memory
 
 Audited = tuple[PairDataset, Indices]
 

@@ -26,7 +26,7 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import AdapterReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.run_folder import export_model
+from dpo_dist.training.finish import export_model
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny

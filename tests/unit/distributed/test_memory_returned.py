@@ -6,7 +6,7 @@ import torch
 
 from dpo_dist.distributed.engine import return_memory
 from dpo_dist.distributed.world import World
-from dpo_dist.training.run_folder import peak_memory_bytes, reset_peak_memory
+from dpo_dist.training.step_timer import peak_memory_bytes, reset_peak_memory
 
 
 class Alone(World):
