@@ -39,11 +39,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from benchmarks.assets import SHAPES, Shape
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sampler import Span, make_schedule
-from dpo_dist.data.sources import read_records
 from dpo_dist.model import flops
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend

@@ -17,13 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
     AttentionBackend,
     DataConfig,
     Dtype,
-    LossConfig,
-    LossKind,
     ModelConfig,
     RunConfig,
     SourceConfig,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
-from dpo_dist.data.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore

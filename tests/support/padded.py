@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.packing import Sequences
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sources import read_records
 from tests.support import tiny
 from tests.support.packing import random_pairs
 from tests.support.shared_data import shared_data_dir

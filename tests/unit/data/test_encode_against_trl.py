@@ -10,8 +10,8 @@ from trl import DPOTrainer
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
-from dpo_dist.data.sources import read_records
 from tests.support import tiny
 from tests.support.shared_data import shared_data_dir
 
