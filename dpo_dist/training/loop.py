@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import BcoDelta, RunConfig
+from dpo_dist.config.loss_kinds import BcoDelta
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
@@ -18,6 +19,7 @@ from dpo_dist.data.sampler import BatchSampler, Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops, StepFlops
@@ -81,7 +83,7 @@ class Loop:
     console: Console
     checkpoints: CheckpointSaver
     identity: dict[str, Any]
-    stop_wanted: "StopRequest"
+    stop_wanted: StopRequest
 
     def run(self, position: Position) -> bool:
         """Train on from `position` to the end of the schedule; collective.
@@ -230,24 +232,6 @@ class Loop:
         self.checkpoints.save(
             position.step, {**asdict(position), **self.identity, "steps": self.sampler.steps}
         )
-
-
-class StopRequest:
-    """Reasons to save and end before the schedule does."""
-
-    def __init__(self, stop_after_steps: int | None, max_seconds: float | None):
-        self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
-        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
-        self._asked = False
-
-    def ask(self) -> None:
-        """Stop after the step that is under way; may be called from another thread."""
-        self._asked = True
-
-    def vote(self, is_main: bool) -> bool:
-        """Whether this rank wants to stop after the step just done; the clock of rank 0 counts."""
-        self._steps_left -= 1
-        return self._asked or self._steps_left <= 0 or (is_main and time.monotonic() > self._deadline)
 
 
 def _is_due(step: int, every: int) -> bool:

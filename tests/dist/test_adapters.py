@@ -14,15 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    Dtype,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ModelConfig, OptimConfig, ParallelismKind)
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
@@ -33,7 +26,7 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import AdapterReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.run_folder import export_model
+from dpo_dist.training.finish import export_model
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind, RunConfig
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (Dtype, Offload, ParallelismKind, RunConfig)
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.engine import PolicyEngine, frozen_config, sharded_loading
+from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.engine import PolicyEngine, sharded_loading
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
