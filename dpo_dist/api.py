@@ -28,7 +28,7 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.data.dataset import Keys
-from dpo_dist.data.encode import EncodedPair, encode_pair, response_key
+from dpo_dist.data.encode import EncodedExample, encode_pair, response_key
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.packing import Sequences, pack, packed_tokens
 from dpo_dist.data.rankings import training_examples
@@ -109,7 +109,7 @@ def load_model(
 
 def read_pairs(
     source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
-) -> tuple[list[EncodedPair], list[BadRecord]]:
+) -> tuple[list[EncodedExample], list[BadRecord]]:
     """Read a source and encode its records, in the order of the source.
 
     Args:
@@ -125,7 +125,7 @@ def read_pairs(
         ConfigError: the tokenizer does not fit the data.
     """
     limits = data_config or DataConfig()
-    pairs: list[EncodedPair] = []
+    pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
         encoded = record if isinstance(record, BadRecord) else encode_pair(record, tokenizer, limits)
@@ -139,7 +139,9 @@ def read_pairs(
     return pairs, bad
 
 
-def token_logps(model: Model, pairs: Sequence[EncodedPair], micro_batch_tokens: int = 8192) -> list[Tensor]:
+def token_logps(
+    model: Model, pairs: Sequence[EncodedExample], micro_batch_tokens: int = 8192
+) -> list[Tensor]:
     """Return the log-probs of every response, in one packed forward pass per micro-batch.
 
     Gradients are recorded unless `torch.no_grad()` is active. A model in training mode with dropout is an
@@ -168,7 +170,7 @@ def token_logps(model: Model, pairs: Sequence[EncodedPair], micro_batch_tokens: 
 
 def pair_logps(
     model: Model,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[EncodedExample],
     micro_batch_tokens: int = 8192,
     *,
     ld_alpha: float | None = None,
@@ -184,7 +186,7 @@ def pair_logps(
     return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
 
 
-def response_keys(pairs: Sequence[EncodedPair]) -> Keys:
+def response_keys(pairs: Sequence[EncodedExample]) -> Keys:
     """Return the keys of all responses in a reference store; uint64 [responses, 2]."""
     keys = (response_key(pair.prompt_ids, ids) for pair in pairs for ids in pair.responses)
     return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
@@ -206,7 +208,7 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
 
 
 def stored_pair_logps(
-    store: LogpStore, pairs: Sequence[EncodedPair], *, ld_alpha: float | None = None
+    store: LogpStore, pairs: Sequence[EncodedExample], *, ld_alpha: float | None = None
 ) -> PairLogps:
     """Return stored reference log-probs of pairs, summed per response.
 
@@ -284,9 +286,9 @@ def _packed(model: Model, longest: int, device: torch.device) -> Iterator[Packed
         model.set_attn_implementation(attention)
 
 
-def _micro_batches(pairs: Sequence[EncodedPair], budget: int) -> Iterator[list[EncodedPair]]:
+def _micro_batches(pairs: Sequence[EncodedExample], budget: int) -> Iterator[list[EncodedExample]]:
     """Yield consecutive pairs that take at most `budget` packed tokens together, or one longer pair."""
-    part: list[EncodedPair] = []
+    part: list[EncodedExample] = []
     total = 0
     for pair in pairs:
         tokens = packed_tokens(len(pair.prompt_ids), list(map(len, pair.responses)))
@@ -299,11 +301,11 @@ def _micro_batches(pairs: Sequence[EncodedPair], budget: int) -> Iterator[list[E
         yield part
 
 
-def _sequences(pair: EncodedPair) -> Sequences:
+def _sequences(pair: EncodedExample) -> Sequences:
     return Sequences(pair.prompt_ids, pair.responses)
 
 
-def _summed(pairs: Sequence[EncodedPair], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
+def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
     batch = pack([_sequences(pair) for pair in pairs], response_keys(pairs))
     device = logps[0].device
     weights = None if ld_alpha is None else desensitised_weights(batch.pair_tokens, ld_alpha).to(device)

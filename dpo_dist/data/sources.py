@@ -8,14 +8,14 @@ from pathlib import Path
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
-from dpo_dist.data.files import KINDS, check_kind, located, read_file
+from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
     globbed_files,
     is_glob,
     is_saved,
     root_of,
-    saved_rows,
+    saved_records,
     shards,
 )
 from dpo_dist.data.records import RawRecord
@@ -27,10 +27,10 @@ def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
     """Return the records of a source as written, each with its origin; see `formats.read_records`."""
     files = local_files(source)
     if files is None:
-        return located(hub.hub_rows(source), source.path)
+        return with_origins(hub.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
-        return located(saved_rows(local, source.split), source.path)
+        return with_origins(saved_records(local, source.split), source.path)
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path)
     return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
