@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Numerics, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.world import World
@@ -25,7 +25,7 @@ from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.reference_check import describe_drift, pass_gate
 from dpo_dist.training.step import Objective
 
-Audited = tuple[PairDataset, Indices]
+Audited = tuple[PreferenceDataset, Indices]
 
 
 def stored_reference(

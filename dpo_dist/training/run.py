@@ -10,7 +10,7 @@ import torch
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint, saved_parallelism
 from dpo_dist.distributed.deepspeed_config import policy_config
@@ -56,7 +56,7 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool
-    audited: tuple[PairDataset, Indices]
+    audited: tuple[PreferenceDataset, Indices]
     report: dict[str, Any]
 
 
@@ -106,7 +106,7 @@ def train(config: RunConfig, console: Console) -> int:
             peaks=_peak_flops(config, world),
             objective=objective,
             reference_sync=reference_sync,
-            schedule=inputs.schedule,
+            sampler=inputs.sampler,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
