@@ -9,36 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
+from dpo_dist.model.numerics import TOLERABLE_FIELDS
 from dpo_dist.reference.fill import first_of_each, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
 
-TOLERATED = frozenset(
-    {
-        "attention",
-        "compile",
-        "cpu",
-        "cuda",
-        "deterministic",
-        "device",
-        "flash_attn",
-        "gpu",
-        "liger",
-        "torch",
-        "transformers",
-    }
-)
-"""Fields of a numerics profile in which compatible fingerprints may differ: they only change the order of
-rounding. All others (dtype, float32 matmul precision, ...) decide how precise a value is."""
-
 Profile = dict[str, str]
 
-Visited = Sequence[tuple[PairDataset, Indices]]
+Visited = Sequence[tuple[PreferenceDataset, Indices]]
 """Datasets, each with the indices of the pairs that a run uses."""
 
 
@@ -47,8 +30,8 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
 
     Args:
         profile: of this rank.
-        is_tolerant: whether ranks may differ in `TOLERATED`. The profile then lists all their values, because
-            a reader of an entry does not know which rank computed it.
+        is_tolerant: whether ranks may differ in `TOLERABLE_FIELDS`. The profile then lists all their values,
+            because a reader of an entry does not know which rank computed it.
 
     Raises:
         ReferenceModelError: ranks differ in a field that they may not differ in.
@@ -57,14 +40,14 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
     names = sorted({name for each in profiles for name in each})
     found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
     differing = {name for name, values in found.items() if len(values) > 1}
-    if differing and not (is_tolerant and differing <= TOLERATED):
+    if differing and not (is_tolerant and differing <= TOLERABLE_FIELDS):
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
             where=f"ranks of {world.size}",
             got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in sorted(differing)),
             expected="one numerics profile on all ranks: stored log-probs are addressed by it",
             remedy="run on nodes of one kind with one installation"
-            + ("; or set reference.numerics=tolerant" if differing <= TOLERATED else ""),
+            + ("; or set reference.numerics=tolerant" if differing <= TOLERABLE_FIELDS else ""),
         )
     return {name: " or ".join(values) for name, values in found.items()}
 
@@ -93,7 +76,7 @@ def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFing
         if other is not None
         and other.reference == own.reference
         and other != own
-        and TOLERATED.issuperset(_differing_fields(own, other))
+        and TOLERABLE_FIELDS.issuperset(_differing_fields(own, other))
     ]
     return sorted(compatible, key=lambda other: (len(_differing_fields(own, other)), other.name))
 
@@ -122,8 +105,7 @@ def count_unused(
     """Count the compatible entries that a strict run of `visited` does not use."""
     if not compatible:
         return Unused(0, [])
-    store, closed = LogpStore.open(root, own), LogpStore(root, compatible, [])
-    others = closed.reopen(closed.list_now())
+    store, others = LogpStore.open(root, own), LogpStore.read_only(root, compatible)
     sources = np.concatenate(
         [others.sources(data.keys[missing_responses(store, data, indices)[0]]) for data, indices in visited]
     )
@@ -149,7 +131,7 @@ def count_reused(store: LogpStore, visited: Visited) -> Reused:
     counts = np.zeros(len(store.fingerprints), dtype=np.int64)
     audited = None
     for number, (dataset, indices) in enumerate(visited):
-        keys = dataset.keys[dataset.response_places(indices)]
+        keys = dataset.keys[dataset.response_indices(indices)]
         sources = store.sources(keys)
         counts += np.bincount(sources[first_of_each(keys)], minlength=len(counts))
         of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])

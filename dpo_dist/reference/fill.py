@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.atomic import collect_abandoned
-from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
@@ -84,7 +84,7 @@ class StoreFiller:
     entries_per_shard: int
     shards: Mapping[str, int] = field(default_factory=dict)
 
-    def fill(self, dataset: PairDataset, indices: Indices, progress: Progress) -> FillReport:
+    def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
         """Compute and store what the pairs `indices` of `dataset` need and the store lacks.
 
         Rank 0 decides what is missing, so that all ranks agree while other jobs write to the same store. A
@@ -125,7 +125,7 @@ class StoreFiller:
         return self.world.together(lambda: self.store.wait_for(self.shards))
 
     def _score_and_write(
-        self, dataset: PairDataset, work: Work, seed: int, others: "_OtherJobs", progress: Progress
+        self, dataset: PreferenceDataset, work: Work, seed: int, others: "_OtherJobs", progress: Progress
     ) -> tuple[int, dict[str, int]]:
         """Return the number of responses computed by all ranks, and the shards of this rank."""
         done, computed = 0, 0
@@ -146,7 +146,7 @@ class StoreFiller:
             return computed, writer.finish()
 
     def _not_stored_by(
-        self, others: "_OtherJobs", dataset: PairDataset, round_: Round, plan: Callable[[Work], Round]
+        self, others: "_OtherJobs", dataset: PreferenceDataset, round_: Round, plan: Callable[[Work], Round]
     ) -> Round | None:
         """Return the part of a round that no other job has stored meanwhile; None if nothing is left."""
         stored = self.world.on_main(lambda: others.contain(dataset.keys[round_.work.responses]))
@@ -199,7 +199,7 @@ class _OtherJobs:
         self._opened: list[LogpStore] = []
         self.shards: dict[str, int] = {}
 
-    def survey(self, dataset: PairDataset, indices: Indices) -> tuple[Indices, FillReport]:
+    def survey(self, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, FillReport]:
         """Return the responses that are missing now, and the report of a fill that computes nothing."""
         listed = self._store.reopen()
         self.shards = {**listed.shards, **self._known}
@@ -222,13 +222,13 @@ class _OtherJobs:
         return stored
 
 
-def missing_responses(store: LogpStore, dataset: PairDataset, indices: Indices) -> tuple[Indices, int]:
+def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
     """Return the distinct responses of the pairs `indices` without an intact entry, and how many have one.
 
     Returns:
         int64 [missing], ascending indices in `dataset.keys`; number of distinct responses with an entry.
     """
-    responses = dataset.response_places(indices)
+    responses = dataset.response_indices(indices)
     distinct = responses[first_of_each(dataset.keys[responses])]
     stored = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~stored]), int(stored.sum())
@@ -242,7 +242,7 @@ def first_of_each(keys: Keys) -> Indices:
     return order[new]
 
 
-def check_complete(store: LogpStore, dataset: PairDataset, indices: Indices, world: World) -> None:
+def check_complete(store: LogpStore, dataset: PreferenceDataset, indices: Indices, world: World) -> None:
     """Check on every rank, before training, that the store has all entries of the pairs; collective.
 
     Reads no values: rank 0 has verified those that were stored before, and each is verified again when read.
@@ -252,7 +252,7 @@ def check_complete(store: LogpStore, dataset: PairDataset, indices: Indices, wor
     """
 
     def check() -> None:
-        responses = dataset.response_places(indices)
+        responses = dataset.response_indices(indices)
         parts = np.split(responses, range(_KEYS_AT_ONCE, len(responses), _KEYS_AT_ONCE))
         missing = sum(int((~store.has_keys(dataset.keys[part])).sum()) for part in parts)
         if missing:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
 from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
@@ -41,9 +41,9 @@ class Work:
     which: Indices
 
     @classmethod
-    def of(cls, dataset: PairDataset, responses: Indices) -> "Work":
+    def of(cls, dataset: PreferenceDataset, responses: Indices) -> "Work":
         """Group `responses`, ascending indices in `dataset.keys`, by pair."""
-        pairs, which = dataset.indices_of_responses(responses)
+        pairs, which = dataset.locate_responses(responses)
         distinct, counts = np.unique(pairs, return_counts=True)
         return cls(distinct, np.cumsum(counts), responses, which)
 
@@ -82,7 +82,7 @@ class Round:
 
 
 def plan_round(
-    dataset: PairDataset, world: World, micro_batch_tokens: int, costs: ComputeCosts, work: Work
+    dataset: PreferenceDataset, world: World, micro_batch_tokens: int, costs: ComputeCosts, work: Work
 ) -> Round:
     """Assign pairs of a round to this rank's micro-batches; not collective.
 
@@ -96,7 +96,7 @@ def plan_round(
 
 
 def score_round(
-    dataset: PairDataset, round_: Round, score: Scorer, world: World, progress: Callable[[float], None]
+    dataset: PreferenceDataset, round_: Round, score: Scorer, world: World, progress: Callable[[float], None]
 ) -> tuple[Keys, list[Values]]:
     """Score this rank's micro-batches, the same number on every rank (law L2). Collective.
 
@@ -130,7 +130,7 @@ def score_round(
 
 
 def _packed(
-    dataset: PairDataset,
+    dataset: PreferenceDataset,
     work: Work,
     micro_batches: Iterable[list[int]],
     damaged: list[int],
@@ -148,7 +148,7 @@ def _packed(
         yield batch.pinned() if device.type == "cuda" else batch
 
 
-def _pack(dataset: PairDataset, pairs: list[Work]) -> PackedBatch:
+def _pack(dataset: PreferenceDataset, pairs: list[Work]) -> PackedBatch:
     """Pack works of one pair each as a micro-batch."""
     if not pairs:
         return dummy_batch()
@@ -171,7 +171,7 @@ def keys_of_ids(batch: PackedBatch) -> Keys:
     return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
 
 
-def _check_encoded(dataset: PairDataset, damaged: list[int]) -> None:
+def _check_encoded(dataset: PreferenceDataset, damaged: list[int]) -> None:
     if damaged:
         raise DataError(
             "token ids of the encoded data do not match their content key",

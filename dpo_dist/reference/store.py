@@ -101,6 +101,11 @@ class LogpStore:
                 remedy="check that the folder exists, is readable, and is visible on every node",
             ) from error
 
+    @classmethod
+    def read_only(cls, root: Path, fingerprints: Sequence[ReferenceFingerprint]) -> "LogpStore":
+        """Open all entries of `fingerprints` without creating or changing a file."""
+        return cls(root, fingerprints, _list_shards(root, fingerprints))
+
     def reopen(self, names: Sequence[str] | None = None) -> "LogpStore":
         """Open other shards of the same store; as `open`."""
         own, *compatible = self.fingerprints

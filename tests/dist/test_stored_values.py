@@ -56,7 +56,7 @@ def carry_out(
         )
         report = filler.fill(dataset, np.array(pairs), lambda _done, _total: None)
         engine.free()
-        entries = filler.open_filled().read(dataset.keys[dataset.response_places(np.array(pairs))])
+        entries = filler.open_filled().read(dataset.keys[dataset.response_indices(np.array(pairs))])
         results.append(
             {"found": report.hits, "computed": report.computed, "entries": [e.tolist() for e in entries]}
         )

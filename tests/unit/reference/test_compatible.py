@@ -10,7 +10,7 @@ import torch
 
 from dpo_dist.config.check_store import check_store
 from dpo_dist.config.schema import Numerics, ReferenceConfig, ReferenceMode
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Peer, World
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
@@ -38,10 +38,10 @@ OLD_SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa", "tor
 
 
 @pytest.fixture
-def dataset() -> PairDataset:
+def dataset() -> PreferenceDataset:
     """Four pairs of one prompt token and two responses of one token; the last two pairs are the same."""
     keys = np.array([(0, n) for n in (0, 1, 2, 3, 4, 5, 4, 5)], dtype=np.uint64)
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -101,7 +101,9 @@ def test_the_most_similar_fingerprint_is_first(tmp_path: Path) -> None:
     assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
 
 
-def test_entries_that_a_strict_run_does_not_use_are_counted(tmp_path: Path, dataset: PairDataset) -> None:
+def test_entries_that_a_strict_run_does_not_use_are_counted(
+    tmp_path: Path, dataset: PreferenceDataset
+) -> None:
     visited = [(dataset, np.array([0, 1])), (dataset, np.array([2, 3]))]
     write(tmp_path, OWN, [0])
     assert count_unused(tmp_path, OWN, [], visited).entries == 0
@@ -111,7 +113,9 @@ def test_entries_that_a_strict_run_does_not_use_are_counted(tmp_path: Path, data
     assert (unused.entries, unused.differences) == (2, ["attention sdpa", "attention sdpa, torch 2.12"])
 
 
-def test_reused_entries_are_counted_and_their_pairs_audited(tmp_path: Path, dataset: PairDataset) -> None:
+def test_reused_entries_are_counted_and_their_pairs_audited(
+    tmp_path: Path, dataset: PreferenceDataset
+) -> None:
     write(tmp_path, OWN, [0, 1, 2])
     write(tmp_path, SDPA, [2, 3, 4])
     write(tmp_path, OLD_SDPA, [4, 5])

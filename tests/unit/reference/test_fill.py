@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, pack
 from dpo_dist.distributed.world import World
@@ -40,7 +40,7 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> PairDataset:
+def dataset(tmp_path: Path) -> PreferenceDataset:
     generator = np.random.default_rng(0)
     pairs = [
         [generator.integers(3, 90, generator.integers(1, 9)).astype(np.int32) for _ in range(1 + count)]
@@ -51,7 +51,7 @@ def dataset(tmp_path: Path) -> PairDataset:
     keys = [response_key(prompt, response) for prompt, *responses in pairs for response in responses]
     pieces = [piece for pair in pairs for piece in pair]
     lengths = np.array([len(piece) for piece in pieces])
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -93,7 +93,7 @@ def filler_of(
 
 def fill(
     root: Path,
-    dataset: PairDataset,
+    dataset: PreferenceDataset,
     indices: list[int],
     world: World,
     entries_per_shard: int = 4,
@@ -111,17 +111,17 @@ def no_progress(_done: int, _total: int) -> None:
     """Print nothing."""
 
 
-def assert_filled(root: Path, dataset: PairDataset, indices: list[int]) -> None:
+def assert_filled(root: Path, dataset: PreferenceDataset, indices: list[int]) -> None:
     store = LogpStore.open(root, FINGERPRINT)
     for index in indices:
-        values = store.read(dataset.keys[list(dataset.response_rows(index))])
+        values = store.read(dataset.keys[list(dataset.response_range(index))])
         for value, response in zip(values, dataset.sequences(index).responses, strict=True):
             assert value.tolist() == logps_of(torch.from_numpy(response)).tolist()
 
 
 @pytest.mark.parametrize("entries_per_shard", [1, 4, 4096])
 def test_every_response_gets_its_own_values(
-    tmp_path: Path, dataset: PairDataset, world: World, entries_per_shard: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, entries_per_shard: int
 ) -> None:
     indices = list(range(len(RESPONSES)))
     report, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard)
@@ -131,7 +131,9 @@ def test_every_response_gets_its_own_values(
     assert_filled(tmp_path, dataset, indices)
 
 
-def test_only_missing_responses_are_computed(tmp_path: Path, dataset: PairDataset, world: World) -> None:
+def test_only_missing_responses_are_computed(
+    tmp_path: Path, dataset: PreferenceDataset, world: World
+) -> None:
     keys = dataset.keys[[0, 4]]  # the first response of pair 0, the second of pair 2
     responses = dataset.sequences(0).responses[0], dataset.sequences(2).responses[1]
     LogpStore.open(tmp_path, FINGERPRINT).write(
@@ -143,7 +145,7 @@ def test_only_missing_responses_are_computed(tmp_path: Path, dataset: PairDatase
     assert fill(tmp_path, dataset, [0, 2, 5], world)[0] == FillReport(hits=7)
 
 
-def test_a_response_that_occurs_twice_is_missing_once(tmp_path: Path, dataset: PairDataset) -> None:
+def test_a_response_that_occurs_twice_is_missing_once(tmp_path: Path, dataset: PreferenceDataset) -> None:
     store = LogpStore.open(tmp_path, FINGERPRINT)
     missing, hits = missing_responses(store, dataset, np.array([1, 3, 4]))
     starts = np.cumsum(RESPONSES) - RESPONSES
@@ -152,7 +154,7 @@ def test_a_response_that_occurs_twice_is_missing_once(tmp_path: Path, dataset: P
 
 
 def test_at_most_one_scored_round_is_not_written_yet(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     """So a killed fill loses at most two shards."""
     shards: list[int] = []
@@ -170,7 +172,7 @@ def test_at_most_one_scored_round_is_not_written_yet(
 class OtherJob(Scorer):
     """While it scores its first batch, another job fills the store for the pairs `indices`."""
 
-    def __init__(self, root: Path, dataset: PairDataset, indices: list[int], world: World) -> None:
+    def __init__(self, root: Path, dataset: PreferenceDataset, indices: list[int], world: World) -> None:
         super().__init__()
         self._start = lambda: fill(root, dataset, indices, world, entries_per_shard=2)[0]
         self.report = FillReport()
@@ -183,7 +185,7 @@ class OtherJob(Scorer):
 
 @pytest.mark.parametrize("theirs", [[0, 1, 2, 3, 4, 5], [2, 5], [1]])
 def test_responses_that_another_job_stores_meanwhile_are_not_computed(
-    tmp_path: Path, dataset: PairDataset, world: World, theirs: list[int]
+    tmp_path: Path, dataset: PreferenceDataset, world: World, theirs: list[int]
 ) -> None:
     indices = list(range(len(RESPONSES)))
     other = OtherJob(tmp_path, dataset, theirs, world)
@@ -198,10 +200,10 @@ def test_responses_that_another_job_stores_meanwhile_are_not_computed(
 
 
 def test_a_round_partly_stored_by_another_job_is_computed_in_part(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     """Another job stores one response of a pair."""
-    [response] = dataset.response_places(np.array([2]))[1:2]
+    [response] = dataset.response_indices(np.array([2]))[1:2]
 
     class Neighbour(Scorer):
         def __call__(self, batch: PackedBatch) -> Tensor:
@@ -217,7 +219,7 @@ def test_a_round_partly_stored_by_another_job_is_computed_in_part(
 
 
 def test_damaged_files_are_reported_and_their_entries_computed_again(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     indices = list(range(len(RESPONSES)))
     fill(tmp_path, dataset, indices, world, entries_per_shard=4)
@@ -237,7 +239,7 @@ def test_damaged_files_are_reported_and_their_entries_computed_again(
 
 
 def test_a_read_only_store_is_an_error_before_anything_is_computed(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     fill(tmp_path, dataset, [0], world)
     with read_only(tmp_path):
@@ -250,7 +252,7 @@ def test_a_read_only_store_is_an_error_before_anything_is_computed(
 
 @pytest.mark.parametrize("broken", [0, 3, len(RESPONSES) - 1])
 def test_a_round_that_cannot_be_written_is_an_error(
-    tmp_path: Path, dataset: PairDataset, world: World, broken: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, broken: int
 ) -> None:
     """Also the last round, which no other follows."""
 
@@ -267,7 +269,7 @@ def test_a_round_that_cannot_be_written_is_an_error(
 
 
 def test_progress_has_its_total_at_the_start_and_advances_within_a_round(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     indices = list(range(len(RESPONSES)))
     _, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard=4096)
@@ -279,7 +281,7 @@ def test_progress_has_its_total_at_the_start_and_advances_within_a_round(
 @pytest.mark.parametrize("flipped", [1, 1 << 30])
 @pytest.mark.parametrize("piece", [0, 1])
 def test_ids_that_changed_since_encoding_are_not_stored(
-    tmp_path: Path, dataset: PairDataset, world: World, piece: int, flipped: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, piece: int, flipped: int
 ) -> None:
     """Their values would be stored under the key of the original ids."""
     damaged = dataclasses.replace(dataset, ids=dataset.ids.copy())
@@ -298,18 +300,18 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert_filled(tmp_path, dataset, [0, 1, 2])
 
 
-def test_keys_are_computed_from_the_ids_of_a_batch(dataset: PairDataset) -> None:
+def test_keys_are_computed_from_the_ids_of_a_batch(dataset: PreferenceDataset) -> None:
     batch = pack([dataset.sequences(index) for index in range(len(RESPONSES))], dataset.keys)
     assert np.array_equal(keys_of_ids(batch), dataset.keys)
 
 
 def test_the_dataset_is_searched_once_even_if_jobs_share_rounds(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searches = []
-    search = PairDataset.indices_of_responses
+    search = PreferenceDataset.locate_responses
 
-    def counted(self: PairDataset, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def counted(self: PreferenceDataset, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         searches.append(len(responses))
         return search(self, responses)
 
@@ -318,12 +320,12 @@ def test_the_dataset_is_searched_once_even_if_jobs_share_rounds(
 
         def __call__(self, batch: PackedBatch) -> Tensor:
             for index in (2, 5):
-                response = dataset.response_places(np.array([index]))[0]
+                response = dataset.response_indices(np.array([index]))[0]
                 values = logps_of(torch.from_numpy(dataset.sequences(index).responses[0])).numpy()
                 LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[[response]], [values])
             return super().__call__(batch)
 
-    monkeypatch.setattr(PairDataset, "indices_of_responses", counted)
+    monkeypatch.setattr(PreferenceDataset, "locate_responses", counted)
     indices = list(range(len(RESPONSES)))
     report, _ = fill(tmp_path, dataset, indices, world, entries_per_shard=2, scorer=Neighbour())
     assert report.hits, "a round was shared"
@@ -338,7 +340,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shards_missing_in_a_stale_listing_are_used(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network file system may list a folder without the files that another node just wrote."""
     monkeypatch.setattr("dpo_dist.reference.store.list_shards", lambda _folder: [])
@@ -352,7 +354,7 @@ def test_shards_missing_in_a_stale_listing_are_used(
 
 
 def test_a_shard_that_appears_late_or_in_part_is_awaited(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
 ) -> None:
     filler = filler_of(tmp_path, world)
     filler.fill(dataset, np.arange(2), no_progress)
@@ -376,7 +378,7 @@ def test_a_shard_that_appears_late_or_in_part_is_awaited(
 
 
 def test_completeness_is_checked_without_reading_values(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filler = filler_of(tmp_path, world, entries_per_shard=2)
     filler.fill(dataset, np.arange(4), no_progress)
@@ -385,7 +387,7 @@ def test_completeness_is_checked_without_reading_values(
     with monkeypatch.context() as patched:
         patched.setattr(Index, "_load", lambda *_: pytest.fail("values were read"))
         check_complete(store, dataset, np.arange(4), world)
-    keys = dataset.keys[dataset.response_places(np.arange(len(dataset)))]
+    keys = dataset.keys[dataset.response_indices(np.arange(len(dataset)))]
     assert store.has_keys(keys).tolist() == store.contains(keys).tolist()
     # Keys with the same first word.
     other = np.stack([keys[:, 0], keys[:, 1] ^ np.uint64(1)], axis=1)
@@ -398,7 +400,7 @@ def test_completeness_is_checked_without_reading_values(
 
 
 def test_an_incomplete_store_is_an_error_before_training(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     filler = filler_of(tmp_path, world)
     filler.fill(dataset, np.arange(2), no_progress)
@@ -411,7 +413,7 @@ def test_an_incomplete_store_is_an_error_before_training(
 
 
 def test_files_of_killed_fills_are_deleted_and_those_of_running_ones_kept(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     folder = LogpStore.open(tmp_path, FINGERPRINT).folder
     left, new = (folder / f"{name}.safetensors.tmp-123456789abc" for name in ("left", "new"))
