@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import BcoDelta, RunConfig
+from dpo_dist.config.loss_kinds import BcoDelta
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices, Schedule

@@ -14,15 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    Dtype,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ModelConfig, OptimConfig, ParallelismKind)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, LossConfig, LossKind, ParallelismKind
+from dpo_dist.config.loss_kinds import (LossConfig, LossKind)
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ParallelismKind)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import LossConfig
+from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.packing import Sequences

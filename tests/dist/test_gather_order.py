@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
-from dpo_dist.config.schema import AdapterConfig, Dtype, LossConfig, LossKind, ModelConfig
+from dpo_dist.config.loss_kinds import (LossConfig, LossKind)
+from dpo_dist.config.schema import (AdapterConfig, Dtype, ModelConfig)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.schema import Dtype, LossConfig, ModelConfig, ParallelismKind
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (Dtype, ModelConfig, ParallelismKind)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine

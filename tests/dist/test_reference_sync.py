@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import LossConfig, Offload, ParallelismKind, ReferenceConfig, SyncReferenceConfig
+from dpo_dist.config.loss_kinds import (LossConfig, SyncReferenceConfig)
+from dpo_dist.config.schema import (Offload, ParallelismKind, ReferenceConfig)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync

@@ -12,18 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.config.schema import (
-    COUPLED_KINDS,
-    REFERENCE_FREE_KINDS,
-    DataConfig,
-    Dtype,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-    ModelConfig,
-    SourceConfig,
-    Weighting,
-)
+from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.packing import PackedBatch
@@ -167,12 +157,12 @@ class AsksForValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", sorted(set(LossKind) - COUPLED_KINDS))
+@pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if not KINDS[kind].is_coupled))
 def test_forward_and_backward_ask_the_device_for_no_value(
     data: PairDataset, tmp_path: Path, kind: LossKind
 ) -> None:
     loss = LossConfig(kind=kind)
-    free = kind in REFERENCE_FREE_KINDS
+    free = not KINDS[kind].needs_reference
     objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
     model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
     policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
@@ -233,7 +223,7 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch
     """Also where the loss couples its pairs: two passes are as good as one graph over all of them."""
     loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
     objective = Objective(
-        loss, NoReference() if kind in REFERENCE_FREE_KINDS else stored(data, tmp_path / "store")
+        loss, stored(data, tmp_path / "store") if KINDS[kind].needs_reference else NoReference()
     )
     running, rows = RunningMeans(margin=-1.0), np.arange(PAIRS)
 
