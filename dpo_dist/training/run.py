@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config.load import run_digest
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.sampler import Indices

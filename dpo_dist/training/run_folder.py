@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import is_temporary, recover_folder, staged_folder, write_text
-from dpo_dist.config.load import run_digest, to_yaml
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import to_yaml
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
