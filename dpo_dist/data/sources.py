@@ -1,4 +1,4 @@
-"""From a source as configured to its rows: a file, a pattern, a folder, or a dataset on the hub."""
+"""Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub."""
 
 import difflib
 import itertools
@@ -8,38 +8,29 @@ from pathlib import Path
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
-from dpo_dist.data.files import KINDS, check_kind, located, read_file
+from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
     globbed_files,
     is_glob,
     is_saved,
     root_of,
-    saved_rows,
+    saved_records,
     shards,
 )
-from dpo_dist.data.records import Located
+from dpo_dist.data.records import RawRecord
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
 
-def read_rows(source: SourceConfig) -> Iterator[Located]:
-    """Rows in the source's order, streamed except for a .json array; several files follow each other by path.
-
-    Returns:
-        Each row or why it is none, and its origin: the file (for a hub dataset its name) and the true 1-based
-        line for .jsonl and .csv (where the record starts), the record number elsewhere.
-
-    Raises:
-        DataError: there is no such source, or it cannot be read.
-        ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
-    """
+def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
+    """Return the records of a source as written, each with its origin; see `formats.read_records`."""
     files = local_files(source)
     if files is None:
-        return located(hub.hub_rows(source), source.path)
+        return with_origins(hub.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
-        return located(saved_rows(local, source.split), source.path)
+        return with_origins(saved_records(local, source.split), source.path)
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path)
     return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
@@ -50,7 +41,7 @@ def check_source(source: SourceConfig) -> None:
 
     Raises:
         DataError: one of these.
-        ConfigError: as `read_rows`.
+        ConfigError: as `read_records`.
     """
     local = Path(source.path).expanduser()
     if not (local.is_dir() and is_saved(local)):
