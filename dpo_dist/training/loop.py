@@ -128,24 +128,24 @@ class Loop:
         ready, step = next(ready_steps), position.step
         plan = ready.plan
         rate = learning_rate(self.config.optim, step, self.schedule.steps)
-        metrics, norm = train_step(
+        sums, norm = train_step(
             self.policy, self.objective, ready, rate, self.world, clock, position.running
         )
         if self.reference_sync is not None:
             self.reference_sync.after_step(step + 1)
         votes = [self.stop_wanted.vote(self.world.is_main), self.checkpoints.is_ready]
-        sums, counts, (for_stopping, for_committing), grad_norm = self._reduce(metrics, votes, norm)
+        totals = reduce_step(sums, votes, norm, self.world)
+        for_stopping, for_committing = totals.votes
         if for_committing == self.world.size:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        means = metric_means(sums, counts)
-        running = self._running_values(means, position, plan.pairs)
+        running = self._running_values(totals.means, position, plan.pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = StepMeasures(
-            sums=sums,
-            counts=counts,
-            values={**running, "grad_norm": grad_norm, **times},
+            sums=totals.sums,
+            counts=totals.counts,
+            values={**running, "grad_norm": totals.grad_norm, **times},
             learning_rate=rate,
             pairs=plan.pairs,
             tokens=plan.tokens,
@@ -197,19 +197,6 @@ class Loop:
     def _plan(self, dataset: PairDataset, rows: Indices) -> StepPlan:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
         return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs, only_chosen)
-
-    def _reduce(
-        self, sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor
-    ) -> tuple[dict[str, float], dict[str, float], list[int], float]:
-        """Return sums and counts of the metrics over the global batch, votes and the gradient norm.
-
-        One all-reduce for sums and votes, then one device-to-host copy of all three.
-        """
-        cast = torch.tensor(votes, dtype=sums.values.dtype).to(sums.values.device, non_blocking=True)
-        total = self.world.sum(torch.cat((sums.values, cast)))
-        on_host = torch.cat((total, grad_norm.double().view(1))).cpu()
-        *reduced, norm = on_host.tolist()
-        return *sums.named(reduced), [round(vote) for vote in reduced[len(sums.values) :]], norm
 
     def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()

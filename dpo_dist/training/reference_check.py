@@ -14,11 +14,9 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.prefetch import prefetch
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.scoring import Scorer
-from dpo_dist.training.coupled import ScoredPairs
-from dpo_dist.training.step import BATCHES_AHEAD, Objective
+from dpo_dist.training.batch_loss import Objective, ScoredPairs
 
 # Mean absolute drift per token, in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.bf16: 5e-2}
@@ -67,18 +65,17 @@ def pass_gate(
     plan = plan_step(dataset, rows, world.rank, world.size, budget, costs)
     scored: list[_ScoredResponse] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with prefetch(objective.ready_batches(plan, world.device), BATCHES_AHEAD) as batches:
+    with objective.prefetched(plan, world.device) as batches:
         for micro_rows, host_batch in zip(plan.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
             assert stored is not None, "the gate compares with a reference"
             fresh = score(batch)
-            reference = objective.pairs(stored, batch)
-            for place, logps in enumerate((fresh, stored)):
-                pairs = ScoredPairs(
-                    objective.pairs(logps, batch), reference, batch.score_gaps, None, batch.weights
-                )
-                losses[place] += objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())[0].double()
+            reference = objective.pair_logps(stored, batch)
+            facts = BatchFacts(plan.mean_chosen_tokens, batch.score_gaps)
+            for index, logps in enumerate((fresh, stored)):
+                pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
+                losses[index] += objective.measure(pairs)[0].double()
             scored += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_rows)
     losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
