@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import LossConfig, Weighting
+from dpo_dist.config.loss_kinds import LossConfig, Weighting
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.data.step_plan import StepPlan
 from dpo_dist.distributed.engine import PolicyEngine

@@ -9,14 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import (
-    LossConfig,
-    LossKind,
-    ParallelismKind,
-    ReferenceMode,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
@@ -171,7 +165,7 @@ def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
     kinds = ", ".join(loss.kinds)
     if not loss.is_one_sided:
         _refuse(dataset, every[counts < 2], f"{kinds} compares responses", "1 response", "set loss=sft")
-    if not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
+    if not loss.accepts_rankings:
         _refuse(
             dataset,
             every[counts > 2],
@@ -179,7 +173,7 @@ def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
             "a ranking of more",
             "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs",
         )
-    if LossKind.odpo in loss.kinds:
+    if loss.needs_scores:
         _refuse(
             dataset,
             every[~(dataset.score_gaps(every) > 0)],

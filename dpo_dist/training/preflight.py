@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
+from dpo_dist.config.schema import Offload, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import check_template_date
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import EncodedPart, encode_part
@@ -114,10 +115,10 @@ def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
     what: dict[str, Any] = {}
     if fewest < 2 and not loss.is_one_sided:
         what = {"got": "records of one response", "remedy": "set loss=sft, or use data with two responses"}
-    if most > 2 and not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
+    if most > 2 and not loss.accepts_rankings:
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         what = {"got": f"rankings of up to {most} responses", "remedy": remedy}
-    if LossKind.odpo in loss.kinds and not what:
+    if loss.needs_scores and not what:
         ends = np.cumsum(part.pair_pieces - 1)
         best, worst = ends - (part.pair_pieces - 1), ends - 1
         if not (part.scores[best] > part.scores[worst]).all():

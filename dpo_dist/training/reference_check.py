@@ -36,7 +36,7 @@ class _ScoredResponse:
 
 
 @torch.no_grad()
-def pass_gate(
+def check_drift(
     score: Scorer,
     objective: Objective,
     dataset: PairDataset,
@@ -80,14 +80,14 @@ def pass_gate(
     losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)
-    _check_drift(everywhere, dataset, config)
+    _check_tokens(everywhere, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()
     _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)
     return report
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
-    """Describe what `pass_gate` reports in a sentence for the screen."""
+    """Describe what `check_drift` reports in a sentence for the screen."""
     return (
         f"{drift['responses']:,} reference log-probs computed again: they differ by "
         f"{drift['mean_token_drift']:.2g} nats per token on average, by at most "
@@ -132,7 +132,7 @@ def _tolerance(dtype: Dtype, tokens: int) -> float:
     return _TOLERANCE[dtype] * few
 
 
-def _check_drift(scored: list[_ScoredResponse], dataset: PairDataset, config: RunConfig) -> None:
+def _check_tokens(scored: list[_ScoredResponse], dataset: PairDataset, config: RunConfig) -> None:
     dtype = config.model.dtype
     # Not "drift > tolerance", which lets nan pass.
     drifted = [s for s in scored if not s.token_drift <= _tolerance(dtype, s.tokens)]

@@ -1,13 +1,13 @@
 """One optimizer step, and one evaluation.
 
-    packed micro-batches of this rank (from disk to the host, by `Objective.ready_step`)
-      -> reference log-probs     stored and attached already, or one forward of the reference
-      -> policy log-probs        one forward
-      -> loss, metric sums       objective/losses.py, objective/metrics.py
-      -> backward                gradients of loss / pairs of the global batch add up
-    after the last micro-batch
-      -> clip and update         skipped on all ranks if the gradient is not finite on any
-      -> metrics                 one all-reduce of sums and counts
+packed micro-batches of this rank (from disk to the host, by `Objective.ready_step`)
+  -> reference log-probs     stored and attached already, or one forward of the reference
+  -> policy log-probs        one forward
+  -> loss, metric sums       objective/losses.py, objective/metrics.py
+  -> backward                gradients of loss / pairs of the global batch add up
+after the last micro-batch
+  -> clip and update         skipped on all ranks if the gradient is not finite on any
+  -> metrics                 one all-reduce of sums and counts
 """
 
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def train_step(
         running: means over the steps before, which some losses use.
 
     Returns:
-        This rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on all
-        ranks, infinite if the update was skipped.
+        This rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
+        all ranks, infinite if the update was skipped.
     """
     facts = BatchFacts(step.plan.mean_chosen_tokens, running=running)
     if objective.loss.is_coupled:

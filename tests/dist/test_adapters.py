@@ -14,15 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    Dtype,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ModelConfig, OptimConfig, ParallelismKind)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
@@ -34,7 +27,8 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import AdapterReference
 from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, LossConfig, LossKind, ParallelismKind
+from dpo_dist.config.loss_kinds import (LossConfig, LossKind)
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ParallelismKind)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
@@ -28,7 +29,8 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import NoReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks

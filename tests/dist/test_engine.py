@@ -15,19 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind, RunConfig
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (Dtype, Offload, ParallelismKind, RunConfig)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.data.dataset import PairDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.engine import PolicyEngine, frozen_config, sharded_loading
+from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.engine import PolicyEngine, sharded_loading
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks

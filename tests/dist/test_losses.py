@@ -12,18 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_dist.config.schema import (
-    COUPLED_KINDS,
-    REFERENCE_FREE_KINDS,
-    BcoDelta,
-    DataConfig,
-    Divergence,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-    SourceConfig,
-    Weighting,
-)
+from dpo_dist.config.loss_kinds import (BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting)
+from dpo_dist.config.schema import (DataConfig, SourceConfig)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
@@ -36,7 +26,8 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.providers import LiveReference, NoReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS
@@ -108,7 +99,7 @@ def _trajectory(
     assets: Assets, dataset: PairDataset, loss: LossConfig, budget: int, world: World
 ) -> Iterator[dict[str, float]]:
     config = assets.config(assets.policy)
-    free = REFERENCE_FREE_KINDS.issuperset(loss.kinds)
+    free = not loss.needs_reference
     reference = NoReference() if free else LiveReference(load_reference(assets.reference, config, world))
     objective, running = Objective(loss, reference), RunningMeans()
     policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import LossConfig, Offload, ParallelismKind, ReferenceConfig, SyncReferenceConfig
+from dpo_dist.config.loss_kinds import (LossConfig, SyncReferenceConfig)
+from dpo_dist.config.schema import (Offload, ParallelismKind, ReferenceConfig)
 from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
@@ -25,7 +26,8 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.providers import LiveReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks

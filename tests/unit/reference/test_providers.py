@@ -27,7 +27,8 @@ from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed, numerics_of
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fill import FillReport, fill_store, open_filled
 from dpo_dist.reference.fingerprint import ReferenceFingerprint

@@ -12,18 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.config.schema import (
-    COUPLED_KINDS,
-    REFERENCE_FREE_KINDS,
-    DataConfig,
-    Dtype,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-    ModelConfig,
-    SourceConfig,
-    Weighting,
-)
+from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PairDataset, open_dataset
 from dpo_dist.data.packing import PackedBatch
@@ -32,11 +22,13 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.support import tiny
 from tests.support.packing import COSTS
@@ -68,7 +60,7 @@ class Policy:
     def train(self, mode: bool = True) -> None:
         pass
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
+    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
         self.threads.add(threading.current_thread().name)
         return -torch.ones(len(batch.targets))
 
@@ -167,12 +159,12 @@ class AsksForValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", sorted(set(LossKind) - COUPLED_KINDS))
+@pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if not KINDS[kind].is_coupled))
 def test_forward_and_backward_ask_the_device_for_no_value(
     data: PairDataset, tmp_path: Path, kind: LossKind
 ) -> None:
     loss = LossConfig(kind=kind)
-    free = kind in REFERENCE_FREE_KINDS
+    free = not KINDS[kind].needs_reference
     objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
     model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
     policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
@@ -182,8 +174,8 @@ def test_forward_and_backward_ask_the_device_for_no_value(
         for host_batch in ready.batches:
             batch = host_batch.to(CPU)
             reference = objective.reference_logps(batch)
-            pairs = objective.score(policy, batch, reference)
-            total, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
+            pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
+            total, _ = objective.measure(pairs)
             (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
     assert asked.found == []
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -198,13 +190,9 @@ class Trained:
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        logps: Tensor = self.model(batch)
+    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+        logps: Tensor = self.model(batch, with_collisions=with_collisions)
         return logps
-
-    def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        logps, collisions = self.model(batch, with_collisions=True)
-        return logps, collisions
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -233,7 +221,7 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch
     """Also where the loss couples its pairs: two passes are as good as one graph over all of them."""
     loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
     objective = Objective(
-        loss, NoReference() if kind in REFERENCE_FREE_KINDS else stored(data, tmp_path / "store")
+        loss, stored(data, tmp_path / "store") if KINDS[kind].needs_reference else NoReference()
     )
     running, rows = RunningMeans(margin=-1.0), np.arange(PAIRS)
 
@@ -251,8 +239,9 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch
     def at_once(policy: Any) -> None:
         plan = plan_step(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
         (batch,) = objective.ready_batches(plan, CPU)
-        pairs = objective.score(policy, batch, objective.reference_logps(batch))
-        total, _ = objective.measure(pairs, plan.mean_chosen_tokens, running)
+        facts = BatchFacts(plan.mean_chosen_tokens, running=running)
+        pairs = objective.score(policy, batch, objective.reference_logps(batch), facts)
+        total, _ = objective.measure(pairs)
         policy.backward(total / PAIRS, is_last=True)
 
     ours, direct = gradient(in_micro_batches), gradient(at_once)
