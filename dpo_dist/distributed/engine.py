@@ -119,9 +119,9 @@ class PolicyEngine:
         self._engine.train(mode)
 
     def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        """Return float32 [targets]; with collision log-probs [2, targets]."""
+        """Return log-probs of every target, float32 [targets]; with collisions [2, targets] (`LogpHead`)."""
         with self._naming(batch):
-            logps: Tensor = self._engine(batch, with_collisions=with_collisions)
+            logps: Tensor = self._engine(batch, with_collisions)
         return logps
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
@@ -21,7 +21,7 @@ from dpo_dist.reference.store import LogpStore, list_stored
 
 Profile = dict[str, str]
 
-Visited = Sequence[tuple[PairDataset, Indices]]
+Visited = Sequence[tuple[PreferenceDataset, Indices]]
 
 
 def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
@@ -131,7 +131,7 @@ def count_reused(store: LogpStore, visited: Visited) -> Served:
     counts = np.zeros(len(store.spaces), dtype=np.int64)
     audited = None
     for number, (dataset, rows) in enumerate(visited):
-        places = dataset.response_places(rows)
+        places = dataset.response_indices(rows)
         servers = store.sources(dataset.keys[places])
         counts += np.bincount(servers[first_of_each(dataset.keys[places])], minlength=len(counts))
         of_kin = np.unique(np.repeat(rows, dataset.response_counts(rows))[servers > 0])

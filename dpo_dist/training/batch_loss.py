@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.loss_kinds import LossConfig, Weighting
+from dpo_dist.data.collate import RankBatch
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.data.step_plan import StepPlan
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, preference_loss
@@ -25,7 +25,7 @@ _BATCHES_AHEAD = 4
 class ReadyStep:
     """A global batch as one rank computes it, with its micro-batches on the host."""
 
-    plan: StepPlan
+    plan: RankBatch
     batches: Sequence[PackedBatch]
 
 
@@ -53,7 +53,7 @@ class Objective:
     loss: LossConfig
     reference: ReferenceProvider
 
-    def ready_batches(self, plan: StepPlan, device: torch.device) -> Iterator[PackedBatch]:
+    def ready_batches(self, plan: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches, with stored reference log-probs attached.
 
         They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
@@ -65,12 +65,12 @@ class Objective:
                 ready = replace(ready, token_weights=weights)
             yield ready.pinned() if device.type == "cuda" else ready
 
-    def ready_step(self, plan: StepPlan, device: torch.device) -> ReadyStep:
+    def ready_step(self, plan: RankBatch, device: torch.device) -> ReadyStep:
         """Return all `ready_batches` of a training step."""
         return ReadyStep(plan, list(self.ready_batches(plan, device)))
 
     def prefetched(
-        self, plan: StepPlan, device: torch.device
+        self, plan: RankBatch, device: torch.device
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return `ready_batches`, made ahead in a background thread."""
         return prefetch(self.ready_batches(plan, device), _BATCHES_AHEAD)

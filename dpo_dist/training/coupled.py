@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpo_dist.data.step_plan import StepPlan
+from dpo_dist.data.collate import RankBatch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps
@@ -46,7 +46,7 @@ def accumulate_coupled(
     slopes = torch.autograd.grad(loss / plan.pairs, leaves, allow_unused=True, materialize_grads=True)
 
     policy.train()
-    for number, (host_batch, places) in enumerate(zip(step.batches, plan.places, strict=True), start=1):
+    for number, (host_batch, places) in enumerate(zip(step.batches, plan.positions, strict=True), start=1):
         clock.enter("data")
         batch = host_batch.to(world.device)
         clock.enter("forward")
@@ -60,14 +60,14 @@ def accumulate_coupled(
 
 
 def coupled_sums(
-    objective: Objective, scored: Sequence[ScoredPairs], plan: StepPlan, world: World
+    objective: Objective, scored: Sequence[ScoredPairs], plan: RankBatch, world: World
 ) -> MetricSums:
     """Return the metric sums of a coupled loss, which are zero on all ranks but 0; collective."""
     _, sums = objective.measure(gather_pairs(scored, plan, world))
     return sums if world.is_main else objective.no_sums(world.device)
 
 
-def gather_pairs(scored: Sequence[ScoredPairs], plan: StepPlan, world: World) -> ScoredPairs:
+def gather_pairs(scored: Sequence[ScoredPairs], plan: RankBatch, world: World) -> ScoredPairs:
     """Return all pairs of the global batch in its order, the same on every rank; collective.
 
     Args:
@@ -78,7 +78,7 @@ def gather_pairs(scored: Sequence[ScoredPairs], plan: StepPlan, world: World) ->
     columns = [_columns(pairs) for pairs in scored]
     present = [column is not None for column in columns[0]]
     whole = torch.zeros(sum(present), plan.pairs, dtype=torch.float64, device=world.device)
-    for own, places in zip(columns, plan.places, strict=True):
+    for own, places in zip(columns, plan.positions, strict=True):
         if places:
             stacked = torch.stack([column for column in own if column is not None])
             whole[:, _on_device(places, world.device)] = stacked

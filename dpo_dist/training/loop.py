@@ -11,9 +11,9 @@ import torch
 
 from dpo_dist.config.loss_kinds import BcoDelta
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.collate import RankBatch, shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
-from dpo_dist.data.step_plan import StepPlan, plan_step
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
@@ -93,7 +93,7 @@ class Loop:
         Raises:
             DivergedError: loss or gradient is not finite.
         """
-        trainer, steps = self.config.trainer, self.inputs.schedule.steps
+        trainer, steps = self.config.trainer, self.inputs.sampler.steps
         eval_set = self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
             self._record(self._evaluate(eval_set, position))
@@ -119,9 +119,9 @@ class Loop:
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Yield every step from `first` on; runs in the prefetch thread."""
-        schedule = self.inputs.schedule
-        for step in range(first, schedule.steps):
-            plan = self._plan(self.inputs.train_set, schedule.indices(step))
+        sampler = self.inputs.sampler
+        for step in range(first, sampler.steps):
+            plan = self._plan(self.inputs.train_set, sampler.indices(step))
             yield self.objective.ready_step(plan, self.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[dict[str, str], bool]:
@@ -135,7 +135,7 @@ class Loop:
         world, clock = self.world, StepClock(self.world.device)
         clock.enter("data")
         ready = next(ready_steps)
-        plan, rate = ready.plan, learning_rate(self.config.optim, position.step, self.inputs.schedule.steps)
+        plan, rate = ready.plan, learning_rate(self.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
@@ -191,12 +191,12 @@ class Loop:
             position.running = before.after(loss, margin, reward, pairs)
         return row
 
-    def _plan(self, dataset: PairDataset, indices: Indices) -> StepPlan:
+    def _plan(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
         rank, size, costs = self.world.rank, self.world.size, self.inputs.costs
-        return plan_step(dataset, indices, rank, size, budget, costs, only_chosen)
+        return shard_batch(dataset, indices, rank, size, budget, costs, only_chosen)
 
-    def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
+    def _evaluate(self, dataset: PreferenceDataset, position: Position) -> dict[str, float]:
         """Return one metrics row over the evaluation dataset; collective."""
         started = time.monotonic()
         plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
@@ -214,7 +214,7 @@ class Loop:
         position.window = LogWindow()
 
     def _row_start(self, position: Position) -> dict[str, float]:
-        return {"step": position.step, "epoch": self.inputs.schedule.epoch(position.step - 1)}
+        return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
     def _record(self, row: dict[str, float]) -> None:
         if self.recorder is not None:
@@ -223,7 +223,7 @@ class Loop:
     def _save(self, position: Position) -> None:
         if self.recorder is not None:
             self.recorder.metrics.save()
-        state = {**asdict(position), **self.identity, "steps": self.inputs.schedule.steps}
+        state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
         self.checkpoints.save(position.step, state)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Numerics, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.engine import PolicyEngine
@@ -34,7 +34,7 @@ from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.reference_check import check_drift, describe_drift
 
-Audited = tuple[PairDataset, Indices]
+Audited = tuple[PreferenceDataset, Indices]
 
 
 @dataclass(frozen=True)

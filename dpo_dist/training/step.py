@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_dist.data.step_plan import StepPlan
+from dpo_dist.data.collate import RankBatch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import BatchFacts
@@ -112,7 +112,7 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
 
 @torch.no_grad()
 def evaluate(
-    policy: PolicyEngine, objective: Objective, plan: StepPlan, world: World, running: RunningMeans
+    policy: PolicyEngine, objective: Objective, plan: RankBatch, world: World, running: RunningMeans
 ) -> MetricSums:
     """Return this rank's metric sums over the pairs of `plan`; collective.
 
