@@ -175,7 +175,7 @@ class World:
     def watch(self, tell: Tell = print) -> Iterator[None]:
         """Within it, the end of one process ends all, and exactly one of them prints why.
 
-        Leaving it is collective if nothing failed. An error that leaves it has `reporting_rank` set.
+        Entering it is collective, and leaving it if nothing failed. An error that leaves it has `reporting_rank` set.
         A failure that only followed from another process's becomes a `PeerLostError`, printed by
         the first survivor if that process died, and by nobody if it printed its own error.
 
@@ -189,6 +189,7 @@ class World:
         if self.size > 1:
             monitor.start()
         try:
+            self.barrier()  # a rank that still connects when another dies takes leaving survivors for dead
             yield
             self.barrier()
         except BaseException as failure:
