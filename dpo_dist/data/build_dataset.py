@@ -1,4 +1,4 @@
-"""From sources to encoded sources on disk: read, encode, count, write; for one process of a run."""
+"""Encode sources to disk, or find them there by content; for one process of a run."""
 
 import itertools
 import json
@@ -29,11 +29,11 @@ from dpo_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-# Raised when the same records would be encoded to other ids, or laid out otherwise.
+# Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 5
 
 Progress = Callable[[int], None]
-"""Called with how many records more are encoded."""
+"""Called with the number of newly encoded records."""
 
 
 def prepare_dataset(
@@ -43,16 +43,16 @@ def prepare_dataset(
     tokenizer_digest: str,
     progress: Progress = lambda _records: None,
 ) -> tuple[EncodedSource, ...]:
-    """Encode each source into a folder of its own below `config.cache`, or find it there; for one process.
+    """Encode each source into its own folder below `config.cache`, unless it is there already.
 
-    A folder is found by content: a source that was moved, or stands in another list, with another weight or
-    a lower limit, is not encoded again. What is damaged is.
+    A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
+    another weight or a lower limit. Damaged folders are encoded again.
 
     Returns:
         The sources in their order, for `open_dataset`.
 
     Raises:
-        DataError: a source cannot be read or changes while it is, or a record cannot be used and
+        DataError: a source cannot be read or changes while it is read, or a record cannot be used and
             `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
@@ -83,19 +83,22 @@ def _encoded(
         return found
     folder = cache / folder_name(fingerprint, source.limit)
     if folder.exists():
-        log.warning("%s is damaged and is encoded anew", folder)
-    stands = partial(_stands, cache, fingerprint, source.limit)
-    with staged_folder(folder, stands) as temporary, closing(SourceWriter(temporary, source.path)) as writer:
-        with closing(encode_in_order(_chunks(source), config, tokenizer)) as parts:
-            for part in parts:
-                writer.add(part)
-                progress(len(part.outcomes))
-        # The digest is that of what was read only if nothing has changed meanwhile.
+        log.warning("%s is damaged and is encoded again", folder)
+    is_complete = partial(_is_complete, cache, fingerprint, source.limit)
+    with (
+        staged_folder(folder, is_complete) as temporary,
+        closing(SourceWriter(temporary, source.path)) as writer,
+    ):
+        with closing(encode_in_order(_chunks(source), config, tokenizer)) as chunks:
+            for chunk in chunks:
+                writer.add(chunk)
+                progress(len(chunk.outcomes))
+        # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if _state(source) != state or source_identity(source) != identity:
             raise DataError(
                 "the data changed while they were read",
                 where=source.path,
-                remedy="start again when nothing writes to them",
+                remedy="start again when no other program writes to the files",
             )
         writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
     remember_written(folder)
@@ -103,26 +106,26 @@ def _encoded(
 
 
 def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a date that has no effect. Raises ConfigError."""
+    """Check that a configured date has an effect. Raises ConfigError."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if config.template_date != DataConfig.template_date and not has_clock(template):
         raise ConfigError(
-            "the tokenizer's chat template has no clock, so that no date has an effect",
+            "data.template_date has no effect: the chat template of the tokenizer does not use the date",
             where="data.template_date",
             got=config.template_date,
             expected=f"{DataConfig.template_date} (the default)",
-            remedy="leave data.template_date out",
+            remedy="remove data.template_date",
         )
 
 
-def _stands(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
+def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
     return find_encoded(cache, fingerprint, limit) == folder
 
 
 def _state(source: SourceConfig) -> list[str]:
-    """What changes when a file of the source is replaced, also by one that is put back afterwards."""
+    """Return a state that changes if a file is replaced, even if the old file is restored afterwards."""
     files = local_files(source) or []
-    # The link itself too, where the path is one.
+    # Includes the link itself if the path is a symbolic link.
     return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
 
 
