@@ -23,14 +23,27 @@ from dpo_dist.data.encoded_source import (
     remember_written,
 )
 from dpo_dist.data.files import file_kind
-from dpo_dist.data.sources import local_files, pinned, read_records, source_identity
-from dpo_dist.digests import file_identity, text_digest
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import local_files, pinned, source_identity
+from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 5
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken*",
+    "*.py",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+)
 
 Progress = Callable[[int], None]
 """Called with the number of newly encoded records."""
@@ -40,10 +53,10 @@ def prepare_dataset(
     sources: Sequence[SourceConfig],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizer_digest: str,
+    digest: str,
     progress: Progress = lambda _records: None,
 ) -> tuple[EncodedSource, ...]:
-    """Encode each source into its own folder below `config.cache`, unless it is there already.
+    """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
     A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
     another weight or a lower limit. Damaged folders are encoded again.
@@ -61,7 +74,7 @@ def prepare_dataset(
     collect_abandoned(cache)
     encoded = []
     for source in sources:
-        folder = _encoded(source, config, tokenizer, tokenizer_digest, progress)
+        folder = _encoded(source, config, tokenizer, digest, progress)
         encoded.append(EncodedSource(source.path, folder, source.limit))
     return tuple(encoded)
 
@@ -70,14 +83,14 @@ def _encoded(
     source: SourceConfig,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizer_digest: str,
+    digest: str,
     progress: Progress,
 ) -> Path:
     cache = Path(config.cache)
     source = pinned(source, cache)
     state = _state(source)
     identity = source_identity(source, cache / MEMO_FOLDER)
-    fingerprint = _fingerprint(source, identity, config, tokenizer_digest)
+    fingerprint = _fingerprint(source, identity, config, digest)
     found = find_encoded(cache, fingerprint, source.limit)
     if found is not None:
         return found
@@ -103,6 +116,28 @@ def _encoded(
         writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
     remember_written(folder)
     return folder
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the files of a model folder that decide how text becomes token ids.
+
+    Raises:
+        ConfigError: config.json cannot be read.
+    """
+    files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
+    parts = [(file.name, content_digest([file])) for file in files]
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "a file of the model cannot be read", where=str(config_file), got=str(error)
+        ) from error
+    # transformers chooses the tokenizer's class by these.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
+    return text_digest(json.dumps(parts))
 
 
 def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,10 +170,10 @@ def _chunks(source: SourceConfig) -> Iterator[Records]:
         yield chunk
 
 
-def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, tokenizer_digest: str) -> str:
+def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str) -> str:
     content = {
         "encoding": _ENCODING_VERSION,
-        "tokenizer": tokenizer_digest,
+        "tokenizer": digest,
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
         "truncation": config.truncation,

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
-from dpo_dist.data.encode import EncodedExample, TokenIds, encode_record, response_key
+from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -128,7 +128,7 @@ def _encode(
     ranks, ties = training_examples(record, config.ranked)
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
-    encoded = encode_record(replace(record, responses=responses), tokenizer, config)
+    encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
     new_index = {index: number for number, index in enumerate(used)}

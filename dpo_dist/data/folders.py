@@ -117,7 +117,7 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     unnamed = [file for file in files if splits[file] is None]
     if unnamed:
         raise DataError(
-            "the split of some files cannot be told from their names",
+            "there is no split in the names of some files",
             where=str(folder),
             got=", ".join(str(file.relative_to(folder)) for file in unnamed[:5]),
             expected=f"a split in every name or in none; other files have: {', '.join(names)}",

@@ -82,7 +82,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
             "neither a local file nor a dataset found on the Hugging Face Hub",
             where=_described(source),
             got=" ".join(first_lines),
-            remedy="check path, name, data_dir, revision and split, the network, and access rights of a gated "
+            remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
             "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
         ) from fault
 

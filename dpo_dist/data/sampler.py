@@ -82,10 +82,10 @@ def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
     for number, span in enumerate(spans):
         if not _drawn(span):
             raise ConfigError(
-                "the weight of a source is too small: no pair of it would be drawn",
+                "no pair of a source would be drawn",
                 where=f"data.train[{number}].weight",
                 got=f"{span.weight:g} of {span.stop - span.start} pairs an epoch",
-                expected="at least one pair",
+                expected="at least one pair an epoch",
                 remedy="raise the weight, or remove the source",
             )
     per_epoch = sum(_drawn(span) for span in spans)

@@ -149,7 +149,7 @@ class TokenizerFacts:
         return added[: end + len(self.end_of_turn)]
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
-        """Return `ids` with the tokenizer's prefix exactly once, and the number of ids to keep at the start."""
+        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
         prefix = list(self.prefix_ids)
         if ids[: len(prefix)] != prefix:
             return prefix + ids, len(prefix)
