@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
+from dpo_dist.digests import file_identity, remembered_digest, text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.model.folder import CONFIG_FILE, read_model_json, weight_files
@@ -158,28 +158,6 @@ def model_label(path: str, folder: Path) -> str:
     """Return a model's name for people: its configured path, with the commit of a snapshot from the hub."""
     is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return f"{path}@{folder.name}" if is_snapshot else path
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Digest of the files that decide how text becomes ids."""
-    patterns = (
-        "tokenizer*",
-        "*.model",
-        "*.tiktoken",
-        "tekken*",
-        "*.py",
-        "vocab*",
-        "merges*",
-        "special_tokens*",
-        "added_tokens*",
-        "chat_template*",
-    )
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    parts = [(file.name, content_digest([file])) for file in files]
-    config = read_model_json(folder / CONFIG_FILE)
-    # By these transformers chooses the tokenizer's class.
-    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
-    return text_digest(json.dumps(parts))
 
 
 def _name(file: Path, folder: Path) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from dpo_dist import digests as digest_module
+from dpo_dist.data.build_dataset import tokenizer_digest
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
-from dpo_dist.reference.digest import digest_model, model_label, tokenizer_digest
+from dpo_dist.reference.digest import digest_model, model_label
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
