@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_dist.config.check import check
-from dpo_dist.config.identity import run_dir
+from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import in_words
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
@@ -178,6 +178,18 @@ def from_yaml(text: str) -> RunConfig:
     except YAMLError as error:
         raise composition_error(error, (), group_folders()) from error
     return resolve(loaded)
+
+
+def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys by which `config` is another run than the config.yaml `file`: (old, new) of each.
+
+    Returns:
+        `{"loss.beta": (0.1, 0.2)}`; empty if this version cannot read the file.
+    """
+    try:
+        return differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
+    except (OSError, ConfigError):
+        return {}
 
 
 def _schema(kind: type) -> DictConfig:
