@@ -27,6 +27,7 @@ from dpo_dist.config.overrides import check_overrides, given_keys
 from dpo_dist.config.parse import parse_overrides
 from dpo_dist.config.presets import keep_chosen_presets
 from dpo_dist.config.reference_mode import resolve_reference
+from dpo_dist.config.rules import RULES
 from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
@@ -107,7 +108,7 @@ def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Pat
     loss = replace(config.loss, terms=_terms(config.loss.terms))
     config = replace(config, data=data, model=model, loss=loss)
     config = resolve_reference(config, given_keys(parsed))
-    check(config)
+    check(config, RULES)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

@@ -60,7 +60,7 @@ def test_quantized_weights_under_an_adapter_are_accepted() -> None:
         (["model.adapter={target_modules: []}"], "all-linear, or a list"),
         (["model.adapter={target_modules: all_linear}"], "all-linear, or a list"),
         (["reference=adapter"], "set model.adapter="),
-        ([ADAPTER, "reference=adapter", "reference.path=other"], "leave reference.path out"),
+        ([ADAPTER, "reference=adapter", "reference.path=other"], "remove reference.path"),
         ([ADAPTER, "reference=adapter", "reference.offload=cpu"], "parallelism.offload_parameters"),
         ([ADAPTER, "reference=adapter", "loss.kind=simpo"], "choose reference=none"),
         (["model.quantization=int8"], "cannot be trained"),

@@ -24,7 +24,7 @@ NVME = ["reference.offload=nvme", "reference.nvme_path=/nvme"]
         ([LIVE, "loss.sync_reference.every=0"], "loss.sync_reference.every"),
         ([LIVE, EVERY, "loss.sync_reference.mixup=0"], "loss.sync_reference.mixup"),
         ([LIVE, EVERY, "loss.sync_reference.mixup=1.1"], "loss.sync_reference.mixup"),
-        ([LIVE, "loss.sync_reference.mixup=0.5"], "loss.sync_reference"),
+        ([LIVE, "loss.sync_reference.mixup=0.5"], "loss.sync_reference.mixup, loss.sync_reference.every"),
         ([EVERY], "loss.sync_reference.every, reference.mode"),
         ([EVERY, "loss=simpo", "reference=none"], "loss.sync_reference.every, reference.mode"),
         ([LIVE, EVERY, "reference.quantization=nf4"], "loss.sync_reference.every, reference.quantization"),
