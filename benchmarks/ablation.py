@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.data import dataset, step_plan
-from dpo_dist.data.micro_batches import Counts, PairSizes, pair_sizes
+from dpo_dist.data import collate, dataset
+from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.model.head import LogpHead, PackedCausalLM
 
@@ -83,12 +83,12 @@ def removed(ablation: Ablation) -> Iterator[Work]:
     forward, head = (_forward, _head) if ablation.chunks_head else (_forward_all_logits, _all_logps)
     with contextlib.ExitStack() as swaps:
         if not ablation.shares_prompts:
-            swaps.enter_context(patch.object(dataset, "pair_sizes", _sizes_apart(ablation.packing)))
+            swaps.enter_context(patch.object(dataset, "example_sizes", _sizes_apart(ablation.packing)))
         if ablation.packing is not Packing.packed:
             plan = _plan_single if ablation.packing is Packing.single else _plan_padded
-            swaps.enter_context(patch.object(step_plan, "plan_micro_batches", plan))
+            swaps.enter_context(patch.object(collate, "plan_micro_batches", plan))
         if not ablation.shares_prompts or ablation.packing is Packing.padded:
-            swaps.enter_context(patch.object(step_plan, "pack", _packing(ablation)))
+            swaps.enter_context(patch.object(collate, "pack", _packing(ablation)))
         swaps.enter_context(patch.object(PackedCausalLM, "forward", _counting_tokens(forward, work)))
         swaps.enter_context(patch.object(LogpHead, "forward", _counting_logits(head, work)))
         yield work
@@ -130,12 +130,12 @@ def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, **_asked: bool)
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 
 
-def _sizes_apart(packing: Packing) -> Callable[..., PairSizes]:
-    """`pair_sizes` where every response has its own prompt; padded, a pair's responses are equally long."""
+def _sizes_apart(packing: Packing) -> Callable[..., ExampleSizes]:
+    """`example_sizes` if every response has its own prompt; padded: all responses of a pair of one length."""
 
-    def sizes(prompt_tokens: Counts, response_tokens: Counts, responses: Counts, *rest: Any) -> PairSizes:
+    def sizes(prompt_tokens: Counts, response_tokens: Counts, responses: Counts, *rest: Any) -> ExampleSizes:
         prompts = np.repeat(prompt_tokens, responses)
-        apart = pair_sizes(prompts, response_tokens, np.ones_like(prompts), *rest)
+        apart = example_sizes(prompts, response_tokens, np.ones_like(prompts), *rest)
         firsts = np.cumsum(responses) - responses
         tokens = np.add.reduceat(apart.tokens, firsts)
         if packing is Packing.padded:
@@ -143,18 +143,18 @@ def _sizes_apart(packing: Packing) -> Callable[..., PairSizes]:
         targets, attended, costs = (
             np.add.reduceat(counts, firsts) for counts in (apart.targets, apart.attended, apart.costs)
         )
-        return PairSizes(tokens, targets, attended, costs)
+        return ExampleSizes(tokens, targets, attended, costs)
 
     return sizes
 
 
-def _plan_single(sizes: PairSizes, world_size: int, _token_budget: int) -> list[list[list[int]]]:
+def _plan_single(sizes: ExampleSizes, world_size: int, _token_budget: int) -> list[list[list[int]]]:
     """`plan_micro_batches` with one pair each."""
     assert world_size == 1
     return [[[place]] for place in range(len(sizes.tokens))]
 
 
-def _plan_padded(sizes: PairSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
+def _plan_padded(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """`plan_micro_batches` with pairs in their order, as many as fit when as long as the longest."""
     assert world_size == 1
     plan: list[list[list[int]]] = []

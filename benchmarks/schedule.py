@@ -38,12 +38,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from benchmarks.assets import SHAPES, Shape
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
-from dpo_dist.data.encode import EncodedPair, encode_pair
-from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sampler import Span, make_schedule
-from dpo_dist.data.sources import read_records
+from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.model import flops
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
@@ -128,7 +128,7 @@ def measure(
     for _ in range(max(4, 640 // world_size)):
         drawn = generator.choice(lengths, world_size * pairs_per_rank)
         started = time.process_time()
-        sizes = pair_sizes(drawn[:, 0], drawn[:, 1:].ravel(), np.full(len(drawn), 2), prices)
+        sizes = example_sizes(drawn[:, 0], drawn[:, 1:].ravel(), np.full(len(drawn), 2), prices)
         plan = plan_micro_batches(sizes, world_size, budget)
         seconds = time.process_time() - started
         costs = np.array([[sizes.costs[places].sum() for places in ranks] for ranks in plan])
@@ -150,7 +150,7 @@ def measure(
     return Quality(name, budget, world_size, pairs_per_rank, *np.mean(steps, axis=0).tolist())
 
 
-def least_waiting(sizes: PairSizes, world_size: int, budget: int) -> float:
+def least_waiting(sizes: ExampleSizes, world_size: int, budget: int) -> float:
     """A lower bound: beside the dearest pair no rank can do more than fill its budget; the rest follows."""
     fullest = budget * (sizes.costs / sizes.tokens).max()
     dearest = np.sort(sizes.costs)[::-1]
@@ -161,12 +161,12 @@ def least_waiting(sizes: PairSizes, world_size: int, budget: int) -> float:
 
 def bench_schedule(pairs: int) -> dict[str, float]:
     """Seconds and memory until the first step's rows are known, and all rows of the run."""
-    schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
+    sampler = make_sampler([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
     figures: dict[str, float] = {"pairs": pairs}
     tracemalloc.start()
     works: dict[str, Callable[[], object]] = {
-        "first_step": lambda: schedule.indices(0),
-        "all_indices": schedule.all_indices,
+        "first_step": lambda: sampler.indices(0),
+        "visited_indices": sampler.visited_indices,
     }
     for name, work in works.items():
         started = time.perf_counter()
@@ -176,7 +176,7 @@ def bench_schedule(pairs: int) -> dict[str, float]:
     tracemalloc.stop()
     started = time.perf_counter()
     for step in range(1, 101):
-        schedule.indices(step)
+        sampler.indices(step)
     figures["step_microseconds"] = (time.perf_counter() - started) * 1e4
     return figures
 
@@ -268,7 +268,7 @@ def real_lengths(file: Path, limit: int | None) -> Lengths:
     ]
     tokenizer = learn_tokenizer([text for record in records for text in record.responses])
     pairs = [encode_pair(record, tokenizer, DataConfig()) for record in records]
-    kept = [pair for pair in pairs if isinstance(pair, EncodedPair)]
+    kept = [pair for pair in pairs if isinstance(pair, EncodedExample)]
     return np.array([[len(pair.prompt_ids), *map(len, pair.responses)] for pair in kept])
 
 

@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import HashStore
 
 from benchmarks.assets import SHAPES, save_random_model
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
-from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.packing import PackedBatch
@@ -139,7 +139,7 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
     }
 
 
-def fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) -> FillReport:
+def fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: int) -> FillReport:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         report = fill_store(
@@ -159,13 +159,13 @@ def fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) -
     return report
 
 
-def invented_pairs(pairs: int) -> PairDataset:
+def invented_pairs(pairs: int) -> PreferenceDataset:
     """Pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
     generator = np.random.default_rng(0)
     pieces = np.full((pairs, 3), PROMPT_TOKENS)
     pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
     ends = np.cumsum(pieces)
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -181,7 +181,7 @@ def invented_pairs(pairs: int) -> PairDataset:
     )
 
 
-def scorable(dataset: PairDataset) -> PairDataset:
+def scorable(dataset: PreferenceDataset) -> PreferenceDataset:
     """The same pairs with ids that differ, and their keys, as a fill demands."""
     ids = np.random.default_rng(1).integers(0, 100, len(dataset.ids)).astype(np.int32)
     dataset = replace(dataset, ids=ids)
@@ -193,7 +193,7 @@ def scorable(dataset: PairDataset) -> PairDataset:
     return replace(dataset, keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
 
 
-def write(root: Path, dataset: PairDataset, rows_per_shard: int) -> None:
+def write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:
     """A row of each response's length, made of its key, so that a wrong row is seen."""
     store = LogpStore.open(root, SPACE, [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
@@ -209,7 +209,7 @@ def marks(keys: Keys) -> np.ndarray:
     return (keys[:, 1] >> np.uint64(44)).astype(np.float32)
 
 
-def lookups_per_second(store: LogpStore, dataset: PairDataset, clock: Callable[[], float]) -> float:
+def lookups_per_second(store: LogpStore, dataset: PreferenceDataset, clock: Callable[[], float]) -> float:
     """Entries read at random in batches, warm, each compared with what was written."""
     places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in places]

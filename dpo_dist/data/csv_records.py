@@ -20,7 +20,7 @@ _MAX_CELL_CHARACTERS = 2**31 - 1
 _TOO_LONG = "\0too long\0"
 
 
-def csv_rows(text: TextIO, path: str, most_characters: int) -> Iterator[RawRecord]:
+def read_csv(text: TextIO, path: str, most_characters: int) -> Iterator[RawRecord]:
     """Read the header at once and the records as the iterator is advanced.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.csv_records import csv_rows
+from dpo_dist.data.csv_records import read_csv
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.errors import DataError
 
@@ -56,13 +56,13 @@ def _rows(file: Path, path: str) -> Iterator[RawRecord]:
         case ".jsonl":
             rows = _jsonl_rows(_opened(file), path)
         case ".json":
-            rows = located(_json_rows(file), path)
+            rows = with_origins(_json_rows(file), path)
         case ".csv":
             # What is not UTF-8 becomes a lone surrogate, which makes its record a bad one and no other.
             text = io.TextIOWrapper(_opened(file), "utf-8-sig", "surrogateescape", newline="")
-            rows = csv_rows(text, path, _MAX_RECORD_BYTES)
+            rows = read_csv(text, path, _MAX_RECORD_BYTES)
         case ".parquet":
-            rows = located(_parquet_rows(file), path)
+            rows = with_origins(_parquet_rows(file), path)
         case _:
             raise _unknown_kind(file, path)
     return _guarded(rows, path)
@@ -124,7 +124,7 @@ def _opened(file: Path) -> BinaryIO:
     return stream
 
 
-def located(rows: Iterator[Any], path: str) -> Iterator[RawRecord]:
+def with_origins(rows: Iterator[Any], path: str) -> Iterator[RawRecord]:
     """Rows with their record number as origin; what is no object is a bad record."""
     for number, row in enumerate(rows, start=1):
         yield _object(row, Origin(path, number))

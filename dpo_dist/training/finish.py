@@ -13,6 +13,7 @@ from dpo_dist.config.describe import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
+from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, Outcome
@@ -23,7 +24,6 @@ from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state
-from dpo_dist.training.step_timer import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
 
 def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
     """Return the content of summary.json without `exit`; collective."""
-    peak_bytes = peak_memory_bytes(loop.world)
+    peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
     seconds = position.train_seconds
     return {
         **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),

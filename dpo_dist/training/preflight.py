@@ -14,8 +14,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import check_template_date
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
-from dpo_dist.data.encode_chunk import EncodedPart, encode_part
-from dpo_dist.data.sources import pinned, read_records
+from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder
@@ -88,7 +89,7 @@ def _first_records(
     """Read and encode the first records of a source, and say what became of them."""
     # Nothing is written, so a commit of the hub is not remembered.
     records = list(itertools.islice(read_records(pinned(source, None)), _FIRST_RECORDS))
-    part = encode_part(records, config.data, tokenizer)
+    part = encode_chunk(records, config.data, tokenizer)
     examples = [f"{bad.origin} {bad.reason}" for _, bad in part.bad]
     details = {bad.reason: bad.detail for _, bad in reversed(part.bad) if bad.detail}
     counts = DataCounts.of(Counter(part.outcomes), examples, details)
@@ -109,7 +110,7 @@ def _first_records(
     return ", ".join(told)
 
 
-def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
+def _check_loss(part: EncodedChunk, loss: LossConfig, where: str) -> None:
     """As `inputs.check_data_fits_loss` does for all pairs."""
     fewest, most = int(part.pair_pieces.min()) - 1, int(part.pair_pieces.max()) - 1
     what: dict[str, Any] = {}

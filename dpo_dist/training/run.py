@@ -10,18 +10,20 @@ import torch
 from dpo_dist.config.load import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint, saved_parallelism
-from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine, policy_config
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World, start_world, stop_world
 from dpo_dist.errors import ExitCode, Outcome
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.attention_backend import use_deterministic_kernels
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.numerics import use_deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_digested
@@ -34,7 +36,7 @@ from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.data_setup import Inputs, load_inputs
 from dpo_dist.training.finish import Ending, finish, run_to_its_end
-from dpo_dist.training.loop import Loop, Position, StopRequest
+from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.reference_check import describe_drift, pass_gate
 from dpo_dist.training.reference_setup import stored_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
@@ -54,7 +56,7 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool
-    audited: tuple[PairDataset, Indices]
+    audited: tuple[PreferenceDataset, Indices]
     report: dict[str, Any]
 
 
@@ -104,7 +106,7 @@ def train(config: RunConfig, console: Console) -> int:
             peaks=_peak_flops(config, world),
             objective=objective,
             reference_sync=reference_sync,
-            schedule=inputs.schedule,
+            sampler=inputs.sampler,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,

@@ -1,14 +1,10 @@
-"""Wall-clock time of a step by phase, and the peak memory of a run."""
+"""Wall-clock time of a step by phase."""
 
-import contextlib
 import itertools
-import resource
 import time
-from pathlib import Path
 
 import torch
 
-from dpo_dist.distributed.world import World
 from dpo_dist.report.metrics_log import PHASES, Phase
 
 
@@ -57,21 +53,3 @@ class StepClock:
                 self._events[-1].synchronize()
             return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(self._events)]
         return [end - begin for begin, end in itertools.pairwise(self._seconds)]
-
-
-def reset_peak_memory(world: World) -> None:
-    """Start `peak_memory_bytes` from the memory in use now, where the system supports it; not collective."""
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux only
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes(world: World) -> int:
-    """Return the peak of the largest rank: GPU memory, or the resident set without a GPU; collective."""
-    if world.device.type == "cuda":
-        mine = torch.cuda.max_memory_allocated()
-    else:
-        mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max(world.gather(mine))

@@ -14,8 +14,8 @@ import torch
 
 from dpo_dist.config.loss_kinds import (BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting)
 from dpo_dist.config.schema import (DataConfig, SourceConfig)
-from dpo_dist.data.step_plan import plan_step
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.distributed.world import World
@@ -63,7 +63,7 @@ class Data:
     pairs: tuple[EncodedSource, ...]
     rankings: tuple[EncodedSource, ...]
 
-    def of(self, loss: LossConfig) -> PairDataset:
+    def of(self, loss: LossConfig) -> PreferenceDataset:
         ranked = loss.kind is LossKind.plackett_luce
         return open_dataset(self.rankings if ranked else self.pairs, DataConfig())
 
@@ -95,7 +95,7 @@ def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder:
 
 
 def _trajectory(
-    assets: Assets, dataset: PairDataset, loss: LossConfig, budget: int, world: World
+    assets: Assets, dataset: PreferenceDataset, loss: LossConfig, budget: int, world: World
 ) -> Iterator[dict[str, float]]:
     config = assets.config(assets.policy)
     free = not loss.needs_reference
@@ -105,7 +105,7 @@ def _trajectory(
 
     def plan(rows: Any) -> Any:
         only = loss.is_one_sided
-        return plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS, only)
+        return shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS, only)
 
     def means(sums: MetricSums) -> dict[str, float]:
         return replace(sums, values=world.sum(sums.values)).means()

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages
-from dpo_dist.data.sources import read_records
 from dpo_dist.data.tokenizer import tokenizer_facts
 from dpo_dist.errors import ConfigError
 from tests.support import tiny

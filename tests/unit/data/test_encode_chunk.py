@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.collate import collate
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.data.step_plan import pack_rows
 from tests.support import tiny
-from tests.support.rows import TEXT, jsonl
+from tests.support.records import TEXT, jsonl
 from tests.support.shared_data import shared_data_dir
 
 
@@ -31,18 +31,18 @@ def ranking(scores: Sequence[float] | None, count: int = 0) -> PreferenceRecord:
     )
 
 
-def encoded(folder: Path, *rows: Any, **data: Any) -> PairDataset:
+def encoded(folder: Path, *rows: Any, **data: Any) -> PreferenceDataset:
     config = DataConfig(cache=str(folder / "cache"), max_bad_share=1.0, **data)
     sources = [SourceConfig(jsonl(folder, *rows))]
     return open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen"), config)
 
 
-def words(dataset: PairDataset, row: int) -> list[str]:
+def words(dataset: PreferenceDataset, row: int) -> list[str]:
     return [tiny.qwen().decode(ids, skip_special_tokens=True) for ids in dataset.sequences(row).responses]
 
 
-def scores_of(dataset: PairDataset) -> list[list[float]]:
-    return [dataset.scores[list(dataset.response_rows(row))].tolist() for row in range(len(dataset))]
+def scores_of(dataset: PreferenceDataset) -> list[list[float]]:
+    return [dataset.scores[list(dataset.response_range(row))].tolist() for row in range(len(dataset))]
 
 
 @pytest.mark.parametrize("ranked", Ranked)
@@ -136,7 +136,7 @@ def test_a_micro_batch_has_the_score_gaps_of_its_own_pairs(tmp_path: Path) -> No
     texts = [{**TEXT, "prompt": f"q{row}", "score_chosen": 9.0, "score_rejected": row} for row in range(4)]
     data = encoded(tmp_path, *texts)
     for rows in ([3, 0, 2], [1], [2, 3]):
-        packed = pack_rows(data, rows)
+        packed = collate(data, rows)
         assert packed.score_gaps is not None
         assert packed.score_gaps.tolist() == [9.0 - row for row in rows]
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
-from dpo_dist.data.sources import read_records
-from tests.support.rows import TEXT, assistant, jsonl, outcomes, user
+from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()

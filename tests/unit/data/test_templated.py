@@ -20,7 +20,7 @@ from dpo_dist.data.records import Message
 from dpo_dist.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.pairs import CHAT, WIDE, encode, record, texts
-from tests.support.rows import jsonl
+from tests.support.records import jsonl
 
 LLAMA31 = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
