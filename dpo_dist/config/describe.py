@@ -1,9 +1,10 @@
 """What tells one run from another: for summary.json, and as a name for people."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.check import plain
 from dpo_dist.config.fields import declaration
 from dpo_dist.config.load import defining_sections, run_digest
 from dpo_dist.config.schema import RunConfig
@@ -38,7 +39,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
             if not declaration(field).defines_result:
                 continue
             if key in _ALWAYS or value != getattr(usual, field.name, None):
-                found[key] = _plain(value)
+                found[key] = plain(value)
     if not config.loss.uses("beta"):
         found.pop("loss.beta", None)
     if config.loss.terms:
@@ -62,17 +63,3 @@ def title(config: RunConfig, run_dir: Path) -> str:
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)
-
-
-def _plain(value: Any) -> Any:
-    """Without dataclasses and enumerations; of a source, an adapter or a term only what was set."""
-    if is_dataclass(value):
-        usual = type(value)
-        return {
-            field.name: _plain(getattr(value, field.name))
-            for field in fields(value)
-            if getattr(value, field.name) != getattr(usual, field.name, None)
-        }
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""A preset chosen on the command line counts, also after an experiment.
+"""Apply the presets that the command line chooses after an experiment, not before it.
 
 Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, values that the
 experiment sets for its own loss would replace those of the chosen preset.
@@ -20,11 +20,13 @@ def keep_chosen_presets(
     folders: Iterable[Path],
     compose: Callable[[Sequence[str]], DictConfig],
 ) -> None:
-    """Give back to `composed` what presets of the command line say and an experiment replaced.
+    """Restore in `composed` the values of the command line's presets that an experiment replaced.
+
+    A preset without values restores the defaults of its whole section.
 
     Args:
-        composed: what Hydra composed from `overrides`; changed in place.
-        overrides: of the command line, parsed. Values that they give win over presets.
+        composed: Hydra's composition of `overrides`; changed in place.
+        overrides: of the command line, parsed. Values that they set win over presets.
         folders: the folders of groups, in the order in which Hydra searches them.
         compose: Hydra's composition of overrides.
     """
@@ -38,7 +40,7 @@ def keep_chosen_presets(
             continue
         preset = OmegaConf.load(file)
         keys = [str(key) for key in preset if key != "defaults"]
-        whole = group in _WHOLE_SECTIONS
+        whole = group in _WHOLE_SECTIONS or not keys
         prefixes = [group] if whole else [f"{group}.{key}" for key in keys]
         alone = compose(
             [
@@ -52,7 +54,7 @@ def keep_chosen_presets(
 
 
 def chosen_presets(overrides: Iterable[Override]) -> dict[str, str]:
-    """The last preset that the command line chooses of each group: `{"loss": "simpo"}`."""
+    """Return the last preset that the command line chooses of each group: `{"loss": "simpo"}`."""
     chosen = {}
     for override in overrides:
         value = override.value()

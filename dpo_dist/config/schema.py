@@ -186,7 +186,9 @@ class ParallelismConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    lr: float = key(1e-6, "Peak learning rate.", above=0)
+    lr: float = key(
+        1e-6, "Peak learning rate.", above=0
+    )  # 5e-7 to 5e-6 is usual where all weights are trained
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,

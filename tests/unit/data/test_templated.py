@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dpo_dist.config.check_data import check_data
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from dpo_dist.config.check_data import check_data
 from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.chat_template import pin_clock

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from dpo_dist.config.check_store import check_store
+
 from dpo_dist.config.schema import Numerics, ReferenceConfig, ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.errors import ConfigError
