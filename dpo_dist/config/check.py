@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
-from enum import Enum
 from functools import reduce
 from typing import Any, get_args
 
 from dpo_dist.config.fields import declaration
+from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
 
@@ -51,19 +51,6 @@ def check(config: RunConfig, rules: Iterable[Rule]) -> None:
                 expected=rule.expected.format(**values),
                 remedy=rule.remedy.format(**values),
             )
-
-
-def plain(value: Any) -> Any:
-    """Return `value` without dataclasses and enums; of a dataclass, only fields not at their default."""
-    if is_dataclass(value):
-        return {
-            field.name: plain(getattr(value, field.name))
-            for field in fields(value)
-            if getattr(value, field.name) != field.default
-        }
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
 
 
 def as_written(value: Any) -> str:

@@ -186,9 +186,7 @@ class ParallelismConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    lr: float = key(
-        1e-6, "Peak learning rate.", above=0
-    )  # 5e-7 to 5e-6 is usual where all weights are trained
+    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,

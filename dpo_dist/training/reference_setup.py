@@ -1,31 +1,86 @@
 """The stored reference of a run: compute what the store lacks, and re-score a sample of what it has."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import Numerics, RunConfig
+from dpo_dist.config.schema import Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.compatible import agree_on_numerics, count_reused, count_unused, find_compatible
-from dpo_dist.reference.digest import ModelFiles
+from dpo_dist.reference.digest import ModelFiles, model_label
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
 from dpo_dist.reference.fill import FillReport, OpenStore, check_complete, fill_store, open_filled
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.providers import StoredReference
+from dpo_dist.reference.providers import (
+    AdapterReference,
+    LiveReference,
+    NoReference,
+    ReferenceProvider,
+    StoredReference,
+)
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
+from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.reference_check import describe_drift, pass_gate
-from dpo_dist.training.step import Objective
+from dpo_dist.training.reference_check import check_drift, describe_drift
 
 Audited = tuple[PreferenceDataset, Indices]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of a run.
+
+    Attributes:
+        provider: its log-probs.
+        is_policys_start: whether the policy starts as this model, in the same precision.
+        audited: a dataset and those of its indices from which the step-0 check takes its sample.
+        report: the section `reference` of summary.json.
+    """
+
+    provider: ReferenceProvider
+    is_policys_start: bool
+    audited: Audited
+    report: dict[str, Any]
+
+
+def prepare_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
+    """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective."""
+    mode = config.reference.mode
+    audited = inputs.visited[0]
+    if mode is ReferenceMode.none:
+        report = {"mode": mode.value, **FillReport().as_dict()}
+        return Reference(NoReference(), False, audited, report)
+    files = inputs.reference_files
+    assert files is not None, "every other mode has a reference model"
+    if config.reference.path:
+        world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
+    same_precision = config.reference.quantization is config.model.quantization
+    is_start = same_precision and files.digest == inputs.policy_files.digest
+    report = FillReport().as_dict()
+    provider: ReferenceProvider
+    if mode is ReferenceMode.live:
+        provider = LiveReference(load_digested(files, config, world))
+    else:
+        label = model_label(config.reference.path or config.model.path, files.folder)
+        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
+    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
+
+
+def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
+    """Return the reference in mode `adapter`: the policy with its adapter switched off."""
+    report = {"mode": ReferenceMode.adapter.value, **FillReport().as_dict()}
+    return Reference(AdapterReference(policy), True, inputs.visited[0], report)
 
 
 def stored_reference(
@@ -78,7 +133,7 @@ def stored_reference(
             audited = inputs.visited[served.audited[0]][0], served.audited[1]
     if config.reference.audit_pairs and (engines or (audits_kin and not is_start)):
         objective = Objective(config.loss, provider)
-        report["drift"] = pass_gate(scorer(), objective, *audited, inputs.costs, config, world)
+        report["drift"] = check_drift(scorer(), objective, *audited, inputs.costs, config, world)
         console.say(f"reference: {describe_drift(report['drift'])}")
     for engine in engines:
         engine.free()

@@ -18,10 +18,10 @@ from dpo_dist.data.packing import Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.step import Objective
+from dpo_dist.training.batch_loss import Objective
 from tests.dist.scenario import PAIRS, SPACE, Assets, fill
 from tests.support.packing import COSTS
 from tests.support.padded import BETA, assert_same_gradients, gradients_of, padded_logps, plain_loss
@@ -47,8 +47,8 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
     for index, (rows, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
         reference = objective.reference_logps(batch)
-        pairs = objective.score(policy, batch, reference)
-        loss, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
+        pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
+        loss, _ = objective.measure(pairs)
         policy.backward(loss / plan.pairs, is_last=index == last)
         with torch.no_grad():
             values = torch.split(policy.token_logps(batch), batch.response_tokens.tolist())

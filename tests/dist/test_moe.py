@@ -20,7 +20,8 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import all_keys
-from dpo_dist.config.load import config_dir, load_run_config, run_digest
+from dpo_dist.config.load import config_dir, load_run_config
 
 FILES = sorted(config_dir().glob("*/*.yaml"))
 EXPERIMENTS = [file for file in FILES if file.parent.name == "experiment"]
@@ -45,12 +46,7 @@ def test_no_experiment_chooses_a_preset_that_is_chosen_by_default(file: Path) ->
         entry for entry in content(config_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
     ]
     chosen = content(file).get("defaults", [])
-    assert [
-        entry
-        for entry in chosen
-        for name, preset in entry.items()
-        if {name.split("/")[-1]: preset} in default
-    ] == []
+    assert [(group, preset) for group, preset in chosen if {group: preset} in default] == []
 
 
 def test_run_digests_are_those_of_earlier_versions() -> None:
