@@ -134,6 +134,14 @@ def test_out_of_range(key: str, value: float) -> None:
             {"loss.kind": "sft", "reference.offload": "cpu"} | NO_REFERENCE,
             "reference.offload, reference.mode",
         ),
+        (
+            {"reference.mode": "live", "reference.numerics": "tolerant"},
+            "reference.numerics, reference.mode",
+        ),
+        (
+            {"reference.numerics": "tolerant", "reference.audit_pairs": 0},
+            "reference.numerics, reference.audit_pairs",
+        ),
         ({"optim.betas": [0.9]}, "optim.betas"),
         ({"optim.betas": [0.9, 1.0]}, "optim.betas[1]"),
         ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
