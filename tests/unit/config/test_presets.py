@@ -42,10 +42,9 @@ def test_no_preset_restates_a_default(file: Path) -> None:
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
 def test_no_experiment_chooses_a_preset_that_is_chosen_by_default(file: Path) -> None:
-    default = [
-        entry for entry in content(config_dir() / "config.yaml")["defaults"] if isinstance(entry, dict)
-    ]
-    chosen = content(file).get("defaults", [])
+    default = content(config_dir() / "config.yaml")["defaults"]
+    overridden = [item for entry in content(file).get("defaults", []) for item in entry.items()]
+    chosen = [(name.removeprefix("override /"), preset) for name, preset in overridden]
     assert [(group, preset) for group, preset in chosen if {group: preset} in default] == []
 
 
