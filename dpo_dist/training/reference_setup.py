@@ -1,4 +1,4 @@
-"""The stored reference of a run: compute what the store lacks, and re-score a sample of what it has."""
+"""The reference of a run: its provider, and in mode `cached` the store filled and checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,60 +57,51 @@ class Reference:
 def prepare_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective."""
     mode = config.reference.mode
-    audited = inputs.visited[0]
     if mode is ReferenceMode.none:
-        report = {"mode": mode.value, **FillReport().as_dict()}
-        return Reference(NoReference(), False, audited, report)
+        return _reference(NoReference(), False, mode, inputs)
     files = inputs.reference_files
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
-    report = FillReport().as_dict()
-    provider: ReferenceProvider
     if mode is ReferenceMode.live:
-        provider = LiveReference(load_digested(files, config, world))
-    else:
-        label = model_label(config.reference.path or config.model.path, files.folder)
-        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
+        return _reference(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
+    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console)
     return Reference(provider, is_start, audited, {"mode": mode.value, **report})
 
 
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    report = {"mode": ReferenceMode.adapter.value, **FillReport().as_dict()}
-    return Reference(AdapterReference(policy), True, inputs.visited[0], report)
+    return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
 
 
-def stored_reference(
-    config: RunConfig,
-    inputs: Inputs,
-    files: ModelFiles,
-    label: str,
-    is_start: bool,
-    world: World,
-    console: Console,
+def _reference(provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs) -> Reference:
+    """Return a reference without stored log-probs."""
+    report = {"mode": mode.value, **FillReport().as_dict()}
+    return Reference(provider, is_start, inputs.visited[0], report)
+
+
+def _stored_reference(
+    config: RunConfig, inputs: Inputs, files: ModelFiles, is_start: bool, world: World, console: Console
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
-    """The store with every row that the run visits; what it lacks is computed, and then the engine freed.
+    """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
-    A sample of all rows is scored again while the engine is there. Rows of other numerics are scored again in
-    any case: by the policy if it starts from the reference, else by an engine that is loaded for it.
+    A sample is re-scored while the engine is loaded. Log-probs of other numerics are always re-scored: by the
+    policy in the step-0 check if it starts as the reference, else by an engine that is loaded for it.
 
     Args:
-        files: of the reference model, digested.
-        label: its name for people.
-        is_start: whether the policy starts from it.
+        config: of the run.
+        inputs: of the run.
+        files: of the reference model.
+        is_start: whether the policy starts as the reference.
+        world: the ranks.
+        console: for progress.
 
     Returns:
-        The provider; what getting it ready took, for summary.json; and the rows to audit.
+        The provider, the report for summary.json, and the examples for the step-0 check.
     """
-    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    is_tolerant = config.reference.numerics is Numerics.tolerant
-    own = numerics_of(scored_model(config), backend, world.device)
-    space = ReferenceFingerprint(files.digest, agree_on_numerics(own, is_tolerant, world), label)
-    compatible = _compatible(config, space, inputs, world, console)
-    open_store = partial(LogpStore.open, Path(config.reference.store), space, compatible=compatible)
+    open_store, has_compatible = _store_opener(config, inputs, files, world, console)
     engines: list[ReferenceEngine] = []
 
     def scorer() -> Scorer:
@@ -119,19 +110,19 @@ def stored_reference(
         return engines[0].token_logps
 
     filled = _fill(config, inputs, open_store, scorer, world, console)
-    report = filled.as_dict()
     provider = StoredReference(open_filled(open_store, filled.shards, world))
-    for dataset, rows in inputs.visited:
-        check_complete(provider.store, dataset, rows, world)
-    served = world.on_main(lambda: count_reused(provider.store, inputs.visited)) if compatible else None
-    audited = inputs.visited[0]
-    audits_kin = served is not None and served.audited is not None
-    if served is not None:
-        report["served"] = served.rows
-        console.say(f"reference: log-probs used by numerics: {_listed(served.rows)}")
-        if served.audited is not None:
-            audited = inputs.visited[served.audited[0]][0], served.audited[1]
-    if config.reference.audit_pairs and (engines or (audits_kin and not is_start)):
+    for dataset, indices in inputs.visited:
+        check_complete(provider.store, dataset, indices, world)
+    report, audited, must_score = filled.as_dict(), inputs.visited[0], bool(engines)
+    if has_compatible:
+        reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
+        report["served"] = reused.rows
+        counts = "; ".join(f"{count:,} of {numerics}" for numerics, count in reused.rows.items())
+        console.say(f"reference: log-probs used by numerics: {counts}")
+        if reused.audited is not None:
+            audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
+            must_score = must_score or not is_start
+    if config.reference.audit_pairs and must_score:
         objective = Objective(config.loss, provider)
         report["drift"] = check_drift(scorer(), objective, *audited, inputs.costs, config, world)
         console.say(f"reference: {describe_drift(report['drift'])}")
@@ -143,15 +134,32 @@ def stored_reference(
     return provider, report, audited
 
 
-def _compatible(
-    config: RunConfig, space: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
-) -> list[ReferenceFingerprint]:
-    """The spaces of other numerics whose rows serve; a strict run has none, and tells of them. Collective."""
+def _store_opener(
+    config: RunConfig, inputs: Inputs, files: ModelFiles, world: World, console: Console
+) -> tuple[OpenStore, bool]:
+    """Return a function that opens the store, and whether other numerics are in use; collective."""
+    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
+    own = numerics_of(scored_model(config), backend, world.device)
+    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
+    label = model_label(config.reference.path or config.model.path, files.folder)
+    fingerprint = ReferenceFingerprint(files.digest, profile, label)
+    compatible = _compatible(config, fingerprint, inputs, world, console)
     root = Path(config.reference.store)
-    compatible = world.on_main(lambda: find_compatible(root, space))
+    return partial(LogpStore.open, root, fingerprint, compatible=compatible), bool(compatible)
+
+
+def _compatible(
+    config: RunConfig, fingerprint: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
+) -> list[ReferenceFingerprint]:
+    """Return fingerprints of the same reference under other numerics whose log-probs the run may use.
+
+    A strict run uses none, and prints how many it could use. Collective.
+    """
+    root = Path(config.reference.store)
+    compatible = world.on_main(lambda: find_compatible(root, fingerprint))
     if config.reference.numerics is Numerics.tolerant or not compatible:
         return compatible
-    unused = world.on_main(lambda: count_unused(root, space, compatible, inputs.visited))
+    unused = world.on_main(lambda: count_unused(root, fingerprint, compatible, inputs.visited))
     if unused.rows:
         console.say(
             f"reference: {unused.rows:,} of the log-probs to compute are stored under other numerics "
@@ -168,14 +176,14 @@ def _fill(
     world: World,
     console: Console,
 ) -> FillReport:
-    """Compute what the store lacks of the rows that the run visits, and tell; collective."""
+    """Compute the log-probs that the store lacks, and print the counts; collective."""
     filled = FillReport()
-    for dataset, rows in inputs.visited:
+    for dataset, indices in inputs.visited:
         with console.progress("reference", "pair") as progress:
             filled += fill_store(
                 open_store,
                 dataset,
-                rows,
+                indices,
                 scorer,
                 world,
                 scoring_tokens(config),
@@ -188,7 +196,3 @@ def _fill(
     for name in sorted(filled.damaged):
         console.say(f"reference: damaged or foreign file ignored: {config.reference.store}/{name}")
     return filled
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return "; ".join(f"{count:,} of {numerics}" for numerics, count in counts.items())
