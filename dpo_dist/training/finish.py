@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_folder
-from dpo_dist.config.describe import settings
+from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints

@@ -1,8 +1,6 @@
 """The reference of a run: its provider, and in mode `cached` the store filled and checked."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.compatible import agree_on_numerics, count_reused, count_unused, find_compatible
 from dpo_dist.reference.digest import ModelFiles, model_label
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
-from dpo_dist.reference.fill import FillReport, OpenStore, check_complete, fill_store, open_filled
+from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import (
     AdapterReference,
@@ -101,30 +99,34 @@ def _stored_reference(
     Returns:
         The provider, the report for summary.json, and the examples for the step-0 check.
     """
-    open_store, has_compatible = _store_opener(config, inputs, files, world, console)
+    fingerprint = _fingerprint(config, files, world)
+    compatible = _compatible(config, fingerprint, inputs, world, console)
+    empty = LogpStore(Path(config.reference.store), [fingerprint, *compatible], [])
     engines: list[ReferenceEngine] = []
 
-    def scorer() -> Scorer:
+    def load_scorer() -> Scorer:
         if not engines:
             engines.append(load_digested(files, config, world))
         return engines[0].token_logps
 
-    filled = _fill(config, inputs, open_store, scorer, world, console)
-    provider = StoredReference(open_filled(open_store, filled.shards, world))
+    costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
+    filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard)
+    report = _fill(config, inputs, filler, console).as_dict()
+    provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:
         check_complete(provider.store, dataset, indices, world)
-    report, audited, must_score = filled.as_dict(), inputs.visited[0], bool(engines)
-    if has_compatible:
+    audited, must_score = inputs.visited[0], bool(engines)
+    if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
-        report["served"] = reused.rows
-        counts = "; ".join(f"{count:,} of {numerics}" for numerics, count in reused.rows.items())
+        report["served"] = reused.entries
+        counts = "; ".join(f"{count:,} of {numerics}" for numerics, count in reused.entries.items())
         console.say(f"reference: log-probs used by numerics: {counts}")
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
     if config.reference.audit_pairs and must_score:
         objective = Objective(config.loss, provider)
-        report["drift"] = check_drift(scorer(), objective, *audited, inputs.costs, config, world)
+        report["drift"] = check_drift(load_scorer(), objective, *audited, inputs.costs, config, world)
         console.say(f"reference: {describe_drift(report['drift'])}")
     for engine in engines:
         engine.free()
@@ -134,64 +136,38 @@ def _stored_reference(
     return provider, report, audited
 
 
-def _store_opener(
-    config: RunConfig, inputs: Inputs, files: ModelFiles, world: World, console: Console
-) -> tuple[OpenStore, bool]:
-    """Return a function that opens the store, and whether other numerics are in use; collective."""
+def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> ReferenceFingerprint:
+    """Return the fingerprint of the log-probs that this run computes; collective."""
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     own = numerics_of(scored_model(config), backend, world.device)
     profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
-    fingerprint = ReferenceFingerprint(files.digest, profile, label)
-    compatible = _compatible(config, fingerprint, inputs, world, console)
-    root = Path(config.reference.store)
-    return partial(LogpStore.open, root, fingerprint, compatible=compatible), bool(compatible)
+    return ReferenceFingerprint(files.digest, profile, label)
 
 
 def _compatible(
-    config: RunConfig, fingerprint: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
+    config: RunConfig, own: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
 ) -> list[ReferenceFingerprint]:
-    """Return fingerprints of the same reference under other numerics whose log-probs the run may use.
-
-    A strict run uses none, and prints how many it could use. Collective.
-    """
+    """Return the fingerprints of other numerics to use; a strict run only prints their number. Collective."""
     root = Path(config.reference.store)
-    compatible = world.on_main(lambda: find_compatible(root, fingerprint))
+    compatible = world.on_main(lambda: find_compatible(root, own))
     if config.reference.numerics is Numerics.tolerant or not compatible:
         return compatible
-    unused = world.on_main(lambda: count_unused(root, fingerprint, compatible, inputs.visited))
-    if unused.rows:
+    unused = world.on_main(lambda: count_unused(root, own, compatible, inputs.visited))
+    if unused.entries:
         console.say(
-            f"reference: {unused.rows:,} of the log-probs to compute are stored under other numerics "
+            f"reference: {unused.entries:,} of the log-probs to compute are stored under other numerics "
             f"({'; '.join(unused.differences)}); reference.numerics=tolerant uses them"
         )
     return []
 
 
-def _fill(
-    config: RunConfig,
-    inputs: Inputs,
-    open_store: OpenStore,
-    scorer: Callable[[], Scorer],
-    world: World,
-    console: Console,
-) -> FillReport:
-    """Compute the log-probs that the store lacks, and print the counts; collective."""
+def _fill(config: RunConfig, inputs: Inputs, filler: StoreFiller, console: Console) -> FillReport:
+    """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
     for dataset, indices in inputs.visited:
         with console.progress("reference", "pair") as progress:
-            filled += fill_store(
-                open_store,
-                dataset,
-                indices,
-                scorer,
-                world,
-                scoring_tokens(config),
-                inputs.costs,
-                config.reference.rows_per_shard,
-                progress,
-                filled.shards,
-            )
+            filled += filler.fill(dataset, indices, progress)
     console.say(f"reference: {filled.computed:,} log-probs computed, {filled.hits:,} reused")
     for name in sorted(filled.damaged):
         console.say(f"reference: damaged or foreign file ignored: {config.reference.store}/{name}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config.load import run_digest
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint import (
