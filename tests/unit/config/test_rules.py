@@ -85,7 +85,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.adapter.variant, model.quantization",
     ),
     (QUANTIZED | {"model.compile": True}, "model.compile, model.quantization"),
-    ({"data.template_date": "26 July"}, "data.template_date"),
+    ({"data.template_date": "26 Jul 2024"}, "data.template_date"),
     ({"parallelism.offload_parameters": "nvme"}, "parallelism.offload_parameters"),
     ({"parallelism.offload_optimizer": "nvme"}, "parallelism.offload_optimizer"),
 ]
