@@ -18,7 +18,7 @@ def main(config: RunConfig) -> int:
     """Train as `config` says; returns the exit code."""
     with without_traces(config):
         check_start(config)
-        with open_console(RunFolder.of(config).path) as console:
+        with open_console(RunFolder.of(config)) as console:
             # Heavy, and what it prints goes to the log.
             from dpo_dist.training.run import train  # noqa: PLC0415
 
