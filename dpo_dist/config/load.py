@@ -24,6 +24,7 @@ from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
+from dpo_dist.config.rules import RULES
 from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
@@ -108,6 +109,7 @@ def _apply_chosen_presets(
 
     Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, the options that
     the experiment sets for its own loss would replace those of `simpo`. Values on the command line still win.
+    A preset without values restores the defaults of its section.
     """
     if not any(override.key_or_group == "experiment" for override in overrides):
         return
@@ -118,7 +120,7 @@ def _apply_chosen_presets(
         if file is None or group not in composed:
             continue
         keys = [str(key) for key in OmegaConf.load(file) if key != "defaults"]
-        is_whole = group in _WHOLE_SECTIONS
+        is_whole = group in _WHOLE_SECTIONS or not keys
         changed = [group] if is_whole else [f"{group}.{key}" for key in keys]
         alone = compose_lines(
             [
@@ -158,7 +160,7 @@ def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Pat
     loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
     config = replace(config, data=data, model=model, loss=loss)
     config = resolve_reference(config, given_keys(parsed))
-    check(config)
+    check(config, RULES)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

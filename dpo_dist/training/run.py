@@ -225,5 +225,5 @@ def _open_recorder(
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
-    tracker = open_tracker(config, folder.path, stop.ask, environment=environment, say=console.say)
+    tracker = open_tracker(config, folder, stop.ask, environment=environment, say=console.say)
     return Recorder(metrics, tracker)
