@@ -95,6 +95,7 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     """
     from benchmarks.ablation import ABLATIONS, removed
     from dpo_dist.config.load import load_run_config
+    from dpo_dist.config.run_folder import RunFolder
     from dpo_dist.report.console import open_console
 
     ablation = ABLATIONS[variant]
@@ -102,16 +103,16 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     wanted = [*overrides(setting, folder, run_dir, store), f"parallelism={parallelism}"]
     config = load_run_config([*wanted, *ablation.overrides])
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
-    with open_console(run_dir) as console:
+    with open_console(RunFolder(run_dir)) as console:
         from dpo_dist.reference.engine import load_digested
-        from dpo_dist.reference.fill import fill_store
+        from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import loop, reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
 
         with (
             patch.object(loop, "train_step", training.around(train_step)),
-            patch.object(reference_setup, "fill_store", filling.around(fill_store)),
+            patch.object(StoreFiller, "fill", filling.around(StoreFiller.fill)),
             patch.object(reference_setup, "load_digested", loading.around(load_digested)),
             removed(ablation) as work,
             whole.running(),
