@@ -124,6 +124,7 @@ def test_another_configuration_does_not_resume_a_run(overrides: Overrides) -> No
     other = run_verb("train", overrides("trainer.max_steps=1", "loss.beta=0.3"))
     assert other.code == 2, other.output
     assert "another configuration" in other.output
+    assert "got:      loss.beta=0.3\n  expected: loss.beta=0.1" in other.output
 
 
 def test_another_number_of_processes_is_an_error_with_the_right_one(overrides: Overrides) -> None:
