@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
-from dpo_dist.config.aliases import IN_OTHER_WORDS, SAME_MEANING, alias_of
+from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, alias_of
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.keys import run_keys
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
@@ -215,7 +215,7 @@ def _unknown_option(name: str, value: str) -> ConfigError:
     value = "" if value.startswith("-") else value
     if plain in run_keys():
         remedy = f"write {assignment(plain, value, run_keys()[plain])}"
-    elif alias_of(plain, SAME_MEANING) or alias_of(plain, IN_OTHER_WORDS):
+    elif alias_of(plain, KEY_ALIASES) or alias_of(plain, REMEDIES):
         remedy = unknown_key(plain, value).remedy
     elif name.startswith("--") and (found := likely(name, _OPTIONS)):
         remedy = f"did you mean {found[0]}?"

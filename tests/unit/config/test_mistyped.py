@@ -6,7 +6,7 @@ import shlex
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpo_dist.config.aliases import IN_OTHER_WORDS, IN_SOURCE, SAME_MEANING
+from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
 from dpo_dist.config.command_line import divide
 from dpo_dist.config.keys import key_types, run_keys
 from dpo_dist.config.load import compose, load_run_config
@@ -143,7 +143,7 @@ MISTYPED = [
     ("--confg-dir x", "did you mean --config-dir?"),
     ("--config my.yaml", "+experiment=NAME"),
     ("--config-path conf", "--config-dir DIR"),
-    ("--dry-run", "--check looks at"),
+    ("--dry-run", "--check checks"),
     ("--num_processes 2", "options of the launcher come before -m"),
 ]
 
@@ -174,9 +174,9 @@ def test_the_corrected_line_can_be_parsed(typed: str) -> None:
             OverridesParser.create().parse_override(line)
 
 
-@pytest.mark.parametrize("alias", sorted({**SAME_MEANING, **IN_OTHER_WORDS}))
+@pytest.mark.parametrize("alias", sorted({**KEY_ALIASES, **REMEDIES}))
 def test_every_alias_leads_to_keys_that_exist(alias: str) -> None:
-    text = SAME_MEANING.get(alias) or IN_OTHER_WORDS[alias]
+    text = KEY_ALIASES.get(alias) or REMEDIES[alias]
     named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", text)
     files = (".jsonl", ".yaml")
     assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []
@@ -185,8 +185,8 @@ def test_every_alias_leads_to_keys_that_exist(alias: str) -> None:
 
 
 def test_aliases_in_a_source_are_names_of_a_source() -> None:
-    assert set(IN_SOURCE.values()) <= set(key_types(SourceConfig))
-    assert set(IN_SOURCE).isdisjoint(key_types(SourceConfig))
+    assert set(SOURCE_ALIASES.values()) <= set(key_types(SourceConfig))
+    assert set(SOURCE_ALIASES).isdisjoint(key_types(SourceConfig))
 
 
 @pytest.mark.parametrize(
