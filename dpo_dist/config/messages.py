@@ -93,7 +93,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
         return ConfigError(
             f"{key} has no effect: Hydra only composes the configuration",
             where=where or key,
-            remedy="remove it; run.dir or run.root sets the run directory",
+            remedy="remove it; run.dir sets the run directory, and a sweep is one job for each value",
         )
     known, expected = run_keys(), ""
     same, words = alias_of(key, KEY_ALIASES), alias_of(key, REMEDIES)
@@ -154,13 +154,6 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     known = preset_names(group, folders)
-    if not group:
-        return ConfigError(
-            "there is no such configuration",
-            where="--config-name",
-            got=choice,
-            remedy="remove it; +experiment=NAME chooses an experiment, --config-dir DIR adds your own",
-        )
     if not known:
         return ConfigError("a configuration file does not exist", got=f"{group}/{choice}.yaml")
     plus = "+" if group == "experiment" else ""
