@@ -22,7 +22,8 @@ from dpo_dist.config.check import check
 from dpo_dist.config.explain import explain, explain_key, unset
 from dpo_dist.config.fields import declaration
 from dpo_dist.config.keys import in_words
-from dpo_dist.config.loss_kinds import LossTermConfig
+from dpo_dist.config.loss_function import find_loss_function
+from dpo_dist.config.loss_kinds import LossKind, LossTermConfig
 from dpo_dist.config.overrides import check_overrides, given_keys
 from dpo_dist.config.parse import parse_overrides
 from dpo_dist.config.presets import keep_chosen_presets
@@ -71,6 +72,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: s
     Raises:
         ConfigError: it cannot be composed.
     """
+    find_loss_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = _folders(own_folder)
     check_overrides(parsed, folders)
@@ -131,7 +133,10 @@ def run_dir(config: RunConfig) -> Path:
 
 def run_digest(config: RunConfig) -> str:
     """8 hex digits of SHA-256 over what defines the run's result; paths count as they are written."""
-    canonical = json.dumps(_defining(config), sort_keys=True, separators=(",", ":"))
+    defining = _defining(config)
+    if LossKind.custom in config.loss.kinds:
+        defining["loss"]["function_source"] = find_loss_function(config.loss.function).digest
+    canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
@@ -231,6 +236,7 @@ def _defining(value: Any) -> Any:
             field.name: _defining(getattr(value, field.name))
             for field in fields(value)
             if declaration(field).defines_result
+            and not (declaration(field).added and getattr(value, field.name) == field.default)
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value
 

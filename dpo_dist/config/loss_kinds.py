@@ -39,6 +39,7 @@ class LossKind(StrEnum):
     aot_unpaired = "aot_unpaired"
     beta_dpo = "beta_dpo"
     plackett_luce = "plackett_luce"
+    custom = "custom"
 
 
 class Divergence(StrEnum):
@@ -207,6 +208,11 @@ KINDS: dict[LossKind, KindFacts] = {
         _uses("beta", "ld_alpha", "reference_free"),
         accepts_rankings=True,
     ),
+    LossKind.custom: KindFacts(
+        "returned by `loss.function`",
+        "a function of your own, see python.md",
+        _PAIR | _uses("function", "label_smoothing"),
+    ),
 }
 
 
@@ -236,6 +242,9 @@ class LossConfig:
     """The loss, its options and its sums."""
 
     kind: LossKind = key(LossKind.sigmoid, "Kind of loss.", train_only=False)
+    function: str | None = key(
+        None, "`custom`: the loss function, as `module:function`.", added=True, train_only=True
+    )
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,
