@@ -242,9 +242,6 @@ class LossConfig:
     """The loss, its options and its sums."""
 
     kind: LossKind = key(LossKind.sigmoid, "Kind of loss.", train_only=False)
-    function: str | None = key(
-        None, "`custom`: the loss function, as `module:function`.", added=True, train_only=True
-    )
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,
@@ -294,6 +291,9 @@ class LossConfig:
         train_only=False,
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
+    function: str | None = key(
+        None, "`custom`: the loss function, as `module:function`.", added=True, train_only=True
+    )
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:

@@ -9,6 +9,7 @@ from dpo_dist.config.load import resolve
 from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
+from tests.support.own_loss import function_of
 
 NO_REFERENCE = {"reference.mode": "none"}
 
@@ -189,9 +190,10 @@ def test_accepted(values: dict[str, Any]) -> None:
 def test_every_kind_says_whether_it_needs_a_reference(kind: LossKind) -> None:
     """A kind runs with exactly one of: a reference, none."""
     fits, other = ("cached", "none") if KINDS[kind].needs_reference else ("none", "cached")
-    configured({"loss.kind": kind.name, "reference.mode": fits})
+    loss = {"loss.kind": kind.name, "loss.function": function_of(kind)}
+    configured({**loss, "reference.mode": fits})
     with pytest.raises(ConfigError, match="reference"):
-        configured({"loss.kind": kind.name, "reference.mode": other})
+        configured({**loss, "reference.mode": other})
 
 
 def test_a_term_that_needs_a_reference_makes_the_loss_need_it() -> None:
