@@ -156,9 +156,10 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
     with open_console(out / "run") as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.training import finish as finish_module
+        from dpo_dist.training import reference_setup
         from dpo_dist.training import run as run_module
 
-        build = run_module.build_reference
+        build = reference_setup.prepare_reference
 
         def build_and_weigh(*arguments: Any) -> Any:
             before = _weights()
@@ -170,7 +171,7 @@ def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
             return reference
 
         with (
-            patch.object(run_module, "build_reference", build_and_weigh),
+            patch.object(run_module, "prepare_reference", build_and_weigh),
             patch.object(CheckpointSaver, "save"),
             patch.object(finish_module, "export_model"),
         ):

@@ -104,14 +104,14 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
     with open_console(run_dir) as console:
         from dpo_dist.reference.engine import load_digested
-        from dpo_dist.reference.fill import fill_store
+        from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import loop, reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
 
         with (
             patch.object(loop, "train_step", training.around(train_step)),
-            patch.object(reference_setup, "fill_store", filling.around(fill_store)),
+            patch.object(StoreFiller, "fill", filling.around(StoreFiller.fill)),
             patch.object(reference_setup, "load_digested", loading.around(load_digested)),
             removed(ablation) as work,
             whole.running(),

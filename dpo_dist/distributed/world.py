@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed.ops
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from dpo_dist.distributed.device_memory import out_of_memory
@@ -175,9 +176,9 @@ class World:
     def watch(self, tell: Tell = print) -> Iterator[None]:
         """Within it, the end of one process ends all, and exactly one of them prints why.
 
-        Leaving it is collective if nothing failed. An error that leaves it has `reporting_rank` set.
-        A failure that only followed from another process's becomes a `PeerLostError`, printed by
-        the first survivor if that process died, and by nobody if it printed its own error.
+        Entering it is collective, and leaving it if nothing failed. An error that leaves it has
+        `reporting_rank` set. A failure that only followed from another process's becomes a `PeerLostError`,
+        printed by the first survivor if that process died, and by nobody if it printed its own error.
 
         Args:
             tell: prints a block on the screen, from whichever rank, if the main thread is blocked.
@@ -189,6 +190,8 @@ class World:
         if self.size > 1:
             monitor.start()
         try:
+            # A rank that still connects when another dies would take leaving survivors for dead.
+            self.barrier()
             yield
             self.barrier()
         except BaseException as failure:
@@ -268,9 +271,11 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
 
 def stop_world() -> None:
-    """Leave the process group."""
+    """Leave the process group, and reset the libraries' state of it: this process may start another run."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _for_the_user(failure: BaseException) -> DpoDistError | None:

@@ -159,12 +159,12 @@ def open_console(run_dir: Path) -> Iterator[Console]:
     with log_file.open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        logging.basicConfig(
-            stream=sys.stderr,
-            level=logging.INFO,
-            format="%(asctime)s %(name)s %(levelname)s %(message)s",
-            force=True,
-        )
+        root = logging.getLogger()
+        callers = root.handlers[:], root.level
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        root.handlers[:] = [handler]
+        root.setLevel(logging.INFO)
         logging.captureWarnings(True)
         once, warnings_logger = _Once(), logging.getLogger("py.warnings")
         warnings_logger.addFilter(once)
@@ -180,6 +180,9 @@ def open_console(run_dir: Path) -> Iterator[Console]:
             sys.stdout.flush()
             sys.stderr.flush()
             warnings_logger.removeFilter(once)
+            logging.captureWarnings(False)
+            root.handlers[:] = callers[0]
+            root.setLevel(callers[1])
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             for descriptor in saved:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.load import load_run_config, run_digest
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_function import find_loss_function, loss_function
 from dpo_dist.errors import ConfigError
 

@@ -54,9 +54,9 @@ def refused(config: RunConfig) -> DpoDistError:
         ("model.revision=main", "a revision has no effect on a local folder"),
         ("reference.path={assets}/modle", "reference.path"),
         ("data.train=[{assets}/trian.jsonl]", "train.jsonl"),
-        ("data.train=[{assets}/model/config.toml]", "no such file"),
+        ("data.train=[{assets}/model/config.toml]", "file does not exist"),
         ("data.eval=[{assets}/none/*.jsonl]", "no file matches"),
-        ("data.train=[https://example.com/a.jsonl]", "URLs are not read"),
+        ("data.train=[https://example.com/a.jsonl]", "URLs cannot be read"),
         ("run.dir=/proc/foo", "run.dir cannot be written"),
         ("run.dir={assets}/train.jsonl", "run.dir is a file"),
         ("run.dir=/", "run.dir is the root of the file system"),
@@ -216,14 +216,14 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 @pytest.mark.parametrize(
     ("records", "overrides", "told"),
     [
-        ([UNKNOWN] * 3, [], "no usable record was read"),
-        ([COMPLETION], [], "sigmoid does not fit these records"),
-        ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
+        ([UNKNOWN] * 3, [], "no record can be used"),
+        ([COMPLETION], [], "sigmoid cannot use 1 of 1 examples"),
+        ([PAIR], ["loss=odpo", "reference=cached"], "odpo cannot use 1 of 1 examples"),
         ([], [], "no records"),
         ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
         ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
         ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
-        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo does not fit"),
+        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo cannot use"),
     ],
 )
 def test_a_check_reads_the_first_records(
