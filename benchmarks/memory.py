@@ -148,12 +148,13 @@ def _measure(mode: str, folder: Path, processes: int) -> Result:
 def _train(folder: Path, store: Path, out: Path, extra: Sequence[str]) -> None:
     """One run in this process; what it took goes to OUT/rank-N.json."""
     from dpo_dist.config.load import load_run_config
+    from dpo_dist.config.run_folder import RunFolder
     from dpo_dist.report.console import open_console
 
     setting = Setting.read(folder)
     config = load_run_config([*overrides(setting, folder, out / "run", store), "parallelism=zero3", *extra])
     measured: Result = {}
-    with open_console(out / "run") as console:
+    with open_console(RunFolder(out / "run")) as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.training import finish as finish_module
         from dpo_dist.training import reference_setup

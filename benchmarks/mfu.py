@@ -176,10 +176,11 @@ def _child(arguments: list[str]) -> str:
 def _train(arguments: list[str]) -> None:
     """The whole program, less what would write 12 bytes a parameter to disk."""
     from dpo_dist.config.load import load_run_config
+    from dpo_dist.config.run_folder import RunFolder
     from dpo_dist.report.console import open_console
 
     run_dir, *command = arguments
-    with open_console(Path(run_dir)) as console:
+    with open_console(RunFolder(Path(run_dir))) as console:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.training import finish as finish_module
         from dpo_dist.training import run as run_module

@@ -95,6 +95,7 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     """
     from benchmarks.ablation import ABLATIONS, removed
     from dpo_dist.config.load import load_run_config
+    from dpo_dist.config.run_folder import RunFolder
     from dpo_dist.report.console import open_console
 
     ablation = ABLATIONS[variant]
@@ -102,7 +103,7 @@ def run_dpo_dist(setting: Setting, folder: Path, store: Path, run_dir: Path, var
     wanted = [*overrides(setting, folder, run_dir, store), f"parallelism={parallelism}"]
     config = load_run_config([*wanted, *ablation.overrides])
     training, filling, loading, whole = Meter(), Meter(), Meter(), Meter()
-    with open_console(run_dir) as console:
+    with open_console(RunFolder(run_dir)) as console:
         from dpo_dist.reference.engine import load_digested
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import loop, reference_setup

@@ -21,7 +21,7 @@ def main(config: RunConfig) -> int:
     _check_mode(config)
     with without_traces(config):
         check_start(config)
-        with open_console(RunFolder.of(config).path) as console:
+        with open_console(RunFolder.of(config)) as console:
             from dpo_dist.training.run import precompute  # noqa: PLC0415  (slow, prints into the log)
 
             return precompute(config, console)

@@ -25,7 +25,7 @@ def main(config: RunConfig) -> int:
     """
     with without_traces(config):
         check_start(config)
-        with open_console(RunFolder.of(config).path) as console:
+        with open_console(RunFolder.of(config)) as console:
             from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
 
             return train(config, console)

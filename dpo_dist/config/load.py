@@ -18,13 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_dist.config.check import check
-from dpo_dist.config.identity import run_dir
+from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import in_words
 from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
+from dpo_dist.config.rules import RULES
 from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
@@ -110,6 +111,7 @@ def _apply_chosen_presets(
 
     Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, the options that
     the experiment sets for its own loss would replace those of `simpo`. Values on the command line still win.
+    A preset without values restores the defaults of its section.
     """
     if not any(override.key_or_group == "experiment" for override in overrides):
         return
@@ -120,7 +122,7 @@ def _apply_chosen_presets(
         if file is None or group not in composed:
             continue
         keys = [str(key) for key in OmegaConf.load(file) if key != "defaults"]
-        is_whole = group in _WHOLE_SECTIONS
+        is_whole = group in _WHOLE_SECTIONS or not keys
         changed = [group] if is_whole else [f"{group}.{key}" for key in keys]
         alone = compose_lines(
             [
@@ -160,7 +162,7 @@ def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Pat
     loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
     config = replace(config, data=data, model=model, loss=loss)
     config = resolve_reference(config, given_keys(parsed))
-    check(config)
+    check(config, RULES)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
@@ -180,6 +182,18 @@ def from_yaml(text: str) -> RunConfig:
     except YAMLError as error:
         raise composition_error(error, (), group_folders()) from error
     return resolve(loaded)
+
+
+def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys by which `config` is another run than the config.yaml `file`: (old, new) of each.
+
+    Returns:
+        `{"loss.beta": (0.1, 0.2)}`; empty if this version cannot read the file.
+    """
+    try:
+        return differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
+    except (OSError, ConfigError):
+        return {}
 
 
 def _schema(kind: type) -> DictConfig:

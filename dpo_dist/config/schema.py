@@ -14,104 +14,22 @@ from omegaconf import MISSING
 from dpo_dist.config.fields import key, section
 from dpo_dist.config.loss_kinds import LossConfig
 
-
-class Resume(StrEnum):
-    auto = "auto"
-    never = "never"
-    must = "must"
-
-
-class Dtype(StrEnum):
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class AttentionBackend(StrEnum):
-    auto = "auto"
-    flash_attention_2 = "flash_attention_2"
-    varlen = "varlen"
-    sdpa = "sdpa"
-
-
-class AdapterVariant(StrEnum):
-    lora = "lora"
-    rslora = "rslora"
-    dora = "dora"
-
-
-class Quantization(StrEnum):
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class DataFormat(StrEnum):
-    auto = "auto"
-    hh = "hh"
-    text = "text"
-    messages = "messages"
-    ranked = "ranked"
-    completion = "completion"
-
-
-class Ranked(StrEnum):
-    whole = "whole"
-    best_worst = "best_worst"
-    all_pairs = "all_pairs"
-
-
-class TextTemplate(StrEnum):
-    auto = "auto"
-    applied = "applied"
-    literal = "literal"
-
-
-class Truncation(StrEnum):
-    keep_start = "keep_start"
-    keep_end = "keep_end"
-    drop = "drop"
-
-
-class OnBadRecord(StrEnum):
-    drop = "drop"
-    error = "error"
-
-
-class ReferenceMode(StrEnum):
-    auto = "auto"
-    cached = "cached"
-    live = "live"
-    adapter = "adapter"
-    none = "none"
-
-
-class Numerics(StrEnum):
-    strict = "strict"
-    tolerant = "tolerant"
-
-
-class Offload(StrEnum):
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-class ParallelismKind(StrEnum):
-    zero3 = "zero3"
-    zero2 = "zero2"
-    ddp = "ddp"
-
-
-class LearningRateSchedule(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class WandbMode(StrEnum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    off = "off"
+Resume = StrEnum("Resume", ["auto", "never", "must"])
+Dtype = StrEnum("Dtype", ["bf16", "fp32"])
+AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
+AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
+Quantization = StrEnum("Quantization", ["int8", "nf4"])
+DataFormat = StrEnum("DataFormat", ["auto", "hh", "text", "messages", "ranked", "completion"])
+Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
+TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
+Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
+OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
+ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
+Numerics = StrEnum("Numerics", ["strict", "tolerant"])
+Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
+ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
+LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
+WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
 
 
 @dataclass(frozen=True)
@@ -268,7 +186,7 @@ class ParallelismConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    lr: float = key(1e-6, "Peak learning rate.", above=0)
+    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,

@@ -126,6 +126,7 @@ def test_another_configuration_does_not_take_up_a_run(overrides: Overrides) -> N
     other = run_verb("train", overrides("trainer.max_steps=1", "loss.beta=0.3"))
     assert other.code == 2, other.output
     assert "another configuration" in other.output
+    assert "got:      loss.beta=0.3\n  expected: loss.beta=0.1" in other.output
 
 
 def test_another_number_of_processes_is_refused_with_the_right_one(overrides: Overrides) -> None:

@@ -85,8 +85,3 @@ def test_a_function_that_cannot_be_used_is_named(
         loss_function(name)
     assert caught.value.where == "loss.function"
     assert caught.value.remedy
-
-
-def test_the_function_of_another_kind_is_an_option_without_effect() -> None:
-    with pytest.raises(ConfigError, match="no effect"):
-        load_run_config(["model.path=m", "data.train=[a.jsonl]", "loss.function=own:mine"])

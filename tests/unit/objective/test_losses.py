@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.config.check_loss import _KINDS_USING
-from dpo_dist.config.loss_kinds import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.loss_kinds import (
+    KINDS,
+    BcoDelta,
+    Divergence,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    kinds_using,
+)
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
@@ -381,8 +388,8 @@ def test_every_kind_stays_finite_under_every_divergence(
     rejected_tokens: float,
     a: float,
 ) -> None:
-    for kind in sorted(_KINDS_USING["divergence"]):
-        config = LossConfig(kind, 0.1, divergence=divergence, alpha_coefficient=a, function=function_of(kind))
+    for kind in kinds_using("divergence"):
+        config = LossConfig(kind, 0.1, divergence=divergence, alpha_coefficient=a)
         slopes(config, chosen, rejected, chosen_tokens, rejected_tokens)
 
 
@@ -472,7 +479,8 @@ def test_modifiers_of_other_terms_leave_sft_as_it_is(kind: LossKind) -> None:
     facts = replace(FACTS, pair_weights=torch.tensor([0.25, 2.0]))
     desensitised = replace(POLICY, whole_chosen=torch.tensor([-15.0, -30.0]))
     terms = [LossTermConfig(kind, 0.5), LossTermConfig(LossKind.sft, 3.0)]
-    both = preference_loss(desensitised, REFERENCE, LossConfig(beta=0.5, terms=terms), facts)
+    config = LossConfig(beta=0.5, terms=terms, function=function_of(kind))
+    both = preference_loss(desensitised, REFERENCE, config, facts)
     other = preference_loss(POLICY, REFERENCE, LossConfig(kind, 0.5, function=function_of(kind)), facts)
     assert (both - 0.5 * other).tolist() == pytest.approx([3.0 * 15 / 5, 3.0 * 30 / 5], rel=1e-4)
 
