@@ -170,8 +170,8 @@ KINDS: dict[LossKind, KindFacts] = {
         accepts_rankings=True,
     ),
     LossKind.custom: KindFacts(
-        "returned by `loss.function`",
-        "a function of your own, see python.md",
+        "returned by your own `function`",
+        "docs/python.md",
         _PAIR | _uses("function", "label_smoothing"),
     ),
 }
@@ -202,7 +202,7 @@ class SyncReferenceConfig:
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, "Kind of loss.", train_only=False)
+    kind: LossKind = key(LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", train_only=False)
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,
