@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.performance_numbers import table
+from benchmarks.tables import table
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.schema import LossKind, RunConfig
 from dpo_dist.errors import ExitCode
