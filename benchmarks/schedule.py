@@ -36,12 +36,12 @@ from benchmarks.options import Benchmark, Json
 from benchmarks.setting import REAL_DATA, SHAPES, Shape, model_config, shared_data, train_tokenizer
 from benchmarks.tables import markdown
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
-from dpo_dist.data.encode import EncodedPair, encode_pair
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
+from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sampler import Span, make_schedule
+from dpo_dist.data.sampler import Span, make_sampler
+from dpo_dist.data.sources import read_records
 from dpo_dist.model import flops
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
@@ -119,7 +119,7 @@ def _measure(
     for _ in range(max(4, 640 // world_size)):
         drawn = generator.choice(lengths, world_size * pairs_per_rank)
         started = time.process_time()
-        sizes = pair_sizes(drawn[:, 0], drawn[:, 1:].ravel(), np.full(len(drawn), 2), costs)
+        sizes = example_sizes(drawn[:, 0], drawn[:, 1:].ravel(), np.full(len(drawn), 2), costs)
         plan = plan_micro_batches(sizes, world_size, budget)
         seconds = time.process_time() - started
         work = np.array([[sizes.costs[indices].sum() for indices in ranks] for ranks in plan])
@@ -141,7 +141,7 @@ def _measure(
     return Quality(name, budget, world_size, pairs_per_rank, *np.mean(steps, axis=0).tolist())
 
 
-def _least_waiting(sizes: PairSizes, world_size: int, budget: int) -> float:
+def _least_waiting(sizes: ExampleSizes, world_size: int, budget: int) -> float:
     """Return a lower bound of waiting: beside the most expensive pair a rank can at most fill its budget."""
     fullest = budget * (sizes.costs / sizes.tokens).max()
     by_cost = np.sort(sizes.costs)[::-1]
@@ -152,12 +152,12 @@ def _least_waiting(sizes: PairSizes, world_size: int, budget: int) -> float:
 
 def _measure_schedule(pairs: int) -> dict[str, float]:
     """Return seconds and memory until the indices of the first step are known, and those of the run."""
-    schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
+    sampler = make_sampler([Span(0, pairs, 1.0)], TrainerConfig(epochs=1.5))
     figures: dict[str, float] = {"pairs": pairs}
     tracemalloc.start()
     works: dict[str, Callable[[], object]] = {
-        "first_step": lambda: schedule.indices(0),
-        "all_indices": schedule.all_indices,
+        "first_step": lambda: sampler.indices(0),
+        "visited_indices": sampler.visited_indices,
     }
     for name, work in works.items():
         started = time.perf_counter()
@@ -167,7 +167,7 @@ def _measure_schedule(pairs: int) -> dict[str, float]:
     tracemalloc.stop()
     started = time.perf_counter()
     for step in range(1, 101):
-        schedule.indices(step)
+        sampler.indices(step)
     figures["step_microseconds"] = (time.perf_counter() - started) * 1e4
     return figures
 
@@ -244,8 +244,8 @@ def _real_lengths(file: Path, limit: int | None) -> Lengths:
         r for r in read_records(SourceConfig(str(file), limit=limit)) if isinstance(r, PreferenceRecord)
     ]
     tokenizer = train_tokenizer(file, 8_000)
-    pairs = [encode_pair(record, tokenizer, DataConfig()) for record in records]
-    kept = [pair for pair in pairs if isinstance(pair, EncodedPair)]
+    pairs = [encode_record(record, tokenizer, DataConfig()) for record in records]
+    kept = [pair for pair in pairs if isinstance(pair, EncodedExample)]
     return np.array([[len(pair.prompt_ids), *map(len, pair.responses)] for pair in kept])
 
 

@@ -208,7 +208,7 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     from dpo_dist.config.load import load_run_config
     from dpo_dist.data.build_dataset import prepare_dataset
     from dpo_dist.data.dataset import open_dataset
-    from dpo_dist.data.sampler import make_schedule
+    from dpo_dist.data.sampler import make_sampler
     from dpo_dist.model.load import load_tokenizer
     from dpo_dist.reference.digest import tokenizer_digest
 
@@ -217,8 +217,8 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(model, config.model)
     encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
     dataset = open_dataset(encoded, config.data)
-    schedule = make_schedule(dataset.spans([1.0]), config.trainer)
-    indices = [int(index) for step in range(schedule.steps) for index in schedule.indices(step)]
+    sampler = make_sampler(dataset.spans([1.0]), config.trainer)
+    indices = [int(index) for step in range(sampler.steps) for index in sampler.indices(step)]
     pairs = [dataset.sequences(index) for index in indices]
     return {
         "unique_tokens": sum(dataset.packed_tokens(index) for index in indices),

@@ -28,7 +28,7 @@ from benchmarks.options import Benchmark, Json
 from benchmarks.setting import SHAPES, save_random_model
 from benchmarks.tables import markdown
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
-from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.packing import PackedBatch
@@ -130,7 +130,7 @@ def _measure_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
     }
 
 
-def _fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) -> FillReport:
+def _fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: int) -> FillReport:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         report = fill_store(
@@ -150,13 +150,13 @@ def _fill(root: Path, dataset: PairDataset, score: Scorer, rows_per_shard: int) 
     return report
 
 
-def _invented_pairs(pairs: int) -> PairDataset:
+def _invented_pairs(pairs: int) -> PreferenceDataset:
     """Return pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
     generator = np.random.default_rng(0)
     pieces = np.full((pairs, 3), PROMPT_TOKENS)
     pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
     ends = np.cumsum(pieces)
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -172,7 +172,7 @@ def _invented_pairs(pairs: int) -> PairDataset:
     )
 
 
-def _scorable(dataset: PairDataset) -> PairDataset:
+def _scorable(dataset: PreferenceDataset) -> PreferenceDataset:
     """Return the same pairs with ids that differ, and their keys."""
     ids = np.random.default_rng(1).integers(0, 100, len(dataset.ids)).astype(np.int32)
     dataset = replace(dataset, ids=ids)
@@ -184,7 +184,7 @@ def _scorable(dataset: PairDataset) -> PairDataset:
     return replace(dataset, keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
 
 
-def _write(root: Path, dataset: PairDataset, rows_per_shard: int) -> None:
+def _write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:
     """Write an entry for each response, made of its key, so that a wrong entry is noticed."""
     store = LogpStore.open(root, SPACE, [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
@@ -200,7 +200,7 @@ def _marks(keys: Keys) -> np.ndarray:
     return (keys[:, 1] >> np.uint64(44)).astype(np.float32)
 
 
-def _lookups_per_second(store: LogpStore, dataset: PairDataset, clock: Callable[[], float]) -> float:
+def _lookups_per_second(store: LogpStore, dataset: PreferenceDataset, clock: Callable[[], float]) -> float:
     """Return entries read per second, at random in batches, warm, each compared with the written one."""
     indices = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
     batches = [dataset.keys[batch] for batch in indices]

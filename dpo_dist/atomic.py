@@ -1,8 +1,4 @@
-"""Whole or not at all: how everything that is read again gets written (law L4).
-
-A file or folder appears under its final name only when its bytes are on disk: temporary name beside it,
-fsync, rename, fsync of the parent.
-"""
+"""Atomic writes of files and folders (law L4): temporary name, fsync, rename, fsync of the parent folder."""
 
 import contextlib
 import ctypes
@@ -30,7 +26,7 @@ os.umask(_UMASK)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `content` to `path`; a reader sees the old file or the new one, never a part."""
     with staged_file(path) as temporary:
         temporary.write_bytes(content)
 
@@ -42,7 +38,7 @@ def write_text(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on leaving without an error it becomes `path`, else it is removed."""
+    """Yield a temporary path to write; it becomes `path` on exit, and is removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -55,12 +51,12 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(path: Path, stands: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Yield an empty temporary folder; on leaving without an error it becomes `path`.
+def staged_folder(path: Path, keep_if: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder; it becomes `path` on exit, and is removed on an error.
 
     Args:
-        path: the final name; what is there is replaced.
-        stands: whether what another process has committed there meanwhile is as good, and stays.
+        path: the final name; an existing folder is replaced.
+        keep_if: called with `path` on exit; True keeps the folder that another process has committed there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
@@ -68,17 +64,17 @@ def staged_folder(path: Path, stands: Callable[[Path], bool] | None = None) -> I
     temporary.mkdir()
     try:
         yield temporary
-        if stands is None or not stands(path):
+        if keep_if is None or not keep_if(path):
             commit_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def commit_folder(temporary: Path, path: Path) -> None:
-    """Sync every file below `temporary` and rename it to `path`; an older `path` is deleted only then.
+    """Sync every file below `temporary` and rename it to `path`; an older `path` is deleted afterwards.
 
-    Where the file system can exchange two names, `path` exists at every moment. Elsewhere (NFS, Lustre) a
-    crash between two renames leaves both folders under temporary names, until `recover_folder`.
+    If the file system can exchange two names, `path` exists at every moment. If not (NFS, Lustre), a crash
+    between two renames leaves both folders under temporary names, until `recover_folder`.
     """
     for below in sorted(temporary.rglob("*")):
         sync(below)
@@ -89,7 +85,7 @@ def commit_folder(temporary: Path, path: Path) -> None:
             replaced.append(temporary)
             break
         aside = path.with_name(f"{path.name}{_TEMPORARY}{_REPLACED}{uuid.uuid4().hex[:12]}")
-        with contextlib.suppress(FileNotFoundError):  # another process was first to move it
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
             path.rename(aside)
             replaced.append(aside)
     sync(path.parent)
@@ -98,14 +94,14 @@ def commit_folder(temporary: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Rename to `path`, where it is missing, the folder that a killed `commit_folder` had moved aside."""
+    """Restore `path` if it is missing and a killed `commit_folder` had moved it aside."""
     if not path.exists():
         for aside in sorted(path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}{_REPLACED}*")):
             _take(aside, path)
 
 
 def _take(temporary: Path, path: Path) -> bool:
-    """Rename a folder; False if another one has the name."""
+    """Rename a folder; return False if another one has the name."""
     try:
         temporary.rename(path)
     except OSError as error:
@@ -116,7 +112,7 @@ def _take(temporary: Path, path: Path) -> bool:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange the names of two folders in one step; False where that cannot be done."""
+    """Exchange the names of two folders in one step; return False if the system cannot do that."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux; glibc 2.28 or newer, or musl
     if rename is None:
         return False
@@ -125,7 +121,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses, and by which its writer is known."""
+    """Return a unique path beside `path` that identifies the writing process."""
     unique = uuid.uuid4().hex[:12]
     return path.with_name(
         f"{path.name}{_TEMPORARY}{_PROCESSES}-{os.getpid()}-{_started(os.getpid())}-{unique}"
@@ -133,20 +129,20 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is left over from a write that never finished, or is being written."""
+    """Return whether `path` is being written, or was left by a write that never finished."""
     return _TEMPORARY in path.name
 
 
 def collect_abandoned(folder: Path) -> list[Path]:
-    """Remove what dead writers have left in `folder`; returns what was removed.
+    """Remove the temporary files and folders of dead writers in `folder`; return the removed paths.
 
-    A writer is dead if no process of its number and start time is there any more. Of one on another machine,
-    in another container, or of another user whose processes are hidden, that cannot be asked: it counts as
-    dead if it has written nothing for a day.
+    A writer is dead if no process has its id and start time. Writers on another machine, in another
+    container, or of another user whose processes are hidden cannot be looked up: they count as dead if they
+    have written nothing for a day.
     """
     removed = []
     for path in sorted(folder.glob(f"*{_TEMPORARY}*")):
-        with contextlib.suppress(OSError):  # another process was first
+        with contextlib.suppress(OSError):  # another process has removed it
             if _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path)
@@ -156,7 +152,7 @@ def collect_abandoned(folder: Path) -> list[Path]:
 def _is_abandoned(path: Path) -> bool:
     name, _, end = path.name.partition(_TEMPORARY)
     if end.startswith(_REPLACED) and not path.with_name(name).exists():
-        return False  # all that there is of that folder
+        return False  # the only copy of that folder
     owner = end.split("-")
     if len(owner) == _OWNER_PARTS and owner[0] == _PROCESSES and not _is_hidden(int(owner[1])):
         return _started(int(owner[1])) != int(owner[2])
@@ -165,7 +161,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _process_namespace() -> str:
-    """Names the boot and the container within which process numbers mean something; random if unknown."""
+    """Return a digest of the boot and the container in which process ids are unique; random if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         namespace = Path("/proc/self/ns/pid").readlink()
@@ -175,7 +171,7 @@ def _process_namespace() -> str:
 
 
 def _started(process: int) -> int:
-    """When a process started, in the kernel's clock ticks; -1 if there is none, or only its exit code."""
+    """Return the start time of a process in clock ticks; -1 if it does not exist or is a zombie."""
     try:
         state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return -1 if state == "Z" else int(numbers[18])
@@ -184,7 +180,7 @@ def _started(process: int) -> int:
 
 
 def _is_hidden(process: int) -> bool:
-    """Whether there is a process of another user that /proc does not show (its mount option hidepid)."""
+    """Return whether the process belongs to another user and /proc hides it (mount option hidepid)."""
     if _started(process) >= 0:
         return False
     try:
@@ -202,7 +198,7 @@ _PROCESSES = _process_namespace()
 def sync(path: Path) -> None:
     """Flush a file's bytes or a folder's entries to disk."""
     if path.is_file():
-        # Some writers make files private; what others share is as open as the umask lets it be.
+        # Some writers create private files; shared files get the permissions of the umask.
         path.chmod(0o666 & ~_UMASK)
     descriptor = os.open(path, os.O_RDONLY)
     try:

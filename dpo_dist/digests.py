@@ -1,4 +1,4 @@
-"""Content digests of files, remembered so that a file is read once."""
+"""Content digests of files, cached on disk so that each file is read once."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _SAMPLES = 16
 
 
 def content_digest(files: Iterable[Path]) -> str:
-    """blake2b over the bytes of `files`, in order."""
+    """Return the blake2b digest (32 hex digits) of the bytes of `files`, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with file.open("rb") as stream:
@@ -27,20 +27,20 @@ def content_digest(files: Iterable[Path]) -> str:
 
 
 def text_digest(text: str) -> str:
-    """blake2b over a text, 32 hex digits."""
+    """Return the blake2b digest (32 hex digits) of a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def file_identity(file: Path) -> str:
-    """Path, device, size, inode, times and a few sampled blocks of a file: they change when its content does.
+    """Return a text that changes with a file's content: path, metadata and a digest of a few sampled blocks.
 
-    The change time is included, as whoever copies over a file can set its modification time. The samples tell
-    apart files of equal metadata, such as those of two read-only images that were mounted at one path.
+    The change time (ctime) is included because copying over a file can preserve its modification time. The
+    samples distinguish files of equal metadata, such as two read-only images mounted at one path.
     """
     path = file.resolve()
     samples = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
-        status = path.stat()  # of an opened file: a client of a network file system asks its server then
+        status = path.stat()  # after opening: a client of a network file system then asks the server
         for number in range(_SAMPLES):
             stream.seek(max(status.st_size - _SAMPLE_BYTES, 0) * number // (_SAMPLES - 1))
             samples.update(stream.read(_SAMPLE_BYTES))
@@ -49,14 +49,14 @@ def file_identity(file: Path) -> str:
 
 
 def remembered_digest(file: Path, memo: Path | None) -> str:
-    """`content_digest` of one file, read again only if its `file_identity` has changed.
+    """Return the `content_digest` of one file; read it only if its `file_identity` has changed.
 
     Args:
         file: any file.
-        memo: the folder where digests are remembered; None: nowhere.
+        memo: the folder with the cached digests; None: no cache.
 
     Raises:
-        ConfigError: the file cannot be read, or changes while it is.
+        ConfigError: the file cannot be read, or changes while it is read.
     """
     try:
         identity = file_identity(file)
@@ -67,7 +67,7 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
                 raise ConfigError(
                     "a file changes while it is read",
                     where=str(file),
-                    remedy="start again when the file is completely written",
+                    remedy="start again when the file is complete",
                 )
             remember(memo, identity, digest)
     except OSError as error:
@@ -76,12 +76,12 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
 
 
 def remember_digest(file: Path, memo: Path, digest: str) -> None:
-    """Remember a digest that was computed while the file was written."""
+    """Cache a digest that was computed while the file was written."""
     remember(memo, file_identity(file), digest)
 
 
 def recall(memo: Path | None, identity: str) -> str | None:
-    """Return what was remembered of `identity`; None if that is nothing or the entry is damaged."""
+    """Return the text cached for `identity`; None if it is absent or damaged."""
     if memo is None or not (entry := _entry(memo, identity)).is_file():
         return None
     try:
@@ -91,21 +91,21 @@ def recall(memo: Path | None, identity: str) -> str | None:
             return digest
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s is damaged; what it says is computed again", entry)
+    log.warning("%s is damaged; its digest is computed again", entry)
     return None
 
 
 def remember(memo: Path | None, identity: str, digest: str) -> None:
-    """Remember a digest, or another short text, that follows from `identity` alone."""
+    """Cache a digest, or another short text, that depends on `identity` alone."""
     if memo is None:
         return
     content = {"file": identity, "digest": digest, "check": text_digest(identity + digest)}
     try:
         write_text(_entry(memo, identity), json.dumps(content, indent=1))
     except OSError as error:
-        log.warning("a digest cannot be remembered and is computed by every start: %s", error)
+        log.warning("a digest cannot be cached and is computed at every start: %s", error)
 
 
 def _entry(memo: Path, identity: str) -> Path:
-    # Each digest is a file of its own, named by what it is of: jobs that write at once never meet.
+    # One file per identity: concurrent jobs never write the same file with different content.
     return memo / f"{text_digest(identity)}.json"

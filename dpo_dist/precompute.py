@@ -5,9 +5,9 @@ Takes the configuration of the training run; only what the store lacks is comput
 
 import logging
 import sys
-from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.report.console import open_console
@@ -19,7 +19,7 @@ def main(config: RunConfig) -> int:
     _check_mode(config)
     with without_traces(config):
         check_start(config)
-        with open_console(Path(str(config.run.dir))) as console:
+        with open_console(RunFolder.of(config).path) as console:
             # Heavy, and what it prints goes to the log.
             from dpo_dist.training.run import precompute  # noqa: PLC0415
 

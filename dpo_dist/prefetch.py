@@ -1,4 +1,4 @@
-"""Make items in a background thread, a few ahead of the one who takes them."""
+"""Prefetch items of an iterable in a background thread."""
 
 import contextlib
 import threading
@@ -12,59 +12,59 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _End:
-    """No item follows: there are no more, or making the next one failed."""
+    """End of the items, with the exception that caused it, if any."""
 
-    failure: BaseException | None
+    error: BaseException | None
 
 
 @contextlib.contextmanager
 def prefetch(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
-    """Within it, the `items`, made by one background thread.
+    """Yield an iterator over `items` that one background thread computes ahead.
 
-    Leaving it, at whatever point, ends the thread as soon as the item in the making is done; the rest is
-    never made.
+    Leaving the context ends the thread as soon as it has finished the current item; later items are never
+    computed.
 
     Args:
-        items: walked in the thread only, and not before the context is entered.
-        depth: how many items may be made and not yet taken; at least one.
+        items: iterated in the thread only, and not before the context is entered.
+        depth: maximum number of items computed and not yet taken; at least one.
 
     Yields:
-        The items in order. What making an item raises is raised where that item would have been taken.
+        The items in order. An exception of `items` is raised at the position of the item that failed.
     """
     assert depth >= 1
-    rooms = threading.Semaphore(depth)
-    left = threading.Event()
-    made: SimpleQueue[T | _End] = SimpleQueue()
-    maker = threading.Thread(target=_make, args=(items, rooms, left, made), name="prefetch", daemon=True)
-    maker.start()
-    taken = _take(rooms, made)
+    free = threading.Semaphore(depth)
+    stopped = threading.Event()
+    queue: SimpleQueue[T | _End] = SimpleQueue()
+    worker = threading.Thread(target=_fill, args=(items, free, stopped, queue), name="prefetch", daemon=True)
+    worker.start()
+    taken = _take(free, queue)
     try:
         yield taken
     finally:
-        left.set()
-        rooms.release()
-        maker.join()
+        stopped.set()
+        free.release()
+        worker.join()
         taken.close()
 
 
-def _make(
-    items: Iterable[T], rooms: threading.Semaphore, left: threading.Event, made: "SimpleQueue[T | _End]"
+def _fill(
+    items: Iterable[T], free: threading.Semaphore, stopped: threading.Event, queue: "SimpleQueue[T | _End]"
 ) -> None:
-    failure = None
+    error = None
     try:
         source = iter(items)
-        while rooms.acquire() and not left.is_set():
-            made.put(next(source))
+        while free.acquire() and not stopped.is_set():
+            queue.put(next(source))
     except StopIteration:
         pass
     except BaseException as raised:
-        failure = raised
-    made.put(_End(failure))
+        error = raised
+    queue.put(_End(error))
 
 
-def _take(rooms: threading.Semaphore, made: "SimpleQueue[T | _End]") -> Generator[T, None, None]:
-    while not isinstance(item := made.get(), _End):
-        rooms.release()
+def _take(free: threading.Semaphore, queue: "SimpleQueue[T | _End]") -> Generator[T, None, None]:
+    while not isinstance(item := queue.get(), _End):
+        free.release()
         yield item
-    if item.failure is not None:
-        raise item.failure
+    if item.error is not None:
+        raise item.error

@@ -6,9 +6,9 @@ The same command again resumes the run; `--check` only looks whether it could st
 
 import logging
 import sys
-from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.report.console import open_console
 from dpo_dist.training.startup import check_start, without_traces
@@ -18,7 +18,7 @@ def main(config: RunConfig) -> int:
     """Train as `config` says; returns the exit code."""
     with without_traces(config):
         check_start(config)
-        with open_console(Path(str(config.run.dir))) as console:
+        with open_console(RunFolder.of(config).path) as console:
             # Heavy, and what it prints goes to the log.
             from dpo_dist.training.run import train  # noqa: PLC0415
 

@@ -5,13 +5,13 @@ from dpo_dist.config.check_data import check_data
 from dpo_dist.config.check_loss import check_loss
 from dpo_dist.config.check_placement import check_placement
 from dpo_dist.config.check_store import check_store
+from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.ranges import check_range
 from dpo_dist.config.schema import (
     AttentionBackend,
     DataConfig,
     Dtype,
     FolderConfig,
-    LossConfig,
     ModelConfig,
     Offload,
     OptimConfig,

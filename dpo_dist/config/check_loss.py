@@ -3,60 +3,13 @@
 import math
 from collections.abc import Iterable
 
+from dpo_dist.config.loss_kinds import KINDS, Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.ranges import check_range
-from dpo_dist.config.schema import (
-    REFERENCE_FREE_KINDS,
-    Divergence,
-    LossConfig,
-    LossKind,
-)
 from dpo_dist.errors import ConfigError
 
-_ALL = frozenset(LossKind)
-_ONE_SIDED = frozenset({LossKind.sft})
-
-# Options and the kinds of loss that use them.
-_KINDS_USING: dict[str, frozenset[LossKind]] = {
-    "beta": _ALL - {LossKind.sft, LossKind.orpo},
-    "label_smoothing": frozenset(
-        {
-            LossKind.sigmoid,
-            LossKind.robust,
-            LossKind.exo_pair,
-            LossKind.aot,
-            LossKind.aot_unpaired,
-            LossKind.beta_dpo,
-        }
-    ),
-    "divergence": frozenset(
-        {
-            LossKind.sigmoid,
-            LossKind.robust,
-            LossKind.hinge,
-            LossKind.ipo,
-            LossKind.sigmoid_norm,
-            LossKind.exo_pair,
-            LossKind.discopop,
-            LossKind.dpop,
-            LossKind.odpo,
-            LossKind.beta_dpo,
-        }
-    ),
-    "length_average": frozenset({LossKind.ipo}),
-    "bco_delta": frozenset({LossKind.bco_pair}),
-    "discopop_tau": frozenset({LossKind.discopop}),
-    "dpop_lambda": frozenset({LossKind.dpop}),
-    "offset_alpha": frozenset({LossKind.odpo}),
-    "simpo_gamma": frozenset({LossKind.simpo}),
-    "orpo_lambda": frozenset({LossKind.orpo}),
-    "cpo_nll_weight": frozenset({LossKind.cpo}),
-    "beta_alpha": frozenset({LossKind.beta_dpo}),
-    "beta_momentum": frozenset({LossKind.beta_dpo}),
-    "ld_alpha": _ALL - _ONE_SIDED,
-    # A weight belongs to a pair: sft has one response, a ranking more than two, aot sorts pairs apart.
-    "weighting": _ALL - _ONE_SIDED - {LossKind.plackett_luce, LossKind.aot, LossKind.aot_unpaired},
-    "reference_free": _ALL - REFERENCE_FREE_KINDS,
-}
+_OPTIONS = frozenset().union(*(facts.options for facts in KINDS.values()))
+_KINDS_USING = {option: frozenset(kinds_using(option)) for option in sorted(_OPTIONS)}
+_ONE_SIDED = frozenset(kind for kind, facts in KINDS.items() if facts.fewest_responses == 1)
 
 # Where one kind of the sum uses an option, the others would be wrong with it.
 _ALL_KINDS_MUST_USE = ("divergence", "weighting")

@@ -1,14 +1,8 @@
 """What must hold between where the reference lies, in what precision, and whether it follows the policy."""
 
+from dpo_dist.config.loss_kinds import SyncReferenceConfig
 from dpo_dist.config.ranges import check_range
-from dpo_dist.config.schema import (
-    Offload,
-    ParallelismConfig,
-    ReferenceConfig,
-    ReferenceMode,
-    RunConfig,
-    SyncReferenceConfig,
-)
+from dpo_dist.config.schema import Offload, ParallelismConfig, ReferenceConfig, ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError
 
 

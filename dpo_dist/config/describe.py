@@ -4,8 +4,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.load import DEFINING_SECTIONS, run_digest
-from dpo_dist.config.schema import LossKind, RunConfig
+from dpo_dist.config.fields import declaration
+from dpo_dist.config.load import defining_sections, run_digest
+from dpo_dist.config.schema import RunConfig
 
 # Told of every run; other settings only where they are not at their default.
 _ALWAYS = frozenset(
@@ -21,7 +22,6 @@ _ALWAYS = frozenset(
         "trainer.seed",
     }
 )
-_WITHOUT_BETA = frozenset({LossKind.sft, LossKind.orpo})
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -31,15 +31,15 @@ def settings(config: RunConfig) -> dict[str, Any]:
         Flat keys with plain values: `{"loss.kind": "simpo", "loss.beta": 2.0, ...}`.
     """
     defaults, found = RunConfig(), {}
-    for section in DEFINING_SECTIONS:
+    for section in defining_sections():
         mine, usual = getattr(config, section), getattr(defaults, section)
         for field in fields(mine):
             key, value = f"{section}.{field.name}", getattr(mine, field.name)
-            if not field.metadata.get("defines_result", True):
+            if not declaration(field).defines_result:
                 continue
             if key in _ALWAYS or value != getattr(usual, field.name, None):
                 found[key] = _plain(value)
-    if not uses_beta(config):
+    if not config.loss.uses("beta"):
         found.pop("loss.beta", None)
     if config.loss.terms:
         found.pop("loss.kind", None)
@@ -54,7 +54,7 @@ def title(config: RunConfig, run_dir: Path) -> str:
     digest = run_digest(config)
     is_default = run_dir.name == f"{config.run.name}-{digest}"
     parts = [config.run.name if is_default else run_dir.name, "+".join(config.loss.kinds)]
-    if uses_beta(config):
+    if config.loss.uses("beta"):
         parts.append(f"beta={config.loss.beta:g}")
     parts.append(f"lr={config.optim.lr:g}")
     if config.model.adapter is not None:
@@ -62,11 +62,6 @@ def title(config: RunConfig, run_dir: Path) -> str:
     if config.trainer.seed:
         parts.append(f"seed={config.trainer.seed}")
     return " ".join([*parts, digest] if is_default else parts)
-
-
-def uses_beta(config: RunConfig) -> bool:
-    """Whether `loss.beta` matters to the loss."""
-    return not _WITHOUT_BETA.issuperset(config.loss.kinds)
 
 
 def _plain(value: Any) -> Any:

@@ -1,15 +1,79 @@
-"""Every key with its declared type, and that type as a user would say it."""
+"""Every key of a run as rows of plain facts, and types in a user's words."""
 
 import types
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
-from dpo_dist.config.schema import AdapterConfig, RunConfig
+from dpo_dist.config.fields import Bounds, declaration
+from dpo_dist.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, as the schema declares it.
+
+    Attributes:
+        name: `loss.beta`; `data.train[].path` for a key of the entries of a list.
+        type: the declared type.
+        default: omegaconf's MISSING for a key that must be set.
+        bounds: of a number, or of each number of a list.
+        filled: whether text must not be empty.
+        defines_result: whether the key is part of the run's digest.
+        verbs: the verbs that use it.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    meaning: str
+    bounds: Bounds
+    filled: bool
+    defines_result: bool
+    verbs: tuple[str, ...]
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """Return every key of a run by name, in the order of the schema, without sections."""
+    return {row.name: row for row in _rows(RunConfig, "", True, False)}
+
+
+def section_meanings() -> dict[str, str]:
+    """Return what each section configures: `{"optim": "AdamW and ...", ...}`."""
+    return {field.name: declaration(field).meaning for field in fields(RunConfig)}
+
+
+def _rows(kind: type, prefix: str, defines: bool, train_only: bool) -> Iterator[Key]:
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        name, hint, declared = prefix + field.name, hints[field.name], declaration(field)
+        defining = defines and declared.defines_result
+        only_train = train_only if declared.train_only is None else declared.train_only
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _rows(hint, f"{name}.", defining, only_train)
+            continue
+        yield Key(
+            name,
+            hint,
+            field.default if field.default_factory is NO_DEFAULT else field.default_factory(),
+            declared.meaning,
+            declared.bounds,
+            declared.filled,
+            defining,
+            ("train",) if only_train else ("train", "precompute"),
+        )
+        if declared.of is not None:
+            below = f"{name}[]." if get_origin(hint) is list else f"{name}."
+            yield from _rows(declared.of, below, defining, only_train)
 
 
 def key_types(kind: type) -> dict[str, Any]:
-    """Every key below a dataclass with its declared type, sections included: `{"loss.beta": float, ...}`."""
+    """Return every key below a dataclass with its declared type, sections included."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         found[name] = hint
@@ -19,13 +83,12 @@ def key_types(kind: type) -> dict[str, Any]:
 
 
 def run_keys() -> dict[str, Any]:
-    """Every key that a command line can set, those of an adapter included."""
-    adapter = {f"model.adapter.{name}": hint for name, hint in key_types(AdapterConfig).items()}
-    return key_types(RunConfig) | adapter
+    """Return every key and section that a command line can set, with its declared type."""
+    return key_types(RunConfig) | {name: row.type for name, row in all_keys().items() if "[]" not in name}
 
 
 def in_words(hint: Any) -> str:
-    """A declared type as a user would say it."""
+    """Return a declared type in a user's words."""
     if get_origin(hint) is types.UnionType:
         return " or ".join(in_words(part) for part in get_args(hint))
     if get_origin(hint) is list:
@@ -39,7 +102,7 @@ def in_words(hint: Any) -> str:
 
 
 def choices(hint: Any) -> list[str]:
-    """The names that an enumerated type, or an optional one, can be set to; empty for other types."""
+    """Return the names that an enumerated (or optional enumerated) type accepts; empty for other types."""
     parts = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
     return [
         member.name for part in parts if isinstance(part, type) and issubclass(part, Enum) for member in part

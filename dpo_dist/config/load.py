@@ -20,17 +20,18 @@ from yaml import YAMLError
 
 from dpo_dist.config.check import check
 from dpo_dist.config.explain import explain, explain_key, unset
+from dpo_dist.config.fields import declaration
 from dpo_dist.config.keys import in_words
+from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.overrides import check_overrides, given_keys
 from dpo_dist.config.parse import parse_overrides
 from dpo_dist.config.presets import keep_chosen_presets
 from dpo_dist.config.reference_mode import resolve_reference
-from dpo_dist.config.schema import AdapterConfig, LossTermConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")
 HYDRA_VERSION = "1.3"
-DEFINING_SECTIONS = ("model", "data", "loss", "reference", "optim", "trainer")
 # ValueError: Hydra's own, for example for a group chosen by a number.
 _COMPOSITION_FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
@@ -130,9 +131,13 @@ def run_dir(config: RunConfig) -> Path:
 
 def run_digest(config: RunConfig) -> str:
     """8 hex digits of SHA-256 over what defines the run's result; paths count as they are written."""
-    defining = {name: _defining(getattr(config, name)) for name in DEFINING_SECTIONS}
-    canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(_defining(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def defining_sections() -> list[str]:
+    """Return the sections of which a key can define the run's result."""
+    return [field.name for field in fields(RunConfig) if declaration(field).defines_result]
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -225,7 +230,7 @@ def _defining(value: Any) -> Any:
         return {
             field.name: _defining(getattr(value, field.name))
             for field in fields(value)
-            if field.metadata.get("defines_result", True)
+            if declaration(field).defines_result
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value
 

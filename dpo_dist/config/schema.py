@@ -1,15 +1,18 @@
-"""Every key of a run with its type and default; the only place where a key is declared.
+"""Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-Composition and strictness live in `load`, what must fit together in `check`. A field made by `_free` does
-not define the run's result (hardware, placement, how often something is written) and stays out of the
-digest that names the run folder.
+The options of `loss` are in `loss_kinds`, rules between keys in `rules`, composition in `load`. A key
+declared `free` does not define the run's result (hardware, placement, how often something is written): it is
+not part of the digest that names the run directory.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
+
+from dpo_dist.config.fields import key, section
+from dpo_dist.config.loss_kinds import LossConfig
 
 
 class Resume(StrEnum):
@@ -73,55 +76,6 @@ class OnBadRecord(StrEnum):
     error = "error"
 
 
-class LossKind(StrEnum):
-    sigmoid = "sigmoid"
-    robust = "robust"
-    hinge = "hinge"
-    ipo = "ipo"
-    sigmoid_norm = "sigmoid_norm"
-    exo_pair = "exo_pair"
-    nca_pair = "nca_pair"
-    bco_pair = "bco_pair"
-    sppo_hard = "sppo_hard"
-    apo_zero = "apo_zero"
-    apo_down = "apo_down"
-    discopop = "discopop"
-    dpop = "dpop"
-    odpo = "odpo"
-    simpo = "simpo"
-    orpo = "orpo"
-    cpo = "cpo"
-    sft = "sft"
-    aot = "aot"
-    aot_unpaired = "aot_unpaired"
-    beta_dpo = "beta_dpo"
-    plackett_luce = "plackett_luce"
-
-
-REFERENCE_FREE_KINDS = frozenset({LossKind.simpo, LossKind.orpo, LossKind.cpo, LossKind.sft})
-"""The kinds of loss in which the reference's log-probs do not occur."""
-
-COUPLED_KINDS = frozenset({LossKind.aot, LossKind.aot_unpaired, LossKind.beta_dpo})
-"""The kinds in which the loss of a pair depends on the other pairs of its global batch."""
-
-
-class Divergence(StrEnum):
-    reverse_kl = "reverse_kl"
-    forward_kl = "forward_kl"
-    js = "js"
-    alpha = "alpha"
-
-
-class BcoDelta(StrEnum):
-    zero = "zero"
-    running_mean = "running_mean"
-
-
-class Weighting(StrEnum):
-    none = "none"
-    wpo = "wpo"
-
-
 class ReferenceMode(StrEnum):
     auto = "auto"
     cached = "cached"
@@ -160,258 +114,242 @@ class WandbMode(StrEnum):
     off = "off"
 
 
-def _free(default: Any) -> Any:
-    """A field that does not define the run's result."""
-    return field(default=default, metadata={"defines_result": False})
-
-
 @dataclass(frozen=True)
 class FolderConfig:
-    """`run`: where everything of this run goes. `dir` null: `root`/`name`-`digest`."""
+    """The run directory, and whether to resume the run in it."""
 
-    dir: str | None = None
-    name: str = "run"
-    root: str = "output"
-    resume: Resume = Resume.auto
+    dir: str | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.", filled=True)
+    name: str = key("run", "Name of the run, for its directory and for reports.")
+    root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
+    resume: Resume = key(
+        Resume.auto,
+        "`auto`: from the last checkpoint, if any; `never`: refuse a run directory in use; `must`.",
+    )
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`model.adapter`: low-rank matrices that are trained in place of the model's own.
+    """Low-rank matrices, trained in place of the model's own weights."""
 
-    `target_modules` is `all-linear` (all linear layers but the output layer) or a list of names. `rslora`
-    scales by alpha / sqrt(r) (arXiv:2312.03732), `dora` also trains the norm of each weight's rows
-    (arXiv:2402.09353).
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: Any = "all-linear"
-    variant: AdapterVariant = AdapterVariant.lora
+    r: int = key(16, "Rank.", at_least=1)
+    alpha: float = key(32.0, "Scale of the update: alpha / r, for `rslora` alpha / sqrt(r).", above=0)
+    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.")
+    target_modules: Any = key("all-linear", "`all-linear` (all but the output layer), or a list of names.")
+    variant: AdapterVariant = key(
+        AdapterVariant.lora, "`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`model`: the policy.
+    """The policy."""
 
-    `gradient_checkpointing` is `none`, `full` or n: every n-th decoder layer. A bool is accepted by its type
-    only to be refused with a remedy. `adapter` is null or an `AdapterConfig`.
-    """
-
-    path: str = MISSING
-    revision: str | None = None
-    dtype: Dtype = Dtype.bf16
-    attention: AttentionBackend = _free(AttentionBackend.auto)
-    gradient_checkpointing: bool | int | str = _free("none")
-    compile: bool = _free(False)
-    liger: bool = _free(False)
-    adapter: Any = None
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
+    path: str = key(MISSING, "Folder or hub name of the model to train.", filled=True)
+    revision: str | None = key(None, "Branch, tag or commit of a hub model.")
+    dtype: Dtype = key(Dtype.bf16, "`bf16` (with float32 master weights) or `fp32`.")
+    attention: AttentionBackend = key(AttentionBackend.auto, "Attention kernel.", free=True)
+    gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
+        "none",
+        "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
+        free=True,
+        train_only=True,
+    )
+    compile: bool = key(False, "torch.compile in decoder layers.", free=True)
+    liger: bool = key(False, "Liger's kernels in decoder layers (CUDA, the `liger` extra).", free=True)
+    adapter: Any = key(None, "Train an adapter in place of all weights.", of=AdapterConfig)
+    quantization: Quantization | None = key(
+        None, "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."
+    )
+    trust_remote_code: bool = key(False, "Run Python code from the model's repository.")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One entry of `data.train` or `data.eval`; a bare string there means `path`.
+    """One entry of `data.train` or `data.eval`; a bare string is its `path`."""
 
-    `name` (the configuration, or subset), `data_dir` and `revision` select data of a dataset on the hub.
-    `weight` 2 gives every pair of the source twice an epoch, 0.5 a seeded half of them.
-    """
-
-    path: str = MISSING
-    format: DataFormat = DataFormat.auto
-    split: str | None = None
-    name: str | None = None
-    data_dir: str | None = None
-    revision: str | None = None
-    weight: float = 1.0
-    limit: int | None = None
+    path: str = key(MISSING, "File, pattern, folder or hub name.", filled=True)
+    format: DataFormat = key(DataFormat.auto, "Format of the records; `auto`: detected for each record.")
+    split: str | None = key(None, "Split of a hub dataset or of a folder with several; null: `train`.")
+    name: str | None = key(None, "Configuration (subset) of a hub dataset.")
+    data_dir: str | None = key(None, "Folder inside a hub dataset.")
+    revision: str | None = key(None, "Branch, tag or commit of a hub dataset.")
+    weight: float = key(
+        1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
+    )
+    limit: int | None = key(None, "Read only the first records; null: all.", at_least=1)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`data`: pairs, and the limits within which they are encoded. Lengths are in tokens.
+    """Preference data, and the limits within which they are encoded."""
 
-    `ranked`: what becomes of more than two responses: one ranking, its best and worst, or every pair of it.
-    `template`: what is done with texts that a chat template has already been applied to: an error where most
-    are so (`auto`), read as they stand (`applied`), or as the letters that they are (`literal`).
-    `template_date`: the day (YYYY-MM-DD) that a chat template with a clock is told.
-    `processes` null: as many as there are usable cores, where there are enough records for it.
-    """
-
-    train: list[Any] = field(default_factory=list)
-    eval: list[Any] = field(default_factory=list)
-    max_length: int = 1024
-    max_prompt_length: int | None = None
-    truncation: Truncation = Truncation.keep_start
-    on_bad_record: OnBadRecord = OnBadRecord.drop
-    max_bad_share: float = 0.05
-    text_as_messages: bool = False
-    template: TextTemplate = TextTemplate.auto
-    template_date: str = "2024-07-26"
-    ranked: Ranked = Ranked.whole
-    cache: str = _free("output/encoded")
-    processes: int | None = _free(None)
-
-
-@dataclass(frozen=True)
-class LossTermConfig:
-    """One summand of `loss.terms`."""
-
-    kind: LossKind = MISSING
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class SyncReferenceConfig:
-    """`loss.sync_reference`: after every `every` steps the reference becomes (1 - `mixup`) times itself plus
-    `mixup` times the policy (TR-DPO, arXiv:2404.09656). `every` null: never.
-    """
-
-    every: int | None = None
-    mixup: float = 0.6
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """`loss`: what is optimised. An option that the chosen kinds do not use is an error.
-
-    `label_smoothing` null: the kind's own, 0 or for `exo_pair` 1e-3.
-    """
-
-    kind: LossKind = LossKind.sigmoid
-    beta: float = 0.1
-    label_smoothing: float | None = None
-    divergence: Divergence = Divergence.reverse_kl
-    alpha_coefficient: float = 0.5
-    length_average: bool = True
-    bco_delta: BcoDelta = BcoDelta.zero
-    discopop_tau: float = 0.05
-    dpop_lambda: float = 50.0
-    offset_alpha: float = 1.0
-    simpo_gamma: float = 0.5
-    orpo_lambda: float = 0.1
-    cpo_nll_weight: float = 1.0
-    beta_alpha: float = 0.6
-    beta_momentum: float = 0.9
-    ld_alpha: float | None = None
-    weighting: Weighting = Weighting.none
-    reference_free: bool = False
-    terms: list[Any] = field(default_factory=list)
-    sync_reference: SyncReferenceConfig = field(default_factory=SyncReferenceConfig)
-
-    @property
-    def kinds(self) -> tuple[LossKind, ...]:
-        """The kinds of which the loss is made: those of `terms`, or `kind`."""
-        return tuple(term.kind for term in self.terms) or (self.kind,)
-
-    @property
-    def is_coupled(self) -> bool:
-        """Whether the loss of a pair depends on the other pairs of its global batch."""
-        return not COUPLED_KINDS.isdisjoint(self.kinds)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss depends on a reference's log-probs."""
-        return not self.reference_free and not REFERENCE_FREE_KINDS.issuperset(self.kinds)
-
-    @property
-    def is_one_sided(self) -> bool:
-        """Whether only the chosen responses matter."""
-        return set(self.kinds) == {LossKind.sft}
+    train: list[Any] = key([], "Training data: files, patterns, folders or hub datasets.", of=SourceConfig)
+    eval: list[Any] = key([], "Evaluation data, likewise.", of=SourceConfig)
+    max_length: int = key(1024, "Tokens of prompt and response together.", at_least=2)
+    max_prompt_length: int | None = key(
+        None, "Tokens of a prompt, which loses its start beyond; null: no limit.", at_least=1
+    )
+    truncation: Truncation = key(
+        Truncation.keep_start,
+        "For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `drop`.",
+    )
+    on_bad_record: OnBadRecord = key(OnBadRecord.drop, "`drop` (counted and shown) or `error`.")
+    max_bad_share: float = key(0.05, "Share of dropped records that is an error.", at_least=0, at_most=1)
+    text_as_messages: bool = key(False, "Send plain-text prompts through the chat template, as a user turn.")
+    template: TextTemplate = key(
+        TextTemplate.auto,
+        "Texts with a chat template's tokens in them: read these as tokens (`applied`), as plain letters "
+        "(`literal`), or as letters unless most records have them, which is an error (`auto`).",
+    )
+    template_date: str = key("2024-07-26", "Today's date (YYYY-MM-DD) for chat templates with a clock.")
+    ranked: Ranked = key(
+        Ranked.whole,
+        "A ranking of more than two responses becomes one example, its best and worst, or all pairs.",
+    )
+    cache: str = key("${run.root}/encoded", "Folder of encoded data, shared by runs.", free=True, filled=True)
+    processes: int | None = key(
+        None, "Processes that encode; null: one per core, if there are enough records.", at_least=1, free=True
+    )
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """`reference`: where the frozen model's log-probs come from.
+    """The source of the reference model's log-probs."""
 
-    `mode` auto: `none` for a loss that needs no reference, `adapter` for an adapter whose base is the
-    reference, else `cached`. `micro_batch_tokens` null: four times the trainer's, as scoring keeps no
-    activations.
-    """
-
-    mode: ReferenceMode = ReferenceMode.auto
-    path: str | None = None
-    revision: str | None = None
-    quantization: Quantization | None = None
-    offload: Offload = _free(Offload.none)
-    numerics: Numerics = Numerics.strict
-    nvme_path: str | None = _free(None)
-    store: str = _free("output/reference")
-    micro_batch_tokens: int | None = _free(None)
-    rows_per_shard: int = _free(4096)
-    audit_pairs: int = _free(16)
+    mode: ReferenceMode = key(
+        ReferenceMode.auto,
+        "`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter "
+        "off), `none`; `auto`: `none`, `adapter` or `cached`, by loss and model.",
+    )
+    path: str | None = key(
+        None, "Folder or hub name of the reference model; null: `model.path`.", filled=True
+    )
+    revision: str | None = key(None, "Branch, tag or commit of `reference.path`.")
+    quantization: Quantization | None = key(
+        None, "Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored."
+    )
+    offload: Offload = key(
+        Offload.none, "Memory of its weights: `none` (the device), `cpu` or `nvme`.", free=True
+    )
+    numerics: Numerics = key(
+        Numerics.strict, "`tolerant` reuses log-probs of other kernels or versions and measures their drift."
+    )
+    nvme_path: str | None = key(None, "Folder on a local disk for `offload=nvme`.", free=True, filled=True)
+    store: str = key(
+        "${run.root}/reference", "Folder of stored log-probs, shared by runs.", free=True, filled=True
+    )
+    micro_batch_tokens: int | None = key(
+        None,
+        "Tokens of a micro-batch while the store is filled; null: 4 times `trainer.micro_batch_tokens`.",
+        at_least=1,
+        free=True,
+    )
+    rows_per_shard: int = key(4096, "Entries of one file of the store.", at_least=1, free=True)
+    audit_pairs: int = key(
+        16, "Pairs whose reference log-probs are computed again as a check.", at_least=0, free=True
+    )
 
 
 @dataclass(frozen=True)
 class ParallelismConfig:
-    """`parallelism`: how weights, gradients and optimizer states are spread over processes."""
+    """Distribution of weights, gradients and optimizer states over processes."""
 
-    kind: ParallelismKind = ParallelismKind.zero3
-    offload_parameters: Offload = Offload.none
-    offload_optimizer: Offload = Offload.none
-    timeout_seconds: int = 600
+    kind: ParallelismKind = key(
+        ParallelismKind.zero3, "ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1."
+    )
+    offload_parameters: Offload = key(Offload.none, "Memory of the policy's weights: `none` or `cpu`.")
+    offload_optimizer: Offload = key(
+        Offload.none, "Memory of optimizer states: `none` or `cpu`.", train_only=True
+    )
+    timeout_seconds: int = key(600, "Longest wait for another process, in seconds.", at_least=1)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`optim`: AdamW and its learning-rate schedule, a pure function of the step."""
+    """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    lr: float = 1e-6
-    schedule: LearningRateSchedule = LearningRateSchedule.cosine
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    lr: float = key(1e-6, "Peak learning rate.", above=0)
+    schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
+    warmup_ratio: float = key(
+        0.1,
+        "Share of all steps in which the learning rate rises; the first of w has lr / w.",
+        at_least=0,
+        at_most=1,
+    )
+    weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
+    betas: list[float] = key([0.9, 0.999], "Decay rates of both moments.", at_least=0, below=1)
+    eps: float = key(1e-8, "Added to the root of the second moment.", above=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", above=0)
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """`trainer`: the loop. Gradient accumulation is derived, never configured.
+    """The training loop. Gradient accumulation is derived, never configured."""
 
-    `eval_every`, `save_every` and `log_every` count optimizer steps; 0 means at the end only. `eval_at_start`
-    evaluates before the first step too. `keep_last` 0 keeps one checkpoint while the run trains and none once
-    it is complete. `deterministic`: only kernels that give the same bits again, or an error; slower on GPUs.
-    """
-
-    global_batch_pairs: int = 64
-    micro_batch_tokens: int = _free(8192)
-    epochs: float = 1.0
-    max_steps: int | None = None
-    eval_every: int = _free(0)
-    eval_at_start: bool = _free(False)
-    save_every: int = _free(0)
-    keep_last: int = _free(2)
-    log_every: int = _free(1)
-    seed: int = 0
-    deterministic: bool = _free(False)
-    stop_after_steps: int | None = _free(None)
-    max_seconds: float | None = _free(None)
+    global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", at_least=1)
+    micro_batch_tokens: int = key(
+        8192, "Tokens that a device computes at once; accumulation follows.", at_least=1, free=True
+    )
+    epochs: float = key(1.0, "Passes over the training data.", above=0)
+    max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
+    eval_every: int = key(
+        0, "Steps between evaluations; 0: at the end only.", at_least=0, free=True, train_only=True
+    )
+    eval_at_start: bool = key(False, "Evaluate before the first step too.", free=True, train_only=True)
+    save_every: int = key(
+        100, "Steps between checkpoints; 0: at the end only.", at_least=0, free=True, train_only=True
+    )
+    keep_last: int = key(
+        2,
+        "Checkpoints to keep; 0: one while the run trains, none once it is complete.",
+        at_least=0,
+        free=True,
+        train_only=True,
+    )
+    log_every: int = key(
+        1,
+        "Steps of a metrics row, a mean over their pairs; 0: at the end only.",
+        at_least=0,
+        free=True,
+        train_only=True,
+    )
+    seed: int = key(0, "Seed of data order and of an adapter's start.", at_least=0)
+    deterministic: bool = key(
+        False, "Only kernels that give the same bits again, or an error; slower on GPUs.", free=True
+    )
+    stop_after_steps: int | None = key(
+        None,
+        "Save and exit with 75 after so many steps of this start.",
+        at_least=1,
+        free=True,
+        train_only=True,
+    )
+    max_seconds: float | None = key(
+        None, "Save and exit with 75 after so many seconds.", above=0, free=True, train_only=True
+    )
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """`tracking`: Weights & Biases. `auto`: online where a key is present, else offline."""
+    """Weights & Biases."""
 
-    wandb: WandbMode = WandbMode.auto
-    project: str = "dpo_dist"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
+    project: str = key("dpo_dist", "Project of the run.")
+    entity: str | None = key(None, "User or team; null: the API key's own.")
+    group: str | None = key(None, "Group of the run.")
+    tags: list[str] = key([], "Tags of the run.")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One run, resolved and frozen."""
 
-    run: FolderConfig = field(default_factory=FolderConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run: FolderConfig = section(FolderConfig, free=True)
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    loss: LossConfig = section(LossConfig, train_only=True)
+    reference: ReferenceConfig = section(ReferenceConfig)
+    optim: OptimConfig = section(OptimConfig, train_only=True)
+    trainer: TrainerConfig = section(TrainerConfig)
+    parallelism: ParallelismConfig = section(ParallelismConfig, free=True)
+    tracking: TrackingConfig = section(TrackingConfig, free=True, train_only=True)

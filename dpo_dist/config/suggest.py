@@ -7,7 +7,8 @@ from typing import Any, get_origin
 
 from dpo_dist.config.aliases import IN_OTHER_WORDS, IN_SOURCE, SAME_MEANING, VALUE_NAMES, alias_of
 from dpo_dist.config.keys import choices, in_words, key_types, run_keys
-from dpo_dist.config.schema import LossKind, SourceConfig
+from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.schema import SourceConfig
 from dpo_dist.errors import ConfigError
 
 # Below this similarity a guess misleads more people than it helps.

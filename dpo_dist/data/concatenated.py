@@ -9,7 +9,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-class Joined:
+class ConcatenatedArray:
     """Arrays laid end to end; `shifts` are added to the values of each when they are read.
 
     Indexed by a number, by a slice of step 1, or by int64 [n]. A slice that lies within one array copies
@@ -60,9 +60,9 @@ class Joined:
         return int(self._ends[part - 1]) if part else 0
 
 
-Column = Array | Joined
+Column = Array | ConcatenatedArray
 
 
 def joined(parts: Sequence[Array], shifts: Sequence[Any] | None = None) -> Column:
-    """`Joined`, or the array itself where there is only one."""
-    return parts[0] if len(parts) == 1 else Joined(parts, shifts)
+    """`ConcatenatedArray`, or the array itself where there is only one."""
+    return parts[0] if len(parts) == 1 else ConcatenatedArray(parts, shifts)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TextIO
 
-from dpo_dist.data.records import BadRecord, Located, Origin, shown_key
+from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.errors import DataError
 
 _QUOTE = re.compile(r'(?P<opening>(?:^|,)")|"(?=,|\s*$)')
@@ -20,7 +20,7 @@ _MAX_CELL_CHARACTERS = 2**31 - 1
 _TOO_LONG = "\0too long\0"
 
 
-def csv_rows(text: TextIO, path: str, most_characters: int) -> Iterator[Located]:
+def read_csv(text: TextIO, path: str, most_characters: int) -> Iterator[RawRecord]:
     """Read the header at once and the records as the iterator is advanced.
 
     Args:
@@ -47,7 +47,7 @@ def csv_rows(text: TextIO, path: str, most_characters: int) -> Iterator[Located]
     return _records(lines, path, header)
 
 
-def _records(lines: "_Lines", path: str, header: list[str]) -> Iterator[Located]:
+def _records(lines: "_Lines", path: str, header: list[str]) -> Iterator[RawRecord]:
     while True:
         origin = Origin(path, lines.number)
         cells, fault = lines.cells()

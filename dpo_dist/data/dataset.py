@@ -16,7 +16,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.concatenated import Column, joined
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.encoded_source import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
-from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes
+from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import Sequences, packed_tokens
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sampler import Indices, Span
@@ -27,7 +27,7 @@ Keys = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class PairDataset:
+class PreferenceDataset:
     """Encoded pairs of one list of sources; row = place of a pair in their order.
 
     A pair has one response (supervised), two (chosen, rejected) or more (a ranking), best first. It is a
@@ -94,7 +94,7 @@ class PairDataset:
         """Mean completion tokens of the chosen responses of these rows."""
         return float(self._piece_tokens(self._first_pieces(rows) + 1).mean())
 
-    def sizes(self, rows: Indices, places: Indices, responses: Indices, costs: ComputeCosts) -> PairSizes:
+    def sizes(self, rows: Indices, places: Indices, responses: Indices, costs: ComputeCosts) -> ExampleSizes:
         """What `rows` take with some of their responses, int64 each.
 
         Args:
@@ -105,9 +105,9 @@ class PairDataset:
         """
         pieces = places + np.repeat(rows, responses) + 1
         prompt_tokens = self._piece_tokens(self._first_pieces(rows))
-        return pair_sizes(prompt_tokens, self._piece_tokens(pieces), responses, costs)
+        return example_sizes(prompt_tokens, self._piece_tokens(pieces), responses, costs)
 
-    def response_rows(self, row: int) -> range:
+    def response_range(self, row: int) -> range:
         """Where the keys of a pair's responses stand in `keys`."""
         first, stop = self._pieces(row)
         return range(first - row, stop - row - 1)
@@ -117,7 +117,7 @@ class PairDataset:
         counts: Indices = self.pair_pieces[rows] - self._first_pieces(rows) - 1
         return counts
 
-    def response_places(self, rows: Indices) -> Indices:
+    def response_indices(self, rows: Indices) -> Indices:
         """Where the keys of all responses of `rows` stand in `keys`, int64."""
         counts = self.response_counts(rows)
         starts_in_result = np.cumsum(counts) - counts
@@ -132,7 +132,7 @@ class PairDataset:
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
 
-    def indices_of_responses(self, places: Indices) -> tuple[Indices, Indices]:
+    def locate_responses(self, places: Indices) -> tuple[Indices, Indices]:
         """(rows, which) of the responses whose keys stand at `places`, int64 each; O(places log pairs)."""
         lowest, beyond = np.zeros(len(places), dtype=np.int64), np.full(len(places), len(self))
         while (lowest < beyond).any():
@@ -164,7 +164,7 @@ class PairDataset:
         return (int(self.pair_pieces[row - 1]) if row else 0), int(self.pair_pieces[row])
 
 
-def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PairDataset:
+def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
     """Map what `prepare_dataset` gave. Digests are verified; a file is read for it only if it has changed.
 
     Raises:
@@ -181,7 +181,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PairDa
     parts = [
         [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
     ]
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint=text_digest(json.dumps(parts)),
         counts=counts.as_dict() | {"sources": told},
         source_paths=tuple(file for seen in views for file in seen.files),

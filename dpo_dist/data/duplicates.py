@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encoded_source import MEMO_FOLDER
 from dpo_dist.digests import recall, remember
 
 
-def counted_once(count: Callable[..., int], cache: Path, *datasets: PairDataset) -> int:
+def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
     """Return `count` of `datasets`, which reads all their keys, remembered by their content in `cache`.
 
     Args:
@@ -26,17 +26,17 @@ def counted_once(count: Callable[..., int], cache: Path, *datasets: PairDataset)
     return int(told)
 
 
-def count_duplicates(dataset: PairDataset) -> int:
+def count_duplicates(dataset: PreferenceDataset) -> int:
     """How many pairs have the same token ids as an earlier one."""
     return len(dataset) - len(np.unique(_pair_digests(dataset)))
 
 
-def count_shared(dataset: PairDataset, other: PairDataset) -> int:
+def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """How many pairs of `dataset` have the same token ids as one of `other`."""
     return int(np.isin(_pair_digests(dataset), _pair_digests(other)).sum())
 
 
-def _pair_digests(dataset: PairDataset) -> npt.NDArray[np.uint64]:
+def _pair_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
     """Of each pair the keys of its responses, combined in their order; uint64 [pairs]."""
     counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
     starts = np.cumsum(counts) - counts

@@ -32,7 +32,7 @@ TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPair:
+class EncodedExample:
     """A record as token ids; what a model reads is the prompt followed by one response.
 
     Attributes:
@@ -62,7 +62,7 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class _Written:
-    """What will be tokenised, escaped: each response with its end of turn. Flags as in `EncodedPair`."""
+    """What will be tokenised, escaped: each response with its end of turn. Flags as in `EncodedExample`."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -80,9 +80,9 @@ class _Tokens:
     boundary_resplit: bool
 
 
-def encode_pair(
+def encode_record(
     record: PreferenceRecord, tokenizer: "PreTrainedTokenizerBase", data_config: DataConfig
-) -> EncodedPair | BadRecord:
+) -> EncodedExample | BadRecord:
     """Encode one record within the configured lengths.
 
     Messages, and dialogues where the tokenizer has a chat template, go through that template; plain text
@@ -228,7 +228,7 @@ def _tokenise(written: _Written, facts: TokenizerFacts) -> _Tokens:
     return _Tokens(written, prompt, responses, prefix_length, resplit)
 
 
-def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedPair | BadRecord:
+def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample | BadRecord:
     """Cut what is too long as `data.truncation` says, or give the reason why that leaves no pair."""
     prompt, responses = tokens.prompt, tokens.responses
     if len(prompt) == tokens.prefix_length:
@@ -252,7 +252,7 @@ def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedPair | B
     if len(set(map(tuple, responses))) < len(responses):
         cause = "truncation" if response_truncated else "encoding"
         return BadRecord(f"identical_after_{cause}", origin)
-    return EncodedPair(
+    return EncodedExample(
         np.array(prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in responses),
         prompt_truncated=len(prompt) < len(tokens.prompt),

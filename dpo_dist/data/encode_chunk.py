@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
-from dpo_dist.data.encode import EncodedPair, TokenIds, encode_pair, response_key
+from dpo_dist.data.encode import EncodedExample, TokenIds, encode_record, response_key
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPart:
+class EncodedChunk:
     """The pairs of consecutive records of one source, laid end to end.
 
     Attributes:
@@ -60,7 +60,9 @@ class _Pairs:
         self.scores: list[float] = []
         self.origins: list[Origin] = []
 
-    def add(self, encoded: EncodedPair, examples: Sequence[Sequence[int]], scores: Sequence[float]) -> None:
+    def add(
+        self, encoded: EncodedExample, examples: Sequence[Sequence[int]], scores: Sequence[float]
+    ) -> None:
         """Add the pairs of a record.
 
         Args:
@@ -82,9 +84,9 @@ class _Pairs:
             self.scores += [scores[place] for place in example]
 
 
-def encode_part(
+def encode_chunk(
     records: Sequence[PreferenceRecord | BadRecord], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> EncodedPart:
+) -> EncodedChunk:
     """Encode `records`; those that cannot be used are dropped, and their reason is an outcome.
 
     Raises:
@@ -109,7 +111,7 @@ def encode_part(
         outcomes.append(Outcome(dropped=outcome.reason, changed=unread))
         if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
             bad.append((place, outcome))
-    return EncodedPart(
+    return EncodedChunk(
         ids=np.concatenate(pairs.ids),
         piece_starts=np.array(pairs.starts, dtype=np.int64),
         piece_tokens=np.array(pairs.lengths, dtype=np.int64),
@@ -129,7 +131,7 @@ def _encode(
     examples, ties = training_examples(record, config.ranked)
     used = sorted(set().union(*examples))
     responses = tuple(record.responses[place] for place in used)
-    encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
+    encoded = encode_record(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
     places = {place: number for number, place in enumerate(used)}

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.encode_chunk import EncodedPart, encode_part
+from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.errors import PeerLostError
 
@@ -38,7 +38,7 @@ _CHUNKS_AHEAD = 2
 
 def encode_in_order(
     chunks: Iterable[Records], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> Generator[EncodedPart, None, None]:
+) -> Generator[EncodedChunk, None, None]:
     """Encode chunks of records on `data.processes` processes; what comes out does not depend on their number.
 
     Closing the generator ends the processes.
@@ -47,7 +47,7 @@ def encode_in_order(
         chunks: of about `CHUNK_RECORDS` records each; a few for each process are held at a time.
 
     Raises:
-        DataError: see `encode_part`; the one of the first such record.
+        DataError: see `encode_chunk`; the one of the first such record.
         PeerLostError: one of the processes has died.
     """
     first: list[Records] = []
@@ -60,7 +60,7 @@ def encode_in_order(
     if processes > 1:
         yield from _on_processes(every, processes, config, tokenizer)
     for records in every:
-        yield encode_part(records, config, tokenizer)
+        yield encode_chunk(records, config, tokenizer)
 
 
 def _on_processes(
@@ -68,8 +68,8 @@ def _on_processes(
     processes: int,
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
-) -> Iterator[EncodedPart]:
-    ahead: deque[Future[EncodedPart]] = deque()
+) -> Iterator[EncodedChunk]:
+    ahead: deque[Future[EncodedChunk]] = deque()
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _start_process, (config, tokenizer)
     )
@@ -97,7 +97,7 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-_encoders: list[Callable[[Records], EncodedPart]] = []
+_encoders: list[Callable[[Records], EncodedChunk]] = []
 """Of a spawned process: what encodes a chunk."""
 
 
@@ -106,7 +106,7 @@ def _start_process(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
-    _encoders.append(partial(encode_part, config=config, tokenizer=tokenizer))
+    _encoders.append(partial(encode_chunk, config=config, tokenizer=tokenizer))
 
 
 def _end_with_parent() -> None:
@@ -116,5 +116,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(records: Records) -> EncodedPart:
+def _encode(records: Records) -> EncodedChunk:
     return _encoders[0](records)

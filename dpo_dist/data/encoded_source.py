@@ -22,7 +22,7 @@ import numpy.typing as npt
 from dpo_dist.atomic import is_temporary, write_text
 from dpo_dist.data.concatenated import Array
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
-from dpo_dist.data.encode_chunk import EncodedPart
+from dpo_dist.data.encode_chunk import EncodedChunk
 from dpo_dist.data.folders import root_of
 from dpo_dist.digests import remember_digest, remembered_digest, text_digest
 from dpo_dist.errors import ConfigError
@@ -100,7 +100,7 @@ class SourceWriter:
         self._files: dict[str, int] = {}
         self._examples: list[tuple[int, int, int, str, str]] = []
 
-    def add(self, part: EncodedPart) -> None:
+    def add(self, part: EncodedChunk) -> None:
         """Append the pairs of the records that follow."""
         self._append("piece_starts", self._sizes["ids"] + part.piece_starts)
         self._append("piece_tokens", part.piece_tokens)
@@ -229,7 +229,7 @@ class SourceView:
         counts: what became of them.
         pairs: how many pairs they gave.
         files: where they were read, named as the source was configured.
-        arrays: by the names of `PairDataset`'s attributes.
+        arrays: by the names of `PreferenceDataset`'s attributes.
     """
 
     counts: DataCounts

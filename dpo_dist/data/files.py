@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.csv_records import csv_rows
-from dpo_dist.data.records import BadRecord, Located, Origin, shown_key
+from dpo_dist.data.csv_records import read_csv
+from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.errors import DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -32,7 +32,7 @@ def file_kind(file: Path) -> str | None:
     return file.suffix if file.suffix in KINDS else None
 
 
-def read_file(file: Path, path: str) -> Iterator[Located]:
+def read_file(file: Path, path: str) -> Iterator[RawRecord]:
     """Rows in the file's order, streamed except for a .json array. No record of .jsonl or .csv above 64 MiB
     is held in memory; it is a bad one.
 
@@ -51,18 +51,18 @@ def read_file(file: Path, path: str) -> Iterator[Located]:
         return _rows(file, path)
 
 
-def _rows(file: Path, path: str) -> Iterator[Located]:
+def _rows(file: Path, path: str) -> Iterator[RawRecord]:
     match file_kind(file):
         case ".jsonl":
             rows = _jsonl_rows(_opened(file), path)
         case ".json":
-            rows = located(_json_rows(file), path)
+            rows = with_origins(_json_rows(file), path)
         case ".csv":
             # What is not UTF-8 becomes a lone surrogate, which makes its record a bad one and no other.
             text = io.TextIOWrapper(_opened(file), "utf-8-sig", "surrogateescape", newline="")
-            rows = csv_rows(text, path, _MAX_RECORD_BYTES)
+            rows = read_csv(text, path, _MAX_RECORD_BYTES)
         case ".parquet":
-            rows = located(_parquet_rows(file), path)
+            rows = with_origins(_parquet_rows(file), path)
         case _:
             raise _unknown_kind(file, path)
     return _guarded(rows, path)
@@ -88,7 +88,7 @@ def _unknown_kind(file: Path, path: str) -> DataError:
     )
 
 
-def _guarded(rows: Iterator[Located], path: str) -> Iterator[Located]:
+def _guarded(rows: Iterator[RawRecord], path: str) -> Iterator[RawRecord]:
     with _damage_told(path):
         yield from rows
 
@@ -124,13 +124,13 @@ def _opened(file: Path) -> BinaryIO:
     return stream
 
 
-def located(rows: Iterator[Any], path: str) -> Iterator[Located]:
+def with_origins(rows: Iterator[Any], path: str) -> Iterator[RawRecord]:
     """Rows with their record number as origin; what is no object is a bad record."""
     for number, row in enumerate(rows, start=1):
         yield _object(row, Origin(path, number))
 
 
-def _object(row: Any, origin: Origin) -> Located:
+def _object(row: Any, origin: Origin) -> RawRecord:
     match row:
         case Mapping():
             return row, origin
@@ -139,7 +139,7 @@ def _object(row: Any, origin: Origin) -> Located:
     return BadRecord("unparsable", origin, f"a {type(row).__name__} where an object is expected"), origin
 
 
-def _jsonl_rows(stream: BinaryIO, path: str) -> Iterator[Located]:
+def _jsonl_rows(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
     for number, line in enumerate(_lines(stream), start=1):
         if not line.strip():
             continue

@@ -54,7 +54,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED)
 
 
-def saved_rows(folder: Path, split: str | None) -> Iterator[Any]:
+def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
     """Rows of a folder for which `is_saved` holds.
 
     Raises:

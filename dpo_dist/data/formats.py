@@ -1,181 +1,163 @@
-"""From files to preference records: how the texts of a row are written, one way per function.
+"""Formats of input records: the fields of the prompt and the responses, and how `format: auto` detects them.
 
-Nothing is lost on the way: a record that cannot be used comes out as a `BadRecord` with its reason. Texts
-are taken as they stand. Details of bad records never quote a record's text, which may be offensive or
-personal.
+To add a format: add its name to `DataFormat`, and here a function that returns a record's `RawContent` and a
+row of `FORMATS`. Text, messages and HH dialogues in these fields are then read by conversations.py.
 """
 
-from collections.abc import Iterator
-from itertools import combinations, islice
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from dpo_dist.config.schema import DataFormat, SourceConfig
-from dpo_dist.data.context import in_context
-from dpo_dist.data.conversations import conversation, is_messages, prompt_before
-from dpo_dist.data.layouts import (
-    Answers,
-    Row,
-    completion_answers,
-    pair_answers,
-    ranked_answers,
-    recognise,
-    unrecognised,
+from dpo_dist.config.schema import DataFormat
+from dpo_dist.data.conversations import (
+    Reader,
+    read_hh,
+    read_messages,
+    read_text,
+    reader_of,
+    with_context,
 )
-from dpo_dist.data.records import BadRecord, Dialogue, Messages, Origin, PreferenceRecord, Prompt
-from dpo_dist.data.sources import read_rows
-from dpo_dist.errors import ConfigError
+from dpo_dist.data.rankings import LIST_FIELDS, finite_scores, ranked_content
+from dpo_dist.data.records import (
+    BadRecord,
+    Dialogue,
+    Fields,
+    Origin,
+    PreferenceRecord,
+    RawContent,
+    shown_key,
+)
 
-_LAST_TURN = "\n\nAssistant:"
-_FIRST_TURN = "\n\nHuman:"
-_STYLES = (DataFormat.hh, DataFormat.text, DataFormat.messages)
+_SIDES = ("chosen", "rejected")
+_PAIR = ("prompt", *_SIDES)
+_MAX_SHOWN_KEYS = 12
+_TYPE_NAMES = {str: "text", list: "list", dict: "object", type(None): "null"}
 
 
-def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read one source of pairs, rankings or completions, in its own order.
+@dataclass(frozen=True)
+class Format:
+    """One format of input records.
 
-    Args:
-        source: what to read; a bare string is its path. The path names a local .jsonl, .json (an array), .csv
-            or .parquet file (the first three also as .gz or .zst), files by a pattern, a folder of shards, a
-            folder saved by `datasets`, or a dataset on the hub.
-
-    Returns:
-        One item per record, read as the iterator is advanced. Reasons of bad records: `unparsable`,
-        `unknown_format`, `missing_field`, `history_differs`, `not_one_answer`, `unread_content`,
-        `no_ranking`, `all_tied`, `invalid_scores`, `invalid_unicode`, `empty_prompt`, `empty_response`,
-        `identical_responses`.
-
-    Raises:
-        DataError: the source does not exist or cannot be read at all; raised by this call.
-        ConfigError: `limit` is not positive, or `split` or another key has no effect on such a source.
+    Attributes:
+        content: returns the prompt and the responses of a record, or why they cannot be used.
+        fields: the usual fields, each tuple one variant; shown for a record that has no known format.
+        matches: whether a record has this format; None: never detected, only configured by its name.
+        read: reads the prompt and the responses; None: chosen by their types.
     """
-    if isinstance(source, str):
-        source = SourceConfig(path=source)
-    if source.limit is not None and source.limit < 1:
-        raise ConfigError(
-            "a source is limited to no records",
-            where=f"limit of {source.path}",
-            got=str(source.limit),
-            expected="a positive number of records, or null for all",
-        )
-    rows = islice(read_rows(source), source.limit)
-    return (
-        row if isinstance(row, BadRecord) else _from_row(row, source.format, origin) for row, origin in rows
-    )
+
+    content: Callable[[Fields, Origin], RawContent | BadRecord]
+    fields: tuple[tuple[str, ...], ...] = ()
+    matches: Callable[[Fields], bool] | None = None
+    read: Reader | None = None
 
 
-def _from_row(row: Row, layout: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    answers = _answers(row, layout, origin)
-    if isinstance(answers, BadRecord):
-        return answers
-    read = _read(row, answers, layout, origin)
-    if isinstance(read, BadRecord):
-        return read
-    prompt, texts = read
-    whole = in_context(prompt, row, answers, origin, plain=layout is DataFormat.text)
+def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
+    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
+
+    Details of a bad record never quote its texts, which may be offensive or personal.
+    """
+    format_ = _detected(record) if name is DataFormat.auto else FORMATS[name]
+    if format_ is None:
+        return _unknown_format(record, origin)
+    content = format_.content(record, origin)
+    if isinstance(content, BadRecord):
+        return content
+    read = format_.read or reader_of(content)
+    if read is None:
+        return _unknown_format(record, origin)
+    result = read(content, origin)
+    if isinstance(result, BadRecord):
+        return result
+    prompt, responses = result
+    whole = with_context(prompt, record, content, origin, plain=format_.read is read_text)
     if isinstance(whole, BadRecord):
         return whole
-    return _checked(PreferenceRecord(whole, tuple(texts), origin, answers.scores))
+    return _check_content(PreferenceRecord(whole, tuple(responses), origin, content.scores))
 
 
-def _answers(row: Row, layout: DataFormat, origin: Origin) -> Answers | BadRecord:
-    match recognise(row) if layout is DataFormat.auto else layout:
-        case None:
-            return unrecognised(row, origin)
-        case DataFormat.ranked:
-            return ranked_answers(row, origin)
-        case DataFormat.completion:
-            return completion_answers(row, origin)
-    return pair_answers(row, origin)
+def _detected(record: Fields) -> Format | None:
+    return next((one for one in FORMATS.values() if one.matches is not None and one.matches(record)), None)
 
 
-def _read(
-    row: Row, answers: Answers, layout: DataFormat, origin: Origin
-) -> tuple[Prompt, list[str]] | BadRecord:
-    match layout if layout in _STYLES else _style(answers):
-        case None:
-            return unrecognised(row, origin)
-        case DataFormat.hh:
-            return _read_hh(answers, origin)
-        case DataFormat.text:
-            return _read_text(answers, origin)
-    return _read_messages(answers, origin)
+def _unknown_format(record: Fields, origin: Origin) -> BadRecord:
+    """Return `unknown_format` with the fields of the record and of the formats nearest to it."""
+    shown = [f"{shown_key(key)} ({_TYPE_NAMES.get(type(value), 'value')})" for key, value in record.items()]
+    if len(shown) > _MAX_SHOWN_KEYS:
+        shown[_MAX_SHOWN_KEYS:] = ["..."]
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, format_ in FORMATS.items():
+        for fields in format_.fields:
+            names.setdefault(fields, []).append(name)
+    common = {fields: len(record.keys() & set(fields)) for fields in names}
+    most = max(common.values())
+    nearest = [
+        f"{' or '.join(names[fields])}: {', '.join(fields)}" for fields in names if common[fields] == most > 0
+    ]
+    hint = f"; nearest formats: {'; '.join(nearest)}" if nearest else ""
+    if record.get("label") is not None:
+        hint = "; label: one response with a good/bad label is neither a pair nor a completion"
+    return BadRecord("unknown_format", origin, f"fields: {', '.join(shown) or 'none'}{hint}")
 
 
-def _style(answers: Answers) -> DataFormat | None:
-    """How prompt and answers are written, by their types; None where no known way fits."""
-    values = answers.values.values()
-    if all(map(is_messages, values)) or is_messages(answers.prompt):
-        return DataFormat.messages
-    if not all(isinstance(value, str) for value in values):
-        return None
-    if isinstance(answers.prompt, str):
-        return DataFormat.text
-    if answers.prompt is None and any(value.startswith(_FIRST_TURN) for value in values):
-        return DataFormat.hh
+def _has_pair(record: Fields) -> bool:
+    return any(record.get(side) is not None for side in _SIDES)
+
+
+def _pair(record: Fields, origin: Origin) -> RawContent | BadRecord:
+    """Return `chosen` and `rejected`, and their scores from the record or its metadata."""
+    for side in _SIDES:
+        if record.get(side) is None:
+            return BadRecord("missing_field", origin, side)
+    try:
+        scores = _pair_scores(record)
+    except (TypeError, ValueError):
+        return BadRecord("invalid_scores", origin, "score_chosen and score_rejected must be two numbers")
+    return RawContent(record.get("prompt"), {side: record[side] for side in _SIDES}, scores)
+
+
+def _pair_scores(record: Fields) -> tuple[float, ...] | None:
+    metadata = record.get("metadata")
+    for fields in (record, metadata if isinstance(metadata, Mapping) else {}):
+        scores = [fields.get(f"score_{side}") for side in _SIDES]
+        if any(score is not None for score in scores):
+            return finite_scores(scores)
     return None
 
 
-def _read_hh(answers: Answers, origin: Origin) -> tuple[Prompt, list[str]] | BadRecord:
-    """Whole dialogues; the prompt is what all have before their last answer (arXiv:2204.05862)."""
-    histories, texts = [], []
-    for name, dialogue in answers.values.items():
-        if not isinstance(dialogue, str) or not dialogue.startswith(_FIRST_TURN):
-            return BadRecord("unknown_format", origin, f"{name} is not a text that starts with a Human turn")
-        history, turn, text = dialogue.rpartition(_LAST_TURN)
-        if not turn or _FIRST_TURN in text:
-            return BadRecord("not_one_answer", origin, f"{name} does not end with an Assistant turn")
-        histories.append(history + turn)
-        texts.append(text)
-    if any(history != histories[0] for history in histories):
-        return BadRecord("history_differs", origin, "the dialogue before the last answer is not the same")
-    return Dialogue(histories[0]), texts
+def _has_completion(record: Fields) -> bool:
+    return record.get("label") is None and any(
+        record.get(name) is not None for name in ("completion", "messages")
+    )
 
 
-def _read_text(answers: Answers, origin: Origin) -> tuple[Prompt, list[str]] | BadRecord:
-    """Prompt and answers as plain texts."""
-    if answers.prompt is None:
-        return BadRecord("missing_field", origin, "prompt")
-    texts = [answers.prompt, *answers.values.values()]
-    if not all(isinstance(text, str) for text in texts):
-        return BadRecord("unknown_format", origin, f"prompt, {', '.join(answers.values)} are not all texts")
-    return texts[0], texts[1:]
+def _completion(record: Fields, origin: Origin) -> RawContent | BadRecord:
+    """Return the one response to learn: `completion`, the end of `messages`, or `chosen`."""
+    if record.get("label") is not None:
+        return BadRecord("unknown_format", origin, "label: a response with a good/bad label is no completion")
+    for name in ("completion", "messages", "chosen"):
+        if record.get(name) is not None:
+            return RawContent(record.get("prompt"), {name: record[name]})
+    return BadRecord("missing_field", origin, "completion or messages")
 
 
-def _read_messages(answers: Answers, origin: Origin) -> tuple[Prompt, list[str]] | BadRecord:
-    """Conversations: the prompt as messages beside one answer each, or contained in every side."""
-    histories: list[Messages] = []
-    texts: list[str] = []
-    for name, value in answers.values.items():
-        messages = conversation(value, origin, role="assistant")
-        if isinstance(messages, BadRecord):
-            return messages
-        if not messages or messages[-1].role != "assistant":
-            return BadRecord("not_one_answer", origin, f"{name} does not end with an assistant message")
-        histories.append(messages[:-1])
-        texts.append(messages[-1].content)
-    prompt = prompt_before(answers.prompt, histories, origin)
-    return prompt if isinstance(prompt, BadRecord) else (prompt, texts)
+def _has_ranking(record: Fields) -> bool:
+    return any(isinstance(record.get(name), list) for name in LIST_FIELDS)
 
 
-def _checked(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
-    """The record, or the reason why its content cannot teach anything; shared by all layouts."""
-    prompt_texts = _prompt_texts(record)
+def _check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
+    """Return the record, or why nothing can be learned from it."""
+    prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
+    prompt_texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
     if not all(map(_is_valid_unicode, (*prompt_texts, *record.responses))):
-        return BadRecord("invalid_unicode", record.origin, "a text holds a lone surrogate")
+        return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
     empty = [str(rank) for rank, text in enumerate(record.responses, start=1) if not text.strip()]
     if empty:
         return BadRecord("empty_response", record.origin, f"rank {', '.join(empty)}")
-    if any(first.strip() == second.strip() for first, second in combinations(record.responses, 2)):
+    if any(one.strip() == other.strip() for one, other in itertools.combinations(record.responses, 2)):
         return BadRecord("identical_responses", record.origin)
     return record
-
-
-def _prompt_texts(record: PreferenceRecord) -> tuple[str, ...]:
-    if isinstance(record.prompt, str):
-        return (record.prompt,)
-    messages = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
-    return tuple(message.content for message in messages)
 
 
 def _is_valid_unicode(text: str) -> bool:
@@ -184,3 +166,21 @@ def _is_valid_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+# In the order of detection: a format whose records also match another one precedes it.
+FORMATS: dict[DataFormat, Format] = {
+    DataFormat.text: Format(_pair, (_PAIR,), read=read_text),
+    DataFormat.messages: Format(_pair, (_PAIR,), read=read_messages),
+    DataFormat.hh: Format(_pair, (_SIDES,), read=read_hh),
+    # A pair in any of these three.
+    DataFormat.auto: Format(_pair, matches=_has_pair),
+    DataFormat.ranked: Format(
+        ranked_content,
+        (("prompt", "responses", "scores"), ("instruction", "input", "output", "history", "system")),
+        matches=_has_ranking,
+    ),
+    DataFormat.completion: Format(
+        _completion, (("prompt", "completion"), ("messages",)), matches=_has_completion
+    ),
+}

@@ -45,7 +45,7 @@ def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     return replace(source, revision=commit)
 
 
-def hub_rows(source: SourceConfig) -> Iterator[Any]:
+def hub_records(source: SourceConfig) -> Iterator[Any]:
     """Rows of a hub dataset; what the hub's cache does not have yet is downloaded first.
 
     Raises:

@@ -32,7 +32,7 @@ class ComputeCosts:
 
 
 @dataclass(frozen=True)
-class PairSizes:
+class ExampleSizes:
     """What pairs take in packed batches, [pairs] each.
 
     Attributes:
@@ -47,15 +47,17 @@ class PairSizes:
     attended: Counts
     costs: Costs
 
-    def at(self, places: Counts) -> "PairSizes":
+    def at(self, places: Counts) -> "ExampleSizes":
         """Of the pairs that stand there."""
-        return PairSizes(self.tokens[places], self.targets[places], self.attended[places], self.costs[places])
+        return ExampleSizes(
+            self.tokens[places], self.targets[places], self.attended[places], self.costs[places]
+        )
 
 
-def pair_sizes(
+def example_sizes(
     prompt_tokens: Counts, response_tokens: Counts, responses: Counts, costs: ComputeCosts
-) -> PairSizes:
-    """The sizes of many pairs.
+) -> ExampleSizes:
+    """Return the sizes of many examples.
 
     Args:
         prompt_tokens: int64 [pairs].
@@ -71,10 +73,10 @@ def pair_sizes(
     targets = np.add.reduceat(response_tokens, firsts)
     # A token's attention to itself is part of what a token costs.
     keys = attended - tokens / 2
-    return PairSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)
+    return ExampleSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)
 
 
-def plan_micro_batches(sizes: PairSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
+def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """Spread the pairs of one global batch over micro-batches and ranks.
 
     As few micro-batches as hold the pairs; among these, ranks of one micro-batch, and of the whole step, get

@@ -1,40 +1,131 @@
-"""A record of many responses as training examples; whatever its scores tie is no preference."""
+"""Rankings: read a record's list of responses, and split it into training examples."""
 
 import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from dpo_dist.config.schema import Ranked
-from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data.conversations import instruction_messages, unread_keys
+from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord, RawContent
 
 Ranks = tuple[int, ...]
 
+LIST_FIELDS = ("responses", "completions", "output")
+_TEXTS = ("content", "text", "response")
+_SCORES = ("score", "fine-grained_score", "overall_score", "rating")
+
+
+def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
+    """Return a list of responses: best first as given, or sorted by the score inside each of them."""
+    name = next((name for name in LIST_FIELDS if record.get(name) is not None), None)
+    if name is None:
+        return BadRecord("missing_field", origin, "responses")
+    items = record[name]
+    if not isinstance(items, list):
+        return BadRecord("unknown_format", origin, f"{name} is not a list")
+    if len(items) < 2:
+        return BadRecord("no_ranking", origin, f"{len(items)} in {name}")
+    unread = unread_keys(*(item for item in items if isinstance(item, Mapping)))
+    if unread:
+        return BadRecord("unread_content", origin, f"a response has {', '.join(unread)}", unread)
+    try:
+        responses, scores = _sorted_responses(items, record.get("scores"))
+    except (TypeError, ValueError):
+        return BadRecord(
+            "invalid_scores", origin, "each response needs a finite score, and `scores` must not rise"
+        )
+    if any(response is None for response in responses):
+        return BadRecord("missing_field", origin, f"a response in {name}")
+    if scores is not None and scores[0] == scores[-1]:
+        return BadRecord("all_tied", origin, f"all scores are {scores[0]:g}")
+    has_prompt = record.get("prompt") is not None
+    prompt = record["prompt"] if has_prompt else instruction_messages(record)
+    by_rank = {f"rank {rank}": response for rank, response in enumerate(responses, start=1)}
+    return RawContent(prompt, by_rank, scores, has_context=not has_prompt and prompt is not None)
+
+
+def _sorted_responses(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
+    """Return the responses, best first, and their scores. Raises ValueError or TypeError for bad scores."""
+    own = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
+    if any(score is not None for score in own):
+        numbers = finite_scores(own)
+        order = sorted(range(len(items)), key=lambda index: -numbers[index])
+        return [_first(items[index], _TEXTS) for index in order], tuple(numbers[index] for index in order)
+    if scores is None:
+        return items, None
+    numbers = finite_scores(scores)
+    if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
+        raise ValueError("not one score for each response, best first")
+    return items, numbers
+
+
+def _own_score(response: Fields) -> Any:
+    """Return the score inside a response: the mean rating of its aspects if it has them, else one number.
+
+    UltraFeedback's `overall_score` is wrong for hundreds of responses (a rating of 1 became 10); the ratings
+    of the aspects are right (dataset card of argilla/ultrafeedback-binarized-preferences).
+    """
+    annotations = response.get("annotations")
+    aspects = annotations.values() if isinstance(annotations, Mapping) else ()
+    ratings = [aspect["Rating"] for aspect in aspects if isinstance(aspect, Mapping) and "Rating" in aspect]
+    if not ratings:
+        return _first(response, _SCORES)
+    given = finite_scores(rating for rating in ratings if rating not in (None, "N/A"))
+    return sum(given) / len(given) if given else math.nan
+
+
+def finite_scores(values: Iterable[Any]) -> tuple[float, ...]:
+    """Return the values as finite numbers. Raises TypeError or ValueError if one is not."""
+    if isinstance(values, str | Mapping):
+        raise TypeError("not a list")
+    numbers = tuple(map(_number, values))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a score is not finite")
+    return numbers
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError("a score is true or false")
+    try:
+        return float(value)
+    except OverflowError as fault:
+        raise ValueError("a score is too large") from fault
+
+
+def _first(fields: Fields, names: Iterable[str]) -> Any:
+    """Return the value of the first of `names` that has one."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
 
 def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ranks], int]:
-    """The examples that a record gives, each as places of its responses, best first.
+    """Return the training examples of a record, each as indices of its responses, best first.
 
-    A record of one or two responses is one example as it stands.
+    A record of one or two responses is one example.
 
     Args:
-        record: its scores, if it has more than two responses, do not rise and are not all equal.
-        ranked: `whole`: one ranking, of equal scores the first response only; `best_worst`: the first and the
-            last; `all_pairs`: every two whose scores are not equal.
+        record: if it has more than two responses, its scores do not rise and are not all equal.
+        ranked: `whole`: one ranking, with the first of responses with equal scores; `best_worst`: the first
+            and the last response; `all_pairs`: every two responses with different scores.
 
     Returns:
-        (examples, ties): at least one example, and how many responses (`whole`) or pairs (`all_pairs`) are
-        left out because of equal scores.
+        (examples, ties): at least one example, and the number of responses (`whole`) or pairs (`all_pairs`)
+        omitted because of equal scores.
     """
-    places = range(len(record.responses))
-    if len(places) <= 2:
-        return [tuple(places)], 0
+    indices = range(len(record.responses))
+    if len(indices) <= 2:
+        return [tuple(indices)], 0
     # Without scores the order itself is the ranking.
-    scores = record.scores or tuple(-float(place) for place in places)
+    scores = record.scores or tuple(-float(index) for index in indices)
     match ranked:
         case Ranked.whole:
-            distinct = tuple(place for place in places if place == 0 or scores[place] != scores[place - 1])
-            return [distinct], len(places) - len(distinct)
+            distinct = tuple(index for index in indices if index == 0 or scores[index] != scores[index - 1])
+            return [distinct], len(indices) - len(distinct)
         case Ranked.best_worst:
-            return [(0, places[-1])], 0
+            return [(0, indices[-1])], 0
         case Ranked.all_pairs:
-            pairs = list(itertools.combinations(places, 2))
+            pairs = list(itertools.combinations(indices, 2))
             untied: list[Ranks] = [
                 (better, worse) for better, worse in pairs if scores[better] != scores[worse]
             ]

@@ -24,7 +24,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BatchSampler:
     """The order of training: epochs follow each other without a gap, step s takes the next batch.
 
     World size, token budget and accumulation do not appear here, so they cannot change the order. Batches may
@@ -52,7 +52,7 @@ class Schedule:
         stop = min(start + self.global_batch_pairs, self.total_pairs)
         return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)])
 
-    def all_indices(self) -> Indices:
+    def visited_indices(self) -> Indices:
         """Every row that the run visits, once, in ascending order."""
         visited = np.zeros(max((span.stop for span in self.spans), default=0), dtype=np.bool_)
         for part in self._parts(0, self.total_pairs):
@@ -73,7 +73,7 @@ class Schedule:
             start += count
 
 
-def make_schedule(spans: Sequence[Span], config: TrainerConfig) -> Schedule:
+def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
     """The schedule of a run over `spans`, `config.epochs` long or `config.max_steps` if that is given.
 
     Raises:
@@ -92,7 +92,7 @@ def make_schedule(spans: Sequence[Span], config: TrainerConfig) -> Schedule:
     total = round(config.epochs * per_epoch)
     if config.max_steps is not None:
         total = config.max_steps * config.global_batch_pairs
-    return Schedule(tuple(spans), config.global_batch_pairs, config.seed, max(1, total))
+    return BatchSampler(tuple(spans), config.global_batch_pairs, config.seed, max(1, total))
 
 
 def _drawn(span: Span) -> int:

@@ -1,4 +1,4 @@
-"""From a source as configured to its rows: a file, a pattern, a folder, or a dataset on the hub."""
+"""Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub."""
 
 import difflib
 import itertools
@@ -8,38 +8,64 @@ from pathlib import Path
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import hub
-from dpo_dist.data.files import KINDS, check_kind, located, read_file
+from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
     globbed_files,
     is_glob,
     is_saved,
     root_of,
-    saved_rows,
+    saved_records,
     shards,
 )
-from dpo_dist.data.records import Located
+from dpo_dist.data.formats import parse_record
+from dpo_dist.data.records import BadRecord, PreferenceRecord, RawRecord
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
 
-def read_rows(source: SourceConfig) -> Iterator[Located]:
-    """Rows in the source's order, streamed except for a .json array; several files follow each other by path.
+def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadRecord]:
+    """Read the records of a source in its order: pairs, rankings or completions.
+
+    Args:
+        source: a string is its path: a local .jsonl, .json (an array), .csv or .parquet file (the first three
+            also as .gz or .zst), a pattern of files, a folder of shards, a folder saved by `datasets`, or a
+            dataset on the Hugging Face Hub.
 
     Returns:
-        Each row or why it is none, and its origin: the file (for a hub dataset its name) and the true 1-based
-        line for .jsonl and .csv (where the record starts), the record number elsewhere.
+        One item per record, streamed except for a .json array; several files follow each other by path. The
+        origin of a record is the file (for a Hub dataset its name), and its line in .jsonl and .csv or its
+        number elsewhere. Reasons of bad records: `unparsable`, `unknown_format`, `missing_field`,
+        `history_differs`, `not_one_answer`, `unread_content`, `no_ranking`, `all_tied`, `invalid_scores`,
+        `invalid_unicode`, `empty_prompt`, `empty_response`, `identical_responses`.
 
     Raises:
-        DataError: there is no such source, or it cannot be read.
-        ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
+        DataError: the source does not exist or cannot be read; raised by this call if it is known then.
+        ConfigError: `limit` is not positive, or `split` or another key has no effect on such a source.
     """
+    if isinstance(source, str):
+        source = SourceConfig(path=source)
+    if source.limit is not None and source.limit < 1:
+        raise ConfigError(
+            "the limit of a source is not positive",
+            where=f"limit of {source.path}",
+            got=str(source.limit),
+            expected="a positive number of records, or null for all",
+        )
+    raw = itertools.islice(_raw_records(source), source.limit)
+    return (
+        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
+        for record, origin in raw
+    )
+
+
+def _raw_records(source: SourceConfig) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
-        return located(hub.hub_rows(source), source.path)
+        return with_origins(hub.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
-        return located(saved_rows(local, source.split), source.path)
+        return with_origins(saved_records(local, source.split), source.path)
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path)
     return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
@@ -50,7 +76,7 @@ def check_source(source: SourceConfig) -> None:
 
     Raises:
         DataError: one of these.
-        ConfigError: as `read_rows`.
+        ConfigError: as `read_records`.
     """
     local = Path(source.path).expanduser()
     if not (local.is_dir() and is_saved(local)):

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.chat_template import FOREIGN_ENDS, any_of, has_foreign_marks, pin_clock, turn_tokens
 from dpo_dist.data.records import Message, Messages
-from dpo_dist.data.tokenizer_copies import continuing_twin, literal_twin
+from dpo_dist.data.tokenizer_copies import continuation_copy, literal_copy
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -216,11 +216,11 @@ class TokenizerFacts:
     def _twin(self) -> "PreTrainedTokenizerBase":
         """Reads spelt special tokens as text and knows them by aliases."""
         aliases = {token: _alias_of(token) for token in self._special_tokens}
-        return literal_twin(self.tokenizer, aliases, [_ANCHOR])
+        return literal_copy(self.tokenizer, aliases, [_ANCHOR])
 
     @cached_property
     def _continuing(self) -> "PreTrainedTokenizerBase":
-        return continuing_twin(self._twin)
+        return continuation_copy(self._twin)
 
     @cached_property
     def _real_ids(self) -> dict[int, int]:

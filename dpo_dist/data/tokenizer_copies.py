@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def literal_twin(
+def literal_copy(
     tokenizer: "PreTrainedTokenizerBase", aliases: dict[str, str], also: Collection[str] = ()
 ) -> "PreTrainedTokenizerBase":
     """A copy that reads spelt special tokens as text where it is asked to, and knows each by its alias.
@@ -34,7 +34,7 @@ def literal_twin(
     return twin
 
 
-def continuing_twin(twin: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+def continuation_copy(twin: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """A copy that puts no space before the first word of a text or before that after an added token."""
     if not twin.is_fast:
         return twin

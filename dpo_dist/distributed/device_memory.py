@@ -1,39 +1,48 @@
-"""Say which work exhausted the memory of a GPU, and what to lower."""
+"""Memory of the device: release it, measure its peak, and report which work exhausted it."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.errors import DeviceMemoryError
 
-_FEWER_BYTES = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
+_LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
 
 
-def policy_remedy(batch: PackedBatch | None = None) -> str:
-    """Return what to lower if the policy runs out of memory at `batch`, or in its optimizer step."""
-    if batch is None:
-        return "use more GPUs, or set parallelism=zero3_offload"
-    if len(batch.layout) == 1:
-        return f"lower data.max_length, as this is a single pair; {_FEWER_BYTES}"
-    return f"lower trainer.micro_batch_tokens, which does not change the result; {_FEWER_BYTES}"
+def return_memory() -> None:
+    """Release memory without references: the device's, and pinned memory of the host."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
+            torch.accelerator.empty_host_cache()
 
 
-def reference_remedy() -> str:
-    """Return what to lower if the reference runs out of memory."""
-    return "lower reference.micro_batch_tokens, or set reference.offload=cpu"
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this process: allocated GPU memory on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # noqa: PLC0415  (POSIX only)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def described(batch: PackedBatch) -> str:
-    """Return the size of a micro-batch in words."""
-    longest = max(sum(lengths) for lengths in batch.layout)
-    return f"{len(batch.input_ids)} tokens in {len(batch.layout)} pairs, the longest of {longest}"
+def reset_peak_memory(device: torch.device) -> None:
+    """Restart the measurement of `peak_memory_bytes`, where the operating system supports it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux only
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager
-def explained(work: str, remedy: str) -> Iterator[None]:
-    """Raise a `DeviceMemoryError` about `work` if it runs out of GPU memory."""
+def explain_out_of_memory(work: str, remedy: str) -> Iterator[None]:
+    """Raise a `DeviceMemoryError` that names `work` if GPU memory runs out inside the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -41,10 +50,30 @@ def explained(work: str, remedy: str) -> Iterator[None]:
 
 
 def out_of_memory(error: torch.OutOfMemoryError, work: str = "", remedy: str = "") -> DeviceMemoryError:
-    """Return `error` as one for the user."""
+    """Return PyTorch's error as an error for the user."""
     return DeviceMemoryError(
-        "a GPU has no memory left",
+        "GPU memory is exhausted",
         where=work,
         got=(str(error).splitlines() or [""])[0][:300],
-        remedy=remedy or f"lower trainer.micro_batch_tokens; {_FEWER_BYTES}",
+        remedy=remedy or f"lower trainer.micro_batch_tokens; {_LESS_MEMORY}",
     )
+
+
+def policy_remedy(batch: PackedBatch | None = None) -> str:
+    """Return the settings to change if the policy runs out of memory at `batch`, or in the optimizer step."""
+    if batch is None:
+        return "use more GPUs, or set parallelism=zero3_offload"
+    if len(batch.layout) == 1:
+        return f"lower data.max_length, as this micro-batch is a single pair; {_LESS_MEMORY}"
+    return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
+
+
+def reference_remedy() -> str:
+    """Return the settings to change if the reference model runs out of memory."""
+    return "lower reference.micro_batch_tokens, or set reference.offload=cpu"
+
+
+def describe_batch(batch: PackedBatch) -> str:
+    """Return the size of a micro-batch in words."""
+    longest = max(sum(lengths) for lengths in batch.layout)
+    return f"{len(batch.input_ids)} tokens in {len(batch.layout)} pairs, the longest of {longest}"

@@ -1,12 +1,6 @@
-"""ZeRO engines: DeepSpeed's configuration is built here and nowhere else.
-
-Every kind of parallelism is a ZeRO stage, so that one code path gives gradient norms, skipped steps, sharded
-checkpoints and bf16 with float32 master weights: `zero3` shards everything, `zero2` gradients and optimizer
-states, `ddp` optimizer states only (weights and gradients are whole on every rank).
-"""
+"""DeepSpeed ZeRO engines of the policy and of a sharded model that is only scored."""
 
 import contextlib
-import gc
 import math
 import shutil
 from collections.abc import Iterator
@@ -24,72 +18,23 @@ from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
 )
 
-from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.checkpoint_manifest import recorded_writes
-from dpo_dist.distributed.deepspeed_config import communication_sizes
-from dpo_dist.distributed.device_memory import described, explained, policy_remedy, reference_remedy
+from dpo_dist.distributed.deepspeed_config import policy_communication
+from dpo_dist.distributed.device_memory import (
+    describe_batch,
+    explain_out_of_memory,
+    policy_remedy,
+    reference_remedy,
+    return_memory,
+)
 from dpo_dist.distributed.gather_order import keep_gather_orders
 from dpo_dist.distributed.whole_weights import whole_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
-
-_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
-
-
-def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration of the policy."""
-    zero: dict[str, Any] = {"stage": _STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
-    if parallelism.kind is ParallelismKind.zero3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-        if parallelism.offload_parameters is not Offload.none:
-            zero["offload_param"] = _offload(parallelism.offload_parameters)
-    if parallelism.offload_optimizer is not Offload.none:
-        zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
-    return {
-        **_shared_config(zero, dtype),
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
-    zero: dict[str, Any] = {"stage": 3}
-    if offload is not Offload.none:
-        zero["offload_param"] = _offload(offload)
-    return _shared_config(zero, dtype)
-
-
-def on_nvme(deepspeed_config: dict[str, Any], folder: Path, largest_shard: int) -> dict[str, Any]:
-    """`frozen_config` of weights that are read from `folder` when they are needed.
-
-    DeepSpeed reads shards into a few buffers in host memory, and fails where one is larger than a buffer.
-
-    Args:
-        folder: for this process alone.
-        largest_shard: elements of the largest weight that one process holds.
-    """
-    zero = deepspeed_config["zero_optimization"]
-    offload = {**zero["offload_param"], "nvme_path": str(folder), "buffer_size": largest_shard}
-    return {**deepspeed_config, "zero_optimization": {**zero, "offload_param": offload}}
-
-
-def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype is Dtype.bf16},
-        "steps_per_print": 2**31,
-    }
-
-
-def _offload(target: Offload) -> dict[str, Any]:
-    return {"device": target.value, "pin_memory": torch.cuda.is_available()}
 
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
@@ -121,7 +66,7 @@ class FrozenEngine:
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """float32 [targets]; collective under ZeRO-3."""
-        with explained(f"scoring {described(batch)}", reference_remedy()):
+        with explain_out_of_memory(f"scoring {describe_batch(batch)}", reference_remedy()):
             logps: Tensor = self._engine(batch)
         return logps
 
@@ -149,15 +94,6 @@ class FrozenEngine:
         return_memory()
 
 
-def return_memory() -> None:
-    """Return memory that nothing refers to any more: the device's, and pinned memory of the host."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        if hasattr(torch.accelerator, "empty_host_cache"):  # not in every version
-            torch.accelerator.empty_host_cache()
-
-
 class PolicyEngine:
     """The trained model: forward, accumulated backward, and the optimizer step. Methods are collective."""
 
@@ -172,7 +108,7 @@ class PolicyEngine:
         )
         self._world = world
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero.update(communication_sizes(zero["stage"], model.causal_lm.config.hidden_size))
+        zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
         self._backwards, self._current = 0, ("", "")
@@ -206,15 +142,15 @@ class PolicyEngine:
         DeepSpeed averages gradients over ranks, so the sum over ranks needs the factor world size.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        with explained(*self._current):
+        with explain_out_of_memory(*self._current):
             self._engine.backward(loss * self._world.size)
         self._backwards = 0 if is_last else self._backwards + 1
 
     def _naming(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
         """Within it, and in the backward that follows, running out of GPU memory is reported with `batch`."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
-        self._current = f"{work}: {described(batch)}", policy_remedy(batch)
-        return explained(*self._current)
+        self._current = f"{work}: {describe_batch(batch)}", policy_remedy(batch)
+        return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip and update; returns the gradient norm before clipping, a scalar on the device.
@@ -223,7 +159,7 @@ class PolicyEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with explained("the optimizer's step", policy_remedy()):
+        with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
         norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
         return torch.as_tensor(norm, device=self._world.device)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_dist.config.schema import SyncReferenceConfig
+from dpo_dist.config.loss_kinds import SyncReferenceConfig
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +36,7 @@ from dpo_dist.distributed.peers import (
     nobody_answered,
     settle,
 )
+from dpo_dist.distributed.signals import raise_terminated
 from dpo_dist.errors import DpoDistError, ExitCode, disk_error
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class World:
         neighbours = Neighbours(self.peers, self.rank)  # before connecting, in which time one may die
         record = FailureRecord(self.size)
         monitor = Monitor(neighbours, self.rank, record, tell)
-        previous = signal.signal(signal.SIGTERM, _raise_terminated)
+        previous = signal.signal(signal.SIGTERM, raise_terminated)
         if self.size > 1:
             monitor.start()
         try:
@@ -271,14 +271,6 @@ def stop_world() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-class _Terminated(SystemExit):
-    """SIGTERM, as an exception."""
-
-
-def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated(128 + signal.SIGTERM)
 
 
 def _for_the_user(failure: BaseException) -> DpoDistError | None:

@@ -1,7 +1,6 @@
 """Choose the attention kernel of a run, and check it on the device before anything depends on it."""
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import Layout, packed_attention
+from dpo_dist.model.optional_packages import check_flash_attn
 
 # The variable-length kernels need Ampere's instructions, as bf16 does.
 _FIRST_CAPABILITY = (8, 0)
@@ -38,29 +38,18 @@ def heads_of(model_config: Any) -> Heads:
     return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim)
 
 
-def use_deterministic_kernels() -> None:
-    """Run only kernels that give the same bits again; an operation that has none raises an error.
-
-    To be called before the first matrix product on a GPU, when cuBLAS reads its workspace.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # Else PyTorch fills every new tensor with NaN first, which costs time and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
     """Return the backend that `wanted` means on `device`: for `auto` the fastest that computes in `dtype`.
 
     Raises:
         ConfigError: the backend cannot run here.
     """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
     on_cuda = device.type == "cuda"
     if wanted is AttentionBackend.auto:
         # The variable-length kernels compute in 16 bits.
         if not on_cuda or dtype is Dtype.fp32 or _capability(device) < _FIRST_CAPABILITY:
             return AttentionBackend.sdpa
+        has_flash = importlib.util.find_spec("flash_attn") is not None
         return AttentionBackend.flash_attention_2 if has_flash else AttentionBackend.varlen
     if wanted is AttentionBackend.sdpa:
         return wanted
@@ -72,12 +61,8 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             expected="auto or sdpa",
             remedy="set model.attention=auto",
         )
-    if wanted is AttentionBackend.flash_attention_2 and not has_flash:
-        raise ConfigError(
-            "flash-attn is not installed",
-            where="model.attention",
-            remedy="install the flash-attn extra, or set model.attention=auto",
-        )
+    if wanted is AttentionBackend.flash_attention_2:
+        check_flash_attn()
     return wanted
 
 

@@ -85,7 +85,7 @@ class PeakFlops:
 
 
 def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> StepFlops:
-    """Return the operations of a training step of a model, one of `EXACT_MODEL_TYPES`.
+    """Return the operations of a training step of a model, one of `model.supported.ARCHITECTURES`.
 
     With an adapter the weights of the model are frozen: their gradients are not counted, and the matrices of
     the adapter are. What DoRA does once per step and layer is not counted.

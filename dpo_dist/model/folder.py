@@ -1,17 +1,27 @@
-"""From `model.path` to a local folder of model files; imports no torch, so that mistakes are told at once."""
+"""Find the local folder of a model and its files; imports no torch, so that errors appear at once."""
 
 import difflib
+import json
+import re
 from pathlib import Path
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.files import ADAPTER_FILE, CONFIG_FILE, check_no_adapter, weight_files
 
+CONFIG_FILE = "config.json"
+_ADAPTER_FILE = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
-_NO_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_DISTRIBUTED_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+_ANY_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
 def model_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
-    """The local folder of a model: `path` itself, or the hub's snapshot of it, which may be downloaded.
+    """Return the local folder of a model: `path` itself, or its snapshot from the hub, downloaded if needed.
 
     Args:
         path: a folder or a hub name.
@@ -19,7 +29,7 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
         key: the configuration key to name in an error.
 
     Raises:
-        ConfigError: there is no such model, it holds no weights, or an adapter beside them.
+        ConfigError: the model does not exist, has no weights, or has an adapter beside them.
     """
     folder = local_model_folder(path, revision, key)
     if folder is None:
@@ -29,16 +39,16 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
 
 
 def description_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
-    """As `model_folder`, but weights of a model on the hub are not downloaded."""
+    """Return the same as `model_folder`, without downloading weights from the hub."""
     folder = local_model_folder(path, revision, key)
-    return _snapshot(path, revision, key, ignored=_NO_WEIGHTS) if folder is None else folder
+    return _snapshot(path, revision, key, ignored=_ANY_WEIGHTS) if folder is None else folder
 
 
 def local_model_folder(path: str, revision: str | None, key: str = "model.path") -> Path | None:
-    """`model_folder` of a local path; None for a name on the hub, which is not asked.
+    """Return the `model_folder` of a local path; None for a hub name, without asking the hub.
 
     Raises:
-        ConfigError: there is no such folder, or it is no model.
+        ConfigError: the folder does not exist, or is not a model.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -47,7 +57,7 @@ def local_model_folder(path: str, revision: str | None, key: str = "model.path")
                 "the model is a file",
                 where=key,
                 got=path,
-                expected="the folder that has config.json and the weights",
+                expected="the folder that contains config.json and the weights",
                 remedy=f"name its folder: {folder.parent}",
             )
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -65,15 +75,15 @@ def local_model_folder(path: str, revision: str | None, key: str = "model.path")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds a tokenizer's files."""
+    """Return whether a model folder contains the files of a tokenizer."""
     return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse a policy's folder without a tokenizer's files.
+    """Check that the policy's folder contains the files of a tokenizer.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: it does not.
     """
     if not has_tokenizer(folder):
         raise ConfigError(
@@ -85,16 +95,63 @@ def check_tokenizer_files(folder: Path) -> None:
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers loads from a model folder, and no other.
+
+    Transformers loads the file that `transformers_weights` of config.json names, otherwise the first of
+    model.safetensors, model.safetensors.index.json, pytorch_model.bin and pytorch_model.bin.index.json, with
+    all files that an index names. A folder of distributed shards is loaded as a whole.
+
+    Returns:
+        The files, an index before its shards; empty if the folder has no weights. A shard may be missing.
+
+    Raises:
+        ConfigError: config.json or an index cannot be read.
+    """
+    if any(_DISTRIBUTED_SHARD.fullmatch(file.name) for file in folder.glob("*.safetensors")):
+        return sorted(folder.glob("*.safetensors"))
+    named = read_model_json(folder / CONFIG_FILE).get("transformers_weights")
+    for name in _WEIGHT_FILES if named is None else (str(named),):
+        file = folder / name
+        if file.is_file():
+            return [file, *(_shards(file) if name.endswith(".index.json") else [])]
+    return []
+
+
+def read_model_json(file: Path) -> dict[str, object]:
+    """Return the object in a JSON file of a model folder.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            "a file of the model cannot be read", where=str(file), got="JSON that is not an object"
+        )
+    return content
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_model_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError("the index of the model's weights has no weight_map", where=str(index))
+    return [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
+
+
 def _check_files(folder: Path, key: str) -> None:
+    has_adapter = (folder / _ADAPTER_FILE).is_file()
     if not (folder / CONFIG_FILE).is_file():
-        is_adapter = (folder / ADAPTER_FILE).is_file()
         raise ConfigError(
             "the model folder has no config.json",
             where=key,
-            got=f"{folder}, an adapter" if is_adapter else str(folder),
+            got=f"{folder}, an adapter" if has_adapter else str(folder),
             expected="a transformers model: config.json, weights, tokenizer",
-            remedy="merge the adapter into its base and name the result"
-            if is_adapter
+            remedy="merge the adapter into its base model and name the result"
+            if has_adapter
             else "name the folder that save_pretrained wrote or that was downloaded from the hub",
         )
     if not weight_files(folder):
@@ -103,21 +160,28 @@ def _check_files(folder: Path, key: str) -> None:
             where=key,
             got=str(folder),
             expected="model.safetensors or pytorch_model.bin, or the index of one, beside config.json",
-            remedy="point the key at a complete model folder",
+            remedy=f"set {key} to a complete model folder",
         )
-    check_no_adapter(folder, key)
+    if has_adapter:
+        raise ConfigError(
+            "the model folder contains an adapter beside full weights",
+            where=key,
+            got=str(folder / _ADAPTER_FILE),
+            expected="full weights only: transformers would apply the adapter to them",
+            remedy="merge the adapter into the weights, or move its files to another folder",
+        )
 
 
 def _missing(folder: Path, key: str, path: str) -> ConfigError:
     names = [below.name for below in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, names, n=3)
     return ConfigError(
-        "there is no such model folder",
+        "this model folder does not exist",
         where=key,
         got=path,
         remedy=f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?"
         if near
-        else "check the path, relative to where you are; a model on the hub is named organisation/name",
+        else "check the path, relative to the working directory; a model on the hub is organisation/name",
     )
 
 
@@ -130,8 +194,8 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str] | No
     except (OSError, HFValidationError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            "there is no such model folder, and the hub did not give it",
+            "the model is neither a local folder nor a model found on the Hugging Face Hub",
             where=key,
             got=f"{path} ({reason})",
-            remedy="check the path or the hub name, and that the hub can be reached or is cached",
+            remedy="check the path or the hub name, and that the hub can be reached or the model is cached",
         ) from None

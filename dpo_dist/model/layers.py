@@ -10,26 +10,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.errors import ConfigError
-
-# What the tests hold to be exact with Liger's norms, rotary embedding and gated MLP.
-LIGER_MODEL_TYPES = frozenset(
-    {
-        "exaone4",
-        "gemma",
-        "gemma3_text",
-        "glm4",
-        "granite",
-        "llama",
-        "ministral",
-        "mistral",
-        "olmo2",
-        "olmo3",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-    }
-)
+from dpo_dist.model.optional_packages import check_liger_kernel
+from dpo_dist.model.supported import ARCHITECTURES
 
 
 def decoder_layers(causal_lm: nn.Module) -> list[nn.Module]:
@@ -95,26 +77,27 @@ def compile_layers(causal_lm: nn.Module) -> None:
 
 
 def check_liger(model_type: str, device: torch.device) -> None:
-    """Refuse Liger's kernels where they are not, cannot run, or are not known to be exact.
+    """Check that Liger's kernels can run on `device` and are exact for this architecture.
 
     Raises:
-        ConfigError: one of these.
+        ConfigError: they cannot, they are not, or liger-kernel is not installed.
     """
-    reason = None
+    architecture = ARCHITECTURES.get(model_type)
     if device.type != "cuda":
         reason = f"Liger's kernels run on CUDA only, and this is {device.type}"
-    elif importlib.util.find_spec("liger_kernel") is None:
-        reason = "liger-kernel is not installed; it comes with the liger extra"
-    elif model_type not in LIGER_MODEL_TYPES:
+    elif architecture is None or not architecture.is_exact_with_liger:
         reason = f"Liger's kernels are not known to be exact for {model_type}"
-    if reason is not None:
-        raise ConfigError(
-            "Liger's kernels cannot be used",
-            where="model.liger",
-            got=reason,
-            expected=f"CUDA, liger-kernel, and one of {', '.join(sorted(LIGER_MODEL_TYPES))}",
-            remedy="set model.liger=false",
-        )
+    else:
+        check_liger_kernel()
+        return
+    exact = sorted(name for name, known in ARCHITECTURES.items() if known.is_exact_with_liger)
+    raise ConfigError(
+        "Liger's kernels cannot be used",
+        where="model.liger",
+        got=reason,
+        expected=f"CUDA and one of {', '.join(exact)}",
+        remedy="set model.liger=false",
+    )
 
 
 def use_liger(causal_lm: nn.Module) -> None:

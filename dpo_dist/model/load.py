@@ -1,12 +1,10 @@
 """From a model folder or hub name to a packed model and its tokenizer."""
 
-import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -17,11 +15,10 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
-from dpo_dist.model.files import weight_files
-from dpo_dist.model.folder import check_tokenizer_files
+from dpo_dist.model.folder import check_tokenizer_files, weight_files
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
-from dpo_dist.model.quantize import keep_trainable, quantization_profile, quantized_loading
+from dpo_dist.model.quantize import keep_trainable, quantized_loading
 from dpo_dist.model.supported import check_no_remote_model, check_supported
 
 log = logging.getLogger(__name__)
@@ -235,33 +232,3 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.device) -> dict[str, str]:
-    """What besides weights and ids decides a log-prob's digits; part of the key of stored values (law L3)."""
-    profile = {
-        "dtype": config.dtype.value,
-        "attention": backend.value,
-        "device": device.type,
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
-        "transformers": transformers.__version__,
-    }
-    if backend is AttentionBackend.flash_attention_2:
-        profile["flash_attn"] = importlib.metadata.version("flash-attn")
-    if torch.are_deterministic_algorithms_enabled():
-        profile["deterministic"] = "true"
-    if config.quantization is not None:
-        profile["quantization"] = quantization_profile(config.quantization)
-    if config.compile:
-        profile["compile"] = "inductor"
-    if config.liger:
-        profile["liger"] = importlib.metadata.version("liger-kernel")
-    if device.type == "cuda":
-        matmul = torch.backends.cuda.matmul
-        profile["gpu"] = torch.cuda.get_device_name(device)
-        profile["cuda"] = str(torch.version.cuda)
-        profile["bf16_reduction"] = str(matmul.allow_bf16_reduced_precision_reduction)
-    if device.type == "cpu":
-        profile["cpu"] = torch.backends.cpu.get_cpu_capability()
-    return profile

@@ -1,4 +1,4 @@
-"""Optional packages that a configuration asks for; imports no torch."""
+"""Check that the optional packages of a configuration are installed; imports no torch."""
 
 import importlib.util
 
@@ -7,30 +7,37 @@ from dpo_dist.errors import ConfigError
 
 
 def check_bitsandbytes(quantization: Quantization, key: str) -> None:
-    """Raise where weights cannot be quantized.
+    """Check that bitsandbytes, which quantizes weights, is installed.
 
     Raises:
-        ConfigError: bitsandbytes, which `key` asks for, is not installed.
+        ConfigError: it is not; the error names `key`.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "bitsandbytes is not installed",
-            where=key,
-            got=quantization,
-            remedy=f"install dpo-dist[quantization], or set {key}=null",
-        )
+    _check_installed("bitsandbytes", "quantization", key, quantization, instead="null")
 
 
 def check_liger_kernel() -> None:
-    """Raise where `model.liger` asks for a package that is not there.
+    """Check that liger-kernel is installed.
 
     Raises:
-        ConfigError: liger-kernel is not installed.
+        ConfigError: it is not.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
+    _check_installed("liger-kernel", "liger", "model.liger", "true", instead="false")
+
+
+def check_flash_attn() -> None:
+    """Check that flash-attn is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    _check_installed("flash-attn", "flash-attn", "model.attention", "flash_attention_2", instead="auto")
+
+
+def _check_installed(package: str, extra: str, key: str, value: str, instead: str) -> None:
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ConfigError(
-            "liger-kernel is not installed",
-            where="model.liger",
-            got="true",
-            remedy="install dpo-dist[liger], or set model.liger=false",
+            f"{package} is not installed",
+            where=key,
+            got=value,
+            remedy=f"install dpo-dist[{extra}], or set {key}={instead}",
         )

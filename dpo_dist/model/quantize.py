@@ -1,6 +1,5 @@
 """Weights in 8 or 4 bits under an adapter (QLoRA, arXiv:2305.14314), by the optional bitsandbytes."""
 
-import importlib.metadata
 from typing import Any
 
 import torch
@@ -36,11 +35,6 @@ def quantized_loading(
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def quantization_profile(quantization: Quantization) -> str:
-    """What of it decides a log-prob's digits."""
-    return f"{quantization} by bitsandbytes {importlib.metadata.version('bitsandbytes')}"
 
 
 def keep_trainable(causal_lm: nn.Module) -> None:

@@ -1,50 +1,62 @@
 """Which architectures the packed forward gives the exact log-probs of."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import sliding_window_error
 
-# What the tests hold to be exact. Others may mix tokens outside of attention (Mamba, Qwen3-Next), never call
-# the registered attention (Bloom), or go on after the output layer: their numbers would be silently wrong.
-EXACT_MODEL_TYPES = frozenset(
-    {
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "starcoder2",
-    }
-)
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts about an architecture for which the packed forward is exact.
+
+    Attributes:
+        is_exact_with_liger: also with Liger's norms, rotary embedding and gated MLP
+            (tests/gpu/test_layers_gpu.py).
+        has_learned_positions: each position has a learned embedding, so the number of positions is limited.
+    """
+
+    is_exact_with_liger: bool = False
+    has_learned_positions: bool = False
+
+
+# By `model_type`. tests/unit/model/test_architectures.py shows each to be exact. Other architectures may mix
+# tokens outside of attention (Mamba, Qwen3-Next), never call the registered attention (Bloom), or compute
+# more after the output layer: their log-probs would be wrong without any error.
+ARCHITECTURES = {
+    "ernie4_5": Architecture(),
+    "exaone4": Architecture(is_exact_with_liger=True),
+    "gemma": Architecture(is_exact_with_liger=True),
+    "gemma3_text": Architecture(is_exact_with_liger=True),
+    "glm": Architecture(),
+    "glm4": Architecture(is_exact_with_liger=True),
+    "gpt2": Architecture(has_learned_positions=True),
+    "gpt_neox": Architecture(),
+    "granite": Architecture(is_exact_with_liger=True),
+    "llama": Architecture(is_exact_with_liger=True),
+    "ministral": Architecture(is_exact_with_liger=True),
+    "ministral3": Architecture(),
+    "mistral": Architecture(is_exact_with_liger=True),
+    "mixtral": Architecture(),
+    "olmo": Architecture(),
+    "olmo2": Architecture(is_exact_with_liger=True),
+    "olmo3": Architecture(is_exact_with_liger=True),
+    "olmoe": Architecture(),
+    "opt": Architecture(has_learned_positions=True),
+    "phi": Architecture(),
+    "phi3": Architecture(is_exact_with_liger=True),
+    "qwen2": Architecture(is_exact_with_liger=True),
+    "qwen2_moe": Architecture(),
+    "qwen3": Architecture(is_exact_with_liger=True),
+    "qwen3_moe": Architecture(),
+    "seed_oss": Architecture(),
+    "smollm3": Architecture(is_exact_with_liger=True),
+    "starcoder2": Architecture(),
+}
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
-
-# Both have an embedding for each position, and no position after the last of these.
-_LEARNED_POSITIONS = frozenset({"gpt2", "opt"})
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
@@ -55,17 +67,17 @@ def check_supported(model_config: Any, max_length: int) -> None:
         max_length: the longest prompt plus response, in tokens. All of them but the last are laid out.
 
     Raises:
-        ConfigError: the architecture is not one of `EXACT_MODEL_TYPES`, changes its logits after the output
+        ConfigError: the architecture is not one of `ARCHITECTURES`, changes its logits after the output
             layer, is not causal, or is exact for shorter sequences only.
     """
     _check_logits_unchanged(model_config)
-    if model_config.model_type not in EXACT_MODEL_TYPES:
+    if model_config.model_type not in ARCHITECTURES:
         raise ConfigError(
             "the packed forward is not known to give this architecture's log-probs",
             where="model.path",
             got=model_config.model_type,
-            expected=", ".join(sorted(EXACT_MODEL_TYPES)),
-            remedy="choose a model of these; to add one, see EXACT_MODEL_TYPES in "
+            expected=", ".join(sorted(ARCHITECTURES)),
+            remedy="choose a model of these; to add one, see ARCHITECTURES in "
             "dpo_dist/model/supported.py and show it exact in tests/unit/model/test_architectures.py",
         )
     _check_causal(model_config)
@@ -147,7 +159,7 @@ def _check_fixed_rotation(model_config: Any, max_length: int) -> None:
 
 
 def _check_positions(model_config: Any, max_length: int) -> None:
-    if model_config.model_type not in _LEARNED_POSITIONS:
+    if not ARCHITECTURES[model_config.model_type].has_learned_positions:
         return
     positions = model_config.max_position_embeddings
     if max_length - 1 > positions:

@@ -1,1 +1,1 @@
-"""What is optimised and reported: pure tensor functions, no I/O and no collective calls."""
+"""Losses, log-probs and metrics: pure tensor functions without I/O and collective calls."""

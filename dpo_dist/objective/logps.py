@@ -1,4 +1,4 @@
-"""From hidden states to log-probs: per token without a [tokens, vocab] tensor, summed per response."""
+"""Log-probs of tokens from hidden states, without a [tokens, vocab] tensor, and their sums per response."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of float32 logits at a time: what stays in a CPU's caches, what fills a GPU's matrix units.
+# Float32 logits computed at a time: they fit in a CPU's caches, and fill a GPU's matrix units.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-# Of the output layer's weight, converted to float32 at a time on a CPU.
+# Rows of the output layer's weight converted to float32 at a time, on a CPU.
 _BLOCK_ROWS = 2048
-# Of probabilities that backward finds ready. More is faster by up to a quarter of the head's time.
+# Probabilities kept for backward. More saves up to a quarter of the head's time.
 _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 
 
@@ -20,18 +20,18 @@ _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 class PairLogps:
     """Log-probs of pairs, or of rankings, summed over completion tokens.
 
-    `sum_by_response` makes float64 of them: a log-ratio is a small difference of large sums. Any floating
-    dtype is accepted by the losses, which compute in it.
+    `sum_by_response` returns float64, because a log-ratio is a small difference of large sums. The losses
+    accept any floating dtype and compute in it.
 
     Attributes:
         chosen: [pairs], sum of log p(token) over the best response, end-of-turn token included.
-        rejected: [pairs], the same for the worst response; 0 where there is none.
+        rejected: [pairs], the same for the worst response; 0 for a pair of one response.
         chosen_tokens: [pairs], number of completion tokens of the chosen response.
-        rejected_tokens: [pairs], the same for the rejected response; 0 where there is none.
-        between: [pairs, n], of the responses ranked between these, best first; None: there are none.
-        between_tokens: [pairs, n], the same; 0 where a ranking has fewer than n.
-        whole_chosen: [pairs], `chosen` with every token counted once, where `ld_alpha` has changed the sums
-            above; None: `chosen` is that sum.
+        rejected_tokens: [pairs], the same for the rejected response; 0 for a pair of one response.
+        between: [pairs, n], sums of the responses ranked between these, best first; None for plain pairs.
+        between_tokens: [pairs, n], their numbers of tokens; 0 after the end of a shorter ranking.
+        whole_chosen: [pairs], sum over the best response with weight 1 for every token, if the sums above
+            are weighted by `ld_alpha`; else None.
     """
 
     chosen: Tensor
@@ -49,19 +49,19 @@ class PairLogps:
 
     @property
     def mean_rejected(self) -> Tensor:
-        """[pairs], mean over the tokens of the rejected response; 0 where there is none."""
+        """[pairs], mean over the tokens of the rejected response; 0 for a pair of one response."""
         return self.rejected / self.rejected_tokens.clamp(min=1)
 
     def minus(self, reference: "PairLogps") -> "PairLogps":
-        """Log-ratios of the same responses; nan where the reference counts no tokens of a ranked response.
+        """Return log-ratios of the same responses; nan for a ranked response that the reference lacks.
 
         Raises:
-            ValueError: the reference has other numbers of pairs or of ranked responses.
+            ValueError: the reference has another number of pairs or of ranked responses.
         """
         if (self._shape, reference._shape) != (self._shape, self._shape):
             raise ValueError(
-                f"the reference's log-probs are not of the policy's responses: [pairs, responses] "
-                f"{list(reference._shape)}, expected {list(self._shape)}"
+                f"policy and reference log-probs have different [pairs, responses]: "
+                f"{list(self._shape)} and {list(reference._shape)}"
             )
         return replace(
             self,
@@ -79,13 +79,13 @@ class PairLogps:
         if self.between is None or reference.between is None:
             return None
         if self.between_tokens is None or reference.between_tokens is None:
-            raise ValueError("log-probs of ranked responses without their numbers of tokens")
-        # Not raised: for it the host would wait for the device.
+            raise ValueError("between_tokens is missing: ranked responses need their numbers of tokens")
+        # No error is raised here: the host would have to wait for the device.
         is_missing = (reference.between_tokens == 0) & (self.between_tokens > 0)
         return (self.between - reference.between).masked_fill(is_missing, torch.nan)
 
     def detached(self) -> "PairLogps":
-        """The same without a graph."""
+        """Return the same values without an autograd graph."""
         return replace(self, **{n: v.detach() for n, v in vars(self).items() if isinstance(v, Tensor)})
 
 
@@ -95,14 +95,14 @@ def sum_by_response(
     ranking: Tensor | None = None,
     token_weights: Tensor | None = None,
 ) -> PairLogps:
-    """Sum per-token log-probs to pairs, in float64.
+    """Sum per-token log-probs by response, in float64, and group the sums by pair.
 
     Args:
         token_logps: float32 [targets], response after response of the first pair, of the second, and so on.
         response_tokens: int64 [responses], completion tokens of each response in that order.
-        ranking: int64 [pairs, 2 + n], places in `response_tokens` of each pair's best response, its worst,
-            and those between them; -1 where there is none. None: every pair has two responses, best first.
-        token_weights: float32 [targets], by which log-probs are multiplied (`desensitised_weights`); None: 1.
+        ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
+            and those between them; -1 for none. None: every pair has two responses, best first.
+        token_weights: float32 [targets], factors of the log-probs (`desensitised_weights`); None: all 1.
     """
     tokens = _by_pair(response_tokens.double(), ranking)
     whole = _by_pair(_response_sums(token_logps.double(), response_tokens), ranking)
@@ -110,34 +110,28 @@ def sum_by_response(
     if token_weights is not None:
         weighted = token_logps.double() * token_weights.double()
         sums = _by_pair(_response_sums(weighted, response_tokens), ranking)
-    has_between = sums.shape[1] > 2
-    return PairLogps(
-        sums[:, 0],
-        sums[:, 1],
-        tokens[:, 0],
-        tokens[:, 1],
-        sums[:, 2:] if has_between else None,
-        tokens[:, 2:] if has_between else None,
-        None if token_weights is None else whole[:, 0],
-    )
+    pairs = PairLogps(sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1])
+    if sums.shape[1] > 2:
+        pairs = replace(pairs, between=sums[:, 2:], between_tokens=tokens[:, 2:])
+    return pairs if token_weights is None else replace(pairs, whole_chosen=whole[:, 0])
 
 
 def _response_sums(values: Tensor, response_tokens: Tensor) -> Tensor:
-    # unsafe: that the lengths fit is known; to check it, the host would wait for the device.
+    # unsafe: skips the check of the lengths, for which the host would wait for the device.
     return torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True)
 
 
 def _by_pair(values: Tensor, ranking: Tensor | None) -> Tensor:
-    """[responses] to [pairs, 2 + n]; -1 finds the zero that is appended."""
+    """Return [pairs, 2 + n] of [responses]; index -1 selects the appended zero."""
     return values.view(-1, 2) if ranking is None else torch.cat((values, values.new_zeros(1)))[ranking]
 
 
 def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:
-    """Weights of tokens for length-desensitised losses (arXiv 2409.06411).
+    """Return the weights of tokens for length-desensitised losses (arXiv 2409.06411).
 
     Args:
         pair_tokens: completion tokens of each pair's responses.
-        ld_alpha: weight of the tokens of a response past the length of its pair's shortest one.
+        ld_alpha: weight of a response's tokens beyond the length of its pair's shortest response.
 
     Returns:
         float32 [targets], 1 or `ld_alpha`, response after response.
@@ -152,25 +146,25 @@ def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) 
 
 @torch.no_grad()
 def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor], PairLogps]) -> Tensor:
-    """How much each pair is like what the policy itself would write (WPO, arXiv 2406.11827, equation 2).
+    """Return each pair's weight by its likelihood under the policy (WPO, arXiv 2406.11827, equation 2).
 
     Args:
         token_logps: float32 [targets], of the policy.
         collisions: float32 [targets], log of the sum of p(v)^2 over the vocabulary at each target.
-        sums: adds values of targets up to pairs (`sum_by_response`).
+        sums: sums values of targets by response (`sum_by_response`).
 
     Returns:
-        float64 [pairs], product over both responses of exp(mean over tokens of their difference).
+        float64 [pairs], product over both responses of exp(mean over tokens of `token_logps - collisions`).
     """
     typicality = sums(token_logps - collisions)
     return torch.exp(typicality.mean_chosen + typicality.mean_rejected)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Log-prob of each target under softmax(hidden @ weight.T + bias), chunk by chunk.
+    """Return the log-prob of each target under softmax(hidden @ weight.T + bias), computed in chunks.
 
-    Logits exist for one chunk of positions at a time; backward keeps the probabilities of the last few chunks
-    and computes the others again. Logits and softmax are float32.
+    Logits exist for one chunk of positions at a time. Backward keeps the probabilities of the last few chunks
+    and recomputes the others. Logits and softmax are float32.
 
     Args:
         hidden: [targets, hidden_size], the state that predicts each target.
@@ -181,29 +175,24 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     Returns:
         float32 [targets].
     """
-    logps, _ = _walk_chunks(hidden, weight, bias, targets, with_collisions=False)
+    logps, _ = token_logps_and_collisions(hidden, weight, bias, targets, with_collisions=False)
     return logps
 
 
 def token_logps_and_collisions(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, with_collisions: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`token_logps`, and without a graph the log of the sum of p(v)^2 over the vocabulary at each target: the
-    log-probability that two tokens drawn there are the same. Both float32 [targets].
+    """Return `token_logps` and collision log-probs, both float32 [targets].
+
+    A collision log-prob is the log of the sum of p(v)^2 over the vocabulary: the log-probability that two
+    tokens drawn at that position are equal. It has no graph; without `with_collisions` it is empty.
     """
-    return _walk_chunks(hidden, weight, bias, targets, with_collisions=True)
-
-
-def _walk_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_collisions: bool
-) -> tuple[Tensor, Tensor]:
-    kept = (
-        _KEPT_BYTES[weight.device.type] // _CHUNK_BYTES[weight.device.type] if torch.is_grad_enabled() else 0
+    device = weight.device.type
+    kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
+    logps, collisions = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, kept_chunks, with_collisions
     )
-    walked: tuple[Tensor, Tensor] = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, kept, with_collisions
-    )
-    return walked
+    return logps, collisions
 
 
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
@@ -212,27 +201,27 @@ def _chunks(positions: int, weight: Tensor) -> list[slice]:
 
 
 def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 probabilities [n, vocab] and the log-prob of each target [n].
+    """Return float32 probabilities [n, vocab] and the log-prob of each target [n].
 
-    The largest probability is at least 1 / vocab, so its logarithm gives the normalizer without another pass
-    of exponentials.
+    The largest probability is at least 1 / vocab, so its logarithm gives the normalizer without a second
+    pass of exponentials.
     """
     logits = _logits(hidden, weight)
     if bias is not None:
         logits += bias
     probabilities = torch.softmax(logits, dim=-1)
-    largest, where = logits.max(dim=-1, keepdim=True)
-    normalizers = largest - probabilities.gather(1, where).log()
+    largest, index = logits.max(dim=-1, keepdim=True)
+    normalizers = largest - probabilities.gather(1, index).log()
     return probabilities, (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T in float32 [n, vocab]: rounded to bf16, logits are off by hundredths of a nat."""
+    """Return hidden @ weight.T as float32 [n, vocab]: in bf16, logits are wrong by hundredths of a nat."""
     if hidden.dtype == torch.float32:
         return hidden @ weight.T
     if hidden.device.type == "cuda":
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    # CPUs have no such product. Of the weight a block is converted at a time, which stays in the caches.
+    # PyTorch has no such product on CPUs. One block of the weight is converted at a time, to fit in caches.
     logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
     wide = hidden.float()
     for start in range(0, len(weight), _BLOCK_ROWS):
@@ -242,7 +231,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):
-    """d logp / d logits = onehot(target) - softmax, so backward needs the softmax of one chunk at a time."""
+    """Chunked head. d logp / d logits = onehot(target) - softmax, so backward needs one chunk's softmax."""
 
     @staticmethod
     def forward(
@@ -276,7 +265,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for chunk in reversed(_chunks(len(targets), weight)):  # the kept ones first, to be freed
+        for chunk in reversed(_chunks(len(targets), weight)):  # kept chunks first, to free them
             probabilities = ctx.kept.pop(chunk.start, None)
             if probabilities is None:
                 probabilities, _ = _softmax(hidden[chunk], weight, bias, targets[chunk])
@@ -301,7 +290,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
 
 
 def _add_outer(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """Add grad_logits.T @ hidden to the float32 `total`, which many chunks would else round as many times."""
+    """Add grad_logits.T @ hidden to `total`, which is float32: in bf16 every chunk would round it again."""
     if hidden.dtype == total.dtype:
         total.addmm_(grad_logits.T, hidden)
     elif hidden.device.type == "cuda":

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_dist.config.schema import (
-    REFERENCE_FREE_KINDS,
-    BcoDelta,
-    Divergence,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-)
+from dpo_dist.config.loss_kinds import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.running_stats import RunningMeans
 
 _LARGEST_EXPONENT = 80.0  # exp(89) is no float32
 _LARGEST_ROOT = 1e19  # the square of more is no float32
 _LARGEST_MEAN_LOGP = -1e-6  # of a response; above it the odds of orpo are infinite in float32
-_EXO_SMOOTHING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ def preference_loss(
     total = torch.zeros_like(policy.chosen)
     for term in loss_terms(config):
         loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)
-        if facts.pair_weights is not None and term.kind is not LossKind.sft:
+        if facts.pair_weights is not None and "weighting" in KINDS[term.kind].options:
             loss = loss * facts.pair_weights
         total = total + loss
     return total
@@ -90,7 +82,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch for each kind, noth
     kind: LossKind, policy: PairLogps, reference: PairLogps | None, config: LossConfig, facts: BatchFacts
 ) -> Tensor:
     if reference is None:
-        if kind not in REFERENCE_FREE_KINDS:
+        if KINDS[kind].needs_reference:
             raise ValueError(f"loss kind {kind} needs reference log-probs; pass them or set reference_free")
         reference = policy  # does not occur in these kinds
     beta, smoothing, ratios = config.beta, _smoothing(kind, config), policy.minus(reference)
@@ -222,9 +214,7 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
 
 
 def _smoothing(kind: LossKind, config: LossConfig) -> float:
-    if config.label_smoothing is not None:
-        return config.label_smoothing
-    return _EXO_SMOOTHING if kind is LossKind.exo_pair else 0.0
+    return KINDS[kind].smoothing if config.label_smoothing is None else config.label_smoothing
 
 
 def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
@@ -287,13 +277,10 @@ class Rewards:
     rejected: Tensor
 
 
-_LENGTH_AVERAGED = frozenset({LossKind.simpo, LossKind.orpo, LossKind.sft})
-
-
 @torch.no_grad()
 def implicit_rewards(policy: PairLogps, reference: PairLogps | None, config: LossConfig) -> Rewards:
     """`b (p - r)`; without a reference `b p`, length-averaged where the kind is (DPO paper, equation 5)."""
     ratios = log_ratios(policy, reference, config)
-    if ratios is policy and config.kinds[0] in _LENGTH_AVERAGED:
+    if ratios is policy and KINDS[config.kinds[0]].length_averaged:
         return Rewards(config.beta * policy.mean_chosen, config.beta * policy.mean_rejected)
     return Rewards(config.beta * ratios.chosen, config.beta * ratios.rejected)

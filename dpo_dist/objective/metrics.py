@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import BcoDelta, LossConfig, LossKind
+from dpo_dist.config.loss_kinds import BcoDelta, LossConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import implicit_rewards, log_ratios, scaled_margin
 
@@ -29,7 +29,7 @@ BATCH_REWARD = "loss/reward"
 def metric_names(config: LossConfig) -> tuple[str, ...]:
     """Return the names of the metrics of this loss, in the order of their sums."""
     names = _ONE_SIDED_METRICS if config.is_one_sided else PAIR_METRICS
-    margin = (BATCH_MARGIN,) if LossKind.beta_dpo in config.kinds else ()
+    margin = (BATCH_MARGIN,) if config.uses("beta_momentum") else ()
     reward = (BATCH_REWARD,) if config.bco_delta is BcoDelta.running_mean else ()
     return (*names, *margin, *reward)
 
@@ -124,7 +124,7 @@ def metric_sums(
         "logps/rejected": policy.rejected.detach(),
     }
     ratios = log_ratios(policy, reference, config)
-    if LossKind.beta_dpo in config.kinds:
+    if config.uses("beta_momentum"):
         measured[BATCH_MARGIN] = scaled_margin(ratios, config)
     if config.bco_delta is BcoDelta.running_mean:
         measured[BATCH_REWARD] = config.beta * (ratios.chosen + ratios.rejected) / 2

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from dpo_dist.config.schema import LossConfig
+from dpo_dist.config.loss_kinds import LossConfig
 
 _Margin = TypeVar("_Margin", float, Tensor)
 

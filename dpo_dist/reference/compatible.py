@@ -9,36 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
+from dpo_dist.model.numerics import TOLERABLE_FIELDS
 from dpo_dist.reference.fill import first_of_each, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore, list_stored
 
-TOLERATED = frozenset(
-    {
-        "attention",
-        "compile",
-        "cpu",
-        "cuda",
-        "deterministic",
-        "device",
-        "flash_attn",
-        "gpu",
-        "liger",
-        "torch",
-        "transformers",
-    }
-)
-"""The parts of a numerics profile that kin may differ in: the same numbers rounded in another order. All
-others (dtype, float32 matmul precision, ...) decide how precise a value is."""
-
 Profile = dict[str, str]
 
-Visited = Sequence[tuple[PairDataset, Indices]]
+Visited = Sequence[tuple[PreferenceDataset, Indices]]
 
 
 def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
@@ -46,8 +29,8 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
 
     Args:
         profile: of this rank.
-        is_tolerant: whether ranks may differ in `TOLERATED`. Their profile then names all that there are, as
-            whoever reads a value does not know which rank computed it.
+        is_tolerant: whether ranks may differ in `TOLERABLE_FIELDS`. Their profile then names all values, as
+            the rank that computed a stored log-prob is not known when it is read.
 
     Raises:
         ReferenceModelError: ranks differ, and may not.
@@ -56,14 +39,14 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
     names = sorted({name for each in profiles for name in each})
     found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
     differing = {name: values for name, values in found.items() if len(values) > 1}
-    if differing and not (is_tolerant and TOLERATED.issuperset(differing)):
+    if differing and not (is_tolerant and TOLERABLE_FIELDS.issuperset(differing)):
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
             where=f"ranks of {world.size}",
             got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in differing),
             expected="one numerics profile on all ranks: stored log-probs are addressed by it",
             remedy="run on nodes of one kind with one installation"
-            + ("; or set reference.numerics=tolerant" if TOLERATED.issuperset(differing) else ""),
+            + ("; or set reference.numerics=tolerant" if TOLERABLE_FIELDS.issuperset(differing) else ""),
         )
     return {name: " or ".join(values) for name, values in found.items()}
 
@@ -93,7 +76,7 @@ def find_compatible(root: Path, space: ReferenceFingerprint) -> list[ReferenceFi
         for other in others
         if other.reference == space.reference
         and other != space
-        and TOLERATED.issuperset(_differing(space, other))
+        and TOLERABLE_FIELDS.issuperset(_differing(space, other))
     ]
     return sorted(kin, key=lambda other: (len(_differing(space, other)), other.name))
 
@@ -148,7 +131,7 @@ def count_reused(store: LogpStore, visited: Visited) -> Served:
     counts = np.zeros(len(store.spaces), dtype=np.int64)
     audited = None
     for number, (dataset, rows) in enumerate(visited):
-        places = dataset.response_places(rows)
+        places = dataset.response_indices(rows)
         servers = store.sources(dataset.keys[places])
         counts += np.bincount(servers[first_of_each(dataset.keys[places])], minlength=len(counts))
         of_kin = np.unique(np.repeat(rows, dataset.response_counts(rows))[servers > 0])

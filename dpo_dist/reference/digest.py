@@ -13,7 +13,7 @@ from pathlib import Path
 from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, ReferenceModelError
-from dpo_dist.model.files import CONFIG_FILE, read_model_json, weight_files
+from dpo_dist.model.folder import CONFIG_FILE, read_model_json, weight_files
 from dpo_dist.reference.fingerprint import MEMO_FOLDER
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -11,15 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.deepspeed_config import fetching_layers_ahead
-from dpo_dist.distributed.engine import (
-    FrozenEngine,
-    frozen_config,
-    on_nvme,
-    return_memory,
-    sharded_loading,
-    whole_loading,
-)
+from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch, with_nvme
+from dpo_dist.distributed.device_memory import return_memory
+from dpo_dist.distributed.engine import FrozenEngine, sharded_loading, whole_loading
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
@@ -101,11 +95,11 @@ def _load_sharded(folder: Path, model_config: ModelConfig, config: RunConfig, wo
     if placement.nvme_path is not None:
         own = own_folder(placement.nvme_path, world)
         largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-        deepspeed_config = on_nvme(deepspeed_config, own, largest_shard)
+        deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
     hidden_size = model.causal_lm.config.hidden_size
-    return FrozenEngine(model, fetching_layers_ahead(deepspeed_config, hidden_size), own)
+    return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
 
 
 def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:

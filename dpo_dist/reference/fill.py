@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.atomic import collect_abandoned
-from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
@@ -72,11 +72,11 @@ class FillReport:
         }
 
 
-def missing_responses(store: LogpStore, dataset: PairDataset, rows: Indices) -> tuple[Places, int]:
+def missing_responses(store: LogpStore, dataset: PreferenceDataset, rows: Indices) -> tuple[Places, int]:
     """Places in `dataset.keys` of the distinct responses of `rows` that have no valid stored row, and how
     many have one.
     """
-    places = dataset.response_places(rows)
+    places = dataset.response_indices(rows)
     distinct = places[first_of_each(dataset.keys[places])]
     held = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~held]), int(held.sum())
@@ -92,7 +92,7 @@ def first_of_each(keys: Keys) -> Places:
 
 def fill_store(
     open_store: OpenStore,
-    dataset: PairDataset,
+    dataset: PreferenceDataset,
     needed: Indices,
     scorer: Callable[[], Scorer],
     world: World,
@@ -181,7 +181,7 @@ class _OtherJobs:
         self._known = known
         self.shards: dict[str, int] = {}
 
-    def survey(self, dataset: PairDataset, needed: Indices) -> tuple[Places, FillReport]:
+    def survey(self, dataset: PreferenceDataset, needed: Indices) -> tuple[Places, FillReport]:
         """What is missing now, and what a fill that computes nothing would report."""
         listed = self._open_store(None)
         shards = {**listed.shard_bytes, **self._known}
@@ -207,7 +207,7 @@ class _OtherJobs:
 
 
 def _left(
-    dataset: PairDataset, part: Round, others: _OtherJobs, plan: Callable[[Work], Round], world: World
+    dataset: PreferenceDataset, part: Round, others: _OtherJobs, plan: Callable[[Work], Round], world: World
 ) -> Round | None:
     """What other jobs have left of a round; None if they have stored all of it. Collective."""
     held = world.on_main(lambda: others.hold(dataset.keys[part.work.places]))
@@ -266,7 +266,7 @@ def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
         store.list_now()  # a client of a network file system that lists a folder looks for its new files
 
 
-def check_complete(store: LogpStore, dataset: PairDataset, rows: Indices, world: World) -> None:
+def check_complete(store: LogpStore, dataset: PreferenceDataset, rows: Indices, world: World) -> None:
     """Check on every rank, before training, that the store has a row for all that `rows` need; collective.
 
     Reads no values: rank 0 has verified those that were stored, and each is verified again when it is used.
@@ -276,7 +276,7 @@ def check_complete(store: LogpStore, dataset: PairDataset, rows: Indices, world:
     """
 
     def check() -> None:
-        places = dataset.response_places(rows)
+        places = dataset.response_indices(rows)
         parts = np.split(places, range(_KEYS_AT_ONCE, len(places), _KEYS_AT_ONCE))
         missing = sum(int((~store.indexed(dataset.keys[part])).sum()) for part in parts)
         if missing:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
 from dpo_dist.data.sampler import Indices
 
@@ -46,9 +46,9 @@ class Work:
         return Work(self.rows[distinct], np.cumsum(counts), self.places[wanted], self.which[wanted])
 
 
-def by_pair(dataset: PairDataset, places: Places) -> Work:
+def by_pair(dataset: PreferenceDataset, places: Places) -> Work:
     """The work that these `places`, ascending, are."""
-    rows, which = dataset.indices_of_responses(places)
+    rows, which = dataset.locate_responses(places)
     distinct, counts = np.unique(rows, return_counts=True)
     return Work(distinct, np.cumsum(counts), places, which)
 
@@ -68,7 +68,12 @@ def in_rounds(work: Work, pairs: int, seed: int) -> Iterator[Work]:
 
 
 def plan_round(
-    dataset: PairDataset, rank: int, world_size: int, micro_batch_tokens: int, costs: ComputeCosts, work: Work
+    dataset: PreferenceDataset,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
+    work: Work,
 ) -> Round:
     """The micro-batches of `work` that are `rank`'s.
 

@@ -29,7 +29,7 @@ class ReferenceFingerprint:
 
     Attributes:
         reference: digest of the model's files.
-        profile: `model.load.numerics_of`.
+        profile: `model.numerics.numerics_of`.
         label: the model's name for people; not a part of the space's identity.
     """
 

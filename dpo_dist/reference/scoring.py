@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.data.dataset import Keys, PairDataset
+from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
 from dpo_dist.distributed.world import World
@@ -22,7 +22,7 @@ _BATCHES_AHEAD = 2
 
 
 def score_round(
-    dataset: PairDataset, part: Round, score: Scorer, world: World, told: Callable[[float], None]
+    dataset: PreferenceDataset, part: Round, score: Scorer, world: World, told: Callable[[float], None]
 ) -> tuple[Keys, list[Values]]:
     """Score this rank's share of a round: keys uint64 [n, 2] and their values. Collective.
 
@@ -49,7 +49,7 @@ def score_round(
 
 
 def _packed(
-    dataset: PairDataset,
+    dataset: PreferenceDataset,
     work: Work,
     micro_batches: Iterable[list[int]],
     damaged: list[int],
@@ -67,7 +67,7 @@ def _packed(
         yield batch.pinned() if device.type == "cuda" else batch
 
 
-def _pack(pairs: Sequence[Work], dataset: PairDataset) -> PackedBatch:
+def _pack(pairs: Sequence[Work], dataset: PreferenceDataset) -> PackedBatch:
     """A micro-batch of these works of one pair each."""
     if not pairs:
         return dummy_batch()
@@ -90,7 +90,7 @@ def keys_of_ids(batch: PackedBatch) -> Keys:
     return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
 
 
-def _check_encoded(dataset: PairDataset, damaged: list[int]) -> None:
+def _check_encoded(dataset: PreferenceDataset, damaged: list[int]) -> None:
     if damaged:
         raise DataError(
             "token ids of the encoded data are not those that their content key was computed from",

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DpoDistError
 
 _FIRST_LINE_SECONDS = 5.0
@@ -150,7 +151,7 @@ def open_console(run_dir: Path) -> Iterator[Console]:
     too. On leaving, the screen is back where it was; an exception is also written to the log.
     """
     rank = os.environ.get("RANK", "0")
-    log_file = run_dir / "logs" / f"rank-{rank}.log"
+    log_file = RunFolder(run_dir).rank_log(rank)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dpo_dist import atomic
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.objective.metrics import PAIR_METRICS
 
 Row = dict[str, float]
-
-LOG_NAME = "log_history.json"
-CSV_NAME = "training_metrics.csv"
-SUMMARY_NAME = "summary.json"
 
 # What a step spends its time on, as rows tell it under `time/`.
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
@@ -45,14 +42,14 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """The rows of one run, in memory and in `folder`.
+    """The metrics rows of one run, in memory and on disk.
 
     Attributes:
-        folder: where the files lie.
+        folder: the run directory.
         rows: all rows so far, oldest first.
     """
 
-    def __init__(self, folder: Path, rows: list[Row]):
+    def __init__(self, folder: RunFolder, rows: list[Row]):
         self.folder = folder
         self.rows = rows
         self._columns = list(COLUMNS)
@@ -60,17 +57,17 @@ class MetricsLog:
 
     @classmethod
     def open(
-        cls, folder: Path, resume_step: int | None, say: Callable[[str], None] = _log.warning
+        cls, folder: RunFolder, resume_step: int | None, say: Callable[[str], None] = _log.warning
     ) -> "MetricsLog":
-        """Start a history, or take up the one in `folder`.
+        """Start a log, or continue the one in `folder`.
 
         Args:
-            folder: created if missing.
+            folder: the run directory; its folder of metrics is created if missing.
             resume_step: the step of the checkpoint that training goes on from. Later rows are dropped,
                 because their steps are computed again. `None` starts with no rows, whatever is in `folder`.
             say: tells of a history that cannot be read, which is no reason to lose a training run.
         """
-        rows = [] if resume_step is None else _read_rows(folder / LOG_NAME, resume_step, say)
+        rows = [] if resume_step is None else _read_rows(folder.log_history, resume_step, say)
         history = cls(folder, rows)
         history.save()
         return history
@@ -84,7 +81,7 @@ class MetricsLog:
         if self._widen(row):
             self._write_csv()
             return
-        with (self.folder / CSV_NAME).open("a", encoding="utf-8", newline="") as file:
+        with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
     def save(self) -> None:
@@ -94,12 +91,12 @@ class MetricsLog:
         on is missing. Values that are not finite become null, for which JSON has no other word.
         """
         lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
-        atomic.write_text(self.folder / LOG_NAME, f"[\n{lines}\n]\n")
+        atomic.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
         self._write_csv()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` whole; values that are not finite become null."""
-        atomic.write_text(self.folder / SUMMARY_NAME, json.dumps(plain(summary), indent=2) + "\n")
+        atomic.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
 
     def _widen(self, keys: Iterable[str]) -> bool:
         unknown = [key for key in dict.fromkeys(keys) if key not in self._columns]
@@ -111,7 +108,7 @@ class MetricsLog:
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        atomic.write_text(self.folder / CSV_NAME, text.getvalue())
+        atomic.write_text(self.folder.metrics_table, text.getvalue())
 
 
 def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

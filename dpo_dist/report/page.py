@@ -15,14 +15,11 @@ from typing import Any, TypeVar
 import yaml
 
 from dpo_dist import atomic
-from dpo_dist.report.metrics_log import LOG_NAME, PHASES, SUMMARY_NAME, read_rows
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.report.metrics_log import PHASES, read_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
-
-PAGE_NAME = "report.html"
-METRICS_FOLDER = "dpo_metrics"
-CURVES_NAME = "training_curves.png"
 
 _HIGHLIGHTS = (
     "model.path",
@@ -66,12 +63,12 @@ def write_page(run_dir: Path) -> None:
 
     A missing file leaves its section out; so does one that cannot be read, with a warning.
     """
-    metrics = run_dir / METRICS_FOLDER
-    config = _read(run_dir / "config.yaml", _yaml_fields) or {}
-    environment = _read(run_dir / "environment.json", _json_fields) or {}
-    summary = _read(metrics / SUMMARY_NAME, _json_fields) or {}
-    rows = _read(metrics / LOG_NAME, read_rows) or []
-    curves = _read(metrics / CURVES_NAME, Path.read_bytes)
+    folder = RunFolder(run_dir)
+    config = _read(folder.config, _yaml_fields) or {}
+    environment = _read(folder.environment, _json_fields) or {}
+    summary = _read(folder.summary, _json_fields) or {}
+    rows = _read(folder.log_history, read_rows) or []
+    curves = _read(folder.curves, Path.read_bytes)
     sections = (
         _header(run_dir.resolve().name, summary.get("exit")),
         _headline(summary),
@@ -86,7 +83,7 @@ def write_page(run_dir: Path) -> None:
     )
     title = escape(run_dir.resolve().name)
     page = _FRAME.format(title=title, style=_STYLE, body="\n".join(filter(None, sections)))
-    atomic.write_text(run_dir / PAGE_NAME, page)
+    atomic.write_text(folder.report, page)
 
 
 def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.page import CURVES_NAME, write_page
+from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.tracking import Tracker
 
@@ -15,7 +14,6 @@ from dpo_dist.report.tracking import Tracker
 class Recorder:
     """The files and the tracker of one run, kept in step."""
 
-    run_dir: Path
     metrics: MetricsLog
     tracker: Tracker
 
@@ -28,6 +26,7 @@ class Recorder:
         """Write all that people look at afterwards; `summary["exit"]` says how the run ended."""
         self.metrics.save()
         self.metrics.write_summary(summary)
-        draw_curves(self.metrics.rows, self.metrics.folder / CURVES_NAME, self.run_dir.name)
-        write_page(self.run_dir)
+        folder = self.metrics.folder
+        draw_curves(self.metrics.rows, folder.curves, folder.path.name)
+        write_page(folder.path)
         self.tracker.finish(summary["exit"], summary)

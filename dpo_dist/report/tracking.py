@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_dist import atomic
 from dpo_dist.config.describe import title
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, WandbMode
 from dpo_dist.errors import ExitCode, Outcome
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline"]
 
-ID_PATH = Path("wandb") / "run_id.txt"
 STEP_AXIS = "train/global_step"
 
 _MODE_BY_ENVIRONMENT = {
@@ -220,7 +220,7 @@ def _set_up(mode: Mode) -> Any:
 
 
 def _run_id(run_dir: Path) -> str:
-    path = run_dir / ID_PATH
+    path = RunFolder(run_dir).wandb_id
     if not path.exists():
         atomic.write_text(path, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_dist.data.step_plan import StepPlan
+from dpo_dist.data.collate import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
@@ -69,14 +69,14 @@ class ScoredPairs:
         return BatchFacts(mean_chosen_tokens, self.score_gaps, self.pair_weights, running)
 
 
-def gather_pairs(scored: Sequence[ScoredPairs], plan: StepPlan, world: World) -> ScoredPairs:
+def gather_pairs(scored: Sequence[ScoredPairs], plan: RankBatch, world: World) -> ScoredPairs:
     """All pairs of the global batch in its order, alike on every rank; collective.
 
     Args:
         scored: this rank's micro-batches, without a graph.
     """
     whole = torch.zeros(_COLUMNS, plan.pairs, dtype=torch.float64, device=world.device)
-    for pairs, places in zip(scored, plan.places, strict=True):
+    for pairs, places in zip(scored, plan.positions, strict=True):
         if places:
             whole[:, index_of(places, world.device)] = pairs.columns()
     return scored[0].from_columns(world.sum(whole))

@@ -9,19 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import (
-    LossConfig,
-    LossKind,
-    ParallelismKind,
-    ReferenceMode,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
 from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Indices, Schedule, make_schedule
+from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
@@ -47,9 +41,9 @@ class Inputs:
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
-    train_set: PairDataset
-    eval_set: PairDataset | None
-    schedule: Schedule
+    train_set: PreferenceDataset
+    eval_set: PreferenceDataset | None
+    sampler: BatchSampler
     flops: StepFlops
 
     @property
@@ -58,14 +52,14 @@ class Inputs:
         return compute_costs(self.flops)
 
     @property
-    def named(self) -> dict[str, PairDataset]:
+    def named(self) -> dict[str, PreferenceDataset]:
         """The data sets by what they are for."""
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
 
     @property
-    def visited(self) -> list[tuple[PairDataset, Indices]]:
+    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each data set with the rows of it that the run visits; the training set is the first."""
-        visited = [(self.train_set, self.schedule.all_indices())]
+        visited = [(self.train_set, self.sampler.visited_indices())]
         if self.eval_set is not None:
             visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
         return visited
@@ -82,7 +76,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     policy_files, reference_files = _digest_models(folder, config, world, console)
     cache = Path(config.data.cache)
 
-    def encode(name: str, sources: Sequence[SourceConfig]) -> PairDataset:
+    def encode(name: str, sources: Sequence[SourceConfig]) -> PreferenceDataset:
         with console.counter(f"encoding {name} data", "record") as count:
             encoded = world.on_main(
                 lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count),
@@ -93,28 +87,28 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
-        duplicates = world.on_main(partial(counted_once, count_duplicates, cache, dataset), opening)
+        duplicates = world.on_main(partial(remembered_count, count_duplicates, cache, dataset), opening)
         return _counting(dataset, duplicates=duplicates)
 
     train_set = encode("train", config.data.train)
     eval_set = encode("eval", config.data.eval) if config.data.eval else None
     if eval_set is not None:
-        also_in_train = world.on_main(partial(counted_once, count_shared, cache, eval_set, train_set))
+        also_in_train = world.on_main(partial(remembered_count, count_shared, cache, eval_set, train_set))
         eval_set = _counting(eval_set, also_in_train=also_in_train)
     spans = train_set.spans([source.weight for source in config.data.train])
-    schedule = make_schedule(spans, config.trainer)
+    sampler = make_sampler(spans, config.trainer)
     flops = count_flops(model_config, config.model.adapter)
-    inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, schedule, flops)
+    inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, sampler, flops)
     for name, dataset in inputs.named.items():
         for line in counts_told(name, dataset.counts):
             console.say(line)
-    for line in short_run_told(schedule):
+    for line in short_run_told(sampler):
         console.say(line)
     return inputs
 
 
 def check_ids_in_vocabulary(
-    dataset: PairDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     """Raise an error for data with token ids that the model has no embedding of.
 
@@ -160,7 +154,7 @@ def _digest_models(
     return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
-def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
+def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Refuse data of which a pair does not have what the loss compares.
 
     Raises:
@@ -171,7 +165,7 @@ def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
     kinds = ", ".join(loss.kinds)
     if not loss.is_one_sided:
         _refuse(dataset, every[counts < 2], f"{kinds} compares responses", "1 response", "set loss=sft")
-    if not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
+    if not loss.accepts_rankings:
         _refuse(
             dataset,
             every[counts > 2],
@@ -179,7 +173,7 @@ def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
             "a ranking of more",
             "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs",
         )
-    if LossKind.odpo in loss.kinds:
+    if loss.needs_scores:
         _refuse(
             dataset,
             every[~(dataset.score_gaps(every) > 0)],
@@ -189,7 +183,7 @@ def check_data_fits_loss(dataset: PairDataset, loss: LossConfig) -> None:
         )
 
 
-def _refuse(dataset: PairDataset, rows: Indices, what: str, got: str, remedy: str) -> None:
+def _refuse(dataset: PreferenceDataset, rows: Indices, what: str, got: str, remedy: str) -> None:
     if len(rows):
         raise DataError(
             f"{len(rows)} of {len(dataset)} pairs do not fit the loss: {what}",
@@ -206,7 +200,7 @@ def shared_model_folder(path: str, revision: str | None, key: str, world: World,
     return world.together(lambda: model_folder(path, revision, key), downloading)
 
 
-def _counting(dataset: PairDataset, **numbers: int) -> PairDataset:
+def _counting(dataset: PreferenceDataset, **numbers: int) -> PreferenceDataset:
     return replace(dataset, counts=dataset.counts | numbers)
 
 
@@ -223,18 +217,18 @@ def counts_told(name: str, counts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def short_run_told(schedule: Schedule) -> list[str]:
+def short_run_told(sampler: BatchSampler) -> list[str]:
     """What is unusual of a run with fewer pairs than a few steps take."""
-    pairs, batch = schedule.pairs_per_epoch, schedule.global_batch_pairs
-    times = -(-min(batch, schedule.total_pairs) // pairs)
+    pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
+    times = -(-min(batch, sampler.total_pairs) // pairs)
     if times > 1:
         return [
             f"an epoch has {pairs} pairs and trainer.global_batch_pairs is {batch}: "
             f"each pair occurs up to {times} times in one step"
         ]
-    if schedule.steps == 1:
+    if sampler.steps == 1:
         return [
-            f"the whole run is 1 step: {schedule.total_pairs} pairs with trainer.global_batch_pairs={batch}; "
+            f"the whole run is 1 step: {sampler.total_pairs} pairs with trainer.global_batch_pairs={batch}; "
             "lower it or raise trainer.epochs"
         ]
     return []

@@ -1,51 +1,61 @@
-"""How a run ends: model, summary, curves and report, and a state file that says which of them are there."""
+"""The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.atomic import staged_folder
 from dpo_dist.config.describe import settings
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
-from dpo_dist.distributed.world import World
-from dpo_dist.errors import DivergedError, ExitCode, Outcome
+from dpo_dist.distributed.device_memory import peak_memory_bytes
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import final_and_best, plain
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.loop import Loop, Position
-from dpo_dist.training.run_folder import CHECKPOINTS, MODEL, export_model, peak_memory_bytes, write_on_main
+from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What the end of a run is written from, beside its loop.
+    """The facts about a run, beside its loop, that its last files contain.
 
-    `reference` is what getting the reference ready took, for summary.json.
+    Attributes:
+        inputs: data and models of the run.
+        identity: their digests.
+        reference: the section `reference` of summary.json.
     """
 
     inputs: Inputs
     identity: Identity
-    reference: dict[str, Any]
+    reference: Mapping[str, Any]
 
 
 def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
-    """Run the loop to whatever end it has, write the files that describe it, and return the exit code.
+    """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
 
-    A kill between two of these files costs nothing: the same command writes those that are missing.
+    A kill between two of these files loses nothing: the same command writes the missing ones.
 
     Raises:
         DivergedError: loss or gradient stopped being finite.
         CheckpointError: a file cannot be written.
     """
-    run_dir = Path(str(loop.config.run.dir))
+    folder = RunFolder.of(loop.config)
     try:
         outcome = Outcome.completed if loop.run(position) else Outcome.preempted
     except DivergedError:
-        _close(
-            loop, RunState(Outcome.diverged, position.step, ending.identity), _summary(loop, position, ending)
-        )
+        state = RunState(Outcome.diverged, position.step, ending.identity)
+        _close(loop, state, _summary(loop, position, ending))
         raise
     state = RunState(outcome, position.step, ending.identity)
     summary = _summary(loop, position, ending)
@@ -54,9 +64,9 @@ def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
-    export_model(loop.policy, ending.inputs.tokenizer, run_dir / MODEL, loop.world, writing)
+    export_model(loop.policy, ending.inputs.tokenizer, folder.model, loop.world, writing)
     exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
-    write_on_main(lambda: write_state(run_dir, exported), run_dir, loop.world)
+    write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
     return ExitCode.completed
 
@@ -64,41 +74,71 @@ def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
 def finish(
     config: RunConfig, state: RunState, recorder: Recorder | None, world: World, console: Console
 ) -> None:
-    """Write the report of a run whose model is written; checkpoints go if none are to be kept. Collective.
+    """Write the report of a run whose model is written; delete its checkpoints if none are kept. Collective.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
-    run_dir = Path(str(config.run.dir))
+    folder = RunFolder.of(config)
 
     def work() -> None:
         if state.outcome is not Outcome.completed:
             assert recorder is not None
             assert state.summary is not None
             recorder.close({**state.summary, "exit": Outcome.completed.value})
-            write_state(run_dir, replace(state, outcome=Outcome.completed))
+            write_state(folder, replace(state, outcome=Outcome.completed))
         if config.trainer.keep_last == 0:
-            drop_checkpoints(run_dir / CHECKPOINTS)
+            drop_checkpoints(folder.checkpoints)
 
-    write_on_main(work, run_dir, world)
-    console.say(f"model: {run_dir / MODEL}   report: {run_dir / 'report.html'}")
+    write_on_main(work, folder, world)
+    console.say(f"model: {folder.model}   report: {folder.report}")
+
+
+def export_model(
+    policy: PolicyEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    world: World,
+    while_waiting: WhileWaiting | None = None,
+) -> None:
+    """Write the trained model as a folder that transformers loads; collective.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    weights = policy.whole_weights()
+
+    def write() -> None:
+        try:
+            with staged_folder(folder) as temporary:
+                policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+                tokenizer.save_pretrained(temporary)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                "the trained model cannot be written",
+                where=str(folder),
+                got=str(error),
+                remedy="free disk space; the same command writes the model from the last checkpoint",
+            ) from error
+
+    world.on_main(write, while_waiting)
 
 
 def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
     """Write report and state of a run that ends before its last step; collective."""
-    run_dir = Path(str(loop.config.run.dir))
+    folder = RunFolder.of(loop.config)
 
     def work() -> None:
         assert loop.recorder is not None
         loop.recorder.close({**summary, "exit": state.outcome.value})
-        write_state(run_dir, state)
+        write_state(folder, state)
 
-    write_on_main(work, run_dir, loop.world)
+    write_on_main(work, folder, loop.world)
 
 
 def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
-    """What summary.json tells, but for `exit`; collective."""
-    peak_bytes = peak_memory_bytes(loop.world)
+    """Return the content of summary.json without `exit`; collective."""
+    peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
     seconds = position.train_seconds
     return {
         **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import BcoDelta, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.config.loss_kinds import BcoDelta
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.collate import RankBatch, shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
-from dpo_dist.data.sampler import Indices, Schedule
-from dpo_dist.data.step_plan import StepPlan, plan_step
+from dpo_dist.data.sampler import BatchSampler, Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops, StepFlops
@@ -73,15 +75,15 @@ class Loop:
     peaks: PeakFlops
     objective: Objective
     reference_sync: ReferenceSync | None
-    schedule: Schedule
-    train_set: PairDataset
-    eval_set: PairDataset | None
+    sampler: BatchSampler
+    train_set: PreferenceDataset
+    eval_set: PreferenceDataset | None
     costs: ComputeCosts
     recorder: Recorder | None
     console: Console
     checkpoints: CheckpointSaver
     identity: dict[str, Any]
-    stop_wanted: "StopRequest"
+    stop_wanted: StopRequest
 
     def run(self, position: Position) -> bool:
         """Train on from `position` to the end of the schedule; collective.
@@ -92,7 +94,7 @@ class Loop:
         Raises:
             DivergedError: loss or gradient stopped being finite.
         """
-        trainer, steps = self.config.trainer, self.schedule.steps
+        trainer, steps = self.config.trainer, self.sampler.steps
         if self.eval_set is not None and trainer.eval_at_start and position.step == 0:
             self._record(self._evaluate(self.eval_set, position))
         with (
@@ -117,8 +119,8 @@ class Loop:
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Every step from `first` on; made ahead of training, in another thread."""
-        for step in range(first, self.schedule.steps):
-            plan = self._plan(self.train_set, self.schedule.indices(step))
+        for step in range(first, self.sampler.steps):
+            plan = self._plan(self.train_set, self.sampler.indices(step))
             yield self.objective.ready_step(plan, self.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[StepMeasures, bool]:
@@ -127,7 +129,7 @@ class Loop:
         clock.enter("data")
         ready, step = next(ready_steps), position.step
         plan = ready.plan
-        rate = learning_rate(self.config.optim, step, self.schedule.steps)
+        rate = learning_rate(self.config.optim, step, self.sampler.steps)
         metrics, norm = train_step(
             self.policy, self.objective, ready, rate, self.world, clock, position.running
         )
@@ -171,7 +173,7 @@ class Loop:
         """Record one row for the steps since the last one."""
         row = {
             "step": position.step,
-            "epoch": self.schedule.epoch(position.step - 1),
+            "epoch": self.sampler.epoch(position.step - 1),
             **position.window.row(self.peaks),
         }
         if self.world.device.type == "cuda":
@@ -194,9 +196,9 @@ class Loop:
             position.running = before.after(loss, margin, reward, pairs)
         return row
 
-    def _plan(self, dataset: PairDataset, rows: Indices) -> StepPlan:
+    def _plan(self, dataset: PreferenceDataset, rows: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
-        return plan_step(dataset, rows, self.world.rank, self.world.size, budget, self.costs, only_chosen)
+        return shard_batch(dataset, rows, self.world.rank, self.world.size, budget, self.costs, only_chosen)
 
     def _reduce(
         self, sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor
@@ -211,14 +213,14 @@ class Loop:
         *reduced, norm = on_host.tolist()
         return *sums.named(reduced), [round(vote) for vote in reduced[len(sums.values) :]], norm
 
-    def _evaluate(self, dataset: PairDataset, position: Position) -> dict[str, float]:
+    def _evaluate(self, dataset: PreferenceDataset, position: Position) -> dict[str, float]:
         started = time.monotonic()
         plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
         sums = evaluate(self.policy, self.objective, plan, self.world, position.running)
         metrics = MetricSums(sums.names, self.world.sum(sums.values)).means()
         measured = {**metrics, **throughput(plan.pairs, plan.tokens, time.monotonic() - started)}
         row = {f"eval_{name}": value for name, value in measured.items()}
-        return {"step": position.step, "epoch": self.schedule.epoch(position.step - 1), **row}
+        return {"step": position.step, "epoch": self.sampler.epoch(position.step - 1), **row}
 
     def _record(self, row: dict[str, float]) -> None:
         if self.recorder is not None:
@@ -228,26 +230,8 @@ class Loop:
         if self.recorder is not None:
             self.recorder.metrics.save()
         self.checkpoints.save(
-            position.step, {**asdict(position), **self.identity, "steps": self.schedule.steps}
+            position.step, {**asdict(position), **self.identity, "steps": self.sampler.steps}
         )
-
-
-class StopRequest:
-    """Reasons to save and end before the schedule does."""
-
-    def __init__(self, stop_after_steps: int | None, max_seconds: float | None):
-        self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
-        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
-        self._asked = False
-
-    def ask(self) -> None:
-        """Stop after the step that is under way; may be called from another thread."""
-        self._asked = True
-
-    def vote(self, is_main: bool) -> bool:
-        """Whether this rank wants to stop after the step just done; the clock of rank 0 counts."""
-        self._steps_left -= 1
-        return self._asked or self._steps_left <= 0 or (is_main and time.monotonic() > self._deadline)
 
 
 def _is_due(step: int, every: int) -> bool:

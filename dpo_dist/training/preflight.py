@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.schema import LossConfig, LossKind, Offload, RunConfig, SourceConfig
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import check_template_date
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
-from dpo_dist.data.encode_chunk import EncodedPart, encode_part
-from dpo_dist.data.formats import read_records
-from dpo_dist.data.sources import pinned
+from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
+from dpo_dist.data.sources import pinned, read_records
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder
@@ -44,7 +45,7 @@ def rehearse(config: RunConfig) -> str:
     count_flops(model_config, config.model.adapter)  # as a run does: refuses targets that are no layers
     check_template_date(config.data, tokenizer)
     lines = [
-        ("run.dir", f"{config.run.dir}{_state(Path(str(config.run.dir)))}"),
+        ("run.dir", f"{config.run.dir}{_state(RunFolder.of(config))}"),
         ("model.path", f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"),
         ("loss", ", ".join(config.loss.kinds)),
         ("reference", _reference(config, tokenizer)),
@@ -54,8 +55,8 @@ def rehearse(config: RunConfig) -> str:
     return f"check passed: what can be checked without weights and GPUs is in order\n{told}"
 
 
-def _state(run_dir: Path) -> str:
-    return " (has checkpoints: the run resumes)" if any(run_dir.glob("checkpoints/step-*")) else " (new)"
+def _state(folder: RunFolder) -> str:
+    return " (has checkpoints: the run resumes)" if any(folder.checkpoints.glob("step-*")) else " (new)"
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -87,7 +88,7 @@ def _first_records(
     """Read and encode the first records of a source, and say what became of them."""
     # Nothing is written, so a commit of the hub is not remembered.
     records = list(itertools.islice(read_records(pinned(source, None)), _FIRST_RECORDS))
-    part = encode_part(records, config.data, tokenizer)
+    part = encode_chunk(records, config.data, tokenizer)
     examples = [f"{bad.origin} {bad.reason}" for _, bad in part.bad]
     details = {bad.reason: bad.detail for _, bad in reversed(part.bad) if bad.detail}
     counts = DataCounts.of(Counter(part.outcomes), examples, details)
@@ -108,16 +109,16 @@ def _first_records(
     return ", ".join(told)
 
 
-def _check_loss(part: EncodedPart, loss: LossConfig, where: str) -> None:
+def _check_loss(part: EncodedChunk, loss: LossConfig, where: str) -> None:
     """As `inputs.check_data_fits_loss` does for all pairs."""
     fewest, most = int(part.pair_pieces.min()) - 1, int(part.pair_pieces.max()) - 1
     what: dict[str, Any] = {}
     if fewest < 2 and not loss.is_one_sided:
         what = {"got": "records of one response", "remedy": "set loss=sft, or use data with two responses"}
-    if most > 2 and not {LossKind.sft, LossKind.plackett_luce}.issuperset(loss.kinds):
+    if most > 2 and not loss.accepts_rankings:
         remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
         what = {"got": f"rankings of up to {most} responses", "remedy": remedy}
-    if LossKind.odpo in loss.kinds and not what:
+    if loss.needs_scores and not what:
         ends = np.cumsum(part.pair_pieces - 1)
         best, worst = ends - (part.pair_pieces - 1), ends - 1
         if not (part.scores[best] > part.scores[worst]).all():

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from dpo_dist.config.schema import Dtype, Numerics, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices
-from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.objective.running_stats import RunningMeans
@@ -41,7 +41,7 @@ class _ScoredResponse:
 def pass_gate(
     score: Scorer,
     objective: Objective,
-    dataset: PairDataset,
+    dataset: PreferenceDataset,
     visited: Indices,
     costs: ComputeCosts,
     config: RunConfig,
@@ -64,7 +64,7 @@ def pass_gate(
     count = min(config.reference.audit_pairs, len(visited))
     rows = np.sort(generator.choice(visited, size=count, replace=False))
     budget = config.trainer.micro_batch_tokens
-    plan = plan_step(dataset, rows, world.rank, world.size, budget, costs)
+    plan = shard_batch(dataset, rows, world.rank, world.size, budget, costs)
     scored: list[_ScoredResponse] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     with prefetch(objective.ready_batches(plan, world.device), BATCHES_AHEAD) as batches:
@@ -100,7 +100,7 @@ def describe_drift(drift: dict[str, Any]) -> str:
 
 
 def _drifts(
-    difference: torch.Tensor, response_tokens: torch.Tensor, dataset: PairDataset, rows: tuple[int, ...]
+    difference: torch.Tensor, response_tokens: torch.Tensor, dataset: PreferenceDataset, rows: tuple[int, ...]
 ) -> list[_ScoredResponse]:
     if not rows:
         return []
@@ -135,7 +135,7 @@ def _tolerance(dtype: Dtype, tokens: int) -> float:
     return _TOLERANCE[dtype] * few
 
 
-def _check_drift(scored: list[_ScoredResponse], dataset: PairDataset, config: RunConfig) -> None:
+def _check_drift(scored: list[_ScoredResponse], dataset: PreferenceDataset, config: RunConfig) -> None:
     dtype = config.model.dtype
     # Not "drift > tolerance", which lets nan pass.
     drifted = [s for s in scored if not s.token_drift <= _tolerance(dtype, s.tokens)]

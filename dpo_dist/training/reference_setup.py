@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Numerics, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
+from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
-from dpo_dist.model.load import numerics_of
+from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.compatible import agree_on_numerics, count_reused, count_unused, find_compatible
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
@@ -22,10 +23,9 @@ from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.console import Console
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.reference_check import describe_drift, pass_gate
-from dpo_dist.training.run_folder import peak_memory_bytes, reset_peak_memory
 from dpo_dist.training.step import Objective
 
-Audited = tuple[PairDataset, Indices]
+Audited = tuple[PreferenceDataset, Indices]
 
 
 def stored_reference(
@@ -83,8 +83,8 @@ def stored_reference(
     for engine in engines:
         engine.free()
     if engines:
-        report["peak_memory_bytes"] = peak_memory_bytes(world)
-        reset_peak_memory(world)
+        report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
+        reset_peak_memory(world.device)
     return provider, report, audited
 
 

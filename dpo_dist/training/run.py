@@ -3,25 +3,27 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_dist.config.load import run_digest
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint, saved_parallelism
-from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine, policy_config
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World, start_world, stop_world
 from dpo_dist.errors import ExitCode, Outcome
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.attention_backend import use_deterministic_kernels
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.numerics import use_deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.reference.digest import model_label
 from dpo_dist.reference.engine import load_digested
@@ -30,17 +32,15 @@ from dpo_dist.reference.providers import AdapterReference, LiveReference, NoRefe
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.page import METRICS_FOLDER
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.data_setup import Inputs, load_inputs
 from dpo_dist.training.finish import Ending, finish, run_to_its_end
-from dpo_dist.training.loop import Loop, Position, StopRequest
+from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.reference_check import describe_drift, pass_gate
 from dpo_dist.training.reference_setup import stored_reference
-from dpo_dist.training.run_folder import CHECKPOINTS, describe_run, find_start, locked, mark_started
+from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import RunState, check_identity, identify
-from dpo_dist.training.startup import STATE_NAME
 from dpo_dist.training.step import Objective
 
 
@@ -56,27 +56,27 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool
-    audited: tuple[PairDataset, Indices]
+    audited: tuple[PreferenceDataset, Indices]
     report: dict[str, Any]
 
 
 def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; returns the exit code."""
-    run_dir = Path(str(config.run.dir))
+    folder = RunFolder.of(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with _world(config, console) as world, locked(run_dir, world, console):
-        console.say(f"run folder: {run_dir}")
-        start = find_start(config, run_dir, world)
+    with _world(config, console) as world, locked(folder, world, console):
+        console.say(f"run directory: {folder}")
+        start = find_start(config, folder, world)
         checkpoint = start.checkpoint
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
-        environment = describe_run(config, run_dir, world)
+        environment = describe_run(config, folder, world)
         inputs = load_inputs(config, world, console)
         identity = identify(config, inputs)
         if checkpoint is not None:
             check_identity(checkpoint.state, identity, checkpoint.folder)
         first_step = checkpoint.state["step"] if checkpoint is not None else 0
-        mark_started(run_dir, RunState(Outcome.started, first_step, identity), world)
+        mark_started(folder, RunState(Outcome.started, first_step, identity), world)
         reference = build_reference(config, inputs, world, console)
         policy = _load_policy(config, inputs, world)
         world.together(inputs.policy_files.check_unchanged)
@@ -106,14 +106,14 @@ def train(config: RunConfig, console: Console) -> int:
             peaks=_peak_flops(config, world),
             objective=objective,
             reference_sync=reference_sync,
-            schedule=inputs.schedule,
+            sampler=inputs.sampler,
             train_set=inputs.train_set,
             eval_set=inputs.eval_set,
             costs=inputs.costs,
             recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
             checkpoints=CheckpointSaver(
-                run_dir / CHECKPOINTS,
+                folder.checkpoints,
                 config.trainer.keep_last,
                 changing,
                 world,
@@ -132,16 +132,16 @@ def _complete(
     config: RunConfig, finished: RunState, stop: StopRequest, world: World, console: Console
 ) -> int:
     """Write what a run whose model is written still lacks, if its inputs are those it had; collective."""
-    run_dir = Path(str(config.run.dir))
-    where = run_dir / STATE_NAME
+    folder = RunFolder.of(config)
+    where = folder.state
     check_identity(finished.identity, {"run_digest": run_digest(config)}, where)
     check_identity(finished.identity, identify(config, load_inputs(config, world, console)), where)
     recorder = None
     if finished.outcome is Outcome.exported:
-        environment = describe_run(config, run_dir, world)
+        environment = describe_run(config, folder, world)
         recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
-    console.say(f"{run_dir} is complete; change the configuration or run.dir to train again")
+    console.say(f"{folder} is complete; change the configuration or run.dir to train again")
     return ExitCode.completed
 
 
@@ -179,7 +179,7 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with what the run of `config` would need, and end."""
     with _world(config, console) as world:
-        console.say(f"run folder: {config.run.dir}")
+        console.say(f"run directory: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         build_reference(config, inputs, world, console)
     return ExitCode.completed
@@ -240,7 +240,7 @@ def _open_recorder(
     """The recorder of a run that goes on after `step`; on rank 0 only."""
     if not world.is_main:
         return None
-    run_dir = Path(str(config.run.dir))
-    history = MetricsLog.open(run_dir / METRICS_FOLDER, step or None, console.say)
-    tracker = open_tracker(config, run_dir, stop.ask, environment=environment, say=console.say)
-    return Recorder(run_dir, history, tracker)
+    folder = RunFolder.of(config)
+    history = MetricsLog.open(folder, step or None, console.say)
+    tracker = open_tracker(config, folder.path, stop.ask, environment=environment, say=console.say)
+    return Recorder(history, tracker)

@@ -7,10 +7,10 @@ from typing import Any
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.load import run_digest
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.startup import STATE_NAME
 
 Identity = dict[str, str | None]
 
@@ -40,13 +40,13 @@ class RunState:
     summary: dict[str, Any] | None = None
 
 
-def read_state(run_dir: Path) -> RunState | None:
-    """Return the state of the run in `run_dir`; None if there is none.
+def read_state(folder: RunFolder) -> RunState | None:
+    """Return the recorded state of the run in `folder`; None if there is none.
 
     Raises:
         CheckpointError: the file is not what `write_state` wrote.
     """
-    file = run_dir / STATE_NAME
+    file = folder.state
     try:
         content = json.loads(file.read_bytes())
         state = RunState(**{**content, "outcome": Outcome(content["outcome"])})
@@ -64,9 +64,9 @@ def read_state(run_dir: Path) -> RunState | None:
         ) from error
 
 
-def write_state(run_dir: Path, state: RunState) -> None:
+def write_state(folder: RunFolder, state: RunState) -> None:
     """Write the state file whole."""
-    write_text(run_dir / STATE_NAME, json.dumps(asdict(state), indent=1) + "\n")
+    write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
 
 
 def identify(config: RunConfig, inputs: Inputs) -> Identity:

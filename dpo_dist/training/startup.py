@@ -1,4 +1,4 @@
-"""What can be known about a run before torch is imported and processes join: packages, files, folders."""
+"""Checks of a run before torch is imported and processes join: packages, files, folders."""
 
 import contextlib
 import fcntl
@@ -9,23 +9,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel
 
-STATE_NAME = "run_state.json"
-# A run folder before its first step: nothing that anybody would miss.
-_BEFORE_THE_FIRST_STEP = frozenset({"logs", ".lock", "config.yaml", "environment.json", STATE_NAME})
 # Processes of one start begin within this time of each other.
 _START_SECONDS = 60.0
 
 
 def check_start(config: RunConfig) -> None:
-    """Refuse what cannot run, as far as that is known without torch, a network or other processes.
+    """Check everything that needs no torch, network or other processes, and create the folders of the run.
 
-    Makes the folders that the run needs. Processes on other nodes than the first one's leave it to that.
+    Only processes on the first node check.
 
     Raises:
         ConfigError: a package, model or folder is missing, or a folder cannot be written.
@@ -40,7 +38,7 @@ def check_start(config: RunConfig) -> None:
     _check_run_dir(config)
     for key, folder in _needed_folders(config).items():
         if key != "reference.store" or not folder.is_dir():
-            # A store that can only be read serves runs that it lacks nothing for.
+            # A read-only store is enough for a run whose log-probs are all in it.
             _check_folder(folder, key)
 
 
@@ -52,46 +50,47 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
         config: names the folders.
         of_success: remove them where it ends well, too.
     """
-    began, run_dir = time.time(), Path(str(config.run.dir))
-    # Of another start, which may be at work: this one's first rank has not opened its log yet.
-    is_used = (run_dir / "logs" / "rank-0.log").exists()
+    began, folder = time.time(), RunFolder.of(config)
+    # Written by another start, which may be running: rank 0 of this one has not opened its log yet.
+    is_used = folder.rank_log(0).exists()
     missing = [
         path
-        for folder in _needed_folders(config).values()
-        for path in (folder, *folder.parents)
+        for needed in _needed_folders(config).values()
+        for path in (needed, *needed.parents)
         if not path.exists()
     ]
     try:
         yield
     except (ConfigError, DataError):
-        _remove_traces(run_dir, is_used, missing, began)
+        _remove_traces(folder, is_used, missing, began)
         raise
     if of_success:
-        _remove_traces(run_dir, is_used, missing, began)
+        _remove_traces(folder, is_used, missing, began)
 
 
-def _remove_traces(run_dir: Path, is_used: bool, missing: list[Path], began: float) -> None:
+def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if not is_used and run_dir.is_dir() and _is_of_this_start(run_dir, began):
-        shutil.rmtree(run_dir, ignore_errors=True)
-    for folder in sorted(missing, key=lambda path: len(path.parts), reverse=True):
+    if not is_used and folder.path.is_dir() and _is_of_this_start(folder, began):
+        shutil.rmtree(folder.path, ignore_errors=True)
+    for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            path.rmdir()
 
 
-def _is_of_this_start(run_dir: Path, began: float) -> bool:
-    """Whether all that is in the folder was written by this start, before a first step."""
-    if not {entry.name for entry in run_dir.iterdir()} <= _BEFORE_THE_FIRST_STEP or _is_locked(run_dir):
+def _is_of_this_start(folder: RunFolder, began: float) -> bool:
+    """Return whether this start has written every file in the folder, and no step has been done."""
+    before_first_step = {folder.logs, folder.lock, folder.config, folder.environment, folder.state}
+    if not before_first_step.issuperset(folder.path.iterdir()) or _is_locked(folder):
         return False
-    files = [file for file in run_dir.rglob("*") if file.is_file()]
+    files = [file for file in folder.path.rglob("*") if file.is_file()]
     return bool(files) and all(file.stat().st_ctime > began - _START_SECONDS for file in files)
 
 
-def _is_locked(run_dir: Path) -> bool:
-    """Whether another start is at work in the folder, as far as its file system can lock files."""
+def _is_locked(folder: RunFolder) -> bool:
+    """Return whether another start has locked the folder; False where its file system has no locks."""
     try:
-        with (run_dir / ".lock").open() as file:
+        with folder.lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -101,7 +100,7 @@ def _is_locked(run_dir: Path) -> bool:
 
 
 def _needed_folders(config: RunConfig) -> dict[str, Path]:
-    folders = {"run.dir": Path(str(config.run.dir)), "data.cache": Path(config.data.cache)}
+    folders = {"run.dir": RunFolder.of(config).path, "data.cache": Path(config.data.cache)}
     if config.reference.mode is ReferenceMode.cached:
         folders["reference.store"] = Path(config.reference.store)
     if config.reference.nvme_path is not None:
@@ -110,23 +109,23 @@ def _needed_folders(config: RunConfig) -> dict[str, Path]:
 
 
 def _check_run_dir(config: RunConfig) -> None:
-    """A run has a folder of its own: not a model's, and not the one in which other runs have theirs."""
-    run_dir = Path(str(config.run.dir)).expanduser().resolve()
+    """Refuse a run directory that is a model's folder or that contains other runs."""
+    run_dir = RunFolder.of(config).path.expanduser().resolve()
     models = [path for path in (config.model.path, config.reference.path) if path is not None]
-    what = ""
+    fault = ""
     if run_dir == run_dir.parent:
-        what = "the root of the file system"
+        fault = "the root of the file system"
     elif any(Path(path).expanduser().resolve() == run_dir for path in models):
-        what = "the folder of a model"
-    elif next(run_dir.glob(f"*/{STATE_NAME}"), None) is not None:
-        what = "a folder that has other runs in it"
-    if what:
+        fault = "the folder of a model"
+    elif next(run_dir.glob(f"*/{RunFolder(run_dir).state.name}"), None) is not None:
+        fault = "a folder that contains other runs"
+    if fault:
         raise ConfigError(
-            f"run.dir is {what}",
+            f"run.dir is {fault}",
             where="run.dir",
             got=str(run_dir),
-            expected="a folder of this run's own",
-            remedy="set run.dir to a new folder, or run.root to the folder in which runs get theirs",
+            expected="a folder for this run alone",
+            remedy="set run.dir to a new folder, or run.root to the parent folder of all runs",
         )
 
 
@@ -138,10 +137,10 @@ def _check_folder(folder: Path, key: str) -> None:
     except OSError as fault:
         is_file = folder.exists() and not folder.is_dir()
         raise ConfigError(
-            f"{key} is a file" if is_file else f"nothing can be written to {key}",
+            f"{key} is a file" if is_file else f"{key} cannot be written",
             where=key,
             got=f"{folder}: {fault.strerror or fault}",
-            expected="a folder that exists or can be made, with room and permission to write",
+            expected="a folder that exists or can be created, with free space and write permission",
             remedy=f"set {key} to another folder, or make this one writable",
         ) from None
 

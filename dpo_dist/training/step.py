@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import LossConfig, Weighting
+from dpo_dist.config.loss_kinds import LossConfig, Weighting
+from dpo_dist.data.collate import RankBatch
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.data.step_plan import StepPlan
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
@@ -28,7 +28,7 @@ BATCHES_AHEAD = 4
 class ReadyStep:
     """One global batch as this rank trains on it, with all its micro-batches on the host."""
 
-    plan: StepPlan
+    plan: RankBatch
     batches: Sequence[PackedBatch]
 
 
@@ -39,7 +39,7 @@ class Objective:
     loss: LossConfig
     reference: ReferenceProvider
 
-    def ready_batches(self, plan: StepPlan, device: torch.device) -> Iterator[PackedBatch]:
+    def ready_batches(self, plan: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
         """This rank's micro-batches in order, on the host, with all that can be done before they are needed:
         packed, stored reference values looked up, and in memory that a copy to `device` need not wait for.
         """
@@ -50,7 +50,7 @@ class Objective:
                 ready = replace(ready, token_weights=weights)
             yield ready.pinned() if device.type == "cuda" else ready
 
-    def ready_step(self, plan: StepPlan, device: torch.device) -> ReadyStep:
+    def ready_step(self, plan: RankBatch, device: torch.device) -> ReadyStep:
         """All `ready_batches` of a training step."""
         return ReadyStep(plan, list(self.ready_batches(plan, device)))
 
@@ -174,7 +174,7 @@ def _accumulate_coupled(
     loss, sums = objective.measure(pairs, plan.mean_chosen_tokens, running)
     slopes = torch.autograd.grad(loss / plan.pairs, leaves, allow_unused=True, materialize_grads=True)
     policy.train()
-    for number, (host_batch, places) in enumerate(zip(batches, plan.places, strict=True), start=1):
+    for number, (host_batch, places) in enumerate(zip(batches, plan.positions, strict=True), start=1):
         clock.enter("data")
         batch = host_batch.to(world.device)
         clock.enter("forward")
@@ -195,7 +195,7 @@ def _summed(logps: PairLogps) -> list[Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    policy: PolicyEngine, objective: Objective, plan: StepPlan, world: World, running: RunningMeans
+    policy: PolicyEngine, objective: Objective, plan: RankBatch, world: World, running: RunningMeans
 ) -> MetricSums:
     """This rank's metric sums over the pairs of `plan`, a single batch for coupled losses; collective."""
     policy.train(False)

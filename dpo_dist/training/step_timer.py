@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Wall-clock time of a step by phase."""
 
 import itertools
 import time

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
@@ -34,7 +34,7 @@ class Assets:
     reference: Path
     encoded: tuple[EncodedSource, ...]
 
-    def dataset(self) -> PairDataset:
+    def dataset(self) -> PreferenceDataset:
         return open_dataset(self.encoded, DataConfig())
 
     def config(

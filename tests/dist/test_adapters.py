@@ -14,16 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    AdapterVariant,
-    Dtype,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelismKind,
-)
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ModelConfig, OptimConfig, ParallelismKind)
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.adapters import add_adapter
@@ -33,7 +26,7 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import AdapterReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.run_folder import export_model
+from dpo_dist.training.finish import export_model
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
@@ -61,7 +54,7 @@ class Trainer:
 
     def step(self, rows: Sequence[int]) -> float:
         world = self.world
-        plan = plan_step(self.dataset, np.array(rows), world.rank, world.size, 128, COSTS)
+        plan = shard_batch(self.dataset, np.array(rows), world.rank, world.size, 128, COSTS)
         ready, clock = self.objective.ready_step(plan, world.device), StepClock(world.device)
         return train_step(self.policy, self.objective, ready, self.lr, world, clock, RunningMeans())[1].item()
 
@@ -69,7 +62,7 @@ class Trainer:
     def scored(self) -> dict[str, list[float]]:
         """Log-probs of the rows `SCORED` with the adapter and without, the same batch on every rank."""
         self.policy.train(False)
-        (batch,) = plan_step(self.dataset, np.array(SCORED), 0, 1, 8192, COSTS).batches()
+        (batch,) = shard_batch(self.dataset, np.array(SCORED), 0, 1, 8192, COSTS).batches()
         return {
             "policy": self.policy.token_logps(batch).tolist(),
             "base": self.policy.base_token_logps(batch).tolist(),

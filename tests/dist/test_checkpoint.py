@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, LossConfig, LossKind, ParallelismKind
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.config.loss_kinds import (LossConfig, LossKind)
+from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ParallelismKind)
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
 from dpo_dist.distributed.world import World
@@ -55,7 +56,7 @@ class Trainer:
         self.world = world
 
     def step(self, rows: Sequence[int]) -> float:
-        plan = plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
+        plan = shard_batch(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
         device = self.world.device
         ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
         return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, self.world, clock, RunningMeans())[1].item()

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, LossConfig, Offload, ParallelismKind, RunConfig
-from dpo_dist.data.step_plan import plan_step
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (Dtype, Offload, ParallelismKind, RunConfig)
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.engine import PolicyEngine, frozen_config, sharded_loading
+from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.engine import PolicyEngine, sharded_loading
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
@@ -51,7 +53,7 @@ class RowsAtHand:
     spoilt: bytes = b""
 
     @staticmethod
-    def of(dataset: PairDataset, values: Sequence[np.ndarray], spoilt: bytes = b"") -> "RowsAtHand":
+    def of(dataset: PreferenceDataset, values: Sequence[np.ndarray], spoilt: bytes = b"") -> "RowsAtHand":
         keys = [key.tobytes() for key in dataset.keys]
         return RowsAtHand(dict(zip(keys, map(torch.from_numpy, values), strict=True)), spoilt)
 
@@ -70,7 +72,7 @@ class RowsAtHand:
         )
 
 
-def plain_steps(model: Any, dataset: PairDataset, reference: Sequence[np.ndarray]) -> list[float]:
+def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.ndarray]) -> list[float]:
     """Gradient norms of `STEPS`, applied to `model` by PyTorch alone, a sequence at a time."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -86,7 +88,7 @@ def plain_steps(model: Any, dataset: PairDataset, reference: Sequence[np.ndarray
     for rows, _ in STEPS:
         pairs = [dataset.sequences(row) for row in rows]
         lengths = torch.tensor([len(response) for pair in pairs for response in pair.responses])
-        values = np.concatenate([reference[place] for row in rows for place in dataset.response_rows(row)])
+        values = np.concatenate([reference[place] for row in rows for place in dataset.response_range(row)])
         logps = sum_by_response(plain_logps(model, pairs), lengths)
         losses = preference_loss(logps, sum_by_response(torch.from_numpy(values), lengths), LOSS)
         losses.mean().backward()
@@ -112,7 +114,7 @@ def steps(
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
 
     def step(rows: Sequence[int], budget: int, objective: Objective = objective) -> float:
-        plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         return train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item()
@@ -122,7 +124,7 @@ def steps(
     norms += [step(*of_step) for of_step in STEPS[1:]]
     write_whole(policy, folder / "after.safetensors")
 
-    spoilt = dataset.keys[dataset.response_rows(3)[1]].tobytes()
+    spoilt = dataset.keys[dataset.response_range(3)[1]].tobytes()
     before = shards(policy)
     bad_norms = [
         step(*STEPS[0], Objective(LOSS, RowsAtHand.of(dataset, reference, spoilt))),
@@ -144,14 +146,14 @@ def write_whole(policy: PolicyEngine, file: Path) -> None:
 
 
 def reference_comes_and_goes(
-    assets: Assets, config: RunConfig, dataset: PairDataset, expected: Sequence[np.ndarray], world: World
+    assets: Assets, config: RunConfig, dataset: PreferenceDataset, expected: Sequence[np.ndarray], world: World
 ) -> dict[str, Any]:
     """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
     engine = load_reference(assets.reference, config, world)
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)
-    plan = plan_step(dataset, np.arange(4), world.rank, world.size, 256, COSTS)
+    plan = shard_batch(dataset, np.arange(4), world.rank, world.size, 256, COSTS)
     wanted = RowsAtHand.of(dataset, expected)
     drift = 0.0
     for batch in plan.batches():

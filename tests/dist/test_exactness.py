@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import LossConfig
-from dpo_dist.data.step_plan import plan_step
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
@@ -30,7 +30,7 @@ from tests.support.ranks import OPTIM, run_ranks
 STEP = range(8)
 
 
-def pairs_of(dataset: PairDataset) -> list[Sequences]:
+def pairs_of(dataset: PreferenceDataset) -> list[Sequences]:
     return [dataset.sequences(row) for row in range(len(dataset))]
 
 
@@ -42,7 +42,7 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     policy = PolicyEngine(model, OPTIM, world)
     policy.train()
     objective = Objective(LossConfig(beta=BETA), StoredReference(LogpStore.open(store, SPACE)))
-    plan = plan_step(dataset, np.array(STEP), world.rank, world.size, 256, COSTS)
+    plan = shard_batch(dataset, np.array(STEP), world.rank, world.size, 256, COSTS)
     logps: dict[str, list[float]] = {}
     last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
     for index, (rows, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):

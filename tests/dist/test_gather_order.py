@@ -8,8 +8,9 @@ from unittest import mock
 import numpy as np
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
-from dpo_dist.config.schema import AdapterConfig, Dtype, LossConfig, LossKind, ModelConfig
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.config.loss_kinds import (LossConfig, LossKind)
+from dpo_dist.config.schema import (AdapterConfig, Dtype, ModelConfig)
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.adapters import add_adapter
@@ -56,7 +57,7 @@ def told(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig 
         mock.patch.object(gathering, "assert_ints_same_as_other_ranks", side_effect=compare) as compared,
     ):
         for budget in BUDGETS:
-            plan = plan_step(dataset, ROWS, world.rank, world.size, budget, COSTS)
+            plan = shard_batch(dataset, ROWS, world.rank, world.size, budget, COSTS)
             ready = objective.ready_step(plan, world.device)
             train_step(policy, objective, ready, 1e-3, world, StepClock(world.device), RunningMeans())
             evaluate(policy, objective, plan, world, RunningMeans())

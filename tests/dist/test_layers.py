@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.schema import Dtype, LossConfig, ModelConfig, ParallelismKind
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import (Dtype, ModelConfig, ParallelismKind)
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.head import PackedCausalLM
@@ -44,7 +45,7 @@ def norms(assets: Assets, model: ModelConfig, world: World, folder: Path) -> lis
     objective = Objective(LossConfig(reference_free=True), NoReference())
     found = []
     for rows in STEPS:
-        plan = plan_step(dataset, np.array(rows), world.rank, world.size, 256, COSTS)
+        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, 256, COSTS)
         ready, clock = objective.ready_step(plan, world.device), StepClock(world.device)
         found.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
     write_whole(policy, folder / "weights.safetensors")

@@ -12,20 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_dist.config.schema import (
-    COUPLED_KINDS,
-    REFERENCE_FREE_KINDS,
-    BcoDelta,
-    DataConfig,
-    Divergence,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-    SourceConfig,
-    Weighting,
-)
-from dpo_dist.data.step_plan import plan_step
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.config.loss_kinds import (BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting)
+from dpo_dist.config.schema import (DataConfig, SourceConfig)
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.distributed.world import World
@@ -73,7 +63,7 @@ class Data:
     pairs: tuple[EncodedSource, ...]
     rankings: tuple[EncodedSource, ...]
 
-    def of(self, loss: LossConfig) -> PairDataset:
+    def of(self, loss: LossConfig) -> PreferenceDataset:
         ranked = loss.kind is LossKind.plackett_luce
         return open_dataset(self.rankings if ranked else self.pairs, DataConfig())
 
@@ -105,17 +95,17 @@ def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder:
 
 
 def _trajectory(
-    assets: Assets, dataset: PairDataset, loss: LossConfig, budget: int, world: World
+    assets: Assets, dataset: PreferenceDataset, loss: LossConfig, budget: int, world: World
 ) -> Iterator[dict[str, float]]:
     config = assets.config(assets.policy)
-    free = REFERENCE_FREE_KINDS.issuperset(loss.kinds)
+    free = not loss.needs_reference
     reference = NoReference() if free else LiveReference(load_reference(assets.reference, config, world))
     objective, running = Objective(loss, reference), RunningMeans()
     policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)
 
     def plan(rows: Any) -> Any:
         only = loss.is_one_sided
-        return plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS, only)
+        return shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS, only)
 
     def means(sums: MetricSums) -> dict[str, float]:
         return replace(sums, values=world.sum(sums.values)).means()

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.run_folder import export_model
+from dpo_dist.training.finish import export_model
 from dpo_dist.training.step import Objective, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
@@ -73,7 +73,7 @@ def moe_steps(
     objective = Objective(LOSS, RowsAtHand.of(dataset, reference))
     norms = []
     for rows, budget in STEPS:
-        plan = plan_step(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
+        plan = shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS)
         ready = objective.ready_step(plan, world.device)
         clock = StepClock(world.device)
         norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())

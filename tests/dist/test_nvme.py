@@ -11,7 +11,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Offload, ReferenceConfig
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.nvme import check_async_io, own_folder
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
@@ -28,7 +28,7 @@ def score_from_disk(assets: Assets, model: Path, nvme: Path, world: World, _fold
     config = assets.config(model, ReferenceConfig(offload=Offload.nvme, nvme_path=str(nvme)))
     engine = load_reference(model, config, world)
     on_disk = sum(file.stat().st_size for file in nvme.rglob("*.tensor.swp"))
-    [batch] = plan_step(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
     scored = [engine.token_logps(batch).tolist() for _ in range(2)]
     world.barrier()
     engine.free()

@@ -21,7 +21,7 @@ from dpo_dist.data.encode_workers import CHUNK_RECORDS
 from dpo_dist.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
-from tests.support.rows import jsonl
+from tests.support.records import jsonl
 from tests.support.shared_data import shared_data_dir
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Quantization, ReferenceConfig
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.report.console import Console
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 def score_both(assets: Assets, model: Path, quantization: str, world: World, _folder: Path) -> dict[str, Any]:
     """How far a quantized reference is from the one in full, at most; and what it is."""
-    [batch] = plan_step(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+    [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
     in_full = load_reference(model, assets.config(model), world).token_logps(batch)
     quantized = ReferenceConfig(quantization=Quantization(quantization))
     engine = load_reference(model, assets.config(model, quantized), world)

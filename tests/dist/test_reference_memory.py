@@ -13,7 +13,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, ReferenceConfig
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.reference.engine import load_reference
@@ -44,7 +44,7 @@ def come_and_go(assets: Assets, offload: Offload, world: World, folder: Path) ->
     for _ in range(2):
         before = tensor_bytes()
         engine = load_reference(assets.reference, config, world)
-        [batch] = plan_step(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
+        [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
         for _ in range(3):  # DeepSpeed remembers the order of its first passes
             engine.token_logps(batch)
         del batch

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import LossConfig, Offload, ParallelismKind, ReferenceConfig, SyncReferenceConfig
-from dpo_dist.data.step_plan import plan_step
+from dpo_dist.config.loss_kinds import (LossConfig, SyncReferenceConfig)
+from dpo_dist.config.schema import (Offload, ParallelismKind, ReferenceConfig)
+from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
@@ -75,7 +76,7 @@ class Trainer:
         return self._metrics(sums)["rewards/margins"]
 
     def _plan(self, rows: Sequence[int]) -> Any:
-        return plan_step(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
+        return shard_batch(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
 
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         return MetricSums(sums.names, self.world.sum(sums.values)).means()
@@ -150,7 +151,7 @@ def follow_and_score(assets: Assets, model: Path, reference: Path, world: World,
     weights = trainer.policy.whole_weights()
     if weights is not None:
         save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, folder / POLICY)
-    [batch] = plan_step(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
+    [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
     scored: list[float] = trainer.reference.token_logps(batch).tolist()
     return scored
 

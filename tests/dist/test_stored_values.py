@@ -59,7 +59,7 @@ def carry_out(
             lambda _done, _total: None,
         )
         engine.free()
-        rows = open_filled(open_store, report.shards, world).read(dataset.keys[dataset.response_places(np.array(pairs))])
+        rows = open_filled(open_store, report.shards, world).read(dataset.keys[dataset.response_indices(np.array(pairs))])
         told.append({"found": report.hits, "computed": report.computed, "rows": [r.tolist() for r in rows]})
     return told
 

@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from tests.support.rows import TEXT, jsonl
+from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
 
 ROOT = Path(__file__).parents[2]

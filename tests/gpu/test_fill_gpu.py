@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
@@ -31,13 +31,13 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def pairs(folder: Path) -> PairDataset:
+def pairs(folder: Path) -> PreferenceDataset:
     """Pairs whose token ids are all different."""
     lengths = np.random.default_rng(0).integers(1, 40, 3 * PAIRS)
     ids = np.arange(lengths.sum(), dtype=np.int32)
     pieces = np.split(ids, np.cumsum(lengths)[:-1])
     keys = [response_key(pieces[n - n % 3], pieces[n]) for n in range(3 * PAIRS) if n % 3]
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -76,6 +76,6 @@ def test_rows_are_those_of_their_responses(tmp_path: Path, world: World) -> None
     )
     store = LogpStore.open(tmp_path, SPACE)
     for row in range(PAIRS):
-        values = store.read(dataset.keys[list(dataset.response_rows(row))])
+        values = store.read(dataset.keys[list(dataset.response_range(row))])
         for value, response in zip(values, dataset.sequences(row).responses, strict=True):
             np.testing.assert_allclose(value, -response.astype(np.float32), rtol=1e-5)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.config.schema import Dtype, LossConfig, LossKind, ModelConfig
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import NoReference

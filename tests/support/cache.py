@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import MEMO_FOLDER, EncodedSource
 from tests.support import tiny
 
@@ -24,7 +24,7 @@ def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
     return encoded.folder
 
 
-def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PairDataset:
+def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PreferenceDataset:
     """Encode sources and open them."""
     return open_dataset(prepare_all(folder, *sources, **data), DataConfig(**data))
 

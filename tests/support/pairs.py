@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.encode import EncodedPair, encode_pair
+from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
 
 CHAT = (Message("user", "What is the capital?"),)
@@ -17,10 +17,10 @@ def record(prompt: str | Messages | Dialogue, *responses: str) -> PreferenceReco
 
 def encode(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
-) -> EncodedPair:
+) -> EncodedExample:
     """The pair that must come of `what`."""
-    pair = encode_pair(what, tokenizer, config)
-    assert isinstance(pair, EncodedPair), pair
+    pair = encode_record(what, tokenizer, config)
+    assert isinstance(pair, EncodedExample), pair
     return pair
 
 
@@ -28,16 +28,16 @@ def reason_against(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> str:
     """Why no pair comes of `what`."""
-    bad = encode_pair(what, tokenizer, config)
+    bad = encode_record(what, tokenizer, config)
     assert isinstance(bad, BadRecord), bad
     return bad.reason
 
 
-def texts(pair: EncodedPair, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def texts(pair: EncodedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Prompt and responses as text again."""
     return [tokenizer.decode(ids) for ids in (pair.prompt_ids, *pair.responses)]
 
 
-def flags(pair: EncodedPair) -> tuple[bool, bool, bool]:
+def flags(pair: EncodedExample) -> tuple[bool, bool, bool]:
     """Prompt cut, response cut, response split off."""
     return (pair.prompt_truncated, pair.response_truncated, pair.boundary_resplit)

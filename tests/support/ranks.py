@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.distributed.engine import policy_config
+from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.world import World, start_world
 from tests.support.warm import context, free_port, start_parent
 

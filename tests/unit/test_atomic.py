@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all."""
+"""Files and folders appear whole or not at all."""
 
 import os
 import tempfile
@@ -30,13 +30,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_text_is_written_as_utf8_below_folders_that_are_made(tmp_path: Path) -> None:
+def test_text_is_utf8_and_missing_folders_are_created(tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "folder" / "file", "naïve")
     assert (tmp_path / "new" / "folder" / "file").read_bytes() == b"na\xc3\xafve"
     assert names(tmp_path / "new" / "folder") == ["file"]
 
 
-def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
     with pytest.raises(InterruptedError), staged_file(path) as temporary:
@@ -62,7 +62,7 @@ def test_a_folder_appears_with_all_its_files_or_not(tmp_path: Path) -> None:
     assert names(tmp_path / "made") == ["folder"]
 
 
-def test_a_folder_replaces_the_older_one_and_leaves_nothing_of_it(tmp_path: Path) -> None:
+def test_a_folder_replaces_all_files_of_the_older_one(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for generation in ("first", "second"):
         with staged_folder(path) as temporary:
@@ -71,16 +71,16 @@ def test_a_folder_replaces_the_older_one_and_leaves_nothing_of_it(tmp_path: Path
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_folder_that_stands_is_left_to_those_who_use_it(tmp_path: Path) -> None:
+def test_keep_if_keeps_the_folder_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for generation in ("first", "second"):
-        with staged_folder(path, stands=lambda there: (there / "file").is_file()) as temporary:
+        with staged_folder(path, keep_if=lambda there: (there / "file").is_file()) as temporary:
             (temporary / "file").write_text(generation)
     assert (path / "file").read_text() == "first"
     assert names(tmp_path) == ["folder"]
 
 
-def test_many_writers_of_one_folder_all_end_well(tmp_path: Path) -> None:
+def test_concurrent_writers_of_one_folder_all_succeed(tmp_path: Path) -> None:
     path = tmp_path / "folder"
 
     def write(number: int) -> None:
@@ -95,7 +95,7 @@ def test_many_writers_of_one_folder_all_end_well(tmp_path: Path) -> None:
 
 
 def replace_and_die(path: Path) -> None:
-    """Replace the folder `path` in a process that ends with its first rename onto or away from it."""
+    """Replace the folder `path` in a process that dies after its first rename of it."""
     child = os.fork()
     if child == 0:
         rename = Path.rename
@@ -116,7 +116,7 @@ def replace_and_die(path: Path) -> None:
 def test_a_kill_while_a_folder_is_replaced_leaves_one(
     can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a file system without exchange, the folder is back when it is next written."""
+    """Without exchange of names, the next write restores the folder first."""
     path = tmp_path / "fol[d]er"
     if not can_exchange:
         monkeypatch.setattr("dpo_dist.atomic._exchange", lambda *_: False)
@@ -129,7 +129,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_one(
     assert (path / "file").read_text() == ("second" if can_exchange else "first")
 
 
-def test_a_folder_that_is_there_is_not_replaced_by_one_that_was_moved_aside(
+def test_recovery_does_not_replace_an_existing_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "folder"
@@ -143,7 +143,7 @@ def test_a_folder_that_is_there_is_not_replaced_by_one_that_was_moved_aside(
     assert names(path) == []
 
 
-def test_temporary_names_are_known_and_never_the_same(tmp_path: Path) -> None:
+def test_temporary_names_are_recognised_and_unique(tmp_path: Path) -> None:
     path = tmp_path / "file"
     first, second = temporary_name(path), temporary_name(path)
     assert first != second
@@ -175,7 +175,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return events
 
 
-def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
+def test_a_file_is_synced_before_its_rename_and_the_folder_after_it(
     tmp_path: Path, on_disk: list[tuple[str, str]]
 ) -> None:
     with staged_file(tmp_path / "file") as temporary:
@@ -187,7 +187,7 @@ def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
     ]
 
 
-def test_every_file_and_folder_is_on_disk_before_a_folder_has_its_name(
+def test_everything_in_a_folder_is_synced_before_its_rename(
     tmp_path: Path, on_disk: list[tuple[str, str]]
 ) -> None:
     with staged_folder(tmp_path / "folder") as temporary:
@@ -199,7 +199,7 @@ def test_every_file_and_folder_is_on_disk_before_a_folder_has_its_name(
     assert ("fsync", str(tmp_path)) in on_disk[named:]
 
 
-def test_private_files_become_as_open_as_the_umask_lets_them(tmp_path: Path) -> None:
+def test_private_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()
     with staged_folder(tmp_path / "folder") as temporary:
@@ -209,8 +209,8 @@ def test_private_files_become_as_open_as_the_umask_lets_them(tmp_path: Path) -> 
     assert private.stat().st_mode == plain.stat().st_mode
 
 
-def test_only_what_dead_writers_left_is_collected(tmp_path: Path) -> None:
-    """Not what is being written, and not the folder that a killed commit had moved aside."""
+def test_only_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    """Files being written stay, and so does a folder that a killed commit had moved aside."""
     living, file = temporary_name(tmp_path / "folder"), temporary_name(tmp_path / "file")
     dead = file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-"))
     old, new = tmp_path / "old.tmp-0123456789ab", tmp_path / "new.tmp-0123456789ab"
@@ -226,10 +226,8 @@ def test_only_what_dead_writers_left_is_collected(tmp_path: Path) -> None:
     assert collect_abandoned(tmp_path / "missing") == []
 
 
-def test_what_a_hidden_process_may_be_writing_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where /proc shows a user only processes of their own (hidepid)."""
+def test_files_of_a_hidden_process_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hidepid, /proc shows users only their own processes."""
 
     def deny(process: int, _signal: int) -> None:
         raise PermissionError(process)

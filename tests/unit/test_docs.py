@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.tables import table
 from dpo_dist.config.keys import key_types
-from dpo_dist.config.schema import LossKind, RunConfig
+from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.report.metrics_log import PHASES
 

@@ -1,4 +1,4 @@
-"""Items are made ahead in one thread, in order, never too many, and nothing survives the context."""
+"""One thread computes items ahead, in order, at most `depth`, and ends with the context."""
 
 import itertools
 import threading
@@ -13,7 +13,7 @@ from dpo_dist.prefetch import prefetch
 def until(condition: object, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.001)
 
 
@@ -22,26 +22,26 @@ def workers() -> list[threading.Thread]:
 
 
 class Maker:
-    """Counts up, and remembers who made how many."""
+    """Counts up, and records the threads and the number of items."""
 
-    def __init__(self, stop: int | None = None, fault_at: int | None = None):
+    def __init__(self, stop: int | None = None, error_at: int | None = None):
         self.made = 0
         self.threads: set[int] = set()
-        self.stop, self.fault_at = stop, fault_at
+        self.stop, self.error_at = stop, error_at
 
     def __iter__(self) -> Iterator[int]:
         for number in itertools.count():
             if number == self.stop:
                 return
             self.threads.add(threading.get_ident())
-            if number == self.fault_at:
+            if number == self.error_at:
                 raise OSError(f"item {number} cannot be made")
             self.made += 1
             yield number
 
 
 @pytest.mark.parametrize("depth", [1, 2, 100])
-def test_all_items_in_order_from_one_other_thread(depth: int) -> None:
+def test_all_items_in_order_from_one_thread(depth: int) -> None:
     maker = Maker(stop=50)
     with prefetch(maker, depth) as items:
         assert list(items) == list(range(50))
@@ -56,7 +56,7 @@ def test_no_items() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_a_slow_consumer_finds_depth_items_ready_and_never_more(depth: int) -> None:
+def test_at_most_depth_items_are_ahead_of_a_slow_consumer(depth: int) -> None:
     maker = Maker()
     with prefetch(maker, depth) as items:
         for taken in range(1, 6):
@@ -66,8 +66,8 @@ def test_a_slow_consumer_finds_depth_items_ready_and_never_more(depth: int) -> N
             assert maker.made == taken + depth
 
 
-def test_a_fault_is_raised_where_its_item_would_be() -> None:
-    with prefetch(Maker(fault_at=3), 8) as items:
+def test_an_error_is_raised_at_the_position_of_its_item() -> None:
+    with prefetch(Maker(error_at=3), 8) as items:
         time.sleep(0.02)
         assert [next(items) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(OSError, match="item 3 cannot be made"):
@@ -76,8 +76,8 @@ def test_a_fault_is_raised_where_its_item_would_be() -> None:
     assert not workers()
 
 
-def test_a_fault_that_nobody_reaches_is_not_raised() -> None:
-    with prefetch(Maker(fault_at=1), 8) as items:
+def test_an_error_of_an_item_not_taken_is_not_raised() -> None:
+    with prefetch(Maker(error_at=1), 8) as items:
         assert next(items) == 0
     assert not workers()
 
@@ -98,7 +98,7 @@ def test_leaving_by_an_exception_ends_the_thread() -> None:
     assert not workers()
 
 
-def test_leaving_waits_for_the_item_in_the_making_only() -> None:
+def test_leaving_waits_for_the_current_item_only() -> None:
     begun, finish = threading.Event(), threading.Event()
     finished = []
 
@@ -116,7 +116,7 @@ def test_leaving_waits_for_the_item_in_the_making_only() -> None:
     assert not workers()
 
 
-def test_nothing_is_made_before_the_context_is_entered() -> None:
+def test_nothing_is_computed_before_the_context_is_entered() -> None:
     maker = Maker()
     context = prefetch(maker, 4)
     time.sleep(0.02)
@@ -125,7 +125,7 @@ def test_nothing_is_made_before_the_context_is_entered() -> None:
         assert next(items) == 0
 
 
-def test_nested_prefetches_do_not_meet() -> None:
+def test_nested_prefetches_are_independent() -> None:
     with prefetch(range(5), 1) as outer:
         for number in outer:
             with prefetch(range(number), 2) as inner:

@@ -1,4 +1,4 @@
-"""`python -m dpo_dist.store`: what is in a store, whether it is whole, and what of it goes."""
+"""`python -m dpo_dist.store`: info, verify and gc."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def rows_of(root: Path, space: ReferenceFingerprint) -> Entries:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
-    """Of a store with three rows of one reference and two of another."""
+    """Shards of a store with three entries of one reference and two of another."""
     return [write(tmp_path, FIRST, ROWS), write(tmp_path, SECOND, {1: [-9.0], 2: [-8.0]})]
 
 
@@ -46,8 +46,8 @@ def shards(tmp_path: Path) -> list[Path]:
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     def run(verb: str, *arguments: str) -> tuple[int, str]:
         code = main([verb, str(tmp_path), *arguments])
-        told = capsys.readouterr()
-        return code, told.out + told.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     return run
 
@@ -55,11 +55,11 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
 Run = Callable[..., tuple[int, str]]
 
 
-def test_info_tells_what_each_reference_holds(run: Run, shards: list[Path]) -> None:
+def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path]) -> None:
     os.utime(shards[1].parent / "space.json", (time.time() - 10 * DAY,) * 2)
-    told = json.loads(run("info", "--json")[1])
-    assert [space["label"] for space in told] == ["org/first@0123", "./second"]
-    first = told[0]
+    listed = json.loads(run("info", "--json")[1])
+    assert [space["label"] for space in listed] == ["org/first@0123", "./second"]
+    first = listed[0]
     assert (first["reference"], first["space"], first["profile"]) == (
         FIRST.reference,
         FIRST.name,
@@ -67,29 +67,35 @@ def test_info_tells_what_each_reference_holds(run: Run, shards: list[Path]) -> N
     )
     assert (first["rows"], first["tokens"], first["shards"], first["damaged_shards"]) == (3, 6, 1, 0)
     assert first["bytes"] == sum(file.stat().st_size for file in shards[0].parent.iterdir())
-    age = datetime.now(UTC) - datetime.fromisoformat(told[1]["last_used"])
+    age = datetime.now(UTC) - datetime.fromisoformat(listed[1]["last_used"])
     assert 10 <= age.total_seconds() / DAY < 10.1
     code, table = run("info")
     assert code == 0
-    for text in ("org/first@0123", FIRST.reference, FIRST.name, "dtype fp32", "3 rows", "2 spaces, 5 rows"):
+    for text in (
+        "org/first@0123",
+        FIRST.reference,
+        FIRST.name,
+        "dtype fp32",
+        "3 entries",
+        "2 spaces, 5 entries",
+    ):
         assert text in table
 
 
-def test_opening_stamps_the_space_as_used(run: Run, shards: list[Path], tmp_path: Path) -> None:
+def test_opening_updates_the_date_of_last_use(run: Run, shards: list[Path], tmp_path: Path) -> None:
     stamp = shards[0].parent / "space.json"
     os.utime(stamp, (0, 0))
     LogpStore.open(tmp_path, FIRST)
     assert time.time() - stamp.stat().st_mtime < 60
 
 
-def test_a_whole_store_is_clean(run: Run, shards: list[Path]) -> None:
-    code, told = run("verify")
-    assert (code, told) == (0, "2 shards, 5 rows that hold, 0 of them twice, 0 files damaged\n")
+def test_an_undamaged_store_passes(run: Run, shards: list[Path]) -> None:
+    assert run("verify") == (0, "2 shards, 5 valid entries, 0 of them duplicates, 0 damaged files\n")
 
 
-def test_rows_that_are_there_twice_are_counted(run: Run, shards: list[Path], tmp_path: Path) -> None:
+def test_duplicate_entries_are_counted(run: Run, shards: list[Path], tmp_path: Path) -> None:
     write(tmp_path, FIRST, {4: [-0.5, -0.125], 2: [-1.0]})
-    assert "7 rows that hold, 1 of them twice" in run("verify")[1]
+    assert "7 valid entries, 1 of them duplicates" in run("verify")[1]
 
 
 def cut(file: Path, size: int) -> None:
@@ -112,18 +118,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[int], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_repaired_down_to_the_rows_that_hold(
+def test_damage_is_named_and_repair_keeps_the_valid_entries(
     damage: str, run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     harm, left, fault = DAMAGES[damage]
     harm(shards[0])
     expected = {name: ROWS[name] for name in left}
-    assert rows_of(tmp_path, FIRST) == expected, "what a run reads before any repair"
-    code, told = run("verify")
+    assert rows_of(tmp_path, FIRST) == expected, "the entries that a run reads before any repair"
+    code, printed = run("verify")
     assert code == 2
-    assert f"damaged: {shards[0]}: " in told
-    assert fault in told
-    assert "1 files damaged" in told
+    assert f"damaged: {shards[0]}: " in printed
+    assert fault in printed
+    assert "1 damaged files" in printed
     assert shards[0].exists(), "verify alone changes nothing"
 
     assert run("verify", "--repair")[0] == 0
@@ -133,33 +139,35 @@ def test_damage_is_named_and_repaired_down_to_the_rows_that_hold(
     assert rows_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
 
 
-def test_a_shard_of_another_space_is_told_and_put_back(run: Run, shards: list[Path], tmp_path: Path) -> None:
+def test_a_shard_of_another_space_is_named_and_moved_back(
+    run: Run, shards: list[Path], tmp_path: Path
+) -> None:
     shards[1].rename(shards[0].parent / shards[1].name)
     assert rows_of(tmp_path, FIRST) == ROWS
     assert rows_of(tmp_path, SECOND) == {}
-    code, told = run("verify")
+    code, printed = run("verify")
     assert code == 2
-    assert f"a shard of {SECOND.name}" in told
+    assert f"a shard of {SECOND.name}" in printed
     assert run("verify", "--repair")[0] == 0
     assert rows_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
 
 
 @pytest.mark.parametrize("content", [None, b"{"])
-def test_a_space_that_does_not_say_what_it_is_is_told(
+def test_a_space_without_a_valid_description_is_named(
     content: bytes | None, run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     described = shards[0].parent / "space.json"
     described.unlink() if content is None else described.write_bytes(content)
-    code, told = run("verify")
+    code, printed = run("verify")
     assert code == 2
-    assert f"damaged: {described}" in told
+    assert f"damaged: {described}" in printed
     assert run("verify", "--repair")[0] == 2
     assert "no valid space.json" in run("info")[1]
     assert rows_of(tmp_path, FIRST) == ROWS
     assert run("verify")[0] == 0
 
 
-def test_foreign_and_left_over_files_are_named_and_no_damage(
+def test_foreign_and_temporary_files_are_named_and_no_damage(
     run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     folder = shards[0].parent
@@ -168,30 +176,32 @@ def test_foreign_and_left_over_files_are_named_and_no_damage(
     (tmp_path / "other").mkdir()
     (folder / "half.safetensors.tmp-123456789abc").write_bytes(b"half")
     (tmp_path / "file_digests").mkdir()
-    code, told = run("verify", "--repair")
+    code, printed = run("verify", "--repair")
     assert code == 0
     for name in ("notes.txt", "x.safetensors", str(tmp_path / "other")):
-        assert f"passed over: {folder / name}" in told
-    assert "being written: " in told
+        assert f"ignored: {folder / name}" in printed
+    assert "temporary, of a running or dead writer: " in printed
     assert (folder / "half.safetensors.tmp-123456789abc").exists()
 
 
-def test_rows_of_another_version_are_told_and_not_read(run: Run, shards: list[Path], tmp_path: Path) -> None:
+def test_a_space_of_another_version_is_named_and_not_read(
+    run: Run, shards: list[Path], tmp_path: Path
+) -> None:
     described = shards[1].parent / "space.json"
     content = json.loads(described.read_text())
     del content["format"]
     described.write_text(json.dumps(content))
-    code, told = run("verify")
+    code, printed = run("verify")
     assert code == 0
-    assert f"serves no run: {shards[1].parent}" in told
+    assert f"not used: {shards[1].parent}" in printed
     assert "of another version" in run("info")[1]
 
 
-def test_gc_only_tells_without_yes(run: Run, shards: list[Path]) -> None:
-    code, told = run("gc", "--drop", FIRST.reference)
+def test_gc_without_yes_only_lists(run: Run, shards: list[Path]) -> None:
+    code, printed = run("gc", "--drop", FIRST.reference)
     assert code == 0
-    assert FIRST.name in told
-    assert "--yes" in told
+    assert FIRST.name in printed
+    assert "--yes" in printed
     assert all(shard.exists() for shard in shards)
 
 
@@ -209,7 +219,7 @@ def test_gc_only_tells_without_yes(run: Run, shards: list[Path]) -> None:
         ([], [FIRST, SECOND]),
     ],
 )
-def test_gc_drops_what_was_named_or_not_used(
+def test_gc_drops_named_or_unused_references(
     arguments: list[str], left: list[ReferenceFingerprint], run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     os.utime(shards[1].parent / "space.json", (time.time() - 40 * DAY,) * 2)
@@ -218,7 +228,7 @@ def test_gc_drops_what_was_named_or_not_used(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "error"),
     [
         (["--drop", "a"], "more than one reference"),
         (["--keep", "ff"], "fits no reference"),
@@ -226,16 +236,16 @@ def test_gc_drops_what_was_named_or_not_used(
         (["--drop", "aa", "--keep", FIRST.name], "dropped and kept"),
     ],
 )
-def test_gc_refuses_what_can_be_misunderstood(
-    arguments: list[str], told: str, run: Run, shards: list[Path]
-) -> None:
-    code, screen = run("gc", *arguments, "--yes")
+def test_gc_refuses_ambiguous_digests(arguments: list[str], error: str, run: Run, shards: list[Path]) -> None:
+    code, printed = run("gc", *arguments, "--yes")
     assert code == 2
-    assert told in screen
+    assert error in printed
     assert all(shard.exists() for shard in shards)
 
 
-def test_gc_removes_old_leftovers_and_no_young_ones(run: Run, shards: list[Path], tmp_path: Path) -> None:
+def test_gc_removes_old_temporary_files_and_keeps_recent_ones(
+    run: Run, shards: list[Path], tmp_path: Path
+) -> None:
     old, young = (shards[0].parent / f"{name}.safetensors.tmp-123456789abc" for name in "ab")
     folder = tmp_path / f"{'0' * 32}.tmp-123456789abc"
     folder.mkdir()
@@ -248,10 +258,10 @@ def test_gc_removes_old_leftovers_and_no_young_ones(run: Run, shards: list[Path]
     assert all(shard.exists() for shard in shards)
 
 
-def test_gc_gets_over_what_goes_while_it_looks(
+def test_gc_tolerates_concurrent_changes(
     run: Run, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer that commits its file, another gc, a repair."""
+    """Of a writer that commits its file, of another gc, of a repair."""
     leftover = shards[0].parent / "a.safetensors.tmp-123456789abc"
     leftover.write_bytes(b"half")
     os.utime(leftover, (time.time() - 2 * DAY,) * 2)
@@ -274,7 +284,7 @@ def test_gc_gets_over_what_goes_while_it_looks(
     assert verify.verify_store(tmp_path).damage == []
 
 
-def test_a_running_job_reads_on_after_its_space_was_dropped(
+def test_a_running_job_continues_after_its_space_was_dropped(
     run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     store = LogpStore.open(tmp_path, FIRST)
@@ -285,7 +295,7 @@ def test_a_running_job_reads_on_after_its_space_was_dropped(
 
 
 @pytest.mark.parametrize("verb", ["info", "verify", "gc"])
-def test_a_store_that_is_not_there_is_one_block(verb: str, tmp_path: Path) -> None:
+def test_a_missing_store_is_one_block(verb: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "dpo_dist.store", verb, str(tmp_path / "nowhere")],
         capture_output=True,
@@ -305,6 +315,6 @@ def test_it_starts_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-def test_a_copy_of_a_store_is_the_store(run: Run, shards: list[Path], tmp_path: Path) -> None:
+def test_a_copy_of_a_store_has_the_same_entries(run: Run, shards: list[Path], tmp_path: Path) -> None:
     shutil.copytree(shards[0].parents[0], tmp_path / "copy" / shards[0].parent.name)
     assert rows_of(tmp_path / "copy", FIRST) == ROWS

@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.ablation import ABLATIONS, Work, removed
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.data import dataset, step_plan
+from dpo_dist.data import collate, dataset
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from tests.support.packing import COSTS, VOCABULARY, plain_logps, random_pairs
@@ -38,9 +38,9 @@ def train_once(name: str) -> tuple[Work, dict[int, list[float]], torch.Tensor]:
     logps: dict[int, list[float]] = {}
     with removed(ABLATIONS[name]) as work:
         model = PackedCausalLM(tiny_model(PACKED), AttentionBackend.sdpa)
-        sizes = dataset.pair_sizes(lengths[:, 0], lengths[:, 1:].ravel(), np.full(len(SHAPES), 2), COSTS)
-        for (places,) in step_plan.plan_micro_batches(sizes, 1, BUDGET):
-            batch = step_plan.pack([PAIRS[place] for place in places], np.zeros((2 * len(places), 2)))
+        sizes = dataset.example_sizes(lengths[:, 0], lengths[:, 1:].ravel(), np.full(len(SHAPES), 2), COSTS)
+        for (places,) in collate.plan_micro_batches(sizes, 1, BUDGET):
+            batch = collate.pack([PAIRS[place] for place in places], np.zeros((2 * len(places), 2)))
             token_logps = model(batch)
             token_logps.sum().backward()
             assert len(batch.weights) == len(places)
@@ -81,12 +81,12 @@ def test_every_ablation_does_the_work_that_its_part_saves() -> None:
 
 
 def test_nothing_stays_removed() -> None:
-    before = (step_plan.pack, step_plan.plan_micro_batches, dataset.pair_sizes, PackedCausalLM.forward)
+    before = (collate.pack, collate.plan_micro_batches, dataset.example_sizes, PackedCausalLM.forward)
     with removed(ABLATIONS["without_all"]):
         pass
     assert before == (
-        step_plan.pack,
-        step_plan.plan_micro_batches,
-        dataset.pair_sizes,
+        collate.pack,
+        collate.plan_micro_batches,
+        dataset.example_sizes,
         PackedCausalLM.forward,
     )

@@ -15,16 +15,8 @@ from dpo_dist.config import command_line
 from dpo_dist.config.describe import settings, title
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.load import config_dir, from_yaml, load_run_config, run_digest, run_dir, to_yaml
-from dpo_dist.config.schema import (
-    Dtype,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-    Offload,
-    ReferenceMode,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo_dist.config.load import resolve
-from dpo_dist.config.schema import REFERENCE_FREE_KINDS, LossKind, RunConfig
+from dpo_dist.config.loss_kinds import KINDS, LossKind
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
 
 NO_REFERENCE = {"reference.mode": "none"}
@@ -187,8 +188,7 @@ def test_accepted(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", LossKind)
 def test_every_kind_says_whether_it_needs_a_reference(kind: LossKind) -> None:
     """A kind runs with exactly one of: a reference, none."""
-    fits = "none" if kind in REFERENCE_FREE_KINDS else "cached"
-    other = "cached" if kind in REFERENCE_FREE_KINDS else "none"
+    fits, other = ("cached", "none") if KINDS[kind].needs_reference else ("none", "cached")
     configured({"loss.kind": kind.name, "reference.mode": fits})
     with pytest.raises(ConfigError, match="reference"):
         configured({"loss.kind": kind.name, "reference.mode": other})

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, run_digest
-from dpo_dist.config.schema import Quantization, SyncReferenceConfig
+from dpo_dist.config.loss_kinds import SyncReferenceConfig
+from dpo_dist.config.schema import Quantization
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.optional_packages import check_bitsandbytes
 

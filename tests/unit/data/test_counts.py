@@ -9,18 +9,18 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, SourceConfig, TrainerConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared, counted_once
-from dpo_dist.data.sampler import Span, make_schedule
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
+from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.errors import DataError
 from dpo_dist.training.data_setup import counts_told, short_run_told
 from tests.support import tiny
-from tests.support.rows import TEXT, jsonl
+from tests.support.records import TEXT, jsonl
 
 GOOD = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
 
 
-def opened(folder: Path, *paths: str, **data: object) -> PairDataset:
+def opened(folder: Path, *paths: str, **data: object) -> PreferenceDataset:
     config = DataConfig(cache=str(folder / "cache"), **data)  # type: ignore[arg-type]
     return open_dataset(
         prepare_dataset([SourceConfig(path) for path in paths], config, tiny.qwen(), "q"), config
@@ -127,12 +127,12 @@ def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) ->
     twice = opened(tmp_path, file_of(tmp_path, "twice", *GOOD, *GOOD[:2]))
     other = opened(tmp_path, file_of(tmp_path, "other", *GOOD[:3], GOOD[0]))
     cache = tmp_path / "cache"
-    assert counted_once(count_duplicates, cache, twice) == 2
+    assert remembered_count(count_duplicates, cache, twice) == 2
     unread = replace(twice, keys=np.empty((0, 2), dtype=np.uint64))
-    assert counted_once(count_duplicates, cache, unread) == 2
-    assert counted_once(count_duplicates, cache, other) == 1
-    assert counted_once(count_shared, cache, other, twice) == 4
-    assert counted_once(count_shared, cache, twice, other) == 5
+    assert remembered_count(count_duplicates, cache, unread) == 2
+    assert remembered_count(count_duplicates, cache, other) == 1
+    assert remembered_count(count_shared, cache, other, twice) == 4
+    assert remembered_count(count_shared, cache, twice, other) == 5
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,11 @@ def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) ->
     ],
 )
 def test_a_run_of_hardly_any_pairs_is_told(pairs: int, trainer: dict[str, float], told: str | None) -> None:
-    schedule = make_schedule([Span(0, pairs, 1.0)], TrainerConfig(**trainer))  # type: ignore[arg-type]
-    lines = short_run_told(schedule)
+    sampler = make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer))  # type: ignore[arg-type]
+    lines = short_run_told(sampler)
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
     most = max(
-        int(np.unique(schedule.indices(step), return_counts=True)[1].max()) for step in range(schedule.steps)
+        int(np.unique(sampler.indices(step), return_counts=True)[1].max()) for step in range(sampler.steps)
     )
     assert ("times in one step" in (told or "")) == (most > 2)

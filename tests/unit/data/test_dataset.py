@@ -8,18 +8,18 @@ import pytest
 
 from dpo_dist.config.schema import OnBadRecord
 from dpo_dist.data import build_dataset as build_dataset_module
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.collate import collate, shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import Ids, packed_tokens
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.data.sampler import Span
-from dpo_dist.data.step_plan import pack_rows, plan_step
 from dpo_dist.errors import DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.packing import COSTS
 from tests.support.pairs import encode
-from tests.support.rows import jsonl
+from tests.support.records import jsonl
 
 GOOD = [
     {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
@@ -40,7 +40,7 @@ def ranked_records() -> list[PreferenceRecord]:
 
 
 @pytest.fixture
-def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairDataset:
+def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset:
     """Records of one, two and three responses mixed, which no file format gives yet."""
     monkeypatch.setattr(build_dataset_module, "read_records", lambda _source: iter(ranked_records()))
     return opened(tmp_path, jsonl(tmp_path, {}))
@@ -50,7 +50,7 @@ def same_ids(first: Sequence[Ids], second: Sequence[Ids]) -> bool:
     return len(first) == len(second) and all(map(np.array_equal, first, second))
 
 
-def test_pairs_come_back_as_they_were_encoded(ranked: PairDataset) -> None:
+def test_pairs_come_back_as_they_were_encoded(ranked: PreferenceDataset) -> None:
     assert len(ranked) == len(RANKED)
     for row, record in enumerate(ranked_records()):
         pair = encode(record, tiny.qwen())
@@ -68,25 +68,25 @@ def test_pairs_come_back_as_they_were_encoded(ranked: PairDataset) -> None:
         )
 
 
-def test_keys_stand_beside_the_responses_they_address(ranked: PairDataset) -> None:
+def test_keys_stand_beside_the_responses_they_address(ranked: PreferenceDataset) -> None:
     assert len(ranked.keys) == sum(RANKED)
     for row, count in enumerate(RANKED):
-        pair, places = ranked.sequences(row), ranked.response_rows(row)
+        pair, places = ranked.sequences(row), ranked.response_range(row)
         assert len(places) == count
         for place, response in zip(places, pair.responses, strict=True):
             assert ranked.keys[place].tobytes() == response_key(pair.prompt_ids, response)
-    rows, which_ones = ranked.indices_of_responses(np.arange(sum(RANKED)))
+    rows, which_ones = ranked.locate_responses(np.arange(sum(RANKED)))
     assert rows.tolist() == [row for row, count in enumerate(RANKED) for _ in range(count)]
     assert which_ones.tolist() == [which for count in RANKED for which in range(count)]
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []])
-def test_places_of_many_rows_are_those_of_each(ranked: PairDataset, rows: list[int]) -> None:
-    expected = [place for row in rows for place in ranked.response_rows(row)]
-    assert ranked.response_places(np.array(rows, dtype=np.int64)).tolist() == expected
+def test_places_of_many_rows_are_those_of_each(ranked: PreferenceDataset, rows: list[int]) -> None:
+    expected = [place for row in rows for place in ranked.response_range(row)]
+    assert ranked.response_indices(np.array(rows, dtype=np.int64)).tolist() == expected
 
 
-def test_work_is_what_a_look_at_every_token_counts(ranked: PairDataset) -> None:
+def test_work_is_what_a_look_at_every_token_counts(ranked: PreferenceDataset) -> None:
     rows = np.array([5, 2, 0, 7])
     targets = attended = 0
     for row in rows.tolist():
@@ -94,13 +94,13 @@ def test_work_is_what_a_look_at_every_token_counts(ranked: PairDataset) -> None:
         targets += sum(responses)
         attended += sum(place + 1 for place in range(prompt))
         attended += sum(prompt + place + 1 for tokens in responses for place in range(tokens - 1))
-    plan = plan_step(ranked, rows, 0, 1, 8192, COSTS)
+    plan = shard_batch(ranked, rows, 0, 1, 8192, COSTS)
     assert (plan.targets, plan.attended) == (targets, attended)
 
 
-def test_sizes_of_many_rows_are_those_of_each(ranked: PairDataset) -> None:
+def test_sizes_of_many_rows_are_those_of_each(ranked: PreferenceDataset) -> None:
     rows = np.array([2, 0, 7, 2])
-    sizes = ranked.sizes(rows, ranked.response_places(rows), ranked.response_counts(rows), COSTS)
+    sizes = ranked.sizes(rows, ranked.response_indices(rows), ranked.response_counts(rows), COSTS)
     assert sizes.tokens.tolist() == [ranked.packed_tokens(row) for row in rows.tolist()]
     some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]), COSTS)
     assert some.tokens.tolist() == [ranked.packed_tokens(2, [1, 2]), ranked.packed_tokens(4, [1])]
@@ -169,7 +169,7 @@ def test_the_ranks_of_a_step_compute_its_pairs_once_and_agree_on_its_numbers(
 ) -> None:
     data = opened(tmp_path, jsonl(tmp_path, *GOOD))
     rows = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [plan_step(data, rows, rank, world_size, 60, COSTS) for rank in range(world_size)]
+    plans = [shard_batch(data, rows, rank, world_size, 60, COSTS) for rank in range(world_size)]
     computed = [row for plan in plans for micro_batch in plan.micro_batches for row in micro_batch]
     assert sorted(computed) == sorted(rows.tolist())
     assert len({len(plan.micro_batches) for plan in plans}) == 1
@@ -181,10 +181,10 @@ def test_the_ranks_of_a_step_compute_its_pairs_once_and_agree_on_its_numbers(
     assert sum(float(batch.weights.sum()) for batch in batches) == len(rows)
 
 
-def test_a_batch_carries_the_keys_of_its_responses(ranked: PairDataset) -> None:
-    batch = pack_rows(ranked, (4, 1))
+def test_a_batch_carries_the_keys_of_its_responses(ranked: PreferenceDataset) -> None:
+    batch = collate(ranked, (4, 1))
     pairs = [ranked.sequences(row) for row in (4, 1)]
     expected = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
     assert [key.tobytes() for key in batch.keys] == expected
     assert batch.targets.tolist() == [int(t) for pair in pairs for r in pair.responses for t in r]
-    assert pack_rows(ranked, ()).weights.tolist() == [0]
+    assert collate(ranked, ()).weights.tolist() == [0]

@@ -18,13 +18,13 @@ from dpo_dist.atomic import temporary_name
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data import encode_chunk as encode_chunk_module
-from dpo_dist.data.concatenated import Joined
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.concatenated import ConcatenatedArray
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import SourceWriter
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
-from tests.support.rows import jsonl
+from tests.support.records import jsonl
 
 GOOD = [
     {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
@@ -48,13 +48,13 @@ def two_files(folder: Path) -> list[str]:
 def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts of all records that are encoded."""
     seen: list[str] = []
-    encode_one = encode_chunk_module.encode_pair
+    encode_one = encode_chunk_module.encode_record
 
     def spy(record: PreferenceRecord, *rest: Any) -> Any:
         seen.append(str(record.prompt))
         return encode_one(record, *rest)
 
-    monkeypatch.setattr(encode_chunk_module, "encode_pair", spy)
+    monkeypatch.setattr(encode_chunk_module, "encode_record", spy)
     return seen
 
 
@@ -204,10 +204,10 @@ def test_the_fingerprint_is_one_of_content_and_order_not_of_places(tmp_path: Pat
     here = opened(tmp_path, first, second)
     assert opened(tmp_path, second, first).fingerprint != here.fingerprint
     shutil.copytree(tmp_path / "0", tmp_path / "elsewhere")
-    assert opened(tmp_path, str(tmp_path / "elsewhere/rows.jsonl"), second).fingerprint == here.fingerprint
+    assert opened(tmp_path, str(tmp_path / "elsewhere/records.jsonl"), second).fingerprint == here.fingerprint
 
 
-def contents(data: PairDataset) -> list[list[list[int]]]:
+def contents(data: PreferenceDataset) -> list[list[list[int]]]:
     pairs = map(data.sequences, range(len(data)))
     return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
 
@@ -218,7 +218,7 @@ def test_a_record_is_encoded_once_whatever_list_it_stands_in(tmp_path: Path, enc
     one, two = contents(opened(tmp_path, first)), contents(opened(tmp_path, second))
     encodes.clear()
     shutil.copytree(tmp_path / "0", tmp_path / "elsewhere")
-    moved = str(tmp_path / "elsewhere/rows.jsonl")
+    moved = str(tmp_path / "elsewhere/records.jsonl")
     assert contents(opened(tmp_path, first, second)) == one + two
     assert contents(opened(tmp_path, second, moved, first)) == two + one + one
     part = opened(tmp_path, SourceConfig(first, weight=2.0), SourceConfig(second, limit=2))
@@ -260,8 +260,8 @@ def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
 
 def test_joined_arrays_are_indexed_as_one() -> None:
     parts = [np.arange(3), np.arange(0), np.arange(3, 8), np.arange(8, 9)]
-    whole, column = np.concatenate(parts), Joined(parts)
-    shifted = Joined(parts, [0, 10, 20, 30])
+    whole, column = np.concatenate(parts), ConcatenatedArray(parts)
+    shifted = ConcatenatedArray(parts, [0, 10, 20, 30])
     for index in (0, 8, -1, -9, slice(1, 3), slice(2, 7), slice(-2, None), slice(4, 2)):
         assert np.array_equal(column[index], whole[index])
     places = np.array([8, -1, 0, -9, 3])
@@ -282,14 +282,12 @@ def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
     data = opened(tmp_path, *files, ranked=Ranked.all_pairs)
     every = np.arange(len(whole))
     assert contents(data) == contents(whole)
-    places = data.response_places(every[::-1])
-    assert places.tolist() == whole.response_places(every[::-1]).tolist()
+    places = data.response_indices(every[::-1])
+    assert places.tolist() == whole.response_indices(every[::-1]).tolist()
     assert np.array_equal(data.keys[places], whole.keys[places])
     assert np.array_equal(data.keys[:], whole.keys)
     assert data.keys[-1].tolist() == whole.keys[-1].tolist()
-    for found, expected in zip(
-        data.indices_of_responses(places), whole.indices_of_responses(places), strict=True
-    ):
+    for found, expected in zip(data.locate_responses(places), whole.locate_responses(places), strict=True):
         assert found.tolist() == expected.tolist()
     assert [data.lengths(row) for row in every] == [whole.lengths(row) for row in every]
     assert data.mean_chosen_tokens(every) == whole.mean_chosen_tokens(every)

@@ -9,17 +9,17 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from dpo_dist.config.schema import SourceConfig
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.sources import read_records
 from dpo_dist.errors import ConfigError, DataError
-from tests.support.rows import TEXT, assistant, jsonl, outcomes, user
+from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 
 
 def test_jsonl_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
     row = json.dumps(TEXT | {"chosen": "one\u2028two"}, ensure_ascii=False).encode()
     broken = row[: len(row) // 2]
     not_utf8 = row.replace(b"bad", b"b\xe4d")
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "records.jsonl"
     file.write_bytes(
         b"\xef\xbb\xbf" + b"\n".join([row, b"", row + b"\r", broken, not_utf8, b"[" * 100_000, row])
     )
@@ -34,7 +34,7 @@ def test_jsonl_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> Non
 
 
 def test_a_bad_record_never_quotes_its_text(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "records.jsonl"
     file.write_text(
         '{"prompt": "secret\n"secret"\n{"prompt": "secret", "chosen": "secret", "rejected": "secret"}\n'
     )
@@ -108,11 +108,11 @@ def test_two_files_without_a_comma_between_them_are_told_as_such(tmp_path: Path)
 
 def test_missing_file_is_told_at_once_with_its_nearest_name(tmp_path: Path) -> None:
     jsonl(tmp_path, TEXT)
-    with pytest.raises(DataError, match=r"rows\.jsonl") as fault:
-        read_records(str(tmp_path / "row.jsonl"))
-    assert "rows.jsonl" in fault.value.remedy
+    with pytest.raises(DataError, match=r"records\.jsonl") as fault:
+        read_records(str(tmp_path / "record.jsonl"))
+    assert "records.jsonl" in fault.value.remedy
     with pytest.raises(DataError, match="no such folder"):
-        read_records(str(tmp_path / "nowhere" / "rows.jsonl"))
+        read_records(str(tmp_path / "nowhere" / "records.jsonl"))
 
 
 def test_an_option_or_ending_without_effect_is_an_error(tmp_path: Path) -> None:

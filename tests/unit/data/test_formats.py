@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.schema import DataFormat, SourceConfig
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
-from tests.support.rows import TEXT, assistant, jsonl, outcomes, user
+from dpo_dist.data.sources import read_records
+from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()
@@ -18,6 +18,18 @@ needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices 
 def read_one(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord | BadRecord:
     [record] = read_records(SourceConfig(path=jsonl(folder, row), format=layout))
     return record
+
+
+def read_good(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    record = read_one(folder, row, layout)
+    assert isinstance(record, PreferenceRecord), record
+    return record
+
+
+def reason_against(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> str:
+    record = read_one(folder, row, layout)
+    assert isinstance(record, BadRecord), record
+    return record.reason
 
 
 def test_hh_dialogue_is_split_at_its_last_answer(tmp_path: Path) -> None:
@@ -124,7 +136,7 @@ def test_a_record_that_cannot_be_used_says_why(tmp_path: Path, row: Any, reason:
 def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
     record = read_one(tmp_path, {"label": True, "messages": []})
     assert isinstance(record, BadRecord)
-    assert "one answer with a verdict is no pair" in record.detail
+    assert "neither a pair nor a completion" in record.detail
     assert "messages (list)" in record.detail
 
 
@@ -168,6 +180,54 @@ def test_an_explicit_format_is_not_second_guessed(tmp_path: Path) -> None:
     assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.text), BadRecord)
 
 
+@pytest.mark.parametrize("layout", [DataFormat.auto, DataFormat.completion])
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q", "completion": "a"}, "q"),
+        ({"prompt": [user("q")], "completion": [assistant("a")]}, (Message("user", "q"),)),
+        ({"prompt": [user("q")], "completion": "a", "label": None}, (Message("user", "q"),)),
+        ({"messages": [user("q"), assistant("a")]}, (Message("user", "q"),)),
+        ({"prompt": "q", "messages": [user("q"), assistant("a")]}, (Message("user", "q"),)),
+        ({"completion": H + "a"}, Dialogue(H)),
+    ],
+)
+def test_a_completion_is_a_record_of_one_response(
+    tmp_path: Path, layout: DataFormat, row: Any, prompt: Any
+) -> None:
+    record = read_good(tmp_path, row, layout)
+    assert (record.prompt, record.responses, record.scores) == (prompt, ("a",), None)
+
+
+def test_the_chosen_side_is_learnt_only_where_that_is_said(tmp_path: Path) -> None:
+    pair = TEXT | {"score_chosen": 2, "score_rejected": 1}
+    assert read_good(tmp_path, pair).responses == ("good", "bad")
+    assert read_good(tmp_path, pair, DataFormat.completion).responses == ("good",)
+    alone = {"prompt": "q", "chosen": "good"}
+    assert reason_against(tmp_path, alone) == "missing_field"
+    assert read_good(tmp_path, alone, DataFormat.completion).responses == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q"}, "missing_field"),
+        ({"prompt": "q", "completion": " "}, "empty_response"),
+        ({"prompt": "q", "completion": "a", "label": False}, "unknown_format"),
+        ({"messages": [user("q")]}, "not_one_answer"),
+        ({"messages": [assistant("a")]}, "empty_prompt"),
+        ({"completion": "a"}, "unknown_format"),
+    ],
+)
+def test_what_is_no_completion_says_why(tmp_path: Path, row: Any, reason: str) -> None:
+    assert reason_against(tmp_path, row, DataFormat.completion) == reason
+
+
+def test_a_pair_beside_other_fields_stays_a_pair(tmp_path: Path) -> None:
+    row = TEXT | {"messages": [user("q"), assistant("good")], "responses": ["x", "y"], "completion": "z"}
+    assert read_good(tmp_path, row).responses == ("good", "bad")
+
+
 @needs_shared_data
 @pytest.mark.parametrize(
     ("name", "kept", "faults"),
@@ -197,4 +257,23 @@ def test_real_files_give_the_known_faults(name: str, kept: int, faults: dict[str
     for line, reason in outcomes(read_records(str(SHARED / name))):
         found.setdefault(reason, []).append(line - 1)
     assert len(found.pop("", [])) == kept
+    assert found == faults
+
+
+@needs_shared_data
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        ("hh_rlhf_sample.jsonl", {"empty_response": [58, 332, 606, 714]}),
+        ("ultrafeedback_plain_scored.jsonl", {"empty_response": [213]}),
+        ("derived/ultrafeedback_binarized_messages.jsonl", {}),
+        ("llama_factory_kto_en.json", {"unknown_format": list(range(60))}),
+    ],
+)
+def test_real_pairs_give_their_chosen_sides(name: str, faults: dict[str, list[int]]) -> None:
+    assert SHARED is not None
+    found: dict[str, list[int]] = {}
+    for line, reason in outcomes(read_records(SourceConfig(str(SHARED / name), DataFormat.completion))):
+        found.setdefault(reason, []).append(line - 1)
+    found.pop("", None)
     assert found == faults

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.data.micro_batches import ComputeCosts, PairSizes, pair_sizes, plan_micro_batches
+from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
 from dpo_dist.data.packing import packed_tokens
 from tests.support.packing import pair_shapes
 
 Plan = list[list[list[int]]]
 
 
-def sizes(tokens: list[int], costs: list[float] | None = None) -> PairSizes:
+def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
     counts = np.array(tokens, dtype=np.int64)
-    return PairSizes(counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
+    return ExampleSizes(counts, counts, counts, np.array(costs or tokens, dtype=np.float64))
 
 
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -96,11 +96,11 @@ def test_sizes_are_tokens_laid_out_and_what_keys_and_targets_add(shapes: list[tu
     responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
     counts = np.array([len(lengths) for _, *lengths in shapes])
     laid_out = [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]
-    of = pair_sizes(prompts, responses, counts, ComputeCosts(key=0, target=0))
+    of = example_sizes(prompts, responses, counts, ComputeCosts(key=0, target=0))
     assert of.tokens.tolist() == of.costs.tolist() == laid_out
-    heads = pair_sizes(prompts, responses, counts, ComputeCosts(key=0, target=1)).costs - laid_out
+    heads = example_sizes(prompts, responses, counts, ComputeCosts(key=0, target=1)).costs - laid_out
     assert heads.tolist() == [sum(lengths) for _, *lengths in shapes]
-    keys = pair_sizes(prompts, responses, counts, ComputeCosts(key=1, target=0)).costs - laid_out
+    keys = example_sizes(prompts, responses, counts, ComputeCosts(key=1, target=0)).costs - laid_out
     # Token n of a sequence sees n keys; half of that square is what a causal kernel computes.
     assert keys.tolist() == [
         prompt**2 / 2 + sum((n - 1) * (prompt + (n - 1) / 2) for n in lengths) for prompt, *lengths in shapes

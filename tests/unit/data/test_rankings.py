@@ -1,206 +1,157 @@
-"""Rankings as training examples: ties teach nothing, limits hold for all responses, scores stay in place."""
+"""Rankings and completions in files: who stands first, what is no ranking, and which answer is learnt."""
 
-from collections.abc import Sequence
-from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
-from dpo_dist.data.rankings import training_examples
-from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.data.step_plan import pack_rows
-from tests.support import tiny
-from tests.support.rows import TEXT, jsonl
+from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
+from dpo_dist.data.sources import read_records
+from tests.support.records import assistant, jsonl, outcomes, user
 from tests.support.shared_data import shared_data_dir
 
-
-def ranking(scores: Sequence[float] | None, count: int = 0) -> PreferenceRecord:
-    count = count or len(scores or ())
-    return PreferenceRecord(
-        "q",
-        tuple(f"answer {place}" for place in range(count)),
-        Origin("here", 1),
-        None if scores is None else tuple(scores),
-    )
+SHARED = shared_data_dir()
+needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+H = "\n\nHuman: q\n\nAssistant:"
 
 
-def encoded(folder: Path, *rows: Any, **data: Any) -> PairDataset:
-    config = DataConfig(cache=str(folder / "cache"), max_bad_share=1.0, **data)
-    sources = [SourceConfig(jsonl(folder, *rows))]
-    return open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen"), config)
+def scored(text: str, score: str, **answers: Any) -> list[dict[str, Any]]:
+    """Answers with their scores, under these names."""
+    return [{text: answer, score: number, "model": "m"} for answer, number in answers.items()]
 
 
-def words(dataset: PairDataset, row: int) -> list[str]:
-    return [tiny.qwen().decode(ids, skip_special_tokens=True) for ids in dataset.sequences(row).responses]
+def read_one(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord | BadRecord:
+    [record] = read_records(SourceConfig(path=jsonl(folder, row), format=layout))
+    return record
 
 
-def scores_of(dataset: PairDataset) -> list[list[float]]:
-    return [dataset.scores[list(dataset.response_rows(row))].tolist() for row in range(len(dataset))]
+def read_good(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    record = read_one(folder, row, layout)
+    assert isinstance(record, PreferenceRecord), record
+    return record
 
 
-@pytest.mark.parametrize("ranked", Ranked)
-def test_one_or_two_responses_are_left_alone(ranked: Ranked) -> None:
-    assert training_examples(ranking(None, 1), ranked) == ([(0,)], 0)
-    assert training_examples(ranking([3, 3]), ranked) == ([(0, 1)], 0)
+def reason_against(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> str:
+    record = read_one(folder, row, layout)
+    assert isinstance(record, BadRecord), record
+    return record.reason
 
 
-def test_ties_are_no_preferences() -> None:
-    record = ranking([4, 4, 2, 1, 1, 1])
-    assert training_examples(record, Ranked.whole) == ([(0, 2, 3)], 3)
-    assert training_examples(record, Ranked.best_worst) == ([(0, 5)], 0)
-    pairs, ties = training_examples(record, Ranked.all_pairs)
-    assert pairs == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)]
-    assert ties == 4
+@pytest.mark.parametrize("layout", [DataFormat.auto, DataFormat.ranked])
+@pytest.mark.parametrize(
+    ("row", "scores"),
+    [
+        ({"responses": ["a", "b", "c"]}, None),
+        ({"completions": ["a", "b", "c"], "scores": [5, 5, -1.5]}, (5.0, 5.0, -1.5)),
+        ({"responses": scored("text", "score", c=1, a=9, b=2)}, (9.0, 2.0, 1.0)),
+        ({"completions": scored("response", "overall_score", b=1, c=0, a=4)}, (4.0, 1.0, 0.0)),
+        ({"responses": scored("content", "rating", b="3", a="4", c="1")}, (4.0, 3.0, 1.0)),
+        # Equal scores stay as the file has them.
+        ({"responses": scored("text", "score", b=1, c=1, a=2)}, (2.0, 1.0, 1.0)),
+    ],
+)
+def test_the_best_stands_first(tmp_path: Path, layout: DataFormat, row: Any, scores: Any) -> None:
+    record = read_good(tmp_path, {"prompt": "q", **row}, layout)
+    assert (record.prompt, record.responses, record.scores) == ("q", ("a", "b", "c"), scores)
 
 
-@given(st.lists(st.integers(0, 4), min_size=3, max_size=8).filter(lambda scores: len(set(scores)) > 1))
-def test_whoever_stands_before_another_has_the_higher_score(scores: list[int]) -> None:
-    record = ranking(sorted(map(float, scores), reverse=True))
-    assert record.scores is not None
-    for ranked in Ranked:
-        examples, ties = training_examples(record, ranked)
-        assert examples
-        for example in examples:
-            assert len(example) >= 2
-            kept = [record.scores[place] for place in example]
-            assert all(better > worse for better, worse in pairwise(kept))
-        if ranked is Ranked.all_pairs:
-            assert len(examples) + ties == len(scores) * (len(scores) - 1) // 2
-        if ranked is Ranked.whole:
-            assert [len(examples[0]), len(examples[0]) + ties] == [len(set(scores)), len(scores)]
+def rated(text: str, overall: float, *ratings: str) -> dict[str, Any]:
+    """An answer as UltraFeedback has it."""
+    names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+    aspects = {
+        name: {"Rating": rating, "Rationale": "r"} for name, rating in zip(names, ratings, strict=False)
+    }
+    return {"response": text, "overall_score": overall, "fine-grained_score": 9.0, "annotations": aspects}
 
 
-SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
-ROWS = [
-    {"prompt": "one", "responses": ["best", "middle", "worst"]},
-    {"prompt": "two", "responses": [{"text": text, "score": score} for text, score in SCORED.items()]},
-    TEXT | {"score_chosen": 2, "score_rejected": 5},
-    {"prompt": "three", "completion": "learnt"},
-]
-NAN = pytest.approx(np.nan, nan_ok=True)
+def test_ratings_of_aspects_count_and_not_the_overall_score(tmp_path: Path) -> None:
+    answers = [
+        rated("c", 10, "1", "1", "2", "1"),
+        rated("a", 8, "5", "4", "5", "5"),
+        rated("b", 7, "3", "N/A", "3"),
+    ]
+    record = read_good(tmp_path, {"instruction": "q", "completions": answers})
+    assert (record.responses, record.scores) == (("a", "b", "c"), (4.75, 3.0, 1.25))
+    unrated = [rated("a", 8, "5"), rated("b", 7, "N/A")]
+    assert reason_against(tmp_path, {"instruction": "q", "completions": unrated}) == "invalid_scores"
 
 
 @pytest.mark.parametrize(
-    ("ranked", "responses", "scores", "ties"),
+    "row",
     [
+        {"prompt": [user("q")], "responses": ["a", "b", "c"]},
+        {"prompt": [user("q")], "responses": [assistant("a"), assistant("b"), assistant("c")]},
+        {"prompt": "q", "responses": [[assistant("a")], [assistant("b")], [assistant("c")]]},
+        {"responses": [[user("q"), assistant(text)] for text in "abc"]},
+        {"prompt": [user("q")], "responses": scored("content", "score", c=0, b=1, a=2)},
+        {"prompt": [user("q")], "responses": [assistant(t) | {"score": -ord(t)} for t in "cab"]},
+        {"instruction": "q", "completions": scored("response", "overall_score", b=1, c=0, a=2)},
+        {"instruction": "q", "input": "", "output": ["a", "b", "c"], "history": []},
+    ],
+)
+def test_every_way_to_write_a_ranked_conversation_gives_the_same_record(tmp_path: Path, row: Any) -> None:
+    record = read_good(tmp_path, row)
+    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("a", "b", "c"))
+
+
+def test_ranked_dialogues_are_split_at_their_last_answer(tmp_path: Path) -> None:
+    record = read_good(tmp_path, {"responses": [f"{H} {text}" for text in "abc"]})
+    assert (record.prompt, record.responses) == (Dialogue(H), (" a", " b", " c"))
+
+
+def test_an_instruction_stands_after_its_history(tmp_path: Path) -> None:
+    row = {"system": "be kind", "history": [["one", "two"]], "instruction": "do", "input": "this"}
+    record = read_good(tmp_path, row | {"output": ["a", "b"]})
+    roles = ("system", "user", "assistant", "user")
+    assert record.prompt == tuple(map(Message, roles, ("be kind", "one", "two", "do\nthis")))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"responses": ["a"]}, "no_ranking"),
+        ({"responses": []}, "no_ranking"),
+        ({"responses": ["a", None]}, "missing_field"),
+        ({"responses": [{"text": "a", "score": 1}, {"words": "b", "score": 0}]}, "missing_field"),
+        ({"responses": ["a", "b"], "scores": [1, 2]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1, float("nan")]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1, "N/A"]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "score": 1}, {"text": "b"}]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "score": 1}, "b"]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": "53"}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": {"5": 1, "3": 1}}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [10**400, 1]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [True, False]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "score": 10**400}, {"text": "b", "score": 1}]}, "invalid_scores"),
+        ({"responses": ["a", "b"], "scores": [1, 1]}, "all_tied"),
+        ({"responses": [{"text": t, "score": 3} for t in "abc"]}, "all_tied"),
+        # Without scores the order of such a list says nothing.
+        ({"responses": [{"text": "a"}, {"text": "b"}]}, "unknown_format"),
+        ({"responses": ["a", 2]}, "unknown_format"),
+        ({"responses": ["a", " ", "c"]}, "empty_response"),
+        ({"responses": ["a", "b", " a"]}, "identical_responses"),
+        ({"responses": [[user("p"), assistant("a")], [user("q"), assistant("b")]]}, "history_differs"),
+        ({"prompt": None, "responses": ["a", "b"]}, "unknown_format"),
+        ({"prompt": None, "instruction": 3, "responses": ["a", "b"]}, "unread_content"),
+        ({"prompt": None, "instruction": "q", "history": ["q"], "responses": ["a", "b"]}, "unknown_format"),
         (
-            Ranked.whole,
-            [["best", "middle", "worst"], ["top", "mid", "low"], ["good", "bad"], ["learnt"]],
-            [[NAN] * 3, [7, 4, 1], [2, 5], [NAN]],
-            1,
-        ),
-        (
-            Ranked.best_worst,
-            [["best", "worst"], ["top", "tie"], ["good", "bad"], ["learnt"]],
-            [[NAN] * 2, [7, 1], [2, 5], [NAN]],
-            0,
-        ),
-        (
-            Ranked.all_pairs,
-            [
-                *map(list, combinations(["best", "middle", "worst"], 2)),
-                ["top", "mid"],
-                ["top", "low"],
-                ["top", "tie"],
-                ["mid", "low"],
-                ["mid", "tie"],
-                ["good", "bad"],
-                ["learnt"],
-            ],
-            [*[[NAN] * 2] * 3, [7, 4], [7, 1], [7, 1], [4, 1], [4, 1], [2, 5], [NAN]],
-            1,
+            {"prompt": None, "instruction": "q", "history": [["a", 1]], "responses": ["a", "b"]},
+            "unread_content",
         ),
     ],
 )
-def test_scores_stand_beside_the_responses_that_are_trained_on(
-    tmp_path: Path, ranked: Ranked, responses: Any, scores: Any, ties: int
-) -> None:
-    data = encoded(tmp_path, *ROWS, ranked=ranked)
-    assert [words(data, row) for row in range(len(data))] == responses
-    assert scores_of(data) == scores
-    assert data.scores.dtype == np.float64
-    assert len(data.scores) == len(data.keys)
-    assert data.response_counts(np.arange(len(data))).tolist() == [len(row) for row in responses]
-    told = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
-    assert told == [4, 4, len(responses), ties]
+def test_what_is_no_ranking_says_why(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    assert reason_against(tmp_path, {"prompt": "q", **row}) == reason
 
 
-def test_a_micro_batch_has_the_score_gaps_of_its_own_pairs(tmp_path: Path) -> None:
-    texts = [{**TEXT, "prompt": f"q{row}", "score_chosen": 9.0, "score_rejected": row} for row in range(4)]
-    data = encoded(tmp_path, *texts)
-    for rows in ([3, 0, 2], [1], [2, 3]):
-        packed = pack_rows(data, rows)
-        assert packed.score_gaps is not None
-        assert packed.score_gaps.tolist() == [9.0 - row for row in rows]
-
-
-def test_pairs_of_one_ranking_share_its_place_and_its_keys(tmp_path: Path) -> None:
-    """The reference has nothing to score twice, also where the prompt is cut for the longest response."""
-    row = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
-    bad = {"prompt": "q", "responses": ["only one"]}
-    limits = {"max_length": 60, "truncation": Truncation.keep_end}
-    data = encoded(tmp_path, bad, row, ranked=Ranked.all_pairs, **limits)
-    assert [data.origin(row).line for row in range(len(data))] == [2, 2, 2]
-    assert len(data.keys) == 6
-    assert len({key.tobytes() for key in data.keys}) == 3
-    assert data.spans([1.0])[0].stop == 3
-
-
-@pytest.mark.parametrize("ranked", Ranked)
-def test_limits_hold_for_every_response(tmp_path: Path, ranked: Ranked) -> None:
-    row = {"prompt": "q", "responses": ["short", "long " * 50 + "end", "other " * 50]}
-    cut = encoded(tmp_path, row, ranked=ranked, max_length=30)
-    for place in range(len(cut)):
-        prompt, *responses = cut.lengths(place)
-        assert prompt + max(responses) <= 30
-    assert cut.counts["response_truncated"] == 1
-
-
-def test_a_middle_that_is_not_trained_on_counts_for_no_limit(tmp_path: Path) -> None:
-    row = {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}
-    data = encoded(tmp_path, row, TEXT, max_length=30, truncation=Truncation.drop, ranked=Ranked.best_worst)
-    assert words(data, 0) == ["short", "brief"]
-    dropped = encoded(tmp_path, row, TEXT, max_length=30, truncation=Truncation.drop)
-    assert dropped.counts["dropped"] == {"too_long": 1}
-
-
-@pytest.mark.parametrize("ranked", [Ranked.whole, Ranked.all_pairs])
-def test_responses_that_are_cut_to_the_same_drop_the_record(tmp_path: Path, ranked: Ranked) -> None:
-    row = {"prompt": "q", "responses": ["best", "same " * 50 + "x", "same " * 50 + "y"]}
-    data = encoded(tmp_path, row, TEXT, max_length=30, ranked=ranked)
-    assert data.counts["dropped"] == {"identical_after_truncation": 1}
-    assert len(data) == data.counts["pairs"] == 1
-
-
-def test_another_use_of_rankings_is_another_data_set(tmp_path: Path) -> None:
-    digests = {encoded(tmp_path, *ROWS, ranked=ranked).fingerprint for ranked in Ranked}
-    assert len(digests) == len(Ranked)
-
-
-def test_real_rankings_give_the_pairs_that_they_hold(tmp_path: Path) -> None:
-    shared = shared_data_dir()
-    if shared is None:
-        pytest.skip("needs the slices of real data")
-    source = SourceConfig(str(shared / "ranked_oasst_history_zh.json"), DataFormat.ranked)
-    datasets = {}
-    for ranked in Ranked:
-        config = DataConfig(cache=str(tmp_path), max_length=100_000, ranked=ranked)
-        datasets[ranked] = open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)
-    whole = datasets[Ranked.whole]
-    counts = whole.response_counts(np.arange(len(whole)))
-    pairs = int((counts * (counts - 1) // 2).sum())
-    kept = {ranked: (data.counts["kept"], data.counts["pairs"]) for ranked, data in datasets.items()}
-    assert kept == {
-        Ranked.whole: (244, 244),
-        Ranked.best_worst: (244, 244),
-        Ranked.all_pairs: (244, pairs),
-    }
-    assert len(np.unique(datasets[Ranked.all_pairs].keys, axis=0)) == len(np.unique(whole.keys, axis=0))
-    assert np.isnan(whole.scores).all()
+@needs_shared_data
+def test_real_rankings_are_read_whole(tmp_path: Path) -> None:
+    assert SHARED is not None
+    records = list(read_records(str(SHARED / "ranked_oasst_history_zh.json")))
+    good = [record for record in records if isinstance(record, PreferenceRecord)]
+    faults = [line - 1 for line, reason in outcomes(records) if reason == "identical_responses"]
+    assert faults == [49, 97, 101, 102, 186, 248]
+    assert len(good) + len(faults) == len(records) == 250
+    assert {len(record.responses) for record in good} == {2, 3, 4, 5, 6, 8, 10}

@@ -9,29 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.schema import TrainerConfig
-from dpo_dist.data.sampler import Schedule, Span, make_schedule
+from dpo_dist.data.sampler import BatchSampler, Span, make_sampler
 from dpo_dist.errors import ConfigError
 
 
-def schedule(pairs: int | list[Span], batch: int, **trainer: float) -> Schedule:
+def sampler(pairs: int | list[Span], batch: int, **trainer: float) -> BatchSampler:
     spans = [Span(0, pairs, 1.0)] if isinstance(pairs, int) else pairs
-    return make_schedule(spans, TrainerConfig(global_batch_pairs=batch, **trainer))
+    return make_sampler(spans, TrainerConfig(global_batch_pairs=batch, **trainer))
 
 
-def visited(of: Schedule) -> list[int]:
+def visited(of: BatchSampler) -> list[int]:
     """The rows of all steps in order."""
     return [row for step in range(of.steps) for row in of.indices(step).tolist()]
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 3))
 def test_an_epoch_visits_every_pair_once(pairs: int, batch: int, seed: int) -> None:
-    order = visited(schedule(pairs, batch, seed=seed))
+    order = visited(sampler(pairs, batch, seed=seed))
     assert sorted(order) == list(range(pairs))
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(1, 4))
 def test_epochs_follow_without_a_gap_in_a_new_order(pairs: int, batch: int, epochs: int) -> None:
-    whole = schedule(pairs, batch, epochs=epochs)
+    whole = sampler(pairs, batch, epochs=epochs)
     order = visited(whole)
     parts = [order[start : start + pairs] for start in range(0, len(order), pairs)]
     assert [sorted(part) for part in parts] == [list(range(pairs))] * epochs
@@ -44,32 +44,32 @@ def test_epochs_follow_without_a_gap_in_a_new_order(pairs: int, batch: int, epoc
 @given(st.integers(1, 60), st.integers(1, 25), st.data())
 def test_a_step_is_the_same_wherever_a_run_starts(pairs: int, batch: int, data: st.DataObject) -> None:
     epochs = data.draw(st.floats(0.2, 3.0))
-    whole = schedule(pairs, batch, epochs=epochs)
+    whole = sampler(pairs, batch, epochs=epochs)
     expected = [whole.indices(step).tolist() for step in range(whole.steps)]
     for step in data.draw(st.permutations(range(whole.steps)))[:8]:
-        assert schedule(pairs, batch, epochs=epochs).indices(step).tolist() == expected[step]
+        assert sampler(pairs, batch, epochs=epochs).indices(step).tolist() == expected[step]
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.floats(0.05, 2.5))
 def test_all_rows_are_those_that_the_steps_visit(pairs: int, batch: int, epochs: float) -> None:
-    whole = schedule(pairs, batch, epochs=epochs)
-    assert whole.all_indices().tolist() == sorted(set(visited(whole)))
+    whole = sampler(pairs, batch, epochs=epochs)
+    assert whole.visited_indices().tolist() == sorted(set(visited(whole)))
 
 
 def test_longer_runs_start_like_shorter_ones() -> None:
-    short, long = schedule(100, 8, epochs=1.0), schedule(100, 8, max_steps=40)
+    short, long = sampler(100, 8, epochs=1.0), sampler(100, 8, max_steps=40)
     assert all(np.array_equal(short.indices(step), long.indices(step)) for step in range(short.steps - 1))
 
 
 def test_seeds_and_nothing_else_change_the_order() -> None:
-    assert visited(schedule(50, 8)) == visited(schedule(50, 8))
-    assert visited(schedule(50, 8)) == visited(schedule(50, 5))
-    assert visited(schedule(50, 8)) != visited(schedule(50, 8, seed=1))
+    assert visited(sampler(50, 8)) == visited(sampler(50, 8))
+    assert visited(sampler(50, 8)) == visited(sampler(50, 5))
+    assert visited(sampler(50, 8)) != visited(sampler(50, 8, seed=1))
 
 
 def test_the_order_is_the_one_that_runs_so_far_had() -> None:
     """A change here makes every checkpoint resume on other data."""
-    assert visited(schedule(8, 4, seed=7)) == [0, 6, 7, 2, 4, 5, 1, 3]
+    assert visited(sampler(8, 4, seed=7)) == [0, 6, 7, 2, 4, 5, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_order_of_many_pairs_is_the_recorded_one(
     spans: list[tuple[int, int, float]], seed: int, first: list[int], digest: str
 ) -> None:
     """numpy promises no order from version to version, and takes other ways for large numbers and samples."""
-    order = np.array(visited(schedule([Span(*span) for span in spans], 4096, seed=seed, epochs=2.0)))
+    order = np.array(visited(sampler([Span(*span) for span in spans], 4096, seed=seed, epochs=2.0)))
     assert order[:4].tolist() == first
     assert hashlib.blake2b(order.astype("<i8").tobytes(), digest_size=8).hexdigest() == digest
 
@@ -100,14 +100,14 @@ def test_the_order_of_many_pairs_is_the_recorded_one(
     [(1.0, {1: 10}), (2.0, {2: 10}), (0.5, {1: 5}), (1.3, {1: 7, 2: 3}), (0.1, {1: 1})],
 )
 def test_weights_say_how_often_a_pair_is_seen(weight: float, counts: dict[int, int]) -> None:
-    order = visited(schedule([Span(0, 10, weight), Span(10, 14, 1.0)], 3))
+    order = visited(sampler([Span(0, 10, weight), Span(10, 14, 1.0)], 3))
     seen = Counter(row for row in order if row < 10)
     assert Counter(seen.values()) == counts
     assert sorted(row for row in order if row >= 10) == [10, 11, 12, 13]
 
 
 def test_a_part_of_a_source_is_another_one_in_the_next_epoch() -> None:
-    order = visited(schedule([Span(0, 40, 0.5)], 20, epochs=2.0))
+    order = visited(sampler([Span(0, 40, 0.5)], 20, epochs=2.0))
     assert set(order[:20]) != set(order[20:])
 
 
@@ -115,28 +115,28 @@ def test_a_part_of_a_source_is_another_one_in_the_next_epoch() -> None:
     ("epochs", "total", "steps"), [(1.0, 10, 3), (0.5, 5, 2), (1.5, 15, 4), (2.0, 20, 5), (0.25, 2, 1)]
 )
 def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
-    part = schedule(10, 4, epochs=epochs)
+    part = sampler(10, 4, epochs=epochs)
     assert (part.total_pairs, part.steps, len(visited(part))) == (total, steps, total)
 
 
 def test_max_steps_counts_full_batches_over_epochs() -> None:
-    part = schedule(10, 4, max_steps=7, epochs=1.0)
+    part = sampler(10, 4, max_steps=7, epochs=1.0)
     assert part.steps == 7
     assert [len(part.indices(step)) for step in range(7)] == [4] * 7
 
 
 def test_epoch_says_how_much_of_the_data_was_seen() -> None:
-    part = schedule(10, 4, epochs=1.5)
+    part = sampler(10, 4, epochs=1.5)
     assert [part.epoch(step) for step in range(part.steps)] == [0.4, 0.8, 1.2, 1.5]
 
 
 def test_a_weight_that_leaves_nothing_is_said() -> None:
     with pytest.raises(ConfigError, match="leaves none") as raised:
-        schedule([Span(0, 100, 1.0), Span(100, 110, 0.04)], 4)
+        sampler([Span(0, 100, 1.0), Span(100, 110, 0.04)], 4)
     assert raised.value.where == "data.train[1].weight"
 
 
 def test_a_source_of_which_nothing_was_kept_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves none") as raised:
-        schedule([Span(0, 0, 1.0), Span(0, 5, 1.0)], 2)
+        sampler([Span(0, 0, 1.0), Span(0, 5, 1.0)], 2)
     assert raised.value.where == "data.train[0].weight"

@@ -4,8 +4,7 @@ import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dpo_dist.config.schema import Dtype, Offload
-from dpo_dist.distributed.deepspeed_config import fetching_layers_ahead
-from dpo_dist.distributed.engine import frozen_config
+from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch
 
 
 @pytest.mark.parametrize(
@@ -15,7 +14,7 @@ from dpo_dist.distributed.engine import frozen_config
 )
 def test_a_scored_model_can_fetch_a_layer_ahead(hidden_size: int, layer_parameters: float) -> None:
     """Of Qwen2.5-0.5B and 7B and Llama-3-70B: DeepSpeed stops fetching where as many are live as may be."""
-    config = fetching_layers_ahead(frozen_config(Offload.none, Dtype.bf16), hidden_size)
+    config = with_layer_prefetch(frozen_config(Offload.none, Dtype.bf16), hidden_size)
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
     assert 0.8 * layer_parameters < zero.prefetch_bucket_size < 1.5 * layer_parameters
     assert zero.max_live_parameters > 2 * layer_parameters

@@ -1,4 +1,4 @@
-"""Running out of GPU memory is one block: which micro-batch, how large it is, and what to lower."""
+"""Device memory: released, measured, and out-of-memory errors that name the micro-batch and a remedy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
+from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory, return_memory
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.errors import DeviceMemoryError
 
@@ -101,3 +102,25 @@ def test_the_reference_has_limits_of_its_own() -> None:
     error = told_by(lambda: reference.token_logps(batch(5, 9)))
     assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
     assert "reference.micro_batch_tokens" in error.remedy
+
+
+def test_pinned_memory_of_the_host_is_released_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append("device"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: released.append("host"), raising=False)
+    return_memory()
+    assert released == ["device", "host"]
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
+    return_memory()
+    assert released == ["device", "host", "device"]
+
+
+def test_a_reset_peak_counts_from_there() -> None:
+    cpu = torch.device("cpu")
+    block = np.ones(1 << 27, dtype=np.uint8)
+    assert len(block) < peak_memory_bytes(cpu)
+    del block
+    before = peak_memory_bytes(cpu)
+    reset_peak_memory(cpu)
+    assert peak_memory_bytes(cpu) < before - (1 << 26)

@@ -15,7 +15,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config
-from dpo_dist.model.supported import EXACT_MODEL_TYPES, check_supported, training_notes
+from dpo_dist.model.supported import ARCHITECTURES, check_supported, training_notes
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 
 COMMON = {
@@ -87,7 +87,7 @@ def gradients(causal_lm: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("model_type", "own"),
-    [*((name, {}) for name in sorted(EXACT_MODEL_TYPES)), ("qwen2", {"tie_word_embeddings": False})],
+    [*((name, {}) for name in sorted(ARCHITECTURES)), ("qwen2", {"tie_word_embeddings": False})],
 )
 def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
     config = tiny_config(model_type, **own)
@@ -276,7 +276,7 @@ def with_rope(config: Any, rope_type: str, limit: int) -> Any:
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
-@pytest.mark.parametrize("model_type", sorted(EXACT_MODEL_TYPES - {"gpt2", "opt"}))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {"gpt2", "opt"}))
 def test_rotation_does_not_depend_on_a_long_neighbour(model_type: str, rope_type: str) -> None:
     """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
     assert_exact(with_rope(tiny_config(model_type), rope_type, LONGEST))

@@ -1,7 +1,5 @@
 """The kernel that a run gets is one that runs there, and it is tried before anything depends on it."""
 
-import os
-import sys
 from functools import wraps
 from typing import Any
 
@@ -10,18 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, Qwen3Config
 
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention_backend import (
-    Heads,
-    check_kernel,
-    choose_backend,
-    heads_of,
-    use_deterministic_kernels,
-)
-from dpo_dist.model.load import numerics_of
+from dpo_dist.model.attention_backend import Heads, check_kernel, choose_backend, heads_of
 from tests.support.kernels import (
-    flash_attn_varlen_func,
     put_kernels,
     varlen_of_torch_2_11,
     varlen_of_torch_2_13,
@@ -55,30 +45,6 @@ def test_a_gpu_without_bf16_takes_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="Ampere") as raised:
         choose_backend(AttentionBackend.varlen, Dtype.bf16, CUDA)
     assert "Tesla T4" in raised.value.got
-
-
-def test_deterministic_kernels_are_asked_of_pytorch_cublas_and_flash_attn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    put_kernels(monkeypatch)
-    asked = []
-
-    def record(*args: Any, deterministic: bool, **options: Any) -> Tensor:
-        asked.append(deterministic)
-        return flash_attn_varlen_func(*args, deterministic=deterministic, **options)
-
-    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", record)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
-    try:
-        use_deterministic_kernels()
-        check_kernel(AttentionBackend.flash_attention_2, CPU, GROUPED, torch.float32)
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        config = ModelConfig("m", dtype=Dtype.fp32)
-        assert numerics_of(config, AttentionBackend.sdpa, CPU)["deterministic"] == "true"
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert (asked[0], asked[-1]) == (False, True)
 
 
 @pytest.mark.parametrize("wanted", KERNELS)

@@ -12,12 +12,12 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.model import flops as counting
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, datasheet_peak, matmul_peak
-from dpo_dist.model.supported import EXACT_MODEL_TYPES
+from dpo_dist.model.supported import ARCHITECTURES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
 
 
-@pytest.mark.parametrize("model_type", sorted(EXACT_MODEL_TYPES))
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_matrices_are_those_that_pytorch_counts_in_a_forward(model_type: str) -> None:
     config = tiny_config(model_type)
     config._experts_implementation = "eager"  # the counter knows no grouped product

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, LossConfig, ModelConfig
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.packing import Sequences
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective import logps as logps_module

@@ -11,20 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.check_loss import _KINDS_USING
-from dpo_dist.config.schema import (
-    COUPLED_KINDS,
-    REFERENCE_FREE_KINDS,
-    BcoDelta,
-    Divergence,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-)
+from dpo_dist.config.loss_kinds import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 
-WITH_REFERENCE = sorted(set(LossKind) - REFERENCE_FREE_KINDS)
+WITH_REFERENCE = sorted(kind for kind in LossKind if KINDS[kind].needs_reference)
 
 # Pair one: log-ratios 2 and -2, h = 4. Pair two: log-ratios 0 and -1, h = 1. Completion tokens 4, 5 and 6, 2.
 CHOSEN, REJECTED = (-10.0, -12.0), (-20.0, -9.0)
@@ -236,7 +228,7 @@ def test_coupled_losses_do_not_ask_for_the_order_of_pairs() -> None:
             pairs, **{name: value.flip(0) for name, value in vars(pairs).items() if value is not None}
         )
 
-    for kind in sorted(COUPLED_KINDS):
+    for kind in sorted(kind for kind in LossKind if KINDS[kind].is_coupled):
         config = LossConfig(kind, 0.5)
         there = preference_loss(POLICY, REFERENCE, config, FACTS).sum()
         back = preference_loss(flipped(POLICY), flipped(REFERENCE), config, FACTS).sum()
@@ -492,7 +484,7 @@ def test_a_missing_reference_is_said_and_never_guessed(kind: LossKind) -> None:
         preference_loss(POLICY, None, LossConfig(terms=[LossTermConfig(LossKind.sft), LossTermConfig(kind)]))
 
 
-@pytest.mark.parametrize("kind", sorted(REFERENCE_FREE_KINDS))
+@pytest.mark.parametrize("kind", sorted(set(LossKind) - set(WITH_REFERENCE)))
 def test_reference_free_kinds_do_not_look_at_a_reference(kind: LossKind) -> None:
     alone = preference_loss(POLICY, None, LossConfig(kind))
     assert torch.equal(alone, preference_loss(POLICY, REFERENCE, LossConfig(kind)))

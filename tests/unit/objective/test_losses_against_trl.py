@@ -12,7 +12,7 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from dpo_dist.config.schema import BcoDelta, Divergence, LossConfig, LossKind, Weighting
+from dpo_dist.config.loss_kinds import BcoDelta, Divergence, LossConfig, LossKind, Weighting
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.running_stats import RunningMeans

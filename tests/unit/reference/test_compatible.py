@@ -8,7 +8,7 @@ import pytest
 
 from dpo_dist.config.check_store import check_store
 from dpo_dist.config.schema import Numerics, ReferenceConfig, ReferenceMode
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.errors import ConfigError
 from dpo_dist.reference import fingerprint as fingerprint_module
 from dpo_dist.reference.compatible import count_reused, count_unused, difference, find_compatible
@@ -28,10 +28,10 @@ OLD_SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa", "tor
 
 
 @pytest.fixture
-def dataset() -> PairDataset:
+def dataset() -> PreferenceDataset:
     """Four pairs of one prompt token and two responses of one token; the last two pairs are the same."""
     keys = np.array([(0, n) for n in (0, 1, 2, 3, 4, 5, 4, 5)], dtype=np.uint64)
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -89,7 +89,7 @@ def test_the_nearest_kin_is_first(tmp_path: Path) -> None:
     assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
 
 
-def test_a_strict_run_is_told_what_it_leaves_unused(tmp_path: Path, dataset: PairDataset) -> None:
+def test_a_strict_run_is_told_what_it_leaves_unused(tmp_path: Path, dataset: PreferenceDataset) -> None:
     visited = [(dataset, np.array([0, 1])), (dataset, np.array([2, 3]))]
     write(tmp_path, OWN, [0])
     assert count_unused(tmp_path, OWN, [], visited).rows == 0
@@ -99,7 +99,7 @@ def test_a_strict_run_is_told_what_it_leaves_unused(tmp_path: Path, dataset: Pai
     assert (unused.rows, unused.differences) == (2, ["attention sdpa", "attention sdpa, torch 2.12"])
 
 
-def test_it_is_told_who_served_and_which_pairs_to_audit(tmp_path: Path, dataset: PairDataset) -> None:
+def test_it_is_told_who_served_and_which_pairs_to_audit(tmp_path: Path, dataset: PreferenceDataset) -> None:
     write(tmp_path, OWN, [0, 1, 2])
     write(tmp_path, SDPA, [2, 3, 4])
     write(tmp_path, OLD_SDPA, [4, 5])

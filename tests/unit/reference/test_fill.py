@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, pack
 from dpo_dist.distributed.world import World
@@ -38,7 +38,7 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> PairDataset:
+def dataset(tmp_path: Path) -> PreferenceDataset:
     generator = np.random.default_rng(0)
     pairs = [
         [generator.integers(3, 90, generator.integers(1, 9)).astype(np.int32) for _ in range(1 + count)]
@@ -49,7 +49,7 @@ def dataset(tmp_path: Path) -> PairDataset:
     keys = [response_key(prompt, response) for prompt, *responses in pairs for response in responses]
     pieces = [piece for pair in pairs for piece in pair]
     lengths = np.array([len(piece) for piece in pieces])
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),
@@ -84,7 +84,7 @@ class Scorer:
 
 def fill(
     root: Path,
-    dataset: PairDataset,
+    dataset: PreferenceDataset,
     rows: list[int],
     world: World,
     rows_per_shard: int = 4,
@@ -105,17 +105,17 @@ def fill(
     return report, scorer
 
 
-def assert_filled(root: Path, dataset: PairDataset, rows: list[int]) -> None:
+def assert_filled(root: Path, dataset: PreferenceDataset, rows: list[int]) -> None:
     store = LogpStore.open(root, SPACE)
     for row in rows:
-        values = store.read(dataset.keys[list(dataset.response_rows(row))])
+        values = store.read(dataset.keys[list(dataset.response_range(row))])
         for value, response in zip(values, dataset.sequences(row).responses, strict=True):
             assert value.tolist() == logps_of(torch.from_numpy(response)).tolist()
 
 
 @pytest.mark.parametrize("rows_per_shard", [1, 4, 4096])
 def test_every_response_gets_its_own_values(
-    tmp_path: Path, dataset: PairDataset, world: World, rows_per_shard: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, rows_per_shard: int
 ) -> None:
     rows = list(range(len(RESPONSES)))
     report, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard)
@@ -125,7 +125,7 @@ def test_every_response_gets_its_own_values(
     assert_filled(tmp_path, dataset, rows)
 
 
-def test_only_what_is_missing_is_computed(tmp_path: Path, dataset: PairDataset, world: World) -> None:
+def test_only_what_is_missing_is_computed(tmp_path: Path, dataset: PreferenceDataset, world: World) -> None:
     keys = dataset.keys[[0, 4]]  # the first response of row 0, the second of row 2
     responses = dataset.sequences(0).responses[0], dataset.sequences(2).responses[1]
     LogpStore.open(tmp_path, SPACE).write(
@@ -137,7 +137,7 @@ def test_only_what_is_missing_is_computed(tmp_path: Path, dataset: PairDataset, 
     assert fill(tmp_path, dataset, [0, 2, 5], world)[0] == FillReport(hits=7)
 
 
-def test_a_response_that_comes_twice_is_missing_once(tmp_path: Path, dataset: PairDataset) -> None:
+def test_a_response_that_comes_twice_is_missing_once(tmp_path: Path, dataset: PreferenceDataset) -> None:
     store = LogpStore.open(tmp_path, SPACE)
     missing, held = missing_responses(store, dataset, np.array([1, 3, 4]))
     starts = np.cumsum(RESPONSES) - RESPONSES
@@ -146,7 +146,7 @@ def test_a_response_that_comes_twice_is_missing_once(tmp_path: Path, dataset: Pa
 
 
 def test_a_round_is_written_before_the_next_but_one_is_scored(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     """A killed fill loses two shards at most."""
     shards: list[int] = []
@@ -164,7 +164,7 @@ def test_a_round_is_written_before_the_next_but_one_is_scored(
 class OtherJob(Scorer):
     """While it scores its first batch, another job computes what `rows` need, or all that is left of it."""
 
-    def __init__(self, root: Path, dataset: PairDataset, rows: list[int], world: World) -> None:
+    def __init__(self, root: Path, dataset: PreferenceDataset, rows: list[int], world: World) -> None:
         super().__init__()
         self._start = lambda: fill(root, dataset, rows, world, rows_per_shard=2)[0]
         self.report = FillReport()
@@ -177,7 +177,7 @@ class OtherJob(Scorer):
 
 @pytest.mark.parametrize("theirs", [[0, 1, 2, 3, 4, 5], [2, 5], [1]])
 def test_what_another_job_stores_meanwhile_is_not_computed(
-    tmp_path: Path, dataset: PairDataset, world: World, theirs: list[int]
+    tmp_path: Path, dataset: PreferenceDataset, world: World, theirs: list[int]
 ) -> None:
     rows = list(range(len(RESPONSES)))
     other = OtherJob(tmp_path, dataset, theirs, world)
@@ -192,10 +192,10 @@ def test_what_another_job_stores_meanwhile_is_not_computed(
 
 
 def test_of_a_round_only_what_nobody_else_stored_is_computed(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     """The other job has stored one response of a pair."""
-    [place] = dataset.response_places(np.array([2]))[1:2]
+    [place] = dataset.response_indices(np.array([2]))[1:2]
 
     class Neighbour(Scorer):
         def __call__(self, batch: PackedBatch) -> Tensor:
@@ -211,7 +211,7 @@ def test_of_a_round_only_what_nobody_else_stored_is_computed(
 
 
 def test_what_is_damaged_is_named_and_computed_anew(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     rows = list(range(len(RESPONSES)))
     fill(tmp_path, dataset, rows, world, rows_per_shard=4)
@@ -228,7 +228,7 @@ def test_what_is_damaged_is_named_and_computed_anew(
 
 
 def test_a_store_that_cannot_be_written_is_told_before_anything_is_computed(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     fill(tmp_path, dataset, [0], world)
     with read_only(tmp_path):
@@ -241,7 +241,7 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_is_computed(
 
 @pytest.mark.parametrize("broken", [0, 3, len(RESPONSES) - 1])
 def test_a_round_that_cannot_be_written_is_told(
-    tmp_path: Path, dataset: PairDataset, world: World, broken: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, broken: int
 ) -> None:
     """The last one too, which has no round after it."""
 
@@ -258,7 +258,7 @@ def test_a_round_that_cannot_be_written_is_told(
 
 
 def test_progress_has_a_total_at_once_and_moves_within_a_round(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     rows = list(range(len(RESPONSES)))
     _, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard=4096)
@@ -270,7 +270,7 @@ def test_progress_has_a_total_at_once_and_moves_within_a_round(
 @pytest.mark.parametrize("flipped", [1, 1 << 30])
 @pytest.mark.parametrize("piece", [0, 1])
 def test_ids_that_changed_since_they_were_encoded_are_not_scored(
-    tmp_path: Path, dataset: PairDataset, world: World, piece: int, flipped: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, piece: int, flipped: int
 ) -> None:
     """Their values would be stored under the key of the ids that were encoded."""
     damaged = dataclasses.replace(dataset, ids=dataset.ids.copy())
@@ -289,19 +289,19 @@ def test_ids_that_changed_since_they_were_encoded_are_not_scored(
     assert_filled(tmp_path, dataset, [0, 1, 2])
 
 
-def test_keys_follow_from_the_ids_of_a_batch(dataset: PairDataset) -> None:
+def test_keys_follow_from_the_ids_of_a_batch(dataset: PreferenceDataset) -> None:
     rows = range(len(RESPONSES))
     batch = pack([dataset.sequences(row) for row in rows], dataset.keys)
     assert np.array_equal(keys_of_ids(batch), dataset.keys)
 
 
 def test_the_data_set_is_searched_once_however_many_jobs_share_the_rounds(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searches = []
-    search = PairDataset.indices_of_responses
+    search = PreferenceDataset.locate_responses
 
-    def counted(self: PairDataset, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def counted(self: PreferenceDataset, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         searches.append(len(places))
         return search(self, places)
 
@@ -310,12 +310,12 @@ def test_the_data_set_is_searched_once_however_many_jobs_share_the_rounds(
 
         def __call__(self, batch: PackedBatch) -> Tensor:
             for row in (2, 5):
-                place = dataset.response_places(np.array([row]))[0]
+                place = dataset.response_indices(np.array([row]))[0]
                 values = logps_of(torch.from_numpy(dataset.sequences(row).responses[0])).numpy()
                 LogpStore.open(tmp_path, SPACE).write(dataset.keys[[place]], [values])
             return super().__call__(batch)
 
-    monkeypatch.setattr(PairDataset, "indices_of_responses", counted)
+    monkeypatch.setattr(PreferenceDataset, "locate_responses", counted)
     rows = list(range(len(RESPONSES)))
     report, _ = fill(tmp_path, dataset, rows, world, rows_per_shard=2, scorer=Neighbour())
     assert report.hits, "a round was shared"
@@ -334,7 +334,7 @@ def open_at(root: Path) -> Callable[..., LogpStore]:
 
 
 def test_a_listing_that_is_behind_loses_no_shard(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a network file system gives it, right after another node wrote."""
     monkeypatch.setattr("dpo_dist.reference.store.list_shards", lambda _folder: [])
@@ -360,7 +360,7 @@ def test_a_listing_that_is_behind_loses_no_shard(
 
 
 def test_a_shard_that_comes_late_or_in_part_is_waited_for(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
 ) -> None:
     report, _ = fill(tmp_path, dataset, [0, 1], world)
     [name] = report.shards
@@ -383,7 +383,7 @@ def test_a_shard_that_comes_late_or_in_part_is_waited_for(
 
 
 def test_completeness_is_judged_without_reading_values(
-    tmp_path: Path, dataset: PairDataset, world: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, _ = fill(tmp_path, dataset, [0, 1, 2, 3], world, rows_per_shard=2)
     store = open_filled(open_at(tmp_path), report.shards, world)
@@ -391,7 +391,7 @@ def test_completeness_is_judged_without_reading_values(
     with monkeypatch.context() as patched:
         patched.setattr(LogpStore, "_load", lambda *_: pytest.fail("values were read"))
         check_complete(store, dataset, np.arange(4), world)
-    keys = dataset.keys[dataset.response_places(np.arange(len(dataset)))]
+    keys = dataset.keys[dataset.response_indices(np.arange(len(dataset)))]
     assert store.indexed(keys).tolist() == store.contains(keys).tolist()
     # Keys of one first word.
     other = np.stack([keys[:, 0], keys[:, 1] ^ np.uint64(1)], axis=1)
@@ -404,7 +404,7 @@ def test_completeness_is_judged_without_reading_values(
 
 
 def test_what_is_missing_after_a_fill_is_told_before_training(
-    tmp_path: Path, dataset: PairDataset, world: World
+    tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     report, _ = fill(tmp_path, dataset, [0, 1], world)
     store = open_filled(open_at(tmp_path), report.shards, world)

@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.dataset import PairDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed, numerics_of
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fill import FillReport, fill_store, open_filled
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
@@ -78,12 +79,12 @@ def fresh(folder: Path, dtype: Dtype, pair: int) -> list[np.ndarray]:
     return [model(pack([one], np.zeros((1, 2), dtype=np.uint64))).float().numpy() for one in alone]
 
 
-def dataset_of(pairs: list[int]) -> PairDataset:
+def dataset_of(pairs: list[int]) -> PreferenceDataset:
     sequences = [PAIRS[pair] for pair in pairs]
     pieces = [piece for pair in sequences for piece in (pair.prompt_ids, *pair.responses)]
     keys = [response_key(pair.prompt_ids, response) for pair in sequences for response in pair.responses]
     lengths = np.array([len(piece) for piece in pieces])
-    return PairDataset(
+    return PreferenceDataset(
         fingerprint="",
         counts={},
         source_paths=("",),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best
 
 
@@ -21,20 +22,20 @@ def evaluation_of(step: int, loss: float, accuracy: float) -> dict[str, float]:
     return {"step": step, "eval_loss": loss, "eval_rewards/accuracies": accuracy}
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def files_of(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in RunFolder(run_dir).metrics.iterdir()}
 
 
-def csv_rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "training_metrics.csv").open(newline="") as file:
+def csv_rows(run_dir: Path) -> list[dict[str, str]]:
+    with RunFolder(run_dir).metrics_table.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_csv_can_be_followed_while_the_run_trains(tmp_path: Path) -> None:
-    history = MetricsLog.open(tmp_path / "dpo_metrics", None)
+    history = MetricsLog.open(RunFolder(tmp_path), None)
     history.append(row_of(1))
     history.append(evaluation_of(1, 0.6, 0.5))
-    first, second = csv_rows(history.folder)
+    first, second = csv_rows(tmp_path)
     assert tuple(first) == COLUMNS
     assert float(first["loss"]) == row_of(1)["loss"]
     assert first["eval_loss"] == ""
@@ -42,7 +43,7 @@ def test_csv_can_be_followed_while_the_run_trains(tmp_path: Path) -> None:
 
 
 def test_a_key_without_a_column_gets_one_and_loses_nothing(tmp_path: Path) -> None:
-    history = MetricsLog.open(tmp_path, None)
+    history = MetricsLog.open(RunFolder(tmp_path), None)
     history.append(row_of(1))
     history.append({**row_of(2), "eval_hard/loss": 0.25})
     history.append(row_of(3))
@@ -51,29 +52,29 @@ def test_a_key_without_a_column_gets_one_and_loses_nothing(tmp_path: Path) -> No
 
 
 def test_saving_changes_nothing_that_was_appended(tmp_path: Path) -> None:
-    history = MetricsLog.open(tmp_path, None)
+    history = MetricsLog.open(RunFolder(tmp_path), None)
     for step in range(1, 4):
         history.append({**row_of(step), "new": 1 / 3})
-    appended = (tmp_path / "training_metrics.csv").read_bytes()
+    appended = (tmp_path / "dpo_metrics" / "training_metrics.csv").read_bytes()
     history.save()
-    assert (tmp_path / "training_metrics.csv").read_bytes() == appended
-    assert json.loads((tmp_path / "log_history.json").read_text()) == history.rows
+    assert (tmp_path / "dpo_metrics" / "training_metrics.csv").read_bytes() == appended
+    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == history.rows
 
 
 def test_resumed_files_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
-    whole = MetricsLog.open(tmp_path / "whole", None)
+    whole = MetricsLog.open(RunFolder(tmp_path / "whole"), None)
     for step in range(1, 11):
         whole.append(row_of(step))
     whole.append(evaluation_of(10, 0.5, 0.6))
     whole.save()
 
-    killed = MetricsLog.open(tmp_path / "killed", None)
+    killed = MetricsLog.open(RunFolder(tmp_path / "killed"), None)
     for step in range(1, 9):
         killed.append({**row_of(step), **({"seen only before the kill": 1.0} if step == 8 else {})})
         if step == 6:
             killed.save()
     killed.save()
-    resumed = MetricsLog.open(tmp_path / "killed", 6)
+    resumed = MetricsLog.open(RunFolder(tmp_path / "killed"), 6)
     assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5, 6]
     assert len(csv_rows(tmp_path / "killed")) == 6
     for step in range(7, 11):
@@ -84,28 +85,29 @@ def test_resumed_files_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
 
 
 def test_a_fresh_start_keeps_nothing_of_an_earlier_attempt(tmp_path: Path) -> None:
-    earlier = MetricsLog.open(tmp_path, None)
+    earlier = MetricsLog.open(RunFolder(tmp_path), None)
     earlier.append(row_of(1))
     earlier.save()
-    MetricsLog.open(tmp_path, None)
+    MetricsLog.open(RunFolder(tmp_path), None)
     assert csv_rows(tmp_path) == []
-    assert json.loads((tmp_path / "log_history.json").read_text()) == []
+    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == []
 
 
 @pytest.mark.parametrize("content", [None, "[{", "{}", "[1]", '[{"loss": 1}]', '[{"step": 1, "loss": "x"}]'])
 def test_unreadable_history_is_reported_and_training_goes_on(tmp_path: Path, content: str | None) -> None:
     if content is not None:
-        (tmp_path / "log_history.json").write_text(content)
+        (tmp_path / "dpo_metrics").mkdir()
+        (tmp_path / "dpo_metrics" / "log_history.json").write_text(content)
     told: list[str] = []
-    history = MetricsLog.open(tmp_path, 6, told.append)
+    history = MetricsLog.open(RunFolder(tmp_path), 6, told.append)
     assert "up to step 6" in told[0]
     history.append(row_of(7))
     history.save()
-    assert json.loads((tmp_path / "log_history.json").read_text()) == [row_of(7)]
+    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == [row_of(7)]
 
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
-    history = MetricsLog.open(tmp_path, None)
+    history = MetricsLog.open(RunFolder(tmp_path), None)
     history.append({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     history.save()
     history.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
@@ -113,11 +115,11 @@ def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_pat
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    rows = json.loads((tmp_path / "log_history.json").read_text(), parse_constant=refuse)
+    rows = json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text(), parse_constant=refuse)
     assert rows == [{"step": 1, "loss": None, "grad_norm": None}]
-    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    summary = json.loads((tmp_path / "dpo_metrics" / "summary.json").read_text(), parse_constant=refuse)
     assert summary == {"final": {"loss": None}, "losses": [None, 1.0], "exit": "diverged"}
-    assert math.isnan(MetricsLog.open(tmp_path, 1).rows[0]["loss"])
+    assert math.isnan(MetricsLog.open(RunFolder(tmp_path), 1).rows[0]["loss"])
 
 
 def test_final_and_best_values() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
@@ -48,7 +49,7 @@ class Page(HTMLParser):
 
 def finished_run(folder: Path) -> Path:
     run_dir = folder / "qwen-sigmoid-3fa9c1d2"
-    history = MetricsLog.open(run_dir / "dpo_metrics", None)
+    history = MetricsLog.open(RunFolder(run_dir), None)
     for step in range(1, 31):
         times = {f"time/{phase}": share * step / 30 for phase, share in SHARES.items()}
         history.append({"step": step, "loss": 0.7 - step / 100, **times})
@@ -66,7 +67,7 @@ def finished_run(folder: Path) -> Path:
             "exit": "preempted",
         }
     )
-    draw_curves(history.rows, history.folder / "training_curves.png", "qwen")
+    draw_curves(history.rows, history.folder.curves, "qwen")
     config = {
         "model": {"path": "org/model", "revision": None},
         "data": {"train": [{"path": "<script>alert(1)</script>", "weight": 2.0, "split": None}, "b & c"]},
@@ -148,7 +149,7 @@ def test_an_unreadable_file_costs_its_section_only(
 
 
 def test_values_that_were_never_finite_do_not_break_the_page(tmp_path: Path) -> None:
-    history = MetricsLog.open(tmp_path / "dpo_metrics", None)
+    history = MetricsLog.open(RunFolder(tmp_path), None)
     history.append({"step": 1, "loss": float("nan"), "eval_loss": float("inf")})
     history.save()
     history.write_summary({**final_and_best(history.rows), "exit": "diverged"})

@@ -14,7 +14,7 @@ import pytest
 import wandb
 
 from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
-from dpo_dist.report.tracking import ID_PATH, Tracker, open_tracker
+from dpo_dist.report.tracking import Tracker, open_tracker
 from tests.support.wandb_file import history_rows, read_records
 from tests.support.wandb_server import WandbServer
 
@@ -109,7 +109,7 @@ def test_a_resumed_job_goes_on_with_the_same_run(tmp_path: Path) -> None:
     first.log({"step": 1, "loss": 0.7})
     first.log({"step": 2, "loss": 0.6})
     first.finish("preempted", {})
-    assert (tmp_path / ID_PATH).read_text() == run_id
+    assert (tmp_path / "wandb" / "run_id.txt").read_text() == run_id
 
     time.sleep(1.0)  # wandb names its folders by the second
     second = open_in(tmp_path, WandbMode.offline)

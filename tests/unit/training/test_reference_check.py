@@ -11,20 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_dist.config.schema import (
-    REFERENCE_FREE_KINDS,
-    DataConfig,
-    Dtype,
-    LossConfig,
-    LossKind,
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.collate import collate
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.data.step_plan import pack_rows
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
@@ -34,7 +26,7 @@ from dpo_dist.training.reference_check import pass_gate
 from dpo_dist.training.step import Objective
 from tests.support import tiny
 from tests.support.packing import COSTS
-from tests.support.rows import jsonl
+from tests.support.records import jsonl
 
 CPU = torch.device("cpu")
 SIGMOID = LossConfig()
@@ -81,7 +73,7 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
     folder = tmp_path_factory.mktemp("data")
     config = DataConfig(cache=str(folder / "cache"))
     written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
@@ -91,16 +83,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
 
 
 @pytest.fixture(scope="module")
-def reference(data: PairDataset, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
+def reference(data: PreferenceDataset, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
     root, space = tmp_path_factory.mktemp("store"), ReferenceFingerprint("weights", {})
-    batch = pack_rows(data, range(PAIRS))
+    batch = collate(data, range(PAIRS))
     rows = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
     LogpStore.open(root, space).write(batch.keys, [row.numpy() for row in rows])
     return StoredReference(LogpStore.open(root, space))
 
 
 @pytest.fixture
-def check(world: World, data: PairDataset, reference: StoredReference) -> Any:
+def check(world: World, data: PreferenceDataset, reference: StoredReference) -> Any:
     def check(
         policy: Policy, dtype: Dtype = Dtype.fp32, loss: LossConfig = SIGMOID, audit_pairs: int = 16
     ) -> dict[str, Any]:
@@ -114,7 +106,7 @@ def check(world: World, data: PairDataset, reference: StoredReference) -> Any:
     return check
 
 
-@pytest.mark.parametrize("kind", sorted(set(LossKind) - REFERENCE_FREE_KINDS))
+@pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if KINDS[kind].needs_reference))
 def test_a_policy_that_is_the_reference_passes_without_drift(check: Any, kind: LossKind) -> None:
     assert check(Policy(), loss=LossConfig(kind)) == {
         "responses": 2 * PAIRS,
@@ -124,7 +116,7 @@ def test_a_policy_that_is_the_reference_passes_without_drift(check: Any, kind: L
     }
 
 
-def test_drift_is_reported_per_token_and_per_response(check: Any, data: PairDataset) -> None:
+def test_drift_is_reported_per_token_and_per_response(check: Any, data: PreferenceDataset) -> None:
     report = check(Policy(2, chosen_drift=-0.01, rejected_drift=0.02), Dtype.bf16)
     _, chosen, rejected = data.lengths(2)
     assert report["largest_token_drift"] == pytest.approx(0.02, rel=1e-3)
@@ -137,7 +129,7 @@ def test_drift_is_reported_per_token_and_per_response(check: Any, data: PairData
     [(Dtype.fp32, 2e-4), (Dtype.bf16, 0.2), (Dtype.bf16, -0.2), (Dtype.bf16, float("nan"))],
 )
 def test_a_row_that_drifts_beyond_the_precision_is_named(
-    check: Any, data: PairDataset, dtype: Dtype, drift: float
+    check: Any, data: PreferenceDataset, dtype: Dtype, drift: float
 ) -> None:
     with pytest.raises(ReferenceModelError, match="1 of 12 sampled") as raised:
         check(Policy(4, rejected_drift=drift), dtype)

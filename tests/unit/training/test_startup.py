@@ -1,4 +1,4 @@
-"""What is said before torch is imported, what `--check` looks at, and that failed starts leave nothing."""
+"""Checks before torch is imported, `--check`, and the files that a failed start leaves."""
 
 import json
 import os
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model import optional_packages
 from dpo_dist.report.console import Console
 from dpo_dist.training.preflight import rehearse
-from dpo_dist.training.run_folder import locked
+from dpo_dist.training.run_start import locked
 from dpo_dist.training.startup import check_start, without_traces
 from tests.support.alone import ALONE
 from tests.support.invented import write_pairs
@@ -56,17 +57,17 @@ def refused(config: RunConfig) -> DpoDistError:
         ("data.train=[{assets}/model/config.toml]", "no such file"),
         ("data.eval=[{assets}/none/*.jsonl]", "no file matches"),
         ("data.train=[https://example.com/a.jsonl]", "URLs are not read"),
-        ("run.dir=/proc/foo", "nothing can be written to run.dir"),
+        ("run.dir=/proc/foo", "run.dir cannot be written"),
         ("run.dir={assets}/train.jsonl", "run.dir is a file"),
         ("run.dir=/", "run.dir is the root of the file system"),
         ("run.dir={assets}/model", "run.dir is the folder of a model"),
-        ("run.dir={assets}/runs", "run.dir is a folder that has other runs in it"),
-        ("run.dir={assets}/train.jsonl/run", "nothing can be written to run.dir"),
-        ("data.cache=/proc/foo", "nothing can be written to data.cache"),
+        ("run.dir={assets}/runs", "run.dir is a folder that contains other runs"),
+        ("run.dir={assets}/train.jsonl/run", "run.dir cannot be written"),
+        ("data.cache=/proc/foo", "data.cache cannot be written"),
         ("reference.store={assets}/train.jsonl", "reference.store is a file"),
     ],
 )
-def test_what_is_missing_is_said_and_nothing_is_left(
+def test_missing_inputs_are_errors_and_no_files_are_left(
     override: str, told: str, assets: Path, tmp_path: Path
 ) -> None:
     error = refused(run_of(assets, tmp_path, override.format(assets=assets)))
@@ -83,7 +84,7 @@ def test_what_is_missing_is_said_and_nothing_is_left(
         ("bitsandbytes", ["reference.quantization=int8"]),
     ],
 )
-def test_a_missing_package_is_said_before_anything_is_read(
+def test_a_missing_package_is_an_error_before_anything_is_read(
     package: str, overrides: list[str], assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -94,7 +95,7 @@ def test_a_missing_package_is_said_before_anything_is_read(
     assert "is not installed" in error.what
 
 
-def test_a_tokenizer_is_looked_for(assets: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in (assets / "model").iterdir():
@@ -104,7 +105,7 @@ def test_a_tokenizer_is_looked_for(assets: Path, tmp_path: Path) -> None:
     assert "no tokenizer" in error.what
 
 
-def test_verbs_say_so_without_torch() -> None:
+def test_verbs_do_not_import_torch_at_module_level() -> None:
     command = "import sys, dpo_dist.train, dpo_dist.precompute; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
 
@@ -115,9 +116,9 @@ def test_verbs_say_so_without_torch() -> None:
 def start(config: RunConfig, error: Exception) -> None:
     with without_traces(config):
         check_start(config)
-        logs = Path(str(config.run.dir)) / "logs"
-        logs.mkdir()
-        (logs / "rank-0.log").write_text("what libraries say\n")
+        log = RunFolder.of(config).rank_log(0)
+        log.parent.mkdir()
+        log.write_text("output of libraries\n")
         raise error
 
 
@@ -126,58 +127,60 @@ def fail_after_logs(config: RunConfig, error: Exception) -> None:
         start(config, error)
 
 
-def test_a_users_error_removes_a_run_folder_without_steps(assets: Path, tmp_path: Path) -> None:
+def test_a_users_error_removes_a_run_directory_without_steps(assets: Path, tmp_path: Path) -> None:
     fail_after_logs(run_of(assets, tmp_path), DataError("too many bad records"))
     assert not list(tmp_path.iterdir())
 
 
-def test_other_ends_keep_it(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_is_kept_after_other_errors_and_after_earlier_starts(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = run_of(assets, tmp_path)
     fail_after_logs(config, RuntimeError("a fault of the program"))
-    log = Path(str(config.run.dir)) / "logs" / "rank-0.log"
+    log = RunFolder.of(config).rank_log(0)
     assert log.is_file()
     os.utime(log, (1, 1))
-    # What an earlier start has left is not this one's to remove.
+    # Files of an earlier start are not this one's to remove.
     monkeypatch.setattr("dpo_dist.training.startup._START_SECONDS", -1e9)
     refused(run_of(assets, tmp_path, f"run.dir={config.run.dir}", "data.eval=[/nowhere/a.jsonl]"))
     assert log.is_file()
 
 
-def test_another_start_in_the_same_folder_keeps_it(assets: Path, tmp_path: Path) -> None:
+def test_a_run_directory_that_another_start_uses_is_kept(assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path)
-    run_dir = Path(str(config.run.dir))
-    with locked(run_dir, ALONE, Console(None)), without_traces(config, of_success=True):
+    folder = RunFolder.of(config)
+    with locked(folder, ALONE, Console(None)), without_traces(config, of_success=True):
         check_start(config)
-    assert (run_dir / ".lock").is_file()
-    with locked(run_dir, ALONE, Console(None)):
+    assert folder.lock.is_file()
+    with locked(folder, ALONE, Console(None)):
         fail_after_logs(config, ConfigError("late"))
-    assert (run_dir / "logs" / "rank-0.log").is_file()
-    # Before it has its lock, only its log tells of it.
-    (run_dir / ".lock").unlink()
+    assert folder.rank_log(0).is_file()
+    # Before a start has its lock, its log is the only sign of it.
+    folder.lock.unlink()
     with without_traces(config, of_success=True):
         check_start(config)
-    assert (run_dir / "logs" / "rank-0.log").is_file()
+    assert folder.rank_log(0).is_file()
 
 
 @pytest.mark.parametrize("kept", ["checkpoints", "dpo_metrics", "model", "notes"])
-def test_a_folder_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) -> None:
+def test_a_run_directory_with_results_is_kept(kept: str, assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path)
-    (Path(str(config.run.dir)) / kept).mkdir(parents=True)
+    (RunFolder.of(config).path / kept).mkdir(parents=True)
     fail_after_logs(config, ConfigError("late"))
-    assert (Path(str(config.run.dir)) / kept).is_dir()
+    assert (RunFolder.of(config).path / kept).is_dir()
 
 
-def test_only_the_first_rank_removes(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_removes_the_run_directory(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     config = run_of(assets, tmp_path)
     fail_after_logs(config, ConfigError("on all ranks"))
-    assert Path(str(config.run.dir)).is_dir()
+    assert RunFolder.of(config).path.is_dir()
 
 
-def test_other_nodes_leave_the_look_to_the_first(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "8")
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
@@ -186,7 +189,7 @@ def test_other_nodes_leave_the_look_to_the_first(
 # --check
 
 
-def test_a_check_says_what_it_found_and_leaves_nothing(assets: Path, tmp_path: Path) -> None:
+def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path, f"data.eval=[{{path: {assets}/train.jsonl, limit: 5}}]")
     with without_traces(config, of_success=True):
         check_start(config)

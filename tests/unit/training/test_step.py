@@ -12,22 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.config.schema import (
-    COUPLED_KINDS,
-    REFERENCE_FREE_KINDS,
-    DataConfig,
-    Dtype,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
-    ModelConfig,
-    SourceConfig,
-    Weighting,
-)
+from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PairDataset, open_dataset
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.data.step_plan import plan_step
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
@@ -40,7 +30,7 @@ from dpo_dist.training.step import Objective, evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.support import tiny
 from tests.support.packing import COSTS
-from tests.support.rows import jsonl
+from tests.support.records import jsonl
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
@@ -74,14 +64,14 @@ class Policy:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PairDataset:
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
     folder = tmp_path_factory.mktemp("data")
     config = DataConfig(cache=str(folder / "cache"))
     written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
     return open_dataset(written, config)
 
 
-def stored(data: PairDataset, root: Path, responses: int = 2 * PAIRS) -> StoredReference:
+def stored(data: PreferenceDataset, root: Path, responses: int = 2 * PAIRS) -> StoredReference:
     """A store of the first `responses` of `data`; the values of each say which it is and where they stand."""
     space = ReferenceFingerprint("weights", {})
     lengths = [tokens for row in range(PAIRS) for tokens in data.lengths(row)[1:]]
@@ -90,13 +80,13 @@ def stored(data: PairDataset, root: Path, responses: int = 2 * PAIRS) -> StoredR
     return StoredReference(LogpStore.open(root, space))
 
 
-def plan_of(data: PairDataset, rank: int = 0, world_size: int = 1) -> Any:
-    return plan_step(data, np.arange(PAIRS), rank, world_size, BUDGET, COSTS)
+def plan_of(data: PreferenceDataset, rank: int = 0, world_size: int = 1) -> Any:
+    return shard_batch(data, np.arange(PAIRS), rank, world_size, BUDGET, COSTS)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 def test_ready_batches_carry_the_stored_values_of_their_own_responses(
-    data: PairDataset, tmp_path: Path, world_size: int
+    data: PreferenceDataset, tmp_path: Path, world_size: int
 ) -> None:
     reference = stored(data, tmp_path)
     objective = Objective(LossConfig(), reference)
@@ -112,13 +102,13 @@ def test_ready_batches_carry_the_stored_values_of_their_own_responses(
                 assert values.tolist() == [0.0] * len(batch.targets)
                 continue
             parts = torch.split(values, batch.response_tokens.tolist())
-            firsts = [-1.0 - place for row in rows for place in data.response_rows(row)]
+            firsts = [-1.0 - place for row in rows for place in data.response_range(row)]
             assert [float(part[0]) for part in parts] == firsts
             seen += len(rows)
     assert seen == PAIRS
 
 
-def test_looked_up_values_travel_with_the_batch(data: PairDataset, tmp_path: Path) -> None:
+def test_looked_up_values_travel_with_the_batch(data: PreferenceDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path))
     (batch, *_) = objective.ready_batches(plan_of(data), CPU)
     moved = batch.to(torch.device("meta"))
@@ -128,14 +118,14 @@ def test_looked_up_values_travel_with_the_batch(data: PairDataset, tmp_path: Pat
     assert moved.layout == batch.layout
 
 
-def test_a_row_that_is_missing_ends_an_evaluation(data: PairDataset, tmp_path: Path) -> None:
+def test_a_row_that_is_missing_ends_an_evaluation(data: PreferenceDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
     with pytest.raises(ReferenceModelError, match="missing or damaged"):
         evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_the_model_computes_in_the_calling_thread(data: PairDataset, tmp_path: Path) -> None:
+def test_the_model_computes_in_the_calling_thread(data: PreferenceDataset, tmp_path: Path) -> None:
     policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
     sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
@@ -143,7 +133,9 @@ def test_the_model_computes_in_the_calling_thread(data: PairDataset, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
-def test_length_desensitised_terms_leave_the_token_mean_of_sft(data: PairDataset, kind: LossKind) -> None:
+def test_length_desensitised_terms_leave_the_token_mean_of_sft(
+    data: PreferenceDataset, kind: LossKind
+) -> None:
     """Log-probs of -1: sft is 1 whatever share of a longer response's tokens counts in the other term."""
     terms = [LossTermConfig(kind), LossTermConfig(LossKind.sft, 5.0)]
     losses = []
@@ -167,12 +159,12 @@ class AsksForValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", sorted(set(LossKind) - COUPLED_KINDS))
+@pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if not KINDS[kind].is_coupled))
 def test_forward_and_backward_ask_the_device_for_no_value(
-    data: PairDataset, tmp_path: Path, kind: LossKind
+    data: PreferenceDataset, tmp_path: Path, kind: LossKind
 ) -> None:
     loss = LossConfig(kind=kind)
-    free = kind in REFERENCE_FREE_KINDS
+    free = not KINDS[kind].needs_reference
     objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
     model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
     policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
@@ -228,12 +220,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PackedCausalLM:
     ],
 )
 def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch(
-    data: PairDataset, model: PackedCausalLM, tmp_path: Path, kind: LossKind, weighting: Weighting
+    data: PreferenceDataset, model: PackedCausalLM, tmp_path: Path, kind: LossKind, weighting: Weighting
 ) -> None:
     """Also where the loss couples its pairs: two passes are as good as one graph over all of them."""
     loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
     objective = Objective(
-        loss, NoReference() if kind in REFERENCE_FREE_KINDS else stored(data, tmp_path / "store")
+        loss, stored(data, tmp_path / "store") if KINDS[kind].needs_reference else NoReference()
     )
     running, rows = RunningMeans(margin=-1.0), np.arange(PAIRS)
 
@@ -243,13 +235,13 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     def in_micro_batches(policy: Any) -> None:
-        plan = plan_step(data, rows, 0, 1, BUDGET, COSTS, loss.is_one_sided)
+        plan = shard_batch(data, rows, 0, 1, BUDGET, COSTS, loss.is_one_sided)
         assert len(plan.micro_batches) > 1
         ready = objective.ready_step(plan, CPU)
         train_step(policy, objective, ready, 1.0, WORLD, StepClock(CPU), running)
 
     def at_once(policy: Any) -> None:
-        plan = plan_step(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
+        plan = shard_batch(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
         (batch,) = objective.ready_batches(plan, CPU)
         pairs = objective.score(policy, batch, objective.reference_logps(batch))
         total, _ = objective.measure(pairs, plan.mean_chosen_tokens, running)

@@ -7,8 +7,7 @@ import pytest
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.files import weight_files
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.folder import model_folder, weight_files
 
 CONTENT = {
     "model.safetensors.index.json": {

@@ -1,4 +1,4 @@
-"""Indices as people write them into files."""
+"""Input records as people write them into files."""
 
 import json
 from collections.abc import Iterable
@@ -11,24 +11,24 @@ TEXT = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 
 
 def user(content: str) -> dict[str, str]:
-    """A user's turn."""
+    """Return a user's turn."""
     return {"role": "user", "content": content}
 
 
 def assistant(content: str) -> dict[str, str]:
-    """An assistant's turn."""
+    """Return an assistant's turn."""
     return {"role": "assistant", "content": content}
 
 
-def jsonl(folder: Path, *rows: Any) -> str:
-    """The path of a file with these rows."""
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def jsonl(folder: Path, *records: Any) -> str:
+    """Return the path of a file with these records."""
+    file = folder / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(file)
 
 
 def outcomes(records: Iterable[PreferenceRecord | BadRecord]) -> list[tuple[int, str]]:
-    """Line and reason of each record; no reason for a good one."""
+    """Return the line and the reason of each record; no reason for a good one."""
     return [
         (record.origin.line, record.reason if isinstance(record, BadRecord) else "") for record in records
     ]

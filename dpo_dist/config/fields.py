@@ -1,0 +1,86 @@
+"""Declare a configuration key at its dataclass field: default, bounds and meaning, in one place."""
+
+import math
+from copy import copy
+from dataclasses import Field, dataclass, field
+from typing import Any
+
+_METADATA = "declared"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a key accepts, besides being finite; for a list, each of its entries."""
+
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    other_than: float | None = None
+
+    def contain(self, value: float) -> bool:
+        """Whether `value` is finite and within the bounds."""
+        return (
+            math.isfinite(value)
+            and (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and value != self.other_than
+        )
+
+    def __str__(self) -> str:
+        signs = {">": self.above, ">=": self.at_least, "<=": self.at_most, "<": self.below}
+        parts = [f"{sign} {bound:g}" for sign, bound in signs.items() if bound is not None]
+        return " and ".join(parts) or ("" if self.other_than is None else f"other than {self.other_than:g}")
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The facts of a key that its type and default do not give.
+
+    Attributes:
+        meaning: one line for the user; of null, too, where the key allows it.
+        bounds: of a number.
+        filled: whether text must not be empty.
+        defines_result: whether the key is part of the run's digest.
+        train_only: whether `precompute` does not use the key; None: as its section.
+        of: the dataclass of the mapping, or of each entry of the list, that the key takes.
+    """
+
+    meaning: str
+    bounds: Bounds = Bounds()
+    filled: bool = False
+    defines_result: bool = True
+    train_only: bool | None = None
+    of: type | None = None
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    free: bool = False,
+    train_only: bool | None = None,
+    of: type | None = None,
+    filled: bool = False,
+    **bounds: float,
+) -> Any:
+    """Return a dataclass field with its `Declaration`; `free` keeps the key out of the run's digest."""
+    metadata = {_METADATA: Declaration(meaning, Bounds(**bounds), filled, not free, train_only, of)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(kind: type, *, free: bool = False, train_only: bool = False) -> Any:
+    """Return a field for the keys of the dataclass `kind`, whose docstring is their meaning."""
+    metadata = {_METADATA: Declaration(kind.__doc__ or "", defines_result=not free, train_only=train_only)}
+    return field(default_factory=kind, metadata=metadata)
+
+
+def declaration(declared: Field[Any]) -> Declaration:
+    """Return what `key` or `section` declared at a field."""
+    found = declared.metadata[_METADATA]
+    assert isinstance(found, Declaration)
+    return found

@@ -1,0 +1,95 @@
+"""`RunFolder`: every path of a run directory, in one place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_dist.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The run directory at `path`; its properties are paths that may or may not exist."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunFolder":
+        """Return the run directory of `config`: `run.dir`."""
+        return cls(Path(str(config.run.dir)))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, git commit and hardware."""
+        return self.path / "environment.json"
+
+    @property
+    def state(self) -> Path:
+        """Outcome of the last start and digests of its inputs."""
+        return self.path / "run_state.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the start that is running."""
+        return self.path / ".lock"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the log files."""
+        return self.path / "logs"
+
+    def rank_log(self, rank: int | str) -> Path:
+        """Return the log file of a rank."""
+        return self.logs / f"rank-{rank}.log"
+
+    @property
+    def metrics(self) -> Path:
+        """The folder of the next four files."""
+        return self.path / "dpo_metrics"
+
+    @property
+    def log_history(self) -> Path:
+        """All metrics rows as JSON."""
+        return self.metrics / "log_history.json"
+
+    @property
+    def metrics_table(self) -> Path:
+        """All metrics rows as CSV."""
+        return self.metrics / "training_metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        """The summary of a run that has ended."""
+        return self.metrics / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        """The plot of the metrics."""
+        return self.metrics / "training_curves.png"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the committed checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.path / "model"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The id of the W&B run; the other files in its folder are wandb's own."""
+        return self.path / "wandb" / "run_id.txt"

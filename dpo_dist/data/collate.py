@@ -1,0 +1,84 @@
+"""Shard a global batch across ranks and micro-batches, and collate the examples of a micro-batch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
+from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
+from dpo_dist.data.sampler import Indices
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's share of a global batch; every rank has the same number of micro-batches.
+
+    Attributes:
+        micro_batches: dataset indices of the examples of each micro-batch; an empty one becomes a dummy.
+        positions: positions of these examples in the global batch.
+        pairs: examples of the global batch, over all ranks.
+        tokens: packed tokens of the global batch, over all ranks.
+        targets: completion tokens of the global batch.
+        attended: query-key pairs that attention computes for the global batch.
+        mean_chosen_tokens: mean completion tokens of the chosen responses of the global batch.
+        only_chosen: whether only the chosen responses are computed.
+    """
+
+    dataset: PreferenceDataset
+    micro_batches: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    pairs: int
+    tokens: int
+    targets: int
+    attended: int
+    mean_chosen_tokens: float
+    only_chosen: bool = False
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """Collate this rank's micro-batches in order, on the host."""
+        for indices in self.micro_batches:
+            yield collate(self.dataset, indices, self.only_chosen)
+
+
+def shard_batch(
+    dataset: PreferenceDataset,
+    indices: Indices,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
+    only_chosen: bool = False,
+) -> RankBatch:
+    """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch)."""
+    counts = dataset.response_counts(indices)
+    responses = dataset.response_indices(indices)
+    if only_chosen:
+        responses, counts = responses[np.cumsum(counts) - counts], np.ones_like(counts)
+    sizes = dataset.sizes(indices, responses, counts, costs)
+    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
+    positions = tuple(tuple(ranks[rank]) for ranks in plan)
+    return RankBatch(
+        dataset=dataset,
+        micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
+        positions=positions,
+        pairs=len(indices),
+        tokens=int(sizes.tokens.sum()),
+        targets=int(sizes.targets.sum()),
+        attended=int(sizes.attended.sum()),
+        mean_chosen_tokens=dataset.mean_chosen_tokens(indices),
+        only_chosen=only_chosen,
+    )
+
+
+def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
+    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
+    if not indices:
+        return dummy_batch()
+    selected = [0] if only_chosen else None
+    ranges = [dataset.response_range(index) for index in indices]
+    keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
+    packed = pack([dataset.sequences(index, selected) for index in indices], keys)
+    return replace(packed, score_gaps=torch.from_numpy(dataset.score_gaps(indices)))

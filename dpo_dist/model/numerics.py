@@ -1,0 +1,76 @@
+"""Everything except weights and token ids that can change a log-prob numerically.
+
+Stored log-probs are addressed by this profile (law L3). Fields that do not apply are absent.
+"""
+
+import importlib.metadata
+import os
+
+import torch
+import transformers
+
+from dpo_dist.config.schema import AttentionBackend, ModelConfig
+
+NUMERICS_FIELDS = {
+    "dtype": False,
+    "matmul_precision": False,
+    "bf16_reduction": False,
+    "quantization": False,
+    "attention": True,
+    "flash_attn": True,
+    "compile": True,
+    "liger": True,
+    "deterministic": True,
+    "device": True,
+    "gpu": True,
+    "cuda": True,
+    "cpu": True,
+    "torch": True,
+    "transformers": True,
+}
+"""Fields of a profile, and whether a difference in each is tolerable: it changes the order in which the same
+numbers are rounded. A difference in any other field changes how precise a log-prob is."""
+
+TOLERABLE_FIELDS = frozenset(name for name, is_tolerable in NUMERICS_FIELDS.items() if is_tolerable)
+
+
+def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.device) -> dict[str, str]:
+    """Return the numerics profile of a model scored on `device`: fields of `NUMERICS_FIELDS` to values."""
+    profile = {
+        "dtype": config.dtype.value,
+        "attention": backend.value,
+        "device": device.type,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
+        "transformers": transformers.__version__,
+    }
+    if backend is AttentionBackend.flash_attention_2:
+        profile["flash_attn"] = importlib.metadata.version("flash-attn")
+    if torch.are_deterministic_algorithms_enabled():
+        profile["deterministic"] = "true"
+    if config.quantization is not None:
+        version = importlib.metadata.version("bitsandbytes")
+        profile["quantization"] = f"{config.quantization} by bitsandbytes {version}"
+    if config.compile:
+        profile["compile"] = "inductor"
+    if config.liger:
+        profile["liger"] = importlib.metadata.version("liger-kernel")
+    if device.type == "cuda":
+        matmul = torch.backends.cuda.matmul
+        profile["gpu"] = torch.cuda.get_device_name(device)
+        profile["cuda"] = str(torch.version.cuda)
+        profile["bf16_reduction"] = str(matmul.allow_bf16_reduced_precision_reduction)
+    if device.type == "cpu":
+        profile["cpu"] = torch.backends.cpu.get_cpu_capability()
+    return profile
+
+
+def use_deterministic_kernels() -> None:
+    """Run only kernels that repeat their results bit for bit; an operation without one raises an error.
+
+    Call this before the first matrix product on a GPU, when cuBLAS reads its workspace configuration.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Otherwise PyTorch fills every new tensor with NaN, which costs time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,223 @@
+"""The start of a run: lock its directory, find where to resume, write the files that every start writes."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from dpo_dist.atomic import is_temporary, recover_folder, write_text
+from dpo_dist.config.load import run_digest, to_yaml
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.digests import text_digest
+from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
+from dpo_dist.distributed.world import World
+from dpo_dist.errors import CheckpointError, Outcome
+from dpo_dist.report.console import Console
+from dpo_dist.report.environment import describe_environment
+from dpo_dist.report.page import write_page
+from dpo_dist.training.run_state import RunState, check_identity, read_state, write_state
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The point from which a start continues: nothing, a checkpoint, or a written model.
+
+    Attributes:
+        checkpoint: resume from it; None for a fresh run.
+        finished: the state of a run whose model is written; None otherwise.
+    """
+
+    checkpoint: Checkpoint | None = None
+    finished: RunState | None = None
+
+    @property
+    def step(self) -> int:
+        """The number of steps done."""
+        return 0 if self.checkpoint is None else int(self.checkpoint.state["step"])
+
+
+@contextlib.contextmanager
+def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
+    """Lock the run directory against a second start until this one ends, in error or not. Collective.
+
+    Raises:
+        CheckpointError: another process trains there, or the directory cannot be created.
+    """
+    files: list[TextIO] = []
+    warning = world.on_main(lambda: _lock(folder, files))
+    if warning:
+        console.say(warning)
+    try:
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
+def _lock(folder: RunFolder, files: list[TextIO]) -> str:
+    """Lock the run directory; return a warning if the lock is valid on this host only.
+
+    Args:
+        folder: the run directory.
+        files: receives the open files; the lock lasts until they are closed.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        files.append(folder.lock.open("w"))
+    except OSError as error:
+        raise CheckpointError(
+            "the run directory cannot be written",
+            where=str(folder),
+            got=str(error),
+            remedy="correct its permissions, or set another run.dir",
+        ) from error
+    missing = _take_lock(files[0], folder)
+    if not missing:
+        return ""
+    of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}.lock"
+    files.append((Path(tempfile.gettempdir()) / of_host).open("w"))
+    _take_lock(files[1], folder)
+    return (
+        f"warning: the file system of {folder} does not support file locks ({missing}): "
+        "a second start of this run is refused on this host only, do not start it on another host"
+    )
+
+
+def _take_lock(file: TextIO, folder: RunFolder) -> str:
+    """Lock an open file; return the reason if its file system has no locks, else "".
+
+    Raises:
+        CheckpointError: another process has the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # EWOULDBLOCK, EAGAIN
+        raise CheckpointError(
+            "another process is training in this run directory",
+            where=str(folder),
+            remedy="wait for it to end, or set another run.dir",
+        ) from None
+    except OSError as error:  # ENOSYS, ENOLCK, ENOTSUP: Lustre and NFS without a lock service
+        return str(error.strerror)
+    return ""
+
+
+def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
+    """Return the point to continue from, according to `run.resume`; collective.
+
+    Raises:
+        CheckpointError: `run.resume` cannot be obeyed, the directory belongs to another configuration, every
+            checkpoint is damaged, or another number of processes wrote them.
+    """
+    if config.run.resume is Resume.never:
+        world.on_main(partial(_check_folder_unused, folder))
+        return Start()
+    state, has_model = world.on_main(partial(_read_result, folder))
+    is_finished = state is not None and state.outcome in (Outcome.exported, Outcome.completed)
+    if is_finished and has_model:
+        return Start(finished=state)
+    checkpoint = latest_checkpoint(folder.checkpoints, world)
+    if checkpoint is None:
+        _check_fresh_start(config.run.resume, folder, is_finished, has_model)
+        return Start()
+    check_identity(checkpoint.state, {"run_digest": run_digest(config)}, checkpoint.folder)
+    check_same_processes(checkpoint, config.parallelism, world)
+    return Start(checkpoint)
+
+
+def _read_result(folder: RunFolder) -> tuple[RunState | None, bool]:
+    """Return the recorded state, and whether there is a model."""
+    recover_folder(folder.model)
+    return read_state(folder), folder.model.is_dir()
+
+
+def _check_fresh_start(resume: Resume, folder: RunFolder, is_finished: bool, has_model: bool) -> None:
+    """Refuse a fresh start where a checkpoint is required, or where it would replace a result."""
+    model = f"{folder.model.name}/"
+    if is_finished:
+        raise CheckpointError(
+            "this run is complete, but its model and its checkpoints were removed",
+            where=str(folder),
+            remedy=f"put {model} back, or delete {folder.state.name} to train again",
+        )
+    if has_model:
+        raise CheckpointError(
+            "there is a model in the run directory, but no checkpoint to resume from",
+            where=str(folder.model),
+            remedy=f"move {model} away to train again, or set another run.dir",
+        )
+    if resume is Resume.must:
+        raise CheckpointError(
+            "there is no checkpoint to resume from",
+            where=str(folder.checkpoints),
+            remedy="set run.resume=auto to start a new run",
+        )
+
+
+def _check_folder_unused(folder: RunFolder) -> None:
+    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
+    if used:
+        raise CheckpointError(
+            "the run directory is in use and run.resume=never",
+            where=str(folder),
+            got=", ".join(used),
+            remedy="set run.resume=auto to resume, or another run.dir",
+        )
+
+
+def write_on_main(work: Callable[[], T], folder: RunFolder, world: World) -> T:
+    """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+
+    def guarded() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise CheckpointError(
+                "a file of the run cannot be written",
+                where=str(error.filename or folder),
+                got=str(error),
+                remedy="free disk space or correct the permissions; the same command resumes the run",
+            ) from error
+
+    return world.on_main(guarded)
+
+
+def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str, Any]:
+    """Write config.yaml and environment.json; return the content of the latter. Collective."""
+
+    def write() -> dict[str, Any]:
+        write_text(folder.config, to_yaml(config))
+        environment = describe_environment(world.size)
+        write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
+        return environment
+
+    return write_on_main(write, folder, world)
+
+
+def mark_started(folder: RunFolder, state: RunState, world: World) -> None:
+    """Record that a run trains, and remove the summary of an earlier start; collective."""
+
+    def work() -> None:
+        write_state(folder, state)
+        for leftover in folder.path.glob(f"{folder.model.name}.*"):
+            if is_temporary(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+        if folder.summary.exists():
+            folder.summary.unlink()
+            write_page(folder.path)
+
+    write_on_main(work, folder, world)

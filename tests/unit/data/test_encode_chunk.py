@@ -1,0 +1,206 @@
+"""Rankings as training examples: ties teach nothing, limits hold for all responses, scores stay in place."""
+
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.collate import collate
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.rankings import training_examples
+from dpo_dist.data.records import Origin, PreferenceRecord
+from tests.support import tiny
+from tests.support.records import TEXT, jsonl
+from tests.support.shared_data import shared_data_dir
+
+
+def ranking(scores: Sequence[float] | None, count: int = 0) -> PreferenceRecord:
+    count = count or len(scores or ())
+    return PreferenceRecord(
+        "q",
+        tuple(f"answer {place}" for place in range(count)),
+        Origin("here", 1),
+        None if scores is None else tuple(scores),
+    )
+
+
+def encoded(folder: Path, *rows: Any, **data: Any) -> PreferenceDataset:
+    config = DataConfig(cache=str(folder / "cache"), max_bad_share=1.0, **data)
+    sources = [SourceConfig(jsonl(folder, *rows))]
+    return open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen"), config)
+
+
+def words(dataset: PreferenceDataset, row: int) -> list[str]:
+    return [tiny.qwen().decode(ids, skip_special_tokens=True) for ids in dataset.sequences(row).responses]
+
+
+def scores_of(dataset: PreferenceDataset) -> list[list[float]]:
+    return [dataset.scores[list(dataset.response_range(row))].tolist() for row in range(len(dataset))]
+
+
+@pytest.mark.parametrize("ranked", Ranked)
+def test_one_or_two_responses_are_left_alone(ranked: Ranked) -> None:
+    assert training_examples(ranking(None, 1), ranked) == ([(0,)], 0)
+    assert training_examples(ranking([3, 3]), ranked) == ([(0, 1)], 0)
+
+
+def test_ties_are_no_preferences() -> None:
+    record = ranking([4, 4, 2, 1, 1, 1])
+    assert training_examples(record, Ranked.whole) == ([(0, 2, 3)], 3)
+    assert training_examples(record, Ranked.best_worst) == ([(0, 5)], 0)
+    pairs, ties = training_examples(record, Ranked.all_pairs)
+    assert pairs == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5)]
+    assert ties == 4
+
+
+@given(st.lists(st.integers(0, 4), min_size=3, max_size=8).filter(lambda scores: len(set(scores)) > 1))
+def test_whoever_stands_before_another_has_the_higher_score(scores: list[int]) -> None:
+    record = ranking(sorted(map(float, scores), reverse=True))
+    assert record.scores is not None
+    for ranked in Ranked:
+        examples, ties = training_examples(record, ranked)
+        assert examples
+        for example in examples:
+            assert len(example) >= 2
+            kept = [record.scores[place] for place in example]
+            assert all(better > worse for better, worse in pairwise(kept))
+        if ranked is Ranked.all_pairs:
+            assert len(examples) + ties == len(scores) * (len(scores) - 1) // 2
+        if ranked is Ranked.whole:
+            assert [len(examples[0]), len(examples[0]) + ties] == [len(set(scores)), len(scores)]
+
+
+SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
+ROWS = [
+    {"prompt": "one", "responses": ["best", "middle", "worst"]},
+    {"prompt": "two", "responses": [{"text": text, "score": score} for text, score in SCORED.items()]},
+    TEXT | {"score_chosen": 2, "score_rejected": 5},
+    {"prompt": "three", "completion": "learnt"},
+]
+NAN = pytest.approx(np.nan, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("ranked", "responses", "scores", "ties"),
+    [
+        (
+            Ranked.whole,
+            [["best", "middle", "worst"], ["top", "mid", "low"], ["good", "bad"], ["learnt"]],
+            [[NAN] * 3, [7, 4, 1], [2, 5], [NAN]],
+            1,
+        ),
+        (
+            Ranked.best_worst,
+            [["best", "worst"], ["top", "tie"], ["good", "bad"], ["learnt"]],
+            [[NAN] * 2, [7, 1], [2, 5], [NAN]],
+            0,
+        ),
+        (
+            Ranked.all_pairs,
+            [
+                *map(list, combinations(["best", "middle", "worst"], 2)),
+                ["top", "mid"],
+                ["top", "low"],
+                ["top", "tie"],
+                ["mid", "low"],
+                ["mid", "tie"],
+                ["good", "bad"],
+                ["learnt"],
+            ],
+            [*[[NAN] * 2] * 3, [7, 4], [7, 1], [7, 1], [4, 1], [4, 1], [2, 5], [NAN]],
+            1,
+        ),
+    ],
+)
+def test_scores_stand_beside_the_responses_that_are_trained_on(
+    tmp_path: Path, ranked: Ranked, responses: Any, scores: Any, ties: int
+) -> None:
+    data = encoded(tmp_path, *ROWS, ranked=ranked)
+    assert [words(data, row) for row in range(len(data))] == responses
+    assert scores_of(data) == scores
+    assert data.scores.dtype == np.float64
+    assert len(data.scores) == len(data.keys)
+    assert data.response_counts(np.arange(len(data))).tolist() == [len(row) for row in responses]
+    told = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
+    assert told == [4, 4, len(responses), ties]
+
+
+def test_a_micro_batch_has_the_score_gaps_of_its_own_pairs(tmp_path: Path) -> None:
+    texts = [{**TEXT, "prompt": f"q{row}", "score_chosen": 9.0, "score_rejected": row} for row in range(4)]
+    data = encoded(tmp_path, *texts)
+    for rows in ([3, 0, 2], [1], [2, 3]):
+        packed = collate(data, rows)
+        assert packed.score_gaps is not None
+        assert packed.score_gaps.tolist() == [9.0 - row for row in rows]
+
+
+def test_pairs_of_one_ranking_share_its_place_and_its_keys(tmp_path: Path) -> None:
+    """The reference has nothing to score twice, also where the prompt is cut for the longest response."""
+    row = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
+    bad = {"prompt": "q", "responses": ["only one"]}
+    limits = {"max_length": 60, "truncation": Truncation.keep_end}
+    data = encoded(tmp_path, bad, row, ranked=Ranked.all_pairs, **limits)
+    assert [data.origin(row).line for row in range(len(data))] == [2, 2, 2]
+    assert len(data.keys) == 6
+    assert len({key.tobytes() for key in data.keys}) == 3
+    assert data.spans([1.0])[0].stop == 3
+
+
+@pytest.mark.parametrize("ranked", Ranked)
+def test_limits_hold_for_every_response(tmp_path: Path, ranked: Ranked) -> None:
+    row = {"prompt": "q", "responses": ["short", "long " * 50 + "end", "other " * 50]}
+    cut = encoded(tmp_path, row, ranked=ranked, max_length=30)
+    for place in range(len(cut)):
+        prompt, *responses = cut.lengths(place)
+        assert prompt + max(responses) <= 30
+    assert cut.counts["response_truncated"] == 1
+
+
+def test_a_middle_that_is_not_trained_on_counts_for_no_limit(tmp_path: Path) -> None:
+    row = {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}
+    data = encoded(tmp_path, row, TEXT, max_length=30, truncation=Truncation.drop, ranked=Ranked.best_worst)
+    assert words(data, 0) == ["short", "brief"]
+    dropped = encoded(tmp_path, row, TEXT, max_length=30, truncation=Truncation.drop)
+    assert dropped.counts["dropped"] == {"too_long": 1}
+
+
+@pytest.mark.parametrize("ranked", [Ranked.whole, Ranked.all_pairs])
+def test_responses_that_are_cut_to_the_same_drop_the_record(tmp_path: Path, ranked: Ranked) -> None:
+    row = {"prompt": "q", "responses": ["best", "same " * 50 + "x", "same " * 50 + "y"]}
+    data = encoded(tmp_path, row, TEXT, max_length=30, ranked=ranked)
+    assert data.counts["dropped"] == {"identical_after_truncation": 1}
+    assert len(data) == data.counts["pairs"] == 1
+
+
+def test_another_use_of_rankings_is_another_data_set(tmp_path: Path) -> None:
+    digests = {encoded(tmp_path, *ROWS, ranked=ranked).fingerprint for ranked in Ranked}
+    assert len(digests) == len(Ranked)
+
+
+def test_real_rankings_give_the_pairs_that_they_hold(tmp_path: Path) -> None:
+    shared = shared_data_dir()
+    if shared is None:
+        pytest.skip("needs the slices of real data")
+    source = SourceConfig(str(shared / "ranked_oasst_history_zh.json"), DataFormat.ranked)
+    datasets = {}
+    for ranked in Ranked:
+        config = DataConfig(cache=str(tmp_path), max_length=100_000, ranked=ranked)
+        datasets[ranked] = open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)
+    whole = datasets[Ranked.whole]
+    counts = whole.response_counts(np.arange(len(whole)))
+    pairs = int((counts * (counts - 1) // 2).sum())
+    kept = {ranked: (data.counts["kept"], data.counts["pairs"]) for ranked, data in datasets.items()}
+    assert kept == {
+        Ranked.whole: (244, 244),
+        Ranked.best_worst: (244, 244),
+        Ranked.all_pairs: (244, pairs),
+    }
+    assert len(np.unique(datasets[Ranked.all_pairs].keys, axis=0)) == len(np.unique(whole.keys, axis=0))
+    assert np.isnan(whole.scores).all()

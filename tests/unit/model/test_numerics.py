@@ -1,0 +1,85 @@
+"""The numerics profile of stored log-probs, and deterministic kernels."""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
+from dpo_dist.model.attention_backend import Heads, check_kernel
+from dpo_dist.model.numerics import NUMERICS_FIELDS, TOLERABLE_FIELDS, numerics_of, use_deterministic_kernels
+from tests.support.kernels import flash_attn_varlen_func, put_kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FP32 = ModelConfig(dtype=Dtype.fp32)
+
+
+@pytest.fixture
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every package, and a GPU."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H200")
+
+
+def test_profiles_differ_where_log_probs_can() -> None:
+    fp32 = numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    assert fp32 != numerics_of(ModelConfig(), AttentionBackend.sdpa, CPU)
+    assert fp32 != numerics_of(FP32, AttentionBackend.varlen, CPU)
+    compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
+    assert fp32 != numerics_of(compiled, AttentionBackend.sdpa, CPU)
+    checkpointed = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full")
+    assert fp32 == numerics_of(checkpointed, AttentionBackend.sdpa, CPU)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_profile_names_the_version_of_every_kernel() -> None:
+    assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["cpu"] == torch.backends.cpu.get_cpu_capability()
+    flash = numerics_of(ModelConfig(), AttentionBackend.flash_attention_2, CPU)
+    assert flash["flash_attn"] == "flash-attn 9"
+    assert "flash_attn" not in numerics_of(ModelConfig(), AttentionBackend.varlen, CPU)
+    liger = numerics_of(ModelConfig(liger=True), AttentionBackend.varlen, CUDA)
+    assert (liger["liger"], liger["gpu"]) == ("liger-kernel 9", "NVIDIA H200")
+    quantized = numerics_of(ModelConfig(quantization=Quantization.nf4), AttentionBackend.sdpa, CPU)
+    assert quantized["quantization"] == "nf4 by bitsandbytes bitsandbytes 9"
+
+
+@pytest.mark.usefixtures("_installed")
+def test_the_list_of_fields_is_complete_and_rounding_alone_is_tolerable() -> None:
+    everything = ModelConfig(quantization=Quantization.int8, compile=True, liger=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        profiles = [numerics_of(everything, AttentionBackend.flash_attention_2, d) for d in (CPU, CUDA)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert profiles[0].keys() | profiles[1].keys() == NUMERICS_FIELDS.keys()
+    assert NUMERICS_FIELDS.keys() - TOLERABLE_FIELDS == {
+        "dtype",
+        "matmul_precision",
+        "bf16_reduction",
+        "quantization",
+    }
+
+
+def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_kernels(monkeypatch)
+    asked = []
+    heads = Heads(6, 2, 40)
+
+    def record(*args: Any, deterministic: bool, **options: Any) -> Tensor:
+        asked.append(deterministic)
+        return flash_attn_varlen_func(*args, deterministic=deterministic, **options)
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", record)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    check_kernel(AttentionBackend.flash_attention_2, CPU, heads, torch.float32)
+    try:
+        use_deterministic_kernels()
+        check_kernel(AttentionBackend.flash_attention_2, CPU, heads, torch.float32)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["deterministic"] == "true"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (asked[0], asked[-1]) == (False, True)

@@ -1,0 +1,206 @@
+"""The start of a run: lock, resume point, recorded state; and the last files of a run that was killed."""
+
+import errno
+import fcntl
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+from dpo_dist.config.load import run_digest
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.errors import CheckpointError, Outcome
+from dpo_dist.report.console import Console
+from dpo_dist.report.metrics_log import MetricsLog
+from dpo_dist.report.recorder import Recorder
+from dpo_dist.report.tracking import Tracker
+from dpo_dist.training.finish import finish
+from dpo_dist.training.run_start import find_start, locked, mark_started
+from dpo_dist.training.run_state import (
+    RunState,
+    check_identity,
+    read_state,
+    write_state,
+)
+from tests.support.alone import ALONE
+
+CONFIG = RunConfig(model=ModelConfig("somewhere"))
+IDENTITY = {"run_digest": run_digest(CONFIG), "data": "d", "eval_data": None, "model": "m", "reference": None}
+SUMMARY: dict[str, Any] = {"final": {"loss": 0.5}, "best": {}, "steps": 4, "pairs_seen": 24}
+
+
+class Screen(Console):
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def config_in(folder: RunFolder, keep_last: int = 2, resume: Resume = Resume.auto) -> RunConfig:
+    return replace(
+        CONFIG, run=FolderConfig(str(folder), resume=resume), trainer=TrainerConfig(keep_last=keep_last)
+    )
+
+
+def save_checkpoint(folder: RunFolder, step: int) -> None:
+    saver = CheckpointSaver(folder.checkpoints, 2, [], ALONE)
+    saver.save(step, {"step": step, **IDENTITY})
+    saver.commit()
+
+
+def state_of(outcome: Outcome) -> RunState:
+    return RunState(outcome, 4, dict(IDENTITY), SUMMARY if outcome is Outcome.exported else None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def recorder_in(folder: RunFolder) -> Recorder:
+    return Recorder(MetricsLog.open(folder, 4), Tracker(None))
+
+
+def test_the_state_is_read_as_it_was_written(folder: RunFolder) -> None:
+    assert read_state(folder) is None
+    for outcome in Outcome:
+        write_state(folder, state_of(outcome))
+        assert read_state(folder) == state_of(outcome)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}"),
+        '{"outcome": "won", "step": 1, "identity": {}}',
+        '{"outcome": "completed", "step": 1, "identity": null}',
+        '{"outcome": "completed", "step": "1", "identity": {}}',
+    ],
+)
+def test_an_unreadable_state_is_an_error_and_no_fresh_start(content: str, folder: RunFolder) -> None:
+    folder.state.write_text(content)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        find_start(config_in(folder), folder, ALONE)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.exported, Outcome.completed])
+@pytest.mark.parametrize("resume", [Resume.auto, Resume.must])
+def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
+    outcome: Outcome, resume: Resume, folder: RunFolder
+) -> None:
+    write_state(folder, state_of(outcome))
+    folder.model.mkdir()
+    start = find_start(config_in(folder, resume=resume), folder, ALONE)
+    assert start.finished == state_of(outcome)
+    assert start.checkpoint is None
+
+
+def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_error(folder: RunFolder) -> None:
+    write_state(folder, state_of(Outcome.completed))
+    with pytest.raises(CheckpointError, match="its model and its checkpoints were removed"):
+        find_start(config_in(folder), folder, ALONE)
+    save_checkpoint(folder, 4)
+    start = find_start(config_in(folder), folder, ALONE)
+    assert start.finished is None
+    assert start.checkpoint is not None
+    assert start.checkpoint.state["step"] == 4
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome.started, Outcome.preempted])
+def test_a_fresh_start_never_replaces_a_model(outcome: Outcome | None, folder: RunFolder) -> None:
+    if outcome is not None:
+        write_state(folder, state_of(outcome))
+    assert find_start(config_in(folder), folder, ALONE).checkpoint is None
+    folder.model.mkdir()
+    with pytest.raises(CheckpointError, match="move model/ away"):
+        find_start(config_in(folder), folder, ALONE)
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> None:
+    check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state)
+    for recorded in ({**IDENTITY, name: "former"}, {k: v for k, v in IDENTITY.items() if k != name}):
+        if recorded.get(name) != IDENTITY[name]:
+            with pytest.raises(CheckpointError) as caught:
+                check_identity(recorded, IDENTITY, folder.state)
+            words = "configuration" if name == "run_digest" else name.replace("eval_data", "evaluation data")
+            assert words in caught.value.what
+
+
+def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> None:
+    recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
+    assert ">preempted<" in folder.report.read_text()
+    (folder.path / "model.tmp-0123456789ab").mkdir()
+    mark_started(folder, state_of(Outcome.started), ALONE)
+    assert read_state(folder) == state_of(Outcome.started)
+    assert not folder.summary.exists()
+    assert ">preempted<" not in folder.report.read_text()
+    assert not list(folder.path.glob("model.*"))
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int, folder: RunFolder) -> None:
+    save_checkpoint(folder, 4)
+    config, screen = config_in(folder, keep_last), Screen()
+    finish(config, state_of(Outcome.exported), recorder_in(folder), ALONE, screen)
+    summary = json.loads(folder.summary.read_text())
+    assert summary == {**SUMMARY, "exit": "completed"}
+    assert folder.report.is_file()
+    state = read_state(folder)
+    assert state is not None
+    assert state.outcome is Outcome.completed
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == (
+        [] if keep_last == 0 else ["latest", "step-000004"]
+    )
+    finish(config, state, None, ALONE, screen)
+
+
+def check_second_start_refused(folder: RunFolder) -> None:
+    with (
+        pytest.raises(CheckpointError, match="another process is training"),
+        locked(folder, ALONE, Screen()),
+    ):
+        pass
+
+
+def test_a_second_start_is_refused_until_the_first_ends(folder: RunFolder) -> None:
+    with locked(folder, ALONE, Screen()):
+        check_second_start_refused(folder)
+    with locked(folder, ALONE, Screen()):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning_and_a_lock_on_the_host(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, folder, screen = fcntl.flock, RunFolder(tmp_path / "run"), Screen()
+
+    def lock(file: TextIO, operation: int) -> None:
+        if Path(file.name).parent == folder.path:
+            raise OSError(number, os.strerror(number))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with locked(folder, ALONE, screen):
+        assert os.strerror(number) in screen.lines[0]
+        check_second_start_refused(folder)
+    with locked(folder, ALONE, screen):
+        pass
+
+
+def test_a_run_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="run directory cannot be written"),
+        locked(RunFolder(tmp_path / "file" / "run"), ALONE, Screen()),
+    ):
+        pass
