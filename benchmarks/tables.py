@@ -156,7 +156,7 @@ def _memory_rows(part: Json) -> list[list[str]]:
 
 def _ablation_rows(part: Json) -> list[list[str]]:
     head = [
-        "left out",
+        "without",
         "tokens computed",
         "rows of logits",
         "micro-batches",
