@@ -36,12 +36,12 @@ from benchmarks.options import Benchmark, Json
 from benchmarks.setting import REAL_DATA, SHAPES, Shape, model_config, shared_data, train_tokenizer
 from benchmarks.tables import markdown
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
-from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sampler import Span, make_sampler
-from dpo_dist.data.sources import read_records
 from dpo_dist.model import flops
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
@@ -244,7 +244,7 @@ def _real_lengths(file: Path, limit: int | None) -> Lengths:
         r for r in read_records(SourceConfig(str(file), limit=limit)) if isinstance(r, PreferenceRecord)
     ]
     tokenizer = train_tokenizer(file, 8_000)
-    pairs = [encode_record(record, tokenizer, DataConfig()) for record in records]
+    pairs = [encode_pair(record, tokenizer, DataConfig()) for record in records]
     kept = [pair for pair in pairs if isinstance(pair, EncodedExample)]
     return np.array([[len(pair.prompt_ids), *map(len, pair.responses)] for pair in kept])
 

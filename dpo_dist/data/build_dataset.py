@@ -23,7 +23,8 @@ from dpo_dist.data.encoded_source import (
     remember_written,
 )
 from dpo_dist.data.files import file_kind
-from dpo_dist.data.sources import local_files, pinned, read_records, source_identity
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import local_files, pinned, source_identity
 from dpo_dist.digests import file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
 

@@ -80,7 +80,7 @@ class _Tokens:
     boundary_resplit: bool
 
 
-def encode_record(
+def encode_pair(
     record: PreferenceRecord, tokenizer: "PreTrainedTokenizerBase", data_config: DataConfig
 ) -> EncodedExample | BadRecord:
     """Encode one record within the configured lengths.

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
-from dpo_dist.data.encode import EncodedExample, TokenIds, encode_record, response_key
+from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -131,7 +131,7 @@ def _encode(
     examples, ties = training_examples(record, config.ranked)
     used = sorted(set().union(*examples))
     responses = tuple(record.responses[place] for place in used)
-    encoded = encode_record(replace(record, responses=responses), tokenizer, config)
+    encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
     places = {place: number for number, place in enumerate(used)}

@@ -5,10 +5,10 @@ row of `FORMATS`. Text, messages and HH dialogues in these fields are then read 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from dpo_dist.config.schema import DataFormat
+from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.data.conversations import (
     Reader,
     read_hh,
@@ -27,6 +27,8 @@ from dpo_dist.data.records import (
     RawContent,
     shown_key,
 )
+from dpo_dist.data.sources import raw_records
+from dpo_dist.errors import ConfigError
 
 _SIDES = ("chosen", "rejected")
 _PAIR = ("prompt", *_SIDES)
@@ -49,6 +51,41 @@ class Format:
     fields: tuple[tuple[str, ...], ...] = ()
     matches: Callable[[Fields], bool] | None = None
     read: Reader | None = None
+
+
+def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadRecord]:
+    """Read the records of a source in its order: pairs, rankings or completions.
+
+    Args:
+        source: a string is its path: a local .jsonl, .json (an array), .csv or .parquet file (the first three
+            also as .gz or .zst), a pattern of files, a folder of shards, a folder saved by `datasets`, or a
+            dataset on the Hugging Face Hub.
+
+    Returns:
+        One item per record, streamed except for a .json array; several files follow each other by path. The
+        origin of a record is the file (for a Hub dataset its name), and its line in .jsonl and .csv or its
+        number elsewhere. Reasons of bad records: `unparsable`, `unknown_format`, `missing_field`,
+        `history_differs`, `not_one_answer`, `unread_content`, `no_ranking`, `all_tied`, `invalid_scores`,
+        `invalid_unicode`, `empty_prompt`, `empty_response`, `identical_responses`.
+
+    Raises:
+        DataError: the source does not exist or cannot be read; raised by this call if it is known then.
+        ConfigError: `limit` is not positive, or `split` or another key has no effect on such a source.
+    """
+    if isinstance(source, str):
+        source = SourceConfig(path=source)
+    if source.limit is not None and source.limit < 1:
+        raise ConfigError(
+            "the limit of a source is not positive",
+            where=f"limit of {source.path}",
+            got=str(source.limit),
+            expected="a positive number of records, or null for all",
+        )
+    raw = itertools.islice(raw_records(source), source.limit)
+    return (
+        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
+        for record, origin in raw
+    )
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:

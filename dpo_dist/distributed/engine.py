@@ -118,17 +118,11 @@ class PolicyEngine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """float32 [targets]."""
+    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+        """Return log-probs of every target, float32 [targets]; with collisions [2, targets] (`LogpHead`)."""
         with self._naming(batch):
-            logps: Tensor = self._engine(batch)
+            logps: Tensor = self._engine(batch, with_collisions)
         return logps
-
-    def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """As `objective.logps.token_logps_and_collisions`, of every target of `batch`."""
-        with self._naming(batch):
-            logps, collisions = self._engine(batch, with_collisions=True)
-        return logps, collisions.detach()
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:

@@ -2,26 +2,24 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.objective.logps import token_logps, token_logps_and_collisions
+from dpo_dist.objective.logps import token_logps
 
 
 class LogpHead(nn.Linear):
-    """An output layer that returns the log-probs of targets and never the logits of all positions.
+    """Output layer that returns the log-probs of targets and never the logits of all positions.
 
-    The chunks are walked inside one forward of the module that owns the weight, because ZeRO-3 gathers a
-    parameter exactly there. Without targets it is the plain output layer.
+    All chunks are computed in one forward of the module that owns the weight: there ZeRO-3 gathers it.
     """
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "LogpHead":
-        """A head that owns the very parameters of `linear`, sharded or not."""
+        """Return a head that shares the parameters of `linear`, sharded or not."""
         has_bias = linear.bias is not None
         head = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
         head.weight = linear.weight
@@ -35,24 +33,19 @@ class LogpHead(nn.Linear):
         targets: Tensor | None = None,
         with_collisions: bool = False,
     ) -> Tensor:
-        """[..., hidden_size] to logits; with targets int64 [n], hidden [n, hidden_size] to float32 [n].
-
-        With collisions to float32 [2, n], as `objective.logps.token_logps_and_collisions`.
-        """
+        """Return `objective.logps.token_logps` of `targets`; without targets the logits."""
         if targets is None:
             return super().forward(input)
-        if with_collisions:
-            return torch.stack(token_logps_and_collisions(input, self.weight, self.bias, targets))
-        return token_logps(input, self.weight, self.bias, targets)
+        return token_logps(input, self.weight, self.bias, targets, with_collisions)
 
 
 class PackedCausalLM(nn.Module):
-    """A causal language model whose forward maps a packed batch to per-token log-probs.
+    """Causal language model whose forward maps a packed batch to per-token log-probs.
 
     Args:
         causal_lm: a transformers model loaded with the packed attention interface.
-        backend: which kernel computes attention.
-        compiled: whether torch.compile makes code of the decoder layers.
+        backend: the attention kernel.
+        compiled: whether torch.compile compiles the decoder layers.
     """
 
     def __init__(self, causal_lm: Any, backend: AttentionBackend, compiled: bool = False):
@@ -65,7 +58,7 @@ class PackedCausalLM(nn.Module):
             compile_layers(causal_lm)
 
     def forward(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        """Log-prob of every target of `batch`, float32 [targets]; with collisions [2, targets]."""
+        """Return the log-prob of every target of `batch`, float32 [targets]; with collisions [2, targets]."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         outputs = self.causal_lm.base_model(
             input_ids=batch.input_ids[None],

@@ -160,7 +160,9 @@ def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor]
     return torch.exp(typicality.mean_chosen + typicality.mean_rejected)
 
 
-def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_collisions: bool = False
+) -> Tensor:
     """Return the log-prob of each target under softmax(hidden @ weight.T + bias), computed in chunks.
 
     Logits exist for one chunk of positions at a time. Backward keeps the probabilities of the last few chunks
@@ -171,28 +173,18 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         weight: [vocab, hidden_size].
         bias: [vocab] or None.
         targets: int64 [targets].
+        with_collisions: also return, without a graph, the log of the sum of p(v)^2 over the vocabulary at
+            each target: the log-probability that two tokens drawn at that position are equal.
 
     Returns:
-        float32 [targets].
-    """
-    logps, _ = token_logps_and_collisions(hidden, weight, bias, targets, with_collisions=False)
-    return logps
-
-
-def token_logps_and_collisions(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, with_collisions: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return `token_logps` and collision log-probs, both float32 [targets].
-
-    A collision log-prob is the log of the sum of p(v)^2 over the vocabulary: the log-probability that two
-    tokens drawn at that position are equal. It has no graph; without `with_collisions` it is empty.
+        float32 [targets]; with collisions float32 [2, targets], log-probs first.
     """
     device = weight.device.type
     kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
-    logps, collisions = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
+    values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, kept_chunks, with_collisions
     )
-    return logps, collisions
+    return values
 
 
 def _chunks(positions: int, weight: Tensor) -> list[slice]:
@@ -242,7 +234,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         targets: Tensor,
         kept_chunks: int,
         with_collisions: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         collisions = torch.empty_like(logps if with_collisions else logps[:0])
         chunks = _chunks(len(targets), weight)
@@ -254,12 +246,12 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             if number >= len(chunks) - kept_chunks:
                 ctx.kept[chunk.start] = probabilities
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.mark_non_differentiable(collisions)
-        return logps, collisions
+        return torch.stack((logps, collisions)) if with_collisions else logps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _grad_collisions: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logps = grad_values if grad_values.dim() == 1 else grad_values[0]
         hidden, weight, bias, targets = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None

@@ -15,7 +15,8 @@ from dpo_dist.config.schema import Offload, RunConfig, SourceConfig
 from dpo_dist.data.build_dataset import check_template_date
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
-from dpo_dist.data.sources import pinned, read_records
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder

@@ -67,7 +67,7 @@ class Objective:
         """One forward of the policy; collective."""
         pair_weights = None
         if self.loss.weighting is Weighting.wpo:
-            token_logps, collisions = policy.token_logps_and_collisions(batch)
+            token_logps, collisions = policy.token_logps(batch, with_collisions=True)
             plain_sums = partial(
                 sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking
             )

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.reference.store import LogpStore
 from tests.dist.scenario import SPACE, Assets, fill

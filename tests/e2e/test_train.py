@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.encode import EncodedExample, encode_record
-from dpo_dist.data.sources import read_records
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
@@ -78,7 +78,7 @@ def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
     tokenizer = tiny.qwen()
     sums = []
     for record in read_records(f"{assets}/eval.jsonl"):
-        pair = encode_record(record, tokenizer, DataConfig())  # type: ignore[arg-type]
+        pair = encode_pair(record, tokenizer, DataConfig())  # type: ignore[arg-type]
         assert isinstance(pair, EncodedExample)
         ids = torch.tensor([*pair.prompt_ids.tolist(), *pair.responses[0].tolist()])
         logps = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])

@@ -11,10 +11,10 @@ from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.packing import Sequences
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sources import read_records
 from tests.support import tiny
 from tests.support.packing import random_pairs
 from tests.support.shared_data import shared_data_dir
@@ -36,7 +36,7 @@ def real_pairs(count: int, seed: int = 0, max_length: int = 320) -> list[Sequenc
     ]
     limits = DataConfig(max_length=max_length)
     order = generator.permutation(len(records))
-    encoded = (encode_record(records[place], tiny.qwen(), limits) for place in order)
+    encoded = (encode_pair(records[place], tiny.qwen(), limits) for place in order)
     kept = (pair for pair in encoded if isinstance(pair, EncodedExample))
     return [Sequences(pair.prompt_ids, pair.responses) for pair in itertools.islice(kept, count)]
 

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
 
 CHAT = (Message("user", "What is the capital?"),)
@@ -19,7 +19,7 @@ def encode(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> EncodedExample:
     """The pair that must come of `what`."""
-    pair = encode_record(what, tokenizer, config)
+    pair = encode_pair(what, tokenizer, config)
     assert isinstance(pair, EncodedExample), pair
     return pair
 
@@ -28,7 +28,7 @@ def reason_against(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> str:
     """Why no pair comes of `what`."""
-    bad = encode_record(what, tokenizer, config)
+    bad = encode_pair(what, tokenizer, config)
     assert isinstance(bad, BadRecord), bad
     return bad.reason
 

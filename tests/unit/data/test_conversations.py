@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import read_records
 from tests.support.records import TEXT, assistant, jsonl, user
 
 CHAT = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}

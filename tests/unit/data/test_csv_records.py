@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.data import files
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.data.sources import read_records
 from dpo_dist.errors import DataError
 from tests.support.records import outcomes
 

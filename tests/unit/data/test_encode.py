@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.encode import encode_record
+from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages
-from dpo_dist.data.sources import read_records
 from dpo_dist.data.tokenizer import tokenizer_facts
 from dpo_dist.errors import ConfigError
 from tests.support import tiny
@@ -114,14 +114,14 @@ def test_eos_ends_a_turn_where_the_template_has_nothing_for_it() -> None:
 def test_template_set_later_is_seen() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), None)
     with pytest.raises(ConfigError, match="chat template"):
-        encode_record(record(CHAT), tokenizer, WIDE)
+        encode_pair(record(CHAT), tokenizer, WIDE)
     tokenizer.chat_template = tiny.CHATML
     assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
 
 
 def test_template_that_refuses_a_conversation_gives_a_bad_record() -> None:
     twice = (Message("user", "one"), Message("user", "two"))
-    bad = encode_record(record(twice), tiny.mistral(), WIDE)
+    bad = encode_pair(record(twice), tiny.mistral(), WIDE)
     assert isinstance(bad, BadRecord)
     assert bad.reason == "template_rejected"
     assert "alternate" in bad.detail
@@ -129,17 +129,17 @@ def test_template_that_refuses_a_conversation_gives_a_bad_record() -> None:
 
 def test_template_that_cannot_render_an_answer_is_told() -> None:
     with pytest.raises(ConfigError, match="not in what it renders"):
-        encode_record(record(CHAT), tiny.with_template(tiny.mistral(), "always the same"), WIDE)
+        encode_pair(record(CHAT), tiny.with_template(tiny.mistral(), "always the same"), WIDE)
     needs_system = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
     tokenizer = tiny.with_template(tiny.qwen(), needs_system + tiny.CHATML)
     with pytest.raises(ConfigError, match="system first"):
-        encode_record(record((Message("system", "be brief"), *CHAT)), tokenizer, WIDE)
+        encode_pair(record((Message("system", "be brief"), *CHAT)), tokenizer, WIDE)
 
 
 def test_tokenizer_without_eos_is_told() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny.base().backend_tokenizer)
     with pytest.raises(ConfigError, match="end-of-sequence"):
-        encode_record(record("q"), tokenizer, WIDE)
+        encode_pair(record("q"), tokenizer, WIDE)
 
 
 def test_tokens_that_would_merge_over_the_boundary_leave_the_prompt_alone() -> None:

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
-from dpo_dist.data.sources import read_records
 from tests.support import tiny
 from tests.support.shared_data import shared_data_dir
 
@@ -58,7 +58,7 @@ def trl_ids(records: list[PreferenceRecord], tokenizer: PreTrainedTokenizerFast)
 
 
 def our_ids(records: list[PreferenceRecord], tokenizer: PreTrainedTokenizerFast) -> list[list[list[int]]]:
-    pairs = [encode_record(record, tokenizer, WIDE) for record in records]
+    pairs = [encode_pair(record, tokenizer, WIDE) for record in records]
     assert all(isinstance(pair, EncodedExample) for pair in pairs)
     return [
         [ids.tolist() for ids in (pair.prompt_ids, *pair.responses)]

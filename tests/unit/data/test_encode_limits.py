@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, Truncation
-from dpo_dist.data.encode import EncodedExample, encode_record
+from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.packing import packed_tokens
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.tokenizer import tokenizer_facts
@@ -72,10 +72,10 @@ def test_bos_that_the_template_writes_is_kept_too() -> None:
 
 def test_a_limit_that_leaves_only_bos_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_prompt_length") as raised:
-        encode_record(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
+        encode_pair(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
     assert raised.value.where == "data.max_prompt_length"
     assert isinstance(
-        encode_record(record("one"), tiny.llama3(), DataConfig(max_prompt_length=2)), EncodedExample
+        encode_pair(record("one"), tiny.llama3(), DataConfig(max_prompt_length=2)), EncodedExample
     )
 
 
@@ -110,7 +110,7 @@ def test_a_cut_that_leaves_no_pair_is_a_bad_record(
         reason_against(whole, tiny.llama3(), DataConfig(max_length=max_length, truncation=truncation))
         == reason
     )
-    wider = encode_record(whole, tiny.llama3(), DataConfig(max_length=max_length + 1, truncation=truncation))
+    wider = encode_pair(whole, tiny.llama3(), DataConfig(max_length=max_length + 1, truncation=truncation))
     assert isinstance(wider, EncodedExample) == (max_length != 5)
 
 
@@ -127,7 +127,7 @@ def test_no_pair_takes_twice_max_length_in_a_micro_batch(
     truncation: Truncation, prompt: int, chosen: int, rejected: int, max_length: int
 ) -> None:
     what = record("a " * prompt + "b", *(f" {word}" * n for word, n in (("yes", chosen), ("no", rejected))))
-    pair = encode_record(what, tiny.base(), DataConfig(max_length=max_length, truncation=truncation))
+    pair = encode_pair(what, tiny.base(), DataConfig(max_length=max_length, truncation=truncation))
     if isinstance(pair, EncodedExample):
         taken = packed_tokens(len(pair.prompt_ids), [len(ids) for ids in pair.responses])
         assert taken <= 2 * max_length - len(pair.prompt_ids) - 2

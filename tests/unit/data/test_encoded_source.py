@@ -48,13 +48,13 @@ def two_files(folder: Path) -> list[str]:
 def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts of all records that are encoded."""
     seen: list[str] = []
-    encode_one = encode_chunk_module.encode_record
+    encode_one = encode_chunk_module.encode_pair
 
     def spy(record: PreferenceRecord, *rest: Any) -> Any:
         seen.append(str(record.prompt))
         return encode_one(record, *rest)
 
-    monkeypatch.setattr(encode_chunk_module, "encode_record", spy)
+    monkeypatch.setattr(encode_chunk_module, "encode_pair", spy)
     return seen
 
 

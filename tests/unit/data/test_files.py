@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from dpo_dist.config.schema import SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.data.sources import read_records
 from dpo_dist.errors import ConfigError, DataError
 from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 

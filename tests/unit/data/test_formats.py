@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
-from dpo_dist.data.sources import read_records
 from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 from tests.support.shared_data import shared_data_dir
 

@@ -22,7 +22,7 @@ _STEPS = """
 import json, sys
 from pathlib import Path
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.sources import read_records
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 told = []

@@ -10,8 +10,9 @@ import pytest
 
 from dpo_dist.config.schema import SourceConfig
 from dpo_dist.data import files
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.data.sources import read_records, source_identity
+from dpo_dist.data.sources import source_identity
 from dpo_dist.errors import ConfigError, DataError
 from tests.support.records import TEXT, jsonl, outcomes
 

@@ -14,7 +14,7 @@ from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.chat_template import pin_clock
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.encode import encode_record
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.records import Message
 from dpo_dist.errors import ConfigError, DataError
@@ -284,8 +284,8 @@ def test_ends_in_answers_to_plain_prompts_are_counted(tmp_path: Path, end: str) 
 @pytest.mark.parametrize("as_messages", [False, True])
 def test_an_applied_end_is_there_once(as_messages: bool) -> None:
     applied = replace(APPLIED, text_as_messages=as_messages)
-    bare = encode_record(record("why </s>?", "so", "no"), tiny.qwen(), applied)
-    ended = encode_record(record("why </s>?", "so<|im_end|>\n", "no<|im_end|>"), tiny.qwen(), applied)
+    bare = encode_pair(record("why </s>?", "so", "no"), tiny.qwen(), applied)
+    ended = encode_pair(record("why </s>?", "so<|im_end|>\n", "no<|im_end|>"), tiny.qwen(), applied)
     assert ids_of(ended) == ids_of(bare)
     assert (bare.templated_text, ended.templated_text) == (False, True)
 
@@ -301,5 +301,5 @@ def test_an_applied_end_is_there_once(as_messages: bool) -> None:
     ],
 )
 def test_a_text_is_known_by_turns_or_by_its_bos(text: str, templated: bool) -> None:
-    pair = encode_record(record(text, "a", "b"), tiny.mistral(), WIDE)
+    pair = encode_pair(record(text, "a", "b"), tiny.mistral(), WIDE)
     assert pair.templated_text is templated

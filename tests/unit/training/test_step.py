@@ -190,13 +190,9 @@ class Trained:
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        logps: Tensor = self.model(batch)
+    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+        logps: Tensor = self.model(batch, with_collisions)
         return logps
-
-    def token_logps_and_collisions(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        logps, collisions = self.model(batch, with_collisions=True)
-        return logps, collisions
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]

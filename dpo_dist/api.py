@@ -1,0 +1,313 @@
+"""The API for scripts and notebooks: configurations, pairs, log-probs, losses, stores and metrics of runs.
+
+One process, on CPU or GPU. docs/python.md has examples. Log-probs come from the same packed forward as in
+training (law L7).
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import (
+    AttentionBackend,
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_dist.data.dataset import Keys
+from dpo_dist.data.encode import EncodedExample, encode_pair, response_key
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.packing import Sequences, pack, packed_tokens
+from dpo_dist.data.rankings import training_examples
+from dpo_dist.data.records import BadRecord
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.attention import PACKED
+from dpo_dist.model.attention_backend import choose_backend
+from dpo_dist.model.folder import model_folder
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed
+from dpo_dist.model.load import load_tokenizer as load_folder_tokenizer
+from dpo_dist.model.supported import check_supported
+from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
+from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
+from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_dist.reference.store import LogpStore, list_stored
+from dpo_dist.report.metrics_log import read_rows
+
+__all__ = [
+    "BatchFacts",
+    "DataConfig",
+    "Dtype",
+    "LossConfig",
+    "LossKind",
+    "PairLogps",
+    "RunConfig",
+    "SourceConfig",
+    "implicit_rewards",
+    "load_model",
+    "load_run_config",
+    "load_tokenizer",
+    "open_stores",
+    "pair_logps",
+    "preference_loss",
+    "read_metrics",
+    "read_pairs",
+    "read_summary",
+    "response_keys",
+    "stored_pair_logps",
+    "token_logps",
+]
+
+Model: TypeAlias = PackedCausalLM | PreTrainedModel
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or of a model on the Hugging Face Hub.
+
+    Raises:
+        ConfigError: there is no such model, or it has no tokenizer.
+    """
+    return load_folder_tokenizer(model_folder(path, revision), ModelConfig(path=path))
+
+
+def load_model(
+    path: str,
+    revision: str | None = None,
+    *,
+    dtype: Dtype = Dtype.fp32,
+    device: str | torch.device = "cpu",
+    max_length: int = 1024,
+) -> PackedCausalLM:
+    """Load a model folder, or a model on the Hugging Face Hub, in evaluation mode.
+
+    Args:
+        path: `model.path`.
+        revision: of a model on the hub.
+        dtype: precision of weights and forward pass; log-probs are float32 in either.
+        device: for example "cuda".
+        max_length: length of the longest prompt plus response, in tokens.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or packed log-probs are not exact for its architecture.
+    """
+    config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
+    return load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
+
+
+def read_pairs(
+    source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
+) -> tuple[list[EncodedExample], list[BadRecord]]:
+    """Read a source and encode its records, in the order of the source.
+
+    Args:
+        source: a path, a hub name, or both with options, as one entry of `data.train`.
+        tokenizer: of the policy.
+        data_config: lengths, truncation and templates, and how rankings are split; by default the defaults.
+
+    Returns:
+        The examples, and the records that cannot be used, each with its reason.
+
+    Raises:
+        DataError: the source cannot be read.
+        ConfigError: the tokenizer does not fit the data.
+    """
+    limits = data_config or DataConfig()
+    pairs: list[EncodedExample] = []
+    bad: list[BadRecord] = []
+    for record in read_records(source):
+        encoded = record if isinstance(record, BadRecord) else encode_pair(record, tokenizer, limits)
+        if isinstance(record, BadRecord) or isinstance(encoded, BadRecord):
+            bad.append(encoded)  # type: ignore[arg-type]
+            continue
+        examples, _ = training_examples(record, limits.ranked)
+        pairs += [
+            replace(encoded, responses=tuple(encoded.responses[rank] for rank in ranks)) for ranks in examples
+        ]
+    return pairs, bad
+
+
+def token_logps(
+    model: Model, pairs: Sequence[EncodedExample], micro_batch_tokens: int = 8192
+) -> list[Tensor]:
+    """Return the log-probs of every response, in one packed forward pass per micro-batch.
+
+    Gradients are recorded unless `torch.no_grad()` is active. A model in training mode with dropout is an
+    error; `load_model` switches dropout off.
+
+    Args:
+        model: of `load_model`, or a causal language model of transformers, which is left as it was.
+        pairs: of `read_pairs`.
+        micro_batch_tokens: as `trainer.micro_batch_tokens`; a longer pair is a micro-batch of its own.
+
+    Returns:
+        float32 [completion tokens] each, response after response of the first pair, of the second, and so on.
+
+    Raises:
+        ConfigError: packed log-probs are not exact for this model.
+    """
+    device = next(model.parameters()).device
+    longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
+    logps: list[Tensor] = []
+    with _packed(model, longest, device) as packed:
+        for part in _micro_batches(pairs, micro_batch_tokens):
+            batch = pack([_sequences(pair) for pair in part], response_keys(part)).to(device)
+            logps += torch.split(packed(batch), batch.response_tokens.tolist())
+    return logps
+
+
+def pair_logps(
+    model: Model,
+    pairs: Sequence[EncodedExample],
+    micro_batch_tokens: int = 8192,
+    *,
+    ld_alpha: float | None = None,
+) -> PairLogps:
+    """Return the log-probs of pairs as `preference_loss` takes them: `token_logps`, summed per response.
+
+    Args:
+        model: as in `token_logps`, like the next two.
+        pairs: at least one.
+        micro_batch_tokens: tokens of one forward pass.
+        ld_alpha: `loss.ld_alpha`, if the loss has it.
+    """
+    return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
+
+
+def response_keys(pairs: Sequence[EncodedExample]) -> Keys:
+    """Return the keys of all responses in a reference store; uint64 [responses, 2]."""
+    keys = (response_key(pair.prompt_ids, ids) for pair in pairs for ids in pair.responses)
+    return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
+
+
+def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStore]]:
+    """Open all log-probs below `reference.store` for reading; nothing is written.
+
+    Returns:
+        One store for each fingerprint: reference model (`label`) and numerics (`profile`).
+    """
+    found = []
+    for below in sorted(Path(folder).iterdir()):
+        fingerprint = read_fingerprint(below) if below.is_dir() else None
+        if fingerprint is not None:
+            names = list_stored(Path(folder), [fingerprint])
+            found.append((fingerprint, LogpStore.open(Path(folder), fingerprint, names)))
+    return found
+
+
+def stored_pair_logps(
+    store: LogpStore, pairs: Sequence[EncodedExample], *, ld_alpha: float | None = None
+) -> PairLogps:
+    """Return stored reference log-probs of pairs, summed per response.
+
+    Raises:
+        ReferenceModelError: the store lacks a response; `store.contains(response_keys(pairs))` names it.
+    """
+    values = [torch.from_numpy(values.copy()) for values in store.read(response_keys(pairs))]
+    return _summed(pairs, values, ld_alpha)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+    """Return the metrics rows of a run (log_history.json), one for each logged step and each evaluation.
+
+    Raises:
+        ConfigError: the folder has no metrics.
+    """
+    file = RunFolder(Path(run_dir)).log_history
+    try:
+        return read_rows(file)
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """Return summary.json of a run that has ended.
+
+    Raises:
+        ConfigError: the folder has no summary.
+    """
+    file = RunFolder(Path(run_dir)).summary
+    try:
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+    return summary
+
+
+def _unreadable(file: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        "this file of the run cannot be read",
+        where=str(file),
+        got=f"{type(error).__name__}: {error}",
+        remedy="check that the folder is a run directory; a run writes its summary at its end",
+    )
+
+
+@contextlib.contextmanager
+def _packed(model: Model, longest: int, device: torch.device) -> Iterator[PackedCausalLM]:
+    """Yield `model` as a packed model; a model of transformers gets its own attention and head back."""
+    if isinstance(model, PackedCausalLM):
+        yield model
+        return
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            "this is not a causal language model of transformers",
+            where="model",
+            got=type(model).__name__,
+            remedy="pass a PreTrainedModel; a PeftModel has one inside: model.get_base_model()",
+        )
+    check_supported(model.config, longest)
+    if model.training and any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules()):
+        raise ConfigError(
+            "dropout is on, so log-probs would be random",
+            where="model",
+            got=f"{type(model).__name__} in training mode",
+            remedy="call model.eval(); gradients are recorded all the same",
+        )
+    head, attention = model.get_output_embeddings(), model.config._attn_implementation
+    dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16
+    try:
+        model.set_attn_implementation(PACKED)
+        yield PackedCausalLM(model, choose_backend(AttentionBackend.auto, dtype, device))
+    finally:
+        model.set_output_embeddings(head)
+        model.set_attn_implementation(attention)
+
+
+def _micro_batches(pairs: Sequence[EncodedExample], budget: int) -> Iterator[list[EncodedExample]]:
+    """Yield consecutive pairs that take at most `budget` packed tokens together, or one longer pair."""
+    part: list[EncodedExample] = []
+    total = 0
+    for pair in pairs:
+        tokens = packed_tokens(len(pair.prompt_ids), list(map(len, pair.responses)))
+        if part and total + tokens > budget:
+            yield part
+            part, total = [], 0
+        part.append(pair)
+        total += tokens
+    if part:
+        yield part
+
+
+def _sequences(pair: EncodedExample) -> Sequences:
+    return Sequences(pair.prompt_ids, pair.responses)
+
+
+def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
+    batch = pack([_sequences(pair) for pair in pairs], response_keys(pairs))
+    device = logps[0].device
+    weights = None if ld_alpha is None else desensitised_weights(batch.pair_tokens, ld_alpha).to(device)
+    ranking = None if batch.ranking is None else batch.ranking.to(device)
+    return sum_by_response(torch.cat(list(logps)), batch.response_tokens.to(device), ranking, weights)
