@@ -34,12 +34,12 @@ from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
-from dpo_dist.reference.fill import FillReport, fill_store, missing_responses
+from dpo_dist.reference.fill import FillReport, StoreFiller, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 
-SPACE = ReferenceFingerprint("invented", {})
+FINGERPRINT = ReferenceFingerprint("invented", {})
 PROMPT_TOKENS = 32
 MICRO_BATCH_TOKENS = 8192
 LOOKUP_BATCH = 64
@@ -77,7 +77,7 @@ def _measure_large(root: Path, entries: int) -> Figures:
     anonymous = _anonymous_bytes()
     cpu = time.process_time()
     with _timed(figures, "open_seconds"):
-        store = LogpStore.open(root, SPACE)
+        store = LogpStore.open(root, FINGERPRINT)
     figures["open_seconds_cpu"] = time.process_time() - cpu
     figures["index_bytes_per_entry"] = (_anonymous_bytes() - anonymous) / entries
     with _timed(figures, "missing_seconds"):
@@ -85,7 +85,7 @@ def _measure_large(root: Path, entries: int) -> Figures:
     assert (len(missing), found) == (0, len(dataset.keys)), "a written entry is not found"
     figures["lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
     figures["lookups_per_second_cpu"] = _lookups_per_second(store, dataset, time.process_time)
-    return {**figures, "shards": len(store.names)}
+    return {**figures, "shards": len(store.shards)}
 
 
 def _measure_small_shards(root: Path, shards: int) -> Figures:
@@ -94,7 +94,7 @@ def _measure_small_shards(root: Path, shards: int) -> Figures:
     _write(root, dataset, 20)
     figures: Figures = {"small_shards": shards}
     with _timed(figures, "small_shards_open_seconds"):
-        store = LogpStore.open(root, SPACE)
+        store = LogpStore.open(root, FINGERPRINT)
     figures["small_shards_lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
     return figures
 
@@ -133,17 +133,10 @@ def _measure_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
 def _fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: int) -> FillReport:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        report = fill_store(
-            lambda names: LogpStore.open(root, SPACE, names),
-            dataset,
-            np.arange(len(dataset)),
-            lambda: score,
-            World(None, 0, 1, torch.device("cpu"), ()),
-            MICRO_BATCH_TOKENS,
-            ComputeCosts(key=1 / 8192, target=0.1),
-            rows_per_shard,
-            lambda _done, _total: None,
-        )
+        world, costs = World(None, 0, 1, torch.device("cpu"), ()), ComputeCosts(key=1 / 8192, target=0.1)
+        store = LogpStore(root, [FINGERPRINT], [])
+        filler = StoreFiller(store, lambda: score, world, MICRO_BATCH_TOKENS, costs, rows_per_shard)
+        report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
     finally:
         dist.destroy_process_group()
     assert report.computed == len(dataset.keys)
@@ -186,7 +179,7 @@ def _scorable(dataset: PreferenceDataset) -> PreferenceDataset:
 
 def _write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:
     """Write an entry for each response, made of its key, so that a wrong entry is noticed."""
-    store = LogpStore.open(root, SPACE, [])
+    store = LogpStore.open(root, FINGERPRINT, [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
     for start in range(0, len(dataset.keys), rows_per_shard):
         keys = dataset.keys[start : start + rows_per_shard]

@@ -102,18 +102,18 @@ def _train(run: Run, run_dir: Path) -> Measured:
     with open_console(run_dir) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.reference.engine import load_digested
-        from dpo_dist.reference.fill import fill_store
+        from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import finish, loop, reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
 
         swap = patch.object
         swaps.enter_context(swap(loop, "train_step", measured.training.around(train_step)))
-        swaps.enter_context(swap(reference_setup, "fill_store", filling.around(fill_store)))
+        swaps.enter_context(swap(StoreFiller, "fill", filling.around(StoreFiller.fill)))
         swaps.enter_context(swap(reference_setup, "load_digested", loading.around(load_digested)))
         if run.weighs_reference:
-            build = partial(_build_and_weigh, run_module.build_reference, measured.memory)
-            swaps.enter_context(swap(run_module, "build_reference", build))
+            build = partial(_build_and_weigh, reference_setup.prepare_reference, measured.memory)
+            swaps.enter_context(swap(run_module, "prepare_reference", build))
         if not run.saves:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_model"))

@@ -44,7 +44,7 @@ from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.store import LogpStore, list_stored
+from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.metrics_log import read_rows
 
 __all__ = [
@@ -202,8 +202,7 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
     for below in sorted(Path(folder).iterdir()):
         fingerprint = read_fingerprint(below) if below.is_dir() else None
         if fingerprint is not None:
-            names = list_stored(Path(folder), [fingerprint])
-            found.append((fingerprint, LogpStore.open(Path(folder), fingerprint, names)))
+            found.append((fingerprint, LogpStore.read_only(Path(folder), [fingerprint])))
     return found
 
 

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs.choices["info"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["verify"].add_argument("--repair", action="store_true", help="keep the valid entries only")
     gc = verbs.choices["gc"]
-    gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help="references or spaces to remove")
+    gc.add_argument(
+        "--drop", nargs="+", default=[], metavar="DIGEST", help="references or fingerprints to remove"
+    )
     gc.add_argument("--keep", nargs="+", default=[], metavar="DIGEST", help="remove all but these")
     gc.add_argument("--unused-days", type=float, metavar="N", help="remove those not used for N days")
     gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
@@ -51,16 +53,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(given: argparse.Namespace) -> int:
-    spaces = take_inventory(given.folder)
+    found = take_inventory(given.folder)
     if given.json:
-        print(json.dumps([space.as_dict() for space in spaces], indent=1))
+        print(json.dumps([info.as_dict() for info in found], indent=1))
         return ExitCode.completed
-    for space in spaces:
-        print(_line(space))
-        if space.space is not None:
-            print("    " + ", ".join(f"{name} {value}" for name, value in space.space.profile.items()))
-    total = sum(space.rows for space in spaces), sum(space.bytes for space in spaces)
-    print(f"{len(spaces)} spaces, {total[0]:,} entries, {_size(total[1])}")
+    for info in found:
+        print(_line(info))
+        if info.fingerprint is not None:
+            print("    " + ", ".join(f"{name} {value}" for name, value in info.fingerprint.profile.items()))
+    total = sum(info.entries for info in found), sum(info.bytes for info in found)
+    print(f"{len(found)} fingerprints, {total[0]:,} entries, {_size(total[1])}")
     return ExitCode.completed
 
 
@@ -81,7 +83,7 @@ def _verify(given: argparse.Namespace) -> int:
         for file in files:
             print(f"{kind}: {file}")
     print(
-        f"{found.shards} shards, {found.rows:,} valid entries, {found.duplicates:,} of them duplicates, "
+        f"{found.shards} shards, {found.entries:,} valid entries, {found.duplicates:,} of them duplicates, "
         f"{len(found.damage)} damaged files"
     )
     if found.damage and not given.repair:
@@ -91,29 +93,29 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _gc(given: argparse.Namespace) -> int:
     garbage = find_garbage(given.folder, given.drop, given.keep, given.unused_days)
-    for space in garbage.spaces:
-        print(f"drop: {_line(space)}")
+    for info in garbage.fingerprints:
+        print(f"drop: {_line(info)}")
     for path in garbage.leftovers:
         print(f"remove: {path}")
-    size = _size(sum(space.bytes for space in garbage.spaces))
-    found = f"{len(garbage.spaces)} spaces ({size}) and {len(garbage.leftovers)} temporary files"
+    size = _size(sum(info.bytes for info in garbage.fingerprints))
+    found = f"{len(garbage.fingerprints)} fingerprints ({size}) and {len(garbage.leftovers)} temporary files"
     if given.yes:
         remove(garbage)
         print(f"{found} removed")
-    elif garbage.spaces or garbage.leftovers:
+    elif garbage.fingerprints or garbage.leftovers:
         print(f"nothing is removed yet; --yes removes {found}")
     else:
         print("nothing to remove")
     return ExitCode.completed
 
 
-def _line(space: FingerprintInfo) -> str:
-    reference = space.space.reference if space.space is not None else "-"
-    damaged = f", {space.damaged} damaged" if space.damaged else ""
+def _line(info: FingerprintInfo) -> str:
+    reference = info.fingerprint.reference if info.fingerprint is not None else "-"
+    damaged = f", {info.damaged} damaged" if info.damaged else ""
     return (
-        f"{space.label}   reference {reference}   space {space.name}   {space.rows:,} entries, "
-        f"{space.tokens:,} tokens, {_size(space.bytes)}, {space.shards} shards{damaged}, "
-        f"used {space.last_used:%Y-%m-%d %H:%M}"
+        f"{info.label}   reference {reference}   fingerprint {info.name}   {info.entries:,} entries, "
+        f"{info.tokens:,} tokens, {_size(info.bytes)}, {info.shards} shards{damaged}, "
+        f"used {info.last_used:%Y-%m-%d %H:%M}"
     )
 
 

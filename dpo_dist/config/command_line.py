@@ -1,8 +1,4 @@
-"""From a verb's command line to its exit code.
-
-A command line is Hydra's: overrides and options, in any order. Hydra only composes; `--help`, `--info` and
-other questions about itself are passed on to it.
-"""
+"""Command line of a verb: Hydra's overrides and the options below, in any order; Hydra only composes."""
 
 import contextlib
 import os
@@ -13,50 +9,49 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+import dpo_dist
 from dpo_dist.config.aliases import IN_OTHER_WORDS, SAME_MEANING, alias_of
+from dpo_dist.config.help import explain, usage
 from dpo_dist.config.keys import run_keys
-from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, resolve, to_yaml
-from dpo_dist.config.parse import parse_overrides
+from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
+from dpo_dist.config.messages import assignment, likely, unknown_key
+from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.suggest import likely, unknown_key, written
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
 
 _RANK_0_SECONDS = 60
-# Options by the word that they are known by here, and whether a value follows.
+
+
+class _Option(NamedTuple):
+    short: str
+    value: str
+    """Its value in the help text; in brackets if it is optional."""
+    meaning: str
+
+
 _OPTIONS = {
-    "--help": False,
-    "--hydra-help": False,
-    "--version": False,
-    "--resolve": False,
-    "--info": False,
-    "--check": False,
-    "--multirun": False,
-    "--cfg": True,
-    "--package": True,
-    "--config-dir": True,
-    "--config-name": True,
+    "--help": _Option("-h", "[KEY]", "print this text, or explain a section or key"),
+    "--version": _Option("", "", "print the version of dpo_dist"),
+    "--check": _Option("", "", "check values, model, tokenizer, data and folders, without a GPU, and exit"),
+    "--cfg": _Option("-c", "job|hydra|all", "print the composed configuration (job) and exit"),
+    "--package": _Option("-p", "KEY", "with --cfg job: print this section or key only"),
+    "--resolve": _Option("", "", "no effect: --cfg job prints resolved values"),
+    "--config-dir": _Option("-cd", "DIR", "add your own presets and experiments: DIR/experiment/NAME.yaml"),
+    "--config-name": _Option("-cn", "NAME", "compose DIR/NAME.yaml in place of config.yaml"),
+    "--info": _Option("-i", "[TOPIC]", "print how Hydra composes, e.g. --info defaults-tree"),
+    "--multirun": _Option("-m", "", "refused: one command is one run"),
 }
-_SHORT = {
-    "-h": "--help",
-    "-m": "--multirun",
-    "-i": "--info",
-    "-c": "--cfg",
-    "-p": "--package",
-    "-cd": "--config-dir",
-    "-cn": "--config-name",
-}
-_HYDRAS_OWN = ("--help", "--hydra-help", "--version", "--info")
-_WHERE = "command line"
+_LONG = {option.short: name for name, option in _OPTIONS.items() if option.short}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, divided."""
+    """A command line, divided into options with their values and overrides."""
 
     options: dict[str, str]
     overrides: list[str]
@@ -68,13 +63,13 @@ class Arguments:
 
 
 def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None = None) -> NoReturn:
-    """Run `main` with the configuration that the command line describes, and end with its exit code.
+    """Run `main` with the configuration of the command line, and exit with its exit code.
 
     A `DpoDistError` is printed as one block, by one rank only; other exceptions keep their traceback.
 
     Args:
         main: the verb.
-        check: what `--check` runs in its place, on the first rank only.
+        check: the function of `--check`, called in place of `main`, on the first rank only.
     """
     try:
         exit_code = _run(main, check)
@@ -82,28 +77,27 @@ def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int]
     except DpoDistError as error:
         _print(error)
         exit_code = error.exit_code
-    except BrokenPipeError:
-        # Who reads the output has closed it: --help | head.
-        os._exit(0)
-    except Exception as fault:  # whatever it is, this process must not hang at exit
-        told = disk_error(fault)
-        if told is not None:
-            _print(told)
+    except BrokenPipeError:  # the reader has closed the pipe: --help | head
+        os._exit(ExitCode.completed)
+    except Exception as bug:  # any exception: the process must not hang at exit
+        error_of_disk = disk_error(bug)
+        if error_of_disk is not None:
+            _print(error_of_disk)
         else:
             traceback.print_exc()
-        exit_code = ExitCode.failed if told is None else told.exit_code
+        exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # All is written, and at interpreter exit threads of communication libraries may still abort the process.
+    # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 
 
 def _print(error: DpoDistError) -> None:
-    """Print `error` if this process is the one that does.
+    """Print `error` if this process is the one that reports it.
 
-    Before the processes have joined, most errors come up in all of them. The launcher ends the others once
-    rank 0 has printed its own and left; a rank that it does not end is alone with its error.
+    Before the processes have joined, most errors occur in all of them. The launcher ends the others when
+    rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not have.
     """
     if error.reporting_rank is None and _rank() > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
@@ -114,56 +108,77 @@ def _print(error: DpoDistError) -> None:
 
 def _run(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None) -> int:
     arguments = divide(sys.argv[1:])
-    if any(option in arguments.options for option in _HYDRAS_OWN) or arguments.options.get("--cfg") in (
-        "hydra",
-        "all",
-    ):
+    if (text := _answer(arguments)) is not None:
+        if _rank() == 0:
+            sys.stdout.write(text)
+        return ExitCode.completed
+    if "--info" in arguments.options or arguments.options.get("--cfg") in ("hydra", "all"):
         _ask_hydra(arguments)
-        return 0
-    composed = compose(
-        arguments.overrides, arguments.own_folder, name=arguments.options.get("--config-name", "config")
-    )
+        return ExitCode.completed
+    name = arguments.options.get("--config-name", "config")
+    composed = compose(arguments.overrides, arguments.own_folder, name=name)
     if "--cfg" in arguments.options:
         return _show(composed, arguments)
     config = resolve(composed, arguments.overrides, arguments.own_folder)
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
-        raise ConfigError("this verb has no --check", where=_WHERE, remedy="remove --check")
-    return check(config) if _rank() == 0 else 0
+        raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
+    return check(config) if _rank() == 0 else ExitCode.completed
+
+
+def _answer(arguments: Arguments) -> str | None:
+    """Return the text of --help or --version; None without these options."""
+    if "--version" in arguments.options:
+        return f"dpo_dist {dpo_dist.__version__}\n"
+    key = arguments.options.get("--help")
+    folders = group_folders(arguments.own_folder)
+    if key:
+        return explain(key, folders)
+    options = {
+        f"{name}{f', {option.short}' if option.short else ''} {option.value}": option.meaning
+        for name, option in _OPTIONS.items()
+    }
+    command = f"accelerate launch -m dpo_dist.{Path(sys.argv[0]).stem}"
+    return None if key is None else usage(command, options, folders)
 
 
 def divide(arguments: Sequence[str]) -> Arguments:
-    """Options and overrides of a command line, wherever they are on it.
+    """Divide a command line into options and overrides, in any order.
 
     Raises:
-        ConfigError: an option that does not exist, or one without its value.
+        ConfigError: an option does not exist, or lacks its value.
     """
     options: dict[str, str] = {}
     overrides: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        # "-" alone would be no option, and "~key" is Hydra's way to delete one.
         if not argument.startswith("-"):
             overrides.append(argument)
             continue
         name, equals, value = argument.partition("=")
-        option = _SHORT.get(name, name)
-        if equals and option in _OPTIONS and not _OPTIONS[option] and option != "--info":
-            raise ConfigError(f"{name} takes no value", where=_WHERE, got=argument, remedy=f"write {name}")
+        option = _LONG.get(name, name)
         if option not in _OPTIONS:
-            raise _unknown_option(name, value if equals else (rest[0] if rest else ""))
-        if _OPTIONS[option] and not equals:
+            raise _unknown_option(name, value if equals else "".join(rest[:1]))
+        takes = _OPTIONS[option].value
+        if equals and not takes:
+            raise ConfigError(
+                f"{name} takes no value", where=COMMAND_LINE, got=argument, remedy=f"write {name}"
+            )
+        is_optional = takes.startswith("[")
+        if takes and not equals and not (is_optional and _is_override_or_option(rest[:1])):
             if not rest:
                 remedy = f"write {option} VALUE"
-                raise ConfigError(f"{name} needs a value", where=_WHERE, got=argument, remedy=remedy)
-            value = rest.pop(0)
-        if option == "--info" and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+                raise ConfigError(f"{name} needs a value", where=COMMAND_LINE, got=argument, remedy=remedy)
             value = rest.pop(0)
         options[option] = value
     _check_options(options, overrides)
     return Arguments(options, overrides)
+
+
+def _is_override_or_option(following: Sequence[str]) -> bool:
+    return not following or "=" in following[0] or following[0].startswith("-")
 
 
 def _check_options(options: dict[str, str], overrides: Sequence[str]) -> None:
@@ -171,15 +186,15 @@ def _check_options(options: dict[str, str], overrides: Sequence[str]) -> None:
     if "--multirun" in options or mode is not None:
         raise ConfigError(
             "one command is one run",
-            where=_WHERE,
+            where=COMMAND_LINE,
             got=mode or "--multirun",
             remedy="to sweep, launch one process group (one job) for each value",
         )
     cfg = options.get("--cfg", "job")
     if cfg not in ("job", "hydra", "all"):
         raise ConfigError(
-            "--cfg shows one of three configurations",
-            where=_WHERE,
+            "--cfg prints one of three configurations",
+            where=COMMAND_LINE,
             got=cfg,
             expected="job, hydra or all",
             remedy="write --cfg job",
@@ -188,30 +203,27 @@ def _check_options(options: dict[str, str], overrides: Sequence[str]) -> None:
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(
             "--config-dir is no folder",
-            where=_WHERE,
+            where=COMMAND_LINE,
             got=folder,
-            expected="a folder that holds groups: experiment/NAME.yaml, loss/NAME.yaml",
-            remedy="check the path; it is relative to where you are",
+            expected="a folder of groups: experiment/NAME.yaml, loss/NAME.yaml",
+            remedy="check the path; it is relative to the working directory",
         )
 
 
 def _unknown_option(name: str, value: str) -> ConfigError:
     plain = name.lstrip("-").replace("-", "_")
     value = "" if value.startswith("-") else value
-    found = likely(name, _OPTIONS) if name.startswith("--") else []
     if plain in run_keys():
-        remedy = f"write {written(plain, value, run_keys()[plain])}"
+        remedy = f"write {assignment(plain, value, run_keys()[plain])}"
     elif alias_of(plain, SAME_MEANING) or alias_of(plain, IN_OTHER_WORDS):
         remedy = unknown_key(plain, value).remedy
-    elif found:
+    elif name.startswith("--") and (found := likely(name, _OPTIONS)):
         remedy = f"did you mean {found[0]}?"
     else:
-        remedy = (
-            "keys are written without dashes, such as loss.beta=0.2; options of the launcher come before -m"
-        )
+        remedy = "keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
     return ConfigError(
         f"there is no option {name}",
-        where=_WHERE,
+        where=COMMAND_LINE,
         got=name,
         expected=f"key=value, or one of {', '.join(_OPTIONS)}",
         remedy=remedy,
@@ -219,7 +231,7 @@ def _unknown_option(name: str, value: str) -> ConfigError:
 
 
 def _show(composed: DictConfig, arguments: Arguments) -> int:
-    """Print what a run would be made of, wrong values too; these are then said."""
+    """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
         text = to_yaml(resolve(composed, arguments.overrides, arguments.own_folder))
     except DpoDistError:
@@ -229,7 +241,7 @@ def _show(composed: DictConfig, arguments: Arguments) -> int:
         raise
     if _rank() == 0:
         sys.stdout.write(_part(text, arguments.options.get("--package")))
-    return 0
+    return ExitCode.completed
 
 
 def _part(text: str, package: str | None) -> str:
@@ -242,12 +254,10 @@ def _part(text: str, package: str | None) -> str:
 
 
 def _ask_hydra(arguments: Arguments) -> None:
-    """Have Hydra answer what only it can; it exits with 1 on its own faults."""
+    """Print Hydra's own answer; it exits with 1 on an error of its own."""
     parse_overrides(arguments.overrides)
     options = [text for name, value in arguments.options.items() for text in (name, value) if text]
-    sys.argv[1:] = (
-        [*options, *arguments.overrides] if "--info" not in options else [*arguments.overrides, *options]
-    )
+    sys.argv[1:] = [*arguments.overrides, *options]
     if _rank() == 0:
         hydra.main(version_base=HYDRA_VERSION, config_path=str(config_dir()), config_name="config")(print)()
 

@@ -1,5 +1,6 @@
 """Every key of a run as rows of plain facts, and types in a user's words."""
 
+import json
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
@@ -7,6 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
 
 from dpo_dist.config.fields import Bounds, declaration
 from dpo_dist.config.schema import RunConfig
@@ -24,6 +27,7 @@ class Key:
         filled: whether text must not be empty.
         defines_result: whether the key is part of the run's digest.
         verbs: the verbs that use it.
+        of: the dataclass of the mapping, or of each entry of the list, that the key takes.
     """
 
     name: str
@@ -34,6 +38,20 @@ class Key:
     filled: bool
     defines_result: bool
     verbs: tuple[str, ...]
+    of: Any
+
+    @property
+    def type_words(self) -> str:
+        """The type with its bounds: `a number, > 0`."""
+        words = in_words(self.type) or ("any value" if self.of is None else f"null or {in_words(self.of)}")
+        return f"{words}, {self.bounds}" if str(self.bounds) else words
+
+    @property
+    def default_words(self) -> str:
+        """The default as it is written on a command line; empty for a key that must be set."""
+        if self.default == MISSING:
+            return ""
+        return self.default if isinstance(self.default, str) else json.dumps(self.default)
 
 
 @cache
@@ -42,9 +60,15 @@ def all_keys() -> dict[str, Key]:
     return {row.name: row for row in _rows(RunConfig, "", True, False)}
 
 
-def section_meanings() -> dict[str, str]:
-    """Return what each section configures: `{"optim": "AdamW and ...", ...}`."""
-    return {field.name: declaration(field).meaning for field in fields(RunConfig)}
+def section_meanings(kind: type = RunConfig, prefix: str = "") -> dict[str, str]:
+    """Return the meaning of each section, those inside of others too: `{"optim": "AdamW and ...", ...}`."""
+    found = {}
+    for field in fields(kind):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            name = prefix + field.name
+            found[name] = declaration(field).meaning
+            found |= section_meanings(field.type, f"{name}.")
+    return found
 
 
 def _rows(kind: type, prefix: str, defines: bool, train_only: bool) -> Iterator[Key]:
@@ -66,6 +90,7 @@ def _rows(kind: type, prefix: str, defines: bool, train_only: bool) -> Iterator[
             declared.filled,
             defining,
             ("train",) if only_train else ("train", "precompute"),
+            declared.of,
         )
         if declared.of is not None:
             below = f"{name}[]." if get_origin(hint) is list else f"{name}."

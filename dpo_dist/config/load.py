@@ -1,31 +1,28 @@
-"""From overrides to one frozen `RunConfig`.
+"""Compose, type and check the configuration of a run: overrides to one frozen `RunConfig`, to YAML and back.
 
-Hydra composes `conf/` onto the schema. What it composed is merged into the schema once more, because Hydra
-lets `+loss.gamma=1` add a key that nobody reads.
+Hydra composes `conf/` onto the schema. The result is merged into the schema once more, because Hydra lets
+`+loss.gamma=1` add a key that no code reads.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_dist.config.check import check
-from dpo_dist.config.explain import explain, explain_key, unset
-from dpo_dist.config.fields import declaration
+from dpo_dist.config.identity import run_dir
 from dpo_dist.config.keys import in_words
 from dpo_dist.config.loss_kinds import LossTermConfig
-from dpo_dist.config.overrides import check_overrides, given_keys
-from dpo_dist.config.parse import parse_overrides
-from dpo_dist.config.presets import keep_chosen_presets
+from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
+from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
@@ -33,11 +30,13 @@ from dpo_dist.errors import ConfigError
 _Typed = TypeVar("_Typed")
 HYDRA_VERSION = "1.3"
 # ValueError: Hydra's own, for example for a group chosen by a number.
-_COMPOSITION_FAULTS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+# An option that an experiment sets for its own loss has no meaning for another loss.
+_WHOLE_SECTIONS = ("loss",)
 
 
 def config_dir() -> Path:
-    """The folder of `config.yaml` and the groups: inside an installed package, beside a checked out one."""
+    """Return the folder of config.yaml and the groups, of an installed package or a source checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
@@ -60,19 +59,19 @@ def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) ->
         The configuration with every value resolved and `run.dir` filled in.
 
     Raises:
-        ConfigError: a key, value or choice that does not exist, or options that do not go together.
+        ConfigError: a key, value or preset does not exist, or values contradict each other.
     """
     return resolve(compose(overrides, own_folder), overrides, own_folder)
 
 
 def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: str = "config") -> DictConfig:
-    """What Hydra composes from `overrides`, not yet typed or checked.
+    """Return Hydra's composition of `overrides`, not yet typed or checked.
 
     Raises:
         ConfigError: it cannot be composed.
     """
     parsed = parse_overrides(overrides)
-    folders = _folders(own_folder)
+    folders = group_folders(own_folder)
     check_overrides(parsed, folders)
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
@@ -81,37 +80,14 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: s
 
     try:
         composed = compose_lines(overrides)
-        keep_chosen_presets(composed, parsed, folders, compose_lines)
-    except _COMPOSITION_FAULTS as fault:
-        raise explain(fault, parsed, folders) from fault
+        _apply_chosen_presets(composed, parsed, folders, compose_lines)
+    except _COMPOSITION_ERRORS as error:
+        raise composition_error(error, parsed, folders) from error
     return composed
 
 
-def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Path | None = None) -> RunConfig:
-    """Type and check what Hydra composed from `overrides`, and fill in `reference.mode` and `run.dir`.
-
-    Raises:
-        ConfigError: as `load_run_config`.
-    """
-    parsed, folders = parse_overrides(overrides), _folders(own_folder)
-    try:
-        config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
-    except OmegaConfBaseException as fault:
-        raise explain(fault, parsed, folders) from fault
-    data = replace(
-        config.data,
-        train=_sources("data.train", config.data.train),
-        eval=_sources("data.eval", config.data.eval),
-    )
-    model = replace(config.model, adapter=_adapter(config.model.adapter))
-    loss = replace(config.loss, terms=_terms(config.loss.terms))
-    config = replace(config, data=data, model=model, loss=loss)
-    config = resolve_reference(config, given_keys(parsed))
-    check(config)
-    return replace(config, run=replace(config.run, dir=str(run_dir(config))))
-
-
-def _folders(own_folder: Path | None) -> list[Path]:
+def group_folders(own_folder: Path | None = None) -> list[Path]:
+    """Return the folders of configuration groups, in the order in which Hydra searches them."""
     return [config_dir(), *([own_folder] if own_folder is not None else [])]
 
 
@@ -122,44 +98,90 @@ def _search_path(own_folder: Path | None) -> list[str]:
     return [f'hydra.searchpath=["file://{quoted}"]']
 
 
-def run_dir(config: RunConfig) -> Path:
-    """`run.dir`, by default `<run.root>/<run.name>-<digest>`: the same on every rank and in every start."""
-    if config.run.dir is not None:
-        return Path(config.run.dir)
-    return Path(config.run.root) / f"{config.run.name}-{run_digest(config)}"
+def _apply_chosen_presets(
+    composed: DictConfig,
+    overrides: Sequence[Override],
+    folders: Iterable[Path],
+    compose_lines: Callable[[Sequence[str]], DictConfig],
+) -> None:
+    """Restore in `composed` the values of presets of the command line that an experiment replaced.
+
+    Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, the options that
+    the experiment sets for its own loss would replace those of `simpo`. Values on the command line still win.
+    """
+    if not any(override.key_or_group == "experiment" for override in overrides):
+        return
+    for group, choice in _chosen_presets(overrides).items():
+        file = next(
+            (file for folder in folders if (file := folder / group / f"{choice}.yaml").is_file()), None
+        )
+        if file is None or group not in composed:
+            continue
+        keys = [str(key) for key in OmegaConf.load(file) if key != "defaults"]
+        is_whole = group in _WHOLE_SECTIONS
+        changed = [group] if is_whole else [f"{group}.{key}" for key in keys]
+        alone = compose_lines(
+            [
+                str(override.input_line)
+                for override in overrides
+                if override.key_or_group == group
+                or any(is_within(override.key_or_group, key) for key in changed)
+            ]
+        )
+        for key in alone[group] if is_whole else keys:
+            composed[group][key] = alone[group][key]
 
 
-def run_digest(config: RunConfig) -> str:
-    """8 hex digits of SHA-256 over what defines the run's result; paths count as they are written."""
-    canonical = json.dumps(_defining(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+def _chosen_presets(overrides: Iterable[Override]) -> dict[str, str]:
+    """Return the last preset that the command line chooses of each group: `{"loss": "simpo"}`."""
+    values = {override.key_or_group: override.value() for override in overrides}
+    return {key: value for key, value in values.items() if isinstance(value, str) and "." not in key}
 
 
-def defining_sections() -> list[str]:
-    """Return the sections of which a key can define the run's result."""
-    return [field.name for field in fields(RunConfig) if declaration(field).defines_result]
+def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Path | None = None) -> RunConfig:
+    """Type and check the composition of `overrides`, and fill in `reference.mode` and `run.dir`.
+
+    Raises:
+        ConfigError: as `load_run_config`.
+    """
+    parsed, folders = parse_overrides(overrides), group_folders(own_folder)
+    try:
+        config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
+    except OmegaConfBaseException as error:
+        raise composition_error(error, parsed, folders) from error
+    data = replace(
+        config.data,
+        train=_entries("data.train", config.data.train, SourceConfig),
+        eval=_entries("data.eval", config.data.eval, SourceConfig),
+    )
+    model = replace(config.model, adapter=_adapter(config.model.adapter))
+    loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
+    config = replace(config, data=data, model=model, loss=loss)
+    config = resolve_reference(config, given_keys(parsed))
+    check(config)
+    return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
 def to_yaml(config: RunConfig) -> str:
-    """`config` as YAML that `from_yaml` reads and that can be used as an experiment."""
+    """Return `config` as YAML, for `from_yaml` or as an experiment."""
     return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def from_yaml(text: str) -> RunConfig:
-    """The configuration that `to_yaml` wrote.
+    """Return the configuration that `to_yaml` wrote.
 
     Raises:
         ConfigError: as `load_run_config`.
     """
     try:
         loaded = cast(DictConfig, OmegaConf.create(text))
-    except YAMLError as fault:
-        raise explain(fault, (), _folders(None)) from fault
+    except YAMLError as error:
+        raise composition_error(error, (), group_folders()) from error
     return resolve(loaded)
 
 
 def _schema(kind: type) -> DictConfig:
-    """The typed node of a frozen dataclass; OmegaConf makes these read-only, which forbids composing."""
+    """Return the typed node of a frozen dataclass; OmegaConf makes it read-only, which forbids composing."""
     node = cast(DictConfig, OmegaConf.structured(kind))
     _make_writable(node, kind)
     return node
@@ -173,66 +195,52 @@ def _make_writable(node: DictConfig, kind: type) -> None:
 
 
 def _typed(kind: type[_Typed], content: Any, prefix: str, folders: Sequence[Path] = ()) -> _Typed:
-    """`content` as a `kind`, strictly: no key beyond its own, every mandatory one set."""
+    """Return `content` as a `kind`, strictly: without unknown keys, with all mandatory ones."""
     node = OmegaConf.merge(_schema(kind), content)
     for key in sorted(OmegaConf.missing_keys(node)):
-        raise unset(prefix + key, folders)
+        raise missing_value(prefix + key, folders)
     return cast(_Typed, OmegaConf.to_object(node))
 
 
+def _mapping(kind: type[_Typed], content: Any, where: str) -> _Typed:
+    """Return the mapping at the key `where` as a `kind`."""
+    try:
+        return _typed(kind, content, f"{where}.")
+    except OmegaConfBaseException as error:
+        raise content_error(error, f"{where}.{error.full_key}", kind=kind) from error
+
+
 def _adapter(content: Any) -> AdapterConfig | None:
-    """OmegaConf types a section that may be null too, but its frozen node could not be overridden."""
-    where = "model.adapter"
+    """Return a typed adapter; the schema has `Any`, as a node that may be null cannot be made writable."""
     if content is None:
         return None
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{where} is not an adapter",
-            where=where,
+            "model.adapter is not an adapter",
+            where="model.adapter",
             got=str(content),
             expected=f"null or {in_words(AdapterConfig)}",
-            remedy=f"'{where}={{r: 64, alpha: 128}}'",
+            remedy="write 'model.adapter={r: 64, alpha: 128}'",
         )
-    try:
-        return _typed(AdapterConfig, content, f"{where}.")
-    except OmegaConfBaseException as fault:
-        raise explain_key(fault, f"{where}.{fault.full_key}", kind=AdapterConfig) from fault
+    return _mapping(AdapterConfig, content, "model.adapter")
 
 
-def _sources(key: str, entries: list[Any]) -> list[SourceConfig]:
-    contents = [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-    return _entries(key, contents, SourceConfig, f"a path, a hub name or {in_words(SourceConfig)}")
-
-
-def _terms(entries: list[Any]) -> list[LossTermConfig]:
-    contents = [{"kind": entry} if isinstance(entry, str) else entry for entry in entries]
-    return _entries("loss.terms", contents, LossTermConfig, in_words(LossTermConfig))
-
-
-def _entries(key: str, contents: list[Any], kind: type[_Typed], expected: str) -> list[_Typed]:
-    """Typed one by one, so that an error tells which one it is in."""
+def _entries(key: str, entries: list[Any], kind: type[_Typed]) -> list[_Typed]:
+    """Return the entries of a list, each typed by itself so that an error names its index."""
+    main, name = ("path", "source") if kind is SourceConfig else ("kind", "term")
     typed = []
-    for index, content in enumerate(contents):
-        where = f"{key}[{index}]"
+    for index, entry in enumerate(entries):
+        content, where = {main: entry} if isinstance(entry, str) else entry, f"{key}[{index}]"
         if not isinstance(content, dict):
-            what = f"{where} is not a {'source' if kind is SourceConfig else 'term'}"
-            remedy = f"write {key}=[ENTRY,ENTRY]"
-            raise ConfigError(what, where=where, got=str(content), expected=expected, remedy=remedy)
-        try:
-            typed.append(_typed(kind, content, f"{where}."))
-        except OmegaConfBaseException as fault:
-            raise explain_key(fault, f"{where}.{fault.full_key}", kind=kind) from fault
+            raise ConfigError(
+                f"{where} is not a {name}",
+                where=where,
+                got=str(content),
+                expected=f"a {main}{', a hub name' if kind is SourceConfig else ''} or {in_words(kind)}",
+                remedy=f"write {key}=[ENTRY,ENTRY]",
+            )
+        typed.append(_mapping(kind, content, where))
     return typed
-
-
-def _defining(value: Any) -> Any:
-    if is_dataclass(value):
-        return {
-            field.name: _defining(getattr(value, field.name))
-            for field in fields(value)
-            if declaration(field).defines_result
-        }
-    return [_defining(item) for item in value] if isinstance(value, list) else value
 
 
 ConfigStore.instance().store(name="schema", node=_schema(RunConfig))

@@ -1,1 +1,1 @@
-"""From files to pairs to token ids to the micro-batches of a step."""
+"""Preference data: records of files, encoded examples, micro-batches of a step."""

@@ -1,4 +1,4 @@
-"""From sources to encoded sources on disk: read, encode, count, write; for one process of a run."""
+"""Encode sources to disk, or find them there by content; for one process of a run."""
 
 import itertools
 import json
@@ -25,35 +25,47 @@ from dpo_dist.data.encoded_source import (
 from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import local_files, pinned, source_identity
-from dpo_dist.digests import file_identity, text_digest
+from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-# Raised when the same records would be encoded to other ids, or laid out otherwise.
+# Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 5
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "tekken*",
+    "*.py",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+)
 
 Progress = Callable[[int], None]
-"""Called with how many records more are encoded."""
+"""Called with the number of newly encoded records."""
 
 
 def prepare_dataset(
     sources: Sequence[SourceConfig],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizer_digest: str,
+    digest: str,
     progress: Progress = lambda _records: None,
 ) -> tuple[EncodedSource, ...]:
-    """Encode each source into a folder of its own below `config.cache`, or find it there; for one process.
+    """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
-    A folder is found by content: a source that was moved, or stands in another list, with another weight or
-    a lower limit, is not encoded again. What is damaged is.
+    A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
+    another weight or a lower limit. Damaged folders are encoded again.
 
     Returns:
         The sources in their order, for `open_dataset`.
 
     Raises:
-        DataError: a source cannot be read or changes while it is, or a record cannot be used and
+        DataError: a source cannot be read or changes while it is read, or a record cannot be used and
             `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
@@ -62,7 +74,7 @@ def prepare_dataset(
     collect_abandoned(cache)
     encoded = []
     for source in sources:
-        folder = _encoded(source, config, tokenizer, tokenizer_digest, progress)
+        folder = _encoded(source, config, tokenizer, digest, progress)
         encoded.append(EncodedSource(source.path, folder, source.limit))
     return tuple(encoded)
 
@@ -71,59 +83,84 @@ def _encoded(
     source: SourceConfig,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizer_digest: str,
+    digest: str,
     progress: Progress,
 ) -> Path:
     cache = Path(config.cache)
     source = pinned(source, cache)
     state = _state(source)
     identity = source_identity(source, cache / MEMO_FOLDER)
-    fingerprint = _fingerprint(source, identity, config, tokenizer_digest)
+    fingerprint = _fingerprint(source, identity, config, digest)
     found = find_encoded(cache, fingerprint, source.limit)
     if found is not None:
         return found
     folder = cache / folder_name(fingerprint, source.limit)
     if folder.exists():
-        log.warning("%s is damaged and is encoded anew", folder)
-    stands = partial(_stands, cache, fingerprint, source.limit)
-    with staged_folder(folder, stands) as temporary, closing(SourceWriter(temporary, source.path)) as writer:
-        with closing(encode_in_order(_chunks(source), config, tokenizer)) as parts:
-            for part in parts:
-                writer.add(part)
-                progress(len(part.outcomes))
-        # The digest is that of what was read only if nothing has changed meanwhile.
+        log.warning("%s is damaged and is encoded again", folder)
+    is_complete = partial(_is_complete, cache, fingerprint, source.limit)
+    with (
+        staged_folder(folder, is_complete) as temporary,
+        closing(SourceWriter(temporary, source.path)) as writer,
+    ):
+        with closing(encode_in_order(_chunks(source), config, tokenizer)) as chunks:
+            for chunk in chunks:
+                writer.add(chunk)
+                progress(len(chunk.outcomes))
+        # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if _state(source) != state or source_identity(source) != identity:
             raise DataError(
                 "the data changed while they were read",
                 where=source.path,
-                remedy="start again when nothing writes to them",
+                remedy="start again when no other program writes to the files",
             )
         writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
     remember_written(folder)
     return folder
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the files of a model folder that decide how text becomes token ids.
+
+    Raises:
+        ConfigError: config.json cannot be read.
+    """
+    files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
+    parts = [(file.name, content_digest([file])) for file in files]
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "a file of the model cannot be read", where=str(config_file), got=str(error)
+        ) from error
+    # transformers chooses the tokenizer's class by these.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
+    return text_digest(json.dumps(parts))
+
+
 def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a date that has no effect. Raises ConfigError."""
+    """Check that a configured date has an effect. Raises ConfigError."""
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if config.template_date != DataConfig.template_date and not has_clock(template):
         raise ConfigError(
-            "the tokenizer's chat template has no clock, so that no date has an effect",
+            "data.template_date has no effect: the chat template of the tokenizer does not use the date",
             where="data.template_date",
             got=config.template_date,
             expected=f"{DataConfig.template_date} (the default)",
-            remedy="leave data.template_date out",
+            remedy="remove data.template_date",
         )
 
 
-def _stands(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
+def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
     return find_encoded(cache, fingerprint, limit) == folder
 
 
 def _state(source: SourceConfig) -> list[str]:
-    """What changes when a file of the source is replaced, also by one that is put back afterwards."""
+    """Return a state that changes if a file is replaced, even if the old file is restored afterwards."""
     files = local_files(source) or []
-    # The link itself too, where the path is one.
+    # Includes the link itself if the path is a symbolic link.
     return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
 
 
@@ -133,10 +170,10 @@ def _chunks(source: SourceConfig) -> Iterator[Records]:
         yield chunk
 
 
-def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, tokenizer_digest: str) -> str:
+def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str) -> str:
     content = {
         "encoding": _ENCODING_VERSION,
-        "tokenizer": tokenizer_digest,
+        "tokenizer": digest,
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
         "truncation": config.truncation,

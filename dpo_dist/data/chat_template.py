@@ -1,4 +1,4 @@
-"""Chat templates as texts: clocks in them, thoughts that they open, tokens that they write around turns."""
+"""Inspect chat templates: clocks, thoughts (`<think>`) opened in the prompt, tokens around turns."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Around turns in common model families: the template that wrote a text may be another tokenizer's.
+# Tokens around turns of common model families: a text may come from another tokenizer's template.
 _FOREIGN_MARKS = (
     "<|im_start|>",
     "<|im_end|>",
@@ -27,20 +27,20 @@ FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _OPEN, _CLOSE = "<think>", "</think>"
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
-# Stands for "%%" until all directives are written.
+# Replaces "%%" until all directives are formatted.
 _PERCENT = "\ufdd0"
 
 
 def has_clock(template: str) -> bool:
-    """Whether what a template writes depends on the day."""
+    """Return whether the output of a template depends on the current date."""
     return _CLOCK in template
 
 
 @lru_cache(maxsize=4)
 def pin_clock(template: str, day: str) -> str:
-    """The template with a clock that stands at midnight of `day` (ISO 8601).
+    """Return the template with its clock fixed at midnight of `day` (ISO 8601).
 
-    A macro of the clock's name shadows the function that transformers gives to templates.
+    A macro with the clock's name shadows the function that transformers passes to templates.
     """
     if not has_clock(template):
         return template
@@ -50,14 +50,14 @@ def pin_clock(template: str, day: str) -> str:
     written |= {f"%{letter}": moment.strftime(f"%{letter}") for letter in _DIRECTIVES}
     written[_PERCENT] = "%"
     filters = "".join(f" | replace({json.dumps(d)}, {json.dumps(text)})" for d, text in written.items())
-    # transformers drops the line end after a block: the template starts as if nothing stood before it.
+    # transformers removes the newline after a block, so the output of the template does not change.
     return f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}\n{template}"
 
 
 def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> set[str]:
-    """The added tokens that a template writes around turns, special or not; none of those around thoughts.
+    """Return the added tokens that a template writes around turns, special or not.
 
-    BOS and EOS are not among them; there are none where the template cannot render a conversation.
+    Without BOS, EOS and the tags of thoughts; empty if the template cannot render a conversation.
     """
     if chat_template is None:
         return set()
@@ -77,39 +77,39 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of `tokens`, a longer one rather than one that starts it."""
+    """Return a pattern that matches any of `tokens`, preferring the longest."""
     return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
 def has_foreign_marks(text: str) -> bool:
-    """Whether a text has the turns of some common chat template."""
+    """Return whether a text has turns of a common chat template."""
     return any(mark in text for mark in _FOREIGN_MARKS)
 
 
 def opens_thought(prompt: str) -> bool:
-    """Whether a rendered prompt ends within a thought."""
+    """Return whether a rendered prompt ends with an opened thought."""
     return prompt.rstrip().endswith(_OPEN)
 
 
-def ends_thought(answer: str) -> bool:
-    """Whether an answer has a thought that ends."""
-    return _CLOSE in answer
+def ends_thought(response: str) -> bool:
+    """Return whether a response has the end of a thought."""
+    return _CLOSE in response
 
 
 def ends_opened_thought(response: str) -> bool:
-    """Whether a response ends the thought that its prompt has opened, without opening it again."""
+    """Return whether a response ends the thought opened in its prompt, without opening it again."""
     return ends_thought(response) and not response.lstrip().startswith(_OPEN)
 
 
 def without_open_thought(prompt: str) -> str:
-    """The prompt without the thought that it opens."""
+    """Return the prompt without the thought opened at its end."""
     return prompt.rstrip().removesuffix(_OPEN)
 
 
-def within_thought(answer: str, prompt: str) -> str:
-    """The answer as it goes on from a prompt that has opened its thought already."""
+def within_thought(response: str, prompt: str) -> str:
+    """Return the response without the opening of a thought that its prompt has already opened."""
     after_tag = prompt[prompt.rindex(_OPEN) + len(_OPEN) :]
-    start = answer.lstrip()
+    start = response.lstrip()
     if not start.startswith(_OPEN):
-        return answer
+        return response
     return start.removeprefix(_OPEN).removeprefix(after_tag)

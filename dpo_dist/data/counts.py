@@ -1,4 +1,4 @@
-"""What became of the records of a source: counts, and whether enough of it is left."""
+"""Counts of kept, dropped and changed records, and checks that enough of a source is left."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,25 +17,27 @@ FLAGS = (
     "opened_thought_joined",
     "opened_thought_removed",
 )
-_NAMED_PLACES = 5
-_CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end, which cut the start of prompts"
+_MAX_SHOWN_ORIGINS = 5
+_CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
 _REMEDIES = {
     "prompt_fills_max_length": f"raise data.max_length, or {_CUT_PROMPTS}",
     "response_fills_max_length": "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
     "too_long": "raise data.max_length, or set data.truncation=keep_start or keep_end",
     "identical_after_truncation": f"raise data.max_length, or {_CUT_PROMPTS}",
     "unknown_format": "convert the records to one of the formats in docs/data.md",
-    "unread_content": "remove these fields if the answers do not depend on them; see docs/data.md",
+    "unread_content": "remove these fields if the responses do not depend on them; see docs/data.md",
     "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl",
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a record: the reason why it was dropped, or the pairs that it gave.
+    """Result of one record.
 
-    `changed` is what else is counted of it: how often each kind of change was made, or the fields that were
-    not read.
+    Attributes:
+        dropped: the reason why it was dropped; None if it was kept.
+        pairs: the number of examples made from it.
+        changed: number of changes of each kind; for a dropped record the fields that no format reads.
     """
 
     dropped: str | None = None
@@ -45,12 +47,16 @@ class Outcome:
 
 @dataclass
 class DataCounts:
-    """What became of the records read: `read` = `kept` + sum of `dropped`.
+    """Counts of the records of one or several sources: `read` = `kept` + sum of `dropped`.
 
-    `pairs` is what the kept ones gave: one each, or several from a ranking. `changed` is what was done to
-    records that were kept, how many ties were left out of them, and the fields for which others were dropped.
-    `examples` are dropped records as ``file:line reason``, `details` what more is known of the first record
-    that was dropped for a reason; neither quotes a text.
+    Attributes:
+        read: records read.
+        kept: records with at least one example.
+        pairs: examples made from them: one each, or several from a ranking.
+        dropped: dropped records by reason.
+        changed: changes of kept records and their omitted ties by kind; unread fields of dropped records.
+        examples: dropped records as ``file:line reason``, without their texts.
+        details: for each reason, details of the first record dropped for it, without its texts.
     """
 
     read: int = 0
@@ -67,7 +73,7 @@ class DataCounts:
     def of(
         cls, outcomes: Mapping[Outcome, int], examples: Iterable[str], details: Mapping[str, str]
     ) -> "DataCounts":
-        """Count records, given how many of them had each outcome."""
+        """Return the counts of records, given the number of records with each outcome."""
         counts = cls(examples=list(examples)[:SHOWN_EXAMPLES], details=dict(details))
         for outcome, records in outcomes.items():
             counts.read += records
@@ -81,7 +87,7 @@ class DataCounts:
         return counts
 
     def add(self, later: "DataCounts") -> None:
-        """Count the records that follow these."""
+        """Add the counts of the following records."""
         self.read += later.read
         self.kept += later.kept
         self.pairs += later.pairs
@@ -91,7 +97,7 @@ class DataCounts:
         self.details = later.details | self.details
 
     def numbers(self) -> dict[str, Any]:
-        """The counts alone, for JSON."""
+        """Return the counts without examples and details, for JSON."""
         return {
             "read": self.read,
             "kept": self.kept,
@@ -101,16 +107,16 @@ class DataCounts:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return counts, examples and details for JSON."""
         return self.numbers() | {"examples": self.examples, "details": self.details}
 
 
 def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
-    """Refuse a source of which too little is left.
+    """Check that enough records of a source were kept.
 
     Raises:
-        DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or most texts went
-            through a chat template and `data.template` does not say what is done with them.
+        DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or as
+            `check_templated`.
     """
     check_templated(counts, path, config)
     dropped = sum(counts.dropped.values())
@@ -120,7 +126,7 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
         raise DataError(
             "the source has no records",
             where=path,
-            got="an empty file, or a header alone",
+            got="an empty file, or only a header",
             remedy="check the path, or remove the source",
         )
     main_reason = max(counts.dropped, key=lambda reason: counts.dropped[reason])
@@ -130,10 +136,10 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
     if "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
     if counts.kept:
-        remedy += "; or raise data.max_bad_share if this loss is intended"
+        remedy += "; or raise data.max_bad_share if dropping these records is intended"
     raise DataError(
-        f"{dropped} of {counts.read} records cannot be used" if counts.kept else "no usable record was read",
-        where="; ".join(counts.examples[:_NAMED_PLACES]) or path,
+        f"{dropped} of {counts.read} records cannot be used" if counts.kept else "no record can be used",
+        where="; ".join(counts.examples[:_MAX_SHOWN_ORIGINS]) or path,
         got=f"{counts.read} records; dropped: {reasons}" + (f"; {main_reason}: {detail}" if detail else ""),
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
@@ -141,18 +147,18 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
 
 
 def check_templated(counts: DataCounts, path: str, config: DataConfig) -> None:
-    """Refuse texts that went through a chat template, unless `data.template` says how to read them.
+    """Check that no chat template was applied to the texts before, unless `data.template` is set.
 
     Raises:
-        DataError: most of its texts did.
+        DataError: a template was applied to most texts.
     """
     templated = counts.changed["templated_text"]
     if config.template is TextTemplate.auto and templated > counts.kept / 2:
         raise DataError(
             f"a chat template has already been applied to {templated} of {counts.kept} texts",
             where=path,
-            got="turns of a chat template or BOS spelt in the prompt, or the end of a turn in an answer",
-            expected="prompts and answers as plain texts or messages",
-            remedy="set data.template=applied to read them as they stand, or data.template=literal if the "
-            "model is meant to see these tokens spelt out",
+            got="prompts with turns of a chat template or BOS, or responses with an end-of-turn token",
+            expected="prompts and responses as plain text or messages",
+            remedy="set data.template=applied to encode these tokens as special tokens, or "
+            "data.template=literal to encode them as ordinary text",
         )

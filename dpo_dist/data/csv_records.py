@@ -1,8 +1,8 @@
-"""Records of CSV files with true line numbers; a quote that is never closed costs the lines it damages only.
+"""Read the records of CSV files with their line numbers, and recover after a quote that is never closed.
 
-A quoted cell may span lines (RFC 4180). So a missing closing quote swallows the lines up to the next quote.
-Reading goes back to the line after the damaged one. Whether the lines that follow are records or the rest of
-the damaged cell is decided by the next quote: one that opens a cell, or one that closes it.
+A quoted cell may span lines (RFC 4180), so without its closing quote it includes the lines up to the next
+quote. Then reading continues at the line after the damaged one. The next quote in the file decides about
+the lines before it: if it opens a cell, they are records; if it closes one, the rest of the damaged cell.
 """
 
 import csv
@@ -16,33 +16,33 @@ from dpo_dist.errors import DataError
 
 _QUOTE = re.compile(r'(?P<opening>(?:^|,)")|"(?=,|\s*$)')
 _MAX_CELL_CHARACTERS = 2**31 - 1
-# Stands for a line that is too long to be kept; as a record it has too few cells.
+# Replaces a line that is too long to load; as a record it has too few cells.
 _TOO_LONG = "\0too long\0"
 
 
-def read_csv(text: TextIO, path: str, most_characters: int) -> Iterator[RawRecord]:
-    """Read the header at once and the records as the iterator is advanced.
+def read_csv(text: TextIO, path: str, max_characters: int) -> Iterator[RawRecord]:
+    """Read the header now, and the records as the iterator advances.
 
     Args:
         text: opened with ``newline=""``.
-        path: named in origins and errors.
-        most_characters: of a record; longer ones are bad.
+        path: for origins and errors.
+        max_characters: limit of a record; a longer one is a bad record.
 
     Raises:
-        DataError: the header is no CSV record, or names a column twice; raised by this call.
+        DataError: the header cannot be parsed, or has a column twice; raised by this call.
     """
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    lines = _Lines(text, most_characters)
+    lines = _Lines(text, max_characters)
     names, fault = lines.cells()
     if names is None and fault:
-        raise DataError("the first line is no CSV header", where=f"{path}:1", got=fault)
+        raise DataError("the header of the CSV file cannot be parsed", where=f"{path}:1", got=fault)
     header = names or []
     if len(set(header)) < len(header):
         raise DataError(
             "two columns have the same name",
             where=f"{path}:1",
             got=", ".join(map(shown_key, header)),
-            expected="a name of its own for each column",
+            expected="a different name for each column",
         )
     return _records(lines, path, header)
 
@@ -54,45 +54,45 @@ def _records(lines: "_Lines", path: str, header: list[str]) -> Iterator[RawRecor
         if not lines.taken:
             return
         if cells is not None and len(cells) != len(header) and len(lines.taken) > 1:
-            fault = f"{len(cells)} cells under {len(header)} names, on {len(lines.taken)} lines"
+            fault = f"{len(cells)} cells for {len(header)} columns, on {len(lines.taken)} lines"
             cells = None
         if cells is None:
             yield BadRecord("unparsable", origin, fault), origin
-            for swallowed in lines.go_back():
-                place = Origin(path, swallowed)
-                yield BadRecord("unparsable", place, f"inside the record that starts at {origin}"), place
+            for number in lines.go_back():
+                inside = Origin(path, number)
+                yield BadRecord("unparsable", inside, f"inside the record that starts at {origin}"), inside
         elif len(cells) > len(header):
-            yield BadRecord("unparsable", origin, f"{len(cells)} cells under {len(header)} names"), origin
+            yield BadRecord("unparsable", origin, f"{len(cells)} cells for {len(header)} columns"), origin
         elif cells:
             yield dict(zip(header, cells, strict=False)), origin
 
 
 class _Lines:
-    """The lines of a text, which can be read again.
+    """Lines of a text; lines of the last record can be read again.
 
     Attributes:
-        number: of the next line, 1-based.
-        taken: the lines of the last record.
+        number: number of the next line, 1-based.
+        taken: lines of the last record.
     """
 
-    def __init__(self, text: TextIO, most_characters: int):
+    def __init__(self, text: TextIO, max_characters: int):
         self.number = 1
         self.taken: list[str] = []
         self._text = text
-        self._most = most_characters
+        self._max_characters = max_characters
         self._ahead: deque[str] = deque()
 
     def cells(self) -> tuple[list[str] | None, str]:
-        """The cells of the next record, or None and why it is none; at the end nothing is `taken`."""
+        """Return the cells of the next record, or None and the error; at the end `taken` is empty."""
         self.taken = []
         try:
-            # Strict, so that a quote that never closes is a fault and not one giant cell.
+            # Strict: a quote that is never closed is an error, not one giant cell.
             return next(csv.reader(self._feed(), strict=True), None), ""
         except csv.Error as fault:
             return None, str(fault)
 
     def go_back(self) -> Iterator[int]:
-        """Put back all but the first line taken; pass over the rest of its damaged cell, by line number."""
+        """Put back all taken lines but the first; skip the rest of its damaged cell and yield those lines."""
         others = self.taken[1:]
         self._ahead.extendleft(reversed(others))
         self.number -= len(others)
@@ -105,8 +105,8 @@ class _Lines:
         while line := self._take():
             self.taken.append(line)
             size += len(line)
-            if line == _TOO_LONG or size > self._most:
-                raise csv.Error(f"more than {self._most} characters")
+            if line == _TOO_LONG or size > self._max_characters:
+                raise csv.Error(f"more than {self._max_characters} characters")
             yield line
 
     def _take(self) -> str:
@@ -115,21 +115,21 @@ class _Lines:
         return line
 
     def _read(self) -> str:
-        line = self._text.readline(self._most)
-        if len(line) < self._most or line.endswith("\n"):
+        line = self._text.readline(self._max_characters)
+        if len(line) < self._max_characters or line.endswith("\n"):
             return line
         while line and not line.endswith("\n"):
-            line = self._text.readline(self._most)
+            line = self._text.readline(self._max_characters)
         return _TOO_LONG
 
     def _rest_of_cell(self) -> int:
-        """How many of the next lines a cell left open goes on for; none if a cell is opened first."""
+        """Return how many of the next lines belong to an unclosed cell; 0 if the next quote opens a cell."""
         size = 0
         for count, line in enumerate(self._peeked(), start=1):
             if found := _QUOTE.search(line):
                 return 0 if found["opening"] else count
             size += len(line)
-            if size > self._most:
+            if size > self._max_characters:
                 break
         return 0
 

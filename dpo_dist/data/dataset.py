@@ -1,26 +1,35 @@
-"""The encoded pairs of a run: those of its sources, one after the other, memory-mapped by all ranks.
+"""Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
 Nothing of the size of the dataset is in memory.
 """
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.concatenated import Column, joined
+from dpo_dist.data.concatenated import Column, concatenate
 from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.encoded_source import EncodedSource, Manifest, SourceView, find_damage, read_manifest, view
+from dpo_dist.data.encoded_source import (
+    MEMO_FOLDER,
+    EncodedSource,
+    Manifest,
+    SourceView,
+    find_damage,
+    read_manifest,
+    view,
+)
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import Sequences, packed_tokens
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sampler import Indices, Span
-from dpo_dist.digests import text_digest
+from dpo_dist.digests import recall, remember, text_digest
 from dpo_dist.errors import DataError
 
 Keys = npt.NDArray[np.uint64]
@@ -28,24 +37,25 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class PreferenceDataset:
-    """Encoded pairs of one list of sources; row = place of a pair in their order.
+    """Encoded examples of one list of sources, in the order of the sources.
 
-    A pair has one response (supervised), two (chosen, rejected) or more (a ranking), best first. It is a
-    number of pieces: its prompt, then its responses. Pairs of one ranking share the ids of their pieces.
+    An example has one response (supervised), two (chosen, rejected) or more (a ranking), best first. Its
+    pieces are its prompt, then its responses. Examples of one ranking share the token ids of their pieces. An
+    index is the position of an example in the dataset, a response index that of a response in `keys`.
 
     Attributes:
-        fingerprint: digest of everything that decided the ids.
-        counts: what became of the records (`DataCounts.as_dict`); under `sources` those of each source.
-        source_paths: the files in which pairs were read.
-        source_pairs: how many pairs each source has.
-        largest_id: no token id in `ids` is above it.
+        fingerprint: digest of everything that decides the token ids.
+        counts: counts of the records (`DataCounts.as_dict`); those of each source under `sources`.
+        source_paths: the files of the records.
+        source_pairs: number of examples of each source.
+        largest_id: upper bound of the token ids in `ids`.
         ids: int32 [tokens].
-        piece_starts: int64 [pieces], where each piece starts in `ids`.
-        piece_tokens: int32 [pieces], how many tokens it has.
-        pair_pieces: int64 [pairs], where the pieces of each pair end.
-        keys: uint64 [responses, 2], `encode.response_key` of each response in row order.
-        scores: float64 [responses], in the order of `keys`, nan where a record has no scores.
-        origins: int64 [pairs, 2], place in `source_paths`, and line.
+        piece_starts: int64 [pieces], offset of each piece in `ids`.
+        piece_tokens: int32 [pieces], length of each piece.
+        pair_pieces: int64 [examples], end of the pieces of each example.
+        keys: uint64 [responses, 2], `encode.response_key` of each response, in the order of the examples.
+        scores: float64 [responses], nan if a record has no scores.
+        origins: int64 [examples, 2], index in `source_paths`, and line.
     """
 
     fingerprint: str
@@ -65,135 +75,142 @@ class PreferenceDataset:
         return len(self.pair_pieces)
 
     def spans(self, weights: Sequence[float]) -> list[Span]:
-        """The rows of each source with its weight."""
+        """Return the index range of each source with its weight."""
         ends = list(itertools.accumulate(self.source_pairs))
         return [
             Span(stop - pairs, stop, weight)
             for stop, pairs, weight in zip(ends, self.source_pairs, weights, strict=True)
         ]
 
-    def lengths(self, row: int) -> list[int]:
-        """Tokens of a pair's pieces: prompt, response, response, ..."""
-        first, stop = self._pieces(row)
+    def lengths(self, index: int) -> list[int]:
+        """Return the tokens of an example's pieces: prompt, response, response, ..."""
+        first, stop = self._pieces(index)
         return [int(tokens) for tokens in self.piece_tokens[first:stop]]
 
-    def sequences(self, row: int, which: Sequence[int] | None = None) -> Sequences:
-        """The token ids of a pair; `which` selects some of its responses."""
-        first, stop = self._pieces(row)
+    def sequences(self, index: int, which: Sequence[int] | None = None) -> Sequences:
+        """Return the token ids of an example; `which` selects some of its responses."""
+        first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
-        pieces = zip(starts, self.lengths(row), strict=True)
+        pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (self.ids[start : start + tokens] for start, tokens in pieces)
         return Sequences(prompt, tuple(responses if which is None else (responses[i] for i in which)))
 
-    def packed_tokens(self, row: int, which: Sequence[int] | None = None) -> int:
-        """Tokens that `sequences(row, which)` takes in a packed batch."""
-        prompt, *responses = self.lengths(row)
+    def packed_tokens(self, index: int, which: Sequence[int] | None = None) -> int:
+        """Return the length of `sequences(index, which)` in a packed batch."""
+        prompt, *responses = self.lengths(index)
         return packed_tokens(prompt, responses if which is None else [responses[i] for i in which])
 
-    def mean_chosen_tokens(self, rows: Indices) -> float:
-        """Mean completion tokens of the chosen responses of these rows."""
-        return float(self._piece_tokens(self._first_pieces(rows) + 1).mean())
+    def mean_chosen_tokens(self, indices: Indices) -> float:
+        """Return the mean completion tokens of the chosen responses of these examples."""
+        return float(self._piece_tokens(self._first_pieces(indices) + 1).mean())
 
-    def sizes(self, rows: Indices, places: Indices, responses: Indices, costs: ComputeCosts) -> ExampleSizes:
-        """What `rows` take with some of their responses, int64 each.
+    def sizes(
+        self, indices: Indices, response_indices: Indices, counts: Indices, costs: ComputeCosts
+    ) -> ExampleSizes:
+        """Return the sizes of examples with some of their responses.
 
         Args:
-            rows: [pairs].
-            places: [responses of all pairs], where their keys stand in `keys`, pair after pair.
-            responses: [pairs], how many of `places` are of each pair, at least one.
+            indices: int64 [examples].
+            response_indices: int64 [responses], responses of the first example, of the second, ...
+            counts: int64 [examples], how many of `response_indices` each example has, at least one.
             costs: of the model that computes them.
         """
-        pieces = places + np.repeat(rows, responses) + 1
-        prompt_tokens = self._piece_tokens(self._first_pieces(rows))
-        return example_sizes(prompt_tokens, self._piece_tokens(pieces), responses, costs)
+        pieces = response_indices + np.repeat(indices, counts) + 1
+        prompt_tokens = self._piece_tokens(self._first_pieces(indices))
+        return example_sizes(prompt_tokens, self._piece_tokens(pieces), counts, costs)
 
-    def response_range(self, row: int) -> range:
-        """Where the keys of a pair's responses stand in `keys`."""
-        first, stop = self._pieces(row)
-        return range(first - row, stop - row - 1)
+    def response_range(self, index: int) -> range:
+        """Return the response indices of one example."""
+        first, stop = self._pieces(index)
+        return range(first - index, stop - index - 1)
 
-    def response_counts(self, rows: Indices) -> Indices:
-        """How many responses each of `rows` has, int64."""
-        counts: Indices = self.pair_pieces[rows] - self._first_pieces(rows) - 1
+    def response_counts(self, indices: Indices) -> Indices:
+        """Return the number of responses of each example, int64."""
+        counts: Indices = self.pair_pieces[indices] - self._first_pieces(indices) - 1
         return counts
 
-    def response_indices(self, rows: Indices) -> Indices:
-        """Where the keys of all responses of `rows` stand in `keys`, int64."""
-        counts = self.response_counts(rows)
+    def response_indices(self, indices: Indices) -> Indices:
+        """Return the response indices of all responses of these examples, int64."""
+        counts = self.response_counts(indices)
         starts_in_result = np.cumsum(counts) - counts
-        starts = self._first_pieces(rows) - rows
+        starts = self._first_pieces(indices) - indices
         return np.repeat(starts - starts_in_result, counts) + np.arange(counts.sum())
 
-    def score_gaps(self, rows: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
-        """Score of each row's best response minus that of its worst, float32; nan without scores."""
-        rows = np.asarray(rows, dtype=np.int64)
-        best = self._first_pieces(rows) - rows
-        worst = best + self.response_counts(rows) - 1
+    def score_gaps(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the score of each example's best response minus that of its worst; nan without scores."""
+        indices = np.asarray(indices, dtype=np.int64)
+        best = self._first_pieces(indices) - indices
+        worst = best + self.response_counts(indices) - 1
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
 
-    def locate_responses(self, places: Indices) -> tuple[Indices, Indices]:
-        """(rows, which) of the responses whose keys stand at `places`, int64 each; O(places log pairs)."""
-        lowest, beyond = np.zeros(len(places), dtype=np.int64), np.full(len(places), len(self))
-        while (lowest < beyond).any():
-            middle = (lowest + beyond) // 2
-            ends_before = self._response_ends(np.minimum(middle, len(self) - 1)) <= places
-            lowest = np.where(ends_before & (lowest < beyond), middle + 1, lowest)
-            beyond = np.where(ends_before, beyond, np.minimum(middle, beyond))
-        return lowest, places - np.where(lowest > 0, self._response_ends(np.maximum(lowest - 1, 0)), 0)
+    def locate_responses(self, response_indices: Indices) -> tuple[Indices, Indices]:
+        """Return the example of each response, and the response's rank in it, int64 each.
 
-    def origin(self, row: int) -> Origin:
-        """Where a pair was read."""
-        source, line = self.origins[row]
+        A binary search over the examples: O(responses log examples), without an array of all examples.
+        """
+        low = np.zeros(len(response_indices), dtype=np.int64)
+        high = np.full(len(response_indices), len(self))
+        while (low < high).any():
+            middle = (low + high) // 2
+            ends_before = self._response_ends(np.minimum(middle, len(self) - 1)) <= response_indices
+            low = np.where(ends_before & (low < high), middle + 1, low)
+            high = np.where(ends_before, high, np.minimum(middle, high))
+        return low, response_indices - np.where(low > 0, self._response_ends(np.maximum(low - 1, 0)), 0)
+
+    def origin(self, index: int) -> Origin:
+        """Return the file and line of an example's record."""
+        source, line = self.origins[index]
         return Origin(self.source_paths[int(source)], int(line))
 
-    def _response_ends(self, rows: Indices) -> Indices:
-        """Where the responses of each of `rows` end in `keys`."""
-        ends: Indices = self.pair_pieces[rows] - rows - 1
+    def _response_ends(self, indices: Indices) -> Indices:
+        """Return the end of each example's responses in `keys`."""
+        ends: Indices = self.pair_pieces[indices] - indices - 1
         return ends
 
-    def _first_pieces(self, rows: Indices) -> Indices:
-        if not len(rows):
+    def _first_pieces(self, indices: Indices) -> Indices:
+        if not len(indices):
             return np.empty(0, dtype=np.int64)
-        return np.where(rows > 0, self.pair_pieces[np.maximum(rows - 1, 0)], 0)
+        return np.where(indices > 0, self.pair_pieces[np.maximum(indices - 1, 0)], 0)
 
     def _piece_tokens(self, pieces: Indices) -> Indices:
         return np.asarray(self.piece_tokens[pieces], dtype=np.int64)
 
-    def _pieces(self, row: int) -> tuple[int, int]:
-        return (int(self.pair_pieces[row - 1]) if row else 0), int(self.pair_pieces[row])
+    def _pieces(self, index: int) -> tuple[int, int]:
+        return (int(self.pair_pieces[index - 1]) if index else 0), int(self.pair_pieces[index])
 
 
 def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
-    """Map what `prepare_dataset` gave. Digests are verified; a file is read for it only if it has changed.
+    """Map the encoded sources and verify their digests; only files that have changed are read for that.
 
     Raises:
-        DataError: a file is damaged, more was dropped than `data.max_bad_share` allows, or nothing is left.
+        DataError: a file is damaged, more records were dropped than `data.max_bad_share` allows, or none is
+            left.
     """
     manifests = [_verified(source) for source in sources]
     views = list(map(view, sources, manifests))
     counts = DataCounts()
-    told = []
-    for source, seen in zip(sources, views, strict=True):
-        check_counts(seen.counts, source.path, config)
-        told.append({"path": source.path, **seen.counts.numbers()})
-        counts.add(seen.counts)
+    by_source = []
+    for source, mapped in zip(sources, views, strict=True):
+        check_counts(mapped.counts, source.path, config)
+        by_source.append({"path": source.path, **mapped.counts.numbers()})
+        counts.add(mapped.counts)
     parts = [
         [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
     ]
     return PreferenceDataset(
         fingerprint=text_digest(json.dumps(parts)),
-        counts=counts.as_dict() | {"sources": told},
-        source_paths=tuple(file for seen in views for file in seen.files),
-        source_pairs=tuple(seen.pairs for seen in views),
+        counts=counts.as_dict() | {"sources": by_source},
+        source_paths=tuple(file for mapped in views for file in mapped.files),
+        source_pairs=tuple(mapped.pairs for mapped in views),
         largest_id=max(manifest.largest_id for manifest in manifests),
-        ids=_join(views, "ids"),
-        piece_starts=_join(views, "piece_starts", [len(seen.arrays["ids"]) for seen in views]),
-        piece_tokens=_join(views, "piece_tokens"),
-        pair_pieces=_join(views, "pair_pieces", [len(seen.arrays["piece_starts"]) for seen in views]),
-        keys=_join(views, "keys"),
-        scores=_join(views, "scores"),
-        origins=_join(views, "origins", [np.array([len(seen.files), 0]) for seen in views]),
+        ids=_column(views, "ids"),
+        piece_starts=_column(views, "piece_starts", [len(mapped.arrays["ids"]) for mapped in views]),
+        piece_tokens=_column(views, "piece_tokens"),
+        pair_pieces=_column(views, "pair_pieces", [len(mapped.arrays["piece_starts"]) for mapped in views]),
+        keys=_column(views, "keys"),
+        scores=_column(views, "scores"),
+        origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
     )
 
 
@@ -205,12 +222,50 @@ def _verified(source: EncodedSource) -> Manifest:
             "the encoded data are damaged",
             where=str(source.folder),
             got=", ".join(damaged),
-            remedy="start again: what is damaged is encoded anew",
+            remedy="start again: damaged data are encoded anew",
         )
     return manifest
 
 
-def _join(views: Sequence[SourceView], name: str, steps: Sequence[Any] | None = None) -> Column:
-    """An array of all sources; `steps` is by how much a source raises the values of those after it."""
-    parts = [seen.arrays[name] for seen in views]
-    return joined(parts, None if steps is None else [sum(steps[:number], 0) for number in range(len(parts))])
+def _column(views: Sequence[SourceView], name: str, sizes: Sequence[Any] | None = None) -> Column:
+    """Concatenate an array of all sources; values shift by the `sizes` of the sources before."""
+    parts = [mapped.arrays[name] for mapped in views]
+    shifts = None if sizes is None else [sum(sizes[:number], 0) for number in range(len(parts))]
+    return concatenate(parts, shifts)
+
+
+def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
+    """Return `count(*datasets)`, cached on disk by the content of the datasets as it reads all their keys.
+
+    Args:
+        count: `count_duplicates` or `count_shared`.
+        cache: `data.cache`.
+    """
+    identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
+    known = recall(cache / MEMO_FOLDER, identity)
+    if known is None:
+        known = str(count(*datasets))
+        remember(cache / MEMO_FOLDER, identity, known)
+    return int(known)
+
+
+def count_duplicates(dataset: PreferenceDataset) -> int:
+    """Return the number of examples with the same token ids as an earlier one."""
+    return len(dataset) - len(np.unique(_example_digests(dataset)))
+
+
+def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` with the same token ids as one of `other`."""
+    return int(np.isin(_example_digests(dataset), _example_digests(other)).sum())
+
+
+def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
+    """Combine the keys of each example's responses in their order; uint64 [examples]."""
+    counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
+    starts = np.cumsum(counts) - counts
+    ranks = np.arange(counts.sum()) - np.repeat(starts, counts)
+    keys = np.asarray(dataset.keys[:])
+    # An odd factor loses no bit, and the same responses in another order get another digest.
+    mixed = (keys[:, 0] ^ (keys[:, 1] << np.uint64(1))) * (2 * ranks + 1).astype(np.uint64)
+    digests: npt.NDArray[np.uint64] = np.add.reduceat(mixed, starts)
+    return digests

@@ -1,4 +1,4 @@
-"""From a preference record to token ids: one prompt, and each response as it goes on from it."""
+"""Encode a preference record as token ids: one prompt, and each response as its continuation."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -33,21 +33,21 @@ TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """A record as token ids; what a model reads is the prompt followed by one response.
+    """A record as token ids; the input of a model is the prompt followed by one response.
 
     Attributes:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
         prompt_truncated: whether the start of the prompt was cut.
         response_truncated: whether the end of a response was cut.
-        boundary_resplit: whether a response was tokenised by itself, because together with the prompt the
-            prompt's last tokens would have come out otherwise.
-        templated_text: whether the prompt is a text that a chat template seems to have written, or a response
-            after a text has the end that one writes.
-        opened_thought_joined: whether the template opens a thought in the prompt, and a response that opened
-            the same one goes on from it.
-        opened_thought_removed: whether the template opens a thought in the prompt, and the prompt is without
-            it, as a response has none.
+        boundary_resplit: whether a response was tokenised by itself, because tokenising it together with the
+            prompt would have changed the last tokens of the prompt.
+        templated_text: whether a text prompt seems to be the output of a chat template, or a response to a
+            text prompt ends as in such an output.
+        opened_thought_joined: whether the template opens a thought in the prompt, and the opening of the
+            same thought was removed from a response.
+        opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
+            a response has no thought.
     """
 
     prompt_ids: TokenIds
@@ -61,8 +61,8 @@ class EncodedExample:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What will be tokenised, escaped: each response with its end of turn. Flags as in `EncodedExample`."""
+class _Rendered:
+    """Texts to tokenise, escaped; each response with its end of turn. Flags as in `EncodedExample`."""
 
     prompt: str
     responses: tuple[str, ...]
@@ -73,7 +73,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Tokens:
-    written: _Written
+    rendered: _Rendered
     prompt: list[int]
     responses: list[list[int]]
     prefix_length: int
@@ -85,40 +85,40 @@ def encode_pair(
 ) -> EncodedExample | BadRecord:
     """Encode one record within the configured lengths.
 
-    Messages, and dialogues where the tokenizer has a chat template, go through that template; plain text
-    never does unless `data.text_as_messages`; with `data.template=applied` a text that a template seems to
-    have written is encoded as it stands, special tokens and all. A prompt starts with the tokenizer's BOS
-    exactly once; a response ends with its end-of-turn token (plain text: EOS) exactly once. A special token
-    spelt in a content is encoded as text.
+    The chat template renders messages, and dialogues if the tokenizer has one; plain text only with
+    `data.text_as_messages`. With `data.template=applied` special tokens are encoded as such in a text that
+    seems to be the output of a template. A prompt starts with the tokenizer's BOS exactly once; a response
+    ends with its end-of-turn token (plain text: EOS) exactly once. A special token spelled in a content is
+    encoded as text.
 
     Args:
-        record: what `read_records` gives.
+        record: from `read_records`.
         tokenizer: of the policy; probed at its first use.
         data_config: `max_length`, `max_prompt_length` (tokens), `truncation`, `text_as_messages`,
             `template` and `template_date` are used.
 
     Returns:
-        The pair, or why it cannot be one: `template_rejected`, `reserved_character`,
+        The example, or a bad record with the reason `template_rejected`, `reserved_character`,
         `special_token_in_text`, `empty_prompt`, `too_long`, `prompt_fills_max_length`,
-        `response_fills_max_length`, `identical_after_encoding`, `identical_after_truncation`.
+        `response_fills_max_length`, `identical_after_encoding` or `identical_after_truncation`.
 
     Raises:
-        ConfigError: messages for a tokenizer without chat template; no EOS; a template unfit for chats.
+        ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
     """
     facts = tokenizer_facts(tokenizer, data_config.template_date)
     if RESERVED_CHARACTER in _all_text(record):
-        return BadRecord("reserved_character", record.origin, "U+FDD0, a noncharacter, stands in a text")
+        return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
     try:
-        tokens = _tokenise(_write(record, facts, data_config), facts)
+        tokens = _tokenise(_render(record, facts, data_config), facts)
     except TemplateError as fault:
         return BadRecord("template_rejected", record.origin, str(fault))
     except SpecialTokenInTextError:
-        return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot write it as text")
-    return _fit(tokens, data_config, record.origin)
+        return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot encode it as text")
+    return _truncate(tokens, data_config, record.origin)
 
 
 def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
-    """Content address of a response after a prompt: 16 bytes over the exact token ids (law L3)."""
+    """Return the content key of a response to a prompt: 16 bytes over the exact token ids (law L3)."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(len(prompt_ids).to_bytes(8, "little"))
     digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
@@ -137,99 +137,101 @@ def _all_text(record: PreferenceRecord) -> str:
     return prompt + "".join(record.responses)
 
 
-def _write(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> _Written:
+def _render(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> _Rendered:
     match record.prompt:
         case str() if facts.is_templated(record.prompt):
             if config.template is TextTemplate.applied:
                 ended = tuple(facts.end_templated(response) for response in record.responses)
-                return _Written(record.prompt, ended, templated_text=True)
-            return replace(_write_plain(record.prompt, record, facts, config), templated_text=True)
+                return _Rendered(record.prompt, ended, templated_text=True)
+            return replace(_render_plain(record.prompt, record, facts, config), templated_text=True)
         case str() if any(map(facts.is_ended, record.responses)):
             if config.template is TextTemplate.applied:
                 bare = tuple(map(facts.without_end, record.responses))
                 record = replace(record, responses=bare)
-            return replace(_write_plain(str(record.prompt), record, facts, config), templated_text=True)
+            return replace(_render_plain(str(record.prompt), record, facts, config), templated_text=True)
         case str():
-            return _write_plain(record.prompt, record, facts, config)
+            return _render_plain(record.prompt, record, facts, config)
         case Dialogue() if facts.chat_template is not None:
-            answers = tuple(response.strip() for response in record.responses)
-            return _write_messages(record.prompt.messages(), answers, facts, record.origin)
+            responses = tuple(response.strip() for response in record.responses)
+            return _render_messages(record.prompt.messages(), responses, facts, record.origin)
         case Dialogue():
-            return _write_text(record.prompt.text, record.responses, facts)
+            return _render_text(record.prompt.text, record.responses, facts)
         case _:
-            return _write_messages(record.prompt, record.responses, facts, record.origin)
+            return _render_messages(record.prompt, record.responses, facts, record.origin)
 
 
-def _write_plain(
+def _render_plain(
     prompt: str, record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig
-) -> _Written:
+) -> _Rendered:
     if config.text_as_messages:
-        return _write_messages((Message("user", prompt),), record.responses, facts, record.origin)
-    return _write_text(prompt, record.responses, facts)
+        return _render_messages((Message("user", prompt),), record.responses, facts, record.origin)
+    return _render_text(prompt, record.responses, facts)
 
 
-def _write_text(prompt: str, responses: tuple[str, ...], facts: TokenizerFacts) -> _Written:
-    return _Written(
+def _render_text(prompt: str, responses: tuple[str, ...], facts: TokenizerFacts) -> _Rendered:
+    return _Rendered(
         facts.escape(prompt), tuple(facts.escape(response) + facts.end_of_text for response in responses)
     )
 
 
-def _write_messages(
-    messages: Messages, answers: tuple[str, ...], facts: TokenizerFacts, origin: Origin
-) -> _Written:
+def _render_messages(
+    messages: Messages, responses: tuple[str, ...], facts: TokenizerFacts, origin: Origin
+) -> _Rendered:
     if facts.chat_template is None:
         raise ConfigError(
-            "the data are conversations and the tokenizer has no chat template",
+            "the data are conversations, but the tokenizer has no chat template",
             where=str(origin),
             got="messages",
             expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
-            remedy="use the tokenizer of an instruction-tuned model, leave data.text_as_messages off, "
-            "or write the conversations as texts",
+            remedy="use the tokenizer of an instruction-tuned model, set data.text_as_messages=false, "
+            "or convert the conversations to plain text",
         )
     prompt = facts.render(messages, add_generation_prompt=True)
     if opens_thought(prompt):
-        return _write_after_thought(messages, answers, facts, prompt)
-    return _Written(prompt, _rendered(messages, answers, facts, prompt))
+        return _render_after_thought(messages, responses, facts, prompt)
+    return _Rendered(prompt, _render_responses(messages, responses, facts, prompt))
 
 
-def _rendered(
-    messages: Messages, answers: tuple[str, ...], facts: TokenizerFacts, prompt: str
+def _render_responses(
+    messages: Messages, responses: tuple[str, ...], facts: TokenizerFacts, prompt: str
 ) -> tuple[str, ...]:
-    rendered = (facts.rendered_answer(messages, answer, prompt) for answer in answers)
+    rendered = (facts.rendered_response(messages, response, prompt) for response in responses)
     return tuple(
-        facts.bare_answer(answer) if whole is None else whole
-        for whole, answer in zip(rendered, answers, strict=True)
+        facts.bare_response(response) if whole is None else whole
+        for whole, response in zip(rendered, responses, strict=True)
     )
 
 
-def _write_after_thought(
-    messages: Messages, answers: tuple[str, ...], facts: TokenizerFacts, prompt: str
-) -> _Written:
-    """After a prompt that opens a thought, every response ends it and none opens it again."""
-    rendered = [facts.rendered_answer(messages, answer, prompt) for answer in answers]
+def _render_after_thought(
+    messages: Messages, responses: tuple[str, ...], facts: TokenizerFacts, prompt: str
+) -> _Rendered:
+    """Render responses to a prompt that opens a thought: each ends it and none opens it again."""
+    rendered = [facts.rendered_response(messages, response, prompt) for response in responses]
     if all(whole is not None and ends_opened_thought(whole) for whole in rendered):
-        return _Written(prompt, tuple(map(str, rendered)))
-    if all(map(ends_thought, answers)):
-        joined = tuple(within_thought(answer, prompt) for answer in answers)
-        return _Written(
-            prompt, tuple(map(facts.bare_answer, joined)), opened_thought_joined=joined != answers
+        return _Rendered(prompt, tuple(map(str, rendered)))
+    if all(map(ends_thought, responses)):
+        joined = tuple(within_thought(response, prompt) for response in responses)
+        return _Rendered(
+            prompt, tuple(map(facts.bare_response, joined)), opened_thought_joined=joined != responses
         )
     prompt = without_open_thought(prompt)
     responses = tuple(
-        facts.bare_answer(answer) if ends_thought(answer) else whole
-        for answer, whole in zip(answers, _rendered(messages, answers, facts, prompt), strict=True)
+        facts.bare_response(response) if ends_thought(response) else whole
+        for response, whole in zip(
+            responses, _render_responses(messages, responses, facts, prompt), strict=True
+        )
     )
-    return _Written(prompt, responses, opened_thought_removed=True)
+    return _Rendered(prompt, responses, opened_thought_removed=True)
 
 
-def _tokenise(written: _Written, facts: TokenizerFacts) -> _Tokens:
-    prompt, responses, resplit = facts.encode_after(written.prompt, written.responses)
+def _tokenise(rendered: _Rendered, facts: TokenizerFacts) -> _Tokens:
+    prompt, responses, resplit = facts.encode_after(rendered.prompt, rendered.responses)
     prompt, prefix_length = facts.with_prefix(prompt)
-    return _Tokens(written, prompt, responses, prefix_length, resplit)
+    return _Tokens(rendered, prompt, responses, prefix_length, resplit)
 
 
-def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample | BadRecord:
-    """Cut what is too long as `data.truncation` says, or give the reason why that leaves no pair."""
+def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample | BadRecord:
+    """Truncate by `data.truncation`, or return the reason why no example is left."""
     prompt, responses = tokens.prompt, tokens.responses
     if len(prompt) == tokens.prefix_length:
         return BadRecord("empty_prompt", origin, "the prompt has no tokens")
@@ -258,16 +260,16 @@ def _fit(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample 
         prompt_truncated=len(prompt) < len(tokens.prompt),
         response_truncated=response_truncated,
         boundary_resplit=tokens.boundary_resplit,
-        templated_text=tokens.written.templated_text,
-        opened_thought_joined=tokens.written.opened_thought_joined,
-        opened_thought_removed=tokens.written.opened_thought_removed,
+        templated_text=tokens.rendered.templated_text,
+        opened_thought_joined=tokens.rendered.opened_thought_joined,
+        opened_thought_removed=tokens.rendered.opened_thought_removed,
     )
 
 
 def _cut_to_limit(prompt: list[int], limit: int, prefix_length: int) -> list[int]:
     if limit <= prefix_length:
         raise ConfigError(
-            "data.max_prompt_length leaves room for nothing but the tokens that start every prompt",
+            "data.max_prompt_length is too small: it has space for the start tokens of a prompt only",
             where="data.max_prompt_length",
             got=str(limit),
             expected=f"more than {prefix_length} (BOS)",
@@ -277,7 +279,7 @@ def _cut_to_limit(prompt: list[int], limit: int, prefix_length: int) -> list[int
 
 
 def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
-    """The last tokens of the prompt with its BOS kept before them, `length` in all."""
+    """Return BOS and the last tokens of the prompt, `length` tokens in all."""
     if len(prompt) <= length:
         return prompt
     kept = max(length - prefix_length, 0)

@@ -1,4 +1,4 @@
-"""Consecutive records encoded to one part of a source, and what became of each of them."""
+"""Encode a chunk of consecutive records, with the outcome of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,20 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class EncodedChunk:
-    """The pairs of consecutive records of one source, laid end to end.
+    """Examples of consecutive records of one source, in flat arrays.
 
     Attributes:
-        ids: int32 [tokens], of the distinct pieces; all pairs of one record share its prompt and responses.
-        piece_starts: int64 [pieces], where each piece starts in `ids`; a pair's pieces are its prompt and its
-            responses.
-        piece_tokens: int64 [pieces], tokens of each piece.
-        pair_pieces: int64 [pairs], pieces of each pair.
+        ids: int32 [tokens], of the distinct pieces; all examples of a record share its prompt and responses.
+        piece_starts: int64 [pieces], offset of each piece in `ids`; the pieces of an example are its prompt
+            and its responses.
+        piece_tokens: int64 [pieces], length of each piece.
+        pair_pieces: int64 [examples], number of pieces of each example.
         keys: uint64 [responses, 2], `response_key` of each response.
-        scores: float64 [responses], nan where the source has none.
-        origins: [pairs], where each pair was read.
-        outcomes: [records], what became of each record.
-        bad: the first few records that were dropped, and the first for each reason, each with its place among
-            the records.
+        scores: float64 [responses], nan if the record has none.
+        origins: [examples], origin of each example's record.
+        outcomes: [records].
+        bad: the first dropped records and the first for each reason, each with its index in the chunk.
     """
 
     ids: TokenIds
@@ -47,8 +46,8 @@ class EncodedChunk:
     bad: list[tuple[int, BadRecord]]
 
 
-class _Pairs:
-    """Pairs as they are collected."""
+class _Examples:
+    """Collects the examples of a chunk."""
 
     def __init__(self) -> None:
         self.ids: list[TokenIds] = [np.empty(0, dtype=np.int32)]
@@ -60,14 +59,12 @@ class _Pairs:
         self.scores: list[float] = []
         self.origins: list[Origin] = []
 
-    def add(
-        self, encoded: EncodedExample, examples: Sequence[Sequence[int]], scores: Sequence[float]
-    ) -> None:
-        """Add the pairs of a record.
+    def add(self, encoded: EncodedExample, ranks: Sequence[Sequence[int]], scores: Sequence[float]) -> None:
+        """Add the examples of a record.
 
         Args:
             encoded: its prompt and responses.
-            examples: each pair as places in `encoded.responses`.
+            ranks: for each example the indices of its responses in `encoded.responses`.
             scores: of `encoded.responses`.
         """
         pieces = (encoded.prompt_ids, *encoded.responses)
@@ -75,28 +72,28 @@ class _Pairs:
         keys = [response_key(encoded.prompt_ids, response) for response in encoded.responses]
         self.ids += pieces
         self.tokens = starts[-1]
-        for example in examples:
-            used = [0, *(1 + place for place in example)]
+        for example in ranks:
+            used = [0, *(1 + index for index in example)]
             self.starts += [starts[piece] for piece in used]
             self.lengths += [len(pieces[piece]) for piece in used]
             self.pieces.append(len(used))
-            self.keys += [keys[place] for place in example]
-            self.scores += [scores[place] for place in example]
+            self.keys += [keys[index] for index in example]
+            self.scores += [scores[index] for index in example]
 
 
 def encode_chunk(
     records: Sequence[PreferenceRecord | BadRecord], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> EncodedChunk:
-    """Encode `records`; those that cannot be used are dropped, and their reason is an outcome.
+    """Encode `records`; a record that cannot be used is dropped and its reason recorded.
 
     Raises:
         DataError: a record cannot be used and `data.on_bad_record` is `error`.
     """
-    pairs = _Pairs()
+    examples = _Examples()
     outcomes: list[Outcome] = []
     bad: list[tuple[int, BadRecord]] = []
-    for place, record in enumerate(records):
-        outcome = record if isinstance(record, BadRecord) else _encode(record, config, tokenizer, pairs)
+    for index, record in enumerate(records):
+        outcome = record if isinstance(record, BadRecord) else _encode(record, config, tokenizer, examples)
         if isinstance(outcome, Outcome):
             outcomes.append(outcome)
             continue
@@ -110,41 +107,41 @@ def encode_chunk(
         unread = tuple((f"unread_{name}", 1) for name in outcome.unread)
         outcomes.append(Outcome(dropped=outcome.reason, changed=unread))
         if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):
-            bad.append((place, outcome))
+            bad.append((index, outcome))
     return EncodedChunk(
-        ids=np.concatenate(pairs.ids),
-        piece_starts=np.array(pairs.starts, dtype=np.int64),
-        piece_tokens=np.array(pairs.lengths, dtype=np.int64),
-        pair_pieces=np.array(pairs.pieces, dtype=np.int64),
-        keys=np.frombuffer(b"".join(pairs.keys), dtype=np.uint64).reshape(-1, 2),
-        scores=np.array(pairs.scores, dtype=np.float64),
-        origins=pairs.origins,
+        ids=np.concatenate(examples.ids),
+        piece_starts=np.array(examples.starts, dtype=np.int64),
+        piece_tokens=np.array(examples.lengths, dtype=np.int64),
+        pair_pieces=np.array(examples.pieces, dtype=np.int64),
+        keys=np.frombuffer(b"".join(examples.keys), dtype=np.uint64).reshape(-1, 2),
+        scores=np.array(examples.scores, dtype=np.float64),
+        origins=examples.origins,
         outcomes=outcomes,
         bad=bad,
     )
 
 
 def _encode(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", pairs: _Pairs
+    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", examples: _Examples
 ) -> Outcome | BadRecord:
-    """Add the pairs of a record. They share one encoding: a response of several is stored and scored once."""
-    examples, ties = training_examples(record, config.ranked)
-    used = sorted(set().union(*examples))
-    responses = tuple(record.responses[place] for place in used)
+    """Add the examples of a record. They share one encoding, so each response is stored and scored once."""
+    ranks, ties = training_examples(record, config.ranked)
+    used = sorted(set().union(*ranks))
+    responses = tuple(record.responses[index] for index in used)
     encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
-    places = {place: number for number, place in enumerate(used)}
+    new_index = {index: number for number, index in enumerate(used)}
     scores = record.scores or (np.nan,) * len(record.responses)
-    pairs.add(
+    examples.add(
         encoded,
-        [[places[place] for place in example] for example in examples],
-        [scores[place] for place in used],
+        [[new_index[index] for index in example] for example in ranks],
+        [scores[index] for index in used],
     )
-    pairs.origins += [record.origin] * len(examples)
+    examples.origins += [record.origin] * len(ranks)
     changed = {name: int(getattr(encoded, name)) for name in FLAGS} | {"ties_left_out": ties}
-    stands = encoded.templated_text and config.template is TextTemplate.applied
-    plain = isinstance(record.prompt, str) and not config.text_as_messages
-    if plain and not stands and tokenizer.chat_template:
+    is_applied = encoded.templated_text and config.template is TextTemplate.applied
+    is_plain = isinstance(record.prompt, str) and not config.text_as_messages
+    if is_plain and not is_applied and tokenizer.chat_template:
         changed["chat_template_not_applied"] = 1
-    return Outcome(None, len(examples), tuple((name, times) for name, times in changed.items() if times))
+    return Outcome(None, len(ranks), tuple((name, times) for name, times in changed.items() if times))

@@ -1,9 +1,9 @@
-"""Encode on several processes what one would encode, in the same order.
+"""Encode records on several processes, with the same result and order as on one.
 
-Nearly all the time of preparing data goes into the tokenizer and the chat template. The tokenizer's own
-threads work inside one call only and leave the template to one core, so records are dealt out in chunks to
-processes. These are spawned, as forking a process with the threads of torch and gloo is unsafe, and import
-nothing heavy: `data.parts` and what is below it know no torch.
+Tokenizer and chat template take nearly all the time of preparing data. The tokenizer's own threads work
+within one call only and the template runs on one core, so chunks of records are distributed to processes.
+These are spawned, as forking a process with threads of torch and gloo is unsafe, and start fast:
+encode_chunk.py and its imports do not import torch.
 """
 
 import itertools
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]
 
 CHUNK_RECORDS = 64
-# One process reads and writes for all the others; beyond so many it is what they wait for.
-_MOST_PROCESSES = 16
+# One process reads and writes for all others; it limits the speed of more processes than this.
+_MAX_PROCESSES = 16
 # Fewer are encoded before other processes have started.
-_FEWEST_CHUNKS = 2048 // CHUNK_RECORDS
+_MIN_CHUNKS = 2048 // CHUNK_RECORDS
 _CHUNKS_AHEAD = 2
 
 
 def encode_in_order(
     chunks: Iterable[Records], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> Generator[EncodedChunk, None, None]:
-    """Encode chunks of records on `data.processes` processes; what comes out does not depend on their number.
+    """Encode chunks of records on `data.processes` processes; the result does not depend on their number.
 
     Closing the generator ends the processes.
 
     Args:
-        chunks: of about `CHUNK_RECORDS` records each; a few for each process are held at a time.
+        chunks: of about `CHUNK_RECORDS` records each; a few per process are in memory at a time.
 
     Raises:
-        DataError: see `encode_chunk`; the one of the first such record.
+        DataError: see `encode_chunk`; for the first such record.
         PeerLostError: one of the processes has died.
     """
     first: list[Records] = []
     processes = config.processes
     chunks = iter(chunks)
     if processes is None:
-        first = list(itertools.islice(chunks, _FEWEST_CHUNKS))
-        processes = 1 if len(first) < _FEWEST_CHUNKS else min(_usable_cores(), _MOST_PROCESSES)
+        first = list(itertools.islice(chunks, _MIN_CHUNKS))
+        processes = 1 if len(first) < _MIN_CHUNKS else min(_usable_cores(), _MAX_PROCESSES)
     every = itertools.chain(first, chunks)
     if processes > 1:
         yield from _on_processes(every, processes, config, tokenizer)
@@ -82,10 +82,10 @@ def _on_processes(
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise PeerLostError(
-            "a process that encodes data died",
+            "a process that encodes data has died",
             where="data.processes",
             got=str(error).splitlines()[0],
-            remedy="lower data.processes if memory ran out (1: no other process); else see logs/rank-0.log",
+            remedy="if memory ran out, lower data.processes (1: no other process); else see logs/rank-0.log",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -98,14 +98,14 @@ def _usable_cores() -> int:
 
 
 _encoders: list[Callable[[Records], EncodedChunk]] = []
-"""Of a spawned process: what encodes a chunk."""
+"""The function that encodes a chunk; set in a spawned process."""
 
 
 def _start_process(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Get a spawned process ready. It leaves interrupts to its parent, and ends when that dies."""
+    """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
     _encoders.append(partial(encode_chunk, config=config, tokenizer=tokenizer))
 
 

@@ -1,9 +1,9 @@
-"""One encoded source on disk: flat arrays and a manifest with their digests, written once and memory-mapped.
+"""An encoded source on disk: flat arrays and a manifest with their digests, written once and memory-mapped.
 
-A folder has the token ids of all distinct pieces (prompts and responses); for each piece of each pair where
-its ids start and how many there are; how many pieces each pair has; a content key and a score for every
-response; where each pair was read; and what became of every record, from which the counts of the first n
-records follow. Its name is a digest of everything that decides the ids, never a path.
+The arrays of a folder are the token ids of all distinct pieces (prompts and responses); offset and length of
+each piece of each example; the end of each example's pieces; key and score of each response; the origin of
+each example; and the outcome of each record, so that the counts of the first n records can be computed. The
+name of the folder is a digest of everything that decides the ids, never a path.
 """
 
 import contextlib
@@ -44,20 +44,20 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an encoded source promises.
+    """Description of an encoded source, stored beside its arrays.
 
     Attributes:
         fingerprint: digest of everything that decides the ids.
         whole: whether the source was read to its end.
-        records: how many records were read.
+        records: number of records read.
         largest_id: of all token ids; -1 if there are none.
         sizes: elements of each array.
         digests: digest of each array's file.
-        outcomes: the distinct outcomes of records, by the numbers that the array `outcomes` has, each as
-            ``[dropped, pairs, changed]``.
-        files: the files in which pairs and bad records were read, relative to the source's path.
-        examples: the first dropped records, and the first for each reason, each as
-            ``[record number, file number, line, reason, detail]``.
+        outcomes: the distinct outcomes of records, each as ``[dropped, pairs, changed]``; values of the array
+            `outcomes` are indices in this list.
+        files: the files of examples and bad records, relative to the source's path.
+        examples: the first dropped records and the first for each reason, each as
+            ``[record index, file index, line, reason, detail]``.
     """
 
     fingerprint: str
@@ -71,7 +71,7 @@ class Manifest:
     examples: list[tuple[int, int, int, str, str]]
 
     def covers(self, limit: int | None) -> bool:
-        """Whether the first `limit` records (None: all) are among the encoded ones."""
+        """Return whether the first `limit` records (None: all) are encoded."""
         return self.whole or (limit is not None and self.records >= limit)
 
 
@@ -85,7 +85,7 @@ class EncodedSource:
 
 
 class SourceWriter:
-    """Appends parts to the arrays of a folder; memory does not grow with their number."""
+    """Append encoded chunks to the arrays of a folder, in constant memory."""
 
     def __init__(self, folder: Path, path: str):
         self.records = 0
@@ -100,26 +100,26 @@ class SourceWriter:
         self._files: dict[str, int] = {}
         self._examples: list[tuple[int, int, int, str, str]] = []
 
-    def add(self, part: EncodedChunk) -> None:
-        """Append the pairs of the records that follow."""
-        self._append("piece_starts", self._sizes["ids"] + part.piece_starts)
-        self._append("piece_tokens", part.piece_tokens)
-        self._append("ids", part.ids)
-        self._largest_id = max(self._largest_id, int(part.ids.max(initial=-1)))
-        self._append("keys", part.keys)
-        self._append("scores", part.scores)
-        self._append("pair_pieces", self._pieces + np.cumsum(part.pair_pieces))
-        self._append("origins", [(self._file(at.source), at.line) for at in part.origins])
-        codes = [self._outcomes.setdefault(outcome, len(self._outcomes)) for outcome in part.outcomes]
+    def add(self, chunk: EncodedChunk) -> None:
+        """Append the examples of the next records."""
+        self._append("piece_starts", self._sizes["ids"] + chunk.piece_starts)
+        self._append("piece_tokens", chunk.piece_tokens)
+        self._append("ids", chunk.ids)
+        self._largest_id = max(self._largest_id, int(chunk.ids.max(initial=-1)))
+        self._append("keys", chunk.keys)
+        self._append("scores", chunk.scores)
+        self._append("pair_pieces", self._pieces + np.cumsum(chunk.pair_pieces))
+        self._append("origins", [(self._file(at.source), at.line) for at in chunk.origins])
+        codes = [self._outcomes.setdefault(outcome, len(self._outcomes)) for outcome in chunk.outcomes]
         self._append("outcomes", codes)
-        for place, bad in part.bad:
+        for index, bad in chunk.bad:
             if len(self._examples) < SHOWN_EXAMPLES or all(
                 bad.reason != shown[3] for shown in self._examples
             ):
                 origin = self._file(bad.origin.source), bad.origin.line
-                self._examples.append((self.records + place, *origin, bad.reason, bad.detail))
-        self._pieces += len(part.piece_starts)
-        self.records += len(part.outcomes)
+                self._examples.append((self.records + index, *origin, bad.reason, bad.detail))
+        self._pieces += len(chunk.piece_starts)
+        self.records += len(chunk.outcomes)
 
     def _file(self, source: str) -> int:
         return self._files.setdefault(source, len(self._files))
@@ -133,7 +133,7 @@ class SourceWriter:
         self._sizes[name] += array.size
 
     def finish(self, fingerprint: str, whole: bool) -> None:
-        """Write the manifest; the folder is complete then."""
+        """Write the manifest, which completes the folder."""
         self.close()
         manifest = Manifest(
             fingerprint=fingerprint,
@@ -159,47 +159,47 @@ class SourceWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # a full disk does not say which file it was
+        except OSError as error:  # the error of a full disk has no file name
             raise ConfigError(
                 "the encoded data cannot be written",
                 where="data.cache",
                 got=f"{self._folder}: {error}",
-                remedy="make room, or set data.cache to a folder on another disk",
+                remedy="free disk space, or set data.cache to a folder on another disk",
             ) from error
 
 
 def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:
-    """The undamaged folder with the first `limit` records (None: all) of this content, if there is one."""
+    """Return an undamaged folder with the first `limit` records (None: all) of this content, or None."""
     folders = sorted(cache.glob(f"{fingerprint}*"), key=lambda folder: (len(folder.name), folder.name))
     for folder in folders:
         if is_temporary(folder):
             continue
         manifest = read_manifest(folder)
-        # A folder under a name that is not its own has other content.
-        is_it = manifest is not None and manifest.fingerprint == fingerprint and manifest.covers(limit)
-        if manifest is not None and is_it and not find_damage(folder, manifest):
+        if manifest is None or manifest.fingerprint != fingerprint:  # damaged, or a renamed folder
+            continue
+        if manifest.covers(limit) and not find_damage(folder, manifest):
             return folder
     return None
 
 
 def folder_name(fingerprint: str, limit: int | None) -> str:
-    """The name under which the first `limit` records (None: all) of this content are encoded."""
+    """Return the name of a folder with the first `limit` records (None: all) of this content."""
     return fingerprint if limit is None else f"{fingerprint}{_FIRST}{limit}"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None if there is none or it is damaged."""
+    """Return the manifest of a folder; None if it is missing or damaged."""
     try:
-        told = json.loads((folder / _MANIFEST).read_bytes())
-        if text_digest(told["content"]) != told["digest"]:
+        stored = json.loads((folder / _MANIFEST).read_bytes())
+        if text_digest(stored["content"]) != stored["digest"]:
             return None
-        return Manifest(**json.loads(told["content"]))
+        return Manifest(**json.loads(stored["content"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def find_damage(folder: Path, manifest: Manifest) -> list[str]:
-    """The files that are not what the manifest promises; each is read again only if it has changed."""
+    """Return the arrays whose files differ from the manifest; only files that have changed are read."""
     return [name for name in _ARRAYS if not _is_whole(folder, name, manifest)]
 
 
@@ -214,7 +214,7 @@ def _is_whole(folder: Path, name: str, manifest: Manifest) -> bool:
 
 
 def remember_written(folder: Path) -> None:
-    """Remember the digests of a folder that this process has just written."""
+    """Remember the digests of a folder just written by this process."""
     manifest = read_manifest(folder)
     if manifest is not None:
         for name in _ARRAYS:
@@ -223,12 +223,12 @@ def remember_written(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class SourceView:
-    """The records of a source that are used, memory-mapped.
+    """The used records of a source, memory-mapped.
 
     Attributes:
-        counts: what became of them.
-        pairs: how many pairs they gave.
-        files: where they were read, named as the source was configured.
+        counts: of these records.
+        pairs: number of examples made from them.
+        files: their files, named as the source was configured.
         arrays: by the names of `PreferenceDataset`'s attributes.
     """
 
@@ -239,7 +239,7 @@ class SourceView:
 
 
 def view(source: EncodedSource, manifest: Manifest) -> SourceView:
-    """Map the first `limit` records of an encoded source; reads no ids."""
+    """Map the first `limit` records of an encoded source without reading their ids."""
     arrays = {name: _map(source.folder, name, manifest.sizes[name]) for name in _ARRAYS}
     used = arrays["outcomes"][: source.limit]
     outcomes = [

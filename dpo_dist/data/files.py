@@ -1,4 +1,4 @@
-"""Rows of one file, each with the line it stands on."""
+"""Read the records of one file, each with its line number."""
 
 import codecs
 import contextlib
@@ -20,12 +20,12 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
 _MAX_RECORD_BYTES = 2**26
 _MAX_UNPACKED_ARRAY_BYTES = 2**30
-_PARQUET_BATCH_ROWS = 1024
+_PARQUET_BATCH_RECORDS = 1024
 _BLOCK_BYTES = 2**22
 
 
 def file_kind(file: Path) -> str | None:
-    """The ending by which a file is read, without that of its compression; None if it cannot be read."""
+    """Return a file's extension without that of its compression; None if such files cannot be read."""
     if file.suffix in _COMPRESSIONS:
         inner = Path(file.stem).suffix
         return inner if inner in _COMPRESSED_KINDS else None
@@ -33,46 +33,47 @@ def file_kind(file: Path) -> str | None:
 
 
 def read_file(file: Path, path: str) -> Iterator[RawRecord]:
-    """Rows in the file's order, streamed except for a .json array. No record of .jsonl or .csv above 64 MiB
-    is held in memory; it is a bad one.
+    """Read records in the file's order, streamed except for a .json array.
+
+    A record of .jsonl or .csv above 64 MiB is never loaded as a whole; it becomes a bad record.
 
     Args:
         file: .jsonl, .json (one array), .csv, any of these as .gz or .zst, or .parquet.
         path: the source as configured, for origins.
 
     Returns:
-        Each row or why it is none, and its origin: true 1-based line numbers for .jsonl and .csv (where the
-        record starts), record numbers elsewhere.
+        Each record or the reason why it cannot be read, and its origin: the 1-based line of its start in
+        .jsonl and .csv, its number elsewhere.
 
     Raises:
-        DataError: the file cannot be read; by this call where its beginning shows it, else when it is met.
+        DataError: the file cannot be read; raised by this call if the start of the file shows it.
     """
-    with _damage_told(path):
-        return _rows(file, path)
+    with _damage_as_data_error(path):
+        return _records(file, path)
 
 
-def _rows(file: Path, path: str) -> Iterator[RawRecord]:
+def _records(file: Path, path: str) -> Iterator[RawRecord]:
     match file_kind(file):
         case ".jsonl":
-            rows = _jsonl_rows(_opened(file), path)
+            records = _jsonl_records(_open(file), path)
         case ".json":
-            rows = with_origins(_json_rows(file), path)
+            records = with_origins(_json_values(file), path)
         case ".csv":
-            # What is not UTF-8 becomes a lone surrogate, which makes its record a bad one and no other.
-            text = io.TextIOWrapper(_opened(file), "utf-8-sig", "surrogateescape", newline="")
-            rows = read_csv(text, path, _MAX_RECORD_BYTES)
+            # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
+            text = io.TextIOWrapper(_open(file), "utf-8-sig", "surrogateescape", newline="")
+            records = read_csv(text, path, _MAX_RECORD_BYTES)
         case ".parquet":
-            rows = with_origins(_parquet_rows(file), path)
+            records = with_origins(_parquet_values(file), path)
         case _:
             raise _unknown_kind(file, path)
-    return _guarded(rows, path)
+    return _guarded(records, path)
 
 
 def check_kind(file: Path, path: str) -> None:
-    """Refuse a file that `read_file` does not read, by its ending.
+    """Check the extension of a file.
 
     Raises:
-        DataError: it has another ending.
+        DataError: `read_file` cannot read such files.
     """
     if file_kind(file) is None:
         raise _unknown_kind(file, path)
@@ -82,20 +83,20 @@ def _unknown_kind(file: Path, path: str) -> DataError:
     return DataError(
         "this kind of file cannot be read",
         where=path,
-        got=file.suffix or "a name without an ending",
+        got=file.suffix or "a name without an extension",
         expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-        remedy="convert or rename the file; a file with one JSON object per line ends in .jsonl",
+        remedy="convert or rename the file; the extension of a file with one JSON object per line is .jsonl",
     )
 
 
-def _guarded(rows: Iterator[RawRecord], path: str) -> Iterator[RawRecord]:
-    with _damage_told(path):
-        yield from rows
+def _guarded(records: Iterator[RawRecord], path: str) -> Iterator[RawRecord]:
+    with _damage_as_data_error(path):
+        yield from records
 
 
 @contextlib.contextmanager
-def _damage_told(path: str) -> Iterator[None]:
-    """Raise DataError for what the file system and decompression raise."""
+def _damage_as_data_error(path: str) -> Iterator[None]:
+    """Raise DataError for errors of the file system and of decompression."""
     try:
         yield
     except (OSError, pyarrow.ArrowException) as fault:
@@ -103,12 +104,12 @@ def _damage_told(path: str) -> Iterator[None]:
             "the file cannot be read to its end",
             where=path,
             got=str(fault).splitlines()[0],
-            remedy="check the file; if it is damaged or cut short, write or download it again",
+            remedy="check the file; if it is damaged or incomplete, write or download it again",
         ) from fault
 
 
-def _opened(file: Path) -> BinaryIO:
-    """The unpacked bytes of a file of UTF-8 text."""
+def _open(file: Path) -> BinaryIO:
+    """Open a UTF-8 text file as a stream of uncompressed bytes."""
     packed = file.open("rb")
     stream = packed
     if file.suffix in _COMPRESSIONS:
@@ -124,22 +125,22 @@ def _opened(file: Path) -> BinaryIO:
     return stream
 
 
-def with_origins(rows: Iterator[Any], path: str) -> Iterator[RawRecord]:
-    """Rows with their record number as origin; what is no object is a bad record."""
-    for number, row in enumerate(rows, start=1):
-        yield _object(row, Origin(path, number))
+def with_origins(values: Iterator[Any], path: str) -> Iterator[RawRecord]:
+    """Yield each value as a record with its number as origin; a value that is no object is a bad record."""
+    for number, value in enumerate(values, start=1):
+        yield _as_record(value, Origin(path, number))
 
 
-def _object(row: Any, origin: Origin) -> RawRecord:
-    match row:
+def _as_record(value: Any, origin: Origin) -> RawRecord:
+    match value:
         case Mapping():
-            return row, origin
+            return value, origin
         case ValueError():
-            return BadRecord("unparsable", origin, reason(row)), origin
-    return BadRecord("unparsable", origin, f"a {type(row).__name__} where an object is expected"), origin
+            return BadRecord("unparsable", origin, reason(value)), origin
+    return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
 
 
-def _jsonl_rows(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
+def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
     for number, line in enumerate(_lines(stream), start=1):
         if not line.strip():
             continue
@@ -148,16 +149,16 @@ def _jsonl_rows(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
             yield BadRecord("unparsable", origin, f"a line of more than {_MAX_RECORD_BYTES} bytes"), origin
             continue
         try:
-            row = parse_json(line)
+            value = parse_json(line)
         except (ValueError, RecursionError) as fault:
             yield BadRecord("unparsable", origin, reason(fault)), origin
         else:
-            yield _object(row, origin)
+            yield _as_record(value, origin)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines as bytes: only a newline ends one, whatever Unicode separators it has. Of one that is too long
-    for a record only the start.
+    """Yield lines as bytes, split at newlines only (not at Unicode separators); only the start of a line
+    that is too long for a record.
     """
     while line := stream.readline(_MAX_RECORD_BYTES + 1):
         yield line
@@ -166,7 +167,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value that UTF-8 bytes write; ValueError (a key that an object has twice too) or RecursionError."""
+    """Parse JSON in UTF-8. Raises ValueError (also for a duplicate key in an object) or RecursionError."""
     return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
 
 
@@ -180,7 +181,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def reason(fault: Exception) -> str:
-    """Why parsing failed, without the text that failed to parse."""
+    """Return why parsing failed, without quoting the text."""
     match fault:
         case json.JSONDecodeError():
             return f"{fault.msg} at character {fault.pos + 1}"
@@ -191,8 +192,8 @@ def reason(fault: Exception) -> str:
     return str(fault)
 
 
-def _json_rows(file: Path) -> Iterator[Any]:
-    with _opened(file) as stream:
+def _json_values(file: Path) -> Iterator[Any]:
+    with _open(file) as stream:
         content = stream.read(_MAX_UNPACKED_ARRAY_BYTES + 1 if file.suffix in _COMPRESSIONS else -1)
     if file.suffix in _COMPRESSIONS and len(content) > _MAX_UNPACKED_ARRAY_BYTES:
         raise DataError(
@@ -202,27 +203,27 @@ def _json_rows(file: Path) -> Iterator[Any]:
             remedy="write one object per line (.jsonl.gz or .jsonl.zst), which is read line by line",
         )
     try:
-        rows = parse_json(content)
+        values = parse_json(content)
     except (ValueError, RecursionError) as fault:
         raise DataError(
             "the file is not JSON",
             where=str(file),
             got=reason(fault) if content.strip() else "an empty file",
             expected="one array of objects",
-            remedy="a file with one object per line has to be named .jsonl",
+            remedy="rename a file with one object per line to .jsonl",
         ) from fault
-    if not isinstance(rows, list):
+    if not isinstance(values, list):
         raise DataError(
-            "the file holds no array",
+            "the JSON file is not an array",
             where=str(file),
-            got=f"a {type(rows).__name__}",
+            got=f"a {type(values).__name__}",
             expected="one array of objects",
-            remedy="a file with one object per line has to be named .jsonl",
+            remedy="rename a file with one object per line to .jsonl",
         )
-    return iter(rows)
+    return iter(values)
 
 
-def _parquet_rows(file: Path) -> Iterator[Any]:
+def _parquet_values(file: Path) -> Iterator[Any]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as fault:
@@ -233,18 +234,19 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
             "two columns have the same name",
             where=str(file),
             got=", ".join(map(shown_key, names)),
-            expected="a name of its own for each column",
+            expected="a different name for each column",
         )
-    return (row for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS) for row in _batch_rows(batch))
+    batches = table.iter_batches(batch_size=_PARQUET_BATCH_RECORDS)
+    return (value for batch in batches for value in _batch_values(batch))
 
 
-def _batch_rows(batch: pyarrow.RecordBatch) -> Iterator[Any]:
-    """The rows of a batch; where a text is not UTF-8, the error in place of its row."""
+def _batch_values(batch: pyarrow.RecordBatch) -> Iterator[Any]:
+    """Yield the records of a batch; for a record with text that is not UTF-8 the error."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError as fault:
         if len(batch) == 1:
             yield fault
             return
-        for place in range(len(batch)):
-            yield from _batch_rows(batch.slice(place, 1))
+        for index in range(len(batch)):
+            yield from _batch_values(batch.slice(index, 1))

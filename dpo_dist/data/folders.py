@@ -1,4 +1,4 @@
-"""Sources of several local files: globs, folders of shards, folders saved by `datasets`."""
+"""Find the files of a local source: patterns, folders of shards, folders saved by `datasets`."""
 
 import glob
 import itertools
@@ -12,7 +12,7 @@ from dpo_dist.errors import ConfigError, DataError
 
 _GLOB = re.compile(r"[*?\[]")
 _SAVED = ("state.json", "dataset_dict.json")
-# What `datasets` writes beside data files, not data itself.
+# Metadata that `datasets` writes beside the data files.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", *_SAVED)
 _SHARD_OF_SPLIT = re.compile(r"(.+?)-(\d{5})-of-(\d{5})")
 _SPLIT_WORDS = {
@@ -23,17 +23,17 @@ _SPLIT_WORDS = {
 
 
 def is_glob(path: str) -> bool:
-    """Whether `path` has a character of a glob pattern."""
+    """Return whether `path` is a pattern."""
     return _GLOB.search(path) is not None
 
 
 def root_of(path: str) -> Path:
-    """What files of a source are named relative to: the source, or of a pattern the folder before it."""
+    """Return the folder to which names of a source's files are relative; of a pattern the part before it."""
     return Path(*itertools.takewhile(lambda part: not is_glob(part), Path(path).parts))
 
 
 def globbed_files(pattern: str) -> list[Path]:
-    """The files that match, sorted by path; `**` reaches into folders.
+    """Return the files that match, sorted by path; `**` matches folders.
 
     Raises:
         DataError: no file matches.
@@ -44,23 +44,23 @@ def globbed_files(pattern: str) -> list[Path]:
         raise DataError(
             "no file matches the pattern",
             where=pattern,
-            remedy="check the pattern; `**` reaches into folders",
+            remedy="check the pattern; `**` matches folders at any depth",
         )
     return files
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets` wrote the folder with `save_to_disk`."""
+    """Return whether `Dataset.save_to_disk` wrote the folder."""
     return any((folder / name).is_file() for name in _SAVED)
 
 
 def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
-    """Rows of a folder for which `is_saved` holds.
+    """Return the records of a folder written by `Dataset.save_to_disk`.
 
     Raises:
         DataError: it cannot be loaded, or has no such split.
     """
-    from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import, and only needed here
+    from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
 
     try:
         saved = load_from_disk(str(folder))
@@ -80,25 +80,25 @@ def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
 
 
 def shards(folder: Path, split: str | None) -> list[Path]:
-    """The data files below a folder that belong to `split`, sorted by path.
+    """Return the data files of `split` below a folder, sorted by path.
 
-    The split of a file is told by its name, as `datasets` does: `NAME-00000-of-00004.parquet`, or one of the
-    words train, validation, test and their synonyms in its path below `folder`. Where no file tells one, all
-    belong to the only split.
+    The split of a file follows from its name, as in `datasets`: `NAME-00000-of-00004.parquet`, or one of the
+    words train, validation, test and their synonyms in its path below `folder`. If no name has a split, all
+    files belong to the only split.
 
     Raises:
-        DataError: there is no data file, there are files of several kinds, some that tell no split beside
-            others that do, or none of the split; or a shard of it is missing.
-        ConfigError: a split is asked for and no file tells one.
+        DataError: there is no data file; the files are of several kinds; only some names have a split; no
+            file belongs to the split; or a shard of it is missing.
+        ConfigError: `split` is set and no name has a split.
     """
-    below = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_beside_data(folder, file))
+    below = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_metadata(folder, file))
     files = [file for file in below if file_kind(file)]
     if not files:
         raise DataError(
             "the folder has no data files",
             where=str(folder),
             got=", ".join(file.name for file in below[:5]) or "an empty folder",
-            expected=f"{', '.join(KINDS)} files, or what Dataset.save_to_disk writes",
+            expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
         )
     kinds = {file_kind(file) for file in files}
     if len(kinds) > 1:
@@ -107,25 +107,25 @@ def shards(folder: Path, split: str | None) -> list[Path]:
             where=str(folder),
             got=", ".join(file.name for file in files[:5]),
             expected="files of one kind",
-            remedy="name the files by a pattern, for example path/*.jsonl",
+            remedy="select the files by a pattern, for example path/*.jsonl",
         )
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
-    told = sorted(name for name in set(splits.values()) if name)
-    if not told:
+    names = sorted(name for name in set(splits.values()) if name)
+    if not names:
         check_no_split(str(folder), split)
         return files
-    untold = [file for file in files if splits[file] is None]
-    if untold:
+    unnamed = [file for file in files if splits[file] is None]
+    if unnamed:
         raise DataError(
-            "the folder has files whose names tell no split, beside others that do",
+            "there is no split in the names of some files",
             where=str(folder),
-            got=", ".join(str(file.relative_to(folder)) for file in untold[:5]),
-            expected=f"names that tell one, as others do: {', '.join(told)}",
-            remedy="name the files that are wanted by a pattern, for example path/*.jsonl, or rename these",
+            got=", ".join(str(file.relative_to(folder)) for file in unnamed[:5]),
+            expected=f"a split in every name or in none; other files have: {', '.join(names)}",
+            remedy="select the files by a pattern, for example path/*.jsonl, or rename these",
         )
     found = [file for file in files if splits[file] == (split or "train")]
     if not found:
-        raise _no_split(folder, split, told)
+        raise _no_split(folder, split, names)
     _check_all_shards(folder, found)
     return found
 
@@ -135,20 +135,20 @@ def _check_all_shards(folder: Path, files: list[Path]) -> None:
     for file in files:
         if shard := _SHARD_OF_SPLIT.match(file.name):
             numbers.setdefault((file.parent, shard[1], int(shard[3])), set()).add(int(shard[2]))
-    for (_, name, total), there in numbers.items():
-        if missing := sorted(set(range(total)) - there):
+    for (_, name, total), present in numbers.items():
+        if missing := sorted(set(range(total)) - present):
             raise DataError(
                 "shards of the source are missing",
                 where=str(folder),
                 got=f"{len(missing)} of {total}: {name}-{missing[0]:05d}-of-{total:05d}"
                 + (" and others" if missing[1:] else ""),
-                remedy="copy or download the folder again; a part of it is named by a pattern, for example "
-                f"path/{name}-*",
+                remedy="copy or download the folder again, or select the shards that exist by a pattern, for "
+                f"example path/{name}-*",
             )
 
 
 def check_no_split(path: str, split: str | None) -> None:
-    """Refuse a split for a source that has none. Raises ConfigError."""
+    """Check that `split` is not set for a source without splits. Raises ConfigError."""
     if split is not None:
         raise ConfigError(
             "a split has no effect on a source without splits",
@@ -159,7 +159,7 @@ def check_no_split(path: str, split: str | None) -> None:
         )
 
 
-def _is_beside_data(folder: Path, file: Path) -> bool:
+def _is_metadata(folder: Path, file: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return hidden or file.name in _DESCRIPTIONS
 

@@ -1,7 +1,8 @@
-"""Who computes which pairs of a global batch: micro-batches of like cost, as few as hold the pairs.
+"""Assign the examples of a global batch to ranks and micro-batches.
 
-A plan is a pure function of sizes, number of ranks and token budget, and every rank makes the whole of it, so
-that ranks need not talk (law L2). Its cost is that of sorting the batch: pairs are placed many at a time.
+As few micro-batches as possible, balanced by compute cost. A plan is a pure function of sizes, number of
+ranks and token budget; every rank computes all of it, without communication (law L2). Many examples are
+assigned at a time, so that it takes about as long as sorting the batch.
 """
 
 import math
@@ -14,17 +15,17 @@ Counts = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
-_GROUPS = 128  # of pairs that are fitted at a time: as tight as one by one, in milliseconds
+_GROUPS = 128  # of examples that are assigned at a time: as tight as one by one, in milliseconds
 _CAPACITY_TRIALS = 3
 
 
 @dataclass(frozen=True)
 class ComputeCosts:
-    """What a model's time goes to, in the time that its layers' matrices take for one token.
+    """Compute time of a model, in units of the time that its layers' matrices take for one token.
 
     Attributes:
-        key: of a token that attends to one key, in all layers.
-        target: of a target in the output layer.
+        key: time of one query-key pair, in all layers.
+        target: time of one target in the output layer.
     """
 
     key: float
@@ -33,13 +34,13 @@ class ComputeCosts:
 
 @dataclass(frozen=True)
 class ExampleSizes:
-    """What pairs take in packed batches, [pairs] each.
+    """Sizes of examples in packed batches, [examples] each.
 
     Attributes:
-        tokens: int64, packed tokens, which take memory.
+        tokens: int64, packed tokens, which decide the memory.
         targets: int64, completion tokens.
-        attended: int64, pairs of a packed token with one it attends to.
-        costs: float64, time to compute them, in that of one token in the layers' matrices.
+        attended: int64, query-key pairs of attention.
+        costs: float64, compute time in units of `ComputeCosts`.
     """
 
     tokens: Counts
@@ -47,10 +48,10 @@ class ExampleSizes:
     attended: Counts
     costs: Costs
 
-    def at(self, places: Counts) -> "ExampleSizes":
-        """Of the pairs that stand there."""
+    def at(self, indices: Counts) -> "ExampleSizes":
+        """Return the sizes of the examples at `indices`."""
         return ExampleSizes(
-            self.tokens[places], self.targets[places], self.attended[places], self.costs[places]
+            self.tokens[indices], self.targets[indices], self.attended[indices], self.costs[indices]
         )
 
 
@@ -60,36 +61,35 @@ def example_sizes(
     """Return the sizes of many examples.
 
     Args:
-        prompt_tokens: int64 [pairs].
-        response_tokens: int64 [responses of all pairs], pair after pair.
-        responses: int64 [pairs], responses of each pair, at least one.
+        prompt_tokens: int64 [examples].
+        response_tokens: int64 [responses], those of the first example, of the second, ...
+        responses: int64 [examples], number of responses of each example, at least one.
         costs: of the model that computes them.
     """
     firsts = np.cumsum(responses) - responses
-    laid_out = response_tokens - 1
-    in_responses = laid_out * np.repeat(prompt_tokens, responses) + laid_out * (laid_out + 1) // 2
-    tokens = prompt_tokens + np.add.reduceat(laid_out, firsts)
+    stored = response_tokens - 1
+    in_responses = stored * np.repeat(prompt_tokens, responses) + stored * (stored + 1) // 2
+    tokens = prompt_tokens + np.add.reduceat(stored, firsts)
     attended = prompt_tokens * (prompt_tokens + 1) // 2 + np.add.reduceat(in_responses, firsts)
     targets = np.add.reduceat(response_tokens, firsts)
-    # A token's attention to itself is part of what a token costs.
+    # Attention of a token to itself is included in the cost of a token.
     keys = attended - tokens / 2
     return ExampleSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
-    """Spread the pairs of one global batch over micro-batches and ranks.
+    """Assign the examples of a global batch to micro-batches and ranks.
 
-    As few micro-batches as hold the pairs; among these, ranks of one micro-batch, and of the whole step, get
-    work of the same cost, so that they wait little for each other. A pair above the budget has a micro-batch
-    of its rank to itself.
+    As few micro-batches as possible; the ranks get work of equal cost in each micro-batch and in the whole
+    step, so that they wait little for each other. An example above the budget is alone in its micro-batch.
 
     Args:
-        sizes: of each pair.
+        sizes: of each example.
         world_size: number of ranks.
         token_budget: tokens that fit in one micro-batch.
 
     Returns:
-        ``plan[micro_batch][rank]``: places in `sizes`; empty where a rank computes a dummy. Every rank has
+        ``plan[micro_batch][rank]``: indices in `sizes`; empty if the rank computes a dummy. Every rank has
         the same number of micro-batches (law L2).
     """
     if not len(sizes.tokens):
@@ -101,69 +101,70 @@ def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) 
         if bins is None:
             bins = _fill_tightly(tokens, world_size * micro_batches, token_budget)
         if bins is not None:
-            return _deal_to_ranks(bins, sizes.costs, world_size, micro_batches)
+            return _assign_to_ranks(bins, sizes.costs, world_size, micro_batches)
         micro_batches += 1
 
 
 def _fill_evenly(
     tokens: Counts, costs: Costs, world_size: int, micro_batches: int, budget: int
 ) -> Bins | None:
-    """Dearest pair first into the bin of least cost that has room (LPT); None if none has.
+    """Assign each example, costliest first, to the bin of least cost that has space (LPT); None if none has.
 
-    Bins of a micro-batch that is to take less than the first start as if they held the difference. The bins
-    that are certain to get a pair before any of them gets a second one are served at once.
+    Bins of a micro-batch with a smaller target cost than the first start with the difference as load. All
+    bins that would get an example before any of them gets a second one are filled in one iteration.
     """
-    heights = _heights(costs, world_size, micro_batches)
-    loads = np.repeat(heights[0] - heights, world_size)
-    rooms = np.full(world_size * micro_batches, budget)
-    dearest_first = np.argsort(-costs, kind="stable")
-    costs, tokens = costs[dearest_first], tokens[dearest_first]
+    target_costs = _target_costs(costs, world_size, micro_batches)
+    loads = np.repeat(target_costs[0] - target_costs, world_size)
+    free = np.full(world_size * micro_batches, budget)
+    costliest_first = np.argsort(-costs, kind="stable")
+    costs, tokens = costs[costliest_first], tokens[costliest_first]
     bins = np.empty(len(costs), dtype=np.int64)
     done = 0
     while done < len(costs):
-        open_bins = np.flatnonzero(rooms >= tokens[done])
+        open_bins = np.flatnonzero(free >= tokens[done])
         if not len(open_bins):
             return None
         lowest_first = open_bins[np.argsort(loads[open_bins], kind="stable")][: len(costs) - done]
-        pairs = slice(done, done + len(lowest_first))
-        served = (loads[lowest_first] - loads[lowest_first[0]] <= costs[pairs]) & (
-            rooms[lowest_first] >= tokens[pairs]
+        batch = slice(done, done + len(lowest_first))
+        fits = (loads[lowest_first] - loads[lowest_first[0]] <= costs[batch]) & (
+            free[lowest_first] >= tokens[batch]
         )
-        count = len(served) if served.all() else int(served.argmin())
-        pairs, lowest_first = slice(done, done + count), lowest_first[:count]
-        loads[lowest_first] += costs[pairs]
-        rooms[lowest_first] -= tokens[pairs]
-        bins[dearest_first[pairs]] = lowest_first
+        count = len(fits) if fits.all() else int(fits.argmin())
+        batch, lowest_first = slice(done, done + count), lowest_first[:count]
+        loads[lowest_first] += costs[batch]
+        free[lowest_first] -= tokens[batch]
+        bins[costliest_first[batch]] = lowest_first
         done += count
     return bins
 
 
-def _heights(costs: Costs, world_size: int, micro_batches: int) -> Costs:
-    """The cost that a rank is to have in each micro-batch, falling: where a pair costs more than an even
-    share, the other ranks of its micro-batch get as much.
+def _target_costs(costs: Costs, world_size: int, micro_batches: int) -> Costs:
+    """Return the cost per rank to aim at in each micro-batch, descending.
+
+    If one example costs more than an even share, the other ranks of its micro-batch get as much.
     """
-    dearest = np.zeros(micro_batches)
-    falling = np.sort(costs)[::-1][::world_size][:micro_batches]
-    dearest[: len(falling)] = falling
-    heights = np.empty(micro_batches)
+    costliest = np.zeros(micro_batches)
+    descending = np.sort(costs)[::-1][::world_size][:micro_batches]
+    costliest[: len(descending)] = descending
+    targets = np.empty(micro_batches)
     left = costs.sum() / world_size
-    for place in range(micro_batches):
-        heights[place] = max(left / (micro_batches - place), min(dearest[place], left))
-        left -= heights[place]
-    return heights
+    for micro_batch in range(micro_batches):
+        targets[micro_batch] = max(left / (micro_batches - micro_batch), min(costliest[micro_batch], left))
+        left -= targets[micro_batch]
+    return targets
 
 
 def _fill_tightly(tokens: Counts, number: int, budget: int) -> Bins | None:
-    """Best fit, into the smallest bins that a few trials find to do (Coffman, Garey, Johnson 1978)."""
+    """Best fit into bins as small as a few trials find possible (Coffman, Garey, Johnson 1978)."""
     longest_first = np.argsort(-tokens, kind="stable")
-    falling = tokens[longest_first]
-    fitted = _fit(falling, number, budget)
+    descending = tokens[longest_first]
+    fitted = _fit(descending, number, budget)
     if fitted is None:
         return None
     too_small, capacity = int(tokens.sum()) // number, budget
     for _ in range(_CAPACITY_TRIALS):
         middle = (too_small + capacity) // 2
-        tighter = _fit(falling, number, middle)
+        tighter = _fit(descending, number, middle)
         if tighter is None:
             too_small = middle
         else:
@@ -174,42 +175,43 @@ def _fill_tightly(tokens: Counts, number: int, budget: int) -> Bins | None:
 
 
 def _fit(tokens: Counts, number: int, capacity: int) -> Bins | None:
-    """Longest pair first into the fullest bin that has room for it, a group of pairs at a time into as many
-    bins; None if no bin has room for a pair.
+    """Assign each example, longest first, to the fullest bin with enough space; None if no bin has it.
+
+    A group of examples is assigned at a time, to as many bins.
     """
-    rooms, names = np.full(number, capacity), np.arange(number)
+    free, numbers = np.full(number, capacity), np.arange(number)
     bins = np.empty(len(tokens), dtype=np.int64)
     done, group = 0, math.ceil(len(tokens) / _GROUPS)
     while done < len(tokens):
-        rising = tokens[done : done + group][::-1]
-        # The first bin with room for each, or the next that no shorter pair of the group has taken.
-        offsets = np.arange(len(rising))
-        taken = np.maximum.accumulate(np.searchsorted(rooms, rising) - offsets) + offsets
+        ascending = tokens[done : done + group][::-1]
+        # The first bin with space for each, or the next that no shorter example of the group has taken.
+        offsets = np.arange(len(ascending))
+        taken = np.maximum.accumulate(np.searchsorted(free, ascending) - offsets) + offsets
         if taken[-1] >= number:
-            if len(rising) == 1:
+            if len(ascending) == 1:
                 return None
-            group = math.ceil(len(rising) / 2)
+            group = math.ceil(len(ascending) / 2)
             continue
-        bins[done : done + len(rising)] = names[taken][::-1]
-        done += len(rising)
-        rooms[taken] -= rising
-        fullest_first = np.argsort(rooms, kind="stable")
-        rooms, names = rooms[fullest_first], names[fullest_first]
+        bins[done : done + len(ascending)] = numbers[taken][::-1]
+        done += len(ascending)
+        free[taken] -= ascending
+        fullest_first = np.argsort(free, kind="stable")
+        free, numbers = free[fullest_first], numbers[fullest_first]
     return bins
 
 
-def _deal_to_ranks(bins: Bins, costs: Costs, world_size: int, micro_batches: int) -> list[list[list[int]]]:
-    """Bins of similar cost share a micro-batch; there the rank that has done least gets the dearest."""
+def _assign_to_ranks(bins: Bins, costs: Costs, world_size: int, micro_batches: int) -> list[list[list[int]]]:
+    """Put bins of similar cost into one micro-batch; the rank with the least work gets the costliest."""
     number = world_size * micro_batches
     loads = np.bincount(bins, costs, number)
-    turns = np.empty(number, dtype=np.int64)
+    slots = np.empty(number, dtype=np.int64)
     done = np.zeros(world_size)
-    for micro_batch, dearest in enumerate(np.argsort(-loads, kind="stable").reshape(-1, world_size)):
+    for micro_batch, costliest in enumerate(np.argsort(-loads, kind="stable").reshape(-1, world_size)):
         idle_first = np.argsort(done, kind="stable")
-        done[idle_first] += loads[dearest]
-        turns[dearest] = micro_batch * world_size + idle_first
-    turn_of_pair = turns[bins]
-    pairs = np.argsort(turn_of_pair, kind="stable")
-    ends = np.cumsum(np.bincount(turn_of_pair, minlength=number))
-    contents = [part.tolist() for part in np.split(pairs, ends[:-1])]
+        done[idle_first] += loads[costliest]
+        slots[costliest] = micro_batch * world_size + idle_first
+    slot_of_example = slots[bins]
+    examples = np.argsort(slot_of_example, kind="stable")
+    ends = np.cumsum(np.bincount(slot_of_example, minlength=number))
+    contents = [part.tolist() for part in np.split(examples, ends[:-1])]
     return [contents[start : start + world_size] for start in range(0, number, world_size)]

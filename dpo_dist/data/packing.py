@@ -1,8 +1,8 @@
-"""How pairs lie in memory: no padding, every prompt once.
+"""Packed layout of a micro-batch: no padding, each prompt stored once.
 
-A packed micro-batch is one row of tokens. A pair is laid out as ``[prompt, response, response, ...]``; the
-positions of every response restart at the prompt's length, and attention (model/attention.py) lets each
-response see its own prompt only. A response's last token predicts nothing and is not laid out.
+A packed micro-batch is one sequence of tokens, an example ``[prompt, response, response, ...]`` in it. The
+position ids of every response start at the prompt's length, and in attention (model/attention.py) a response
+sees its own prompt only. The last token of a response predicts nothing and is not stored.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,18 +32,18 @@ class PackedBatch:
     Attributes:
         input_ids: int64 [tokens].
         position_ids: int64 [tokens].
-        layout: for each pair the lengths of its pieces in `input_ids`: prompt, response, response, ...
-        predictors: int64 [targets], the place in `input_ids` whose hidden state predicts each target. The
-            first token of every response is predicted by the prompt's last.
+        layout: for each example the lengths of its pieces in `input_ids`: prompt, response, response, ...
+        predictors: int64 [targets], index in `input_ids` of the token that predicts each target. The last
+            token of the prompt predicts the first token of every response.
         targets: int64 [targets], completion tokens, response after response.
         response_tokens: int64 [responses], completion tokens of each response.
         keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
-        weights: float32 [pairs], 1, or 0 for a dummy: a batch that only keeps the ranks in step (law L2).
-        ranking: int64 [pairs, 2 + n], places of each pair's best response, its worst, and those between them,
-            -1 where there is none; None where every pair has two responses.
+        weights: float32 [pairs], 1; 0 for a dummy, which only keeps collective calls equal (law L2).
+        ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
+            and those between them, padded with -1; None if every pair has two responses.
         score_gaps: float32 [pairs], score of the best response minus that of the worst; nan without scores.
-        token_weights: float32 [targets], by which log-probs are multiplied, where the loss has such weights.
-        reference_logps: float32 [targets], the reference's log-probs, where they are known beforehand.
+        token_weights: float32 [targets], factors of the log-probs, if the loss has such weights.
+        reference_logps: float32 [targets], reference log-probs, if they need no forward pass.
     """
 
     input_ids: Tensor
@@ -61,20 +61,20 @@ class PackedBatch:
 
     @property
     def pair_tokens(self) -> list[tuple[int, ...]]:
-        """Completion tokens of each pair's responses."""
-        return [tuple(laid_out + 1 for laid_out in responses) for _, *responses in self.layout]
+        """Completion tokens of the responses of each example."""
+        return [tuple(stored + 1 for stored in responses) for _, *responses in self.layout]
 
     @property
     def tokens(self) -> int:
-        """Tokens computed for real pairs."""
+        """Number of tokens computed for examples; 0 for a dummy."""
         return len(self.input_ids) if len(self.keys) else 0
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
+        """Copy the tensors to `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "PackedBatch":
-        """The same batch in page-locked memory: a copy from there to a CUDA device does not hold the host."""
+        """Copy the tensors to page-locked memory, from which a copy to a CUDA device is asynchronous."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
@@ -85,12 +85,12 @@ class PackedBatch:
 
 
 def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
-    """Tokens that a prompt with its responses takes in a packed batch."""
+    """Return the length of a prompt with its responses in a packed batch."""
     return prompt_tokens + sum(tokens - 1 for tokens in response_tokens)
 
 
 def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
-    """Lay out `sequences`, whose responses have these content `keys`, as one micro-batch."""
+    """Pack `sequences` into one micro-batch; `keys` are the content keys of their responses."""
     inputs: list[Ids] = []
     positions: list[npt.NDArray[np.int64]] = []
     predictors: list[npt.NDArray[np.int64]] = []
@@ -125,14 +125,14 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
 
 
 def dummy_batch() -> PackedBatch:
-    """The smallest batch that takes part in a forward and weighs nothing."""
+    """Return the smallest batch that a forward accepts, with weight 0."""
     one = np.zeros(1, dtype=np.int32)
     batch = pack([Sequences(one, (one, one))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 
 def _ranking(counts: Sequence[int]) -> Tensor | None:
-    """`PackedBatch.ranking` of pairs with so many responses each."""
+    """Return `PackedBatch.ranking` of examples with these numbers of responses."""
     if set(counts) == {2}:
         return None
     ranking = np.full((len(counts), max(2, *counts)), -1)

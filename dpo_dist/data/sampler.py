@@ -1,4 +1,4 @@
-"""Which pairs make up optimizer step s: a pure function of seed, data set and batch size (law L1)."""
+"""Sampler: the batch of optimizer step s as a pure function of seed, dataset and batch size (law L1)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Span:
-    """The rows ``start <= row < stop`` of one source, seen `weight` times an epoch."""
+    """The examples ``start <= index < stop`` of one source, drawn `weight` times an epoch."""
 
     start: int
     stop: int
@@ -25,10 +25,10 @@ class Span:
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """The order of training: epochs follow each other without a gap, step s takes the next batch.
+    """Order of training: shuffled epochs one after the other, cut into consecutive global batches.
 
-    World size, token budget and accumulation do not appear here, so they cannot change the order. Batches may
-    span an epoch's end; the last batch of a run holds what is left.
+    World size, token budget and accumulation are no inputs, so they cannot change the order. A batch may span
+    the end of an epoch; the last batch of a run may be smaller.
     """
 
     spans: tuple[Span, ...]
@@ -38,33 +38,33 @@ class BatchSampler:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the run."""
         return math.ceil(self.total_pairs / self.global_batch_pairs)
 
     @property
     def pairs_per_epoch(self) -> int:
-        """Rows drawn in one epoch, weights included."""
+        """Number of examples drawn in one epoch, by the weights of the sources."""
         return sum(_drawn(span) for span in self.spans)
 
     def indices(self, step: int) -> Indices:
-        """Rows of the global batch of `step` (0-based), int64 [pairs]."""
+        """Return the dataset indices of the global batch of `step` (0-based), int64 [pairs]."""
         start = step * self.global_batch_pairs
         stop = min(start + self.global_batch_pairs, self.total_pairs)
         return np.concatenate([np.empty(0, dtype=np.int64), *self._parts(start, stop)])
 
     def visited_indices(self) -> Indices:
-        """Every row that the run visits, once, in ascending order."""
+        """Return the index of every example that the run visits, ascending, each once."""
         visited = np.zeros(max((span.stop for span in self.spans), default=0), dtype=np.bool_)
         for part in self._parts(0, self.total_pairs):
             visited[part] = True
         return np.flatnonzero(visited)
 
     def epoch(self, step: int) -> float:
-        """Epochs completed after `step` (0-based)."""
+        """Return the epochs completed after `step` (0-based)."""
         return min((step + 1) * self.global_batch_pairs, self.total_pairs) / self.pairs_per_epoch
 
     def _parts(self, start: int, stop: int) -> Iterator[Indices]:
-        """The rows of these places in the run's order, epoch after epoch."""
+        """Yield the indices at positions ``start <= position < stop`` of the run's order, by epoch."""
         per_epoch = self.pairs_per_epoch
         while start < stop:
             epoch, offset = divmod(start, per_epoch)
@@ -74,19 +74,19 @@ class BatchSampler:
 
 
 def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
-    """The schedule of a run over `spans`, `config.epochs` long or `config.max_steps` if that is given.
+    """Return the sampler of a run over `spans`: `config.max_steps` steps if set, else `config.epochs` epochs.
 
     Raises:
-        ConfigError: an epoch has no pair of a source.
+        ConfigError: the weight of a source is too small to draw one of its examples.
     """
     for number, span in enumerate(spans):
         if not _drawn(span):
             raise ConfigError(
-                "the weight of a source leaves none of its pairs",
+                "no pair of a source would be drawn",
                 where=f"data.train[{number}].weight",
                 got=f"{span.weight:g} of {span.stop - span.start} pairs an epoch",
-                expected="at least one pair",
-                remedy="raise the weight, or take the source out",
+                expected="at least one pair an epoch",
+                remedy="raise the weight, or remove the source",
             )
     per_epoch = sum(_drawn(span) for span in spans)
     total = round(config.epochs * per_epoch)
@@ -104,8 +104,8 @@ def _epoch_order(spans: tuple[Span, ...], seed: int, epoch: int) -> Indices:
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     parts = []
     for span in spans:
-        rows = np.arange(span.start, span.stop, dtype=np.int64)
-        whole, rest = divmod(_drawn(span), len(rows)) if len(rows) else (0, 0)
-        parts.append(np.tile(rows, whole))
-        parts.append(generator.choice(rows, size=rest, replace=False) if rest else rows[:0])
+        indices = np.arange(span.start, span.stop, dtype=np.int64)
+        whole, rest = divmod(_drawn(span), len(indices)) if len(indices) else (0, 0)
+        parts.append(np.tile(indices, whole))
+        parts.append(generator.choice(indices, size=rest, replace=False) if rest else indices[:0])
     return generator.permutation(np.concatenate(parts))

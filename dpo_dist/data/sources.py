@@ -37,10 +37,10 @@ def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
 
 
 def check_source(source: SourceConfig) -> None:
-    """Refuse a local source that is missing or of a kind that cannot be read; a hub is not asked.
+    """Check that a local source exists and can be read; sends no request for a Hub dataset.
 
     Raises:
-        DataError: one of these.
+        DataError: it does not exist, or its kind of file cannot be read.
         ConfigError: as `read_records`.
     """
     local = Path(source.path).expanduser()
@@ -50,23 +50,23 @@ def check_source(source: SourceConfig) -> None:
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
-    """The source, with the commit in `revision` if it is a hub dataset; see `hub.pinned`."""
+    """Return the source, for a Hub dataset with the commit as `revision`; see `hub.pinned`."""
     return source if local_files(source) is not None else hub.pinned(source, cache)
 
 
 def local_files(source: SourceConfig) -> list[Path] | None:
-    """The files that make up a local source; None for a dataset on the hub.
+    """Return the files of a local source; None for a dataset on the Hugging Face Hub.
 
     Raises:
-        DataError: there is no such source.
-        ConfigError: `split`, `name`, `data_dir` or `revision` given where they have no effect.
+        DataError: the source does not exist.
+        ConfigError: `split`, `name`, `data_dir` or `revision` is set and has no effect.
     """
     if "://" in source.path:
         raise DataError(
-            "an address is no source: URLs are not read",
+            "URLs cannot be read",
             where=source.path,
-            expected="a local path, or the name of a dataset on the Hugging Face hub",
-            remedy="download the file and name it, or write a hub dataset as organisation/name",
+            expected="a local path, or the name of a dataset on the Hugging Face Hub",
+            remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
     local = Path(source.path).expanduser()
     if local.is_dir():
@@ -86,14 +86,14 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
 
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Digest that changes when the content of a source changes: of its files, or the hub's commit.
+    """Return a digest of a source's content: of its files, or the commit of a Hub dataset.
 
     Args:
-        source: of the hub: `pinned`.
-        memo: where digests of files are remembered.
+        source: a Hub dataset must be `pinned`.
+        memo: folder with remembered digests of files.
 
     Raises:
-        DataError: there is no such source.
+        DataError: the source does not exist.
     """
     files = local_files(source)
     if files is None:
@@ -101,7 +101,7 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     digests = [remembered_digest(file, memo) for file in files]
     if Path(source.path).expanduser().is_file():
         return digests[0]
-    # Names tell kind and split, and where records were read; where the folder is does not matter.
+    # Kind, split and origins follow from names; the location of the folder does not matter.
     root = root_of(source.path).expanduser()
     names = [os.path.relpath(file, root) for file in files]
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
@@ -116,7 +116,7 @@ def _check_no_hub_options(source: SourceConfig) -> None:
                 where=f"{key} of {source.path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}, or name a dataset on the Hugging Face hub",
+                remedy=f"remove {key}, or set path to a dataset on the Hugging Face Hub",
             )
 
 
@@ -128,18 +128,18 @@ def _missing(file: Path) -> DataError:
     first = str(file).partition(" ")[0]
     if first != str(file) and Path(first).exists():
         return DataError(
-            "there is no such file",
+            "the file does not exist",
             where=str(file),
-            remedy="the sources of a list are divided by commas: 'data.train=[a.jsonl, b.jsonl]'",
+            remedy="separate the sources of a list by commas: 'data.train=[a.jsonl, b.jsonl]'",
         )
     if not file.parent.is_dir():
         return DataError(
-            "there is no such folder", where=str(file.parent), remedy="check the path of the source"
+            "the folder does not exist", where=str(file.parent), remedy="check the path of the source"
         )
     names = [below.name for below in file.parent.iterdir()]
     near = difflib.get_close_matches(file.name, names, n=3)
     return DataError(
-        "there is no such file",
+        "the file does not exist",
         where=str(file),
         remedy=f"did you mean {' or '.join(near)}?" if near else "check the path of the source",
     )

@@ -1,8 +1,8 @@
-"""What a tokenizer does to texts and conversations, found out by probing it once.
+"""Properties of a tokenizer and its chat template, found by probing it once; encoding of escaped texts.
 
-Texts move through this module *escaped*: where a content spells a special token (`</s>`), a mark stands
-for it, so every special token still spelt out was written by the chat template or by us. Only escaped
-texts are encoded; a content without such a spelling is its own escaped form.
+In an *escaped* text a mark replaces each special token that a content spells (`</s>`), so that every special
+token left was written by the chat template or by this program. Only escaped texts are encoded; a content that
+spells no special token is equal to its escaped form.
 """
 
 import re
@@ -21,7 +21,7 @@ from dpo_dist.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A Unicode noncharacter: never part of interchanged text, so it can frame marks.
+# A Unicode noncharacter, never part of interchanged text: it delimits marks.
 RESERVED_CHARACTER = "\ufdd0"
 
 _LITERAL = re.compile(f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}")
@@ -30,15 +30,15 @@ _PROBE = "probe answer"
 
 
 class SpecialTokenInTextError(Exception):
-    """A content spells a special token, and this tokenizer knows no other tokens for that text."""
+    """A content spells a special token, and the tokenizer has no other tokens for that text."""
 
 
 class TokenizerFacts:
-    """One tokenizer and what it does.
+    """A tokenizer with its probed properties.
 
     Attributes:
-        prefix_ids: what the tokenizer puts before an encoded text (BOS, or nothing).
-        chat_template: how it renders conversations; None where it cannot.
+        prefix_ids: ids that the tokenizer adds before a text (BOS, or none).
+        chat_template: template of conversations; None if the tokenizer has none.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None):
@@ -64,25 +64,25 @@ class TokenizerFacts:
         return str(self.tokenizer.eos_token)
 
     @cached_property
-    def _after_answer(self) -> str:
-        """What the template writes after an assistant's last answer."""
+    def _after_response(self) -> str:
+        """The output of the template after the last assistant turn."""
         messages = (Message("user", "probe question"), Message("assistant", _PROBE))
         try:
             _, found, after = self.render(messages).rpartition(_PROBE)
         except TemplateError as fault:
             raise _unusable_template(str(fault)) from fault
         if not found:
-            raise _unusable_template("the assistant's answer is not in what it renders")
+            raise _unusable_template("its output does not contain the response")
         return after
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The special token with which the template ends an answer; the end of text where it has none."""
-        first = self._special.search(self._after_answer)
+        """The special token with which the template ends a response; the end of text if it writes none."""
+        first = self._special.search(self._after_response)
         return first.group() if first else self.end_of_text
 
     def is_templated(self, text: str) -> bool:
-        """Whether a text looks as if a chat template had written it: it has turns, or starts with BOS."""
+        """Return whether a text seems to be the output of a chat template (turns, or BOS at its start)."""
         bos = self.tokenizer.bos_token
         return (
             any(found.group() in self._turn_tokens for found in self._special.finditer(text))
@@ -90,36 +90,36 @@ class TokenizerFacts:
             or has_foreign_marks(text)
         )
 
-    def is_ended(self, answer: str) -> bool:
-        """Whether an answer looks as if a chat template had ended it: with the end of a turn, or with EOS."""
+    def is_ended(self, response: str) -> bool:
+        """Return whether a response ends as in the output of a chat template: with an end of turn or EOS."""
         eos = self.tokenizer.eos_token
         ends = (*self._turn_tokens, *FOREIGN_ENDS, *([str(eos)] if eos is not None else []))
-        return answer.rstrip().endswith(ends)
+        return response.rstrip().endswith(ends)
 
-    def end_templated(self, answer: str) -> str:
-        """A templated answer with its end of turn, or end of text, exactly once and nothing after it."""
-        bare, end = self._without_end(answer)
+    def end_templated(self, response: str) -> str:
+        """Return a templated response with exactly one end of turn or end of text, and nothing after it."""
+        bare, end = self._without_end(response)
         return bare + end
 
-    def without_end(self, answer: str) -> str:
-        """A templated answer without its end of turn or end of text."""
-        return self._without_end(answer)[0]
+    def without_end(self, response: str) -> str:
+        """Return a templated response without its end of turn or end of text."""
+        return self._without_end(response)[0]
 
-    def _without_end(self, answer: str) -> tuple[str, str]:
-        """An answer before its first end, and that; the one to write where it has none."""
+    def _without_end(self, response: str) -> tuple[str, str]:
+        """Split a response before its first end; the default end if it has none."""
         ends = [self.end_of_text] if self.chat_template is None else [self.end_of_turn, self.end_of_text]
         end = ends[0]
-        while (bare := answer.rstrip()).endswith(tuple(ends)):
+        while (bare := response.rstrip()).endswith(tuple(ends)):
             end = next(end for end in ends if bare.endswith(end))
-            answer = bare.removesuffix(end)
-        return answer, end
+            response = bare.removesuffix(end)
+        return response, end
 
     def escape(self, text: str) -> str:
-        """`text` with a mark for every special token that it spells."""
+        """Return `text` with a mark in place of each special token that it spells."""
         return self._special.sub(self._mark, text)
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it, escaped. Raises jinja2's TemplateError."""
+        """Render a conversation with the chat template, escaped. Raises jinja2's TemplateError."""
         turns = [{"role": message.role, "content": self.escape(message.content)} for message in messages]
         rendered = self.tokenizer.apply_chat_template(
             turns,
@@ -129,27 +129,27 @@ class TokenizerFacts:
         )
         return str(rendered)
 
-    def bare_answer(self, answer: str) -> str:
-        """The answer's own text with the end of a turn; escaped."""
-        return self.escape(answer) + self.end_of_turn
+    def bare_response(self, response: str) -> str:
+        """Return the escaped text of a response with an end of turn."""
+        return self.escape(response) + self.end_of_turn
 
-    def rendered_answer(self, messages: Messages, answer: str, prompt: str) -> str | None:
-        """What the template writes for `answer` after the rendered `prompt`, up to its end of turn; escaped.
+    def rendered_response(self, messages: Messages, response: str, prompt: str) -> str | None:
+        """Render a response after the rendered `prompt`, up to its end of turn; escaped.
 
-        Keeps what the template puts around an answer (a leading space, an empty thought). None where it
-        renders the prompt otherwise once an answer follows.
+        Includes text that the template adds to a response (a leading space, an empty thought). None if the
+        template renders the prompt differently when a response follows.
         """
-        whole = self.render((*messages, Message("assistant", answer)))
+        whole = self.render((*messages, Message("assistant", response)))
         if not whole.startswith(prompt):
             return None
         added = whole[len(prompt) :]
         end = added.rfind(self.end_of_turn)
         if end < 0:
-            return added.removesuffix(self._after_answer) + self.end_of_turn
+            return added.removesuffix(self._after_response) + self.end_of_turn
         return added[: end + len(self.end_of_turn)]
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
-        """`ids` with the tokenizer's prefix exactly once, and how many leading ids a cut must keep."""
+        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
         prefix = list(self.prefix_ids)
         if ids[: len(prefix)] != prefix:
             return prefix + ids, len(prefix)
@@ -157,26 +157,26 @@ class TokenizerFacts:
         return ids, max(len(prefix), int(starts_with_bos))
 
     def encode(self, escaped: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; nothing is added to them. Raises SpecialTokenInTextError."""
+        """Return the token ids of each text, without added tokens. Raises SpecialTokenInTextError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
             return self._encode_literally(escaped)
         return self._ids(self.tokenizer, escaped)
 
     def encode_continuation(self, escaped: str) -> list[int]:
-        """Token ids of a text that goes on from another one: no space is put before its first word."""
-        # From an added token on the text is encoded as ever, with such a space where the tokenizer puts one.
+        """Return the token ids of a text that continues another one: no space is added before it."""
+        # Text after an added token is encoded as usual, with a space if the tokenizer adds one.
         first = self._added.search(escaped)
         cut = first.start() if first else len(escaped)
-        ids = self._encode_literally([_ANCHOR + escaped[:cut]], self._continuing)[0][1:]
+        ids = self._encode_literally([_ANCHOR + escaped[:cut]], self._continuation_copy)[0][1:]
         return ids + (self.encode([escaped[cut:]])[0] if cut < len(escaped) else [])
 
     def encode_after(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
-        """Ids of an escaped prompt and of each response that goes on from it; whether one was split off.
+        """Return the ids of an escaped prompt and of each response; whether a response was resplit.
 
-        A response is tokenised together with the prompt. Where that would change the prompt's own tokens
-        (a token over the boundary), the response is tokenised by itself.
+        A response is tokenised together with the prompt. If that would change the prompt's own tokens (a
+        token across the boundary), the response is tokenised by itself.
         """
-        # Tokens from the last special token on do not depend on what stands before it.
+        # Tokens after the last special token do not depend on the text before it.
         tail = prompt[self._start_of_last_special(prompt) :]
         texts = [prompt, *(tail + response for response in responses)]
         if tail == prompt:
@@ -200,32 +200,33 @@ class TokenizerFacts:
         return last
 
     def _encode_literally(
-        self, escaped: Sequence[str], twin: "PreTrainedTokenizerBase | None" = None
+        self, escaped: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None" = None
     ) -> list[list[int]]:
-        twin = twin or self._twin
         real_ids = self._real_ids
-        spelt = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
-        encoded = self._ids(twin, spelt, literal=True)
-        # Some vocabularies hold special tokens as ordinary pieces; these cannot be written as text.
+        spelled = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
+        encoded = self._ids(tokenizer or self._literal_copy, spelled, literal=True)
+        # Some vocabularies have special tokens as ordinary pieces; these cannot be encoded as text.
         special_ids = set(real_ids.values()) - {self.tokenizer.unk_token_id}
         if any(not special_ids.isdisjoint(ids) for ids in encoded):
             raise SpecialTokenInTextError
         return [[real_ids.get(token, token) for token in ids] for ids in encoded]
 
     @cached_property
-    def _twin(self) -> "PreTrainedTokenizerBase":
-        """Reads spelt special tokens as text and knows them by aliases."""
+    def _literal_copy(self) -> "PreTrainedTokenizerBase":
+        """Encodes spelled special tokens as text, and their aliases as special tokens."""
         aliases = {token: _alias_of(token) for token in self._special_tokens}
         return literal_copy(self.tokenizer, aliases, [_ANCHOR])
 
     @cached_property
-    def _continuing(self) -> "PreTrainedTokenizerBase":
-        return continuation_copy(self._twin)
+    def _continuation_copy(self) -> "PreTrainedTokenizerBase":
+        return continuation_copy(self._literal_copy)
 
     @cached_property
     def _real_ids(self) -> dict[int, int]:
-        """Real ids of special tokens by the ids of their aliases."""
-        alias_ids = self._twin.convert_tokens_to_ids([_alias_of(token) for token in self._special_tokens])
+        """Ids of special tokens by the ids of their aliases."""
+        alias_ids = self._literal_copy.convert_tokens_to_ids(
+            [_alias_of(token) for token in self._special_tokens]
+        )
         real_ids = self.tokenizer.convert_tokens_to_ids(self._special_tokens)
         return dict(zip(alias_ids, real_ids, strict=True))
 
@@ -259,11 +260,11 @@ _facts = lru_cache(maxsize=4)(TokenizerFacts)
 def tokenizer_facts(
     tokenizer: "PreTrainedTokenizerBase", template_date: str = DataConfig.template_date
 ) -> TokenizerFacts:
-    """The facts of `tokenizer`, probed once for each chat template that it is given.
+    """Return the properties of `tokenizer`, probed once for each chat template.
 
     Args:
         tokenizer: of the policy.
-        template_date: the day that a template with a clock is told (ISO 8601).
+        template_date: current date for a template with a clock (ISO 8601).
     """
     template = pin_clock(tokenizer.get_chat_template(), template_date) if tokenizer.chat_template else None
     return _facts(tokenizer, template)
@@ -286,9 +287,9 @@ def _alias(found: "re.Match[str]") -> str:
 
 def _unusable_template(got: str) -> ConfigError:
     return ConfigError(
-        "the chat template cannot render a question and its answer",
+        "the chat template cannot render a user turn and an assistant turn",
         where="chat template of model.path",
         got=got,
         expected="a template for user and assistant turns",
-        remedy="set the chat_template of an instruction-tuned model of the same family",
+        remedy="use the chat template of an instruction-tuned model of the same family",
     )

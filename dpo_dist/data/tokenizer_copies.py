@@ -1,4 +1,4 @@
-"""Copies of a tokenizer that read texts as it never would: special tokens as text, no space put before."""
+"""Copies of a tokenizer that encode special tokens as text, or add no space before a text."""
 
 import copy
 import json
@@ -14,33 +14,32 @@ if TYPE_CHECKING:
 def literal_copy(
     tokenizer: "PreTrainedTokenizerBase", aliases: dict[str, str], also: Collection[str] = ()
 ) -> "PreTrainedTokenizerBase":
-    """A copy that reads spelt special tokens as text where it is asked to, and knows each by its alias.
+    """Return a copy that can encode special tokens as text, and that has an alias for each of them.
 
     Args:
-        tokenizer: is not changed.
-        aliases: other spellings by special token; each becomes one token, which strips spaces as
-            its original.
-        also: more spellings that become one token each.
+        tokenizer: the original, not changed.
+        aliases: alias of each special token; it becomes one token, which strips spaces as the original does.
+        also: further strings that become one token each.
     """
-    twin = copy.deepcopy(tokenizer)
+    changed = copy.deepcopy(tokenizer)
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
     if tokenizer.is_fast and any(token in added and not added[token].special for token in aliases):
-        _set_backend(twin, _with_special(_backend_of(twin), set(aliases)))
-    known = [AddedToken(spelling, normalized=False, special=False) for spelling in also]
+        _set_backend(changed, _with_special(_backend_of(changed), set(aliases)))
+    known = [AddedToken(text, normalized=False, special=False) for text in also]
     for token, alias in aliases.items():
         strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
         known.append(AddedToken(alias, normalized=False, special=False, **strip))
-    twin.add_tokens(known)
-    return twin
+    changed.add_tokens(known)
+    return changed
 
 
-def continuation_copy(twin: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """A copy that puts no space before the first word of a text or before that after an added token."""
-    if not twin.is_fast:
-        return twin
-    continuing = copy.deepcopy(twin)
-    _set_backend(continuing, _without_first_space(_backend_of(twin)))
-    return continuing
+def continuation_copy(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Return a copy that adds no space at the start of a text or after an added token."""
+    if not tokenizer.is_fast:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    _set_backend(changed, _without_first_space(_backend_of(tokenizer)))
+    return changed
 
 
 def _backend_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _with_special(backend: dict[str, Any], tokens: Collection[str]) -> dict[str,
 
 
 def _without_first_space(part: Any) -> Any:
-    """A tokenizer's description, or a part of it, without what writes a space before a text."""
+    """Return a tokenizer's description, or a part of it, without the parts that add a space before a text."""
     if isinstance(part, list):
         return [_without_first_space(one) for one in part if not _prepends(one)]
     if not isinstance(part, dict):

@@ -175,9 +175,9 @@ class World:
     def watch(self, tell: Tell = print) -> Iterator[None]:
         """Within it, the end of one process ends all, and exactly one of them prints why.
 
-        Leaving it is collective if nothing failed. An error that leaves it has `reporting_rank` set.
-        A failure that only followed from another process's becomes a `PeerLostError`, printed by
-        the first survivor if that process died, and by nobody if it printed its own error.
+        Entering it is collective, and leaving it if nothing failed. An error that leaves it has
+        `reporting_rank` set. A failure that only followed from another process's becomes a `PeerLostError`,
+        printed by the first survivor if that process died, and by nobody if it printed its own error.
 
         Args:
             tell: prints a block on the screen, from whichever rank, if the main thread is blocked.
@@ -189,6 +189,8 @@ class World:
         if self.size > 1:
             monitor.start()
         try:
+            # A rank that still connects when another dies would take leaving survivors for dead.
+            self.barrier()
             yield
             self.barrier()
         except BaseException as failure:

@@ -1,1 +1,1 @@
-"""The frozen model's log-probs: addressed by content, stored once, served to training (law L3)."""
+"""Log-probs of the reference model: computed once, stored by content, looked up by training (law L3)."""

@@ -1,6 +1,6 @@
-"""Rows of the same reference under other numerics: which there are, and what they serve.
+"""Reuse log-probs that the same reference computed under compatible numerics (another GPU, kernel, library).
 
-Where `reference.numerics` is tolerant, they serve where the run's own numerics have no row.
+With `reference.numerics=tolerant` they are used where the run's own numerics have no entry.
 """
 
 from collections.abc import Sequence
@@ -17,42 +17,43 @@ from dpo_dist.model.numerics import TOLERABLE_FIELDS
 from dpo_dist.reference.fill import first_of_each, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.maintenance.info import fingerprint_folders
-from dpo_dist.reference.store import LogpStore, list_stored
+from dpo_dist.reference.store import LogpStore
 
 Profile = dict[str, str]
 
 Visited = Sequence[tuple[PreferenceDataset, Indices]]
+"""Datasets, each with the indices of the pairs that a run uses."""
 
 
 def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
-    """Agree on the one numerics profile under which all ranks store log-probs; collective.
+    """Return the one numerics profile under which all ranks store log-probs; collective.
 
     Args:
         profile: of this rank.
-        is_tolerant: whether ranks may differ in `TOLERABLE_FIELDS`. Their profile then names all values, as
-            the rank that computed a stored log-prob is not known when it is read.
+        is_tolerant: whether ranks may differ in `TOLERABLE_FIELDS`. The profile then lists all their values,
+            because a reader of an entry does not know which rank computed it.
 
     Raises:
-        ReferenceModelError: ranks differ, and may not.
+        ReferenceModelError: ranks differ in a field that they may not differ in.
     """
     profiles = world.gather(profile)
     names = sorted({name for each in profiles for name in each})
     found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
-    differing = {name: values for name, values in found.items() if len(values) > 1}
-    if differing and not (is_tolerant and TOLERABLE_FIELDS.issuperset(differing)):
+    differing = {name for name, values in found.items() if len(values) > 1}
+    if differing and not (is_tolerant and differing <= TOLERABLE_FIELDS):
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
             where=f"ranks of {world.size}",
-            got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in differing),
+            got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in sorted(differing)),
             expected="one numerics profile on all ranks: stored log-probs are addressed by it",
             remedy="run on nodes of one kind with one installation"
-            + ("; or set reference.numerics=tolerant" if TOLERABLE_FIELDS.issuperset(differing) else ""),
+            + ("; or set reference.numerics=tolerant" if differing <= TOLERABLE_FIELDS else ""),
         )
     return {name: " or ".join(values) for name, values in found.items()}
 
 
 def _by_ranks(name: str, profiles: list[Profile], world: World) -> str:
-    """The values of one part of the profiles, each with its ranks: "AVX2 on rank 1 (host b), ..."."""
+    """Return the values of one field, each with its ranks: "AVX2 on rank 1 (host b), ..."."""
     ranks: dict[str, list[int]] = {}
     for rank, profile in enumerate(profiles):
         ranks.setdefault(profile.get(name, "-"), []).append(rank)
@@ -64,80 +65,78 @@ def _by_ranks(name: str, profiles: list[Profile], world: World) -> str:
     )
 
 
-def find_compatible(root: Path, space: ReferenceFingerprint) -> list[ReferenceFingerprint]:
-    """The spaces below `root` whose rows may serve for `space`: those of the least differences first."""
+def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFingerprint]:
+    """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
     if not root.is_dir():
         return []
-    others = [
-        other for folder in fingerprint_folders(root) if (other := read_fingerprint(folder)) is not None
-    ]
-    kin = [
+    found = [read_fingerprint(folder) for folder in fingerprint_folders(root)]
+    compatible = [
         other
-        for other in others
-        if other.reference == space.reference
-        and other != space
-        and TOLERABLE_FIELDS.issuperset(_differing(space, other))
+        for other in found
+        if other is not None
+        and other.reference == own.reference
+        and other != own
+        and TOLERABLE_FIELDS.issuperset(_differing_fields(own, other))
     ]
-    return sorted(kin, key=lambda other: (len(_differing(space, other)), other.name))
+    return sorted(compatible, key=lambda other: (len(_differing_fields(own, other)), other.name))
 
 
-def difference(space: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
-    """How the numerics of `other` differ from those of `space`: "attention sdpa, torch 2.12"."""
-    return ", ".join(f"{name} {other.profile.get(name, '-')}" for name in _differing(space, other))
+def difference(own: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
+    """Return the numerics of `other` that differ from `own`: "attention sdpa, torch 2.12"."""
+    return ", ".join(f"{name} {other.profile.get(name, '-')}" for name in _differing_fields(own, other))
 
 
-def _differing(space: ReferenceFingerprint, other: ReferenceFingerprint) -> list[str]:
-    names = sorted(space.profile.keys() | other.profile.keys())
-    return [name for name in names if space.profile.get(name) != other.profile.get(name)]
+def _differing_fields(own: ReferenceFingerprint, other: ReferenceFingerprint) -> list[str]:
+    names = sorted(own.profile.keys() | other.profile.keys())
+    return [name for name in names if own.profile.get(name) != other.profile.get(name)]
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Rows that a run computes although kin have them: how many, and how the numerics of these differ."""
+    """Log-probs that a strict run computes although compatible ones are stored: number and numerics."""
 
-    rows: int
+    entries: int
     differences: list[str]
 
 
 def count_unused(
-    root: Path, space: ReferenceFingerprint, kin: Sequence[ReferenceFingerprint], visited: Visited
+    root: Path, own: ReferenceFingerprint, compatible: Sequence[ReferenceFingerprint], visited: Visited
 ) -> Unused:
-    """What a strict run leaves unused of its kin."""
-    if not kin:
+    """Count the compatible entries that a strict run of `visited` does not use."""
+    if not compatible:
         return Unused(0, [])
-    own, others = LogpStore.open(root, space), LogpStore(root, kin, list_stored(root, kin))
-    servers = np.concatenate(
-        [others.sources(data.keys[missing_responses(own, data, rows)[0]]) for data, rows in visited]
+    store, others = LogpStore.open(root, own), LogpStore.read_only(root, compatible)
+    sources = np.concatenate(
+        [others.sources(data.keys[missing_responses(store, data, indices)[0]]) for data, indices in visited]
     )
-    serving = np.unique(servers[servers >= 0]).tolist()
-    return Unused(int((servers >= 0).sum()), [difference(space, kin[number]) for number in serving])
+    numbers = np.unique(sources[sources >= 0]).tolist()
+    return Unused(int((sources >= 0).sum()), [difference(own, compatible[number]) for number in numbers])
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a run was given by its own space and by kin.
+class Reused:
+    """Entries that a run uses, by their numerics.
 
     Attributes:
-        rows: distinct responses by the difference of their numerics, "own" for none.
-        audited: which data set of those visited, and rows of it with values of kin; None if there are none.
+        entries: number of distinct responses, by difference of their numerics; "own" for none.
+        audited: number of a dataset in `visited` and its pairs with compatible entries; None without such.
     """
 
-    rows: dict[str, int]
+    entries: dict[str, int]
     audited: tuple[int, Indices] | None
 
 
-def count_reused(store: LogpStore, visited: Visited) -> Served:
-    """Who serves the rows of `visited`, all of which `store` has."""
-    counts = np.zeros(len(store.spaces), dtype=np.int64)
+def count_reused(store: LogpStore, visited: Visited) -> Reused:
+    """Count the entries of `visited`, all of them in `store`, by their numerics."""
+    counts = np.zeros(len(store.fingerprints), dtype=np.int64)
     audited = None
-    for number, (dataset, rows) in enumerate(visited):
-        places = dataset.response_indices(rows)
-        servers = store.sources(dataset.keys[places])
-        counts += np.bincount(servers[first_of_each(dataset.keys[places])], minlength=len(counts))
-        of_kin = np.unique(np.repeat(rows, dataset.response_counts(rows))[servers > 0])
-        if audited is None and len(of_kin):
-            audited = number, of_kin
-    own, *kin = store.spaces
-    names = ["own", *(difference(own, other) for other in kin)]
-    told = {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
-    return Served(told, audited)
+    for number, (dataset, indices) in enumerate(visited):
+        keys = dataset.keys[dataset.response_indices(indices)]
+        sources = store.sources(keys)
+        counts += np.bincount(sources[first_of_each(keys)], minlength=len(counts))
+        of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])
+        if audited is None and len(of_compatible):
+            audited = number, of_compatible
+    own, *compatible = store.fingerprints
+    names = ["own", *(difference(own, other) for other in compatible)]
+    return Reused({name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited)

@@ -1,7 +1,7 @@
-"""Digest the files that decide a model's function, each read once and remembered in the store.
+"""Digest of the files that determine a model's function; each file is read once and remembered in the store.
 
-Weights are digested as files, never as live tensors: under ZeRO-3 those are empty. So what was loaded is what
-was digested only if no file has changed in between, which `ModelFiles.check_unchanged` tells.
+Weights are digested as files, never as live tensors, which are empty under ZeRO-3. After loading,
+`ModelFiles.check_unchanged` checks that no file has changed since the digest.
 """
 
 import json
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo_dist.digests import content_digest, file_identity, remembered_digest, text_digest
+from dpo_dist.digests import file_identity, remembered_digest, text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.model.folder import CONFIG_FILE, read_model_json, weight_files
@@ -21,13 +21,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files that decide a model's function, as they were when they were digested.
+    """Digests of the files that determine a model's function.
 
     Attributes:
         folder: the model folder.
-        code: digest of each file of configuration and code by its name, and whose classes are used.
-        weights: digest of each weight file by its name, in the order of their names.
-        identities: `file_identity` of each file that this process loads.
+        code: digest of each file of configuration and code, by name; under "classes" the `auto_map`.
+        weights: digest of each weight file, by name.
+        identities: `file_identity` of each file that this process loads, at the time of the digest.
     """
 
     folder: Path
@@ -37,17 +37,17 @@ class ModelFiles:
 
     @property
     def digest(self) -> str:
-        """Digest of the model's function; 32 hex digits, the same for a copy of the folder."""
+        """Digest of the model; 32 hex digits, the same for a copy of the folder."""
         parts = [sorted(self.code.items()), sorted(self.weights.items())]
         return text_digest(json.dumps(parts))
 
     def check_unchanged(self) -> None:
-        """Check after loading that the files are still those that were digested.
+        """Check after loading that no file has changed since it was digested.
 
-        A file that was replaced and put back has other times, so it counts as changed too.
+        A file that was replaced and put back counts as changed, because its times differ.
 
         Raises:
-            ReferenceModelError: a file has changed since.
+            ReferenceModelError: a file has changed.
         """
         with ThreadPoolExecutor(max_workers=8) as pool:
             now = pool.map(_identity_or_none, self.identities)
@@ -62,24 +62,23 @@ class ModelFiles:
                 where=str(self.folder),
                 got=", ".join(changed),
                 expected="the files that were digested before",
-                remedy="start again when nothing writes to the folder",
+                remedy="start again when no process writes to the folder",
             )
 
 
 def digest_model(
     folder: Path, store: Path | None = None, *, remote_code: bool = False, with_weights: bool = True
 ) -> ModelFiles:
-    """Digest what decides a model's function: config.json, code, and the weight files that are loaded.
+    """Digest config.json, code, and the weight files that transformers loads.
 
     Args:
         folder: the model folder.
-        store: where digests are remembered by path, device, size, inode, times and samples of the content, so
-            that a file is read once.
-        remote_code: `model.trust_remote_code`: classes that the folder brings replace those of transformers.
+        store: folder in which digests are remembered by `file_identity`, so that a file is read once.
+        remote_code: `model.trust_remote_code`: the folder's own classes replace those of transformers.
         with_weights: whether this process loads the weight files.
 
     Raises:
-        ConfigError: a file cannot be read, or changes while it is; the code is in another repository.
+        ConfigError: a file cannot be read, or changes while it is read; the code is in another repository.
     """
     memo = store / MEMO_FOLDER if store is not None else None
     own_code = folder.rglob("*.py") if remote_code else folder.glob("*.py")
@@ -105,17 +104,17 @@ def digest_on_every_node(
     world: World,
     while_waiting: WhileWaiting | None = None,
 ) -> ModelFiles:
-    """Digest a model on rank 0, and on one rank of every other node what that node loads of it; collective.
+    """Digest a model on rank 0, and on one rank of every other node what the node loads; collective.
 
     Args:
-        folder: the model folder; each node may have a copy of its own.
+        folder: the model folder; each node may have its own copy.
         store: as in `digest_model`.
         remote_code: as in `digest_model`.
         loads_whole: whether every rank loads the weights; otherwise rank 0 loads and scatters them.
-        while_waiting: called with the seconds that it has taken.
+        while_waiting: called with the seconds so far.
 
     Returns:
-        The digests of rank 0; on ranks that leave checking to another one of their node, no identities.
+        The digests of rank 0; `identities` is empty on ranks whose files another rank of their node checks.
 
     Raises:
         ConfigError: as `digest_model`.
@@ -151,36 +150,14 @@ def _check_alike(
             where=str(main.folder),
             got="; ".join(differing),
             expected=f"the files of {world.peers[0].host} (rank 0)",
-            remedy="copy the same model to every node, or put it on a file system that all of them see",
+            remedy="copy the same model to every node, or put it on a file system that all nodes share",
         )
 
 
 def model_label(path: str, folder: Path) -> str:
-    """A model's name for people: as it was configured, and the commit if it is a snapshot of the hub."""
+    """Return a model's name for people: its configured path, with the commit of a snapshot from the hub."""
     is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return f"{path}@{folder.name}" if is_snapshot else path
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Digest of the files that decide how text becomes ids."""
-    patterns = (
-        "tokenizer*",
-        "*.model",
-        "*.tiktoken",
-        "tekken*",
-        "*.py",
-        "vocab*",
-        "merges*",
-        "special_tokens*",
-        "added_tokens*",
-        "chat_template*",
-    )
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    parts = [(file.name, content_digest([file])) for file in files]
-    config = read_model_json(folder / CONFIG_FILE)
-    # By these transformers chooses the tokenizer's class.
-    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
-    return text_digest(json.dumps(parts))
 
 
 def _name(file: Path, folder: Path) -> str:
@@ -188,14 +165,14 @@ def _name(file: Path, folder: Path) -> str:
 
 
 def _classes(folder: Path, remote_code: bool) -> str:
-    """Whose classes are used: the folder's own, where it has some and they are trusted, or transformers'."""
+    """Return the `auto_map` of the folder's own classes if they are trusted and used, else "transformers"."""
     own = read_model_json(folder / CONFIG_FILE).get("auto_map") if remote_code else None
     if not own:
         return "transformers"
     text = json.dumps(own, sort_keys=True)
     if "--" in text:
         raise ConfigError(
-            "the model's code is in another repository, where it can change unseen",
+            "the model's code is in another repository, where it can change unnoticed",
             where=str(folder / CONFIG_FILE),
             got=f"auto_map {text}",
             remedy="copy the code into the model folder and name it in auto_map without a repository",
@@ -204,7 +181,7 @@ def _classes(folder: Path, remote_code: bool) -> str:
 
 
 def _digest(file: Path, memo: Path | None) -> tuple[str, str]:
-    """A file's identity and its content's digest, remembered or read now."""
+    """Return a file's identity and the digest of its content, remembered or computed now."""
     try:
         identity = file_identity(file)
     except OSError as error:

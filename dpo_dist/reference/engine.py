@@ -1,4 +1,4 @@
-"""The reference model, loaded to score: sharded, offloaded where wanted, and freed when done."""
+"""The reference model, loaded for scoring: sharded, offloaded or quantized; freed when done."""
 
 import logging
 import math
@@ -22,32 +22,32 @@ from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
 
-# With h the hidden size, training keeps some 63 h bytes of activations for each token and layer (measured;
-# arXiv:2205.05198 counts 34 h), or 2 h and one layer's 63 h with gradient checkpointing; scoring has one
-# layer's only. At 28 layers four times the tokens then take a seventh of the memory; or twice as much with
-# checkpointing, where gradients and optimizer states, which are not there yet, leave room for it.
+# With hidden size h, training keeps about 63 h bytes of activations per token and layer (measured;
+# arXiv:2205.05198 counts 34 h), or 2 h plus one layer's 63 h with gradient checkpointing; scoring keeps one
+# layer's only. With 28 layers, four times the tokens need a seventh of training's activation memory. With
+# checkpointing they need twice as much, which fits because gradients and optimizer states do not exist yet.
 _SCORING_TOKENS_FACTOR = 4
 
 
 def scoring_tokens(config: RunConfig) -> int:
-    """Tokens of a micro-batch that is only scored: `reference.micro_batch_tokens`, or by the trainer's."""
+    """Return the tokens of a micro-batch that is only scored; by default a multiple of the trainer's."""
     return config.reference.micro_batch_tokens or _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
 
 
 class QuantizedReference:
-    """A quantized model, which no engine can shard: whole on every rank."""
+    """A quantized reference; ZeRO cannot shard it, so every rank has the whole model."""
 
     def __init__(self, model: PackedCausalLM):
         self._model = model.eval()
 
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """float32 [targets]; not collective."""
+        """Return float32 [targets]; not collective."""
         logps: Tensor = self._model(batch)
         return logps
 
     def free(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         del self._model
         return_memory()
 
@@ -56,7 +56,7 @@ ReferenceEngine = FrozenEngine | QuantizedReference
 
 
 def scored_model(config: RunConfig) -> ModelConfig:
-    """How the reference is loaded: as the policy, but for what only training needs, and its quantization."""
+    """Return the policy's model settings without those of training, with the reference's quantization."""
     return replace(
         config.model,
         gradient_checkpointing="none",
@@ -66,10 +66,7 @@ def scored_model(config: RunConfig) -> ModelConfig:
 
 
 def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEngine:
-    """The reference model of `folder` beside the policy, in the policy's precision unless it is quantized.
-
-    Collective.
-    """
+    """Load the reference from `folder`, in the policy's precision unless it is quantized; collective."""
     log.info("loading the reference from %s", folder)
     model_config = scored_model(config)
     if model_config.quantization is not None:
@@ -79,7 +76,7 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEn
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
-    """Load the reference whose `files` were digested, and check that it was still these; collective.
+    """Load the reference and check that its files are still those that were digested; collective.
 
     Raises:
         ReferenceModelError: a file has changed since it was digested.
@@ -103,7 +100,7 @@ def _load_sharded(folder: Path, model_config: ModelConfig, config: RunConfig, wo
 
 
 def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
-    """Elements of the model's largest weight, none of which is read for it."""
+    """Return the number of elements of the model's largest weight, without reading weights."""
     with whole_loading(world), torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
             load_config(folder, config), trust_remote_code=config.trust_remote_code

@@ -1,9 +1,9 @@
-"""Fill the store with what it lacks: find missing responses, score them on all ranks, write whole shards."""
+"""Fill the store on all ranks: find missing responses, score them, write whole shards."""
 
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,39 +19,30 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.prefetch import prefetch
-from dpo_dist.reference.fill_rounds import Places, Round, Work, by_pair, in_rounds, plan_round
-from dpo_dist.reference.scoring import Scorer, score_round
+from dpo_dist.reference.scoring import Round, Scorer, Work, plan_round, score_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
 
-OpenStore = Callable[[Sequence[str] | None], LogpStore]
 Progress = Callable[[int, int], None]
 
-PATIENCE_SECONDS = 90
-"""How long another node's shard may stay unseen. Clients of NFS look anew after 60 seconds at most."""
-
-_RETRY_SECONDS = 1.0
 _KEYS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class FillReport:
-    """What a fill did.
+    """Cache hits and computed log-probs of a fill.
 
     Attributes:
-        hits: distinct responses found stored, by other jobs since this one began as well.
+        hits: distinct responses found in the store, also those that other jobs stored during the fill.
         computed: distinct responses computed.
-        seconds: that computing took.
-        damaged: files of the store that do not hold what they promise.
-        shards: size in bytes of every shard that has what the fill found or wrote, by its name; the same on
-            every rank.
+        seconds: spent computing.
+        damaged: shards with damage, and files in the store that are not shards.
     """
 
     hits: int = 0
     computed: int = 0
     seconds: float = 0.0
     damaged: frozenset[str] = frozenset()
-    shards: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: "FillReport") -> "FillReport":
         return FillReport(
@@ -59,11 +50,10 @@ class FillReport:
             self.computed + other.computed,
             self.seconds + other.seconds,
             self.damaged | other.damaged,
-            {**self.shards, **other.shards},
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For summary.json."""
+        """Return the fields of summary.json."""
         return {
             "hits": self.hits,
             "computed": self.computed,
@@ -72,220 +62,206 @@ class FillReport:
         }
 
 
-def missing_responses(store: LogpStore, dataset: PreferenceDataset, rows: Indices) -> tuple[Places, int]:
-    """Places in `dataset.keys` of the distinct responses of `rows` that have no valid stored row, and how
-    many have one.
+@dataclass
+class StoreFiller:
+    """Computes and stores the log-probs that a run needs and the store lacks; all methods are collective.
+
+    Attributes:
+        store: the store to fill; its own view may be empty.
+        load_scorer: loads the reference; called only if log-probs are missing.
+        micro_batch_tokens: that fit on a device at once, without activations.
+        costs: of the model, to balance ranks.
+        entries_per_shard: approximate number of entries in a shard.
+        shards: size in bytes of every shard with an entry that the run uses, by name; equal on all ranks. A
+            listing is not enough: on a network file system it may lack files that another node just wrote.
     """
-    places = dataset.response_indices(rows)
-    distinct = places[first_of_each(dataset.keys[places])]
-    held = store.contains(dataset.keys[distinct])
-    return np.sort(distinct[~held]), int(held.sum())
+
+    store: LogpStore
+    load_scorer: Callable[[], Scorer]
+    world: World
+    micro_batch_tokens: int
+    costs: ComputeCosts
+    entries_per_shard: int
+    shards: Mapping[str, int] = field(default_factory=dict)
+
+    def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
+        """Compute and store what the pairs `indices` of `dataset` need and the store lacks.
+
+        Rank 0 decides what is missing, so that all ranks agree while other jobs write to the same store. A
+        killed fill loses at most two shards of each rank. Jobs that fill one store at the same time share
+        the work without waiting for each other: they visit their rounds in random orders and skip what
+        others have stored. Files left half-written by killed fills are deleted.
+
+        Args:
+            progress: called with pairs done and pairs in all: at the start, and after each micro-batch.
+
+        Raises:
+            ReferenceModelError: the store cannot be written, or a log-prob is not finite.
+            DataError: token ids do not match the key that they would be stored under.
+        """
+        others = _OtherJobs(self.store, self.shards)
+        missing, report, seed = self.world.on_main(
+            lambda: (*others.survey(dataset, indices), secrets.randbits(32))
+        )
+        written: dict[str, int] = {}
+        if len(missing):
+            started = time.monotonic()
+            self.world.together(self.store.check_writable)
+            self.world.on_main(lambda: collect_abandoned(self.store.folder))
+            work = Work.of(dataset, missing)
+            computed, written = self._score_and_write(dataset, work, seed, others, progress)
+            report += FillReport(len(missing) - computed, computed, time.monotonic() - started)
+        self.shards = self.world.on_main(lambda: others.shards)
+        for of_rank in self.world.gather(written):
+            self.shards = {**self.shards, **of_rank}
+        return report
+
+    def open_filled(self) -> LogpStore:
+        """Open the same shards on every rank: all that the fills found or wrote.
+
+        Raises:
+            ReferenceModelError: a shard does not become visible on some rank.
+        """
+        return self.world.together(lambda: self.store.wait_for(self.shards))
+
+    def _score_and_write(
+        self, dataset: PreferenceDataset, work: Work, seed: int, others: "_OtherJobs", progress: Progress
+    ) -> tuple[int, dict[str, int]]:
+        """Return the number of responses computed by all ranks, and the shards of this rank."""
+        done, computed = 0, 0
+        plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
+        rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.size, seed)
+        progress(0, len(work))
+        with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as pool:
+            writer = _ShardWriter(self.store, self.world, pool)
+            score = self.load_scorer()
+            for round_ in planned:
+                left = self._not_stored_by(others, dataset, round_, plan)
+                if left is not None:
+                    within = partial(_progress_within, progress, done, len(round_.work), len(work))
+                    writer.write(*score_round(dataset, left, score, self.world, within))
+                    computed += len(left.work.responses)
+                done += len(round_.work)
+                progress(done, len(work))
+            return computed, writer.finish()
+
+    def _not_stored_by(
+        self, others: "_OtherJobs", dataset: PreferenceDataset, round_: Round, plan: Callable[[Work], Round]
+    ) -> Round | None:
+        """Return the part of a round that no other job has stored meanwhile; None if nothing is left."""
+        stored = self.world.on_main(lambda: others.contain(dataset.keys[round_.work.responses]))
+        if stored.all():
+            return None
+        return plan(round_.work.select(~stored)) if stored.any() else round_
 
 
-def first_of_each(keys: Keys) -> Places:
-    """Where each distinct key stands first, in the order of keys, in which a store is looked up fastest."""
+def _progress_within(progress: Progress, done: int, pairs: int, total: int, share: float) -> None:
+    """Report a share of a round; ranks have equal parts of it."""
+    progress(done + int(share * pairs), total)
+
+
+class _ShardWriter:
+    """Writes one shard at a time on a thread, while the next one is scored; methods are collective."""
+
+    def __init__(self, store: LogpStore, world: World, pool: ThreadPoolExecutor):
+        self._store, self._world, self._pool = store, world, pool
+        self._pending: Future[dict[str, int]] | None = None
+        self._shards: dict[str, int] = {}
+
+    def write(self, keys: Keys, entries: list[Values]) -> None:
+        """Start to write this rank's shard, if it has entries, after the one before is complete."""
+        self.finish()
+        if entries:
+            self._pending = self._pool.submit(self._write, keys, entries)
+
+    def finish(self) -> dict[str, int]:
+        """Wait for the pending shard and return size by name of all; one rank's error is raised on all."""
+        pending, self._pending = self._pending, None
+        self._shards |= self._world.together(lambda: pending.result() if pending is not None else {})
+        return self._shards
+
+    def _write(self, keys: Keys, entries: list[Values]) -> dict[str, int]:
+        name = self._store.write(keys, entries)
+        return {name: (self._store.root / name).stat().st_size}
+
+
+class _OtherJobs:
+    """Shards that other jobs write during a fill; used on rank 0 only.
+
+    Attributes:
+        shards: size in bytes of each shard that has been opened, by name.
+    """
+
+    def __init__(self, store: LogpStore, known: Mapping[str, int]):
+        self._store = store
+        self._known = known
+        self._seen: set[str] = set()
+        self._opened: list[LogpStore] = []
+        self.shards: dict[str, int] = {}
+
+    def survey(self, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, FillReport]:
+        """Return the responses that are missing now, and the report of a fill that computes nothing."""
+        listed = self._store.reopen()
+        self.shards = {**listed.shards, **self._known}
+        store = listed if self.shards == listed.shards else self._store.wait_for(self.shards)
+        self._seen = {*self.shards, *listed.damaged}
+        missing, hits = missing_responses(store, dataset, indices)
+        damaged = frozenset([*listed.foreign, *listed.damaged, *store.damaged_entries])
+        return missing, FillReport(hits, damaged=damaged)
+
+    def contain(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Return which `keys` have an intact entry in a shard newer than the survey; bool [n]."""
+        new = [name for name in self._store.list_now() if name not in self._seen]
+        if new:
+            self._seen.update(new)
+            self._opened.append(self._store.reopen(new))
+            self.shards |= self._opened[-1].shards
+        stored = np.zeros(len(keys), dtype=np.bool_)
+        for store in self._opened:
+            stored |= store.contains(keys)
+        return stored
+
+
+def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
+    """Return the distinct responses of the pairs `indices` without an intact entry, and how many have one.
+
+    Returns:
+        int64 [missing], ascending indices in `dataset.keys`; number of distinct responses with an entry.
+    """
+    responses = dataset.response_indices(indices)
+    distinct = responses[first_of_each(dataset.keys[responses])]
+    stored = store.contains(dataset.keys[distinct])
+    return np.sort(distinct[~stored]), int(stored.sum())
+
+
+def first_of_each(keys: Keys) -> Indices:
+    """Return the index of the first occurrence of each distinct key, in the order of keys (fast look-up)."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     new = np.ones(len(keys), dtype=np.bool_)
     new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
     return order[new]
 
 
-def fill_store(
-    open_store: OpenStore,
-    dataset: PreferenceDataset,
-    needed: Indices,
-    scorer: Callable[[], Scorer],
-    world: World,
-    micro_batch_tokens: int,
-    costs: ComputeCosts,
-    rows_per_shard: int,
-    progress: Progress,
-    known: Mapping[str, int] | None = None,
-) -> FillReport:
-    """Compute and store what the pairs `needed` of `dataset` need and the store lacks; collective.
+def check_complete(store: LogpStore, dataset: PreferenceDataset, indices: Indices, world: World) -> None:
+    """Check on every rank, before training, that the store has all entries of the pairs; collective.
 
-    Rank 0 says what is missing, so that all ranks agree while other jobs write to the same store. Each rank
-    writes the rows it computed as shards of its own, while the next ones are computed; a killed fill loses at
-    most two shards of each rank. Jobs that fill one store at once visit their rounds in random orders and
-    look before each one what the others have written: they share the work, and wait for nobody. What killed
-    fills have left half-written is removed.
-
-    Args:
-        open_store: opens the store, at the given shards or at all there are.
-        scorer: gives the reference's log-probs of a batch; called only if something is missing.
-        micro_batch_tokens: that fit on a device at once, as no activations are kept.
-        costs: of the model, by which ranks are loaded evenly.
-        rows_per_shard: about how many rows a shard holds.
-        progress: called with pairs done and pairs in all: at the start, and as micro-batches are scored.
-        known: `FillReport.shards` of an earlier fill of this run, which a listing may not show yet.
+    Reads no values: rank 0 has verified those that were stored before, and each is verified again when read.
 
     Raises:
-        ReferenceModelError: the store cannot be written, or a log-prob is not finite.
-        DataError: token ids are not those of the key that they would be stored under.
-    """
-    others = _OtherJobs(open_store, known or {})
-    missing, report, seed = world.on_main(lambda: (*others.survey(dataset, needed), secrets.randbits(32)))
-    if not len(missing):
-        return report
-    started = time.monotonic()
-    store = open_store([])
-    world.together(store.check_writable)
-    world.on_main(lambda: collect_abandoned(store.folder))
-    work = by_pair(dataset, missing)
-    plan = partial(plan_round, dataset, world.rank, world.size, micro_batch_tokens, costs)
-    rounds = in_rounds(work, max(1, rows_per_shard // 2) * world.size, seed)
-    done, computed, written, shards = 0, 0, None, dict[str, int]()
-    progress(0, len(work))
-    with prefetch(map(plan, rounds), 1) as planned, ThreadPoolExecutor(1, "shards") as writer:
-        score = scorer()
-        for part in planned:
-            left = _left(dataset, part, others, plan, world)
-            if left is not None:
-                told = partial(_tell_within, progress, done, len(part.work), len(work))
-                keys, rows = score_round(dataset, left, score, world, told)
-                shards |= _agree_on(written, world)
-                written = writer.submit(_write, store, keys, rows) if rows else None
-                computed += len(left.work.places)
-            done += len(part.work)
-            progress(done, len(work))
-        shards |= _agree_on(written, world)
-    seconds = time.monotonic() - started
-    used = world.on_main(lambda: others.shards)
-    for written_by_rank in world.gather(shards):
-        used |= written_by_rank
-    return report + FillReport(len(missing) - computed, computed, seconds, shards=used)
-
-
-def _tell_within(progress: Progress, done: int, pairs: int, total: int, share: float) -> None:
-    """Report a part of a round; ranks have equal shares of it."""
-    progress(done + int(share * pairs), total)
-
-
-def _write(store: LogpStore, keys: Keys, rows: list[Values]) -> dict[str, int]:
-    """Write a shard; its name and size."""
-    name = store.write(keys, rows)
-    return {name: (store.root / name).stat().st_size}
-
-
-class _OtherJobs:
-    """What other jobs store while this one fills; seen by rank 0.
-
-    Attributes:
-        shards: size of each shard in which something was found.
-    """
-
-    def __init__(self, open_store: OpenStore, known: Mapping[str, int]):
-        self._open_store = open_store
-        self._seen: set[str] = set()
-        self._stores: list[LogpStore] = []
-        self._known = known
-        self.shards: dict[str, int] = {}
-
-    def survey(self, dataset: PreferenceDataset, needed: Indices) -> tuple[Places, FillReport]:
-        """What is missing now, and what a fill that computes nothing would report."""
-        listed = self._open_store(None)
-        shards = {**listed.shard_bytes, **self._known}
-        store = listed if shards == listed.shard_bytes else open_shards(self._open_store, shards)
-        self._seen = {*shards, *listed.damaged}
-        self.shards = shards
-        missing, hits = missing_responses(store, dataset, needed)
-        damaged = frozenset([*listed.foreign, *listed.damaged, *store.damaged_rows])
-        return missing, FillReport(hits, damaged=damaged, shards=shards)
-
-    def hold(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which of `keys` have a row in a shard that came after the survey; bool [n]."""
-        store = self._open_store([])
-        new = [name for name in store.list_now() if name not in self._seen]
-        if new:
-            self._seen.update(new)
-            self._stores.append(self._open_store(new))
-            self.shards |= self._stores[-1].shard_bytes
-        held = np.zeros(len(keys), dtype=np.bool_)
-        for opened in self._stores:
-            held |= opened.contains(keys)
-        return held
-
-
-def _left(
-    dataset: PreferenceDataset, part: Round, others: _OtherJobs, plan: Callable[[Work], Round], world: World
-) -> Round | None:
-    """What other jobs have left of a round; None if they have stored all of it. Collective."""
-    held = world.on_main(lambda: others.hold(dataset.keys[part.work.places]))
-    if held.all():
-        return None
-    return plan(part.work.where(~held)) if held.any() else part
-
-
-def _agree_on(written: Future[dict[str, int]] | None, world: World) -> dict[str, int]:
-    """Wait for the shards that are being written; an error of one rank is raised on all. Collective.
-
-    Returns:
-        Name and size of this rank's shard, if it wrote one.
-    """
-    return world.together(lambda: written.result() if written is not None else {})
-
-
-def open_filled(open_store: OpenStore, shards: Mapping[str, int], world: World) -> LogpStore:
-    """Open the same shards on every rank: those that ranks say they found or wrote; collective.
-
-    Args:
-        open_store: as in `fill_store`.
-        shards: `FillReport.shards`. A listing is not asked: on a network file system it may lack files that
-            another node has just written.
-
-    Raises:
-        ReferenceModelError: a rank does not get to see a shard.
-    """
-    return world.together(lambda: open_shards(open_store, shards))
-
-
-def open_shards(open_store: OpenStore, shards: Mapping[str, int]) -> LogpStore:
-    """Open the store at `shards`, waiting a little for those that this node does not see whole yet.
-
-    Raises:
-        ReferenceModelError: one does not appear, or not with its size.
-    """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    order = [space.name for space in open_store([]).spaces]
-    names = sorted(shards, key=lambda name: (order.index(name.split("/")[0]), name))
-    while True:
-        store = open_store(names)
-        unseen = sorted(name for name, size in shards.items() if store.shard_bytes.get(name) != size)
-        if not unseen:
-            return store
-        if time.monotonic() > deadline:
-            raise ReferenceModelError(
-                "shards of reference log-probs that this run uses cannot be read",
-                where=f"reference.store on {socket.gethostname()}",
-                got=f"{len(unseen)} of {len(shards)} missing or damaged: {store.root / unseen[0]}",
-                expected=f"to see them within {PATIENCE_SECONDS} seconds of their writing",
-                remedy="put reference.store on a file system that every node sees, and start again; what is "
-                "missing is computed before training",
-            )
-        time.sleep(_RETRY_SECONDS)
-        store.list_now()  # a client of a network file system that lists a folder looks for its new files
-
-
-def check_complete(store: LogpStore, dataset: PreferenceDataset, rows: Indices, world: World) -> None:
-    """Check on every rank, before training, that the store has a row for all that `rows` need; collective.
-
-    Reads no values: rank 0 has verified those that were stored, and each is verified again when it is used.
-
-    Raises:
-        ReferenceModelError: a rank lacks some of it.
+        ReferenceModelError: an entry is missing on some rank.
     """
 
     def check() -> None:
-        places = dataset.response_indices(rows)
-        parts = np.split(places, range(_KEYS_AT_ONCE, len(places), _KEYS_AT_ONCE))
-        missing = sum(int((~store.indexed(dataset.keys[part])).sum()) for part in parts)
+        responses = dataset.response_indices(indices)
+        parts = np.split(responses, range(_KEYS_AT_ONCE, len(responses), _KEYS_AT_ONCE))
+        missing = sum(int((~store.has_keys(dataset.keys[part])).sum()) for part in parts)
         if missing:
             raise ReferenceModelError(
                 "the reference store lacks log-probs right after it was filled",
                 where=f"{store.folder} on rank {world.rank} ({socket.gethostname()})",
-                got=f"{missing:,} of {len(places):,} responses have none",
+                got=f"{missing:,} of {len(responses):,} responses have none",
                 remedy="check that every node sees the same folder and that nothing changes files in it, and "
-                "start the same command again: what is missing is computed before training",
+                "start the same command again: missing log-probs are computed before training",
             )
 
     world.together(check)

@@ -1,6 +1,6 @@
-"""What stored log-probs belong to: one reference, its numerics, the code that computed them (law L3).
+"""Fingerprint of a set of stored log-probs: model weights, numerics, scoring-code version (law L3).
 
-Each such space is a folder of the store, named by a digest of all three; rows inside are addressed by the
+The store has one folder for each fingerprint, named by its digest; entries in the folder are addressed by the
 exact token ids. Imports no torch.
 """
 
@@ -14,23 +14,23 @@ from typing import Any
 # tests/unit/reference/test_scoring_digits.py detects.
 LOGP_PATH_VERSION = 2
 
-# Raised when the files of a space change: rows of older formats are computed anew and never misread.
+# Raised when the files of a store change: entries of older formats are computed again, never misread.
 STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
 
-# Beside the spaces: digests of model files, one file for each.
+# Beside the fingerprints' folders: digests of model files, one file for each.
 MEMO_FOLDER = "file_digests"
 
 
 @dataclass(frozen=True)
 class ReferenceFingerprint:
-    """All rows of one reference under one numerics profile.
+    """Identity of stored log-probs: the reference's weights and the numerics they were computed with.
 
     Attributes:
         reference: digest of the model's files.
         profile: `model.numerics.numerics_of`.
-        label: the model's name for people; not a part of the space's identity.
+        label: the model's name for people; not part of the identity.
     """
 
     reference: str
@@ -39,12 +39,12 @@ class ReferenceFingerprint:
 
     @property
     def name(self) -> str:
-        """Folder name of the space: digest over reference, profile and versions; 32 hex digits."""
+        """Folder name: digest of reference, profile and versions; 32 hex digits."""
         content = json.dumps(self._identity(), sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
-    def describe(self) -> dict[str, Any]:
-        """For `space.json` beside the rows."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `space.json`."""
         return {**self._identity(), "label": self.label}
 
     def _identity(self) -> dict[str, Any]:
@@ -57,14 +57,14 @@ class ReferenceFingerprint:
 
 
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
-    """The space that `folder` says it is; None if it does not say, or says another than its name.
+    """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's.
 
     Raises:
-        OSError: its `space.json` is there and cannot be read.
+        OSError: `space.json` exists and cannot be read.
     """
     try:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
-        space = ReferenceFingerprint(content["reference"], dict(content["profile"]), str(content["label"]))
-        return space if space.describe() == content and space.name == folder.name else None
+        found = ReferenceFingerprint(content["reference"], dict(content["profile"]), str(content["label"]))
+        return found if found.as_dict() == content and found.name == folder.name else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

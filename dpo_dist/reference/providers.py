@@ -1,4 +1,4 @@
-"""Where a micro-batch's reference log-probs come from: stored rows, a model, or nowhere."""
+"""Sources of a micro-batch's reference log-probs: the store, a live engine, the policy's base, or none."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,72 +17,60 @@ class ReferenceProvider(Protocol):
     """Per-token reference log-probs of a micro-batch."""
 
     def attach(self, batch: PackedBatch) -> PackedBatch:
-        """The batch, still on the host, with what is known of it without a model; from any thread."""
-        ...
+        """Attach log-probs that need no forward pass, on the host; thread-safe. By default there are none."""
+        return batch
 
     def token_logps(self, batch: PackedBatch) -> Tensor | None:
-        """Of a batch that went through `attach`: float32 [targets] on its device; None where the loss needs
-        no reference.
+        """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
+
+        Collective where a model computes them.
         """
         ...
 
 
-class NoReference:
+class NoReference(ReferenceProvider):
     """`reference.mode=none`."""
 
-    def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Nothing to know."""
-        return batch
-
     def token_logps(self, _batch: PackedBatch) -> None:
-        """Nothing."""
-        return
+        """Return None."""
 
 
 @dataclass(frozen=True)
-class LiveReference:
-    """`reference.mode=live`: the engine computes beside the policy."""
+class LiveReference(ReferenceProvider):
+    """`reference.mode=live`: an engine beside the policy."""
 
     engine: ReferenceEngine
 
-    def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Nothing is known before the model has scored."""
-        return batch
-
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Score the batch; collective under ZeRO-3."""
+        """Score the batch with the reference."""
         return self.engine.token_logps(batch)
 
 
 @dataclass(frozen=True)
-class AdapterReference:
-    """`reference.mode=adapter`: the policy with its adapter off; no second model."""
+class AdapterReference(ReferenceProvider):
+    """`reference.mode=adapter`: the policy with its adapter switched off."""
 
     policy: PolicyEngine
 
-    def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Nothing is known before the model has scored."""
-        return batch
-
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Score the batch; collective under ZeRO-3."""
+        """Score the batch with the policy's base."""
         return self.policy.base_token_logps(batch)
 
 
 @dataclass(frozen=True)
-class StoredReference:
-    """`reference.mode=cached`: rows of the store, looked up by content."""
+class StoredReference(ReferenceProvider):
+    """`reference.mode=cached`: entries of the store, looked up by content."""
 
     store: LogpStore
 
     def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Look the batch's rows up; a dummy has none and gets zeros."""
+        """Look up the batch's entries; a dummy batch gets zeros."""
         if not len(batch.keys):
             return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
         values = np.concatenate(self.store.read(batch.keys))
         return replace(batch, reference_logps=torch.from_numpy(values))
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """What was looked up."""
+        """Return the log-probs that `attach` looked up."""
         assert batch.reference_logps is not None, "the batch did not go through attach"
         return batch.reference_logps

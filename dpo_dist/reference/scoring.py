@@ -1,51 +1,132 @@
-"""Score one round of a fill: pack this rank's micro-batches and return their log-probs by content key."""
+"""Split the responses to score into rounds, each round across ranks, and score this rank's share."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
+from dpo_dist.data.micro_batches import ComputeCosts, plan_micro_batches
 from dpo_dist.data.packing import PackedBatch, dummy_batch, pack
+from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError
 from dpo_dist.prefetch import prefetch
-from dpo_dist.reference.fill_rounds import Round, Work
 from dpo_dist.reference.shard import Values
 
 Scorer = Callable[[PackedBatch], Tensor]
+"""Per-token log-probs of a batch by the reference model: float32 [targets]."""
 
 _BATCHES_AHEAD = 2
 
 
-def score_round(
-    dataset: PreferenceDataset, part: Round, score: Scorer, world: World, told: Callable[[float], None]
-) -> tuple[Keys, list[Values]]:
-    """Score this rank's share of a round: keys uint64 [n, 2] and their values. Collective.
+@dataclass(frozen=True)
+class Work:
+    """Responses to score, grouped by pair; arrays, because they may be many millions.
 
-    On every rank as many micro-batches (law L2).
+    Attributes:
+        pairs: int64 [pairs], indices in the dataset, ascending.
+        stops: int64 [pairs], end offset of each pair's responses in `responses`.
+        responses: int64 [responses], indices in the dataset's `keys`.
+        which: int64 [responses], number of each response within its pair.
     """
-    batches_of_all = max(world.gather(len(part.micro_batches)))
-    dummies = batches_of_all - len(part.micro_batches)
+
+    pairs: Indices
+    stops: Indices
+    responses: Indices
+    which: Indices
+
+    @classmethod
+    def of(cls, dataset: PreferenceDataset, responses: Indices) -> "Work":
+        """Group `responses`, ascending indices in `dataset.keys`, by pair."""
+        pairs, which = dataset.locate_responses(responses)
+        distinct, counts = np.unique(pairs, return_counts=True)
+        return cls(distinct, np.cumsum(counts), responses, which)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def part(self, start: int, stop: int) -> "Work":
+        """Return the pairs ``start <= number < stop``."""
+        first = int(self.stops[start - 1]) if start else 0
+        pairs, stops = self.pairs[start:stop], self.stops[start:stop] - first
+        responses = slice(first, first + int(stops[-1]))
+        return Work(pairs, stops, self.responses[responses], self.which[responses])
+
+    def select(self, wanted: npt.NDArray[np.bool_]) -> "Work":
+        """Return the responses where `wanted`, bool [responses], is true."""
+        numbers = np.repeat(np.arange(len(self)), np.diff(self.stops, prepend=0))[wanted]
+        distinct, counts = np.unique(numbers, return_counts=True)
+        return Work(self.pairs[distinct], np.cumsum(counts), self.responses[wanted], self.which[wanted])
+
+    def rounds(self, pairs: int, seed: int) -> Iterator["Work"]:
+        """Split into rounds of so many pairs, in a random order given by `seed`."""
+        for number in np.random.default_rng(seed).permutation(-(-len(self) // pairs)).tolist():
+            yield self.part(number * pairs, (number + 1) * pairs)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Work that all ranks score before they write, and one rank's micro-batches of it.
+
+    Attributes:
+        micro_batches: numbers of pairs in `work`.
+    """
+
+    work: Work
+    micro_batches: list[list[int]]
+
+
+def plan_round(
+    dataset: PreferenceDataset, world: World, micro_batch_tokens: int, costs: ComputeCosts, work: Work
+) -> Round:
+    """Assign pairs of a round to this rank's micro-batches; not collective.
+
+    A round has thousands of pairs per rank: dealt out in order of cost, ranks get nearly equal shares, and
+    each rank plans only its own.
+    """
+    sizes = dataset.sizes(work.pairs, work.responses, np.diff(work.stops, prepend=0), costs)
+    mine = np.argsort(-sizes.costs, kind="stable")[world.rank :: world.size]
+    plan = plan_micro_batches(sizes.at(mine), 1, micro_batch_tokens)
+    return Round(work, [mine[numbers].tolist() for (numbers,) in plan])
+
+
+def score_round(
+    dataset: PreferenceDataset, round_: Round, score: Scorer, world: World, progress: Callable[[float], None]
+) -> tuple[Keys, list[Values]]:
+    """Score this rank's micro-batches, the same number on every rank (law L2). Collective.
+
+    Args:
+        progress: called with the share of the round that is done.
+
+    Returns:
+        Keys uint64 [n, 2] and log-probs of this rank's responses.
+
+    Raises:
+        DataError: token ids do not match the key that they would be stored under.
+    """
+    most_batches = max(world.gather(len(round_.micro_batches)))
+    dummies: list[list[int]] = [[]] * (most_batches - len(round_.micro_batches))
     damaged: list[int] = []
-    packed = _packed(dataset, part.work, part.micro_batches + [[]] * dummies, damaged, world.device)
+    packed = _packed(dataset, round_.work, round_.micro_batches + dummies, damaged, world.device)
     keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
-    rows: list[Values] = []
+    entries: list[Values] = []
     last: _ScoredBatch | None = None
     with prefetch(packed, _BATCHES_AHEAD) as batches:
         for number, batch in enumerate(batches, start=1):
             scored = _ScoredBatch.of(batch, score(batch.to(world.device)))
             keys.append(batch.keys)
-            # Read one batch late: the device has the next one to compute while this one's values arrive.
-            rows += last.rows() if last is not None else []
+            # Read one batch late: the device computes the next one while this one's values are copied.
+            entries += last.entries() if last is not None else []
             last = scored
-            told(number / batches_of_all)
-    rows += last.rows() if last is not None else []
+            progress(number / most_batches)
+    entries += last.entries() if last is not None else []
     world.together(lambda: _check_encoded(dataset, damaged))
-    return np.concatenate(keys), rows
+    return np.concatenate(keys), entries
 
 
 def _packed(
@@ -55,24 +136,24 @@ def _packed(
     damaged: list[int],
     device: torch.device,
 ) -> Iterator[PackedBatch]:
-    """The micro-batches; one whose ids are not those of its keys becomes a dummy, its pairs `damaged`.
+    """Pack micro-batches; if token ids do not match the keys, add the pairs to `damaged` and use a dummy.
 
-    Ranks learn of it at the end of the round: until then all of them score equally many batches.
+    The error is raised at the end of the round: until then all ranks score the same number of batches.
     """
     for numbers in micro_batches:
-        batch = _pack([work.part(number, number + 1) for number in numbers], dataset)
+        batch = _pack(dataset, [work.part(number, number + 1) for number in numbers])
         if numbers and not np.array_equal(keys_of_ids(batch), batch.keys):
-            damaged += [int(work.rows[number]) for number in numbers]
+            damaged += [int(work.pairs[number]) for number in numbers]
             batch = dummy_batch()
         yield batch.pinned() if device.type == "cuda" else batch
 
 
-def _pack(pairs: Sequence[Work], dataset: PreferenceDataset) -> PackedBatch:
-    """A micro-batch of these works of one pair each."""
+def _pack(dataset: PreferenceDataset, pairs: list[Work]) -> PackedBatch:
+    """Pack works of one pair each as a micro-batch."""
     if not pairs:
         return dummy_batch()
-    sequences = [dataset.sequences(int(pair.rows[0]), pair.which.tolist()) for pair in pairs]
-    return pack(sequences, dataset.keys[np.concatenate([pair.places for pair in pairs])])
+    sequences = [dataset.sequences(int(pair.pairs[0]), pair.which.tolist()) for pair in pairs]
+    return pack(sequences, dataset.keys[np.concatenate([pair.responses for pair in pairs])])
 
 
 def keys_of_ids(batch: PackedBatch) -> Keys:
@@ -93,17 +174,17 @@ def keys_of_ids(batch: PackedBatch) -> Keys:
 def _check_encoded(dataset: PreferenceDataset, damaged: list[int]) -> None:
     if damaged:
         raise DataError(
-            "token ids of the encoded data are not those that their content key was computed from",
-            where="; ".join(str(dataset.origin(row)) for row in damaged[:5]),
+            "token ids of the encoded data do not match their content key",
+            where="; ".join(str(dataset.origin(pair)) for pair in damaged[:5]),
             got=f"{len(damaged)} records in micro-batches with such ids",
-            expected="the ids that were encoded; their log-probs would be stored for another response",
-            remedy="remove the folder data.cache and start again: the data are encoded anew",
+            expected="the ids that were encoded; otherwise log-probs would be stored for another response",
+            remedy="delete the folder data.cache and start again: the data are encoded again",
         )
 
 
 @dataclass(frozen=True)
 class _ScoredBatch:
-    """A micro-batch and its log-probs, which may still be on their way to the host until `arrived`."""
+    """A micro-batch and its log-probs on the host, complete once `arrived` is reached."""
 
     batch: PackedBatch
     logps: Tensor
@@ -111,7 +192,7 @@ class _ScoredBatch:
 
     @classmethod
     def of(cls, batch: PackedBatch, logps: Tensor) -> "_ScoredBatch":
-        """Start the copy; the host does not wait for the device."""
+        """Start the copy to the host without waiting for the device."""
         if logps.device.type != "cuda":
             return cls(batch, logps, None)
         on_host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
@@ -120,8 +201,8 @@ class _ScoredBatch:
         arrived.record()
         return cls(batch, on_host, arrived)
 
-    def rows(self) -> list[Values]:
-        """The values of each response; none of a dummy."""
+    def entries(self) -> list[Values]:
+        """Return the log-probs of each response; an empty list for a dummy."""
         if not len(self.batch.keys):
             return []
         if self.arrived is not None:

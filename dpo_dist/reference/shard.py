@@ -1,11 +1,12 @@
-"""One file of the store: a shard of rows, which its own name verifies.
+"""One file of the store: a shard of entries, verified by its own name.
 
-A safetensors file of sorted keys, where each row's values end, a checksum per row, and the float32 values of
-all rows. Its name is a digest of the space that it belongs to and of everything but the values, which the
-checksums cover: a shard that was copied in from another space does not hold.
+A safetensors file with the sorted keys, the end offset of each entry's values, a checksum per entry, and the
+float32 values of all entries. Its name is a digest of the fingerprint and of everything except the values,
+which the checksums cover: a shard copied from the folder of another fingerprint counts as damaged.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -35,13 +36,13 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard, mapped.
+    """One shard, memory-mapped.
 
     Attributes:
-        keys: uint64 [rows, 2].
-        ends: int64 [rows], where each row's values end.
-        checks: int64 [rows], CRC-32 of each row's values.
-        values: float32; fewer than `ends` says if the file was cut short.
+        keys: uint64 [entries, 2].
+        ends: int64 [entries], end offset of each entry in `values`.
+        checks: int64 [entries], CRC-32 of each entry's values.
+        values: float32 [tokens]; shorter if the file is truncated.
         bytes: size of the file.
     """
 
@@ -53,17 +54,17 @@ class Shard:
 
     @property
     def tokens(self) -> int:
-        """How many values the index promises."""
+        """Number of values that a complete file has."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     @property
-    def is_cut_short(self) -> bool:
-        """Whether values are missing at its end."""
+    def is_truncated(self) -> bool:
+        """True if values are missing at the end."""
         return len(self.values) < self.tokens
 
 
 def list_shards(folder: Path) -> list[str]:
-    """The names of all shards of a space, whatever is in them.
+    """Return the names of all shards in the folder of a fingerprint, damaged ones included.
 
     Raises:
         OSError: the folder cannot be read.
@@ -73,89 +74,87 @@ def list_shards(folder: Path) -> list[str]:
 
 
 def list_foreign(folder: Path) -> list[str]:
-    """What lies in a space under a shard's suffix and is none: other names, folders."""
+    """Return files and folders that have a shard's suffix but are not shards."""
     with os.scandir(folder) as entries:
         alike = [entry for entry in entries if entry.name.endswith(_SUFFIX)]
         return sorted(e.name for e in alike if not (_NAME.fullmatch(e.name) and e.is_file()))
 
 
-def shard_name(space: str, keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]) -> str:
-    """The name of a shard's file: a digest of its space's name and its index."""
-    digest = hashlib.blake2b(space.encode(), digest_size=16)
+def shard_name(folder: str, keys: Keys, ends: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]) -> str:
+    """Return a shard's file name: a digest of its folder's name, its keys, ends and checksums."""
+    digest = hashlib.blake2b(folder.encode(), digest_size=16)
     for array in (keys, ends, checks):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest() + _SUFFIX
 
 
-def write_shard(folder: Path, keys: Keys, rows: Sequence[Values]) -> str:
-    """Write rows of the space `folder` as one shard, whole or not at all, and give its name.
+def write_shard(folder: Path, keys: Keys, entries: Sequence[Values]) -> str:
+    """Write entries to `folder` as one shard, whole or not at all; return its name.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
     """
     order = np.lexsort((keys[:, 1], keys[:, 0]))
-    rows = [np.ascontiguousarray(rows[i], dtype=np.float32) for i in order]
+    entries = [np.ascontiguousarray(entries[i], dtype=np.float32) for i in order]
     keys = np.ascontiguousarray(keys[order])
-    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    checks = np.array([zlib.crc32(row.data) for row in rows], dtype=np.int64)
+    ends = np.cumsum([len(entry) for entry in entries], dtype=np.int64)
+    checks = np.array([zlib.crc32(entry.data) for entry in entries], dtype=np.int64)
     name = shard_name(folder.name, keys, ends, checks)
     with staged_file(folder / name) as temporary:
-        # Wider numbers come first in the file, so that one cut short has lost values and not its index.
-        tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(rows)}
+        # Wider numbers come first in the file, so that a truncated one has lost values and no keys.
+        tensors = {"keys": keys, "ends": ends, "checks": checks, "values": np.concatenate(entries)}
         save_file(tensors, temporary)
     return name
 
 
 def open_shard(file: Path) -> Shard | None:
-    """Map a shard and verify its index by its name and folder; None, with a warning, if it does not hold.
+    """Map a shard and verify it by its name and folder; None, with a warning, if it is damaged or missing.
 
     Raises:
-        OSError: the file is there and cannot be mapped.
+        OSError: the file exists and cannot be mapped.
     """
     try:
         return verified_shard(file, _map(file))
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError) as error:
-        log.warning("shard %s is damaged, its rows count as missing: %s", file, error)
+        log.warning("shard %s is damaged, its entries count as missing: %s", file, error)
     return None
 
 
 def verified_shard(file: Path, content: npt.NDArray[np.uint8]) -> Shard:
-    """The shard that is the `content` of `file`.
+    """Return the shard in `content`, the bytes of `file`.
 
     Raises:
-        ValueError, KeyError, TypeError, OverflowError: it is not the shard that its name and folder say.
+        ValueError, KeyError, TypeError, OverflowError: the content does not match the name and folder.
     """
     shard = parse_shard(content)
     if shard_name(file.parent.name, shard.keys, shard.ends, shard.checks) != file.name:
-        raise ValueError("its index is not the one of its name and reference")
-    if shard.is_cut_short:
-        log.warning("shard %s is cut short; of its rows those before the cut are used", file)
+        raise ValueError("its keys do not match its name and folder")
+    if shard.is_truncated:
+        log.warning("shard %s is truncated; only its complete entries are used", file)
     return shard
 
 
-def damaged_rows(shard: Shard) -> npt.NDArray[np.int64]:
-    """Which rows have values that their checksums do not hold for."""
+def damaged_entries(shard: Shard) -> npt.NDArray[np.int64]:
+    """Return the numbers of the entries whose values do not match their checksums."""
     bounds = np.concatenate(([0], shard.ends)).tolist()
-    return np.array(
-        [
-            row
-            for row, check in enumerate(shard.checks.tolist())
-            if not holds(shard.values[bounds[row] : bounds[row + 1]], bounds[row + 1] - bounds[row], check)
-        ],
-        dtype=np.int64,
-    )
+    damaged = [
+        number
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds))
+        if not is_intact(shard.values[start:stop], stop - start, int(shard.checks[number]))
+    ]
+    return np.array(damaged, dtype=np.int64)
 
 
-def holds(values: Values, tokens: int, check: int) -> bool:
-    """Whether a row's values are complete and as they were written."""
+def is_intact(values: Values, tokens: int, check: int) -> bool:
+    """Return True if an entry's values are complete and match their checksum."""
     return len(values) == tokens and zlib.crc32(values.data) == check
 
 
 def parse_shard(content: npt.NDArray[np.uint8]) -> Shard:
-    """Find the tensors in a safetensors file; of its header only the places count, the types are ours.
+    """Return views of the tensors in a safetensors file; only the offsets of its header are used.
 
     Raises:
-        ValueError, KeyError, TypeError, OverflowError: they are not there.
+        ValueError, KeyError, TypeError, OverflowError: it is not a shard.
     """
     header_bytes = int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8 : 8 + header_bytes].tobytes())
@@ -173,13 +172,13 @@ def parse_shard(content: npt.NDArray[np.uint8]) -> Shard:
         len(content),
     )
     if not len(shard.keys) == len(shard.ends) == len(shard.checks):
-        raise ValueError("keys, ends and checksums are not of the same rows")
+        raise ValueError("the numbers of keys, ends and checksums differ")
     return shard
 
 
 def _map(file: Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file, mapped. Unlike `numpy.memmap` this holds no file open: shards may be thousands."""
-    import torch  # noqa: PLC0415  (what only looks after a store starts without it)
+    """Map the bytes of a file. Unlike `numpy.memmap` this keeps no file open: shards may be thousands."""
+    import torch  # noqa: PLC0415  (store maintenance starts without it)
 
     size = file.stat().st_size
     try:

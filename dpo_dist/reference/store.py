@@ -1,15 +1,16 @@
-"""Reference log-probs on disk: append-only shards of rows, found by content key, checked when read.
+"""Reference log-probs on disk: append-only shards of entries, found by content key, verified when read.
 
-Shards are named by their content, so writers never meet, and several jobs fill one store at once. Opening
-reads everything but the values.
+Shards are named by their content, so several jobs can fill one store at once. Opening a store reads
+everything except the values.
 """
 
 import contextlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,211 +19,189 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from dpo_dist.atomic import write_text
+from dpo_dist.data.sampler import Indices
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.index import build_index, first_values
-from dpo_dist.reference.shard import (
-    Keys,
-    Values,
-    holds,
-    list_foreign,
-    list_shards,
-    open_shard,
-    write_shard,
-)
+from dpo_dist.reference.index import Index
+from dpo_dist.reference.shard import Keys, Values, list_foreign, list_shards, open_shard, write_shard
 
 log = logging.getLogger(__name__)
 
-_KEYS_AT_ONCE = 1 << 16  # the rows of a batch of look-ups are Python objects
+PATIENCE_SECONDS = 90
+"""How long another node's shard may stay invisible: NFS clients list a folder anew after 60 s at most."""
+
+_RETRY_SECONDS = 1.0
 
 
 class LogpStore:
-    """Rows of one reference: response key to per-token float32 log-probs.
+    """View of some shards of a store: response key to per-token float32 log-probs.
 
-    A row holds one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`data.encode.response_key`). Shards are named by their path below the root: space and file. Rows of the
-    store's own space are preferred to those of its kin.
+    An entry has one value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
+    (`data.encode.response_key`). Shards are named by their path below the root. Entries of the store's own
+    fingerprint are preferred to those of compatible ones.
+
+    Attributes:
+        root: the store's folder (`reference.store`).
+        fingerprints: the store's own, then compatible ones, the most similar first.
+        folder: where the store's own shards are.
+        shards: size in bytes of each shard in this view, by name.
+        damaged: shards that fail verification; all their entries count as missing.
+        foreign: files among the store's own shards that are not shards; known if all shards were opened.
     """
 
-    def __init__(self, root: Path, spaces: Sequence[ReferenceFingerprint], names: Iterable[str]):
+    def __init__(self, root: Path, fingerprints: Sequence[ReferenceFingerprint], names: Iterable[str]):
         self.root = root
-        self.folder = root / spaces[0].name
-        self.spaces = spaces
-        """Its own space, and those of its kin."""
-        self.damaged: list[str] = []
-        """Shards whose index does not hold: all their rows count as missing."""
-        self.damaged_rows: Counter[str] = Counter()
-        """Rows that were looked up and whose values do not hold, by shard."""
-        shards = []
+        self.fingerprints = fingerprints
+        self.folder = root / fingerprints[0].name
         names = list(names)
         with ThreadPoolExecutor(max_workers=8) as pool:
-            for name, shard in zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True):
-                if shard is None:
-                    self.damaged.append(name)
-                else:
-                    shards.append((name, shard))
+            opened = dict(zip(names, pool.map(lambda name: open_shard(root / name), names), strict=True))
+        shards = {name: shard for name, shard in opened.items() if shard is not None}
+        self.shards = {name: shard.bytes for name, shard in shards.items()}
+        self.damaged = [name for name in opened if name not in shards]
         self.foreign: list[str] = []
-        """What lies among the shards of the own space and is none; known where all shards were asked for."""
-        self.names = [name for name, _ in shards]
-        """The shards this view of the store was opened with, damaged ones left out."""
-        self.shard_bytes = {name: shard.bytes for name, shard in shards}
-        """Size of each of them."""
-        self._values = [shard.values for _, shard in shards]
-        self._first_values = first_values([shard for _, shard in shards])
-        self._index = build_index([shard for _, shard in shards], self._first_values)
+        self._names = list(shards)
+        self._index = Index(list(shards.values()))
 
     @classmethod
     def open(
         cls,
         root: Path,
-        space: ReferenceFingerprint,
+        fingerprint: ReferenceFingerprint,
         names: Sequence[str] | None = None,
         compatible: Sequence[ReferenceFingerprint] = (),
     ) -> "LogpStore":
-        """Open the rows of `space` below `root`, creating its folder.
+        """Open the entries of `fingerprint`.
 
         Args:
             root: `reference.store`.
-            space: reference and numerics.
-            names: the shards to see, of another process's `names`; None: all that are there now.
-            compatible: other spaces whose rows may serve where `space` has none, the nearest first.
+            fingerprint: of the reference, its numerics and the scoring code.
+            names: the shards to open; None opens all that exist now, and creates the folder.
+            compatible: fingerprints whose entries are used where `fingerprint` has none, in this order.
 
         Raises:
-            ReferenceModelError: the folder cannot be made or read.
+            ReferenceModelError: the folder cannot be created or read.
         """
-        spaces = [space, *compatible]
+        fingerprints = [fingerprint, *compatible]
         try:
             if names is not None:
-                return cls(root, spaces, names)
-            for each in spaces:
-                _enter(root / each.name, each)
-            store = cls(root, spaces, list_stored(root, spaces))
-            store.foreign = [f"{space.name}/{name}" for name in list_foreign(store.folder)]
+                return cls(root, fingerprints, names)
+            for each in fingerprints:
+                _mark_used(root / each.name, each)
+            store = cls(root, fingerprints, _list_shards(root, fingerprints))
+            store.foreign = [f"{fingerprint.name}/{name}" for name in list_foreign(store.folder)]
             for name in store.foreign:
-                log.warning("%s is no shard of the reference store and is passed over", root / name)
+                log.warning("%s is not a shard of the reference store and is ignored", root / name)
             return store
         except OSError as error:
             raise ReferenceModelError(
                 "the reference store cannot be opened",
                 where="reference.store",
-                got=f"{root / space.name}: {error}",
-                remedy="check that the folder exists, can be read, and is seen by every node",
+                got=f"{root / fingerprint.name}: {error}",
+                remedy="check that the folder exists, is readable, and is visible on every node",
             ) from error
 
-    def list_now(self) -> list[str]:
-        """The shards that there are now, in this view or not."""
-        return list_stored(self.root, self.spaces)
+    @classmethod
+    def read_only(cls, root: Path, fingerprints: Sequence[ReferenceFingerprint]) -> "LogpStore":
+        """Open all entries of `fingerprints` without creating or changing a file."""
+        return cls(root, fingerprints, _list_shards(root, fingerprints))
 
-    def check_writable(self) -> None:
-        """Say before hours of computing what could not be stored.
+    def reopen(self, names: Sequence[str] | None = None) -> "LogpStore":
+        """Open other shards of the same store; as `open`."""
+        own, *compatible = self.fingerprints
+        return LogpStore.open(self.root, own, names, compatible)
+
+    def wait_for(self, shards: Mapping[str, int]) -> "LogpStore":
+        """Open these shards; waits a little for those that this node does not see completely yet.
+
+        Args:
+            shards: size in bytes of each shard, by name.
 
         Raises:
-            ReferenceModelError: the own space is read-only.
+            ReferenceModelError: a shard does not appear, or not with its size.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        order = [fingerprint.name for fingerprint in self.fingerprints]
+        names = sorted(shards, key=lambda name: (order.index(_folder_of(name)), name))
+        while True:
+            store = self.reopen(names)
+            unseen = sorted(name for name, size in shards.items() if store.shards.get(name) != size)
+            if not unseen:
+                return store
+            if time.monotonic() > deadline:
+                raise ReferenceModelError(
+                    "shards of reference log-probs that this run uses cannot be read",
+                    where=f"reference.store on {socket.gethostname()}",
+                    got=f"{len(unseen)} of {len(shards)} missing or damaged: {self.root / unseen[0]}",
+                    expected=f"they become visible within {PATIENCE_SECONDS} seconds after they were written",
+                    remedy="put reference.store on a file system that every node sees, and start again; "
+                    "missing log-probs are computed before training",
+                )
+            time.sleep(_RETRY_SECONDS)
+            self.list_now()  # listing a folder makes a network file system's client look for new files
+
+    def list_now(self) -> list[str]:
+        """Return the names of all shards that exist now, in this view or not."""
+        return _list_shards(self.root, self.fingerprints)
+
+    def check_writable(self) -> None:
+        """Check, before hours of scoring, that entries can be stored.
+
+        Raises:
+            ReferenceModelError: the folder is read-only.
         """
         if not os.access(self.folder, os.W_OK):
             raise ReferenceModelError(
-                "the reference store lacks rows that this run needs, and cannot be written",
+                "the reference store lacks log-probs that this run needs, and cannot be written",
                 where="reference.store",
                 got=f"{self.folder} is read-only",
-                remedy="mend the permissions, or set another reference.store",
+                remedy="fix the permissions, or set another reference.store",
             )
 
     def __len__(self) -> int:
-        return len(self._index.first_words)
+        return len(self._index)
+
+    @property
+    def damaged_entries(self) -> dict[str, int]:
+        """Number of look-ups so far whose values failed their checksum, by shard."""
+        return {self._names[number]: count for number, count in self._index.damaged.items()}
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which of `keys` have a row whose checksum holds; bool [n]."""
-        held = np.empty(len(keys), dtype=np.bool_)
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            part = slice(start, start + _KEYS_AT_ONCE)
-            held[part] = [shard is not None for shard in self._find(keys[part])[1]]
-        return held
-
-    def indexed(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which of `keys` have a row; bool [n]. Reads no values: whether these hold, `holds` knows."""
-        rows = np.searchsorted(self._index.first_words, keys[:, 0]).clip(max=len(self) - 1)
-        if not len(self):
-            return np.zeros(len(keys), dtype=np.bool_)
-        found: npt.NDArray[np.bool_] = self._index.first_words[rows] == keys[:, 0]
-        found &= self._index.second_words[rows] == keys[:, 1]
-        # Few are left: those of which another row has the first word.
-        found[~found] = self.contains(keys[~found])
+        """Return which `keys` have an intact entry; bool [n]. Reads and verifies their values."""
+        found: npt.NDArray[np.bool_] = self._index.shards_of(keys) >= 0
         return found
 
-    def sources(self, keys: Keys) -> npt.NDArray[np.int64]:
-        """Which of `spaces` serves each of `keys`, -1 for none; int64 [n]."""
-        numbers = {space.name: number for number, space in enumerate(self.spaces)}
-        of_shards = [numbers[name.split("/")[0]] for name in self.names]
-        serving: list[int] = []
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            _, shards = self._find(keys[start : start + _KEYS_AT_ONCE])
-            serving += [-1 if shard is None else of_shards[shard] for shard in shards]
-        return np.array(serving, dtype=np.int64)
+    def has_keys(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Return which `keys` have an entry; bool [n]. Reads no values, so the entry may be damaged."""
+        return self._index.has_keys(keys)
+
+    def sources(self, keys: Keys) -> Indices:
+        """Return the index in `fingerprints` of each key's entry, -1 for none; int64 [n]."""
+        folders = [fingerprint.name for fingerprint in self.fingerprints]
+        by_shard = [folders.index(_folder_of(name)) for name in self._names]
+        # The last one is that of shard number -1: no entry.
+        return np.array([*by_shard, -1], dtype=np.int64)[self._index.shards_of(keys)]
 
     def read(self, keys: Keys) -> list[Values]:
-        """The rows of `keys`, float32 [completion tokens] each.
+        """Return the log-probs of each key, float32 [completion tokens].
 
         Raises:
-            ReferenceModelError: a row is missing or damaged.
+            ReferenceModelError: an entry is missing or damaged.
         """
-        rows = []
-        for key, row in zip(keys, self._find(keys)[0], strict=True):
-            if row is None:
+        entries = []
+        for key, values in zip(keys, self._index.find(keys)[0], strict=True):
+            if values is None:
                 raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
                     where=str(self.folder),
-                    got=f"row {key[0]:016x}{key[1]:016x}",
-                    remedy="start the same command again: what is missing is computed before training",
+                    got=f"entry {key[0]:016x}{key[1]:016x}",
+                    remedy="start the same command again: missing log-probs are computed before training",
                 )
-            rows.append(row)
-        return rows
+            entries.append(values)
+        return entries
 
-    def _find(self, keys: Keys) -> tuple[list[Values | None], list[int | None]]:
-        """The row of each key and the number of its shard; None where no row has values that hold."""
-        found: list[Values | None] = [None] * len(keys)
-        holders: list[int | None] = [None] * len(keys)
-        wanted = np.arange(len(keys))
-        index = self._index
-        rows = np.searchsorted(index.first_words, keys[:, 0])
-        # Rows of equal first words lie side by side: another round for those whose row was not this one.
-        while len(wanted):
-            inside = rows < len(self)
-            wanted, rows = wanted[inside], rows[inside]
-            alike = index.first_words[rows] == keys[wanted, 0]
-            wanted, rows = wanted[alike], rows[alike]
-            same = index.second_words[rows] == keys[wanted, 1]
-            self._load(rows[same], wanted[same].tolist(), found, holders)
-            left = np.array([found[number] is None for number in wanted.tolist()], dtype=np.bool_)
-            wanted, rows = wanted[left], rows[left] + 1
-        return found, holders
-
-    def _load(
-        self,
-        rows: npt.NDArray[np.int64],
-        numbers: list[int],
-        found: list[Values | None],
-        holders: list[int | None],
-    ) -> None:
-        """Put these rows of the index, where their values hold, into `found` and `holders` at `numbers`."""
-        places, checks, token_bits = (
-            self._index.places[rows],
-            self._index.checks[rows],
-            self._index.token_bits,
-        )
-        starts = places >> token_bits
-        shards = np.searchsorted(self._first_values, starts, side="right") - 1
-        starts -= self._first_values[shards]
-        stops = starts + (places & ((1 << token_bits) - 1))
-        columns = (numbers, shards.tolist(), starts.tolist(), stops.tolist(), checks.tolist())
-        for number, shard, start, stop, check in zip(*columns, strict=True):
-            values = self._values[shard][start:stop]
-            if holds(values, stop - start, check):
-                found[number], holders[number] = values, shard
-            else:
-                self.damaged_rows[self.names[shard]] += 1
-
-    def write(self, keys: Keys, rows: Sequence[Values]) -> str:
-        """Append rows as one shard, whole or not at all; visible to stores opened afterwards.
+    def write(self, keys: Keys, entries: Sequence[Values]) -> str:
+        """Append entries as one shard, whole or not at all; visible to stores opened afterwards.
 
         Returns:
             The shard's name.
@@ -230,48 +209,52 @@ class LogpStore:
         Raises:
             ReferenceModelError: it cannot be written, or a value is not finite.
         """
-        useless = sum(not np.isfinite(row).all() for row in rows)
-        if useless:
+        not_finite = sum(not np.isfinite(values).all() for values in entries)
+        if not_finite:
             raise ReferenceModelError(
-                "the reference model gives log-probs that are not finite",
+                "the reference model computes log-probs that are not finite",
                 where="reference.path",
-                got=f"{useless} of {len(rows)} responses",
+                got=f"{not_finite} of {len(entries)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )
         try:
-            return f"{self.folder.name}/{write_shard(self.folder, keys, rows)}"
+            return f"{self.folder.name}/{write_shard(self.folder, keys, entries)}"
         except (OSError, SafetensorError) as error:
             raise ReferenceModelError(
                 "a shard of reference log-probs cannot be written",
                 where="reference.store",
                 got=f"{self.folder}: {error}",
-                remedy="make room or set another reference.store; finished shards are kept",
+                remedy="free disk space or set another reference.store; finished shards are kept",
             ) from error
 
 
-def _enter(folder: Path, space: ReferenceFingerprint) -> None:
-    """Have the folder say what it holds, and when it was last used; one that is read-only may still be read.
+def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
+    """Set the time of last use of a folder, and write its `space.json` if missing; warn if it is read-only.
 
     Raises:
-        OSError: it is not there and cannot be made.
+        OSError: the folder does not exist and cannot be created.
     """
     try:
         if read_fingerprint(folder) is not None:
             os.utime(folder / FINGERPRINT_FILE)
             return
         if (folder / FINGERPRINT_FILE).exists():
-            log.warning("%s is damaged and is written anew", folder / FINGERPRINT_FILE)
-        write_text(folder / FINGERPRINT_FILE, json.dumps(space.describe(), indent=1))
+            log.warning("%s is damaged and is written again", folder / FINGERPRINT_FILE)
+        write_text(folder / FINGERPRINT_FILE, json.dumps(fingerprint.as_dict(), indent=1))
     except OSError as error:
         if not folder.is_dir():
             raise
-        log.warning("the reference store is used as it is and not written to: %s", error)
+        log.warning("the reference store is read, but cannot be written: %s", error)
 
 
-def list_stored(root: Path, spaces: Sequence[ReferenceFingerprint]) -> list[str]:
-    """All shards of `spaces` by their path below `root`, in the order of the spaces."""
+def _list_shards(root: Path, fingerprints: Sequence[ReferenceFingerprint]) -> list[str]:
+    """Return the shards of `fingerprints` by their path below `root`, in the order of the fingerprints."""
     names = []
-    for space in spaces:
-        with contextlib.suppress(FileNotFoundError):  # dropped, or never made
-            names += [f"{space.name}/{name}" for name in list_shards(root / space.name)]
+    for fingerprint in fingerprints:
+        with contextlib.suppress(FileNotFoundError):  # removed, or never created
+            names += [f"{fingerprint.name}/{name}" for name in list_shards(root / fingerprint.name)]
     return names
+
+
+def _folder_of(name: str) -> str:
+    return name.split("/", maxsplit=1)[0]

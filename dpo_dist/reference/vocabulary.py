@@ -1,4 +1,4 @@
-"""Whether a reference means by a token id what the policy means by it."""
+"""Check that policy and reference have the same vocabulary."""
 
 from pathlib import Path
 
@@ -11,28 +11,28 @@ from dpo_dist.model.load import load_config, load_tokenizer
 
 
 def check_same_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    """Raise where log-probs of the policy's token ids by the model of `folder` would mean something else.
+    """Check that the reference has the policy's token ids, for the same tokens.
 
-    Where the folder has no tokenizer, only the number of ids is compared.
+    Without a tokenizer in the reference's folder only the number of ids is compared.
 
     Args:
-        folder: of the reference.
-        tokenizer: the policy's, by which pairs are encoded.
-        config: of the policy.
+        folder: the reference's model folder.
+        tokenizer: the policy's.
+        config: the policy's.
 
     Raises:
-        ConfigError: the reference has no such ids, or gives them to other tokens.
+        ConfigError: the reference has fewer token ids, or other tokens for them.
     """
     vocabulary = tokenizer.get_vocab()
     ids_needed = max(vocabulary.values()) + 1
-    ids_there = load_config(folder, config).vocab_size
-    if ids_there < ids_needed:
+    ids = load_config(folder, config).vocab_size
+    if ids < ids_needed:
         raise ConfigError(
-            "the reference has no such token ids as the policy's tokenizer gives",
+            "the reference model has fewer token ids than the policy's tokenizer",
             where="reference.path",
-            got=f"{folder} with {ids_there} token ids",
+            got=f"{folder} with {ids} token ids",
             expected=f"at least {ids_needed}",
-            remedy="name a reference with the policy's tokenizer",
+            remedy="set reference.path to a model with the policy's tokenizer",
         )
     if not has_tokenizer(folder):
         return
@@ -43,7 +43,7 @@ def check_same_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, conf
             "the reference's tokenizer has other ids for the same tokens",
             where="reference.path",
             got=f"{folder}: {len(differing)} of {len(vocabulary)} tokens differ, "
-            f"{', '.join(map(repr, sorted(differing)[:3]))} among them",
-            expected="the policy's tokenizer, with which the pairs were encoded",
-            remedy="name a reference with the policy's tokenizer",
+            f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
+            expected="the policy's tokenizer, which encoded the pairs",
+            remedy="set reference.path to a model with the policy's tokenizer",
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_dist import atomic
-from dpo_dist.config.describe import title
+from dpo_dist.config.identity import title
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, WandbMode
 from dpo_dist.errors import ExitCode, Outcome

@@ -1,87 +1,131 @@
-"""Pairs as a step has scored them, of one micro-batch or of the whole global batch."""
+"""Losses that couple the pairs of the global batch (`aot`, `beta_dpo`, ...): gradients in two passes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dpo_dist.data.collate import RankBatch
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
+from dpo_dist.training.step_timer import StepClock
 
-_COLUMNS = 9
 
+def accumulate_coupled(
+    policy: PolicyEngine,
+    objective: Objective,
+    step: ReadyStep,
+    facts: BatchFacts,
+    world: World,
+    clock: StepClock,
+) -> MetricSums:
+    """Accumulate the gradient of a coupled loss; return metric sums, which are zero on all ranks but 0.
 
-@dataclass(frozen=True)
-class ScoredPairs:
-    """All that the loss and the metrics of some pairs are computed from.
-
-    Attributes:
-        policy: with a graph where gradients are on.
-        reference: None where the loss needs none.
-        score_gaps: float32 [pairs], or None without scores.
-        pair_weights: float64 [pairs], of the loss; None where it has none.
-        counts: float32 [pairs], 1, or 0 for a dummy.
+    1. Score all micro-batches without a graph, and all-reduce the log-probs of the global batch.
+    2. On every rank, differentiate the loss of the global batch by each log-prob.
+    3. Forward each micro-batch again, and backpropagate these derivatives.
     """
+    plan, scored = step.plan, []
+    policy.train(False)
+    with torch.no_grad():
+        for host_batch in step.batches:
+            clock.enter("data")
+            batch = host_batch.to(world.device)
+            clock.enter("reference")
+            reference = objective.reference_logps(batch)
+            clock.enter("forward")
+            scored.append(objective.score(policy, batch, reference, facts))
+    pairs = gather_pairs(scored, plan, world)
+    leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
+    loss, sums = objective.measure(pairs)
+    slopes = torch.autograd.grad(loss / plan.pairs, leaves, allow_unused=True, materialize_grads=True)
 
-    policy: PairLogps
-    reference: PairLogps | None
-    score_gaps: Tensor | None
-    pair_weights: Tensor | None
-    counts: Tensor
+    policy.train()
+    for number, (host_batch, places) in enumerate(zip(step.batches, plan.positions, strict=True), start=1):
+        clock.enter("data")
+        batch = host_batch.to(world.device)
+        clock.enter("forward")
+        logps = objective.pair_logps(policy.token_logps(batch), batch)
+        clock.enter("backward")
+        own = _on_device(places or (0,), world.device)
+        parts = zip(slopes, _differentiable(logps), strict=True)
+        surrogate = torch.stack([slope[own] * part for slope, part in parts]) * batch.weights
+        policy.backward(surrogate.sum(), is_last=number == len(step.batches))
+    return sums if world.is_main else objective.no_sums(world.device)
 
-    def columns(self) -> Tensor:
-        """float64 [9, pairs]; zeros for what there is not."""
-        nothing = torch.zeros_like(self.policy.chosen)
-        whole_chosen, reference = self.policy.whole_chosen, self.reference
-        columns = (
-            self.policy.chosen,
-            self.policy.rejected,
-            self.policy.chosen_tokens,
-            self.policy.rejected_tokens,
-            nothing if whole_chosen is None else whole_chosen,
-            nothing if reference is None else reference.chosen,
-            nothing if reference is None else reference.rejected,
-            nothing if self.score_gaps is None else self.score_gaps,
-            nothing if self.pair_weights is None else self.pair_weights,
-        )
-        return torch.stack(columns)
 
-    def from_columns(self, columns: Tensor) -> "ScoredPairs":
-        """The pairs of these `columns`, which have what this has."""
-        chosen, rejected, chosen_tokens, rejected_tokens, whole, of_chosen, of_rejected, gaps, weights = (
-            columns
-        )
-        tokens, has_whole = (chosen_tokens, rejected_tokens), self.policy.whole_chosen is not None
-        return ScoredPairs(
-            policy=PairLogps(chosen, rejected, *tokens, whole_chosen=whole if has_whole else None),
-            reference=None if self.reference is None else PairLogps(of_chosen, of_rejected, *tokens),
-            score_gaps=gaps,
-            pair_weights=None if self.pair_weights is None else weights,
-            counts=torch.ones_like(chosen),
-        )
-
-    def facts(self, mean_chosen_tokens: float, running: RunningMeans) -> BatchFacts:
-        """What the loss needs to know beside log-probs."""
-        return BatchFacts(mean_chosen_tokens, self.score_gaps, self.pair_weights, running)
+def coupled_sums(
+    objective: Objective, scored: Sequence[ScoredPairs], plan: RankBatch, world: World
+) -> MetricSums:
+    """Return the metric sums of a coupled loss, which are zero on all ranks but 0; collective."""
+    _, sums = objective.measure(gather_pairs(scored, plan, world))
+    return sums if world.is_main else objective.no_sums(world.device)
 
 
 def gather_pairs(scored: Sequence[ScoredPairs], plan: RankBatch, world: World) -> ScoredPairs:
-    """All pairs of the global batch in its order, alike on every rank; collective.
+    """Return all pairs of the global batch in its order, the same on every rank; collective.
 
     Args:
         scored: this rank's micro-batches, without a graph.
+        plan: of the global batch.
+        world: the ranks.
     """
-    whole = torch.zeros(_COLUMNS, plan.pairs, dtype=torch.float64, device=world.device)
-    for pairs, places in zip(scored, plan.positions, strict=True):
+    columns = [_columns(pairs) for pairs in scored]
+    present = [column is not None for column in columns[0]]
+    whole = torch.zeros(sum(present), plan.pairs, dtype=torch.float64, device=world.device)
+    for own, places in zip(columns, plan.positions, strict=True):
         if places:
-            whole[:, index_of(places, world.device)] = pairs.columns()
-    return scored[0].from_columns(world.sum(whole))
+            stacked = torch.stack([column for column in own if column is not None])
+            whole[:, _on_device(places, world.device)] = stacked
+    gathered = iter(world.sum(whole))
+    return _from_columns([next(gathered) if is_present else None for is_present in present], scored[0].facts)
 
 
-def index_of(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 [places] on `device`."""
+def _columns(pairs: ScoredPairs) -> list[Tensor | None]:
+    """Return the tensors of a coupled loss, [pairs] each; None for those that the loss does not use."""
+    policy, reference, facts = pairs.policy, pairs.reference, pairs.facts
+    return [
+        policy.chosen,
+        policy.rejected,
+        policy.chosen_tokens,
+        policy.rejected_tokens,
+        policy.whole_chosen,
+        None if reference is None else reference.chosen,
+        None if reference is None else reference.rejected,
+        facts.score_gaps,
+        facts.pair_weights,
+    ]
+
+
+def _from_columns(columns: list[Tensor | None], facts: BatchFacts) -> ScoredPairs:
+    """Return the pairs of which these are `_columns`; the other facts are those of any micro-batch."""
+    chosen, rejected, chosen_tokens, rejected_tokens, whole, of_chosen, of_rejected, gaps, weights = columns
+    assert chosen is not None
+    assert rejected is not None
+    assert chosen_tokens is not None
+    assert rejected_tokens is not None
+    reference = None
+    if of_chosen is not None and of_rejected is not None:
+        reference = PairLogps(of_chosen, of_rejected, chosen_tokens, rejected_tokens)
+    return ScoredPairs(
+        policy=PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, whole_chosen=whole),
+        reference=reference,
+        facts=replace(facts, score_gaps=gaps, pair_weights=weights),
+        weights=torch.ones_like(chosen),
+    )
+
+
+def _differentiable(logps: PairLogps) -> list[Tensor]:
+    """Return the sums that a coupled loss is differentiated by, [pairs] each."""
+    whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
+    return [logps.chosen, logps.rejected, *whole]
+
+
+def _on_device(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `places` as int64 [places] on `device`, without waiting for it."""
     return torch.tensor(places).to(device, non_blocking=True)

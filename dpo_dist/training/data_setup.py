@@ -11,9 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
+from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
+from dpo_dist.data.dataset import (
+    PreferenceDataset,
+    count_duplicates,
+    count_shared,
+    open_dataset,
+    remembered_count,
+)
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.world import World
@@ -22,7 +27,7 @@ from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
-from dpo_dist.reference.digest import ModelFiles, digest_on_every_node, tokenizer_digest
+from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.console import Console
 
 _TOLD_APART = "chat_template_not_applied"

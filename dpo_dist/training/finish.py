@@ -1,7 +1,6 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_folder
-from dpo_dist.config.describe import settings
+from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.checkpoint import drop_checkpoints
@@ -20,31 +19,21 @@ from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import final_and_best, plain
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state
 
 
-@dataclass(frozen=True)
-class Ending:
-    """The facts about a run, beside its loop, that its last files contain.
-
-    Attributes:
-        inputs: data and models of the run.
-        identity: their digests.
-        reference: the section `reference` of summary.json.
-    """
-
-    inputs: Inputs
-    identity: Identity
-    reference: Mapping[str, Any]
-
-
-def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
+def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference: dict[str, Any]) -> int:
     """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
 
     A kill between two of these files loses nothing: the same command writes the missing ones.
+
+    Args:
+        loop: the run.
+        position: its progress; advanced.
+        identity: digests of its inputs.
+        reference: the section `reference` of summary.json.
 
     Raises:
         DivergedError: loss or gradient stopped being finite.
@@ -54,17 +43,17 @@ def run_to_its_end(loop: Loop, position: Position, ending: Ending) -> int:
     try:
         outcome = Outcome.completed if loop.run(position) else Outcome.preempted
     except DivergedError:
-        state = RunState(Outcome.diverged, position.step, ending.identity)
-        _close(loop, state, _summary(loop, position, ending))
+        state = RunState(Outcome.diverged, position.step, identity)
+        _close(loop, state, _summary(loop, position, reference))
         raise
-    state = RunState(outcome, position.step, ending.identity)
-    summary = _summary(loop, position, ending)
+    state = RunState(outcome, position.step, identity)
+    summary = _summary(loop, position, reference)
     if outcome is Outcome.preempted:
         _close(loop, state, summary)
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
-    export_model(loop.policy, ending.inputs.tokenizer, folder.model, loop.world, writing)
+    export_model(loop.policy, loop.inputs.tokenizer, folder.model, loop.world, writing)
     exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
@@ -136,7 +125,7 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
     write_on_main(work, folder, loop.world)
 
 
-def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
+def _summary(loop: Loop, position: Position, reference: dict[str, Any]) -> dict[str, Any]:
     """Return the content of summary.json without `exit`; collective."""
     peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
     seconds = position.train_seconds
@@ -147,8 +136,8 @@ def _summary(loop: Loop, position: Position, ending: Ending) -> dict[str, Any]:
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
-        "reference": ending.reference,
+        "reference": reference,
         "world_size": loop.world.size,
         "settings": settings(loop.config),
-        "data": {name: dataset.counts for name, dataset in ending.inputs.named.items()},
+        "data": {name: dataset.counts for name, dataset in loop.inputs.named.items()},
     }

@@ -15,7 +15,7 @@ class StepMeasures:
     Attributes:
         sums: sum over the global batch by metric name.
         counts: count of each metric: pairs, or a count of its own.
-        values: one value for the whole step by name: gradient norm, moving loss parameters, `time/*`.
+        values: one value for the step by name: gradient norm, loss parameters that change, `time/*`.
         learning_rate: of this step.
         pairs: in the global batch.
         tokens: unique tokens computed.
@@ -31,10 +31,6 @@ class StepMeasures:
     tokens: int
     flops: float
     seconds: float
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of every metric."""
-        return metric_means(self.sums, self.counts)
 
 
 @dataclass
@@ -94,7 +90,7 @@ class LogWindow:
 
 
 def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
-    """Return the columns of a row that say how much was computed how fast."""
+    """Return the columns of a metrics row for amounts and speed."""
     return {
         "pairs": pairs,
         "tokens": tokens,

@@ -14,11 +14,9 @@ from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.prefetch import prefetch
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.scoring import Scorer
-from dpo_dist.training.coupled import ScoredPairs
-from dpo_dist.training.step import BATCHES_AHEAD, Objective
+from dpo_dist.training.batch_loss import Objective, ScoredPairs
 
 # Mean absolute drift per token, in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.bf16: 5e-2}
@@ -38,7 +36,7 @@ class _ScoredResponse:
 
 
 @torch.no_grad()
-def pass_gate(
+def check_drift(
     score: Scorer,
     objective: Objective,
     dataset: PreferenceDataset,
@@ -67,30 +65,29 @@ def pass_gate(
     plan = shard_batch(dataset, rows, world.rank, world.size, budget, costs)
     scored: list[_ScoredResponse] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with prefetch(objective.ready_batches(plan, world.device), BATCHES_AHEAD) as batches:
+    with objective.prefetched(plan, world.device) as batches:
         for micro_rows, host_batch in zip(plan.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
             assert stored is not None, "the gate compares with a reference"
             fresh = score(batch)
-            reference = objective.pairs(stored, batch)
-            for place, logps in enumerate((fresh, stored)):
-                pairs = ScoredPairs(
-                    objective.pairs(logps, batch), reference, batch.score_gaps, None, batch.weights
-                )
-                losses[place] += objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())[0].double()
+            reference = objective.pair_logps(stored, batch)
+            facts = BatchFacts(plan.mean_chosen_tokens, batch.score_gaps)
+            for index, logps in enumerate((fresh, stored)):
+                pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
+                losses[index] += objective.measure(pairs)[0].double()
             scored += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_rows)
     losses = world.sum(losses) / plan.pairs
     everywhere = [response for part in world.gather(scored) for response in part]
     report = _report(everywhere)
-    _check_drift(everywhere, dataset, config)
+    _check_tokens(everywhere, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()
     _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)
     return report
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
-    """Describe what `pass_gate` reports in a sentence for the screen."""
+    """Describe what `check_drift` reports in a sentence for the screen."""
     return (
         f"{drift['responses']:,} reference log-probs computed again: they differ by "
         f"{drift['mean_token_drift']:.2g} nats per token on average, by at most "
@@ -135,7 +132,7 @@ def _tolerance(dtype: Dtype, tokens: int) -> float:
     return _TOLERANCE[dtype] * few
 
 
-def _check_drift(scored: list[_ScoredResponse], dataset: PreferenceDataset, config: RunConfig) -> None:
+def _check_tokens(scored: list[_ScoredResponse], dataset: PreferenceDataset, config: RunConfig) -> None:
     dtype = config.model.dtype
     # Not "drift > tolerance", which lets nan pass.
     drifted = [s for s in scored if not s.token_drift <= _tolerance(dtype, s.tokens)]

@@ -1,31 +1,84 @@
 """The stored reference of a run: compute what the store lacks, and re-score a sample of what it has."""
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import Numerics, RunConfig
+from dpo_dist.config.schema import Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.compatible import agree_on_numerics, count_reused, count_unused, find_compatible
-from dpo_dist.reference.digest import ModelFiles
+from dpo_dist.reference.digest import ModelFiles, model_label
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
-from dpo_dist.reference.fill import FillReport, OpenStore, check_complete, fill_store, open_filled
+from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
-from dpo_dist.reference.providers import StoredReference
+from dpo_dist.reference.providers import (
+    AdapterReference,
+    LiveReference,
+    NoReference,
+    ReferenceProvider,
+    StoredReference,
+)
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
+from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
+from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.reference_check import describe_drift, pass_gate
-from dpo_dist.training.step import Objective
+from dpo_dist.training.reference_check import check_drift, describe_drift
 
 Audited = tuple[PreferenceDataset, Indices]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of a run.
+
+    Attributes:
+        provider: its log-probs.
+        is_policys_start: whether the policy starts as this model, in the same precision.
+        audited: a dataset and those of its indices from which the step-0 check takes its sample.
+        report: the section `reference` of summary.json.
+    """
+
+    provider: ReferenceProvider
+    is_policys_start: bool
+    audited: Audited
+    report: dict[str, Any]
+
+
+def prepare_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
+    """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective."""
+    mode = config.reference.mode
+    audited = inputs.visited[0]
+    if mode is ReferenceMode.none:
+        report = {"mode": mode.value, **FillReport().as_dict()}
+        return Reference(NoReference(), False, audited, report)
+    files = inputs.reference_files
+    assert files is not None, "every other mode has a reference model"
+    if config.reference.path:
+        world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
+    same_precision = config.reference.quantization is config.model.quantization
+    is_start = same_precision and files.digest == inputs.policy_files.digest
+    report = FillReport().as_dict()
+    provider: ReferenceProvider
+    if mode is ReferenceMode.live:
+        provider = LiveReference(load_digested(files, config, world))
+    else:
+        label = model_label(config.reference.path or config.model.path, files.folder)
+        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
+    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
+
+
+def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
+    """Return the reference in mode `adapter`: the policy with its adapter switched off."""
+    report = {"mode": ReferenceMode.adapter.value, **FillReport().as_dict()}
+    return Reference(AdapterReference(policy), True, inputs.visited[0], report)
 
 
 def stored_reference(
@@ -37,10 +90,10 @@ def stored_reference(
     world: World,
     console: Console,
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
-    """The store with every row that the run visits; what it lacks is computed, and then the engine freed.
+    """Return the store with all log-probs that the run needs; missing ones are computed first.
 
-    A sample of all rows is scored again while the engine is there. Rows of other numerics are scored again in
-    any case: by the policy if it starts from the reference, else by an engine that is loaded for it.
+    A sample is scored again while the engine is loaded; then the engine is freed. Log-probs of other numerics
+    are always scored again: by the policy if it starts from the reference, else by an engine loaded for it.
 
     Args:
         files: of the reference model, digested.
@@ -53,32 +106,32 @@ def stored_reference(
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     is_tolerant = config.reference.numerics is Numerics.tolerant
     own = numerics_of(scored_model(config), backend, world.device)
-    space = ReferenceFingerprint(files.digest, agree_on_numerics(own, is_tolerant, world), label)
-    compatible = _compatible(config, space, inputs, world, console)
-    open_store = partial(LogpStore.open, Path(config.reference.store), space, compatible=compatible)
+    fingerprint = ReferenceFingerprint(files.digest, agree_on_numerics(own, is_tolerant, world), label)
+    compatible = _compatible(config, fingerprint, inputs, world, console)
+    empty = LogpStore(Path(config.reference.store), [fingerprint, *compatible], [])
     engines: list[ReferenceEngine] = []
 
-    def scorer() -> Scorer:
+    def load_scorer() -> Scorer:
         if not engines:
             engines.append(load_digested(files, config, world))
         return engines[0].token_logps
 
-    filled = _fill(config, inputs, open_store, scorer, world, console)
-    report = filled.as_dict()
-    provider = StoredReference(open_filled(open_store, filled.shards, world))
+    costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
+    filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard)
+    report = _fill(config, inputs, filler, console).as_dict()
+    provider = StoredReference(filler.open_filled())
     for dataset, rows in inputs.visited:
         check_complete(provider.store, dataset, rows, world)
-    served = world.on_main(lambda: count_reused(provider.store, inputs.visited)) if compatible else None
-    audited = inputs.visited[0]
-    audits_kin = served is not None and served.audited is not None
-    if served is not None:
-        report["served"] = served.rows
-        console.say(f"reference: log-probs used by numerics: {_listed(served.rows)}")
-        if served.audited is not None:
-            audited = inputs.visited[served.audited[0]][0], served.audited[1]
-    if config.reference.audit_pairs and (engines or (audits_kin and not is_start)):
+    audited, audits_compatible = inputs.visited[0], False
+    if compatible:
+        reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
+        report["served"] = reused.entries
+        console.say(f"reference: log-probs used by numerics: {_listed(reused.entries)}")
+        if reused.audited is not None:
+            audited, audits_compatible = (inputs.visited[reused.audited[0]][0], reused.audited[1]), True
+    if config.reference.audit_pairs and (engines or (audits_compatible and not is_start)):
         objective = Objective(config.loss, provider)
-        report["drift"] = pass_gate(scorer(), objective, *audited, inputs.costs, config, world)
+        report["drift"] = check_drift(load_scorer(), objective, *audited, inputs.costs, config, world)
         console.say(f"reference: {describe_drift(report['drift'])}")
     for engine in engines:
         engine.free()
@@ -89,46 +142,28 @@ def stored_reference(
 
 
 def _compatible(
-    config: RunConfig, space: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
+    config: RunConfig, own: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
 ) -> list[ReferenceFingerprint]:
-    """The spaces of other numerics whose rows serve; a strict run has none, and tells of them. Collective."""
+    """Return the fingerprints of other numerics to use; a strict run only prints their number. Collective."""
     root = Path(config.reference.store)
-    compatible = world.on_main(lambda: find_compatible(root, space))
+    compatible = world.on_main(lambda: find_compatible(root, own))
     if config.reference.numerics is Numerics.tolerant or not compatible:
         return compatible
-    unused = world.on_main(lambda: count_unused(root, space, compatible, inputs.visited))
-    if unused.rows:
+    unused = world.on_main(lambda: count_unused(root, own, compatible, inputs.visited))
+    if unused.entries:
         console.say(
-            f"reference: {unused.rows:,} of the log-probs to compute are stored under other numerics "
+            f"reference: {unused.entries:,} of the log-probs to compute are stored under other numerics "
             f"({'; '.join(unused.differences)}); reference.numerics=tolerant uses them"
         )
     return []
 
 
-def _fill(
-    config: RunConfig,
-    inputs: Inputs,
-    open_store: OpenStore,
-    scorer: Callable[[], Scorer],
-    world: World,
-    console: Console,
-) -> FillReport:
-    """Compute what the store lacks of the rows that the run visits, and tell; collective."""
+def _fill(config: RunConfig, inputs: Inputs, filler: StoreFiller, console: Console) -> FillReport:
+    """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
-    for dataset, rows in inputs.visited:
+    for dataset, indices in inputs.visited:
         with console.progress("reference", "pair") as progress:
-            filled += fill_store(
-                open_store,
-                dataset,
-                rows,
-                scorer,
-                world,
-                scoring_tokens(config),
-                inputs.costs,
-                config.reference.rows_per_shard,
-                progress,
-                filled.shards,
-            )
+            filled += filler.fill(dataset, indices, progress)
     console.say(f"reference: {filled.computed:,} log-probs computed, {filled.hits:,} reused")
     for name in sorted(filled.damaged):
         console.say(f"reference: damaged or foreign file ignored: {config.reference.store}/{name}")

@@ -1,18 +1,21 @@
-"""The only place where the parts of a run are built and wired."""
+"""Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from dpo_dist.config.load import run_digest
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.sampler import Indices
-from dpo_dist.distributed.checkpoint import CheckpointSaver, Sharded, load_checkpoint, saved_parallelism
+from dpo_dist.distributed.checkpoint import (
+    Checkpoint,
+    CheckpointSaver,
+    Sharded,
+    load_checkpoint,
+    saved_parallelism,
+)
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.nvme import check_async_io
@@ -25,117 +28,85 @@ from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.numerics import use_deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
-from dpo_dist.reference.digest import model_label
-from dpo_dist.reference.engine import load_digested
-from dpo_dist.reference.fill import FillReport
-from dpo_dist.reference.providers import AdapterReference, LiveReference, NoReference, ReferenceProvider
-from dpo_dist.reference.vocabulary import check_same_vocabulary
+from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
+from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, load_inputs
-from dpo_dist.training.finish import Ending, finish, run_to_its_end
+from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.loop import Loop, Position
-from dpo_dist.training.reference_check import describe_drift, pass_gate
-from dpo_dist.training.reference_setup import stored_reference
+from dpo_dist.training.reference_check import check_drift, describe_drift
+from dpo_dist.training.reference_setup import Reference, adapter_reference, prepare_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import RunState, check_identity, identify
-from dpo_dist.training.step import Objective
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The reference of a run and what getting it ready took.
-
-    Attributes:
-        is_policys_start: whether it is the model that the policy starts from, in the same precision.
-        audited: a data set and rows of it whose reference values are to be tested by a fresh computation.
-        report: for summary.json.
-    """
-
-    provider: ReferenceProvider
-    is_policys_start: bool
-    audited: tuple[PreferenceDataset, Indices]
-    report: dict[str, Any]
 
 
 def train(config: RunConfig, console: Console) -> int:
-    """Train as `config` says, from the last checkpoint if there is one; returns the exit code."""
-    folder = RunFolder.of(config)
+    """Train as `config` says, from the last checkpoint if there is one; return the exit code."""
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    folder = RunFolder.of(config)
     with _world(config, console) as world, locked(folder, world, console):
         console.say(f"run directory: {folder}")
         start = find_start(config, folder, world)
-        checkpoint = start.checkpoint
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, folder, world)
         inputs = load_inputs(config, world, console)
         identity = identify(config, inputs)
-        if checkpoint is not None:
-            check_identity(checkpoint.state, identity, checkpoint.folder)
-        first_step = checkpoint.state["step"] if checkpoint is not None else 0
-        mark_started(folder, RunState(Outcome.started, first_step, identity), world)
-        reference = build_reference(config, inputs, world, console)
-        policy = _load_policy(config, inputs, world)
-        world.together(inputs.policy_files.check_unchanged)
-        if config.reference.mode is ReferenceMode.adapter:
-            reference = replace(reference, provider=AdapterReference(policy))
+        if start.checkpoint is not None:
+            check_identity(start.checkpoint.state, identity, start.checkpoint.folder)
+        mark_started(folder, RunState(Outcome.started, start.step, identity), world)
+
+        reference, policy = _load_models(config, inputs, world, console)
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
-        changing: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
+        sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
+        damaged = () if start.checkpoint is None else start.checkpoint.damaged
+        checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
         report = reference.report
-        position = Position()
-        if checkpoint is not None:
-            load_checkpoint(checkpoint, changing, world)
-            position = Position.of(checkpoint.state)
-            console.say(f"resuming from {checkpoint.folder}")
-            for name in checkpoint.damaged:
-                console.say(f"warning: checkpoint {name} is damaged and not used")
-        elif reference.is_policys_start and config.reference.audit_pairs:
-            policy.train(False)
-            drift = pass_gate(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
-            report = {**report, "drift": drift}
-            console.say(f"step-0 gate passed: {describe_drift(drift)}")
+        if start.checkpoint is not None:
+            position = _resume(start.checkpoint, sharded, world, console)
+        else:
+            position = Position()
+            report = report | _check_start(config, inputs, policy, reference, objective, world, console)
         loop = Loop(
             config=config,
             world=world,
+            inputs=inputs,
             policy=policy,
-            flops=inputs.flops,
-            peaks=_peak_flops(config, world),
             objective=objective,
             reference_sync=reference_sync,
-            sampler=inputs.sampler,
-            train_set=inputs.train_set,
-            eval_set=inputs.eval_set,
-            costs=inputs.costs,
+            peaks=_peak_flops(config, world),
+            checkpoints=checkpoints,
+            identity={**identity, **saved_parallelism(config.parallelism)},
             recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
-            checkpoints=CheckpointSaver(
-                folder.checkpoints,
-                config.trainer.keep_last,
-                changing,
-                world,
-                checkpoint.damaged if checkpoint is not None else (),
-            ),
-            identity={**identity, **saved_parallelism(config.parallelism)},
-            stop_wanted=stop,
+            stop=stop,
         )
-        exit_code = run_to_its_end(loop, position, Ending(inputs, identity, report))
+        exit_code = run_to_its_end(loop, position, identity, report)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         return exit_code
 
 
+def precompute(config: RunConfig, console: Console) -> int:
+    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
+    with _world(config, console) as world:
+        console.say(f"run directory: {config.run.dir}")
+        inputs = load_inputs(config, world, console)
+        prepare_reference(config, inputs, world, console)
+    return ExitCode.completed
+
+
 def _complete(
     config: RunConfig, finished: RunState, stop: StopRequest, world: World, console: Console
 ) -> int:
-    """Write what a run whose model is written still lacks, if its inputs are those it had; collective."""
+    """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
     folder = RunFolder.of(config)
-    where = folder.state
-    check_identity(finished.identity, {"run_digest": run_digest(config)}, where)
-    check_identity(finished.identity, identify(config, load_inputs(config, world, console)), where)
+    check_identity(finished.identity, {"run_digest": run_digest(config)}, folder.state)
+    check_identity(finished.identity, identify(config, load_inputs(config, world, console)), folder.state)
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, folder, world)
@@ -145,24 +116,67 @@ def _complete(
     return ExitCode.completed
 
 
+def _load_models(
+    config: RunConfig, inputs: Inputs, world: World, console: Console
+) -> tuple[Reference, PolicyEngine]:
+    """Return reference and policy; the reference is first, to free its memory before the policy is loaded.
+
+    Only an adapter's reference is made of the policy. Collective.
+    """
+    if config.reference.mode is ReferenceMode.adapter:
+        policy = _load_policy(config, inputs, world)
+        return adapter_reference(policy, inputs), policy
+    reference = prepare_reference(config, inputs, world, console)
+    return reference, _load_policy(config, inputs, world)
+
+
+def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
+    """Return the policy at its start, with its adapter if it has one; collective."""
+    model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
+    if config.model.adapter is not None:
+        add_adapter(model, config.model, config.trainer.seed)
+    policy = PolicyEngine(model, config.optim, world)
+    world.together(inputs.policy_files.check_unchanged)
+    return policy
+
+
+def _resume(checkpoint: Checkpoint, sharded: Sequence[Sharded], world: World, console: Console) -> Position:
+    """Load a checkpoint into the engines and return its position; collective."""
+    load_checkpoint(checkpoint, sharded, world)
+    console.say(f"resuming from {checkpoint.folder}")
+    for name in checkpoint.damaged:
+        console.say(f"warning: checkpoint {name} is damaged and not used")
+    return Position.of(checkpoint.state)
+
+
+def _check_start(
+    config: RunConfig,
+    inputs: Inputs,
+    policy: PolicyEngine,
+    reference: Reference,
+    objective: Objective,
+    world: World,
+    console: Console,
+) -> dict[str, Any]:
+    """Run the step-0 check if the policy starts as the reference model; return its report. Collective."""
+    if not (reference.is_policys_start and config.reference.audit_pairs):
+        return {}
+    policy.train(False)
+    drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
+    console.say(f"step-0 check passed: {describe_drift(drift)}")
+    return {"drift": drift}
+
+
 def _reference_sync(
     config: RunConfig, reference: ReferenceProvider, policy: PolicyEngine, world: World
 ) -> ReferenceSync | None:
-    """What has the reference follow the policy, where `loss.sync_reference` says so."""
+    """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
     sync = config.loss.sync_reference
     if sync.every is None:
         return None
     assert isinstance(reference, LiveReference)
     assert isinstance(reference.engine, FrozenEngine)
     return ReferenceSync(reference.engine, policy, sync, world)
-
-
-def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
-    """The policy at its start, with its adapter if it has one; collective."""
-    model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
-    if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed)
-    return PolicyEngine(model, config.optim, world)
 
 
 def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
@@ -174,15 +188,6 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
     peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
     sheets = [sheet for _, sheet in peaks if sheet is not None]
     return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)
-
-
-def precompute(config: RunConfig, console: Console) -> int:
-    """Fill the reference store with what the run of `config` would need, and end."""
-    with _world(config, console) as world:
-        console.say(f"run directory: {config.run.dir}")
-        inputs = load_inputs(config, world, console)
-        build_reference(config, inputs, world, console)
-    return ExitCode.completed
 
 
 @contextlib.contextmanager
@@ -201,34 +206,6 @@ def _world(config: RunConfig, console: Console) -> Iterator[World]:
     stop_world()
 
 
-def build_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
-    """The provider of reference values; fills the store if it lacks any. Collective.
-
-    In mode `adapter` it is the policy that provides them, once it is there.
-    """
-    mode = config.reference.mode
-    audited = inputs.visited[0]
-    if mode is ReferenceMode.none:
-        report = {"mode": mode.value, **FillReport().as_dict()}
-        return Reference(NoReference(), False, audited, report)
-    files = inputs.reference_files
-    assert files is not None, "there is one in every other mode"
-    if config.reference.path:
-        world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
-    same_precision = config.reference.quantization is config.model.quantization
-    is_start = same_precision and files.digest == inputs.policy_files.digest
-    report = FillReport().as_dict()
-    if mode is ReferenceMode.adapter:
-        provider: ReferenceProvider = NoReference()
-        is_start = True
-    elif mode is ReferenceMode.live:
-        provider = LiveReference(load_digested(files, config, world))
-    else:
-        label = model_label(config.reference.path or config.model.path, files.folder)
-        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
-    return Reference(provider, is_start, audited, {"mode": mode.value, **report})
-
-
 def _open_recorder(
     config: RunConfig,
     step: int,
@@ -237,10 +214,10 @@ def _open_recorder(
     environment: dict[str, Any],
     console: Console,
 ) -> Recorder | None:
-    """The recorder of a run that goes on after `step`; on rank 0 only."""
+    """Return the recorder of a run that continues after `step`; None on all ranks but 0."""
     if not world.is_main:
         return None
     folder = RunFolder.of(config)
-    history = MetricsLog.open(folder, step or None, console.say)
+    metrics = MetricsLog.open(folder, step or None, console.say)
     tracker = open_tracker(config, folder.path, stop.ask, environment=environment, say=console.say)
-    return Recorder(history, tracker)
+    return Recorder(metrics, tracker)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from dpo_dist.atomic import is_temporary, recover_folder, write_text
-from dpo_dist.config.load import run_digest, to_yaml
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.digests import text_digest

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.atomic import write_text
-from dpo_dist.config.load import run_digest
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError, Outcome

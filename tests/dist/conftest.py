@@ -29,14 +29,13 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
 
 
 @pytest.fixture(scope="session")
-def plain_rows(assets: Assets) -> list[np.ndarray]:
-    """The reference's log-probs of each response, by transformers' own forward in this process."""
+def plain_entries(assets: Assets) -> list[np.ndarray]:
+    """Return the reference's log-probs of each response, computed by transformers in this process."""
     model = AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32)
     dataset = assets.dataset()
     with torch.no_grad():
-        rows = [
-            plain_logps(model, [dataset.sequences(row, (which,))]).numpy()
-            for row in range(len(dataset))
+        return [
+            plain_logps(model, [dataset.sequences(index, (which,))]).numpy()
+            for index in range(len(dataset))
             for which in range(2)
         ]
-    return rows

@@ -1,8 +1,7 @@
-"""What the ranks of several tests do: the folders they work on, and filling a store."""
+"""Shared by tests on several ranks: model and data folders, and filling a store."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.fill import fill_store, open_filled
+from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 
 PAIRS = 11
-SPACE = ReferenceFingerprint("tiny", {"dtype": "fp32"})
+FINGERPRINT = ReferenceFingerprint("tiny", {"dtype": "fp32"})
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Folders that ranks can be told of."""
+    """Model and data folders, picklable for ranks."""
 
     policy: Path
     untied_policy: Path
@@ -40,7 +39,7 @@ class Assets:
     def config(
         self, model: Path, reference: ReferenceConfig | None = None, dtype: Dtype = Dtype.fp32
     ) -> RunConfig:
-        """Of a run that trains `model`."""
+        """Return the configuration of a run that trains `model`."""
         return RunConfig(model=ModelConfig(str(model), dtype=dtype), reference=reference or ReferenceConfig())
 
 
@@ -52,33 +51,24 @@ def fill(
     _folder: Path,
     before_scoring: Callable[[], None] = lambda: None,
     change: Callable[[Tensor], Tensor] = lambda logps: logps,
-    rows_per_shard: int = 4,
+    entries_per_shard: int = 4,
 ) -> dict[str, Any]:
-    """Fill `store` for the first `pairs`, a few a shard; what was reported, and what this rank scored."""
-    scored = {"rows": 0, "dummies": 0}
+    """Fill `store` for the first `pairs`; return the report and the number of entries this rank scored."""
+    scored = {"entries": 0, "dummies": 0}
 
-    def scorer() -> Scorer:
+    def load_scorer() -> Scorer:
         before_scoring()
         engine = load_reference(assets.reference, assets.config(assets.policy), world)
 
         def score(batch: PackedBatch) -> Tensor:
-            scored["rows"] += len(batch.keys)
+            scored["entries"] += len(batch.keys)
             scored["dummies"] += not len(batch.keys)
             return change(engine.token_logps(batch))
 
         return score
 
-    open_store = partial(LogpStore.open, store, SPACE)
-    report = fill_store(
-        open_store,
-        assets.dataset(),
-        np.arange(pairs, dtype=np.int64),
-        scorer,
-        world,
-        micro_batch_tokens=128,
-        costs=COSTS,
-        rows_per_shard=rows_per_shard,
-        progress=lambda _done, _total: None,
-    )
-    complete = open_filled(open_store, report.shards, world).contains(assets.dataset().keys[: 2 * pairs]).all()
+    empty = LogpStore(store, [FINGERPRINT], [])
+    filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard)
+    report = filler.fill(assets.dataset(), np.arange(pairs, dtype=np.int64), lambda _done, _total: None)
+    complete = filler.open_filled().contains(assets.dataset().keys[: 2 * pairs]).all()
     return {"hits": report.hits, "computed": report.computed, "complete": bool(complete), **scored}

@@ -27,7 +27,8 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import AdapterReference
 from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps

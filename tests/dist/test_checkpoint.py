@@ -29,7 +29,8 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import NoReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks

@@ -29,7 +29,8 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
@@ -175,18 +176,18 @@ WAYS = [
 
 @pytest.mark.parametrize(("size", "kind", "tied"), WAYS)
 def test_steps_are_those_of_plain_pytorch(
-    size: int, kind: ParallelismKind, tied: bool, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+    size: int, kind: ParallelismKind, tied: bool, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = assets.policy if tied else assets.untied_policy
     ranks = tmp_path / "ranks"
-    told = run_ranks(partial(steps, assets, model, plain_rows, Dtype.fp32), size, ranks, kind)
+    told = run_ranks(partial(steps, assets, model, plain_entries, Dtype.fp32), size, ranks, kind)
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     before = load_file(ranks / "before.safetensors")
     assert before.keys() == loaded.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
 
-    norms = plain_steps(loaded, assets.dataset(), plain_rows)
+    norms = plain_steps(loaded, assets.dataset(), plain_entries)
     after = load_file(ranks / "after.safetensors")
     for name, tensor in loaded.state_dict().items():
         assert not torch.equal(before[name], after[name]), f"{name} was not trained"
@@ -202,17 +203,17 @@ def test_steps_are_those_of_plain_pytorch(
 
 @pytest.mark.parametrize("kind", ParallelismKind)
 def test_steps_in_bf16_are_those_of_float32_but_for_rounding(
-    kind: ParallelismKind, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+    kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     """Each kind has an optimizer wrapper of its own in bf16, with its own way to skip a step."""
     ranks = tmp_path / "ranks"
-    scenario = partial(steps, assets, assets.policy, plain_rows, Dtype.bf16)
+    scenario = partial(steps, assets, assets.policy, plain_entries, Dtype.bf16)
     told = run_ranks(scenario, 2, ranks, kind, Dtype.bf16)
     loaded = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.bfloat16)
     before = load_file(ranks / "before.safetensors")
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
 
-    norms = plain_steps(loaded.float(), assets.dataset(), plain_rows)
+    norms = plain_steps(loaded.float(), assets.dataset(), plain_entries)
     after = load_file(ranks / "after.safetensors")
     for name, tensor in loaded.state_dict().items():
         assert after[name].dtype is torch.bfloat16

@@ -18,11 +18,11 @@ from dpo_dist.data.packing import Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.step import Objective
-from tests.dist.scenario import PAIRS, SPACE, Assets, fill
+from dpo_dist.training.batch_loss import Objective
+from tests.dist.scenario import PAIRS, FINGERPRINT, Assets, fill
 from tests.support.packing import COSTS
 from tests.support.padded import BETA, assert_same_gradients, gradients_of, padded_logps, plain_loss
 from tests.support.ranks import OPTIM, run_ranks
@@ -41,14 +41,14 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     model = load_packed(assets.policy, config.model, 1024, world.device)
     policy = PolicyEngine(model, OPTIM, world)
     policy.train()
-    objective = Objective(LossConfig(beta=BETA), StoredReference(LogpStore.open(store, SPACE)))
+    objective = Objective(LossConfig(beta=BETA), StoredReference(LogpStore.open(store, FINGERPRINT)))
     plan = shard_batch(dataset, np.array(STEP), world.rank, world.size, 256, COSTS)
     logps: dict[str, list[float]] = {}
     last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
     for index, (rows, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
         reference = objective.reference_logps(batch)
-        pairs = objective.score(policy, batch, reference)
-        loss, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
+        pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
+        loss, _ = objective.measure(pairs)
         policy.backward(loss / plan.pairs, is_last=index == last)
         with torch.no_grad():
             values = torch.split(policy.token_logps(batch), batch.response_tokens.tolist())
@@ -72,7 +72,7 @@ def test_engine_scoring_and_store_are_padded(assets: Assets, tmp_path: Path) -> 
         reference = padded_logps(
             AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32), pairs
         )
-    stored = LogpStore.open(store, SPACE).read(assets.dataset().keys)
+    stored = LogpStore.open(store, FINGERPRINT).read(assets.dataset().keys)
     for row, plain in zip(stored, reference, strict=True):
         np.testing.assert_allclose(row, plain.numpy(), rtol=0, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The store is filled by any number of ranks and worlds, killed or not, and every row is the model's own."""
+"""Any number of ranks and jobs, killed or not, fill a store with the model's own log-probs."""
 
 import os
 import signal
@@ -15,38 +15,38 @@ from torch import Tensor
 from dpo_dist.distributed.world import World
 from dpo_dist.reference import shard as shard_module
 from dpo_dist.reference.store import LogpStore
-from tests.dist.scenario import PAIRS, SPACE, Assets, fill
+from tests.dist.scenario import PAIRS, FINGERPRINT, Assets, fill
 from tests.support.ranks import run_ranks, start_ranks
 
 Entries = list[np.ndarray]
 
 
-def assert_whole(store: Path, assets: Assets, plain_rows: Entries, pairs: int) -> None:
-    """Every row of the first `pairs` is there and is what the model says."""
-    rows = LogpStore.open(store, SPACE).read(assets.dataset().keys[: 2 * pairs])
-    for row, plain in zip(rows, plain_rows[: 2 * pairs], strict=True):
-        np.testing.assert_allclose(row, plain, atol=1e-5, rtol=0)
+def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int) -> None:
+    """Assert that the store has the model's log-probs of the first `pairs`."""
+    entries = LogpStore.open(store, FINGERPRINT).read(assets.dataset().keys[: 2 * pairs])
+    for entry, plain in zip(entries, plain_entries[: 2 * pairs], strict=True):
+        np.testing.assert_allclose(entry, plain, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "pairs"), [(2, 11), (3, 7), (3, 1)])
-def test_ranks_share_the_work_and_every_row_is_the_models(
-    size: int, pairs: int, assets: Assets, plain_rows: Entries, tmp_path: Path
+def test_ranks_share_the_work_and_every_entry_is_the_models(
+    size: int, pairs: int, assets: Assets, plain_entries: Entries, tmp_path: Path
 ) -> None:
-    told = run_ranks(partial(fill, assets, tmp_path / "store", pairs), size, tmp_path / "ranks")
-    assert_whole(tmp_path / "store", assets, plain_rows, pairs)
-    for of_rank in told:
+    ranks = run_ranks(partial(fill, assets, tmp_path / "store", pairs), size, tmp_path / "ranks")
+    assert_whole(tmp_path / "store", assets, plain_entries, pairs)
+    for of_rank in ranks:
         assert (of_rank["hits"], of_rank["computed"], of_rank["complete"]) == (0, 2 * pairs, True)
-    assert sum(of_rank["rows"] for of_rank in told) == 2 * pairs
+    assert sum(of_rank["entries"] for of_rank in ranks) == 2 * pairs
     if pairs >= size:
-        assert all(of_rank["rows"] for of_rank in told)
+        assert all(of_rank["entries"] for of_rank in ranks)
     else:
-        assert sum(of_rank["dummies"] > 0 for of_rank in told) == size - pairs
+        assert sum(of_rank["dummies"] > 0 for of_rank in ranks) == size - pairs
 
 
 def fill_and_die(
     assets: Assets, store: Path, pairs: int, dying: int, world: World, folder: Path
 ) -> dict[str, Any]:
-    """Fill, and have one rank killed when half of its second shard is written."""
+    """Fill; one rank is killed when half of its second shard is written."""
     if world.rank == dying:
         shard_module.save_file = dying_at_call(2, shard_module.save_file)
     return fill(assets, store, pairs, world, folder)
@@ -67,7 +67,7 @@ def dying_at_call(number: int, save_file: Callable[..., None]) -> Callable[..., 
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
-    dying: int, assets: Assets, plain_rows: Entries, tmp_path: Path
+    dying: int, assets: Assets, plain_entries: Entries, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     killed = partial(fill_and_die, assets, store, PAIRS, dying)
@@ -75,41 +75,41 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
     assert outcomes[dying].exit_code == -signal.SIGKILL
     assert f"rank {dying} of 2 died" in outcomes[1 - dying].told
 
-    left = LogpStore.open(store, SPACE)
+    left = LogpStore.open(store, FINGERPRINT)
     assert list(left.folder.glob("*.tmp-*")), "the half-written shard should be there, under another name"
-    held = left.contains(assets.dataset().keys)
-    assert 0 < held.sum() == len(left) < 2 * PAIRS
-    for place in np.flatnonzero(held):
-        [row] = left.read(assets.dataset().keys[place : place + 1])
-        np.testing.assert_allclose(row, plain_rows[place], atol=1e-5, rtol=0)
+    stored = left.contains(assets.dataset().keys)
+    assert 0 < stored.sum() == len(left) < 2 * PAIRS
+    for response in np.flatnonzero(stored):
+        [entry] = left.read(assets.dataset().keys[response : response + 1])
+        np.testing.assert_allclose(entry, plain_entries[response], atol=1e-5, rtol=0)
 
-    told = run_ranks(partial(fill, assets, store, PAIRS), 2, tmp_path / "again")
-    assert_whole(store, assets, plain_rows, PAIRS)
+    first, second = run_ranks(partial(fill, assets, store, PAIRS), 2, tmp_path / "again")
+    assert_whole(store, assets, plain_entries, PAIRS)
     missing = 2 * PAIRS - len(left)
-    assert told[0]["hits"] == len(left)
+    assert first["hits"] == len(left)
     assert not list(left.folder.glob("*.tmp-*"))
-    assert told[0]["computed"] == told[0]["rows"] + told[1]["rows"] == missing
+    assert first["computed"] == first["entries"] + second["entries"] == missing
 
 
 def fill_with_one_broken_rank(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
-    """Fill, where one rank's model has gone wrong."""
+    """Fill; the model of one rank is broken."""
     broken = world.rank == 1
     return fill(assets, store, PAIRS, world, folder, change=lambda logps: logps / (0 if broken else 1))
 
 
-def test_rows_that_one_rank_cannot_write_are_every_rank_s_error(assets: Assets, tmp_path: Path) -> None:
+def test_a_write_error_of_one_rank_is_raised_on_all(assets: Assets, tmp_path: Path) -> None:
     scenario = partial(fill_with_one_broken_rank, assets, tmp_path / "store")
     for outcome in start_ranks(scenario, 2, tmp_path / "ranks").finish():
         assert outcome.error == "ReferenceModelError", outcome.log
         assert "not finite" in outcome.told
-    left = LogpStore.open(tmp_path / "store", SPACE)
+    left = LogpStore.open(tmp_path / "store", FINGERPRINT)
     assert 0 < left.contains(assets.dataset().keys).sum() == len(left) < 2 * PAIRS
 
 
 def fill_beside_others(
     assets: Assets, store: Path, meeting: Path, worlds: int, world: World, folder: Path
 ) -> dict[str, Any]:
-    """Fill, a pair of each rank a round, and score only when every world has found the store empty."""
+    """Fill with one pair per rank and round; score only when every job has found the store empty."""
 
     def meet() -> None:
         (meeting / folder.name).touch()
@@ -120,12 +120,12 @@ def fill_beside_others(
         time.sleep(0.05)
         return logps
 
-    return fill(assets, store, PAIRS, world, folder, meet, slowly, rows_per_shard=2)
+    return fill(assets, store, PAIRS, world, folder, meet, slowly, entries_per_shard=2)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 2)])
-def test_fills_of_one_store_at_once_share_the_work_and_all_end_with_all_rows(
-    sizes: tuple[int, ...], assets: Assets, plain_rows: Entries, tmp_path: Path
+def test_concurrent_fills_of_one_store_share_the_work_and_complete(
+    sizes: tuple[int, ...], assets: Assets, plain_entries: Entries, tmp_path: Path
 ) -> None:
     store, meeting = tmp_path / "store", tmp_path / "meeting"
     meeting.mkdir()
@@ -140,4 +140,4 @@ def test_fills_of_one_store_at_once_share_the_work_and_all_end_with_all_rows(
         computed.append(outcome.result["computed"])
     assert all(computed)
     assert 2 * PAIRS <= sum(computed) < 1.8 * 2 * PAIRS
-    assert_whole(store, assets, plain_rows, PAIRS)
+    assert_whole(store, assets, plain_entries, PAIRS)

@@ -1,4 +1,4 @@
-"""TRL's own reference log-probs as the oracle: what the store gives for a pair is what TRL trains against."""
+"""Stored log-probs equal those that TRL computes for its own training."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.reference.store import LogpStore
-from tests.dist.scenario import SPACE, Assets, fill
+from tests.dist.scenario import FINGERPRINT, Assets, fill
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.ranks import run_ranks
@@ -23,7 +23,7 @@ PAIRS = 9
 
 
 def trl_sums(pairs: Path, model: Path, output: Path) -> np.ndarray:
-    """Reference log-probs float32 [pairs, 2], chosen and rejected, as TRL precomputes them."""
+    """Return TRL's precomputed reference log-probs, float32 [pairs, 2]: chosen and rejected."""
     rows = []
     for record in read_records(SourceConfig(str(pairs))):
         assert isinstance(record, PreferenceRecord)
@@ -48,8 +48,8 @@ def trl_sums(pairs: Path, model: Path, output: Path) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def test_stored_log_probs_are_those_that_trl_computes(assets: Assets, tmp_path: Path) -> None:
-    """With a template for which both have the same ids."""
+def test_stored_log_probs_equal_those_of_trl(assets: Assets, tmp_path: Path) -> None:
+    """With a chat template for which both produce the same ids."""
     model = write_model(tmp_path / "model", tiny.llama3(), seed=4)
     pairs = write_pairs(tmp_path / "pairs.jsonl", PAIRS, seed=5)
     config = DataConfig(cache=str(tmp_path / "encoded"))
@@ -57,6 +57,6 @@ def test_stored_log_probs_are_those_that_trl_computes(assets: Assets, tmp_path: 
     ours = replace(assets, reference=model, encoded=encoded)
     run_ranks(partial(fill, ours, tmp_path / "store", PAIRS), 2, tmp_path / "ranks")
 
-    rows = LogpStore.open(tmp_path / "store", SPACE).read(ours.dataset().keys)
-    sums = np.array([row.sum() for row in rows]).reshape(PAIRS, 2)
+    entries = LogpStore.open(tmp_path / "store", FINGERPRINT).read(ours.dataset().keys)
+    sums = np.array([entry.sum() for entry in entries]).reshape(PAIRS, 2)
     np.testing.assert_allclose(sums, trl_sums(pairs, model, tmp_path / "trl"), atol=1e-4, rtol=0)

@@ -20,7 +20,8 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.finish import export_model
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny
@@ -93,13 +94,13 @@ def trained(folder: Path) -> dict[str, Tensor]:
     [("qwen3_moe", ZERO3), ("qwen3_moe", ZERO2), ("mixtral", ZERO3), ("mixtral", DDP)],
 )
 def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
-    model_type: str, kind: ParallelismKind, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+    model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = write_moe(tmp_path / "model", model_type)
-    scenario = partial(moe_steps, assets, model, Dtype.fp32, plain_rows)
+    scenario = partial(moe_steps, assets, model, Dtype.fp32, plain_entries)
     told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    norms = plain_steps(plain, assets.dataset(), plain_rows)
+    norms = plain_steps(plain, assets.dataset(), plain_entries)
     for of_rank in told:
         assert of_rank == pytest.approx(norms, rel=5e-5)
     after = trained(tmp_path / "ranks" / "model")
@@ -109,10 +110,10 @@ def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
 
 @pytest.mark.parametrize(("model_type", "kind"), [("qwen3_moe", DDP), ("mixtral", ZERO3)])
 def test_in_bf16_two_ranks_train_it_as_one_process(
-    model_type: str, kind: ParallelismKind, assets: Assets, plain_rows: list[np.ndarray], tmp_path: Path
+    model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = write_moe(tmp_path / "model", model_type)
-    scenario = partial(moe_steps, assets, model, Dtype.bf16, plain_rows)
+    scenario = partial(moe_steps, assets, model, Dtype.bf16, plain_entries)
     norms = run_ranks(scenario, 1, tmp_path / "one", kind, Dtype.bf16)[0]
     told = run_ranks(scenario, 2, tmp_path / "two", kind, Dtype.bf16)
     assert told[0] == told[1]

@@ -1,4 +1,4 @@
-"""What scores is what was digested: weights exchanged while a run starts, and nodes that are not alike."""
+"""Only digested files score: weights replaced while a run starts, and nodes with different files."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ def overrides(models: list[Path], tmp_path: Path) -> list[str]:
 
 
 def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Callable[..., Any]:
-    """Load from `folder` while it has the weights of `other`; afterwards it has its own file again."""
+    """Return `load`, which finds the weights of `other` in `folder`; afterwards the folder is as before."""
 
     def load_other(*arguments: Any) -> Any:
         (folder / WEIGHTS).rename(folder / "aside")
@@ -69,7 +69,7 @@ def fill_with_others(overrides: list[str], models: list[Path], world: World, _fo
 
 
 @pytest.mark.parametrize("mode", ["cached", "live"])
-def test_weights_that_are_exchanged_while_the_reference_loads_store_nothing(
+def test_weights_replaced_while_the_reference_loads_store_nothing(
     mode: str, overrides: list[str], models: list[Path], tmp_path: Path
 ) -> None:
     overrides.append(f"reference.mode={mode}")
@@ -85,10 +85,10 @@ def train_with_others(overrides: list[str], models: list[Path], world: World, _f
         run_module.train(load_run_config(overrides), Console(io.StringIO()))
 
 
-def test_a_policy_that_is_not_the_reference_it_should_start_from_is_not_trained(
+def test_a_policy_replaced_while_it_loads_is_not_trained(
     overrides: list[str], models: list[Path], tmp_path: Path
 ) -> None:
-    """Without the step-0 gate, which would see it too."""
+    """With the step-0 gate off, which would detect it too."""
     overrides.append("reference.audit_pairs=0")
     [outcome] = start_ranks(partial(train_with_others, overrides, models), 1, tmp_path / "rank").finish()
     assert "changed while the model was loaded" in outcome.told, outcome.log
@@ -96,12 +96,12 @@ def test_a_policy_that_is_not_the_reference_it_should_start_from_is_not_trained(
 
 
 def on_two_nodes(world: World) -> World:
-    """The same processes, as if each ran on a host of its own."""
+    """Return the world as if each process ran on its own host."""
     return replace(world, peers=tuple(Peer(peer.rank, f"node-{peer.rank}", peer.pid) for peer in world.peers))
 
 
 def build_on_unlike_cpus(overrides: list[str], world: World, _folder: Path) -> Any:
-    """What is computed where the second node has other instructions."""
+    """Build the reference twice on nodes with different CPU instructions; return hits and computed."""
     numerics = reference_setup.numerics_of
 
     def of_this_node(*arguments: Any) -> dict[str, str]:
@@ -113,7 +113,7 @@ def build_on_unlike_cpus(overrides: list[str], world: World, _folder: Path) -> A
     return [report["computed"], again["hits"], "peak_memory_bytes" in report, "peak_memory_bytes" in again]
 
 
-def test_unlike_nodes_are_refused_or_agree_on_a_profile_that_names_both(
+def test_different_nodes_are_an_error_or_share_a_profile_with_both_values(
     overrides: list[str], tmp_path: Path
 ) -> None:
     unlike = partial(build_on_unlike_cpus, overrides)
@@ -122,10 +122,10 @@ def test_unlike_nodes_are_refused_or_agree_on_a_profile_that_names_both(
         assert "AVX0 on rank 0 (node-0), AVX1 on rank 1 (node-1)" in outcome.told
     assert not list((tmp_path / "store").glob("*/*.safetensors"))
     overrides.append("reference.numerics=tolerant")
-    for told in run_ranks(partial(build_on_unlike_cpus, overrides), 2, tmp_path / "tolerant"):
-        assert told == [8, 8, True, False]
-    [space] = (tmp_path / "store").glob("*/space.json")
-    assert "AVX0 or AVX1" in space.read_text()
+    for result in run_ranks(partial(build_on_unlike_cpus, overrides), 2, tmp_path / "tolerant"):
+        assert result == [8, 8, True, False]
+    [fingerprint] = (tmp_path / "store").glob("*/space.json")
+    assert "AVX0 or AVX1" in fingerprint.read_text()
 
 
 def digest_copies(models: list[Path], store: Path, loads_whole: bool, world: World, _folder: Path) -> Any:
@@ -134,8 +134,8 @@ def digest_copies(models: list[Path], store: Path, loads_whole: bool, world: Wor
     return [files.digest, len(files.weights)]
 
 
-def test_every_node_has_the_files_of_the_first(models: list[Path], tmp_path: Path) -> None:
-    """All of them where it loads them itself, else those that its processes read."""
+def test_a_node_with_other_files_than_the_first_is_an_error(models: list[Path], tmp_path: Path) -> None:
+    """Weights count only on nodes that load them; configuration and code always."""
     sharded, whole = (partial(digest_copies, models, tmp_path / "store", loads) for loads in (False, True))
     first, second = run_ranks(sharded, 2, tmp_path / "sharded")
     assert first == second

@@ -1,4 +1,4 @@
-"""What a reference takes is given back once the store is filled, wherever its weights lay."""
+"""The reference's memory is freed once the store is filled, wherever its weights were."""
 
 import gc
 import io
@@ -29,7 +29,7 @@ HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
 
 
 def tensor_bytes() -> int:
-    """Memory of all numbers that could be weights in this process, shards of ZeRO-3 included."""
+    """Return the memory of all floating-point tensors of this process, ZeRO-3 shards included."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
@@ -40,7 +40,7 @@ def tensor_bytes() -> int:
 def come_and_go(assets: Assets, offload: Offload, world: World, folder: Path) -> list[list[int]]:
     nvme = str(folder / "nvme") if offload is Offload.nvme else None
     config = assets.config(assets.policy, ReferenceConfig(offload=offload, nvme_path=nvme))
-    told = []
+    sizes = []
     for _ in range(2):
         before = tensor_bytes()
         engine = load_reference(assets.reference, config, world)
@@ -50,8 +50,8 @@ def come_and_go(assets: Assets, offload: Offload, world: World, folder: Path) ->
         del batch
         loaded = tensor_bytes()
         engine.free()
-        told.append([before, loaded, tensor_bytes()])
-    return told
+        sizes.append([before, loaded, tensor_bytes()])
+    return sizes
 
 
 NVME = pytest.param(Offload.nvme, marks=pytest.mark.skipif(not HAS_ASYNC_IO, reason="needs libaio"))
@@ -85,7 +85,7 @@ def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str,
     }
 
 
-def test_after_the_fill_of_a_run_its_memory_is_as_before(assets: Assets, tmp_path: Path) -> None:
+def test_filling_a_store_leaves_no_tensor_behind(assets: Assets, tmp_path: Path) -> None:
     overrides = [
         f"model.path={assets.policy}",
         f"reference.path={assets.reference}",
@@ -94,7 +94,7 @@ def test_after_the_fill_of_a_run_its_memory_is_as_before(assets: Assets, tmp_pat
         f"data.cache={tmp_path / 'encoded'}",
         f"reference.store={tmp_path / 'store'}",
     ]
-    for told in run_ranks(partial(fill_a_store, overrides), 2, tmp_path / "ranks"):
-        assert told["computed"] == 16
-        assert told["grown"] > 0
-        assert told["left"] == 0
+    for result in run_ranks(partial(fill_a_store, overrides), 2, tmp_path / "ranks"):
+        assert result["computed"] == 16
+        assert result["grown"] > 0
+        assert result["left"] == 0

@@ -26,7 +26,8 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.providers import LiveReference
 from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import evaluate, train_step
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks

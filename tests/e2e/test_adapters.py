@@ -9,9 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import open_dataset
-from dpo_dist.reference.digest import tokenizer_digest
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, kill_one_rank, summary, train
 from tests.support.packing import plain_logps

@@ -1,4 +1,4 @@
-"""Whatever happens to a store: a run computes what is lost, tells of it, and trains on the same values."""
+"""A run on a damaged store reports the damage, computes lost entries again and trains on the same values."""
 
 import json
 import shutil
@@ -25,41 +25,41 @@ def all_keys(shards: list[Path]) -> np.ndarray:
 
 
 def rewrite(root: Path, source: Path, to: ReferenceFingerprint, add: float = 0.0) -> None:
-    """Write the rows of the space `source` to another space, changed by `add`."""
-    space = read_fingerprint(source)
-    assert space is not None
-    store = LogpStore.open(root, space)
+    """Write the entries in the folder `source` under another fingerprint, changed by `add`."""
+    fingerprint = read_fingerprint(source)
+    assert fingerprint is not None
+    store = LogpStore.open(root, fingerprint)
     keys = all_keys(sorted(source.glob("*.safetensors")))
-    LogpStore.open(root, to).write(keys, [row + np.float32(add) for row in store.read(keys)])
+    LogpStore.open(root, to).write(keys, [values + np.float32(add) for values in store.read(keys)])
 
 
-def spaces(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if (path / "space.json").is_file())
 
 
-def test_faults_of_a_store_are_named_and_only_lost_rows_computed_again(
+def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     """A flipped value; a cut, empty, missing and copied shard; a foreign folder; a damaged space.json."""
     train(overrides(*STEPS))
     other = write_model(tmp_path / "other", seed=9)
     foreign_run = overrides(*STEPS, f"model.path={other}", f"run.dir={tmp_path}/other-run")
-    [space] = spaces(tmp_path / "store")
+    [own] = folders(tmp_path / "store")
     assert run_verb("precompute", foreign_run).code == 0
-    [other_space] = [path for path in spaces(tmp_path / "store") if path != space]
-    shards = sorted(space.glob("*.safetensors"))
+    [other_folder] = [path for path in folders(tmp_path / "store") if path != own]
+    shards = sorted(own.glob("*.safetensors"))
     flipped, cut, emptied, missing = shards[:4]
     content = bytearray(flipped.read_bytes())
-    content[-1] ^= 1  # the last value of its last row
+    content[-1] ^= 1  # the last value of its last entry
     flipped.write_bytes(content)
     cut.write_bytes(cut.read_bytes()[:-1])
     lost = 2 + len(all_keys([emptied, missing]))
     emptied.write_bytes(b"")
     missing.unlink()
-    copied = sorted(other_space.glob("*.safetensors"))[0]
-    shutil.copy(copied, space)
-    (space / "x.safetensors").mkdir()
-    (space / "space.json").write_text("{")
+    copied = sorted(other_folder.glob("*.safetensors"))[0]
+    shutil.copy(copied, own)
+    (own / "x.safetensors").mkdir()
+    (own / "space.json").write_text("{")
 
     verified = run_verb("store", ["verify", str(tmp_path / "store")])
     assert verified.code == 2, verified.output
@@ -67,9 +67,9 @@ def test_faults_of_a_store_are_named_and_only_lost_rows_computed_again(
     assert all(name in verified.output for name in [*named, "x.safetensors", "space.json"]), verified.output
 
     screen = train(overrides(*STEPS, f"run.dir={tmp_path}/again")).output
-    told = summary(tmp_path / "again")["reference"]
-    assert (told["hits"], told["computed"]) == (24 - lost, lost)
-    assert {Path(name).name for name in told["damaged"]} == {*named, "x.safetensors"}
+    reference = summary(tmp_path / "again")["reference"]
+    assert (reference["hits"], reference["computed"]) == (24 - lost, lost)
+    assert {Path(name).name for name in reference["damaged"]} == {*named, "x.safetensors"}
     assert all(name in screen for name in named)
     assert_same_history(history(tmp_path / "again"), history(tmp_path / "run"), 1e-6)
 
@@ -77,7 +77,7 @@ def test_faults_of_a_store_are_named_and_only_lost_rows_computed_again(
     assert run_verb("store", ["verify", str(tmp_path / "store")]).code == 0
 
 
-def test_a_complete_store_on_a_read_only_disk_serves(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_complete_store_on_a_read_only_disk_is_used(overrides: Overrides, tmp_path: Path) -> None:
     assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
     other = write_model(tmp_path / "other", seed=9)
     with read_only(tmp_path / "store"):
@@ -91,36 +91,36 @@ def test_a_complete_store_on_a_read_only_disk_serves(overrides: Overrides, tmp_p
 
 
 @pytest.fixture
-def kin(overrides: Overrides, tmp_path: Path) -> Path:
-    """A store of one reference's rows, of another version of torch."""
+def older(overrides: Overrides, tmp_path: Path) -> Path:
+    """Return the folder of a store whose entries were computed by an older version of torch."""
     assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
-    [own] = spaces(tmp_path / "store")
-    space = read_fingerprint(own)
-    assert space is not None
-    older = ReferenceFingerprint(space.reference, {**space.profile, "torch": "2.0"}, space.label)
+    [own] = folders(tmp_path / "store")
+    current = read_fingerprint(own)
+    assert current is not None
+    older = ReferenceFingerprint(current.reference, {**current.profile, "torch": "2.0"}, current.label)
     rewrite(tmp_path / "store", own, older, add=1e-5)
     shutil.rmtree(own)
     return tmp_path / "store" / older.name
 
 
-def test_rows_of_other_numerics_serve_only_a_tolerant_run(
-    overrides: Overrides, kin: Path, tmp_path: Path
+def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run(
+    overrides: Overrides, older: Path, tmp_path: Path
 ) -> None:
     tolerant = ("reference.numerics=tolerant", f"run.dir={tmp_path}/tolerant")
     train(overrides(*STEPS, *tolerant), processes=2)
-    told = summary(tmp_path / "tolerant")["reference"]
-    assert (told["hits"], told["computed"], told["served"]) == (24, 0, {"torch 2.0": 24})
-    assert told["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
+    reference = summary(tmp_path / "tolerant")["reference"]
+    assert (reference["hits"], reference["computed"], reference["served"]) == (24, 0, {"torch 2.0": 24})
+    assert reference["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
     assert "loading the reference" not in (tmp_path / "tolerant/logs/rank-0.log").read_text()
 
-    # Where the policy does not start from the reference, the reference is loaded for the audit.
+    # If the policy does not start from the reference, the reference is loaded for the audit.
     other = write_model(tmp_path / "other", seed=9)
     model = next(o for o in overrides() if o.startswith("model.path=")).removeprefix("model.path=")
-    reference = (f"model.path={other}", f"reference.path={model}")
-    train(overrides(*STEPS, *reference, "reference.numerics=tolerant", f"run.dir={tmp_path}/other-run"))
-    told = summary(tmp_path / "other-run")["reference"]
-    assert told["computed"] == 0
-    assert told["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
+    models = (f"model.path={other}", f"reference.path={model}")
+    train(overrides(*STEPS, *models, "reference.numerics=tolerant", f"run.dir={tmp_path}/other-run"))
+    reference = summary(tmp_path / "other-run")["reference"]
+    assert reference["computed"] == 0
+    assert reference["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
     assert "loading the reference" in (tmp_path / "other-run/logs/rank-0.log").read_text()
 
     strict = overrides(*STEPS, f"run.dir={tmp_path}/strict")
@@ -129,19 +129,19 @@ def test_rows_of_other_numerics_serve_only_a_tolerant_run(
     assert "reference.numerics=tolerant" in screen
     assert "reference: 24 log-probs computed, 0 reused" in screen
 
-    listed = json.loads(run_verb("store", ["info", "--json", str(kin.parent)]).output)
-    assert {space["space"] for space in listed} == {path.name for path in spaces(kin.parent)}
-    assert {(space["label"], space["rows"]) for space in listed} == {(model, 24)}
+    listed = json.loads(run_verb("store", ["info", "--json", str(older.parent)]).output)
+    assert {info["space"] for info in listed} == {path.name for path in folders(older.parent)}
+    assert {(info["label"], info["rows"]) for info in listed} == {(model, 24)}
 
 
-def test_rows_of_other_numerics_that_are_too_far_end_the_run(
-    overrides: Overrides, kin: Path, tmp_path: Path
+def test_entries_of_other_numerics_that_drift_too_far_end_the_run(
+    overrides: Overrides, older: Path, tmp_path: Path
 ) -> None:
-    space = read_fingerprint(kin)
-    assert space is not None
-    further = ReferenceFingerprint(space.reference, {**space.profile, "torch": "2.1"}, space.label)
-    rewrite(tmp_path / "store", kin, further, add=1e-2)
-    shutil.rmtree(kin)
+    found = read_fingerprint(older)
+    assert found is not None
+    further = ReferenceFingerprint(found.reference, {**found.profile, "torch": "2.1"}, found.label)
+    rewrite(tmp_path / "store", older, further, add=1e-2)
+    shutil.rmtree(older)
     ended = run_verb("train", overrides(*STEPS, "reference.numerics=tolerant"))
     assert ended.code == 2, ended.output
     assert "differ from a fresh computation" in ended.output

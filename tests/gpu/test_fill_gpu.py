@@ -1,4 +1,4 @@
-"""On a GPU a fill reads values while the device computes: each row is still that of its own response."""
+"""On a GPU a fill copies values while the device computes; each entry is that of its own response."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +13,14 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.reference.fill import fill_store
+from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SPACE = ReferenceFingerprint("weights", {"dtype": "fp32"})
+FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 PAIRS = 200
 
 
@@ -54,27 +54,18 @@ def pairs(folder: Path) -> PreferenceDataset:
 
 
 def slow_score(batch: PackedBatch) -> Tensor:
-    """What takes the device long after the host is done with it."""
+    """Occupy the device long after the host has returned."""
     square = torch.ones(2048, 2048, device="cuda")
     for _ in range(20):
         square = square @ square / 2048
     return -batch.targets.float() * square[0, 0]
 
 
-def test_rows_are_those_of_their_responses(tmp_path: Path, world: World) -> None:
+def test_every_response_gets_its_own_values(tmp_path: Path, world: World) -> None:
     dataset = pairs(tmp_path)
-    fill_store(
-        lambda names: LogpStore.open(tmp_path, SPACE, names),
-        dataset,
-        np.arange(PAIRS),
-        lambda: slow_score,
-        world,
-        micro_batch_tokens=256,
-        costs=COSTS,
-        rows_per_shard=64,
-        progress=lambda _done, _total: None,
-    )
-    store = LogpStore.open(tmp_path, SPACE)
+    filler = StoreFiller(LogpStore(tmp_path, [FINGERPRINT], []), lambda: slow_score, world, 256, COSTS, 64)
+    filler.fill(dataset, np.arange(PAIRS), lambda _done, _total: None)
+    store = LogpStore.open(tmp_path, FINGERPRINT)
     for row in range(PAIRS):
         values = store.read(dataset.keys[list(dataset.response_range(row))])
         for value, response in zip(values, dataset.sequences(row).responses, strict=True):

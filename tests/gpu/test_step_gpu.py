@@ -9,9 +9,9 @@ import torch
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.step import Objective
+from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step_timer import StepClock
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -29,8 +29,8 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
     batch = pack_unkeyed(random_pairs([(70, 50, 90), (1, 1, 4), (12, 3, 1)])).pinned()
 
     def step() -> None:
-        pairs = objective.score(policy, batch.to(CUDA), None)
-        loss, _ = objective.measure(pairs, 1.0, RunningMeans())
+        pairs = objective.score(policy, batch.to(CUDA), None, BatchFacts(1.0))
+        loss, _ = objective.measure(pairs)
         loss.backward()  # type: ignore[no-untyped-call]
 
     step()

@@ -1,4 +1,4 @@
-"""The smallest verb: says where the run would go. `fail` in `run.name` stands for a fault of the program."""
+"""The smallest verb: prints the run directory. `run.name=fail` stands for a bug of the program."""
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
@@ -6,7 +6,7 @@ from dpo_dist.config.schema import RunConfig
 
 def main(config: RunConfig) -> int:
     if config.run.name == "fail":
-        raise RuntimeError("a fault of the program")
+        raise RuntimeError("a bug of the program")
     print(config.run.dir)
     return 75
 

@@ -23,23 +23,23 @@ from tests.unit.reference.test_store import Entries, flip, keys_of, readable, va
 
 FIRST = ReferenceFingerprint("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
 SECOND = ReferenceFingerprint("ab" * 16, {"dtype": "bf16"}, "./second")
-ROWS: Entries = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
+ENTRIES: Entries = {1: [-2.0], 4: [-0.5, -0.125], 7: [-1.5, -0.25, -3.0]}
 DAY = 24 * 3600
 
 
-def write(root: Path, space: ReferenceFingerprint, rows: Entries) -> Path:
-    store = LogpStore.open(root, space)
-    return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
+def write(root: Path, fingerprint: ReferenceFingerprint, entries: Entries) -> Path:
+    store = LogpStore.open(root, fingerprint)
+    return root / store.write(keys_of(list(entries)), [values(*entry) for entry in entries.values()])
 
 
-def rows_of(root: Path, space: ReferenceFingerprint) -> Entries:
-    return readable(root, [1, 2, 4, 7], space)
+def entries_of(root: Path, fingerprint: ReferenceFingerprint) -> Entries:
+    return readable(root, [1, 2, 4, 7], fingerprint)
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
     """Shards of a store with three entries of one reference and two of another."""
-    return [write(tmp_path, FIRST, ROWS), write(tmp_path, SECOND, {1: [-9.0], 2: [-8.0]})]
+    return [write(tmp_path, FIRST, ENTRIES), write(tmp_path, SECOND, {1: [-9.0], 2: [-8.0]})]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ Run = Callable[..., tuple[int, str]]
 def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path]) -> None:
     os.utime(shards[1].parent / "space.json", (time.time() - 10 * DAY,) * 2)
     listed = json.loads(run("info", "--json")[1])
-    assert [space["label"] for space in listed] == ["org/first@0123", "./second"]
+    assert [each["label"] for each in listed] == ["org/first@0123", "./second"]
     first = listed[0]
     assert (first["reference"], first["space"], first["profile"]) == (
         FIRST.reference,
@@ -77,7 +77,7 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path])
         FIRST.name,
         "dtype fp32",
         "3 entries",
-        "2 spaces, 5 entries",
+        "2 fingerprints, 5 entries",
     ):
         assert text in table
 
@@ -102,18 +102,22 @@ def cut(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
-def flip_at(row: int) -> Callable[[Path], None]:
-    return lambda file: flip(file, file.read_bytes().index(values(*ROWS[row]).tobytes()))
+def flip_at(name: int) -> Callable[[Path], None]:
+    return lambda file: flip(file, file.read_bytes().index(values(*ENTRIES[name]).tobytes()))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], list[int], str]] = {
-    "value": (flip_at(4), [1, 7], "1 of 3 rows do not hold"),
-    "first value": (flip_at(1), [4, 7], "1 of 3 rows do not hold"),
-    "index": (lambda f: flip(f, f.read_bytes().index(keys_of([7]).tobytes())), [], "no row can be told"),
-    "header": (lambda f: flip(f, 8), [], "no row can be told"),
-    "cut": (lambda f: cut(f, f.stat().st_size - 5), [1, 4], "1 of 3 rows do not hold"),
-    "cut in the index": (lambda f: cut(f, 150), [], "no row can be told"),
-    "empty": (lambda f: cut(f, 0), [], "no row can be told"),
+    "value": (flip_at(4), [1, 7], "1 of 3 entries are damaged"),
+    "first value": (flip_at(1), [4, 7], "1 of 3 entries are damaged"),
+    "index": (
+        lambda f: flip(f, f.read_bytes().index(keys_of([7]).tobytes())),
+        [],
+        "no entry can be verified",
+    ),
+    "header": (lambda f: flip(f, 8), [], "no entry can be verified"),
+    "cut": (lambda f: cut(f, f.stat().st_size - 5), [1, 4], "1 of 3 entries are damaged"),
+    "cut in the index": (lambda f: cut(f, 150), [], "no entry can be verified"),
+    "empty": (lambda f: cut(f, 0), [], "no entry can be verified"),
 }
 
 
@@ -123,8 +127,8 @@ def test_damage_is_named_and_repair_keeps_the_valid_entries(
 ) -> None:
     harm, left, fault = DAMAGES[damage]
     harm(shards[0])
-    expected = {name: ROWS[name] for name in left}
-    assert rows_of(tmp_path, FIRST) == expected, "the entries that a run reads before any repair"
+    expected = {name: ENTRIES[name] for name in left}
+    assert entries_of(tmp_path, FIRST) == expected, "the entries that a run reads before any repair"
     code, printed = run("verify")
     assert code == 2
     assert f"damaged: {shards[0]}: " in printed
@@ -135,25 +139,25 @@ def test_damage_is_named_and_repair_keeps_the_valid_entries(
     assert run("verify", "--repair")[0] == 0
     assert not shards[0].exists()
     assert run("verify")[0] == 0
-    assert rows_of(tmp_path, FIRST) == expected
-    assert rows_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
+    assert entries_of(tmp_path, FIRST) == expected
+    assert entries_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
 
 
-def test_a_shard_of_another_space_is_named_and_moved_back(
+def test_a_shard_of_another_fingerprint_is_named_and_moved_back(
     run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     shards[1].rename(shards[0].parent / shards[1].name)
-    assert rows_of(tmp_path, FIRST) == ROWS
-    assert rows_of(tmp_path, SECOND) == {}
+    assert entries_of(tmp_path, FIRST) == ENTRIES
+    assert entries_of(tmp_path, SECOND) == {}
     code, printed = run("verify")
     assert code == 2
     assert f"a shard of {SECOND.name}" in printed
     assert run("verify", "--repair")[0] == 0
-    assert rows_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
+    assert entries_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
 
 
 @pytest.mark.parametrize("content", [None, b"{"])
-def test_a_space_without_a_valid_description_is_named(
+def test_a_fingerprint_without_a_valid_description_is_named(
     content: bytes | None, run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     described = shards[0].parent / "space.json"
@@ -163,7 +167,7 @@ def test_a_space_without_a_valid_description_is_named(
     assert f"damaged: {described}" in printed
     assert run("verify", "--repair")[0] == 2
     assert "no valid space.json" in run("info")[1]
-    assert rows_of(tmp_path, FIRST) == ROWS
+    assert entries_of(tmp_path, FIRST) == ENTRIES
     assert run("verify")[0] == 0
 
 
@@ -184,7 +188,7 @@ def test_foreign_and_temporary_files_are_named_and_no_damage(
     assert (folder / "half.safetensors.tmp-123456789abc").exists()
 
 
-def test_a_space_of_another_version_is_named_and_not_read(
+def test_a_fingerprint_of_another_version_is_named_and_not_read(
     run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     described = shards[1].parent / "space.json"
@@ -194,7 +198,7 @@ def test_a_space_of_another_version_is_named_and_not_read(
     code, printed = run("verify")
     assert code == 0
     assert f"not used: {shards[1].parent}" in printed
-    assert "of another version" in run("info")[1]
+    assert "from another version" in run("info")[1]
 
 
 def test_gc_without_yes_only_lists(run: Run, shards: list[Path]) -> None:
@@ -224,16 +228,16 @@ def test_gc_drops_named_or_unused_references(
 ) -> None:
     os.utime(shards[1].parent / "space.json", (time.time() - 40 * DAY,) * 2)
     assert run("gc", *arguments, "--yes")[0] == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(space.name for space in left)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(each.name for each in left)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--drop", "a"], "more than one reference"),
-        (["--keep", "ff"], "fits no reference"),
+        (["--keep", "ff"], "matches no reference"),
         (["--drop", ""], "more than one reference"),
-        (["--drop", "aa", "--keep", FIRST.name], "dropped and kept"),
+        (["--drop", "aa", "--keep", FIRST.name], "both --drop and --keep"),
     ],
 )
 def test_gc_refuses_ambiguous_digests(arguments: list[str], error: str, run: Run, shards: list[Path]) -> None:
@@ -266,7 +270,7 @@ def test_gc_tolerates_concurrent_changes(
     leftover.write_bytes(b"half")
     os.utime(leftover, (time.time() - 2 * DAY,) * 2)
     found = find_garbage(tmp_path, ["aa"], [], None)
-    assert (len(found.spaces), found.leftovers) == (1, [leftover])
+    assert (len(found.fingerprints), found.leftovers) == (1, [leftover])
     remove(found)
     remove(found)
     assert [shard.exists() for shard in shards] == [False, True]
@@ -280,18 +284,18 @@ def test_gc_tolerates_concurrent_changes(
         monkeypatch.setattr(
             module, "list_shards", lambda folder: [*list_shards(folder), f"{'0' * 32}.safetensors"]
         )
-    assert [space.name for space in info.take_inventory(tmp_path)] == [SECOND.name]
+    assert [each.name for each in info.take_inventory(tmp_path)] == [SECOND.name]
     assert verify.verify_store(tmp_path).damage == []
 
 
-def test_a_running_job_continues_after_its_space_was_dropped(
+def test_a_running_job_continues_after_its_fingerprint_was_dropped(
     run: Run, shards: list[Path], tmp_path: Path
 ) -> None:
     store = LogpStore.open(tmp_path, FIRST)
     assert run("gc", "--drop", "aa", "--yes")[0] == 0
-    assert [row.tolist() for row in store.read(keys_of([4, 7]))] == [ROWS[4], ROWS[7]]
+    assert [entry.tolist() for entry in store.read(keys_of([4, 7]))] == [ENTRIES[4], ENTRIES[7]]
     store.write(keys_of([2]), [values(-1.0)])
-    assert rows_of(tmp_path, FIRST) == {2: [-1.0]}
+    assert entries_of(tmp_path, FIRST) == {2: [-1.0]}
 
 
 @pytest.mark.parametrize("verb", ["info", "verify", "gc"])
@@ -303,7 +307,7 @@ def test_a_missing_store_is_one_block(verb: str, tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 2
-    assert "no such reference store" in ended.stderr
+    assert "no reference store is found" in ended.stderr
     assert ended.stderr.count("to do:") == 1
     assert "Traceback" not in ended.stderr
 
@@ -317,4 +321,4 @@ def test_it_starts_without_torch() -> None:
 
 def test_a_copy_of_a_store_has_the_same_entries(run: Run, shards: list[Path], tmp_path: Path) -> None:
     shutil.copytree(shards[0].parents[0], tmp_path / "copy" / shards[0].parent.name)
-    assert rows_of(tmp_path / "copy", FIRST) == ROWS
+    assert entries_of(tmp_path / "copy", FIRST) == ENTRIES

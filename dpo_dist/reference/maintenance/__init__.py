@@ -1,1 +1,1 @@
-"""What a store contains, whether it is whole, and what of it is unused."""
+"""Maintenance of a store: statistics, verification and repair, garbage collection. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What is in a store: its references, how much each holds, when it was last used. Needs no torch."""
+"""Statistics of a store: its fingerprints, their sizes and times of last use."""
 
 import contextlib
 import json
@@ -22,48 +22,49 @@ from dpo_dist.reference.fingerprint import (
 )
 from dpo_dist.reference.shard import list_shards, verified_shard
 
-_SPACE_NAME = re.compile(r"[0-9a-f]{32}")
+_FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class FingerprintInfo:
-    """What one space holds.
+    """Statistics of one fingerprint's folder.
 
     Attributes:
-        name: of its folder.
-        space: what it is; None if it does not say, or was written by another version.
-        is_outdated: whether it was written by another version: its rows serve nobody.
-        damaged: shards whose index does not hold; not counted in `shards`.
-        tokens: values, one for each completion token of each row.
-        bytes: of all its files.
+        name: of the folder.
+        fingerprint: None if `space.json` is missing or damaged, or another version wrote it.
+        is_outdated: whether another version wrote it; no run uses its entries.
+        shards: number of shards that are not damaged.
+        damaged: number of shards that fail verification.
+        tokens: number of values, one for each completion token of each entry.
+        bytes: size of all files.
         last_used: when a run last opened it.
     """
 
     name: str
-    space: ReferenceFingerprint | None
+    fingerprint: ReferenceFingerprint | None
     is_outdated: bool
     shards: int
     damaged: int
-    rows: int
+    entries: int
     tokens: int
     bytes: int
     last_used: datetime
 
     @property
     def label(self) -> str:
-        """The model's name, or why there is none."""
-        if self.space is not None:
-            return self.space.label or "unnamed"
-        return "of another version" if self.is_outdated else f"no valid {FINGERPRINT_FILE}"
+        """The model's name, or the reason why it is unknown."""
+        if self.fingerprint is not None:
+            return self.fingerprint.label or "unnamed"
+        return "from another version" if self.is_outdated else f"no valid {FINGERPRINT_FILE}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields of `info --json`."""
         return {
             "space": self.name,
-            "reference": self.space.reference if self.space else None,
+            "reference": self.fingerprint.reference if self.fingerprint else None,
             "label": self.label,
-            "profile": self.space.profile if self.space else None,
-            "rows": self.rows,
+            "profile": self.fingerprint.profile if self.fingerprint else None,
+            "rows": self.entries,
             "tokens": self.tokens,
             "bytes": self.bytes,
             "shards": self.shards,
@@ -73,24 +74,24 @@ class FingerprintInfo:
 
 
 def fingerprint_folders(root: Path) -> list[Path]:
-    """The folders of all spaces of a store.
+    """Return the folders of all fingerprints in a store.
 
     Raises:
-        ReferenceModelError: there is no such store.
+        ReferenceModelError: the store does not exist or cannot be read.
     """
     try:
-        return sorted(path for path in root.iterdir() if _SPACE_NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(path for path in root.iterdir() if _FOLDER_NAME.fullmatch(path.name) and path.is_dir())
     except OSError as error:
         raise ReferenceModelError(
-            "there is no such reference store",
+            "no reference store is found in this folder",
             where=str(root),
             got=str(error.strerror),
-            remedy="name the folder that reference.store names, by default output/reference",
+            remedy="give the folder set as reference.store, by default output/reference",
         ) from error
 
 
 def is_outdated(folder: Path) -> bool:
-    """Whether a space was written by another version of the program."""
+    """Return whether another version of the program wrote this folder."""
     try:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         return bool(content["logp_path"] != LOGP_PATH_VERSION or content.get("format", 1) != STORE_FORMAT)
@@ -99,51 +100,46 @@ def is_outdated(folder: Path) -> bool:
 
 
 def take_inventory(root: Path) -> list[FingerprintInfo]:
-    """All spaces of a store, the last used first. Reads indices, not values.
+    """Return all fingerprints of a store, the last used first. Reads keys, not values.
 
-    Spaces and files that another process removes meanwhile are left out.
+    Folders and files that another process deletes meanwhile are skipped.
 
     Raises:
-        ReferenceModelError: there is no such store.
-        OSError: a space cannot be read.
+        ReferenceModelError: the store does not exist.
+        OSError: a folder cannot be read.
     """
-    spaces = []
+    found = []
     for folder in fingerprint_folders(root):
         with contextlib.suppress(FileNotFoundError):
-            spaces.append(fingerprint_info(folder))
-    return sorted(spaces, key=lambda space: space.last_used, reverse=True)
+            found.append(_info(folder))
+    return sorted(found, key=lambda info: info.last_used, reverse=True)
 
 
-def fingerprint_info(folder: Path) -> FingerprintInfo:
-    """What the space `folder` holds.
-
-    Raises:
-        OSError: it cannot be read; FileNotFoundError if it is there no more.
-    """
+def _info(folder: Path) -> FingerprintInfo:
     outdated = is_outdated(folder)
     files = [] if outdated else [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        sizes = [size for size in pool.map(_rows_and_tokens, files) if size is not None]
-    made = folder.stat().st_mtime
+        sizes = [size for size in pool.map(_entries_and_tokens, files) if size is not None]
+    created = folder.stat().st_mtime
     return FingerprintInfo(
         name=folder.name,
-        space=read_fingerprint(folder),
+        fingerprint=read_fingerprint(folder),
         is_outdated=outdated,
         shards=len(sizes),
         damaged=len(files) - len(sizes),
-        rows=sum(rows for rows, _ in sizes),
+        entries=sum(entries for entries, _ in sizes),
         tokens=sum(tokens for _, tokens in sizes),
         bytes=sum(map(_size, folder.rglob("*"))),
-        last_used=datetime.fromtimestamp(changed_at(folder / FINGERPRINT_FILE, made), UTC),
+        last_used=datetime.fromtimestamp(changed_at(folder / FINGERPRINT_FILE, created), UTC),
     )
 
 
-def changed_at(path: Path, gone: float) -> float:
-    """When `path` was last changed, in seconds since 1970; `gone` if it is there no more."""
+def changed_at(path: Path, if_missing: float) -> float:
+    """Return the modification time of `path` in seconds since 1970; `if_missing` if it does not exist."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
-        return gone
+        return if_missing
 
 
 def _size(path: Path) -> int:
@@ -154,8 +150,8 @@ def _size(path: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _rows_and_tokens(file: Path) -> tuple[int, int] | None:
-    """Of a shard, by its index alone; None if that does not hold."""
+def _entries_and_tokens(file: Path) -> tuple[int, int] | None:
+    """Return the sizes of a shard without reading its values; None if it is damaged."""
     try:
         shard = verified_shard(file, np.memmap(file, dtype=np.uint8, mode="r"))
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):

@@ -1,4 +1,4 @@
-"""Check every row of a store, and repair what is damaged. Needs no torch."""
+"""Verify every entry of a store, and repair damaged shards."""
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +12,7 @@ from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, MEMO_FOLDER, read_f
 from dpo_dist.reference.maintenance.info import fingerprint_folders, is_outdated
 from dpo_dist.reference.shard import (
     Keys,
-    damaged_rows,
+    damaged_entries,
     list_shards,
     parse_shard,
     shard_name,
@@ -20,12 +20,12 @@ from dpo_dist.reference.shard import (
     write_shard,
 )
 
-_SHARDS_AT_ONCE = 4  # of a process: some ten milliseconds
+_SHARDS_AT_ONCE = 4  # per task of a worker process: about ten milliseconds
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that does not hold what its name promises."""
+    """A damaged file."""
 
     file: Path
     fault: str
@@ -33,19 +33,20 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found in a store.
+    """Result of verifying a store.
 
     Attributes:
-        shards, rows: that were read.
-        duplicates: rows that another row of the same space makes needless.
-        damage: files that do not hold; their rows are computed again by the runs that need them.
-        foreign: files that are no part of a store; they are passed over.
-        leftovers: of writers that are writing now, or died.
-        outdated: spaces of another version of the program, which serve nobody and were not read.
+        shards: number of shards read.
+        entries: number of intact entries.
+        duplicates: entries whose key another entry of the same fingerprint has too.
+        damage: damaged files; runs that need their entries compute them again.
+        foreign: files that are not part of the store; they are ignored.
+        leftovers: temporary files of running or dead writers.
+        outdated: folders from another version of the program; not read, and used by no run.
     """
 
     shards: int
-    rows: int
+    entries: int
     duplicates: int
     damage: list[Damage]
     foreign: list[Path]
@@ -61,10 +62,10 @@ class _CheckedShard:
 
 
 def verify_store(root: Path) -> Verification:
-    """Read every shard of the store `root` and check its name and the checksum of every row, in parallel.
+    """Read every shard of the store `root` and check its name and all checksums, in parallel.
 
     Raises:
-        ReferenceModelError: there is no such store.
+        ReferenceModelError: the store does not exist.
         OSError: a file cannot be read.
     """
     folders = fingerprint_folders(root)
@@ -80,11 +81,11 @@ def verify_store(root: Path) -> Verification:
     ]
     return Verification(
         shards=len(checked),
-        rows=sum(len(shard.keys) for shard in checked),
+        entries=sum(len(shard.keys) for shard in checked),
         duplicates=sum(_duplicates([s.keys for s in checked if s.file.parent == f]) for f in current),
         damage=[Damage(shard.file, shard.fault) for shard in checked if shard.fault]
         + [
-            Damage(file, "missing or damaged; the next run that uses the space mends it")
+            Damage(file, "missing or damaged; the next run that uses it writes it again")
             for file in undescribed
         ],
         foreign=list(_foreign(root, folders)),
@@ -94,17 +95,17 @@ def verify_store(root: Path) -> Verification:
 
 
 def repair(damage: Damage) -> tuple[bool, str]:
-    """Mend one damaged file; whether that was possible, and what was done.
+    """Repair one damaged file; return whether that was possible, and a description.
 
-    The rows of a shard that hold are written to a new one before it is removed. A shard of another space of
-    this store goes there.
+    The intact entries of a shard are written to a new one before it is deleted. A shard of another
+    fingerprint in this store is moved to that folder.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
     """
     file = damage.file
     if file.name == FINGERPRINT_FILE:
-        return False, "left to the next run that uses the space"
+        return False, "the next run that uses it writes it again"
     home = _home(file)
     if home is not None:
         file.replace(home / file.name)
@@ -112,27 +113,27 @@ def repair(damage: Damage) -> tuple[bool, str]:
     try:
         shard = verified_shard(file, _read(file))
     except FileNotFoundError:
-        return True, "removed by another process"
+        return True, "deleted by another process"
     except (ValueError, KeyError, TypeError, OverflowError):
         file.unlink()
-        return True, "removed; none of its rows can be told to be right"
-    whole = np.setdiff1d(np.arange(len(shard.keys)), damaged_rows(shard))
+        return True, "deleted; none of its entries can be verified"
+    whole = np.setdiff1d(np.arange(len(shard.keys)), damaged_entries(shard))
     starts = np.concatenate(([0], shard.ends))
     if len(whole):
-        rows = [shard.values[starts[row] : starts[row + 1]] for row in whole]
-        write_shard(file.parent, shard.keys[whole], rows)
+        entries = [shard.values[starts[number] : starts[number + 1]] for number in whole]
+        write_shard(file.parent, shard.keys[whole], entries)
     file.unlink()
-    return True, f"written anew with {len(whole)} of {len(shard.keys)} rows"
+    return True, f"rewritten with {len(whole)} of {len(shard.keys)} entries"
 
 
 def find_leftovers(root: Path) -> list[Path]:
-    """Temporary files and folders of a store, of writers that are writing now or died."""
+    """Return temporary files and folders of a store, from running and from dead writers."""
     folders = [root, *(path for path in sorted(root.iterdir()) if path.is_dir() and not is_temporary(path))]
     return [path for folder in folders for path in _entries(folder) if is_temporary(path)]
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted; nothing if another process has removed it."""
+    """Return the content of a folder, sorted; empty if another process has deleted it."""
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:
@@ -149,19 +150,19 @@ def _shards(folder: Path) -> list[str]:
 def _check(file: Path) -> _CheckedShard:
     try:
         shard = verified_shard(file, _read(file))
-    except FileNotFoundError:  # removed since it was listed
+    except FileNotFoundError:  # deleted since it was listed
         return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), "")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         home = _home(file)
-        fault = f"a shard of {home.name}" if home is not None else f"no row can be told to be right: {error}"
+        fault = f"a shard of {home.name}" if home is not None else f"no entry can be verified: {error}"
         return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), fault)
-    damaged = damaged_rows(shard)
-    fault = f"{len(damaged)} of {len(shard.keys)} rows do not hold" if len(damaged) else ""
+    damaged = damaged_entries(shard)
+    fault = f"{len(damaged)} of {len(shard.keys)} entries are damaged" if len(damaged) else ""
     return _CheckedShard(file, np.delete(shard.keys, damaged, axis=0), fault)
 
 
 def _home(file: Path) -> Path | None:
-    """The space of this store that a shard was written for, if that is another one."""
+    """Return the folder that a shard was written for, if that is another folder of this store."""
     try:
         shard = parse_shard(_read(file))
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):

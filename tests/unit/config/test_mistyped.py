@@ -1,4 +1,4 @@
-"""Mistyped command lines, and those of people who come from other trainers: one block that helps."""
+"""Mistyped command lines, and options of other trainers, get one block with the correction."""
 
 import re
 import shlex
@@ -16,9 +16,9 @@ from dpo_dist.errors import ConfigError
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
 SECTIONS = "|".join(name for name in run_keys() if "." not in name)
 
-# A command line as typed, and what the answer must say.
+# A command line as typed, and a part of the error.
 MISTYPED = [
-    # A group is no list, and takes presets only.
+    # A group takes one preset.
     ("loss=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
     ("loss=[dpo,nll]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
     ("data=[hh_rlhf,ultrafeedback]", "data.train="),
@@ -68,9 +68,9 @@ MISTYPED = [
     ("torch_dtype=bfloat16", "write model.dtype=bf16"),
     ("torch_dtype=auto", "write model.dtype=..."),
     ("reference=../base", "named by reference.path=../base"),
-    ("hydra.run.dir=out", "run.dir or run.root says where"),
+    ("hydra.run.dir=out", "run.dir or run.root sets the run directory"),
     ("hydra.job.chdir=true", "has no effect"),
-    # A guess only where it deserves one.
+    # A guess, if it is likely enough.
     ("+loss.foo=1", "the keys of loss are kind, beta, "),
     ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
     ("trainer.steps=100", "the keys of trainer are global_batch_pairs"),
@@ -78,7 +78,7 @@ MISTYPED = [
     ("foo=1", "the sections are run, model, "),
     ("lossbeta=1", "did you mean loss.beta?"),
     ("trainer.max_step=9", "did you mean trainer.max_steps?"),
-    # What Hydra does not read, with the quoting that it does.
+    # Overrides that Hydra cannot read, with the correct quoting.
     ("model.path=~/m", "'~' needs quotes"),
     ("'data.train=[~/x, b.jsonl]'", "write 'data.train=[\"~/x\",b.jsonl]'"),
     ("model.path=/tmp/modèle", "'è' needs quotes"),
@@ -135,7 +135,7 @@ MISTYPED = [
     ("trainer.devices=8", "options of the launcher come before -m"),
     ("+exp=qwen7b", "write +experiment=NAME"),
     # Options.
-    ("--help=1", "takes no value"),
+    ("--check=1", "takes no value"),
     ("--multirun", "(one job) for each value"),
     ("--cfg jobb", "job, hydra or all"),
     ("--config-dir", "write --config-dir VALUE"),
@@ -148,7 +148,7 @@ MISTYPED = [
 ]
 
 
-def answer(typed: str) -> ConfigError:
+def error_of(typed: str) -> ConfigError:
     try:
         arguments = divide([*RUN, *shlex.split(typed)])
         load_run_config(arguments.overrides, arguments.own_folder)
@@ -157,17 +157,17 @@ def answer(typed: str) -> ConfigError:
     raise AssertionError(f"{typed} was accepted")
 
 
-@pytest.mark.parametrize(("typed", "told"), MISTYPED)
-def test_a_mistyped_command_line_is_answered(typed: str, told: str) -> None:
-    error = answer(typed)
-    assert told in error.block()
+@pytest.mark.parametrize(("typed", "text"), MISTYPED)
+def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> None:
+    error = error_of(typed)
+    assert text in error.block()
     assert error.remedy
     assert "\n" not in error.what + error.where + error.got + error.expected + error.remedy
 
 
-@pytest.mark.parametrize("typed", sorted({typed for typed, told in MISTYPED if " write " in f" {told}"}))
-def test_what_an_answer_says_to_write_can_be_read(typed: str) -> None:
-    written = re.search(r"write (.*?)(, without|: the inner|;|$)", answer(typed).remedy)
+@pytest.mark.parametrize("typed", sorted({typed for typed, text in MISTYPED if " write " in f" {text}"}))
+def test_the_corrected_line_can_be_parsed(typed: str) -> None:
+    written = re.search(r"write (.*?)(, without|: the inner|;|$)", error_of(typed).remedy)
     assert written is not None
     for line in shlex.split(written[1]):
         if "=" in line:
@@ -176,12 +176,12 @@ def test_what_an_answer_says_to_write_can_be_read(typed: str) -> None:
 
 @pytest.mark.parametrize("alias", sorted({**SAME_MEANING, **IN_OTHER_WORDS}))
 def test_every_alias_leads_to_keys_that_exist(alias: str) -> None:
-    told = SAME_MEANING.get(alias) or IN_OTHER_WORDS[alias]
-    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", told)
+    text = SAME_MEANING.get(alias) or IN_OTHER_WORDS[alias]
+    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", text)
     files = (".jsonl", ".yaml")
     assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []
     if alias not in key_types(RunConfig):
-        assert "there is no key" in answer(f"{alias}=1").what
+        assert "there is no key" in error_of(f"{alias}=1").what
 
 
 def test_aliases_in_a_source_are_names_of_a_source() -> None:
@@ -193,8 +193,8 @@ def test_aliases_in_a_source_are_names_of_a_source() -> None:
     "typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9", "save_steps=9", "trainer.mx=9"]
 )
 def test_no_guess_ends_a_run_early(typed: str) -> None:
-    assert "max_steps?" not in answer(typed).remedy
-    assert "write trainer.max_steps" not in answer(typed).remedy
+    assert "max_steps?" not in error_of(typed).remedy
+    assert "write trainer.max_steps" not in error_of(typed).remedy
 
 
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:

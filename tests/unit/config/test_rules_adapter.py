@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpo_dist.config.load import from_yaml, load_run_config, run_digest, to_yaml
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Quantization, ReferenceMode
 from dpo_dist.errors import ConfigError
 

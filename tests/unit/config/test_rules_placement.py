@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.load import load_run_config, run_digest
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_kinds import SyncReferenceConfig
 from dpo_dist.config.schema import Quantization
 from dpo_dist.errors import ConfigError

@@ -121,5 +121,5 @@ def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
 def test_a_header_that_is_none_is_refused(tmp_path: Path, header: str) -> None:
     file = tmp_path / "rows.csv"
     file.write_text(header)
-    with pytest.raises(DataError, match="no CSV header"):
+    with pytest.raises(DataError, match="header of the CSV file cannot be parsed"):
         read_records(str(file))

@@ -151,7 +151,7 @@ def test_more_bad_records_than_allowed_is_an_error(tmp_path: Path) -> None:
 
 
 def test_no_pair_at_all_is_an_error_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no usable record"):
+    with pytest.raises(DataError, match="no record can be used"):
         opened(tmp_path, jsonl(tmp_path, BAD), max_bad_share=1.0)
 
 

@@ -128,7 +128,7 @@ def test_template_that_refuses_a_conversation_gives_a_bad_record() -> None:
 
 
 def test_template_that_cannot_render_an_answer_is_told() -> None:
-    with pytest.raises(ConfigError, match="not in what it renders"):
+    with pytest.raises(ConfigError, match="does not contain the response"):
         encode_pair(record(CHAT), tiny.with_template(tiny.mistral(), "always the same"), WIDE)
     needs_system = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
     tokenizer = tiny.with_template(tiny.qwen(), needs_system + tiny.CHATML)

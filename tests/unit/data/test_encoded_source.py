@@ -95,7 +95,7 @@ def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_pa
     array = tmp_path / "array.json"
     array.write_text(json.dumps(GOOD))
     assert len(opened(tmp_path, str(array))) == 7
-    with pytest.raises(DataError, match="no usable record"):
+    with pytest.raises(DataError, match="no record can be used"):
         opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
 
 
@@ -306,7 +306,7 @@ def test_pairs_of_one_ranking_share_their_ids(tmp_path: Path) -> None:
 def test_a_source_of_which_too_little_is_left_is_told_whatever_others_have(tmp_path: Path) -> None:
     good, bad = folders(tmp_path, 2)
     whole = jsonl(good, *GOOD * 20)
-    with pytest.raises(DataError, match="no usable record"):
+    with pytest.raises(DataError, match="no record can be used"):
         opened(tmp_path, whole, jsonl(bad, BAD))
     with pytest.raises(DataError, match="1 of 2 records"):
         opened(tmp_path, whole, jsonl(bad, BAD, GOOD[0]))

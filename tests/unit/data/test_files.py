@@ -101,9 +101,9 @@ def test_limit_takes_the_first_records_only(tmp_path: Path) -> None:
 
 def test_two_files_without_a_comma_between_them_are_told_as_such(tmp_path: Path) -> None:
     file = jsonl(tmp_path, TEXT)
-    with pytest.raises(DataError, match="no such file") as raised:
+    with pytest.raises(DataError, match="file does not exist") as raised:
         read_records(f"{file} {file}")
-    assert "divided by commas" in raised.value.remedy
+    assert "separate the sources of a list by commas" in raised.value.remedy
 
 
 def test_missing_file_is_told_at_once_with_its_nearest_name(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_missing_file_is_told_at_once_with_its_nearest_name(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"records\.jsonl") as fault:
         read_records(str(tmp_path / "record.jsonl"))
     assert "records.jsonl" in fault.value.remedy
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="folder does not exist"):
         read_records(str(tmp_path / "nowhere" / "records.jsonl"))
 
 

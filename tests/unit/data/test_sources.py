@@ -135,7 +135,7 @@ def test_splits_of_any_name_are_told_by_their_shards(tmp_path: Path) -> None:
 def test_no_file_of_a_folder_is_passed_over_in_silence(tmp_path: Path) -> None:
     write(tmp_path / "some" / "train.jsonl", lines("one"))
     write(tmp_path / "some" / "more.jsonl", lines("two"))
-    with pytest.raises(DataError, match="tell no split") as raised:
+    with pytest.raises(DataError, match="no split in the names") as raised:
         read_records(str(tmp_path / "some"))
     assert raised.value.got == "more.jsonl"
     for number in (0, 2):
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_read_says_what_it_has(tmp_path: Path) -> None:
 )
 def test_addresses_are_refused(path: str) -> None:
     for ask in (read_records, lambda source: source_identity(SourceConfig(source))):
-        with pytest.raises(DataError, match="URLs are not read"):
+        with pytest.raises(DataError, match="URLs cannot be read"):
             ask(path)  # type: ignore[operator]
 
 

@@ -100,7 +100,7 @@ def test_the_date_is_part_of_the_fingerprint_and_has_an_effect(tmp_path: Path) -
         return prepare_dataset([source], config, tokenizer, "llama")[0].folder
 
     assert folder(tokenizer, "2024-07-26") != folder(tokenizer, "2025-01-01")
-    with pytest.raises(ConfigError, match="no clock"):
+    with pytest.raises(ConfigError, match="does not use the date"):
         folder(tiny.qwen(), "2025-01-01")
     with pytest.raises(ConfigError, match="not a date"):
         check_data(DataConfig(train=[source], template_date="26 Jul 2024"))

@@ -1,17 +1,27 @@
-"""Rows of other numerics: which may serve at all, who served what, and what is audited."""
+"""Entries of other numerics: which are compatible, which are used, and which pairs are audited."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dpo_dist.config.check_store import check_store
 from dpo_dist.config.schema import Numerics, ReferenceConfig, ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.errors import ConfigError
+from dpo_dist.distributed.world import Peer, World
+from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
-from dpo_dist.reference.compatible import count_reused, count_unused, difference, find_compatible
+from dpo_dist.reference.compatible import (
+    Profile,
+    agree_on_numerics,
+    count_reused,
+    count_unused,
+    difference,
+    find_compatible,
+)
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
 
@@ -47,28 +57,30 @@ def dataset() -> PreferenceDataset:
     )
 
 
-def write(root: Path, space: ReferenceFingerprint, names: list[int]) -> None:
+def write(root: Path, fingerprint: ReferenceFingerprint, names: list[int]) -> None:
     keys = np.array([(0, name) for name in names], dtype=np.uint64).reshape(-1, 2)
-    LogpStore.open(root, space).write(keys, [np.array([-float(name)], dtype=np.float32) for name in names])
+    LogpStore.open(root, fingerprint).write(
+        keys, [np.array([-float(name)], dtype=np.float32) for name in names]
+    )
 
 
 @pytest.mark.parametrize(
     "part", ["attention", "torch", "transformers", "gpu", "cuda", "device", "compile", "liger", "flash_attn"]
 )
-def test_what_only_reorders_sums_is_kin(part: str, tmp_path: Path) -> None:
+def test_fields_that_only_change_rounding_order_are_compatible(part: str, tmp_path: Path) -> None:
     write(tmp_path, ReferenceFingerprint("weights", {**PROFILE, part: "other"}), [1])
-    assert [difference(OWN, kin) for kin in find_compatible(tmp_path, OWN)] == [f"{part} other"]
+    assert [difference(OWN, other) for other in find_compatible(tmp_path, OWN)] == [f"{part} other"]
 
 
 @pytest.mark.parametrize(
     "part", ["dtype", "matmul_precision", "bf16_reduction", "quantization", "anything new"]
 )
-def test_what_changes_the_precision_is_not(part: str, tmp_path: Path) -> None:
+def test_fields_that_change_the_precision_are_not_compatible(part: str, tmp_path: Path) -> None:
     write(tmp_path, ReferenceFingerprint("weights", {**PROFILE, part: "other"}), [1])
     assert find_compatible(tmp_path, OWN) == []
 
 
-def test_other_weights_other_scoring_code_and_foreign_folders_are_not(
+def test_other_weights_scoring_code_and_foreign_folders_are_not_compatible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find_compatible(tmp_path / "none", OWN) == []
@@ -82,35 +94,83 @@ def test_other_weights_other_scoring_code_and_foreign_folders_are_not(
     assert find_compatible(tmp_path, OWN) == []
 
 
-def test_the_nearest_kin_is_first(tmp_path: Path) -> None:
+def test_the_most_similar_fingerprint_is_first(tmp_path: Path) -> None:
     write(tmp_path, OLD_SDPA, [1])
     write(tmp_path, SDPA, [1])
     assert find_compatible(tmp_path, OWN) == [SDPA, OLD_SDPA]
     assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
 
 
-def test_a_strict_run_is_told_what_it_leaves_unused(tmp_path: Path, dataset: PreferenceDataset) -> None:
+def test_entries_that_a_strict_run_does_not_use_are_counted(
+    tmp_path: Path, dataset: PreferenceDataset
+) -> None:
     visited = [(dataset, np.array([0, 1])), (dataset, np.array([2, 3]))]
     write(tmp_path, OWN, [0])
-    assert count_unused(tmp_path, OWN, [], visited).rows == 0
+    assert count_unused(tmp_path, OWN, [], visited).entries == 0
     write(tmp_path, SDPA, [0, 1, 9])
     write(tmp_path, OLD_SDPA, [1, 5])
     unused = count_unused(tmp_path, OWN, [SDPA, OLD_SDPA], visited)
-    assert (unused.rows, unused.differences) == (2, ["attention sdpa", "attention sdpa, torch 2.12"])
+    assert (unused.entries, unused.differences) == (2, ["attention sdpa", "attention sdpa, torch 2.12"])
 
 
-def test_it_is_told_who_served_and_which_pairs_to_audit(tmp_path: Path, dataset: PreferenceDataset) -> None:
+def test_reused_entries_are_counted_and_their_pairs_audited(
+    tmp_path: Path, dataset: PreferenceDataset
+) -> None:
     write(tmp_path, OWN, [0, 1, 2])
     write(tmp_path, SDPA, [2, 3, 4])
     write(tmp_path, OLD_SDPA, [4, 5])
     store = LogpStore.open(tmp_path, OWN, compatible=[SDPA, OLD_SDPA])
-    served = count_reused(store, [(dataset, np.array([0])), (dataset, np.array([0, 1, 2, 3]))])
-    assert served.rows == {"own": 2 + 3, "attention sdpa": 2, "attention sdpa, torch 2.12": 1}
-    assert served.audited is not None
-    number, rows = served.audited
-    assert (number, rows.tolist()) == (1, [1, 2, 3])
+    reused = count_reused(store, [(dataset, np.array([0])), (dataset, np.array([0, 1, 2, 3]))])
+    assert reused.entries == {"own": 2 + 3, "attention sdpa": 2, "attention sdpa, torch 2.12": 1}
+    assert reused.audited is not None
+    number, indices = reused.audited
+    assert (number, indices.tolist()) == (1, [1, 2, 3])
     alone = count_reused(store, [(dataset, np.array([0]))])
-    assert (alone.rows, alone.audited) == ({"own": 2}, None)
+    assert (alone.entries, alone.audited) == ({"own": 2}, None)
+
+
+@pytest.fixture
+def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Profile], World]:
+    """Return a world of two ranks: this one, and one with the given numerics profile."""
+
+    def make(other: Profile) -> World:
+        monkeypatch.setattr(World, "gather", lambda _self, profile: [profile, other])
+        peers = (Peer(0, "host-a", 1), Peer(1, "host-b", 2))
+        return World(None, 0, 2, torch.device("cpu"), peers)
+
+    return make
+
+
+@pytest.mark.parametrize("is_tolerant", [True, False])
+def test_ranks_with_equal_numerics_agree(is_tolerant: bool, on_two_ranks: Callable[[Profile], World]) -> None:
+    assert agree_on_numerics(PROFILE, is_tolerant, on_two_ranks(dict(PROFILE))) == PROFILE
+
+
+def test_tolerant_ranks_share_a_profile_with_the_values_of_both(
+    on_two_ranks: Callable[[Profile], World],
+) -> None:
+    world = on_two_ranks({**PROFILE, "gpu": "H100", "torch": "2.12"})
+    agreed = agree_on_numerics(PROFILE, True, world)
+    assert agreed == {**PROFILE, "gpu": "H100 or H200", "torch": "2.12 or 2.13"}
+
+
+@pytest.mark.parametrize(
+    ("is_tolerant", "other", "remedy"),
+    [
+        (False, {"gpu": "H100"}, "reference.numerics=tolerant"),
+        (False, {"dtype": "fp32"}, "one installation"),
+        (True, {"dtype": "fp32"}, "one installation"),
+        (True, {"gpu": "H100", "dtype": "fp32"}, "one installation"),
+    ],
+)
+def test_ranks_with_other_numerics_are_an_error(
+    is_tolerant: bool, other: Profile, remedy: str, on_two_ranks: Callable[[Profile], World]
+) -> None:
+    with pytest.raises(ReferenceModelError, match="different numerics") as raised:
+        agree_on_numerics(PROFILE, is_tolerant, on_two_ranks({**PROFILE, **other}))
+    assert raised.value.remedy.endswith(remedy)
+    for name, value in other.items():
+        assert f"{name}: {PROFILE[name]} on rank 0 (host-a), {value} on rank 1 (host-b)" in raised.value.got
 
 
 @pytest.mark.parametrize(("mode", "audit_pairs"), [(ReferenceMode.live, 16), (ReferenceMode.cached, 0)])

@@ -1,8 +1,8 @@
-"""A fill computes what the store lacks and nothing else, each row under the key of its own response."""
+"""A fill computes exactly the missing log-probs and stores each under the key of its own response."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,18 @@ from dpo_dist.data.packing import PackedBatch, pack
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError, ReferenceModelError
 from dpo_dist.reference import fill as fill_module
-from dpo_dist.reference.fill import FillReport, check_complete, fill_store, missing_responses, open_filled
+from dpo_dist.reference import store as store_module
+from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete, missing_responses
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
+from dpo_dist.reference.index import Index
 from dpo_dist.reference.scoring import keys_of_ids
 from dpo_dist.reference.store import LogpStore
 from tests.support.packing import COSTS
 from tests.support.read_only import read_only
 
-SPACE = ReferenceFingerprint("weights", {"dtype": "fp32"})
+FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 RESPONSES = [2, 1, 3, 2, 2, 2]
-# Two pairs with the same content, as data sets have them.
+# Two pairs with the same content, as datasets have them.
 TWINS = (1, 4)
 
 
@@ -66,12 +68,12 @@ def dataset(tmp_path: Path) -> PreferenceDataset:
 
 
 def logps_of(ids: Tensor) -> Tensor:
-    """Log-probs that tell which tokens they are of."""
+    """Return log-probs that identify their tokens."""
     return -ids.float() / 7
 
 
 class Scorer:
-    """Scores with `logps_of`, and counts."""
+    """Scores with `logps_of`, and counts responses and progress."""
 
     def __init__(self) -> None:
         self.responses = 0
@@ -82,53 +84,59 @@ class Scorer:
         return logps_of(batch.targets)
 
 
+def filler_of(
+    root: Path, world: World, entries_per_shard: int = 4, scorer: Scorer | None = None
+) -> StoreFiller:
+    store = LogpStore(root, [FINGERPRINT], [])
+    return StoreFiller(store, lambda: scorer or Scorer(), world, 30, COSTS, entries_per_shard)
+
+
 def fill(
     root: Path,
     dataset: PreferenceDataset,
-    rows: list[int],
+    indices: list[int],
     world: World,
-    rows_per_shard: int = 4,
+    entries_per_shard: int = 4,
     scorer: Scorer | None = None,
 ) -> tuple[FillReport, Scorer]:
     scorer = scorer or Scorer()
-    report = fill_store(
-        lambda names: LogpStore.open(root, SPACE, names),
-        dataset,
-        np.array(rows),
-        lambda: scorer,
-        world,
-        micro_batch_tokens=30,
-        costs=COSTS,
-        rows_per_shard=rows_per_shard,
-        progress=lambda done, total: scorer.progress.append((done, total)),
+    filler = filler_of(root, world, entries_per_shard, scorer)
+    report = filler.fill(
+        dataset, np.array(indices), lambda done, total: scorer.progress.append((done, total))
     )
     return report, scorer
 
 
-def assert_filled(root: Path, dataset: PreferenceDataset, rows: list[int]) -> None:
-    store = LogpStore.open(root, SPACE)
-    for row in rows:
-        values = store.read(dataset.keys[list(dataset.response_range(row))])
-        for value, response in zip(values, dataset.sequences(row).responses, strict=True):
+def no_progress(_done: int, _total: int) -> None:
+    """Print nothing."""
+
+
+def assert_filled(root: Path, dataset: PreferenceDataset, indices: list[int]) -> None:
+    store = LogpStore.open(root, FINGERPRINT)
+    for index in indices:
+        values = store.read(dataset.keys[list(dataset.response_range(index))])
+        for value, response in zip(values, dataset.sequences(index).responses, strict=True):
             assert value.tolist() == logps_of(torch.from_numpy(response)).tolist()
 
 
-@pytest.mark.parametrize("rows_per_shard", [1, 4, 4096])
+@pytest.mark.parametrize("entries_per_shard", [1, 4, 4096])
 def test_every_response_gets_its_own_values(
-    tmp_path: Path, dataset: PreferenceDataset, world: World, rows_per_shard: int
+    tmp_path: Path, dataset: PreferenceDataset, world: World, entries_per_shard: int
 ) -> None:
-    rows = list(range(len(RESPONSES)))
-    report, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard)
+    indices = list(range(len(RESPONSES)))
+    report, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard)
     assert (report.hits, report.computed) == (0, sum(RESPONSES) - 1)
     assert scorer.responses == report.computed
-    assert scorer.progress[-1] == (len(rows), len(rows))
-    assert_filled(tmp_path, dataset, rows)
+    assert scorer.progress[-1] == (len(indices), len(indices))
+    assert_filled(tmp_path, dataset, indices)
 
 
-def test_only_what_is_missing_is_computed(tmp_path: Path, dataset: PreferenceDataset, world: World) -> None:
-    keys = dataset.keys[[0, 4]]  # the first response of row 0, the second of row 2
+def test_only_missing_responses_are_computed(
+    tmp_path: Path, dataset: PreferenceDataset, world: World
+) -> None:
+    keys = dataset.keys[[0, 4]]  # the first response of pair 0, the second of pair 2
     responses = dataset.sequences(0).responses[0], dataset.sequences(2).responses[1]
-    LogpStore.open(tmp_path, SPACE).write(
+    LogpStore.open(tmp_path, FINGERPRINT).write(
         keys, [logps_of(torch.from_numpy(ids)).numpy() for ids in responses]
     )
     report, scorer = fill(tmp_path, dataset, [0, 2, 5], world)
@@ -137,18 +145,18 @@ def test_only_what_is_missing_is_computed(tmp_path: Path, dataset: PreferenceDat
     assert fill(tmp_path, dataset, [0, 2, 5], world)[0] == FillReport(hits=7)
 
 
-def test_a_response_that_comes_twice_is_missing_once(tmp_path: Path, dataset: PreferenceDataset) -> None:
-    store = LogpStore.open(tmp_path, SPACE)
-    missing, held = missing_responses(store, dataset, np.array([1, 3, 4]))
+def test_a_response_that_occurs_twice_is_missing_once(tmp_path: Path, dataset: PreferenceDataset) -> None:
+    store = LogpStore.open(tmp_path, FINGERPRINT)
+    missing, hits = missing_responses(store, dataset, np.array([1, 3, 4]))
     starts = np.cumsum(RESPONSES) - RESPONSES
     assert missing.tolist() == [starts[1], starts[3], starts[3] + 1, starts[4] + 1]
-    assert held == 0
+    assert hits == 0
 
 
-def test_a_round_is_written_before_the_next_but_one_is_scored(
+def test_at_most_one_scored_round_is_not_written_yet(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
-    """A killed fill loses two shards at most."""
+    """So a killed fill loses at most two shards."""
     shards: list[int] = []
 
     class Watching(Scorer):
@@ -156,17 +164,17 @@ def test_a_round_is_written_before_the_next_but_one_is_scored(
             shards.append(len(list(tmp_path.glob("*/*.safetensors"))))
             return super().__call__(batch)
 
-    fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Watching())
+    fill(tmp_path, dataset, list(range(len(RESPONSES))), world, entries_per_shard=2, scorer=Watching())
     assert len(shards) == len(RESPONSES)
     assert all(round_ - 1 <= written <= round_ for round_, written in enumerate(shards))
 
 
 class OtherJob(Scorer):
-    """While it scores its first batch, another job computes what `rows` need, or all that is left of it."""
+    """While it scores its first batch, another job fills the store for the pairs `indices`."""
 
-    def __init__(self, root: Path, dataset: PreferenceDataset, rows: list[int], world: World) -> None:
+    def __init__(self, root: Path, dataset: PreferenceDataset, indices: list[int], world: World) -> None:
         super().__init__()
-        self._start = lambda: fill(root, dataset, rows, world, rows_per_shard=2)[0]
+        self._start = lambda: fill(root, dataset, indices, world, entries_per_shard=2)[0]
         self.report = FillReport()
 
     def __call__(self, batch: PackedBatch) -> Tensor:
@@ -176,58 +184,61 @@ class OtherJob(Scorer):
 
 
 @pytest.mark.parametrize("theirs", [[0, 1, 2, 3, 4, 5], [2, 5], [1]])
-def test_what_another_job_stores_meanwhile_is_not_computed(
+def test_responses_that_another_job_stores_meanwhile_are_not_computed(
     tmp_path: Path, dataset: PreferenceDataset, world: World, theirs: list[int]
 ) -> None:
-    rows = list(range(len(RESPONSES)))
+    indices = list(range(len(RESPONSES)))
     other = OtherJob(tmp_path, dataset, theirs, world)
-    report, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard=2, scorer=other)
+    report, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard=2, scorer=other)
     distinct = sum(RESPONSES) - 1
     assert report.hits + report.computed == distinct
     assert report.computed == scorer.responses
     first_round = max(RESPONSES)
     assert distinct <= report.computed + other.report.computed <= distinct + first_round
-    assert scorer.progress[-1] == (len(rows), len(rows))
-    assert_filled(tmp_path, dataset, rows)
+    assert scorer.progress[-1] == (len(indices), len(indices))
+    assert_filled(tmp_path, dataset, indices)
 
 
-def test_of_a_round_only_what_nobody_else_stored_is_computed(
+def test_a_round_partly_stored_by_another_job_is_computed_in_part(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
-    """The other job has stored one response of a pair."""
-    [place] = dataset.response_indices(np.array([2]))[1:2]
+    """Another job stores one response of a pair."""
+    [response] = dataset.response_indices(np.array([2]))[1:2]
 
     class Neighbour(Scorer):
         def __call__(self, batch: PackedBatch) -> Tensor:
             if not self.responses:
                 values = logps_of(torch.from_numpy(dataset.sequences(2).responses[1])).numpy()
-                LogpStore.open(tmp_path, SPACE).write(dataset.keys[[place]], [values])
+                LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[[response]], [values])
             return super().__call__(batch)
 
     for _ in range(2):
-        report, _ = fill(tmp_path, dataset, [0, 2], world, rows_per_shard=2, scorer=Neighbour())
+        report, _ = fill(tmp_path, dataset, [0, 2], world, entries_per_shard=2, scorer=Neighbour())
         assert report.hits + report.computed == 5
         assert_filled(tmp_path, dataset, [0, 2])
 
 
-def test_what_is_damaged_is_named_and_computed_anew(
+def test_damaged_files_are_reported_and_their_entries_computed_again(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
-    rows = list(range(len(RESPONSES)))
-    fill(tmp_path, dataset, rows, world, rows_per_shard=4)
+    indices = list(range(len(RESPONSES)))
+    fill(tmp_path, dataset, indices, world, entries_per_shard=4)
     first, second, third = sorted(tmp_path.glob("*/*.safetensors"))
     first.write_bytes(first.read_bytes()[:-1])
     second.write_bytes(b"")
     (third.parent / "x.safetensors").write_bytes(b"")
-    left = len(LogpStore.open(tmp_path, SPACE)) - 1  # the index of the first is whole, but not its last row
-    report, scorer = fill(tmp_path, dataset, rows, world)
-    assert report.damaged == {f"{SPACE.name}/{name}" for name in (first.name, second.name, "x.safetensors")}
+    # The keys of the first shard are complete, but not the values of its last entry.
+    left = len(LogpStore.open(tmp_path, FINGERPRINT)) - 1
+    report, scorer = fill(tmp_path, dataset, indices, world)
+    assert report.damaged == {
+        f"{FINGERPRINT.name}/{name}" for name in (first.name, second.name, "x.safetensors")
+    }
     assert report.computed == sum(RESPONSES) - 1 - left
     assert scorer.responses == report.computed
-    assert_filled(tmp_path, dataset, rows)
+    assert_filled(tmp_path, dataset, indices)
 
 
-def test_a_store_that_cannot_be_written_is_told_before_anything_is_computed(
+def test_a_read_only_store_is_an_error_before_anything_is_computed(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
     fill(tmp_path, dataset, [0], world)
@@ -240,10 +251,10 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_is_computed(
 
 
 @pytest.mark.parametrize("broken", [0, 3, len(RESPONSES) - 1])
-def test_a_round_that_cannot_be_written_is_told(
+def test_a_round_that_cannot_be_written_is_an_error(
     tmp_path: Path, dataset: PreferenceDataset, world: World, broken: int
 ) -> None:
-    """The last one too, which has no round after it."""
+    """Also the last round, which no other follows."""
 
     class Broken(Scorer):
         calls = 0
@@ -253,26 +264,26 @@ def test_a_round_that_cannot_be_written_is_told(
             return super().__call__(batch) / (0 if self.calls == broken + 1 else 1)
 
     with pytest.raises(ReferenceModelError, match="not finite"):
-        fill(tmp_path, dataset, list(range(len(RESPONSES))), world, rows_per_shard=2, scorer=Broken())
-    assert len(LogpStore.open(tmp_path, SPACE).names) == broken
+        fill(tmp_path, dataset, list(range(len(RESPONSES))), world, entries_per_shard=2, scorer=Broken())
+    assert len(LogpStore.open(tmp_path, FINGERPRINT).shards) == broken
 
 
-def test_progress_has_a_total_at_once_and_moves_within_a_round(
+def test_progress_has_its_total_at_the_start_and_advances_within_a_round(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
-    rows = list(range(len(RESPONSES)))
-    _, scorer = fill(tmp_path, dataset, rows, world, rows_per_shard=4096)
-    assert scorer.progress[0] == (0, len(rows))
+    indices = list(range(len(RESPONSES)))
+    _, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard=4096)
+    assert scorer.progress[0] == (0, len(indices))
     assert scorer.progress == sorted(scorer.progress)
     assert len({done for done, _ in scorer.progress}) > 3
 
 
 @pytest.mark.parametrize("flipped", [1, 1 << 30])
 @pytest.mark.parametrize("piece", [0, 1])
-def test_ids_that_changed_since_they_were_encoded_are_not_scored(
+def test_ids_that_changed_since_encoding_are_not_stored(
     tmp_path: Path, dataset: PreferenceDataset, world: World, piece: int, flipped: int
 ) -> None:
-    """Their values would be stored under the key of the ids that were encoded."""
+    """Their values would be stored under the key of the original ids."""
     damaged = dataclasses.replace(dataset, ids=dataset.ids.copy())
     damaged.ids[dataset.piece_starts[piece]] ^= flipped
 
@@ -281,135 +292,133 @@ def test_ids_that_changed_since_they_were_encoded_are_not_scored(
             assert batch.input_ids.max() < 1 << 20, "no embedding has this id"
             return super().__call__(batch)
 
-    with pytest.raises(DataError, match="not those that their content key") as raised:
-        fill(tmp_path, damaged, [0, 1, 2], world, rows_per_shard=1 << 12, scorer=Vocabulary())
+    with pytest.raises(DataError, match="do not match their content key") as raised:
+        fill(tmp_path, damaged, [0, 1, 2], world, entries_per_shard=1 << 12, scorer=Vocabulary())
     assert str(dataset.origin(0)) in raised.value.where
-    assert not LogpStore.open(tmp_path, SPACE).names
+    assert not LogpStore.open(tmp_path, FINGERPRINT).shards
     fill(tmp_path, dataset, [0, 1, 2], world)
     assert_filled(tmp_path, dataset, [0, 1, 2])
 
 
-def test_keys_follow_from_the_ids_of_a_batch(dataset: PreferenceDataset) -> None:
-    rows = range(len(RESPONSES))
-    batch = pack([dataset.sequences(row) for row in rows], dataset.keys)
+def test_keys_are_computed_from_the_ids_of_a_batch(dataset: PreferenceDataset) -> None:
+    batch = pack([dataset.sequences(index) for index in range(len(RESPONSES))], dataset.keys)
     assert np.array_equal(keys_of_ids(batch), dataset.keys)
 
 
-def test_the_data_set_is_searched_once_however_many_jobs_share_the_rounds(
+def test_the_dataset_is_searched_once_even_if_jobs_share_rounds(
     tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searches = []
     search = PreferenceDataset.locate_responses
 
-    def counted(self: PreferenceDataset, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        searches.append(len(places))
-        return search(self, places)
+    def counted(self: PreferenceDataset, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        searches.append(len(responses))
+        return search(self, responses)
 
     class Neighbour(Scorer):
-        """Before each batch another job stores one response of the third pair and of the last."""
+        """Before each batch another job stores one response of the third and of the last pair."""
 
         def __call__(self, batch: PackedBatch) -> Tensor:
-            for row in (2, 5):
-                place = dataset.response_indices(np.array([row]))[0]
-                values = logps_of(torch.from_numpy(dataset.sequences(row).responses[0])).numpy()
-                LogpStore.open(tmp_path, SPACE).write(dataset.keys[[place]], [values])
+            for index in (2, 5):
+                response = dataset.response_indices(np.array([index]))[0]
+                values = logps_of(torch.from_numpy(dataset.sequences(index).responses[0])).numpy()
+                LogpStore.open(tmp_path, FINGERPRINT).write(dataset.keys[[response]], [values])
             return super().__call__(batch)
 
     monkeypatch.setattr(PreferenceDataset, "locate_responses", counted)
-    rows = list(range(len(RESPONSES)))
-    report, _ = fill(tmp_path, dataset, rows, world, rows_per_shard=2, scorer=Neighbour())
+    indices = list(range(len(RESPONSES)))
+    report, _ = fill(tmp_path, dataset, indices, world, entries_per_shard=2, scorer=Neighbour())
     assert report.hits, "a round was shared"
     assert len(searches) == 1
-    assert_filled(tmp_path, dataset, rows)
+    assert_filled(tmp_path, dataset, indices)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fill_module, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(fill_module, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(store_module, "_RETRY_SECONDS", 0.05)
 
 
-def open_at(root: Path) -> Callable[..., LogpStore]:
-    return partial(LogpStore.open, root, SPACE)
-
-
-def test_a_listing_that_is_behind_loses_no_shard(
+def test_shards_missing_in_a_stale_listing_are_used(
     tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a network file system gives it, right after another node wrote."""
+    """A network file system may list a folder without the files that another node just wrote."""
     monkeypatch.setattr("dpo_dist.reference.store.list_shards", lambda _folder: [])
-    report, _ = fill(tmp_path, dataset, [0, 1, 2], world, rows_per_shard=2)
-    assert len(report.shards) == len(list(tmp_path.glob("*/*.safetensors"))) == 3
-    store = open_filled(open_at(tmp_path), report.shards, world)
-    check_complete(store, dataset, np.arange(3), world)
-    again = fill_store(
-        open_at(tmp_path),
-        dataset,
-        np.arange(2, 4),
-        Scorer,
-        world,
-        30,
-        COSTS,
-        4,
-        lambda _done, _total: None,
-        report.shards,
-    )
+    filler = filler_of(tmp_path, world, entries_per_shard=2)
+    filler.fill(dataset, np.arange(3), no_progress)
+    assert len(filler.shards) == len(list(tmp_path.glob("*/*.safetensors"))) == 3
+    check_complete(filler.open_filled(), dataset, np.arange(3), world)
+    again = filler.fill(dataset, np.arange(2, 4), no_progress)
     assert (again.hits, again.computed) == (3, 2)
-    both = report + again
-    check_complete(open_filled(open_at(tmp_path), both.shards, world), dataset, np.arange(4), world)
+    check_complete(filler.open_filled(), dataset, np.arange(4), world)
 
 
-def test_a_shard_that_comes_late_or_in_part_is_waited_for(
+def test_a_shard_that_appears_late_or_in_part_is_awaited(
     tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch, impatient: None
 ) -> None:
-    report, _ = fill(tmp_path, dataset, [0, 1], world)
-    [name] = report.shards
+    filler = filler_of(tmp_path, world)
+    filler.fill(dataset, np.arange(2), no_progress)
+    [name] = filler.shards
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:-4])
-    look = LogpStore.list_now
+    list_now = LogpStore.list_now
 
     def arrive(self: LogpStore) -> list[str]:
         (tmp_path / name).write_bytes(content)
-        return look(self)
+        return list_now(self)
 
     with monkeypatch.context() as patched:
         patched.setattr(LogpStore, "list_now", arrive)
-        check_complete(open_filled(open_at(tmp_path), report.shards, world), dataset, np.arange(2), world)
+        check_complete(filler.open_filled(), dataset, np.arange(2), world)
     for damage in (lambda: (tmp_path / name).write_bytes(content[:-4]), (tmp_path / name).unlink):
         damage()
         with pytest.raises(ReferenceModelError, match="cannot be read") as raised:
-            open_filled(open_at(tmp_path), report.shards, world)
+            filler.open_filled()
         assert name in raised.value.got
 
 
-def test_completeness_is_judged_without_reading_values(
+def test_completeness_is_checked_without_reading_values(
     tmp_path: Path, dataset: PreferenceDataset, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, _ = fill(tmp_path, dataset, [0, 1, 2, 3], world, rows_per_shard=2)
-    store = open_filled(open_at(tmp_path), report.shards, world)
+    filler = filler_of(tmp_path, world, entries_per_shard=2)
+    filler.fill(dataset, np.arange(4), no_progress)
+    store = filler.open_filled()
     monkeypatch.setattr(fill_module, "_KEYS_AT_ONCE", 3)
     with monkeypatch.context() as patched:
-        patched.setattr(LogpStore, "_load", lambda *_: pytest.fail("values were read"))
+        patched.setattr(Index, "_load", lambda *_: pytest.fail("values were read"))
         check_complete(store, dataset, np.arange(4), world)
     keys = dataset.keys[dataset.response_indices(np.arange(len(dataset)))]
-    assert store.indexed(keys).tolist() == store.contains(keys).tolist()
-    # Keys of one first word.
+    assert store.has_keys(keys).tolist() == store.contains(keys).tolist()
+    # Keys with the same first word.
     other = np.stack([keys[:, 0], keys[:, 1] ^ np.uint64(1)], axis=1)
-    assert not store.indexed(other).any()
+    assert not store.has_keys(other).any()
     values = [np.array([-1.0], dtype=np.float32)] * 2
-    LogpStore.open(tmp_path, SPACE).write(np.stack([other[0], other[1]]), values)
-    both = LogpStore.open(tmp_path, SPACE)
-    assert both.indexed(np.concatenate([other[:2], keys[:2]])).all()
-    assert not LogpStore.open(tmp_path / "empty", SPACE).indexed(keys).any()
+    LogpStore.open(tmp_path, FINGERPRINT).write(np.stack([other[0], other[1]]), values)
+    both = LogpStore.open(tmp_path, FINGERPRINT)
+    assert both.has_keys(np.concatenate([other[:2], keys[:2]])).all()
+    assert not LogpStore.open(tmp_path / "empty", FINGERPRINT).has_keys(keys).any()
 
 
-def test_what_is_missing_after_a_fill_is_told_before_training(
+def test_an_incomplete_store_is_an_error_before_training(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:
-    report, _ = fill(tmp_path, dataset, [0, 1], world)
-    store = open_filled(open_at(tmp_path), report.shards, world)
+    filler = filler_of(tmp_path, world)
+    filler.fill(dataset, np.arange(2), no_progress)
+    store = filler.open_filled()
     check_complete(store, dataset, np.array([0, 1]), world)
     with pytest.raises(ReferenceModelError, match="lacks log-probs") as raised:
         check_complete(store, dataset, np.array([1, 2]), world)
     assert "3 of 4" in raised.value.got
     assert "rank 0" in raised.value.where
+
+
+def test_files_of_killed_fills_are_deleted_and_those_of_running_ones_kept(
+    tmp_path: Path, dataset: PreferenceDataset, world: World
+) -> None:
+    folder = LogpStore.open(tmp_path, FINGERPRINT).folder
+    left, new = (folder / f"{name}.safetensors.tmp-123456789abc" for name in ("left", "new"))
+    for file in (left, new):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    fill(tmp_path, dataset, [0], world)
+    assert [left.exists(), new.exists()] == [False, True]

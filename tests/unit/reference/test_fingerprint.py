@@ -1,4 +1,4 @@
-"""A stored log-prob belongs to the weights on disk and to the numerics; neither changes unnoticed."""
+"""Fingerprints and model digests change with weights, code and numerics, and with nothing else."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from dpo_dist import digests as digest_module
+from dpo_dist.data.build_dataset import tokenizer_digest
 from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
-from dpo_dist.reference.digest import digest_model, model_label, tokenizer_digest
+from dpo_dist.reference.digest import digest_model, model_label
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
@@ -48,7 +49,7 @@ def model(tmp_path: Path) -> Path:
         "modeling_own.py",
     ],
 )
-def test_every_file_that_decides_the_function_counts(model: Path, name: str) -> None:
+def test_every_file_that_determines_the_function_counts(model: Path, name: str) -> None:
     before = digest_model(model).digest
     content = (model / name).read_bytes()
     (model / name).write_bytes(content + b" ")
@@ -60,7 +61,7 @@ def test_every_file_that_decides_the_function_counts(model: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "generation_config.json"])
-def test_files_beside_the_function_do_not_count(model: Path, name: str) -> None:
+def test_other_files_do_not_count(model: Path, name: str) -> None:
     before = digest_model(model).digest
     (model / name).write_bytes(b"changed")
     assert digest_model(model).digest == before
@@ -94,7 +95,7 @@ def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch
     assert read == ["model-2.safetensors"]
 
 
-def test_a_change_that_keeps_size_and_time_is_seen(model: Path, tmp_path: Path) -> None:
+def test_a_change_that_keeps_size_and_time_is_detected(model: Path, tmp_path: Path) -> None:
     file = model / "model-1.safetensors"
     before, status = digest_model(model, tmp_path).digest, file.stat()
     file.write_bytes(b"WEIGHTS ONE")
@@ -102,7 +103,7 @@ def test_a_change_that_keeps_size_and_time_is_seen(model: Path, tmp_path: Path) 
     assert digest_model(model, tmp_path).digest != before
 
 
-def test_weights_that_are_put_back_after_loading_count_as_changed(model: Path, tmp_path: Path) -> None:
+def test_weights_replaced_and_put_back_count_as_changed(model: Path, tmp_path: Path) -> None:
     files = digest_model(model, tmp_path / "memo")
     files.check_unchanged()
     weights, aside = model / "model-1.safetensors", tmp_path / "aside"
@@ -122,8 +123,8 @@ def test_weights_that_are_put_back_after_loading_count_as_changed(model: Path, t
 
 def test_only_weights_that_are_loaded_count(model: Path) -> None:
     before = digest_model(model).digest
-    (model / "consolidated.safetensors").write_bytes(b"passed over")
-    (model / "pytorch_model.bin").write_bytes(b"passed over")
+    (model / "consolidated.safetensors").write_bytes(b"ignored")
+    (model / "pytorch_model.bin").write_bytes(b"ignored")
     assert digest_model(model).digest == before
     (model / "model.safetensors.index.json").unlink()
     in_torch_format = digest_model(model).digest
@@ -131,8 +132,8 @@ def test_only_weights_that_are_loaded_count(model: Path) -> None:
     assert digest_model(model).digest != in_torch_format
 
 
-def test_another_class_is_another_model(model: Path) -> None:
-    """What `model.trust_remote_code` chooses, and all of the code that it brings."""
+def test_other_classes_are_another_model(model: Path) -> None:
+    """`model.trust_remote_code` selects the folder's own classes, and all of their code counts."""
     plain = digest_model(model).digest
     assert digest_model(model, remote_code=True).digest == plain
     (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
@@ -155,7 +156,7 @@ def damages(content: bytes) -> Iterator[bytes]:
     yield content.replace(digest.encode(), digest[::-1].encode())
 
 
-def test_a_damaged_memo_is_written_anew(
+def test_a_damaged_memo_is_written_again(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = digest_model(model, tmp_path).digest
@@ -170,10 +171,10 @@ def test_a_damaged_memo_is_written_anew(
             assert entry.read_bytes() == whole
 
 
-def test_jobs_that_digest_at_once_forget_nothing_of_each_other(
+def test_concurrent_jobs_keep_each_others_digests(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each finds the memo empty, and both write it."""
+    """Both find the memo empty and write it."""
     models = [model, shutil.copytree(model, tmp_path / "other")]
     digest, meeting = digest_module.content_digest, threading.Barrier(2)
 
@@ -189,15 +190,15 @@ def test_jobs_that_digest_at_once_forget_nothing_of_each_other(
     assert [digest_model(folder, tmp_path / "memo").digest for folder in models] == digests
 
 
-def test_a_file_that_changes_while_it_is_read_has_no_digest(
+def test_a_file_that_changes_while_it_is_read_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = digest_module.content_digest
 
     def overtaken(files: list[Path]) -> str:
-        told = digest(files)
+        result = digest(files)
         files[0].write_bytes(files[0].read_bytes() + b" ")
-        return told
+        return result
 
     monkeypatch.setattr(digest_module, "content_digest", overtaken)
     with pytest.raises(ConfigError, match="changes while it is read"):
@@ -205,18 +206,18 @@ def test_a_file_that_changes_while_it_is_read_has_no_digest(
     assert not (tmp_path / "memo").exists()
 
 
-def test_a_memo_that_cannot_be_written_is_done_without(model: Path, tmp_path: Path) -> None:
+def test_a_memo_that_cannot_be_written_is_not_needed(model: Path, tmp_path: Path) -> None:
     (tmp_path / "occupied").write_bytes(b"")
     assert digest_model(model, tmp_path / "occupied").digest == digest_model(model).digest
 
 
-def test_a_snapshot_of_the_hub_is_named_by_its_commit(tmp_path: Path) -> None:
+def test_a_hub_snapshot_is_labelled_with_its_commit(tmp_path: Path) -> None:
     commit = "0123456789" * 4
     assert model_label("org/model", tmp_path / "snapshots" / commit) == f"org/model@{commit}"
     assert model_label("./model", tmp_path / "model") == "./model"
 
 
-def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
+def test_fingerprints_differ_by_reference_and_every_field_of_the_profile() -> None:
     profile = {"dtype": "bf16", "attention": "sdpa"}
     base = ReferenceFingerprint("weights", profile)
     others = [
@@ -225,14 +226,14 @@ def test_spaces_differ_by_reference_and_by_every_part_of_the_profile() -> None:
         ReferenceFingerprint("weights", {**profile, "gpu": "new"}),
         ReferenceFingerprint("weights", {"dtype": "bf16"}),
     ]
-    assert len({space.name for space in (base, *others)}) == 5
+    assert len({each.name for each in (base, *others)}) == 5
     assert base.name == ReferenceFingerprint("weights", dict(reversed(profile.items()))).name
-    assert base.describe()["profile"] == profile
+    assert base.as_dict()["profile"] == profile
     assert replace(base, label="a name").name == base.name
 
 
 @pytest.mark.parametrize("version", ["LOGP_PATH_VERSION", "STORE_FORMAT"])
-def test_a_change_of_the_log_prob_path_or_the_files_starts_a_new_space(
+def test_a_new_scoring_version_or_file_format_is_a_new_fingerprint(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = ReferenceFingerprint("weights", {}).name

@@ -1,7 +1,6 @@
-"""Law L3 as a whole: whatever runs came before on a store, and whatever happened to it, what a run is served
-is what its own reference says of its own tokens.
+"""Law L3 as a whole: whatever happened to a store before, a run reads its own reference's log-probs.
 
-Each example is a sequence of runs on one store. Between runs the weights in the model's folder are exchanged
+Each example is a sequence of runs on one store. Between runs the weights in the model's folder are replaced
 and shards are damaged; runs differ in precision, pairs, order, tokens, lengths, budget and shard size.
 """
 
@@ -9,7 +8,7 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +29,7 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.reference.fill import FillReport, fill_store, open_filled
+from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
@@ -39,10 +38,10 @@ from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
 WEIGHTS = 2
-# Of the mean over a response's tokens, in nats; in bf16 a value's digits depend on the shape of its batch.
+# Mean over a response's tokens, in nats; in bf16 a value depends on the shape of its batch.
 TOLERANCE = {Dtype.fp32: 1e-5, Dtype.bf16: 0.05}
 PAIRS = random_pairs([(5, 7, 2), (1, 4, 9), (8, 3, 3), (3, 12, 6), (2, 1, 1), (6, 5, 8)], seed=1)
-# Alike at first sight: one token changed, a response shortened, prompt and response divided elsewhere.
+# Similar pairs: one token changed, a response shortened, another split of prompt and response.
 _PROMPT, (_FIRST, _SECOND) = PAIRS[0].prompt_ids, PAIRS[0].responses
 PAIRS += [
     Sequences(np.append(_PROMPT[:-1], (_PROMPT[-1:] + 1) % 97).astype(np.int32), (_FIRST, _SECOND)),
@@ -72,7 +71,7 @@ def load(folder: Path, dtype: Dtype) -> PackedCausalLM:
 @cache
 @torch.no_grad()
 def fresh(folder: Path, dtype: Dtype, pair: int) -> list[np.ndarray]:
-    """What the model says of each response of a pair, scored alone."""
+    """Return the model's log-probs of each response of a pair, scored alone."""
     sequences = PAIRS[pair]
     alone = [Sequences(sequences.prompt_ids, (response,)) for response in sequences.responses]
     model = load(folder, dtype)
@@ -102,36 +101,36 @@ def dataset_of(pairs: list[int]) -> PreferenceDataset:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run is: the weights then in its model's folder, and what it scores how."""
+    """One run: the weights in its model's folder, its pairs, and how it scores them."""
 
     weights: int
     dtype: Dtype
     pairs: list[int]
     micro_batch_tokens: int
-    rows_per_shard: int
+    entries_per_shard: int
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What happens to one shard: a byte flipped, the end cut off, or the file gone."""
+    """Damage to one shard: a byte flipped, the end cut off, or the file deleted."""
 
     shard: int
-    place: float
+    position: float
     kind: str
 
-    def strike(self, store: Path) -> None:
+    def apply(self, store: Path) -> None:
         shards = sorted(store.glob("*/*.safetensors"))
         if not shards:
             return
         shard = shards[self.shard % len(shards)]
         content = bytearray(shard.read_bytes())
-        place = int(self.place * len(content))
+        offset = int(self.position * len(content))
         if self.kind == "gone":
             shard.unlink()
         elif self.kind == "cut":
-            shard.write_bytes(content[:place])
+            shard.write_bytes(content[:offset])
         elif content:
-            content[place] ^= 0x41
+            content[offset] ^= 0x41
             shard.write_bytes(content)
 
 
@@ -141,7 +140,7 @@ runs = st.builds(
     dtype=st.sampled_from(Dtype),
     pairs=st.lists(st.integers(0, len(PAIRS) - 1), min_size=1, max_size=8),
     micro_batch_tokens=st.integers(8, 80),
-    rows_per_shard=st.integers(1, 8),
+    entries_per_shard=st.integers(1, 8),
 )
 damages = st.builds(
     Damage,
@@ -153,76 +152,65 @@ damages = st.builds(
 
 @torch.no_grad()
 def carry_out(run: Run, model_folder: Path, store: Path, world: World) -> tuple[FillReport, Tensor]:
-    """Fill the store for a run, and give what a batch of all its pairs is served."""
+    """Fill the store for a run; return the report and the log-probs attached to a batch of all its pairs."""
     setting = ModelConfig(str(model_folder), dtype=run.dtype)
     digest = digest_model(model_folder, store).digest
-    space = ReferenceFingerprint(digest, numerics_of(setting, AttentionBackend.sdpa, CPU))
+    fingerprint = ReferenceFingerprint(digest, numerics_of(setting, AttentionBackend.sdpa, CPU))
     model = load_packed(model_folder, setting, 64, CPU)
 
     def score(batch: PackedBatch) -> Tensor:
         return model(batch).float()
 
     dataset = dataset_of(run.pairs)
-    open_store = partial(LogpStore.open, store, space)
-    report = fill_store(
-        open_store,
-        dataset,
-        np.arange(len(dataset)),
-        lambda: score,
-        world,
-        run.micro_batch_tokens,
-        COSTS,
-        run.rows_per_shard,
-        lambda _done, _total: None,
-    )
-    provider = StoredReference(open_filled(open_store, report.shards, world))
+    empty = LogpStore(store, [fingerprint], [])
+    filler = StoreFiller(empty, lambda: score, world, run.micro_batch_tokens, COSTS, run.entries_per_shard)
+    report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
+    provider = StoredReference(filler.open_filled())
     batch = provider.attach(pack([PAIRS[pair] for pair in run.pairs], dataset.keys))
     return report, provider.token_logps(batch)
 
 
-def exchange_weights(model_folder: Path, source: Path) -> None:
+def replace_weights(model_folder: Path, source: Path) -> None:
     shutil.copy(source / "model.safetensors", model_folder / "model.safetensors")
 
 
 @settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking a failure takes minutes
 @given(steps=st.lists(st.one_of(runs, runs, damages), min_size=2, max_size=6))
-def test_a_run_is_served_what_its_own_reference_says(
+def test_a_run_reads_its_own_references_log_probs(
     steps: list[Run | Damage], folders: list[Path], world: World
 ) -> None:
     with TemporaryDirectory() as name:
         model_folder, store = shutil.copytree(folders[0], Path(name, "model")), Path(name, "store")
         for step in steps:
             if isinstance(step, Damage):
-                step.strike(store)
+                step.apply(store)
                 continue
-            exchange_weights(model_folder, folders[step.weights])
-            report, served = carry_out(step, model_folder, store, world)
-            wanted = [row for pair in step.pairs for row in fresh(folders[step.weights], step.dtype, pair)]
-            rows = torch.split(served, [len(row) for row in wanted])
-            for row, want in zip(rows, wanted, strict=True):
-                assert np.abs(row.numpy() - want).mean() <= TOLERANCE[step.dtype]
+            replace_weights(model_folder, folders[step.weights])
+            report, logps = carry_out(step, model_folder, store, world)
+            wanted = [each for pair in step.pairs for each in fresh(folders[step.weights], step.dtype, pair)]
+            found = torch.split(logps, [len(each) for each in wanted])
+            for response, want in zip(found, wanted, strict=True):
+                assert np.abs(response.numpy() - want).mean() <= TOLERANCE[step.dtype]
             assert report.hits + report.computed == len(np.unique(dataset_of(step.pairs).keys, axis=0))
 
 
-def test_what_is_stored_is_served_bit_for_bit_and_never_computed_again(
-    folders: list[Path], world: World, tmp_path: Path
-) -> None:
-    """Another order, subset, budget and shard size; and back to weights that were there before."""
+def test_stored_log_probs_are_reused_bit_for_bit(folders: list[Path], world: World, tmp_path: Path) -> None:
+    """With another order, subset, budget and shard size, and after the weights were replaced and restored."""
     folder, store = shutil.copytree(folders[0], tmp_path / "model"), tmp_path / "store"
     first = Run(0, Dtype.fp32, list(range(len(PAIRS))), 40, 4)
-    _, served = carry_out(first, folder, store, world)
-    exchange_weights(folder, folders[1])
+    _, logps = carry_out(first, folder, store, world)
+    replace_weights(folder, folders[1])
     assert carry_out(first, folder, store, world)[0].hits == 0
-    exchange_weights(folder, folders[0])
+    replace_weights(folder, folders[0])
     lengths = [sum(len(response) for response in pair.responses) for pair in PAIRS]
-    of_pair = torch.split(served, lengths)
+    of_pair = torch.split(logps, lengths)
     again = Run(0, Dtype.fp32, [7, 2, 5, 2], 12, 64)
     report, part = carry_out(again, folder, store, world)
     assert report.computed == 0
     assert torch.equal(part, torch.cat([of_pair[pair] for pair in again.pairs]))
 
 
-def test_values_that_a_store_could_mix_up_are_further_apart_than_the_tolerance(folders: list[Path]) -> None:
+def test_log_probs_that_could_be_confused_differ_by_more_than_the_tolerance(folders: list[Path]) -> None:
     for dtype, pair in itertools.product(Dtype, range(len(PAIRS))):
         one, other = (np.concatenate(fresh(folder, dtype, pair)) for folder in folders)
         assert np.abs(one - other).mean() > 2 * TOLERANCE[dtype]

@@ -35,13 +35,13 @@ RECORDED_BF16_HEAD = [-9.51744, -6.85289, -1.17477, -2.30904, -3.67883, -14.9874
 
 
 def wave(*shape: int, phase: float) -> Tensor:
-    """Numbers in [-1, 1] that no two places share."""
-    places = torch.arange(int(np.prod(shape)), dtype=torch.float64)
-    return torch.sin(places * 1.7 + phase).reshape(shape).float()
+    """Return distinct numbers in [-1, 1]."""
+    positions = torch.arange(int(np.prod(shape)), dtype=torch.float64)
+    return torch.sin(positions * 1.7 + phase).reshape(shape).float()
 
 
 def scored() -> list[float]:
-    """Log-probs of two pairs by a tiny model in float32."""
+    """Return the log-probs of two pairs by a tiny model in float32."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -64,7 +64,7 @@ def scored() -> list[float]:
 
 
 def scored_by_bf16_head() -> list[float]:
-    """Log-probs of 6 targets by an output layer in bf16, whose logits reach some 20."""
+    """Return the log-probs of 6 targets by an output layer in bf16, with logits up to about 20."""
     hidden = 6 * wave(6, 16, phase=0.3).bfloat16()
     weight = 3 * wave(VOCABULARY, 16, phase=0.7).bfloat16()
     targets = torch.arange(6) * 7
@@ -72,9 +72,9 @@ def scored_by_bf16_head() -> list[float]:
 
 
 def test_digits_are_those_of_this_version() -> None:
-    told = "scoring has changed: raise LOGP_PATH_VERSION and record it here with the new digits, "
+    message = "scoring has changed: raise LOGP_PATH_VERSION and record it here with the new digits, "
     values = {"RECORDED": scored(), "RECORDED_BF16_HEAD": scored_by_bf16_head()}
-    told += str({name: [round(value, 5) for value in of] for name, of in values.items()})
-    assert RECORDED_VERSION == LOGP_PATH_VERSION, told
-    assert values["RECORDED"] == pytest.approx(RECORDED, abs=3e-5), told
-    assert values["RECORDED_BF16_HEAD"] == pytest.approx(RECORDED_BF16_HEAD, abs=3e-5), told
+    message += str({name: [round(value, 5) for value in of] for name, of in values.items()})
+    assert RECORDED_VERSION == LOGP_PATH_VERSION, message
+    assert values["RECORDED"] == pytest.approx(RECORDED, abs=3e-5), message
+    assert values["RECORDED_BF16_HEAD"] == pytest.approx(RECORDED_BF16_HEAD, abs=3e-5), message

@@ -1,4 +1,4 @@
-"""The store gives back what was written under a key, or says that it has nothing; never anything else."""
+"""The store returns the entry written under a key or reports it missing; never another value."""
 
 import json
 import multiprocessing
@@ -22,12 +22,12 @@ from dpo_dist.reference.shard import Keys, Values
 from dpo_dist.reference.store import LogpStore
 from tests.support.read_only import read_only
 
-SPACE = ReferenceFingerprint("weights", {"dtype": "fp32"})
+FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 Entries: TypeAlias = dict[int, list[float]]
 
 
 def keys_of(names: Sequence[int]) -> Keys:
-    """Keys of which many share their first word, as no digest does, so that the second one matters too."""
+    """Return keys of which many share their first word, so that the second word matters too."""
     return np.array([(name % 3, name) for name in names], dtype=np.uint64).reshape(-1, 2)
 
 
@@ -35,68 +35,73 @@ def values(*numbers: float) -> Values:
     return np.array(numbers, dtype=np.float32)
 
 
-def write(root: Path, rows: Entries, space: ReferenceFingerprint = SPACE) -> Path:
-    """Write these rows as one shard and give its file."""
-    store = LogpStore.open(root, space, [])
-    return root / store.write(keys_of(list(rows)), [values(*row) for row in rows.values()])
+def write(root: Path, entries: Entries, fingerprint: ReferenceFingerprint = FINGERPRINT) -> Path:
+    """Write these entries as one shard; return its file."""
+    store = LogpStore.open(root, fingerprint, [])
+    return root / store.write(keys_of(list(entries)), [values(*entry) for entry in entries.values()])
 
 
 def open_store(root: Path) -> LogpStore:
-    return LogpStore.open(root, SPACE)
+    return LogpStore.open(root, FINGERPRINT)
 
 
-def readable(root: Path, names: Sequence[int], space: ReferenceFingerprint = SPACE) -> Entries:
-    """The rows of these names that a run would read."""
-    store = LogpStore.open(root, space)
-    held = [name for name, holds in zip(names, store.contains(keys_of(names)), strict=True) if holds]
-    return {name: row.tolist() for name, row in zip(held, store.read(keys_of(held)), strict=True)}
+def readable(root: Path, names: Sequence[int], fingerprint: ReferenceFingerprint = FINGERPRINT) -> Entries:
+    """Return the entries of these names that a run would read."""
+    store = LogpStore.open(root, fingerprint)
+    found = [name for name, stored in zip(names, store.contains(keys_of(names)), strict=True) if stored]
+    return {name: entry.tolist() for name, entry in zip(found, store.read(keys_of(found)), strict=True)}
 
 
-ROWS: Entries = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
+ENTRIES: Entries = {7: [-1.5, -0.25, -3.0], 1: [-2.0], 4: [-0.5, -0.125]}
 
 
-def test_rows_are_read_by_key_in_any_order(tmp_path: Path) -> None:
-    write(tmp_path, ROWS)
+def test_entries_are_read_by_key_in_any_order(tmp_path: Path) -> None:
+    write(tmp_path, ENTRIES)
     store = open_store(tmp_path)
     assert len(store) == 3
     assert store.contains(keys_of([4, 2, 1, 7])).tolist() == [True, False, True, True]
-    assert [row.tolist() for row in store.read(keys_of([4, 7, 1, 7]))] == [ROWS[4], ROWS[7], ROWS[1], ROWS[7]]
-    assert {row.dtype for row in store.read(keys_of([4, 7]))} == {np.dtype(np.float32)}
+    assert [entry.tolist() for entry in store.read(keys_of([4, 7, 1, 7]))] == [
+        ENTRIES[4],
+        ENTRIES[7],
+        ENTRIES[1],
+        ENTRIES[7],
+    ]
+    assert {entry.dtype for entry in store.read(keys_of([4, 7]))} == {np.dtype(np.float32)}
 
 
-def test_a_missing_row_is_an_error_and_never_a_guess(tmp_path: Path) -> None:
-    write(tmp_path, ROWS)
+def test_a_missing_entry_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, ENTRIES)
     with pytest.raises(ReferenceModelError, match="missing or damaged") as raised:
         open_store(tmp_path).read(keys_of([1, 5]))
     assert f"{5 % 3:016x}{5:016x}" in raised.value.got
     assert raised.value.remedy
 
 
-def test_an_empty_store_holds_nothing(tmp_path: Path) -> None:
+def test_an_empty_store_contains_no_key(tmp_path: Path) -> None:
     store = open_store(tmp_path / "new" / "store")
     assert store.contains(keys_of([1, 2])).tolist() == [False, False]
-    assert store.names == []
-    assert json.loads((store.folder / "space.json").read_text()) == SPACE.describe()
-    assert read_fingerprint(store.folder) == SPACE
+    assert store.shards == {}
+    assert json.loads((store.folder / "space.json").read_text()) == FINGERPRINT.as_dict()
+    assert read_fingerprint(store.folder) == FINGERPRINT
 
 
-def test_another_space_sees_none_of_the_rows(tmp_path: Path) -> None:
-    write(tmp_path, ROWS)
+def test_another_fingerprint_sees_none_of_the_entries(tmp_path: Path) -> None:
+    write(tmp_path, ENTRIES)
     for other in (
-        ReferenceFingerprint("new weights", SPACE.profile),
+        ReferenceFingerprint("new weights", FINGERPRINT.profile),
         ReferenceFingerprint("weights", {"dtype": "bf16"}),
     ):
-        assert not LogpStore.open(tmp_path, other).contains(keys_of(list(ROWS))).any()
+        assert not LogpStore.open(tmp_path, other).contains(keys_of(list(ENTRIES))).any()
 
 
-def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
+def test_a_store_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
     first = write(tmp_path, {1: [-1.0]})
     store = open_store(tmp_path)
     write(tmp_path, {2: [-2.0]})
     assert store.contains(keys_of([1, 2])).tolist() == [True, False]
-    name = f"{SPACE.name}/{first.name}"
-    again = LogpStore.open(tmp_path, SPACE, [name])
-    assert again.names == store.names == [name]
+    name = f"{FINGERPRINT.name}/{first.name}"
+    again = LogpStore.open(tmp_path, FINGERPRINT, [name])
+    assert list(again.shards) == list(store.shards) == [name]
     assert open_store(tmp_path).contains(keys_of([1, 2])).all()
 
 
@@ -112,94 +117,95 @@ def test_a_view_sees_the_shards_it_was_opened_with(tmp_path: Path) -> None:
         max_size=6,
     )
 )
-def test_whatever_was_written_is_read(writes: list[Entries]) -> None:
+def test_all_written_entries_are_read(writes: list[Entries]) -> None:
     with TemporaryDirectory() as folder:
         written: dict[int, list[list[float]]] = {}
-        for rows in writes:
-            write(Path(folder), rows)
-            for name, row in rows.items():
-                written.setdefault(name, []).append(row)
+        for entries in writes:
+            write(Path(folder), entries)
+            for name, entry in entries.items():
+                written.setdefault(name, []).append(entry)
         names = list(range(13))
         store = open_store(Path(folder))
         assert store.contains(keys_of(names)).tolist() == [name in written for name in names]
-        for name, row in zip(written, store.read(keys_of(list(written))), strict=True):
-            assert row.tolist() in written[name]
+        for name, entry in zip(written, store.read(keys_of(list(written))), strict=True):
+            assert entry.tolist() in written[name]
 
 
-def test_the_same_rows_are_the_same_shard(tmp_path: Path) -> None:
-    reordered = dict(reversed(ROWS.items()))
-    assert write(tmp_path, ROWS) == write(tmp_path, reordered)
+def test_the_same_entries_are_the_same_shard(tmp_path: Path) -> None:
+    reordered = dict(reversed(ENTRIES.items()))
+    assert write(tmp_path, ENTRIES) == write(tmp_path, reordered)
     assert len(open_store(tmp_path)) == 3
 
 
-def flip(file: Path, place: int, by: int = 1) -> None:
+def flip(file: Path, offset: int, by: int = 1) -> None:
     content = bytearray(file.read_bytes())
-    content[place] ^= by
+    content[offset] ^= by
     file.write_bytes(bytes(content))
 
 
-def test_a_flipped_value_loses_its_row_only(tmp_path: Path) -> None:
-    write(tmp_path, ROWS)
+def test_a_flipped_value_loses_only_its_entry(tmp_path: Path) -> None:
+    write(tmp_path, ENTRIES)
     file = next(tmp_path.glob("*/*.safetensors"))
-    place = file.read_bytes().index(values(*ROWS[4]).tobytes())
-    flip(file, place)
-    assert readable(tmp_path, list(ROWS)) == {7: ROWS[7], 1: ROWS[1]}
+    flip(file, file.read_bytes().index(values(*ENTRIES[4]).tobytes()))
+    assert readable(tmp_path, list(ENTRIES)) == {7: ENTRIES[7], 1: ENTRIES[1]}
     with pytest.raises(ReferenceModelError):
         open_store(tmp_path).read(keys_of([4]))
-    # What is missing is computed again, and found in the new shard behind the damaged row.
-    write(tmp_path, {4: ROWS[4]})
-    assert readable(tmp_path, list(ROWS)) == ROWS
+    # The entry computed again is found in the new shard, behind the damaged one.
+    write(tmp_path, {4: ENTRIES[4]})
+    assert readable(tmp_path, list(ENTRIES)) == ENTRIES
 
 
-def test_a_flipped_key_loses_the_shard_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = write(tmp_path, ROWS)
+def test_a_flipped_key_loses_the_shard_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(tmp_path, ENTRIES)
     write(tmp_path, {2: [-9.0]})
     flip(file, file.read_bytes().index(keys_of([7]).tobytes()))
     store = open_store(tmp_path)
-    assert store.damaged == [f"{SPACE.name}/{file.name}"]
+    assert store.damaged == [f"{FINGERPRINT.name}/{file.name}"]
     assert file.name in caplog.text
     assert store.contains(keys_of([7, 1, 4, 2])).tolist() == [False, False, False, True]
-    # The same rows computed again put a whole shard in its place.
-    assert write(tmp_path, ROWS) == file
+    # The same entries computed again replace the damaged shard.
+    assert write(tmp_path, ENTRIES) == file
     assert open_store(tmp_path).contains(keys_of([7, 1, 4, 2])).all()
 
 
 def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
-    file = write(tmp_path, ROWS)
+    file = write(tmp_path, ENTRIES)
     whole = file.read_bytes()
-    for place in range(len(whole)):
-        flip(file, place, 0x13)  # makes a U of an F: the dtype of the values
-        assert readable(tmp_path, list(ROWS)).items() <= ROWS.items(), place
+    for offset in range(len(whole)):
+        flip(file, offset, 0x13)  # changes F to U: the dtype of the values
+        assert readable(tmp_path, list(ENTRIES)).items() <= ENTRIES.items(), offset
         file.write_bytes(whole)
 
 
-def test_a_shard_that_was_cut_short_keeps_the_rows_before_the_cut(tmp_path: Path) -> None:
-    file = write(tmp_path, ROWS)
+def test_a_truncated_shard_keeps_its_complete_entries(tmp_path: Path) -> None:
+    file = write(tmp_path, ENTRIES)
     content = file.read_bytes()
-    last = content.index(values(*ROWS[7]).tobytes())
-    assert last > content.index(values(*ROWS[4]).tobytes())
+    last = content.index(values(*ENTRIES[7]).tobytes())
+    assert last > content.index(values(*ENTRIES[4]).tobytes())
     for size in (last + 4, last + 7):
         file.write_bytes(content[:size])
         store = open_store(tmp_path)
         assert store.contains(keys_of([1, 4, 7])).tolist() == [True, True, False]
-        assert store.damaged_rows == {f"{SPACE.name}/{file.name}": 1}
-    write(tmp_path, {7: ROWS[7]})
-    assert readable(tmp_path, list(ROWS)) == ROWS
+        assert store.damaged_entries == {f"{FINGERPRINT.name}/{file.name}": 1}
+    write(tmp_path, {7: ENTRIES[7]})
+    assert readable(tmp_path, list(ENTRIES)) == ENTRIES
 
 
 def test_no_truncation_gives_another_value(tmp_path: Path) -> None:
-    file = write(tmp_path, ROWS)
+    file = write(tmp_path, ENTRIES)
     whole = file.read_bytes()
     for size in range(0, len(whole), 5):
         file.write_bytes(whole[:size])
-        assert readable(tmp_path, list(ROWS)).items() <= ROWS.items(), size
+        assert readable(tmp_path, list(ENTRIES)).items() <= ENTRIES.items(), size
 
 
 @pytest.mark.parametrize("content", [b"", b"no shard at all", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
-def test_a_foreign_file_is_passed_over_and_named(
+def test_a_foreign_file_is_ignored_and_reported(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = write(tmp_path, ROWS).parent
+    folder = write(tmp_path, ENTRIES).parent
     (folder / "foreign.safetensors").write_bytes(content)
     save_file({"other": np.zeros(3)}, folder / "other.safetensors")
     (folder / "half.safetensors.tmp-123456789abc").write_bytes(b"half")
@@ -207,63 +213,61 @@ def test_a_foreign_file_is_passed_over_and_named(
     shardlike = f"{'1' * 32}.safetensors"
     (folder / shardlike).write_bytes(content)
     store = open_store(tmp_path)
-    assert store.damaged == [f"{SPACE.name}/{shardlike}"]
+    assert store.damaged == [f"{FINGERPRINT.name}/{shardlike}"]
     foreign = [f"{'0' * 32}.safetensors", "foreign.safetensors", "other.safetensors"]
-    assert store.foreign == [f"{SPACE.name}/{name}" for name in foreign]
+    assert store.foreign == [f"{FINGERPRINT.name}/{name}" for name in foreign]
     assert all(name in caplog.text for name in foreign)
-    assert store.contains(keys_of(list(ROWS))).all()
+    assert store.contains(keys_of(list(ENTRIES))).all()
 
 
-def test_a_shard_that_went_away_is_missing_rows(tmp_path: Path) -> None:
-    store = LogpStore.open(tmp_path, SPACE, ["0123.safetensors"])
+def test_entries_of_a_deleted_shard_are_missing(tmp_path: Path) -> None:
+    store = LogpStore.open(tmp_path, FINGERPRINT, ["0123.safetensors"])
     assert store.damaged == ["0123.safetensors"]
     assert not store.contains(keys_of([1])).any()
 
 
-def test_a_shard_under_another_s_name_is_passed_over(tmp_path: Path) -> None:
+def test_a_shard_under_anothers_name_is_ignored(tmp_path: Path) -> None:
     first, second = write(tmp_path, {1: [-1.0]}), write(tmp_path, {2: [-2.0]})
     first.write_bytes(second.read_bytes())
     assert open_store(tmp_path).contains(keys_of([1, 2])).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
-    "other", [ReferenceFingerprint("other", SPACE.profile), ReferenceFingerprint("weights", {})]
+    "other", [ReferenceFingerprint("other", FINGERPRINT.profile), ReferenceFingerprint("weights", {})]
 )
-def test_a_shard_copied_in_from_another_space_is_refused(tmp_path: Path, other: ReferenceFingerprint) -> None:
-    """Its keys, checksums and values are all as they were written, but of another reference."""
-    whole = write(tmp_path, ROWS, other)
+def test_a_shard_copied_from_another_fingerprint_is_damaged(
+    tmp_path: Path, other: ReferenceFingerprint
+) -> None:
+    """Its keys, checksums and values are intact, but belong to another reference."""
+    whole = write(tmp_path, ENTRIES, other)
     own = write(tmp_path, {2: [-1.0]})
     shutil.copy(whole, own.parent)
     store = open_store(tmp_path)
-    assert store.damaged == [f"{SPACE.name}/{whole.name}"]
-    assert store.contains(keys_of([*ROWS, 2])).tolist() == [False, False, False, True]
+    assert store.damaged == [f"{FINGERPRINT.name}/{whole.name}"]
+    assert store.contains(keys_of([*ENTRIES, 2])).tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
     "content", [None, b"", b"{", b"[]", b'{"reference": "other", "profile": {}, "label": ""}']
 )
-def test_a_space_that_does_not_say_what_it_is_serves_and_is_mended(
-    tmp_path: Path, content: bytes | None
-) -> None:
-    described = write(tmp_path, ROWS).parent / "space.json"
+def test_a_missing_or_damaged_space_json_is_written_again(tmp_path: Path, content: bytes | None) -> None:
+    described = write(tmp_path, ENTRIES).parent / "space.json"
     open_store(tmp_path)
     described.unlink()
     if content is not None:
         described.write_bytes(content)
-    assert readable(tmp_path, list(ROWS)) == ROWS
-    assert json.loads(described.read_text()) == SPACE.describe()
+    assert readable(tmp_path, list(ENTRIES)) == ENTRIES
+    assert json.loads(described.read_text()) == FINGERPRINT.as_dict()
 
 
 @pytest.mark.parametrize("described", [True, False])
-def test_a_read_only_store_serves_what_it_has_and_tells_what_cannot_be_written(
-    tmp_path: Path, described: bool
-) -> None:
-    folder = write(tmp_path, ROWS).parent
+def test_a_read_only_store_is_read_and_writing_is_an_error(tmp_path: Path, described: bool) -> None:
+    folder = write(tmp_path, ENTRIES).parent
     open_store(tmp_path)
     if not described:
         (folder / "space.json").unlink()
     with read_only(tmp_path):
-        assert readable(tmp_path, list(ROWS)) == ROWS
+        assert readable(tmp_path, list(ENTRIES)) == ENTRIES
         with pytest.raises(ReferenceModelError, match="cannot be written") as raised:
             open_store(tmp_path).write(keys_of([9]), [values(-1.0)])
         assert "Read-only" in raised.value.got
@@ -271,33 +275,33 @@ def test_a_read_only_store_serves_what_it_has_and_tells_what_cannot_be_written(
             LogpStore.open(tmp_path, ReferenceFingerprint("new", {}))
 
 
-def test_rows_of_kin_serve_where_the_own_space_has_none(tmp_path: Path) -> None:
+def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path: Path) -> None:
     near, far = (ReferenceFingerprint("weights", {"dtype": "fp32", "torch": number}) for number in "12")
     write(tmp_path, {1: [-1.0]})
     write(tmp_path, {1: [-1.5], 2: [-2.0]}, near)
     write(tmp_path, {1: [-1.25], 2: [-2.5], 3: [-3.0]}, far)
-    store = LogpStore.open(tmp_path, SPACE, compatible=[near, far])
+    store = LogpStore.open(tmp_path, FINGERPRINT, compatible=[near, far])
     keys = keys_of([1, 2, 3, 4])
     assert store.contains(keys).tolist() == [True, True, True, False]
-    assert [row.tolist() for row in store.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
+    assert [entry.tolist() for entry in store.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
     assert store.sources(keys).tolist() == [0, 1, 2, -1]
-    again = LogpStore.open(tmp_path, SPACE, store.names)
-    assert [row.tolist() for row in again.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
+    again = LogpStore.open(tmp_path, FINGERPRINT, list(store.shards))
+    assert [entry.tolist() for entry in again.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
     assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, False]
-    # What is written goes to the own space only.
+    # Entries are written under the own fingerprint only.
     store.write(keys[3:], [values(-4.0)])
     assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
-def test_values_that_are_not_finite_are_never_stored(tmp_path: Path, number: float) -> None:
+def test_values_that_are_not_finite_are_not_stored(tmp_path: Path, number: float) -> None:
     with pytest.raises(ReferenceModelError, match="not finite") as raised:
         write(tmp_path, {1: [-1.0], 2: [-1.0, number]})
     assert raised.value.got == "1 of 2 responses"
     assert not open_store(tmp_path).contains(keys_of([1])).any()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -310,13 +314,13 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
     assert [file.name for file in store.folder.iterdir()] == ["space.json"]
 
 
-def test_a_store_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ReferenceModelError, match="cannot be opened"):
         open_store(tmp_path / "file")
 
 
-def test_shards_may_be_more_than_files_may_be_open(tmp_path: Path) -> None:
+def test_a_store_can_have_more_shards_than_the_limit_of_open_files(tmp_path: Path) -> None:
     for name in range(60):
         write(tmp_path, {name: [-float(name)]})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -327,14 +331,14 @@ def test_shards_may_be_more_than_files_may_be_open(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_shard_that_cannot_be_read_is_no_damaged_one(tmp_path: Path) -> None:
-    """To compute anew what is there would be dear, and would not mend it."""
-    file = write(tmp_path, ROWS)
-    name = f"{SPACE.name}/{file.name}"
+def test_a_shard_that_cannot_be_read_is_not_a_damaged_one(tmp_path: Path) -> None:
+    """Computing its entries again would be expensive and would not fix the cause."""
+    file = write(tmp_path, ENTRIES)
+    name = f"{FINGERPRINT.name}/{file.name}"
     file.unlink()
     file.mkdir()
     with pytest.raises(ReferenceModelError, match="cannot be opened") as raised:
-        LogpStore.open(tmp_path, SPACE, [name])
+        LogpStore.open(tmp_path, FINGERPRINT, [name])
     assert file.name in raised.value.got
 
 
@@ -343,7 +347,7 @@ def write_many(root: str, writer: int) -> None:
         write(Path(root), {number: [-1.0 - number], 100 * (writer + 1) + number: [-float(writer)]})
 
 
-def test_processes_write_to_one_store_at_once(tmp_path: Path) -> None:
+def test_processes_write_to_one_store_concurrently(tmp_path: Path) -> None:
     processes = [
         multiprocessing.get_context("fork").Process(target=write_many, args=(str(tmp_path), writer))
         for writer in range(2)
@@ -356,8 +360,8 @@ def test_processes_write_to_one_store_at_once(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.damaged == []
     names = [*range(20), *range(100, 120), *range(200, 220)]
-    rows: list[npt.NDArray[np.float32]] = store.read(keys_of(names))
-    assert [row.tolist() for row in rows] == [
+    entries: list[npt.NDArray[np.float32]] = store.read(keys_of(names))
+    assert [entry.tolist() for entry in entries] == [
         *([-1.0 - number] for number in range(20)),
         *[[0.0]] * 20,
         *[[-1.0]] * 20,

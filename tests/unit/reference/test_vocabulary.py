@@ -1,4 +1,4 @@
-"""A reference that means other tokens by the policy's ids is refused; one with more ids is not."""
+"""A reference with other tokens for the policy's ids is an error; one with more ids is not."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.tiny_model import write_model
 CONFIG = ModelConfig("policy")
 
 
-def test_the_policys_own_vocabulary_will_do_with_or_without_its_files(tmp_path: Path) -> None:
+def test_the_policys_vocabulary_passes_with_or_without_tokenizer_files(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     check_same_vocabulary(folder, tiny.qwen(), CONFIG)
     for file in folder.glob("tokenizer*"):
@@ -22,20 +22,20 @@ def test_the_policys_own_vocabulary_will_do_with_or_without_its_files(tmp_path: 
     check_same_vocabulary(folder, tiny.qwen(), CONFIG)
 
 
-def test_ids_that_the_reference_does_not_have(tmp_path: Path) -> None:
+def test_a_reference_with_fewer_ids_is_an_error(tmp_path: Path) -> None:
     tokenizer = tiny.qwen()
     folder = write_model(tmp_path / "model", tokenizer)
     ids = len(tokenizer)
     longer = write_model(tmp_path / "longer", tokenizer)
     tokenizer = type(tokenizer).from_pretrained(longer)
     tokenizer.add_tokens(["<new>"])
-    with pytest.raises(ConfigError, match="no such token ids") as caught:
+    with pytest.raises(ConfigError, match="fewer token ids") as caught:
         check_same_vocabulary(folder, tokenizer, CONFIG)
     assert caught.value.where == "reference.path"
     assert f"{ids} token ids" in str(caught.value.got)
 
 
-def test_other_tokens_under_the_same_ids(tmp_path: Path) -> None:
+def test_other_tokens_for_the_same_ids_are_an_error(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     file = folder / "tokenizer.json"
     shutil.copy(file, tmp_path / "kept.json")

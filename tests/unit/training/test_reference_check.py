@@ -22,8 +22,8 @@ from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.reference_check import pass_gate
-from dpo_dist.training.step import Objective
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.reference_check import check_drift
 from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
@@ -101,7 +101,7 @@ def check(world: World, data: PreferenceDataset, reference: StoredReference) -> 
             config, reference=dataclasses.replace(config.reference, audit_pairs=audit_pairs)
         )
         objective = Objective(loss, reference)
-        return pass_gate(policy.token_logps, objective, data, np.arange(PAIRS), COSTS, config, world)
+        return check_drift(policy.token_logps, objective, data, np.arange(PAIRS), COSTS, config, world)
 
     return check
 

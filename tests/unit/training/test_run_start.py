@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from dpo_dist.config.load import run_digest
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver

@@ -54,9 +54,9 @@ def refused(config: RunConfig) -> DpoDistError:
         ("model.revision=main", "a revision has no effect on a local folder"),
         ("reference.path={assets}/modle", "reference.path"),
         ("data.train=[{assets}/trian.jsonl]", "train.jsonl"),
-        ("data.train=[{assets}/model/config.toml]", "no such file"),
+        ("data.train=[{assets}/model/config.toml]", "file does not exist"),
         ("data.eval=[{assets}/none/*.jsonl]", "no file matches"),
-        ("data.train=[https://example.com/a.jsonl]", "URLs are not read"),
+        ("data.train=[https://example.com/a.jsonl]", "URLs cannot be read"),
         ("run.dir=/proc/foo", "run.dir cannot be written"),
         ("run.dir={assets}/train.jsonl", "run.dir is a file"),
         ("run.dir=/", "run.dir is the root of the file system"),
@@ -216,7 +216,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 @pytest.mark.parametrize(
     ("records", "overrides", "told"),
     [
-        ([UNKNOWN] * 3, [], "no usable record was read"),
+        ([UNKNOWN] * 3, [], "no record can be used"),
         ([COMPLETION], [], "sigmoid does not fit these records"),
         ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
         ([], [], "no records"),

@@ -22,11 +22,13 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.step import evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.support import tiny
 from tests.support.packing import COSTS
@@ -58,7 +60,7 @@ class Policy:
     def train(self, mode: bool = True) -> None:
         pass
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
+    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
         self.threads.add(threading.current_thread().name)
         return -torch.ones(len(batch.targets))
 
@@ -174,8 +176,8 @@ def test_forward_and_backward_ask_the_device_for_no_value(
         for host_batch in ready.batches:
             batch = host_batch.to(CPU)
             reference = objective.reference_logps(batch)
-            pairs = objective.score(policy, batch, reference)
-            total, _ = objective.measure(pairs, plan.mean_chosen_tokens, RunningMeans())
+            pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
+            total, _ = objective.measure(pairs)
             (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
     assert asked.found == []
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -191,7 +193,7 @@ class Trained:
         self.model.train(mode)
 
     def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        logps: Tensor = self.model(batch, with_collisions)
+        logps: Tensor = self.model(batch, with_collisions=with_collisions)
         return logps
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -239,8 +241,9 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch
     def at_once(policy: Any) -> None:
         plan = shard_batch(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
         (batch,) = objective.ready_batches(plan, CPU)
-        pairs = objective.score(policy, batch, objective.reference_logps(batch))
-        total, _ = objective.measure(pairs, plan.mean_chosen_tokens, running)
+        facts = BatchFacts(plan.mean_chosen_tokens, running=running)
+        pairs = objective.score(policy, batch, objective.reference_logps(batch), facts)
+        total, _ = objective.measure(pairs)
         policy.backward(total / PAIRS, is_last=True)
 
     ours, direct = gradient(in_micro_batches), gradient(at_once)

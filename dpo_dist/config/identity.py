@@ -1,0 +1,116 @@
+"""Identity of a run: digest, run directory, title, settings, and its difference from another run."""
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.fields import declaration
+from dpo_dist.config.schema import RunConfig
+
+# In the settings of every run; other keys only if they differ from their default.
+_ALWAYS = frozenset(
+    {
+        "model.path",
+        "data.train",
+        "loss.kind",
+        "loss.beta",
+        "reference.mode",
+        "optim.lr",
+        "trainer.epochs",
+        "trainer.global_batch_pairs",
+        "trainer.seed",
+    }
+)
+
+
+def run_digest(config: RunConfig) -> str:
+    """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written."""
+    canonical = json.dumps(_defining(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def run_dir(config: RunConfig) -> Path:
+    """Return `run.dir`, by default `<run.root>/<run.name>-<digest>`: equal on all ranks and in all starts."""
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    return Path(config.run.root) / f"{config.run.name}-{run_digest(config)}"
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that define the run's result: the usual ones and those not at their default.
+
+    Returns:
+        Flat keys with plain values: `{"loss.kind": "simpo", "loss.beta": 2.0, ...}`.
+    """
+    defaults = _values(RunConfig())
+    found = {key: value for key, value in _values(config).items() if key in _ALWAYS or value != defaults[key]}
+    if not config.loss.uses("beta"):
+        found.pop("loss.beta", None)
+    if config.loss.terms:
+        found.pop("loss.kind", None)
+    return found
+
+
+def title(config: RunConfig, run_dir: Path) -> str:
+    """Return a name with loss, beta, learning rate, adapter and seed.
+
+    Example: `qwen7b ipo beta=0.1 lr=1e-06 1a2b3c4d`, in the run directory qwen7b-1a2b3c4d.
+    """
+    digest = run_digest(config)
+    is_default = run_dir.name == f"{config.run.name}-{digest}"
+    parts = [config.run.name if is_default else run_dir.name, "+".join(config.loss.kinds)]
+    if config.loss.uses("beta"):
+        parts.append(f"beta={config.loss.beta:g}")
+    parts.append(f"lr={config.optim.lr:g}")
+    if config.model.adapter is not None:
+        parts.append(f"{config.model.adapter.variant} r={config.model.adapter.r}")
+    if config.trainer.seed:
+        parts.append(f"seed={config.trainer.seed}")
+    return " ".join([*parts, digest] if is_default else parts)
+
+
+def differing_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys whose values give `old` and `new` different digests, with both plain values.
+
+    Example: `{"loss.beta": (0.1, 0.2)}`.
+    """
+    before, after = _values(old), _values(new)
+    return {key: (value, after[key]) for key, value in before.items() if value != after[key]}
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    """Return the plain value of every `section.key` that defines the run's result."""
+    return {
+        f"{section.name}.{field.name}": _plain(getattr(content, field.name))
+        for section in fields(config)
+        if declaration(section).defines_result
+        for content in [getattr(config, section.name)]
+        for field in fields(content)
+        if declaration(field).defines_result
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` without dataclasses and enumerations; of these, only keys not at their default."""
+    if is_dataclass(value):
+        usual = type(value)
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in fields(value)
+            if getattr(value, field.name) != getattr(usual, field.name, None)
+        }
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def _defining(value: Any) -> Any:
+    if is_dataclass(value):
+        return {
+            field.name: _defining(getattr(value, field.name))
+            for field in fields(value)
+            if declaration(field).defines_result
+        }
+    return [_defining(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,295 @@
+"""Error messages for mistakes in a configuration: the wrong key, preset or value, and its correction."""
+
+import difflib
+import json
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import MarkedYAMLError
+
+from dpo_dist.config.aliases import IN_OTHER_WORDS, IN_SOURCE, SAME_MEANING, VALUE_NAMES, alias_of
+from dpo_dist.config.keys import choices, in_words, key_types, run_keys
+from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.errors import ConfigError
+
+# A guess of lower similarity misleads more people than it helps.
+_SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
+# A wrong guess at one of these would end the run early without a message.
+_SHORTENING = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Return `known`, the most similar to `word` first; for dotted keys the last part counts again."""
+    word = VALUE_NAMES.get(word.lower(), word)
+    return sorted(known, key=lambda candidate: sum(_similarities(word, candidate)), reverse=True)
+
+
+def likely(word: str, known: Iterable[str]) -> list[str]:
+    """Return those of `known` that the user probably meant by `word`, the most similar first."""
+    candidates = list(known)
+    same = VALUE_NAMES.get(word.lower(), word.lower())
+    if same in candidates:
+        return [same]
+    section, _, last_part = word.rpartition(".")
+    # Keys of the same section with the word as a part of their name: loss.alpha, loss.ld_alpha.
+    with_part = [
+        candidate
+        for candidate in candidates
+        if candidate.rpartition(".")[0] == section
+        and last_part in candidate.rpartition(".")[2].split("_")
+        and candidate not in _SHORTENING
+    ]
+    if with_part and word not in candidates:
+        return with_part
+    for candidate in nearest(word, candidates)[:3]:
+        whole, last = _similarities(word, candidate)
+        similarity = last if "." in word or "." not in candidate else max(whole, last)
+        elsewhere = section in candidates and candidate.rpartition(".")[0] != section
+        if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _SHORTENING else _SIMILAR):
+            return [candidate]
+    return []
+
+
+def _similarities(word: str, candidate: str) -> tuple[float, float]:
+    """Return the similarity of the whole keys and that of their last parts, each from 0 to 1."""
+    whole = difflib.SequenceMatcher(None, word, candidate).ratio()
+    last = difflib.SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+    return whole, last
+
+
+def assignment(key: str, value: str, hint: Any) -> str:
+    """Return `key=value`, quoted for a shell, with `...` in place of a value of another type than `hint`."""
+    if get_origin(hint) is list and value and not value.startswith("["):
+        value = f"[{value}]"
+    if choices(hint) and VALUE_NAMES.get(value.lower()) in choices(hint):
+        value = VALUE_NAMES[value.lower()]
+    if value in ("", "null", "[null]") or (choices(hint) and value not in choices(hint)):
+        return f"{key}=..."
+    return shlex.quote(f"{key}={value}")
+
+
+def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
+    """Return the error for a key that does not exist, with the likely key if there is one.
+
+    Args:
+        key: the whole key.
+        value: the text after `=`; empty if unknown.
+        where: the file or override with the key.
+    """
+    if key.startswith("hydra."):
+        return ConfigError(
+            f"{key} has no effect: Hydra only composes the configuration",
+            where=where or key,
+            remedy="remove it; run.dir or run.root sets the run directory",
+        )
+    known, expected = run_keys(), ""
+    same, words = alias_of(key, SAME_MEANING), alias_of(key, IN_OTHER_WORDS)
+    if same is not None:
+        type_words = in_words(known[same])
+        expected = f"{same}, {type_words}" if type_words else same
+        remedy = f"write {assignment(same, value, known[same])}"
+        if same.startswith("model.adapter."):
+            remedy = f"write 'model.adapter={{{same.rpartition('.')[2]}: {value or '...'}}}'"
+    elif words is not None:
+        kind = VALUE_NAMES.get(value, value)
+        is_kind = "loss=NAME" in words and kind in [*LossKind, "sigmoid_sft"]
+        remedy = f"write loss={kind}" if is_kind else words
+    elif found := likely(key, known):
+        expected = " or ".join(found)
+        remedy = f"did you mean {expected}?"
+    else:
+        remedy = _keys_beside(key, known)
+    return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
+
+
+def _keys_beside(key: str, known: Iterable[str]) -> str:
+    section = key.rpartition(".")[0]
+    while section:
+        names = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+        if names:
+            return f"the keys of {section} are {', '.join(names)}"
+        section = section.rpartition(".")[0]
+    sections = [name for name in known if "." not in name]
+    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
+
+
+def unknown_name(name: str, mapping: str, kind: type, *, where: str = "") -> ConfigError:
+    """Return the error for an unknown name in a source, an adapter or a term of a loss.
+
+    Args:
+        name: the unknown name.
+        mapping: the key of the mapping: `data.train[0]`.
+        kind: the dataclass of the mapping.
+        where: the file or override with the name.
+    """
+    known, key = list(key_types(kind)), f"{mapping}.{name}"
+    alias = IN_SOURCE.get(name) if kind is SourceConfig else SAME_MEANING.get(key, "").rpartition(".")[2]
+    found = [alias] if alias else likely(name, known)
+    return ConfigError(
+        f"there is no key {key!r}",
+        where=where or key,
+        expected=f"{mapping}.{found[0]}" if found else "",
+        remedy=f"did you mean {' or '.join(found)}?" if found else f"the keys here are {', '.join(known)}",
+    )
+
+
+def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
+    """Return the presets of a configuration group."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
+    """Return the error for a preset that does not exist."""
+    known = preset_names(group, folders)
+    if not group:
+        return ConfigError(
+            "there is no such configuration",
+            where="--config-name",
+            got=choice,
+            remedy="remove it; +experiment=NAME chooses an experiment, --config-dir DIR adds your own",
+        )
+    if not known:
+        return ConfigError("a configuration file does not exist", got=f"{group}/{choice}.yaml")
+    plus = "+" if group == "experiment" else ""
+    found = likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known)
+    remedies = [f"did you mean {plus}{group}={found[0]}?"] if found else []
+    key = {"model": "model.path", "data": "data.train", "reference": "reference.path"}.get(group)
+    if key is not None and not found:
+        line = assignment(key, choice, run_keys()[key])
+        remedies.append(f"a {'file or dataset' if group == 'data' else 'model'} is named by {line}")
+    if group == "experiment":
+        remedies.append("your own experiments: --config-dir DIR with DIR/experiment/NAME.yaml")
+    return ConfigError(
+        f"there is no {group} named {choice!r}",
+        where=group,
+        got=choice,
+        expected="one of " + ", ".join(nearest(choice, known)),
+        remedy="; ".join(remedies) or f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}",
+    )
+
+
+def missing_value(key: str, folders: Sequence[Path]) -> ConfigError:
+    """Return the error for a mandatory `key` without a value."""
+    section, remedy = key.partition(".")[0], f"set {key}=..."
+    if "[" not in key:
+        remedy += f" or choose a preset: {section}=" + "|".join(preset_names(section, folders))
+    return ConfigError(f"{key} is not set", where=key, remedy=remedy)
+
+
+def composition_error(
+    error: Exception, overrides: Sequence[Override], folders: Sequence[Path]
+) -> ConfigError:
+    """Return the `ConfigError` for an exception raised while `overrides` were composed.
+
+    Args:
+        error: of Hydra, OmegaConf or the YAML parser.
+        overrides: of the command line, parsed.
+        folders: the folders of configuration groups.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return unknown_preset(group, choice, folders)
+    if isinstance(error, MarkedYAMLError):
+        what = f"a configuration file is not valid YAML: {error.problem}"
+        return ConfigError(what, where=str(error.problem_mark).strip(), remedy="correct the file")
+    chain = (error, error.__cause__, error.__context__)
+    cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
+    if cause is not None:
+        key, origin = _origin(cause.full_key or "", error, overrides)
+        return content_error(cause, key, origin=origin)
+    return ConfigError(
+        "the configuration cannot be composed",
+        where="command line, or a file that it names",
+        got=" ".join(str(error).split()),
+        remedy="--info defaults-tree prints the composed files",
+    )
+
+
+def content_error(
+    error: OmegaConfBaseException, key: str, *, kind: type = RunConfig, origin: str = ""
+) -> ConfigError:
+    """Return the `ConfigError` for content that does not fit a dataclass.
+
+    Args:
+        error: of OmegaConf; its own key is relative to `kind`.
+        key: the whole key.
+        kind: the dataclass.
+        origin: the file or override with the value.
+    """
+    where = origin or key
+    above, _, name = key.rpartition(".")
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        if kind is not RunConfig:
+            return unknown_name(name, above, kind, where=where)
+        if key not in run_keys():
+            return unknown_key(key, where=origin)
+        remedy = f"add it: +{key}=..., or set {above} as a whole"
+        return ConfigError(f"{above} is null, so it has no {name}", where=where, remedy=remedy)
+    if isinstance(error, ValidationError):
+        return _wrong_value(key, error, kind, where)
+    message = (error.msg or str(error)).splitlines()[0]
+    if isinstance(error, InterpolationResolutionError):
+        return ConfigError(
+            "an interpolation cannot be resolved",
+            where=where,
+            got=message,
+            expected="${SECTION.KEY} of a key with a value, such as ${run.root}",
+            remedy="correct the name, or write the value itself",
+        )
+    return ConfigError(
+        message, where=where, remedy=f"correct {key or 'it'}; --cfg job prints the composition"
+    )
+
+
+def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> ConfigError:
+    declared, _, index = (error.full_key or "").partition("[")
+    hint, value = key_types(kind).get(declared), error.value
+    got = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    if choices(hint):
+        best_first = nearest(got, choices(hint))
+        found = likely(got, best_first)
+        remedy = f"did you mean {key}={found[0]}?" if found else f"set {key} to one of these"
+        if isinstance(value, bool) and not where.startswith("command line"):
+            remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
+        expected = "one of " + ", ".join(best_first) + (" or null" if type(None) in get_args(hint) else "")
+        return ConfigError(f"{key} has no such value", where=where, got=got, expected=expected, remedy=remedy)
+    if index and get_origin(hint) is list:
+        hint = get_args(hint)[0]
+    remedy = f"set {key} to {in_words(hint)}"
+    if get_origin(hint) is list:
+        remedy = f"write {assignment(key, got, hint)}"
+    if isinstance(value, float) and value.is_integer():
+        remedy = f"write {key}={int(value)}"
+    what = f"{key} has the wrong type"
+    return ConfigError(what, where=where, got=got, expected=in_words(hint), remedy=remedy)
+
+
+def _origin(key: str, error: Exception, overrides: Sequence[Override]) -> tuple[str, str]:
+    """Return the whole key at fault, and the file or override that gives it."""
+    # Hydra names the file in its message only: In 'experiment/mine': ...
+    file = re.match(r"In '(.+?)':", str(error))
+    if file:
+        return key, f"{key} in {file[1]}.yaml"
+    for override in reversed(overrides):  # the last one of a key counts
+        given = override.key_or_group
+        if is_within(key, given) or is_within(given, key):
+            return max(key, given, key=len), f"command line: {override.input_line}"
+    return key, ""
+
+
+def is_within(key: str, above: str) -> bool:
+    """Return whether `key` is `above` or below it."""
+    return key == above or key.startswith((f"{above}.", f"{above}["))

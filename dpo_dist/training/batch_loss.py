@@ -1,0 +1,120 @@
+"""Loss and metrics of one micro-batch, given a loss configuration and a reference provider."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dpo_dist.config.loss_kinds import LossConfig, Weighting
+from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
+from dpo_dist.objective.losses import BatchFacts, preference_loss
+from dpo_dist.objective.metrics import MetricSums, metric_names, metric_sums
+from dpo_dist.prefetch import prefetch
+from dpo_dist.reference.providers import ReferenceProvider
+
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """A global batch as one rank computes it, with its micro-batches on the host."""
+
+    plan: RankBatch
+    batches: Sequence[PackedBatch]
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
+
+    Attributes:
+        policy: with a graph if gradients are enabled.
+        reference: None if the loss uses no reference.
+        facts: the other inputs of the loss.
+        weights: float32 [pairs], 1 for a pair, 0 for a dummy.
+    """
+
+    policy: PairLogps
+    reference: PairLogps | None
+    facts: BatchFacts
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a run and the provider of its reference log-probs."""
+
+    loss: LossConfig
+    reference: ReferenceProvider
+
+    def ready_batches(self, plan: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
+        """Yield this rank's micro-batches, with stored reference log-probs attached.
+
+        They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
+        """
+        for batch in plan.batches():
+            ready = self.reference.attach(batch)
+            if self.loss.ld_alpha is not None:
+                weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
+                ready = replace(ready, token_weights=weights)
+            yield ready.pinned() if device.type == "cuda" else ready
+
+    def ready_step(self, plan: RankBatch, device: torch.device) -> ReadyStep:
+        """Return all `ready_batches` of a training step."""
+        return ReadyStep(plan, list(self.ready_batches(plan, device)))
+
+    def prefetched(
+        self, plan: RankBatch, device: torch.device
+    ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
+        """Return `ready_batches`, made ahead in a background thread."""
+        return prefetch(self.ready_batches(plan, device), _BATCHES_AHEAD)
+
+    def no_sums(self, device: torch.device) -> MetricSums:
+        """Return metric sums of no pairs."""
+        return MetricSums.zeros(metric_names(self.loss), device)
+
+    def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
+        """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
+        return sum_by_response(token_logps, batch.response_tokens, batch.ranking, batch.token_weights)
+
+    def reference_logps(self, batch: PackedBatch) -> PairLogps | None:
+        """Return the reference log-probs of a micro-batch on the device; collective if a model scores it."""
+        token_logps = self.reference.token_logps(batch)
+        return None if token_logps is None else self.pair_logps(token_logps, batch)
+
+    def score(
+        self, policy: PolicyEngine, batch: PackedBatch, reference: PairLogps | None, facts: BatchFacts
+    ) -> ScoredPairs:
+        """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
+
+        Args:
+            policy: the model.
+            batch: on the device.
+            reference: `reference_logps` of the batch.
+            facts: of the global batch.
+        """
+        uses_wpo = self.loss.weighting is Weighting.wpo
+        token_logps, pair_weights = policy.token_logps(batch, with_collisions=uses_wpo), None
+        if uses_wpo:
+            token_logps, collisions = token_logps
+            sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+            pair_weights = wpo_weights(token_logps, collisions, sums)
+        logps = self.pair_logps(token_logps, batch)
+        facts = replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights)
+        return ScoredPairs(logps, reference, facts, batch.weights)
+
+    def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
+        """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
+
+        Args:
+            pairs: of a micro-batch; of the whole global batch for a coupled loss.
+        """
+        losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
+        sums = metric_sums(losses, pairs.policy, pairs.reference, self.loss, pairs.weights)
+        return (losses * pairs.weights).sum(), sums

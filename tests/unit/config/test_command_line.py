@@ -1,0 +1,209 @@
+"""Command line of a verb: options, exit codes, and one printed block for an error of the user."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import pytest
+
+import dpo_dist
+from dpo_dist.config import command_line
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.errors import ConfigError
+from tests.support import tiny_verb
+
+ROOT = Path(__file__).parents[3]
+TINY = [sys.executable, str(ROOT / "tests" / "support" / "tiny_verb.py")]
+RUN = ["model.path=m", "data.train=[a.jsonl]"]
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Verb = Callable[..., Ended]
+
+
+def leave(code: int) -> NoReturn:
+    raise SystemExit(code)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """An empty working directory."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def verb(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """Run the tiny verb in this process, in an empty folder."""
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["tiny_verb.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run_verb(tiny_verb.main)
+        assert not list(work.iterdir()), "the command line left a file behind"
+        return Ended(int(str(ended.value.code)), *capsys.readouterr())
+
+    return run
+
+
+def test_a_verb_has_the_same_run_directory_in_every_process(
+    verb: Verb, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    program = subprocess.run([*TINY, *RUN], cwd=work, capture_output=True, text=True, check=False)
+    expected = (75, f"{load_run_config(RUN).run.dir}\n", "")
+    assert (program.returncode, program.stdout, program.stderr) == verb(*RUN) == expected
+
+
+def test_an_error_of_the_user_is_one_block(verb: Verb) -> None:
+    ended = verb(*RUN, "loss.betta=0.2")
+    assert ended.code == 2
+    assert ended.err.splitlines() == [
+        "configuration error: there is no key 'loss.betta'",
+        "  where:    command line: loss.betta=0.2",
+        "  expected: loss.beta",
+        "  to do:    did you mean loss.beta?",
+    ]
+
+
+def catches_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
+    return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
+
+
+def test_other_ranks_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for the launcher, which ends them when rank 0 has printed its error and exited."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with subprocess.Popen([*TINY, *RUN, "loss.betta=0.2"], stderr=subprocess.PIPE, text=True) as rank_1:
+        while not catches_sigterm(rank_1.pid):
+            time.sleep(0.02)
+        rank_1.terminate()
+        _, printed = rank_1.communicate(timeout=30)
+    assert (rank_1.returncode, printed) == (2, "")
+
+
+def test_a_rank_whose_error_is_its_own_prints_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    error = ConfigError("no such folder", where="model.path")
+    command_line._print(error)
+    assert capsys.readouterr().err == error.block() + "\n"
+    assert len(waited) == 1
+    error.reporting_rank = 0
+    command_line._print(error)
+    assert (capsys.readouterr().err, len(waited)) == ("", 1), "another rank prints it"
+
+
+def test_a_bug_keeps_its_traceback(verb: Verb) -> None:
+    ended = verb(*RUN, "run.name=fail")
+    assert ended.code == 1
+    assert "Traceback" in ended.err
+    assert "RuntimeError: a bug of the program" in ended.err
+
+
+@pytest.mark.parametrize("arguments", [["--multirun", "trainer.seed=1,2"], ["hydra.mode=MULTIRUN"]])
+def test_multirun_is_refused(arguments: list[str], verb: Verb) -> None:
+    ended = verb(*arguments, *RUN)
+    assert ended.code == 2
+    assert "for each value" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("loss: {betta: 1}", "loss.betta in experiment/mine.yaml"),
+        ("loss: {beta: x}", "loss.beta in experiment/mine.yaml"),
+        ("tracking: {wandb: off}", "put the word in quotes"),
+        ("loss: {beta: [1", 'mine.yaml", line 2'),
+        ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
+    ],
+)
+def test_mistakes_in_own_files(content: str, expected: str, tmp_path: Path, verb: Verb) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}")
+    ended = verb("--config-dir", str(tmp_path / "conf"), *RUN, "+experiment=mine")
+    assert ended.code == 2
+    assert expected in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_written_configuration_is_an_experiment(tmp_path: Path, verb: Verb) -> None:
+    config = load_run_config([*RUN, "loss.beta=0.3"])
+    (tmp_path / "my conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "my conf" / "experiment" / "again.yaml").write_text(to_yaml(config))
+    ended = verb(*RUN, "--config-dir", str(tmp_path / "my conf"), "+experiment=again", "trainer.log_every=3")
+    assert ended == (75, f"{config.run.dir}\n", "")
+
+
+def test_cfg_prints_the_configuration_of_the_run(verb: Verb) -> None:
+    shown = verb("--cfg", "job", *RUN, "loss.beta=0.2")
+    assert shown.code == 0
+    assert "beta: 0.2" in shown.out
+    shown = verb(*RUN, "loss=simpo", "--cfg=job", "-p", "reference")
+    assert "mode: none" in shown.out, "the resolved mode, not the composed one"
+    wrong = verb("--cfg", "job", *RUN, "loss.beta=0")
+    assert wrong.code == 2
+    assert "beta: 0" in wrong.out
+    assert "loss.beta is out of range" in wrong.err
+
+
+def test_help_and_version(verb: Verb) -> None:
+    assert verb("--version") == (0, f"dpo_dist {dpo_dist.__version__}\n", "")
+    ended = verb("--help")
+    assert ended.code == 0
+    for text in ("-m dpo_dist.tiny_verb", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
+        assert text in ended.out
+    assert "default:  0.1\n" in verb("--help", "loss.beta").out
+    assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
+
+
+def test_info_is_answered_by_hydra(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [*TINY, "--info", "defaults-tree", *RUN, "loss=ipo"]
+    ended = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    assert "loss: ipo" in ended.stdout
+    assert not list(work.iterdir())
+
+
+def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for arguments in (["--help"], ["--cfg", "job", *RUN]):
+        command = [*TINY, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+
+
+def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
+    ended = verb("--check", *RUN)
+    assert ended.code == 2
+    assert "this verb has no --check" in ended.err
+
+
+@pytest.mark.parametrize("module", ["train", "precompute"])
+def test_the_start_of_a_verb_imports_no_torch(module: str) -> None:
+    command = f"import sys, dpo_dist.{module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,72 @@
+"""`--help KEY` explains every key, section and group of presets."""
+
+import pytest
+
+from dpo_dist.config.help import explain
+from dpo_dist.config.keys import all_keys, section_meanings
+from dpo_dist.config.load import group_folders
+from dpo_dist.config.loss_kinds import KINDS
+from dpo_dist.errors import ConfigError
+
+
+def facts(key: str) -> dict[str, str]:
+    """The labelled lines of an explanation."""
+    lines = [line.strip().partition(":") for line in explain(key, group_folders()).splitlines()[1:]]
+    return {label: text.strip() for label, _, text in lines}
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_every_key_is_explained(key: str) -> None:
+    row, explained = all_keys()[key], facts(key)
+    assert explained["meaning"] == row.meaning != ""
+    assert explained["type"]
+    assert explained["default"]
+    assert explained["verbs"].startswith("train")
+    assert explained["digest"].startswith("part of" if row.defines_result else "not part of")
+
+
+@pytest.mark.parametrize("section", section_meanings())
+def test_a_section_lists_its_keys(section: str) -> None:
+    text = explain(section, group_folders())
+    assert text.startswith(f"{section}: {section_meanings()[section]}")
+    for key in all_keys():
+        assert (f"\n  {key} " in text) == key.startswith(f"{section}.")
+
+
+def test_the_facts_of_some_keys() -> None:
+    assert facts("loss.beta")["type"] == "a number, > 0"
+    assert facts("trainer.max_steps")["type"] == "a whole number or null, >= 1"
+    assert facts("loss.simpo_gamma")["kinds"] == "simpo"
+    assert facts("model.path")["default"] == "none, it must be set"
+    assert facts("tracking.wandb")["type"] == "one of auto, online, offline, off"
+    assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")
+    assert "model.adapter.r " in explain("model.adapter", group_folders())
+
+
+def test_every_kind_of_loss_has_a_line() -> None:
+    lines = explain("loss.kind", group_folders()).splitlines()
+    for kind, kind_facts in KINDS.items():
+        (line,) = [line for line in lines if line.startswith(f"  {kind} ")]
+        assert kind_facts.source in line
+
+
+def test_presets_are_listed() -> None:
+    assert "presets: parallelism=ddp|zero2|zero3|" in explain("parallelism", group_folders())
+    assert "presets: +experiment=demo|" in explain("experiment", group_folders())
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("loss.betta", "did you mean loss.beta?"),
+        ("learning_rate", "write optim.lr=..."),
+        ("data.train.wieght", "did you mean weight?"),
+        ("data.train[0].max_samples", "did you mean limit?"),
+        ("model.adapter.rank", "did you mean r?"),
+        ("nothing", "the sections are run, model, "),
+    ],
+)
+def test_an_unknown_key_gets_the_suggestions_of_an_override(key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        explain(key, group_folders())
+    assert remedy in raised.value.remedy
