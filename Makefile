@@ -16,7 +16,7 @@ lint: ## check format, lint rules, types and spelling
 	@./scripts/lint.sh
 
 check: lint ## lint, then the unit tests
-	$(BIN)/python -m pytest tests/unit
+	./scripts/test.sh tests/unit
 
 test: ## run all tests
 	./scripts/test.sh
