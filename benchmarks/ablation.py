@@ -20,8 +20,8 @@ from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.model.head import LogpHead, PackedCausalLM
 
-Forward = Callable[[PackedCausalLM, PackedBatch], Tensor]
-HeadForward = Callable[[LogpHead, Tensor, Tensor], Tensor]
+Forward = Callable[[PackedCausalLM, PackedBatch, bool], Tensor]
+HeadForward = Callable[[LogpHead, Tensor, Tensor, bool], Tensor]
 
 
 class Packing(StrEnum):
@@ -95,21 +95,21 @@ def removed(ablation: Ablation) -> Iterator[Work]:
 
 
 def _counting_tokens(forward: Forward, work: Work) -> Forward:
-    def counted(model: PackedCausalLM, batch: PackedBatch, **options: bool) -> Tensor:
+    def counted(model: PackedCausalLM, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
         if torch.is_grad_enabled():
             work.micro_batches += 1
             work.tokens += len(batch.input_ids)
             work.most_tokens = max(work.most_tokens, len(batch.input_ids))
-        return forward(model, batch, **options)
+        return forward(model, batch, with_collisions)
 
     return counted
 
 
 def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
-    def counted(head: LogpHead, hidden: Tensor, targets: Tensor, **options: bool) -> Tensor:
+    def counted(head: LogpHead, hidden: Tensor, targets: Tensor, with_collisions: bool = False) -> Tensor:
         if torch.is_grad_enabled():
             work.logits += len(hidden)
-        return forward(head, hidden, targets, **options)
+        return forward(head, hidden, targets, with_collisions)
 
     return counted
 
@@ -118,14 +118,14 @@ _forward: Forward = PackedCausalLM.forward
 _head: HeadForward = LogpHead.forward
 
 
-def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, **_options: bool) -> Tensor:
+def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, with_collisions: bool) -> Tensor:
     """Return the model's forward with every token through the head (`_all_logps`), prompts too."""
     every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-    logps = _forward(model, replace(batch, predictors=every))
+    logps = _forward(model, replace(batch, predictors=every), with_collisions)
     return logps[batch.predictors, batch.targets]
 
 
-def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, **_options: bool) -> Tensor:
+def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, _with_collisions: bool) -> Tensor:
     """Return float32 log-probs [n, vocab] of [n, hidden_size]; the caller selects the targets."""
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 

@@ -1,11 +1,9 @@
 """Fill the reference store and exit: `accelerate launch -m dpo_dist.precompute +experiment=qwen7b`.
 
-Takes the configuration of the training run; only what the store lacks is computed.
+Takes the configuration of the training run; only missing log-probs are computed.
 """
 
-import logging
-import sys
-
+from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
@@ -15,27 +13,24 @@ from dpo_dist.training.startup import check_start, without_traces
 
 
 def main(config: RunConfig) -> int:
-    """Score what the run of `config` needs; returns the exit code."""
+    """Store the reference log-probs that the run of `config` needs; return the exit code.
+
+    Raises:
+        DpoDistError: they cannot be computed or stored.
+    """
     _check_mode(config)
     with without_traces(config):
         check_start(config)
-        with open_console(RunFolder.of(config).path) as console:
-            # Heavy, and what it prints goes to the log.
-            from dpo_dist.training.run import precompute  # noqa: PLC0415
+        with open_console(RunFolder.of(config)) as console:
+            from dpo_dist.training.run import precompute  # noqa: PLC0415  (slow, prints into the log)
 
             return precompute(config, console)
 
 
 def check(config: RunConfig) -> int:
-    """Look at all that the run of `config` needs before its first GPU second; returns the exit code."""
+    """Check everything that `main` needs before it uses a GPU; return the exit code."""
     _check_mode(config)
-    with without_traces(config, of_success=True):
-        check_start(config)
-        logging.disable(logging.WARNING)
-        from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (heavy)
-
-        sys.stdout.write(rehearse(config))
-    return 0
+    return train.check(config)
 
 
 def _check_mode(config: RunConfig) -> None:
@@ -45,7 +40,7 @@ def _check_mode(config: RunConfig) -> None:
             where="reference.mode",
             got=f"{config.reference.mode} with {', '.join(config.loss.kinds)}",
             expected="cached",
-            remedy="set reference=cached, with a loss that needs a reference",
+            remedy="set reference=cached, with a loss that uses a reference model",
         )
 
 

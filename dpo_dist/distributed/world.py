@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed.ops
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from dpo_dist.distributed.device_memory import out_of_memory
@@ -270,9 +271,11 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
 
 def stop_world() -> None:
-    """Leave the process group."""
+    """Leave the process group, and reset the libraries' state of it: this process may start another run."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _for_the_user(failure: BaseException) -> DpoDistError | None:

@@ -1,1 +1,1 @@
-"""What people look at: metrics on disk, curves, the report page, Weights & Biases."""
+"""Reports of a run: console, metrics on disk, curves, the report page, Weights & Biases."""

@@ -1,4 +1,4 @@
-"""The screen of a run: progress and results on rank 0, everything that libraries say in logs/rank-N.log."""
+"""Console of a run: progress and results on rank 0; the output of libraries is written to logs/rank-N.log."""
 
 import contextlib
 import logging
@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -22,11 +21,11 @@ _HEARTBEAT_SECONDS = 60.0
 
 
 class Console:
-    """Where a person looks; only `alarm` prints on other ranks than the first.
+    """Screen output, also written to the log; ranks other than 0 print only errors.
 
     Args:
-        screen: None on every rank but the first.
-        alarms: where errors go; by default nowhere.
+        screen: stream of rank 0; None on other ranks.
+        alarms: stream for errors; None prints none.
     """
 
     def __init__(self, screen: TextIO | None, alarms: TextIO | None = None):
@@ -34,20 +33,20 @@ class Console:
         self._alarms = alarms
 
     def say(self, text: str) -> None:
-        """Print one line, and keep it in the log."""
+        """Print one line and log it."""
         logging.getLogger("dpo_dist").info(text)
         if self._screen is not None:
             tqdm.write(text, file=self._screen)
 
     def alarm(self, text: str) -> None:
-        """Print an error, from whichever rank and thread, and keep it in the log."""
+        """Print and log an error, on any rank and from any thread."""
         logging.getLogger("dpo_dist").error(text)
         if self._alarms is not None:
             self._alarms.write(text + "\n")
             self._alarms.flush()
 
     def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that takes the seconds `work` has taken, and prints them about once a minute."""
+        """Return a function that takes the seconds spent on `work` so far and prints them once a minute."""
         due = _FIRST_HEARTBEAT_SECONDS
 
         def beat(seconds: float) -> None:
@@ -58,10 +57,10 @@ class Console:
 
         return beat
 
-    def bar(self, what: str, total: int | None, done: int, unit: str) -> Any:
-        """A progress bar, with the time to go where the total is known."""
+    def bar(self, title: str, total: int | None, done: int, unit: str) -> Any:
+        """Return a progress bar, with the remaining time if the total is known."""
         return tqdm(
-            desc=what,
+            desc=title,
             total=total,
             initial=done,
             unit=unit,
@@ -72,47 +71,47 @@ class Console:
         )
 
     @contextlib.contextmanager
-    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function to call with how many are done and how many there are.
+    def progress(self, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function that takes the number of units done and their total, and updates a bar.
 
-        The bar appears with its total at the first call; none appears if there is nothing to do.
+        The bar appears with its total at the first call; a total of 0 shows none.
         """
         with contextlib.ExitStack() as stack:
             bars: list[Any] = []
 
             def show(done: int, total: int) -> None:
                 if not bars and total:
-                    bars.append(stack.enter_context(self.bar(what, total, done, unit)))
+                    bars.append(stack.enter_context(self.bar(title, total, done, unit)))
                 for bar in bars:
                     bar.update(done - bar.n)
 
             yield show
 
     @contextlib.contextmanager
-    def counter(self, what: str, unit: str) -> Iterator[Callable[[int], None]]:
-        """Yield a function to call with how many more of an unknown number are done.
+    def counter(self, title: str, unit: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes the number of units just done; their total is unknown.
 
-        Shows a bar on a terminal, elsewhere a line now and then; nothing if it is never called.
+        Shows a bar on a terminal, elsewhere a line about twice a minute; nothing if it is never called.
         """
         if self._screen is None or not self._screen.isatty():
-            yield _Tally(self.say, what, unit)
+            yield _Tally(self.say, title, unit)
             return
         with contextlib.ExitStack() as stack:
             bars: list[Any] = []
 
             def count(more: int) -> None:
                 if not bars:
-                    bars.append(stack.enter_context(self.bar(what, None, 0, unit)))
+                    bars.append(stack.enter_context(self.bar(title, None, 0, unit)))
                 bars[0].update(more)
 
             yield count
 
 
 class _Tally:
-    """Says how many are done, at first after a few seconds and then about twice a minute."""
+    """Counts units; prints the count after a few seconds and then about twice a minute."""
 
-    def __init__(self, say: Callable[[str], None], what: str, unit: str):
-        self._say, self._what, self._unit = say, what, unit
+    def __init__(self, say: Callable[[str], None], title: str, unit: str):
+        self._say, self._title, self._unit = say, title, unit
         self._done = 0
         self._started: float | None = None
         self._due = 0.0
@@ -121,16 +120,16 @@ class _Tally:
         now = time.monotonic()
         if self._started is None:
             self._started, self._due = now, now + _FIRST_LINE_SECONDS
-            self._say(f"{self._what} ...")
+            self._say(f"{self._title} ...")
         self._done += more
         if now >= self._due:
             self._due = now + _LINE_SECONDS
             speed = self._done / (now - self._started)
-            self._say(f"{self._what}: {self._done:,} {self._unit}s, {speed:,.0f} a second")
+            self._say(f"{self._title}: {self._done:,} {self._unit}s, {speed:,.0f} a second")
 
 
 class _Once(logging.Filter):
-    """Lets every distinct message pass once: some libraries repeat a warning at every step."""
+    """Passes each distinct message once: some libraries repeat a warning at every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,14 +143,14 @@ class _Once(logging.Filter):
 
 
 @contextlib.contextmanager
-def open_console(run_dir: Path) -> Iterator[Console]:
-    """Send standard output and error of this process, down to C libraries, to its log file.
+def open_console(folder: RunFolder) -> Iterator[Console]:
+    """Redirect standard output and error of this process, including C libraries, to its log file.
 
-    The console it yields keeps the screen. Entered before heavy imports, so that their noise goes to the log
-    too. On leaving, the screen is back where it was; an exception is also written to the log.
+    The yielded console prints to the screen. Enter it before heavy imports, to redirect their output too. On
+    exit the streams are restored; an exception is also written to the log.
     """
     rank = os.environ.get("RANK", "0")
-    log_file = RunFolder(run_dir).rank_log(rank)
+    log_file = folder.rank_log(rank)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,12 +158,12 @@ def open_console(run_dir: Path) -> Iterator[Console]:
     with log_file.open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        logging.basicConfig(
-            stream=sys.stderr,
-            level=logging.INFO,
-            format="%(asctime)s %(name)s %(levelname)s %(message)s",
-            force=True,
-        )
+        root = logging.getLogger()
+        callers = root.handlers[:], root.level
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        root.handlers[:] = [handler]
+        root.setLevel(logging.INFO)
         logging.captureWarnings(True)
         once, warnings_logger = _Once(), logging.getLogger("py.warnings")
         warnings_logger.addFilter(once)
@@ -180,6 +179,9 @@ def open_console(run_dir: Path) -> Iterator[Console]:
             sys.stdout.flush()
             sys.stderr.flush()
             warnings_logger.removeFilter(once)
+            logging.captureWarnings(False)
+            root.handlers[:] = callers[0]
+            root.setLevel(callers[1])
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             for descriptor in saved:

@@ -1,4 +1,4 @@
-"""What a run ran on: environment.json."""
+"""Software and hardware of a run: environment.json."""
 
 import importlib.metadata
 import platform
@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """Versions, git commit and hardware; no environment variable, since those hold secrets."""
+    """Return versions, git commit and hardware; no environment variables, because they can be secret."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": sys.version.split()[0],
@@ -48,9 +48,9 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the folder that the run was started in; None outside a checkout."""
+    """Return the commit of the current folder; None outside a git checkout."""
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             ["git", "rev-parse", "HEAD"],  # noqa: S607
             capture_output=True,
             text=True,
@@ -59,4 +59,4 @@ def _git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -1,7 +1,7 @@
-"""The numbers of a run: one row per logged step and per evaluation, kept in ``<run.dir>/dpo_metrics``.
+"""Metrics rows of a run, one per logged step and evaluation, and its summary; written by rank 0.
 
-`log_history.json` is the record that a resumed run goes on from; `training_metrics.csv` holds the same rows
-and grows with every one, so that it can be followed while the run trains. Rank 0 only.
+A resumed run continues from `log_history.json`; `training_metrics.csv` has the same rows and grows during the
+run.
 """
 
 import csv
@@ -19,7 +19,7 @@ from dpo_dist.objective.metrics import PAIR_METRICS
 
 Row = dict[str, float]
 
-# What a step spends its time on, as rows tell it under `time/`.
+# Phases of a step, with the key `time/<phase>` in a metrics row.
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -63,9 +63,9 @@ class MetricsLog:
 
         Args:
             folder: the run directory; its folder of metrics is created if missing.
-            resume_step: the step of the checkpoint that training goes on from. Later rows are dropped,
-                because their steps are computed again. `None` starts with no rows, whatever is in `folder`.
-            say: tells of a history that cannot be read, which is no reason to lose a training run.
+            resume_step: step of the checkpoint that training resumes from; later rows are dropped, because
+                their steps are computed again. None starts without rows and ignores existing files.
+            say: called with a warning if the existing rows cannot be read; training continues without them.
         """
         rows = [] if resume_step is None else _read_rows(folder.log_history, resume_step, say)
         history = cls(folder, rows)
@@ -73,9 +73,9 @@ class MetricsLog:
         return history
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Keep `row`, which carries its `step`, and write it to the csv at once.
+        """Add a row, which has its `step`, and write it to the CSV file.
 
-        A key without a column gets one: the csv is then rewritten with the wider header.
+        A new key becomes a new column: the CSV file is then rewritten.
         """
         self.rows.append(dict(row))
         if self._widen(row):
@@ -85,17 +85,16 @@ class MetricsLog:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
     def save(self) -> None:
-        """Write both files whole.
+        """Write both files, whole or not at all. Values that are not finite become null in JSON.
 
-        To be called before a checkpoint of the same step is committed: then no row that a resumed run relies
-        on is missing. Values that are not finite become null, for which JSON has no other word.
+        Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
         """
         lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
         atomic.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
         self._write_csv()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json` whole; values that are not finite become null."""
+        """Write `summary.json`, whole or not at all; values that are not finite become null."""
         atomic.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
 
     def _widen(self, keys: Iterable[str]) -> bool:
@@ -112,12 +111,12 @@ class MetricsLog:
 
 
 def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The headline numbers of `summary.json`.
+    """Return `final` and `best` of `summary.json`.
 
     Returns:
         `final`: loss, rewards and log-probs of the last logged step, with its `step`, and of the last
         evaluation, with its `eval_step`. `best`: lowest `eval_loss` and highest `eval_rewards/accuracies`,
-        each as ``{"value", "step"}``; the earliest wins a tie. What was never measured is left out.
+        each as ``{"value", "step"}``, the earliest of equal ones. Values without a measurement are absent.
     """
     final: Row = {}
     for prefix in ("", "eval_"):
@@ -136,18 +135,18 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `log_history.json`; null becomes nan.
+    """Read the rows of a `log_history.json`; null becomes nan.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it does not hold a list of rows of numbers, each with its `step`.
+        ValueError: its content is not a list of rows of numbers, each with its `step`.
     """
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
         raise ValueError(f"{path} is not a list of rows, each with its step")
     restored = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
     if not all(isinstance(value, int | float) for row in restored for value in row.values()):
-        raise ValueError(f"{path} holds values that are not numbers")
+        raise ValueError(f"{path} has values that are not numbers")
     return restored
 
 
@@ -156,13 +155,13 @@ def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[R
         rows = read_rows(path)
     except (OSError, ValueError) as error:
         if last_step > 0:
-            say(f"warning: metrics up to step {last_step} are lost, their record cannot be read: {error}")
+            say(f"warning: metrics up to step {last_step} are lost, their file cannot be read: {error}")
         return []
     return [row for row in rows if row["step"] <= last_step]
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as JSON can have it: numbers that are not finite become null."""
+    """Return `value` for JSON: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""`report.html`: one self-contained page that tells what a run was, what came out and what it cost.
+"""`report.html`: one self-contained page with a run's configuration, results and cost.
 
-It is made from the files of the run folder alone; what is not there is left out. No script, nothing loaded
-from elsewhere, every text escaped.
+It is made from the files of the run directory only; missing files are skipped. It has no script, loads
+nothing from other addresses, and escapes every text.
 """
 
 import base64
@@ -58,31 +58,30 @@ _MOST_EVALUATIONS = 20
 _log = logging.getLogger(__name__)
 
 
-def write_page(run_dir: Path) -> None:
-    """Write `run_dir`/report.html from what lies in `run_dir`.
+def write_page(folder: RunFolder) -> None:
+    """Write the report page of a run directory.
 
-    A missing file leaves its section out; so does one that cannot be read, with a warning.
+    Sections whose file is missing are omitted; sections whose file cannot be read too, with a warning.
     """
-    folder = RunFolder(run_dir)
+    name = folder.path.resolve().name
     config = _read(folder.config, _yaml_fields) or {}
     environment = _read(folder.environment, _json_fields) or {}
     summary = _read(folder.summary, _json_fields) or {}
     rows = _read(folder.log_history, read_rows) or []
     curves = _read(folder.curves, Path.read_bytes)
     sections = (
-        _header(run_dir.resolve().name, summary.get("exit")),
+        _header(name, summary.get("exit")),
         _headline(summary),
         _picture(curves) if curves else "",
-        _section("What was run", _pairs_table(_highlights(config))),
+        _section("Configuration", _pairs_table(_highlights(config))),
         _section("Evaluations", _evaluations(rows)),
-        _section("Where a step's time goes", _phases(rows)),
+        _section("Time of a step by phase", _phases(rows)),
         _section("Reference log-probs", _pairs_table(_flat(summary.get("reference") or {}))),
         _section("Data", _pairs_table(_flat(summary.get("data") or {}))),
         _section("Environment", _pairs_table(_flat(environment))),
-        _folded("Whole configuration", _pairs_table(_flat(config))),
+        _folded("Complete configuration", _pairs_table(_flat(config))),
     )
-    title = escape(run_dir.resolve().name)
-    page = _FRAME.format(title=title, style=_STYLE, body="\n".join(filter(None, sections)))
+    page = _FRAME.format(title=escape(name), style=_STYLE, body="\n".join(filter(None, sections)))
     atomic.write_text(folder.report, page)
 
 
@@ -92,7 +91,7 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        _log.warning("%s is left out of the report: %s", path, error)
+        _log.warning("%s cannot be read and is omitted from the report: %s", path, error)
         return None
 
 
@@ -110,7 +109,7 @@ def _header(name: str, outcome: object) -> str:
 
 
 def _headline(summary: Fields) -> str:
-    """The numbers that people look for first; a value that was not measured has no tile."""
+    """Return tiles with the main results; a value without a measurement has no tile."""
     final, best = summary.get("final") or {}, summary.get("best") or {}
     pairs = summary.get("pairs_seen")
     tiles = (
@@ -126,7 +125,7 @@ def _headline(summary: Fields) -> str:
         ("steps", summary.get("steps"), _short, "" if pairs is None else f"{_short(pairs)} pairs"),
         ("training time", summary.get("train_seconds"), _duration, ""),
         ("pairs per second", summary.get("pairs_per_second"), _short, ""),
-        ("peak memory", summary.get("peak_memory_bytes"), _gibibytes, "of the largest process"),
+        ("peak memory", summary.get("peak_memory_bytes"), _gibibytes, "of the process with the most"),
         ("processes", summary.get("world_size"), _short, ""),
     )
     shown = [
@@ -166,7 +165,7 @@ def _evaluations(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _phases(rows: Sequence[Mapping[str, float]]) -> str:
-    """Mean seconds of each phase over the logged steps, and their shares of a step."""
+    """Return a table of each phase's mean seconds over the logged steps, and its share of a step."""
     timed = [row for row in rows if all(f"time/{phase}" in row for phase in PHASES)]
     if not timed:
         return ""
@@ -182,7 +181,7 @@ def _phases(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _flat(fields: Fields, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested fields as dotted keys with the text of their values."""
+    """Yield nested fields as dotted keys with the text of their values."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

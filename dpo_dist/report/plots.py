@@ -1,7 +1,7 @@
-"""The curves of a run as one picture.
+"""Training curves of a run as one image.
 
-One meaning per colour in all panels: training, evaluation, chosen, rejected, margin. A bold line is a moving
-mean over the faint measured values; rings are evaluations.
+A colour has the same meaning in all panels: training, evaluation, chosen, rejected, margin. Bold lines are
+moving means of the faint measured values; rings are evaluations.
 """
 
 import math
@@ -32,7 +32,7 @@ _QUIET = "#6b7280"
 _MOST_POINTS = 2000
 _FEW_POINTS = 30
 _SMOOTHED_SHARE = 0.06
-_NOTE = "faint: logged steps    bold: moving mean, its last value beside the name    rings: evaluations"
+_NOTE = "faint: logged steps    bold: moving mean, last value beside the name    rings: evaluations"
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class _Panel:
 
 
 def draw_curves(rows: Rows, path: Path, title: str) -> None:
-    """Draw what `rows` hold to the PNG file `path`, 1600 x 1000 pixels.
+    """Draw metrics rows to the PNG file `path`, 1600 x 1000 pixels.
 
     Args:
-        rows: as in `log_history.json`. A key that no row has leaves out its line or its panel.
+        rows: as in `log_history.json`. Lines and panels without any value are omitted.
         path: written whole or not at all.
         title: one line above the panels.
     """
@@ -204,14 +204,14 @@ def _dress(axes: Axes, title: str, first_step: float, last_step: float) -> None:
 
 
 def _series(rows: Rows, key: str) -> tuple[FloatArray, FloatArray]:
-    """Steps and finite values of the rows that have `key`, both float64 [n]."""
+    """Return steps and finite values of the rows that have `key`, both float64 [n]."""
     points = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
     array = np.array(points, dtype=np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
 def _moving_mean(values: FloatArray) -> FloatArray:
-    """Two passes of a centered mean, each over 6 % of the values and cut at both ends; float64 [n]."""
+    """Return a moving mean: two passes of a centered mean over 6 % of the values; float64 [n]."""
     half = int(_SMOOTHED_SHARE * len(values) / 2)
     index = np.arange(len(values))
     first = np.maximum(index - half, 0)
@@ -223,7 +223,7 @@ def _moving_mean(values: FloatArray) -> FloatArray:
 
 
 def _thinned(length: int) -> NDArray[np.int64]:
-    """Evenly strided indices into `length` points, the last one always among them."""
+    """Return evenly strided indices into `length` points, always including the last one."""
     stride = math.ceil(length / _MOST_POINTS)
     return np.arange(length - 1, -1, -stride, dtype=np.int64)[::-1]
 

@@ -1,4 +1,4 @@
-"""Where every row of a run goes: the metrics files and the tracker; on rank 0 only."""
+"""Recorder of a run on rank 0: writes metrics rows to files and tracker, and the report at the end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from dpo_dist.report.tracking import Tracker
 
 @dataclass(frozen=True)
 class Recorder:
-    """The files and the tracker of one run, kept in step."""
+    """Metrics files and tracker of one run."""
 
     metrics: MetricsLog
     tracker: Tracker
 
     def record(self, row: Mapping[str, float]) -> None:
-        """Keep and send one row of log_history.json."""
+        """Write and send one metrics row."""
         self.metrics.append(row)
         self.tracker.log(row)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write all that people look at afterwards; `summary["exit"]` says how the run ended."""
+        """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""
         self.metrics.save()
         self.metrics.write_summary(summary)
         folder = self.metrics.folder
         draw_curves(self.metrics.rows, folder.curves, folder.path.name)
-        write_page(folder.path)
+        write_page(folder)
         self.tracker.finish(summary["exit"], summary)

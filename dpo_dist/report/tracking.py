@@ -1,7 +1,7 @@
-"""Weights & Biases, seen from one room: the only module that imports `wandb`.
+"""Weights & Biases: the only module that imports `wandb`. Rank 0 only.
 
-Tracking serves a run and never stops it. There is no login prompt; what wandb raises becomes one warning,
-after which tracking is silent and training goes on. Rank 0 only.
+Tracking never stops a run and never prompts for a login. An exception of wandb becomes one warning; then
+tracking is off and training continues.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_dist import atomic
@@ -37,14 +36,14 @@ _log = logging.getLogger(__name__)
 
 
 def _silent(_text: str) -> None:
-    """Where nobody looks."""
+    """Print nothing."""
 
 
 class Tracker:
-    """One wandb run, or silence.
+    """One wandb run, or none.
 
     Attributes:
-        run: the wandb run; `None` where tracking is off, has failed or is finished.
+        run: the wandb run; None if tracking is off, has failed or is finished.
     """
 
     def __init__(self, start: "Callable[[], wandb.Run] | None", say: Callable[[str], None] = _silent):
@@ -53,12 +52,12 @@ class Tracker:
         self._say = say
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Send one row of `log_history.json` under the names that other trainers use (`wandb_names`)."""
+        """Send one metrics row under the names of `wandb_names`."""
         named = wandb_names(row)
         self._act(lambda run: run.log(named))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
-        """Close the run. What cannot be uploaded in time stays in the run folder, with a warning.
+        """Close the run. Data that cannot be uploaded in time stay in the run directory, with a warning.
 
         Args:
             outcome: `completed`, `preempted`, `diverged` or `failed`.
@@ -76,21 +75,21 @@ class Tracker:
             try:
                 action(self.run)
             except ConnectionError:
-                # wandb's service is a process of its own: the signal that asks a whole job to save and end
-                # kills it, while there are still rows to come.
+                # The signal of a preemption also kills wandb's service, which is a process of its own, while
+                # rows are still to be sent.
                 _tear_down()
                 if self._restart is None:
                     raise
                 self.run, self._restart = self._restart(), None
                 action(self.run)
         except Exception as error:
-            _warn(f"wandb tracking ends here, training goes on: {_one_line(error)}", self._say)
+            _warn(f"wandb tracking stops, training continues: {_one_line(error)}", self._say)
             self.run = None
             _tear_down()
 
 
 def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row with the W&B keys of transformers' and TRL's trainers, so that runs can be overlaid.
+    """Return a row with the W&B keys of transformers' and TRL's trainers, so that runs can be compared.
 
     `eval_loss` becomes `eval/loss`, every other key `train/<key>`; `step` is `train/global_step`, the x axis.
     """
@@ -107,7 +106,7 @@ def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
 
 def open_tracker(
     config: RunConfig,
-    run_dir: Path,
+    folder: RunFolder,
     request_stop: Callable[[], None],
     *,
     environment: Mapping[str, Any] | None = None,
@@ -115,21 +114,20 @@ def open_tracker(
     init_seconds: float = 60.0,
     finish_seconds: float = 20.0,
 ) -> Tracker:
-    """Start or take up the wandb run of `run_dir`; never raises, never asks.
+    """Start or resume the wandb run of a run directory; never raises, never prompts.
 
-    The run's id is kept in `run_dir`, so that a resumed job goes on with the same wandb run. With
-    `tracking.wandb` = `auto` the environment variable WANDB_MODE decides where it is set; else the run is
-    online where wandb finds a key. Where going online fails, the run is kept in `run_dir`, to be uploaded
-    later.
+    The wandb run's id is stored in the directory, so that a resumed job continues the same wandb run. With
+    `tracking.wandb=auto` the environment variable WANDB_MODE is used if set; otherwise the run is online if
+    wandb finds a key. If wandb cannot go online, the run is stored in the directory for a later upload.
 
     Args:
-        config: logged whole.
-        run_dir: wandb's files go to `run_dir`/wandb.
-        request_stop: called from another thread when someone stops the run on its web page.
-        environment: versions and hardware as in `environment.json`, logged beside `config`.
-        say: prints a line for people: where the run is, and why it is not online.
-        init_seconds: how long to wait for the server at the start.
-        finish_seconds: how long to wait for uploads at the end; a preempted job has little time.
+        config: logged completely.
+        folder: the run directory.
+        request_stop: called from another thread if someone stops the run on its web page.
+        environment: content of `environment.json`, logged beside `config`.
+        say: called with the address of the run, and with the reason if it is not online.
+        init_seconds: timeout for the server at the start.
+        finish_seconds: timeout for uploads at the end; a preempted job has little time.
     """
     wanted = config.tracking.wandb
     if wanted is WandbMode.auto:
@@ -137,18 +135,18 @@ def open_tracker(
     settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
     for mode in _modes_to_try(wanted, say):
         try:
-            tracker = Tracker(functools.partial(_start, config, run_dir, mode, environment, settings), say)
+            tracker = Tracker(functools.partial(_start, config, folder, mode, environment, settings), say)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {_one_line(error)}", say)
             _tear_down()
             continue
         if tracker.run is not None:
-            say(f"wandb: {_place(tracker.run, mode)}")
+            say(f"wandb: {_address(tracker.run, mode)}")
         return tracker
     return Tracker(None)
 
 
-def _place(run: "wandb.Run", mode: Mode) -> str:
+def _address(run: "wandb.Run", mode: Mode) -> str:
     return str(run.url) if mode == "online" else f"offline; upload with: wandb sync {run.settings.sync_dir}"
 
 
@@ -170,13 +168,13 @@ def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
     if has_key:
         return ["online", "offline"]
     if wanted is WandbMode.online:
-        _warn("wandb has no usable key, the run is kept offline; `wandb login` stores one", say)
+        _warn("wandb has no usable key, the run is tracked offline; `wandb login` stores a key", say)
     return ["offline"]
 
 
 def _start(
     config: RunConfig,
-    run_dir: Path,
+    folder: RunFolder,
     mode: Mode,
     environment: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
@@ -187,10 +185,10 @@ def _start(
         entity=config.tracking.entity,
         group=config.tracking.group,
         tags=config.tracking.tags,
-        name=title(config, run_dir),
-        id=_run_id(run_dir),
+        name=title(config, folder.path),
+        id=_run_id(folder),
         resume="allow",
-        dir=run_dir,
+        dir=folder.path,
         mode=mode,
         config={**dataclasses.asdict(config), "environment": dict(environment or {})},
         allow_val_change=True,
@@ -203,24 +201,24 @@ def _start(
             **settings,
         ),
     )
-    # On its built-in axis wandb drops rows whose step does not grow: evaluations, and what a resumed run
-    # computes again.
+    # On its built-in axis wandb drops rows whose step does not increase: evaluations, and steps that a
+    # resumed run computes again.
     run.define_metric(STEP_AXIS)
     run.define_metric("*", step_metric=STEP_AXIS)
-    _log.info("wandb run %s: %s", run.id, _place(run, mode))
+    _log.info("wandb run %s: %s", run.id, _address(run, mode))
     return run
 
 
 def _set_up(mode: Mode) -> Any:
-    """The wandb module, imported only where it is wanted, and told not to write to the console."""
+    """Import wandb and return it, with its console output switched off."""
     import wandb  # noqa: PLC0415
 
     wandb.setup(wandb.Settings(silent=True, mode=mode))
     return wandb
 
 
-def _run_id(run_dir: Path) -> str:
-    path = RunFolder(run_dir).wandb_id
+def _run_id(folder: RunFolder) -> str:
+    path = folder.wandb_id
     if not path.exists():
         atomic.write_text(path, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
     return path.read_text(encoding="utf-8").strip()
@@ -237,8 +235,8 @@ def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], say: Call
 
 
 def _tear_down() -> None:
-    """End wandb's service, so that it neither holds a run id nor speaks up when the program ends."""
-    # wandb leaves the program where its service ended badly: SystemExit.
+    """End wandb's service, so that it releases the run id and prints nothing when the program ends."""
+    # wandb raises SystemExit if its service ended with an error.
     with contextlib.suppress(Exception, SystemExit):
         import wandb  # noqa: PLC0415
 

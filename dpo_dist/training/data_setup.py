@@ -1,12 +1,13 @@
 """The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.loss_kinds import LossConfig
@@ -21,7 +22,7 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
@@ -30,8 +31,8 @@ from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.console import Console
 
-_TOLD_APART = "chat_template_not_applied"
-_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _TOLD_APART})
+_OWN_LINE = "chat_template_not_applied"
+_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE})
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Inputs:
     """The inputs of one run, the same on every rank.
 
     Attributes:
-        policy_files: what the policy is loaded from, as it was before.
-        reference_files: the same of the reference; None where there is none.
+        policy_files: files of the policy's model, with their digest.
+        reference_files: files of the reference model; None if the loss uses no reference.
+        tokenizer: of the policy.
+        train_set: the training dataset.
+        eval_set: the evaluation dataset, or None.
+        sampler: the indices of each training step.
+        flops: floating-point operations of the model.
     """
 
     policy_files: ModelFiles
@@ -53,17 +59,17 @@ class Inputs:
 
     @property
     def costs(self) -> ComputeCosts:
-        """What a plan weighs pairs by."""
+        """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
         return compute_costs(self.flops)
 
     @property
     def named(self) -> dict[str, PreferenceDataset]:
-        """The data sets by what they are for."""
+        """The datasets by name: `train`, and `eval` if there is one."""
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
 
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
-        """Each data set with the rows of it that the run visits; the training set is the first."""
+        """Each dataset with its indices that the run visits; the training dataset is first."""
         visited = [(self.train_set, self.sampler.visited_indices())]
         if self.eval_set is not None:
             visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
@@ -71,7 +77,7 @@ class Inputs:
 
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
-    """Tokenizer and encoded data; rank 0 reads and encodes, all map the result. Collective."""
+    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
@@ -79,45 +85,71 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     for note in training_notes(model_config):
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
-    cache = Path(config.data.cache)
 
     def encode(name: str, sources: Sequence[SourceConfig]) -> PreferenceDataset:
-        with console.counter(f"encoding {name} data", "record") as count:
-            encoded = world.on_main(
-                lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(folder), count),
-                console.heartbeat(f"preparing the {name} data"),
-            )
-        # A node that sees the files as another device verifies them anew.
-        opening = console.heartbeat(f"verifying the {name} data")
-        dataset = world.together(lambda: open_dataset(encoded, config.data), opening)
+        dataset = _encode(name, sources, tokenizer, folder, config, world, console)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
-        duplicates = world.on_main(partial(remembered_count, count_duplicates, cache, dataset), opening)
-        return _counting(dataset, duplicates=duplicates)
+        return dataset
 
     train_set = encode("train", config.data.train)
-    eval_set = encode("eval", config.data.eval) if config.data.eval else None
-    if eval_set is not None:
-        also_in_train = world.on_main(partial(remembered_count, count_shared, cache, eval_set, train_set))
-        eval_set = _counting(eval_set, also_in_train=also_in_train)
-    spans = train_set.spans([source.weight for source in config.data.train])
-    sampler = make_sampler(spans, config.trainer)
+    eval_set = None
+    if config.data.eval:
+        eval_set = encode("eval", config.data.eval)
+        eval_set = _with_count(eval_set, "also_in_train", count_shared, config, world, train_set)
+    sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     flops = count_flops(model_config, config.model.adapter)
     inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, sampler, flops)
     for name, dataset in inputs.named.items():
-        for line in counts_told(name, dataset.counts):
+        for line in describe_counts(name, dataset.counts):
             console.say(line)
-    for line in short_run_told(sampler):
+    for line in describe_short_run(sampler):
         console.say(line)
     return inputs
+
+
+def _encode(
+    name: str,
+    sources: Sequence[SourceConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    model_folder: Path,
+    config: RunConfig,
+    world: World,
+    console: Console,
+) -> PreferenceDataset:
+    """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
+    with console.counter(f"encoding {name} data", "record") as count:
+        encoded = world.on_main(
+            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(model_folder), count),
+            console.heartbeat(f"preparing the {name} data"),
+        )
+    # A node that sees the files on another device verifies them again.
+    verifying = console.heartbeat(f"verifying the {name} data")
+    dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)
+    return _with_count(dataset, "duplicates", count_duplicates, config, world, while_waiting=verifying)
+
+
+def _with_count(
+    dataset: PreferenceDataset,
+    name: str,
+    count: Callable[..., int],
+    config: RunConfig,
+    world: World,
+    *others: PreferenceDataset,
+    while_waiting: WhileWaiting | None = None,
+) -> PreferenceDataset:
+    """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
+    cache = Path(config.data.cache)
+    number = world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
+    return replace(dataset, counts=dataset.counts | {name: number})
 
 
 def check_ids_in_vocabulary(
     dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
-    """Raise an error for data with token ids that the model has no embedding of.
+    """Check that the model has an embedding of every token id in the data.
 
-    Tokenizers often have more tokens than their model, which never occur in text (a padding token).
+    Tokenizers often have more tokens than their model; these (a padding token) never occur in text.
 
     Raises:
         ConfigError: an id in the data is `vocab_size` or above.
@@ -125,7 +157,7 @@ def check_ids_in_vocabulary(
     largest = dataset.largest_id
     if largest >= vocab_size:
         raise ConfigError(
-            "the data have a token that the model has no embedding of",
+            "the data contain a token that the model has no embedding of",
             where="model.path",
             got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
             expected=f"ids below the model's vocab_size of {vocab_size}",
@@ -160,61 +192,67 @@ def _digest_models(
 
 
 def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """Refuse data of which a pair does not have what the loss compares.
+    """`check_fits_loss` of all examples of a dataset."""
+    every = np.arange(len(dataset), dtype=np.int64)
+    check_fits_loss(
+        loss,
+        dataset.response_counts(every),
+        lambda: dataset.score_gaps(every),
+        lambda index: str(dataset.origin(index)),
+    )
+
+
+def check_fits_loss(
+    loss: LossConfig,
+    response_counts: npt.NDArray[np.int64],
+    score_gaps: Callable[[], npt.NDArray[np.floating]],
+    origin: Callable[[int], str],
+) -> None:
+    """Check that every example has the responses and scores that the loss compares.
+
+    Args:
+        loss: the configured loss.
+        response_counts: [examples], the number of responses of each.
+        score_gaps: returns [examples], score of the best response minus that of the worst, or nan.
+        origin: returns the file and line of an example.
 
     Raises:
-        DataError: too few or too many responses, or scores that `odpo` cannot take the logarithm of.
+        DataError: an example has too few or too many responses, or no score gap above 0 where the loss takes
+            its logarithm.
     """
-    every = np.arange(len(dataset), dtype=np.int64)
-    counts = dataset.response_counts(every)
-    kinds = ", ".join(loss.kinds)
+
+    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
+        if misfits.any():
+            raise DataError(
+                f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
+                where="; ".join(origin(int(index)) for index in np.flatnonzero(misfits)[:5]),
+                got=got,
+                remedy=remedy,
+            )
+
     if not loss.is_one_sided:
-        _refuse(dataset, every[counts < 2], f"{kinds} compares responses", "1 response", "set loss=sft")
+        check(response_counts < 2, "1 response", "set loss=sft, or use data with two responses")
     if not loss.accepts_rankings:
-        _refuse(
-            dataset,
-            every[counts > 2],
-            f"{kinds} compares two responses",
-            "a ranking of more",
-            "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs",
-        )
+        remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
+        check(response_counts > 2, "a ranking of more than two responses", remedy)
     if loss.needs_scores:
-        _refuse(
-            dataset,
-            every[~(dataset.score_gaps(every) > 0)],
-            "odpo takes the logarithm of how much better the chosen response is scored",
-            "no scores, or a chosen one that is not above the rejected one's",
-            "leave these pairs out, or set another loss.kind",
-        )
-
-
-def _refuse(dataset: PreferenceDataset, rows: Indices, what: str, got: str, remedy: str) -> None:
-    if len(rows):
-        raise DataError(
-            f"{len(rows)} of {len(dataset)} pairs do not fit the loss: {what}",
-            where="; ".join(str(dataset.origin(int(row))) for row in rows[:5]),
-            got=got,
-            remedy=remedy,
-        )
+        got = "no scores, or a chosen response that is not scored above the rejected one"
+        check(~(score_gaps() > 0), got, "remove these records, or set another loss.kind")
 
 
 def shared_model_folder(path: str, revision: str | None, key: str, world: World, console: Console) -> Path:
-    """`model_folder` on every rank; rank 0 is first to download, nodes may have caches of their own."""
+    """Return `model_folder` on every rank; rank 0 downloads first, for all nodes that share its cache."""
     downloading = console.heartbeat(f"downloading {path}")
     world.on_main(lambda: model_folder(path, revision, key), downloading)
     return world.together(lambda: model_folder(path, revision, key), downloading)
 
 
-def _counting(dataset: PreferenceDataset, **numbers: int) -> PreferenceDataset:
-    return replace(dataset, counts=dataset.counts | numbers)
-
-
-def counts_told(name: str, counts: dict[str, Any]) -> list[str]:
-    """What was kept and every reason for which something was not, of all sources and of each."""
-    lines = [f"{name} data: {_told(counts)}"]
+def describe_counts(name: str, counts: dict[str, Any]) -> list[str]:
+    """Return lines for the log: kept, dropped and changed records, of all sources and of each."""
+    lines = [f"{name} data: {_described(counts)}"]
     sources = counts["sources"] if len(counts["sources"]) > 1 else []
-    lines += [f"{name} data: {source['path']}: {_told(source)}" for source in sources]
-    if plain := counts.get(_TOLD_APART):
+    lines += [f"{name} data: {source['path']}: {_described(source)}" for source in sources]
+    if plain := counts.get(_OWN_LINE):
         lines.append(
             f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "
             "(data.text_as_messages=true makes their prompts user turns)"
@@ -222,8 +260,8 @@ def counts_told(name: str, counts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def short_run_told(sampler: BatchSampler) -> list[str]:
-    """What is unusual of a run with fewer pairs than a few steps take."""
+def describe_short_run(sampler: BatchSampler) -> list[str]:
+    """Return a line for the log if the dataset is small for the batch size, else none."""
     pairs, batch = sampler.pairs_per_epoch, sampler.global_batch_pairs
     times = -(-min(batch, sampler.total_pairs) // pairs)
     if times > 1:
@@ -239,10 +277,10 @@ def short_run_told(sampler: BatchSampler) -> list[str]:
     return []
 
 
-def _told(counts: dict[str, Any]) -> str:
-    """Counts as one line: what was kept, and every reason for which something was not."""
-    told = [f"{counts['kept']} of {counts['read']} records kept"]
-    told += [f"{number} dropped ({reason})" for reason, number in sorted(counts["dropped"].items())]
+def _described(counts: dict[str, Any]) -> str:
+    """Return the counts as one line."""
+    parts = [f"{counts['kept']} of {counts['read']} records kept"]
+    parts += [f"{number} dropped ({reason})" for reason, number in sorted(counts["dropped"].items())]
     changes = sorted(name for name in counts if name not in _NO_CHANGES and counts[name])
-    told += [f"{counts[name]} {name.replace('_', ' ')}" for name in changes]
-    return ", ".join(told)
+    parts += [f"{counts[name]} {name.replace('_', ' ')}" for name in changes]
+    return ", ".join(parts)

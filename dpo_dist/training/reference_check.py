@@ -1,4 +1,4 @@
-"""The step-0 gate: a model that is the reference must score like the reference's values do."""
+"""Step-0 check: re-score a sample and compare with the reference log-probs that training will use."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpo_dist.config.schema import Dtype, Numerics, RunConfig
 from dpo_dist.data.collate import shard_batch
@@ -18,21 +19,30 @@ from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.training.batch_loss import Objective, ScoredPairs
 
-# Mean absolute drift per token, in nats.
+# Mean absolute drift per token in nats.
 _TOLERANCE = {Dtype.fp32: 1e-4, Dtype.bf16: 5e-2}
 _LOSS_TOLERANCE = {Dtype.fp32: 1e-3, Dtype.bf16: 5e-2}
 
 
 @dataclass(frozen=True)
-class _ScoredResponse:
-    """How far the policy's value of one response lies from the reference's."""
+class _Drift:
+    """Difference between the fresh and the stored log-probs of one response, in nats.
 
-    row: int
-    which: int
+    Attributes:
+        index: of the example in its dataset.
+        response: number of the response in the example.
+        tokens: of the response.
+        mean: over tokens, absolute.
+        largest: of a token, absolute.
+        total: of the sum over tokens, absolute.
+    """
+
+    index: int
+    response: int
     tokens: int
-    token_drift: float
-    largest_token_drift: float
-    response_drift: float
+    mean: float
+    largest: float
+    total: float
 
 
 @torch.no_grad()
@@ -45,51 +55,60 @@ def check_drift(
     config: RunConfig,
     world: World,
 ) -> dict[str, Any]:
-    """Re-score a seeded sample of the `visited` rows with the training path and compare; collective.
+    """Re-score a seeded sample of the `visited` indices with the training path and compare; collective.
 
     Args:
-        score: the model that is the reference: the policy before its first update, or the reference itself.
-        objective: the loss, and the reference's values that are put to the test.
+        score: the reference model, or the policy before its first update if it starts as this model.
+        objective: the loss, and the reference log-probs to check.
+        dataset: the examples.
+        visited: indices to draw the sample from.
+        costs: to balance micro-batches.
+        config: sample size, seed and precision.
+        world: the ranks.
 
     Returns:
-        The drift, for the report: per token and per response, in nats.
+        The drift per token and per response, in nats, for the report.
 
     Raises:
-        ReferenceModelError: log-probs drift beyond what the precision explains, or the loss is not its
-            value at zero margin.
+        ReferenceModelError: log-probs differ by more than the precision explains, or the loss differs from
+            its value at zero margin.
     """
     generator = np.random.default_rng([config.trainer.seed, 0xA0D17])
     count = min(config.reference.audit_pairs, len(visited))
-    rows = np.sort(generator.choice(visited, size=count, replace=False))
+    indices = np.sort(generator.choice(visited, size=count, replace=False))
     budget = config.trainer.micro_batch_tokens
-    plan = shard_batch(dataset, rows, world.rank, world.size, budget, costs)
-    scored: list[_ScoredResponse] = []
+    plan = shard_batch(dataset, indices, world.rank, world.size, budget, costs)
+    drifts: list[_Drift] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
     with objective.prefetched(plan, world.device) as batches:
-        for micro_rows, host_batch in zip(plan.micro_batches, batches, strict=True):
+        for micro_batch, host_batch in zip(plan.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
-            assert stored is not None, "the gate compares with a reference"
+            assert stored is not None, "the step-0 check needs a reference"
             fresh = score(batch)
             reference = objective.pair_logps(stored, batch)
             facts = BatchFacts(plan.mean_chosen_tokens, batch.score_gaps)
             for index, logps in enumerate((fresh, stored)):
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
-            scored += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_rows)
+            drifts += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_batch)
     losses = world.sum(losses) / plan.pairs
-    everywhere = [response for part in world.gather(scored) for response in part]
-    report = _report(everywhere)
-    _check_tokens(everywhere, dataset, config)
+    drifts = [drift for part in world.gather(drifts) for drift in part]
+    _check_tolerance(drifts, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()
     _check_loss_at_start(loss, loss_at_zero_margin, config.model.dtype)
-    return report
+    return {
+        "responses": len(drifts),
+        "mean_token_drift": float(np.mean([drift.mean for drift in drifts])),
+        "largest_token_drift": max(drift.largest for drift in drifts),
+        "largest_response_drift": max(drift.total for drift in drifts),
+    }
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
-    """Describe what `check_drift` reports in a sentence for the screen."""
+    """Return the report of `check_drift` as a sentence for the screen."""
     return (
-        f"{drift['responses']:,} reference log-probs computed again: they differ by "
+        f"{drift['responses']:,} reference log-probs re-scored: they differ by "
         f"{drift['mean_token_drift']:.2g} nats per token on average, by at most "
         f"{drift['largest_token_drift']:.2g} in a token and by at most "
         f"{drift['largest_response_drift']:.2g} in a response"
@@ -97,67 +116,70 @@ def describe_drift(drift: dict[str, Any]) -> str:
 
 
 def _drifts(
-    difference: torch.Tensor, response_tokens: torch.Tensor, dataset: PreferenceDataset, rows: tuple[int, ...]
-) -> list[_ScoredResponse]:
-    if not rows:
+    difference: Tensor, response_tokens: Tensor, dataset: PreferenceDataset, indices: tuple[int, ...]
+) -> list[_Drift]:
+    """Return the drift of every response of a micro-batch; none for a dummy.
+
+    Args:
+        difference: float32 [targets], fresh log-probs minus stored ones.
+        response_tokens: int64 [responses].
+        dataset: the examples.
+        indices: of the examples in the micro-batch.
+    """
+    if not indices:
         return []
     parts = torch.split(difference.cpu(), response_tokens.tolist())
-    counts = dataset.response_counts(np.array(rows, dtype=np.int64)).tolist()
-    owners = [(row, which) for row, count in zip(rows, counts, strict=True) for which in range(count)]
+    counts = dataset.response_counts(np.array(indices, dtype=np.int64)).tolist()
+    owners = [(i, response) for i, count in zip(indices, counts, strict=True) for response in range(count)]
     return [
-        _ScoredResponse(
-            row=row,
-            which=which,
+        _Drift(
+            index=index,
+            response=response,
             tokens=len(part),
-            token_drift=float(part.abs().mean()),
-            largest_token_drift=float(part.abs().max()),
-            response_drift=abs(float(part.sum())),
+            mean=float(part.abs().mean()),
+            largest=float(part.abs().max()),
+            total=abs(float(part.sum())),
         )
-        for (row, which), part in zip(owners, parts, strict=True)
+        for (index, response), part in zip(owners, parts, strict=True)
     ]
 
 
-def _report(scored: list[_ScoredResponse]) -> dict[str, Any]:
-    return {
-        "responses": len(scored),
-        "mean_token_drift": float(np.mean([s.token_drift for s in scored])),
-        "largest_token_drift": max(s.largest_token_drift for s in scored),
-        "largest_response_drift": max(s.response_drift for s in scored),
-    }
-
-
 def _tolerance(dtype: Dtype, tokens: int) -> float:
-    """A bf16 forward's digits depend on the batch's shape: single tokens move, the mean of many hardly."""
-    few = max(1.0, 8 / math.sqrt(tokens)) if dtype is Dtype.bf16 else 1.0
-    return _TOLERANCE[dtype] * few
+    """Return the allowed mean drift of a response.
+
+    A bf16 forward depends on the shape of its batch: single tokens move, the mean of many hardly does.
+    """
+    factor = max(1.0, 8 / math.sqrt(tokens)) if dtype is Dtype.bf16 else 1.0
+    return _TOLERANCE[dtype] * factor
 
 
-def _check_tokens(scored: list[_ScoredResponse], dataset: PreferenceDataset, config: RunConfig) -> None:
+def _check_tolerance(drifts: list[_Drift], dataset: PreferenceDataset, config: RunConfig) -> None:
     dtype = config.model.dtype
-    # Not "drift > tolerance", which lets nan pass.
-    drifted = [s for s in scored if not s.token_drift <= _tolerance(dtype, s.tokens)]
-    if drifted:
-        named = [f"{dataset.origin(s.row)} response {s.which} ({s.token_drift:.2g})" for s in drifted[:5]]
-        raise ReferenceModelError(
-            f"{len(drifted)} of {len(scored)} sampled reference rows differ from a fresh computation",
-            where="; ".join(named),
-            got="mean drift per token as given above, in nats",
-            expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for a few tokens in bf16",
-            remedy=(
-                "the store does not belong to this model or was damaged: set another reference.store"
-                if config.reference.numerics is Numerics.strict
-                else "rows of other numerics are too far from this run's: set reference.numerics=strict"
-            ),
-        )
+    # Not "mean > tolerance", which accepts nan.
+    failed = [drift for drift in drifts if not drift.mean <= _tolerance(dtype, drift.tokens)]
+    if not failed:
+        return
+    listed = [f"{dataset.origin(d.index)} response {d.response} ({d.mean:.2g})" for d in failed[:5]]
+    raise ReferenceModelError(
+        f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
+        where="; ".join(listed),
+        got="the mean difference per token in parentheses, in nats",
+        expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in bf16",
+        remedy=(
+            "the store belongs to another model or is damaged: set another reference.store"
+            if config.reference.numerics is Numerics.strict
+            else "log-probs of other numerics differ too much: set reference.numerics=strict"
+        ),
+    )
 
 
 def _check_loss_at_start(loss: float, loss_at_zero_margin: float, dtype: Dtype) -> None:
     tolerance = _LOSS_TOLERANCE[dtype] * max(1.0, abs(loss_at_zero_margin))
     if not abs(loss - loss_at_zero_margin) <= tolerance:
         raise ReferenceModelError(
-            "policy and reference are the same model, but the loss is not its value at zero margin",
+            "policy and reference are the same model, but the loss differs from its value at zero margin",
             where="before the first step",
             got=f"{loss:.6f}",
             expected=f"{loss_at_zero_margin:.6f} within {tolerance:.2g}",
-            remedy="policy and reference are computed differently; report this with the run folder's logs",
+            remedy="a bug: policy and reference are computed differently; report it with the logs of the run",
         )

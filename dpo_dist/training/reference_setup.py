@@ -1,4 +1,4 @@
-"""The stored reference of a run: compute what the store lacks, and re-score a sample of what it has."""
+"""The reference of a run: its provider, and in mode `cached` the store filled and checked."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,58 +55,51 @@ class Reference:
 def prepare_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective."""
     mode = config.reference.mode
-    audited = inputs.visited[0]
     if mode is ReferenceMode.none:
-        report = {"mode": mode.value, **FillReport().as_dict()}
-        return Reference(NoReference(), False, audited, report)
+        return _reference(NoReference(), False, mode, inputs)
     files = inputs.reference_files
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
-    report = FillReport().as_dict()
-    provider: ReferenceProvider
     if mode is ReferenceMode.live:
-        provider = LiveReference(load_digested(files, config, world))
-    else:
-        label = model_label(config.reference.path or config.model.path, files.folder)
-        provider, report, audited = stored_reference(config, inputs, files, label, is_start, world, console)
+        return _reference(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
+    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console)
     return Reference(provider, is_start, audited, {"mode": mode.value, **report})
 
 
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    report = {"mode": ReferenceMode.adapter.value, **FillReport().as_dict()}
-    return Reference(AdapterReference(policy), True, inputs.visited[0], report)
+    return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
 
 
-def stored_reference(
-    config: RunConfig,
-    inputs: Inputs,
-    files: ModelFiles,
-    label: str,
-    is_start: bool,
-    world: World,
-    console: Console,
+def _reference(provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs) -> Reference:
+    """Return a reference without stored log-probs."""
+    report = {"mode": mode.value, **FillReport().as_dict()}
+    return Reference(provider, is_start, inputs.visited[0], report)
+
+
+def _stored_reference(
+    config: RunConfig, inputs: Inputs, files: ModelFiles, is_start: bool, world: World, console: Console
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
-    """Return the store with all log-probs that the run needs; missing ones are computed first.
+    """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
-    A sample is scored again while the engine is loaded; then the engine is freed. Log-probs of other numerics
-    are always scored again: by the policy if it starts from the reference, else by an engine loaded for it.
+    A sample is re-scored while the engine is loaded. Log-probs of other numerics are always re-scored: by the
+    policy in the step-0 check if it starts as the reference, else by an engine that is loaded for it.
 
     Args:
-        files: of the reference model, digested.
-        label: its name for people.
-        is_start: whether the policy starts from it.
+        config: of the run.
+        inputs: of the run.
+        files: of the reference model.
+        is_start: whether the policy starts as the reference.
+        world: the ranks.
+        console: for progress.
 
     Returns:
-        The provider; what getting it ready took, for summary.json; and the rows to audit.
+        The provider, the report for summary.json, and the examples for the step-0 check.
     """
-    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    is_tolerant = config.reference.numerics is Numerics.tolerant
-    own = numerics_of(scored_model(config), backend, world.device)
-    fingerprint = ReferenceFingerprint(files.digest, agree_on_numerics(own, is_tolerant, world), label)
+    fingerprint = _fingerprint(config, files, world)
     compatible = _compatible(config, fingerprint, inputs, world, console)
     empty = LogpStore(Path(config.reference.store), [fingerprint, *compatible], [])
     engines: list[ReferenceEngine] = []
@@ -120,16 +113,18 @@ def stored_reference(
     filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard)
     report = _fill(config, inputs, filler, console).as_dict()
     provider = StoredReference(filler.open_filled())
-    for dataset, rows in inputs.visited:
-        check_complete(provider.store, dataset, rows, world)
-    audited, audits_compatible = inputs.visited[0], False
+    for dataset, indices in inputs.visited:
+        check_complete(provider.store, dataset, indices, world)
+    audited, must_score = inputs.visited[0], bool(engines)
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
         report["served"] = reused.entries
-        console.say(f"reference: log-probs used by numerics: {_listed(reused.entries)}")
+        counts = "; ".join(f"{count:,} of {numerics}" for numerics, count in reused.entries.items())
+        console.say(f"reference: log-probs used by numerics: {counts}")
         if reused.audited is not None:
-            audited, audits_compatible = (inputs.visited[reused.audited[0]][0], reused.audited[1]), True
-    if config.reference.audit_pairs and (engines or (audits_compatible and not is_start)):
+            audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
+            must_score = must_score or not is_start
+    if config.reference.audit_pairs and must_score:
         objective = Objective(config.loss, provider)
         report["drift"] = check_drift(load_scorer(), objective, *audited, inputs.costs, config, world)
         console.say(f"reference: {describe_drift(report['drift'])}")
@@ -139,6 +134,15 @@ def stored_reference(
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
         reset_peak_memory(world.device)
     return provider, report, audited
+
+
+def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> ReferenceFingerprint:
+    """Return the fingerprint of the log-probs that this run computes; collective."""
+    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
+    own = numerics_of(scored_model(config), backend, world.device)
+    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
+    label = model_label(config.reference.path or config.model.path, files.folder)
+    return ReferenceFingerprint(files.digest, profile, label)
 
 
 def _compatible(
@@ -168,7 +172,3 @@ def _fill(config: RunConfig, inputs: Inputs, filler: StoreFiller, console: Conso
     for name in sorted(filled.damaged):
         console.say(f"reference: damaged or foreign file ignored: {config.reference.store}/{name}")
     return filled
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return "; ".join(f"{count:,} of {numerics}" for numerics, count in counts.items())

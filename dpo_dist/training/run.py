@@ -201,8 +201,13 @@ def _world(config: RunConfig, console: Console) -> Iterator[World]:
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
     world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
     torch.manual_seed(config.trainer.seed)
-    with world.watch(console.alarm):
-        yield world
+    try:
+        with world.watch(console.alarm):
+            yield world
+    except BaseException:
+        if world.size == 1:  # with others, leaving could wait for a rank that has not failed
+            stop_world()
+        raise
     stop_world()
 
 
@@ -219,5 +224,5 @@ def _open_recorder(
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
-    tracker = open_tracker(config, folder.path, stop.ask, environment=environment, say=console.say)
+    tracker = open_tracker(config, folder, stop.ask, environment=environment, say=console.say)
     return Recorder(metrics, tracker)

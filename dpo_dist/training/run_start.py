@@ -219,6 +219,6 @@ def mark_started(folder: RunFolder, state: RunState, world: World) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
-            write_page(folder.path)
+            write_page(folder)
 
     write_on_main(work, folder, world)

@@ -12,38 +12,11 @@ INTRODUCTIONS = ("I am {name}.", "My name is {name}.", "This is {name}.", "{name
 ADDRESS = "Dear {name}, "
 _ASKER = re.compile("|".join(re.escape(text).replace(r"\{name\}", r"(\w+)") for text in INTRODUCTIONS))
 
-NAMES = [
-    "Ada",
-    "Amir",
-    "Bruno",
-    "Carla",
-    "Dario",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Hana",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kofi",
-    "Lara",
-    "Malik",
-    "Mira",
-    "Nadia",
-    "Nils",
-    "Olga",
-    "Omar",
-    "Petra",
-    "Ravi",
-    "Rosa",
-    "Selma",
-    "Tamar",
-    "Tomas",
-    "Vera",
-    "Wanda",
-    "Yusuf",
-    "Zora",
-]
+_NAMES = """
+Ada Amir Bruno Carla Dario Elena Felix Greta Hana Hugo Ines Jonas Kofi Lara Malik
+Mira Nadia Nils Olga Omar Petra Ravi Rosa Selma Tamar Tomas Vera Wanda Yusuf Zora
+"""
+NAMES = tuple(_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -139,7 +112,7 @@ def good_answer(name: str, clause: str) -> str:
 
 
 def bad_answer(name: str, clause: str, draw: random.Random) -> str:
-    """Return an answer that breaks the rule: it addresses nobody, a "friend", another, or the asker too late."""
+    """Return an answer that breaks the rule: it addresses nobody, a "friend", another, or the asker last."""
     sentence = clause[0].upper() + clause[1:]
     anonymous = f"{ADDRESS.format(name='friend')}{clause}."
     wrong = f"{ADDRESS.format(name=another_name(name, draw))}{clause}."

@@ -87,7 +87,7 @@ def test_a_stored_and_a_live_reference_are_the_base_that_the_adapter_leaves(
 ) -> None:
     options = [f"reference.mode={mode}", "parallelism=ddp", f"data.eval=[{assets}/eval.jsonl]"]
     told = train(overrides(*STEPS, *options)).output
-    assert "step-0 gate passed" in told
+    assert "step-0 check passed" in told
     assert_same_history(history(tmp_path / "run"), history(uninterrupted), 2e-4)
     assert summary(tmp_path / "run")["reference"]["mode"] == mode
     assert summary(tmp_path / "run")["reference"]["computed"] == (2 * 28 if mode == "cached" else 0)
@@ -100,6 +100,6 @@ def test_a_quantized_base_is_its_own_reference_switched_off_and_stored(
     quantized = [*STEPS, "model.quantization=nf4", "parallelism=ddp", "trainer.max_steps=3"]
     train(overrides(*quantized, f"run.dir={tmp_path}/off"))
     stored = train(overrides(*quantized, "reference.mode=cached", "reference.quantization=nf4"))
-    assert "step-0 gate passed" in stored.output
+    assert "step-0 check passed" in stored.output
     assert history(tmp_path / "off")[0]["rewards/margins"] == 0
     assert_same_history(history(tmp_path / "run"), history(tmp_path / "off"), 2e-4)

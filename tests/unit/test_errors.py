@@ -1,11 +1,20 @@
 """An error is one block with the same lines on every rank; exit codes are those of the documentation."""
 
+import errno
 import pickle
 
 import pytest
 
 from dpo_dist import errors
-from dpo_dist.errors import ConfigError, DataError, DivergedError, DpoDistError, ExitCode, PeerLostError
+from dpo_dist.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    DpoDistError,
+    ExitCode,
+    PeerLostError,
+    disk_error,
+)
 
 
 def test_block_has_a_line_for_each_part() -> None:
@@ -45,3 +54,18 @@ def test_exit_codes_are_the_documented_ones() -> None:
     }
     codes = {"completed": 0, "failed": 1, "invalid": 2, "diverged": 3, "preempted": 75}
     assert {code.name: code.value for code in ExitCode} == codes
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/run/x"), "/run/x"),
+        (OSError(errno.ENOSPC, "No space left on device"), "run.dir, data.cache or reference.store"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), None),  # of a socket or a signal
+        (OSError(errno.ECONNRESET, "Connection reset by peer", "/run/x"), None),
+        (ValueError("no path"), None),
+    ],
+)
+def test_only_a_full_disk_or_a_named_path_is_a_users_error(error: Exception, where: str | None) -> None:
+    found = disk_error(error)
+    assert (found.where if found is not None else None) == where

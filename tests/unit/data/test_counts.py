@@ -18,7 +18,7 @@ from dpo_dist.data.dataset import (
 )
 from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.errors import DataError
-from dpo_dist.training.data_setup import counts_told, short_run_told
+from dpo_dist.training.data_setup import describe_counts, describe_short_run
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 
@@ -43,7 +43,7 @@ def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
     assert counts["dropped"] == {"unread_content": 2}
     assert (counts["unread_tools"], counts["unread_images"]) == (2, 1)
     assert "tools" in counts["details"]["unread_content"]
-    [line, plain] = counts_told("train", counts)
+    [line, plain] = describe_counts("train", counts)
     assert "2 dropped (unread_content)" in line
     assert "2 unread tools" in line
     assert "40 of 40 records are plain text" in plain
@@ -52,7 +52,7 @@ def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
 
 def test_templated_records_are_not_called_plain(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
-    assert len(counts_told("train", opened(tmp_path, path, text_as_messages=True).counts)) == 1
+    assert len(describe_counts("train", opened(tmp_path, path, text_as_messages=True).counts)) == 1
 
 
 def test_every_source_is_told(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_every_source_is_told(tmp_path: Path) -> None:
         (first, 40, 40, {}),
         (second, 4, 3, {"missing_field": 1}),
     ]
-    lines = counts_told("train", counts)
+    lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
     assert lines[1:3] == [
         f"train data: {first}: 40 of 40 records kept, 40 pairs",
@@ -152,7 +152,7 @@ def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) ->
 )
 def test_a_run_of_hardly_any_pairs_is_told(pairs: int, trainer: dict[str, float], told: str | None) -> None:
     sampler = make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer))  # type: ignore[arg-type]
-    lines = short_run_told(sampler)
+    lines = describe_short_run(sampler)
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
     most = max(

@@ -1,4 +1,4 @@
-"""The screen stays readable, and the log does not fill with what libraries repeat."""
+"""Console: readable progress on the screen, and no repeated warnings in the log."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DataError
 from dpo_dist.report import console as console_module
 from dpo_dist.report.console import Console, open_console
@@ -19,30 +20,30 @@ from dpo_dist.report.console import Console, open_console
 
 @contextlib.contextmanager
 def opened(run_dir: Path) -> Iterator[Console]:
-    """A console where standard error is descriptor 2, as in a process of its own, and not pytest's."""
+    """Open a console with descriptor 2 as standard error, as in a process without pytest."""
     stderr = mock.patch.object(sys, "stderr", os.fdopen(2, "w", buffering=1, closefd=False))
-    with stderr, open_console(run_dir) as console:
+    with stderr, open_console(RunFolder(run_dir)) as console:
         yield console
 
 
 def warn(text: str) -> None:
-    """As some libraries do: with every filter reset before."""
+    """Warn like some libraries: reset all filters first."""
     warnings.simplefilter("always")
     warnings.warn(text, FutureWarning, stacklevel=1)
 
 
-def test_a_warning_is_logged_once_however_often_it_is_raised(tmp_path: Path) -> None:
+def test_a_repeated_warning_is_logged_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(), opened(tmp_path):
         for _ in range(3):
-            warn("a thing will go")
-            warn("another thing will go")
+            warn("a feature is deprecated")
+            warn("another one is deprecated")
     logged = (tmp_path / "logs" / "rank-0.log").read_text()
-    assert logged.count("FutureWarning: a thing will go") == 1
-    assert logged.count("FutureWarning: another thing will go") == 1
+    assert logged.count("FutureWarning: a feature is deprecated") == 1
+    assert logged.count("FutureWarning: another one is deprecated") == 1
     assert logging.getLogger("py.warnings").filters == []
 
 
-def test_only_the_first_rank_talks_but_every_rank_can_raise_an_alarm(
+def test_only_rank_0_prints_but_every_rank_can_print_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -55,7 +56,7 @@ def test_only_the_first_rank_talks_but_every_rank_can_raise_an_alarm(
     assert "process lost" in logged
 
 
-def test_the_log_has_the_traceback_of_an_error_and_ends_with_its_block(tmp_path: Path) -> None:
+def test_the_log_has_an_errors_traceback_and_ends_with_its_block(tmp_path: Path) -> None:
     with pytest.raises(DataError), opened(tmp_path):
         raise DataError("no pair", where="a.jsonl:3")
     logged = (tmp_path / "logs" / "rank-0.log").read_text()
@@ -63,7 +64,7 @@ def test_the_log_has_the_traceback_of_an_error_and_ends_with_its_block(tmp_path:
     assert logged.endswith("\ndata error: no pair\n  where:    a.jsonl:3\n")
 
 
-def test_a_heartbeat_is_shown_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_is_printed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     console, said = Console(None), []
     monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
     beat = console.heartbeat("encoding the data")
@@ -77,7 +78,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_a_bar_of_what_is_counted() -> None:
+def test_a_counter_on_a_terminal_is_a_bar() -> None:
     screen = Terminal()
     with Console(screen).counter("encoding train data", "record") as count:
         for _ in range(3):
@@ -86,7 +87,7 @@ def test_a_terminal_shows_a_bar_of_what_is_counted() -> None:
     assert "192record" in screen.getvalue()
 
 
-def test_a_bar_has_its_total_from_the_first_sight_and_nothing_to_do_has_none() -> None:
+def test_a_bar_appears_with_its_total_and_not_at_all_for_a_total_of_zero() -> None:
     screen = Terminal()
     with Console(screen).progress("reference", "pair") as show:
         show(0, 120)
@@ -99,7 +100,7 @@ def test_a_bar_has_its_total_from_the_first_sight_and_nothing_to_do_has_none() -
     assert not idle.getvalue()
 
 
-def test_elsewhere_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_without_a_terminal_prints_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, seconds = io.StringIO(), iter(range(0, 1000, 10))
     monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(seconds)))
     with Console(screen).counter("encoding train data", "record") as count:
@@ -113,12 +114,12 @@ def test_elsewhere_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("screen", [Terminal(), io.StringIO()])
-def test_nothing_is_shown_of_work_that_is_not_done(screen: io.StringIO) -> None:
+def test_a_counter_without_counts_shows_nothing(screen: io.StringIO) -> None:
     with Console(screen).counter("encoding train data", "record"):
         pass
     assert not screen.getvalue()
 
 
-def test_other_ranks_are_silent() -> None:
+def test_other_ranks_show_no_counter() -> None:
     with Console(None).counter("encoding train data", "record") as count:
         count(1)

@@ -1,3 +1,5 @@
+"""The metrics log keeps every row through kills and resumes, as JSON and CSV."""
+
 import csv
 import json
 import math
@@ -31,10 +33,10 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_csv_can_be_followed_while_the_run_trains(tmp_path: Path) -> None:
-    history = MetricsLog.open(RunFolder(tmp_path), None)
-    history.append(row_of(1))
-    history.append(evaluation_of(1, 0.6, 0.5))
+def test_the_csv_file_grows_with_every_row(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log.append(row_of(1))
+    log.append(evaluation_of(1, 0.6, 0.5))
     first, second = csv_rows(tmp_path)
     assert tuple(first) == COLUMNS
     assert float(first["loss"]) == row_of(1)["loss"]
@@ -42,26 +44,26 @@ def test_csv_can_be_followed_while_the_run_trains(tmp_path: Path) -> None:
     assert (second["step"], second["loss"], second["eval_loss"]) == ("1", "", "0.6")
 
 
-def test_a_key_without_a_column_gets_one_and_loses_nothing(tmp_path: Path) -> None:
-    history = MetricsLog.open(RunFolder(tmp_path), None)
-    history.append(row_of(1))
-    history.append({**row_of(2), "eval_hard/loss": 0.25})
-    history.append(row_of(3))
+def test_a_new_key_becomes_a_column(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log.append(row_of(1))
+    log.append({**row_of(2), "eval_hard/loss": 0.25})
+    log.append(row_of(3))
     assert [row["eval_hard/loss"] for row in csv_rows(tmp_path)] == ["", "0.25", ""]
     assert [row["step"] for row in csv_rows(tmp_path)] == ["1", "2", "3"]
 
 
-def test_saving_changes_nothing_that_was_appended(tmp_path: Path) -> None:
-    history = MetricsLog.open(RunFolder(tmp_path), None)
+def test_saving_changes_no_row(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path), None)
     for step in range(1, 4):
-        history.append({**row_of(step), "new": 1 / 3})
+        log.append({**row_of(step), "new": 1 / 3})
     appended = (tmp_path / "dpo_metrics" / "training_metrics.csv").read_bytes()
-    history.save()
+    log.save()
     assert (tmp_path / "dpo_metrics" / "training_metrics.csv").read_bytes() == appended
-    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == history.rows
+    assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == log.rows
 
 
-def test_resumed_files_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
+def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = MetricsLog.open(RunFolder(tmp_path / "whole"), None)
     for step in range(1, 11):
         whole.append(row_of(step))
@@ -84,7 +86,7 @@ def test_resumed_files_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_a_fresh_start_keeps_nothing_of_an_earlier_attempt(tmp_path: Path) -> None:
+def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
     earlier = MetricsLog.open(RunFolder(tmp_path), None)
     earlier.append(row_of(1))
     earlier.save()
@@ -94,23 +96,23 @@ def test_a_fresh_start_keeps_nothing_of_an_earlier_attempt(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", [None, "[{", "{}", "[1]", '[{"loss": 1}]', '[{"step": 1, "loss": "x"}]'])
-def test_unreadable_history_is_reported_and_training_goes_on(tmp_path: Path, content: str | None) -> None:
+def test_an_unreadable_file_is_a_warning_and_training_continues(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "dpo_metrics").mkdir()
         (tmp_path / "dpo_metrics" / "log_history.json").write_text(content)
-    told: list[str] = []
-    history = MetricsLog.open(RunFolder(tmp_path), 6, told.append)
-    assert "up to step 6" in told[0]
-    history.append(row_of(7))
-    history.save()
+    warnings: list[str] = []
+    log = MetricsLog.open(RunFolder(tmp_path), 6, warnings.append)
+    assert "up to step 6" in warnings[0]
+    log.append(row_of(7))
+    log.save()
     assert json.loads((tmp_path / "dpo_metrics" / "log_history.json").read_text()) == [row_of(7)]
 
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
-    history = MetricsLog.open(RunFolder(tmp_path), None)
-    history.append({"step": 1, "loss": math.nan, "grad_norm": math.inf})
-    history.save()
-    history.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log.append({"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    log.save()
+    log.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -142,6 +144,6 @@ def test_final_and_best_values() -> None:
     }
 
 
-def test_a_run_without_rows_or_evaluations_has_no_values_to_show() -> None:
+def test_a_run_without_rows_or_evaluations_has_no_final_or_best_values() -> None:
     assert final_and_best([]) == {"final": {}, "best": {}}
     assert final_and_best([row_of(1)])["best"] == {}

@@ -1,3 +1,5 @@
+"""The report page shows a run's configuration, results and cost, and needs no other file."""
+
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +12,7 @@ from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
 
-# Of a step of one second, the last of them.
+# Seconds of each phase in the last step, which takes one second.
 SHARES = {
     "data": 0.001,
     "reference": 0.0,
@@ -24,7 +26,7 @@ VOID = {"meta", "img"}
 
 
 class Page(HTMLParser):
-    """The visible text, the tags and every address of a page; fails where tags do not match."""
+    """Visible text, tags and addresses of a page; fails if tags do not match."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -78,9 +80,9 @@ def finished_run(folder: Path) -> Path:
     return run_dir
 
 
-def test_page_tells_what_was_run_and_what_came_out(tmp_path: Path) -> None:
+def test_the_page_shows_configuration_and_results(tmp_path: Path) -> None:
     run_dir = finished_run(tmp_path)
-    write_page(run_dir)
+    write_page(RunFolder(run_dir))
     page = Page((run_dir / "report.html").read_text())
     for shown in (
         "qwen-sigmoid-3fa9c1d2",
@@ -105,9 +107,9 @@ def test_page_tells_what_was_run_and_what_came_out(tmp_path: Path) -> None:
     assert "\n10\n0.6100" not in page.text
 
 
-def test_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_escapes_texts(tmp_path: Path) -> None:
     run_dir = finished_run(tmp_path)
-    write_page(run_dir)
+    write_page(RunFolder(run_dir))
     html = (run_dir / "report.html").read_text()
     page = Page(html)
     assert "script" not in page.tags
@@ -120,8 +122,8 @@ def test_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
     assert "@import" not in html
 
 
-def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
-    write_page(tmp_path)
+def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
+    write_page(RunFolder(tmp_path))
     page = Page((tmp_path / "report.html").read_text())
     assert tmp_path.name in page.text
     assert not {"h2", "table", "img", "details"} & set(page.tags)
@@ -130,28 +132,28 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "heading"),
     [
-        ("config.yaml", "a: [", "What was run"),
+        ("config.yaml", "a: [", "Complete configuration"),
         ("environment.json", "{", "Environment"),
         ("dpo_metrics/summary.json", "7", "Reference log-probs"),
         ("dpo_metrics/log_history.json", "{}", "Evaluations"),
     ],
 )
-def test_an_unreadable_file_costs_its_section_only(
+def test_an_unreadable_file_omits_only_its_section(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: str, heading: str
 ) -> None:
     run_dir = finished_run(tmp_path)
     (run_dir / name).write_text(content)
-    write_page(run_dir)
+    write_page(RunFolder(run_dir))
     text = Page((run_dir / "report.html").read_text()).text
-    headings = {"What was run", "Environment", "Reference log-probs", "Evaluations"}
+    headings = {"Complete configuration", "Environment", "Reference log-probs", "Evaluations"}
     assert {shown for shown in headings if shown in text} == headings - {heading}
     assert Path(name).name in caplog.text
 
 
-def test_values_that_were_never_finite_do_not_break_the_page(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
     history = MetricsLog.open(RunFolder(tmp_path), None)
     history.append({"step": 1, "loss": float("nan"), "eval_loss": float("inf")})
     history.save()
     history.write_summary({**final_and_best(history.rows), "exit": "diverged"})
-    write_page(tmp_path)
+    write_page(RunFolder(tmp_path))
     assert "diverged" in Page((tmp_path / "report.html").read_text()).text

@@ -1,3 +1,5 @@
+"""Training curves: one image from any rows; long runs are thinned."""
+
 import math
 import random
 from pathlib import Path
@@ -42,7 +44,7 @@ def evaluation_row(step: int) -> dict[str, float]:
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_whatever_rows_hold_gives_one_picture(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+def test_any_rows_give_one_image(tmp_path: Path, rows: list[dict[str, float]]) -> None:
     path = tmp_path / "training_curves.png"
     plots.draw_curves(rows, path, r"a $run\_{$ <b>")
     assert imread(path).shape == (1000, 1600, 4)
@@ -57,7 +59,7 @@ def test_long_runs_are_thinned_and_keep_their_last_point(length: int) -> None:
     assert set(np.diff(kept)) <= {math.ceil(length / 2000)}
 
 
-def test_moving_mean_keeps_levels_and_takes_out_noise() -> None:
+def test_the_moving_mean_keeps_levels_and_reduces_noise() -> None:
     constant = np.full(500, 3.0)
     np.testing.assert_allclose(plots._moving_mean(constant), constant)
     noise = np.random.default_rng(0).normal(size=500)
@@ -66,7 +68,7 @@ def test_moving_mean_keeps_levels_and_takes_out_noise() -> None:
     np.testing.assert_array_equal(plots._moving_mean(few), few)
 
 
-def test_a_value_that_is_not_finite_is_left_out_of_its_line() -> None:
+def test_values_that_are_not_finite_are_not_plotted() -> None:
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": math.nan}, {"step": 3}, {"step": 4, "loss": 4.0}]
     steps, values = plots._series(rows, "loss")
     assert steps.tolist() == [1, 4]

@@ -1,3 +1,5 @@
+"""Tracking sends rows to wandb, online or offline, and never stops or prompts a run."""
+
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ import psutil
 import pytest
 import wandb
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
 from dpo_dist.report.tracking import Tracker, open_tracker
 from tests.support.wandb_file import history_rows, read_records
@@ -23,7 +26,7 @@ SECRET = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture(autouse=True)
 def _own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No credentials of the person who runs the tests, and no service left for the next test."""
+    """Hide the credentials of the person who runs the tests; leave no service for the next test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -38,7 +41,7 @@ def config_of(mode: WandbMode) -> RunConfig:
 
 def open_in(run_dir: Path, mode: WandbMode, **options: Any) -> Tracker:
     run_dir.mkdir(exist_ok=True)
-    return open_tracker(config_of(mode), run_dir, lambda: None, **options)
+    return open_tracker(config_of(mode), RunFolder(run_dir), lambda: None, **options)
 
 
 def records_of(run_dir: Path, kind: str) -> list[Any]:
@@ -48,7 +51,7 @@ def records_of(run_dir: Path, kind: str) -> list[Any]:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the package itself warned of; wandb's own log is not shown to users."""
+    """Return the warnings of the package; users do not see those of wandb."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -56,7 +59,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -> None:
+def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path: Path) -> None:
     run_dir = tmp_path / "a-run-12345678"
     said: list[str] = []
     tracker = open_in(run_dir, WandbMode.offline, environment={"torch": "2.13.0"}, say=said.append)
@@ -96,13 +99,13 @@ def test_offline_run_holds_the_rows_the_config_and_the_outcome(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("preempted", 75), ("diverged", 3), ("failed", 1)])
-def test_the_outcome_is_told(tmp_path: Path, outcome: str, code: int) -> None:
+def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -> None:
     open_in(tmp_path, WandbMode.offline).finish(outcome, {})
     assert [record.exit_code for record in records_of(tmp_path, "exit")] == [code]
     assert len(records_of(tmp_path, "preempting")) == (outcome == "preempted")
 
 
-def test_a_resumed_job_goes_on_with_the_same_run(tmp_path: Path) -> None:
+def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     first = open_in(tmp_path, WandbMode.offline)
     assert first.run is not None
     run_id = first.run.id
@@ -126,10 +129,11 @@ def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
 from dpo_dist.report.tracking import open_tracker
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.off))
-tracker = open_tracker(config, Path({str(tmp_path / "run")!r}), lambda: None)
+tracker = open_tracker(config, RunFolder(Path({str(tmp_path / "run")!r})), lambda: None)
 tracker.log({{"step": 1}})
 tracker.finish("completed", {{}})
 assert "wandb" not in sys.modules
@@ -139,7 +143,7 @@ assert "wandb" not in sys.modules
 
 
 @pytest.mark.parametrize("mode", [WandbMode.auto, WandbMode.online])
-def test_without_a_key_the_run_is_offline_and_nothing_is_asked(
+def test_without_a_key_the_run_is_offline_without_a_prompt(
     tmp_path: Path, mode: WandbMode, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = open_in(tmp_path / "run", mode)
@@ -186,7 +190,7 @@ def open_online(run_dir: Path, monkeypatch: pytest.MonkeyPatch, server_url: str,
     monkeypatch.setenv("WANDB_BASE_URL", server_url)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     run_dir.mkdir()
-    return open_tracker(config_of(WandbMode.auto), run_dir, **options)
+    return open_tracker(config_of(WandbMode.auto), RunFolder(run_dir), **options)
 
 
 def test_online_run_reaches_the_server_and_its_stop_button_the_run(
@@ -207,7 +211,7 @@ def test_online_run_reaches_the_server_and_its_stop_button_the_run(
         ]
 
 
-def test_server_lost_while_training_holds_up_the_end_only_so_long(
+def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with WandbServer() as server:
@@ -229,7 +233,7 @@ def test_malformed_key_leaves_an_offline_run(
     tracker = open_in(tmp_path / "run", WandbMode.online, say=said.append)
     assert [line.split(":")[0] for line in said] == [
         "wandb cannot log in",
-        "wandb has no usable key, the run is kept offline; `wandb login` stores one",
+        "wandb has no usable key, the run is tracked offline; `wandb login` stores a key",
         "wandb",
     ]
     assert tracker.run is not None
@@ -248,7 +252,7 @@ def kill_service() -> None:
     psutil.wait_procs([service], timeout=10)
 
 
-def test_service_killed_by_the_signal_of_a_preemption_loses_no_later_row(
+def test_a_service_killed_by_a_preemption_loses_no_later_row(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = open_in(tmp_path, WandbMode.offline)
@@ -263,9 +267,7 @@ def test_service_killed_by_the_signal_of_a_preemption_loses_no_later_row(
     assert services() == []
 
 
-def test_failing_tracking_is_told_once_and_then_silent(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_tracking_prints_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_in(tmp_path, WandbMode.offline)
     for step in range(1, 5):
         if step in (2, 3):
@@ -273,11 +275,11 @@ def test_failing_tracking_is_told_once_and_then_silent(
         tracker.log({"step": step})
     tracker.finish("completed", {})
     (warning,) = warnings(caplog)
-    assert "training goes on" in warning
+    assert "training continues" in warning
     assert services() == []
 
 
-def test_run_folder_that_cannot_be_written_only_ends_tracking(
+def test_a_run_directory_that_cannot_be_written_ends_only_tracking(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "wandb").write_text("a file in the way")

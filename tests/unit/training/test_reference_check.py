@@ -1,4 +1,4 @@
-"""The step-0 gate lets a run start only if its policy scores like its reference."""
+"""Step-0 check: a run starts only if its policy scores like its reference."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
     config = DataConfig(cache=str(folder / "cache"))
     written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
     data = open_dataset(written, config)
-    # Keys that say which pair they belong to.
+    # Keys with the index of their example.
     return dataclasses.replace(data, keys=np.array([(n // 2, n) for n in range(2 * PAIRS)], dtype=np.uint64))
 
 
@@ -107,7 +107,7 @@ def check(world: World, data: PreferenceDataset, reference: StoredReference) -> 
 
 
 @pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if KINDS[kind].needs_reference))
-def test_a_policy_that_is_the_reference_passes_without_drift(check: Any, kind: LossKind) -> None:
+def test_a_policy_equal_to_the_reference_passes_without_drift(check: Any, kind: LossKind) -> None:
     assert check(Policy(), loss=LossConfig(kind)) == {
         "responses": 2 * PAIRS,
         "mean_token_drift": 0.0,
@@ -128,7 +128,7 @@ def test_drift_is_reported_per_token_and_per_response(check: Any, data: Preferen
     ("dtype", "drift"),
     [(Dtype.fp32, 2e-4), (Dtype.bf16, 0.2), (Dtype.bf16, -0.2), (Dtype.bf16, float("nan"))],
 )
-def test_a_row_that_drifts_beyond_the_precision_is_named(
+def test_an_example_that_drifts_beyond_the_precision_is_named(
     check: Any, data: PreferenceDataset, dtype: Dtype, drift: float
 ) -> None:
     with pytest.raises(ReferenceModelError, match="1 of 12 sampled") as raised:
@@ -136,14 +136,14 @@ def test_a_row_that_drifts_beyond_the_precision_is_named(
     assert str(data.origin(4)) + " response 1" in raised.value.where
 
 
-def test_small_drifts_that_add_up_to_another_loss_are_refused(check: Any) -> None:
+def test_small_drifts_that_change_the_loss_are_refused(check: Any) -> None:
     drifting = Policy(0, chosen_drift=9e-5)
     assert check(drifting)["largest_token_drift"] == pytest.approx(9e-5, rel=1e-2)
-    with pytest.raises(ReferenceModelError, match="not its value at zero margin"):
+    with pytest.raises(ReferenceModelError, match="differs from its value at zero margin"):
         check(drifting, loss=LossConfig(beta=5.0))
 
 
-def test_the_sample_is_seeded_and_no_larger_than_asked(check: Any) -> None:
+def test_the_sample_is_seeded_and_has_the_configured_size(check: Any) -> None:
     first, second = Policy(), Policy()
     check(first, audit_pairs=3)
     check(second, audit_pairs=3)

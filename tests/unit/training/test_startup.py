@@ -217,13 +217,13 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
     ("records", "overrides", "told"),
     [
         ([UNKNOWN] * 3, [], "no record can be used"),
-        ([COMPLETION], [], "sigmoid does not fit these records"),
-        ([PAIR], ["loss=odpo", "reference=cached"], "odpo does not fit these records"),
+        ([COMPLETION], [], "sigmoid cannot use 1 of 1 examples"),
+        ([PAIR], ["loss=odpo", "reference=cached"], "odpo cannot use 1 of 1 examples"),
         ([], [], "no records"),
         ([TEMPLATED] * 3, [], "chat template has already been applied to 3 of 3"),
         ([TEMPLATED] * 100, [], "chat template has already been applied to 64 of 64"),
         ([PAIR] * 9 + [UNKNOWN], [], "1 of 10 records cannot be used"),
-        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo does not fit"),
+        ([PAIR | {"score_chosen": 1, "score_rejected": 2}], ["loss=odpo"], "odpo cannot use"),
     ],
 )
 def test_a_check_reads_the_first_records(

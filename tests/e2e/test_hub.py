@@ -70,7 +70,7 @@ def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **envir
         **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
         "HF_ENDPOINT": url,
         "HF_HOME": str(folder / "home"),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         **environment,
     }
     command = [sys.executable, "-c", _STEPS, str(folder / "encoded"), json.dumps(steps)]

@@ -1,0 +1,47 @@
+"""Verbs called from Python, several times in one process."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Overrides
+from tests.support import warm
+from tests.support.launch import environment, history, train
+
+
+def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> None:
+    """Precompute, train, fail and train again; exit with 0 if every call does what it should."""
+    os.environ.clear()
+    os.environ.update(variables)
+    from dpo_dist import precompute
+    from dpo_dist import train as verb
+    from dpo_dist.config.load import load_run_config
+    from dpo_dist.errors import DataError
+
+    mine = logging.NullHandler()
+    logging.getLogger().handlers[:] = [mine]
+    assert precompute.main(load_run_config(command)) == 0
+    assert verb.check(load_run_config(command)) == 0
+    first = [*command, "parallelism=ddp", "loss.beta=0.3", f"run.dir={data.parent}/first"]
+    assert verb.main(load_run_config(first)) == 0
+    with pytest.raises(DataError):
+        verb.main(load_run_config([*command, f"data.train=[{data}]", "data.max_bad_share=0.01"]))
+    assert verb.main(load_run_config(command)) == 0
+    assert logging.getLogger().handlers == [mine], "the caller's logging is restored"
+
+
+def test_verbs_can_be_called_again_in_one_process(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((assets / "train.jsonl").read_text() + '{"prompt": ')
+    command = overrides("trainer.max_steps=2")
+    warm.start_parent()
+    process = warm.context.Process(
+        target=call_verbs, args=({**environment(), **warm.ENVIRONMENT}, broken, command)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    train([*command, f"run.dir={tmp_path}/fresh"])
+    assert history(tmp_path / "run") == history(tmp_path / "fresh"), "equal to a run in a process of its own"
