@@ -83,7 +83,7 @@ def differing_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]
 def _values(config: RunConfig) -> dict[str, Any]:
     """Return the plain value of every `section.key` that defines the run's result."""
     return {
-        f"{section.name}.{field.name}": _plain(getattr(content, field.name))
+        f"{section.name}.{field.name}": plain(getattr(content, field.name))
         for section in fields(config)
         if declaration(section).defines_result
         for content in [getattr(config, section.name)]
@@ -92,17 +92,17 @@ def _values(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` without dataclasses and enumerations; of these, only keys not at their default."""
+def plain(value: Any) -> Any:
+    """Return `value` without dataclasses and enums; of a dataclass, only keys not at their default."""
     if is_dataclass(value):
         usual = type(value)
         return {
-            field.name: _plain(getattr(value, field.name))
+            field.name: plain(getattr(value, field.name))
             for field in fields(value)
             if getattr(value, field.name) != getattr(usual, field.name, None)
         }
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
 
 

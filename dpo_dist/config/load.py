@@ -18,12 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_dist.config.check import check
-from dpo_dist.config.identity import run_dir
-from dpo_dist.config.keys import in_words
+from dpo_dist.config.identity import differing_keys, run_dir
+from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
+from dpo_dist.config.rules import RULES
 from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 
@@ -64,7 +65,7 @@ def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) ->
     return resolve(compose(overrides, own_folder), overrides, own_folder)
 
 
-def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: str = "config") -> DictConfig:
+def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictConfig:
     """Return Hydra's composition of `overrides`, not yet typed or checked.
 
     Raises:
@@ -76,7 +77,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: s
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
         with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
-            return hydra.compose(name, overrides=[*_search_path(own_folder), *lines])
+            return hydra.compose("config", overrides=[*_search_path(own_folder), *lines])
 
     try:
         composed = compose_lines(overrides)
@@ -108,6 +109,7 @@ def _apply_chosen_presets(
 
     Hydra applies groups before experiments: with `+experiment=qwen7b_lora loss=simpo` alone, the options that
     the experiment sets for its own loss would replace those of `simpo`. Values on the command line still win.
+    A preset without values restores the defaults of its section.
     """
     if not any(override.key_or_group == "experiment" for override in overrides):
         return
@@ -118,7 +120,7 @@ def _apply_chosen_presets(
         if file is None or group not in composed:
             continue
         keys = [str(key) for key in OmegaConf.load(file) if key != "defaults"]
-        is_whole = group in _WHOLE_SECTIONS
+        is_whole = group in _WHOLE_SECTIONS or not keys
         changed = [group] if is_whole else [f"{group}.{key}" for key in keys]
         alone = compose_lines(
             [
@@ -158,7 +160,7 @@ def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Pat
     loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
     config = replace(config, data=data, model=model, loss=loss)
     config = resolve_reference(config, given_keys(parsed))
-    check(config)
+    check(config, RULES)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
@@ -178,6 +180,18 @@ def from_yaml(text: str) -> RunConfig:
     except YAMLError as error:
         raise composition_error(error, (), group_folders()) from error
     return resolve(loaded)
+
+
+def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys by which `config` is another run than the config.yaml `file`: (old, new) of each.
+
+    Returns:
+        `{"loss.beta": (0.1, 0.2)}`; empty if this version cannot read the file.
+    """
+    try:
+        return differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
+    except (OSError, ConfigError):
+        return {}
 
 
 def _schema(kind: type) -> DictConfig:
@@ -219,7 +233,7 @@ def _adapter(content: Any) -> AdapterConfig | None:
             "model.adapter is not an adapter",
             where="model.adapter",
             got=str(content),
-            expected=f"null or {in_words(AdapterConfig)}",
+            expected=f"null or {describe_type(AdapterConfig)}",
             remedy="write 'model.adapter={r: 64, alpha: 128}'",
         )
     return _mapping(AdapterConfig, content, "model.adapter")
@@ -236,7 +250,7 @@ def _entries(key: str, entries: list[Any], kind: type[_Typed]) -> list[_Typed]:
                 f"{where} is not a {name}",
                 where=where,
                 got=str(content),
-                expected=f"a {main}{', a hub name' if kind is SourceConfig else ''} or {in_words(kind)}",
+                expected=f"a {main}{', a hub name' if kind is SourceConfig else ''} or {describe_type(kind)}",
                 remedy=f"write {key}=[ENTRY,ENTRY]",
             )
         typed.append(_mapping(kind, content, where))

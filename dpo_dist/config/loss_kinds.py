@@ -4,7 +4,6 @@ The table `KINDS` is the only place for such facts: checks, metrics and docs/los
 formulas are in `objective.losses`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -13,55 +12,18 @@ from omegaconf import MISSING
 
 from dpo_dist.config.fields import key, section
 
-
-class LossKind(StrEnum):
-    """Names of `loss.kind`."""
-
-    sigmoid = "sigmoid"
-    robust = "robust"
-    hinge = "hinge"
-    ipo = "ipo"
-    sigmoid_norm = "sigmoid_norm"
-    exo_pair = "exo_pair"
-    nca_pair = "nca_pair"
-    bco_pair = "bco_pair"
-    sppo_hard = "sppo_hard"
-    apo_zero = "apo_zero"
-    apo_down = "apo_down"
-    discopop = "discopop"
-    dpop = "dpop"
-    odpo = "odpo"
-    simpo = "simpo"
-    orpo = "orpo"
-    cpo = "cpo"
-    sft = "sft"
-    aot = "aot"
-    aot_unpaired = "aot_unpaired"
-    beta_dpo = "beta_dpo"
-    plackett_luce = "plackett_luce"
-
-
-class Divergence(StrEnum):
-    """f-divergence from the reference model (arXiv 2309.16240)."""
-
-    reverse_kl = "reverse_kl"
-    forward_kl = "forward_kl"
-    js = "js"
-    alpha = "alpha"
-
-
-class BcoDelta(StrEnum):
-    """Reward shift of `bco_pair`."""
-
-    zero = "zero"
-    running_mean = "running_mean"
-
-
-class Weighting(StrEnum):
-    """Weight of each pair's loss."""
-
-    none = "none"
-    wpo = "wpo"
+LossKind = StrEnum(
+    "LossKind",
+    "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
+    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce",
+)
+"""Names of `loss.kind`."""
+Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+"""f-divergence from the reference model (arXiv 2309.16240)."""
+BcoDelta = StrEnum("BcoDelta", ["zero", "running_mean"])
+"""Reward shift of `bco_pair`."""
+Weighting = StrEnum("Weighting", ["none", "wpo"])
+"""Weight of each pair's loss."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +197,7 @@ class SyncReferenceConfig:
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, "Kind of loss.", train_only=False)
+    kind: LossKind = key(LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", train_only=False)
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,
@@ -324,8 +286,3 @@ class LossConfig:
     def needs_scores(self) -> bool:
         """Whether the chosen response of every pair must be scored above the rejected one."""
         return any(facts.needs_scores for facts in self.facts)
-
-
-def listed(kinds: Iterable[LossKind]) -> str:
-    """Return names for an error message: `aot, ipo`."""
-    return ", ".join(sorted(kinds))

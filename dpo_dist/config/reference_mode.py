@@ -5,16 +5,23 @@ from dataclasses import replace
 
 from dpo_dist.config.schema import ReferenceConfig, ReferenceMode, RunConfig
 
-# Options that say how a reference model is loaded and scored, and the modes in which they have an effect.
 _LOADED = (ReferenceMode.cached, ReferenceMode.live)
-_MODES_USING = {
+_STORED = (ReferenceMode.cached,)
+MODES_USING = {
+    "path": _LOADED,
+    "revision": _LOADED,
+    "quantization": _LOADED,
+    "numerics": _STORED,
     "offload": _LOADED,
     "nvme_path": _LOADED,
-    "micro_batch_tokens": (ReferenceMode.cached,),
-    "rows_per_shard": (ReferenceMode.cached,),
+    "micro_batch_tokens": _STORED,
+    "rows_per_shard": _STORED,
     "audit_pairs": (*_LOADED, ReferenceMode.adapter),
 }
-_NAMING_A_MODEL = ("path", "revision", "quantization", "numerics")
+"""Options of `reference` and the modes in which they have an effect."""
+
+# They define the reference model; the other options only say how it is loaded and scored.
+_DEFINING = ("path", "revision", "quantization", "numerics")
 
 
 def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
@@ -33,9 +40,9 @@ def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConf
     mode = _needed_mode(config) if follows else reference.mode
     unused = []
     if follows or mode_given:
-        unused += [option for option, modes in _MODES_USING.items() if mode not in modes]
+        unused += [opt for opt, modes in MODES_USING.items() if mode not in modes and opt not in _DEFINING]
     if follows and mode is ReferenceMode.none and _is_given("loss", given):
-        unused += _NAMING_A_MODEL
+        unused += _DEFINING
     defaults = ReferenceConfig()
     reset = {option: getattr(defaults, option) for option in unused if f"reference.{option}" not in given}
     return replace(config, reference=replace(reference, mode=mode, **reset))

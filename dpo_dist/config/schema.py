@@ -14,104 +14,22 @@ from omegaconf import MISSING
 from dpo_dist.config.fields import key, section
 from dpo_dist.config.loss_kinds import LossConfig
 
-
-class Resume(StrEnum):
-    auto = "auto"
-    never = "never"
-    must = "must"
-
-
-class Dtype(StrEnum):
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class AttentionBackend(StrEnum):
-    auto = "auto"
-    flash_attention_2 = "flash_attention_2"
-    varlen = "varlen"
-    sdpa = "sdpa"
-
-
-class AdapterVariant(StrEnum):
-    lora = "lora"
-    rslora = "rslora"
-    dora = "dora"
-
-
-class Quantization(StrEnum):
-    int8 = "int8"
-    nf4 = "nf4"
-
-
-class DataFormat(StrEnum):
-    auto = "auto"
-    hh = "hh"
-    text = "text"
-    messages = "messages"
-    ranked = "ranked"
-    completion = "completion"
-
-
-class Ranked(StrEnum):
-    whole = "whole"
-    best_worst = "best_worst"
-    all_pairs = "all_pairs"
-
-
-class TextTemplate(StrEnum):
-    auto = "auto"
-    applied = "applied"
-    literal = "literal"
-
-
-class Truncation(StrEnum):
-    keep_start = "keep_start"
-    keep_end = "keep_end"
-    drop = "drop"
-
-
-class OnBadRecord(StrEnum):
-    drop = "drop"
-    error = "error"
-
-
-class ReferenceMode(StrEnum):
-    auto = "auto"
-    cached = "cached"
-    live = "live"
-    adapter = "adapter"
-    none = "none"
-
-
-class Numerics(StrEnum):
-    strict = "strict"
-    tolerant = "tolerant"
-
-
-class Offload(StrEnum):
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-class ParallelismKind(StrEnum):
-    zero3 = "zero3"
-    zero2 = "zero2"
-    ddp = "ddp"
-
-
-class LearningRateSchedule(StrEnum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class WandbMode(StrEnum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    off = "off"
+Resume = StrEnum("Resume", ["auto", "never", "must"])
+Dtype = StrEnum("Dtype", ["bf16", "fp32"])
+AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
+AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
+Quantization = StrEnum("Quantization", ["int8", "nf4"])
+DataFormat = StrEnum("DataFormat", ["auto", "hh", "text", "messages", "ranked", "completion"])
+Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
+TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
+Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
+OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
+ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
+Numerics = StrEnum("Numerics", ["strict", "tolerant"])
+Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
+ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
+LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
+WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
 
 
 @dataclass(frozen=True)
@@ -147,7 +65,9 @@ class ModelConfig:
     path: str = key(MISSING, "Folder or hub name of the model to train.", filled=True)
     revision: str | None = key(None, "Branch, tag or commit of a hub model.")
     dtype: Dtype = key(Dtype.bf16, "`bf16` (with float32 master weights) or `fp32`.")
-    attention: AttentionBackend = key(AttentionBackend.auto, "Attention kernel.", free=True)
+    attention: AttentionBackend = key(
+        AttentionBackend.auto, "Attention kernel; `auto`: the fastest.", free=True
+    )
     gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
         "none",
         "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
@@ -156,7 +76,9 @@ class ModelConfig:
     )
     compile: bool = key(False, "torch.compile in decoder layers.", free=True)
     liger: bool = key(False, "Liger's kernels in decoder layers (CUDA, the `liger` extra).", free=True)
-    adapter: Any = key(None, "Train an adapter in place of all weights.", of=AdapterConfig)
+    adapter: Any = key(
+        None, "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.", of=AdapterConfig
+    )
     quantization: Quantization | None = key(
         None, "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."
     )
@@ -183,8 +105,8 @@ class SourceConfig:
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
-    train: list[Any] = key([], "Training data: files, patterns, folders or hub datasets.", of=SourceConfig)
-    eval: list[Any] = key([], "Evaluation data, likewise.", of=SourceConfig)
+    train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
+    eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
     max_length: int = key(1024, "Tokens of prompt and response together.", at_least=2)
     max_prompt_length: int | None = key(
         None, "Tokens of a prompt, which loses its start beyond; null: no limit.", at_least=1
@@ -268,7 +190,7 @@ class ParallelismConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    lr: float = key(1e-6, "Peak learning rate.", above=0)
+    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,

@@ -2,11 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint import (
@@ -40,7 +40,7 @@ from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, prepare_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
-from dpo_dist.training.run_state import RunState, check_identity, identify
+from dpo_dist.training.run_state import RunState, check_configuration, check_identity, identify
 
 
 def train(config: RunConfig, console: Console) -> int:
@@ -105,7 +105,7 @@ def _complete(
 ) -> int:
     """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
     folder = RunFolder.of(config)
-    check_identity(finished.identity, {"run_digest": run_digest(config)}, folder.state)
+    world.on_main(partial(check_configuration, finished.identity, config, folder))
     check_identity(finished.identity, identify(config, load_inputs(config, world, console)), folder.state)
     recorder = None
     if finished.outcome is Outcome.exported:
@@ -196,6 +196,7 @@ def _world(config: RunConfig, console: Console) -> Iterator[World]:
         check_async_io()
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    torch.use_deterministic_algorithms(False)  # an earlier run of this process may have set it
     if config.trainer.deterministic:
         use_deterministic_kernels()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from dpo_dist.atomic import is_temporary, recover_folder, write_text
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
@@ -24,7 +23,7 @@ from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.page import write_page
-from dpo_dist.training.run_state import RunState, check_identity, read_state, write_state
+from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
 
 T = TypeVar("T")
 
@@ -131,7 +130,7 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     if checkpoint is None:
         _check_fresh_start(config.run.resume, folder, is_finished, has_model)
         return Start()
-    check_identity(checkpoint.state, {"run_digest": run_digest(config)}, checkpoint.folder)
+    world.on_main(partial(check_configuration, checkpoint.state, config, folder))
     check_same_processes(checkpoint, config.parallelism, world)
     return Start(checkpoint)
 

@@ -1,12 +1,14 @@
-"""State of a run in one file: what has been done, and with which inputs. Written whole, by rank 0."""
+"""`run_state.json`: outcome and progress of a run, and digests of its inputs. Rank 0 writes it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError, Outcome
@@ -14,7 +16,7 @@ from dpo_dist.training.data_setup import Inputs
 
 Identity = dict[str, str | None]
 
-_IDENTITY_WORDS = {
+_NAMES = {
     "run_digest": "configuration",
     "data": "training data",
     "eval_data": "evaluation data",
@@ -28,10 +30,10 @@ class RunState:
     """Content of the state file.
 
     Attributes:
-        outcome: what the run has come to.
-        step: the number of steps done, of `started` those it started from.
-        identity: digests of what the run's result depends on.
-        summary: of a run whose model is written, what summary.json tells.
+        outcome: of the run so far.
+        step: the number of steps done; with `started`, when the last start began.
+        identity: digests of all inputs that decide the result.
+        summary: content of summary.json with `exported`, else None.
     """
 
     outcome: Outcome
@@ -51,7 +53,7 @@ def read_state(folder: RunFolder) -> RunState | None:
         content = json.loads(file.read_bytes())
         state = RunState(**{**content, "outcome": Outcome(content["outcome"])})
         if not isinstance(state.step, int) or not isinstance(state.identity, dict):
-            raise TypeError("step is a number, and identity has digests by their names")
+            raise TypeError("step must be a number, and identity a mapping of names to digests")
         return state
     except FileNotFoundError:
         return None
@@ -70,7 +72,7 @@ def write_state(folder: RunFolder, state: RunState) -> None:
 
 
 def identify(config: RunConfig, inputs: Inputs) -> Identity:
-    """Return the digests of what a run's result depends on."""
+    """Return the digests of all inputs that decide a run's result."""
     return {
         "run_digest": run_digest(config),
         "data": inputs.train_set.fingerprint,
@@ -80,33 +82,47 @@ def identify(config: RunConfig, inputs: Inputs) -> Identity:
     }
 
 
-def check_identity(recorded: dict[str, Any], identity: Identity, where: Path) -> None:
-    """Accept inputs that are those that a run has been training with.
+def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
+    """Check that the run directory belongs to `config`.
 
     Args:
-        recorded: a checkpoint's state, or the identity in the state file.
-        identity: of this start.
-        where: the file or folder that `recorded` is from.
+        recorded: the state of a checkpoint, or the identity in the state file.
+        config: of this start.
+        folder: the run directory.
 
     Raises:
-        CheckpointError: files that the configuration names have changed since, or another configuration.
+        CheckpointError: it belongs to another configuration; the error names the keys that differ.
+    """
+    digest, former = run_digest(config), recorded.get("run_digest")
+    if former == digest:
+        return
+    changed = changed_keys(folder.config, config)
+    raise CheckpointError(
+        "the run directory belongs to another configuration",
+        where=str(folder.config if changed else folder),
+        got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}",
+        expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items()) or f"digest {former}",
+        remedy="remove run.dir, which gives every configuration its own run directory, or set another one",
+    )
+
+
+def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
+    """Check that the inputs of a run have not changed.
+
+    Args:
+        recorded: the state of a checkpoint, or the identity in the state file.
+        identity: of this start.
+        where: the file or folder with `recorded`.
+
+    Raises:
+        CheckpointError: files that the configuration names have changed.
     """
     for name, digest in identity.items():
-        if recorded.get(name) == digest:
-            continue
-        words = _IDENTITY_WORDS[name]
-        if name == "run_digest":
+        if recorded.get(name) != digest:
             raise CheckpointError(
-                "the run folder belongs to another configuration",
+                f"the {_NAMES[name]} of this run changed since it was last saved",
                 where=str(where),
                 got=f"digest {digest}",
-                expected=f"digest {recorded.get(name)}, see the config.yaml of the run",
-                remedy="leave run.dir out, so that every configuration has its own, or name another one",
+                expected=f"digest {recorded.get(name)}",
+                remedy="restore the former files, or start a new run with another run.dir",
             )
-        raise CheckpointError(
-            f"the {words} of this run changed since it was last saved",
-            where=str(where),
-            got=f"digest {digest}",
-            expected=f"digest {recorded.get(name)}",
-            remedy="put the former files back, or start afresh with another run.dir",
-        )

@@ -11,7 +11,7 @@ from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
-from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, SourceConfig, TrainerConfig
 from dpo_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -191,13 +191,17 @@ def test_an_unknown_name_in_a_term_has_its_index() -> None:
 
 
 def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
+    config = load_run_config(["+experiment=qwen7b_lora", "data=hh_rlhf", "model=llama3_1_8b"])
+    assert (config.data.truncation, config.data.max_length) == ("keep_end", 2048)
+    assert config.model.path.startswith("meta-llama/")
+    assert config.model.adapter is not None, "a key that the preset lacks has the experiment's value"
+
+
+def test_a_preset_without_values_restores_the_defaults_of_its_section() -> None:
     config = load_run_config(["+experiment=qwen7b", "trainer=default"])
-    assert config.trainer.global_batch_pairs == 64
-    assert config.trainer.micro_batch_tokens == 16384, (
-        "a key that the preset lacks keeps the experiment's value"
-    )
+    assert config.trainer == TrainerConfig()
     config = load_run_config(["+experiment=qwen7b", "trainer=default", "trainer.global_batch_pairs=32"])
-    assert config.trainer.global_batch_pairs == 32
+    assert config.trainer == TrainerConfig(global_batch_pairs=32)
 
 
 def test_a_loss_of_the_command_line_replaces_all_loss_options_of_an_experiment() -> None:

@@ -1,158 +1,111 @@
-"""What does not go together is refused, with the key and a remedy (law L5); what does is accepted."""
+"""Values that contradict each other are an error with keys and a remedy (law L5); others are accepted."""
 
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from dpo_dist.config.load import resolve
+from dpo_dist.config import load
 from dpo_dist.config.loss_kinds import KINDS, LossKind
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.rules import RULES
 from dpo_dist.errors import ConfigError
+from tests.unit.config.support import configured
+from tests.unit.config.test_rules_reference import NO_REFERENCE, REFUSED_REFERENCES
 
-NO_REFERENCE = {"reference.mode": "none"}
+ADAPTER = {"model.adapter": {"r": 8}}
+QUANTIZED = ADAPTER | {"model.quantization": "nf4", "reference.mode": "adapter", "parallelism.kind": "ddp"}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"run.name": ""}, "run.name"),
+    ({"run.name": "a/b"}, "run.name"),
+    ({"model.dtype": "fp32", "model.attention": "varlen"}, "model.attention, model.dtype"),
+    ({"model.gradient_checkpointing": False}, "model.gradient_checkpointing"),
+    ({"model.gradient_checkpointing": True}, "model.gradient_checkpointing"),
+    ({"model.gradient_checkpointing": "some"}, "model.gradient_checkpointing"),
+    ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
+    ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
+    ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
+    ({"data.train": []}, "data.train"),
+    ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval"),
+    (
+        {"data.train": [{"path": "a", "format": "text"}], "data.ranked": "all_pairs"},
+        "data.ranked, data.train",
+    ),
+    ({"data.max_prompt_length": 64, "data.max_length": 64}, "data.max_prompt_length, data.max_length"),
+    ({"loss.label_smoothing": 0.5, "loss.kind": "robust"}, "loss.label_smoothing"),
+    ({"loss.label_smoothing": 0.1, "loss.kind": "hinge"}, "loss.label_smoothing, loss.kind"),
+    ({"loss.length_average": False}, "loss.length_average, loss.kind"),
+    ({"loss.simpo_gamma": 1.0}, "loss.simpo_gamma, loss.kind"),
+    ({"loss.kind": "orpo", "loss.beta": 0.2} | NO_REFERENCE, "loss.beta, loss.kind"),
+    ({"loss.kind": "nca_pair", "loss.divergence": "js"}, "loss.divergence, loss.kind"),
+    ({"loss.divergence": "js", "loss.alpha_coefficient": 0.3}, "loss.alpha_coefficient, loss.divergence"),
+    (
+        {"loss.terms": [{"kind": "sigmoid"}, {"kind": "nca_pair"}], "loss.divergence": "js"},
+        "loss.divergence, loss.terms",
+    ),
+    (
+        {"loss.terms": [{"kind": "sigmoid"}, {"kind": "aot"}], "loss.weighting": "wpo"},
+        "loss.weighting, loss.terms",
+    ),
+    ({"loss.kind": "sft", "loss.ld_alpha": 0.5} | NO_REFERENCE, "loss.ld_alpha, loss.kind"),
+    ({"loss.kind": "aot", "loss.weighting": "wpo"}, "loss.weighting, loss.kind"),
+    ({"loss.kind": "plackett_luce", "loss.weighting": "wpo"}, "loss.weighting, loss.kind"),
+    ({"loss.bco_delta": "running_mean"}, "loss.bco_delta, loss.kind"),
+    ({"loss.discopop_tau": 0.1}, "loss.discopop_tau, loss.kind"),
+    ({"loss.kind": "discopop", "loss.discopop_tau": 2.0}, "loss.discopop_tau"),
+    ({"loss.dpop_lambda": 5.0}, "loss.dpop_lambda, loss.kind"),
+    ({"loss.offset_alpha": 0.5}, "loss.offset_alpha, loss.kind"),
+    ({"loss.orpo_lambda": 0.2}, "loss.orpo_lambda, loss.kind"),
+    ({"loss.cpo_nll_weight": 0.5}, "loss.cpo_nll_weight, loss.kind"),
+    ({"loss.beta_alpha": 0.5}, "loss.beta_alpha, loss.kind"),
+    ({"loss.beta_momentum": 0.5}, "loss.beta_momentum, loss.kind"),
+    ({"loss.kind": "exo_pair", "loss.label_smoothing": 0.0}, "loss.label_smoothing, loss.kind"),
+    ({"loss.kind": "exo_pair", "loss.label_smoothing": 0.5}, "loss.label_smoothing"),
+    ({"loss.kind": "sft", "loss.reference_free": True} | NO_REFERENCE, "loss.reference_free, loss.kind"),
+    ({"loss.terms": [{"kind": "sigmoid"}, {"kind": "sigmoid"}]}, "loss.terms"),
+    ({"loss.terms": [{"kind": "sigmoid"}], "loss.kind": "ipo"}, "loss.kind, loss.terms"),
+    ({"optim.betas": [0.9]}, "optim.betas"),
+    ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
+    ({"trainer.eval_at_start": True}, "trainer.eval_at_start, data.eval"),
+    (
+        {"parallelism.kind": "zero2", "parallelism.offload_parameters": "cpu"},
+        "parallelism.offload_parameters, parallelism.kind",
+    ),
+    (
+        {"parallelism.kind": "ddp", "parallelism.offload_optimizer": "cpu"},
+        "parallelism.offload_optimizer, parallelism.kind",
+    ),
+    ({"model.adapter": {"dropout": 0.05}}, "model.adapter.dropout"),
+    ({"model.adapter": {"target_modules": []}}, "model.adapter.target_modules"),
+    ({"model.adapter": {"target_modules": "all_linear"}}, "model.adapter.target_modules"),
+    ({"model.quantization": "int8"}, "model.quantization, model.adapter"),
+    (QUANTIZED | {"parallelism.kind": "zero3"}, "model.quantization, parallelism.kind"),
+    (QUANTIZED | {"parallelism.kind": "zero2"}, "model.quantization, parallelism.kind"),
+    (
+        QUANTIZED | {"model.adapter": {"variant": "dora"}, "model.quantization": "int8"},
+        "model.adapter.variant, model.quantization",
+    ),
+    (QUANTIZED | {"model.compile": True}, "model.compile, model.quantization"),
+    ({"data.template_date": "26 Jul 2024"}, "data.template_date"),
+    ({"parallelism.offload_parameters": "nvme"}, "parallelism.offload_parameters"),
+    ({"parallelism.offload_optimizer": "nvme"}, "parallelism.offload_optimizer"),
+]
 
 
-def configured(values: dict[str, Any]) -> RunConfig:
-    config = OmegaConf.create({"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}})
-    for key, value in values.items():
-        OmegaConf.update(config, key, value, force_add=True)
-    return resolve(config)
-
-
-OUT_OF_RANGE = {
-    "data.max_length": [1, 0, -5],
-    "data.max_prompt_length": [0],
-    "data.max_bad_share": [-0.1, 1.1],
-    "data.processes": [0],
-    "loss.beta": [0.0, -0.1, float("inf"), float("nan")],
-    "loss.label_smoothing": [-0.1, 0.5, 0.9, 1.0],
-    "reference.micro_batch_tokens": [0],
-    "reference.rows_per_shard": [0],
-    "reference.audit_pairs": [-1],
-    "optim.lr": [0.0, -1e-6, float("nan")],
-    "optim.warmup_ratio": [-0.1, 1.5],
-    "optim.weight_decay": [-0.1],
-    "optim.eps": [0.0],
-    "optim.max_grad_norm": [0.0],
-    "trainer.global_batch_pairs": [0],
-    "trainer.micro_batch_tokens": [0],
-    "trainer.epochs": [0.0],
-    "trainer.max_steps": [0],
-    "trainer.eval_every": [-1],
-    "trainer.save_every": [-1],
-    "trainer.log_every": [-1],
-    "trainer.keep_last": [-1],
-    "trainer.seed": [-1],
-    "trainer.stop_after_steps": [0],
-    "trainer.max_seconds": [0.0],
-    "parallelism.timeout_seconds": [0],
-}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values]
-)
-def test_out_of_range(key: str, value: float) -> None:
-    with pytest.raises(ConfigError) as caught:
-        configured({key: value})
-    assert caught.value.where == key
-    assert caught.value.expected
-    assert caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("values", "where"),
-    [
-        ({"run.name": ""}, "run.name"),
-        ({"run.name": "a/b"}, "run.name"),
-        ({"model.dtype": "fp32", "model.attention": "varlen"}, "model.attention, model.dtype"),
-        ({"model.gradient_checkpointing": True}, "model.gradient_checkpointing"),
-        ({"model.gradient_checkpointing": "some"}, "model.gradient_checkpointing"),
-        ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
-        ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
-        ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
-        ({"data.train": []}, "data.train"),
-        ({"data.train": [{"path": "a", "weight": 0}]}, "data.train[0].weight"),
-        ({"data.eval": ["a", {"path": "b", "limit": 0}]}, "data.eval[1].limit"),
-        ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval[0].weight"),
-        (
-            {"data.train": [{"path": "a", "format": "text"}], "data.ranked": "all_pairs"},
-            "data.ranked, data.train",
-        ),
-        ({"reference.revision": "main"}, "reference.revision, reference.path"),
-        ({"data.max_prompt_length": 64, "data.max_length": 64}, "data.max_prompt_length, data.max_length"),
-        ({"loss.label_smoothing": 0.5, "loss.kind": "robust"}, "loss.label_smoothing"),
-        ({"loss.label_smoothing": 0.1, "loss.kind": "hinge"}, "loss.label_smoothing"),
-        ({"loss.length_average": False}, "loss.length_average"),
-        ({"loss.simpo_gamma": 1.0}, "loss.simpo_gamma"),
-        ({"loss.kind": "orpo", "loss.beta": 0.2} | NO_REFERENCE, "loss.beta"),
-        ({"loss.kind": "nca_pair", "loss.divergence": "js"}, "loss.divergence"),
-        ({"loss.divergence": "js", "loss.alpha_coefficient": 0.3}, "loss.alpha_coefficient, loss.divergence"),
-        (
-            {"loss.terms": [{"kind": "sigmoid"}, {"kind": "nca_pair"}], "loss.divergence": "js"},
-            "loss.divergence",
-        ),
-        ({"loss.kind": "sft", "loss.ld_alpha": 0.5} | NO_REFERENCE, "loss.ld_alpha"),
-        ({"loss.kind": "aot", "loss.weighting": "wpo"}, "loss.weighting"),
-        ({"loss.kind": "plackett_luce", "loss.weighting": "wpo"}, "loss.weighting"),
-        ({"loss.bco_delta": "running_mean"}, "loss.bco_delta"),
-        ({"loss.discopop_tau": 0.1}, "loss.discopop_tau"),
-        ({"loss.kind": "discopop", "loss.discopop_tau": 2.0}, "loss.discopop_tau"),
-        ({"loss.dpop_lambda": 5.0}, "loss.dpop_lambda"),
-        ({"loss.offset_alpha": 0.5}, "loss.offset_alpha"),
-        ({"loss.orpo_lambda": 0.2}, "loss.orpo_lambda"),
-        ({"loss.cpo_nll_weight": 0.5}, "loss.cpo_nll_weight"),
-        ({"loss.beta_alpha": 0.5}, "loss.beta_alpha"),
-        ({"loss.beta_momentum": 0.5}, "loss.beta_momentum"),
-        ({"loss.kind": "exo_pair", "loss.label_smoothing": 0.0}, "loss.label_smoothing"),
-        ({"loss.kind": "exo_pair", "loss.label_smoothing": 0.5}, "loss.label_smoothing"),
-        ({"loss.kind": "sft", "loss.reference_free": True} | NO_REFERENCE, "loss.reference_free"),
-        ({"loss.terms": [{"kind": "sigmoid", "weight": 0.0}]}, "loss.terms[0].weight"),
-        ({"loss.terms": [{"kind": "sigmoid"}, {"kind": "sigmoid"}]}, "loss.terms[1].kind"),
-        ({"loss.terms": [{"kind": "sigmoid"}], "loss.kind": "ipo"}, "loss.kind, loss.terms"),
-        ({"loss.kind": "simpo", "reference.mode": "cached"}, "reference.mode"),
-        ({"loss.reference_free": True, "reference.mode": "live"}, "reference.mode"),
-        (
-            {"reference.mode": "live", "reference.micro_batch_tokens": 64},
-            "reference.micro_batch_tokens, reference.mode",
-        ),
-        (
-            {"reference.mode": "live", "reference.rows_per_shard": 64},
-            "reference.rows_per_shard, reference.mode",
-        ),
-        (
-            {"loss.kind": "sft", "reference.audit_pairs": 4} | NO_REFERENCE,
-            "reference.audit_pairs, reference.mode",
-        ),
-        (
-            {"loss.kind": "sft", "reference.micro_batch_tokens": 64} | NO_REFERENCE,
-            "reference.micro_batch_tokens, reference.mode",
-        ),
-        ({"loss.kind": "sft", "reference.path": "m"} | NO_REFERENCE, "reference.path, reference.mode"),
-        (
-            {"loss.kind": "sft", "reference.offload": "cpu"} | NO_REFERENCE,
-            "reference.offload, reference.mode",
-        ),
-        ({"optim.betas": [0.9]}, "optim.betas"),
-        ({"optim.betas": [0.9, 1.0]}, "optim.betas[1]"),
-        ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
-        ({"trainer.eval_at_start": True}, "trainer.eval_at_start, data.eval"),
-        (
-            {"parallelism.kind": "zero2", "parallelism.offload_parameters": "cpu"},
-            "parallelism.offload_parameters, parallelism.kind",
-        ),
-        (
-            {"parallelism.kind": "ddp", "parallelism.offload_optimizer": "cpu"},
-            "parallelism.offload_optimizer, parallelism.kind",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("values", "where"), REFUSED)
 def test_refused(values: dict[str, Any], where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configured(values)
     assert caught.value.where == where
+    assert caught.value.got
+    assert caught.value.remedy
     assert caught.value.exit_code == 2
+
+
+def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "check", lambda *_: None)
+    configurations = [configured(values) for values, _ in [*REFUSED, *REFUSED_REFERENCES]]
+    broken = {next((rule for rule in RULES if rule.broken(config)), None) for config in configurations}
+    assert [(rule.keys, rule.why) for rule in RULES if rule not in broken] == []
 
 
 @pytest.mark.parametrize(
@@ -200,7 +153,7 @@ def test_a_term_that_needs_a_reference_makes_the_loss_need_it() -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [(True, "full"), (False, "none")])
-def test_checkpointing_told_as_before_names_its_new_word(old: bool, new: str) -> None:
+def test_checkpointing_of_earlier_versions_names_its_new_value(old: bool, new: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configured({"model.gradient_checkpointing": old})
     assert caught.value.remedy == f"set model.gradient_checkpointing={new}"

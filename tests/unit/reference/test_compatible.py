@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_dist.config.check_store import check_store
-from dpo_dist.config.schema import Numerics, ReferenceConfig, ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Peer, World
-from dpo_dist.errors import ConfigError, ReferenceModelError
+from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
 from dpo_dist.reference.compatible import (
     Profile,
@@ -171,13 +169,3 @@ def test_ranks_with_other_numerics_are_an_error(
     assert raised.value.remedy.endswith(remedy)
     for name, value in other.items():
         assert f"{name}: {PROFILE[name]} on rank 0 (host-a), {value} on rank 1 (host-b)" in raised.value.got
-
-
-@pytest.mark.parametrize(("mode", "audit_pairs"), [(ReferenceMode.live, 16), (ReferenceMode.cached, 0)])
-def test_tolerance_without_a_store_or_an_audit_is_refused(mode: ReferenceMode, audit_pairs: int) -> None:
-    reference = ReferenceConfig(mode=mode, numerics=Numerics.tolerant, audit_pairs=audit_pairs)
-    with pytest.raises(ConfigError) as raised:
-        check_store(reference)
-    assert "reference.numerics" in raised.value.where
-    check_store(replace(reference, numerics=Numerics.strict))
-    check_store(replace(reference, mode=ReferenceMode.cached, audit_pairs=1))

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import pytest
 
 from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
@@ -23,6 +24,7 @@ from dpo_dist.training.finish import finish
 from dpo_dist.training.run_start import find_start, locked, mark_started
 from dpo_dist.training.run_state import (
     RunState,
+    check_configuration,
     check_identity,
     read_state,
     write_state,
@@ -132,6 +134,23 @@ def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> Non
                 check_identity(recorded, IDENTITY, folder.state)
             words = "configuration" if name == "run_digest" else name.replace("eval_data", "evaluation data")
             assert words in caught.value.what
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(folder: RunFolder) -> None:
+    command = ["model.path=m", "data.train=[a.jsonl]", f"run.dir={folder}"]
+    former = load_run_config(command)
+    other = load_run_config([*command, "data.train=[b.jsonl]", "loss.beta=0.2", "trainer.log_every=7"])
+    recorded = {"run_digest": run_digest(former), "step": 4}
+    check_configuration(recorded, former, folder)
+    with pytest.raises(CheckpointError) as caught:
+        check_configuration(recorded, other, folder)
+    assert caught.value.expected == f"digest {recorded['run_digest']}", "there is no config.yaml"
+    folder.config.write_text(to_yaml(former))
+    with pytest.raises(CheckpointError, match="belongs to another configuration") as caught:
+        check_configuration(recorded, other, folder)
+    assert caught.value.where == str(folder.config)
+    assert caught.value.got == "data.train=[{'path': 'b.jsonl'}], loss.beta=0.2"
+    assert caught.value.expected == "data.train=[{'path': 'a.jsonl'}], loss.beta=0.1"
 
 
 def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> None:

@@ -61,7 +61,7 @@ def test_quantized_weights_under_an_adapter_are_accepted() -> None:
         (["model.adapter={target_modules: []}"], "all-linear, or a list"),
         (["model.adapter={target_modules: all_linear}"], "all-linear, or a list"),
         (["reference=adapter"], "set model.adapter="),
-        ([ADAPTER, "reference=adapter", "reference.path=other"], "leave reference.path out"),
+        ([ADAPTER, "reference=adapter", "reference.path=other"], "remove reference.path"),
         ([ADAPTER, "reference=adapter", "reference.offload=cpu"], "parallelism.offload_parameters"),
         ([ADAPTER, "reference=adapter", "loss.kind=simpo"], "choose reference=none"),
         (["model.quantization=int8"], "cannot be trained"),
@@ -75,7 +75,7 @@ def test_quantized_weights_under_an_adapter_are_accepted() -> None:
         ([*QUANTIZED, "model.compile=true"], "model.compile=false"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_with_a_way_out(overrides: list[str], told: str) -> None:
+def test_errors_name_the_key_or_value_to_set(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load_run_config([*BASIC, *overrides])
     assert told in str(refused.value)

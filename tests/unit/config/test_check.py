@@ -1,0 +1,132 @@
+"""Every bound declared at a field is checked, with the key and the range in the error."""
+
+import re
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.check import as_written
+from dpo_dist.config.keys import all_keys
+from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.schema import AdapterConfig, SourceConfig
+from dpo_dist.errors import ConfigError
+from tests.unit.config.support import configured
+
+OUT_OF_RANGE = {
+    "data.max_length": [1, 0, -5],
+    "data.max_prompt_length": [0],
+    "data.max_bad_share": [-0.1, 1.1],
+    "data.processes": [0],
+    "loss.beta": [0.0, -0.1, float("inf"), float("nan")],
+    "loss.label_smoothing": [-0.1, 0.5, 0.9, 1.0],
+    "loss.alpha_coefficient": [-11.0, 11.0],
+    "loss.discopop_tau": [0.0, 2.0],
+    "loss.dpop_lambda": [-1.0],
+    "loss.offset_alpha": [-1.0],
+    "loss.simpo_gamma": [-1.0],
+    "loss.orpo_lambda": [-1.0],
+    "loss.cpo_nll_weight": [-1.0],
+    "loss.beta_alpha": [-1.0],
+    "loss.beta_momentum": [-0.1, 1.0],
+    "loss.ld_alpha": [-0.1, 1.1],
+    "loss.sync_reference.every": [0],
+    "loss.sync_reference.mixup": [0.0, 1.1],
+    "reference.micro_batch_tokens": [0],
+    "reference.rows_per_shard": [0],
+    "reference.audit_pairs": [-1],
+    "optim.lr": [0.0, -1e-6, float("nan")],
+    "optim.warmup_ratio": [-0.1, 1.5],
+    "optim.weight_decay": [-0.1],
+    "optim.eps": [0.0],
+    "optim.max_grad_norm": [0.0],
+    "trainer.global_batch_pairs": [0],
+    "trainer.micro_batch_tokens": [0],
+    "trainer.epochs": [0.0],
+    "trainer.max_steps": [0],
+    "trainer.eval_every": [-1],
+    "trainer.save_every": [-1],
+    "trainer.log_every": [-1],
+    "trainer.keep_last": [-1],
+    "trainer.seed": [-1],
+    "trainer.stop_after_steps": [0],
+    "trainer.max_seconds": [0.0],
+    "parallelism.timeout_seconds": [0],
+}
+IN_MAPPINGS: dict[str, dict[str, Any]] = {
+    "data.train[0].weight": {"data.train": [{"path": "a", "weight": 0}]},
+    "data.eval[0].weight": {"data.eval": [{"path": "a", "weight": 0}]},
+    "data.train[0].limit": {"data.train": [{"path": "a", "limit": 0}]},
+    "data.eval[1].limit": {"data.eval": ["a", {"path": "b", "limit": 0}]},
+    "loss.terms[0].weight": {"loss.terms": [{"kind": "sigmoid", "weight": 0.0}]},
+    "model.adapter.r": {"model.adapter": {"r": 0}},
+    "model.adapter.alpha": {"model.adapter": {"alpha": 0}},
+    "optim.betas[1]": {"optim.betas": [0.9, 1.0]},
+}
+EMPTY: dict[str, Any] = {
+    "data.train[0].path": {"data.train": [{"path": " "}]},
+    "data.eval[0].path": {"data.eval": [""]},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_out_of_range(key: str, value: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured({key: value})
+    assert caught.value.where == key
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_every_declared_bound_has_a_case() -> None:
+    entries = {re.sub(r"\[\d\](?=\.)", "[]", key).removesuffix("[1]") for key in IN_MAPPINGS}
+    bounded = {key for key, row in all_keys().items() if str(row.bounds)}
+    assert bounded == {*OUT_OF_RANGE, *entries}
+
+
+@pytest.mark.parametrize(("where", "values"), IN_MAPPINGS.items(), ids=str)
+def test_out_of_range_inside_of_lists_and_mappings(where: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is out of range") as caught:
+        configured(values)
+    assert caught.value.where == where
+
+
+def test_null_is_named_where_the_key_accepts_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured({"trainer.max_steps": 0})
+    assert (caught.value.got, caught.value.expected) == ("0", ">= 1 or null")
+    assert caught.value.remedy.endswith(", or null")
+
+
+@pytest.mark.parametrize(
+    "key", [row.name for row in all_keys().values() if row.filled and "[]" not in row.name]
+)
+def test_an_empty_path_is_not_the_current_folder(key: str) -> None:
+    with pytest.raises(ConfigError, match="is empty") as caught:
+        configured({key: ""})
+    assert caught.value.where == key
+
+
+@pytest.mark.parametrize(("where", "values"), EMPTY.items(), ids=str)
+def test_an_empty_path_of_a_source_is_named_with_its_index(where: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is empty") as caught:
+        configured(values)
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (0.10, "0.1"),
+        (LossKind.ipo, "ipo"),
+        ("", "''"),
+        ([], "[]"),
+        ([SourceConfig("a", limit=3), "b"], "[{path: a, limit: 3}, b]"),
+        (AdapterConfig(r=8), "{r: 8}"),
+    ],
+)
+def test_values_are_shown_as_a_user_writes_them(value: object, text: str) -> None:
+    assert as_written(value) == text
