@@ -58,9 +58,9 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
     return load_other
 
 
-def reference_of(overrides: list[str], world: World) -> run_module.Reference:
+def reference_of(overrides: list[str], world: World) -> reference_setup.Reference:
     config, console = load_run_config(overrides), Console(io.StringIO())
-    return run_module.build_reference(config, load_inputs(config, world, console), world, console)
+    return reference_setup.prepare_reference(config, load_inputs(config, world, console), world, console)
 
 
 def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
