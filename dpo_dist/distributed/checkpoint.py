@@ -1,20 +1,20 @@
-"""Checkpoints that exist whole or not at all (law L4).
+"""Save, find and load checkpoints that are complete or absent (law L4).
 
-All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests; then
-it is renamed, `latest` follows, and only after that older ones are deleted. Nothing is loaded that no
-manifest vouches for. Training continues while the written files are flushed to disk in the background.
+All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests. Then
+the folder is renamed, `latest` is updated, and after that older checkpoints are deleted. Only files that
+match a manifest are loaded. Training continues while the files are flushed to disk in the background.
 """
 
+import contextlib
 import io
 import json
 import logging
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,18 +41,18 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 class Sharded(Protocol):
-    """Weights that training changes, saved by shards: the policy, and a reference that follows it."""
+    """Weights that training changes, saved by shards: the policy, and a reference updated from it."""
 
     def save_shards(self, folder: str) -> list[Path]:
-        """Write this rank's shards below `folder` and return the files that this rank wrote; collective.
+        """Write this rank's shards below `folder` and return their files; collective.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the files cannot be written.
         """
         ...
 
     def load_shards(self, folder: str) -> None:
-        """Read what `save_shards` wrote on the same number of ranks; collective."""
+        """Read the shards that `save_shards` wrote on the same number of ranks; collective."""
         ...
 
 
@@ -61,9 +61,9 @@ class Checkpoint:
     """A committed checkpoint.
 
     Attributes:
-        folder: where its files are.
-        state: the loop's state in it.
-        damaged: names of newer checkpoints that are not whole.
+        folder: the folder of its files.
+        state: the loop's state.
+        damaged: names of newer checkpoints that are damaged.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that is written, and being flushed to disk in the background."""
+    """A written checkpoint that is flushed to disk in the background."""
 
     temporary: Path
     folder: Path
@@ -81,10 +81,9 @@ class _Pending:
 
 
 class CheckpointSaver:
-    """Save the checkpoints of one run below `root` and keep the last `keep_last` whole ones, at least one.
+    """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
-    `damaged` names checkpoints that are known not to be whole: they do not count, and are deleted once a
-    whole one has been committed.
+    `damaged` names checkpoints that are not counted, and are deleted after the next commit.
     """
 
     def __init__(
@@ -102,28 +101,28 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write `root/step-NNNNNN`; it exists once `commit` has returned, or the next `save`. Collective.
+        """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
 
         Raises:
-            CheckpointError: it cannot be written, or the one before; what is committed is untouched.
+            CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
         world, folder = self._world, self._root / f"step-{step:06d}"
-        temporary = Path(world.on_main(lambda: _make(temporary_name(folder))))
+        temporary = Path(world.on_main(lambda: _create(temporary_name(folder))))
         written = world.together(lambda: _write(temporary, self._parts, state, world))
         entries = self._disk.submit(_described, written, temporary)
         self._pending = _Pending(temporary, folder, entries)
 
     @property
     def is_ready(self) -> bool:
-        """Whether this rank's files of a pending checkpoint are on disk; not collective."""
+        """Return whether this rank's files of a pending checkpoint are on disk; not collective."""
         return self._pending is not None and self._pending.entries.done()
 
     def commit(self) -> None:
-        """Wait for the pending checkpoint, if there is one, and make it the latest; collective.
+        """Wait for the pending checkpoint, if any, and make it the latest; collective.
 
         Raises:
-            CheckpointError: the disk did not take it; what was committed before is untouched.
+            CheckpointError: the disk is full or failed; checkpoints committed before are unchanged.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -136,60 +135,60 @@ class CheckpointSaver:
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are those of its manifest; None if there is none. Collective.
+    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole.
+        CheckpointError: all checkpoints are damaged.
     """
     folders = world.on_main(lambda: _committed(root))
     damaged: list[str] = []
     for folder in folders:
-        damage = [
-            fault for faults in world.gather(find_faults(folder, world.rank, world.size)) for fault in faults
-        ]
+        faults = world.gather(find_faults(folder, world.rank, world.size))
+        damage = [fault for of_rank in faults for fault in of_rank]
         if not damage:
-            return Checkpoint(folder, world.on_main(partial(_read_state, folder)), tuple(damaged))
+            state = json.loads(world.on_main((folder / _STATE).read_text))
+            return Checkpoint(folder, state, tuple(damaged))
         log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(damage[:5]))
         damaged.append(folder.name)
     if folders:
         raise CheckpointError(
-            "no checkpoint of this run is whole",
+            "every checkpoint of this run is damaged",
             where=str(root),
             got=f"{', '.join(damaged)}; {damage[0]}",
-            remedy="restore the folder, or delete it to start afresh",
+            remedy="restore the folder, or delete it to start from the beginning",
         )
     return None
 
 
 def check_same_processes(checkpoint: Checkpoint, parallelism: ParallelismConfig, world: World) -> None:
-    """Accept a checkpoint that as many processes wrote, with the same sharding and the same optimizer.
+    """Check that the checkpoint has the same number of ranks, sharding and optimizer as this run.
 
     Raises:
-        CheckpointError: its shards or its optimizer states are others.
+        CheckpointError: its shards or optimizer states cannot be loaded by these processes.
     """
     saved_ranks = checkpoint.state["world_size"]
     if saved_ranks != world.size:
         raise CheckpointError(
-            "the checkpoint was written by another number of processes",
+            "the checkpoint was written by a different number of processes",
             where=str(checkpoint.folder),
             got=f"{world.size} processes",
             expected=f"{saved_ranks}",
-            remedy=f"launch {saved_ranks} processes, or start afresh with another run.dir",
+            remedy=f"launch {saved_ranks} processes, or start from the beginning with another run.dir",
         )
     for key, value in saved_parallelism(parallelism).items():
         saved = checkpoint.state.get(key, value)
         if saved != value:
             raise CheckpointError(
-                f"the checkpoint was written with another {key}",
+                f"the checkpoint was written with a different {key}",
                 where=str(checkpoint.folder),
                 got=f"{key}={value}",
                 expected=f"{key}={saved}",
-                remedy=f"set {key}={saved}, or start afresh with another run.dir",
+                remedy=f"set {key}={saved}, or start from the beginning with another run.dir",
             )
 
 
 def saved_parallelism(parallelism: ParallelismConfig) -> dict[str, str]:
-    """Return the options that shards and optimizer states depend on, as a checkpoint's state has them."""
+    """Return the options that shards and optimizer states depend on, for a checkpoint's state."""
     return {
         "parallelism.kind": parallelism.kind.value,
         "parallelism.offload_optimizer": parallelism.offload_optimizer.value,
@@ -200,18 +199,13 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
     """Restore weights, optimizer and random states on the processes that saved them; collective."""
     for part in parts:
         part.load_shards(str(checkpoint.folder))
-    # Written by this program and vouched for by the manifest, so unpickling it is safe.
+    # Written by this program and checked against the manifest, so unpickling is safe.
     states = torch.load(checkpoint.folder / _random_file(world), weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if world.device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / _STATE).read_bytes())
-    return state
 
 
 def drop_checkpoints(root: Path) -> None:
@@ -222,49 +216,50 @@ def drop_checkpoints(root: Path) -> None:
     (root / _LATEST).unlink(missing_ok=True)
 
 
-def _make(folder: Path) -> str:
-    """A new folder to write in; what a save that never finished left beside it goes first, to make room."""
-    for left_over in folder.parent.glob("step-*"):
-        if is_temporary(left_over):
-            shutil.rmtree(left_over, ignore_errors=True)
-    _guard(lambda: folder.mkdir(parents=True), folder)
+def _create(folder: Path) -> str:
+    """Create `folder` and return it; first remove unfinished checkpoints beside it, to make room."""
+    for unfinished in folder.parent.glob("step-*"):
+        if is_temporary(unfinished):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    with _disk_errors(folder):
+        folder.mkdir(parents=True)
     return str(folder)
 
 
 def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world: World) -> list[Path]:
     """Write this rank's files and return them."""
-    written: list[Path] = []
-
-    def work() -> None:
-        for part in parts:
-            written.extend(part.save_shards(str(folder)))
-        states = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if world.device.type == "cuda" else None,
-        }
-        content = io.BytesIO()  # so that a full disk is an OSError
-        torch.save(states, content)
+    with _disk_errors(folder):
+        written = [file for part in parts for file in part.save_shards(str(folder))]
+        content = io.BytesIO()  # torch.save to a file would not raise an OSError if the disk is full
+        torch.save(_random_states(world), content)
         written.append(folder / _random_file(world))
         written[-1].write_bytes(content.getvalue())
         if world.is_main:
             written.append(folder / _STATE)
             written[-1].write_text(json.dumps({**state, "world_size": world.size}, indent=1))
-
-    _guard(work, folder)
     return written
 
 
-def _guard(work: Callable[[], None], folder: Path) -> None:
+def _random_states(world: World) -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if world.device.type == "cuda" else None,
+    }
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Raise a `CheckpointError` for an `OSError` inside the block."""
     try:
-        work()
+        yield
     except OSError as error:
         raise CheckpointError(
             "a checkpoint cannot be written",
             where=str(folder),
             got=str(error),
-            remedy="make room; the last committed checkpoint is untouched, the same command resumes from it",
+            remedy="free disk space and run the same command again: it resumes from the last checkpoint",
         ) from error
 
 
@@ -273,30 +268,27 @@ def _random_file(world: World) -> str:
 
 
 def _described(files: Sequence[Path], folder: Path) -> Entries:
-    entries: Entries = {}
-    _guard(lambda: entries.update(describe_files(files, folder)), folder)
-    return entries
+    with _disk_errors(folder):
+        return describe_files(files, folder)
 
 
 def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
-    def work() -> None:
+    with _disk_errors(folder):
         write_manifest(temporary, entries)
         commit_folder(temporary, folder)
         write_text(folder.parent / _LATEST, folder.name)
 
-    _guard(work, folder)
-
 
 def _delete_old(committed: Path, keep_last: int, damaged: set[str]) -> None:
-    """Keep `committed` and the newest whole ones beside it; of the others only their sizes are looked at."""
+    """Delete all checkpoints but `committed` and the newest complete ones, checked by file size only."""
     others = [folder for folder in _committed(committed.parent) if folder != committed]
-    whole = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
-    for folder in set(others) - set(whole[: keep_last - 1]):
+    complete = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
+    for folder in set(others) - set(complete[: keep_last - 1]):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _committed(root: Path) -> list[Path]:
-    """Folders of checkpoints, newest first, whole or not."""
+    """Return the folders of checkpoints, newest first, damaged or not."""
     steps = {
         folder: int(match[1])
         for folder in root.glob("step-*")

@@ -1,6 +1,6 @@
 """Manifest of a checkpoint: its files with sizes and digests, as reported by the ranks that wrote them.
 
-No directory is listed to make or to check it: on a network file system a listing may lack files that another
+No directory is listed to write or check it: on a network file system a listing may lack files that another
 node has just written.
 """
 
@@ -21,7 +21,7 @@ Entries = dict[str, dict[str, Any]]
 
 @contextlib.contextmanager
 def recorded_writes(checkpoint_engine: Any) -> Iterator[list[Path]]:
-    """Yield a list that receives every file DeepSpeed writes through `checkpoint_engine` within the block."""
+    """Yield a list of the files that DeepSpeed writes with `checkpoint_engine` inside the block."""
     save, written = checkpoint_engine.save, []
 
     def recorded(state_dict: Any, path: str) -> None:
@@ -36,9 +36,9 @@ def recorded_writes(checkpoint_engine: Any) -> Iterator[list[Path]]:
 
 
 def describe_files(files: Iterable[Path], folder: Path) -> Entries:
-    """Flush `files` below `folder` to disk and return size and digest of each, by relative name.
+    """Flush `files` below `folder` to disk and return their sizes and digests by relative name.
 
-    To be called by the process that wrote them: only its own host is sure to have their bytes.
+    Call this in the process that wrote the files: other hosts may not see their bytes yet.
 
     Raises:
         OSError: a file cannot be written to disk or read again.
@@ -51,17 +51,17 @@ def describe_files(files: Iterable[Path], folder: Path) -> Entries:
 
 
 def write_manifest(folder: Path, entries: Entries) -> None:
-    """Write the manifest of `folder`, with a digest of its own."""
+    """Write the manifest of `folder`, with a digest of the manifest itself."""
     content = {"files": entries, "digest": _digest(entries)}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return what `write_manifest` wrote.
+    """Return the entries that `write_manifest` wrote.
 
     Raises:
-        OSError: there is no manifest, or it cannot be read.
-        ValueError: it is not what was written.
+        OSError: the manifest is missing or cannot be read.
+        ValueError: the manifest was changed.
     """
     content = json.loads((folder / MANIFEST).read_bytes())
     entries = content.get("files") if isinstance(content, dict) else None
@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Entries:
 
 
 def has_all_files(folder: Path) -> bool:
-    """Return whether `folder` has a manifest and every file of it in its size; contents are not read."""
+    """Return whether `folder` has all files of its manifest in the right sizes, without reading them."""
     try:
         entries = read_manifest(folder)
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
@@ -80,7 +80,7 @@ def has_all_files(folder: Path) -> bool:
 
 
 def find_faults(folder: Path, part: int, parts: int) -> list[str]:
-    """Read every `parts`-th file of the manifest, from the `part`-th on, and return what is wrong."""
+    """Read every `parts`-th file of the manifest, starting at `part`, and return the faults found."""
     try:
         entries = read_manifest(folder)
     except (OSError, ValueError) as error:

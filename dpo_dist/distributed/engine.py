@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO engines of the policy and of a sharded model that is only scored."""
+"""DeepSpeed ZeRO engines: the policy, and a sharded model that is only scored."""
 
 import contextlib
+import copy
 import math
 import shutil
 from collections.abc import Iterator
@@ -29,8 +30,6 @@ from dpo_dist.distributed.device_memory import (
     reference_remedy,
     return_memory,
 )
-from dpo_dist.distributed.gather_order import keep_gather_orders
-from dpo_dist.distributed.whole_weights import whole_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
@@ -38,14 +37,14 @@ from dpo_dist.model.layers import decoder_layers
 
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
-    """Within it, transformers loads and makes whole weights, whatever the policy's configuration says."""
+    """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
     return sharded_loading(world, {"zero_optimization": {"stage": 0}})
 
 
 @contextlib.contextmanager
 def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, transformers loads weights as this configuration shards them, not as the policy's does."""
-    inner = HfDeepSpeedConfig(deepspeed_config)  # held: transformers keeps a weak reference
+    """Make transformers shard weights by this configuration inside the block, not by the policy's."""
+    inner = HfDeepSpeedConfig(deepspeed_config)  # a variable, as transformers keeps a weak reference
     try:
         yield
     finally:
@@ -54,7 +53,7 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
 
 
 class FrozenEngine:
-    """A sharded model that is only scored; `folder` is where its weights lie on NVMe."""
+    """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
 
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
         self._folder = folder
@@ -65,20 +64,20 @@ class FrozenEngine:
 
     @torch.no_grad()
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        """float32 [targets]; collective under ZeRO-3."""
+        """Return log-probs of every target of `batch`, float32 [targets]; collective."""
         with explain_out_of_memory(f"scoring {describe_batch(batch)}", reference_remedy()):
             logps: Tensor = self._engine(batch)
         return logps
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model inside; its tensors are sharded."""
+        """Return the transformers model of the engine; its tensors are sharded."""
         return self._engine.module.causal_lm
 
     def free(self) -> None:
-        """Give its memory back."""
+        """Release the memory of the model; it cannot be used afterwards."""
         self._engine.destroy()
-        # DeepSpeed's own lists and caches go on referring to the modules, so their tensors are emptied.
+        # DeepSpeed's lists and caches still refer to the modules, so their tensors are emptied.
         for weight in self._engine.module.parameters():
             weight.ds_tensor.data = weight.data = weight.new_empty(0)
             if weight.nvme_swapper is not None:
@@ -86,7 +85,7 @@ class FrozenEngine:
         for buffer in self._engine.module.buffers():
             buffer.data = buffer.new_empty(0)
         del self._engine
-        # Loading replaced it for the whole process, which would change the digits of a policy that is whole.
+        # Loading replaced `linear` for the whole process, which would change an unsharded policy's digits.
         if not is_deepspeed_zero3_enabled():
             torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
         if self._folder is not None:
@@ -95,10 +94,10 @@ class FrozenEngine:
 
 
 class PolicyEngine:
-    """The trained model: forward, accumulated backward, and the optimizer step. Methods are collective."""
+    """The trained model: forward, accumulated backward, optimizer step. Methods are collective."""
 
     def __init__(self, model: PackedCausalLM, optim: OptimConfig, world: World):
-        # Where the optimizer is offloaded, Accelerate puts DeepSpeed's CPU Adam in its place.
+        # With an offloaded optimizer, Accelerate replaces this one by DeepSpeed's CPU Adam.
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, optim.weight_decay),
             lr=optim.lr,
@@ -112,7 +111,7 @@ class PolicyEngine:
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
         self._backwards, self._current = 0, ("", "")
-        keep_gather_orders(self._engine)
+        _record_gather_orders(self._engine)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -126,14 +125,14 @@ class PolicyEngine:
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
-        """float32 [targets] of the model with its adapter off."""
+        """Return `token_logps` of the base model, without the adapter."""
         with adapter_off(self._engine.module):
             return self.token_logps(batch)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate gradients of a local sum of losses; `is_last` ends the step's accumulation.
+        """Accumulate gradients of this rank's sum of losses; `is_last` ends the accumulation of the step.
 
-        DeepSpeed averages gradients over ranks, so the sum over ranks needs the factor world size.
+        DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size to get the sum.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
         with explain_out_of_memory(*self._current):
@@ -141,15 +140,15 @@ class PolicyEngine:
         self._backwards = 0 if is_last else self._backwards + 1
 
     def _naming(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
-        """Within it, and in the backward that follows, running out of GPU memory is reported with `batch`."""
+        """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
         self._current = f"{work}: {describe_batch(batch)}", policy_remedy(batch)
         return explain_out_of_memory(*self._current)
 
     def step(self, learning_rate: float) -> Tensor:
-        """Clip and update; returns the gradient norm before clipping, a scalar on the device.
+        """Clip gradients, update weights, and return the norm before clipping, a scalar on the device.
 
-        A norm that is not finite is the same on every rank, and then no weight has changed.
+        If the norm is not finite, which it is on all ranks or on none, no weight has changed.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -159,27 +158,27 @@ class PolicyEngine:
         return torch.as_tensor(norm, device=self._world.device)
 
     def save_shards(self, folder: str) -> list[Path]:
-        """Write weights, master weights and optimizer states, every rank its own; returns this rank's files.
+        """Write this rank's shards of weights, master weights and optimizer states; return their files.
 
         Raises:
-            OSError: this rank cannot write its own; the others go on.
+            OSError: this rank cannot write its shards; the other ranks continue.
         """
         try:
             with recorded_writes(self._engine.checkpoint_engine) as written:
                 options = {"save_latest": False, "exclude_frozen_parameters": True}
                 self._engine.save_checkpoint(folder, tag="engine", **options)
-        except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by a RuntimeError
-            # The other ranks, done with theirs, are in the collective calls that end DeepSpeed's saving: join
-            # them. If it was a rank's death that failed here, it fails again.
+        except (OSError, RuntimeError) as error:  # a RuntimeError if the disk is full
+            # The other ranks wait in the collective calls at the end of DeepSpeed's saving: join them. If the
+            # error came from a dead rank, these calls fail again.
             if hasattr(self._engine.optimizer, "checkpoint_event_epilogue"):
                 self._engine.optimizer.checkpoint_event_epilogue()
             dist.barrier()
             raise OSError(str(error)) from error
-        scripts = Path(folder).glob("*.py") if self._world.is_main else ()  # DeepSpeed's, to convert shards
+        scripts = Path(folder).glob("*.py") if self._world.is_main else ()  # DeepSpeed's converter of shards
         return [*written, *scripts]
 
     def load_shards(self, folder: str) -> None:
-        """Read what `save_shards` wrote on the same number of ranks."""
+        """Read the shards that `save_shards` wrote on the same number of ranks."""
         self._engine.load_checkpoint(
             folder,
             tag="engine",
@@ -188,18 +187,26 @@ class PolicyEngine:
         )
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All trained weights under their transformers names, on rank 0's host memory; None elsewhere."""
-        weights = whole_weights(self._engine, self._world.is_main)
-        return weights and {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
+        """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks."""
+        if self._engine.zero_optimization_partition_weights():
+            weights = self._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        else:
+            weights = _copied_to_host(self._engine.module.state_dict()) if self._world.is_main else None
+        if not self._world.is_main:
+            return None
+        return {name.removeprefix("causal_lm."): tensor for name, tensor in weights.items()}
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model inside; its tensors may be sharded."""
+        """Return the transformers model of the engine; its tensors may be sharded."""
         return self._engine.module.causal_lm
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not; under ZeRO-3 only `ds_shape` still knows which is which."""
+    """Return parameter groups with weight decay for matrices, and without for biases and norms.
+
+    Under ZeRO-3 only `ds_shape` has the number of dimensions.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -212,6 +219,41 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _gather_whole_layers(model: PackedCausalLM) -> None:
-    """Have ZeRO-3 gather the weights of a compiled layer at once: its hooks then lie outside of the code."""
+    """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
+
+
+def _record_gather_orders(engine: Any) -> None:
+    """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
+
+    DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
+    weights in that order. It keeps one record per model. A forward in another order discards the record, and
+    recording again takes two forwards without prefetch and several collective comparisons. A policy has
+    forwards of different orders: with gradients, without them, and without its adapter.
+    """
+    if not engine.zero_optimization_partition_weights():
+        return
+    offload = engine.optimizer.parameter_offload
+    adapted, unused = adapted_layers(engine.module)[:1], offload.param_coordinator
+    coordinators: dict[tuple[bool, bool], Any] = {}
+
+    def select(*_: Any) -> None:
+        kind = torch.is_grad_enabled(), any(layer.disable_adapters for layer in adapted)
+        if kind not in coordinators:
+            # A copy shares the list of weights in flight, and gets a record of its own.
+            coordinators[kind] = copy.copy(unused)
+            coordinators[kind]._clear_trace_structures()
+        offload.param_coordinator = coordinators[kind]
+
+    # Before DeepSpeed's own hook, which reads the record.
+    engine.module.register_forward_pre_hook(select, prepend=True)
+
+
+def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy each tensor out of DeepSpeed's flat buffers; tied weights stay one tensor."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in weights.values():
+        if (tensor.data_ptr(), tensor.shape) not in copies:
+            copies[tensor.data_ptr(), tensor.shape] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}

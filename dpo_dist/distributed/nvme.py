@@ -1,4 +1,4 @@
-"""Weights on a local disk: whether DeepSpeed can put them there, and in whose folder."""
+"""Folder for weights on a local NVMe disk, and a check that DeepSpeed can use it."""
 
 import shutil
 from pathlib import Path
@@ -13,14 +13,14 @@ _PREFIX = "dpo_dist"
 
 
 def check_async_io() -> None:
-    """Raise where DeepSpeed cannot read and write beside computing.
+    """Check that DeepSpeed can build its asynchronous file access.
 
     Raises:
-        ConfigError: libaio is not installed, or there is no compiler.
+        ConfigError: libaio or a compiler is not installed.
     """
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError(
-            "offload to NVMe needs DeepSpeed's async_io, which cannot be built here",
+            "offload to NVMe needs DeepSpeed's async_io, which cannot be built on this host",
             where="reference.offload",
             got="nvme",
             expected="libaio with its headers, and a C++ compiler",
@@ -29,12 +29,12 @@ def check_async_io() -> None:
 
 
 def own_folder(nvme_path: str, world: World) -> Path:
-    """A new folder below `nvme_path` for this process alone; those of dead processes of this host go.
+    """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
 
-    DeepSpeed empties what it finds at the place that it is given, so no two processes may share one.
+    DeepSpeed deletes everything in its folder, so processes must not share one.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: the folder cannot be created.
     """
     peer, root = world.peers[world.rank], Path(nvme_path)
     for folder in root.glob(f"{_PREFIX}-{peer.host}-*"):
@@ -47,9 +47,9 @@ def own_folder(nvme_path: str, world: World) -> Path:
         own.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
-            "the folder for weights on NVMe cannot be made",
+            "the folder for weights on NVMe cannot be created",
             where="reference.nvme_path",
             got=f"{own}: {error.strerror}",
-            remedy="set reference.nvme_path to a folder that can be written on every node",
+            remedy="set reference.nvme_path to a folder that is writable on every node",
         ) from error
     return own

@@ -1,8 +1,8 @@
-"""Detect dead and failed processes of the run, so that exactly one process prints what happened.
+"""Detect dead and failed processes of the run, so that exactly one process prints the error.
 
-A process that is blocked in a collective call cannot be reached by another collective call, and if it waits
-for a CUDA kernel it runs no signal handler either. Failures are therefore recorded in the key-value store in
-which the processes met, and a thread of each process looks for them and for dead processes of its host.
+A process that is blocked in a collective call cannot be reached by another collective call, and while it
+waits for a CUDA kernel it runs no signal handler either. Failures are therefore recorded in the key-value
+store of the rendezvous, and a thread of each process checks it, and the processes of its host.
 """
 
 import contextlib
@@ -31,12 +31,10 @@ _FAILURES, _EXIT_CODE = "failures", "exit_code"
 
 T = TypeVar("T")
 
-Tell = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Peer:
-    """Where a rank runs; `namespace` is that of its process number, another one in each container."""
+    """Host and process of a rank; `namespace` is that of `pid`, and differs between containers."""
 
     rank: int
     host: str
@@ -45,7 +43,7 @@ class Peer:
 
     @classmethod
     def here(cls, rank: int) -> "Peer":
-        """This process."""
+        """Return the peer that this process is."""
         namespace = ""
         with contextlib.suppress(OSError):  # Linux only
             namespace = str(Path("/proc/self/ns/pid").readlink())
@@ -53,7 +51,7 @@ class Peer:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs; only for a peer on this host."""
+        """Return whether the process runs; only for a peer on this host."""
         try:
             return bool(psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
@@ -61,7 +59,7 @@ class Peer:
 
 
 class Neighbours:
-    """The other processes of the run on this host. One that another container hides is not among them."""
+    """The other processes of the run on this host, without those hidden in other containers."""
 
     def __init__(self, peers: Sequence[Peer], rank: int):
         own = peers[rank]
@@ -71,27 +69,27 @@ class Neighbours:
 
     @property
     def rank(self) -> int:
-        """The rank of this process."""
+        """Return the rank of this process."""
         return self._own.rank
 
     @property
     def lowest_rank_but_0(self) -> int:
-        """Of the processes of the run on this host; 0 if there is no other."""
+        """Return the lowest rank above 0 on this host; 0 if there is none."""
         ranks = [peer.rank for peer in (self._own, *self._visible) if peer.rank > 0]
         return min(ranks, default=0)
 
     def lost(self) -> list[Peer]:
-        """Return those that have died."""
+        """Return the processes that have died."""
         return [peer for peer in self._visible if not peer.is_alive]
 
     def lost_error(self, lost: Sequence[Peer], got: str) -> PeerLostError:
-        """Return the error that names the dead; the survivor of the lowest rank on this host prints it."""
+        """Return the error that names the dead processes; the lowest survivor of this host prints it."""
         error = PeerLostError(
             f"rank {', '.join(str(peer.rank) for peer in lost)} of {self._size} died",
             where="; ".join(f"rank {p.rank}: process {p.pid} on {p.host}" for p in lost),
             got=got,
             remedy="see its logs/rank-N.log (if that ends without an error, the process was killed, often "
-            "for lack of host memory); the same command again resumes from the last checkpoint",
+            "for lack of host memory); run the same command again to resume from the last checkpoint",
         )
         survivors = [peer.rank for peer in self._visible if peer not in lost]
         error.reporting_rank = min([self._own.rank, *survivors])
@@ -99,9 +97,9 @@ class Neighbours:
 
 
 class FailureRecord:
-    """The first failure of the run, in the key-value store of the launcher; thread-safe.
+    """The first failure of the run, in the key-value store of the rendezvous; thread-safe.
 
-    Where the store cannot be reached, nothing is recorded, and known is what was read before.
+    If the store cannot be reached, nothing is recorded, and only a failure read before is known.
     """
 
     def __init__(self, size: int):
@@ -113,7 +111,7 @@ class FailureRecord:
         """Record that this process ends with `exit_code`.
 
         Returns:
-            Whether it is the first to fail, and so the one that prints why; None if that cannot be known.
+            Whether this process failed first and prints the error; None if the store cannot be reached.
         """
 
         def add(store: Store) -> bool:
@@ -125,7 +123,7 @@ class FailureRecord:
         return True if self._size == 1 else self._ask(add)
 
     def exit_code(self) -> int | None:
-        """Return the exit code of the first failure, None if there is none."""
+        """Return the exit code of the first failure; None without a failure."""
         if self._known is None:
             self._known = self._ask(
                 lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None
@@ -142,9 +140,9 @@ class FailureRecord:
             time.sleep(0.05)
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
-        """What the store answers; None if it is gone, or silent, and then it is not asked again.
+        """Return the store's answer; None if the store is gone or hangs. Then it is never asked again.
 
-        A call has no time limit of its own: it waits for ever for a host that hangs.
+        The store's client has no timeout for a host that hangs.
         """
         store, answers = self._store, list[T]()
         if store is None:
@@ -162,40 +160,40 @@ class FailureRecord:
         return answers[0] if answers else None
 
 
-def settle(error: DpoDistError, rank: int, record: FailureRecord) -> None:
-    """Report `error`, choose who prints it (this process or `NOBODY`), and give the others time to follow."""
+def report_error(error: DpoDistError, rank: int, record: FailureRecord) -> None:
+    """Record `error`, set its `reporting_rank` (this process or `NOBODY`), and wait for the others to end."""
     is_first = record.report(error.exit_code)
     error.reporting_rank = rank if is_first or (is_first is None and rank == 0) else NOBODY
     record.wait_for_all(FAREWELL_SECONDS)
 
 
-def nobody_answered(
+def timeout_error(
     failure: BaseException, neighbours: Neighbours, record: FailureRecord
 ) -> PeerLostError | None:
-    """Return `failure` as an error for the user if a collective call waited in vain for a living process.
+    """Return `failure` as an error for the user if a collective call timed out; None otherwise.
 
-    The first that finds out prints it; where that cannot be known, one process of each host: on the host that
-    has the store, and may be the silent one, the one of the second rank.
+    The first process to detect it prints it. If the store cannot be reached, one process of each host does:
+    its lowest rank above 0, as rank 0's host has the store and may be the one that hangs.
     """
-    told = (str(failure).splitlines() or [""])[0]
-    if not isinstance(failure, RuntimeError) or not re.search("timed ?out|timeout", told, re.IGNORECASE):
+    message = (str(failure).splitlines() or [""])[0]
+    if not isinstance(failure, RuntimeError) or not re.search("timed ?out|timeout", message, re.IGNORECASE):
         return None
     error = PeerLostError(
         "a process of the run does not answer",
-        got=told[:300],
+        got=message[:300],
         expected="an answer within parallelism.timeout_seconds",
-        remedy="see which logs/rank-N.log was the first to fall silent (its node, network or file system may "
-        "hang) and end that process; the same command again resumes from the last checkpoint",
+        remedy="find the logs/rank-N.log that stopped first (its node, network or file system may hang) and "
+        "end that process; run the same command again to resume from the last checkpoint",
     )
     rank, is_first = neighbours.rank, record.report(error.exit_code)
-    speaks = rank == neighbours.lowest_rank_but_0 if is_first is None else is_first
-    error.reporting_rank = rank if speaks else NOBODY
+    reports = rank == neighbours.lowest_rank_but_0 if is_first is None else is_first
+    error.reporting_rank = rank if reports else NOBODY
     record.wait_for_all(FAREWELL_SECONDS)
     return error
 
 
 def failed_elsewhere(exit_code: int) -> PeerLostError:
-    """Return the error, which nobody prints, of a process that ends because another one failed."""
+    """Return the error of a process that ends because another one failed; no rank prints it."""
     error = PeerLostError(
         "another process of the run failed",
         remedy="see the error on the screen or in the other logs/rank-N.log",
@@ -205,20 +203,20 @@ def failed_elsewhere(exit_code: int) -> PeerLostError:
 
 
 class Monitor(threading.Thread):
-    """Ends this process if another one failed and the main thread cannot: it is blocked in a collective call.
+    """Thread that ends this process if another one failed while the main thread is in a collective call.
 
     Args:
-        tell: prints an error on the screen.
+        show: prints an error on the screen.
     """
 
-    def __init__(self, neighbours: Neighbours, rank: int, record: FailureRecord, tell: Tell):
+    def __init__(self, neighbours: Neighbours, rank: int, record: FailureRecord, show: Callable[[str], None]):
         super().__init__(name="peers", daemon=True)
-        self._neighbours, self._rank, self._record, self._tell = neighbours, rank, record, tell
+        self._neighbours, self._rank, self._record, self._show = neighbours, rank, record, show
         self._stopping = threading.Event()
         self._ending = threading.Lock()
 
     def run(self) -> None:
-        """Look for failures until `stop`; the main thread gets the time to find out by itself."""
+        """Check for failures until `stop`; a grace period lets the main thread detect them by itself."""
         while not self._stopping.wait(_POLL_SECONDS):
             lost = self._neighbours.lost()
             if self._record.exit_code() is None and not lost:
@@ -230,25 +228,25 @@ class Monitor(threading.Thread):
                     self._end(lost)
 
     def stop(self) -> None:
-        """Leave the end of this process to the caller."""
+        """Stop checking; after this call the thread does not end the process."""
         with self._ending:
             self._stopping.set()
 
     def _end(self, lost: Sequence[Peer]) -> None:
-        """End the process; of those that saw their neighbours die unrecorded, one says so."""
+        """End the process; if a process died without a record, one survivor prints the error."""
         exit_code = self._record.exit_code()
         if exit_code is not None or not lost:
             os._exit(exit_code or PeerLostError.exit_code)
-        error = self._neighbours.lost_error(lost, "this process waits for it in vain")
+        error = self._neighbours.lost_error(lost, "this process waits for it in a collective call")
         if error.reporting_rank == self._rank and self._record.report(error.exit_code) is not False:
-            self._tell(error.block())
-        # Whoever leaves now would be counted among the dead by survivors that are still looking.
+            self._show(error.block())
+        # The other survivors would count this process as dead if it exited now.
         time.sleep(FAREWELL_SECONDS)
         os._exit(error.exit_code)
 
 
 def _store() -> Store | None:
-    """Connect to the store in which the processes met; None if it is gone."""
+    """Return a connection to the key-value store of the rendezvous; None if the store is gone."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with contextlib.suppress(RuntimeError):
         store = TCPStore(

@@ -1,7 +1,8 @@
-"""A reference that follows the policy (TR-DPO, arXiv:2404.09656), shard by shard and without a gather.
+"""Update the reference model from the policy (TR-DPO, arXiv:2404.09656), by shard and without a gather.
 
-The reference is sharded as in ZeRO-3 whatever the policy is: of every weight a rank holds a slice of equal
-length, the last one padded. A policy sharded alike has the same slice at hand, any other the whole weight.
+The reference is sharded as in ZeRO-3, whatever the policy is: each rank has a slice of every weight, all of
+equal length, the last one padded. A ZeRO-3 policy has the same slice on this rank; any other policy has the
+whole weight.
 """
 
 from pathlib import Path
@@ -22,16 +23,16 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class ReferenceSync:
-    """Moves the reference towards the policy, and keeps where it has got to in checkpoints.
+    """Moves the reference towards the policy, and saves the moved reference in checkpoints.
 
     Raises:
-        ConfigError: their weights are not of the same names and shapes.
+        ConfigError: their weights differ in names or shapes.
     """
 
     def __init__(
         self, reference: FrozenEngine, policy: PolicyEngine, config: SyncReferenceConfig, world: World
     ):
-        assert config.every is not None, "loss.sync_reference.every says whether there is a sync"
+        assert config.every is not None, "a reference without loss.sync_reference.every is never updated"
         self._every, self._mixup, self._world = config.every, config.mixup, world
         self._reference = dict(reference.causal_lm.named_parameters())
         self._policy = dict(policy.causal_lm.named_parameters())
@@ -39,26 +40,26 @@ class ReferenceSync:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Mix where `step`, the number of steps done, is a multiple of `every`.
+        """Mix the weights if `step`, the number of completed steps, is a multiple of `every`.
 
-        Weights are mixed as the model computes with them: of a policy in bf16 not its float32 master weights,
-        so that `mixup=1` makes the two models equal. The arithmetic is float32.
+        The mixed weights are those of the forward, for a policy in bf16 not its float32 master weights, so
+        that `mixup=1` makes both models equal. The arithmetic is float32.
         """
         if step % self._every:
             return
         for name, reference in self._reference.items():
-            mine = _owned(reference, reference, self._world.rank)
-            policys = _owned(self._policy[name], reference, self._world.rank)
-            for start in range(0, len(mine), _CHUNK_ELEMENTS):
-                old, new = (part[start : start + _CHUNK_ELEMENTS] for part in (mine, policys))
+            own = _own_slice(reference, reference, self._world.rank)
+            of_policy = _own_slice(self._policy[name], reference, self._world.rank)
+            for start in range(0, len(own), _CHUNK_ELEMENTS):
+                old, new = (part[start : start + _CHUNK_ELEMENTS] for part in (own, of_policy))
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
-            _forget_whole(reference)
+            _release_gathered(reference)
 
     def save_shards(self, folder: str) -> list[Path]:
-        """Write the reference as it is now, every rank its own shards; returns this rank's file.
+        """Write this rank's shards of the reference and return their file.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the file cannot be written.
         """
         try:
             save_file(
@@ -70,19 +71,20 @@ class ReferenceSync:
 
     @torch.no_grad()
     def load_shards(self, folder: str) -> None:
-        """Read what `save_shards` wrote on the same number of ranks."""
+        """Read the shards that `save_shards` wrote on the same number of ranks."""
         saved = load_file(self._file(folder))
         for name, weight in self._reference.items():
             weight.ds_tensor.copy_(saved[name])
-            _forget_whole(weight)
+            _release_gathered(weight)
 
     def _file(self, folder: str) -> Path:
         return Path(folder) / f"reference_{self._world.rank}.safetensors"
 
 
-def _owned(weight: Any, reference: Any, rank: int) -> Tensor:
-    """The elements of `weight` that this rank's shard of `reference`, a weight of its shape, covers: flat,
-    in place, without padding.
+def _own_slice(weight: Any, reference: Any, rank: int) -> Tensor:
+    """Return the elements of `weight` in this rank's shard of `reference`: a flat view without padding.
+
+    Both weights have the same shape.
     """
     size = reference.ds_tensor.ds_numel
     start = rank * size
@@ -94,8 +96,8 @@ def _owned(weight: Any, reference: Any, rank: int) -> Tensor:
     return whole.view(-1)[start : start + count]
 
 
-def _forget_whole(weight: Any) -> None:
-    """Have a small weight that stays gathered between forwards gathered anew."""
+def _release_gathered(weight: Any) -> None:
+    """Release a small weight that stays gathered between forwards, so that the next forward gathers it."""
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         weight.partition()
 
@@ -108,8 +110,8 @@ def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.
     differing = sorted(dict(shapes[0].items() ^ shapes[1].items()))
     if differing:
         raise ConfigError(
-            "a reference that follows the policy must have the policy's weights",
+            "a reference that is updated from the policy needs weights of the same names and shapes",
             where="loss.sync_reference, reference.path",
             got=f"{len(differing)} weights of other names or shapes: {', '.join(differing[:5])}",
-            remedy="name a reference of the policy's architecture, or leave loss.sync_reference out",
+            remedy="set reference.path to a model of the policy's shapes, or remove loss.sync_reference",
         )

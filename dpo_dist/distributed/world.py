@@ -1,4 +1,4 @@
-"""The processes of a run: who there is, what they say to each other, and who has gone."""
+"""The processes of a run: join them, communicate, agree on errors, and end together."""
 
 import contextlib
 import os
@@ -32,10 +32,9 @@ from dpo_dist.distributed.peers import (
     Monitor,
     Neighbours,
     Peer,
-    Tell,
     failed_elsewhere,
-    nobody_answered,
-    settle,
+    report_error,
+    timeout_error,
 )
 from dpo_dist.distributed.signals import raise_terminated
 from dpo_dist.errors import DpoDistError, ExitCode, disk_error
@@ -44,19 +43,19 @@ T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
 _BEAT_SECONDS = 5.0
-_MAY_FOLLOW = (RuntimeError, OSError, SystemExit, KeyboardInterrupt)
-"""What the end of another process may cause: from a collective call, or by the signal of the launcher."""
+_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt)
+"""Errors that the end of another process may cause, in a collective call or by a signal of the launcher."""
 
 WhileWaiting = Callable[[float], None]
-"""Called every few seconds of long work with the seconds since its start."""
+"""Callback during long work, every few seconds, with the seconds since its start."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All processes of the run, seen from one. Every method is collective unless it says otherwise.
+    """The processes of the run, as one of them sees them. Methods are collective unless documented otherwise.
 
-    `control` is a process group on the host, for what ranks tell each other outside of steps. Like every
-    other group it waits `timeout_seconds`, longer only for a rank that shows that it works (`while_waiting`).
+    `control` is a process group on the host for communication outside of steps. Like every other group it
+    times out after `timeout_seconds`, but not while a rank reports that it still works (`while_waiting`).
     """
 
     accelerator: Any
@@ -69,12 +68,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes and prints; not collective."""
+        """Return whether this is rank 0, which writes and prints; not collective."""
         return self.rank == 0
 
     @property
     def is_first_of_host(self) -> bool:
-        """Whether no rank below this one runs on the same host; not collective."""
+        """Return whether this is the lowest rank of its host; not collective."""
         here = [peer.host for peer in self.peers if peer.rank == self.rank]
         return not any(peer.host in here for peer in self.peers[: self.rank])
 
@@ -83,20 +82,20 @@ class World:
         dist.barrier(group=self.control)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in rank order, on all ranks."""
+        """Return every rank's `value`, in rank order, on all ranks."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
-        """Do `work` on rank 0 and give its result to all; an error of rank 0 is raised on all (law L2).
+        """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2).
 
         Args:
-            while_waiting: given if `work` may take longer than a collective call waits; called on rank 0.
+            while_waiting: called on rank 0; required if `work` may take longer than the timeout.
         """
         outcome: list[Any] = [None, None]
         try:
-            with self._alive(while_waiting):
+            with self._heartbeat(while_waiting):
                 if self.is_main:
                     outcome[0] = work()
         except DpoDistError as error:
@@ -108,15 +107,15 @@ class World:
         return result
 
     def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
-        """Do `work` on every rank; if one fails with a `DpoDistError`, all raise the first one.
+        """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank.
 
         Args:
-            while_waiting: given if `work` may take longer than a collective call waits; called on every rank.
+            while_waiting: called on every rank; required if `work` may take longer than the timeout.
         """
         error: DpoDistError | None = None
         result: T | None = None
         try:
-            with self._alive(while_waiting):
+            with self._heartbeat(while_waiting):
                 result = work()
         except DpoDistError as raised:
             error = raised
@@ -127,8 +126,8 @@ class World:
         return result  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def _alive(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
-        """Within it, a thread shows the other ranks that this one works; ends when no rank works any more.
+    def _heartbeat(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
+        """Send a heartbeat to the other ranks during the block, until no rank works any more.
 
         Collective if `while_waiting` is given.
         """
@@ -141,12 +140,12 @@ class World:
         def beat() -> None:
             started, beat_seconds = time.monotonic(), min(_BEAT_SECONDS, self.timeout_seconds / 4)
             try:
-                anyone_works = torch.ones(1)
-                while anyone_works.item():
+                any_works = torch.ones(1)
+                while any_works.item():
                     if not done.wait(beat_seconds):
                         while_waiting(time.monotonic() - started)
-                    anyone_works.fill_(not done.is_set())
-                    dist.all_reduce(anyone_works, op=dist.ReduceOp.MAX, group=self.control)
+                    any_works.fill_(not done.is_set())
+                    dist.all_reduce(any_works, op=dist.ReduceOp.MAX, group=self.control)
             except Exception as failure:  # raised below, in the main thread
                 failures.append(failure)
 
@@ -161,49 +160,49 @@ class World:
             raise failures[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` added over ranks, in place."""
+        """Sum `tensor` over ranks in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so: how ranks agree on stopping."""
+        """Return whether `flag` is true on any rank."""
         tensor = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
     @contextlib.contextmanager
-    def watch(self, tell: Tell = print) -> Iterator[None]:
-        """Within it, the end of one process ends all, and exactly one of them prints why.
+    def watch(self, show: Callable[[str], None] = print) -> Iterator[None]:
+        """End all processes if one of them ends inside the block; exactly one prints the error.
 
-        Entering it is collective, and leaving it if nothing failed. An error that leaves it has
-        `reporting_rank` set. A failure that only followed from another process's becomes a `PeerLostError`,
-        printed by the first survivor if that process died, and by nobody if it printed its own error.
+        Entry is collective, and so is exit without an error. An error that leaves the block has
+        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`: the lowest
+        surviving rank of the host prints it if that process died, no rank if that process printed its own.
 
         Args:
-            tell: prints a block on the screen, from whichever rank, if the main thread is blocked.
+            show: prints an error on the screen, on any rank, if the main thread is blocked.
         """
-        neighbours = Neighbours(self.peers, self.rank)  # before connecting, in which time one may die
+        neighbours = Neighbours(self.peers, self.rank)  # first: a process may die while this one connects
         record = FailureRecord(self.size)
-        monitor = Monitor(neighbours, self.rank, record, tell)
+        monitor = Monitor(neighbours, self.rank, record, show)
         previous = signal.signal(signal.SIGTERM, raise_terminated)
         if self.size > 1:
             monitor.start()
         try:
-            # A rank that still connects when another dies would take leaving survivors for dead.
+            # A rank that is still connecting when another dies would count survivors that exit as dead.
             self.barrier()
             yield
             self.barrier()
         except BaseException as failure:
-            # The launcher asks more than once, and this process has still to say why it ends.
+            # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             monitor.stop()
-            error = _for_the_user(failure)
+            error = _user_error(failure)
             if error is not None:
-                settle(error, self.rank, record)
-            elif isinstance(failure, _MAY_FOLLOW):
+                report_error(error, self.rank, record)
+            elif isinstance(failure, _POSSIBLE_CONSEQUENCES):
                 error = self._consequence(failure, neighbours, record)
-            if error is None:  # a fault of the program, which keeps its traceback
+            if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
             if error is None or error is failure:
@@ -215,7 +214,7 @@ class World:
     def _consequence(
         self, failure: BaseException, neighbours: Neighbours, record: FailureRecord
     ) -> DpoDistError | None:
-        """Return the error of another process that `failure` follows from; that one may still be dying."""
+        """Return the error of another process that caused `failure`; that process may still be dying."""
         deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
         while time.monotonic() < deadline:
             exit_code, lost = record.exit_code(), neighbours.lost()
@@ -224,21 +223,21 @@ class World:
                 return failed_elsewhere(exit_code)
             if lost:
                 error = neighbours.lost_error(lost, _one_line(failure))
-                # The other survivors are looking who is gone; who leaves now would be counted among the dead.
+                # The other survivors would count this process as dead if it exited now.
                 time.sleep(FAREWELL_SECONDS)
                 if error.reporting_rank == self.rank and record.report(error.exit_code) is False:
                     error.reporting_rank = NOBODY
                 return error
             time.sleep(0.2)
-        return nobody_answered(failure, neighbours, record)
+        return timeout_error(failure, neighbours, record)
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
-    """Join the processes that the launcher started; without a launcher, a world of one.
+    """Join the processes that the launcher started; without a launcher, return a world of one process.
 
     Args:
-        deepspeed_config: the policy's, of `zero.policy_config`. It must exist before weights are loaded.
-        timeout_seconds: how long a collective call may wait for the other ranks.
+        deepspeed_config: the policy's, from `policy_config`: loading weights depends on it.
+        timeout_seconds: timeout of a collective call.
     """
     if "RANK" not in os.environ:
         os.environ.update(
@@ -249,17 +248,17 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(_free_port()),
         )
-    # Accelerate reads the accumulation from the environment, over its argument; ours is per step.
+    # Accelerate prefers this variable to its argument; accumulation varies by step here.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    # DeepSpeed would compile an all-reduce of its own for CPUs at first use; gloo needs no compiler.
+    # DeepSpeed would compile its own all-reduce for CPUs at first use; gloo needs no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # For groups that DeepSpeed and torch make without saying how long they wait.
+    # Also for the groups that DeepSpeed and torch create without a timeout.
     timeout = timedelta(seconds=timeout_seconds)
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(
-        mixed_precision="no",  # precision is DeepSpeed's, by model.dtype; the environment would change it
+        mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
@@ -278,8 +277,8 @@ def stop_world() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _for_the_user(failure: BaseException) -> DpoDistError | None:
-    """Return `failure` as an error for the user, None if it is none."""
+def _user_error(failure: BaseException) -> DpoDistError | None:
+    """Return `failure` as an error that a user can fix; None for a bug."""
     if isinstance(failure, torch.OutOfMemoryError):
         return out_of_memory(failure)
     return failure if isinstance(failure, DpoDistError) else disk_error(failure)

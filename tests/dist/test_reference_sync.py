@@ -237,5 +237,5 @@ def test_a_reference_of_another_shape_cannot_follow(
     assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     [block] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")
-    assert "must have the policy's weights" in block
+    assert "weights of the same names and shapes" in block
     assert "model.embed_tokens.weight" in block

@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_never_resumed_and_never_taken_for_none(damage: 
     DAMAGE[damage](tmp_path / "step-000100")
     assert run.start() == 50
     DAMAGE[damage](tmp_path / "step-000050")
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
         run.start()
 
 
