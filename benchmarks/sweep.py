@@ -9,8 +9,8 @@ trains the same weights on the same token ids in the same order; the first step 
     trl_kept      values computed before training and kept beside the data set (`benchmarks/sweep_trl.py`)
 
 Prints a Markdown table and, as the last line, JSON: TRL's pairs and seconds over ours, and how far the losses
-lie apart. `rest` is starting processes, loading, saving, plots and reports. The step-0 gate, in which each of
-our runs scores a sample again, is set to one pair (`reference.audit_pairs`), as the sample is small beside
+lie apart. `rest` is starting processes, loading, saving, plots and reports. The step-0 check, in which each
+of our runs scores a sample again, is set to one pair (`reference.audit_pairs`), as the sample is small beside
 real data; it is in `rest`.
 """
 

@@ -1,17 +1,17 @@
-"""The usual names of other trainers' options, and what they are called here.
+"""Names of options and values in other trainers, with the keys, values and remedies here.
 
-Names are those of Hugging Face TrainingArguments, TRL's DPOConfig, LLaMA-Factory and common habit. A name is
-looked up whole and by its last part, in lower case, with `_` for `-`.
+The names are those of Hugging Face TrainingArguments, TRL's DPOConfig, LLaMA-Factory and common use. A name
+is looked up whole and by its last part, in lower case, with `_` for `-`.
 """
 
 
 def _by_name(names: dict[str, str]) -> dict[str, str]:
-    """Each of the names, divided by spaces, with the key that it stands under."""
-    return {name: here for here, listed in names.items() for name in listed.split()}
+    """Return `{name: key}` for `{key: "name name ..."}`."""
+    return {name: key for key, listed in names.items() for name in listed.split()}
 
 
-# Options of the same meaning, whose value can be written as it is.
-SAME_MEANING = _by_name(
+# Keys of the same meaning; the value can be kept.
+KEY_ALIASES = _by_name(
     {
         "model.path": (
             "model_name_or_path model_name model_path model_id base_model pretrained_model_name_or_path"
@@ -79,7 +79,7 @@ SAME_MEANING = _by_name(
 )
 
 # Names in an entry of data.train or data.eval.
-IN_SOURCE = _by_name(
+SOURCE_ALIASES = _by_name(
     {
         "path": "file file_name dataset hf_hub_url url",
         "name": "subset config_name configuration",
@@ -104,10 +104,10 @@ _RESUME = "set run.resume=auto (the default), never or must; the same command fi
 _LAUNCHER = (
     "options of the launcher come before -m: accelerate launch --num_processes N -m dpo_dist.train ..."
 )
-_BEST = "not offered; trainer.keep_last says how many of the last checkpoints are kept"
+_BEST = "not offered; trainer.keep_last is the number of latest checkpoints to keep"
 
-# Options of another shape: what to do here.
-IN_OTHER_WORDS = _by_name(
+# Remedies for options without a key of the same meaning.
+REMEDIES = _by_name(
     {
         _LOSS: "loss_type pref_loss loss.type loss.name",
         "'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.1}]'": "loss_weights pref_ftx",
@@ -137,7 +137,7 @@ IN_OTHER_WORDS = _by_name(
         ),
         "write +experiment=NAME": "exp experiments",
         "set tracking.wandb=auto, online, offline or off": "report_to use_wandb wandb",
-        "logs are in run.dir": "logging_dir",
+        "log files are in run.dir": "logging_dir",
         "AdamW is the optimizer; its options are in optim": "optim_type optimizer",
         "AdamW is the optimizer: choose optim=adamw, its options are in optim": "optim",
         "set optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
@@ -149,7 +149,7 @@ IN_OTHER_WORDS = _by_name(
         "set reference.micro_batch_tokens": "precompute_ref_batch_size",
         "set reference=live and loss.sync_reference.every": "sync_ref_model",
         _RESUME: "resume_from_checkpoint resume",
-        "set run.resume=never with a new run.dir to start afresh": "overwrite_output_dir",
+        "set run.resume=never with a new run.dir to start a new run": "overwrite_output_dir",
         "set trainer.save_every: steps, or 0 for the end only": "save_strategy",
         "set trainer.eval_every: steps, or 0 for the end only": "eval_strategy evaluation_strategy",
         "set trainer.log_every: steps": "logging_strategy",
@@ -157,10 +157,10 @@ IN_OTHER_WORDS = _by_name(
         "set data.max_length: tokens of prompt and response together": (
             "max_completion_length max_target_length"
         ),
-        "hold pairs out in a file of their own: data.eval=[held_out.jsonl]": (
+        "put held-out pairs into their own file: data.eval=[held_out.jsonl]": (
             "val_size eval_size test_size eval_ratio val_ratio val_split data.val_size data.val_split"
         ),
-        "--check looks at values, model, tokenizer, data and folders, and ends": "dry_run validate check",
+        "--check checks values, model, tokenizer, data and folders, and exits": "dry_run validate check",
         "--config-dir DIR adds a folder of yours": "config_path",
         "set limit of a source: 'data.train=[{path: pairs.jsonl, limit: 1000}]'": (
             "max_samples max_train_samples data.limit"
@@ -173,29 +173,29 @@ IN_OTHER_WORDS = _by_name(
         "name the files: data.train=[folder/pairs.jsonl]": "dataset_dir",
         "the tokenizer's own chat template is used": "template chat_template",
         "not needed: pairs are always packed without padding": "packing padding_free",
-        "not needed: pairs are packed without padding, and divided by what they cost": "group_by_length",
-        "not needed: the verb is the task": "do_train",
-        "not needed: data.eval is evaluated where it is set": "do_eval",
+        "not needed: pairs are packed without padding and balanced by compute cost": "group_by_length",
+        "not needed: the verb dpo_dist.train trains": "do_train",
+        "not needed: data.eval is evaluated if it is set": "do_eval",
         "not needed": "remove_unused_columns label_pad_token_id",
         "not needed: dropout is always off": "disable_dropout",
-        "not needed; data.processes is the number of processes that encode": "dataloader_num_workers",
+        "not needed; data.processes is the number of encoding processes": "dataloader_num_workers",
         "not offered": "neftune_noise_alpha",
-        "not offered; upload model/ of the run folder": "push_to_hub",
+        "not offered; upload model/ of the run directory": "push_to_hub",
         _LAUNCHER: (
             "devices gpus n_gpus nnodes num_nodes num_gpus num_processes "
             "nproc_per_node num_machines config_file"
         ),
-        "processes are started by accelerate launch or torchrun, which say it in the environment": (
-            "local_rank"
-        ),
+        "not needed: accelerate launch or torchrun sets it in the environment": ("local_rank"),
         "--config-dir DIR adds a folder of yours; +experiment=NAME reads DIR/experiment/NAME.yaml": (
-            "config"
+            "config config_name"
         ),
+        "not needed: --cfg job prints resolved values": "resolve",
+        "one command is one run: to sweep, launch one process group (one job) for each value": "multirun",
     }
 )
 
-# Values by the names that other programs give them.
-VALUE_NAMES = _by_name(
+# Values of the same meaning.
+VALUE_ALIASES = _by_name(
     {
         "sigmoid": "dpo",
         "hinge": "slic slic_hf",
@@ -230,6 +230,6 @@ VALUE_NAMES = _by_name(
 
 
 def alias_of(key: str, names: dict[str, str]) -> str | None:
-    """The entry of `names` for `key`: whole, or else its last part."""
+    """Return the entry of `names` for `key`: for the whole key, else for its last part."""
     plain = key.lower().replace("-", "_")
     return names.get(plain) or names.get(plain.rpartition(".")[2])

@@ -43,7 +43,9 @@ class Key:
     @property
     def type_words(self) -> str:
         """The type with its bounds: `a number, > 0`."""
-        words = in_words(self.type) or ("any value" if self.of is None else f"null or {in_words(self.of)}")
+        words = describe_type(self.type) or (
+            "any value" if self.of is None else f"null or {describe_type(self.of)}"
+        )
         return f"{words}, {self.bounds}" if str(self.bounds) else words
 
     @property
@@ -112,10 +114,10 @@ def run_keys() -> dict[str, Any]:
     return key_types(RunConfig) | {name: row.type for name, row in all_keys().items() if "[]" not in name}
 
 
-def in_words(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """Return a declared type in a user's words."""
     if get_origin(hint) is types.UnionType:
-        return " or ".join(in_words(part) for part in get_args(hint))
+        return " or ".join(describe_type(part) for part in get_args(hint))
     if get_origin(hint) is list:
         return "a list in brackets: [a,b]"
     if isinstance(hint, type) and issubclass(hint, Enum):

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from dpo_dist.config.check import check
 from dpo_dist.config.identity import differing_keys, run_dir
-from dpo_dist.config.keys import in_words
+from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
@@ -65,7 +65,7 @@ def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) ->
     return resolve(compose(overrides, own_folder), overrides, own_folder)
 
 
-def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: str = "config") -> DictConfig:
+def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictConfig:
     """Return Hydra's composition of `overrides`, not yet typed or checked.
 
     Raises:
@@ -77,7 +77,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: s
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
         with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
-            return hydra.compose(name, overrides=[*_search_path(own_folder), *lines])
+            return hydra.compose("config", overrides=[*_search_path(own_folder), *lines])
 
     try:
         composed = compose_lines(overrides)
@@ -233,7 +233,7 @@ def _adapter(content: Any) -> AdapterConfig | None:
             "model.adapter is not an adapter",
             where="model.adapter",
             got=str(content),
-            expected=f"null or {in_words(AdapterConfig)}",
+            expected=f"null or {describe_type(AdapterConfig)}",
             remedy="write 'model.adapter={r: 64, alpha: 128}'",
         )
     return _mapping(AdapterConfig, content, "model.adapter")
@@ -250,7 +250,7 @@ def _entries(key: str, entries: list[Any], kind: type[_Typed]) -> list[_Typed]:
                 f"{where} is not a {name}",
                 where=where,
                 got=str(content),
-                expected=f"a {main}{', a hub name' if kind is SourceConfig else ''} or {in_words(kind)}",
+                expected=f"a {main}{', a hub name' if kind is SourceConfig else ''} or {describe_type(kind)}",
                 remedy=f"write {key}=[ENTRY,ENTRY]",
             )
         typed.append(_mapping(kind, content, where))

@@ -197,7 +197,7 @@ class SyncReferenceConfig:
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, "Kind of loss.", train_only=False)
+    kind: LossKind = key(LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", train_only=False)
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,

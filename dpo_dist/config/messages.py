@@ -19,8 +19,8 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError
 
-from dpo_dist.config.aliases import IN_OTHER_WORDS, IN_SOURCE, SAME_MEANING, VALUE_NAMES, alias_of
-from dpo_dist.config.keys import choices, in_words, key_types, run_keys
+from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES, VALUE_ALIASES, alias_of
+from dpo_dist.config.keys import choices, describe_type, key_types, run_keys
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig, SourceConfig
 from dpo_dist.errors import ConfigError
@@ -33,14 +33,14 @@ _SHORTENING = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "train
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """Return `known`, the most similar to `word` first; for dotted keys the last part counts again."""
-    word = VALUE_NAMES.get(word.lower(), word)
+    word = VALUE_ALIASES.get(word.lower(), word)
     return sorted(known, key=lambda candidate: sum(_similarities(word, candidate)), reverse=True)
 
 
 def likely(word: str, known: Iterable[str]) -> list[str]:
     """Return those of `known` that the user probably meant by `word`, the most similar first."""
     candidates = list(known)
-    same = VALUE_NAMES.get(word.lower(), word.lower())
+    same = VALUE_ALIASES.get(word.lower(), word.lower())
     if same in candidates:
         return [same]
     section, _, last_part = word.rpartition(".")
@@ -74,8 +74,8 @@ def assignment(key: str, value: str, hint: Any) -> str:
     """Return `key=value`, quoted for a shell, with `...` in place of a value of another type than `hint`."""
     if get_origin(hint) is list and value and not value.startswith("["):
         value = f"[{value}]"
-    if choices(hint) and VALUE_NAMES.get(value.lower()) in choices(hint):
-        value = VALUE_NAMES[value.lower()]
+    if choices(hint) and VALUE_ALIASES.get(value.lower()) in choices(hint):
+        value = VALUE_ALIASES[value.lower()]
     if value in ("", "null", "[null]") or (choices(hint) and value not in choices(hint)):
         return f"{key}=..."
     return shlex.quote(f"{key}={value}")
@@ -93,18 +93,18 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
         return ConfigError(
             f"{key} has no effect: Hydra only composes the configuration",
             where=where or key,
-            remedy="remove it; run.dir or run.root sets the run directory",
+            remedy="remove it; run.dir sets the run directory, and a sweep is one job for each value",
         )
     known, expected = run_keys(), ""
-    same, words = alias_of(key, SAME_MEANING), alias_of(key, IN_OTHER_WORDS)
+    same, words = alias_of(key, KEY_ALIASES), alias_of(key, REMEDIES)
     if same is not None:
-        type_words = in_words(known[same])
+        type_words = describe_type(known[same])
         expected = f"{same}, {type_words}" if type_words else same
         remedy = f"write {assignment(same, value, known[same])}"
         if same.startswith("model.adapter."):
             remedy = f"write 'model.adapter={{{same.rpartition('.')[2]}: {value or '...'}}}'"
     elif words is not None:
-        kind = VALUE_NAMES.get(value, value)
+        kind = VALUE_ALIASES.get(value, value)
         is_kind = "loss=NAME" in words and kind in [*LossKind, "sigmoid_sft"]
         remedy = f"write loss={kind}" if is_kind else words
     elif found := likely(key, known):
@@ -136,7 +136,7 @@ def unknown_name(name: str, mapping: str, kind: type, *, where: str = "") -> Con
         where: the file or override with the name.
     """
     known, key = list(key_types(kind)), f"{mapping}.{name}"
-    alias = IN_SOURCE.get(name) if kind is SourceConfig else SAME_MEANING.get(key, "").rpartition(".")[2]
+    alias = SOURCE_ALIASES.get(name) if kind is SourceConfig else KEY_ALIASES.get(key, "").rpartition(".")[2]
     found = [alias] if alias else likely(name, known)
     return ConfigError(
         f"there is no key {key!r}",
@@ -154,13 +154,6 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     known = preset_names(group, folders)
-    if not group:
-        return ConfigError(
-            "there is no such configuration",
-            where="--config-name",
-            got=choice,
-            remedy="remove it; +experiment=NAME chooses an experiment, --config-dir DIR adds your own",
-        )
     if not known:
         return ConfigError("a configuration file does not exist", got=f"{group}/{choice}.yaml")
     plus = "+" if group == "experiment" else ""
@@ -268,13 +261,13 @@ def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> Co
         return ConfigError(f"{key} has no such value", where=where, got=got, expected=expected, remedy=remedy)
     if index and get_origin(hint) is list:
         hint = get_args(hint)[0]
-    remedy = f"set {key} to {in_words(hint)}"
+    remedy = f"set {key} to {describe_type(hint)}"
     if get_origin(hint) is list:
         remedy = f"write {assignment(key, got, hint)}"
     if isinstance(value, float) and value.is_integer():
         remedy = f"write {key}={int(value)}"
     what = f"{key} has the wrong type"
-    return ConfigError(what, where=where, got=got, expected=in_words(hint), remedy=remedy)
+    return ConfigError(what, where=where, got=got, expected=describe_type(hint), remedy=remedy)
 
 
 def _origin(key: str, error: Exception, overrides: Sequence[Override]) -> tuple[str, str]:

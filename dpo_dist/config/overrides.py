@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from dpo_dist.config.aliases import VALUE_NAMES
-from dpo_dist.config.keys import in_words, run_keys
+from dpo_dist.config.aliases import VALUE_ALIASES
+from dpo_dist.config.keys import describe_type, run_keys
 from dpo_dist.config.messages import assignment, likely, preset_names, unknown_key, unknown_preset
 from dpo_dist.errors import ConfigError
 
@@ -223,9 +223,11 @@ def _check_key(override: Override) -> None:
         remedy = _list_to_write(key, text, hint)
     elif isinstance(hint, type) and issubclass(hint, int | float | str) and isinstance(value, list | dict):
         is_kind = key == "loss.kind"
-        remedy = _instead_of_list("loss", _names(value), []) if is_kind else f"set {key} to {in_words(hint)}"
+        remedy = (
+            _instead_of_list("loss", _names(value), []) if is_kind else f"set {key} to {describe_type(hint)}"
+        )
     if remedy:
-        raise _wrong(override, f"{key} has the wrong type", remedy, in_words(hint))
+        raise _wrong(override, f"{key} has the wrong type", remedy, describe_type(hint))
 
 
 def _list_to_write(key: str, text: str, hint: Any) -> str:
@@ -246,7 +248,7 @@ def _instead_of_list(group: str, names: list[str], known: Sequence[str]) -> str:
     if len(names) == 1 and names[0] in known:
         return f"write {group}={names[0]}"
     if group == "loss":
-        kinds = [VALUE_NAMES.get(name, name) for name in names]
+        kinds = [VALUE_ALIASES.get(name, name) for name in names]
         return f"weigh them: 'loss.terms=[{', '.join(f'{{kind: {kind}, weight: 1}}' for kind in kinds)}]'"
     if group == "data":
         files = [name for name in names if name not in known]

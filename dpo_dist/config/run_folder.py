@@ -56,12 +56,12 @@ class RunFolder:
 
     @property
     def log_history(self) -> Path:
-        """All metrics rows as JSON."""
+        """The metrics rows as JSON."""
         return self.metrics / "log_history.json"
 
     @property
     def metrics_table(self) -> Path:
-        """All metrics rows as CSV."""
+        """The metrics rows as CSV."""
         return self.metrics / "training_metrics.csv"
 
     @property

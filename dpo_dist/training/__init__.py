@@ -1,1 +1,1 @@
-"""The loop: what one step is, how steps follow each other, and where everything is put together."""
+"""One step, the loop over steps, and the start and end of a run."""

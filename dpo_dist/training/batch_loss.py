@@ -23,9 +23,9 @@ _BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class ReadyStep:
-    """A global batch as one rank computes it, with its micro-batches on the host."""
+    """One rank's share of a global batch, with its micro-batches on the host."""
 
-    plan: RankBatch
+    rank_batch: RankBatch
     batches: Sequence[PackedBatch]
 
 
@@ -53,27 +53,27 @@ class Objective:
     loss: LossConfig
     reference: ReferenceProvider
 
-    def ready_batches(self, plan: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
+    def ready_batches(self, rank_batch: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches, with stored reference log-probs attached.
 
         They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
         """
-        for batch in plan.batches():
+        for batch in rank_batch.batches():
             ready = self.reference.attach(batch)
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
                 ready = replace(ready, token_weights=weights)
             yield ready.pinned() if device.type == "cuda" else ready
 
-    def ready_step(self, plan: RankBatch, device: torch.device) -> ReadyStep:
+    def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
         """Return all `ready_batches` of a training step."""
-        return ReadyStep(plan, list(self.ready_batches(plan, device)))
+        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)))
 
     def prefetched(
-        self, plan: RankBatch, device: torch.device
+        self, rank_batch: RankBatch, device: torch.device
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return `ready_batches`, made ahead in a background thread."""
-        return prefetch(self.ready_batches(plan, device), _BATCHES_AHEAD)
+        return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
 
     def no_sums(self, device: torch.device) -> MetricSums:
         """Return metric sums of no pairs."""

@@ -30,7 +30,7 @@ def accumulate_coupled(
     2. On every rank, differentiate the loss of the global batch by each log-prob.
     3. Forward each micro-batch again, and backpropagate these derivatives.
     """
-    plan, scored = step.plan, []
+    rank_batch, scored = step.rank_batch, []
     policy.train(False)
     with torch.no_grad():
         for host_batch in step.batches:
@@ -40,19 +40,21 @@ def accumulate_coupled(
             reference = objective.reference_logps(batch)
             clock.enter("forward")
             scored.append(objective.score(policy, batch, reference, facts))
-    pairs = gather_pairs(scored, plan, world)
+    pairs = gather_pairs(scored, rank_batch, world)
     leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
     loss, sums = objective.measure(pairs)
-    slopes = torch.autograd.grad(loss / plan.pairs, leaves, allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(loss / rank_batch.pairs, leaves, allow_unused=True, materialize_grads=True)
 
     policy.train()
-    for number, (host_batch, places) in enumerate(zip(step.batches, plan.positions, strict=True), start=1):
+    for number, (host_batch, positions) in enumerate(
+        zip(step.batches, rank_batch.positions, strict=True), start=1
+    ):
         clock.enter("data")
         batch = host_batch.to(world.device)
         clock.enter("forward")
         logps = objective.pair_logps(policy.token_logps(batch), batch)
         clock.enter("backward")
-        own = _on_device(places or (0,), world.device)
+        own = _on_device(positions or (0,), world.device)
         parts = zip(slopes, _differentiable(logps), strict=True)
         surrogate = torch.stack([slope[own] * part for slope, part in parts]) * batch.weights
         policy.backward(surrogate.sum(), is_last=number == len(step.batches))
@@ -60,28 +62,28 @@ def accumulate_coupled(
 
 
 def coupled_sums(
-    objective: Objective, scored: Sequence[ScoredPairs], plan: RankBatch, world: World
+    objective: Objective, scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World
 ) -> MetricSums:
     """Return the metric sums of a coupled loss, which are zero on all ranks but 0; collective."""
-    _, sums = objective.measure(gather_pairs(scored, plan, world))
+    _, sums = objective.measure(gather_pairs(scored, rank_batch, world))
     return sums if world.is_main else objective.no_sums(world.device)
 
 
-def gather_pairs(scored: Sequence[ScoredPairs], plan: RankBatch, world: World) -> ScoredPairs:
+def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
     """Return all pairs of the global batch in its order, the same on every rank; collective.
 
     Args:
         scored: this rank's micro-batches, without a graph.
-        plan: of the global batch.
+        rank_batch: this rank's share of the global batch.
         world: the ranks.
     """
     columns = [_columns(pairs) for pairs in scored]
     present = [column is not None for column in columns[0]]
-    whole = torch.zeros(sum(present), plan.pairs, dtype=torch.float64, device=world.device)
-    for own, places in zip(columns, plan.positions, strict=True):
-        if places:
+    whole = torch.zeros(sum(present), rank_batch.pairs, dtype=torch.float64, device=world.device)
+    for own, positions in zip(columns, rank_batch.positions, strict=True):
+        if positions:
             stacked = torch.stack([column for column in own if column is not None])
-            whole[:, _on_device(places, world.device)] = stacked
+            whole[:, _on_device(positions, world.device)] = stacked
     gathered = iter(world.sum(whole))
     return _from_columns([next(gathered) if is_present else None for is_present in present], scored[0].facts)
 
@@ -103,7 +105,7 @@ def _columns(pairs: ScoredPairs) -> list[Tensor | None]:
 
 
 def _from_columns(columns: list[Tensor | None], facts: BatchFacts) -> ScoredPairs:
-    """Return the pairs of which these are `_columns`; the other facts are those of any micro-batch."""
+    """Return the pairs of which these are `_columns`; the other facts are the same in all micro-batches."""
     chosen, rejected, chosen_tokens, rejected_tokens, whole, of_chosen, of_rejected, gaps, weights = columns
     assert chosen is not None
     assert rejected is not None
@@ -126,6 +128,6 @@ def _differentiable(logps: PairLogps) -> list[Tensor]:
     return [logps.chosen, logps.rejected, *whole]
 
 
-def _on_device(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return `places` as int64 [places] on `device`, without waiting for it."""
-    return torch.tensor(places).to(device, non_blocking=True)
+def _on_device(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `positions` as int64 [positions] on `device`, without waiting for it."""
+    return torch.tensor(positions).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs no state."""
+"""The learning rate as a pure function of the step: resuming needs no state."""
 
 import math
 
@@ -6,12 +6,11 @@ from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """The rate of `step` (0-based) in a run of `steps`.
+    """Return the learning rate of `step` (0-based) in a run of `steps`.
 
-    It rises linearly over the first `warmup_ratio` of the steps, reaching `optim.lr` in the last of them, and
-    then stays, or falls towards 0, which the step after the last would have. The schedules of transformers
-    differ in the warm-up only, which they start one step later: their first step has a rate of 0, so that its
-    batch changes nothing.
+    It rises linearly over the first `warmup_ratio` of the steps, to `optim.lr` in the last of them. Then it
+    is constant, or falls to 0, which it would reach in the step after the last. The schedules of transformers
+    start the warm-up one step later: their first step has a rate of 0 and does not change the weights.
     """
     warmup_steps = math.ceil(optim.warmup_ratio * steps)
     if step < warmup_steps:

@@ -121,8 +121,8 @@ class Loop:
         """Yield every step from `first` on; runs in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
-            plan = self._plan(self.inputs.train_set, sampler.indices(step))
-            yield self.objective.ready_step(plan, self.world.device)
+            rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
+            yield self.objective.ready_step(rank_batch, self.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[dict[str, str], bool]:
         """Train one step and advance `position`.
@@ -135,7 +135,8 @@ class Loop:
         world, clock = self.world, StepClock(self.world.device)
         clock.enter("data")
         ready = next(ready_steps)
-        plan, rate = ready.plan, learning_rate(self.config.optim, position.step, self.inputs.sampler.steps)
+        rank_batch = ready.rank_batch
+        rate = learning_rate(self.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
@@ -146,24 +147,24 @@ class Loop:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        running = self._running_values(totals.means, position, plan.pairs)
+        running = self._running_values(totals.means, position, rank_batch.pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = StepMeasures(
             sums=totals.sums,
             counts=totals.counts,
             values={**running, "grad_norm": totals.grad_norm, **times},
             learning_rate=rate,
-            pairs=plan.pairs,
-            tokens=plan.tokens,
-            flops=self.inputs.flops.of(plan.tokens, plan.targets, plan.attended),
+            pairs=rank_batch.pairs,
+            tokens=rank_batch.tokens,
+            flops=self.inputs.flops.of(rank_batch.tokens, rank_batch.targets, rank_batch.attended),
             seconds=sum(times.values()),
         )
         position.step += 1
-        position.pairs_seen += plan.pairs
+        position.pairs_seen += rank_batch.pairs
         position.train_seconds += measures.seconds
         position.window.add(measures)
         self._check_finite(totals, position)
-        return _postfix(totals.means, plan.pairs / measures.seconds), stop_votes > 0
+        return _postfix(totals.means, rank_batch.pairs / measures.seconds), stop_votes > 0
 
     def _check_finite(self, totals: StepTotals, position: Position) -> None:
         loss, grad_norm = totals.means["loss"], totals.grad_norm
@@ -191,7 +192,7 @@ class Loop:
             position.running = before.after(loss, margin, reward, pairs)
         return row
 
-    def _plan(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
+    def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
         rank, size, costs = self.world.rank, self.world.size, self.inputs.costs
         return shard_batch(dataset, indices, rank, size, budget, costs, only_chosen)
@@ -199,10 +200,10 @@ class Loop:
     def _evaluate(self, dataset: PreferenceDataset, position: Position) -> dict[str, float]:
         """Return one metrics row over the evaluation dataset; collective."""
         started = time.monotonic()
-        plan = self._plan(dataset, np.arange(len(dataset), dtype=np.int64))
-        sums = evaluate(self.policy, self.objective, plan, self.world, position.running)
+        rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
+        sums = evaluate(self.policy, self.objective, rank_batch, self.world, position.running)
         metrics = MetricSums(sums.names, self.world.sum(sums.values)).means()
-        measured = {**metrics, **throughput(plan.pairs, plan.tokens, time.monotonic() - started)}
+        measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)}
         return {**self._row_start(position), **{f"eval_{name}": value for name, value in measured.items()}}
 
     def _record_window(self, position: Position) -> None:

@@ -77,22 +77,22 @@ def check_drift(
     count = min(config.reference.audit_pairs, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     budget = config.trainer.micro_batch_tokens
-    plan = shard_batch(dataset, indices, world.rank, world.size, budget, costs)
+    rank_batch = shard_batch(dataset, indices, world.rank, world.size, budget, costs)
     drifts: list[_Drift] = []
     losses = torch.zeros(2, dtype=torch.float64, device=world.device)
-    with objective.prefetched(plan, world.device) as batches:
-        for micro_batch, host_batch in zip(plan.micro_batches, batches, strict=True):
+    with objective.prefetched(rank_batch, world.device) as batches:
+        for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
             stored = objective.reference.token_logps(batch)
             assert stored is not None, "the step-0 check needs a reference"
             fresh = score(batch)
             reference = objective.pair_logps(stored, batch)
-            facts = BatchFacts(plan.mean_chosen_tokens, batch.score_gaps)
+            facts = BatchFacts(rank_batch.mean_chosen_tokens, batch.score_gaps)
             for index, logps in enumerate((fresh, stored)):
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
             drifts += _drifts(fresh - stored, host_batch.response_tokens, dataset, micro_batch)
-    losses = world.sum(losses) / plan.pairs
+    losses = world.sum(losses) / rank_batch.pairs
     drifts = [drift for part in world.gather(drifts) for drift in part]
     _check_tolerance(drifts, dataset, config)
     loss, loss_at_zero_margin = losses.tolist()

@@ -1,4 +1,4 @@
-"""State of a run in one file: what has been done, and with which inputs. Written whole, by rank 0."""
+"""`run_state.json`: outcome and progress of a run, and digests of its inputs. Rank 0 writes it."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dpo_dist.training.data_setup import Inputs
 
 Identity = dict[str, str | None]
 
-_IDENTITY_WORDS = {
+_NAMES = {
     "run_digest": "configuration",
     "data": "training data",
     "eval_data": "evaluation data",
@@ -30,10 +30,10 @@ class RunState:
     """Content of the state file.
 
     Attributes:
-        outcome: what the run has come to.
-        step: the number of steps done, of `started` those it started from.
-        identity: digests of what the run's result depends on.
-        summary: of a run whose model is written, what summary.json tells.
+        outcome: of the run so far.
+        step: the number of steps done; with `started`, when the last start began.
+        identity: digests of all inputs that decide the result.
+        summary: content of summary.json with `exported`, else None.
     """
 
     outcome: Outcome
@@ -53,7 +53,7 @@ def read_state(folder: RunFolder) -> RunState | None:
         content = json.loads(file.read_bytes())
         state = RunState(**{**content, "outcome": Outcome(content["outcome"])})
         if not isinstance(state.step, int) or not isinstance(state.identity, dict):
-            raise TypeError("step is a number, and identity has digests by their names")
+            raise TypeError("step must be a number, and identity a mapping of names to digests")
         return state
     except FileNotFoundError:
         return None
@@ -72,7 +72,7 @@ def write_state(folder: RunFolder, state: RunState) -> None:
 
 
 def identify(config: RunConfig, inputs: Inputs) -> Identity:
-    """Return the digests of what a run's result depends on."""
+    """Return the digests of all inputs that decide a run's result."""
     return {
         "run_digest": run_digest(config),
         "data": inputs.train_set.fingerprint,
@@ -120,7 +120,7 @@ def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path)
     for name, digest in identity.items():
         if recorded.get(name) != digest:
             raise CheckpointError(
-                f"the {_IDENTITY_WORDS[name]} of this run changed since it was last saved",
+                f"the {_NAMES[name]} of this run changed since it was last saved",
                 where=str(where),
                 got=f"digest {digest}",
                 expected=f"digest {recorded.get(name)}",

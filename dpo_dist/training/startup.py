@@ -44,11 +44,11 @@ def check_start(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[None]:
-    """Remove the folders of a start that ends with a user's error before its first step; on the first rank.
+    """Remove the folders of a start that ends with a user's error before its first step; on rank 0.
 
     Args:
-        config: names the folders.
-        of_success: remove them where it ends well, too.
+        config: of the run.
+        of_success: also remove them if it ends without an error (`--check`).
     """
     began, folder = time.time(), RunFolder.of(config)
     # Written by another start, which may be running: rank 0 of this one has not opened its log yet.

@@ -51,7 +51,8 @@ def train_step(
         This rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
         all ranks, infinite if the update was skipped.
     """
-    facts = BatchFacts(step.plan.mean_chosen_tokens, running=running)
+    pairs_in_batch = step.rank_batch.pairs  # over all ranks
+    facts = BatchFacts(step.rank_batch.mean_chosen_tokens, running=running)
     if objective.loss.is_coupled:
         sums = accumulate_coupled(policy, objective, step, facts, world, clock)
     else:
@@ -67,7 +68,7 @@ def train_step(
             loss, batch_sums = objective.measure(pairs)
             sums += batch_sums
             clock.enter("backward")
-            policy.backward(loss / step.plan.pairs, is_last=number == len(step.batches))
+            policy.backward(loss / pairs_in_batch, is_last=number == len(step.batches))
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
@@ -112,16 +113,13 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
 
 @torch.no_grad()
 def evaluate(
-    policy: PolicyEngine, objective: Objective, plan: RankBatch, world: World, running: RunningMeans
+    policy: PolicyEngine, objective: Objective, rank_batch: RankBatch, world: World, running: RunningMeans
 ) -> MetricSums:
-    """Return this rank's metric sums over the pairs of `plan`; collective.
-
-    For a coupled loss these pairs are one global batch.
-    """
+    """Return this rank's metric sums over a dataset, which is one global batch; collective."""
     policy.train(False)
-    facts = BatchFacts(plan.mean_chosen_tokens, running=running)
+    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums, scored = objective.no_sums(world.device), []
-    with objective.prefetched(plan, world.device) as batches:
+    with objective.prefetched(rank_batch, world.device) as batches:
         for host_batch in batches:
             batch = host_batch.to(world.device)
             pairs = objective.score(policy, batch, objective.reference_logps(batch), facts)
@@ -129,4 +127,4 @@ def evaluate(
                 scored.append(pairs)
             else:
                 sums += objective.measure(pairs)[1]
-    return coupled_sums(objective, scored, plan, world) if objective.loss.is_coupled else sums
+    return coupled_sums(objective, scored, rank_batch, world) if objective.loss.is_coupled else sums

@@ -9,10 +9,10 @@ from dpo_dist.report.metrics_log import PHASES, Phase
 
 
 class StepClock:
-    """Seconds of one step by phase, from its making on.
+    """Seconds of one step by phase, from construction on.
 
-    On CUDA, where the host only queues work, a phase lasts as the device sees it: between events in its
-    stream, which it reaches late where it had to wait for the host. Elsewhere the host's clock counts.
+    On CUDA, where the host only queues work, phases are timed between events in the device's stream; time
+    that the device waits for the host is included. Elsewhere they are timed by the host's clock.
     """
 
     def __init__(self, device: torch.device):
@@ -23,7 +23,7 @@ class StepClock:
         self._events: list[torch.cuda.Event] = []
 
     def enter(self, phase: Phase) -> None:
-        """The time from here to the next call is of `phase`; never waits for the device."""
+        """Start `phase`, which lasts until the next call; never waits for the device."""
         self._phases.append(phase)
         if self._on_cuda:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -33,9 +33,9 @@ class StepClock:
             self._seconds.append(time.monotonic())
 
     def stop(self) -> dict[Phase, float]:
-        """Seconds of every phase up to now; `other` is what no phase had, so that they add up to the step's.
+        """Return the seconds of every phase; `other` is the rest, so that they add up to those of the step.
 
-        To be called after the host has waited for the device, as the sum of metrics over ranks makes it.
+        Call it after the host has waited for the device, which the all-reduce of metrics makes it do.
         """
         total = time.monotonic() - self._started
         seconds = dict.fromkeys(PHASES, 0.0)
@@ -46,10 +46,10 @@ class StepClock:
         return seconds
 
     def _durations(self) -> list[float]:
-        """From each entry to the next."""
+        """Return the seconds from each `enter` to the next."""
         if self._on_cuda:
             if self._events:
-                # The last phases may have begun after the host's wait, and be recorded only now.
+                # The device may not have reached the last event yet: its phase began after the host waited.
                 self._events[-1].synchronize()
             return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(self._events)]
         return [end - begin for begin, end in itertools.pairwise(self._seconds)]

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 on two ranks, stored and trained values are those of the plain padded forward, in fp32."""
+"""Log-probs and gradients of ZeRO-3 on two ranks equal those of the plain padded forward, in fp32."""
 
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ def pairs_of(dataset: PreferenceDataset) -> list[Sequences]:
 
 
 def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
-    """Fill a store, then log-probs and gradients of one global batch from it, before any update."""
+    """Fill a store and return log-probs of one global batch; write its gradients, before any update."""
     fill(assets, store, PAIRS, world, folder)
     config, dataset = assets.config(assets.policy), assets.dataset()
     model = load_packed(assets.policy, config.model, 1024, world.device)
@@ -63,9 +63,9 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     return {"logps": logps, "micro_batches": len(plan.micro_batches)}
 
 
-def test_engine_scoring_and_store_are_padded(assets: Assets, tmp_path: Path) -> None:
+def test_store_engine_and_gradients_equal_the_padded_forward(assets: Assets, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    told = run_ranks(partial(score_and_train, assets, store), 2, tmp_path / "ranks")
+    by_rank = run_ranks(partial(score_and_train, assets, store), 2, tmp_path / "ranks")
     pairs = pairs_of(assets.dataset())
 
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_engine_scoring_and_store_are_padded(assets: Assets, tmp_path: Path) -> 
     policy = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32)
     logps = padded_logps(policy, [pairs[row] for row in STEP])
     computed: dict[str, list[float]] = {}
-    for of_rank in told:
+    for of_rank in by_rank:
         assert of_rank["micro_batches"] > 1
         assert of_rank["logps"]
         computed |= of_rank["logps"]

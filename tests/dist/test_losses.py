@@ -1,4 +1,4 @@
-"""Every loss is what it is for any number of ranks and any packing, rankings and coupled losses included (law L1)."""
+"""Every loss trains the same for any world size and packing, also rankings and coupled losses (law L1)."""
 
 import json
 import random
@@ -34,7 +34,7 @@ from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
 
 RECORDS = 11
-# Odd numbers, fewer pairs than ranks, a row twice in a batch.
+# Odd sizes, fewer pairs than ranks, an example twice in a batch.
 STEPS = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9, 2), (1, 3, 5, 7, 9, 10, 0))
 
 CASES = {
@@ -59,7 +59,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded: scored pairs, and rankings of 2 to 5 responses."""
+    """Encoded pairs with scores, and encoded rankings of 2 to 5 responses."""
 
     pairs: tuple[EncodedSource, ...]
     rankings: tuple[EncodedSource, ...]
@@ -91,7 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder: Path) -> dict[str, Any]:
-    """Of every case, the metrics and the gradient norm of each step, and an evaluation at the end."""
+    """Return for every case the metrics and gradient norm of each step, and an evaluation at the end."""
     return {name: list(_trajectory(assets, data.of(loss), loss, budget, world)) for name, loss in CASES.items()}
 
 
@@ -122,7 +122,7 @@ def _trajectory(
     yield means(evaluate(policy, objective, plan(range(RECORDS)), world, running))
 
 
-def test_every_loss_trains_alike_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
+def test_every_loss_trains_the_same_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
     (alone,) = run_ranks(partial(trajectories, assets, data, 8192), 1, tmp_path / "one", seconds=300)
     pair = run_ranks(partial(trajectories, assets, data, 128), 2, tmp_path / "two", seconds=300)
     assert set(alone) == set(CASES)

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong: exit 2, one block, no traceback, nothing lost."""
+"""An error of the user: exit code 2, one block, no traceback, nothing lost."""
 
 import json
 import shutil
@@ -12,22 +12,22 @@ from tests.e2e.conftest import Overrides
 from tests.support.launch import run_verb, train
 
 
-def fails_with(overrides: list[str], *told: str, processes: int = 1) -> None:
+def fails_with(overrides: list[str], *texts: str, processes: int = 1) -> None:
     ended = run_verb("train", overrides, processes=processes, cold=processes > 1)
-    # The launcher of several processes ends with 1 whatever they end with.
+    # The launcher of several processes exits with 1 for any exit code of theirs.
     assert ended.code == (2 if processes == 1 else 1), ended.output
     assert ended.output.count("to do:") == 1, ended.output
     own, _, _ = ended.output.partition("torch/distributed/elastic")
     assert "Traceback" not in own, ended.output
-    for text in told:
+    for text in texts:
         assert text in ended.output, ended.output
 
 
-def test_a_typo_is_answered_with_the_nearest_key(overrides: Overrides) -> None:
+def test_a_typo_gets_the_likely_key(overrides: Overrides) -> None:
     fails_with(overrides("loss.betta=0.2"), "loss.betta", "did you mean loss.beta")
 
 
-def test_an_option_that_no_kind_has_is_refused(overrides: Overrides) -> None:
+def test_an_option_of_no_kind_is_refused(overrides: Overrides) -> None:
     fails_with(overrides("+loss.gamma=1"), "loss.gamma")
 
 
@@ -59,7 +59,7 @@ def broken_line(assets: Path, tmp_path: Path) -> Path:
     return file
 
 
-def test_a_broken_line_is_an_error_where_that_is_wanted(overrides: Overrides, broken_line: Path) -> None:
+def test_a_broken_line_is_an_error_with_on_bad_record_error(overrides: Overrides, broken_line: Path) -> None:
     fails_with(
         overrides(f"data.train=[{broken_line}]", "data.on_bad_record=error"), "broken.jsonl:4", "unparsable"
     )
@@ -74,9 +74,9 @@ def test_a_broken_line_is_dropped_counted_and_shown(
     assert "1 dropped (unparsable)" in ended.output
     assert "22 also in train" in ended.output
     assert "the whole run is 1 step" in ended.output
-    told = json.loads((tmp_path / "run/dpo_metrics/summary.json").read_text())["data"]
-    assert told["eval"]["also_in_train"] == 22
-    counts = told["train"]
+    data_summary = json.loads((tmp_path / "run/dpo_metrics/summary.json").read_text())["data"]
+    assert data_summary["eval"]["also_in_train"] == 22
+    counts = data_summary["train"]
     assert counts["duplicates"] == 0
     assert (counts["read"], counts["kept"], counts["dropped"]) == (23, 22, {"unparsable": 1})
     assert counts["examples"] == [f"{broken_line}:4 unparsable"]
@@ -88,14 +88,14 @@ def test_more_bad_records_than_allowed_is_an_error(
     fails_with(
         overrides(f"data.train=[{broken_line}]", "data.max_bad_share=0.01"), "broken.jsonl:4", "1 of 23"
     )
-    assert not (tmp_path / "run").exists(), "a start that fails before its first step leaves no run folder"
+    assert not (tmp_path / "run").exists(), "a start that fails before its first step leaves no run directory"
 
 
 def test_two_processes_print_one_block(overrides: Overrides, assets: Path) -> None:
     fails_with(overrides(f"data.train=[{assets}/absent.jsonl]"), "absent.jsonl", processes=2)
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_created_is_named(overrides: Overrides, tmp_path: Path) -> None:
     (tmp_path / "occupied").write_text("a file")
     fails_with(overrides(f"run.dir={tmp_path}/occupied/run"), "occupied", "Not a directory")
 
@@ -115,17 +115,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("free_kib", "told"),
+    ("free_kib", "text"),
     [(200, "to do:    make room"), (600, "the trained model cannot be written")],
 )
 def test_a_disk_too_small_for_the_result_is_one_block(
-    free_kib: int, told: str, overrides: Overrides, small_disk: Path
+    free_kib: int, text: str, overrides: Overrides, small_disk: Path
 ) -> None:
     (small_disk / "filler").write_bytes(bytes((600 - free_kib) * 1024))
     command = overrides(f"run.dir={small_disk}/run", "trainer.max_steps=1")
     ended = run_verb("train", command)
     assert ended.code == 2, ended.output
-    assert ended.output.count(told) == 1, ended.output
+    assert ended.output.count(text) == 1, ended.output
     assert "Traceback" not in ended.output
     assert not (small_disk / "run/model").exists()
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)

@@ -1,4 +1,4 @@
-"""Kill it at any moment (law L4): resuming equals the run that was never interrupted, bit for bit."""
+"""A run that was killed or stopped resumes bit for bit (law L4)."""
 
 import shutil
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
     assert summary(run)["exit"] == "completed"
 
 
-def test_a_stopped_run_ends_with_75_and_goes_on_exactly(
+def test_a_stopped_run_ends_with_75_and_resumes_exactly(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     steps = ["trainer.epochs=2", "trainer.log_every=2"]  # stopped between two rows
@@ -66,7 +66,7 @@ def test_a_stopped_run_ends_with_75_and_goes_on_exactly(
     "options",
     [["parallelism=zero3"], ["parallelism=zero2", "trainer.deterministic=true"], ["parallelism=ddp"]],
 )
-def test_a_stopped_run_in_bf16_goes_on_exactly(
+def test_a_stopped_run_in_bf16_resumes_exactly(
     options: list[str], overrides: Overrides, tmp_path: Path
 ) -> None:
     steps = ["model.dtype=bf16", "trainer.max_steps=5", "optim.lr=1e-3", *options]
@@ -80,20 +80,18 @@ def test_a_stopped_run_in_bf16_goes_on_exactly(
 
 
 @pytest.mark.parametrize("loss", [["loss=beta_dpo"], ["loss=bco_pair", "loss.bco_delta=running_mean"]])
-def test_running_means_of_a_loss_are_taken_up_again(
-    loss: list[str], overrides: Overrides, tmp_path: Path
-) -> None:
+def test_running_means_of_a_loss_resume(loss: list[str], overrides: Overrides, tmp_path: Path) -> None:
     steps = ["trainer.epochs=2", "optim.lr=1e-2", "loss.beta=0.5", *loss]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))
     assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=3")).code == 75
     train(overrides(*steps))
     rows = history(tmp_path / "run")
     assert rows == history(tmp_path / "whole")
-    told = [row[name] for row in rows for name in ("loss/beta", "loss/delta") if name in row]
-    assert len(set(told)) > 3
+    values = [row[name] for row in rows for name in ("loss/beta", "loss/delta") if name in row]
+    assert len(set(values)) > 3
 
 
-def test_a_damaged_checkpoint_is_passed_over(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_used(overrides: Overrides, tmp_path: Path) -> None:
     command = overrides("trainer.epochs=2", "trainer.save_every=2", "trainer.keep_last=3")
     run_verb("train", [*command, "trainer.stop_after_steps=5"])
     root = tmp_path / "run/checkpoints"
@@ -111,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(overrides: Overrides, tmp_path: Pat
     assert "metrics up to step 4 are lost" in screen
 
 
-def test_resume_never_and_must_keep_their_word(overrides: Overrides, tmp_path: Path) -> None:
+def test_resume_never_and_must_are_obeyed(overrides: Overrides, tmp_path: Path) -> None:
     nothing = run_verb("train", overrides("run.resume=must"))
     assert nothing.code == 2, nothing.output
     assert "no checkpoint" in nothing.output
@@ -121,7 +119,7 @@ def test_resume_never_and_must_keep_their_word(overrides: Overrides, tmp_path: P
     assert "in use" in used.output
 
 
-def test_another_configuration_does_not_take_up_a_run(overrides: Overrides) -> None:
+def test_another_configuration_does_not_resume_a_run(overrides: Overrides) -> None:
     train(overrides("trainer.max_steps=1"))
     other = run_verb("train", overrides("trainer.max_steps=1", "loss.beta=0.3"))
     assert other.code == 2, other.output
@@ -129,17 +127,17 @@ def test_another_configuration_does_not_take_up_a_run(overrides: Overrides) -> N
     assert "got:      loss.beta=0.3\n  expected: loss.beta=0.1" in other.output
 
 
-def test_another_number_of_processes_is_refused_with_the_right_one(overrides: Overrides) -> None:
+def test_another_number_of_processes_is_an_error_with_the_right_one(overrides: Overrides) -> None:
     run_verb("train", overrides("trainer.stop_after_steps=2"))
     other = run_verb("train", overrides(), processes=2)
     assert other.code == 1
     assert "launch 1 processes" in other.output
 
 
-def test_another_base_or_parallelism_is_refused_and_costs_nothing(
+def test_another_base_or_parallelism_is_an_error_and_loses_nothing(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    """Without a reference, too: an adapter's base is not in its checkpoints."""
+    """Also without a reference: an adapter's base model is not in its checkpoints."""
     model = tmp_path / "model"
     shutil.copytree(assets / "model", model)
     options = (f"model.path={model}", "model.adapter={r: 4}", "loss=simpo", "trainer.epochs=1")

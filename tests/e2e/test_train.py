@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what the same command does the second time."""
+"""Files of a run, the same command again, and reuse of the reference store."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from tests.support.tiny_model import write_model
 from tests.support.wandb_file import history_rows
 
 
-def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
     screen = train(
         overrides(
             f"data.eval=[{assets}/eval.jsonl]",
@@ -61,15 +61,20 @@ def test_a_run_leaves_what_the_contract_names(overrides: Overrides, assets: Path
         assert min(times) >= 0
         assert sum(times) == pytest.approx(float(line["step_seconds"]))
 
-    told = summary(run)
-    assert (told["exit"], told["steps"], told["pairs_seen"], told["world_size"]) == ("completed", 4, 23, 2)
-    assert told["reference"]["computed"] == 2 * (23 + 5)
-    assert told["final"]["loss"] == steps[-1]["loss"]
-    assert (told["settings"]["loss.kind"], told["settings"]["optim.lr"]) == ("sigmoid", 1e-4)
-    assert told["peak_memory_bytes"] > 0
+    ended = summary(run)
+    assert (ended["exit"], ended["steps"], ended["pairs_seen"], ended["world_size"]) == (
+        "completed",
+        4,
+        23,
+        2,
+    )
+    assert ended["reference"]["computed"] == 2 * (23 + 5)
+    assert ended["final"]["loss"] == steps[-1]["loss"]
+    assert (ended["settings"]["loss.kind"], ended["settings"]["optim.lr"]) == ("sigmoid", 1e-4)
+    assert ended["peak_memory_bytes"] > 0
 
 
-def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
+def test_transformers_loads_the_model_with_its_trained_log_probs(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     evaluated_on = f"data.eval=[{assets}/eval.jsonl]"
@@ -87,7 +92,7 @@ def test_the_model_loads_in_transformers_with_the_log_probs_that_were_trained(
     assert abs(sum(sums) / len(sums) - evaluated) < 1e-4 * abs(evaluated)
 
 
-def test_a_finished_run_is_left_alone(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(overrides: Overrides, tmp_path: Path) -> None:
     command = overrides("trainer.max_steps=1")
     train(command, cold=True)
     before = (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns
@@ -96,7 +101,7 @@ def test_a_finished_run_is_left_alone(overrides: Overrides, tmp_path: Path) -> N
     assert (tmp_path / "run/dpo_metrics/log_history.json").stat().st_mtime_ns == before
 
 
-def test_a_finished_run_does_not_pass_for_one_of_other_data(
+def test_a_finished_run_is_an_error_with_other_data(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "train.jsonl"
@@ -111,8 +116,8 @@ def test_a_finished_run_does_not_pass_for_one_of_other_data(
     assert "the training data of this run changed" in other.output
 
 
-def test_the_reference_is_paid_for_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
-    """Another beta, loss, rate, order or number of processes computes nothing; another weight everything."""
+def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    """Another beta, loss, learning rate, order or world size computes nothing; other weights everything."""
     assert run_verb("precompute", overrides(f"run.dir={tmp_path}/scored")).code == 0
     other = overrides(
         "loss.kind=ipo", "loss.beta=0.5", "optim.lr=1e-3", "trainer.seed=7", "trainer.max_steps=3"
@@ -129,9 +134,7 @@ def test_the_reference_is_paid_for_once(overrides: Overrides, assets: Path, tmp_
     assert summary(tmp_path / "bf16-run")["reference"]["computed"] == 12
 
 
-def test_a_model_that_was_warmed_up_with_sft_starts_from_its_own_reference(
-    overrides: Overrides, tmp_path: Path
-) -> None:
+def test_a_model_trained_with_sft_is_its_own_reference(overrides: Overrides, tmp_path: Path) -> None:
     train(overrides("loss.kind=sft", "reference.mode=none", "trainer.max_steps=2", "optim.lr=1e-3"))
     warmed = [f"model.path={tmp_path}/run/model", f"run.dir={tmp_path}/dpo", "trainer.max_steps=2"]
     train(overrides(*warmed))
@@ -140,10 +143,10 @@ def test_a_model_that_was_warmed_up_with_sft_starts_from_its_own_reference(
     assert abs(first["rewards/margins"]) < 1e-5
 
 
-def test_a_log_prob_that_is_not_the_models_is_caught_at_the_gate(
+def test_the_step_0_check_finds_log_probs_of_another_model(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    """Rows of another model under this model's key: nothing but re-scoring can tell."""
+    """Log-probs of another model under this model's fingerprint: only re-scoring can find them."""
     train(overrides("trainer.max_steps=1"))
     other = write_model(tmp_path / "other", seed=9)
     train(overrides(f"model.path={other}", f"run.dir={tmp_path}/other-run", "trainer.max_steps=1"))
@@ -166,7 +169,7 @@ def test_a_log_prob_that_is_not_the_models_is_caught_at_the_gate(
     assert "train.jsonl:" in ended.output
 
 
-def test_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp_path: Path) -> None:
     ended = run_verb("train", overrides("optim.lr=1e30", "optim.warmup_ratio=0", "trainer.epochs=3"))
     assert ended.code == 3, ended.output
     assert "diverged" in ended.output

@@ -16,7 +16,7 @@ SCENARIOS = {
 
 
 def write_scenario(folder: Path) -> Path:
-    """Policy, reference and odd numbers of pairs in `folder`."""
+    """Write policy, reference and datasets of odd sizes to `folder`."""
     write_model(folder / "policy", seed=1)
     write_model(folder / "reference", seed=2)
     write_pairs(folder / "train.jsonl", 47, seed=3)
@@ -25,7 +25,7 @@ def write_scenario(folder: Path) -> Path:
 
 
 def overrides(folder: Path, name: str) -> list[str]:
-    """The command line of a scenario, less `run.dir`."""
+    """Return the command line of a scenario without `run.dir`."""
     reference = [] if "reference.mode=none" in SCENARIOS[name] else [f"reference.path={folder}/reference"]
     return [
         f"model.path={folder}/policy",

@@ -1,7 +1,6 @@
-"""In bf16 the packed forward is no farther from the truth than the plain padded forward is.
+"""In bf16 the packed forward is as close to float32 as the plain padded forward is.
 
-The truth is a float32 run of the same weights. How far a single batch drifts is chance; means over many
-batches and weights are compared.
+The drift of a single batch is random: means over many batches and models are compared.
 """
 
 import copy
@@ -31,7 +30,7 @@ def norm(gradients: dict[str, Tensor]) -> float:
 def drift(
     logps: list[Tensor], gradients: dict[str, Tensor], truth: tuple[list[Tensor], dict[str, Tensor]]
 ) -> Tensor:
-    """Of log-probs in nats a token; of the gradient, its norm, and that of the head as shares of theirs."""
+    """Drift of log-probs in nats per token, and relative drift of the gradient, its norm and the head's."""
     exact_logps, exact = truth
     head = "lm_head.weight" if "lm_head.weight" in exact else "model.embed_tokens.weight"
     return torch.tensor(

@@ -1,8 +1,8 @@
-"""One recorded trajectory, reached by every way of computing it (laws L1 and L3).
+"""One recorded trajectory, the same for every way of computing it (laws L1 and L3).
 
-World size, token budget, kind of parallelism, gradient checkpointing and where reference values come from
-decide who computes what, and must not show in a single number. The policy starts from another model than the
-reference, so that no loss is trivially log 2. `scripts/record_golden.py` records it anew.
+World size, token budget, kind of parallelism, gradient checkpointing and source of reference log-probs must
+not change a number. The policy and the reference are different models, so that no loss is trivially log 2.
+`scripts/record_golden.py` records the trajectory again.
 """
 
 import json
@@ -39,7 +39,9 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_recorded_trajectory_is_reached_by_every_way(way: str, scenario: Path, tmp_path: Path) -> None:
+def test_every_way_of_computing_gives_the_recorded_trajectory(
+    way: str, scenario: Path, tmp_path: Path
+) -> None:
     processes, extra = WAYS[way]
     if "compiled" in way and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
@@ -49,7 +51,7 @@ def test_the_recorded_trajectory_is_reached_by_every_way(way: str, scenario: Pat
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "sigmoid"])
-def test_other_losses_keep_their_recorded_trajectory_on_two_processes(
+def test_other_losses_give_their_recorded_trajectory_on_two_processes(
     name: str, scenario: Path, tmp_path: Path
 ) -> None:
     train([*overrides(scenario, name), f"run.dir={tmp_path}/run"], processes=2)
@@ -57,8 +59,7 @@ def test_other_losses_keep_their_recorded_trajectory_on_two_processes(
     assert_same_history(history(tmp_path / "run"), golden, relative=2e-4)
 
 
-# Two to three times the largest drift from the float32 trajectory that was seen. Without any learning
-# eval_loss would be 0.009 off at its end.
+# Two to three times the largest drift that was measured. Without training, eval_loss would differ by 0.009.
 BF16_DRIFT = {
     "loss": 0.015,
     "eval_loss": 0.005,
@@ -70,7 +71,7 @@ BF16_DRIFT = {
 
 @pytest.mark.parametrize("kind", ["zero3", "zero2", "ddp"])
 def test_bf16_follows_the_recorded_trajectory(kind: str, scenario: Path, tmp_path: Path) -> None:
-    """bf16 is the default, and every kind of parallelism keeps its float32 masters in its own way."""
+    """bf16 is the default, and each kind of parallelism has its own float32 master weights."""
     command = [key for key in overrides(scenario, "sigmoid") if not key.startswith("model.dtype")]
     train([*command, f"run.dir={tmp_path}/run", f"parallelism.kind={kind}"], processes=2)
     golden = json.loads(GOLDEN.read_text())["sigmoid"]

@@ -1,4 +1,4 @@
-"""The smallest verb: prints the run directory. `run.name=fail` stands for a bug of the program."""
+"""The smallest verb: prints the run directory. `run.name=fail` is a bug of the program."""
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig

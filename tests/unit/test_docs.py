@@ -13,6 +13,7 @@ from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.report.metrics_log import PHASES
+from scripts.write_key_docs import pages
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +53,11 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 def test_every_kind_of_loss_is_described() -> None:
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
+
+
+def test_tables_of_keys_and_losses_are_those_of_the_declarations() -> None:
+    stale = [page.name for page, text in pages().items() if page.read_text() != text]
+    assert stale == [], "run scripts/write_key_docs.py"
 
 
 def test_every_phase_of_a_step_is_described() -> None:

@@ -265,7 +265,7 @@ def test_gc_removes_old_temporary_files_and_keeps_recent_ones(
 def test_gc_tolerates_concurrent_changes(
     run: Run, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a writer that commits its file, of another gc, of a repair."""
+    """Changes by a writer that commits its file, another gc, a repair."""
     leftover = shards[0].parent / "a.safetensors.tmp-123456789abc"
     leftover.write_bytes(b"half")
     os.utime(leftover, (time.time() - 2 * DAY,) * 2)

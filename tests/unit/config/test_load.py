@@ -194,7 +194,7 @@ def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
     config = load_run_config(["+experiment=qwen7b_lora", "data=hh_rlhf", "model=llama3_1_8b"])
     assert (config.data.truncation, config.data.max_length) == ("keep_end", 2048)
     assert config.model.path.startswith("meta-llama/")
-    assert config.model.adapter is not None, "what the preset does not say stays the experiment's"
+    assert config.model.adapter is not None, "a key that the preset lacks has the experiment's value"
 
 
 def test_a_preset_without_values_restores_the_defaults_of_its_section() -> None:

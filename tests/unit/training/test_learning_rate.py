@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step alone."""
+"""The learning rate is a function of the step."""
 
 import math
 

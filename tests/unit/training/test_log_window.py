@@ -1,4 +1,4 @@
-"""A row of several steps has the numbers of one pass over all their pairs."""
+"""A metrics row of several steps has the exact means over all their pairs."""
 
 import json
 from dataclasses import asdict
@@ -43,7 +43,7 @@ def test_means_are_over_all_pairs_of_the_window_and_totals_are_totals() -> None:
     }
 
 
-def test_an_unknown_device_has_no_share_of_a_data_sheet() -> None:
+def test_an_unknown_device_has_no_datasheet_mfu() -> None:
     window = LogWindow()
     window.add(step([1.0], 1.0, 1.0))
     assert "mfu/datasheet" not in window.row(PeakFlops(100.0, None))

@@ -1,4 +1,4 @@
-"""Micro-batches are made ready on the host before they are needed, and measuring them asks nothing of it."""
+"""A step: micro-batches ready on the host, no wait for the device, gradients of the whole batch."""
 
 import threading
 from collections.abc import Callable
@@ -53,7 +53,7 @@ ROWS = [
 
 @dataclass
 class Policy:
-    """Log-probs of one for every token; remembers the threads that it was asked in."""
+    """A model with log-prob -1 for every token; records the threads that call it."""
 
     threads: set[str] = field(default_factory=set)
 
@@ -74,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
 
 
 def stored(data: PreferenceDataset, root: Path, responses: int = 2 * PAIRS) -> StoredReference:
-    """A store of the first `responses` of `data`; the values of each say which it is and where they stand."""
+    """A store of the first `responses` of `data`; values encode the response and the token."""
     space = ReferenceFingerprint("weights", {})
     lengths = [tokens for row in range(PAIRS) for tokens in data.lengths(row)[1:]]
     values = [-1 - n - np.linspace(0, 0.5, tokens, dtype=np.float32) for n, tokens in enumerate(lengths)]
@@ -87,7 +87,7 @@ def plan_of(data: PreferenceDataset, rank: int = 0, world_size: int = 1) -> Any:
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_ready_batches_carry_the_stored_values_of_their_own_responses(
+def test_ready_batches_have_the_stored_log_probs_of_their_own_responses(
     data: PreferenceDataset, tmp_path: Path, world_size: int
 ) -> None:
     reference = stored(data, tmp_path)
@@ -110,7 +110,7 @@ def test_ready_batches_carry_the_stored_values_of_their_own_responses(
     assert seen == PAIRS
 
 
-def test_looked_up_values_travel_with_the_batch(data: PreferenceDataset, tmp_path: Path) -> None:
+def test_stored_log_probs_move_to_the_device_with_the_batch(data: PreferenceDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path))
     (batch, *_) = objective.ready_batches(plan_of(data), CPU)
     moved = batch.to(torch.device("meta"))
@@ -120,14 +120,14 @@ def test_looked_up_values_travel_with_the_batch(data: PreferenceDataset, tmp_pat
     assert moved.layout == batch.layout
 
 
-def test_a_row_that_is_missing_ends_an_evaluation(data: PreferenceDataset, tmp_path: Path) -> None:
+def test_a_missing_log_prob_ends_an_evaluation(data: PreferenceDataset, tmp_path: Path) -> None:
     objective = Objective(LossConfig(), stored(data, tmp_path, responses=2 * PAIRS - 1))
     with pytest.raises(ReferenceModelError, match="missing or damaged"):
         evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_the_model_computes_in_the_calling_thread(data: PreferenceDataset, tmp_path: Path) -> None:
+def test_the_model_runs_in_the_calling_thread(data: PreferenceDataset, tmp_path: Path) -> None:
     policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
     sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
@@ -135,10 +135,8 @@ def test_the_model_computes_in_the_calling_thread(data: PreferenceDataset, tmp_p
 
 
 @pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
-def test_length_desensitised_terms_leave_the_token_mean_of_sft(
-    data: PreferenceDataset, kind: LossKind
-) -> None:
-    """Log-probs of -1: sft is 1 whatever share of a longer response's tokens counts in the other term."""
+def test_ld_alpha_does_not_change_the_token_mean_of_sft(data: PreferenceDataset, kind: LossKind) -> None:
+    """With log-probs of -1, sft is 1 for any weight of the tokens in the other term."""
     terms = [LossTermConfig(kind), LossTermConfig(LossKind.sft, 5.0)]
     losses = []
     for loss in (LossConfig(kind), LossConfig(terms=terms)):
@@ -148,8 +146,8 @@ def test_length_desensitised_terms_leave_the_token_mean_of_sft(
     assert losses[1] - losses[0] == pytest.approx(5.0)
 
 
-class AsksForValues(TorchDispatchMode):
-    """Collects the operations for which the host would wait for the device."""
+class SyncingOperations(TorchDispatchMode):
+    """Collects the operations that make the host wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +160,7 @@ class AsksForValues(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if not KINDS[kind].is_coupled))
-def test_forward_and_backward_ask_the_device_for_no_value(
+def test_forward_and_backward_do_not_wait_for_the_device(
     data: PreferenceDataset, tmp_path: Path, kind: LossKind
 ) -> None:
     loss = LossConfig(kind=kind)
@@ -172,19 +170,19 @@ def test_forward_and_backward_ask_the_device_for_no_value(
     policy: Any = type("Model", (), {"token_logps": staticmethod(model)})
     plan = plan_of(data)
     ready = objective.ready_step(plan, CPU)
-    with AsksForValues() as asked:
+    with SyncingOperations() as syncing:
         for host_batch in ready.batches:
             batch = host_batch.to(CPU)
             reference = objective.reference_logps(batch)
             pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
             total, _ = objective.measure(pairs)
             (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
-    assert asked.found == []
+    assert syncing.found == []
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 class Trained:
-    """A model on this process alone, which keeps its gradients."""
+    """A model on one process that keeps its gradients."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -217,10 +215,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PackedCausalLM:
         (LossKind.beta_dpo, Weighting.wpo),
     ],
 )
-def test_a_step_in_micro_batches_has_the_gradient_of_the_loss_of_the_whole_batch(
+def test_a_step_in_micro_batches_has_the_gradient_of_the_whole_batch(
     data: PreferenceDataset, model: PackedCausalLM, tmp_path: Path, kind: LossKind, weighting: Weighting
 ) -> None:
-    """Also where the loss couples its pairs: two passes are as good as one graph over all of them."""
+    """Also for coupled losses: two passes give the gradient of one graph over all pairs."""
     loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
     objective = Objective(
         loss, stored(data, tmp_path / "store") if KINDS[kind].needs_reference else NoReference()

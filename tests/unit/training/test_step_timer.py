@@ -1,4 +1,4 @@
-"""A step's seconds are divided among its phases, and none is lost or counted twice."""
+"""The seconds of the phases add up to those of the step."""
 
 import time
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 class Event:
-    """Stands in for a CUDA event, which the device reaches once the host waits for it or for a later one."""
+    """A fake CUDA event; the device reaches it when the host waits for it or for a later one."""
 
     recorded: list["Event"]
 
@@ -53,7 +53,7 @@ def test_phases_add_up_to_the_step() -> None:
     assert 0.16 <= sum(seconds.values()) <= elapsed
 
 
-def test_time_before_the_first_phase_and_after_the_last_is_of_no_phase() -> None:
+def test_time_outside_of_the_phases_is_other() -> None:
     clock = StepClock(CPU)
     time.sleep(0.02)
     clock.enter("optimizer")
@@ -67,8 +67,8 @@ def test_a_step_without_phases_is_all_other() -> None:
     assert sum(seconds.values()) == pytest.approx(seconds["other"])
 
 
-def test_on_a_gpu_the_last_phase_may_have_begun_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a checkpoint is committed after the host has waited for the step."""
+def test_on_a_gpu_the_last_phase_may_not_have_been_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may be committed after the host has waited for the step."""
     Event.recorded = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = StepClock(torch.device("cuda"))
