@@ -196,8 +196,8 @@ def composition_error(
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return unknown_preset(group, choice, folders)
     if isinstance(error, MarkedYAMLError):
-        what = f"a configuration file is not valid YAML: {error.problem}"
-        return ConfigError(what, where=str(error.problem_mark).strip(), remedy="correct the file")
+        message = f"a configuration file is not valid YAML: {error.problem}"
+        return ConfigError(message, where=str(error.problem_mark).strip(), remedy="correct the file")
     chain = (error, error.__cause__, error.__context__)
     cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
     if cause is not None:
@@ -266,8 +266,8 @@ def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> Co
         remedy = f"write {assignment(key, got, hint)}"
     if isinstance(value, float) and value.is_integer():
         remedy = f"write {key}={int(value)}"
-    what = f"{key} has the wrong type"
-    return ConfigError(what, where=where, got=got, expected=describe_type(hint), remedy=remedy)
+    message = f"{key} has the wrong type"
+    return ConfigError(message, where=where, got=got, expected=describe_type(hint), remedy=remedy)
 
 
 def _origin(key: str, error: Exception, overrides: Sequence[Override]) -> tuple[str, str]:

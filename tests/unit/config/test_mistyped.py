@@ -164,7 +164,7 @@ def test_a_mistyped_command_line_gets_a_correction(typed: str, text: str) -> Non
     error = error_of(typed)
     assert text in error.block()
     assert error.remedy
-    assert "\n" not in error.what + error.where + error.got + error.expected + error.remedy
+    assert "\n" not in error.message + error.where + error.got + error.expected + error.remedy
 
 
 @pytest.mark.parametrize("typed", sorted({typed for typed, text in MISTYPED if " write " in f" {text}"}))
@@ -183,7 +183,7 @@ def test_every_alias_leads_to_keys_that_exist(alias: str) -> None:
     files = (".jsonl", ".yaml")
     assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []
     if alias not in key_types(RunConfig):
-        assert "there is no key" in error_of(f"{alias}=1").what
+        assert "there is no key" in error_of(f"{alias}=1").message
 
 
 def test_aliases_in_a_source_are_names_of_a_source() -> None:
