@@ -65,7 +65,7 @@ def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) ->
     return resolve(compose(overrides, own_folder), overrides, own_folder)
 
 
-def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: str = "config") -> DictConfig:
+def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictConfig:
     """Return Hydra's composition of `overrides`, not yet typed or checked.
 
     Raises:
@@ -77,7 +77,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: s
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
         with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
-            return hydra.compose(name, overrides=[*_search_path(own_folder), *lines])
+            return hydra.compose("config", overrides=[*_search_path(own_folder), *lines])
 
     try:
         composed = compose_lines(overrides)

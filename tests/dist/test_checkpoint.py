@@ -244,7 +244,7 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all_and_costs_nothing(
     told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
     assert told[0] == told[1]
     assert "a checkpoint cannot be written" in told[0]["error"]
-    assert "free disk space" in told[0]["error"]
+    assert "make room" in told[0]["error"]
     assert told[0]["then"] == ["step-000001", "step-000001"]
     assert told[0]["left"] == ["latest", "step-000001", "step-000003"]
 

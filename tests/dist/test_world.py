@@ -23,7 +23,7 @@ def raised_by(work: Callable[[], Any]) -> list[str]:
     try:
         work()
     except DpoDistError as error:
-        return [type(error).__name__, error.what, error.remedy]
+        return [type(error).__name__, error.message, error.remedy]
     return []
 
 

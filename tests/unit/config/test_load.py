@@ -125,7 +125,7 @@ def test_written_configuration_reads_back_equal(overrides: list[str]) -> None:
 )
 def test_an_unknown_key_gets_the_likely_one(override: str, meant: str) -> None:
     error = error_of(override)
-    assert error.what.startswith("there is no key")
+    assert error.message.startswith("there is no key")
     assert meant in error.remedy
 
 
