@@ -264,7 +264,7 @@ def test_a_rank_killed_while_saving_is_named_and_leaves_the_checkpoint_before(
     root = tmp_path / "checkpoints"
     outcomes = start_ranks(partial(save_and_die, assets, root, dying), 2, tmp_path / "ranks").finish()
     assert outcomes[1 - dying].error == "PeerLostError", outcomes[1 - dying].log
-    assert f"rank {dying} of 2 died" in outcomes[1 - dying].told
+    assert f"rank {dying} of 2 died" in outcomes[1 - dying].message
     assert (root / "latest").read_text() == "step-000001"
     assert [path.name for path in root.glob("step-??????")] == ["step-000001"]
 
