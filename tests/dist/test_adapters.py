@@ -134,7 +134,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "adapter", "checkpointing", "tied"), WAYS)
-def test_steps_and_the_folder_they_end_in_are_those_of_plain_peft(
+def test_steps_and_the_exported_adapter_equal_plain_peft(
     size: int,
     kind: ParallelismKind,
     adapter: AdapterConfig,
@@ -175,7 +175,7 @@ def first_norm(model: ModelConfig, assets: Assets, world: World, _folder: Path) 
     return Trainer(model, assets, world).step(STEPS[0])
 
 
-def test_layers_gathered_whole_for_torch_compile_train_every_adapter(
+def test_compiled_layers_train_every_adapter(
     assets: Assets, tmp_path: Path
 ) -> None:
     plain = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=LORA)

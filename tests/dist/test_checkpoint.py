@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: whole or not at all, and exact (law L4)."""
+"""Checkpoints of several ranks: complete or absent, and exact (law L4)."""
 
 import os
 import resource
@@ -136,7 +136,7 @@ def demand_exact(
 
 @pytest.mark.parametrize("dtype", Dtype)
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_a_checkpoint_of_an_adapter_is_as_exact_and_holds_nothing_of_the_base(
+def test_a_checkpoint_of_an_adapter_is_exact_and_without_the_base(
     kind: ParallelismKind, dtype: Dtype, assets: Assets, tmp_path: Path
 ) -> None:
     adapter = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
@@ -179,7 +179,7 @@ def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folde
     }
 
 
-def test_training_goes_on_while_a_checkpoint_is_on_its_way_to_disk(assets: Assets, tmp_path: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_flushed(assets: Assets, tmp_path: Path) -> None:
     scenario = partial(train_while_the_disk_writes, assets, tmp_path / "checkpoints")
     for told in run_ranks(scenario, 2, tmp_path / "ranks"):
         assert told == {
@@ -237,7 +237,7 @@ def save_without_room(
         pytest.param(0, 0, ParallelismKind.zero3, id="none on rank 0"),
     ],
 )
-def test_a_full_disk_on_one_rank_is_one_error_on_all_and_costs_nothing(
+def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
     without: int, bytes_left: int, kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
     scenario = partial(save_without_room, assets, tmp_path / "checkpoints", without, bytes_left)
@@ -258,7 +258,7 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
 
 
 @pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_killed_while_saving_is_named_and_leaves_the_checkpoint_before(
+def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
     dying: int, assets: Assets, tmp_path: Path
 ) -> None:
     root = tmp_path / "checkpoints"
@@ -282,7 +282,7 @@ def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[
     return {"left": left}
 
 
-def test_the_last_checkpoints_are_kept_and_left_overs_go(assets: Assets, tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Assets, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     (root / "step-000001.tmp-0123456789ab" / "engine").mkdir(parents=True)
     told = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")

@@ -1,4 +1,4 @@
-"""The same steps on any number of ranks, in any division, with any sharding: plain PyTorch is the oracle."""
+"""Steps equal plain PyTorch for any number of ranks, packing and sharding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "tied"), WAYS)
-def test_steps_are_those_of_plain_pytorch(
+def test_steps_equal_plain_pytorch(
     size: int, kind: ParallelismKind, tied: bool, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = assets.policy if tied else assets.untied_policy
@@ -202,7 +202,7 @@ def test_steps_are_those_of_plain_pytorch(
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_steps_in_bf16_are_those_of_float32_but_for_rounding(
+def test_steps_in_bf16_equal_float32_up_to_rounding(
     kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     """Each kind has an optimizer wrapper of its own in bf16, with its own way to skip a step."""
@@ -240,7 +240,7 @@ def load_both(assets: Assets, world: World, _folder: Path) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_the_reference_is_sharded_while_it_loads_and_the_policy_as_its_kind_says(
+def test_the_reference_is_loaded_sharded_and_the_policy_by_its_kind(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
     for told in run_ranks(partial(load_both, assets), 2, tmp_path / "ranks", kind):

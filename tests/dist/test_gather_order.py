@@ -1,4 +1,4 @@
-"""Under ZeRO-3 every forward finds the order of modules that DeepSpeed recorded for it, whatever ran before."""
+"""Under ZeRO-3 every kind of forward keeps its recorded gather order."""
 
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def told(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig 
     return {"discarded": discarded.call_count, "compared": comparisons, "micro_batches": micro_batches}
 
 
-def test_no_forward_makes_deepspeed_discard_the_order_of_another(assets: Assets, tmp_path: Path) -> None:
+def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_path: Path) -> None:
     for of_rank in run_ranks(partial(train, assets), 2, tmp_path / "ranks"):
         for name, case in of_rank.items():
             assert case["micro_batches"][0] > 2, name

@@ -93,7 +93,7 @@ def trained(folder: Path) -> dict[str, Tensor]:
     ("model_type", "kind"),
     [("qwen3_moe", ZERO3), ("qwen3_moe", ZERO2), ("mixtral", ZERO3), ("mixtral", DDP)],
 )
-def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
+def test_two_ranks_train_a_mixture_of_experts_like_plain_pytorch(
     model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = write_moe(tmp_path / "model", model_type)
@@ -109,7 +109,7 @@ def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("qwen3_moe", DDP), ("mixtral", ZERO3)])
-def test_in_bf16_two_ranks_train_it_as_one_process(
+def test_in_bf16_two_ranks_train_it_like_one_process(
     model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = write_moe(tmp_path / "model", model_type)

@@ -1,4 +1,4 @@
-"""A reference whose weights lie on a disk scores as one in memory does, and leaves nothing there."""
+"""A reference with weights on a disk scores like one in memory, and leaves no files."""
 
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def score_from_disk(assets: Assets, model: Path, nvme: Path, world: World, _fold
 
 
 @pytest.mark.skipif(not HAS_ASYNC_IO, reason="needs libaio")
-def test_weights_on_a_disk_score_as_those_in_memory(assets: Assets, tmp_path: Path) -> None:
+def test_weights_on_a_disk_score_like_those_in_memory(assets: Assets, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, layers=1)
     nvme = tmp_path / "nvme"
     told = run_ranks(partial(score_from_disk, assets, model, nvme), 2, tmp_path / "ranks")
@@ -52,7 +52,7 @@ def test_weights_on_a_disk_score_as_those_in_memory(assets: Assets, tmp_path: Pa
 
 
 @pytest.mark.skipif(HAS_ASYNC_IO, reason="DeepSpeed's async_io can be built here")
-def test_where_deepspeed_cannot_read_beside_computing_it_is_said_beforehand() -> None:
+def test_without_async_io_nvme_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         check_async_io()
     assert caught.value.where == "reference.offload"
@@ -71,7 +71,7 @@ def make_folders(nvme: Path, world: World, _folder: Path) -> list[str]:
     return sorted(path.name.rpartition("-")[2] for path in nvme.glob("dpo_dist-*"))
 
 
-def test_each_process_has_a_folder_and_those_of_the_dead_go(tmp_path: Path) -> None:
+def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path: Path) -> None:
     told = run_ranks(partial(make_folders, tmp_path / "nvme"), 2, tmp_path / "ranks")
     assert told[0] == told[1]
     assert len(told[0]) == 3

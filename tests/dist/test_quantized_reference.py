@@ -1,4 +1,4 @@
-"""A quantized reference stands whole beside a sharded policy, and its rows never serve the one in full."""
+"""A quantized reference beside a sharded policy: its accuracy, and its own store entries."""
 
 import importlib.util
 import io
@@ -39,7 +39,7 @@ def score_both(assets: Assets, model: Path, quantization: str, world: World, _fo
 
 
 @pytest.mark.parametrize("quantization", Quantization)
-def test_its_log_probs_are_near_those_in_full(quantization: str, assets: Assets, tmp_path: Path) -> None:
+def test_quantized_log_probs_are_near_unquantized_ones(quantization: str, assets: Assets, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", hidden_size=64)
     told = run_ranks(partial(score_both, assets, model, quantization), 2, tmp_path / "ranks")
     assert told[0] == told[1]
@@ -58,7 +58,7 @@ def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
     return told
 
 
-def test_its_rows_are_its_own(tmp_path: Path) -> None:
+def test_quantized_entries_are_separate_entries(tmp_path: Path) -> None:
     overrides = [
         f"model.path={write_model(tmp_path / 'model', hidden_size=64)}",
         "model.dtype=fp32",

@@ -1,4 +1,4 @@
-"""TR-DPO: the reference follows the policy, shard by shard, as one process with whole weights would have it."""
+"""TR-DPO: a sharded reference is updated like an unsharded one in one process."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -129,7 +129,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "offload"), WAYS)
-def test_any_number_of_ranks_follows_as_one_does(
+def test_any_number_of_ranks_updates_the_reference_equally(
     size: int,
     kind: ParallelismKind,
     offload: Offload,
@@ -157,7 +157,7 @@ def follow_and_score(assets: Assets, model: Path, reference: Path, world: World,
     return scored
 
 
-def test_the_mixed_reference_scores_as_the_weighted_mean_of_both_models(
+def test_the_mixed_reference_scores_like_the_weighted_mean_of_both_models(
     assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     told = run_ranks(partial(follow_and_score, assets, *odd), 2, tmp_path / "ranks")
@@ -181,7 +181,7 @@ def hard_update(assets: Assets, model: Path, reference: Path, world: World, _fol
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_whole_mixup_makes_the_reference_the_policy(
+def test_a_mixup_of_one_makes_the_reference_the_policy(
     kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     for before, after in run_ranks(partial(hard_update, assets, *odd), 2, tmp_path / "ranks", kind):
@@ -214,7 +214,7 @@ def save_go_on_and_return(
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_checkpoint_holds_the_reference_as_it_was(
+def test_a_checkpoint_restores_the_updated_reference(
     kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     scenario = partial(save_go_on_and_return, assets, *odd, tmp_path / "checkpoints")
@@ -233,7 +233,7 @@ def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Pat
     return str(caught.value.block())
 
 
-def test_a_reference_of_another_shape_cannot_follow(
+def test_a_reference_of_another_shape_is_refused(
     assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     [told] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")

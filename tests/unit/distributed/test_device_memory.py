@@ -84,19 +84,19 @@ def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
     assert "model.gradient_checkpointing" in error.remedy
 
 
-def test_a_single_pair_is_too_long_rather_than_the_budget() -> None:
+def test_a_single_pair_needs_a_shorter_max_length() -> None:
     error = told_by(lambda: one_step(policy(Engine("forward")), batch(5)))
     assert "data.max_length" in error.remedy
     assert "micro_batch_tokens" not in error.remedy
 
 
-def test_the_optimizers_states_are_named() -> None:
+def test_the_optimizer_step_is_named() -> None:
     error = told_by(lambda: policy(Engine("step")).step(1e-6))
     assert error.where == "the optimizer's step"
     assert "zero3_offload" in error.remedy
 
 
-def test_the_reference_has_limits_of_its_own() -> None:
+def test_the_reference_has_its_own_remedy() -> None:
     reference: Any = object.__new__(FrozenEngine)
     reference._engine = Engine("forward")
     error = told_by(lambda: reference.token_logps(batch(5, 9)))
