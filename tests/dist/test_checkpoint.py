@@ -128,10 +128,10 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
 def demand_exact(
     scenario: Callable[[World, Path], dict[str, Any]], kind: ParallelismKind, dtype: Dtype, folder: Path
 ) -> None:
-    for told in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
-        assert told.pop("folder") == "step-000002"
-        assert told.pop("state") == {"step": 2, "world_size": 2}
-        assert told == dict.fromkeys(told, True)
+    for result in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
+        assert result.pop("folder") == "step-000002"
+        assert result.pop("state") == {"step": 2, "world_size": 2}
+        assert result == dict.fromkeys(result, True)
 
 
 @pytest.mark.parametrize("dtype", Dtype)
@@ -181,8 +181,8 @@ def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folde
 
 def test_training_continues_while_a_checkpoint_is_flushed(assets: Assets, tmp_path: Path) -> None:
     scenario = partial(train_while_the_disk_writes, assets, tmp_path / "checkpoints")
-    for told in run_ranks(scenario, 2, tmp_path / "ranks"):
-        assert told == {
+    for result in run_ranks(scenario, 2, tmp_path / "ranks"):
+        assert result == {
             "ready": [False, True, False],
             "uncommitted": [],
             "committed": ["step-000001", "step-000002"],
@@ -206,13 +206,13 @@ def save_without_room(
     trainer = Trainer(assets, world)
     trainer.save(root, 1)
     trainer.step([0, 1, 2])
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def save() -> None:
         try:
             trainer.save(root, 2)
         except CheckpointError as error:
-            told["error"] = str(error)
+            results["error"] = str(error)
 
     if world.rank == without:
         without_room(save, bytes_left)
@@ -220,12 +220,12 @@ def save_without_room(
         save()
     world.barrier()
     found = latest_checkpoint(root, world)
-    told["then"] = [found and found.folder.name, (root / "latest").read_text()]
+    results["then"] = [found and found.folder.name, (root / "latest").read_text()]
     world.barrier()
     trainer.step([3, 4, 5])
     trainer.save(root, 3)
-    told["left"] = sorted(path.name for path in root.iterdir())
-    return told
+    results["left"] = sorted(path.name for path in root.iterdir())
+    return results
 
 
 @pytest.mark.parametrize(
@@ -241,12 +241,12 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
     without: int, bytes_left: int, kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
     scenario = partial(save_without_room, assets, tmp_path / "checkpoints", without, bytes_left)
-    told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
-    assert told[0] == told[1]
-    assert "a checkpoint cannot be written" in told[0]["error"]
-    assert "make room" in told[0]["error"]
-    assert told[0]["then"] == ["step-000001", "step-000001"]
-    assert told[0]["left"] == ["latest", "step-000001", "step-000003"]
+    results = run_ranks(scenario, 2, tmp_path / "ranks", kind)
+    assert results[0] == results[1]
+    assert "a checkpoint cannot be written" in results[0]["error"]
+    assert "make room" in results[0]["error"]
+    assert results[0]["then"] == ["step-000001", "step-000001"]
+    assert results[0]["left"] == ["latest", "step-000001", "step-000003"]
 
 
 def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
     root = tmp_path / "checkpoints"
     outcomes = start_ranks(partial(save_and_die, assets, root, dying), 2, tmp_path / "ranks").finish()
     assert outcomes[1 - dying].error == "PeerLostError", outcomes[1 - dying].log
-    assert f"rank {dying} of 2 died" in outcomes[1 - dying].told
+    assert f"rank {dying} of 2 died" in outcomes[1 - dying].message
     assert (root / "latest").read_text() == "step-000001"
     assert [path.name for path in root.glob("step-??????")] == ["step-000001"]
 
@@ -285,9 +285,9 @@ def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[
 def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Assets, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     (root / "step-000001.tmp-0123456789ab" / "engine").mkdir(parents=True)
-    told = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")
-    assert told[0] == told[1]
-    assert told[0]["left"] == {
+    results = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")
+    assert results[0] == results[1]
+    assert results[0]["left"] == {
         "1, 2": ["step-000001"],
         "2, 2": ["step-000001", "step-000002"],
         "3, 2": ["step-000002", "step-000003"],

@@ -37,13 +37,11 @@ CASES = {
 
 
 def train(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
-    return {name: told(assets, world, *case) for name, case in CASES.items()}
+    return {name: counts(assets, world, *case) for name, case in CASES.items()}
 
 
-def told(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
-    """Of steps with an evaluation after each: micro-batches, how often DeepSpeed discarded a record, and how often
-    it had compared one over ranks by then.
-    """
+def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
+    """Return counts after each step with an evaluation: micro-batches, discarded records, comparisons."""
     model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
     packed = load_packed(assets.policy, model, 1024, world.device)
     if adapter is not None:

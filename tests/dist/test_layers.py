@@ -57,8 +57,8 @@ def outcome(
     assets: Assets, model: Path, kind: ParallelismKind, folder: Path, **options: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     config = ModelConfig(str(model), dtype=Dtype.fp32, **options)
-    told = run_ranks(partial(norms, assets, config), 2, folder, kind)
-    return told[0], load_file(folder / "weights.safetensors")
+    results = run_ranks(partial(norms, assets, config), 2, folder, kind)
+    return results[0], load_file(folder / "weights.safetensors")
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.ddp])

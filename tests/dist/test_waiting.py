@@ -70,8 +70,8 @@ def test_a_silent_rank_times_out(tmp_path: Path) -> None:
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
     assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
-    assert "does not answer" in second.told
-    assert "Timed out" in second.told
+    assert "does not answer" in second.message
+    assert "Timed out" in second.message
 
 
 def stopped_host_of_the_store(world: World, _folder: Path) -> None:
@@ -82,7 +82,7 @@ def stopped_host_of_the_store(world: World, _folder: Path) -> None:
 
 
 def test_a_hanging_process_with_the_store_times_out(tmp_path: Path) -> None:
-    """What processes tell each other about failures goes through rank 0 or its launcher."""
+    """Processes report failures through rank 0 or its launcher."""
     ranks = start_ranks(stopped_host_of_the_store, 3, tmp_path / "ranks", timeout=2)
     deadline = time.monotonic() + 40
     while not all((tmp_path / "ranks" / f"rank-{rank}.json").exists() for rank in (1, 2)):
@@ -92,5 +92,5 @@ def test_a_hanging_process_with_the_store_times_out(tmp_path: Path) -> None:
     os.kill(ranks.processes[0].pid, signal.SIGKILL)
     _, second, third = ranks.finish()
     assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
-    assert "does not answer" in second.told
+    assert "does not answer" in second.message
     assert (third.error, third.reporting_rank) == ("PeerLostError", peers.NOBODY), third.log

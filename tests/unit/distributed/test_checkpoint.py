@@ -27,7 +27,7 @@ ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 @dataclass
 class Weights:
-    """A part with one file, which tells the step it was saved at."""
+    """Weights with one file, which contains the step of the save."""
 
     value: int = 0
 

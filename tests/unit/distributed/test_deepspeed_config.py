@@ -13,7 +13,7 @@ from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_pref
     ids=["0.5B", "7B", "70B"],
 )
 def test_a_scored_model_can_prefetch_a_layer(hidden_size: int, layer_parameters: float) -> None:
-    """Of Qwen2.5-0.5B and 7B and Llama-3-70B: DeepSpeed stops fetching where as many are live as may be."""
+    """Qwen2.5-0.5B and 7B, Llama-3-70B: DeepSpeed stops prefetching at `max_live_parameters`."""
     config = with_layer_prefetch(frozen_config(Offload.none, Dtype.bf16), hidden_size)
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
     assert 0.8 * layer_parameters < zero.prefetch_bucket_size < 1.5 * layer_parameters

@@ -188,7 +188,7 @@ def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Non
     ],
 )
 def test_rope_of_older_config_files_is_read(model_type: str, scaling: dict[str, Any], tmp_path: Path) -> None:
-    """As `rope_scaling`, with the original length beside it."""
+    """They write `rope_scaling`, with the original length beside it."""
     written = tiny_config(model_type).to_dict()
     del written["rope_parameters"]
     dynamic = "dynamic" in scaling.values()

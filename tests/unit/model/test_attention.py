@@ -26,7 +26,7 @@ layouts: st.SearchStrategy[Layout] = st.lists(
 
 
 def visible(layout: Layout) -> Tensor:
-    """Which token (row) may see which (column), token by token from the definition."""
+    """Return the mask of attending tokens (rows) and attended tokens (columns), by the definition."""
     tokens = [
         (pair, piece, place)
         for pair, (prompt, *responses) in enumerate(layout)

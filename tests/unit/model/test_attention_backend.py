@@ -97,7 +97,7 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "told"),
+    ("kernel", "message"),
     [
         (shifted, "output differs"),
         (wrong_backward, "gradient of the key differs"),
@@ -105,10 +105,10 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
     ],
 )
 def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
-    kernel: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
         check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
-    assert told in raised.value.got
+    assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy

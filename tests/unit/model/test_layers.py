@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 
 def forwards(model: PackedCausalLM) -> list[int]:
-    """How often each layer's first part computes in one forward and backward."""
+    """Return the number of forwards of each layer in one forward and backward of the model."""
     counts: Counter[int] = Counter()
     layers = decoder_layers(model)
     handles = [

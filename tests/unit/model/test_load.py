@@ -108,7 +108,7 @@ def name_an_unknown_architecture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (drop_a_weight, r"random values(.|\n)*layers\.1\.mlp\.up_proj"),
         (reshape_a_weight, "cannot be loaded"),
@@ -117,9 +117,9 @@ def name_an_unknown_architecture(folder: Path) -> None:
         (name_an_unknown_architecture, "unheard_of"),
     ],
 )
-def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     damage(write_model(tmp_path))
-    with pytest.raises(ConfigError, match=told) as raised:
+    with pytest.raises(ConfigError, match=message) as raised:
         load(tmp_path)
     assert str(tmp_path) in raised.value.got
 
