@@ -15,7 +15,7 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.report.console import Console
-from dpo_dist.training.run import build_reference
+from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.data_setup import load_inputs
 from tests.dist.scenario import Assets
 from tests.support.invented import write_pairs
@@ -53,7 +53,7 @@ def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
     for quantization in ("nf4", "null", "nf4"):
         config = load_run_config([*overrides, f"reference.quantization={quantization}"])
         console = Console(io.StringIO())
-        reference = build_reference(config, load_inputs(config, world, console), world, console)
+        reference = prepare_reference(config, load_inputs(config, world, console), world, console)
         told.append([reference.report["computed"], reference.is_policys_start])
     return told
 

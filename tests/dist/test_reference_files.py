@@ -17,6 +17,7 @@ from dpo_dist.distributed.world import Peer, World
 from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.reference import engine
 from dpo_dist.report.console import Console
+from dpo_dist.training.reference_setup import Reference, prepare_reference
 from dpo_dist.training import run as run_module, reference_setup
 from dpo_dist.training.data_setup import load_inputs
 from tests.support.invented import write_pairs
@@ -58,9 +59,9 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
     return load_other
 
 
-def reference_of(overrides: list[str], world: World) -> run_module.Reference:
+def reference_of(overrides: list[str], world: World) -> Reference:
     config, console = load_run_config(overrides), Console(io.StringIO())
-    return run_module.build_reference(config, load_inputs(config, world, console), world, console)
+    return prepare_reference(config, load_inputs(config, world, console), world, console)
 
 
 def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
