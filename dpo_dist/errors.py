@@ -53,7 +53,7 @@ class DpoDistError(Exception):
     """An error that the user can fix.
 
     Args:
-        what: the error in one sentence.
+        message: the error in one sentence.
         where: the key, ``file:line`` or pair that caused it.
         got: the offending value.
         expected: the values that are accepted.
@@ -63,9 +63,9 @@ class DpoDistError(Exception):
     exit_code: int = ExitCode.invalid
     title: ClassVar[str] = "error"
 
-    def __init__(self, what: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
-        super().__init__(what)
-        self.what = what
+    def __init__(self, message: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
+        super().__init__(message)
+        self.message = message
         self.where = where
         self.got = got
         self.expected = expected
@@ -75,22 +75,22 @@ class DpoDistError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle every field, so that one rank's error can be raised on all."""
-        return _rebuild, (type(self), self.what, self.where, self.got, self.expected, self.remedy)
+        return _rebuild, (type(self), self.message, self.where, self.got, self.expected, self.remedy)
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""
         parts = {"where": self.where, "got": self.got, "expected": self.expected, "to do": self.remedy}
         lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
-        return "\n".join([f"{self.title}: {self.what}", *lines])
+        return "\n".join([f"{self.title}: {self.message}", *lines])
 
     def __str__(self) -> str:
         return self.block()
 
 
 def _rebuild(
-    kind: type[DpoDistError], what: str, where: str, got: str, expected: str, remedy: str
+    kind: type[DpoDistError], message: str, where: str, got: str, expected: str, remedy: str
 ) -> DpoDistError:
-    return kind(what, where=where, got=got, expected=expected, remedy=remedy)
+    return kind(message, where=where, got=got, expected=expected, remedy=remedy)
 
 
 class ConfigError(DpoDistError):

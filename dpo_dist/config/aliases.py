@@ -187,8 +187,10 @@ REMEDIES = _by_name(
         ),
         "not needed: accelerate launch or torchrun sets it in the environment": ("local_rank"),
         "--config-dir DIR adds a folder of yours; +experiment=NAME reads DIR/experiment/NAME.yaml": (
-            "config"
+            "config config_name"
         ),
+        "not needed: --cfg job prints resolved values": "resolve",
+        "one command is one run: to sweep, launch one process group (one job) for each value": "multirun",
     }
 )
 

@@ -38,13 +38,10 @@ _OPTIONS = {
     "--help": _Option("-h", "[KEY]", "print this text, or explain a section or key"),
     "--version": _Option("", "", "print the version of dpo_dist"),
     "--check": _Option("", "", "check values, model, tokenizer, data and folders, without a GPU, and exit"),
-    "--cfg": _Option("-c", "job|hydra|all", "print the composed configuration (job) and exit"),
+    "--cfg": _Option("-c", "job", "print the resolved configuration of the run and exit"),
     "--package": _Option("-p", "KEY", "with --cfg job: print this section or key only"),
-    "--resolve": _Option("", "", "no effect: --cfg job prints resolved values"),
     "--config-dir": _Option("-cd", "DIR", "add your own presets and experiments: DIR/experiment/NAME.yaml"),
-    "--config-name": _Option("-cn", "NAME", "compose DIR/NAME.yaml in place of config.yaml"),
     "--info": _Option("-i", "[TOPIC]", "print how Hydra composes, e.g. --info defaults-tree"),
-    "--multirun": _Option("-m", "", "refused: one command is one run"),
 }
 _LONG = {option.short: name for name, option in _OPTIONS.items() if option.short}
 
@@ -112,11 +109,10 @@ def _run(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | N
         if _rank() == 0:
             sys.stdout.write(text)
         return ExitCode.completed
-    if "--info" in arguments.options or arguments.options.get("--cfg") in ("hydra", "all"):
+    if "--info" in arguments.options:
         _ask_hydra(arguments)
         return ExitCode.completed
-    name = arguments.options.get("--config-name", "config")
-    composed = compose(arguments.overrides, arguments.own_folder, name=name)
+    composed = compose(arguments.overrides, arguments.own_folder)
     if "--cfg" in arguments.options:
         return _show(composed, arguments)
     config = resolve(composed, arguments.overrides, arguments.own_folder)
@@ -173,7 +169,7 @@ def divide(arguments: Sequence[str]) -> Arguments:
                 raise ConfigError(f"{name} needs a value", where=COMMAND_LINE, got=argument, remedy=remedy)
             value = rest.pop(0)
         options[option] = value
-    _check_options(options, overrides)
+    _check_values(options)
     return Arguments(options, overrides)
 
 
@@ -181,22 +177,13 @@ def _is_override_or_option(following: Sequence[str]) -> bool:
     return not following or "=" in following[0] or following[0].startswith("-")
 
 
-def _check_options(options: dict[str, str], overrides: Sequence[str]) -> None:
-    mode = next((line for line in overrides if "hydra.mode=" in line), None)
-    if "--multirun" in options or mode is not None:
+def _check_values(options: dict[str, str]) -> None:
+    if options.get("--cfg", "job") != "job":
         raise ConfigError(
-            "one command is one run",
+            "--cfg prints the configuration of the run only",
             where=COMMAND_LINE,
-            got=mode or "--multirun",
-            remedy="to sweep, launch one process group (one job) for each value",
-        )
-    cfg = options.get("--cfg", "job")
-    if cfg not in ("job", "hydra", "all"):
-        raise ConfigError(
-            "--cfg prints one of three configurations",
-            where=COMMAND_LINE,
-            got=cfg,
-            expected="job, hydra or all",
+            got=options["--cfg"],
+            expected="job",
             remedy="write --cfg job",
         )
     folder = options.get("--config-dir")

@@ -20,6 +20,7 @@ from yaml import YAMLError
 from dpo_dist.config.check import check
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
+from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
@@ -65,19 +66,20 @@ def load_run_config(overrides: Sequence[str], own_folder: Path | None = None) ->
     return resolve(compose(overrides, own_folder), overrides, own_folder)
 
 
-def compose(overrides: Sequence[str], own_folder: Path | None = None, *, name: str = "config") -> DictConfig:
+def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictConfig:
     """Return Hydra's composition of `overrides`, not yet typed or checked.
 
     Raises:
         ConfigError: it cannot be composed.
     """
+    find_loss_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = group_folders(own_folder)
     check_overrides(parsed, folders)
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
         with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
-            return hydra.compose(name, overrides=[*_search_path(own_folder), *lines])
+            return hydra.compose("config", overrides=[*_search_path(own_folder), *lines])
 
     try:
         composed = compose_lines(overrides)

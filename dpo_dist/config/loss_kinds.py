@@ -15,7 +15,7 @@ from dpo_dist.config.fields import key, section
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce",
+    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -169,6 +169,11 @@ KINDS: dict[LossKind, KindFacts] = {
         _uses("beta", "ld_alpha", "reference_free"),
         accepts_rankings=True,
     ),
+    LossKind.custom: KindFacts(
+        "returned by your own `function`",
+        "docs/python.md",
+        _PAIR | _uses("function", "label_smoothing"),
+    ),
 }
 
 
@@ -197,7 +202,7 @@ class SyncReferenceConfig:
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, "Kind of loss.", train_only=False)
+    kind: LossKind = key(LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", train_only=False)
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,
@@ -247,6 +252,9 @@ class LossConfig:
         train_only=False,
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
+    function: str | None = key(
+        None, "`custom`: the loss function, as `module:function`.", added=True, train_only=True
+    )
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:

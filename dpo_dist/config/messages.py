@@ -93,7 +93,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
         return ConfigError(
             f"{key} has no effect: Hydra only composes the configuration",
             where=where or key,
-            remedy="remove it; run.dir or run.root sets the run directory",
+            remedy="remove it; run.dir sets the run directory, and a sweep is one job for each value",
         )
     known, expected = run_keys(), ""
     same, words = alias_of(key, KEY_ALIASES), alias_of(key, REMEDIES)
@@ -154,13 +154,6 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     known = preset_names(group, folders)
-    if not group:
-        return ConfigError(
-            "there is no such configuration",
-            where="--config-name",
-            got=choice,
-            remedy="remove it; +experiment=NAME chooses an experiment, --config-dir DIR adds your own",
-        )
     if not known:
         return ConfigError("a configuration file does not exist", got=f"{group}/{choice}.yaml")
     plus = "+" if group == "experiment" else ""
@@ -203,8 +196,8 @@ def composition_error(
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return unknown_preset(group, choice, folders)
     if isinstance(error, MarkedYAMLError):
-        what = f"a configuration file is not valid YAML: {error.problem}"
-        return ConfigError(what, where=str(error.problem_mark).strip(), remedy="correct the file")
+        message = f"a configuration file is not valid YAML: {error.problem}"
+        return ConfigError(message, where=str(error.problem_mark).strip(), remedy="correct the file")
     chain = (error, error.__cause__, error.__context__)
     cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
     if cause is not None:
@@ -273,8 +266,8 @@ def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> Co
         remedy = f"write {assignment(key, got, hint)}"
     if isinstance(value, float) and value.is_integer():
         remedy = f"write {key}={int(value)}"
-    what = f"{key} has the wrong type"
-    return ConfigError(what, where=where, got=got, expected=describe_type(hint), remedy=remedy)
+    message = f"{key} has the wrong type"
+    return ConfigError(message, where=where, got=got, expected=describe_type(hint), remedy=remedy)
 
 
 def _origin(key: str, error: Exception, overrides: Sequence[Override]) -> tuple[str, str]:

@@ -42,25 +42,25 @@ def parse_overrides(lines: Sequence[str]) -> list[Override]:
 
 def _unreadable(line: str, before: Sequence[str], following: Sequence[str]) -> ConfigError:
     """Return the error for an override that Hydra cannot parse, with the correct spelling if it is clear."""
-    what, got = "an override cannot be read", line
+    message, got = "an override cannot be read", line
     key, equals, value = line.partition("=")
     if parts := _around_equals(line, before, following):
         got, remedy = " ".join(parts), f"write {shlex.quote(''.join(parts))}, without spaces around ="
     elif whole := _rejoined(line, following):
-        what, remedy = "the shell split an override at a space", f"put it in quotes: {shlex.quote(whole)}"
+        message, remedy = "the shell split an override at a space", f"put it in quotes: {shlex.quote(whole)}"
     elif not equals:
-        what, remedy = "an argument is not key=value", _add_value(line)
+        message, remedy = "an argument is not key=value", _add_value(line)
     elif key.endswith("+"):
         remedy = f"a list is given whole: write {shlex.quote(f'{key[:-1]}=[FIRST,SECOND]')}"
     elif _is_open(value):
-        what += ": a bracket is not closed"
+        message += ": a bracket is not closed"
         remedy = f"close it; text with brackets needs quotes: {shlex.quote(f'{key}={_quoted(value)}')}"
     else:
         special = [character for character in value if not _PLAIN.match(character)] or re.findall("=", value)
-        what += f": {special[0]!r} needs quotes" if special else ""
+        message += f": {special[0]!r} needs quotes" if special else ""
         remedy = _corrected(line, key, value)
     expected = "key=value, for example loss.beta=0.2"
-    return ConfigError(what, where=COMMAND_LINE, got=got, expected=expected, remedy=remedy)
+    return ConfigError(message, where=COMMAND_LINE, got=got, expected=expected, remedy=remedy)
 
 
 def _corrected(line: str, key: str, value: str) -> str:
@@ -175,9 +175,9 @@ def check_overrides(overrides: Sequence[Override], folders: Sequence[Path]) -> N
             _check_key(override)
 
 
-def _wrong(override: Override, what: str, remedy: str, expected: str = "") -> ConfigError:
+def _wrong(override: Override, message: str, remedy: str, expected: str = "") -> ConfigError:
     return ConfigError(
-        what, where=COMMAND_LINE, got=str(override.input_line), expected=expected, remedy=remedy
+        message, where=COMMAND_LINE, got=str(override.input_line), expected=expected, remedy=remedy
     )
 
 
@@ -191,8 +191,8 @@ def _check_choice(override: Override, folders: Sequence[Path]) -> None:
         if not override.is_add():
             raise _wrong(override, f"{group} has no default, so it must be added", f"write +{line}")
     elif isinstance(value, list):
-        what = f"{group} is one preset, and this is a list: only its last entry would count"
-        raise _wrong(override, what, _instead_of_list(group, _names(value), known))
+        message = f"{group} is one preset, and this is a list: only its last entry would count"
+        raise _wrong(override, message, _instead_of_list(group, _names(value), known))
     elif override.is_add():
         raise _wrong(override, f"{group} exists already", f"write {line[1:]}")
     elif not isinstance(value, str):

@@ -65,7 +65,9 @@ class ModelConfig:
     path: str = key(MISSING, "Folder or hub name of the model to train.", filled=True)
     revision: str | None = key(None, "Branch, tag or commit of a hub model.")
     dtype: Dtype = key(Dtype.bf16, "`bf16` (with float32 master weights) or `fp32`.")
-    attention: AttentionBackend = key(AttentionBackend.auto, "Attention kernel.", free=True)
+    attention: AttentionBackend = key(
+        AttentionBackend.auto, "Attention kernel; `auto`: the fastest.", free=True
+    )
     gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
         "none",
         "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
@@ -74,7 +76,9 @@ class ModelConfig:
     )
     compile: bool = key(False, "torch.compile in decoder layers.", free=True)
     liger: bool = key(False, "Liger's kernels in decoder layers (CUDA, the `liger` extra).", free=True)
-    adapter: Any = key(None, "Train an adapter in place of all weights.", of=AdapterConfig)
+    adapter: Any = key(
+        None, "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.", of=AdapterConfig
+    )
     quantization: Quantization | None = key(
         None, "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."
     )
@@ -101,8 +105,8 @@ class SourceConfig:
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
-    train: list[Any] = key([], "Training data: files, patterns, folders or hub datasets.", of=SourceConfig)
-    eval: list[Any] = key([], "Evaluation data, likewise.", of=SourceConfig)
+    train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
+    eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
     max_length: int = key(1024, "Tokens of prompt and response together.", at_least=2)
     max_prompt_length: int | None = key(
         None, "Tokens of a prompt, which loses its start beyond; null: no limit.", at_least=1

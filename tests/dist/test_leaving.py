@@ -83,7 +83,7 @@ def test_an_error_of_one_rank_is_told_by_that_rank(error: Exception, name: str, 
     if name != "KeyError":  # which keeps its traceback
         assert printing([waiting, failing]) == [1]
     assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", peers.NOBODY), waiting.log
-    assert "process of the run failed" in waiting.told
+    assert "process of the run failed" in waiting.message
 
 
 def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
@@ -95,8 +95,8 @@ def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
 def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> None:
     blocked, failing = outcomes_of(out_of_memory_while_blocked, tmp_path)
     assert (failing.error, failing.reporting_rank) == ("DeviceMemoryError", 1)
-    assert "Tried to allocate 20.00 MiB" in failing.told
-    assert "trainer.micro_batch_tokens" in failing.told
+    assert "Tried to allocate 20.00 MiB" in failing.message
+    assert "trainer.micro_batch_tokens" in failing.message
     assert blocked.exit_code == 2, blocked.log
     assert "process lost" not in blocked.log
 

@@ -1,4 +1,4 @@
-"""Data encoded on several processes are, byte for byte, those encoded on one; who dies is told."""
+"""Encoding on several processes: the bytes of one process, and errors of dead processes."""
 
 import multiprocessing
 import os
@@ -54,7 +54,7 @@ def prepare(
 
 
 @pytest.mark.parametrize("make", [tiny.qwen, tiny.mistral], ids=["qwen", "mistral"])
-def test_real_data_come_out_the_same(tmp_path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> None:
+def test_real_data_are_encoded_equally(tmp_path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> None:
     shared = shared_data_dir()
     if shared is None:
         pytest.skip("no slices of real data here")
@@ -64,7 +64,7 @@ def test_real_data_come_out_the_same(tmp_path: Path, make: Callable[[], PreTrain
     assert prepare(tmp_path, sources, 3, make(), max_length=200, ranked=Ranked.all_pairs) == one
 
 
-def test_no_number_of_records_is_odd(tmp_path: Path) -> None:
+def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
     """Sources that end within, at and behind the end of a chunk, with bad records at both ends."""
     sources = []
     for count in (0, 1, CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
@@ -75,7 +75,7 @@ def test_no_number_of_records_is_odd(tmp_path: Path) -> None:
         assert prepare(tmp_path, sources, processes, tiny.qwen()) == one
 
 
-def test_the_first_bad_record_is_the_one_that_is_told(tmp_path: Path) -> None:
+def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
     records = [record(number) for number in range(4 * CHUNK_RECORDS)]
     records[70], records[150] = BAD, {**BAD, "prompt": ""}
     rows = source(tmp_path, *records)
@@ -95,7 +95,7 @@ def test_few_records_start_no_process(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And records that were read to know that there are many are not lost."""
-    monkeypatch.setattr(encode_workers_module, "_FEWEST_CHUNKS", 2)
+    monkeypatch.setattr(encode_workers_module, "_MIN_CHUNKS", 2)
     monkeypatch.setattr(encode_workers_module, "_usable_cores", lambda: 2)
     rows = source(tmp_path, *map(record, range(3 * CHUNK_RECORDS)))
     one = prepare(tmp_path, [rows], 1, tiny.qwen())
@@ -133,14 +133,14 @@ class Unreadable(PreTrainedTokenizerFast):
 
 
 @pytest.mark.parametrize("kind", [Mortal, Unreadable])
-def test_a_process_that_dies_is_one_clear_error(tmp_path: Path, kind: type[PreTrainedTokenizerFast]) -> None:
+def test_a_dead_process_is_one_clear_error(tmp_path: Path, kind: type[PreTrainedTokenizerFast]) -> None:
     records = [record(number) for number in range(6 * CHUNK_RECORDS)]
     records[200]["prompt"] = "kill"
     rows = source(tmp_path, *records)
     plain = tiny.qwen()
     tokenizer = kind(tokenizer_object=plain.backend_tokenizer, **plain.special_tokens_map)
     tokenizer.chat_template = plain.chat_template
-    with pytest.raises(PeerLostError, match="encodes data died") as raised:
+    with pytest.raises(PeerLostError, match="encodes data has died") as raised:
         prepare(tmp_path, [rows], 2, tokenizer)
     assert "data.processes" in raised.value.where + raised.value.remedy
     assert encoded_folders(tmp_path, "cache 2") == []

@@ -70,8 +70,8 @@ def test_a_silent_rank_is_not_waited_for(tmp_path: Path) -> None:
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
     assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
-    assert "does not answer" in second.told
-    assert "Timed out" in second.told
+    assert "does not answer" in second.message
+    assert "Timed out" in second.message
 
 
 def stopped_host_of_the_store(world: World, _folder: Path) -> None:
@@ -92,5 +92,5 @@ def test_a_hanging_process_that_has_the_store_is_not_waited_for(tmp_path: Path) 
     os.kill(ranks.processes[0].pid, signal.SIGKILL)
     _, second, third = ranks.finish()
     assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
-    assert "does not answer" in second.told
+    assert "does not answer" in second.message
     assert (third.error, third.reporting_rank) == ("PeerLostError", peers.NOBODY), third.log

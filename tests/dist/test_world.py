@@ -23,7 +23,7 @@ def raised_by(work: Callable[[], Any]) -> list[str]:
     try:
         work()
     except DpoDistError as error:
-        return [type(error).__name__, error.what, error.remedy]
+        return [type(error).__name__, error.message, error.remedy]
     return []
 
 
@@ -112,5 +112,5 @@ def test_survivors_name_the_dead_and_the_first_of_them_speaks(
     survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != dead]
     for outcome in survivors:
         assert outcome.error == "PeerLostError", outcome.log
-        assert f"rank {dead} of {size} died" in outcome.told
+        assert f"rank {dead} of {size} died" in outcome.message
         assert outcome.reporting_rank == min({0, 1, 2} - {dead})

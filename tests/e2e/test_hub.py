@@ -1,4 +1,4 @@
-"""Hub datasets: what is read is what the fingerprint names, and a hub once asked is not needed again."""
+"""Hub datasets: read at the commit of the fingerprint; without network after the first start."""
 
 import json
 import os
@@ -25,23 +25,23 @@ from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
-told = []
+results = []
 config = DataConfig(cache=sys.argv[1])
 for verb, options in json.loads(sys.argv[2]):
     source = SourceConfig(**options)
     try:
         if verb == "read":
-            told.append([record.prompt for record in read_records(source)])
+            results.append([record.prompt for record in read_records(source)])
         elif verb == "pin":
-            told.append(pinned(source, Path(config.cache)).revision)
+            results.append(pinned(source, Path(config.cache)).revision)
         else:
             from dpo_dist.data.dataset import open_dataset
             from dpo_dist.data.build_dataset import prepare_dataset
             from tests.support import tiny
-            told.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
+            results.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
     except DataError as error:
-        told.append([error.where, error.got])
-print(json.dumps(told))
+        results.append([error.where, error.got])
+print(json.dumps(results))
 """
 CARD = b"""---
 configs:
@@ -76,17 +76,17 @@ def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **envir
     command = [sys.executable, "-c", _STEPS, str(folder / "encoded"), json.dumps(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    results: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
-def test_a_hub_dataset_is_pinned_and_needed_once(tmp_path: Path, hub: HubServer) -> None:
+def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: HubServer) -> None:
     first = hub.commit("o/pairs", {"train.jsonl": rows("old"), "test.jsonl": rows("held out")})
     hub.commit("o/pairs", {"train.jsonl": rows("tagged")}, "v1")
     hub.commit("o/sets", {"README.md": CARD, "one/train.jsonl": rows("1"), "two/train.jsonl": rows("2")})
     hub.commit("o/dirs", {"x/train.jsonl": rows("x"), "y/train.jsonl": rows("y")})
     pairs, sets, dirs = ({"path": f"o/{name}"} for name in ("pairs", "sets", "dirs"))
-    told = run(
+    results = run(
         tmp_path,
         hub.url,
         [
@@ -101,16 +101,18 @@ def test_a_hub_dataset_is_pinned_and_needed_once(tmp_path: Path, hub: HubServer)
             ("read", {"path": "o/nothing"}),
         ],
     )
-    assert told[:5] == [["old"], first, ["held out"], ["tagged"], ["2"]]
-    assert "one" in told[5][1]  # the configurations to choose from
-    assert told[6] == ["y"]
-    assert "none" in told[7][0]
-    assert "RepositoryNotFound" in told[8][1]
+    assert results[:5] == [["old"], first, ["held out"], ["tagged"], ["2"]]
+    assert "one" in results[5][1]  # the configurations to choose from
+    assert results[6] == ["y"]
+    assert "none" in results[7][0]
+    assert "RepositoryNotFound" in results[8][1]
 
     second = hub.commit("o/pairs", {"train.jsonl": rows("new", "newer")})
     # What the hub names now is asked at each start; a commit stays what it was.
-    told = run(tmp_path, hub.url, [("read", pairs | {"revision": first}), ("pin", pairs), ("encode", pairs)])
-    assert told == [["old"], second, 2]
+    results = run(
+        tmp_path, hub.url, [("read", pairs | {"revision": first}), ("pin", pairs), ("encode", pairs)]
+    )
+    assert results == [["old"], second, 2]
 
     asked = len(hub.asked)
     offline = run(

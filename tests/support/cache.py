@@ -1,4 +1,4 @@
-"""Rows of files, encoded into a cache in a test's folder."""
+"""Encode input records into a cache in a test's folder."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def prepare_all(
 
 
 def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
-    """Encode one source; its folder."""
+    """Encode one source and return its folder."""
     [encoded] = prepare_all(folder, source, **data)
     return encoded.folder
 
@@ -30,5 +30,5 @@ def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> Prefer
 
 
 def encoded_folders(folder: Path, cache: str = "cache") -> list[str]:
-    """What is in the cache beside the digests of files."""
+    """Return the names of the encoded folders in the cache."""
     return sorted(below.name for below in (folder / cache).iterdir() if below.name != MEMO_FOLDER)

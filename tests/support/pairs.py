@@ -1,4 +1,4 @@
-"""Records for tests, and what encoding made of them."""
+"""Records for tests, and their encoding."""
 
 from transformers import PreTrainedTokenizerFast
 
@@ -11,14 +11,14 @@ WIDE = DataConfig(max_length=100_000)
 
 
 def record(prompt: str | Messages | Dialogue, *responses: str) -> PreferenceRecord:
-    """A record with these responses, or with two of its own."""
+    """Return a record with these responses, or with two default ones."""
     return PreferenceRecord(prompt, responses or ("It is Paris.", "I cannot do that."), Origin("here", 1))
 
 
 def encode(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> EncodedExample:
-    """The pair that must come of `what`."""
+    """Encode `what`, which must be possible."""
     pair = encode_pair(what, tokenizer, config)
     assert isinstance(pair, EncodedExample), pair
     return pair
@@ -27,17 +27,17 @@ def encode(
 def reason_against(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> str:
-    """Why no pair comes of `what`."""
+    """Return the reason why `what` cannot be encoded."""
     bad = encode_pair(what, tokenizer, config)
     assert isinstance(bad, BadRecord), bad
     return bad.reason
 
 
 def texts(pair: EncodedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Prompt and responses as text again."""
+    """Decode prompt and responses."""
     return [tokenizer.decode(ids) for ids in (pair.prompt_ids, *pair.responses)]
 
 
 def flags(pair: EncodedExample) -> tuple[bool, bool, bool]:
-    """Prompt cut, response cut, response split off."""
+    """Return whether the prompt was truncated, a response truncated, a response resplit."""
     return (pair.prompt_truncated, pair.response_truncated, pair.boundary_resplit)

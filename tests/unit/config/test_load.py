@@ -13,6 +13,7 @@ from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, SourceConfig, TrainerConfig
 from dpo_dist.errors import ConfigError
+from tests.support.own_loss import OWN
 
 ROOT = Path(__file__).parents[3]
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
@@ -69,6 +70,7 @@ def test_every_preset_composes(group: str, name: str) -> None:
     needed = [override for override in RUN if not override.startswith(group)]
     required = {"none": ["loss=sft"], "adapter": ["model.adapter={r: 8}"]}
     further = required.get(name, []) if group == "reference" else []
+    further = [f"loss.function={OWN}"] if name == "custom" else further
     config = load_run_config([*needed, *further, f"{group}={name}"])
     if group == "loss":
         kinds = [LossKind.sigmoid, LossKind.sft] if name == "sigmoid_sft" else [LossKind[name]]
@@ -125,7 +127,7 @@ def test_written_configuration_reads_back_equal(overrides: list[str]) -> None:
 )
 def test_an_unknown_key_gets_the_likely_one(override: str, meant: str) -> None:
     error = error_of(override)
-    assert error.what.startswith("there is no key")
+    assert error.message.startswith("there is no key")
     assert meant in error.remedy
 
 

@@ -1,4 +1,4 @@
-"""What became of the records is told whole: by source, by field, with the remedy that helps."""
+"""Counts of records by source and by field, errors with their remedies, duplicates."""
 
 import json
 from dataclasses import replace
@@ -50,16 +50,18 @@ def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
     assert "data.text_as_messages=true" in plain
 
 
-def test_templated_records_are_not_called_plain(tmp_path: Path) -> None:
+def test_templated_records_are_not_counted_as_plain(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert len(describe_counts("train", opened(tmp_path, path, text_as_messages=True).counts)) == 1
 
 
-def test_every_source_is_told(tmp_path: Path) -> None:
+def test_every_source_has_its_counts(tmp_path: Path) -> None:
     bad = TEXT | {"chosen": None}
     first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
     counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
-    assert [(told["path"], told["read"], told["kept"], told["dropped"]) for told in counts["sources"]] == [
+    assert [
+        (source["path"], source["read"], source["kept"], source["dropped"]) for source in counts["sources"]
+    ] == [
         (first, 40, 40, {}),
         (second, 4, 3, {"missing_field": 1}),
     ]
@@ -89,7 +91,7 @@ def test_every_source_is_told(tmp_path: Path) -> None:
         ([*GOOD[:3], TEXT | {"tools": [1]}], {}, ["fields: tools", "data.max_bad_share"]),
     ],
 )
-def test_the_error_names_what_helps(
+def test_the_error_has_the_remedy_for_its_reason(
     tmp_path: Path, rows: list[object], data: dict[str, object], expected: list[str]
 ) -> None:
     with pytest.raises(DataError) as raised:
@@ -114,7 +116,7 @@ def test_the_first_record_of_each_reason_is_kept_for_its_detail(tmp_path: Path) 
         assert "question (text)" in raised.value.got
 
 
-def test_records_that_occur_again_are_counted(tmp_path: Path) -> None:
+def test_duplicates_are_counted(tmp_path: Path) -> None:
     swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
     other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
@@ -128,7 +130,7 @@ def test_records_that_occur_again_are_counted(tmp_path: Path) -> None:
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
 
 
-def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) -> None:
+def test_duplicates_are_counted_at_the_first_start_only(tmp_path: Path) -> None:
     twice = opened(tmp_path, file_of(tmp_path, "twice", *GOOD, *GOOD[:2]))
     other = opened(tmp_path, file_of(tmp_path, "other", *GOOD[:3], GOOD[0]))
     cache = tmp_path / "cache"
@@ -141,7 +143,7 @@ def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("pairs", "trainer", "told"),
+    ("pairs", "trainer", "expected"),
     [
         (12, {"global_batch_pairs": 1000, "max_steps": 1}, "up to 84 times in one step"),
         (12, {"global_batch_pairs": 64}, "the whole run is 1 step: 12 pairs"),
@@ -150,12 +152,12 @@ def test_what_occurs_again_is_counted_at_the_first_start_only(tmp_path: Path) ->
         (100, {"global_batch_pairs": 10}, None),
     ],
 )
-def test_a_run_of_hardly_any_pairs_is_told(pairs: int, trainer: dict[str, float], told: str | None) -> None:
+def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, float], expected: str | None) -> None:
     sampler = make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer))  # type: ignore[arg-type]
     lines = describe_short_run(sampler)
-    assert len(lines) == (told is not None)
-    assert told is None or told in lines[0]
+    assert len(lines) == (expected is not None)
+    assert expected is None or expected in lines[0]
     most = max(
         int(np.unique(sampler.indices(step), return_counts=True)[1].max()) for step in range(sampler.steps)
     )
-    assert ("times in one step" in (told or "")) == (most > 2)
+    assert ("times in one step" in (expected or "")) == (most > 2)

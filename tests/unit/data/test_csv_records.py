@@ -1,4 +1,4 @@
-"""CSV: true line numbers, and a damaged line costs no other one."""
+"""CSV records: line numbers, and damage limited to its own lines."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def good_lines(records: list[PreferenceRecord | BadRecord]) -> list[int]:
     return [record.origin.line for record in records if isinstance(record, PreferenceRecord)]
 
 
-def test_csv_records_carry_the_line_where_they_start(tmp_path: Path) -> None:
+def test_csv_records_have_the_line_of_their_start(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(
         b"\xef\xbb\xbfprompt,chosen,rejected\r\n"
@@ -64,7 +64,7 @@ def test_csv_records_carry_the_line_where_they_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damaged", ['q,"never closed,b', '"q","a","never closed', '"q,a,b', '"say "hi"",a,b']
 )
-def test_a_damaged_quote_costs_its_own_line(tmp_path: Path, row: str, damaged: str) -> None:
+def test_a_damaged_quote_affects_its_own_line_only(tmp_path: Path, row: str, damaged: str) -> None:
     rows = [row.format(n=n) for n in range(1000)]
     rows[100] = damaged
     records = read(tmp_path, "".join(f"{each}\n" for each in rows))
@@ -84,14 +84,14 @@ def test_the_rest_of_a_damaged_cell_is_no_record(tmp_path: Path) -> None:
     assert [record.reason for record in records if isinstance(record, BadRecord)] == ["unparsable"] * 3
 
 
-def test_an_open_cell_that_another_line_closes_does_not_hide_lines(tmp_path: Path) -> None:
+def test_an_unclosed_cell_that_another_line_closes_hides_no_lines(tmp_path: Path) -> None:
     """The cells so made are as many as another number of columns has."""
     records = read(tmp_path, 'q,"open,b\nq,a,b\nq,a,it ends here"\nq,a,b\n')
     assert len(records) == 4
     assert good_lines(records)[-1] == 5
 
 
-def test_three_open_cells_cost_three_lines_and_no_order(tmp_path: Path) -> None:
+def test_three_unclosed_cells_affect_three_lines_and_keep_the_order(tmp_path: Path) -> None:
     rows = [f"q{n},a,b" for n in range(40)]
     rows[10] = rows[20] = rows[30] = 'q,"open,b'
     records = read(tmp_path, "".join(f"{row}\n" for row in rows))
@@ -100,7 +100,7 @@ def test_three_open_cells_cost_three_lines_and_no_order(tmp_path: Path) -> None:
     assert prompts == [f"q{n}" for n in range(40) if n not in (10, 20, 30)]
 
 
-def test_a_record_above_the_limit_is_bad_and_reading_goes_on(
+def test_a_record_above_the_limit_is_bad_and_reading_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_MAX_RECORD_BYTES", 1000)
@@ -118,7 +118,7 @@ def test_csv_cell_of_any_length_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", ['"prompt,chosen\nq,a\n', 'prompt,"cho"sen"\n'])
-def test_a_header_that_is_none_is_refused(tmp_path: Path, header: str) -> None:
+def test_a_damaged_header_is_refused(tmp_path: Path, header: str) -> None:
     file = tmp_path / "rows.csv"
     file.write_text(header)
     with pytest.raises(DataError, match="header of the CSV file cannot be parsed"):

@@ -1,4 +1,4 @@
-"""Encoded pairs on disk: what was written is read back by row, found again by content, never half there."""
+"""Encoded datasets: examples are read by index as they were encoded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,63 +50,67 @@ def same_ids(first: Sequence[Ids], second: Sequence[Ids]) -> bool:
     return len(first) == len(second) and all(map(np.array_equal, first, second))
 
 
-def test_pairs_come_back_as_they_were_encoded(ranked: PreferenceDataset) -> None:
+def test_examples_are_read_as_they_were_encoded(ranked: PreferenceDataset) -> None:
     assert len(ranked) == len(RANKED)
-    for row, record in enumerate(ranked_records()):
+    for index, record in enumerate(ranked_records()):
         pair = encode(record, tiny.qwen())
-        read = ranked.sequences(row)
+        read = ranked.sequences(index)
         assert same_ids((read.prompt_ids, *read.responses), (pair.prompt_ids, *pair.responses))
-        assert ranked.lengths(row) == [len(pair.prompt_ids), *map(len, pair.responses)]
-        assert ranked.packed_tokens(row) == packed_tokens(
+        assert ranked.lengths(index) == [len(pair.prompt_ids), *map(len, pair.responses)]
+        assert ranked.packed_tokens(index) == packed_tokens(
             len(pair.prompt_ids), list(map(len, pair.responses))
         )
-        assert ranked.origin(row) == Origin(ranked.source_paths[0], record.origin.line)
+        assert ranked.origin(index) == Origin(ranked.source_paths[0], record.origin.line)
         last = [len(pair.responses) - 1]
-        assert same_ids(ranked.sequences(row, last).responses, pair.responses[-1:])
-        assert ranked.packed_tokens(row, last) == packed_tokens(
+        assert same_ids(ranked.sequences(index, last).responses, pair.responses[-1:])
+        assert ranked.packed_tokens(index, last) == packed_tokens(
             len(pair.prompt_ids), [len(pair.responses[-1])]
         )
 
 
-def test_keys_stand_beside_the_responses_they_address(ranked: PreferenceDataset) -> None:
+def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:
     assert len(ranked.keys) == sum(RANKED)
-    for row, count in enumerate(RANKED):
-        pair, places = ranked.sequences(row), ranked.response_range(row)
-        assert len(places) == count
-        for place, response in zip(places, pair.responses, strict=True):
-            assert ranked.keys[place].tobytes() == response_key(pair.prompt_ids, response)
-    rows, which_ones = ranked.locate_responses(np.arange(sum(RANKED)))
-    assert rows.tolist() == [row for row, count in enumerate(RANKED) for _ in range(count)]
+    for index, count in enumerate(RANKED):
+        pair, response_indices = ranked.sequences(index), ranked.response_range(index)
+        assert len(response_indices) == count
+        for response_index, response in zip(response_indices, pair.responses, strict=True):
+            assert ranked.keys[response_index].tobytes() == response_key(pair.prompt_ids, response)
+    indices, which_ones = ranked.locate_responses(np.arange(sum(RANKED)))
+    assert indices.tolist() == [index for index, count in enumerate(RANKED) for _ in range(count)]
     assert which_ones.tolist() == [which for count in RANKED for which in range(count)]
 
 
-@pytest.mark.parametrize("rows", [[0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []])
-def test_places_of_many_rows_are_those_of_each(ranked: PreferenceDataset, rows: list[int]) -> None:
-    expected = [place for row in rows for place in ranked.response_range(row)]
-    assert ranked.response_indices(np.array(rows, dtype=np.int64)).tolist() == expected
+@pytest.mark.parametrize("indices", [[0], [2, 0, 7], [7, 6, 5, 4, 3, 2, 1, 0], [3, 3], []])
+def test_response_indices_of_many_examples_are_those_of_each(
+    ranked: PreferenceDataset, indices: list[int]
+) -> None:
+    expected = [response_index for index in indices for response_index in ranked.response_range(index)]
+    assert ranked.response_indices(np.array(indices, dtype=np.int64)).tolist() == expected
 
 
-def test_work_is_what_a_look_at_every_token_counts(ranked: PreferenceDataset) -> None:
-    rows = np.array([5, 2, 0, 7])
+def test_sizes_equal_a_count_of_every_token(ranked: PreferenceDataset) -> None:
+    indices = np.array([5, 2, 0, 7])
     targets = attended = 0
-    for row in rows.tolist():
-        prompt, *responses = ranked.lengths(row)
+    for index in indices.tolist():
+        prompt, *responses = ranked.lengths(index)
         targets += sum(responses)
-        attended += sum(place + 1 for place in range(prompt))
-        attended += sum(prompt + place + 1 for tokens in responses for place in range(tokens - 1))
-    plan = shard_batch(ranked, rows, 0, 1, 8192, COSTS)
+        attended += sum(response_index + 1 for response_index in range(prompt))
+        attended += sum(
+            prompt + response_index + 1 for tokens in responses for response_index in range(tokens - 1)
+        )
+    plan = shard_batch(ranked, indices, 0, 1, 8192, COSTS)
     assert (plan.targets, plan.attended) == (targets, attended)
 
 
-def test_sizes_of_many_rows_are_those_of_each(ranked: PreferenceDataset) -> None:
-    rows = np.array([2, 0, 7, 2])
-    sizes = ranked.sizes(rows, ranked.response_indices(rows), ranked.response_counts(rows), COSTS)
-    assert sizes.tokens.tolist() == [ranked.packed_tokens(row) for row in rows.tolist()]
+def test_sizes_of_many_examples_are_those_of_each(ranked: PreferenceDataset) -> None:
+    indices = np.array([2, 0, 7, 2])
+    sizes = ranked.sizes(indices, ranked.response_indices(indices), ranked.response_counts(indices), COSTS)
+    assert sizes.tokens.tolist() == [ranked.packed_tokens(index) for index in indices.tolist()]
     some = ranked.sizes(np.array([2, 4]), np.array([4, 5, 9]), np.array([2, 1]), COSTS)
     assert some.tokens.tolist() == [ranked.packed_tokens(2, [1, 2]), ranked.packed_tokens(4, [1])]
 
 
-def test_a_key_tells_apart_where_the_prompt_ends() -> None:
+def test_a_key_depends_on_the_end_of_the_prompt() -> None:
     one, two, both = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2]))
     empty = np.array([], dtype=np.int32)
     keys = {
@@ -120,7 +124,7 @@ def test_a_key_tells_apart_where_the_prompt_ends() -> None:
     assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
 
 
-def test_sources_follow_each_other_and_carry_their_weights(tmp_path: Path) -> None:
+def test_sources_are_concatenated_with_their_weights(tmp_path: Path) -> None:
     first = jsonl(tmp_path, *GOOD[:3])
     (tmp_path / "second").mkdir()
     second = jsonl(tmp_path / "second", BAD, *GOOD[3:])
@@ -130,7 +134,7 @@ def test_sources_follow_each_other_and_carry_their_weights(tmp_path: Path) -> No
     assert data.origin(3) == Origin(second, 2)
 
 
-def test_counts_say_what_became_of_every_record(tmp_path: Path) -> None:
+def test_counts_include_every_record(tmp_path: Path) -> None:
     path = jsonl(tmp_path, BAD, *GOOD, "no object", {**GOOD[0], "chosen": "right " * 500})
     counts = opened(tmp_path, path, max_bad_share=0.5, max_length=120).counts
     assert counts["read"] == 10
@@ -150,7 +154,7 @@ def test_more_bad_records_than_allowed_is_an_error(tmp_path: Path) -> None:
     assert "identical_responses 1" in raised.value.got
 
 
-def test_no_pair_at_all_is_an_error_whatever_is_allowed(tmp_path: Path) -> None:
+def test_no_kept_record_is_always_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no record can be used"):
         opened(tmp_path, jsonl(tmp_path, BAD), max_bad_share=1.0)
 
@@ -164,26 +168,26 @@ def test_the_first_bad_record_can_be_made_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_ranks_of_a_step_compute_its_pairs_once_and_agree_on_its_numbers(
-    tmp_path: Path, world_size: int
-) -> None:
+def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, world_size: int) -> None:
     data = opened(tmp_path, jsonl(tmp_path, *GOOD))
-    rows = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [shard_batch(data, rows, rank, world_size, 60, COSTS) for rank in range(world_size)]
-    computed = [row for plan in plans for micro_batch in plan.micro_batches for row in micro_batch]
-    assert sorted(computed) == sorted(rows.tolist())
+    indices = np.array([5, 1, 3, 6, 0], dtype=np.int64)
+    plans = [shard_batch(data, indices, rank, world_size, 60, COSTS) for rank in range(world_size)]
+    computed = [index for plan in plans for micro_batch in plan.micro_batches for index in micro_batch]
+    assert sorted(computed) == sorted(indices.tolist())
     assert len({len(plan.micro_batches) for plan in plans}) == 1
     assert len({(plan.pairs, plan.tokens, plan.mean_chosen_tokens) for plan in plans}) == 1
-    assert plans[0].pairs == len(rows)
-    assert plans[0].mean_chosen_tokens == pytest.approx(np.mean([data.lengths(row)[1] for row in rows]))
+    assert plans[0].pairs == len(indices)
+    assert plans[0].mean_chosen_tokens == pytest.approx(
+        np.mean([data.lengths(index)[1] for index in indices])
+    )
     batches = [batch for plan in plans for batch in plan.batches()]
     assert sum(batch.tokens for batch in batches) == plans[0].tokens
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(rows)
+    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices)
 
 
-def test_a_batch_carries_the_keys_of_its_responses(ranked: PreferenceDataset) -> None:
+def test_a_batch_has_the_keys_of_its_responses(ranked: PreferenceDataset) -> None:
     batch = collate(ranked, (4, 1))
-    pairs = [ranked.sequences(row) for row in (4, 1)]
+    pairs = [ranked.sequences(index) for index in (4, 1)]
     expected = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
     assert [key.tobytes() for key in batch.keys] == expected
     assert batch.targets.tolist() == [int(t) for pair in pairs for r in pair.responses for t in r]

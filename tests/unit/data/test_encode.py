@@ -1,4 +1,4 @@
-"""What a model reads: one prompt, each response after it, nothing doubled and nothing smuggled in."""
+"""Token ids of a record: one prompt, each response after it, no doubled and no smuggled special tokens."""
 
 from itertools import chain
 from typing import Any
@@ -36,7 +36,7 @@ def test_chatml_conversation_is_rendered_up_to_the_end_of_turn() -> None:
     assert flags(pair) == (False, False, False)
 
 
-def test_llama2_template_keeps_its_spaces_around_the_answer() -> None:
+def test_llama2_template_keeps_its_spaces_around_the_response() -> None:
     tokenizer = tiny.mistral()
     pair = encode(record(LONG_CHAT, "Paris", "Rome"), tokenizer)
     prompt_text, *_ = texts(pair, tokenizer)
@@ -47,7 +47,7 @@ def test_llama2_template_keeps_its_spaces_around_the_answer() -> None:
 
 @pytest.mark.parametrize("make", WITH_TEMPLATE)
 @pytest.mark.parametrize("prompt", [CHAT, "What is the capital?", Dialogue("\n\nHuman: hi\n\nAssistant:")])
-def test_one_bos_where_the_tokenizer_has_one_and_one_end_of_turn(
+def test_one_bos_if_the_tokenizer_has_one_and_one_end_of_turn(
     make: Any, prompt: str | Messages | Dialogue
 ) -> None:
     tokenizer = make()
@@ -64,7 +64,7 @@ def test_one_bos_where_the_tokenizer_has_one_and_one_end_of_turn(
         assert not set(response[:-1].tolist()) & set(tokenizer.all_special_ids)
 
 
-def test_plain_text_never_goes_through_the_template() -> None:
+def test_plain_text_is_not_rendered_by_the_template() -> None:
     assert texts(encode(record("Q: why?\nA:", " so", " no"), tiny.qwen()), tiny.qwen()) == [
         "Q: why?\nA:",
         " so<|im_end|>",
@@ -72,7 +72,7 @@ def test_plain_text_never_goes_through_the_template() -> None:
     ]
 
 
-def test_plain_text_becomes_one_user_message_where_asked() -> None:
+def test_plain_text_becomes_one_user_message_with_the_option() -> None:
     config = DataConfig(text_as_messages=True)
     as_text = encode(record("why?"), tiny.qwen(), config)
     as_messages = encode(record((Message("user", "why?"),)), tiny.qwen())
@@ -93,25 +93,25 @@ def test_dialogue_is_messages_with_a_template_and_text_without() -> None:
     ]
 
 
-def test_what_the_template_puts_before_an_answer_belongs_to_the_response() -> None:
+def test_text_that_the_template_adds_before_a_response_belongs_to_it() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), tiny.CHATML_WITH_THOUGHT)
     _, chosen, _ = texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)
     assert chosen == "<think>\n\n</think>\n\nParis<|im_end|>"
 
 
-def test_answer_stands_for_itself_where_the_template_renders_the_prompt_otherwise() -> None:
+def test_response_is_encoded_alone_if_the_template_changes_the_prompt() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), tiny.CHATML_WITH_PROMPT_ONLY_THOUGHT)
     prompt, chosen, _ = texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert chosen == "Paris<|im_end|>"
 
 
-def test_eos_ends_a_turn_where_the_template_has_nothing_for_it() -> None:
+def test_eos_ends_a_turn_if_the_template_has_no_end_of_turn() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), tiny.WITHOUT_END)
     assert texts(encode(record(CHAT, "Paris", "Rome"), tokenizer), tokenizer)[1] == " Paris<|im_end|>"
 
 
-def test_template_set_later_is_seen() -> None:
+def test_a_changed_template_is_used() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), None)
     with pytest.raises(ConfigError, match="chat template"):
         encode_pair(record(CHAT), tokenizer, WIDE)
@@ -119,7 +119,7 @@ def test_template_set_later_is_seen() -> None:
     assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
 
 
-def test_template_that_refuses_a_conversation_gives_a_bad_record() -> None:
+def test_a_conversation_rejected_by_the_template_is_a_bad_record() -> None:
     twice = (Message("user", "one"), Message("user", "two"))
     bad = encode_pair(record(twice), tiny.mistral(), WIDE)
     assert isinstance(bad, BadRecord)
@@ -127,7 +127,7 @@ def test_template_that_refuses_a_conversation_gives_a_bad_record() -> None:
     assert "alternate" in bad.detail
 
 
-def test_template_that_cannot_render_an_answer_is_told() -> None:
+def test_a_template_that_cannot_render_a_response_is_an_error() -> None:
     with pytest.raises(ConfigError, match="does not contain the response"):
         encode_pair(record(CHAT), tiny.with_template(tiny.mistral(), "always the same"), WIDE)
     needs_system = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
@@ -136,13 +136,13 @@ def test_template_that_cannot_render_an_answer_is_told() -> None:
         encode_pair(record((Message("system", "be brief"), *CHAT)), tokenizer, WIDE)
 
 
-def test_tokenizer_without_eos_is_told() -> None:
+def test_a_tokenizer_without_eos_is_an_error() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny.base().backend_tokenizer)
     with pytest.raises(ConfigError, match="end-of-sequence"):
         encode_pair(record("q"), tokenizer, WIDE)
 
 
-def test_tokens_that_would_merge_over_the_boundary_leave_the_prompt_alone() -> None:
+def test_tokens_that_merge_across_the_boundary_do_not_change_the_prompt() -> None:
     tokenizer = tiny.qwen()
     pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer)
     assert pair.boundary_resplit
@@ -150,7 +150,7 @@ def test_tokens_that_would_merge_over_the_boundary_leave_the_prompt_alone() -> N
     assert texts(pair, tokenizer)[1:] == ["\nyes<|im_end|>", "no<|im_end|>"]
 
 
-def test_response_by_itself_gets_no_space_put_before_it() -> None:
+def test_a_response_encoded_alone_gets_no_space_before_it() -> None:
     tokenizer = tiny.base()
     pair = encode(record("the w", "eather", "x"), tokenizer)
     assert pair.boundary_resplit
@@ -165,7 +165,7 @@ WORDS = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(words=WORDS, cut=st.integers(1, 40), make=st.sampled_from([tiny.qwen, tiny.base, tiny.mistral]))
-def test_a_response_has_the_ids_of_the_whole_text_where_these_start_with_the_prompt(
+def test_a_response_has_the_ids_of_the_whole_text_if_these_start_with_the_prompt(
     words: list[str], cut: int, make: Any
 ) -> None:
     tokenizer = make()
@@ -238,7 +238,7 @@ def test_the_two_ways_to_encode_agree(text: str, make: Any) -> None:
     assert facts.encode_continuation(usual) == expected[-tail:]
 
 
-def test_whitespace_that_a_special_token_takes_is_taken_beside_literal_text_too() -> None:
+def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
     """As Phi-3's `<|end|>`, which swallows the line end after it."""
     tokenizer = tiny.qwen().__class__(
         tokenizer_object=tiny.qwen().backend_tokenizer,
@@ -251,7 +251,7 @@ def test_whitespace_that_a_special_token_takes_is_taken_beside_literal_text_too(
     assert tokenizer.decode(usual) == "hello<|end|>the answer"
 
 
-def test_special_token_that_cannot_be_written_as_text_is_a_bad_record() -> None:
+def test_a_special_token_that_cannot_be_encoded_as_text_is_a_bad_record() -> None:
     assert reason_against(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
     assert reason_against(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
 
@@ -260,7 +260,7 @@ def test_special_token_that_cannot_be_written_as_text_is_a_bad_record() -> None:
 @pytest.mark.parametrize(
     "name", ["ultrafeedback_plain_scored.jsonl", "derived/trl_conversational_from_hh.jsonl"]
 )
-def test_real_responses_come_back_from_their_ids(name: str) -> None:
+def test_real_responses_decode_from_their_ids(name: str) -> None:
     """Byte-level tokens lose nothing, so decoding must give each text back, `</s>` and all."""
     assert SHARED is not None
     for source in read_records(str(SHARED / name)):

@@ -1,4 +1,4 @@
-"""TRL's own tokenisation as the oracle: equal ids, but for the differences named here."""
+"""TRL's tokenisation as the oracle: equal ids except for the differences named here."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +82,7 @@ def test_chatml_has_trl_s_ids_without_the_newline_after_the_end_of_turn(template
     assert [[prompt, *(ids + newline for ids in responses)] for prompt, *responses in found] == expected
 
 
-def test_bos_that_the_template_does_not_write_is_ours_alone() -> None:
+def test_a_bos_that_the_template_omits_is_added() -> None:
     tokenizer = tiny.zephyr()
     newline = tokenizer("<s>\n", add_special_tokens=False)["input_ids"][1:]
     expected = trl_ids(INVENTED, tokenizer)
@@ -94,7 +94,7 @@ def test_bos_that_the_template_does_not_write_is_ours_alone() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny.qwen, tiny.llama3, tiny.base])
-def test_plain_texts_have_trl_s_ids_where_the_boundary_is_one_of_tokens(make: Any) -> None:
+def test_plain_texts_have_trl_s_ids_if_a_token_ends_at_the_boundary(make: Any) -> None:
     records = [
         PreferenceRecord("Q: What is it?\nA:", (" the answer", " I cannot"), Origin("invented", 1)),
         PreferenceRecord("Human: hello\n\nAssistant:", (" hello there\n", " no"), Origin("invented", 2)),
@@ -102,7 +102,7 @@ def test_plain_texts_have_trl_s_ids_where_the_boundary_is_one_of_tokens(make: An
     assert our_ids(records, make()) == trl_ids(records, make())
 
 
-def test_a_boundary_inside_a_token_stays_where_the_prompt_ends() -> None:
+def test_a_token_across_the_boundary_is_split_at_the_end_of_the_prompt() -> None:
     tokenizer = tiny.qwen()
     record = PreferenceRecord("Answer:\n", ("\nyes", "no"), Origin("invented", 1))
     [[prompt, *_]] = our_ids([record], tokenizer)
@@ -112,7 +112,7 @@ def test_a_boundary_inside_a_token_stays_where_the_prompt_ends() -> None:
     assert len(trl_prompt) < len(prompt)
 
 
-def test_eos_spelt_in_a_plain_answer_is_text_and_not_its_end() -> None:
+def test_eos_spelled_in_a_plain_response_is_text() -> None:
     tokenizer = tiny.base()
     record = PreferenceRecord("hello", (" there</s>", " no"), Origin("invented", 1))
     [[_, chosen, _]] = our_ids([record], tokenizer)

@@ -1,4 +1,4 @@
-"""Rankings as training examples: ties teach nothing, limits hold for all responses, scores stay in place."""
+"""Rankings as training examples: ties, limits, scores and shared ids."""
 
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -25,28 +25,28 @@ def ranking(scores: Sequence[float] | None, count: int = 0) -> PreferenceRecord:
     count = count or len(scores or ())
     return PreferenceRecord(
         "q",
-        tuple(f"answer {place}" for place in range(count)),
+        tuple(f"answer {index}" for index in range(count)),
         Origin("here", 1),
         None if scores is None else tuple(scores),
     )
 
 
-def encoded(folder: Path, *rows: Any, **data: Any) -> PreferenceDataset:
+def encoded(folder: Path, *records: Any, **data: Any) -> PreferenceDataset:
     config = DataConfig(cache=str(folder / "cache"), max_bad_share=1.0, **data)
-    sources = [SourceConfig(jsonl(folder, *rows))]
+    sources = [SourceConfig(jsonl(folder, *records))]
     return open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen"), config)
 
 
-def words(dataset: PreferenceDataset, row: int) -> list[str]:
-    return [tiny.qwen().decode(ids, skip_special_tokens=True) for ids in dataset.sequences(row).responses]
+def words(dataset: PreferenceDataset, index: int) -> list[str]:
+    return [tiny.qwen().decode(ids, skip_special_tokens=True) for ids in dataset.sequences(index).responses]
 
 
 def scores_of(dataset: PreferenceDataset) -> list[list[float]]:
-    return [dataset.scores[list(dataset.response_range(row))].tolist() for row in range(len(dataset))]
+    return [dataset.scores[list(dataset.response_range(index))].tolist() for index in range(len(dataset))]
 
 
 @pytest.mark.parametrize("ranked", Ranked)
-def test_one_or_two_responses_are_left_alone(ranked: Ranked) -> None:
+def test_one_or_two_responses_are_one_example(ranked: Ranked) -> None:
     assert training_examples(ranking(None, 1), ranked) == ([(0,)], 0)
     assert training_examples(ranking([3, 3]), ranked) == ([(0, 1)], 0)
 
@@ -61,7 +61,7 @@ def test_ties_are_no_preferences() -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=3, max_size=8).filter(lambda scores: len(set(scores)) > 1))
-def test_whoever_stands_before_another_has_the_higher_score(scores: list[int]) -> None:
+def test_a_better_response_has_the_higher_score(scores: list[int]) -> None:
     record = ranking(sorted(map(float, scores), reverse=True))
     assert record.scores is not None
     for ranked in Ranked:
@@ -69,7 +69,7 @@ def test_whoever_stands_before_another_has_the_higher_score(scores: list[int]) -
         assert examples
         for example in examples:
             assert len(example) >= 2
-            kept = [record.scores[place] for place in example]
+            kept = [record.scores[index] for index in example]
             assert all(better > worse for better, worse in pairwise(kept))
         if ranked is Ranked.all_pairs:
             assert len(examples) + ties == len(scores) * (len(scores) - 1) // 2
@@ -119,72 +119,74 @@ NAN = pytest.approx(np.nan, nan_ok=True)
         ),
     ],
 )
-def test_scores_stand_beside_the_responses_that_are_trained_on(
+def test_scores_match_the_responses_of_each_example(
     tmp_path: Path, ranked: Ranked, responses: Any, scores: Any, ties: int
 ) -> None:
     data = encoded(tmp_path, *ROWS, ranked=ranked)
-    assert [words(data, row) for row in range(len(data))] == responses
+    assert [words(data, index) for index in range(len(data))] == responses
     assert scores_of(data) == scores
     assert data.scores.dtype == np.float64
     assert len(data.scores) == len(data.keys)
-    assert data.response_counts(np.arange(len(data))).tolist() == [len(row) for row in responses]
-    told = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
-    assert told == [4, 4, len(responses), ties]
+    assert data.response_counts(np.arange(len(data))).tolist() == [len(texts) for texts in responses]
+    counts = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
+    assert counts == [4, 4, len(responses), ties]
 
 
-def test_a_micro_batch_has_the_score_gaps_of_its_own_pairs(tmp_path: Path) -> None:
-    texts = [{**TEXT, "prompt": f"q{row}", "score_chosen": 9.0, "score_rejected": row} for row in range(4)]
+def test_a_micro_batch_has_the_score_gaps_of_its_examples(tmp_path: Path) -> None:
+    texts = [{**TEXT, "prompt": f"q{n}", "score_chosen": 9.0, "score_rejected": n} for n in range(4)]
     data = encoded(tmp_path, *texts)
-    for rows in ([3, 0, 2], [1], [2, 3]):
-        packed = collate(data, rows)
+    for indices in ([3, 0, 2], [1], [2, 3]):
+        packed = collate(data, indices)
         assert packed.score_gaps is not None
-        assert packed.score_gaps.tolist() == [9.0 - row for row in rows]
+        assert packed.score_gaps.tolist() == [9.0 - index for index in indices]
 
 
-def test_pairs_of_one_ranking_share_its_place_and_its_keys(tmp_path: Path) -> None:
+def test_examples_of_one_ranking_share_its_origin_and_keys(tmp_path: Path) -> None:
     """The reference has nothing to score twice, also where the prompt is cut for the longest response."""
-    row = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
+    record = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
     bad = {"prompt": "q", "responses": ["only one"]}
     limits = {"max_length": 60, "truncation": Truncation.keep_end}
-    data = encoded(tmp_path, bad, row, ranked=Ranked.all_pairs, **limits)
-    assert [data.origin(row).line for row in range(len(data))] == [2, 2, 2]
+    data = encoded(tmp_path, bad, record, ranked=Ranked.all_pairs, **limits)
+    assert [data.origin(index).line for index in range(len(data))] == [2, 2, 2]
     assert len(data.keys) == 6
     assert len({key.tobytes() for key in data.keys}) == 3
     assert data.spans([1.0])[0].stop == 3
 
 
 @pytest.mark.parametrize("ranked", Ranked)
-def test_limits_hold_for_every_response(tmp_path: Path, ranked: Ranked) -> None:
-    row = {"prompt": "q", "responses": ["short", "long " * 50 + "end", "other " * 50]}
-    cut = encoded(tmp_path, row, ranked=ranked, max_length=30)
-    for place in range(len(cut)):
-        prompt, *responses = cut.lengths(place)
+def test_limits_apply_to_every_response(tmp_path: Path, ranked: Ranked) -> None:
+    record = {"prompt": "q", "responses": ["short", "long " * 50 + "end", "other " * 50]}
+    cut = encoded(tmp_path, record, ranked=ranked, max_length=30)
+    for index in range(len(cut)):
+        prompt, *responses = cut.lengths(index)
         assert prompt + max(responses) <= 30
     assert cut.counts["response_truncated"] == 1
 
 
-def test_a_middle_that_is_not_trained_on_counts_for_no_limit(tmp_path: Path) -> None:
-    row = {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}
-    data = encoded(tmp_path, row, TEXT, max_length=30, truncation=Truncation.drop, ranked=Ranked.best_worst)
+def test_unused_responses_do_not_count_for_limits(tmp_path: Path) -> None:
+    record = {"prompt": "q", "responses": ["short", "long " * 50, "brief"]}
+    data = encoded(
+        tmp_path, record, TEXT, max_length=30, truncation=Truncation.drop, ranked=Ranked.best_worst
+    )
     assert words(data, 0) == ["short", "brief"]
-    dropped = encoded(tmp_path, row, TEXT, max_length=30, truncation=Truncation.drop)
+    dropped = encoded(tmp_path, record, TEXT, max_length=30, truncation=Truncation.drop)
     assert dropped.counts["dropped"] == {"too_long": 1}
 
 
 @pytest.mark.parametrize("ranked", [Ranked.whole, Ranked.all_pairs])
-def test_responses_that_are_cut_to_the_same_drop_the_record(tmp_path: Path, ranked: Ranked) -> None:
-    row = {"prompt": "q", "responses": ["best", "same " * 50 + "x", "same " * 50 + "y"]}
-    data = encoded(tmp_path, row, TEXT, max_length=30, ranked=ranked)
+def test_responses_truncated_to_the_same_ids_drop_the_record(tmp_path: Path, ranked: Ranked) -> None:
+    record = {"prompt": "q", "responses": ["best", "same " * 50 + "x", "same " * 50 + "y"]}
+    data = encoded(tmp_path, record, TEXT, max_length=30, ranked=ranked)
     assert data.counts["dropped"] == {"identical_after_truncation": 1}
     assert len(data) == data.counts["pairs"] == 1
 
 
-def test_another_use_of_rankings_is_another_data_set(tmp_path: Path) -> None:
+def test_another_use_of_rankings_has_another_fingerprint(tmp_path: Path) -> None:
     digests = {encoded(tmp_path, *ROWS, ranked=ranked).fingerprint for ranked in Ranked}
     assert len(digests) == len(Ranked)
 
 
-def test_real_rankings_give_the_pairs_that_they_hold(tmp_path: Path) -> None:
+def test_real_rankings_are_split_into_their_pairs(tmp_path: Path) -> None:
     shared = shared_data_dir()
     if shared is None:
         pytest.skip("needs the slices of real data")

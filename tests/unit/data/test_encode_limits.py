@@ -1,4 +1,4 @@
-"""What is cut to fit the configured lengths, and what is refused because a cut would leave no pair."""
+"""Truncation to the configured lengths, and records refused because nothing would be left."""
 
 import pytest
 from hypothesis import given
@@ -49,14 +49,14 @@ def test_keep_end_cuts_the_prompt_and_keeps_its_bos() -> None:
     assert flags(pair) == (True, False, False)
 
 
-def test_max_prompt_length_cuts_the_prompt_from_its_left() -> None:
+def test_max_prompt_length_cuts_the_start_of_the_prompt() -> None:
     tokenizer = tiny.llama3()
     pair = encode(numbered(tokenizer, 10, 6, 12), tokenizer, DataConfig(max_prompt_length=4))
     assert tokenizer.decode(pair.prompt_ids) == "<|begin_of_text|>678"
     assert flags(pair) == (True, False, False)
 
 
-def test_bos_that_the_template_writes_is_kept_too() -> None:
+def test_truncation_keeps_the_bos_of_the_template() -> None:
     backend = tiny.qwen().backend_tokenizer
     writes_bos = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -70,7 +70,7 @@ def test_bos_that_the_template_writes_is_kept_too() -> None:
         assert cut == [tokenizer.bos_token_id, *full[-4:]]
 
 
-def test_a_limit_that_leaves_only_bos_is_refused() -> None:
+def test_a_limit_with_space_for_bos_only_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_prompt_length") as raised:
         encode_pair(record("one two three"), tiny.llama3(), DataConfig(max_prompt_length=1))
     assert raised.value.where == "data.max_prompt_length"
@@ -79,13 +79,13 @@ def test_a_limit_that_leaves_only_bos_is_refused() -> None:
     )
 
 
-def test_prompt_without_tokens_is_a_bad_record() -> None:
+def test_a_prompt_without_tokens_is_a_bad_record() -> None:
     assert reason_against(record(""), tiny.qwen()) == "empty_prompt"
     assert reason_against(record(""), tiny.llama3()) == "empty_prompt"
 
 
 @pytest.mark.parametrize("truncation", list(Truncation))
-def test_what_just_fits_is_not_cut(truncation: Truncation) -> None:
+def test_an_exact_fit_is_not_truncated(truncation: Truncation) -> None:
     whole = numbered(tiny.llama3(), 10, 6, 12)
     config = DataConfig(max_length=22, max_prompt_length=10, truncation=truncation)
     pair = encode(whole, tiny.llama3(), config)
@@ -102,7 +102,7 @@ def test_what_just_fits_is_not_cut(truncation: Truncation) -> None:
         (Truncation.keep_end, 5, "response_fills_max_length"),
     ],
 )
-def test_a_cut_that_leaves_no_pair_is_a_bad_record(
+def test_truncation_that_leaves_no_example_is_a_bad_record(
     truncation: Truncation, max_length: int, reason: str
 ) -> None:
     whole = numbered(tiny.llama3(), 10, 6, 12)
@@ -114,7 +114,7 @@ def test_a_cut_that_leaves_no_pair_is_a_bad_record(
     assert isinstance(wider, EncodedExample) == (max_length != 5)
 
 
-def test_responses_that_a_cut_or_the_template_makes_equal_are_a_bad_record() -> None:
+def test_responses_equal_after_truncation_or_template_are_a_bad_record() -> None:
     same_start = record("q", "the answer is one", "the answer is two")
     assert reason_against(same_start, tiny.qwen(), DataConfig(max_length=4)) == "identical_after_truncation"
     trimmed = record(CHAT, "yes", "yes ")
@@ -123,7 +123,7 @@ def test_responses_that_a_cut_or_the_template_makes_equal_are_a_bad_record() -> 
 
 @pytest.mark.parametrize("truncation", [Truncation.keep_start, Truncation.keep_end, Truncation.drop])
 @given(st.integers(0, 80), st.integers(1, 80), st.integers(1, 80), st.integers(4, 60))
-def test_no_pair_takes_twice_max_length_in_a_micro_batch(
+def test_no_example_needs_twice_max_length_in_a_micro_batch(
     truncation: Truncation, prompt: int, chosen: int, rejected: int, max_length: int
 ) -> None:
     what = record("a " * prompt + "b", *(f" {word}" * n for word, n in (("yes", chosen), ("no", rejected))))

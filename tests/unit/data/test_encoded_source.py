@@ -1,4 +1,4 @@
-"""The cache of encoded sources: found by content, encoded once, verified, never half there."""
+"""The cache of encoded sources: found by content, encoded once, verified, never incomplete."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
 
 
 def folders(folder: Path, number: int) -> list[Path]:
-    made = [folder / str(place) for place in range(number)]
+    made = [folder / str(index) for index in range(number)]
     for one in made:
         one.mkdir()
     return made
@@ -78,12 +78,12 @@ def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_whatever_decides_the_ids_makes_another_data_set(tmp_path: Path, change: dict[str, object]) -> None:
+def test_every_input_of_the_ids_changes_the_fingerprint(tmp_path: Path, change: dict[str, object]) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
 
 
-def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_path: Path) -> None:
+def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
     """Of equal content: its format, its split where one folder has several, the kind of file."""
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path) != prepare(tmp_path, SourceConfig(path, format=DataFormat.text))
@@ -99,7 +99,7 @@ def test_whatever_decides_what_is_read_of_a_source_makes_another_data_set(tmp_pa
         opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
 
 
-def test_records_are_told_where_they_were_read_whatever_names_their_files(tmp_path: Path) -> None:
+def test_records_have_the_origin_of_the_configured_path(tmp_path: Path) -> None:
     below = tmp_path / "a"
     below.mkdir()
     path = jsonl(below, *GOOD)
@@ -107,7 +107,7 @@ def test_records_are_told_where_they_were_read_whatever_names_their_files(tmp_pa
         assert str(opened(tmp_path, source).origin(0)) == f"{path}:1"
 
 
-def test_changed_content_and_limit_make_another_data_set(tmp_path: Path) -> None:
+def test_changed_content_and_limit_change_the_fingerprint(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     before, limited = opened(tmp_path, path), opened(tmp_path, SourceConfig(path, limit=2))
     assert len(limited) == 2
@@ -147,9 +147,9 @@ def change_a_key(folder: Path) -> None:
 
 
 def change_the_manifest(folder: Path) -> None:
-    told = json.loads((folder / "manifest.json").read_text())
-    told["content"] = told["content"].replace('"records": 7', '"records": 6')
-    (folder / "manifest.json").write_text(json.dumps(told))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["content"] = manifest["content"].replace('"records": 7', '"records": 6')
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 DAMAGES = [
@@ -172,7 +172,7 @@ def test_damaged_data_are_not_opened(damage: Callable[[Path], None], tmp_path: P
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_folder_that_is_not_whole_is_made_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_damaged_folder_is_encoded_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     folder = prepare(tmp_path, path)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -182,9 +182,7 @@ def test_a_folder_that_is_not_whole_is_made_again(damage: Callable[[Path], None]
     assert encoded_folders(tmp_path) == [folder.name]
 
 
-def test_a_write_that_was_killed_leaves_nothing_that_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_leaves_nothing_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path, *GOOD)
 
     def killed(_source: SourceConfig) -> Iterator[PreferenceRecord]:
@@ -199,7 +197,7 @@ def test_a_write_that_was_killed_leaves_nothing_that_is_opened(
     assert len(opened(tmp_path, path)) == len(GOOD)
 
 
-def test_the_fingerprint_is_one_of_content_and_order_not_of_places(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_order_not_on_paths(tmp_path: Path) -> None:
     first, second = two_files(tmp_path)
     here = opened(tmp_path, first, second)
     assert opened(tmp_path, second, first).fingerprint != here.fingerprint
@@ -212,8 +210,8 @@ def contents(data: PreferenceDataset) -> list[list[list[int]]]:
     return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
 
 
-def test_a_record_is_encoded_once_whatever_list_it_stands_in(tmp_path: Path, encodes: list[str]) -> None:
-    """Other sources, limits, weights, orders and places encode nothing anew, and give the same pairs."""
+def test_a_source_is_encoded_once_for_all_lists(tmp_path: Path, encodes: list[str]) -> None:
+    """Other lists, limits, weights, orders and paths encode nothing again and have the same examples."""
     first, second = two_files(tmp_path)
     one, two = contents(opened(tmp_path, first)), contents(opened(tmp_path, second))
     encodes.clear()
@@ -228,9 +226,7 @@ def test_a_record_is_encoded_once_whatever_list_it_stands_in(tmp_path: Path, enc
     assert opened(tmp_path, second, moved).origin(5) == Origin(moved, 2)
 
 
-def test_a_limit_reads_no_more_than_it_needs_and_serves_every_lower_one(
-    tmp_path: Path, encodes: list[str]
-) -> None:
+def test_a_limit_reads_its_records_only_and_covers_lower_limits(tmp_path: Path, encodes: list[str]) -> None:
     path = jsonl(tmp_path, *GOOD)
     five = opened(tmp_path, SourceConfig(path, limit=5))
     assert len(encodes) == 5
@@ -258,19 +254,19 @@ def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
         assert np.array_equal(seen.scores, alone.scores, equal_nan=True)
 
 
-def test_joined_arrays_are_indexed_as_one() -> None:
+def test_concatenated_arrays_are_indexed_as_one() -> None:
     parts = [np.arange(3), np.arange(0), np.arange(3, 8), np.arange(8, 9)]
     whole, column = np.concatenate(parts), ConcatenatedArray(parts)
     shifted = ConcatenatedArray(parts, [0, 10, 20, 30])
     for index in (0, 8, -1, -9, slice(1, 3), slice(2, 7), slice(-2, None), slice(4, 2)):
         assert np.array_equal(column[index], whole[index])
-    places = np.array([8, -1, 0, -9, 3])
-    assert np.array_equal(column[places], whole[places])
-    assert shifted[places].tolist() == [38, 38, 0, 0, 23]
+    indices = np.array([8, -1, 0, -9, 3])
+    assert np.array_equal(column[indices], whole[indices])
+    assert shifted[indices].tolist() == [38, 38, 0, 0, 23]
 
 
-def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
-    """Rankings of several sizes over three sources: ids, keys, places, sizes and origins."""
+def test_examples_of_several_sources_are_those_of_one(tmp_path: Path) -> None:
+    """Rankings of several sizes over three sources: ids, keys, response indices, sizes and origins."""
 
     def row(number: int) -> dict[str, Any]:
         responses = [f"answer {n} " * (n + 1) for n in range(2 + number % 3)]
@@ -282,12 +278,12 @@ def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
     data = opened(tmp_path, *files, ranked=Ranked.all_pairs)
     every = np.arange(len(whole))
     assert contents(data) == contents(whole)
-    places = data.response_indices(every[::-1])
-    assert places.tolist() == whole.response_indices(every[::-1]).tolist()
-    assert np.array_equal(data.keys[places], whole.keys[places])
+    indices = data.response_indices(every[::-1])
+    assert indices.tolist() == whole.response_indices(every[::-1]).tolist()
+    assert np.array_equal(data.keys[indices], whole.keys[indices])
     assert np.array_equal(data.keys[:], whole.keys)
     assert data.keys[-1].tolist() == whole.keys[-1].tolist()
-    for found, expected in zip(data.locate_responses(places), whole.locate_responses(places), strict=True):
+    for found, expected in zip(data.locate_responses(indices), whole.locate_responses(indices), strict=True):
         assert found.tolist() == expected.tolist()
     assert [data.lengths(row) for row in every] == [whole.lengths(row) for row in every]
     assert data.mean_chosen_tokens(every) == whole.mean_chosen_tokens(every)
@@ -295,7 +291,7 @@ def test_pairs_of_joined_sources_are_those_of_one(tmp_path: Path) -> None:
     assert lines == {(file, line) for file in files for line in range(1, 5)}
 
 
-def test_pairs_of_one_ranking_share_their_ids(tmp_path: Path) -> None:
+def test_examples_of_one_ranking_share_their_ids(tmp_path: Path) -> None:
     row = {"prompt": "a question", "responses": ["first", "second one", "a third one"]}
     path = jsonl(tmp_path, row, row)
     shared, alone = (opened(tmp_path, path, ranked=ranked) for ranked in (Ranked.all_pairs, Ranked.whole))
@@ -303,7 +299,7 @@ def test_pairs_of_one_ranking_share_their_ids(tmp_path: Path) -> None:
     assert np.array_equal(shared.ids, alone.ids)
 
 
-def test_a_source_of_which_too_little_is_left_is_told_whatever_others_have(tmp_path: Path) -> None:
+def test_too_many_dropped_records_of_one_source_are_an_error(tmp_path: Path) -> None:
     good, bad = folders(tmp_path, 2)
     whole = jsonl(good, *GOOD * 20)
     with pytest.raises(DataError, match="no record can be used"):
@@ -313,7 +309,7 @@ def test_a_source_of_which_too_little_is_left_is_told_whatever_others_have(tmp_p
 
 
 @pytest.mark.parametrize("put_back", [False, True], ids=["replaced", "replaced and put back"])
-def test_data_replaced_while_they_are_read_are_not_kept(
+def test_files_replaced_while_they_are_read_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_back: bool
 ) -> None:
     path = Path(jsonl(tmp_path, *GOOD))
@@ -336,7 +332,7 @@ def test_data_replaced_while_they_are_read_are_not_kept(
     assert len(opened(tmp_path, str(path))) == 7
 
 
-def test_a_full_disk_is_told_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OnFullDisk(SourceWriter):
         def __init__(self, folder: Path, path: str):
             (folder / "ids.bin").symlink_to("/dev/full")
@@ -349,14 +345,14 @@ def test_a_full_disk_is_told_by_its_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert not encoded_folders(tmp_path)
 
 
-def test_a_start_reads_no_file_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_reads_no_unchanged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path, *GOOD)
     opened(tmp_path, path)
     monkeypatch.setattr(digests_module, "content_digest", lambda files: pytest.fail(f"{files} read again"))
     assert len(opened(tmp_path, path)) == 7
 
 
-def test_a_folder_under_another_name_than_its_own_is_not_used(tmp_path: Path) -> None:
+def test_a_renamed_folder_is_not_used(tmp_path: Path) -> None:
     one, other = two_files(tmp_path)
     folder, elsewhere = prepare(tmp_path, one), prepare(tmp_path, other)
     shutil.rmtree(folder)
@@ -364,7 +360,7 @@ def test_a_folder_under_another_name_than_its_own_is_not_used(tmp_path: Path) ->
     assert len(opened(tmp_path, one)) == 3
 
 
-def test_a_killed_encoder_s_folder_is_collected_and_a_living_one_s_is_not(tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_encoder_is_removed_and_of_a_running_one_kept(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
     folder = prepare(tmp_path, path)
     living = temporary_name(folder)

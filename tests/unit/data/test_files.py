@@ -1,4 +1,4 @@
-"""Files of every kind: true line numbers, nothing lost, and errors at once."""
+"""Files of every kind: line numbers, no record lost, errors at once."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from dpo_dist.errors import ConfigError, DataError
 from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 
 
-def test_jsonl_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
+def test_jsonl_records_have_the_line_numbers_of_an_editor(tmp_path: Path) -> None:
     row = json.dumps(TEXT | {"chosen": "one\u2028two"}, ensure_ascii=False).encode()
     broken = row[: len(row) // 2]
     not_utf8 = row.replace(b"bad", b"b\xe4d")
@@ -43,21 +43,21 @@ def test_a_bad_record_never_quotes_its_text(tmp_path: Path) -> None:
     assert all(isinstance(record, BadRecord) and "secret" not in record.detail for record in records)
 
 
-def test_json_array_counts_records(tmp_path: Path) -> None:
+def test_records_of_a_json_array_are_numbered(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([TEXT, "no object", TEXT]))
     assert outcomes(read_records(str(file))) == [(1, ""), (2, "unparsable"), (3, "")]
 
 
 @pytest.mark.parametrize("content", ['{"chosen": 1}', '{"chosen": 1}\n{"chosen": 2}\n', ""])
-def test_json_that_is_no_array_is_refused(tmp_path: Path, content: str) -> None:
+def test_json_without_an_array_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "rows.json"
     file.write_text(content)
     with pytest.raises(DataError):
         read_records(str(file))
 
 
-def test_parquet_gives_the_same_records_as_jsonl(tmp_path: Path) -> None:
+def test_parquet_has_the_same_records_as_jsonl(tmp_path: Path) -> None:
     row = {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
     rows = [row | {"score_chosen": float(number), "score_rejected": 0.0} for number in range(1, 4)]
     file = tmp_path / "rows.parquet"
@@ -71,14 +71,14 @@ def test_parquet_gives_the_same_records_as_jsonl(tmp_path: Path) -> None:
         assert one.origin.line == other.origin.line
 
 
-def test_parquet_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     file.write_text("no parquet")
     with pytest.raises(DataError, match="not Parquet"):
         read_records(str(file))
 
 
-def test_saved_folder_gives_the_split_asked_for(tmp_path: Path) -> None:
+def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
     splits = {"train": Dataset.from_list([TEXT]), "test": Dataset.from_list([TEXT, TEXT])}
     DatasetDict(splits).save_to_disk(tmp_path / "splits")
     splits["test"].save_to_disk(tmp_path / "one")
@@ -99,14 +99,14 @@ def test_limit_takes_the_first_records_only(tmp_path: Path) -> None:
         read_records(SourceConfig(path=path, limit=0))
 
 
-def test_two_files_without_a_comma_between_them_are_told_as_such(tmp_path: Path) -> None:
+def test_two_paths_without_a_comma_are_explained(tmp_path: Path) -> None:
     file = jsonl(tmp_path, TEXT)
     with pytest.raises(DataError, match="file does not exist") as raised:
         read_records(f"{file} {file}")
     assert "separate the sources of a list by commas" in raised.value.remedy
 
 
-def test_missing_file_is_told_at_once_with_its_nearest_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
     jsonl(tmp_path, TEXT)
     with pytest.raises(DataError, match=r"records\.jsonl") as fault:
         read_records(str(tmp_path / "record.jsonl"))
@@ -124,7 +124,7 @@ def test_an_option_or_ending_without_effect_is_an_error(tmp_path: Path) -> None:
         read_records(str(other))
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_columns_of_the_same_name_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("prompt,chosen,chosen\nq,a,b\n")
     with pytest.raises(DataError, match="same name"):

@@ -1,4 +1,4 @@
-"""What comes out of files: records as they were written, and a reason for each that cannot be used."""
+"""Formats of records: detection, pairs, completions, and the reasons of bad records."""
 
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,26 @@ SHARED = shared_data_dir()
 needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
 
 
-def read_one(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord | BadRecord:
-    [record] = read_records(SourceConfig(path=jsonl(folder, row), format=layout))
+def read_one(
+    folder: Path, fields: Any, format_: DataFormat = DataFormat.auto
+) -> PreferenceRecord | BadRecord:
+    [record] = read_records(SourceConfig(path=jsonl(folder, fields), format=format_))
     return record
 
 
-def read_good(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    record = read_one(folder, row, layout)
+def read_good(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    record = read_one(folder, fields, format_)
     assert isinstance(record, PreferenceRecord), record
     return record
 
 
-def reason_against(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> str:
-    record = read_one(folder, row, layout)
+def reason_against(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> str:
+    record = read_one(folder, fields, format_)
     assert isinstance(record, BadRecord), record
     return record.reason
 
 
-def test_hh_dialogue_is_split_at_its_last_answer(tmp_path: Path) -> None:
+def test_an_hh_dialogue_is_split_at_its_last_response(tmp_path: Path) -> None:
     history = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     record = read_one(tmp_path, {"chosen": history + " yes", "rejected": history + " no "})
     assert isinstance(record, PreferenceRecord)
@@ -43,7 +45,7 @@ def test_hh_dialogue_is_split_at_its_last_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
+    "fields",
     [
         {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
         {"prompt": [user("q")], "chosen": assistant("good"), "rejected": assistant("bad")},
@@ -58,24 +60,24 @@ def test_hh_dialogue_is_split_at_its_last_answer(tmp_path: Path) -> None:
         },
     ],
 )
-def test_every_way_to_write_a_conversation_gives_the_same_record(tmp_path: Path, row: dict[str, Any]) -> None:
-    record = read_one(tmp_path, row)
+def test_all_forms_of_a_conversation_give_the_same_record(tmp_path: Path, fields: dict[str, Any]) -> None:
+    record = read_one(tmp_path, fields)
     assert isinstance(record, PreferenceRecord)
     assert record.prompt == (Message("user", "q"),)
     assert record.responses == ("good", "bad")
 
 
-def test_plain_text_is_left_as_it_is(tmp_path: Path) -> None:
-    row = {"prompt": " q\u00a0\r\n", "chosen": "\u200bgood\n", "rejected": " bad\u2028"}
-    record = read_one(tmp_path, row)
+def test_plain_text_is_unchanged(tmp_path: Path) -> None:
+    fields = {"prompt": " q\u00a0\r\n", "chosen": "\u200bgood\n", "rejected": " bad\u2028"}
+    record = read_one(tmp_path, fields)
     assert isinstance(record, PreferenceRecord)
-    assert (record.prompt, *record.responses) == (row["prompt"], row["chosen"], row["rejected"])
+    assert (record.prompt, *record.responses) == (fields["prompt"], fields["chosen"], fields["rejected"])
 
 
-@pytest.mark.parametrize("where", ["row", "metadata"])
-def test_scores_stand_beside_their_responses(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize("where", ["record", "metadata"])
+def test_scores_are_in_the_order_of_the_responses(tmp_path: Path, where: str) -> None:
     scores = {"score_rejected": 2, "score_chosen": 4.5}
-    record = read_one(tmp_path, TEXT | (scores if where == "row" else {"metadata": scores}))
+    record = read_one(tmp_path, TEXT | (scores if where == "record" else {"metadata": scores}))
     assert isinstance(record, PreferenceRecord)
     assert record.scores == (4.5, 2.0)
 
@@ -84,7 +86,7 @@ H = "\n\nHuman: q\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("fields", "reason"),
     [
         ([1, 2], "unparsable"),
         ({"messages": [user("q"), assistant("a")], "label": True}, "unknown_format"),
@@ -127,13 +129,13 @@ H = "\n\nHuman: q\n\nAssistant:"
         (TEXT | {"chosen": "\ud800"}, "invalid_unicode"),
     ],
 )
-def test_a_record_that_cannot_be_used_says_why(tmp_path: Path, row: Any, reason: str) -> None:
-    record = read_one(tmp_path, row)
+def test_a_bad_record_has_its_reason(tmp_path: Path, fields: Any, reason: str) -> None:
+    record = read_one(tmp_path, fields)
     assert isinstance(record, BadRecord)
     assert record.reason == reason
 
 
-def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
+def test_an_unknown_format_names_the_fields_found(tmp_path: Path) -> None:
     record = read_one(tmp_path, {"label": True, "messages": []})
     assert isinstance(record, BadRecord)
     assert "neither a pair nor a completion" in record.detail
@@ -141,7 +143,7 @@ def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("fields", "expected"),
     [
         (
             {"question": "secret", "chosen": "secret", "rejected": "secret"},
@@ -156,23 +158,25 @@ def test_an_unknown_layout_names_the_keys_found(tmp_path: Path) -> None:
         ({}, "fields: none"),
     ],
 )
-def test_an_unknown_layout_names_the_nearest_ones(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    record = read_one(tmp_path, row)
+def test_an_unknown_format_names_the_nearest_ones(
+    tmp_path: Path, fields: dict[str, Any], expected: str
+) -> None:
+    record = read_one(tmp_path, fields)
     assert isinstance(record, BadRecord)
     assert record.reason == "unknown_format"
-    assert told in record.detail
+    assert expected in record.detail
     assert "secret" not in record.detail
 
 
-def test_an_explicit_format_is_not_second_guessed(tmp_path: Path) -> None:
-    row = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
-    as_text = read_one(tmp_path, row, DataFormat.text)
-    as_hh = read_one(tmp_path, row, DataFormat.hh)
+def test_an_explicit_format_is_not_detected(tmp_path: Path) -> None:
+    fields = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
+    as_text = read_one(tmp_path, fields, DataFormat.text)
+    as_hh = read_one(tmp_path, fields, DataFormat.hh)
     assert isinstance(as_text, PreferenceRecord)
     assert as_text.prompt == "q"
     assert isinstance(as_hh, PreferenceRecord)
     assert as_hh.prompt == Dialogue(H)
-    forced = read_one(tmp_path, row, DataFormat.messages)
+    forced = read_one(tmp_path, fields, DataFormat.messages)
     assert isinstance(forced, PreferenceRecord)
     assert forced.prompt == (Message("user", "q"),)
     assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.messages), BadRecord)
@@ -180,9 +184,9 @@ def test_an_explicit_format_is_not_second_guessed(tmp_path: Path) -> None:
     assert isinstance(read_one(tmp_path, {"chosen": 1, "rejected": 2}, DataFormat.text), BadRecord)
 
 
-@pytest.mark.parametrize("layout", [DataFormat.auto, DataFormat.completion])
+@pytest.mark.parametrize("format_", [DataFormat.auto, DataFormat.completion])
 @pytest.mark.parametrize(
-    ("row", "prompt"),
+    ("fields", "prompt"),
     [
         ({"prompt": "q", "completion": "a"}, "q"),
         ({"prompt": [user("q")], "completion": [assistant("a")]}, (Message("user", "q"),)),
@@ -193,13 +197,13 @@ def test_an_explicit_format_is_not_second_guessed(tmp_path: Path) -> None:
     ],
 )
 def test_a_completion_is_a_record_of_one_response(
-    tmp_path: Path, layout: DataFormat, row: Any, prompt: Any
+    tmp_path: Path, format_: DataFormat, fields: Any, prompt: Any
 ) -> None:
-    record = read_good(tmp_path, row, layout)
+    record = read_good(tmp_path, fields, format_)
     assert (record.prompt, record.responses, record.scores) == (prompt, ("a",), None)
 
 
-def test_the_chosen_side_is_learnt_only_where_that_is_said(tmp_path: Path) -> None:
+def test_the_chosen_side_is_a_completion_only_by_configuration(tmp_path: Path) -> None:
     pair = TEXT | {"score_chosen": 2, "score_rejected": 1}
     assert read_good(tmp_path, pair).responses == ("good", "bad")
     assert read_good(tmp_path, pair, DataFormat.completion).responses == ("good",)
@@ -209,7 +213,7 @@ def test_the_chosen_side_is_learnt_only_where_that_is_said(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("fields", "reason"),
     [
         ({"prompt": "q"}, "missing_field"),
         ({"prompt": "q", "completion": " "}, "empty_response"),
@@ -219,13 +223,13 @@ def test_the_chosen_side_is_learnt_only_where_that_is_said(tmp_path: Path) -> No
         ({"completion": "a"}, "unknown_format"),
     ],
 )
-def test_what_is_no_completion_says_why(tmp_path: Path, row: Any, reason: str) -> None:
-    assert reason_against(tmp_path, row, DataFormat.completion) == reason
+def test_a_bad_completion_has_its_reason(tmp_path: Path, fields: Any, reason: str) -> None:
+    assert reason_against(tmp_path, fields, DataFormat.completion) == reason
 
 
-def test_a_pair_beside_other_fields_stays_a_pair(tmp_path: Path) -> None:
-    row = TEXT | {"messages": [user("q"), assistant("good")], "responses": ["x", "y"], "completion": "z"}
-    assert read_good(tmp_path, row).responses == ("good", "bad")
+def test_a_pair_with_other_fields_is_a_pair(tmp_path: Path) -> None:
+    fields = TEXT | {"messages": [user("q"), assistant("good")], "responses": ["x", "y"], "completion": "z"}
+    assert read_good(tmp_path, fields).responses == ("good", "bad")
 
 
 @needs_shared_data
@@ -251,7 +255,7 @@ def test_a_pair_beside_other_fields_stays_a_pair(tmp_path: Path) -> None:
         ("llama_factory_kto_en.json", 0, {"unknown_format": list(range(60))}),
     ],
 )
-def test_real_files_give_the_known_faults(name: str, kept: int, faults: dict[str, list[int]]) -> None:
+def test_real_files_have_the_known_bad_records(name: str, kept: int, faults: dict[str, list[int]]) -> None:
     assert SHARED is not None
     found: dict[str, list[int]] = {}
     for line, reason in outcomes(read_records(str(SHARED / name))):
@@ -270,7 +274,7 @@ def test_real_files_give_the_known_faults(name: str, kept: int, faults: dict[str
         ("llama_factory_kto_en.json", {"unknown_format": list(range(60))}),
     ],
 )
-def test_real_pairs_give_their_chosen_sides(name: str, faults: dict[str, list[int]]) -> None:
+def test_real_pairs_are_read_as_completions(name: str, faults: dict[str, list[int]]) -> None:
     assert SHARED is not None
     found: dict[str, list[int]] = {}
     for line, reason in outcomes(read_records(SourceConfig(str(SHARED / name), DataFormat.completion))):

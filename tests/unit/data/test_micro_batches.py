@@ -1,4 +1,4 @@
-"""Who computes which pairs: every pair once, within the budget, in few micro-batches of like cost."""
+"""Assignment to micro-batches: every example once, within the budget, balanced by cost."""
 
 import math
 from itertools import chain
@@ -22,7 +22,7 @@ def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
 
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Cost of each micro-batch on each rank."""
-    return np.array([[sum(costs[place] for place in places) for places in ranks] for ranks in plan])
+    return np.array([[sum(costs[index] for index in indices) for indices in ranks] for ranks in plan])
 
 
 # Few long pairs and many short ones, and attention that makes long ones dearer.
@@ -30,7 +30,7 @@ pairs = st.lists(st.tuples(st.integers(1, 60), st.floats(1, 3)), min_size=1, max
 
 
 @given(pairs, st.integers(1, 9), st.integers(1, 300))
-def test_every_pair_is_computed_once_within_the_budget(
+def test_every_example_is_computed_once_within_the_budget(
     pairs: list[tuple[int, float]], world_size: int, budget: int
 ) -> None:
     tokens = [length for length, _ in pairs]
@@ -39,8 +39,8 @@ def test_every_pair_is_computed_once_within_the_budget(
     bins = list(chain.from_iterable(plan))
     assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
     assert {len(ranks) for ranks in plan} == {world_size}
-    for places in bins:
-        assert sum(tokens[place] for place in places) <= budget or len(places) == 1
+    for indices in bins:
+        assert sum(tokens[index] for index in indices) <= budget or len(indices) == 1
     # No round in which every rank would compute a dummy.
     assert all(any(ranks) for ranks in plan)
     assert plan == plan_micro_batches(of, world_size, budget)
@@ -58,7 +58,7 @@ def test_micro_batches_are_at_most_what_first_fit_would_take(
 
 
 @given(pairs, st.integers(1, 9))
-def test_with_room_enough_no_rank_has_more_than_the_mean_and_a_pair(
+def test_with_enough_space_no_rank_exceeds_the_mean_by_more_than_one_example(
     pairs: list[tuple[int, float]], world_size: int
 ) -> None:
     costs = [length * slowness for length, slowness in pairs]
@@ -67,7 +67,7 @@ def test_with_room_enough_no_rank_has_more_than_the_mean_and_a_pair(
     assert loads.max() <= loads.mean() + max(costs) + 1e-6
 
 
-def test_nothing_is_planned_for_no_pairs() -> None:
+def test_an_empty_batch_has_an_empty_plan() -> None:
     assert plan_micro_batches(sizes([]), 4, 100) == []
 
 
@@ -91,7 +91,7 @@ def test_micro_batches_are_no_more_than_needed(
 
 
 @given(pair_shapes)
-def test_sizes_are_tokens_laid_out_and_what_keys_and_targets_add(shapes: list[tuple[int, ...]]) -> None:
+def test_sizes_are_packed_tokens_with_costs_of_keys_and_targets(shapes: list[tuple[int, ...]]) -> None:
     prompts = np.array([prompt for prompt, *_ in shapes])
     responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
     counts = np.array([len(lengths) for _, *lengths in shapes])
@@ -109,7 +109,7 @@ def test_sizes_are_tokens_laid_out_and_what_keys_and_targets_add(shapes: list[tu
 
 @pytest.mark.parametrize(("budget", "micro_batches"), [(8192, 2), (13_000, 1)])
 @pytest.mark.parametrize("world_size", [8, 64])
-def test_ranks_are_loaded_alike(world_size: int, budget: int, micro_batches: int) -> None:
+def test_ranks_get_equal_costs(world_size: int, budget: int, micro_batches: int) -> None:
     tokens = np.random.default_rng(0).integers(50, 800, 28 * world_size).tolist()
     costs = [t + t * t / 4_000 for t in tokens]
     plan = plan_micro_batches(sizes(tokens, costs), world_size, budget)
@@ -120,14 +120,14 @@ def test_ranks_are_loaded_alike(world_size: int, budget: int, micro_batches: int
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])
-def test_a_budget_that_the_pairs_all_but_fill_takes_no_micro_batch_more(world_size: int) -> None:
+def test_a_nearly_full_budget_needs_no_extra_micro_batch(world_size: int) -> None:
     tokens = np.random.default_rng(0).integers(50, 800, 40 * world_size).tolist()
     for filled in (0.9, 0.95, 0.98):
         budget = round(sum(tokens) / world_size / 2 / filled)
         assert len(plan_micro_batches(sizes(tokens), world_size, budget)) == 2, filled
 
 
-def test_ranks_wait_little_where_few_pairs_fill_the_budget() -> None:
+def test_ranks_wait_little_if_few_examples_fill_the_budget() -> None:
     tokens = np.random.default_rng(0).integers(20, 500, (16 * 8, 3)).sum(axis=1).tolist()
     plan = plan_micro_batches(sizes(tokens), 8, 2048)
     loads = loads_of(plan, tokens)
@@ -137,7 +137,7 @@ def test_ranks_wait_little_where_few_pairs_fill_the_budget() -> None:
     assert loads.sum(axis=0).max() < 1.02 * loads.sum(axis=0).mean()
 
 
-def test_where_one_pair_is_dear_the_other_ranks_do_more_beside_it() -> None:
+def test_beside_one_costly_example_the_other_ranks_get_more() -> None:
     """Pairs of 1 would be levelled at 70 in both micro-batches, and all would wait for the pair of 100."""
     tokens = [100] + [1] * (4 * 140 - 100)
     loads = loads_of(plan_micro_batches(sizes(tokens), 4, 100), tokens)
@@ -145,17 +145,17 @@ def test_where_one_pair_is_dear_the_other_ranks_do_more_beside_it() -> None:
     assert loads.max(axis=1).sum() <= 141
 
 
-def test_pairs_above_the_budget_leave_the_others_within_it() -> None:
+def test_examples_above_the_budget_do_not_push_others_above_it() -> None:
     long = [182, 132, 119, 111, 176, 145, 76, 163, 140, 88, 122, 124, 199, 178, 151]
     tokens = [*long, 35, 29, 10, 49, 7, 20, 28, 5, 59, 8, 45]
     bins = list(chain.from_iterable(plan_micro_batches(sizes(tokens), 2, 60)))
     assert sorted(chain.from_iterable(bins)) == list(range(len(tokens)))
-    assert all(len(places) == 1 or sum(tokens[place] for place in places) <= 60 for places in bins)
+    assert all(len(indices) == 1 or sum(tokens[index] for index in indices) <= 60 for indices in bins)
     assert len(bins) == 20
 
 
-def test_pairs_above_the_budget_share_a_micro_batch() -> None:
+def test_examples_above_the_budget_share_a_micro_batch() -> None:
     """Their ranks would wait for each other in two."""
     tokens = [300, 280, 290, *[20] * 60]
     plan = plan_micro_batches(sizes(tokens), 4, 100)
-    assert sum(max(tokens[place] for place in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1
+    assert sum(max(tokens[index] for index in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1

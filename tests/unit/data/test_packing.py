@@ -1,4 +1,4 @@
-"""How pairs lie in a micro-batch."""
+"""Packed layout of a micro-batch."""
 
 import numpy as np
 import torch
@@ -39,21 +39,21 @@ def test_every_target_is_predicted_by_the_token_before_it(shapes: list[tuple[int
     pairs = random_pairs(shapes)
     batch = pack_unkeyed(pairs)
     before = [
-        (int(token), place)
+        (int(token), index)
         for pair in pairs
         for response in pair.responses
-        for place, token in enumerate([*pair.prompt_ids, *response][:-1])
-        if place >= len(pair.prompt_ids) - 1
+        for index, token in enumerate([*pair.prompt_ids, *response][:-1])
+        if index >= len(pair.prompt_ids) - 1
     ]
-    places = batch.predictors
-    predicting = zip(batch.input_ids[places].tolist(), batch.position_ids[places].tolist(), strict=True)
+    indices = batch.predictors
+    predicting = zip(batch.input_ids[indices].tolist(), batch.position_ids[indices].tolist(), strict=True)
     assert list(predicting) == before
     assert batch.targets.tolist() == [t for p in pairs for r in p.responses for t in r.tolist()]
     assert sum(map(sum, batch.layout)) == len(batch.input_ids) == batch.tokens
     assert batch.tokens == sum(packed_tokens(prompt, responses) for prompt, *responses in shapes)
 
 
-def test_a_dummy_takes_part_and_weighs_nothing() -> None:
+def test_a_dummy_has_weight_0() -> None:
     batch = dummy_batch()
     assert batch.weights.tolist() == [0]
     assert len(batch.keys) == 0
@@ -62,7 +62,7 @@ def test_a_dummy_takes_part_and_weighs_nothing() -> None:
     assert len(batch.input_ids) == 1
 
 
-def test_a_batch_moves_to_a_device_whole() -> None:
+def test_all_tensors_of_a_batch_move_to_a_device() -> None:
     batch = pack_unkeyed(random_pairs([(3, 2, 4)])).to(torch.device("meta"))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 6

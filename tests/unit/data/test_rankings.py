@@ -1,4 +1,4 @@
-"""Rankings and completions in files: who stands first, what is no ranking, and which answer is learnt."""
+"""Rankings in files: order, scores and the reasons of bad rankings."""
 
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,28 @@ def scored(text: str, score: str, **answers: Any) -> list[dict[str, Any]]:
     return [{text: answer, score: number, "model": "m"} for answer, number in answers.items()]
 
 
-def read_one(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord | BadRecord:
-    [record] = read_records(SourceConfig(path=jsonl(folder, row), format=layout))
+def read_one(
+    folder: Path, fields: Any, format_: DataFormat = DataFormat.auto
+) -> PreferenceRecord | BadRecord:
+    [record] = read_records(SourceConfig(path=jsonl(folder, fields), format=format_))
     return record
 
 
-def read_good(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    record = read_one(folder, row, layout)
+def read_good(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    record = read_one(folder, fields, format_)
     assert isinstance(record, PreferenceRecord), record
     return record
 
 
-def reason_against(folder: Path, row: Any, layout: DataFormat = DataFormat.auto) -> str:
-    record = read_one(folder, row, layout)
+def reason_against(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> str:
+    record = read_one(folder, fields, format_)
     assert isinstance(record, BadRecord), record
     return record.reason
 
 
-@pytest.mark.parametrize("layout", [DataFormat.auto, DataFormat.ranked])
+@pytest.mark.parametrize("format_", [DataFormat.auto, DataFormat.ranked])
 @pytest.mark.parametrize(
-    ("row", "scores"),
+    ("fields", "scores"),
     [
         ({"responses": ["a", "b", "c"]}, None),
         ({"completions": ["a", "b", "c"], "scores": [5, 5, -1.5]}, (5.0, 5.0, -1.5)),
@@ -51,8 +53,10 @@ def reason_against(folder: Path, row: Any, layout: DataFormat = DataFormat.auto)
         ({"responses": scored("text", "score", b=1, c=1, a=2)}, (2.0, 1.0, 1.0)),
     ],
 )
-def test_the_best_stands_first(tmp_path: Path, layout: DataFormat, row: Any, scores: Any) -> None:
-    record = read_good(tmp_path, {"prompt": "q", **row}, layout)
+def test_responses_are_sorted_best_first(
+    tmp_path: Path, format_: DataFormat, fields: Any, scores: Any
+) -> None:
+    record = read_good(tmp_path, {"prompt": "q", **fields}, format_)
     assert (record.prompt, record.responses, record.scores) == ("q", ("a", "b", "c"), scores)
 
 
@@ -65,7 +69,7 @@ def rated(text: str, overall: float, *ratings: str) -> dict[str, Any]:
     return {"response": text, "overall_score": overall, "fine-grained_score": 9.0, "annotations": aspects}
 
 
-def test_ratings_of_aspects_count_and_not_the_overall_score(tmp_path: Path) -> None:
+def test_ratings_of_aspects_replace_the_overall_score(tmp_path: Path) -> None:
     answers = [
         rated("c", 10, "1", "1", "2", "1"),
         rated("a", 8, "5", "4", "5", "5"),
@@ -78,7 +82,7 @@ def test_ratings_of_aspects_count_and_not_the_overall_score(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "row",
+    "fields",
     [
         {"prompt": [user("q")], "responses": ["a", "b", "c"]},
         {"prompt": [user("q")], "responses": [assistant("a"), assistant("b"), assistant("c")]},
@@ -90,25 +94,25 @@ def test_ratings_of_aspects_count_and_not_the_overall_score(tmp_path: Path) -> N
         {"instruction": "q", "input": "", "output": ["a", "b", "c"], "history": []},
     ],
 )
-def test_every_way_to_write_a_ranked_conversation_gives_the_same_record(tmp_path: Path, row: Any) -> None:
-    record = read_good(tmp_path, row)
+def test_all_forms_of_a_ranked_conversation_give_the_same_record(tmp_path: Path, fields: Any) -> None:
+    record = read_good(tmp_path, fields)
     assert (record.prompt, record.responses) == ((Message("user", "q"),), ("a", "b", "c"))
 
 
-def test_ranked_dialogues_are_split_at_their_last_answer(tmp_path: Path) -> None:
+def test_ranked_dialogues_are_split_at_their_last_response(tmp_path: Path) -> None:
     record = read_good(tmp_path, {"responses": [f"{H} {text}" for text in "abc"]})
     assert (record.prompt, record.responses) == (Dialogue(H), (" a", " b", " c"))
 
 
-def test_an_instruction_stands_after_its_history(tmp_path: Path) -> None:
-    row = {"system": "be kind", "history": [["one", "two"]], "instruction": "do", "input": "this"}
-    record = read_good(tmp_path, row | {"output": ["a", "b"]})
+def test_an_instruction_follows_its_history(tmp_path: Path) -> None:
+    fields = {"system": "be kind", "history": [["one", "two"]], "instruction": "do", "input": "this"}
+    record = read_good(tmp_path, fields | {"output": ["a", "b"]})
     roles = ("system", "user", "assistant", "user")
     assert record.prompt == tuple(map(Message, roles, ("be kind", "one", "two", "do\nthis")))
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("fields", "reason"),
     [
         ({"responses": ["a"]}, "no_ranking"),
         ({"responses": []}, "no_ranking"),
@@ -142,12 +146,12 @@ def test_an_instruction_stands_after_its_history(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_ranking_says_why(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
-    assert reason_against(tmp_path, {"prompt": "q", **row}) == reason
+def test_a_bad_ranking_has_its_reason(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+    assert reason_against(tmp_path, {"prompt": "q", **fields}) == reason
 
 
 @needs_shared_data
-def test_real_rankings_are_read_whole(tmp_path: Path) -> None:
+def test_real_rankings_are_read_with_all_responses(tmp_path: Path) -> None:
     assert SHARED is not None
     records = list(read_records(str(SHARED / "ranked_oasst_history_zh.json")))
     good = [record for record in records if isinstance(record, PreferenceRecord)]

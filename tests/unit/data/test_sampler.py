@@ -1,4 +1,4 @@
-"""The pairs of a step are a function of seed, data and batch size, and of nothing else."""
+"""The batch of a step is a function of seed, data and batch size, and of nothing else."""
 
 import hashlib
 from collections import Counter
@@ -24,7 +24,7 @@ def visited(of: BatchSampler) -> list[int]:
 
 
 @given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 3))
-def test_an_epoch_visits_every_pair_once(pairs: int, batch: int, seed: int) -> None:
+def test_an_epoch_visits_every_example_once(pairs: int, batch: int, seed: int) -> None:
     order = visited(sampler(pairs, batch, seed=seed))
     assert sorted(order) == list(range(pairs))
 
@@ -42,7 +42,7 @@ def test_epochs_follow_without_a_gap_in_a_new_order(pairs: int, batch: int, epoc
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.data())
-def test_a_step_is_the_same_wherever_a_run_starts(pairs: int, batch: int, data: st.DataObject) -> None:
+def test_a_step_does_not_depend_on_the_first_step(pairs: int, batch: int, data: st.DataObject) -> None:
     epochs = data.draw(st.floats(0.2, 3.0))
     whole = sampler(pairs, batch, epochs=epochs)
     expected = [whole.indices(step).tolist() for step in range(whole.steps)]
@@ -51,7 +51,7 @@ def test_a_step_is_the_same_wherever_a_run_starts(pairs: int, batch: int, data: 
 
 
 @given(st.integers(1, 60), st.integers(1, 25), st.floats(0.05, 2.5))
-def test_all_rows_are_those_that_the_steps_visit(pairs: int, batch: int, epochs: float) -> None:
+def test_visited_indices_are_those_of_all_steps(pairs: int, batch: int, epochs: float) -> None:
     whole = sampler(pairs, batch, epochs=epochs)
     assert whole.visited_indices().tolist() == sorted(set(visited(whole)))
 
@@ -67,7 +67,7 @@ def test_seeds_and_nothing_else_change_the_order() -> None:
     assert visited(sampler(50, 8)) != visited(sampler(50, 8, seed=1))
 
 
-def test_the_order_is_the_one_that_runs_so_far_had() -> None:
+def test_the_order_is_the_recorded_one() -> None:
     """A change here makes every checkpoint resume on other data."""
     assert visited(sampler(8, 4, seed=7)) == [0, 6, 7, 2, 4, 5, 1, 3]
 
@@ -99,14 +99,14 @@ def test_the_order_of_many_pairs_is_the_recorded_one(
     ("weight", "counts"),
     [(1.0, {1: 10}), (2.0, {2: 10}), (0.5, {1: 5}), (1.3, {1: 7, 2: 3}), (0.1, {1: 1})],
 )
-def test_weights_say_how_often_a_pair_is_seen(weight: float, counts: dict[int, int]) -> None:
+def test_weights_are_draws_per_epoch(weight: float, counts: dict[int, int]) -> None:
     order = visited(sampler([Span(0, 10, weight), Span(10, 14, 1.0)], 3))
     seen = Counter(row for row in order if row < 10)
     assert Counter(seen.values()) == counts
     assert sorted(row for row in order if row >= 10) == [10, 11, 12, 13]
 
 
-def test_a_part_of_a_source_is_another_one_in_the_next_epoch() -> None:
+def test_a_fraction_of_a_source_differs_in_the_next_epoch() -> None:
     order = visited(sampler([Span(0, 40, 0.5)], 20, epochs=2.0))
     assert set(order[:20]) != set(order[20:])
 
@@ -125,12 +125,12 @@ def test_max_steps_counts_full_batches_over_epochs() -> None:
     assert [len(part.indices(step)) for step in range(7)] == [4] * 7
 
 
-def test_epoch_says_how_much_of_the_data_was_seen() -> None:
+def test_epoch_is_the_share_of_the_data_visited() -> None:
     part = sampler(10, 4, epochs=1.5)
     assert [part.epoch(step) for step in range(part.steps)] == [0.4, 0.8, 1.2, 1.5]
 
 
-def test_a_weight_that_leaves_nothing_is_said() -> None:
+def test_a_weight_that_draws_no_example_is_refused() -> None:
     with pytest.raises(ConfigError, match="no pair of a source would be drawn") as raised:
         sampler([Span(0, 100, 1.0), Span(100, 110, 0.04)], 4)
     assert raised.value.where == "data.train[1].weight"

@@ -1,4 +1,4 @@
-"""Sources of several files: patterns, folders of shards, compression; and damage told in one word."""
+"""Sources of several files: patterns, folders of shards, compression, damage."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ def prompts(path: Path | str, **options: object) -> list[str]:
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstd])
-def test_compressed_files_are_read_as_what_they_contain(tmp_path: Path, pack: object) -> None:
+def test_compressed_files_are_read_by_their_inner_extension(tmp_path: Path, pack: object) -> None:
     assert callable(pack)
     ending = ".gz" if pack is gzip.compress else ".zst"
     contents = {
@@ -79,7 +79,7 @@ def test_damaged_compression_is_one_error(tmp_path: Path, name: str, content: by
     assert raised.value.where == str(tmp_path / name)
 
 
-def test_a_pattern_names_files_in_order_and_lines_stay_true(tmp_path: Path) -> None:
+def test_a_pattern_reads_files_in_order_with_their_line_numbers(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", lines("three"))
     write(tmp_path / "a.jsonl", lines("one") + b"broken\n" + lines("two"))
     write(tmp_path / "deep" / "c.jsonl", lines("four"))
@@ -124,7 +124,7 @@ def test_a_downloaded_folder_of_shards_is_read_split_by_split(tmp_path: Path, tr
     assert raised.value.expected == "test, train"
 
 
-def test_splits_of_any_name_are_told_by_their_shards(tmp_path: Path) -> None:
+def test_splits_of_any_name_follow_from_shard_names(tmp_path: Path) -> None:
     parquet(tmp_path / "data" / "train_prefs-00000-of-00001.parquet", "prefs")
     parquet(tmp_path / "data" / "train_sft-00000-of-00001.parquet", "sft")
     assert prompts(tmp_path, split="train_prefs") == ["prefs"]
@@ -132,7 +132,7 @@ def test_splits_of_any_name_are_told_by_their_shards(tmp_path: Path) -> None:
         read_records(str(tmp_path))
 
 
-def test_no_file_of_a_folder_is_passed_over_in_silence(tmp_path: Path) -> None:
+def test_no_file_of_a_folder_is_silently_ignored(tmp_path: Path) -> None:
     write(tmp_path / "some" / "train.jsonl", lines("one"))
     write(tmp_path / "some" / "more.jsonl", lines("two"))
     with pytest.raises(DataError, match="no split in the names") as raised:
@@ -155,7 +155,7 @@ def test_a_folder_of_files_without_splits_is_read_whole(tmp_path: Path) -> None:
         read_records(SourceConfig(path=str(tmp_path), split="train"))
 
 
-def test_a_folder_that_cannot_be_read_says_what_it_has(tmp_path: Path) -> None:
+def test_the_error_of_an_unreadable_folder_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no data files"):
         read_records(str(tmp_path / "empty"))
@@ -172,20 +172,20 @@ def test_a_folder_that_cannot_be_read_says_what_it_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["https://example.org/a.jsonl", "s3://bucket/a.parquet", "hf://datasets/o/n"]
 )
-def test_addresses_are_refused(path: str) -> None:
+def test_urls_are_refused(path: str) -> None:
     for ask in (read_records, lambda source: source_identity(SourceConfig(source))):
         with pytest.raises(DataError, match="URLs cannot be read"):
             ask(path)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("option", ["name", "data_dir", "revision"])
-def test_what_selects_hub_data_has_no_effect_on_a_file(tmp_path: Path, option: str) -> None:
+def test_hub_options_of_a_file_are_refused(tmp_path: Path, option: str) -> None:
     path = jsonl(tmp_path, TEXT)
     with pytest.raises(ConfigError, match=option):
         read_records(SourceConfig(path=path, **{option: "x"}))  # type: ignore[arg-type]
 
 
-def test_the_identity_follows_content_and_not_place(tmp_path: Path) -> None:
+def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
     write(tmp_path / "one" / "a.jsonl", lines("one"))
     write(tmp_path / "two" / "a.jsonl", lines("one"))
     first, second = (SourceConfig(str(tmp_path / folder)) for folder in ("one", "two"))
@@ -198,7 +198,9 @@ def test_the_identity_follows_content_and_not_place(tmp_path: Path) -> None:
     assert source_identity(pattern) != before
 
 
-def test_a_line_above_the_limit_is_bad_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_above_the_limit_is_bad_and_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "_MAX_RECORD_BYTES", 1000)
     monkeypatch.setattr(files, "_BLOCK_BYTES", 100)
     file = tmp_path / "a.jsonl"
@@ -218,7 +220,7 @@ def test_a_compressed_array_that_unpacks_to_too_much_is_refused(
         read_records(str(file))
 
 
-def test_a_key_that_stands_twice_makes_a_record_bad(tmp_path: Path) -> None:
+def test_a_duplicate_key_makes_a_record_bad(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     write(file, b'{"prompt": "q", "chosen": "good", "chosen": "bad", "rejected": "x"}\n' + lines("one"))
     bad, good = read_records(str(file))
@@ -239,7 +241,7 @@ def test_a_parquet_text_that_is_not_utf8_is_one_bad_record(tmp_path: Path) -> No
     assert outcomes(read_records(str(tmp_path / "a.parquet"))) == [(1, ""), (2, "unparsable"), (3, "")]
 
 
-def test_an_empty_file_is_named(tmp_path: Path) -> None:
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "a.json", b"")
     with pytest.raises(DataError) as raised:
         read_records(str(tmp_path / "a.json"))

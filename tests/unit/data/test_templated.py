@@ -1,4 +1,4 @@
-"""Templates with clocks, opened thoughts, ordinary tokens as marks; texts that went through a template."""
+"""Chat templates with clocks, thoughts and ordinary tokens; texts to which a template was applied."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +77,7 @@ def test_every_directive_of_the_clock_is_pinned() -> None:
         "  {% if true %}a{% endif %}\n  {{ strftime_now('%Y') }}",
     ],
 )
-def test_a_pinned_template_writes_what_it_would_on_that_day(
-    template: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pinned_template_renders_as_on_that_day(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, turns = tiny.qwen(), [{"role": "user", "content": "q"}]
 
     def written(template: str) -> Any:
@@ -108,7 +106,7 @@ def thinking(template: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "<think>", ""])
-def test_a_thought_goes_on_from_the_prompt_that_opens_it(opening: str) -> None:
+def test_a_response_continues_the_thought_opened_in_the_prompt(opening: str) -> None:
     tokenizer = thinking(R1)
     answers = [f"{opening}so\n</think>\n\nParis", f"{opening}no\n</think>\n\nRome"]
     pair = encode(record(CHAT, *answers), tokenizer)
@@ -122,7 +120,7 @@ def test_a_thought_goes_on_from_the_prompt_that_opens_it(opening: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["Rome", "<think>\nno\n</think>\n\nRome"])
-def test_a_plain_answer_stands_in_no_open_thought(other: str) -> None:
+def test_a_plain_response_follows_no_opened_thought(other: str) -> None:
     tokenizer = thinking(R1)
     pair = encode(record(CHAT, "Paris", other), tokenizer)
     assert texts(pair, tokenizer) == [
@@ -137,7 +135,7 @@ def test_a_plain_answer_stands_in_no_open_thought(other: str) -> None:
     )
 
 
-def test_a_template_that_ends_the_thought_itself_is_followed() -> None:
+def test_the_template_may_end_the_thought_itself() -> None:
     tokenizer = thinking(THINKING)
     pair = encode(record(CHAT, "Paris", "Rome"), tokenizer)
     assert texts(pair, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n")
@@ -199,7 +197,7 @@ def gpt2_with_prefix_space() -> PreTrainedTokenizerFast:
     ("prompt", "response"),
     [("A: ", "the answer"), ("the w", "eather"), ("A: ", "</s> the answer"), ("A:", " the")],
 )
-def test_no_space_comes_between_prompt_and_response(make: Any, prompt: str, response: str) -> None:
+def test_no_space_is_added_between_prompt_and_response(make: Any, prompt: str, response: str) -> None:
     tokenizer = make()
     pair = encode(record(prompt, response, "x"), tokenizer)
     whole = tokenizer.decode([*pair.prompt_ids, *pair.responses[0]], clean_up_tokenization_spaces=False)
@@ -210,7 +208,7 @@ WRITTEN = "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assista
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<|im_end|>"])
-def test_an_applied_template_is_read_as_it_stands(end: str) -> None:
+def test_an_applied_template_is_encoded_as_it_is(end: str) -> None:
     pair = encode(record(WRITTEN, f"Paris{end}", f"Rome{end}"), tiny.qwen(), APPLIED)
     assert ids_of(pair) == ids_of(encode(record(CHAT, "Paris", "Rome"), tiny.qwen()))
     assert pair.templated_text
@@ -235,12 +233,12 @@ def test_an_applied_template_has_one_bos_and_one_end(make: Any, with_bos: bool) 
     assert pair.prompt_ids.tolist().count(tokenizer.bos_token_id) == prompt.count(bos) + (not with_bos)
 
 
-def test_other_texts_are_no_other_with_an_applied_template() -> None:
+def test_other_texts_do_not_change_with_an_applied_template() -> None:
     plain = record("Q: why?\nA:", " so", " no")
     assert ids_of(encode(plain, tiny.qwen(), APPLIED)) == ids_of(encode(plain, tiny.qwen(), WIDE))
 
 
-def test_marks_are_letters_where_that_is_asked_for() -> None:
+def test_marks_are_text_with_template_literal() -> None:
     pair = encode(record(WRITTEN, "Paris", "Rome"), tiny.qwen())
     assert tiny.qwen().decode(pair.prompt_ids) == WRITTEN
     assert tiny.qwen().convert_tokens_to_ids("<|im_start|>") not in pair.prompt_ids
@@ -255,7 +253,7 @@ def opened(folder: Path, rows: list[dict[str, str]], template: TextTemplate) -> 
     return open_dataset(encoded, config).counts
 
 
-def test_texts_that_went_through_a_template_are_counted_and_refused_where_most_are_so(tmp_path: Path) -> None:
+def test_templated_texts_are_counted_and_refused_if_most_are(tmp_path: Path) -> None:
     plain = {"prompt": "why?", "chosen": "so", "rejected": "no"}
     written = {"prompt": WRITTEN, "chosen": "so", "rejected": "no"}
     assert opened(tmp_path, [plain, plain, written], TextTemplate.auto)["templated_text"] == 1
@@ -270,7 +268,7 @@ def test_texts_that_went_through_a_template_are_counted_and_refused_where_most_a
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|endoftext|><|im_end|>", "<|eot_id|>"])
-def test_ends_in_answers_to_plain_prompts_are_counted(tmp_path: Path, end: str) -> None:
+def test_ends_of_responses_to_plain_prompts_are_counted(tmp_path: Path, end: str) -> None:
     plain = {"prompt": "why?", "chosen": "so", "rejected": "no"}
     ended = {"prompt": "why?", "chosen": f"so{end}", "rejected": f"no{end}"}
     assert opened(tmp_path, [plain, plain, ended], TextTemplate.auto)["templated_text"] == 1
@@ -279,7 +277,7 @@ def test_ends_in_answers_to_plain_prompts_are_counted(tmp_path: Path, end: str) 
 
 
 @pytest.mark.parametrize("as_messages", [False, True])
-def test_an_applied_end_is_there_once(as_messages: bool) -> None:
+def test_an_applied_end_occurs_once(as_messages: bool) -> None:
     applied = replace(APPLIED, text_as_messages=as_messages)
     bare = encode_pair(record("why </s>?", "so", "no"), tiny.qwen(), applied)
     ended = encode_pair(record("why </s>?", "so<|im_end|>\n", "no<|im_end|>"), tiny.qwen(), applied)
@@ -297,6 +295,6 @@ def test_an_applied_end_is_there_once(as_messages: bool) -> None:
         ("an ordinary question?", False),
     ],
 )
-def test_a_text_is_known_by_turns_or_by_its_bos(text: str, templated: bool) -> None:
+def test_a_templated_text_has_turns_or_bos(text: str, templated: bool) -> None:
     pair = encode_pair(record(text, "a", "b"), tiny.mistral(), WIDE)
     assert pair.templated_text is templated

@@ -119,8 +119,8 @@ def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("llama", {"is_causal": False}, "is_causal"),
-        ("gpt2", {"n_positions": LONGEST - 2}, "has fewer than a sequence needs"),
-        ("opt", {"max_position_embeddings": LONGEST - 2}, "has fewer than a sequence needs"),
+        ("gpt2", {"n_positions": LONGEST - 2}, "too few for a sequence"),
+        ("opt", {"max_position_embeddings": LONGEST - 2}, "too few for a sequence"),
         ("t5", {}, "t5"),
         # Mixes tokens outside of attention, in some layers or in all.
         ("mamba", {}, "mamba"),

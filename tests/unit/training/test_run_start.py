@@ -133,7 +133,7 @@ def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> Non
             with pytest.raises(CheckpointError) as caught:
                 check_identity(recorded, IDENTITY, folder.state)
             words = "configuration" if name == "run_digest" else name.replace("eval_data", "evaluation data")
-            assert words in caught.value.what
+            assert words in caught.value.message
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(folder: RunFolder) -> None:

@@ -92,7 +92,7 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
     )
     error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides))
     assert isinstance(error, ConfigError)
-    assert "is not installed" in error.what
+    assert "is not installed" in error.message
 
 
 def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
         if "token" not in file.name:
             (folder / file.name).write_bytes(file.read_bytes())
     error = refused(run_of(assets, tmp_path / "out", f"model.path={folder}"))
-    assert "no tokenizer" in error.what
+    assert "no tokenizer" in error.message
 
 
 def test_verbs_do_not_import_torch_at_module_level() -> None:

@@ -1,0 +1,122 @@
+"""Write the tables of keys and of loss kinds in README.md and docs/ from the declarations in dpo_dist/config.
+
+Run it after a change of a key or a kind of loss: `.venv/bin/python scripts/write_key_docs.py`.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dpo_dist.config.keys import Key, all_keys, section_meanings
+from dpo_dist.config.loss_kinds import KINDS, KindFacts
+
+ROOT = Path(__file__).resolve().parents[1]
+IN_README = """
+run.dir run.root run.resume
+model.path model.dtype model.gradient_checkpointing model.attention model.adapter model.quantization
+data.train data.eval data.max_length data.truncation data.ranked data.on_bad_record
+loss.kind loss.beta loss.label_smoothing loss.terms
+reference.mode reference.path reference.offload reference.store
+optim.lr optim.schedule optim.warmup_ratio
+trainer.global_batch_pairs trainer.micro_batch_tokens trainer.epochs trainer.max_steps trainer.eval_every
+trainer.save_every trainer.keep_last trainer.seed
+parallelism.kind parallelism.offload_parameters parallelism.offload_optimizer
+tracking.wandb
+"""
+MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
+"""Options of nearly all kinds; docs/losses.md describes them below its table."""
+
+
+def pages() -> dict[Path, str]:
+    """Return the whole text of every page with a table."""
+    keys = all_keys()
+    return {
+        ROOT / "README.md": _with_table(
+            ROOT / "README.md", _short_table([keys[name] for name in IN_README.split()])
+        ),
+        ROOT / "docs" / "losses.md": _with_table(ROOT / "docs" / "losses.md", _loss_table()),
+        ROOT / "docs" / "configuration.md": _configuration(),
+    }
+
+
+def _with_table(page: Path, table: str) -> str:
+    """Return the text of `page` with the lines between its markers replaced."""
+    text, replaced = re.subn(
+        r"(<!-- table: [^\n]*-->\n\n).*?(\n<!-- end of table -->)",
+        lambda found: f"{found[1]}{table}{found[2]}",
+        page.read_text(),
+        flags=re.DOTALL,
+    )
+    assert replaced == 1, f"{page} must have one pair of markers"
+    return text
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else "-"
+
+
+def _short_table(keys: Iterable[Key]) -> str:
+    rows = ((_code(key.name), key.meaning, _code(key.default_words)) for key in keys)
+    return _table(("key", "meaning", "default"), rows)
+
+
+def _loss_table() -> str:
+    heading = ("kind", "loss of a pair", "options", "reference", "source")
+    return _table(heading, (_loss_row(kind, facts) for kind, facts in KINDS.items()))
+
+
+def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
+    """Return a row, with the default after each option in the formula."""
+    formula = re.sub(
+        r"`(loss\.\w+)`", lambda found: f"{found[0]} ({all_keys()[found[1]].default:g})", facts.formula
+    )
+    options = ", ".join(f"`{option}`" for option in sorted(facts.options - MODIFIERS))
+    return f"`{kind}`", formula, options or "-", "yes" if facts.needs_reference else "-", facts.source
+
+
+def _configuration() -> str:
+    parts = [
+        "# Configuration\n",
+        "<!-- written by scripts/write_key_docs.py from dpo_dist/config; edit the declarations there -->\n",
+        "Every key can be set on the command line: `loss.beta=0.2`. `--help KEY` prints one of them, "
+        "`--cfg job` the values\nof a run. Presets and experiments in [conf/](../conf) set keys too; "
+        "the command line wins.\n",
+        "A key in the digest defines the run's result: another value names another run directory. "
+        "`precompute` accepts the\nkeys that only `train` uses, so that one command line fits both.\n",
+    ]
+    # Entries of data.eval have the keys of those of data.train.
+    keys = [key for key in all_keys().values() if not key.name.startswith("data.eval[]")]
+    sections = {name: text for name, text in section_meanings().items() if "." not in name}
+    for section, meaning in sections.items():
+        rows = [key for key in keys if key.name.startswith(f"{section}.")]
+        parts += [f"## `{section}`\n", f"{meaning}\n", _full_table(rows)]
+    return "\n".join(parts)
+
+
+def _full_table(keys: Iterable[Key]) -> str:
+    heading = ("key", "type and bounds", "default", "meaning", "verbs", "digest")
+    rows = (
+        (
+            _code(key.name),
+            key.type_words + (", not empty" if key.filled else ""),
+            _code(key.default_words),
+            key.meaning,
+            ", ".join(key.verbs),
+            "yes" if key.defines_result else "-",
+        )
+        for key in keys
+    )
+    return _table(heading, rows)
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        page.write_text(text)
