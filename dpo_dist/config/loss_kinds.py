@@ -15,7 +15,7 @@ from dpo_dist.config.fields import key, section
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce",
+    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -169,6 +169,11 @@ KINDS: dict[LossKind, KindFacts] = {
         _uses("beta", "ld_alpha", "reference_free"),
         accepts_rankings=True,
     ),
+    LossKind.custom: KindFacts(
+        "returned by your own `function`",
+        "docs/python.md",
+        _PAIR | _uses("function", "label_smoothing"),
+    ),
 }
 
 
@@ -247,6 +252,9 @@ class LossConfig:
         train_only=False,
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
+    function: str | None = key(
+        None, "`custom`: the loss function, as `module:function`.", added=True, train_only=True
+    )
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:

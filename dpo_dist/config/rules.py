@@ -224,6 +224,13 @@ _LOSS = (
     *(_unused_by_loss(field.name) for field in fields(LossConfig) if kinds_using(field.name)),
     *(_unused_by_a_term(option) for option in ("divergence", "weighting")),
     Rule(
+        "loss.function loss.kind",
+        lambda c: LossKind.custom in c.loss.kinds and c.loss.function is None,
+        "a custom loss needs a function",
+        "set loss.function=my_losses:my_loss for the function my_loss in my_losses.py",
+        "module:function",
+    ),
+    Rule(
         "loss.alpha_coefficient loss.divergence",
         lambda c: _is_set(c.loss, "alpha_coefficient") and c.loss.divergence is not Divergence.alpha,
         "loss.alpha_coefficient has no effect with this divergence",

@@ -53,6 +53,8 @@ def train(config: RunConfig, console: Console) -> int:
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, folder, world)
+        if "loss_function" in environment:
+            console.say(f"loss: {environment['loss_function']}")
         inputs = load_inputs(config, world, console)
         identity = identify(config, inputs)
         if start.checkpoint is not None:

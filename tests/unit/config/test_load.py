@@ -14,6 +14,7 @@ from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, SourceConfig, TrainerConfig
 from dpo_dist.errors import ConfigError
+from tests.support.own_loss import OWN
 
 ROOT = Path(__file__).parents[3]
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
@@ -77,6 +78,7 @@ def test_every_preset_composes(group: str, name: str) -> None:
     needed = [override for override in RUN if not override.startswith(group)]
     required = {"none": ["loss=sft"], "adapter": ["model.adapter={r: 8}"]}
     further = required.get(name, []) if group == "reference" else []
+    further = [f"loss.function={OWN}"] if name == "custom" else further
     config = load_run_config([*needed, *further, f"{group}={name}"])
     if group == "loss":
         kinds = [LossKind.sigmoid, LossKind.sft] if name == "sigmoid_sft" else [LossKind[name]]
