@@ -91,7 +91,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     return composed
 
 
-@contextlib.contextmanager
+    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller with Hydra."""
 def _hydra() -> Iterator[None]:
     """Initialise Hydra with the groups of the package; on exit, restore the state of a caller that uses it."""
     callers = GlobalHydra.instance().hydra
