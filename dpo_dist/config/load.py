@@ -91,9 +91,9 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     return composed
 
 
-    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller with Hydra."""
+@contextlib.contextmanager
 def _hydra() -> Iterator[None]:
-    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller that uses it."""
+    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller with Hydra."""
     callers = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
