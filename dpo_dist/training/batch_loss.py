@@ -94,8 +94,6 @@ class Objective:
         """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
 
         Args:
-            policy: the model.
-            batch: on the device.
             reference: `reference_logps` of the batch.
             facts: of the global batch.
         """
