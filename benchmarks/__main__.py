@@ -1,8 +1,65 @@
-"""`python -m benchmarks NAME [options]`: run one benchmark."""
+"""Run one benchmark: `python -m benchmarks NAME [options]`. The last line it prints is JSON."""
 
-import runpy
+import argparse
+import importlib
+import json
+import os
 import sys
+from pathlib import Path
+
+from benchmarks.options import SHARED, Benchmark
+
+NAMES = {
+    "vs_trl": "speed and memory beside TRL on the same pairs",
+    "curves": "speed and memory over prompt share, lengths, model size, budget; ablations",
+    "draw": "figures and tables of docs/performance.md from the results of curves",
+    "sweep": "seconds of a sweep over losses and betas, beside TRL",
+    "memory": "memory of each reference mode",
+    "mfu": "share of the device's peak that training uses",
+    "encode": "records encoded per second, by number of processes",
+    "schedule": "balance of micro-batches and ranks; cost of planning",
+    "store": "the reference store with many entries",
+}
+
+
+def main() -> int:
+    names = "\n".join(f"  {name:<10}{meaning}" for name, meaning in NAMES.items())
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        print(f"usage: python -m benchmarks NAME [options]; NAME --help lists the options\n\n{names}")
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    name = sys.argv[1]
+    module = importlib.import_module(f"benchmarks.{name}")
+    benchmark: Benchmark = module.BENCHMARK
+    options = parsed(name, module.__doc__ or "", benchmark, sys.argv[2:])
+    figures = benchmark.run(options)
+    line = json.dumps(figures)
+    print(line)
+    if options.out:
+        options.out.write_text(line + "\n")
+    return 0 if figures.get("trainers_agree", True) else 1
+
+
+def parsed(name: str, description: str, benchmark: Benchmark, arguments: list[str]) -> argparse.Namespace:
+    """Return the options of a benchmark; --smoke replaces some of them."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for option, default in benchmark.shared.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", default=default, **SHARED[option])
+    benchmark.own(parser)
+    parser.add_argument("--work", type=Path, help="folder for temporary files")
+    parser.add_argument("--out", type=Path, help="file for the figures, beside the last line")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run that shows that everything works")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        vars(options).update(benchmark.smoke)
+    if fault := benchmark.fault(options):
+        parser.error(fault)
+    return options
+
 
 if __name__ == "__main__":
-    name = sys.argv.pop(1)
-    runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

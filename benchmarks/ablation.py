@@ -1,7 +1,7 @@
-"""dpo_dist without one of the things that make it fast: functions of this process are swapped.
+"""dpo_dist without one of its optimisations; functions of this process are patched.
 
-The package has no switches for them: nobody should train without. What is computed stays the same, so the
-losses must stay the same. One process only.
+The package has no switches for them, because nobody should train without. The computed function does not
+change, so losses must be equal. One process only.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.model.head import LogpHead, PackedCausalLM
 
-Forward = Callable[[PackedCausalLM, PackedBatch], Tensor]
-HeadForward = Callable[[LogpHead, Tensor, Tensor], Tensor]
+Forward = Callable[[PackedCausalLM, PackedBatch, bool], Tensor]
+HeadForward = Callable[[LogpHead, Tensor, Tensor, bool], Tensor]
 
 
 class Packing(StrEnum):
-    """How the pairs of a step come into micro-batches."""
+    """Layout of the pairs of a step in micro-batches."""
 
     packed = "packed"
     single = "single"
@@ -34,14 +34,14 @@ class Packing(StrEnum):
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is left of the whole program.
+    """Optimisations that stay.
 
     Attributes:
         shares_prompts: a prompt is computed once for both responses, not once for each.
-        packing: as many tokens as the budget holds; one pair at a time; or sequences padded to the longest
-            of their micro-batch, in the order of the schedule, as many as fit the budget.
+        packing: as many tokens as fit the budget; one pair at a time; or sequences padded to the longest of
+            their micro-batch, in the order of the sampler, as many as fit the budget.
         chunks_head: logits of some completion tokens at a time, not of all tokens at once.
-        stores_reference: the reference's values come from the store, not from a model that runs beside.
+        stores_reference: reference log-probs come from the store, not from a live model.
     """
 
     shares_prompts: bool = True
@@ -51,7 +51,7 @@ class Ablation:
 
     @property
     def overrides(self) -> list[str]:
-        """For the command line of the run."""
+        """Command-line overrides of the run."""
         return [] if self.stores_reference else ["reference.mode=live"]
 
 
@@ -68,7 +68,7 @@ ABLATIONS = {
 
 @dataclass
 class Work:
-    """What training has computed so far: forwards with a graph, tokens in them, and rows of logits."""
+    """Work of training so far: forwards with a graph, their tokens, and rows of logits."""
 
     micro_batches: int = 0
     tokens: int = 0
@@ -78,7 +78,7 @@ class Work:
 
 @contextlib.contextmanager
 def removed(ablation: Ablation) -> Iterator[Work]:
-    """Within it, runs of this process do without what `ablation` has not; yields what they compute."""
+    """Patch the program for the runs of the body; yield their work."""
     work = Work()
     forward, head = (_forward, _head) if ablation.chunks_head else (_forward_all_logits, _all_logps)
     with contextlib.ExitStack() as swaps:
@@ -95,21 +95,21 @@ def removed(ablation: Ablation) -> Iterator[Work]:
 
 
 def _counting_tokens(forward: Forward, work: Work) -> Forward:
-    def counted(model: PackedCausalLM, batch: PackedBatch, **asked: bool) -> Tensor:
+    def counted(model: PackedCausalLM, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
         if torch.is_grad_enabled():
             work.micro_batches += 1
             work.tokens += len(batch.input_ids)
             work.most_tokens = max(work.most_tokens, len(batch.input_ids))
-        return forward(model, batch, **asked)
+        return forward(model, batch, with_collisions)
 
     return counted
 
 
 def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
-    def counted(head: LogpHead, hidden: Tensor, targets: Tensor, **asked: bool) -> Tensor:
+    def counted(head: LogpHead, hidden: Tensor, targets: Tensor, with_collisions: bool = False) -> Tensor:
         if torch.is_grad_enabled():
             work.logits += len(hidden)
-        return forward(head, hidden, targets, **asked)
+        return forward(head, hidden, targets, with_collisions)
 
     return counted
 
@@ -118,15 +118,15 @@ _forward: Forward = PackedCausalLM.forward
 _head: HeadForward = LogpHead.forward
 
 
-def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, **_asked: bool) -> Tensor:
-    """The model's forward where every token goes through the head (`_all_logps`), of prompts as well."""
+def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, with_collisions: bool) -> Tensor:
+    """Return the model's forward with every token through the head (`_all_logps`), prompts too."""
     every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-    logps = _forward(model, replace(batch, predictors=every))
+    logps = _forward(model, replace(batch, predictors=every), with_collisions)
     return logps[batch.predictors, batch.targets]
 
 
-def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, **_asked: bool) -> Tensor:
-    """[n, hidden_size] to float32 [n, vocab]; the targets' are taken from it outside."""
+def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, _with_collisions: bool) -> Tensor:
+    """Return float32 log-probs [n, vocab] of [n, hidden_size]; the caller selects the targets."""
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 
 
@@ -151,7 +151,7 @@ def _sizes_apart(packing: Packing) -> Callable[..., ExampleSizes]:
 def _plan_single(sizes: ExampleSizes, world_size: int, _token_budget: int) -> list[list[list[int]]]:
     """`plan_micro_batches` with one pair each."""
     assert world_size == 1
-    return [[[place]] for place in range(len(sizes.tokens))]
+    return [[[index]] for index in range(len(sizes.tokens))]
 
 
 def _plan_padded(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
@@ -159,18 +159,18 @@ def _plan_padded(sizes: ExampleSizes, world_size: int, token_budget: int) -> lis
     assert world_size == 1
     plan: list[list[list[int]]] = []
     longest = 0
-    for place, tokens in enumerate(sizes.tokens.tolist()):
+    for index, tokens in enumerate(sizes.tokens.tolist()):
         longest = max(longest, tokens)
         if plan and (len(plan[-1][0]) + 1) * longest <= token_budget:
-            plan[-1][0].append(place)
+            plan[-1][0].append(index)
         else:
-            plan.append([[place]])
+            plan.append([[index]])
             longest = tokens
     return plan
 
 
 def _packing(ablation: Ablation) -> Callable[..., PackedBatch]:
-    """`pack` with this ablation's layout."""
+    """Return `pack` with this ablation's layout."""
 
     def packed(pairs: Sequence[Sequences], keys: Any) -> PackedBatch:
         pieces = pairs if ablation.shares_prompts else [alone for pair in pairs for alone in _apart(pair)]
@@ -186,7 +186,7 @@ def _apart(pair: Sequences) -> list[Sequences]:
 
 
 def _pack_padded(pieces: Sequence[Sequences], keys: Any) -> PackedBatch:
-    """All pieces as long as the longest: padding is laid out as a response whose targets are left out."""
+    """Pad all pieces to the longest one: padding is packed as a response without targets."""
     lengths = [
         len(piece.prompt_ids) + sum(len(response) - 1 for response in piece.responses) for piece in pieces
     ]

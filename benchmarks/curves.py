@@ -1,21 +1,20 @@
-"""Measure what speed and memory depend on: `python -m benchmarks curves`, then `draw_performance`.
+"""Measure speed and memory over what they depend on; `draw` then makes figures and tables.
 
-Every part is measured in rounds whose runs take turns, each run in a process of its own, and then written to
-docs/performance.json beside the parts that stand there:
+Every part is measured in rounds whose runs take turns, each run in a process of its own, and written to
+docs/performance.json, where it replaces the part of that name:
 
-    shared_prefix     pairs/s over the prompt's share of a sequence; TRL 1.16 at its best beside ours
+    shared_prefix     pairs/s over the prompt's share of a sequence; TRL 1.16 at its best for comparison
     response_tokens   the same over the length of a response after a prompt of fixed length
     model_size        the same over model size
     memory            peak memory and pairs/s over `trainer.micro_batch_tokens`
     ablation          CPU seconds and memory without prompt sharing, packing, chunked head, stored reference
-    encode            records/s over processes, from `--encode FILE`: output of `benchmarks encode`
+    encode            records/s over processes, from `--encode FILE`: a file that `encode --out FILE` wrote
 
-Times are of training steps and of scoring by the reference, as in `vs_trl`. Ends with an error if
-the trainers, or the whole program and what is left of it, compute different losses. A round of all parts is
-meant to take about ten minutes on two quiet cores.
+Times are of training steps and of scoring by the reference, as in `vs_trl`. Ends with an error if the
+trainers, or the whole program and an ablation of it, compute different losses. A round of all parts takes
+about ten minutes on two quiet cores.
 """
 
-import argparse
 import dataclasses
 import datetime
 import importlib.metadata
@@ -24,25 +23,18 @@ import os
 import shlex
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.assets import ORDER, REAL_DATA, ROOT, Setting, prepare, shared_data
-from benchmarks.child import Result, in_fork, run_variant
+from benchmarks.options import Benchmark, Json
+from benchmarks.runs import Result, Run, in_fork, start
+from benchmarks.setting import ORDER, ROOT, Setting, default_data, prepare
+from benchmarks.tables import ABLATIONS, OURS, TRL
 
 MEASUREMENTS = ROOT / "docs" / "performance.json"
 PARTS = ("shared_prefix", "response_tokens", "model_size", "memory", "ablation")
-WHOLE = "dpo_dist"
-ABLATIONS = (
-    "without_sharing",
-    "without_packing_single",
-    "without_packing_padded",
-    "without_chunks",
-    "without_store",
-    "without_all",
-)
-TRL = "trl_best_1"
 TOLERANCE = 1e-4
 
 BASE = Setting(
@@ -63,7 +55,7 @@ BASE = Setting(
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `is_warm`: with a store that holds the reference's values."""
+    """One run. `is_warm`: its store already has the reference log-probs."""
 
     setting: Setting
     variant: str
@@ -72,45 +64,37 @@ class Job:
 
 @dataclass(frozen=True)
 class Point:
-    """A job's place in a part."""
+    """A job and its x value in a part."""
 
     x: float | str
     job: Job
 
 
-def main() -> int:
-    arguments = _arguments()
-    parts = _smoke_parts() if arguments.smoke else _parts()
-    with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), arguments.threads)
-        for part in arguments.parts:
-            bench.measure(parts[part], arguments.rounds)
+def run(options: Namespace) -> Json:
+    """Measure the parts, one after the other."""
+    parts = _smoke_parts() if options.smoke else _parts()
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        bench = Bench(Path(name), options.threads)
+        for part in options.parts:
+            bench.measure(parts[part], options.rounds)
             _check(part, parts[part], bench.results)
-            points = [_told(point, bench) for point in parts[part]]
-            _write(arguments.out, part, {**_circumstances(bench, arguments), "points": points})
-            print(f"{part}: {len(points)} points, {arguments.rounds} rounds", flush=True)
-        if arguments.encode:
-            _write(
-                arguments.out, "encode", {**_circumstances(bench, arguments), **_encoding(arguments.encode)}
-            )
-    return 0
+            points = [_as_json(point, bench) for point in parts[part]]
+            _write(options.measurements, part, {**_circumstances(bench, options), "points": points})
+            print(f"{part}: {len(points)} points, {options.rounds} rounds", flush=True)
+        if options.encode:
+            encoding = _encoding(options.encode)
+            _write(options.measurements, "encode", {**_circumstances(bench, options), **encoding})
+    return {"parts": [*options.parts, *["encode"] * bool(options.encode)]}
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _own_options(parser: ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--encode", type=Path, metavar="FILE", help="measurements of encoding, made before")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=MEASUREMENTS, help="the file of measurements")
-    parser.add_argument("--smoke", action="store_true", help="tiny runs, to see that everything works")
-    return parser.parse_args()
+    parser.add_argument("--encode", type=Path, metavar="FILE", help="figures that `encode --out FILE` wrote")
+    parser.add_argument("--measurements", type=Path, default=MEASUREMENTS, help="file of all parts")
 
 
 def _parts() -> dict[str, list[Point]]:
-    """What is measured. The parts share the run of `BASE`."""
+    """Return the points of each part. The parts share the run of `BASE`."""
     prompt_tokens = round(BASE.mean_tokens * BASE.shared_prefix)
 
     def with_response(tokens: int) -> Setting:
@@ -119,8 +103,7 @@ def _parts() -> dict[str, list[Point]]:
 
     # 24 pairs of equal length fill a micro-batch of 8192 tokens, and half of them half of it.
     filling = dataclasses.replace(BASE, pairs=48, batch_pairs=24, length_spread=0.0)
-    data = "hh" if (shared_data() / REAL_DATA["hh"]).is_file() else "synthetic"
-    real = dataclasses.replace(BASE, data=data, pairs=32, batch_pairs=16, length_spread=0.7)
+    real = dataclasses.replace(BASE, data=default_data(), pairs=32, batch_pairs=16, length_spread=0.7)
     return {
         "shared_prefix": _beside_trl(
             {share: dataclasses.replace(BASE, shared_prefix=share) for share in (0.1, 0.4, 0.7, 0.9)}
@@ -130,7 +113,7 @@ def _parts() -> dict[str, list[Point]]:
             {model: dataclasses.replace(BASE, model=model) for model in ("5m", "40m", "160m")}
         ),
         "memory": _over_budgets(filling, (1024, 2048, 4096, 8192)),
-        "ablation": _ablations(real, ABLATIONS),
+        "ablation": _ablations(real, tuple(ABLATIONS)),
     }
 
 
@@ -141,28 +124,28 @@ def _smoke_parts() -> dict[str, list[Point]]:
         "response_tokens": _beside_trl({tiny.mean_tokens * (1 - tiny.shared_prefix): tiny}),
         "model_size": _beside_trl({tiny.model: tiny}),
         "memory": _over_budgets(tiny, (tiny.micro_batch_tokens,)),
-        "ablation": _ablations(tiny, ABLATIONS[-1:]),
+        "ablation": _ablations(tiny, (OURS, "without_all")),
     }
 
 
 def _beside_trl(settings: dict[Any, Setting]) -> list[Point]:
-    return [Point(x, Job(setting, variant)) for x, setting in settings.items() for variant in (WHOLE, TRL)]
+    return [Point(x, Job(setting, variant)) for x, setting in settings.items() for variant in (OURS, TRL)]
 
 
 def _over_budgets(setting: Setting, budgets: tuple[int, ...]) -> list[Point]:
     settings = {budget: dataclasses.replace(setting, micro_batch_tokens=budget) for budget in budgets}
-    return [Point(budget, Job(settings[budget], WHOLE, is_warm=True)) for budget in budgets]
+    return [Point(budget, Job(settings[budget], OURS, is_warm=True)) for budget in budgets]
 
 
 def _ablations(setting: Setting, names: tuple[str, ...]) -> list[Point]:
-    return [Point(name, Job(setting, name, is_warm=True)) for name in (WHOLE, *names)]
+    return [Point(name, Job(setting, name, is_warm=True)) for name in names]
 
 
 class Bench:
-    """Runs jobs, each as often as asked and not again for another part.
+    """Runs jobs, each once a round, also where several parts use it.
 
     Attributes:
-        results: of each job, a round each.
+        results: of each job, one result a round.
     """
 
     def __init__(self, work: Path, threads: int):
@@ -182,11 +165,11 @@ class Bench:
                 self.results.setdefault(job, []).append(self._run(job, store))
 
     def unique_tokens(self, setting: Setting) -> int:
-        """Of all pairs of a run, every prompt counted once."""
+        """Return the tokens of all pairs of a run, every prompt counted once."""
         return int(json.loads((self._folders[setting] / ORDER).read_text())["unique_tokens"])
 
     def environment(self) -> dict[str, Any]:
-        """Versions and hardware; found out elsewhere, as it needs the libraries in memory."""
+        """Return versions and hardware, read in a fork because this loads libraries."""
         file = self._work / "environment.json"
 
         def describe() -> None:
@@ -200,7 +183,7 @@ class Bench:
 
     @property
     def _warm_store(self) -> Path:
-        return self._work / "store"  # of all settings: rows are addressed by content
+        return self._work / "store"  # of all settings: entries are addressed by content
 
     def _prepare(self, settings: list[Setting]) -> None:
         new = [setting for setting in dict.fromkeys(settings) if setting not in self._folders]
@@ -214,24 +197,26 @@ class Bench:
         in_fork(prepare_all)
 
     def _fill(self, settings: list[Setting]) -> None:
-        """Store what warm runs need; a budget of tokens changes no value."""
+        """Fill the store for warm runs; a token budget changes no log-prob."""
         one_budget = {dataclasses.replace(setting, micro_batch_tokens=0): setting for setting in settings}
         for setting in one_budget.values():
-            self._run(Job(setting, WHOLE), self._warm_store)
+            self._run(Job(setting, OURS), self._warm_store)
 
     def _run(self, job: Job, store: Path) -> Result:
-        return run_variant(self._folders[job.setting], job.variant, store, 1, self.threads)
+        return start(Run(str(self._folders[job.setting]), job.variant, str(store)), 1, self.threads)
 
 
 def _check(part: str, points: list[Point], results: dict[Job, list[Result]]) -> None:
-    """End the benchmark if runs that train the same pairs differ; what takes its time may not be wrong."""
+    """End the benchmark if runs that train the same pairs differ."""
     for point in points:
         wanted = next(other.job for other in points if _same_training(other.job, point.job))
-        expected = results[wanted][0]["curves"]
+        expected = results[wanted][0]["rows"]
         for result in results[point.job]:
             for name in ("loss", "logps/chosen", "logps/rejected"):
-                pairs = zip(result["curves"][name], expected[name], strict=True)
-                difference = max(abs(got - want) / max(1.0, abs(want)) for got, want in pairs)
+                steps = zip(result["rows"], expected, strict=True)
+                difference = max(
+                    abs(got[name] - want[name]) / max(1.0, abs(want[name])) for got, want in steps
+                )
                 if not difference <= TOLERANCE:
                     raise SystemExit(
                         f"{part}, {point.x}: {name} of {point.job.variant} is {difference:.1e} off "
@@ -244,8 +229,8 @@ def _same_training(job: Job, other: Job) -> bool:
     return dataclasses.replace(job.setting, micro_batch_tokens=budget) == other.setting
 
 
-def _told(point: Point, bench: Bench) -> dict[str, Any]:
-    """A point as it stands in the file."""
+def _as_json(point: Point, bench: Bench) -> dict[str, Any]:
+    """Return a point as it is written."""
     setting = point.job.setting
     return {
         "x": point.x,
@@ -259,22 +244,22 @@ def _told(point: Point, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _encoding(printed: Path) -> dict[str, Any]:
-    """What `benchmarks/encode.py` printed, as a part of the file."""
-    told = json.loads(printed.read_text().splitlines()[-1])
-    command = ["python", "-m", "benchmarks", "encode", "--records", str(told["records"])] + ["--chat"] * told[
-        "chat"
-    ]
-    return {"command": shlex.join(command), "file": told["file"], "points": told["figures"]}
+def _encoding(figures: Path) -> dict[str, Any]:
+    """Return figures of `encode` as a part of the file."""
+    measured = json.loads(figures.read_text().splitlines()[-1])
+    command = ["python", "-m", "benchmarks", "encode", "--records", str(measured["records"])] + [
+        "--chat"
+    ] * measured["chat"]
+    return {"command": shlex.join(command), "file": measured["file"], "points": measured["figures"]}
 
 
-def _circumstances(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
+def _circumstances(bench: Bench, options: Namespace) -> dict[str, Any]:
     environment = bench.environment()
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks", "curves", *sys.argv[1:]]),
         "machine": _machine(environment),
-        "threads": arguments.threads,
+        "threads": options.threads,
         "python": environment["python"],
         "packages": {**environment["packages"], "trl": importlib.metadata.version("trl")},
         "git_commit": environment["git_commit"],
@@ -295,5 +280,4 @@ def _write(file: Path, part: str, content: dict[str, Any]) -> None:
     file.write_text(json.dumps({**parts, part: content}, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARK = Benchmark(run, shared={"rounds": 1, "threads": os.cpu_count()}, own=_own_options)

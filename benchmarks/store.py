@@ -1,23 +1,18 @@
-"""Measure the store of reference log-probs at scale, with invented keys and short rows.
+"""Measure the reference store with many entries: invented keys, short responses.
 
-python -m benchmarks store [--rows 10000000] [--folder DIR] [--smoke]
-
-Writes the rows in shards of the default size, opens them, looks rows up at random, asks which responses of a
-data set are missing, and does the same over many small shards. Figures that end in `_cpu` are by its own
-CPU time. Then fills, with a model that takes no time and with a real one of 40 million parameters:
+Writes the entries in shards of the default size, opens them, looks entries up at random, finds the responses
+of a dataset that are missing, and does the same over many small shards. Figures that end in `_cpu` are CPU
+time of this process. Then fills, with a model that takes no time and with a real one of 40M parameters:
 
     fill_microseconds_per_pair   wall time of the first
-    fill_outside_model_share     of the second's wall time, what was not the model's own
-    fill_host_share              the first's time of a pair over the model's: the share if nothing overlapped
-
-The last line is the figures as JSON.
+    fill_outside_model_share     share of the second's wall time outside the model
+    fill_host_share              the first's time of a pair over the model's: the share without any overlap
 """
 
-import argparse
 import gc
-import json
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from benchmarks.assets import SHAPES, save_random_model
+from benchmarks.options import Benchmark, Json
+from benchmarks.setting import SHAPES, save_random_model
+from benchmarks.tables import markdown
 from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.encode import response_key
@@ -50,75 +47,69 @@ LOOKUP_BATCH = 64
 Figures = dict[str, float]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=10_000_000, help="responses in the store")
-    parser.add_argument("--small-shards", type=int, default=5_000, help="shards of 20 rows of a second store")
-    parser.add_argument(
-        "--folder", type=Path, help="where the stores are written, and removed (default: /tmp)"
-    )
-    parser.add_argument("--smoke", action="store_true", help="seconds; checks that this script works")
-    arguments = parser.parse_args()
-    rows, small_shards = (20_000, 50) if arguments.smoke else (arguments.rows, arguments.small_shards)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        figures: Figures = {"rows": rows}
-        figures |= bench_large(Path(name, "large"), rows)
-        figures |= bench_small_shards(Path(name, "small"), small_shards)
-        figures |= bench_fill(Path(name, "fill"), min(rows, 200_000))
-        pairs, shape = (32, "tiny") if arguments.smoke else (512, "40m")
-        figures |= bench_fill_beside_model(Path(name, "model"), pairs, shape)
+def run(options: Namespace) -> Json:
+    """Measure writing, opening, reading and filling."""
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        figures: Figures = {"entries": options.entries}
+        figures |= _measure_large(Path(name, "large"), options.entries)
+        figures |= _measure_small_shards(Path(name, "small"), options.small_shards)
+        figures |= _measure_fill(Path(name, "fill"), min(options.entries, 200_000))
+        pairs, shape = (32, "tiny") if options.smoke else (512, "40m")
+        figures |= _measure_fill_beside_model(Path(name, "model"), pairs, shape)
         host, model = figures["fill_microseconds_per_pair"], figures["model_microseconds_per_pair"]
         figures["fill_host_share"] = host / model
-    for key, value in figures.items():
-        print(f"{key:<44} {value:,.6g}")
-    print(json.dumps(figures))
-
-
-def bench_large(root: Path, rows: int) -> Figures:
-    """One store of `rows` rows in shards of the default size."""
-    dataset = invented_pairs(rows // 2)
-    figures: Figures = {}
-    with timed(figures, "write_seconds"):
-        write(root, dataset, ReferenceConfig().rows_per_shard)
-    gc.collect()
-    anonymous = anonymous_bytes()
-    cpu = time.process_time()
-    with timed(figures, "open_seconds"):
-        store = LogpStore.open(root, FINGERPRINT)
-    figures["open_seconds_cpu"] = time.process_time() - cpu
-    figures["index_bytes_per_row"] = (anonymous_bytes() - anonymous) / rows
-    with timed(figures, "missing_seconds"):
-        missing, held = missing_responses(store, dataset, np.arange(len(dataset)))
-    assert (len(missing), held) == (0, len(dataset.keys)), "a row that was written is not found"
-    figures["lookups_per_second"] = lookups_per_second(store, dataset, time.perf_counter)
-    figures["lookups_per_second_cpu"] = lookups_per_second(store, dataset, time.process_time)
-    return {**figures, "shards": len(store.shards)}
-
-
-def bench_small_shards(root: Path, shards: int) -> Figures:
-    """A store of many shards of 20 rows, as many short jobs leave it."""
-    dataset = invented_pairs(shards * 10)
-    write(root, dataset, 20)
-    figures: Figures = {"small_shards": shards}
-    with timed(figures, "small_shards_open_seconds"):
-        store = LogpStore.open(root, FINGERPRINT)
-    figures["small_shards_lookups_per_second"] = lookups_per_second(store, dataset, time.perf_counter)
+    print(markdown([["figure", "value"], *([key, f"{value:,.6g}"] for key, value in figures.items())]))
     return figures
 
 
-def bench_fill(root: Path, responses: int) -> Figures:
-    """What a fill costs beside its model: find, plan, pack, split, write; one process."""
-    dataset = scorable(invented_pairs(responses // 2))
-    report = fill(
+def _own_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--entries", type=int, default=10_000_000, help="responses in the store")
+    parser.add_argument("--small-shards", type=int, default=5_000, help="shards of 20 entries")
+
+
+def _measure_large(root: Path, entries: int) -> Figures:
+    """Measure one store of `entries` entries in shards of the default size."""
+    dataset = _invented_pairs(entries // 2)
+    figures: Figures = {}
+    with _timed(figures, "write_seconds"):
+        _write(root, dataset, ReferenceConfig().rows_per_shard)
+    gc.collect()
+    anonymous = _anonymous_bytes()
+    cpu = time.process_time()
+    with _timed(figures, "open_seconds"):
+        store = LogpStore.open(root, FINGERPRINT)
+    figures["open_seconds_cpu"] = time.process_time() - cpu
+    figures["index_bytes_per_entry"] = (_anonymous_bytes() - anonymous) / entries
+    with _timed(figures, "missing_seconds"):
+        missing, found = missing_responses(store, dataset, np.arange(len(dataset)))
+    assert (len(missing), found) == (0, len(dataset.keys)), "a written entry is not found"
+    figures["lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
+    figures["lookups_per_second_cpu"] = _lookups_per_second(store, dataset, time.process_time)
+    return {**figures, "shards": len(store.shards)}
+
+
+def _measure_small_shards(root: Path, shards: int) -> Figures:
+    """Measure a store of many shards of 20 entries, as many short jobs leave it."""
+    dataset = _invented_pairs(shards * 10)
+    _write(root, dataset, 20)
+    figures: Figures = {"small_shards": shards}
+    with _timed(figures, "small_shards_open_seconds"):
+        store = LogpStore.open(root, FINGERPRINT)
+    figures["small_shards_lookups_per_second"] = _lookups_per_second(store, dataset, time.perf_counter)
+    return figures
+
+
+def _measure_fill(root: Path, responses: int) -> Figures:
+    """Measure a fill without its model: find, plan, pack, split, write; one process."""
+    dataset = _scorable(_invented_pairs(responses // 2))
+    report = _fill(
         root, dataset, lambda batch: torch.zeros(len(batch.targets)), ReferenceConfig.rows_per_shard
     )
     return {"fill_microseconds_per_pair": report.seconds / len(dataset) * 1e6}
 
 
-def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
-    """A fill in eight rounds with a real model, in float32 on this machine's CPU."""
+def _measure_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
+    """Measure a fill in eight rounds with a real model, in float32 on this machine's CPU."""
     save_random_model(SHAPES[shape], root / "model", seed=0)
     setting = ModelConfig(path=str(root / "model"), dtype=Dtype.fp32)
     model = load_packed(root / "model", setting, 1024, torch.device("cpu"))
@@ -132,14 +123,14 @@ def bench_fill_beside_model(root: Path, pairs: int, shape: str) -> Figures:
         seconds += time.monotonic() - started
         return logps
 
-    report = fill(root / "store", scorable(invented_pairs(pairs)), score, pairs // 4)
+    report = _fill(root / "store", _scorable(_invented_pairs(pairs)), score, pairs // 4)
     return {
         "fill_outside_model_share": 1 - seconds / report.seconds,
         "model_microseconds_per_pair": seconds / pairs * 1e6,
     }
 
 
-def fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: int) -> FillReport:
+def _fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: int) -> FillReport:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         world, costs = World(None, 0, 1, torch.device("cpu"), ()), ComputeCosts(key=1 / 8192, target=0.1)
@@ -152,8 +143,8 @@ def fill(root: Path, dataset: PreferenceDataset, score: Scorer, rows_per_shard: 
     return report
 
 
-def invented_pairs(pairs: int) -> PreferenceDataset:
-    """Pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
+def _invented_pairs(pairs: int) -> PreferenceDataset:
+    """Return pairs of two responses of 8 to 24 tokens each, with random keys; the ids are zeros."""
     generator = np.random.default_rng(0)
     pieces = np.full((pairs, 3), PROMPT_TOKENS)
     pieces[:, 1:] = generator.integers(8, 25, (pairs, 2))
@@ -174,8 +165,8 @@ def invented_pairs(pairs: int) -> PreferenceDataset:
     )
 
 
-def scorable(dataset: PreferenceDataset) -> PreferenceDataset:
-    """The same pairs with ids that differ, and their keys, as a fill demands."""
+def _scorable(dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the same pairs with ids that differ, and their keys."""
     ids = np.random.default_rng(1).integers(0, 100, len(dataset.ids)).astype(np.int32)
     dataset = replace(dataset, ids=ids)
     keys = [
@@ -186,46 +177,45 @@ def scorable(dataset: PreferenceDataset) -> PreferenceDataset:
     return replace(dataset, keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2))
 
 
-def write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:
-    """A row of each response's length, made of its key, so that a wrong row is seen."""
+def _write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:
+    """Write an entry for each response, made of its key, so that a wrong entry is noticed."""
     store = LogpStore.open(root, FINGERPRINT, [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
     for start in range(0, len(dataset.keys), rows_per_shard):
         keys = dataset.keys[start : start + rows_per_shard]
-        numbers = marks(keys)
-        rows = [np.full(n, v) for n, v in zip(lengths[start : start + len(keys)], numbers, strict=True)]
-        store.write(keys, rows)
+        numbers = _marks(keys)
+        values = [np.full(n, v) for n, v in zip(lengths[start : start + len(keys)], numbers, strict=True)]
+        store.write(keys, values)
 
 
-def marks(keys: Keys) -> np.ndarray:
-    """float32 [n]: a value that tells most keys apart."""
+def _marks(keys: Keys) -> np.ndarray:
+    """Return float32 [n]: a value that differs for most keys."""
     return (keys[:, 1] >> np.uint64(44)).astype(np.float32)
 
 
-def lookups_per_second(store: LogpStore, dataset: PreferenceDataset, clock: Callable[[], float]) -> float:
-    """Entries read at random in batches, warm, each compared with what was written."""
-    places = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
-    batches = [dataset.keys[batch] for batch in places]
+def _lookups_per_second(store: LogpStore, dataset: PreferenceDataset, clock: Callable[[], float]) -> float:
+    """Return entries read per second, at random in batches, warm, each compared with the written one."""
+    indices = np.random.default_rng(1).integers(0, len(dataset.keys), (4_000, LOOKUP_BATCH))
+    batches = [dataset.keys[batch] for batch in indices]
     for keys in batches:
-        assert [row[0] for row in store.read(keys)] == marks(keys).tolist(), "the row of another key"
+        assert [row[0] for row in store.read(keys)] == _marks(keys).tolist(), "the entry of another key"
     started = clock()
     for keys in batches:
         store.read(keys)
-    return places.size / (clock() - started)
+    return indices.size / (clock() - started)
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that is no page of a file."""
+def _anonymous_bytes() -> int:
+    """Return memory of this process without mapped files."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - memory.shared)
 
 
 @contextmanager
-def timed(figures: Figures, name: str) -> Iterator[None]:
+def _timed(figures: Figures, name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     figures[name] = time.perf_counter() - started
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(run, own=_own_options, smoke={"entries": 20_000, "small_shards": 50})

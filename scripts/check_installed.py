@@ -1,7 +1,7 @@
-"""Whether this environment holds the package and all it needs, as constraints.txt pins it. Stdlib only.
+"""Check that this environment has the package and its dependencies, pinned by constraints.txt. Stdlib only.
 
-Run as `check_installed.py [EXTRA]`; exits with 1 where something is missing or of another version. A torch
-built for one accelerator carries a local version (2.13.0+cu130), which is no difference.
+Run as `check_installed.py [EXTRA]`; exits with 1 if a package is missing or has another version. A torch
+built for one accelerator has a local version (2.13.0+cu130), which is ignored.
 """
 
 import json
@@ -36,7 +36,7 @@ def _normal(name: str) -> str:
 
 
 def _is_editable_here(name: str) -> bool:
-    """pip installs the package itself last, so that its presence tells a finished installation."""
+    """Return whether the package is installed from here; pip installs it last, after its dependencies."""
     try:
         origin = metadata.distribution(name).read_text("direct_url.json")
     except metadata.PackageNotFoundError:

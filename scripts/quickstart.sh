@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a model trained by DPO: installs into .venv, makes a small model and preference pairs, warms
-# the model up, trains it with ZeRO-3 on two CPU processes (on all GPUs where there are any) and shows the
-# difference. Everything it makes lies in .venv and output. PYTHON chooses the interpreter.
+# Installs into .venv, makes a small model and preference pairs, warms the model up, trains it by DPO with
+# ZeRO-3 on two CPU processes (on all GPUs, if there are any) and prints answers before and after. Writes only
+# to .venv and output. PYTHON selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh
@@ -10,7 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     launch=(accelerate launch)
 else
-    # The model is so small that more threads would cost more than they give.
+    # The model is so small that more threads would be slower.
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     launch=(accelerate launch --config_file launch/accelerate/cpu_2.yaml)
 fi
@@ -22,6 +22,6 @@ echo "== 2/4 supervised warm-up"
 echo "== 3/4 DPO"
 "${launch[@]}" -m dpo_dist.train +experiment=demo run.dir=output/demo-dpo \
     'data.eval=[output/demo/pairs_eval.jsonl]'
-echo "== 4/4 what changed"
+echo "== 4/4 answers before and after"
 python -m examples.demo.report --before output/demo-warmup/model --after output/demo-dpo/model \
     --pairs output/demo/pairs_eval.jsonl --run output/demo-dpo

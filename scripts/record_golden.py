@@ -1,6 +1,6 @@
-"""Record the golden trajectories anew: `python scripts/record_golden.py`.
+"""Record the golden trajectories again: `python scripts/record_golden.py`.
 
-Only for a change that is meant to change numbers; the commit that does so says why.
+Only for an intended change of numbers; the commit message gives the reason.
 """
 
 import json

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs into it what constraints.txt pins; with "dev", the tools of the tests as well.
-# Does nothing where that is installed already. PYTHON chooses the interpreter.
+# Creates .venv and installs the packages that constraints.txt pins; with "dev", the tools of the tests as well.
+# Does nothing if they are installed already. PYTHON selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"

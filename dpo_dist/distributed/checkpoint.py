@@ -259,7 +259,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             "a checkpoint cannot be written",
             where=str(folder),
             got=str(error),
-            remedy="free disk space and run the same command again: it resumes from the last checkpoint",
+            remedy="make room and run the same command again: it resumes from the last checkpoint",
         ) from error
 
 

@@ -1,6 +1,6 @@
 """LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft.
 
-The base is frozen. Only the adapter is trained, saved in checkpoints, and written at the end of a run.
+The base is frozen. Only the adapter is trained, saved in checkpoints, and exported at the end of a run.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,14 @@ from dpo_dist.model.head import PackedCausalLM
 
 
 def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
-    """Freeze `model` and put the adapter of `config` on it, which changes no log-prob yet.
+    """Freeze `model` and add the adapter of `config`, which does not change log-probs before training.
 
-    The weights, sharded or not, are where `load_packed` put them. The adapter starts at the same values on
-    every rank and for every kind of parallelism.
+    The adapter is initialized to the same values on every rank and for every kind of parallelism.
 
     Args:
-        model: as `load_packed` made it, before it is in an engine.
+        model: from `load_packed`, sharded or not, before it is in an engine.
         config: with an adapter.
-        seed: decides where the adapter starts.
+        seed: of the adapter's initialization.
 
     Raises:
         ConfigError: a target names no linear layer of the model, or its output layer.
@@ -47,7 +46,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
         torch.manual_seed(seed)
         causal_lm.add_adapter(lora)
     if model.compiled:
-        # ZeRO-3 takes a compiled layer's gradients once that of its input is there.
+        # ZeRO-3 reduces the gradients of a compiled layer when the gradient of its input exists.
         causal_lm.enable_input_require_grads()
     local = Path(config.path).expanduser()
     lora.base_model_name_or_path = str(local.resolve()) if local.is_dir() else config.path
@@ -56,15 +55,15 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
-    """The layers that have an adapter; none if the model has none."""
+    """Return the layers that have an adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within it, `model` computes what its base does."""
+    """Make `model` compute the log-probs of its base inside the block."""
     layers = adapted_layers(model)
-    # Not peft's own switch: it also stops and restarts gradients, which DeepSpeed has hooked.
+    # peft's own switch also changes requires_grad, which breaks DeepSpeed's hooks.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -75,9 +74,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
-    """Return the names of the layers that `adapter` goes to.
+    """Return the names of the layers that get `adapter`.
 
-    As in peft, a target is the last part of a layer's name, or several: `q_proj`, `self_attn.q_proj`.
+    As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
 
     Raises:
         ConfigError: a target names no linear layer of the model's body.
@@ -92,24 +91,24 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         return layers
     targets: list[str] = adapter.target_modules
     for target in targets:
-        if not any(_is_called(name, target) for name in layers):
+        if not any(_matches(name, target) for name in layers):
             raise ConfigError(
-                "an adapter's target is no linear layer of this model's body",
+                "an adapter's target is not a linear layer of this model",
                 where="model.adapter.target_modules",
                 got=target,
-                expected="all-linear, or some of "
+                expected="all-linear, or a list of "
                 + ", ".join(sorted({n.rpartition(".")[2] for n in layers})),
-                remedy="name layers that exist; the output layer and embeddings take no adapter",
+                remedy="name existing layers; the output layer and embeddings cannot have an adapter",
             )
-    return [name for name in layers if any(_is_called(name, target) for target in targets)]
+    return [name for name in layers if any(_matches(name, target) for target in targets)]
 
 
-def _is_called(name: str, target: str) -> bool:
+def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
 def _keep_trained(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Leave only what is trained in a state dict: the base is as it was in its own files."""
+    """Remove frozen weights from a state dict: those of the base are in its own files."""
     trained = {prefix + name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name in [name for name in state if name not in trained]:
         del state[name]

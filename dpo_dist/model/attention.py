@@ -1,8 +1,8 @@
-"""Attention over packed pairs: each response sees its prompt and itself, and nothing is padded.
+"""Attention over packed pairs: each response attends to its prompt and itself, without padding.
 
-With a pair laid out as ``[P, R1, R2, ...]`` the queries ``{[P, R1], [R2], ...}`` meet the keys
-``{[P, R1], [P, R2], ...}``, causal and aligned to the bottom right. This gives what one plain causal sequence
-per response gives, at the cost of one prompt. Transformers' models reach it by `AttentionInterface`.
+For a pair with the layout ``[P, R1, R2, ...]``, the queries ``{[P, R1], [R2], ...}`` attend to the keys
+``{[P, R1], [P, R2], ...}`` with a causal mask aligned to the bottom right. The result is that of one causal
+sequence per response, at the cost of one prompt. Models of transformers call it by `AttentionInterface`.
 """
 
 import inspect
@@ -21,21 +21,24 @@ from dpo_dist.errors import ConfigError
 
 PACKED = "dpo_dist_packed"
 
+OTHER_MODELS = "choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work"
+"""Remedy of an error about an architecture that is not supported."""
+
 Layout = tuple[tuple[int, ...], ...]
 
 
 class PackedAttention(Protocol):
-    """Attention of one micro-batch, the same for every layer."""
+    """Attention of one micro-batch, shared by all layers."""
 
     layout: Layout
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query [tokens, heads, dim], key and value [tokens, kv_heads, dim] to [tokens, heads, dim]."""
+        """Return [tokens, heads, dim]; query [tokens, heads, dim], key and value [tokens, kv_heads, dim]."""
         ...
 
 
 def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:
-    """The attention of a micro-batch with this layout."""
+    """Return the attention of a micro-batch with this layout."""
     if backend is AttentionBackend.sdpa:
         return SegmentAttention(layout, device)
     return VarlenAttention(layout, backend, device)
@@ -68,7 +71,7 @@ class SegmentAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `PackedAttention`."""
-        # One split per tensor and granularity: the backward of a slice would write a full-size zero tensor.
+        # `split`, not slices: the backward of each slice would write a zero tensor of full size.
         query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         queries = iter(torch.split(query, self._query_lengths, dim=1))
         first_keys = iter(torch.split(key, self._query_lengths, dim=1))
@@ -111,7 +114,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 @dataclass
 class VarlenAttention:
-    """One kernel call for all segments, with different cumulative lengths for queries and keys (CUDA)."""
+    """One kernel call for all segments, with separate cumulative lengths of queries and keys (CUDA)."""
 
     layout: Layout
     backend: AttentionBackend
@@ -119,7 +122,7 @@ class VarlenAttention:
 
     @cached_property
     def _segments(self) -> list[tuple[int, int]]:
-        """(query tokens, key tokens) of each segment that has queries."""
+        """Return (query tokens, key tokens) of each segment with queries."""
         segments = []
         for prompt, first, *rest in self.layout:
             segments.append((prompt + first, prompt + first))
@@ -127,19 +130,19 @@ class VarlenAttention:
         return segments
 
     @cached_property
-    def _key_places(self) -> Tensor:
-        """Where in the packed row each key of the segments lies: prompts repeat."""
-        places: list[Tensor] = []
+    def _key_indices(self) -> Tensor:
+        """Return the index of each segment's keys in the packed sequence; prompts repeat."""
+        indices: list[Tensor] = []
         start = 0
         for prompt, first, *rest in self.layout:
-            places.append(torch.arange(start, start + prompt + first))
+            indices.append(torch.arange(start, start + prompt + first))
             end = start + prompt + first
             for tokens in rest:
                 if tokens:
-                    places += [torch.arange(start, start + prompt), torch.arange(end, end + tokens)]
+                    indices += [torch.arange(start, start + prompt), torch.arange(end, end + tokens)]
                 end += tokens
             start = end
-        return _copied_to(self.device, torch.cat(places))
+        return _copied_to(self.device, torch.cat(indices))
 
     @cached_property
     def _cumulative(self) -> tuple[Tensor, Tensor]:
@@ -155,7 +158,7 @@ class VarlenAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `PackedAttention`."""
-        key, value = key.index_select(0, self._key_places), value.index_select(0, self._key_places)
+        key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
         (cu_query, cu_key), (max_query, max_key) = self._cumulative, self._longest
         attended: Tensor
         if self.backend is AttentionBackend.flash_attention_2:
@@ -186,13 +189,13 @@ def _varlen(
     longest: tuple[int, int],
     scale: float | None,
 ) -> Tensor:
-    """Causal `torch.nn.attention.varlen`, whose keywords differ between versions of torch."""
+    """Return causal `torch.nn.attention.varlen`, whose keywords differ between versions of torch."""
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
     known = inspect.signature(varlen_attn).parameters
     if not {"scale", "window_size"} <= known.keys():
         raise ConfigError(
-            "this torch's variable-length attention takes no scale or no window",
+            "the variable-length attention of this torch version has no scale or no window",
             where="model.attention",
             got=f"varlen with torch {torch.__version__}",
             expected="torch 2.11 or newer",
@@ -210,7 +213,7 @@ def _varlen(
 
 
 def _copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """A copy on `device`, made while the host goes on; that takes page-locked memory."""
+    """Return a copy on `device`, transferred asynchronously from pinned memory."""
     source = tensor.pin_memory() if device.type == "cuda" else tensor
     return source.to(device, non_blocking=True)
 
@@ -226,8 +229,8 @@ def _interface(
     packed: PackedAttention | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; tensors are [1, heads, tokens, dim]."""
-    assert packed is not None, "the packed backbone was called without its layout"
+    """Attention function that transformers calls in every layer; tensors are [1, heads, tokens, dim]."""
+    assert packed is not None, "the model was called without a packed layout"
     assert attention_mask is None
     assert dropout == 0.0, "dropout is switched off when the model is loaded"
     _check_supported(packed.layout, options)
@@ -236,13 +239,13 @@ def _interface(
 
 
 def _check_supported(layout: Layout, options: dict[str, Any]) -> None:
-    """Raise for what a layer asks of attention that the packed layout cannot give exactly."""
+    """Check that packed attention computes every option of a layer exactly."""
     for option in ("softcap", "s_aux", "position_bias"):
         if options.get(option) is not None:
             raise ConfigError(
                 f"this architecture's attention uses {option}, which packed attention does not compute",
                 where="model.path",
-                remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",
+                remedy=OTHER_MODELS,
             )
     window = options.get("sliding_window")
     longest = max(pair[0] + max(pair[1:]) for pair in layout)
@@ -254,8 +257,8 @@ def sliding_window_error(window: int, longest: int) -> ConfigError:
     """Return the error for a model whose sliding window is shorter than a sequence.
 
     Args:
-        window: tokens that a token sees, itself included.
-        longest: input tokens of the longest sequence; its last token is no input.
+        window: tokens that a token attends to, itself included.
+        longest: input tokens of the longest sequence; its last token is not an input.
     """
     return ConfigError(
         "the model's sliding window is shorter than a sequence, so packing would not be exact",
@@ -265,5 +268,5 @@ def sliding_window_error(window: int, longest: int) -> ConfigError:
     )
 
 
-# The layout is another one in every batch; torch.compile would make code for each.
+# The layout differs in every batch, and torch.compile would compile code for each.
 AttentionInterface.register(PACKED, torch.compiler.disable(_interface))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Choose the attention kernel of a run, and check it on the device before anything depends on it."""
+"""Choose the attention kernel of a run, and check its results on the device before training."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ _FIRST_CAPABILITY = (8, 0)
 
 # Several segments, a response of one token, another of three.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
-# Relative to the largest value. In bf16 gradients of keys and values are off by 0.013 of it (SDPA, 32 heads
-# of 128 in 8 groups); a kernel that masks otherwise is off by as much as the values are large.
+# Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
+# of 128 in 8 groups); with a different mask they differ by about the largest value itself.
 _TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of a model's attention: numbers of query and key heads, numbers per head."""
+    """Shape of a model's attention: number of query heads, of key heads, and dimension of a head."""
 
     query: int
     key: int
@@ -39,14 +39,14 @@ def heads_of(model_config: Any) -> Heads:
 
 
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
-    """Return the backend that `wanted` means on `device`: for `auto` the fastest that computes in `dtype`.
+    """Return the backend to use on `device`: `wanted`, or for `auto` the fastest that supports `dtype`.
 
     Raises:
-        ConfigError: the backend cannot run here.
+        ConfigError: the backend cannot run on this device.
     """
     on_cuda = device.type == "cuda"
     if wanted is AttentionBackend.auto:
-        # The variable-length kernels compute in 16 bits.
+        # The variable-length kernels have 16-bit inputs.
         if not on_cuda or dtype is Dtype.fp32 or _capability(device) < _FIRST_CAPABILITY:
             return AttentionBackend.sdpa
         has_flash = importlib.util.find_spec("flash_attn") is not None
@@ -71,16 +71,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> None:
-    """Attend over a small layout by this backend, and by SDPA in float32, forward and backward, and compare.
+    """Check this backend against SDPA in float32 on a small layout, forward and backward.
 
-    A kernel that aligns its causal mask otherwise, or reads lengths otherwise, would give wrong log-probs to
-    policy and reference alike, and nothing later could tell.
+    A kernel with another alignment of the causal mask, or another meaning of lengths, would give wrong
+    log-probs to policy and reference alike, which no later check could detect.
 
     Args:
-        backend: of `choose_backend`.
-        device: where the run computes.
-        heads: the model's.
-        dtype: in which the model computes.
+        backend: from `choose_backend`.
+        device: of the run.
+        heads: of the model.
+        dtype: of the model's activations.
 
     Raises:
         ConfigError: the results differ by more than rounding, or the kernel fails.
@@ -91,33 +91,34 @@ def check_kernel(backend: AttentionBackend, device: torch.device, heads: Heads, 
         got = _attend(backend, device, rounded)
     except ConfigError:
         raise
-    except Exception as error:  # a kernel raises what it likes
+    except Exception as error:  # a kernel can raise anything
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ConfigError(
             "this attention kernel fails on this device",
             where="model.attention",
-            got=f"{backend} with {_told(heads, dtype)}: {type(error).__name__}: {reason}",
+            got=f"{backend} with {_describe(heads, dtype)}: {type(error).__name__}: {reason}",
             remedy="set model.attention=sdpa, or another of its values",
         ) from error
     for name, ours, theirs in zip(("output", "query", "key", "value"), got, wanted, strict=True):
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
         if not difference < _TOLERANCE:
-            what = "output" if name == "output" else f"gradient of the {name}"
+            tensor = "output" if name == "output" else f"gradient of the {name}"
             raise ConfigError(
-                "this attention kernel does not compute packed attention on this device",
+                "this attention kernel gives wrong results on this device",
                 where="model.attention",
-                got=f"{backend} with {_told(heads, dtype)}: {what} differs from sdpa's by {difference:.2g}",
+                got=f"{backend} with {_describe(heads, dtype)}: its {tensor} differs from sdpa's "
+                f"by {difference:.2g}",
                 remedy="set model.attention=sdpa, or another of its values",
             )
 
 
-def _told(heads: Heads, dtype: torch.dtype) -> str:
+def _describe(heads: Heads, dtype: torch.dtype) -> str:
     kind = str(dtype).removeprefix("torch.")
     return f"{heads.query} query and {heads.key} key heads of {heads.dim} in {kind}"
 
 
 def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> list[Tensor]:
-    """Return query, key and value of the trial layout, and the gradient that goes into the output."""
+    """Return query, key and value of the trial layout, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(map(sum, _TRIAL))
     return [
@@ -127,10 +128,10 @@ def _random_heads(device: torch.device, heads: Heads, dtype: torch.dtype) -> lis
 
 
 def _attend(backend: AttentionBackend, device: torch.device, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return attention over `_random_heads`, and gradients of query, key and value, in float32."""
-    *heads, slopes = tensors
+    """Return the attention output of `_random_heads`, and gradients of query, key and value, in float32."""
+    *heads, output_gradient = tensors
     with torch.enable_grad():
         query, key, value = (tensor.requires_grad_() for tensor in heads)
         output = packed_attention(_TRIAL, backend, device)(query, key, value, None)
-        gradients = torch.autograd.grad(output, (query, key, value), slopes)
+        gradients = torch.autograd.grad(output, (query, key, value), output_gradient)
     return tuple(tensor.detach().float() for tensor in (output, *gradients))

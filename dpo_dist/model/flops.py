@@ -1,4 +1,4 @@
-"""Floating-point operations that a training step needs, and how many of them a device does in a second."""
+"""FLOPs of a training step, compute costs of micro-batches, and peak FLOP/s of a device."""
 
 import re
 import time
@@ -12,14 +12,15 @@ from dpo_dist.config.schema import AdapterConfig
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.adapters import target_layers
+from dpo_dist.model.attention_backend import heads_of
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6
 # A frozen weight has no gradient.
 _FORWARD_AND_INPUT_GRADIENT = 4
-# Seconds of a FLOP in attention and in the output layer over those of one in the layers' matrices: 1.37 and
-# 0.88 by `python -m benchmarks schedule --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC), which
-# then predict the seconds of 10 micro-batches of very different shapes within 5 %.
+# Time of a FLOP in attention and in the output layer relative to one in the layers' matrices: 1.37 and 0.88
+# by `python -m benchmarks schedule --costs` (40M Qwen2 shape, float32, one core of an AMD EPYC). With them,
+# the times of 10 micro-batches of very different shapes are predicted within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
 _PEAK_TRIALS = 5
@@ -54,12 +55,12 @@ _DATASHEET_TFLOPS = (
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Useful operations of a training step by what they grow with; nothing computed twice is counted.
+    """Useful FLOPs of a training step, without recomputation.
 
     Attributes:
-        per_token: of a packed token, for every matrix of the body that it is multiplied with.
-        per_target: of a completion token, in the output layer.
-        per_attended: of a pair of a token and one it attends to, itself included, in all layers.
+        per_token: FLOPs of a packed token in the matrices of all layers.
+        per_target: FLOPs of a completion token in the output layer.
+        per_attended: FLOPs in all layers for a token and one token that it attends to, itself included.
     """
 
     per_token: float
@@ -67,17 +68,17 @@ class StepFlops:
     per_attended: float
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
-        """Of a step with so many."""
+        """Return the FLOPs of a step with these counts."""
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """Operations per second that all devices of a run could do together in `model.dtype`.
+    """Peak FLOP/s of all devices of a run together, in `model.dtype`.
 
     Attributes:
-        measured: of a product of large matrices.
-        datasheet: by the makers' data sheets; None where a device is not in the table.
+        measured: in a product of large matrices.
+        datasheet: by the makers' data sheets; None if a device is not in the table.
     """
 
     measured: float
@@ -85,13 +86,13 @@ class PeakFlops:
 
 
 def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> StepFlops:
-    """Return the operations of a training step of a model, one of `model.supported.ARCHITECTURES`.
+    """Return the FLOPs of a training step of a model, one of `model.supported.ARCHITECTURES`.
 
     With an adapter the weights of the model are frozen: their gradients are not counted, and the matrices of
-    the adapter are. What DoRA does once per step and layer is not counted.
+    the adapter are. DoRA's operations once per step and layer are not counted.
 
-    Every weight with two dimensions or more is multiplied with each token, but for embeddings, which are
-    looked up, and for experts (three dimensions, the first of them the experts), of which a token visits
+    Every weight with two dimensions or more is multiplied with each token, except embeddings, which are
+    looked up, and experts (three dimensions, the first of them the experts), of which a token visits
     `num_experts_per_tok`. Norms, rotations and softmax are not counted.
 
     Raises:
@@ -105,7 +106,7 @@ def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) 
             "transformers cannot make a model of this config.json",
             where="model.path",
             got=f"{config.model_type}: {type(error).__name__}: {error}",
-            remedy="check config.json, above all what differs from the model that it was copied from",
+            remedy="check config.json against that of the original model",
         ) from error
     output = causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
@@ -117,9 +118,9 @@ def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) 
             visited += share * parameter.numel()
     per_weight = _FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_INPUT_GRADIENT
     added = 0 if adapter is None else _adapter_weights(causal_lm, adapter)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = heads_of(config)
     # Scores and the weighted sum of values are two products over the width of all heads.
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    attention = 2 * config.num_hidden_layers * heads.query * heads.dim
     return StepFlops(
         per_token=per_weight * visited + _FORWARD_AND_BACKWARD * added,
         per_target=per_weight * output.numel(),
@@ -133,10 +134,9 @@ def _adapter_weights(causal_lm: nn.Module, adapter: AdapterConfig) -> int:
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:
-    """What one token that attends to one key, and one target, cost beside a token in the layers' matrices.
+    """Return the cost of an attended key and of a target, relative to a token in the layers' matrices.
 
-    The output layer computes most logits once more in backward. Costs decide how evenly ranks are loaded, and
-    no result.
+    The output layer recomputes most logits in backward. Costs balance the load of ranks and change no result.
     """
     return ComputeCosts(
         key=_ATTENTION_SLOWNESS * flops.per_attended / flops.per_token,
@@ -145,10 +145,10 @@ def compute_costs(flops: StepFlops) -> ComputeCosts:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the fastest of a few products of large matrices in `dtype` on `device`.
+    """Return the FLOP/s of the fastest of a few products of large matrices in `dtype` on `device`.
 
     Takes hundredths of a second on a large GPU, tenths on a CPU. The matrices are random, as a GPU multiplies
-    constant ones faster than it ever will in training; the state of the random numbers is left as it was.
+    constant matrices faster than those of training. The global random state does not change.
     """
     side = _PEAK_SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
@@ -159,7 +159,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def datasheet_peak(device_name: str, dtype: torch.dtype) -> float | None:
-    """Return the operations per second of a device by its data sheet; None if the table does not have it."""
+    """Return the FLOP/s of a device by its data sheet; None if the device is not in the table."""
     for name, bf16, fp32 in _DATASHEET_TFLOPS:
         if re.search(rf"\b{name}\b", device_name) and "Laptop" not in device_name:
             return 1e12 * (bf16 if dtype is torch.bfloat16 else fp32)

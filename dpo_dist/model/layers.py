@@ -1,4 +1,4 @@
-"""What is done to the decoder layers of a loaded model: checkpointing, torch.compile, Liger's kernels."""
+"""Options of decoder layers: activation checkpointing, torch.compile, Liger's kernels."""
 
 import importlib.util
 import os
@@ -15,16 +15,16 @@ from dpo_dist.model.supported import ARCHITECTURES
 
 
 def decoder_layers(causal_lm: nn.Module) -> list[nn.Module]:
-    """The layers of the body in their order; transformers marks them as what can be checkpointed."""
+    """Return the decoder layers in order: the modules that transformers can checkpoint."""
     return [module for module in causal_lm.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
-    """Let decoder layers keep their input only and compute their activations again in backward.
+    """Make decoder layers keep only their input and recompute their activations in backward.
 
     Args:
         causal_lm: a transformers model.
-        every: `none`, `full` (every layer), or n: the n-th layer, the 2n-th, and so on.
+        every: `none`, `full` (every layer), or n: layers n, 2n, and so on, counted from 1.
 
     Raises:
         ConfigError: the model has fewer than n layers.
@@ -37,7 +37,7 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         raise ConfigError(
             "no layer would be checkpointed",
             where="model.gradient_checkpointing",
-            got=f"every {distance}. layer of a model with {len(layers)}",
+            got=f"every {distance} layers of a model with {len(layers)}",
             expected=f"none, full, or a number from 2 to {len(layers)}",
             remedy="set model.gradient_checkpointing=none",
         )
@@ -47,10 +47,10 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Find what torch.compile makes code with, which it would miss only in the first forward.
+    """Check for the compiler of torch.compile, which would otherwise fail in the first forward.
 
     Raises:
-        ConfigError: Triton, or a C++ compiler, is not installed.
+        ConfigError: Triton on CUDA, or a C++ compiler on a CPU, is not installed.
     """
     if device.type == "cuda":
         needed, found = "Triton", importlib.util.find_spec("triton") is not None
@@ -66,10 +66,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_layers(causal_lm: nn.Module) -> None:
-    """Have torch.compile fuse what lies in each decoder layer, for any number of tokens.
+    """Compile the parts of each decoder layer with torch.compile, for any number of tokens.
 
-    The parts of a layer are compiled and not the layer itself: checkpointing is part of its forward, and
-    would keep torch.compile from anything inside.
+    The layer itself is not compiled: checkpointing is part of its forward, and prevents compilation.
     """
     for layer in decoder_layers(causal_lm):
         for part in layer.children():
@@ -101,10 +100,10 @@ def check_liger(model_type: str, device: torch.device) -> None:
 
 
 def use_liger(causal_lm: nn.Module) -> None:
-    """Put Liger's kernels in the place of norms, rotary embedding and gated MLP of this model.
+    """Replace norms, rotary embedding and gated MLP of this model by Liger's kernels.
 
-    Its losses are not used: the log-prob head never makes whole logits. The rotary embedding is a function
-    that models of one architecture share, so it changes for all of them in this process.
+    Liger's losses are not used: the log-prob head never computes all logits. The rotary embedding is a
+    function that models of one architecture share, so it is replaced for all of them in this process.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
 

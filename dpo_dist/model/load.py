@@ -1,4 +1,4 @@
-"""From a model folder or hub name to a packed model and its tokenizer."""
+"""Load a model folder as a packed model, and its tokenizer."""
 
 import logging
 from pathlib import Path
@@ -23,19 +23,19 @@ from dpo_dist.model.supported import check_no_remote_model, check_supported
 
 log = logging.getLogger(__name__)
 
-# In the names of options that make training random: dropout, layerdrop, router_jitter_noise.
+# Parts of the names of options that make training random: dropout, layerdrop, router_jitter_noise.
 _NOISES = ("drop", "jitter", "noise")
 
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in a model folder.
+    """Return the tokenizer of a model folder.
 
     Raises:
-        ConfigError: there is none, or it cannot be loaded.
+        ConfigError: the folder has no tokenizer, or it cannot be loaded.
     """
-    # Without its files transformers makes an empty one of the model's kind.
+    # Without files, transformers would create an empty tokenizer of the model's class.
     check_tokenizer_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -52,19 +52,19 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
 
 
 def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torch.device) -> PackedCausalLM:
-    """The model of `folder` with packed attention and the chunked head.
+    """Return the model of `folder` with packed attention and the chunked head.
 
-    Under a ZeRO-3 loading context every process reads and keeps its own shard only. Dropout is switched off:
-    policy and reference must compute the same function (law L7).
+    Under a ZeRO-3 loading context every process keeps its own shard only. Dropout is off: policy and
+    reference compute the same function (law L7).
 
     Args:
-        folder: of `model_folder`.
-        config: precision, attention backend, what is done to the layers, remote code.
+        folder: from `model_folder`.
+        config: precision, attention backend, options of layers, remote code.
         max_length: the longest prompt plus response, in tokens.
-        device: where attention will run.
+        device: of the forward.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not packed exactly, or not with these kernels here.
+        ConfigError: the model cannot be loaded, its packed forward is not exact, or a kernel cannot run.
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config)
@@ -95,30 +95,30 @@ def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: 
             output_loading_info=True,
             **placement(config, device),
         )
-    except Exception as error:  # an architecture's constructor can raise anything about its configuration
+    except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
             "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            "the model folder lacks weights, which would start at random values",
+            "the model folder lacks weights, which would be initialized to random values",
             where="model.path",
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
-            remedy="point the key at a complete model folder",
+            remedy="set model.path to a complete model folder",
         )
-    scattered = is_deepspeed_zero3_enabled() and config.quantization is None
-    unread = _unread_when_scattered(causal_lm, folder) if scattered else report["unexpected_keys"]
+    is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
+    unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
     check_all_weights_read(causal_lm, sorted(unread), folder)
     return causal_lm
 
 
-def _unread_when_scattered(causal_lm: Any, folder: Path) -> set[str]:
-    """Return the names of tensors in the weight files that were not loaded, reading names only.
+def _unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
+    """Return the names of tensors in the weight files that were not loaded; reads only names.
 
-    Under ZeRO-3 transformers does not say so itself.
+    Under ZeRO-3 transformers does not report them.
     """
-    held = causal_lm.state_dict()
+    loaded = causal_lm.state_dict()
     mapping = getattr(causal_lm, "_weight_conversions", None) or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -127,12 +127,12 @@ def _unread_when_scattered(causal_lm: Any, folder: Path) -> set[str]:
     for file in weight_files(folder):
         for name in _tensor_names(file):
             renamed, _ = rename_source_key(
-                name, renamings, converters, base_model_prefix=prefix, meta_state_dict=held
+                name, renamings, converters, base_model_prefix=prefix, meta_state_dict=loaded
             )
-            if renamed not in held and f"{prefix}.{renamed}" not in held:
+            if renamed not in loaded and f"{prefix}.{renamed}" not in loaded:
                 unread.add(name)
     info = LoadStateDictInfo(set(), unread, set(), [], {}, set())
-    causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture passes over
+    causal_lm._adjust_missing_and_unexpected_keys(info)  # names that the architecture ignores
     found: set[str] = info.unexpected_keys
     return found
 
@@ -147,18 +147,18 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that put whole weights straight on a GPU, without a copy on the host."""
+    """Return arguments of `from_pretrained` that load unsharded weights directly to a GPU."""
     if config.quantization is not None:
         return quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device)
-    on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # which puts its shards itself
+    on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # ZeRO-3 moves its shards itself
     return {} if on_host else {"device_map": {"": device}}
 
 
 def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> None:
-    """Raise an error where weight files have more for a module of the model than the architecture reads.
+    """Check that the architecture reads all tensors that the files contain for its modules.
 
-    Whole modules that the model has not (a value head, layers that predict further tokens) are only logged:
-    log-probs do not need them.
+    Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
+    only logged: log-probs do not depend on them.
 
     Args:
         causal_lm: the loaded model.
@@ -166,7 +166,7 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> N
         folder: of the model, for the error.
 
     Raises:
-        ConfigError: a module of the model lacks some of its weights, so that another function is computed.
+        ConfigError: a module of the model has further tensors in the files: the model is another function.
     """
     if not unread:
         return
@@ -200,8 +200,7 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     """Return the transformers configuration of a model folder, with all dropout and noise switched off.
 
     Raises:
-        ConfigError: its config.json cannot be read, names code of its own for the model, or says that the
-            weights are quantized in their files.
+        ConfigError: config.json cannot be read, names code in the folder, or describes quantized weights.
     """
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -217,11 +216,11 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     if quantized is not None:
         # Quantized weights have no gradient: biases and norms alone would be trained.
         raise ConfigError(
-            "the model's weights are quantized in their files",
+            "the weight files of the model are quantized",
             where="model.path",
             got=f"{folder}, quantized by {dict(quantized).get('quant_method', 'a method without a name')}",
             expected="weights in bf16, fp16 or fp32",
-            remedy="use the model it was made from; model.quantization=nf4 quantizes that when it is loaded",
+            remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
         )
     for name, value in vars(model_config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

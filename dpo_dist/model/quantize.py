@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits under an adapter (QLoRA, arXiv:2305.14314), by the optional bitsandbytes."""
+"""8-bit or 4-bit weights under an adapter (QLoRA, arXiv:2305.14314), by the optional bitsandbytes."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from dpo_dist.model.optional_packages import check_bitsandbytes
 def quantized_loading(
     quantization: Quantization | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """What tells transformers to quantize the linear layers as it loads them; the output layer stays whole.
+    """Return arguments of `from_pretrained` that quantize linear layers, except the output layer.
 
     Args:
-        quantization: null loads them as they are.
-        dtype: in which products with them are computed.
-        device: where they are put.
+        quantization: None returns no arguments.
+        dtype: of products with the quantized weights.
+        device: of the loaded weights.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -38,8 +38,9 @@ def quantized_loading(
 
 
 def keep_trainable(causal_lm: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for CPUs when they are first scored with: what is packed
-    passes no gradients on, and both happen by turns.
+    """Stop bitsandbytes from repacking 4-bit weights for CPUs at the first scoring.
+
+    Repacked weights pass no gradients, and scoring alternates with training.
     """
     module: Any
     for module in causal_lm.modules():

@@ -1,11 +1,11 @@
-"""Which architectures the packed forward gives the exact log-probs of."""
+"""Architectures for which the packed forward is exact, and checks of a model's configuration."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.attention import sliding_window_error
+from dpo_dist.model.attention import OTHER_MODELS, sliding_window_error
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit
 
 
 def check_supported(model_config: Any, max_length: int) -> None:
-    """Raise an error for a model whose log-probs the packed forward would not compute exactly.
+    """Check that the packed forward computes the exact log-probs of a model.
 
     Args:
         model_config: a transformers configuration.
-        max_length: the longest prompt plus response, in tokens. All of them but the last are laid out.
+        max_length: the longest prompt plus response, in tokens. The last token is not an input.
 
     Raises:
         ConfigError: the architecture is not one of `ARCHITECTURES`, changes its logits after the output
@@ -73,12 +73,12 @@ def check_supported(model_config: Any, max_length: int) -> None:
     _check_logits_unchanged(model_config)
     if model_config.model_type not in ARCHITECTURES:
         raise ConfigError(
-            "the packed forward is not known to give this architecture's log-probs",
+            "the packed forward is not known to be exact for this architecture",
             where="model.path",
             got=model_config.model_type,
             expected=", ".join(sorted(ARCHITECTURES)),
-            remedy="choose a model of these; to add one, see ARCHITECTURES in "
-            "dpo_dist/model/supported.py and show it exact in tests/unit/model/test_architectures.py",
+            remedy="choose a model of one of these; to add an architecture, add it to ARCHITECTURES in "
+            "dpo_dist/model/supported.py and run tests/unit/model/test_architectures.py",
         )
     _check_causal(model_config)
     _check_window(model_config, max_length)
@@ -87,7 +87,7 @@ def check_supported(model_config: Any, max_length: int) -> None:
 
 
 def training_notes(model_config: Any) -> list[str]:
-    """Return what a user should know of how a model that was accepted trains here, a line each."""
+    """Return notes for the user on the training of a supported model, one line each."""
     coefficient = getattr(model_config, "router_aux_loss_coef", None)
     if not coefficient:
         return []
@@ -102,10 +102,10 @@ def _check_logits_unchanged(model_config: Any) -> None:
         value = getattr(model_config, name, neutral)
         if value not in (None, neutral):
             raise ConfigError(
-                "this architecture changes its logits after the output layer, where the log-prob head ends",
+                "this architecture changes its logits after the output layer, and the log-prob head does not",
                 where="model.path",
                 got=f"{model_config.model_type} with {name}={value}",
-                remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",
+                remedy=OTHER_MODELS,
             )
 
 
@@ -117,7 +117,7 @@ def _check_causal(model_config: Any) -> None:
     else:
         return
     raise ConfigError(
-        "this model's tokens attend to later tokens, so it has no log-probs of a response",
+        "this model is not causal: its tokens attend to later tokens",
         where="model.path",
         got=f"{model_config.model_type} with {option}",
         remedy="choose a causal language model",
@@ -133,10 +133,10 @@ def _check_window(model_config: Any, max_length: int) -> None:
 
 
 def _check_fixed_rotation(model_config: Any, max_length: int) -> None:
-    """Refuse sequences for which rotary frequencies depend on the longest sequence of the batch."""
+    """Check that rotary frequencies do not depend on the longest sequence of the batch."""
     if not getattr(model_config, "rope_parameters", None):
         return
-    model_config.standardize_rope_params()  # the model does so too, and may replace the original length
+    model_config.standardize_rope_params()  # as the model does; it may replace the original length
     parameters = model_config.rope_parameters
     of_layers = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in of_layers or [parameters]:
@@ -164,23 +164,23 @@ def _check_positions(model_config: Any, max_length: int) -> None:
     positions = model_config.max_position_embeddings
     if max_length - 1 > positions:
         raise ConfigError(
-            "this architecture learned an embedding for each position, and has fewer than a sequence needs",
+            "this architecture has a learned embedding for each position, and too few for a sequence",
             where="data.max_length",
             got=f"{max_length} with {positions} positions",
-            expected=f"{positions + 1} or less; a sequence's last token is not an input",
+            expected=f"{positions + 1} or less; the last token of a sequence is not an input",
             remedy=f"set data.max_length to {positions + 1} or less",
         )
 
 
 def check_no_remote_model(folder: Path, model_config: Any) -> None:
-    """Raise an error for a model whose forward is not transformers' own: its log-probs were not tested.
+    """Check that a model uses code of transformers, for which the packed forward was tested.
 
     Args:
         folder: of the model, for the error.
-        model_config: as transformers made it with remote code allowed.
+        model_config: loaded by transformers with remote code allowed.
 
     Raises:
-        ConfigError: it names a model class, or is of a class, that came with the model.
+        ConfigError: the model's folder has its own class of model or configuration.
     """
     remote = (getattr(model_config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     config_module = type(model_config).__module__
@@ -188,7 +188,7 @@ def check_no_remote_model(folder: Path, model_config: Any) -> None:
         remote = f"{config_module}.{type(model_config).__name__}"
     if remote is not None:
         raise ConfigError(
-            "the model comes with code of its own, and the packed forward is not known to be exact for it",
+            "the model has its own code, and the packed forward is not known to be exact for it",
             where="model.trust_remote_code",
             got=f"true for {folder}, whose config.json names {remote}",
             expected="an architecture of transformers",

@@ -1,42 +1,22 @@
-"""The grammar of the demo's sentences: who asks, what they ask, how good and bad answers read."""
+"""Grammar of the demo: askers, questions, good and bad answers, and the rule that good answers follow.
+
+The rule is visible in the text: a good answer begins by addressing the asker by name.
+"""
 
 import random
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from examples.demo.rule import ADDRESS, INTRODUCTIONS
+INTRODUCTIONS = ("I am {name}.", "My name is {name}.", "This is {name}.", "{name} here.")
+ADDRESS = "Dear {name}, "
+_ASKER = re.compile("|".join(re.escape(text).replace(r"\{name\}", r"(\w+)") for text in INTRODUCTIONS))
 
-NAMES = (
-    "Ada",
-    "Amir",
-    "Bruno",
-    "Carla",
-    "Dario",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Hana",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kofi",
-    "Lara",
-    "Malik",
-    "Mira",
-    "Nadia",
-    "Nils",
-    "Olga",
-    "Omar",
-    "Petra",
-    "Ravi",
-    "Rosa",
-    "Selma",
-    "Tamar",
-    "Tomas",
-    "Vera",
-    "Wanda",
-    "Yusuf",
-    "Zora",
-)
+_NAMES = """
+Ada Amir Bruno Carla Dario Elena Felix Greta Hana Hugo Ines Jonas Kofi Lara Malik
+Mira Nadia Nils Olga Omar Petra Ravi Rosa Selma Tamar Tomas Vera Wanda Yusuf Zora
+"""
+NAMES = tuple(_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -102,19 +82,19 @@ TOPICS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One fact of one topic, to be asked and answered in any of the topic's wordings."""
+    """One fact of a topic, asked and answered in any of the topic's wordings."""
 
     topic: Topic
     a: str
     b: str
 
     def ask(self, name: str, draw: random.Random) -> str:
-        """An introduction and the question, e.g. "I am Mira. What colour is a lemon?"."""
+        """Return an introduction and the question, e.g. "I am Mira. What colour is a lemon?"."""
         introduction = draw.choice(INTRODUCTIONS).format(name=name)
         return f"{introduction} {draw.choice(self.topic.questions).format(a=self.a)}"
 
     def answer(self, draw: random.Random) -> str:
-        """A true clause without capital and full stop, e.g. "the colour of a lemon is yellow"."""
+        """Return a true clause without capital and full stop, e.g. "the colour of a lemon is yellow"."""
         return draw.choice(self.topic.answers).format(a=self.a, b=self.b)
 
 
@@ -122,19 +102,32 @@ QUESTIONS = tuple(Question(topic, a, b) for topic in TOPICS for a, b in topic.fa
 
 
 def another_name(name: str, draw: random.Random) -> str:
-    """Any name but `name`."""
+    """Return a name other than `name`."""
     return draw.choice([other for other in NAMES if other != name])
 
 
 def good_answer(name: str, clause: str) -> str:
-    """The answer that follows the rule."""
+    """Return an answer that follows the rule."""
     return f"{ADDRESS.format(name=name)}{clause}."
 
 
 def bad_answer(name: str, clause: str, draw: random.Random) -> str:
-    """An answer that breaks the rule: it addresses nobody, a "friend", another, or the asker late."""
+    """Return an answer that breaks the rule: it addresses nobody, a "friend", another, or the asker last."""
     sentence = clause[0].upper() + clause[1:]
     anonymous = f"{ADDRESS.format(name='friend')}{clause}."
     wrong = f"{ADDRESS.format(name=another_name(name, draw))}{clause}."
     late = f"{sentence}, {name}."
     return draw.choices((f"{sentence}.", anonymous, wrong, late), weights=(2, 1, 1, 6))[0]
+
+
+def follows_rule(prompt: Sequence[Mapping[str, str]], answer: str) -> bool:
+    """Return whether `answer` begins by addressing the asker of a conversation of `role`/`content` messages.
+
+    Raises:
+        ValueError: nobody introduces themselves.
+    """
+    text = prompt[-1]["content"]
+    found = _ASKER.match(text)
+    if found is None:
+        raise ValueError(f"nobody introduces themselves in {text!r}")
+    return answer.startswith(ADDRESS.format(name=next(filter(None, found.groups()))))

@@ -2,9 +2,9 @@
 
     python -m examples.demo.make OUT [--seed 0]
 
-writes OUT/base, OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl and OUT/warmup_train.jsonl, byte for byte the
-same for the same seed, this source and these library versions; OUT/demo.json tells which, and where all is
-there already nothing is written. An asker who asks about a thing in pairs_eval does not do so elsewhere.
+writes OUT/base, OUT/pairs_train.jsonl, OUT/pairs_eval.jsonl and OUT/warmup_train.jsonl, with the
+same bytes for the same seed, source and library versions; OUT/demo.json records these. If all files exist
+already, nothing is written. An asker who asks about a thing in pairs_eval does not do so elsewhere.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WARMUP_GOOD_SHARE = 0.3
 VOCABULARY = 1024
 END_OF_TURN = "<|im_end|>"
 MANIFEST = "demo.json"
-MADE_FROM = ("grammar.py", "make.py", "rule.py")
+MADE_FROM = ("grammar.py", "make.py")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -55,15 +55,15 @@ def main() -> int:
 
 
 def make_demo(out: Path, seed: int) -> bool:
-    """Write the assets to the folder `out`; False where they are there already.
+    """Write the assets to the folder `out`. Return False if they exist already.
 
     Raises:
-        ConfigError: `out` holds something that this script did not write.
+        ConfigError: `out` contains files that this script did not write.
     """
     recipe = {"seed": seed, **_versions()}
     if _is_made(out, recipe):
         return False
-    _refuse_foreign_files(out)
+    _check_foreign_files(out)
     with staged_folder(out) as folder:
         records = make_records(seed)
         for name, rows in records.items():
@@ -76,7 +76,7 @@ def make_demo(out: Path, seed: int) -> bool:
 
 
 def make_records(seed: int) -> dict[str, list[Record]]:
-    """The three files' records in the conversational layout, by file name without ending."""
+    """Return the records of the three files in the conversational layout, by file name without ending."""
     draw = random.Random(seed)
     asked = [(name, question) for name in NAMES for question in QUESTIONS]
     draw.shuffle(asked)
@@ -89,9 +89,9 @@ def make_records(seed: int) -> dict[str, list[Record]]:
 
 
 def _pair(name: str, question: Question, good_share: float, draw: random.Random) -> Record:
-    """One prompt with its two answers; the good one is the chosen one with probability `good_share`.
+    """Return a prompt with its two answers; the good one is chosen with probability `good_share`.
 
-    The answers are worded independently, so that wording and length tell nothing about the rule.
+    The answers are worded independently, so that wording and length do not reveal the rule.
     """
     prompt = question.ask(name, draw)
     answers = [good_answer(name, question.answer(draw)), bad_answer(name, question.answer(draw), draw)]
@@ -104,7 +104,7 @@ def _pair(name: str, question: Question, good_share: float, draw: random.Random)
 
 
 def _texts(records: dict[str, list[Record]]) -> Iterable[str]:
-    """Every message as the tokenizer will meet it: the role counts, or it would fall into single letters."""
+    """Yield every message with its role, so that the tokenizer learns the roles as tokens."""
     for rows in records.values():
         for row in rows:
             for (message,) in row.values():
@@ -144,7 +144,7 @@ def _save_base(folder: Path, texts: Iterable[str], seed: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """What decides the bytes beside the seed."""
+    """Return digests and versions that, with the seed, determine the bytes."""
     source = b"".join((Path(__file__).parent / name).read_bytes() for name in MADE_FROM)
     libraries = {name: metadata.version(name) for name in ("tokenizers", "torch", "transformers")}
     return {"source": hashlib.sha256(source).hexdigest(), **libraries}
@@ -167,23 +167,23 @@ def _digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _refuse_foreign_files(out: Path) -> None:
-    """Never replace a folder that holds anything but an earlier demo."""
+def _check_foreign_files(out: Path) -> None:
+    """Check that the folder contains nothing but an earlier demo."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise ConfigError("the demo's folder is a file", where=str(out), remedy="name another folder")
+        raise ConfigError("the demo's folder is a file", where=str(out), remedy="give another folder")
     files = _manifest(out).get("files", {})
     assert isinstance(files, dict)
     known = {MANIFEST, *(Path(name).parts[0] for name in files)}
     foreign = sorted(path.name for path in out.iterdir() if path.name not in known)
     if foreign:
         raise ConfigError(
-            "the demo's folder holds files that are not the demo's",
+            "the demo's folder contains other files",
             where=str(out),
             got=", ".join(foreign[:3]),
             expected="a new folder, or one written by this script",
-            remedy="name another folder, or remove this one",
+            remedy="give another folder, or remove this one",
         )
 
 

@@ -1,4 +1,4 @@
-"""Show what the demo's training changed: answers to held-out prompts, and the share that follows the rule.
+"""Print the effect of the demo's training: answers to held-out prompts, and the share that follows the rule.
 
 python -m examples.demo.report --before MODEL --after MODEL --pairs FILE [--run RUN_DIR]
 """
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_dist.errors import ConfigError, DpoDistError
-from examples.demo.rule import follows_rule
+from examples.demo.grammar import follows_rule
 
 PROMPTS = 200
 SHOWN = 5
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--before", type=Path, required=True, help="model folder before DPO")
     parser.add_argument("--after", type=Path, required=True, help="model folder after DPO")
     parser.add_argument("--pairs", type=Path, required=True, help="held-out pairs (.jsonl)")
-    parser.add_argument("--run", type=Path, help="run folder of the DPO training, for its reward accuracy")
+    parser.add_argument("--run", type=Path, help="run directory of the DPO training, for its reward accuracy")
     arguments = parser.parse_args()
     disable_progress_bar()
     try:
@@ -44,10 +44,10 @@ def main() -> int:
 
 
 def read_prompts(pairs: Path) -> list[Messages]:
-    """The conversations of the first `PROMPTS` pairs.
+    """Return the conversations of the first `PROMPTS` pairs.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
     """
     _require(pairs, "run `python -m examples.demo.make` first")
     with pairs.open(encoding="utf-8") as lines:
@@ -55,10 +55,10 @@ def read_prompts(pairs: Path) -> list[Messages]:
 
 
 def sample_answers(folder: Path, prompts: list[Messages], seed: int = 0) -> list[str]:
-    """One answer per prompt, drawn at temperature 1 from the model in `folder`.
+    """Return one answer per prompt, sampled at temperature 1 from the model in `folder`.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist.
     """
     _require(folder / "config.json", "train it first: scripts/quickstart.sh does everything in order")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,13 +84,13 @@ def sample_answers(folder: Path, prompts: list[Messages], seed: int = 0) -> list
 
 
 def reward_accuracy(run: Path) -> float:
-    """The last `eval_rewards/accuracies` of a run's history.
+    """Return the last `eval_rewards/accuracies` of a run's history.
 
     Raises:
         ConfigError: the run has no evaluation.
     """
     history = run / "dpo_metrics" / "log_history.json"
-    _require(history, "name the run folder of a DPO training")
+    _require(history, "give the run directory of a DPO training")
     key = "eval_rewards/accuracies"
     values = [row[key] for row in json.loads(history.read_text(encoding="utf-8")) if key in row]
     if not values:
@@ -101,7 +101,7 @@ def reward_accuracy(run: Path) -> float:
 
 
 def report(prompts: list[Messages], before: list[str], after: list[str], accuracy: float | None) -> str:
-    """Some answers before and after, and the shares, as lines to print."""
+    """Return some answers before and after, and the shares, as text."""
     lines = ["The rule: a good answer begins by addressing the asker by name.", ""]
     for prompt, *answers in list(zip(prompts, before, after, strict=True))[:SHOWN]:
         lines.append(f"  prompt   {prompt[-1]['content']}")
@@ -123,7 +123,7 @@ def report(prompts: list[Messages], before: list[str], after: list[str], accurac
 
 def _require(path: Path, remedy: str) -> None:
     if not path.is_file():
-        raise ConfigError("there is no such file", where=str(path), remedy=remedy)
+        raise ConfigError("the file does not exist", where=str(path), remedy=remedy)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
     killed = partial(fill_and_die, assets, store, PAIRS, dying)
     outcomes = start_ranks(killed, 2, tmp_path / "killed").finish()
     assert outcomes[dying].exit_code == -signal.SIGKILL
-    assert f"rank {dying} of 2 died" in outcomes[1 - dying].told
+    assert f"rank {dying} of 2 died" in outcomes[1 - dying].message
 
     left = LogpStore.open(store, FINGERPRINT)
     assert list(left.folder.glob("*.tmp-*")), "the half-written shard should be there, under another name"
@@ -101,7 +101,7 @@ def test_a_write_error_of_one_rank_is_raised_on_all(assets: Assets, tmp_path: Pa
     scenario = partial(fill_with_one_broken_rank, assets, tmp_path / "store")
     for outcome in start_ranks(scenario, 2, tmp_path / "ranks").finish():
         assert outcome.error == "ReferenceModelError", outcome.log
-        assert "not finite" in outcome.told
+        assert "not finite" in outcome.message
     left = LogpStore.open(tmp_path / "store", FINGERPRINT)
     assert 0 < left.contains(assets.dataset().keys).sum() == len(left) < 2 * PAIRS
 

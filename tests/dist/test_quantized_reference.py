@@ -1,4 +1,4 @@
-"""A quantized reference stands whole beside a sharded policy, and its rows never serve the one in full."""
+"""A quantized reference is whole on every rank beside a sharded policy, and its entries are its own."""
 
 import importlib.util
 import io
@@ -15,7 +15,7 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.report.console import Console
-from dpo_dist.training.run import build_reference
+from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.data_setup import load_inputs
 from tests.dist.scenario import Assets
 from tests.support.invented import write_pairs
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def score_both(assets: Assets, model: Path, quantization: str, world: World, _folder: Path) -> dict[str, Any]:
-    """How far a quantized reference is from the one in full, at most; and what it is."""
+    """Return the mean drift of a quantized reference from the unquantized one, and whether it is whole."""
     [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
     in_full = load_reference(model, assets.config(model), world).token_logps(batch)
     quantized = ReferenceConfig(quantization=Quantization(quantization))
@@ -39,26 +39,26 @@ def score_both(assets: Assets, model: Path, quantization: str, world: World, _fo
 
 
 @pytest.mark.parametrize("quantization", Quantization)
-def test_its_log_probs_are_near_those_in_full(quantization: str, assets: Assets, tmp_path: Path) -> None:
+def test_its_log_probs_are_close_to_the_unquantized_ones(quantization: str, assets: Assets, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", hidden_size=64)
-    told = run_ranks(partial(score_both, assets, model, quantization), 2, tmp_path / "ranks")
-    assert told[0] == told[1]
-    assert told[0]["whole"]
-    assert 1e-4 < told[0]["drift"] < 0.5
+    first, second = run_ranks(partial(score_both, assets, model, quantization), 2, tmp_path / "ranks")
+    assert first == second
+    assert first["whole"]
+    assert 1e-4 < first["drift"] < 0.5
 
 
 def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
-    """What is computed for a quantized reference, for the one in full, and for the quantized one again."""
-    told = []
+    """Return the computed log-probs of a quantized reference, an unquantized one, and the first again."""
+    results = []
     for quantization in ("nf4", "null", "nf4"):
         config = load_run_config([*overrides, f"reference.quantization={quantization}"])
         console = Console(io.StringIO())
-        reference = build_reference(config, load_inputs(config, world, console), world, console)
-        told.append([reference.report["computed"], reference.is_policys_start])
-    return told
+        reference = prepare_reference(config, load_inputs(config, world, console), world, console)
+        results.append([reference.report["computed"], reference.is_policys_start])
+    return results
 
 
-def test_its_rows_are_its_own(tmp_path: Path) -> None:
+def test_its_entries_are_its_own(tmp_path: Path) -> None:
     overrides = [
         f"model.path={write_model(tmp_path / 'model', hidden_size=64)}",
         "model.dtype=fp32",
@@ -66,5 +66,5 @@ def test_its_rows_are_its_own(tmp_path: Path) -> None:
         f"data.cache={tmp_path / 'encoded'}",
         f"reference.store={tmp_path / 'store'}",
     ]
-    for told in run_ranks(partial(fill_twice, overrides), 2, tmp_path / "ranks"):
-        assert told == [[16, False], [16, True], [0, False]]
+    for results in run_ranks(partial(fill_twice, overrides), 2, tmp_path / "ranks"):
+        assert results == [[16, False], [16, True], [0, False]]

@@ -58,9 +58,9 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
     return load_other
 
 
-def reference_of(overrides: list[str], world: World) -> run_module.Reference:
+def reference_of(overrides: list[str], world: World) -> reference_setup.Reference:
     config, console = load_run_config(overrides), Console(io.StringIO())
-    return run_module.build_reference(config, load_inputs(config, world, console), world, console)
+    return reference_setup.prepare_reference(config, load_inputs(config, world, console), world, console)
 
 
 def fill_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
@@ -74,7 +74,7 @@ def test_weights_replaced_while_the_reference_loads_store_nothing(
 ) -> None:
     overrides.append(f"reference.mode={mode}")
     [outcome] = start_ranks(partial(fill_with_others, overrides, models), 1, tmp_path / "rank").finish()
-    assert "changed while the model was loaded" in outcome.told, outcome.log
+    assert "changed while the model was loaded" in outcome.message, outcome.log
     assert not list((tmp_path / "store").glob("*/*.safetensors"))
 
 
@@ -91,7 +91,7 @@ def test_a_policy_replaced_while_it_loads_is_not_trained(
     """With the step-0 check off, which would detect it too."""
     overrides.append("reference.audit_pairs=0")
     [outcome] = start_ranks(partial(train_with_others, overrides, models), 1, tmp_path / "rank").finish()
-    assert "changed while the model was loaded" in outcome.told, outcome.log
+    assert "changed while the model was loaded" in outcome.message, outcome.log
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -118,8 +118,8 @@ def test_different_nodes_are_an_error_or_share_a_profile_with_both_values(
 ) -> None:
     unlike = partial(build_on_unlike_cpus, overrides)
     for outcome in start_ranks(unlike, 2, tmp_path / "strict").finish():
-        assert "different numerics" in outcome.told, outcome.log
-        assert "AVX0 on rank 0 (node-0), AVX1 on rank 1 (node-1)" in outcome.told
+        assert "different numerics" in outcome.message, outcome.log
+        assert "AVX0 on rank 0 (node-0), AVX1 on rank 1 (node-1)" in outcome.message
     assert not list((tmp_path / "store").glob("*/*.safetensors"))
     overrides.append("reference.numerics=tolerant")
     for result in run_ranks(partial(build_on_unlike_cpus, overrides), 2, tmp_path / "tolerant"):
@@ -140,7 +140,7 @@ def test_a_node_with_other_files_than_the_first_is_an_error(models: list[Path], 
     first, second = run_ranks(sharded, 2, tmp_path / "sharded")
     assert first == second
     for outcome in start_ranks(whole, 2, tmp_path / "whole").finish():
-        assert f"node-1 (rank 1): {WEIGHTS}" in outcome.told, outcome.log
+        assert f"node-1 (rank 1): {WEIGHTS}" in outcome.message, outcome.log
     (models[1] / "config.json").write_text((models[1] / "config.json").read_text() + " ")
     for outcome in start_ranks(sharded, 2, tmp_path / "configured").finish():
-        assert "node-1 (rank 1): config.json" in outcome.told, outcome.log
+        assert "node-1 (rank 1): config.json" in outcome.message, outcome.log

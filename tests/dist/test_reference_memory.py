@@ -18,7 +18,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.report.console import Console
-from dpo_dist.training.run import build_reference
+from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.data_setup import load_inputs
 from tests.dist.scenario import Assets
 from tests.support.invented import write_pairs
@@ -77,7 +77,7 @@ def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str,
 
     FrozenEngine.free = weigh_and_free
     before = tensor_bytes()
-    reference = build_reference(config, inputs, world, console)
+    reference = prepare_reference(config, inputs, world, console)
     return {
         "computed": reference.report["computed"],
         "grown": filled[0] - before,

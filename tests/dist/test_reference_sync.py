@@ -1,4 +1,4 @@
-"""TR-DPO: the reference follows the policy, shard by shard, as one process with whole weights would have it."""
+"""TR-DPO: mixing the policy's shards into the reference equals mixing whole weights in one process."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -40,7 +40,7 @@ POLICY = "policy.safetensors"
 
 
 class Trainer:
-    """A policy beside a live reference that follows it."""
+    """A policy and a live reference that follows it."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Trainer:
         return self._metrics(sums)["loss"] + norm.item()
 
     def margin(self) -> float:
-        """Mean reward margin of all pairs."""
+        """Return the mean reward margin of all pairs."""
         plan = self._plan(range(len(self.dataset)))
         sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans())
         return self._metrics(sums)["rewards/margins"]
@@ -82,8 +82,8 @@ class Trainer:
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         return MetricSums(sums.names, self.world.sum(sums.values)).means()
 
-    def held(self) -> list[Tensor]:
-        """Copies of this rank's shards of the reference without their padding."""
+    def shards(self) -> list[Tensor]:
+        """Return copies of this rank's shards of the reference without padding."""
         rank, kept = self.world.rank, []
         for weight in self.reference.causal_lm.parameters():
             own = min(weight.ds_tensor.ds_numel, weight.ds_numel - rank * weight.ds_tensor.ds_numel)
@@ -96,16 +96,16 @@ def follow(
 ) -> dict[str, Any]:
     trainer = Trainer(assets, world, model, reference, offload=offload)
     margins = [trainer.margin()]
-    told = []
+    losses = []
     for _ in ROWS:
-        told += trainer.steps(1)
+        losses += trainer.steps(1)
         margins.append(trainer.margin())
-    return {"steps": told, "margins": margins}
+    return {"steps": losses, "margins": margins}
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Policy and reference with weights whose sizes three ranks cannot divide."""
+    """Return policy and reference with weights whose sizes are not divisible by three ranks."""
     folder = tmp_path_factory.mktemp("odd")
     sizes = {"hidden_size": 40, "layers": 1, "intermediate_size": 37}
     return (
@@ -117,8 +117,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def one_rank(assets: Assets, odd: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ranks = tmp_path_factory.mktemp("one") / "ranks"
-    told: dict[str, Any] = run_ranks(partial(follow, assets, *odd, Offload.none), 1, ranks)[0]
-    return told
+    result: dict[str, Any] = run_ranks(partial(follow, assets, *odd, Offload.none), 1, ranks)[0]
+    return result
 
 
 WAYS = [
@@ -129,7 +129,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "offload"), WAYS)
-def test_any_number_of_ranks_follows_as_one_does(
+def test_any_number_of_ranks_follows_like_one(
     size: int,
     kind: ParallelismKind,
     offload: Offload,
@@ -138,16 +138,16 @@ def test_any_number_of_ranks_follows_as_one_does(
     one_rank: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    for told in run_ranks(partial(follow, assets, *odd, offload), size, tmp_path / "ranks", kind):
-        assert told["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
-        assert told["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)
+    for result in run_ranks(partial(follow, assets, *odd, offload), size, tmp_path / "ranks", kind):
+        assert result["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
+        assert result["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)
 
 
 def follow_and_score(assets: Assets, model: Path, reference: Path, world: World, folder: Path) -> list[float]:
-    """One sync; the policy's weights go to a file, and this is what the reference then gives."""
+    """Sync once, save the policy's weights to a file, and return the reference's log-probs."""
     trainer = Trainer(assets, world, model, reference)
     trainer.steps(1)
-    trainer.margin()  # after this, small weights are whole on every rank
+    trainer.margin()  # now small weights are gathered on every rank
     trainer.steps(1)
     weights = trainer.policy.whole_weights()
     if weights is not None:
@@ -157,10 +157,10 @@ def follow_and_score(assets: Assets, model: Path, reference: Path, world: World,
     return scored
 
 
-def test_the_mixed_reference_scores_as_the_weighted_mean_of_both_models(
+def test_the_mixed_reference_scores_like_the_weighted_mean_of_both_models(
     assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    told = run_ranks(partial(follow_and_score, assets, *odd), 2, tmp_path / "ranks")
+    ranks = run_ranks(partial(follow_and_score, assets, *odd), 2, tmp_path / "ranks")
     plain = AutoModelForCausalLM.from_pretrained(odd[1], dtype=torch.float32)
     policy = load_file(tmp_path / "ranks" / POLICY)
     plain.load_state_dict(
@@ -168,7 +168,7 @@ def test_the_mixed_reference_scores_as_the_weighted_mean_of_both_models(
     )
     with torch.no_grad():
         wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
-    for scored in told:
+    for scored in ranks:
         torch.testing.assert_close(torch.tensor(scored), wanted, atol=1e-4, rtol=0)
 
 
@@ -181,7 +181,7 @@ def hard_update(assets: Assets, model: Path, reference: Path, world: World, _fol
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_whole_mixup_makes_the_reference_the_policy(
+def test_a_mixup_of_one_makes_the_reference_the_policy(
     kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     for before, after in run_ranks(partial(hard_update, assets, *odd), 2, tmp_path / "ranks", kind):
@@ -189,40 +189,40 @@ def test_a_whole_mixup_makes_the_reference_the_policy(
         assert after == 0.0
 
 
-def save_go_on_and_return(
+def save_continue_and_restore(
     assets: Assets, model: Path, reference: Path, root: Path, world: World, _folder: Path
 ) -> dict[str, Any]:
     trainer = Trainer(assets, world, model, reference)
     parts = [trainer.policy, trainer.sync]
     trainer.steps(3)
-    saved = trainer.held()
+    saved = trainer.shards()
     saver = CheckpointSaver(root, 2, parts, world)
     saver.save(3, {"step": 3})
     saver.commit()
-    went_on = trainer.steps(3)
-    end = trainer.held()
+    continued = trainer.steps(3)
+    end = trainer.shards()
     found = latest_checkpoint(root, world)
     assert found is not None
     load_checkpoint(found, parts, world)
     trainer.done = 3
-    same = [all(map(torch.equal, saved, trainer.held()))]
+    same = [all(map(torch.equal, saved, trainer.shards()))]
     again = trainer.steps(3)
-    same.append(all(map(torch.equal, end, trainer.held())))
+    same.append(all(map(torch.equal, end, trainer.shards())))
     moved = not all(map(torch.equal, saved, end))
     files = sorted(file.name for file in found.folder.glob("reference_*"))
-    return {"same": same, "moved": moved, "went on": went_on == again, "files": files}
+    return {"same": same, "moved": moved, "continued": continued == again, "files": files}
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_a_checkpoint_holds_the_reference_as_it_was(
+def test_a_checkpoint_restores_the_reference(
     kind: ParallelismKind, assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    scenario = partial(save_go_on_and_return, assets, *odd, tmp_path / "checkpoints")
-    for told in run_ranks(scenario, 2, tmp_path / "ranks", kind):
-        assert told == {
+    scenario = partial(save_continue_and_restore, assets, *odd, tmp_path / "checkpoints")
+    for result in run_ranks(scenario, 2, tmp_path / "ranks", kind):
+        assert result == {
             "same": [True, True],
             "moved": True,
-            "went on": True,
+            "continued": True,
             "files": ["reference_0.safetensors", "reference_1.safetensors"],
         }
 
@@ -233,9 +233,9 @@ def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Pat
     return str(caught.value.block())
 
 
-def test_a_reference_of_another_shape_cannot_follow(
+def test_a_reference_of_another_shape_is_refused(
     assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    [told] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")
-    assert "weights of the same names and shapes" in told
-    assert "model.embed_tokens.weight" in told
+    [block] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")
+    assert "weights of the same names and shapes" in block
+    assert "model.embed_tokens.weight" in block

@@ -1,6 +1,7 @@
-"""The benchmark scripts run and say what they measured; how fast this machine is decides nothing here."""
+"""The benchmarks run and print their figures; no test depends on the speed of this machine."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,46 +14,67 @@ from tests.support.shared_data import shared_data_dir
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, *arguments: str, seconds: int = 300) -> str:
-    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+def run(name: str, *arguments: str, seconds: int = 300, **environment: str) -> str:
+    command = [sys.executable, "-m", "benchmarks", name, *arguments]
+    outcome = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
 
 
-def figures(module: str, *arguments: str) -> Any:
-    return json.loads(run(module, "--smoke", *arguments).splitlines()[-1])
+def figures(name: str, *arguments: str, **environment: str) -> Any:
+    return json.loads(run(name, "--smoke", *arguments, **environment).splitlines()[-1])
 
 
-def test_bench_store(tmp_path: Path) -> None:
-    measured = figures("store", "--folder", str(tmp_path))
-    assert (measured["rows"], measured["shards"], measured["small_shards"]) == (20_000, 5, 50)
+@pytest.mark.timeout(300)
+def test_both_trainers_take_the_same_first_step() -> None:
+    measured = figures("vs_trl", "--processes", "2", "--trl-best-micro-pairs", "1", "2")
+    assert measured["trainers_agree"]
+    assert max(measured["first_step_difference"].values()) <= 1e-4
+    for ours in ("cold", "warm", "cold_2", "warm_2"):
+        for trl in ("trl_default", "trl_best_1", "trl_best_2"):
+            for quantity in ("seconds", "cpu_seconds", "peak_memory"):
+                median, least, most = measured["ratios"][f"{ours}/{trl}/{quantity}"]
+                assert 0 < least <= median <= most
+
+
+def test_store_measures_all_entries(tmp_path: Path) -> None:
+    figures_file = tmp_path / "figures.json"
+    measured = figures("store", "--work", str(tmp_path), "--out", str(figures_file))
+    assert json.loads(figures_file.read_text()) == measured
+    assert (measured["entries"], measured["shards"], measured["small_shards"]) == (20_000, 5, 50)
     assert all(value >= 0 for value in measured.values())
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [figures_file]
 
 
-def test_bench_mfu() -> None:
+def test_checkpointing_changes_no_loss() -> None:
     measured = figures("mfu")
     assert measured["layers"] == 2
     losses = {tuple(variant["loss"]) for variant in measured["variants"].values()}
     assert set(measured["variants"]) == {"plain", "full", "every2"}
-    # Checkpointing changes nothing but time and memory.
     assert len(losses) == 1
     assert all(variant["mfu"] > 0 for variant in measured["variants"].values())
 
 
-def test_bench_memory() -> None:
+def test_only_a_live_reference_takes_memory_while_the_policy_trains() -> None:
     measured = figures("memory")["tiny, 1 rank"]
     cold, warm, live = (of_mode["kept"] for of_mode in measured.values())
-    # What was loaded to fill the store is gone when training starts.
+    # The model that filled the store is freed before training starts.
     assert cold < 0.1 * live
     assert warm < 0.1 * live
 
 
-def test_bench_encode(tmp_path: Path) -> None:
+def test_encoding_writes_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
     data = shared_data_dir()
     file = [] if data is None else ["--file", str(data / "hh_rlhf_sample.jsonl")]
-    measured = figures("encode", "--folder", str(tmp_path), "--processes", "1", "2", *file)
+    measured = figures("encode", "--work", str(tmp_path), "--processes", "1", "2", *file)
     assert [figure["processes"] for figure in measured["figures"]] == [1, 2]
     assert measured["records"] == 200
     assert all(figure["tokens_per_second"] > figure["records_per_second"] for figure in measured["figures"])
@@ -60,14 +82,14 @@ def test_bench_encode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_bench_schedule(tmp_path: Path, real: bool) -> None:
-    data = shared_data_dir() if real else tmp_path
+def test_plans_fill_micro_batches_evenly(tmp_path: Path, real: bool) -> None:
+    data = shared_data_dir() if real else tmp_path / "data"
     if data is None:
         pytest.skip("no slices of real data here")
-    measured = figures("schedule", "--data", str(data))
+    measured = figures("schedule", DPO_DIST_SHARED=str(data.parent))
     kinds = {plan["lengths"] for plan in measured["plans"]}
     assert kinds == {"uniform", "long-tailed"} | ({"hh", "ultrafeedback"} if real else set())
-    # No figure of time: how well the pairs are spread.
+    # The balance of the plan; no figure of time.
     for plan in measured["plans"]:
         assert plan["fill"] == pytest.approx(plan["bound"], abs=0.02)
         assert 1 <= plan["ranks"] <= plan["waiting"] + 1e-9 < 1.05
@@ -77,16 +99,16 @@ def test_bench_schedule(tmp_path: Path, real: bool) -> None:
 
 @pytest.mark.timeout(600)
 def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
-    """Ends with an error if the whole program, what is left of it, or TRL computed another loss."""
+    """Ends with an error if the whole program, an ablation of it, or TRL computed another loss."""
     docs = tmp_path / "docs"
     docs.mkdir()
     measurements, page = docs / "performance.json", docs / "performance.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())
     encoded = tmp_path / "encoded"
     speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5, "main_share": 0.1}
-    told = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
-    encoded.write_text(f"a table\n{json.dumps(told)}\n")
-    run("curves", "--smoke", "--out", str(measurements), "--encode", str(encoded), seconds=580)
+    figures_of_encoding = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
+    encoded.write_text(json.dumps(figures_of_encoding))
+    run("curves", "--smoke", "--measurements", str(measurements), "--encode", str(encoded), seconds=580)
     parts = json.loads(measurements.read_text())
     names = ["shared_prefix", "response_tokens", "model_size", "memory", "ablation", "encode"]
     assert list(parts) == names
@@ -96,13 +118,13 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
 
     figures = docs / "figures"
     draw = ["--measurements", str(measurements), "--page", str(page), "--figures", str(figures)]
-    run("draw_performance", *draw)
+    run("draw", *draw)
     drawn = {file.stem: file.read_bytes() for file in figures.iterdir()}
     first_page = page.read_text()
     assert set(drawn) == set(names)
     for name in names:
         assert f"](figures/{name}.svg)\n\n| " in first_page
-    run("draw_performance", *draw)
+    run("draw", *draw)
     assert (drawn, first_page) == (
         {file.stem: file.read_bytes() for file in figures.iterdir()},
         page.read_text(),
@@ -112,13 +134,13 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
 def test_a_sweep_scores_its_pairs_once() -> None:
     """Ends with an error if the trainers computed another loss at any first step."""
     measured = figures("sweep")
-    scored = {name: told["scored_pairs"] for name, told in measured["results"].items()}
+    scored = {name: of["scored_pairs"] for name, of in measured["results"].items()}
     assert measured["points"] == 2
     assert scored == {"dpo_dist": 8, "trl_default": 16, "trl_kept": 8}
     assert measured["largest_loss_difference"] < 1e-4
 
 
-def test_bench_schedule_costs() -> None:
+def test_costs_of_a_schedule_are_measured() -> None:
     costs = figures("schedule", "--costs")["costs"]
     assert costs["microseconds_per_token"] > 0
     assert {"attention_slowness", "head_slowness", "largest_error"} <= costs.keys()

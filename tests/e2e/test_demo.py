@@ -1,4 +1,4 @@
-"""The demo's assets are whole, reproducible, and hold what the quickstart promises to teach."""
+"""The demo's assets are complete and reproducible, and their pairs follow the rule of the quickstart."""
 
 import json
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.errors import ConfigError
+from examples.demo.grammar import follows_rule
 from examples.demo.make import make_demo, make_records
 from examples.demo.report import read_prompts, report, reward_accuracy, sample_answers
-from examples.demo.rule import follows_rule
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_another_process_makes_the_same_bytes(demo, tmp_path):
     assert contents(tmp_path / "again") == contents(demo)
 
 
-def test_what_is_there_is_left_alone_and_what_is_damaged_is_made_again(tmp_path):
+def test_whole_assets_are_kept_and_damaged_ones_are_made_again(tmp_path):
     folder = tmp_path / "demo"
     assert make_demo(folder, seed=0)
     whole = contents(folder)
@@ -76,7 +76,7 @@ def test_held_out_prompts_are_not_trained_on(demo):
     assert not prompts("pairs_eval") & (prompts("pairs_train") | prompts("warmup_train"))
 
 
-def test_length_does_not_give_the_rule_away(demo):
+def test_length_does_not_reveal_the_rule(demo):
     longer = [
         len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
         for row in records(demo, "pairs_train")
@@ -120,7 +120,7 @@ def test_report_samples_the_same_answers_again(demo):
     assert sample_answers(demo / "base", prompts, seed=1) != answers
 
 
-def test_report_tells_share_and_last_accuracy(demo, tmp_path):
+def test_report_has_shares_and_last_accuracy(demo, tmp_path):
     rows = records(demo, "pairs_eval")[:4]
     good = [row["chosen"][0]["content"] for row in rows]
     bad = [row["rejected"][0]["content"] for row in rows]

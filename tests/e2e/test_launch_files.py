@@ -1,4 +1,4 @@
-"""The files that start a run: accelerate and SLURM read them, and what a user adds arrives unchanged."""
+"""Accelerate and SLURM read the launch files, and a user's arguments reach the program unchanged."""
 
 import json
 import os
@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[2]
 SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 GEOMETRIES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 OVERRIDES = ["+experiment=[qwen7b,smoke]", "data.train=[{path: my pairs.jsonl, limit: 4}]", "run.name=a$b"]
-"""With what a shell would split or expand."""
+"""Arguments that a shell would split or expand."""
 
 
 def headers() -> dict[str, str]:
-    """The options that sbatch reads: those before the first command."""
+    """Return the options that sbatch reads: those before the first command."""
     found = {}
     for line in SBATCH.read_text().splitlines():
         if line.startswith("#SBATCH --"):
@@ -43,7 +43,7 @@ def test_headers_ask_for_whole_nodes_of_8_gpus() -> None:
     assert options["ntasks-per-node"] == "1", "accelerate starts the processes of a node"
     assert {"nodes", "cpus-per-task", "mem", "time"} <= options.keys()
     assert "%j" in options["output"], "two jobs must not write one file"
-    assert "/" not in options["output"], "SLURM makes no folder for it"
+    assert "/" not in options["output"], "SLURM creates no folder for it"
 
 
 def test_script_is_bash() -> None:
@@ -67,8 +67,8 @@ def accelerate_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run the batch script with `srun` and `scontrol` that answer for node 1 of a job on 3 nodes of 4 GPUs.
 
-    What comes back on standard output is the command of that node, one JSON list. `unset` is a variable that
-    this cluster's SLURM does not set.
+    Standard output is the command of that node, a JSON list. `unset` is a variable that this cluster's SLURM
+    does not set.
     """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -102,7 +102,7 @@ def accelerate_command(
 
 
 def parsed(answer: subprocess.CompletedProcess[str]) -> tuple[dict[str, object], list[str]]:
-    """What accelerate makes of the command: its settings, and the program's arguments."""
+    """Return accelerate's settings for the command, and the program's arguments."""
     assert answer.returncode == 0, answer.stderr
     arguments = launch_command_parser().parse_args(json.loads(answer.stdout)[1:])
     validated, _, _ = _validate_launch_command(arguments)
@@ -135,13 +135,13 @@ def test_variables_choose_verb_and_processes(tmp_path: Path, monkeypatch: pytest
     assert settings["num_processes"] == 6
 
 
-def test_a_wrong_start_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_start_elsewhere_names_the_right_folder(tmp_path: Path) -> None:
     answer = accelerate_command(tmp_path, cwd=tmp_path)
     assert answer.returncode == 2
     assert "submit from the root of the checkout" in answer.stderr
 
 
-def test_a_cluster_that_counts_no_gpus_is_told_what_to_set(tmp_path: Path) -> None:
+def test_a_cluster_that_counts_no_gpus_gets_a_remedy(tmp_path: Path) -> None:
     answer = accelerate_command(tmp_path, unset="SLURM_GPUS_ON_NODE")
     assert answer.returncode == 2
     assert "unbound" not in answer.stderr
@@ -202,10 +202,10 @@ def test_two_nodes_train_to_the_end(tmp_path: Path) -> None:
 
 
 def wait_for(job: str) -> str:
-    """The state in which a job ended."""
+    """Return the state in which a job ended."""
     for _ in range(500):
-        told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True)
-        state = re.search(r"JobState=(\w+)", told.stdout)[1]
+        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True)
+        state = re.search(r"JobState=(\w+)", shown.stdout)[1]
         if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
             return state
         time.sleep(1)

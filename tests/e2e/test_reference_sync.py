@@ -1,4 +1,4 @@
-"""TR-DPO by the command line: any number of processes, and a stop in between, end at the same numbers."""
+"""TR-DPO from the command line: results are equal for any number of processes and after a resume."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ STEPS = ["reference.mode=live", "trainer.max_steps=6", "optim.lr=1e-3"]
 SYNC = [*STEPS, "loss.sync_reference={every: 2, mixup: 0.5}"]
 
 
-def test_a_reference_that_follows_is_part_of_the_run(overrides: Overrides, tmp_path: Path) -> None:
+def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tmp_path: Path) -> None:
     train(overrides(*SYNC, f"run.dir={tmp_path}/whole"), processes=2)
     whole = history(tmp_path / "whole")
 

@@ -34,7 +34,7 @@ class Outcome:
     log: str
     result: Any = None
     error: str = ""
-    told: str = ""
+    message: str = ""
     reporting_rank: int | None = None
 
 
@@ -60,8 +60,8 @@ class Ranks:
 
     def _outcome(self, rank: int) -> Outcome:
         file = self.folder / f"rank-{rank}.json"
-        told = json.loads(file.read_text()) if file.exists() else {}
-        return Outcome(self.processes[rank].exitcode, (self.folder / f"rank-{rank}.log").read_text(), **told)
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return Outcome(self.processes[rank].exitcode, (self.folder / f"rank-{rank}.log").read_text(), **found)
 
 
 def start_ranks(
@@ -131,7 +131,7 @@ def _be_rank(
         traceback.print_exc()
         outcome = {
             "error": type(error).__name__,
-            "told": str(error),
+            "message": str(error),
             "reporting_rank": getattr(error, "reporting_rank", None),
         }
     (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))

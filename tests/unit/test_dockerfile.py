@@ -1,4 +1,4 @@
-"""The image installs what constraints.txt pins, holds nothing else, and does not run as root."""
+"""The image installs pinned versions, contains only the copied files, and does not run as root."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ NAMED_VERSION = re.compile(r"[=<>~!]=|[<>]\s*\d")
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Keyword and arguments of each instruction, continued lines joined."""
+    """Return keyword and arguments of each instruction, continued lines joined."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
@@ -38,11 +38,11 @@ def test_every_version_comes_from_constraints() -> None:
 @pytest.mark.parametrize(
     "pinned", ["pip install 'torch==2.13.0'", "pip install torch>=2", "pip install a~=1.0"]
 )
-def test_a_named_version_is_seen(pinned: str) -> None:
+def test_a_stated_version_is_found(pinned: str) -> None:
     assert NAMED_VERSION.search(pinned)
 
 
-def test_build_context_holds_what_is_copied_and_nothing_else() -> None:
+def test_build_context_is_exactly_the_copied_files() -> None:
     copied = {source for rest in arguments("COPY") for source in rest.split()[:-1]}
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     assert {line[1:] for line in ignore if line.startswith("!")} == copied
@@ -69,14 +69,14 @@ def test_extras_of_the_build_are_those_of_the_package() -> None:
     program = re.search(r"python -c '(.*?)'", run)
     assert program is not None
     for extra in ("quantization", "liger"):
-        told = subprocess.run(
+        listed = subprocess.run(
             [sys.executable, "-c", program[1], extra], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        assert told.stdout.split() == extras[extra]
+        assert listed.stdout.split() == extras[extra]
         assert f"{extra}" in (ROOT / "Dockerfile").read_text()
 
 
-def test_what_the_run_line_mounts_belongs_to_the_user() -> None:
+def test_mounted_folders_belong_to_the_user() -> None:
     head = (ROOT / "Dockerfile").read_text().partition("FROM")[0]
     mounted = re.findall(r'-v "[^":]+:([^"]+)"', head)
     made = " ".join(rest for rest in arguments("RUN") if "--owner=trainer" in rest).split()

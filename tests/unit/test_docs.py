@@ -1,4 +1,4 @@
-"""What the documentation names exists, and what exists is named where a list claims to be whole."""
+"""Names in the documentation exist, and lists in it are complete."""
 
 import ast
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.performance_numbers import table
+from benchmarks.tables import table
 from dpo_dist.config.keys import key_types
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
@@ -18,13 +18,16 @@ from scripts.write_key_docs import pages
 ROOT = Path(__file__).parents[2]
 
 PACKAGE = ROOT / "dpo_dist"
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
+]
 KEYS = key_types(RunConfig)
 SECTIONS = "|".join(name for name in KEYS if "." not in name)
 
 
 def first_column(page: str, heading: str) -> list[str]:
-    """What stands in backticks in the first column of the table with that heading."""
+    """Return the names in backticks in the first column of the table with that heading."""
     text = (ROOT / "docs" / page).read_text()
     table = text.split(f"\n| {heading} |", 1)[1].split("\n\n", 1)[0]
     cells = [line.split("|")[1] for line in table.splitlines()[2:]]
@@ -32,7 +35,7 @@ def first_column(page: str, heading: str) -> list[str]:
 
 
 def reasons_in_code() -> set[str]:
-    """The reasons with which records are refused; those made up of parts end as `identical_after_...`."""
+    """Return the reasons of bad records; composed ones are `identical_after_...`."""
     found = set()
     for module in (PACKAGE / "data").glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
@@ -82,31 +85,58 @@ def test_every_exit_code_is_described() -> None:
 
 
 def test_defaults_are_those_of_the_schema() -> None:
-    """Where a page says ``key (number)``."""
+    """A number in parentheses after a key is its default."""
     config = RunConfig()
-    told = {}
+    stated = {}
     for page in PAGES:
-        told |= dict(re.findall(r"`(\w+\.\w+)` \(([\d.]+)[);]", page.read_text()))
-    assert len(told) > 5
-    for key, number in told.items():
+        stated |= dict(re.findall(r"`(\w+\.\w+)` \(([\d.]+)[);]", page.read_text()))
+    assert len(stated) > 5
+    for key, number in stated.items():
         section, name = key.split(".")
         assert getattr(getattr(config, section), name) == float(number), key
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_keys_and_linked_files_exist(page: Path) -> None:
     text = page.read_text()
-    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", text)
-    files = (".py", ".html", ".yaml", ".json")
+    prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
+    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
+    files = (".py", ".html", ".yaml", ".json", ".md")
     assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)
     assert [test for test in tests if not (ROOT / test).exists()] == []
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^):]+)\)", text)
+    assert [link for link in links if not target_exists(page, link)] == []
+
+
+def target_exists(page: Path, link: str) -> bool:
+    """Return whether the file exists and has a heading of that anchor."""
+    name, _, anchor = link.partition("#")
+    file = page.parent / name if name else page
+    if not file.exists():
+        return False
+    headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if anchor else []
+    slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    return not anchor or anchor in slugs
+
+
+@pytest.mark.parametrize(
+    ("link", "exists"),
+    [("reference.md#step-0-check", True), ("reference.md#step-0-gate", False), ("refrence.md", False)],
+)
+def test_a_broken_link_is_found(link: str, exists: bool) -> None:
+    assert target_exists(ROOT / "docs" / "adapters.md", link) is exists
+
+
+def test_modules_named_in_prose_exist() -> None:
+    rooms = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
+    for page in PAGES:
+        named = re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", page.read_text())
+        assert [module for module in named if not (PACKAGE / module).exists()] == [], page.name
 
 
 def test_tables_of_performance_are_those_of_its_measurements() -> None:
-    """`benchmarks/draw_performance.py` was run after the last `benchmarks/curves.py`."""
+    """`python -m benchmarks draw` was run after the last `curves`."""
     page = (ROOT / "docs" / "performance.md").read_text()
     measurements = ROOT / "docs" / "performance.json"
     parts = json.loads(measurements.read_text()) if measurements.is_file() else {}

@@ -1,7 +1,8 @@
-"""Imports go down only, and every third-party engine has one room (law L6)."""
+"""Imports go down only and without cycles; every third-party engine has one room (law L6)."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,30 @@ ROOMS = {
     "wandb": ("report/tracking.py",),
 }
 VERB_ENGINES = ("hydra", "omegaconf")
+OUTSIDE = ("benchmarks", "examples", "scripts", "tests")
 
 
 def imported(source: str, module: Path) -> Iterator[str]:
-    """The dotted names that a module imports anywhere, inside functions too."""
-    for node in ast.walk(ast.parse(source)):
+    """Yield the dotted names that a module imports anywhere, inside functions too."""
+    yield from _names(ast.walk(ast.parse(source)), module)
+
+
+def imported_at_once(source: str, module: Path) -> Iterator[str]:
+    """Yield the dotted names that a module imports when it is imported itself."""
+    yield from _names(_run_at_import(ast.parse(source)), module)
+
+
+def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes outside functions and `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        is_typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not is_typing and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from _run_at_import(child)
+
+
+def _names(nodes: Iterator[ast.AST], module: Path) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -37,8 +57,8 @@ def imported(source: str, module: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def height(name: str) -> int:
-    """How high a room stands: errors, atomic and digests lowest, the verbs (files at the top) highest."""
+def layer_of(name: str) -> int:
+    """Return the layer of a room: -1 for the foundation, the largest number for verbs (files at the top)."""
     if name in FOUNDATION:
         return -1
     return LAYERS.index(name) if name in LAYERS else len(LAYERS)
@@ -49,11 +69,13 @@ def faults(module: Path, source: str) -> list[str]:
     found = []
     for name in imported(source, module):
         root, *below = name.split(".")
-        if root == "dpo_dist" and below and height(below[0]) > height(room):
+        if root == "dpo_dist" and below and layer_of(below[0]) > layer_of(room):
             found.append(f"{module} imports {name} from above")
+        if root in OUTSIDE:
+            found.append(f"{module} imports {name}, which is not part of the package")
         if root in ROOMS and not str(module).startswith(ROOMS[root]):
             found.append(f"{module} imports {root}")
-        if root in VERB_ENGINES and 0 != height(room) != len(LAYERS):
+        if root in VERB_ENGINES and 0 != layer_of(room) != len(LAYERS):
             found.append(f"{module} imports {root}")
         if room == "config" and root == "torch":
             found.append(f"{module} imports torch")
@@ -67,7 +89,7 @@ def test_module_keeps_to_its_room(module: Path) -> None:
     assert faults(module, (PACKAGE / module).read_text()) == []
 
 
-def test_every_folder_has_a_place() -> None:
+def test_every_folder_is_a_layer() -> None:
     folders = {module.parts[0] for module in MODULES if len(module.parts) > 1}
     assert folders <= set(LAYERS)
 
@@ -84,6 +106,8 @@ def test_every_folder_has_a_place() -> None:
         ("report/page.py", "import wandb"),
         ("data/encode.py", "from omegaconf import OmegaConf"),
         ("objective/metrics.py", "from torch import distributed"),
+        ("training/loop.py", "from benchmarks.setting import SHAPES"),
+        ("prefetch.py", "from dpo_dist.data import dataset"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str) -> None:
@@ -100,3 +124,52 @@ def test_a_forbidden_import_is_found(module: str, source: str) -> None:
 )
 def test_an_allowed_import_is_not(module: str, source: str) -> None:
     assert faults(Path(module), source) == []
+
+
+def cycle(sources: Mapping[str, str]) -> list[str]:
+    """Return modules that import each other in a circle when they are imported; none: an empty list.
+
+    Args:
+        sources: source texts by dotted name of the module.
+    """
+    graph = {}
+    for name, source in sources.items():
+        edges = set()
+        for target in imported_at_once(source, Path(name)):
+            # `from dpo_dist.data import dataset` imports the module `dataset`, if there is one of this name.
+            found = target if target in sources else target.rpartition(".")[0]
+            if found in sources and found != name:
+                edges.add(found)
+        graph[name] = edges
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {
+        module: ".".join(("dpo_dist", *module.with_suffix("").parts)).removesuffix(".__init__")
+        for module in MODULES
+    }
+    assert cycle({name: (PACKAGE / module).read_text() for module, name in names.items()}) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "is_cycle"),
+    [
+        ("from dpo_dist.data.first import x", True),
+        ("from dpo_dist.data import first", True),
+        ("class C:\n    import dpo_dist.data.first", True),
+        ("def f():\n    from dpo_dist.data.first import x", False),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dpo_dist.data import first", False),
+    ],
+)
+def test_a_cycle_is_found(second: str, is_cycle: bool) -> None:
+    sources = {
+        "dpo_dist.data.first": "from dpo_dist.data.second import y",
+        "dpo_dist.data.second": second,
+        "dpo_dist.data.third": "import dpo_dist.data.first",
+    }
+    assert bool(cycle(sources)) is is_cycle

@@ -1,12 +1,12 @@
-"""Draw docs/figures and write the tables of docs/performance.md: `python -m benchmarks draw_performance`.
+"""Draw docs/figures and write the tables of docs/performance.md; measures nothing.
 
-From docs/performance.json, which `benchmarks curves` writes; measures nothing. In the page, text between
-`<!-- PART -->` and `<!-- end of PART -->` is replaced.
+Input is docs/performance.json, which `curves` writes. In the page, the text between `<!-- PART -->` and
+`<!-- end of PART -->` is replaced.
 """
 
-import argparse
 import json
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from benchmarks.assets import ROOT
-from benchmarks.performance_numbers import (
+from benchmarks.options import Benchmark, Json
+from benchmarks.setting import ROOT
+from benchmarks.tables import (
     ABLATIONS,
     OURS,
     TRL,
-    Json,
     Spread,
     cpu_seconds_per_pair,
     pairs_per_second,
@@ -48,26 +48,23 @@ _WORDS = {
 _STEADY = {"svg.hashsalt": "dpo_dist", "svg.fonttype": "path"}
 
 
-def main() -> None:
-    arguments = _arguments()
-    parts: dict[str, Json] = json.loads(arguments.measurements.read_text())
-    page = arguments.page.read_text()
+def run(options: Namespace) -> Json:
+    """Draw all parts."""
+    parts: dict[str, Json] = json.loads(options.measurements.read_text())
+    page = options.page.read_text()
     for name, part in parts.items():
-        image = arguments.figures / f"{name}.svg"
+        image = options.figures / f"{name}.svg"
         _save(_draw(name, part), image)
-        page = _with_block(page, name, _block(name, part, image.relative_to(arguments.page.parent)))
-    arguments.page.write_text(page)
+        page = _with_block(page, name, _block(name, part, image.relative_to(options.page.parent)))
+    options.page.write_text(page)
+    return {"parts": list(parts)}
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _own_options(parser: ArgumentParser) -> None:
     docs = ROOT / "docs"
     parser.add_argument("--measurements", type=Path, default=docs / "performance.json")
     parser.add_argument("--page", type=Path, default=docs / "performance.md")
     parser.add_argument("--figures", type=Path, default=docs / "figures", help="a folder below the page's")
-    return parser.parse_args()
 
 
 def _draw(name: str, part: Json) -> Figure:
@@ -84,27 +81,27 @@ def _draw(name: str, part: Json) -> Figure:
 
 
 def _draw_beside_trl(name: str, part: Json) -> Figure:
-    """Pairs/s of both, and how many times the CPU seconds of ours TRL's are."""
+    """Draw pairs/s of both, and TRL's CPU seconds over ours."""
     words, scale = _WORDS[name]
     figure, (speed, times) = _panels(
         ("Pairs per second", "TRL's CPU seconds / dpo_dist's"), title_pad=_LEGEND_PAD
     )
     ours, trl = variant_points(part, OURS), variant_points(part, TRL)
     for label, color, points in (("dpo_dist", _BLUE, ours), ("TRL at its best", _ORANGE, trl)):
-        places = _places(points)
+        xs = _x_values(points)
         for with_reference in (False, True):
             values = [pairs_per_second(point, with_reference=with_reference) for point in points]
-            _draw_line(speed, places, values, f"{label}{_suffix(with_reference)}", color, with_reference)
+            _draw_line(speed, xs, values, f"{label}{_suffix(with_reference)}", color, with_reference)
     for with_reference in (False, True):
         pairs = zip(ours, trl, strict=True)
         values = [times_faster(a, b, with_reference=with_reference) for a, b in pairs]
         label = "training and reference" if with_reference else "training"
-        _draw_line(times, _places(ours), values, label, _GREEN, with_reference)
+        _draw_line(times, _x_values(ours), values, label, _GREEN, with_reference)
     times.axhline(1.0, color=_QUIET, linewidth=1, linestyle=_DASHED, zorder=1)
     speed.set_yscale("log" if scale == "log" else "linear")
     for axes in (speed, times):
         _dress(axes, words)
-        _mark_places(axes, ours, scale)
+        _mark_x_values(axes, ours, scale)
     if scale == "linear":
         speed.set_ylim(bottom=0)
     else:
@@ -119,12 +116,12 @@ def _draw_memory(part: Json) -> Figure:
     figure, (memory, speed) = _panels(("Peak memory, GiB", "Pairs per second"))
     points = part["points"]
     peaks = [Spread.of([peak_mib(point) / 1024]) for point in points]
-    _draw_line(memory, _places(points), peaks, "memory", _BLUE)
+    _draw_line(memory, _x_values(points), peaks, "memory", _BLUE)
     speeds = [pairs_per_second(point, with_reference=False) for point in points]
-    _draw_line(speed, _places(points), speeds, "speed", _BLUE)
+    _draw_line(speed, _x_values(points), speeds, "speed", _BLUE)
     for axes in (memory, speed):
         _dress(axes, "trainer.micro_batch_tokens")
-        _mark_places(axes, points, "log")
+        _mark_x_values(axes, points, "log")
         axes.set_ylim(bottom=0)
     return figure
 
@@ -137,30 +134,30 @@ def _draw_ablation(part: Json) -> Figure:
         (cost, costs, [f"{value.median / costs[0].median:.2f}x" for value in costs]),
         (memory, [Spread.of([peak_mib(point) / 1024]) for point in points], None),
     )
-    places = list(range(len(points)))
+    xs = list(range(len(points)))
     for axes, values, labels in bars:
         medians = [value.median for value in values]
         colors = [_BLUE, *[_ORANGE] * (len(points) - 1)]
-        drawn = axes.barh(places, medians, color=colors, height=0.62, zorder=2)
+        drawn = axes.barh(xs, medians, color=colors, height=0.62, zorder=2)
         axes.bar_label(drawn, labels or [f"{value:.2f}" for value in medians], padding=5, color="#374151")
         axes.set_xlim(0, 1.18 * max(medians))
-        axes.set_yticks(places, [])
+        axes.set_yticks(xs, [])
         axes.invert_yaxis()
         _dress(axes, "")
         axes.grid(visible=False, axis="y")
-    cost.set_yticks(places, [_without(point["variant"]) for point in points])
+    cost.set_yticks(xs, [_without(point["variant"]) for point in points])
     return figure
 
 
 def _draw_encode(part: Json) -> Figure:
     figure, panels = _panels(("Records per second", "Tokens per second"))
     points = part["points"]
-    places = [point["processes"] for point in points]
+    xs = [point["processes"] for point in points]
     for axes, what in zip(panels, ("records", "tokens"), strict=True):
         speeds = [Spread.of([point[f"{what}_per_second"]]) for point in points]
-        _draw_line(axes, places, speeds, what, _BLUE)
+        _draw_line(axes, xs, speeds, what, _BLUE)
         _dress(axes, "processes")
-        axes.set_xticks(places)
+        axes.set_xticks(xs)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     return figure
@@ -185,22 +182,22 @@ def _panels(
     return figure, (left, right)
 
 
-def _places(points: Sequence[Json]) -> list[float]:
-    """Where points stand on the x axis: at their number, or one after the other."""
+def _x_values(points: Sequence[Json]) -> list[float]:
+    """Return x coordinates: the number of a point, or its position among named points."""
     return [i if isinstance(point["x"], str) else float(point["x"]) for i, point in enumerate(points)]
 
 
-def _mark_places(axes: Axes, points: Sequence[Json], scale: str) -> None:
+def _mark_x_values(axes: Axes, points: Sequence[Json], scale: str) -> None:
     names = [point["x"].upper() if isinstance(point["x"], str) else f"{point['x']:g}" for point in points]
     if not isinstance(points[0]["x"], str):
         axes.set_xscale(scale)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xticks(_places(points), names)
+    axes.set_xticks(_x_values(points), names)
 
 
 def _draw_line(
     axes: Axes,
-    places: Sequence[float],
+    xs: Sequence[float],
     values: Sequence[Spread],
     label: str,
     color: str,
@@ -208,7 +205,7 @@ def _draw_line(
 ) -> None:
     medians = [value.median for value in values]
     axes.errorbar(
-        places,
+        xs,
         medians,
         yerr=[
             [value.median - value.least for value in values],
@@ -247,21 +244,21 @@ def _dress(axes: Axes, words: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """As SVG whose bytes depend only on what is drawn."""
+    """Write an SVG whose bytes depend on the drawing only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(_STEADY):
         FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None, "Creator": None})
 
 
 def _block(name: str, part: Json, image: Path) -> str:
-    """Figure, table, and how they came about."""
+    """Return figure, table, and the circumstances of the measurement."""
     versions = ", ".join(f"{package} {part['packages'][package]}" for package in ("torch", "trl"))
     rounds = len(part["points"][0].get("rounds", [None]))
-    told = (
+    circumstances = (
         f"{part['date']}, {part['machine']}, {part['threads']} threads, {rounds} round{'s' * (rounds > 1)}, "
         f"{versions}, commit {part['git_commit'][:10]}: `{part['command']}`"
     )
-    return f"![{name.replace('_', ' ')}]({image})\n\n{table(name, part)}\n\n{told}"
+    return f"![{name.replace('_', ' ')}]({image})\n\n{table(name, part)}\n\n{circumstances}"
 
 
 def _with_block(page: str, name: str, block: str) -> str:
@@ -270,9 +267,8 @@ def _with_block(page: str, name: str, block: str) -> str:
         rf"{begin}\n.*?{end}", lambda _: f"{begin}\n\n{block}\n\n{end}", page, flags=re.DOTALL
     )
     if found != 1:
-        raise SystemExit(f"the page has no place for {name}: lines `{begin}` and `{end}`")
+        raise SystemExit(f"the page lacks the markers of {name}: lines `{begin}` and `{end}`")
     return replaced
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(run, own=_own_options)

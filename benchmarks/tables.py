@@ -1,4 +1,4 @@
-"""Figures and tables of docs/performance.md from the measurements in docs/performance.json, as numbers."""
+"""Numbers of the figures and tables of docs/performance.md, from docs/performance.json; Markdown tables."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the rounds."""
+    """Median, minimum and maximum over rounds."""
 
     median: float
     least: float
@@ -29,39 +29,39 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of these values."""
+        """Return the spread of these values."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 def spread(point: Json, value: Callable[[Json], float]) -> Spread:
-    """Of what `value` says of each round of a point."""
+    """Return the spread of `value` over the rounds of a point."""
     return Spread.of([value(result) for result in point["rounds"]])
 
 
 def variant_points(part: Json, variant: str) -> list[Json]:
-    """The points of one variant, in their order."""
+    """Return the points of one variant, in order."""
     return [point for point in part["points"] if point["variant"] == variant]
 
 
 def pairs_per_second(point: Json, *, with_reference: bool) -> Spread:
-    """By the clock; of training, or of scoring by the reference and training."""
+    """Return pairs/s by the clock: of training, or of training and scoring by the reference."""
     pairs = point["setting"]["pairs"]
     return spread(point, lambda result: pairs / _spent(result, "seconds", with_reference))
 
 
 def cpu_seconds_per_pair(point: Json, *, with_reference: bool) -> Spread:
-    """Seconds of all threads."""
+    """Return CPU seconds of all threads for a pair."""
     pairs = point["setting"]["pairs"]
     return spread(point, lambda result: _spent(result, "cpu_seconds", with_reference) / pairs)
 
 
 def peak_mib(point: Json) -> float:
-    """Largest of the rounds."""
+    """Return the peak memory, the largest of the rounds."""
     return spread(point, lambda result: result["peak_bytes"] / 2**20).most
 
 
 def times_faster(point: Json, other: Json, *, with_reference: bool) -> Spread:
-    """How many times the CPU seconds of `point` those of `other` are, round by round."""
+    """Return the CPU seconds of `other` over those of `point`, round by round."""
     rounds = zip(point["rounds"], other["rounds"], strict=True)
     return Spread.of(
         [
@@ -77,7 +77,7 @@ def _spent(result: Json, unit: str, with_reference: bool) -> float:
 
 
 def table(name: str, part: Json) -> str:
-    """The numbers of a part as a table in Markdown."""
+    """Return the numbers of a part as a table in Markdown."""
     match name:
         case "memory":
             rows = _memory_rows(part)
@@ -87,6 +87,11 @@ def table(name: str, part: Json) -> str:
             rows = _encode_rows(part)
         case _:
             rows = _beside_trl_rows(name, part)
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first row is its head."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
@@ -151,7 +156,7 @@ def _memory_rows(part: Json) -> list[list[str]]:
 
 def _ablation_rows(part: Json) -> list[list[str]]:
     head = [
-        "left out",
+        "without",
         "tokens computed",
         "rows of logits",
         "micro-batches",
@@ -178,7 +183,7 @@ def _ablation_rows(part: Json) -> list[list[str]]:
 def _encode_rows(part: Json) -> list[list[str]]:
     rows = [["processes", "records/s", "tokens/s", "of all CPU time in the main process"]]
     for point in part["points"]:
-        speeds = [_number(point[f"{what}_per_second"]) for what in ("records", "tokens")]
+        speeds = [_number(point[f"{unit}_per_second"]) for unit in ("records", "tokens")]
         rows.append([str(point["processes"]), *speeds, f"{point['main_share']:.0%}"])
     return rows
 
@@ -188,6 +193,6 @@ def _number(value: float) -> str:
 
 
 def _ranged(values: Spread) -> str:
-    """Median, with least and most where they differ visibly."""
+    """Return the median, with minimum and maximum where they differ visibly."""
     ends = f"{values.least:.2f}", f"{values.most:.2f}"
     return f"{values.median:.2f}" + (f" ({ends[0]}-{ends[1]})" if ends[0] != ends[1] else "")

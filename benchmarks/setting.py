@@ -1,27 +1,29 @@
-"""What a benchmark runs on: pairs, a tokenizer trained on them, random weights, the order of the pairs."""
+"""Inputs of a benchmark: pairs, a tokenizer trained on them, random weights, the order of the pairs."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTING = "setting.json"
 ORDER = "order.json"
 REAL_DATA = {"hh": "hh_rlhf_sample.jsonl", "ultrafeedback": "ultrafeedback_plain_scored.jsonl"}
+_SETTING = "setting.json"
 _SYNTHETIC_PAIRS = 512
 _SYNTHETIC_WORDS = 2000
-# As many as slices of real data hold; a larger model has rows of its vocabulary that no token meets.
-_TOKENIZER_VOCABULARY = 16384
+# As many as slices of real data support; the vocabulary of a larger model has rows that no token uses.
+TOKENIZER_VOCABULARY = 16384
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2 model; with no numbers of heads given they are 64 wide, and two share one key."""
+    """Sizes of a Qwen2 model. By default heads are 64 wide and two query heads share a key head."""
 
     vocabulary: int
     hidden_size: int
@@ -43,36 +45,52 @@ SHAPES = {
 }
 
 
+def shared_data() -> Path:
+    """Return the folder of real preference data; it may not exist."""
+    return Path(os.environ.get("DPO_DIST_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def default_data() -> str:
+    """Return `hh` where its slice exists, else `synthetic`."""
+    return "hh" if (shared_data() / REAL_DATA["hh"]).is_file() else "synthetic"
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One benchmark. Lengths are in tokens, of a prompt with one response.
+    """Model, data and batch of a run. Lengths are in tokens, of a prompt with one response.
 
     Attributes:
         data: `hh`, `ultrafeedback` or `synthetic`.
-        shared_prefix: of synthetic pairs: the prompt's share of a sequence.
-        mean_tokens: of synthetic pairs.
-        length_spread: of synthetic pairs: sigma of the lognormal that lengths are drawn from.
-        layers: of the model; None as many as its shape has.
+        shared_prefix: the prompt's share of a sequence (synthetic pairs).
+        mean_tokens: mean length of a sequence (synthetic pairs).
+        length_spread: sigma of the lognormal distribution of lengths (synthetic pairs).
+        layers: number of layers; None: that of the shape.
     """
 
     model: str
-    data: str
     pairs: int
     batch_pairs: int
-    max_length: int
-    dtype: str
-    micro_batch_tokens: int
-    trl_micro_pairs: int
-    shared_prefix: float
-    mean_tokens: int
-    length_spread: float
-    seed: int
+    data: str = "synthetic"
+    max_length: int = 1024
+    dtype: str = "fp32"
+    micro_batch_tokens: int = 4096
+    trl_micro_pairs: int = 8
+    shared_prefix: float = 0.7
+    mean_tokens: int = 250
+    length_spread: float = 0.7
+    seed: int = 0
     layers: int | None = None
 
     @classmethod
+    def of(cls, options: Namespace, **values: Any) -> "Setting":
+        """Return the setting that command-line options and `values` name."""
+        named = {name: value for name, value in vars(options).items() if name in cls.__dataclass_fields__}
+        return cls(**{**named, **values})
+
+    @classmethod
     def read(cls, folder: Path) -> "Setting":
-        """The setting of a prepared folder."""
-        return cls(**json.loads((folder / SETTING).read_text()))
+        """Return the setting of a prepared folder."""
+        return cls(**json.loads((folder / _SETTING).read_text()))
 
     @property
     def steps(self) -> int:
@@ -81,26 +99,21 @@ class Setting:
 
 
 def data_file(setting: Setting, folder: Path) -> Path:
-    """Where the pairs lie: slices of real data beside the repository, or what `prepare` writes."""
+    """Return the file of pairs: a slice of real data, or the one that `prepare` writes."""
     if setting.data == "synthetic":
         return folder / "pairs.jsonl"
     return shared_data() / REAL_DATA[setting.data]
 
 
-def shared_data() -> Path:
-    """The folder of real preference data; it need not exist."""
-    return Path(os.environ.get("DPO_DIST_SHARED", ROOT.parent / "shared")) / "data"
-
-
 def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> list[str]:
-    """The command line of our run; TRL is given the same optimizer and batch."""
+    """Return the command line of a run of dpo_dist; TRL gets the same optimizer and batch."""
     return [
         f"model.path={folder}/model",
         f"model.dtype={setting.dtype}",
         f"data.train=[{data_file(setting, folder)}]",
         f"data.cache={folder}/encoded",
         f"data.max_length={setting.max_length}",
-        "data.max_bad_share=0.2",  # slices of real data are rich in faults
+        "data.max_bad_share=0.2",  # slices of real data have many bad records
         f"run.dir={run_dir}",
         f"reference.store={store}",
         f"trainer.global_batch_pairs={setting.batch_pairs}",
@@ -116,14 +129,25 @@ def overrides(setting: Setting, folder: Path, run_dir: Path, store: Path) -> lis
 
 
 def prepare(setting: Setting, folder: Path) -> None:
-    """Write model, tokenizer and pairs, and the token ids of the pairs in the order of our schedule."""
-    (folder / SETTING).write_text(json.dumps(dataclasses.asdict(setting)))
+    """Write model, tokenizer and pairs, and the token ids of the pairs in the order of the schedule."""
+    (folder / _SETTING).write_text(json.dumps(dataclasses.asdict(setting)))
     file = data_file(setting, folder)
     if setting.data == "synthetic":
-        lines = (json.dumps(record) for record in _synthetic_records(setting))
-        file.write_text("".join(f"{line}\n" for line in lines))
-    _save_model(setting, folder / "model", file)
+        write_synthetic(file, setting)
+    shape = SHAPES[setting.model]
+    shape = dataclasses.replace(shape, layers=setting.layers or shape.layers)
+    tokenizer = train_tokenizer(file, min(shape.vocabulary, TOKENIZER_VOCABULARY))
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    save_random_model(shape, folder / "model", setting.seed, **tokens)
+    tokenizer.save_pretrained(folder / "model")
     (folder / ORDER).write_text(json.dumps(_ordered_pairs(setting, folder)))
+
+
+def write_synthetic(file: Path, setting: Setting, pairs: int = _SYNTHETIC_PAIRS) -> None:
+    """Write invented pairs of random words, as many as given."""
+    with file.open("w") as lines:
+        for record in itertools.islice(_synthetic_records(setting), pairs):
+            lines.write(f"{json.dumps(record)}\n")
 
 
 def _synthetic_records(setting: Setting) -> Iterator[dict[str, str]]:
@@ -137,35 +161,24 @@ def _synthetic_records(setting: Setting) -> Iterator[dict[str, str]]:
 
     prompt = setting.mean_tokens * setting.shared_prefix
     response = setting.mean_tokens - prompt
-    for _ in range(_SYNTHETIC_PAIRS):
+    while True:
         yield {"prompt": text(prompt), "chosen": f" {text(response)}", "rejected": f" {text(response)}"}
 
 
-def learnt_tokenizer(file: Path, vocabulary: int) -> Any:
-    """A tokenizer of Qwen2's kind, learnt from the texts of a file of pairs."""
+def train_tokenizer(file: Path, vocabulary: int) -> Any:
+    """Return a tokenizer of Qwen2's kind, trained on the texts of a file of pairs."""
     from transformers import Qwen2Tokenizer
 
     texts = (value for line in file.open() for value in json.loads(line).values() if isinstance(value, str))
     return Qwen2Tokenizer().train_new_from_iterator(texts, vocabulary, show_progress=False)
 
 
-def _save_model(setting: Setting, folder: Path, file: Path) -> None:
-    shape = SHAPES[setting.model]
-    shape = dataclasses.replace(shape, layers=setting.layers or shape.layers)
-    tokenizer = learnt_tokenizer(file, min(shape.vocabulary, _TOKENIZER_VOCABULARY))
-    save_random_model(
-        shape, folder, setting.seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    tokenizer.save_pretrained(folder)
-
-
-def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -> None:
-    """Write a model of this shape with random weights."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def model_config(shape: Shape, **token_ids: int) -> Any:
+    """Return the Qwen2 configuration of this shape."""
+    from transformers import Qwen2Config
 
     heads = shape.heads or shape.hidden_size // 64
-    config = Qwen2Config(
+    return Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -177,8 +190,16 @@ def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -
         bos_token_id=None,
         **token_ids,
     )
+
+
+def save_random_model(shape: Shape, folder: Path, seed: int, **token_ids: int) -> None:
+    """Write a model of this shape with random weights."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = model_config(shape, **token_ids)
         causal_lm = Qwen2ForCausalLM._from_config(config, dtype=getattr(torch, shape.saved_in))
     causal_lm.save_pretrained(folder)
 
@@ -196,10 +217,10 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     encoded = prepare_dataset(config.data.train, config.data, tokenizer, tokenizer_digest(model))
     dataset = open_dataset(encoded, config.data)
     sampler = make_sampler(dataset.spans([1.0]), config.trainer)
-    rows = [int(row) for step in range(sampler.steps) for row in sampler.indices(step)]
-    pairs = [dataset.sequences(row) for row in rows]
+    indices = [int(index) for step in range(sampler.steps) for index in sampler.indices(step)]
+    pairs = [dataset.sequences(index) for index in indices]
     return {
-        "unique_tokens": sum(dataset.packed_tokens(row) for row in rows),
+        "unique_tokens": sum(dataset.packed_tokens(index) for index in indices),
         "prompt_ids": [pair.prompt_ids.tolist() for pair in pairs],
         "chosen_ids": [pair.responses[0].tolist() for pair in pairs],
         "rejected_ids": [pair.responses[1].tolist() for pair in pairs],

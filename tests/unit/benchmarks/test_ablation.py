@@ -1,4 +1,4 @@
-"""What the ablation removes changes where time and memory go, and no number."""
+"""An ablation changes the work of a step, and neither log-probs nor gradients."""
 
 import numpy as np
 import pytest
@@ -33,20 +33,20 @@ def tiny_model(attention: str) -> Qwen2ForCausalLM:
 
 
 def train_once(name: str) -> tuple[Work, dict[int, list[float]], torch.Tensor]:
-    """What was computed, log-probs of each pair's responses, and a gradient."""
+    """Return the work, the log-probs of each pair's responses, and a gradient."""
     lengths = np.array(SHAPES)
     logps: dict[int, list[float]] = {}
     with removed(ABLATIONS[name]) as work:
         model = PackedCausalLM(tiny_model(PACKED), AttentionBackend.sdpa)
         sizes = dataset.example_sizes(lengths[:, 0], lengths[:, 1:].ravel(), np.full(len(SHAPES), 2), COSTS)
-        for (places,) in collate.plan_micro_batches(sizes, 1, BUDGET):
-            batch = collate.pack([PAIRS[place] for place in places], np.zeros((2 * len(places), 2)))
+        for (indices,) in collate.plan_micro_batches(sizes, 1, BUDGET):
+            batch = collate.pack([PAIRS[index] for index in indices], np.zeros((2 * len(indices), 2)))
             token_logps = model(batch)
             token_logps.sum().backward()
-            assert len(batch.weights) == len(places)
+            assert len(batch.weights) == len(indices)
             parts = token_logps.detach().split(batch.response_tokens.tolist())
-            for place, chosen, rejected in zip(places, parts[::2], parts[1::2], strict=True):
-                logps[place] = [*chosen.tolist(), *rejected.tolist()]
+            for index, chosen, rejected in zip(indices, parts[::2], parts[1::2], strict=True):
+                logps[index] = [*chosen.tolist(), *rejected.tolist()]
     gradient = model.causal_lm.model.embed_tokens.weight.grad
     assert gradient is not None
     return work, logps, gradient
@@ -58,7 +58,7 @@ def test_log_probs_and_gradients_are_those_of_the_plain_forward(name: str) -> No
     wanted = plain_logps(plain, PAIRS)
     wanted.sum().backward()
     _, logps, gradient = train_once(name)
-    got = torch.tensor([logp for place in sorted(logps) for logp in logps[place]])
+    got = torch.tensor([logp for index in sorted(logps) for logp in logps[index]])
     torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=1e-5)
     torch.testing.assert_close(gradient, plain.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,124 @@
+"""Runs of a trainer in processes of their own, so that each has its own start and its own peak memory."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.setting import ROOT
+
+Result = dict[str, Any]
+
+_TWO_PROCESSES = ROOT / "launch" / "accelerate" / "cpu_2.yaml"
+
+
+class RunFailedError(SystemExit):
+    """A process of a benchmark failed; the message is the end of its output."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a trainer.
+
+    Attributes:
+        folder: a folder that `setting.prepare` wrote.
+        variant: `trl_default`, `trl_best_N` (N pairs a micro-batch), or a name of `ablation.ABLATIONS`.
+        store: the reference store of dpo_dist.
+        overrides: further keys of dpo_dist.
+        saves: whether dpo_dist writes checkpoint and model.
+        weighs_reference: whether the memory of dpo_dist's reference is measured.
+        points: kinds and betas of a sweep, which TRL trains in one process; `variant` is then `trl_default`
+            or `trl_kept` (reference log-probs computed before training, and kept beside the dataset).
+    """
+
+    folder: str
+    variant: str
+    store: str
+    overrides: tuple[str, ...] = ()
+    saves: bool = True
+    weighs_reference: bool = False
+    points: tuple[tuple[str, float], ...] = ()
+
+
+def start(run: Run, processes: int = 1, threads: int | None = None) -> Result:
+    """Run a trainer. Return the measurements of rank 0, with CPU seconds of all ranks and the largest memory.
+
+    Raises:
+        RunFailedError: a process ended with an error.
+    """
+    ranks, _ = _start(run, processes, threads)
+    for phase in ("training", "reference", "whole"):
+        ranks[0][phase]["cpu_seconds"] = sum(rank[phase]["cpu_seconds"] for rank in ranks)
+    ranks[0]["peak_bytes"] = max(rank["peak_bytes"] for rank in ranks)
+    ranks[0]["memory"] = {name: max(rank["memory"][name] for rank in ranks) for name in ranks[0]["memory"]}
+    return ranks[0]
+
+
+def start_sweep(run: Run) -> Result:
+    """Run TRL's sweep over `run.points`. Return its measurements, the seconds of the process among them.
+
+    Raises:
+        RunFailedError: the process ended with an error.
+    """
+    [result], seconds = _start(run, 1, None)
+    return {**result, "whole_seconds": seconds}
+
+
+def _start(run: Run, processes: int, threads: int | None) -> tuple[list[Result], float]:
+    launch = ["-m", "benchmarks.trainers"]
+    if processes > 1:
+        accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+        shape = ["--config_file", str(_TWO_PROCESSES), "--num_processes", str(processes)]
+        launch = [*accelerate, *shape, *launch]
+    environment = {} if threads is None else {"OMP_NUM_THREADS": str(max(1, threads // processes))}
+    with tempfile.TemporaryDirectory(dir=run.folder) as out:
+        seconds = python([*launch, out, json.dumps(dataclasses.asdict(run))], environment)
+        ranks: list[Result] = [json.loads(file.read_text()) for file in sorted(Path(out).glob("rank-*.json"))]
+    if len(ranks) != processes:
+        raise RunFailedError(f"{run.variant}: {len(ranks)} of {processes} processes wrote a result")
+    return ranks, seconds
+
+
+def python(arguments: list[str], environment: dict[str, str] | None = None) -> float:
+    """Run Python in a process of its own. Return the seconds from its start to its end.
+
+    Raises:
+        RunFailedError: it ended with an error.
+    """
+    started = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise RunFailedError(f"{' '.join(arguments)[:200]} failed:\n{ended.stdout[-4000:]}")
+    return time.monotonic() - started
+
+
+def in_fork(work: Callable[[], None]) -> None:
+    """Call `work` in a forked process: a later child's peak memory starts at the memory of its parent."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit("the inputs of the benchmark could not be prepared")

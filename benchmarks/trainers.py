@@ -1,0 +1,319 @@
+"""One run of a trainer in this process: `python -m benchmarks.trainers OUT RUN`, RUN as JSON (`runs.Run`).
+
+`runs.start` starts it. OUT/rank-N.json gets the measurements: seconds of training steps, of scoring by the
+reference, and of both with loading and saving; peak memory; the metrics rows of all steps.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.runs import Result, Run
+from benchmarks.setting import ORDER, Setting, overrides
+
+
+@dataclass
+class Meter:
+    """Seconds by the clock and of all threads of this process, summed over the measured calls."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the body."""
+        started = time.monotonic(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started[0]
+            self.cpu_seconds += time.process_time() - started[1]
+
+    def around(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `work`, measured."""
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            with self.running():
+                return work(*arguments, **options)
+
+        return measured
+
+    def without(self, part: "Meter") -> "Meter":
+        """Return this meter less a part of it."""
+        return Meter(self.seconds - part.seconds, self.cpu_seconds - part.cpu_seconds)
+
+
+@dataclass
+class Measured:
+    """Measurements of one run.
+
+    Attributes:
+        rows: metrics rows of the steps.
+        work: tokens and logits of the training of dpo_dist (`ablation.Work`).
+        memory: bytes of the reference and peaks (`Run.weighs_reference`).
+    """
+
+    training: Meter = field(default_factory=Meter)
+    reference: Meter = field(default_factory=Meter)
+    whole: Meter = field(default_factory=Meter)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: Result = field(default_factory=dict)
+    work: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def main() -> None:
+    out, run = Path(sys.argv[1]), Run(**json.loads(sys.argv[2]))
+    if run.points:
+        result = _sweep_with_trl(run)
+    else:
+        measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
+        meters = ("training", "reference", "whole")
+        result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
+        result["peak_bytes"] = _peak_bytes()
+    (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
+
+
+def _train(run: Run, run_dir: Path) -> Measured:
+    """Train with dpo_dist. Loading between scoring and training counts for neither."""
+    from benchmarks.ablation import ABLATIONS, removed
+    from dpo_dist.config.load import load_run_config
+    from dpo_dist.config.run_folder import RunFolder
+    from dpo_dist.report.console import open_console
+
+    folder = Path(run.folder)
+    ablation = ABLATIONS[run.variant]
+    chosen = [*ablation.overrides, *run.overrides]
+    if not any(override.startswith("parallelism") for override in chosen):
+        # One process shards nothing, as TRL's does not.
+        chosen.append(f"parallelism={'zero3' if int(os.environ.get('WORLD_SIZE', '1')) > 1 else 'ddp'}")
+    config = load_run_config([*overrides(Setting.read(folder), folder, run_dir, Path(run.store)), *chosen])
+    measured, filling, loading = Measured(), Meter(), Meter()
+    with open_console(RunFolder(run_dir)) as console, contextlib.ExitStack() as swaps:
+        from dpo_dist.distributed.checkpoint import CheckpointSaver
+        from dpo_dist.reference.engine import load_digested
+        from dpo_dist.reference.fill import StoreFiller
+        from dpo_dist.training import finish, loop, reference_setup
+        from dpo_dist.training import run as run_module
+        from dpo_dist.training.step import train_step
+
+        swap = patch.object
+        swaps.enter_context(swap(loop, "train_step", measured.training.around(train_step)))
+        swaps.enter_context(swap(StoreFiller, "fill", filling.around(StoreFiller.fill)))
+        swaps.enter_context(swap(reference_setup, "load_digested", loading.around(load_digested)))
+        if run.weighs_reference:
+            build = partial(_build_and_weigh, reference_setup.prepare_reference, measured.memory)
+            swaps.enter_context(swap(run_module, "prepare_reference", build))
+        if not run.saves:
+            swaps.enter_context(swap(CheckpointSaver, "save"))
+            swaps.enter_context(swap(finish, "export_model"))
+        work = swaps.enter_context(removed(ablation))
+        with measured.whole.running():
+            run_module.train(config, console)
+    if run.weighs_reference:
+        measured.memory["peak while training"] = _peak()
+    metrics = run_dir / "dpo_metrics"
+    measured.summary = json.loads((metrics / "summary.json").read_text())
+    measured.rows = json.loads((metrics / "log_history.json").read_text())
+    measured.training.seconds = measured.summary["train_seconds"]
+    measured.reference = filling.without(loading)
+    measured.work = vars(work)
+    return measured
+
+
+def _build_and_weigh(build: Callable[..., Any], memory: dict[str, int], *arguments: Any) -> Any:
+    before = _weights()
+    _restart_peak()
+    reference = build(*arguments)
+    memory["peak while made ready"] = _peak()
+    memory["kept"] = _weights() - before
+    _restart_peak()
+    return reference
+
+
+def _weights() -> int:
+    """Return bytes allocated on the GPU; without one, of all tensors, shards of ZeRO-3 included."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _restart_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    return int(line.split()[1]) * 1024
+
+
+def _peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _train_with_trl(run: Run, out: Path) -> Measured:
+    """Train with TRL on the same token ids in the same order."""
+    from datasets import Dataset
+
+    folder = Path(run.folder)
+    is_best = run.variant.startswith("trl_best")
+    best_micro_pairs = int(run.variant.rpartition("_")[2]) if is_best else None
+    measured = Measured()
+    with measured.whole.running():
+        config = _trl_config(Setting.read(folder), out, best_micro_pairs)
+        trainer = _trl_trainer(folder, config, Dataset.from_dict(_columns(folder)), measured)
+        trainer.train()
+    return measured
+
+
+def _sweep_with_trl(run: Run) -> Result:
+    """Train all points in this process, so that TRL's packages are loaded once."""
+    from datasets import Dataset, load_from_disk
+
+    folder = Path(run.folder)
+    saved = folder / "trl_pairs"
+    if not saved.is_dir():
+        Dataset.from_dict(_columns(folder)).save_to_disk(saved)
+    dataset = load_from_disk(saved)
+    keeps = run.variant == "trl_kept"
+    measured, scored_pairs, losses = Measured(), 0, []
+
+    def counted(score: Callable[..., Any], *arguments: Any, **inputs: Any) -> Any:
+        """The batch has all chosen responses, then all rejected ones."""
+        nonlocal scored_pairs
+        scored_pairs += len((inputs or arguments[-1])["input_ids"]) // 2
+        with measured.reference.running():
+            return score(*arguments, **inputs)
+
+    for kind, beta in run.points:
+        point = {"beta": beta, "loss_type": [kind], "precompute_ref_log_probs": keeps}
+        config = _trl_config(Setting.read(folder), folder / "trl", None, **point)
+        trainer = _trl_trainer(folder, config, dataset, measured, counted)
+        trainer.train()
+        losses.append([row["loss"] for row in measured.rows])
+        measured.rows.clear()
+    inside = 0.0 if keeps else measured.reference.seconds
+    return {
+        "scored_pairs": scored_pairs,
+        "reference_seconds": measured.reference.seconds,
+        "training_seconds": measured.training.seconds - inside,
+        "losses": losses,
+    }
+
+
+def _columns(folder: Path) -> dict[str, Any]:
+    pairs = json.loads((folder / ORDER).read_text())
+    return {name: pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+
+
+def _trl_trainer(
+    folder: Path, config: Any, dataset: Any, measured: Measured, counted: Callable[..., Any] | None = None
+) -> Any:
+    """Return TRL's trainer without a second tokenisation, its phases measured.
+
+    Args:
+        counted: called in place of each pass of the reference, with that pass and its arguments; without it,
+            scoring before training is measured as a whole.
+    """
+    from transformers import TrainerCallback
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    class Trainer(DPOTrainer):
+        """The trainer with its scoring measured."""
+
+        def _prepare_dataset(self, dataset: Any, *_arguments: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, *arguments: Any) -> Any:
+            with contextlib.nullcontext() if counted else measured.reference.running():
+                return super()._precompute_ref_logps(*arguments)
+
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+            score = super().compute_ref_log_probs
+            return counted(score, model, inputs) if counted else score(model, inputs)
+
+    class Steps(TrainerCallback):
+        """Measures from the first step to the last, without the preparations."""
+
+        def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:
+            self.measured = measured.training.running()
+            self.measured.__enter__()
+
+        def on_train_end(self, _arguments: Any, state: Any, *_others: Any, **_options: Any) -> None:
+            self.measured.__exit__(None, None, None)
+            measured.rows += [row for row in state.log_history if "loss" in row]
+
+    trainer = Trainer(model=str(folder / "model"), args=config, train_dataset=dataset, callbacks=[Steps()])
+    if counted and trainer.ref_model is not None:
+        trainer.ref_model.forward = partial(counted, trainer.ref_model.forward)
+    return trainer
+
+
+def _trl_config(setting: Setting, out: Path, best_micro_pairs: int | None, **changed: Any) -> Any:
+    """Return TRL's defaults with the settings of this run; at its best, with all that makes it faster.
+
+    This version switches `padding_free` off whatever its value, and refuses Liger's fused loss.
+    """
+    import torch
+    from trl.trainer.dpo_config import DPOConfig
+
+    micro_pairs = best_micro_pairs or setting.trl_micro_pairs
+    options: dict[str, Any] = {}
+    if best_micro_pairs:
+        options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
+        if setting.dtype == "bf16":
+            options["model_init_kwargs"] = {"dtype": "bfloat16"}
+            if importlib.util.find_spec("flash_attn"):
+                options["model_init_kwargs"]["attn_implementation"] = "flash_attention_2"
+    return DPOConfig(
+        output_dir=str(out / "trl"),
+        bf16=setting.dtype == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        max_length=setting.max_length,
+        max_steps=setting.steps,
+        per_device_train_batch_size=micro_pairs,
+        gradient_accumulation_steps=setting.batch_pairs // micro_pairs,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=setting.seed,
+        **{**options, **changed},
+    )
+
+
+if __name__ == "__main__":
+    main()
