@@ -65,7 +65,8 @@ def _repeated(file: Path | None, records: int, folder: Path) -> Path:
     if not source.is_file():
         source = folder / "synthetic.jsonl"
         write_synthetic(source, Setting("tiny", 0, 1), min(records, 1000))
-    repeated = folder / f"repeated-{source.name}"
+    repeated = folder / "repeated" / source.name
+    repeated.parent.mkdir()
     lines = source.read_text().splitlines()
     with repeated.open("w") as out:
         out.writelines(f"{line}\n" for line in itertools.islice(itertools.cycle(lines), records))
