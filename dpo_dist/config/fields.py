@@ -19,7 +19,7 @@ class Bounds:
     other_than: float | None = None
 
     def contain(self, value: float) -> bool:
-        """Whether `value` is finite and within the bounds."""
+        """Return whether `value` is finite and within the bounds."""
         return (
             math.isfinite(value)
             and (self.above is None or value > self.above)
@@ -44,6 +44,8 @@ class Declaration:
         bounds: of a number.
         filled: whether text must not be empty.
         defines_result: whether the key is part of the run's digest.
+        added: the digest has the key only at another value than its default, so that runs from before the key
+            existed keep their digest.
         train_only: whether `precompute` does not use the key; None: as its section.
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
     """
@@ -52,6 +54,7 @@ class Declaration:
     bounds: Bounds = Bounds()
     filled: bool = False
     defines_result: bool = True
+    added: bool = False
     train_only: bool | None = None
     of: type | None = None
 
@@ -61,13 +64,14 @@ def key(
     meaning: str,
     *,
     free: bool = False,
+    added: bool = False,
     train_only: bool | None = None,
     of: type | None = None,
     filled: bool = False,
     **bounds: float,
 ) -> Any:
     """Return a dataclass field with its `Declaration`; `free` keeps the key out of the run's digest."""
-    metadata = {_METADATA: Declaration(meaning, Bounds(**bounds), filled, not free, train_only, of)}
+    metadata = {_METADATA: Declaration(meaning, Bounds(**bounds), filled, not free, added, train_only, of)}
     if isinstance(default, list):
         return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

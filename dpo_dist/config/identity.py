@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.fields import declaration
+from dpo_dist.config.loss_function import find_loss_function
+from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
 
 # In the settings of every run; other keys only if they differ from their default.
@@ -26,8 +28,15 @@ _ALWAYS = frozenset(
 
 
 def run_digest(config: RunConfig) -> str:
-    """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written."""
-    canonical = json.dumps(_defining(config), sort_keys=True, separators=(",", ":"))
+    """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written.
+
+    Raises:
+        ConfigError: the source of `loss.function` cannot be read; its text is part of the digest.
+    """
+    defining = _defining(config)
+    if LossKind.custom in config.loss.kinds:
+        defining["loss"]["function_source"] = find_loss_function(config.loss.function).digest
+    canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
@@ -112,5 +121,6 @@ def _defining(value: Any) -> Any:
             field.name: _defining(getattr(value, field.name))
             for field in fields(value)
             if declaration(field).defines_result
+            and not (declaration(field).added and getattr(value, field.name) == field.default)
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value

@@ -4,13 +4,15 @@ Hydra composes `conf/` onto the schema. The result is merged into the schema onc
 `+loss.gamma=1` add a key that no code reads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +22,7 @@ from yaml import YAMLError
 from dpo_dist.config.check import check
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
+from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
@@ -71,12 +74,13 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     Raises:
         ConfigError: it cannot be composed.
     """
+    find_loss_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = group_folders(own_folder)
     check_overrides(parsed, folders)
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
-        with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
+        with _hydra():
             return hydra.compose("config", overrides=[*_search_path(own_folder), *lines])
 
     try:
@@ -85,6 +89,18 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     except _COMPOSITION_ERRORS as error:
         raise composition_error(error, parsed, folders) from error
     return composed
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller with Hydra."""
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:

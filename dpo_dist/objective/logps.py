@@ -52,6 +52,11 @@ class PairLogps:
         """[pairs], mean over the tokens of the rejected response; 0 for a pair of one response."""
         return self.rejected / self.rejected_tokens.clamp(min=1)
 
+    @property
+    def margin(self) -> Tensor:
+        """[pairs], `chosen` minus `rejected`."""
+        return self.chosen - self.rejected
+
     def minus(self, reference: "PairLogps") -> "PairLogps":
         """Return log-ratios of the same responses; nan for a ranked response that the reference lacks.
 

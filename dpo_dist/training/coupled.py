@@ -15,6 +15,8 @@ from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
 from dpo_dist.training.step_timer import StepClock
 
+_COLUMNS = 9
+
 
 def accumulate_coupled(
     policy: PolicyEngine,
@@ -74,24 +76,33 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
 
     Args:
         scored: this rank's micro-batches, without a graph.
-        rank_batch: this rank's share of the global batch.
-        world: the ranks.
     """
-    columns = [_columns(pairs) for pairs in scored]
-    present = [column is not None for column in columns[0]]
-    whole = torch.zeros(sum(present), rank_batch.pairs, dtype=torch.float64, device=world.device)
-    for own, positions in zip(columns, rank_batch.positions, strict=True):
+    whole = torch.zeros(_COLUMNS, rank_batch.pairs, dtype=torch.float64, device=world.device)
+    for pairs, positions in zip(scored, rank_batch.positions, strict=True):
         if positions:
-            stacked = torch.stack([column for column in own if column is not None])
-            whole[:, _on_device(positions, world.device)] = stacked
-    gathered = iter(world.sum(whole))
-    return _from_columns([next(gathered) if is_present else None for is_present in present], scored[0].facts)
+            whole[:, _on_device(positions, world.device)] = _columns(pairs)
+    chosen, rejected, chosen_tokens, rejected_tokens, whole_chosen, *others = world.sum(whole)
+    reference_chosen, reference_rejected, score_gaps, pair_weights = others
+    policy, reference, facts = scored[0].policy, scored[0].reference, scored[0].facts
+    tokens = chosen_tokens, rejected_tokens
+    return ScoredPairs(
+        policy=PairLogps(
+            chosen, rejected, *tokens, whole_chosen=None if policy.whole_chosen is None else whole_chosen
+        ),
+        reference=None if reference is None else PairLogps(reference_chosen, reference_rejected, *tokens),
+        facts=replace(
+            facts,
+            score_gaps=score_gaps,
+            pair_weights=None if facts.pair_weights is None else pair_weights,
+        ),
+        weights=torch.ones_like(chosen),
+    )
 
 
-def _columns(pairs: ScoredPairs) -> list[Tensor | None]:
-    """Return the tensors of a coupled loss, [pairs] each; None for those that the loss does not use."""
+def _columns(pairs: ScoredPairs) -> Tensor:
+    """Return float64 [9, pairs]: everything that a coupled loss uses; zeros for what does not exist."""
     policy, reference, facts = pairs.policy, pairs.reference, pairs.facts
-    return [
+    columns = (
         policy.chosen,
         policy.rejected,
         policy.chosen_tokens,
@@ -101,25 +112,9 @@ def _columns(pairs: ScoredPairs) -> list[Tensor | None]:
         None if reference is None else reference.rejected,
         facts.score_gaps,
         facts.pair_weights,
-    ]
-
-
-def _from_columns(columns: list[Tensor | None], facts: BatchFacts) -> ScoredPairs:
-    """Return the pairs of which these are `_columns`; the other facts are the same in all micro-batches."""
-    chosen, rejected, chosen_tokens, rejected_tokens, whole, of_chosen, of_rejected, gaps, weights = columns
-    assert chosen is not None
-    assert rejected is not None
-    assert chosen_tokens is not None
-    assert rejected_tokens is not None
-    reference = None
-    if of_chosen is not None and of_rejected is not None:
-        reference = PairLogps(of_chosen, of_rejected, chosen_tokens, rejected_tokens)
-    return ScoredPairs(
-        policy=PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, whole_chosen=whole),
-        reference=reference,
-        facts=replace(facts, score_gaps=gaps, pair_weights=weights),
-        weights=torch.ones_like(chosen),
     )
+    zeros = torch.zeros_like(policy.chosen)
+    return torch.stack([zeros if column is None else column for column in columns])
 
 
 def _differentiable(logps: PairLogps) -> list[Tensor]:

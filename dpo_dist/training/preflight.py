@@ -19,6 +19,7 @@ from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported
+from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.training.data_setup import check_fits_loss
 
@@ -48,7 +49,7 @@ def rehearse(config: RunConfig) -> str:
     lines = [
         ("run.dir", f"{run} ({'has checkpoints: the run resumes' if has_checkpoints else 'new'})"),
         ("model.path", f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"),
-        ("loss", ", ".join(config.loss.kinds)),
+        ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
         ("reference", _reference(config, tokenizer)),
     ]
     lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]

@@ -60,11 +60,7 @@ def check_drift(
     Args:
         score: the reference model, or the policy before its first update if it starts as this model.
         objective: the loss, and the reference log-probs to check.
-        dataset: the examples.
-        visited: indices to draw the sample from.
-        costs: to balance micro-batches.
-        config: sample size, seed and precision.
-        world: the ranks.
+        visited: dataset indices to draw the sample from.
 
     Returns:
         The drift per token and per response, in nats, for the report.
@@ -123,8 +119,7 @@ def _drifts(
     Args:
         difference: float32 [targets], fresh log-probs minus stored ones.
         response_tokens: int64 [responses].
-        dataset: the examples.
-        indices: of the examples in the micro-batch.
+        indices: of the micro-batch's examples in `dataset`.
     """
     if not indices:
         return []

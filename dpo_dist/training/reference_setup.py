@@ -89,12 +89,8 @@ def _stored_reference(
     policy in the step-0 check if it starts as the reference, else by an engine that is loaded for it.
 
     Args:
-        config: of the run.
-        inputs: of the run.
         files: of the reference model.
         is_start: whether the policy starts as the reference.
-        world: the ranks.
-        console: for progress.
 
     Returns:
         The provider, the report for summary.json, and the examples for the step-0 check.

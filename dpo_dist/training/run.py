@@ -53,6 +53,8 @@ def train(config: RunConfig, console: Console) -> int:
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
         environment = describe_run(config, folder, world)
+        if "loss_function" in environment:
+            console.say(f"loss: {environment['loss_function']}")
         inputs = load_inputs(config, world, console)
         identity = identify(config, inputs)
         if start.checkpoint is not None:
@@ -60,6 +62,7 @@ def train(config: RunConfig, console: Console) -> int:
         mark_started(folder, RunState(Outcome.started, start.step, identity), world)
 
         reference, policy = _load_models(config, inputs, world, console)
+        world.together(inputs.policy_files.check_unchanged)
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
@@ -135,9 +138,7 @@ def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngin
     model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
-    policy = PolicyEngine(model, config.optim, world)
-    world.together(inputs.policy_files.check_unchanged)
-    return policy
+    return PolicyEngine(model, config.optim, world)
 
 
 def _resume(checkpoint: Checkpoint, sharded: Sequence[Sharded], world: World, console: Console) -> Position:

@@ -14,12 +14,14 @@ from typing import Any, TextIO, TypeVar
 
 from dpo_dist.atomic import is_temporary, recover_folder, write_text
 from dpo_dist.config.load import to_yaml
+from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import CheckpointError, Outcome
+from dpo_dist.errors import CheckpointError, ConfigError, Outcome
+from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.page import write_page
@@ -84,7 +86,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     missing = _take_lock(files[0], folder)
     if not missing:
         return ""
-    of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}.lock"
+    of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}{folder.lock.name}"
     files.append((Path(tempfile.gettempdir()) / of_host).open("w"))
     _take_lock(files[1], folder)
     return (
@@ -196,12 +198,37 @@ def write_on_main(work: Callable[[], T], folder: RunFolder, world: World) -> T:
     return world.on_main(guarded)
 
 
+def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:
+    """Check a custom loss on every rank, and return its description; nothing for other losses. Collective.
+
+    Raises:
+        ConfigError: the function cannot be trained with, or ranks read different sources of it.
+    """
+    described = world.together(lambda: check_custom_loss(config.loss, world.device))
+    if described is None:
+        return {}
+    digests = world.gather(find_loss_function(config.loss.function).digest[:8])
+    if len(set(digests)) > 1:
+        raise ConfigError(
+            "ranks have different sources of the loss function",
+            where="loss.function",
+            got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
+            remedy="copy the same module to every node",
+        )
+    return {"loss_function": described}
+
+
 def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str, Any]:
-    """Write config.yaml and environment.json; return the content of the latter. Collective."""
+    """Write config.yaml and environment.json; return the content of the latter. Collective.
+
+    Raises:
+        ConfigError: the run has a loss function that cannot be trained with.
+    """
+    loss_function = _describe_loss_function(config, world)
 
     def write() -> dict[str, Any]:
         write_text(folder.config, to_yaml(config))
-        environment = describe_environment(world.size)
+        environment = describe_environment(world.size) | loss_function
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         return environment
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_dist.config.loss_function import find_loss_function
+from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.sources import check_source
@@ -31,6 +33,8 @@ def check_start(config: RunConfig) -> None:
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
+    if LossKind.custom in config.loss.kinds:
+        find_loss_function(config.loss.function)
     _check_packages(config)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:

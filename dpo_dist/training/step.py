@@ -39,12 +39,6 @@ def train_step(
     """Update the policy on one global batch; collective.
 
     Args:
-        policy: the model.
-        objective: the loss and the reference.
-        step: this rank's share of the global batch.
-        rate: the learning rate.
-        world: the ranks.
-        clock: measures the phases.
         running: means over the steps before, which some losses use.
 
     Returns:
@@ -95,14 +89,7 @@ class StepTotals:
 
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
-    """One all-reduce for metric sums and votes, then one device-to-host copy; collective.
-
-    Args:
-        sums: this rank's.
-        votes: this rank's.
-        grad_norm: a scalar on the device, the same on all ranks.
-        world: the ranks.
-    """
+    """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
     cast = torch.tensor(votes, dtype=sums.values.dtype).to(sums.values.device, non_blocking=True)
     total = world.sum(torch.cat((sums.values, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()

@@ -134,7 +134,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "adapter", "checkpointing", "tied"), WAYS)
-def test_steps_and_the_folder_they_end_in_are_those_of_plain_peft(
+def test_steps_and_the_exported_adapter_equal_plain_peft(
     size: int,
     kind: ParallelismKind,
     adapter: AdapterConfig,
@@ -145,15 +145,15 @@ def test_steps_and_the_folder_they_end_in_are_those_of_plain_peft(
 ) -> None:
     path = assets.policy if tied else assets.untied_policy
     model = ModelConfig(str(path), dtype=Dtype.fp32, gradient_checkpointing=checkpointing, adapter=adapter)
-    told = run_ranks(partial(steps, model, assets), size, tmp_path / "ranks", kind)
+    results = run_ranks(partial(steps, model, assets), size, tmp_path / "ranks", kind)
 
     oracle = plain_adapter(path, adapter)
     trained = sum(p.numel() for p in oracle.parameters() if p.requires_grad)
-    assert trained <= sum(of_rank["moments"] for of_rank in told) < 1.1 * trained
+    assert trained <= sum(of_rank["moments"] for of_rank in results) < 1.1 * trained
     norms = plain_steps(oracle, assets)
-    base = torch.tensor(told[0]["before"]["base"])
+    base = torch.tensor(results[0]["before"]["base"])
     torch.testing.assert_close(base, scored_plainly(plain_base(path), assets), atol=1e-4, rtol=1e-4)
-    for of_rank in told:
+    for of_rank in results:
         assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
         assert of_rank["before"]["policy"] == of_rank["before"]["base"]
         assert of_rank["after"]["base"] == of_rank["before"]["base"]
@@ -163,7 +163,7 @@ def test_steps_and_the_folder_they_end_in_are_those_of_plain_peft(
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
     assert not [name for name in files if name.startswith("model")]
     reloaded = AutoPeftModelForCausalLM.from_pretrained(written, dtype=torch.float32)
-    seen = torch.tensor(told[0]["after"]["policy"])
+    seen = torch.tensor(results[0]["after"]["policy"])
     assert (seen - base).abs().max() > 0.01
     torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(scored_plainly(oracle, assets), seen, atol=2e-4, rtol=2e-4)
@@ -175,7 +175,7 @@ def first_norm(model: ModelConfig, assets: Assets, world: World, _folder: Path) 
     return Trainer(model, assets, world).step(STEPS[0])
 
 
-def test_layers_gathered_whole_for_torch_compile_train_every_adapter(
+def test_compiled_layers_train_every_adapter(
     assets: Assets, tmp_path: Path
 ) -> None:
     plain = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=LORA)

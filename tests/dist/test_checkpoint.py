@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: whole or not at all, and exact (law L4)."""
+"""Checkpoints of several ranks: complete or absent, and exact (law L4)."""
 
 import os
 import resource
@@ -128,15 +128,15 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
 def demand_exact(
     scenario: Callable[[World, Path], dict[str, Any]], kind: ParallelismKind, dtype: Dtype, folder: Path
 ) -> None:
-    for told in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
-        assert told.pop("folder") == "step-000002"
-        assert told.pop("state") == {"step": 2, "world_size": 2}
-        assert told == dict.fromkeys(told, True)
+    for result in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
+        assert result.pop("folder") == "step-000002"
+        assert result.pop("state") == {"step": 2, "world_size": 2}
+        assert result == dict.fromkeys(result, True)
 
 
 @pytest.mark.parametrize("dtype", Dtype)
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_a_checkpoint_of_an_adapter_is_as_exact_and_holds_nothing_of_the_base(
+def test_a_checkpoint_of_an_adapter_is_exact_and_without_the_base(
     kind: ParallelismKind, dtype: Dtype, assets: Assets, tmp_path: Path
 ) -> None:
     adapter = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
@@ -179,10 +179,10 @@ def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folde
     }
 
 
-def test_training_goes_on_while_a_checkpoint_is_on_its_way_to_disk(assets: Assets, tmp_path: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_flushed(assets: Assets, tmp_path: Path) -> None:
     scenario = partial(train_while_the_disk_writes, assets, tmp_path / "checkpoints")
-    for told in run_ranks(scenario, 2, tmp_path / "ranks"):
-        assert told == {
+    for result in run_ranks(scenario, 2, tmp_path / "ranks"):
+        assert result == {
             "ready": [False, True, False],
             "uncommitted": [],
             "committed": ["step-000001", "step-000002"],
@@ -206,13 +206,13 @@ def save_without_room(
     trainer = Trainer(assets, world)
     trainer.save(root, 1)
     trainer.step([0, 1, 2])
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def save() -> None:
         try:
             trainer.save(root, 2)
         except CheckpointError as error:
-            told["error"] = str(error)
+            results["error"] = str(error)
 
     if world.rank == without:
         without_room(save, bytes_left)
@@ -220,12 +220,12 @@ def save_without_room(
         save()
     world.barrier()
     found = latest_checkpoint(root, world)
-    told["then"] = [found and found.folder.name, (root / "latest").read_text()]
+    results["then"] = [found and found.folder.name, (root / "latest").read_text()]
     world.barrier()
     trainer.step([3, 4, 5])
     trainer.save(root, 3)
-    told["left"] = sorted(path.name for path in root.iterdir())
-    return told
+    results["left"] = sorted(path.name for path in root.iterdir())
+    return results
 
 
 @pytest.mark.parametrize(
@@ -237,16 +237,16 @@ def save_without_room(
         pytest.param(0, 0, ParallelismKind.zero3, id="none on rank 0"),
     ],
 )
-def test_a_full_disk_on_one_rank_is_one_error_on_all_and_costs_nothing(
+def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
     without: int, bytes_left: int, kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
     scenario = partial(save_without_room, assets, tmp_path / "checkpoints", without, bytes_left)
-    told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
-    assert told[0] == told[1]
-    assert "a checkpoint cannot be written" in told[0]["error"]
-    assert "make room" in told[0]["error"]
-    assert told[0]["then"] == ["step-000001", "step-000001"]
-    assert told[0]["left"] == ["latest", "step-000001", "step-000003"]
+    results = run_ranks(scenario, 2, tmp_path / "ranks", kind)
+    assert results[0] == results[1]
+    assert "a checkpoint cannot be written" in results[0]["error"]
+    assert "make room" in results[0]["error"]
+    assert results[0]["then"] == ["step-000001", "step-000001"]
+    assert results[0]["left"] == ["latest", "step-000001", "step-000003"]
 
 
 def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: Path) -> None:
@@ -258,7 +258,7 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
 
 
 @pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_killed_while_saving_is_named_and_leaves_the_checkpoint_before(
+def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
     dying: int, assets: Assets, tmp_path: Path
 ) -> None:
     root = tmp_path / "checkpoints"
@@ -282,12 +282,12 @@ def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[
     return {"left": left}
 
 
-def test_the_last_checkpoints_are_kept_and_left_overs_go(assets: Assets, tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Assets, tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     (root / "step-000001.tmp-0123456789ab" / "engine").mkdir(parents=True)
-    told = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")
-    assert told[0] == told[1]
-    assert told[0]["left"] == {
+    results = run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks")
+    assert results[0] == results[1]
+    assert results[0]["left"] == {
         "1, 2": ["step-000001"],
         "2, 2": ["step-000001", "step-000002"],
         "3, 2": ["step-000002", "step-000003"],

@@ -1,4 +1,4 @@
-"""The same steps on any number of ranks, in any division, with any sharding: plain PyTorch is the oracle."""
+"""Steps equal plain PyTorch for any number of ranks, packing and sharding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.n
 
 
 def shards(policy: PolicyEngine) -> list[Tensor]:
-    """Copies of what this rank holds of the weights."""
+    """Return copies of this rank's shards of the weights."""
     parameters = policy.causal_lm.parameters()
     return [getattr(parameter, "ds_tensor", parameter).detach().clone() for parameter in parameters]
 
@@ -175,12 +175,12 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("size", "kind", "tied"), WAYS)
-def test_steps_are_those_of_plain_pytorch(
+def test_steps_equal_plain_pytorch(
     size: int, kind: ParallelismKind, tied: bool, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = assets.policy if tied else assets.untied_policy
     ranks = tmp_path / "ranks"
-    told = run_ranks(partial(steps, assets, model, plain_entries, Dtype.fp32), size, ranks, kind)
+    results = run_ranks(partial(steps, assets, model, plain_entries, Dtype.fp32), size, ranks, kind)
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     before = load_file(ranks / "before.safetensors")
@@ -192,9 +192,9 @@ def test_steps_are_those_of_plain_pytorch(
     for name, tensor in loaded.state_dict().items():
         assert not torch.equal(before[name], after[name]), f"{name} was not trained"
         torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}")
-    for of_rank in told:
+    for of_rank in results:
         assert of_rank["norms"] == pytest.approx(norms, rel=5e-5)
-        assert of_rank["norms"] == told[0]["norms"]
+        assert of_rank["norms"] == results[0]["norms"]
         assert of_rank["drift"] < 1e-5
         assert of_rank["share"] == pytest.approx(1 / size, abs=0.01)
         assert of_rank["bad norms"] == ["inf", "inf"]
@@ -202,13 +202,13 @@ def test_steps_are_those_of_plain_pytorch(
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_steps_in_bf16_are_those_of_float32_but_for_rounding(
+def test_steps_in_bf16_equal_float32_up_to_rounding(
     kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     """Each kind has an optimizer wrapper of its own in bf16, with its own way to skip a step."""
     ranks = tmp_path / "ranks"
     scenario = partial(steps, assets, assets.policy, plain_entries, Dtype.bf16)
-    told = run_ranks(scenario, 2, ranks, kind, Dtype.bf16)
+    results = run_ranks(scenario, 2, ranks, kind, Dtype.bf16)
     loaded = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.bfloat16)
     before = load_file(ranks / "before.safetensors")
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
@@ -219,16 +219,16 @@ def test_steps_in_bf16_are_those_of_float32_but_for_rounding(
         assert after[name].dtype is torch.bfloat16
         assert not torch.equal(before[name], after[name]), f"{name} was not trained"
         torch.testing.assert_close(after[name].float(), tensor, atol=0.01, rtol=0.01)
-    for of_rank in told:
+    for of_rank in results:
         assert of_rank["norms"] == pytest.approx(norms, rel=0.1)
-        assert of_rank["norms"] == told[0]["norms"]
+        assert of_rank["norms"] == results[0]["norms"]
         assert of_rank["drift"] < 0.1
         assert of_rank["bad norms"] == ["inf", "inf"]
         assert of_rank["unchanged"]
 
 
 def load_both(assets: Assets, world: World, _folder: Path) -> dict[str, bool]:
-    """Whether the reference, and a policy after it, have only this rank's share of weights once loaded."""
+    """Return whether the reference, and a policy loaded after it, have only this rank's shard of weights."""
     config = assets.config(assets.policy).model
     with sharded_loading(world, frozen_config(Offload.none, Dtype.fp32)):
         reference = load_packed(assets.reference, config, 1024, world.device)
@@ -240,8 +240,8 @@ def load_both(assets: Assets, world: World, _folder: Path) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("kind", ParallelismKind)
-def test_the_reference_is_sharded_while_it_loads_and_the_policy_as_its_kind_says(
+def test_the_reference_is_loaded_sharded_and_the_policy_by_its_kind(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
-    for told in run_ranks(partial(load_both, assets), 2, tmp_path / "ranks", kind):
-        assert told == {"reference": True, "policy": kind is ParallelismKind.zero3}
+    for result in run_ranks(partial(load_both, assets), 2, tmp_path / "ranks", kind):
+        assert result == {"reference": True, "policy": kind is ParallelismKind.zero3}

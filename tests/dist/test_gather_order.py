@@ -1,4 +1,4 @@
-"""Under ZeRO-3 every forward finds the order of modules that DeepSpeed recorded for it, whatever ran before."""
+"""Under ZeRO-3 every kind of forward keeps its recorded gather order."""
 
 from functools import partial
 from pathlib import Path
@@ -37,13 +37,11 @@ CASES = {
 
 
 def train(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
-    return {name: told(assets, world, *case) for name, case in CASES.items()}
+    return {name: counts(assets, world, *case) for name, case in CASES.items()}
 
 
-def told(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
-    """Of steps with an evaluation after each: micro-batches, how often DeepSpeed discarded a record, and how often
-    it had compared one over ranks by then.
-    """
+def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
+    """Return counts after each step with an evaluation: micro-batches, discarded records, comparisons."""
     model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
     packed = load_packed(assets.policy, model, 1024, world.device)
     if adapter is not None:
@@ -67,7 +65,7 @@ def told(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig 
     return {"discarded": discarded.call_count, "compared": comparisons, "micro_batches": micro_batches}
 
 
-def test_no_forward_makes_deepspeed_discard_the_order_of_another(assets: Assets, tmp_path: Path) -> None:
+def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_path: Path) -> None:
     for of_rank in run_ranks(partial(train, assets), 2, tmp_path / "ranks"):
         for name, case in of_rank.items():
             assert case["micro_batches"][0] > 2, name

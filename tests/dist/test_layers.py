@@ -1,4 +1,4 @@
-"""What is done to decoder layers changes no gradient, also where their weights are sharded."""
+"""Options of decoder layers change no gradient, also with sharded weights."""
 
 import shutil
 from functools import partial
@@ -57,8 +57,8 @@ def outcome(
     assets: Assets, model: Path, kind: ParallelismKind, folder: Path, **options: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
     config = ModelConfig(str(model), dtype=Dtype.fp32, **options)
-    told = run_ranks(partial(norms, assets, config), 2, folder, kind)
-    return told[0], load_file(folder / "weights.safetensors")
+    results = run_ranks(partial(norms, assets, config), 2, folder, kind)
+    return results[0], load_file(folder / "weights.safetensors")
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.ddp])
@@ -91,7 +91,7 @@ def test_zero3_keeps_vectors_whole_and_gathers_matrices(four_layers: Path, tmp_p
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("choice", ["none", "full"])
-def test_compiled_layers_compute_the_same_with_the_same_code_for_every_batch(
+def test_compiled_layers_are_exact_and_compiled_once(
     choice: str, four_layers: Path
 ) -> None:
     shapes = [[(7, 5, 9), (12, 3, 1)], [(3, 4, 5)], [(20, 3, 3), (5, 6, 7)], [(30, 2, 4)]]

@@ -1,4 +1,4 @@
-"""However the processes of a run end after a failure, exactly one of them prints it, and none is left behind."""
+"""After a failure all processes end, and exactly one prints the error."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ libc = ctypes.CDLL(None)
 
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
-    """As a collective call of NCCL does: without the interpreter, so that no Python signal handler runs."""
+    """Block outside of the interpreter, like a collective call of NCCL: no Python signal handler runs."""
     peers._GRACE_SECONDS = grace_seconds
     libc.sleep(seconds)
 
@@ -54,7 +54,7 @@ def blocked_while_one_dies(late: int, world: World, _folder: Path) -> None:
 
 
 @pytest.mark.parametrize("late", [0, 2])
-def test_ranks_blocked_in_c_say_who_died_and_leave(late: int, tmp_path: Path) -> None:
+def test_blocked_ranks_name_the_dead_one_and_end(late: int, tmp_path: Path) -> None:
     survivor, _, other = outcomes_of(partial(blocked_while_one_dies, late), tmp_path, size=3)
     assert survivor.exit_code == other.exit_code == 1, survivor.log + other.log
     assert "process lost: rank 1 of 3 died" in survivor.log
@@ -77,7 +77,7 @@ def one_fails(error: Exception, world: World, _folder: Path) -> None:
     ],
     ids=["a user's error", "a bug", "a full disk"],
 )
-def test_an_error_of_one_rank_is_told_by_that_rank(error: Exception, name: str, tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: str, tmp_path: Path) -> None:
     waiting, failing = outcomes_of(partial(one_fails, error), tmp_path)
     assert failing.error == name
     if name != "KeyError":  # which keeps its traceback
@@ -109,7 +109,7 @@ def refused_at_different_times(late: int, world: World, _folder: Path) -> None:
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_the_same_error_of_all_ranks_is_told_once(late: int, tmp_path: Path) -> None:
+def test_the_same_error_of_all_ranks_is_printed_once(late: int, tmp_path: Path) -> None:
     outcomes = outcomes_of(partial(refused_at_different_times, late), tmp_path)
     assert [outcome.error for outcome in outcomes] == ["DataError"] * 2
     assert len(printing(outcomes)) == 1
@@ -130,7 +130,7 @@ def terminated_while_it_waits(world: World, _folder: Path) -> None:
 
 
 @pytest.mark.parametrize("scenario", [terminated_before_it_refuses, terminated_while_it_waits])
-def test_a_refusal_is_no_lost_process(scenario: Any, tmp_path: Path) -> None:
+def test_a_configuration_error_is_not_a_lost_process(scenario: Any, tmp_path: Path) -> None:
     """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
     refusing, ended = outcomes_of(scenario, tmp_path)
     assert printing([refusing, ended]) == [0]

@@ -1,4 +1,4 @@
-"""Under ZeRO-3, where rank 0 reads and scatters them, weights are as much looked at as elsewhere."""
+"""Unread weights are refused under ZeRO-3 too, where rank 0 reads the files."""
 
 from functools import partial
 from pathlib import Path

@@ -38,7 +38,7 @@ RECORDS = 11
 STEPS = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9, 2), (1, 3, 5, 7, 9, 10, 0))
 
 CASES = {
-    **{kind.value: LossConfig(kind, 1.0 if kind not in (LossKind.sft, LossKind.orpo) else 0.1) for kind in LossKind},
+    **{kind.value: LossConfig(kind, 1.0 if kind not in (LossKind.sft, LossKind.orpo) else 0.1) for kind in LossKind if kind is not LossKind.custom},
     "aot, smoothed": LossConfig(LossKind.aot, 0.5, 0.1),
     "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, bco_delta=BcoDelta.running_mean),
     "beta_dpo, js, wpo": LossConfig(

@@ -93,15 +93,15 @@ def trained(folder: Path) -> dict[str, Tensor]:
     ("model_type", "kind"),
     [("qwen3_moe", ZERO3), ("qwen3_moe", ZERO2), ("mixtral", ZERO3), ("mixtral", DDP)],
 )
-def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
+def test_two_ranks_train_a_mixture_of_experts_like_plain_pytorch(
     model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = write_moe(tmp_path / "model", model_type)
     scenario = partial(moe_steps, assets, model, Dtype.fp32, plain_entries)
-    told = run_ranks(scenario, 2, tmp_path / "ranks", kind)
+    results = run_ranks(scenario, 2, tmp_path / "ranks", kind)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     norms = plain_steps(plain, assets.dataset(), plain_entries)
-    for of_rank in told:
+    for of_rank in results:
         assert of_rank == pytest.approx(norms, rel=5e-5)
     after = trained(tmp_path / "ranks" / "model")
     for name, tensor in plain.state_dict().items():
@@ -109,15 +109,15 @@ def test_two_ranks_train_a_mixture_of_experts_as_plain_pytorch(
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("qwen3_moe", DDP), ("mixtral", ZERO3)])
-def test_in_bf16_two_ranks_train_it_as_one_process(
+def test_in_bf16_two_ranks_train_it_like_one_process(
     model_type: str, kind: ParallelismKind, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     model = write_moe(tmp_path / "model", model_type)
     scenario = partial(moe_steps, assets, model, Dtype.bf16, plain_entries)
     norms = run_ranks(scenario, 1, tmp_path / "one", kind, Dtype.bf16)[0]
-    told = run_ranks(scenario, 2, tmp_path / "two", kind, Dtype.bf16)
-    assert told[0] == told[1]
-    assert told[0][0] == pytest.approx(norms[0], rel=5e-3)
+    results = run_ranks(scenario, 2, tmp_path / "two", kind, Dtype.bf16)
+    assert results[0] == results[1]
+    assert results[0][0] == pytest.approx(norms[0], rel=5e-3)
     before, one, two = (trained(folder / "model") for folder in (tmp_path, tmp_path / "one", tmp_path / "two"))
     # Rounding moves a share of the weights by a bf16 step: some hundredths of what they were trained by.
     apart, change = (

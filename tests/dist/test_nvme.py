@@ -1,4 +1,4 @@
-"""A reference whose weights lie on a disk scores as one in memory does, and leaves nothing there."""
+"""A reference with weights on a disk scores like one in memory, and leaves no files."""
 
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,14 @@ def score_from_disk(assets: Assets, model: Path, nvme: Path, world: World, _fold
 
 
 @pytest.mark.skipif(not HAS_ASYNC_IO, reason="needs libaio")
-def test_weights_on_a_disk_score_as_those_in_memory(assets: Assets, tmp_path: Path) -> None:
+def test_weights_on_a_disk_score_like_those_in_memory(assets: Assets, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, layers=1)
     nvme = tmp_path / "nvme"
-    told = run_ranks(partial(score_from_disk, assets, model, nvme), 2, tmp_path / "ranks")
+    results = run_ranks(partial(score_from_disk, assets, model, nvme), 2, tmp_path / "ranks")
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
-    for of_rank in told:
+    for of_rank in results:
         for scored in of_rank["scored"]:
             torch.testing.assert_close(torch.tensor(scored), wanted, atol=1e-4, rtol=0)
         assert of_rank["on disk"] >= 3 * 512 * 2048 * 4
@@ -52,7 +52,7 @@ def test_weights_on_a_disk_score_as_those_in_memory(assets: Assets, tmp_path: Pa
 
 
 @pytest.mark.skipif(HAS_ASYNC_IO, reason="DeepSpeed's async_io can be built here")
-def test_where_deepspeed_cannot_read_beside_computing_it_is_said_beforehand() -> None:
+def test_without_async_io_nvme_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         check_async_io()
     assert caught.value.where == "reference.offload"
@@ -71,9 +71,9 @@ def make_folders(nvme: Path, world: World, _folder: Path) -> list[str]:
     return sorted(path.name.rpartition("-")[2] for path in nvme.glob("dpo_dist-*"))
 
 
-def test_each_process_has_a_folder_and_those_of_the_dead_go(tmp_path: Path) -> None:
-    told = run_ranks(partial(make_folders, tmp_path / "nvme"), 2, tmp_path / "ranks")
-    assert told[0] == told[1]
-    assert len(told[0]) == 3
-    assert "1" in told[0]
-    assert str(2**22 + 1) not in told[0]
+def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path: Path) -> None:
+    results = run_ranks(partial(make_folders, tmp_path / "nvme"), 2, tmp_path / "ranks")
+    assert results[0] == results[1]
+    assert len(results[0]) == 3
+    assert "1" in results[0]
+    assert str(2**22 + 1) not in results[0]

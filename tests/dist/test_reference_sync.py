@@ -233,7 +233,7 @@ def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Pat
     return str(caught.value.block())
 
 
-def test_a_reference_of_another_shape_cannot_follow(
+def test_a_reference_of_another_shape_is_refused(
     assets: Assets, odd: tuple[Path, Path], tmp_path: Path
 ) -> None:
     [block] = run_ranks(partial(follow_another_shape, assets, odd[0]), 1, tmp_path / "ranks")

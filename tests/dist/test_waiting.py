@@ -1,4 +1,4 @@
-"""How long ranks wait for each other: as configured in every process group, longer only for one that is working."""
+"""Timeouts of collective calls, and heartbeats of ranks that still work."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def timeouts_of_all_groups(assets: Assets, world: World, _folder: Path) -> list[
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_every_process_group_waits_as_configured(kind: ParallelismKind, assets: Assets, tmp_path: Path) -> None:
+def test_every_process_group_has_the_configured_timeout(kind: ParallelismKind, assets: Assets, tmp_path: Path) -> None:
     for found in run_ranks(partial(timeouts_of_all_groups, assets), 2, tmp_path / "ranks", kind, timeout=77):
         assert len(found) >= 3, "the default group, ours on the host, DeepSpeed's clone"
         assert set(found) == {timedelta(seconds=77).total_seconds()}
@@ -52,7 +52,7 @@ def slow_work(world: World, _folder: Path) -> dict[str, Any]:
     return {"on_main": on_main, "mine": mine, "beats": len(beats), "ascending": beats[:3] == sorted(beats[:3])}
 
 
-def test_a_rank_that_shows_that_it_works_is_waited_for(tmp_path: Path) -> None:
+def test_a_rank_with_a_heartbeat_is_waited_for(tmp_path: Path) -> None:
     first, second = run_ranks(slow_work, 2, tmp_path / "ranks", timeout=2)
     assert (first["on_main"], first["mine"]) == ("from 0", "from 0")
     assert (second["on_main"], second["mine"]) == ("from 0", "quick")
@@ -65,7 +65,7 @@ def silent_work(world: World, _folder: Path) -> None:
     world.on_main(lambda: time.sleep(5))
 
 
-def test_a_silent_rank_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_silent_rank_times_out(tmp_path: Path) -> None:
     """Set-up, checkpoints and fill rounds: a hung file system must not hold the allocation. It is one block."""
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
@@ -81,8 +81,8 @@ def stopped_host_of_the_store(world: World, _folder: Path) -> None:
     world.barrier()
 
 
-def test_a_hanging_process_that_has_the_store_is_not_waited_for(tmp_path: Path) -> None:
-    """What processes tell each other about failures goes through rank 0 or its launcher."""
+def test_a_hanging_process_with_the_store_times_out(tmp_path: Path) -> None:
+    """Processes report failures through rank 0 or its launcher."""
     ranks = start_ranks(stopped_host_of_the_store, 3, tmp_path / "ranks", timeout=2)
     deadline = time.monotonic() + 40
     while not all((tmp_path / "ranks" / f"rank-{rank}.json").exists() for rank in (1, 2)):

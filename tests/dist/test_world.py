@@ -1,4 +1,4 @@
-"""What ranks tell each other, and what they learn when one of them is gone."""
+"""Collective calls, agreement on errors, and survivors of dead ranks."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def fail_to_write() -> None:
 
 def conversation(world: World, _folder: Path) -> dict[str, Any]:
     worked: list[int] = []
-    told = {
+    results = {
         "on_main": world.on_main(lambda: worked.append(world.rank) or f"from {world.rank}"),
         "on_main fails": raised_by(lambda: world.on_main(fail_to_write)),
         "together": world.together(partial(fail_on, (), world)),
@@ -51,12 +51,12 @@ def conversation(world: World, _folder: Path) -> dict[str, Any]:
         "any, rank 1": world.any(world.rank == 1),
         "any, nobody": world.any(False),
     }
-    return {**told, "worked": worked}
+    return {**results, "worked": worked}
 
 
-def test_ranks_say_the_same_and_fail_alike(tmp_path: Path) -> None:
-    told = run_ranks(conversation, SIZE, tmp_path / "ranks")
-    for rank, of_rank in enumerate(told):
+def test_ranks_communicate_and_agree_on_errors(tmp_path: Path) -> None:
+    results = run_ranks(conversation, SIZE, tmp_path / "ranks")
+    for rank, of_rank in enumerate(results):
         assert of_rank == {
             "on_main": "from 0",
             "on_main fails": ["CheckpointError", "no room", "make room"],
@@ -104,7 +104,7 @@ def die_while_one_waits_and_one_is_busy(world: World, _folder: Path) -> None:
     ],
     ids=["rank 0 in on_main", "rank 0, seen late by rank 2", "last of three at a barrier", "rank 1 at a barrier"],
 )
-def test_survivors_name_the_dead_and_the_first_of_them_speaks(
+def test_survivors_name_the_dead_and_the_first_prints(
     scenario: Any, dead: int, size: int, tmp_path: Path
 ) -> None:
     outcomes = start_ranks(scenario, size, tmp_path / "ranks").finish()

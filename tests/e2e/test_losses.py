@@ -68,3 +68,41 @@ def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(
     assert said in refused.output
     assert "rows.jsonl:" in refused.output
     assert "Traceback" not in refused.output
+
+
+OWN_LOSS = """
+from torch.nn.functional import relu
+
+
+def hinge(policy, reference, config):
+    return relu(1 - config.beta * (policy.margin - reference.margin))
+"""
+
+
+def test_a_loss_of_ones_own_trains_on_two_processes_as_the_built_in_one(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    (tmp_path / "my_losses.py").write_text(OWN_LOSS)
+    function = "loss.function=my_losses:hinge"
+    checked = run_verb("train", overrides("loss=custom", function, "--check"), cwd=tmp_path)
+    assert checked.code == 0, checked.output
+    assert "custom loss my_losses:hinge" in checked.output
+
+    own = run_verb(
+        "train",
+        overrides("loss=custom", function, f"run.dir={tmp_path}/own", "trainer.max_steps=3"),
+        processes=2,
+        cwd=tmp_path,
+    )
+    assert own.code == 0, own.output
+    assert f"loss: custom loss my_losses:hinge from {tmp_path}/my_losses.py" in own.output
+    environment = json.loads((tmp_path / "own" / "environment.json").read_text())
+    assert environment["loss_function"].startswith("custom loss my_losses:hinge")
+
+    train(overrides("loss=hinge", f"run.dir={tmp_path}/builtin", "trainer.max_steps=3"), processes=2)
+    assert history(tmp_path / "own") == history(tmp_path / "builtin")
+
+    (tmp_path / "my_losses.py").write_text(OWN_LOSS.replace("1 -", "2 -"))
+    other = run_verb("train", overrides("loss=custom", function, f"run.dir={tmp_path}/own"), cwd=tmp_path)
+    assert other.code == 2, other.output
+    assert "configuration" in other.output

@@ -1,4 +1,4 @@
-"""The kernels of CUDA compute what the reference implementation does, to the precision of bf16."""
+"""CUDA attention kernels equal SDPA to the precision of bf16."""
 
 import importlib.util
 from pathlib import Path
@@ -29,7 +29,7 @@ KERNELS = [
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("heads", [Heads(32, 8, 128), Heads(28, 4, 128), Heads(8, 8, 64)], ids=str)
-def test_kernels_pass_the_check_of_a_run_s_start(kernel: AttentionBackend, heads: Heads) -> None:
+def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, heads: Heads) -> None:
     check_kernel(kernel, CUDA, heads, torch.bfloat16)
 
 

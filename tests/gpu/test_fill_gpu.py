@@ -10,13 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import response_key
-from dpo_dist.data.packing import PackedBatch
+from dpo_dist.data.packing import PackedBatch, Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.fill import StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
-from tests.support.packing import COSTS
+from tests.support.packing import COSTS, dataset_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,26 +30,11 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def pairs(folder: Path) -> PreferenceDataset:
-    """Pairs whose token ids are all different."""
+def distinct_pairs() -> PreferenceDataset:
+    """Return pairs whose token ids are all different."""
     lengths = np.random.default_rng(0).integers(1, 40, 3 * PAIRS)
-    ids = np.arange(lengths.sum(), dtype=np.int32)
-    pieces = np.split(ids, np.cumsum(lengths)[:-1])
-    keys = [response_key(pieces[n - n % 3], pieces[n]) for n in range(3 * PAIRS) if n % 3]
-    return PreferenceDataset(
-        fingerprint="",
-        counts={},
-        source_paths=("",),
-        source_pairs=(PAIRS,),
-        largest_id=int(ids.max()),
-        ids=ids,
-        piece_starts=np.cumsum(lengths) - lengths,
-        piece_tokens=lengths,
-        pair_pieces=np.arange(3, 3 * PAIRS + 1, 3),
-        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
-        scores=np.full(2 * PAIRS, np.nan),
-        origins=np.zeros((PAIRS, 2), dtype=np.int64),
-    )
+    pieces = np.split(np.arange(lengths.sum(), dtype=np.int32), np.cumsum(lengths)[:-1])
+    return dataset_of([Sequences(pieces[n], tuple(pieces[n + 1 : n + 3])) for n in range(0, 3 * PAIRS, 3)])
 
 
 def slow_score(batch: PackedBatch) -> Tensor:
@@ -62,7 +46,7 @@ def slow_score(batch: PackedBatch) -> Tensor:
 
 
 def test_every_response_gets_its_own_values(tmp_path: Path, world: World) -> None:
-    dataset = pairs(tmp_path)
+    dataset = distinct_pairs()
     filler = StoreFiller(LogpStore(tmp_path, [FINGERPRINT], []), lambda: slow_score, world, 256, COSTS, 64)
     filler.fill(dataset, np.arange(PAIRS), lambda _done, _total: None)
     store = LogpStore.open(tmp_path, FINGERPRINT)

@@ -1,4 +1,4 @@
-"""What makes layers cheaper on a GPU changes no result, and a step does not wait for the device."""
+"""Options of layers change no result on a GPU, and a step does not wait for the device."""
 
 import importlib.util
 from pathlib import Path
@@ -54,7 +54,7 @@ def outcome(folder: Path, batch: PackedBatch, config: ModelConfig) -> list[Tenso
 
 @pytest.mark.parametrize("options", KERNELS)
 @pytest.mark.parametrize("checkpointing", ["none", 2, "full"])
-def test_float32_is_as_without(
+def test_float32_equals_the_plain_model(
     options: dict[str, bool], checkpointing: int | str, folder: Path, batch: PackedBatch
 ) -> None:
     expected = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))
@@ -66,7 +66,7 @@ def test_float32_is_as_without(
 
 
 @pytest.mark.parametrize("options", KERNELS)
-def test_bf16_is_no_further_from_float32_than_without(
+def test_bf16_is_as_close_to_float32_as_the_plain_model(
     options: dict[str, bool], folder: Path, batch: PackedBatch
 ) -> None:
     exact = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))[0]
@@ -79,7 +79,7 @@ def test_bf16_is_no_further_from_float32_than_without(
 @pytest.mark.parametrize(
     "model_type", sorted(name for name, known in ARCHITECTURES.items() if known.is_exact_with_liger)
 )
-def test_liger_is_exact_for_every_architecture_that_may_use_it(model_type: str) -> None:
+def test_liger_is_exact_for_every_listed_architecture(model_type: str) -> None:
     model = packed(tiny_causal_lm(tiny_config(model_type))).to(CUDA)
     small = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4)])).to(CUDA)
     logps = model(small)
@@ -92,7 +92,7 @@ def test_liger_is_exact_for_every_architecture_that_may_use_it(model_type: str) 
         assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
 
 
-def test_checkpointing_takes_less_memory(folder: Path) -> None:
+def test_checkpointing_uses_less_memory(folder: Path) -> None:
     long = pack_unkeyed(random_pairs([(400, 300, 300)] * 8)).to(CUDA)
     model = load_packed(folder, ModelConfig(), 1024, CUDA).to(CUDA).train()
     model(long).sum().backward()
@@ -119,5 +119,5 @@ def test_forward_and_backward_do_not_wait_for_the_device(folder: Path, batch: Pa
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_peak_is_that_of_a_gpu() -> None:
+def test_the_measured_peak_is_higher_in_bf16() -> None:
     assert matmul_peak(CUDA, torch.bfloat16) > matmul_peak(CUDA, torch.float32)

@@ -1,4 +1,4 @@
-"""On a GPU a freed reference gives back all that PyTorch had allocated, and an offloaded one is not there."""
+"""A freed reference releases all GPU memory, and an offloaded one uses none."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 MODES = ["cached, the store filled first", "live, offload cpu", "live"]
 
 
-def test_only_a_live_reference_takes_memory_while_the_policy_trains() -> None:
+def test_only_a_live_reference_uses_memory_in_training() -> None:
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""A step is queued on the device without the host's waiting, and its time is read off afterwards."""
+"""A step is queued without waiting for the device, and timed afterwards."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_phase_lasts_as_long_as_the_device_is_at_it() -> None:
+def test_a_phase_lasts_as_long_as_its_work_on_the_device() -> None:
     clock = StepClock(CUDA)
     clock.enter("forward")
     torch.cuda._sleep(100_000_000)  # cycles, of at most 5 GHz

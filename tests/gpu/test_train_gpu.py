@@ -1,4 +1,4 @@
-"""A GPU reaches the trajectory that was recorded on CPUs, by every kind of parallelism."""
+"""A GPU reproduces the trajectory recorded on CPUs, with every kind of parallelism."""
 
 import json
 from pathlib import Path

@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encode import response_key
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.packing import Ids, PackedBatch, Sequences, pack
 
@@ -33,6 +35,27 @@ def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Seque
         return generator.integers(3, VOCABULARY, length).astype(np.int32)
 
     return [Sequences(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
+
+
+def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
+    """Return a dataset in memory of these pairs, with their content keys."""
+    pieces = [piece for pair in pairs for piece in (pair.prompt_ids, *pair.responses)]
+    keys = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
+    lengths = np.array([len(piece) for piece in pieces])
+    return PreferenceDataset(
+        fingerprint="",
+        counts={},
+        source_paths=("",),
+        source_pairs=(len(pairs),),
+        largest_id=int(np.concatenate(pieces).max()),
+        ids=np.concatenate(pieces),
+        piece_starts=np.cumsum(lengths) - lengths,
+        piece_tokens=lengths,
+        pair_pieces=np.cumsum([1 + len(pair.responses) for pair in pairs]),
+        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
+        scores=np.full(len(keys), np.nan),
+        origins=np.zeros((len(pairs), 2), dtype=np.int64),
+    )
 
 
 def pack_unkeyed(pairs: Sequence[Sequences]) -> PackedBatch:

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
 
 from dpo_dist.config.identity import run_digest
@@ -13,6 +14,7 @@ from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, SourceConfig, TrainerConfig
 from dpo_dist.errors import ConfigError
+from tests.support.own_loss import OWN
 
 ROOT = Path(__file__).parents[3]
 RUN = ["model.path=m", "data.train=[a.jsonl]"]
@@ -59,6 +61,13 @@ def test_the_run_is_frozen() -> None:
         config.loss.beta = 1.0  # type: ignore[misc]
 
 
+def test_a_program_that_uses_hydra_can_load_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
+        assert load_run_config(RUN).model.path == "m"
+        assert hydra.compose("config").mine == 1
+
+
 def test_shared_folders_follow_the_root() -> None:
     config = load_run_config([*RUN, "run.root=/scratch/me"])
     assert (config.data.cache, config.reference.store) == ("/scratch/me/encoded", "/scratch/me/reference")
@@ -69,6 +78,7 @@ def test_every_preset_composes(group: str, name: str) -> None:
     needed = [override for override in RUN if not override.startswith(group)]
     required = {"none": ["loss=sft"], "adapter": ["model.adapter={r: 8}"]}
     further = required.get(name, []) if group == "reference" else []
+    further = [f"loss.function={OWN}"] if name == "custom" else further
     config = load_run_config([*needed, *further, f"{group}={name}"])
     if group == "loss":
         kinds = [LossKind.sigmoid, LossKind.sft] if name == "sigmoid_sft" else [LossKind[name]]

@@ -8,6 +8,7 @@ from dpo_dist.config import load
 from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.rules import RULES
 from dpo_dist.errors import ConfigError
+from tests.support.own_loss import function_of
 from tests.unit.config.support import configured
 from tests.unit.config.test_rules_reference import NO_REFERENCE, REFUSED_REFERENCES
 
@@ -63,6 +64,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss.kind": "sft", "loss.reference_free": True} | NO_REFERENCE, "loss.reference_free, loss.kind"),
     ({"loss.terms": [{"kind": "sigmoid"}, {"kind": "sigmoid"}]}, "loss.terms"),
     ({"loss.terms": [{"kind": "sigmoid"}], "loss.kind": "ipo"}, "loss.kind, loss.terms"),
+    ({"loss.kind": "custom", "run.dir": "here"}, "loss.function, loss.kind"),
+    ({"loss.function": "my_losses:my_loss"}, "loss.function, loss.kind"),
     ({"optim.betas": [0.9]}, "optim.betas"),
     ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
     ({"trainer.eval_at_start": True}, "trainer.eval_at_start, data.eval"),
@@ -142,9 +145,10 @@ def test_accepted(values: dict[str, Any]) -> None:
 def test_every_kind_says_whether_it_needs_a_reference(kind: LossKind) -> None:
     """A kind runs with exactly one of: a reference, none."""
     fits, other = ("cached", "none") if KINDS[kind].needs_reference else ("none", "cached")
-    configured({"loss.kind": kind.name, "reference.mode": fits})
+    loss = {"loss.kind": kind.name, "loss.function": function_of(kind)}
+    configured({**loss, "reference.mode": fits})
     with pytest.raises(ConfigError, match="reference"):
-        configured({"loss.kind": kind.name, "reference.mode": other})
+        configured({**loss, "reference.mode": other})
 
 
 def test_a_term_that_needs_a_reference_makes_the_loss_need_it() -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, which are found, and which are kept; in a world of one."""
+"""Checkpoints of one process: damage, resuming, and deletion."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 @dataclass
 class Weights:
-    """A part with one file, which tells the step it was saved at."""
+    """Weights with one file, which contains the step of the save."""
 
     value: int = 0
 
@@ -97,7 +97,7 @@ def lose_entry(manifest: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_never_resumed_and_never_taken_for_none(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_neither_resumed_nor_ignored(damage: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(50, 100)
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_never_resumed_and_never_taken_for_none(damage: 
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_was_just_committed_stays_whatever_lies_beside_it(damage: str, tmp_path: Path) -> None:
+def test_a_committed_checkpoint_stays_beside_damaged_ones(damage: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(50, 100)
@@ -124,7 +124,7 @@ def test_what_was_just_committed_stays_whatever_lies_beside_it(damage: str, tmp_
     assert run.start() == 100
 
 
-def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(50, 100)
@@ -134,7 +134,7 @@ def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Pa
     assert run.left() == ["step-000050", "step-000150"]
 
 
-def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
     run = Run(tmp_path, keep_last=1)
     run.start()
     run.save(999_999, 1_000_000)
@@ -142,7 +142,7 @@ def test_steps_are_numbers_and_not_names(tmp_path: Path) -> None:
     assert run.start() == 1_000_000
 
 
-def test_folders_of_people_are_no_checkpoints(tmp_path: Path) -> None:
+def test_folders_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(1, 2)
@@ -155,14 +155,14 @@ def test_folders_of_people_are_no_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
-def test_while_a_run_trains_its_last_checkpoint_is_there(keep_last: int, tmp_path: Path) -> None:
+def test_the_last_checkpoint_always_exists(keep_last: int, tmp_path: Path) -> None:
     run = Run(tmp_path, keep_last)
     run.start()
     run.save(1, 2)
     assert run.left() == ["step-000002"]
 
 
-def test_the_manifest_names_every_file_that_was_written(tmp_path: Path) -> None:
+def test_the_manifest_lists_every_written_file(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(3)
@@ -181,7 +181,7 @@ def test_the_manifest_names_every_file_that_was_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_another_sharding_or_optimizer_is_refused_with_the_right_one(
+def test_another_sharding_or_optimizer_is_refused_with_a_remedy(
     other: ParallelismConfig, remedy: str, tmp_path: Path
 ) -> None:
     run = Run(tmp_path)
@@ -193,7 +193,7 @@ def test_another_sharding_or_optimizer_is_refused_with_the_right_one(
     assert remedy in caught.value.remedy
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_states_are_restored(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(1)

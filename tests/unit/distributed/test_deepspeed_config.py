@@ -1,4 +1,4 @@
-"""What the configuration says to DeepSpeed is what DeepSpeed reads."""
+"""DeepSpeed reads its configuration with the values meant."""
 
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -12,8 +12,8 @@ from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_pref
     [(896, 15e6), (3584, 233e6), (8192, 855e6)],
     ids=["0.5B", "7B", "70B"],
 )
-def test_a_scored_model_can_fetch_a_layer_ahead(hidden_size: int, layer_parameters: float) -> None:
-    """Of Qwen2.5-0.5B and 7B and Llama-3-70B: DeepSpeed stops fetching where as many are live as may be."""
+def test_a_scored_model_can_prefetch_a_layer(hidden_size: int, layer_parameters: float) -> None:
+    """Qwen2.5-0.5B and 7B, Llama-3-70B: DeepSpeed stops prefetching at `max_live_parameters`."""
     config = with_layer_prefetch(frozen_config(Offload.none, Dtype.bf16), hidden_size)
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
     assert 0.8 * layer_parameters < zero.prefetch_bucket_size < 1.5 * layer_parameters

@@ -16,7 +16,7 @@ FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capac
 
 
 class Engine:
-    """Stands in for DeepSpeed's: it runs out of memory in what is named."""
+    """Fake DeepSpeed engine that runs out of memory in the named call."""
 
     training = True
 
@@ -60,7 +60,7 @@ def batch(*responses: int) -> PackedBatch:
     )
 
 
-def told_by(work: Callable[[], Any]) -> DeviceMemoryError:
+def error_of(work: Callable[[], Any]) -> DeviceMemoryError:
     with pytest.raises(DeviceMemoryError) as raised:
         work()
     return raised.value
@@ -76,7 +76,7 @@ def one_step(engine: PolicyEngine, *batches: PackedBatch) -> None:
 def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
     engine = policy(Engine(where, calls=3))
     one_step(engine, batch(2), batch(2))
-    error = told_by(lambda: one_step(engine, batch(2), batch(5, 9)))
+    error = error_of(lambda: one_step(engine, batch(2), batch(5, 9)))
     # Responses without their last tokens: 3 + 4 + 4, and 3 + 8 + 8.
     assert error.where == "micro-batch 2 of a step: 30 tokens in 2 pairs, the longest of 19"
     assert error.got == FAULT
@@ -84,22 +84,22 @@ def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
     assert "model.gradient_checkpointing" in error.remedy
 
 
-def test_a_single_pair_is_too_long_rather_than_the_budget() -> None:
-    error = told_by(lambda: one_step(policy(Engine("forward")), batch(5)))
+def test_a_single_pair_needs_a_shorter_max_length() -> None:
+    error = error_of(lambda: one_step(policy(Engine("forward")), batch(5)))
     assert "data.max_length" in error.remedy
     assert "micro_batch_tokens" not in error.remedy
 
 
-def test_the_optimizers_states_are_named() -> None:
-    error = told_by(lambda: policy(Engine("step")).step(1e-6))
+def test_the_optimizer_step_is_named() -> None:
+    error = error_of(lambda: policy(Engine("step")).step(1e-6))
     assert error.where == "the optimizer's step"
     assert "zero3_offload" in error.remedy
 
 
-def test_the_reference_has_limits_of_its_own() -> None:
+def test_the_reference_has_its_own_remedy() -> None:
     reference: Any = object.__new__(FrozenEngine)
     reference._engine = Engine("forward")
-    error = told_by(lambda: reference.token_logps(batch(5, 9)))
+    error = error_of(lambda: reference.token_logps(batch(5, 9)))
     assert error.where == "scoring 30 tokens in 2 pairs, the longest of 19"
     assert "reference.micro_batch_tokens" in error.remedy
 

@@ -1,4 +1,4 @@
-"""Which of the run's processes one can see die."""
+"""Processes of the run that a process can see die."""
 
 import os
 from dataclasses import replace
@@ -11,7 +11,7 @@ from dpo_dist.distributed.peers import Neighbours, Peer
 NO_PROCESS = 2**22 + 1
 
 
-def test_only_processes_of_this_host_and_container_can_be_seen_to_die() -> None:
+def test_only_processes_of_this_host_and_container_are_visible() -> None:
     own = Peer.here(0)
     dead = Peer(1, own.host, NO_PROCESS, own.namespace)
     others = [replace(dead, rank=2, host="another"), replace(dead, rank=3, namespace="pid:[1]")]
@@ -19,7 +19,7 @@ def test_only_processes_of_this_host_and_container_can_be_seen_to_die() -> None:
     assert Neighbours([own, replace(dead, pid=os.getpid()), *others], 0).lost() == []
 
 
-def test_where_containers_cannot_be_told_apart_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_processes_are_compared_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """On macOS, or without /proc."""
 
     def fail(_path: Path) -> Path:

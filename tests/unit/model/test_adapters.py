@@ -1,4 +1,4 @@
-"""Which layers get an adapter, what of the model is trained then, and switching it off."""
+"""LoRA adapters: their layers, their training, and the base without them."""
 
 import importlib.util
 from pathlib import Path
@@ -36,7 +36,7 @@ def adapted_names(model: PackedCausalLM) -> set[str]:
     return {name for name, module in model.causal_lm.named_modules() if module in layers}
 
 
-def test_all_linear_is_every_linear_layer_but_the_head(folder: Path) -> None:
+def test_all_linear_is_every_linear_layer_except_the_head(folder: Path) -> None:
     model = adapted(folder)
     names = adapted_names(model)
     assert len(names) == 2 * len(LINEAR)
@@ -44,7 +44,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(folder: Path) -> None:
     assert type(model.causal_lm.get_output_embeddings()) is LogpHead
 
 
-def test_named_layers_are_those_with_that_ending(folder: Path) -> None:
+def test_a_target_matches_the_end_of_a_layers_name(folder: Path) -> None:
     names = adapted_names(adapted(folder, target_modules=["mlp.up_proj", "model.layers.1.self_attn.q_proj"]))
     assert names == {f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)} | {
         "model.layers.1.self_attn.q_proj"
@@ -52,7 +52,7 @@ def test_named_layers_are_those_with_that_ending(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["proj", "query", "lm_head", "embed_tokens"])
-def test_a_name_that_is_no_layer_is_refused_with_those_that_are(folder: Path, target: str) -> None:
+def test_an_unknown_target_is_refused_with_the_known_ones(folder: Path, target: str) -> None:
     with pytest.raises(ConfigError) as refused:
         adapted(folder, target_modules=["q_proj", target])
     assert refused.value.got == target
@@ -60,9 +60,7 @@ def test_a_name_that_is_no_layer_is_refused_with_those_that_are(folder: Path, ta
 
 
 @pytest.mark.parametrize("variant", AdapterVariant)
-def test_an_adapter_changes_nothing_until_it_is_trained_and_nothing_when_off(
-    folder: Path, variant: AdapterVariant
-) -> None:
+def test_an_untrained_or_disabled_adapter_changes_no_log_prob(folder: Path, variant: AdapterVariant) -> None:
     base = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, torch.device("cpu"))(BATCH)
     model = adapted(folder, variant=variant)
     assert torch.equal(model(BATCH), base)
@@ -76,7 +74,7 @@ def test_an_adapter_changes_nothing_until_it_is_trained_and_nothing_when_off(
     assert torch.equal(model(BATCH), moved)
 
 
-def test_only_the_adapter_is_trained_and_stands_in_the_state(folder: Path) -> None:
+def test_only_the_adapter_is_trained_and_in_the_state_dict(folder: Path) -> None:
     model = adapted(folder, variant=AdapterVariant.dora)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 3 * 2 * len(LINEAR)
@@ -89,7 +87,7 @@ def test_only_the_adapter_is_trained_and_stands_in_the_state(folder: Path) -> No
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
 
 
-def test_the_seed_alone_decides_where_an_adapter_starts(folder: Path) -> None:
+def test_only_the_seed_decides_an_adapters_initialization(folder: Path) -> None:
     torch.manual_seed(1)
     first = adapted(folder, seed=3).state_dict()
     state = torch.get_rng_state()
@@ -99,7 +97,7 @@ def test_the_seed_alone_decides_where_an_adapter_starts(folder: Path) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_the_optimizer_holds_the_adapter_alone(folder: Path) -> None:
+def test_the_optimizer_has_only_the_adapter(folder: Path) -> None:
     model = adapted(folder, variant=AdapterVariant.dora)
     matrices, norms = _parameter_groups(model, 0.1)
     assert (matrices["weight_decay"], norms["weight_decay"]) == (0.1, 0.0)

@@ -1,4 +1,4 @@
-"""Every accepted architecture gives packed what it gives plain; the others are refused."""
+"""The packed forward is exact for every supported architecture; others are refused."""
 
 import copy
 import json
@@ -89,7 +89,7 @@ def gradients(causal_lm: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     ("model_type", "own"),
     [*((name, {}) for name in sorted(ARCHITECTURES)), ("qwen2", {"tie_word_embeddings": False})],
 )
-def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
+def test_packed_log_probs_and_gradients_equal_plain_ones(model_type: str, own: dict[str, Any]) -> None:
     config = tiny_config(model_type, **own)
     check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
@@ -131,7 +131,7 @@ def test_packed_is_plain(model_type: str, own: dict[str, Any]) -> None:
         ("codegen", {}, "codegen"),
     ],
 )
-def test_what_would_not_be_exact_is_refused(model_type: str, own: dict[str, Any], named: str) -> None:
+def test_inexact_models_are_refused(model_type: str, own: dict[str, Any], named: str) -> None:
     config = AutoConfig.for_model(model_type, **own)
     with pytest.raises(ConfigError, match=named) as raised:
         check_supported(config, LONGEST)
@@ -147,7 +147,7 @@ def test_what_would_not_be_exact_is_refused(model_type: str, own: dict[str, Any]
         ("granite", {"logits_scaling": 1.0}),
     ],
 )
-def test_options_that_change_nothing_are_accepted(model_type: str, own: dict[str, Any]) -> None:
+def test_options_without_effect_are_accepted(model_type: str, own: dict[str, Any]) -> None:
     check_supported(AutoConfig.for_model(model_type, **own), LONGEST)
 
 
@@ -158,7 +158,7 @@ def test_options_that_change_nothing_are_accepted(model_type: str, own: dict[str
         ("mistral", {"sliding_window": 8}, "window"),
     ],
 )
-def test_a_layer_that_asks_for_more_is_refused_even_if_the_model_was_not(
+def test_unsupported_options_of_a_layer_are_refused_in_the_forward(
     model_type: str, own: dict[str, Any], named: str
 ) -> None:
     model = packed(tiny_causal_lm(tiny_config(model_type, **own)))
@@ -187,10 +187,8 @@ def assert_exact(config: Any, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Non
         ("gpt_neox", {"type": "dynamic"}),
     ],
 )
-def test_rope_is_understood_as_older_config_files_write_it(
-    model_type: str, scaling: dict[str, Any], tmp_path: Path
-) -> None:
-    """As `rope_scaling`, with the original length beside it."""
+def test_rope_of_older_config_files_is_read(model_type: str, scaling: dict[str, Any], tmp_path: Path) -> None:
+    """They write `rope_scaling`, with the original length beside it."""
     written = tiny_config(model_type).to_dict()
     del written["rope_parameters"]
     dynamic = "dynamic" in scaling.values()
@@ -207,7 +205,7 @@ def test_rope_is_understood_as_older_config_files_write_it(
         check_supported(load_config(tmp_path, ModelConfig()), LONGEST + 1)
 
 
-def test_a_mixture_of_experts_says_that_its_router_is_not_balanced() -> None:
+def test_a_mixture_of_experts_has_a_note_on_its_router() -> None:
     for model_type in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
         assert "load-balancing" in " ".join(training_notes(tiny_config(model_type)))
     assert training_notes(tiny_config("mixtral", router_aux_loss_coef=0.0)) == []
@@ -232,7 +230,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model_type", WINDOWED)
-def test_a_window_that_just_holds_the_longest_input_changes_nothing(model_type: str) -> None:
+def test_a_window_as_long_as_the_longest_input_is_exact(model_type: str) -> None:
     """The longest sequence has `LONGEST` tokens, of which the last is no input."""
     own = WINDOWED[model_type]
     assert_exact(tiny_config(model_type, **own, sliding_window=LONGEST - 1))
@@ -242,7 +240,7 @@ def test_a_window_that_just_holds_the_longest_input_changes_nothing(model_type: 
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
-def test_learned_positions_just_hold_the_longest_input(model_type: str) -> None:
+def test_learned_positions_for_the_longest_input_are_enough(model_type: str) -> None:
     config = tiny_config(model_type, max_position_embeddings=LONGEST - 1)
     check_supported(config, LONGEST)
     causal_lm = tiny_causal_lm(config)
@@ -277,7 +275,7 @@ def with_rope(config: Any, rope_type: str, limit: int) -> Any:
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "llama3"])
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES.keys() - {"gpt2", "opt"}))
-def test_rotation_does_not_depend_on_a_long_neighbour(model_type: str, rope_type: str) -> None:
+def test_rotary_frequencies_do_not_depend_on_other_sequences(model_type: str, rope_type: str) -> None:
     """Short pairs beside one of `LONGEST` tokens: the most that the model was trained on, or one more."""
     assert_exact(with_rope(tiny_config(model_type), rope_type, LONGEST))
     beyond = with_rope(tiny_config(model_type), rope_type, LONGEST - 1)

@@ -1,4 +1,4 @@
-"""Packed attention is one causal attention per response: each sees its prompt and itself, nothing else."""
+"""Packed attention equals one causal attention per response over its prompt and itself."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ layouts: st.SearchStrategy[Layout] = st.lists(
 
 
 def visible(layout: Layout) -> Tensor:
-    """Which token (row) may see which (column), token by token from the definition."""
+    """Return the mask of attending tokens (rows) and attended tokens (columns), by the definition."""
     tokens = [
         (pair, piece, place)
         for pair, (prompt, *responses) in enumerate(layout)
@@ -58,16 +58,18 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_attention_by_hand_sized_layouts(backend: AttentionBackend, scale: float | None) -> None:
+def test_attention_of_small_layouts(backend: AttentionBackend, scale: float | None) -> None:
     check(((3, 2, 4), (1, 0, 2), (2, 3, 0), (4, 1, 2, 3), (2, 0, 0)), backend, scale)
 
 
 @given(layouts, st.sampled_from(BACKENDS))
-def test_attention_is_causal_attention_of_each_response(layout: Layout, backend: AttentionBackend) -> None:
+def test_attention_equals_causal_attention_of_each_response(
+    layout: Layout, backend: AttentionBackend
+) -> None:
     check(layout, backend, None)
 
 
-def test_varlen_is_asked_for_as_each_torch_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_is_called_with_the_keywords_of_each_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
     put_kernels(monkeypatch, varlen_of_torch_2_11)
     check(((3, 2, 4), (1, 0, 2)), AttentionBackend.varlen, 0.5)
     put_kernels(monkeypatch, varlen_of_torch_2_10)

@@ -1,4 +1,4 @@
-"""The kernel that a run gets is one that runs there, and it is tried before anything depends on it."""
+"""The attention kernel of a run fits the device, and its results are checked first."""
 
 from functools import wraps
 from typing import Any
@@ -32,14 +32,14 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla T4")
 
 
-def test_auto_means_a_backend_that_runs_there() -> None:
+def test_auto_is_a_backend_that_runs_on_the_device() -> None:
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CPU) is AttentionBackend.sdpa
     assert choose_backend(AttentionBackend.sdpa, Dtype.bf16, CUDA) is AttentionBackend.sdpa
     assert choose_backend(AttentionBackend.auto, Dtype.fp32, CUDA) is AttentionBackend.sdpa
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) in KERNELS
 
 
-def test_a_gpu_without_bf16_takes_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_bf16_uses_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_of(monkeypatch, (7, 5))
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.sdpa
     with pytest.raises(ConfigError, match="Ampere") as raised:
@@ -53,7 +53,7 @@ def test_a_cuda_kernel_on_a_cpu_is_an_error(wanted: AttentionBackend) -> None:
         choose_backend(wanted, Dtype.bf16, CPU)
 
 
-def test_heads_are_the_model_s_own() -> None:
+def test_heads_are_those_of_the_model() -> None:
     assert heads_of(GPT2Config(n_embd=48, n_head=4)) == Heads(4, 4, 12)
     grouped = Qwen3Config(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=40)
     assert heads_of(grouped) == GROUPED
@@ -62,7 +62,7 @@ def test_heads_are_the_model_s_own() -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [GROUPED, Heads(3, 3, 64)])
-def test_a_right_kernel_passes(
+def test_a_correct_kernel_passes(
     backend: AttentionBackend, dtype: torch.dtype, heads: Heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for varlen in (varlen_of_torch_2_13, varlen_of_torch_2_11):
@@ -97,7 +97,7 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "told"),
+    ("kernel", "message"),
     [
         (shifted, "output differs"),
         (wrong_backward, "gradient of the key differs"),
@@ -105,10 +105,10 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
     ],
 )
 def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
-    kernel: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
         check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
-    assert told in raised.value.got
+    assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy

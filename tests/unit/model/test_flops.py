@@ -1,4 +1,4 @@
-"""Operations of a step: those that a counter inside PyTorch sees, and those that a hand adds up."""
+"""FLOPs of a step equal PyTorch's count and a count by hand."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.unit.model.test_architectures import SHAPES, packed, tiny_causal_lm, 
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_matrices_are_those_that_pytorch_counts_in_a_forward(model_type: str) -> None:
+def test_flops_of_matrices_equal_pytorchs_count(model_type: str) -> None:
     config = tiny_config(model_type)
     config._experts_implementation = "eager"  # the counter knows no grouped product
     model = packed(tiny_causal_lm(config))
@@ -31,7 +31,7 @@ def test_matrices_are_those_that_pytorch_counts_in_a_forward(model_type: str) ->
     assert step / 3 == seen
 
 
-def test_a_configuration_of_which_no_model_can_be_made_is_refused() -> None:
+def test_a_configuration_that_builds_no_model_is_refused() -> None:
     config = tiny_config("llama")
     config.rope_parameters = {"rope_type": "unheard_of", "rope_theta": 10000.0}
     with pytest.raises(ConfigError, match="unheard_of"):
@@ -49,7 +49,7 @@ def test_a_step_by_hand() -> None:
     assert flops.of(10, 4, 30) == 10 * flops.per_token + 4 * flops.per_target + 30 * flops.per_attended
 
 
-def test_a_token_is_charged_for_the_experts_it_visits() -> None:
+def test_a_token_counts_the_experts_it_visits() -> None:
     def per_token(**own: Any) -> float:
         return count_flops(tiny_config("qwen3_moe", **own)).per_token
 
@@ -59,7 +59,7 @@ def test_a_token_is_charged_for_the_experts_it_visits() -> None:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
-def test_an_adapter_is_counted_as_pytorch_counts_its_forward_and_backward(targets: Any) -> None:
+def test_flops_of_an_adapter_equal_pytorchs_count(targets: Any) -> None:
     adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
     config = tiny_config("qwen2")
     model = packed(tiny_causal_lm(config))
@@ -89,7 +89,7 @@ def test_an_adapter_is_counted_as_pytorch_counts_its_forward_and_backward(target
         ("Tesla T4", None),
     ],
 )
-def test_a_device_is_found_by_its_whole_name(name: str, tflops: float | None) -> None:
+def test_a_device_is_found_by_its_full_name(name: str, tflops: float | None) -> None:
     assert datasheet_peak(name, torch.bfloat16) == (None if tflops is None else 1e12 * tflops)
 
 
@@ -103,7 +103,7 @@ def test_costs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # two more operations a number: logits again
 
 
-def test_attention_is_as_dear_as_all_else_in_very_long_sequences_only() -> None:
+def test_attention_dominates_only_in_very_long_sequences() -> None:
     qwen7b = AutoConfig.for_model(
         "qwen2",
         hidden_size=3584,
@@ -118,7 +118,7 @@ def test_attention_is_as_dear_as_all_else_in_very_long_sequences_only() -> None:
     assert 0.05 < costs.target < 0.2
 
 
-def test_the_peak_is_a_rate_and_leaves_random_numbers_alone() -> None:
+def test_the_peak_is_a_rate_and_keeps_the_random_state() -> None:
     state = torch.get_rng_state()
     assert matmul_peak(torch.device("cpu"), torch.float32) > 0
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""What is digested of a model folder is what transformers loads of it, and nothing else may join in."""
+"""The weight files of a model folder are those that transformers loads."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_folder(folder: Path, names: list[str], config: dict[str, str]) -> Path
         ),
     ],
 )
-def test_the_files_are_those_that_transformers_resolves(
+def test_weight_files_are_those_that_transformers_loads(
     names: list[str], config: dict[str, str], tmp_path: Path
 ) -> None:
     folder = write_folder(tmp_path / "model", names, config)
@@ -61,7 +61,7 @@ def test_the_files_are_those_that_transformers_resolves(
     assert [str(file) for file in files if not file.name.endswith(".index.json")] == sorted(resolved)
 
 
-def test_a_folder_without_such_files_has_no_weights(tmp_path: Path) -> None:
+def test_a_folder_without_known_weight_files_has_no_weights(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", [], {})
     assert weight_files(folder) == []
     with pytest.raises(ConfigError, match="no weights"):
@@ -71,7 +71,7 @@ def test_a_folder_without_such_files_has_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_an_index_that_names_nothing_is_told(content: str, tmp_path: Path) -> None:
+def test_a_broken_index_is_named_in_the_error(content: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", [], {})
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ConfigError) as raised:

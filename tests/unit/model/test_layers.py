@@ -1,4 +1,4 @@
-"""Checkpointing is of the layers that were chosen and changes no gradient; what cannot be done is refused."""
+"""Activation checkpointing changes no gradient; options that cannot run are refused."""
 
 import importlib.util
 from collections import Counter
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 
 def forwards(model: PackedCausalLM) -> list[int]:
-    """How often each layer's first part computes in one forward and backward."""
+    """Return the number of forwards of each layer in one forward and backward of the model."""
     counts: Counter[int] = Counter()
     layers = decoder_layers(model)
     handles = [
@@ -32,7 +32,7 @@ def forwards(model: PackedCausalLM) -> list[int]:
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_chosen_layers_compute_twice_and_gradients_stay(model_type: str) -> None:
+def test_checkpointed_layers_recompute_without_changing_gradients(model_type: str) -> None:
     model = packed(tiny_causal_lm(tiny_config(model_type, num_hidden_layers=3))).train()
     expected = gradients(model.causal_lm, model(BATCH))
     for choice, computed in (("none", [1, 1, 1]), (2, [1, 2, 1]), (3, [1, 1, 2]), ("full", [2, 2, 2])):
@@ -44,13 +44,13 @@ def test_chosen_layers_compute_twice_and_gradients_stay(model_type: str) -> None
             torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-6)
 
 
-def test_scoring_computes_nothing_twice() -> None:
+def test_scoring_recomputes_nothing() -> None:
     model = packed(tiny_causal_lm(tiny_config("qwen2"))).eval()
     checkpoint_layers(model.causal_lm, "full")
     assert forwards(model) == [1, 1]
 
 
-def test_a_distance_beyond_the_last_layer_is_refused() -> None:
+def test_checkpointing_no_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="no layer would be checkpointed") as raised:
         checkpoint_layers(tiny_causal_lm(tiny_config("qwen2")), 3)
     assert "2" in raised.value.expected

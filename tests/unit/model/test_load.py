@@ -1,4 +1,4 @@
-"""A model folder becomes the model that lies in it, or an error that says what is wrong with it."""
+"""A model folder is loaded exactly, or an error names its fault."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def load(folder: Path, config: ModelConfig = FP32) -> PackedCausalLM:
     return load_packed(folder, config, 64, CPU)
 
 
-def test_a_loaded_model_scores_like_the_plain_one(folder: Path) -> None:
+def test_a_loaded_model_scores_like_the_original(folder: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = plain_logps(plain, PAIRS)
@@ -41,7 +41,7 @@ def test_a_loaded_model_scores_like_the_plain_one(folder: Path) -> None:
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 
-def test_the_head_owns_the_model_s_parameters(folder: Path) -> None:
+def test_the_head_shares_the_parameters_of_the_model(folder: Path) -> None:
     loaded = load(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     state, expected = loaded.causal_lm.state_dict(), plain.state_dict()
@@ -50,14 +50,14 @@ def test_the_head_owns_the_model_s_parameters(folder: Path) -> None:
     assert len(list(loaded.parameters())) == len(list(plain.parameters()))
 
 
-def test_a_saved_model_is_the_loaded_one(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_model_equals_the_loaded_one(folder: Path, tmp_path: Path) -> None:
     load(folder).causal_lm.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before.parameters(), strict=True))
 
 
-def test_precision_is_as_configured(folder: Path) -> None:
+def test_precision_is_the_configured_one(folder: Path) -> None:
     for dtype, expected in ((Dtype.bf16, torch.bfloat16), (Dtype.fp32, torch.float32)):
         model = load(folder, ModelConfig(dtype=dtype))
         assert {parameter.dtype for parameter in model.parameters()} == {expected}
@@ -108,7 +108,7 @@ def name_an_unknown_architecture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (drop_a_weight, r"random values(.|\n)*layers\.1\.mlp\.up_proj"),
         (reshape_a_weight, "cannot be loaded"),
@@ -117,9 +117,9 @@ def name_an_unknown_architecture(folder: Path) -> None:
         (name_an_unknown_architecture, "unheard_of"),
     ],
 )
-def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], told: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     damage(write_model(tmp_path))
-    with pytest.raises(ConfigError, match=told) as raised:
+    with pytest.raises(ConfigError, match=message) as raised:
         load(tmp_path)
     assert str(tmp_path) in raised.value.got
 
@@ -149,14 +149,14 @@ def test_weights_that_the_architecture_does_not_read_are_refused(name: str, tmp_
     assert name in raised.value.got
 
 
-def test_whole_modules_beside_the_model_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_of_other_modules_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     foreign = {"v_head.weight": torch.ones(1, 32), "model.layers.2.mlp.up_proj.weight": torch.ones(1, 32)}
     weights_of(write_model(tmp_path), **foreign)
     load(tmp_path)
     assert all(name in caplog.text for name in foreign)
 
 
-def test_a_model_that_is_quantized_in_its_files_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_quantized_weight_files_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -166,7 +166,7 @@ def test_a_model_that_is_quantized_in_its_files_is_refused(tmp_path: Path) -> No
     assert "fp8" in raised.value.got
 
 
-def test_noise_of_a_router_is_off_in_training(tmp_path: Path) -> None:
+def test_router_noise_is_off_in_training(tmp_path: Path) -> None:
     config = tiny_config("mixtral", router_jitter_noise=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = load(tmp_path)
@@ -195,7 +195,7 @@ def ship_code(folder: Path, names: dict[str, str]) -> None:
     [{"AutoModelForCausalLM": "own.Own"}, {"AutoConfig": "own.OwnConfig"}],
     ids=["model", "configuration"],
 )
-def test_a_model_with_code_of_its_own_is_refused(
+def test_a_model_with_its_own_code_is_refused(
     names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -210,7 +210,7 @@ def test_a_model_with_code_of_its_own_is_refused(
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 
-def test_a_folder_is_a_model_only_with_config_and_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_model_folder_needs_config_and_weights(folder: Path, tmp_path: Path) -> None:
     assert model_folder(str(folder), None) == folder
     with pytest.raises(ConfigError, match="no effect on a local folder") as caught:
         model_folder(str(folder), "main", "reference.path")
@@ -227,7 +227,7 @@ def test_a_folder_is_a_model_only_with_config_and_weights(folder: Path, tmp_path
         model_folder(str(tmp_path), None)
 
 
-def test_a_tokenizer_is_loaded_only_from_its_files(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_needs_its_files(folder: Path, tmp_path: Path) -> None:
     assert len(load_tokenizer(folder, FP32)) == len(tiny.qwen())
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(ConfigError, match="no tokenizer"):
@@ -251,7 +251,9 @@ def test_compiling_is_refused_without_a_compiler(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])
-def test_whole_weights_go_straight_to_a_gpu(is_sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsharded_weights_are_loaded_directly_to_a_gpu(
+    is_sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})

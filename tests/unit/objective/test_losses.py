@@ -22,6 +22,7 @@ from dpo_dist.config.loss_kinds import (
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
+from tests.support.own_loss import OWN, function_of
 
 WITH_REFERENCE = sorted(kind for kind in LossKind if KINDS[kind].needs_reference)
 
@@ -88,6 +89,7 @@ BY_HAND = [
         ),
     ),
     (LossConfig(LossKind.hinge), (0.0, 0.5)),
+    (LossConfig(LossKind.custom, function=OWN), (0.0, 0.5)),
     # Means over tokens 2/4 + 2/5 = 0.9 and 0/6 + 1/2 = 0.5, against 1 / (2 * 0.5) = 1.
     (LossConfig(LossKind.ipo), (0.01, 0.25)),
     (LossConfig(LossKind.ipo, length_average=False), (9.0, 0.0)),
@@ -216,9 +218,9 @@ def ranked(between: Tensor | None, between_tokens: Tensor | None) -> PairLogps:
 )
 def test_a_reference_that_lacks_responses_is_refused(reference: PairLogps) -> None:
     policy = ranked(torch.tensor([[-14.0, -15.0]] * 2), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="not of the policy's responses"):
+    with pytest.raises(ValueError, match="policy and reference log-probs have different"):
         preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
-    with pytest.raises(ValueError, match="not of the policy's responses"):
+    with pytest.raises(ValueError, match="policy and reference log-probs have different"):
         preference_loss(POLICY, ranked(torch.zeros(2, 1), torch.ones(2, 1)), LossConfig())
 
 
@@ -236,7 +238,7 @@ def test_coupled_losses_do_not_ask_for_the_order_of_pairs() -> None:
         )
 
     for kind in sorted(kind for kind in LossKind if KINDS[kind].is_coupled):
-        config = LossConfig(kind, 0.5)
+        config = LossConfig(kind, 0.5, function=function_of(kind))
         there = preference_loss(POLICY, REFERENCE, config, FACTS).sum()
         back = preference_loss(flipped(POLICY), flipped(REFERENCE), config, FACTS).sum()
         assert float(there) == pytest.approx(float(back))
@@ -274,6 +276,7 @@ def test_pair_weights_multiply_losses() -> None:
 def test_policy_equal_to_reference_has_the_loss_of_no_margin(kind: LossKind) -> None:
     others = {
         LossKind.hinge: 1.0,
+        LossKind.custom: 1.0,
         LossKind.ipo: (1 / 0.2) ** 2,
         LossKind.exo_pair: 0.5 * (math.log(0.5 / (1 - 1e-3)) + math.log(0.5 / 1e-3)),
         LossKind.nca_pair: 2 * math.log(2),
@@ -283,7 +286,9 @@ def test_policy_equal_to_reference_has_the_loss_of_no_margin(kind: LossKind) -> 
         LossKind.apo_down: 1.0,
         LossKind.discopop: 0.5 * math.log(2) + 0.5,
     }
-    losses = preference_loss(REFERENCE, REFERENCE, LossConfig(kind, beta=0.1), NO_OFFSET)
+    losses = preference_loss(
+        REFERENCE, REFERENCE, LossConfig(kind, beta=0.1, function=function_of(kind)), NO_OFFSET
+    )
     expected = others.get(kind, math.log(2))
     assert losses.tolist() == pytest.approx([expected] * 2)
 
@@ -339,7 +344,9 @@ def test_raising_chosen_and_lowering_rejected_never_costs(
 ) -> None:
     if kind is LossKind.orpo:  # a probability
         chosen, rejected = -abs(chosen), -abs(rejected)
-    config = LossConfig(kind, beta=beta, label_smoothing=0.2 if kind is LossKind.robust else 0.0)
+    config = LossConfig(
+        kind, beta=beta, label_smoothing=0.2 if kind is LossKind.robust else 0.0, function=function_of(kind)
+    )
     by_chosen, by_rejected = slopes(config, chosen, rejected, chosen_tokens, rejected_tokens)
     assert by_chosen <= 1e-6
     assert by_rejected >= -1e-6
@@ -363,7 +370,7 @@ def test_the_other_kinds_move_what_their_papers_say(chosen: float, rejected: flo
     margin of log((1 - e) / e).
     """
     for kind in (LossKind.nca_pair, LossKind.apo_down):
-        assert slopes(LossConfig(kind, beta), chosen, rejected, 1, 1)[1] >= -1e-6
+        assert slopes(LossConfig(kind, beta, function=function_of(kind)), chosen, rejected, 1, 1)[1] >= -1e-6
     by_chosen, by_rejected = slopes(LossConfig(LossKind.sppo_hard, beta), chosen, rejected, 1, 1)
     assert by_chosen * (chosen - 1 / (2 * beta)) >= -1e-6
     assert by_rejected * (rejected + 1 / (2 * beta)) >= -1e-6
@@ -418,7 +425,9 @@ def test_extreme_log_ratios_give_finite_losses_and_gradients(config: LossConfig,
 def test_a_pair_won_beyond_doubt_pulls_no_more_and_a_lost_one_pulls_fully(kind: LossKind) -> None:
     policy = logps([1e4, -1e4], [-1e4, 1e4])
     policy.chosen.requires_grad_()
-    losses = preference_loss(policy, None, LossConfig(kind, beta=1.0, reference_free=True))
+    losses = preference_loss(
+        policy, None, LossConfig(kind, beta=1.0, reference_free=True, function=function_of(kind))
+    )
     losses.sum().backward()  # type: ignore[no-untyped-call]
     assert policy.chosen.grad is not None
     full = -1 / CHOSEN_TOKENS[1] if kind is LossKind.sigmoid_norm else -1.0
@@ -470,8 +479,9 @@ def test_modifiers_of_other_terms_leave_sft_as_it_is(kind: LossKind) -> None:
     facts = replace(FACTS, pair_weights=torch.tensor([0.25, 2.0]))
     desensitised = replace(POLICY, whole_chosen=torch.tensor([-15.0, -30.0]))
     terms = [LossTermConfig(kind, 0.5), LossTermConfig(LossKind.sft, 3.0)]
-    both = preference_loss(desensitised, REFERENCE, LossConfig(beta=0.5, terms=terms), facts)
-    other = preference_loss(POLICY, REFERENCE, LossConfig(kind, 0.5), facts)
+    config = LossConfig(beta=0.5, terms=terms, function=function_of(kind))
+    both = preference_loss(desensitised, REFERENCE, config, facts)
+    other = preference_loss(POLICY, REFERENCE, LossConfig(kind, 0.5, function=function_of(kind)), facts)
     assert (both - 0.5 * other).tolist() == pytest.approx([3.0 * 15 / 5, 3.0 * 30 / 5], rel=1e-4)
 
 
@@ -479,22 +489,28 @@ def test_modifiers_of_other_terms_leave_sft_as_it_is(kind: LossKind) -> None:
 def test_reference_free_is_a_reference_of_zeros(kind: LossKind) -> None:
     zeros = logps([0.0, 0.0], [0.0, 0.0])
     for reference in (None, REFERENCE):
-        free = preference_loss(POLICY, reference, LossConfig(kind, reference_free=True), FACTS)
-        assert torch.equal(free, preference_loss(POLICY, zeros, LossConfig(kind), FACTS))
+        free = preference_loss(
+            POLICY, reference, LossConfig(kind, reference_free=True, function=function_of(kind)), FACTS
+        )
+        assert torch.equal(
+            free, preference_loss(POLICY, zeros, LossConfig(kind, function=function_of(kind)), FACTS)
+        )
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCE)
 def test_a_missing_reference_is_said_and_never_guessed(kind: LossKind) -> None:
     with pytest.raises(ValueError, match=f"{kind} needs reference"):
-        preference_loss(POLICY, None, LossConfig(kind))
+        preference_loss(POLICY, None, LossConfig(kind, function=function_of(kind)))
     with pytest.raises(ValueError, match=f"{kind} needs reference"):
         preference_loss(POLICY, None, LossConfig(terms=[LossTermConfig(LossKind.sft), LossTermConfig(kind)]))
 
 
 @pytest.mark.parametrize("kind", sorted(set(LossKind) - set(WITH_REFERENCE)))
 def test_reference_free_kinds_do_not_look_at_a_reference(kind: LossKind) -> None:
-    alone = preference_loss(POLICY, None, LossConfig(kind))
-    assert torch.equal(alone, preference_loss(POLICY, REFERENCE, LossConfig(kind)))
+    alone = preference_loss(POLICY, None, LossConfig(kind, function=function_of(kind)))
+    assert torch.equal(
+        alone, preference_loss(POLICY, REFERENCE, LossConfig(kind, function=function_of(kind)))
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.packing import Sequences
 from dpo_dist.distributed.world import Peer, World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference import fingerprint as fingerprint_module
@@ -22,6 +23,7 @@ from dpo_dist.reference.compatible import (
 )
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.store import LogpStore
+from tests.support.packing import dataset_of
 
 PROFILE = {
     "dtype": "bf16",
@@ -39,20 +41,8 @@ OLD_SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa", "tor
 def dataset() -> PreferenceDataset:
     """Four pairs of one prompt token and two responses of one token; the last two pairs are the same."""
     keys = np.array([(0, n) for n in (0, 1, 2, 3, 4, 5, 4, 5)], dtype=np.uint64)
-    return PreferenceDataset(
-        fingerprint="",
-        counts={},
-        source_paths=("",),
-        source_pairs=(4,),
-        largest_id=0,
-        ids=np.zeros(12, dtype=np.int32),
-        piece_starts=np.arange(12),
-        piece_tokens=np.ones(12, dtype=np.int32),
-        pair_pieces=np.arange(3, 13, 3),
-        keys=keys,
-        scores=np.full(len(keys), np.nan),
-        origins=np.zeros((4, 2), dtype=np.int64),
-    )
+    token = np.zeros(1, dtype=np.int32)
+    return replace(dataset_of([Sequences(token, (token, token))] * 4), keys=keys)
 
 
 def write(root: Path, fingerprint: ReferenceFingerprint, names: list[int]) -> None:

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import response_key
-from dpo_dist.data.packing import PackedBatch, pack
+from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError, ReferenceModelError
 from dpo_dist.reference import fill as fill_module
@@ -23,7 +22,7 @@ from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.index import Index
 from dpo_dist.reference.scoring import keys_of_ids
 from dpo_dist.reference.store import LogpStore
-from tests.support.packing import COSTS
+from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
 
 FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
@@ -48,23 +47,7 @@ def dataset(tmp_path: Path) -> PreferenceDataset:
     ]
     first, second = TWINS
     pairs[second][:2] = pairs[first]
-    keys = [response_key(prompt, response) for prompt, *responses in pairs for response in responses]
-    pieces = [piece for pair in pairs for piece in pair]
-    lengths = np.array([len(piece) for piece in pieces])
-    return PreferenceDataset(
-        fingerprint="",
-        counts={},
-        source_paths=("",),
-        source_pairs=(len(pairs),),
-        largest_id=int(np.concatenate(pieces).max()),
-        ids=np.concatenate(pieces),
-        piece_starts=np.cumsum(lengths) - lengths,
-        piece_tokens=lengths,
-        pair_pieces=np.cumsum([len(pair) for pair in pairs]),
-        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
-        scores=np.full(len(keys), np.nan),
-        origins=np.zeros((len(pairs), 2), dtype=np.int64),
-    )
+    return dataset_of([Sequences(prompt, tuple(responses)) for prompt, *responses in pairs])
 
 
 def logps_of(ids: Tensor) -> Tensor:

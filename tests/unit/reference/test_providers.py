@@ -21,8 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import response_key
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
@@ -33,7 +31,7 @@ from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
-from tests.support.packing import COSTS, random_pairs
+from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
@@ -76,27 +74,6 @@ def fresh(folder: Path, dtype: Dtype, pair: int) -> list[np.ndarray]:
     alone = [Sequences(sequences.prompt_ids, (response,)) for response in sequences.responses]
     model = load(folder, dtype)
     return [model(pack([one], np.zeros((1, 2), dtype=np.uint64))).float().numpy() for one in alone]
-
-
-def dataset_of(pairs: list[int]) -> PreferenceDataset:
-    sequences = [PAIRS[pair] for pair in pairs]
-    pieces = [piece for pair in sequences for piece in (pair.prompt_ids, *pair.responses)]
-    keys = [response_key(pair.prompt_ids, response) for pair in sequences for response in pair.responses]
-    lengths = np.array([len(piece) for piece in pieces])
-    return PreferenceDataset(
-        fingerprint="",
-        counts={},
-        source_paths=("",),
-        source_pairs=(len(pairs),),
-        largest_id=int(np.concatenate(pieces).max()),
-        ids=np.concatenate(pieces),
-        piece_starts=np.cumsum(lengths) - lengths,
-        piece_tokens=lengths,
-        pair_pieces=np.cumsum([1 + len(pair.responses) for pair in sequences]),
-        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
-        scores=np.full(len(keys), np.nan),
-        origins=np.zeros((len(pairs), 2), dtype=np.int64),
-    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +138,7 @@ def carry_out(run: Run, model_folder: Path, store: Path, world: World) -> tuple[
     def score(batch: PackedBatch) -> Tensor:
         return model(batch).float()
 
-    dataset = dataset_of(run.pairs)
+    dataset = dataset_of([PAIRS[pair] for pair in run.pairs])
     empty = LogpStore(store, [fingerprint], [])
     filler = StoreFiller(empty, lambda: score, world, run.micro_batch_tokens, COSTS, run.entries_per_shard)
     report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
@@ -191,7 +168,9 @@ def test_a_run_reads_its_own_references_log_probs(
             found = torch.split(logps, [len(each) for each in wanted])
             for response, want in zip(found, wanted, strict=True):
                 assert np.abs(response.numpy() - want).mean() <= TOLERANCE[step.dtype]
-            assert report.hits + report.computed == len(np.unique(dataset_of(step.pairs).keys, axis=0))
+            assert report.hits + report.computed == len(
+                np.unique(dataset_of([PAIRS[pair] for pair in step.pairs]).keys, axis=0)
+            )
 
 
 def test_stored_log_probs_are_reused_bit_for_bit(folders: list[Path], world: World, tmp_path: Path) -> None:

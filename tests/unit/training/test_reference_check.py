@@ -25,6 +25,7 @@ from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.reference_check import check_drift
 from tests.support import tiny
+from tests.support.own_loss import function_of
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
 
@@ -108,7 +109,7 @@ def check(world: World, data: PreferenceDataset, reference: StoredReference) -> 
 
 @pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if KINDS[kind].needs_reference))
 def test_a_policy_equal_to_the_reference_passes_without_drift(check: Any, kind: LossKind) -> None:
-    assert check(Policy(), loss=LossConfig(kind)) == {
+    assert check(Policy(), loss=LossConfig(kind, function=function_of(kind))) == {
         "responses": 2 * PAIRS,
         "mean_token_drift": 0.0,
         "largest_token_drift": 0.0,

@@ -31,6 +31,7 @@ from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.support import tiny
+from tests.support.own_loss import function_of
 from tests.support.packing import COSTS
 from tests.support.records import jsonl
 from tests.support.tiny_model import write_model
@@ -163,7 +164,7 @@ class SyncingOperations(TorchDispatchMode):
 def test_forward_and_backward_do_not_wait_for_the_device(
     data: PreferenceDataset, tmp_path: Path, kind: LossKind
 ) -> None:
-    loss = LossConfig(kind=kind)
+    loss = LossConfig(kind=kind, function=function_of(kind))
     free = not KINDS[kind].needs_reference
     objective = Objective(loss, NoReference() if free else stored(data, tmp_path / "store"))
     model = load_packed(write_model(tmp_path / "model"), ModelConfig(), 1024, CPU)
@@ -219,7 +220,8 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_whole_batch(
     data: PreferenceDataset, model: PackedCausalLM, tmp_path: Path, kind: LossKind, weighting: Weighting
 ) -> None:
     """Also for coupled losses: two passes give the gradient of one graph over all pairs."""
-    loss = LossConfig(kind, weighting=weighting, ld_alpha=None if kind is LossKind.sft else 0.5)
+    ld_alpha = None if kind is LossKind.sft else 0.5
+    loss = LossConfig(kind, weighting=weighting, ld_alpha=ld_alpha, function=function_of(kind))
     objective = Objective(
         loss, stored(data, tmp_path / "store") if KINDS[kind].needs_reference else NoReference()
     )
