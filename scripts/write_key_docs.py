@@ -104,7 +104,7 @@ def _full_table(keys: Iterable[Key]) -> str:
     rows = (
         (
             _code(key.name),
-            key.type_words + (", not empty" if key.filled else ""),
+            key.type_words,
             _code(key.default_words),
             key.meaning,
             ", ".join(key.verbs),
