@@ -171,7 +171,7 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.custom: KindFacts(
         "returned by your own `function`",
-        "docs/python.md",
+        "[your own](python.md#a-loss-of-your-own)",
         _PAIR | _uses("function", "label_smoothing"),
     ),
 }
