@@ -1,15 +1,12 @@
 BIN := .venv/bin
 
-.PHONY: help env docs format lint check test golden
+.PHONY: help env format lint check test docs golden
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 10
 
 env: ## make .venv with the pinned packages
 	@./scripts/setup_env.sh dev
-
-docs: env ## write the tables of keys and losses in README.md and docs/
-	$(BIN)/python scripts/write_key_docs.py
 
 format: env ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff format .
@@ -23,6 +20,9 @@ check: lint ## lint, then the unit tests
 
 test: ## run all tests
 	./scripts/test.sh
+
+docs: env ## write the generated tables of README.md and docs/ again
+	$(BIN)/python scripts/write_key_docs.py
 
 golden: env ## record the golden trajectories again (see CONTRIBUTING.md)
 	$(BIN)/python scripts/record_golden.py
