@@ -1,6 +1,6 @@
 BIN := .venv/bin
 
-.PHONY: help env format lint check test golden
+.PHONY: help env format lint check test docs golden
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 10
@@ -20,6 +20,9 @@ check: lint ## lint, then the unit tests
 
 test: ## run all tests
 	./scripts/test.sh
+
+docs: env ## write the generated tables of README.md and docs/ again
+	$(BIN)/python scripts/write_key_docs.py
 
 golden: env ## record the golden trajectories again (see CONTRIBUTING.md)
 	$(BIN)/python scripts/record_golden.py

@@ -12,7 +12,6 @@ import resource
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,6 @@ CHATML = (
 )
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Speed of encoding on one number of processes."""
-
-    processes: int
-    seconds: float
-    records_per_second: float
-    tokens_per_second: float
-    main_share: float
-
-
 def run(options: Namespace) -> Json:
     """Encode the records once for each number of processes."""
     with tempfile.TemporaryDirectory(dir=options.work) as name:
@@ -58,7 +46,7 @@ def run(options: Namespace) -> Json:
         for processes in options.processes:
             cache = Path(name, f"cache-{processes}")
             speed, content = _measure(file, options.records, processes, tokenizer, cache)
-            speeds.append(asdict(speed))
+            speeds.append(speed)
             contents.add(content)
     assert len(contents) == 1, "the written bytes depend on the number of processes"
     print(markdown([list(speeds[0]), *([f"{value:,.4g}" for value in speed.values()] for speed in speeds)]))
@@ -77,14 +65,15 @@ def _repeated(file: Path | None, records: int, folder: Path) -> Path:
     if not source.is_file():
         source = folder / "synthetic.jsonl"
         write_synthetic(source, Setting("tiny", 0, 1), min(records, 1000))
-    repeated = folder / f"repeated-{source.name}"
+    repeated = folder / "repeated" / source.name
+    repeated.parent.mkdir()
     lines = source.read_text().splitlines()
     with repeated.open("w") as out:
         out.writelines(f"{line}\n" for line in itertools.islice(itertools.cycle(lines), records))
     return repeated
 
 
-def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Path) -> tuple[Speed, str]:
+def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Path) -> tuple[Json, str]:
     """Return the speed of encoding `file`, and a digest of the written files."""
     config = DataConfig(cache=str(cache), max_length=4096, max_bad_share=1.0, processes=processes)
     started, main_before, all_before = time.perf_counter(), time.process_time(), _cpu_seconds()
@@ -95,7 +84,13 @@ def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pa
     for written in sorted(encoded[0].folder.iterdir()):
         digest.update(written.read_bytes())
     tokens = len(open_dataset(encoded, config).ids)
-    speed = Speed(processes, seconds, records / seconds, tokens / seconds, main_seconds / all_seconds)
+    speed = {
+        "processes": processes,
+        "seconds": seconds,
+        "records_per_second": records / seconds,
+        "tokens_per_second": tokens / seconds,
+        "main_share": main_seconds / all_seconds,
+    }
     return speed, digest.hexdigest()
 
 

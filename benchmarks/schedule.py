@@ -24,7 +24,6 @@ import time
 import tracemalloc
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,22 +65,7 @@ COST_SHAPES = [
 Lengths = npt.NDArray[np.int64]  # [pairs, 3]: prompt, chosen, rejected
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Means over steps; the columns that this module's docstring explains."""
-
-    lengths: str
-    budget: int
-    world_size: int
-    pairs_per_rank: int
-    tokens: float
-    fill: float
-    bound: float
-    waiting: float
-    least: float
-    ranks: float
-    dummies: float
-    plan_ms: float
+QUALITIES = ("tokens", "fill", "bound", "waiting", "least", "ranks", "dummies", "plan_ms")
 
 
 def run(options: Namespace) -> Json:
@@ -93,8 +77,13 @@ def run(options: Namespace) -> Json:
     plans = []
     for name, lengths in _kinds_of_lengths(limit):
         for budget, world_size, pairs_per_rank in itertools.product(options.budgets, worlds, (16, 64)):
-            plan = _measure(name, lengths, costs, budget, world_size, pairs_per_rank)
-            plans.append(asdict(plan))
+            where = {
+                "lengths": name,
+                "budget": budget,
+                "world_size": world_size,
+                "pairs_per_rank": pairs_per_rank,
+            }
+            plans.append(where | _measure(lengths, costs, budget, world_size, pairs_per_rank))
     schedule = _measure_schedule(pairs)
     print(markdown([list(plans[0]), *([_cell(value) for value in plan.values()] for plan in plans)]))
     print(markdown([["schedule", ""], *([key, _cell(value)] for key, value in schedule.items())]))
@@ -111,9 +100,9 @@ def _cell(value: object) -> str:
 
 
 def _measure(
-    name: str, lengths: Lengths, costs: ComputeCosts, budget: int, world_size: int, pairs_per_rank: int
-) -> Quality:
-    """Plan steps of pairs drawn at random."""
+    lengths: Lengths, costs: ComputeCosts, budget: int, world_size: int, pairs_per_rank: int
+) -> Json:
+    """Plan steps of pairs drawn at random. Return the means of their qualities."""
     generator = np.random.default_rng(0)
     steps = []
     for _ in range(max(4, 640 // world_size)):
@@ -138,7 +127,7 @@ def _measure(
                 seconds * 1e3,
             )
         )
-    return Quality(name, budget, world_size, pairs_per_rank, *np.mean(steps, axis=0).tolist())
+    return dict(zip(QUALITIES, np.mean(steps, axis=0).tolist(), strict=True))
 
 
 def _least_waiting(sizes: ExampleSizes, world_size: int, budget: int) -> float:

@@ -96,87 +96,50 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _beside_trl_rows(name: str, part: Json) -> list[list[str]]:
-    head = [
-        name.replace("_", " "),
-        "dpo_dist, pairs/s",
-        "with its reference",
-        "TRL, pairs/s",
-        "with its reference",
-        "CPU s a pair",
-        "TRL's",
-        "times TRL",
-        "with references",
-        "peak MiB",
-        "TRL's",
-    ]
-    rows = [head]
-    for ours, trl in zip(variant_points(part, OURS), variant_points(part, TRL), strict=True):
-        speeds = [
-            pairs_per_second(point, with_reference=both) for point in (ours, trl) for both in (False, True)
-        ]
-        costs = [cpu_seconds_per_pair(point, with_reference=False) for point in (ours, trl)]
-        times = [times_faster(ours, trl, with_reference=both) for both in (False, True)]
-        rows.append(
-            [
-                str(ours["x"]),
-                *(_number(speed.median) for speed in speeds),
-                *(_number(cost.median) for cost in costs),
-                *(_ranged(ratio) for ratio in times),
-                *(f"{peak_mib(point):.0f}" for point in (ours, trl)),
-            ]
-        )
+    columns = (
+        "dpo_dist, pairs/s; with its reference; TRL, pairs/s; with its reference; CPU s a pair; TRL's; "
+        "times TRL; with references; peak MiB; TRL's"
+    )
+    rows = [[name.replace("_", " "), *columns.split("; ")]]
+    for both in zip(variant_points(part, OURS), variant_points(part, TRL), strict=True):
+        flags = (False, True)
+        speeds = [pairs_per_second(point, with_reference=flag) for point in both for flag in flags]
+        costs = [cpu_seconds_per_pair(point, with_reference=False) for point in both]
+        times = [times_faster(*both, with_reference=flag) for flag in flags]
+        numbers = [_number(value.median) for value in (*speeds, *costs)]
+        peaks = [f"{peak_mib(point):.0f}" for point in both]
+        rows.append([str(both[0]["x"]), *numbers, *map(_ranged, times), *peaks])
     return rows
 
 
 def _memory_rows(part: Json) -> list[list[str]]:
-    head = [
-        "`trainer.micro_batch_tokens`",
-        "micro-batches a step",
-        "tokens of the largest",
-        "peak MiB",
-        "pairs/s",
-        "CPU s a pair",
-    ]
-    rows = [head]
+    columns = "micro-batches a step; tokens of the largest; peak MiB; pairs/s; CPU s a pair"
+    rows = [["`trainer.micro_batch_tokens`", *columns.split("; ")]]
     for point in part["points"]:
         steps = point["setting"]["pairs"] // point["setting"]["batch_pairs"]
         work = point["rounds"][0]["work"]
-        rows.append(
-            [
-                str(point["x"]),
-                _number(work["micro_batches"] / steps),
-                str(work["most_tokens"]),
-                f"{peak_mib(point):.0f}",
-                _number(pairs_per_second(point, with_reference=False).median),
-                _number(cpu_seconds_per_pair(point, with_reference=False).median),
-            ]
-        )
+        speed = pairs_per_second(point, with_reference=False).median
+        cost = cpu_seconds_per_pair(point, with_reference=False).median
+        row = [str(point["x"]), _number(work["micro_batches"] / steps), str(work["most_tokens"])]
+        rows.append([*row, f"{peak_mib(point):.0f}", _number(speed), _number(cost)])
     return rows
 
 
 def _ablation_rows(part: Json) -> list[list[str]]:
-    head = [
-        "without",
-        "tokens computed",
-        "rows of logits",
-        "micro-batches",
-        "CPU s a pair",
-        "times the whole",
-        "peak MiB",
-    ]
-    rows = [head]
+    columns = (
+        "without; tokens computed; rows of logits; micro-batches; CPU s a pair; times the whole; peak MiB"
+    )
+    rows = [columns.split("; ")]
     whole = part["points"][0]
     for point in part["points"]:
         work = point["rounds"][0]["work"]
-        rows.append(
-            [
-                ABLATIONS[point["variant"]],
-                *(str(work[name]) for name in ("tokens", "logits", "micro_batches")),
-                _number(cpu_seconds_per_pair(point, with_reference=False).median),
-                _ranged(times_faster(whole, point, with_reference=False)),
-                f"{peak_mib(point):.0f}",
-            ]
-        )
+        row = [
+            ABLATIONS[point["variant"]],
+            *(str(work[name]) for name in ("tokens", "logits", "micro_batches")),
+        ]
+        cost = _number(cpu_seconds_per_pair(point, with_reference=False).median)
+        times = _ranged(times_faster(whole, point, with_reference=False))
+        rows.append([*row, cost, times, f"{peak_mib(point):.0f}"])
     return rows
 
 

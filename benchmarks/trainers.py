@@ -5,11 +5,9 @@ reference, and of both with loading and saving; peak memory; the metrics rows of
 """
 
 import contextlib
-import gc
 import importlib.util
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.runs import Result, Run
 from benchmarks.setting import ORDER, Setting, overrides
+from benchmarks.weigh import build_and_weigh, peak
 
 
 @dataclass
@@ -81,7 +80,7 @@ def main() -> None:
         measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
         meters = ("training", "reference", "whole")
         result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
-        result["peak_bytes"] = _peak_bytes()
+        result["peak_bytes"] = peak()
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
@@ -113,7 +112,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
         swaps.enter_context(swap(StoreFiller, "fill", filling.around(StoreFiller.fill)))
         swaps.enter_context(swap(reference_setup, "load_digested", loading.around(load_digested)))
         if run.weighs_reference:
-            build = partial(_build_and_weigh, reference_setup.prepare_reference, measured.memory)
+            build = partial(build_and_weigh, reference_setup.prepare_reference, measured.memory)
             swaps.enter_context(swap(run_module, "prepare_reference", build))
         if not run.saves:
             swaps.enter_context(swap(CheckpointSaver, "save"))
@@ -122,7 +121,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
         with measured.whole.running():
             run_module.train(config, console)
     if run.weighs_reference:
-        measured.memory["peak while training"] = _peak()
+        measured.memory["peak while training"] = peak()
     metrics = run_dir / "dpo_metrics"
     measured.summary = json.loads((metrics / "summary.json").read_text())
     measured.rows = json.loads((metrics / "log_history.json").read_text())
@@ -130,55 +129,6 @@ def _train(run: Run, run_dir: Path) -> Measured:
     measured.reference = filling.without(loading)
     measured.work = vars(work)
     return measured
-
-
-def _build_and_weigh(build: Callable[..., Any], memory: dict[str, int], *arguments: Any) -> Any:
-    before = _weights()
-    _restart_peak()
-    reference = build(*arguments)
-    memory["peak while made ready"] = _peak()
-    memory["kept"] = _weights() - before
-    _restart_peak()
-    return reference
-
-
-def _weights() -> int:
-    """Return bytes allocated on the GPU; without one, of all tensors, shards of ZeRO-3 included."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_allocated())
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _restart_peak() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
-    return int(line.split()[1]) * 1024
-
-
-def _peak_bytes() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _train_with_trl(run: Run, out: Path) -> Measured:

@@ -147,6 +147,6 @@ def disk_error(error: BaseException) -> ConfigError | None:
         "a file cannot be written or read",
         where=str(error.filename or "run.dir, data.cache or reference.store"),
         got=str(error.strerror),
-        remedy="make room, or correct the path or its permissions; everything committed so far is complete, "
-        "and the same command continues from there",
+        remedy="make room, or correct the path or its permissions; then run the same command again: it "
+        "continues from what is complete",
     )

@@ -32,13 +32,11 @@ MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 
 def pages() -> dict[Path, str]:
     """Return the whole text of every page with a table."""
-    keys = all_keys()
+    readme, docs = ROOT / "README.md", ROOT / "docs"
     return {
-        ROOT / "README.md": _with_table(
-            ROOT / "README.md", _short_table([keys[name] for name in IN_README.split()])
-        ),
-        ROOT / "docs" / "losses.md": _with_table(ROOT / "docs" / "losses.md", _loss_table()),
-        ROOT / "docs" / "configuration.md": _configuration(),
+        readme: _with_table(readme, _short_table(all_keys()[name] for name in IN_README.split())),
+        docs / "losses.md": _with_table(docs / "losses.md", _loss_table()),
+        docs / "configuration.md": _configuration(),
     }
 
 
@@ -106,7 +104,7 @@ def _full_table(keys: Iterable[Key]) -> str:
     rows = (
         (
             _code(key.name),
-            key.type_words + (", not empty" if key.filled else ""),
+            key.type_words,
             _code(key.default_words),
             key.meaning,
             ", ".join(key.verbs),

@@ -19,7 +19,7 @@ class Bounds:
     other_than: float | None = None
 
     def contain(self, value: float) -> bool:
-        """Whether `value` is finite and within the bounds."""
+        """Return whether `value` is finite and within the bounds."""
         return (
             math.isfinite(value)
             and (self.above is None or value > self.above)

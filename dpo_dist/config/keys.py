@@ -42,11 +42,12 @@ class Key:
 
     @property
     def type_words(self) -> str:
-        """The type with its bounds: `a number, > 0`."""
+        """The type with its limits: `a number, > 0`, `text, not empty`."""
         words = describe_type(self.type) or (
             "any value" if self.of is None else f"null or {describe_type(self.of)}"
         )
-        return f"{words}, {self.bounds}" if str(self.bounds) else words
+        limits = "not empty" if self.filled else str(self.bounds)
+        return f"{words}, {limits}" if limits else words
 
     @property
     def default_words(self) -> str:

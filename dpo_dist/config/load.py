@@ -4,13 +4,15 @@ Hydra composes `conf/` onto the schema. The result is merged into the schema onc
 `+loss.gamma=1` add a key that no code reads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -78,7 +80,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     check_overrides(parsed, folders)
 
     def compose_lines(lines: Sequence[str]) -> DictConfig:
-        with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
+        with _hydra():
             return hydra.compose("config", overrides=[*_search_path(own_folder), *lines])
 
     try:
@@ -87,6 +89,18 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     except _COMPOSITION_ERRORS as error:
         raise composition_error(error, parsed, folders) from error
     return composed
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """Initialise Hydra with the groups of the package; on exit, restore the state of a caller with Hydra."""
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base=HYDRA_VERSION, config_dir=str(config_dir())):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:

@@ -171,7 +171,7 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.custom: KindFacts(
         "returned by your own `function`",
-        "docs/python.md",
+        "[your own](python.md#a-loss-of-your-own)",
         _PAIR | _uses("function", "label_smoothing"),
     ),
 }
@@ -267,30 +267,30 @@ class LossConfig:
         return [KINDS[kind] for kind in self.kinds]
 
     def uses(self, option: str) -> bool:
-        """Whether the loss depends on the field `option`."""
+        """Return whether the loss depends on the field `option`."""
         return any(option in facts.options for facts in self.facts)
 
     @property
     def is_coupled(self) -> bool:
-        """Whether the loss of a pair depends on the other pairs of its global batch."""
+        """Return whether the loss of a pair depends on the other pairs of its global batch."""
         return any(facts.is_coupled for facts in self.facts)
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss depends on a reference's log-probs."""
+        """Return whether the loss depends on a reference's log-probs."""
         return not self.reference_free and any(facts.needs_reference for facts in self.facts)
 
     @property
     def is_one_sided(self) -> bool:
-        """Whether only the chosen responses occur in the loss."""
+        """Return whether only the chosen responses occur in the loss."""
         return all(facts.fewest_responses == 1 for facts in self.facts)
 
     @property
     def accepts_rankings(self) -> bool:
-        """Whether a record may have more than two responses."""
+        """Return whether a record may have more than two responses."""
         return all(facts.accepts_rankings for facts in self.facts)
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the chosen response of every pair must be scored above the rejected one."""
+        """Return whether the chosen response of every pair must be scored above the rejected one."""
         return any(facts.needs_scores for facts in self.facts)

@@ -51,7 +51,7 @@ def _unreadable(line: str, before: Sequence[str], following: Sequence[str]) -> C
     elif not equals:
         message, remedy = "an argument is not key=value", _add_value(line)
     elif key.endswith("+"):
-        remedy = f"a list is given whole: write {shlex.quote(f'{key[:-1]}=[FIRST,SECOND]')}"
+        remedy = f"write the whole list: {shlex.quote(f'{key[:-1]}=[FIRST,SECOND]')}"
     elif _is_open(value):
         message += ": a bracket is not closed"
         remedy = f"close it; text with brackets needs quotes: {shlex.quote(f'{key}={_quoted(value)}')}"

@@ -27,12 +27,12 @@ _DEFINING = ("path", "revision", "quantization", "numerics")
 def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
     """Replace `auto` by `none`, `adapter` or `cached`, and reset options without effect.
 
-    An experiment may say how its reference is loaded, and the command line may choose a loss or a mode that
-    loads none. Options that the command line gives itself are kept, so that the checks refuse them.
+    An experiment may set how its reference model is loaded, and the command line may choose a loss or a mode
+    that loads none. Options that the command line sets are kept, so that a rule refuses them.
 
     Args:
         config: with every section typed.
-        given: the keys that the command line gives.
+        given: the keys that the command line sets.
     """
     reference = config.reference
     mode_given = not {"reference", "reference.mode"}.isdisjoint(given)
@@ -49,7 +49,7 @@ def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConf
 
 
 def _is_overruled(config: RunConfig, given: Collection[str]) -> bool:
-    """Whether the command line chooses a loss or a model that the experiment's mode cannot go with."""
+    """Return whether the command line chooses a loss or a model that contradicts the experiment's mode."""
     mode = config.reference.mode
     if _is_given("loss", given):
         return (mode is ReferenceMode.none) is config.loss.needs_reference

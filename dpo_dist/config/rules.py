@@ -43,7 +43,7 @@ def _names_layers(targets: object) -> bool:
 
 
 def _has_rankings(data: DataConfig) -> bool:
-    """Whether a source may have rankings, by its format."""
+    """Return whether a source may have rankings, by its format."""
     return any(source.format in (DataFormat.auto, DataFormat.ranked) for source in [*data.train, *data.eval])
 
 
@@ -193,7 +193,7 @@ def _unused_by_loss(option: str) -> Rule:
 
 
 def _unused_by_a_term(option: str) -> Rule:
-    """For an option that means the whole loss; sft beside a preference loss is none of its business."""
+    """Refuse an option of the whole loss that a term lacks; `sft` beside a preference loss is exempt."""
 
     def broken(config: RunConfig) -> bool:
         compared = [facts for facts in config.loss.facts if facts.fewest_responses > 1]

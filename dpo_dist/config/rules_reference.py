@@ -8,16 +8,6 @@ from dpo_dist.config.reference_mode import MODES_USING
 from dpo_dist.config.schema import Numerics, Offload, ReferenceConfig, ReferenceMode, RunConfig
 
 
-def _not_used(cause: str, broken: Callable[[RunConfig], bool]) -> Rule:
-    return Rule(
-        f"reference.mode {cause}",
-        lambda c: c.reference.mode is not ReferenceMode.none and not c.loss.needs_reference and broken(c),
-        "this loss does not use a reference model",
-        "choose reference=none, or remove reference.mode: auto follows the loss",
-        "auto or none",
-    )
-
-
 def _unused_in_mode(option: str) -> Rule:
     modes = MODES_USING[option]
     return Rule(
@@ -39,8 +29,13 @@ _MODE = (
         "choose reference=auto, or set loss.reference_free=true to take its log-probs as 0",
         "auto, cached or live, or adapter with model.adapter",
     ),
-    _not_used("loss.reference_free", lambda c: c.loss.reference_free),
-    _not_used("loss", lambda c: not c.loss.reference_free),
+    Rule(
+        "reference.mode loss loss.reference_free",
+        lambda c: c.reference.mode is not ReferenceMode.none and not c.loss.needs_reference,
+        "this loss does not use a reference model",
+        "choose reference=none, or remove reference.mode: auto follows the loss",
+        "auto or none",
+    ),
     Rule(
         "reference.mode model.adapter",
         lambda c: c.reference.mode is ReferenceMode.adapter and c.model.adapter is None,

@@ -37,14 +37,23 @@ def read_csv(text: TextIO, path: str, max_characters: int) -> Iterator[RawRecord
     if names is None and fault:
         raise DataError("the header of the CSV file cannot be parsed", where=f"{path}:1", got=fault)
     header = names or []
-    if len(set(header)) < len(header):
+    check_columns(header, f"{path}:1")
+    return _records(lines, path, header)
+
+
+def check_columns(names: list[str], where: str) -> None:
+    """Check that the names of columns differ.
+
+    Raises:
+        DataError: two columns have the same name.
+    """
+    if len(set(names)) < len(names):
         raise DataError(
             "two columns have the same name",
-            where=f"{path}:1",
-            got=", ".join(map(shown_key, header)),
+            where=where,
+            got=", ".join(map(shown_key, names)),
             expected="a different name for each column",
         )
-    return _records(lines, path, header)
 
 
 def _records(lines: "_Lines", path: str, header: list[str]) -> Iterator[RawRecord]:

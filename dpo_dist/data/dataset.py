@@ -222,7 +222,7 @@ def _verified(source: EncodedSource) -> Manifest:
             "the encoded data are damaged",
             where=str(source.folder),
             got=", ".join(damaged),
-            remedy="start again: damaged data are encoded anew",
+            remedy="start again: damaged data are encoded again",
         )
     return manifest
 

@@ -269,7 +269,7 @@ def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExa
 def _cut_to_limit(prompt: list[int], limit: int, prefix_length: int) -> list[int]:
     if limit <= prefix_length:
         raise ConfigError(
-            "data.max_prompt_length is too small: it has space for the start tokens of a prompt only",
+            "data.max_prompt_length is too small: only BOS would be left of a prompt",
             where="data.max_prompt_length",
             got=str(limit),
             expected=f"more than {prefix_length} (BOS)",

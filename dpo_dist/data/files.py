@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.data.csv_records import read_csv
+from dpo_dist.data.csv_records import check_columns, read_csv
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.errors import DataError
 
@@ -228,14 +228,7 @@ def _parquet_values(file: Path) -> Iterator[Any]:
         table = pyarrow.parquet.ParquetFile(file)
     except (OSError, ValueError) as fault:
         raise DataError("the file is not Parquet", where=str(file), got=str(fault)) from fault
-    names = table.schema_arrow.names
-    if len(set(names)) < len(names):
-        raise DataError(
-            "two columns have the same name",
-            where=str(file),
-            got=", ".join(map(shown_key, names)),
-            expected="a different name for each column",
-        )
+    check_columns(table.schema_arrow.names, str(file))
     batches = table.iter_batches(batch_size=_PARQUET_BATCH_RECORDS)
     return (value for batch in batches for value in _batch_values(batch))
 

@@ -97,12 +97,12 @@ class Objective:
             reference: `reference_logps` of the batch.
             facts: of the global batch.
         """
-        uses_wpo = self.loss.weighting is Weighting.wpo
-        token_logps, pair_weights = policy.token_logps(batch, with_collisions=uses_wpo), None
-        if uses_wpo:
-            token_logps, collisions = token_logps
+        if self.loss.weighting is Weighting.wpo:
+            token_logps, collisions = policy.token_logps(batch, with_collisions=True)
             sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
             pair_weights = wpo_weights(token_logps, collisions, sums)
+        else:
+            token_logps, pair_weights = policy.token_logps(batch), None
         logps = self.pair_logps(token_logps, batch)
         facts = replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights)
         return ScoredPairs(logps, reference, facts, batch.weights)

@@ -86,7 +86,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     missing = _take_lock(files[0], folder)
     if not missing:
         return ""
-    of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}.lock"
+    of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}{folder.lock.name}"
     files.append((Path(tempfile.gettempdir()) / of_host).open("w"))
     _take_lock(files[1], folder)
     return (

@@ -31,7 +31,7 @@ STEP = range(8)
 
 
 def pairs_of(dataset: PreferenceDataset) -> list[Sequences]:
-    return [dataset.sequences(row) for row in range(len(dataset))]
+    return [dataset.sequences(index) for index in range(len(dataset))]
 
 
 def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
@@ -45,16 +45,16 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     plan = shard_batch(dataset, np.array(STEP), world.rank, world.size, 256, COSTS)
     logps: dict[str, list[float]] = {}
     last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
-    for index, (rows, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
+    for number, (indices, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
         reference = objective.reference_logps(batch)
         pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
         loss, _ = objective.measure(pairs)
-        policy.backward(loss / plan.pairs, is_last=index == last)
+        policy.backward(loss / plan.pairs, is_last=number == last)
         with torch.no_grad():
             values = torch.split(policy.token_logps(batch), batch.response_tokens.tolist())
         logps |= {
-            f"{row} {which}": values[2 * place + which].tolist()
-            for place, row in enumerate(rows)
+            f"{index} {which}": values[2 * i + which].tolist()
+            for i, index in enumerate(indices)
             for which in range(2)
         }
     gradients = {name: safe_get_full_grad(p) for name, p in policy.causal_lm.named_parameters()}
@@ -73,18 +73,18 @@ def test_store_engine_and_gradients_equal_the_padded_forward(assets: Assets, tmp
             AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32), pairs
         )
     stored = LogpStore.open(store, FINGERPRINT).read(assets.dataset().keys)
-    for row, plain in zip(stored, reference, strict=True):
-        np.testing.assert_allclose(row, plain.numpy(), rtol=0, atol=1e-4)
+    for logps, plain in zip(stored, reference, strict=True):
+        np.testing.assert_allclose(logps, plain.numpy(), rtol=0, atol=1e-4)
 
     policy = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32)
-    logps = padded_logps(policy, [pairs[row] for row in STEP])
+    logps = padded_logps(policy, [pairs[index] for index in STEP])
     computed: dict[str, list[float]] = {}
     for of_rank in by_rank:
         assert of_rank["micro_batches"] > 1
         assert of_rank["logps"]
         computed |= of_rank["logps"]
-    for place, plain in enumerate(logps):
-        ours = torch.tensor(computed.pop(f"{place // 2} {place % 2}"))
+    for i, plain in enumerate(logps):
+        ours = torch.tensor(computed.pop(f"{i // 2} {i % 2}"))
         torch.testing.assert_close(ours, plain.detach(), rtol=0, atol=1e-4)
     assert not computed
 

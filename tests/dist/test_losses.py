@@ -104,20 +104,20 @@ def _trajectory(
     objective, running = Objective(loss, reference), RunningMeans()
     policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)
 
-    def plan(rows: Any) -> Any:
+    def plan(indices: Any) -> Any:
         only = loss.is_one_sided
-        return shard_batch(dataset, np.array(rows), world.rank, world.size, budget, COSTS, only)
+        return shard_batch(dataset, np.array(indices), world.rank, world.size, budget, COSTS, only)
 
     def means(sums: MetricSums) -> dict[str, float]:
         return replace(sums, values=world.sum(sums.values)).means()
 
-    for rows in STEPS:
-        ready, clock = objective.ready_step(plan(rows), world.device), StepClock(world.device)
+    for indices in STEPS:
+        ready, clock = objective.ready_step(plan(indices), world.device), StepClock(world.device)
         sums, norm = train_step(policy, objective, ready, OPTIM.lr, world, clock, running)
         metrics = means(sums)
         if not loss.is_one_sided:
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-            running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(rows))
+            running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(indices))
         yield {**metrics, "grad_norm": norm.item()}
     yield means(evaluate(policy, objective, plan(range(RECORDS)), world, running))
 

@@ -43,7 +43,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     **data: Any,
 ) -> dict[str, bytes]:
-    """The files that preparing `sources` on so many processes leaves."""
+    """Return the files that `prepare_dataset` writes on this number of processes."""
     config = DataConfig(cache=str(folder / f"cache {processes}"), processes=processes, **data)
     encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
     return {
@@ -65,7 +65,7 @@ def test_real_data_are_encoded_equally(tmp_path: Path, make: Callable[[], PreTra
 
 
 def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
-    """Sources that end within, at and behind the end of a chunk, with bad records at both ends."""
+    """Sources that end before, at and after the end of a chunk, with bad records at both ends."""
     sources = []
     for count in (0, 1, CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
         (tmp_path / str(count)).mkdir()
@@ -94,7 +94,7 @@ def test_few_records_start_no_process(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And records that were read to know that there are many are not lost."""
+    """Records that were read to count them are not lost."""
     monkeypatch.setattr(encode_workers_module, "_MIN_CHUNKS", 2)
     monkeypatch.setattr(encode_workers_module, "_usable_cores", lambda: 2)
     rows = source(tmp_path, *map(record, range(3 * CHUNK_RECORDS)))
@@ -112,12 +112,12 @@ def test_many_records_use_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def encoders(parent: psutil.Process) -> list[psutil.Process]:
-    """The processes that `parent` has started to encode."""
+    """Return the encoding processes of `parent`."""
     return [process for process in parent.children() if "spawn_main" in " ".join(process.cmdline())]
 
 
 class Mortal(PreTrainedTokenizerFast):
-    """Its process is killed, as by a lack of memory, at a text that says so; not the test's own."""
+    """A tokenizer that kills its process, unless it is the test's own, at a certain text."""
 
     def __call__(self, text: Any, **options: Any) -> Any:
         if any("kill" in one for one in text) and multiprocessing.parent_process() is not None:
@@ -126,7 +126,7 @@ class Mortal(PreTrainedTokenizerFast):
 
 
 class Unreadable(PreTrainedTokenizerFast):
-    """No other process can be given it."""
+    """A tokenizer that cannot be unpickled in another process."""
 
     def __setstate__(self, _state: object) -> None:
         raise ValueError("as of a class that is found in one process only")
@@ -193,7 +193,7 @@ def test_no_process_outlives_its_parent(tmp_path: Path, number: signal.Signals) 
 
 
 def test_a_process_that_encodes_imports_no_torch() -> None:
-    """Each one would take seconds and hundreds of megabytes more."""
+    """Importing torch would take seconds and hundreds of megabytes in each process."""
     code = "import sys, dpo_dist.data.encode_workers; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -99,7 +99,8 @@ def test_defaults_are_those_of_the_schema() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_keys_and_linked_files_exist(page: Path) -> None:
     text = page.read_text()
-    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", text)
+    prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
+    named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
     files = (".py", ".html", ".yaml", ".json", ".md")
     assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)

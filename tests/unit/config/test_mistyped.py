@@ -124,7 +124,7 @@ MISTYPED = [
     ("model.adapter.r=8", "+model.adapter.r="),
     ("loss=[simpo]", "write loss=simpo"),
     ("loss.kind=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
-    ("data.train+=[b.jsonl]", "a list is given whole"),
+    ("data.train+=[b.jsonl]", "the whole list: 'data.train=[FIRST,SECOND]'"),
     ("data.truncation=left", "did you mean data.truncation=keep_end?"),
     ("data.on_bad_record=skip", "did you mean data.on_bad_record=drop?"),
     ("tracking.wandb=on", "did you mean tracking.wandb=online?"),

@@ -24,12 +24,14 @@ EVERY = {"loss.sync_reference.every": 2}
 NVME = {"reference.offload": "nvme", "reference.nvme_path": "/nvme"}
 NF4 = ADAPTER | {"model.quantization": "nf4", "parallelism.kind": "ddp"}
 
+UNUSED = "reference.mode, loss.kind, loss.reference_free"
+
 REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
     (NO_REFERENCE, "reference.mode, loss.kind"),
     ({"loss.terms": [{"kind": "sft"}, {"kind": "sigmoid"}]} | NO_REFERENCE, "reference.mode, loss.terms"),
     ({"reference.revision": "main"}, "reference.revision, reference.path"),
-    ({"loss.kind": "simpo", "reference.mode": "cached"}, "reference.mode, loss.kind"),
-    ({"loss.reference_free": True, "reference.mode": "live"}, "reference.mode, loss.reference_free"),
+    ({"loss.kind": "simpo", "reference.mode": "cached"}, UNUSED),
+    ({"loss.reference_free": True, "reference.mode": "live"}, UNUSED),
     (
         {"reference.mode": "live", "reference.micro_batch_tokens": 64},
         "reference.micro_batch_tokens, reference.mode",
@@ -74,7 +76,7 @@ REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
     ({"reference.mode": "adapter"}, "reference.mode, model.adapter"),
     (WITH_ADAPTER_OFF | {"reference.path": "other"}, "reference.path, reference.mode"),
     (WITH_ADAPTER_OFF | {"reference.offload": "cpu"}, "reference.offload, reference.mode"),
-    (WITH_ADAPTER_OFF | {"loss.kind": "simpo"}, "reference.mode, loss.kind"),
+    (WITH_ADAPTER_OFF | {"loss.kind": "simpo"}, UNUSED),
     (NF4 | CACHED, "reference.quantization, model.quantization"),
     (NF4 | LIVE, "reference.quantization, model.quantization"),
     ({"reference.offload": "nvme"}, "reference.offload, reference.nvme_path"),

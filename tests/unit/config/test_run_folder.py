@@ -1,18 +1,31 @@
 """Paths of the run directory are part of the public contract."""
 
+import ast
 from pathlib import Path
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 
+PACKAGE = Path(__file__).parents[3] / "dpo_dist"
+FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))
+
 
 def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
-    folder = RunFolder.of(RunConfig(run=FolderConfig("output/run")))
-    assert str(folder) == "output/run"
-    paths = [value for name in dir(RunFolder) if isinstance(value := getattr(folder, name), Path)]
-    assert {str(path.relative_to("output/run")) for path in [*paths, folder.rank_log(1)]} == {
+    assert str(FOLDER) == "output/run"
+    paths = [value for name in dir(RunFolder) if isinstance(value := getattr(FOLDER, name), Path)]
+    assert {str(path.relative_to("output/run")) for path in [*paths, FOLDER.rank_log(1)]} == {
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
         *("checkpoints", "model", "wandb/run_id.txt"),
     }
+
+
+def test_no_other_module_names_a_file_of_the_run_directory() -> None:
+    named = {
+        path.name for path in (getattr(FOLDER, name) for name in dir(RunFolder)) if isinstance(path, Path)
+    }
+    named -= {"config.yaml", "model"}  # also files of conf/ and a configuration group
+    for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "config" / "run_folder.py"}):
+        constants = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+        assert not named & {node.value for node in constants if isinstance(node.value, str)}, file

@@ -108,7 +108,7 @@ def test_an_empty_source_is_named(tmp_path: Path) -> None:
 
 
 def test_the_first_record_of_each_reason_is_kept_for_its_detail(tmp_path: Path) -> None:
-    """Also where more of another reason stand before it, in the same chunk or in earlier ones."""
+    """Even after many records of another reason, in the same chunk or in earlier ones."""
     for empty, unknown in ((30, 34), (200, 300)):
         rows = [TEXT | {"chosen": ""}] * empty + [{"question": "q", "answer": "a"}] * unknown + GOOD
         with pytest.raises(DataError) as raised:

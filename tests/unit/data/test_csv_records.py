@@ -77,7 +77,7 @@ def test_a_damaged_quote_affects_its_own_line_only(tmp_path: Path, row: str, dam
 
 
 def test_the_rest_of_a_damaged_cell_is_no_record(tmp_path: Path) -> None:
-    """Its lines have as many commas as a record has."""
+    """The lines inside the cell have as many commas as a record."""
     cell = 'q,a,"He said "hi, and\nfirst, second, third\nfourth, fifth, sixth"\n'
     records = read(tmp_path, f"q,a,b\n{cell}q,a,b\n")
     assert good_lines(records) == [2, 6]
@@ -85,7 +85,7 @@ def test_the_rest_of_a_damaged_cell_is_no_record(tmp_path: Path) -> None:
 
 
 def test_an_unclosed_cell_that_another_line_closes_hides_no_lines(tmp_path: Path) -> None:
-    """The cells so made are as many as another number of columns has."""
+    """The number of cells made this way equals that of a record with other columns."""
     records = read(tmp_path, 'q,"open,b\nq,a,b\nq,a,it ends here"\nq,a,b\n')
     assert len(records) == 4
     assert good_lines(records)[-1] == 5

@@ -239,7 +239,7 @@ def test_the_two_ways_to_encode_agree(text: str, make: Any) -> None:
 
 
 def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
-    """As Phi-3's `<|end|>`, which swallows the line end after it."""
+    """Phi-3's `<|end|>` strips the newline after it."""
     tokenizer = tiny.qwen().__class__(
         tokenizer_object=tiny.qwen().backend_tokenizer,
         eos_token=AddedToken("<|end|>", rstrip=True, lstrip=True, normalized=False, special=True),
@@ -261,7 +261,7 @@ def test_a_special_token_that_cannot_be_encoded_as_text_is_a_bad_record() -> Non
     "name", ["ultrafeedback_plain_scored.jsonl", "derived/trl_conversational_from_hh.jsonl"]
 )
 def test_real_responses_decode_from_their_ids(name: str) -> None:
-    """Byte-level tokens lose nothing, so decoding must give each text back, `</s>` and all."""
+    """Byte-level tokens lose nothing, so decoding must return each text, including `</s>`."""
     assert SHARED is not None
     for source in read_records(str(SHARED / name)):
         if isinstance(source, BadRecord):

@@ -35,7 +35,7 @@ def conversations() -> list[PreferenceRecord]:
 
 
 def trl_ids(records: list[PreferenceRecord], tokenizer: PreTrainedTokenizerFast) -> list[list[list[int]]]:
-    """Prompt, chosen and rejected ids of each record as TRL's DPO trainer prepares them."""
+    """Return the prompt, chosen and rejected ids of each record from TRL's DPO trainer."""
 
     def row(record: PreferenceRecord) -> dict[str, Any]:
         if isinstance(record.prompt, str):

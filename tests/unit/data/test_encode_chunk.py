@@ -142,7 +142,7 @@ def test_a_micro_batch_has_the_score_gaps_of_its_examples(tmp_path: Path) -> Non
 
 
 def test_examples_of_one_ranking_share_its_origin_and_keys(tmp_path: Path) -> None:
-    """The reference has nothing to score twice, also where the prompt is cut for the longest response."""
+    """The reference scores no response twice, even if the prompt is cut for the longest response."""
     record = {"prompt": "a long question " * 20, "responses": ["best", "middle " * 5, "worst"]}
     bad = {"prompt": "q", "responses": ["only one"]}
     limits = {"max_length": 60, "truncation": Truncation.keep_end}

@@ -16,7 +16,7 @@ from tests.support.pairs import CHAT, encode, flags, reason_against, record
 
 
 def numbered(tokenizer: PreTrainedTokenizerFast, prompt: int, *responses: int) -> PreferenceRecord:
-    """A plain record of that many tokens, BOS counted in the prompt and EOS in each response."""
+    """Return a plain record with these numbers of tokens, including BOS and EOS."""
     prefix = len(tokenizer_facts(tokenizer).prefix_ids)
     made = record(
         "".join(str(number % 10) for number in range(prompt - prefix)),

@@ -84,7 +84,7 @@ def test_every_input_of_the_ids_changes_the_fingerprint(tmp_path: Path, change: 
 
 
 def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
-    """Of equal content: its format, its split where one folder has several, the kind of file."""
+    """Sources of equal content with another format, split of a folder or kind of file."""
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path) != prepare(tmp_path, SourceConfig(path, format=DataFormat.text))
     saved = str(tmp_path / "saved")
@@ -133,7 +133,7 @@ def break_the_manifest(folder: Path) -> None:
 
 
 def flip_a_bit(folder: Path) -> None:
-    """As a disk does: the size and the time of the file stay."""
+    """Damage as by a disk: size and times of the file do not change."""
     file = folder / "ids.bin"
     times, content = file.stat(), bytearray(file.read_bytes())
     content[-3] ^= 1

@@ -21,7 +21,7 @@ def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
 
 
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Cost of each micro-batch on each rank."""
+    """Return the cost of each micro-batch on each rank."""
     return np.array([[sum(costs[index] for index in indices) for indices in ranks] for ranks in plan])
 
 
@@ -80,7 +80,7 @@ def test_an_empty_batch_has_an_empty_plan() -> None:
         ([100, 5, 5], 1, 60, 2),
         ([100, 100, 100], 2, 60, 2),
         ([60] * 8, 4, 60, 2),
-        # The dearest into the emptiest bin leaves no room for the last pair; the tightest fit does.
+        # With the costliest pair in the emptiest bin the last pair does not fit; with the best fit it does.
         ([30, 30, 20, 20, 20], 1, 60, 2),
     ],
 )
@@ -138,7 +138,7 @@ def test_ranks_wait_little_if_few_examples_fill_the_budget() -> None:
 
 
 def test_beside_one_costly_example_the_other_ranks_get_more() -> None:
-    """Pairs of 1 would be levelled at 70 in both micro-batches, and all would wait for the pair of 100."""
+    """Balancing pairs of cost 1 at 70 in both micro-batches would make all ranks wait for the pair of 100."""
     tokens = [100] + [1] * (4 * 140 - 100)
     loads = loads_of(plan_micro_batches(sizes(tokens), 4, 100), tokens)
     assert len(loads) == 2
@@ -155,7 +155,7 @@ def test_examples_above_the_budget_do_not_push_others_above_it() -> None:
 
 
 def test_examples_above_the_budget_share_a_micro_batch() -> None:
-    """Their ranks would wait for each other in two."""
+    """In two micro-batches their ranks would wait for each other."""
     tokens = [300, 280, 290, *[20] * 60]
     plan = plan_micro_batches(sizes(tokens), 4, 100)
     assert sum(max(tokens[index] for index in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1

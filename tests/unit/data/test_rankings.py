@@ -17,7 +17,7 @@ H = "\n\nHuman: q\n\nAssistant:"
 
 
 def scored(text: str, score: str, **answers: Any) -> list[dict[str, Any]]:
-    """Answers with their scores, under these names."""
+    """Return responses and scores under these names."""
     return [{text: answer, score: number, "model": "m"} for answer, number in answers.items()]
 
 
@@ -61,7 +61,7 @@ def test_responses_are_sorted_best_first(
 
 
 def rated(text: str, overall: float, *ratings: str) -> dict[str, Any]:
-    """An answer as UltraFeedback has it."""
+    """Return a response as in UltraFeedback."""
     names = ("helpfulness", "honesty", "instruction_following", "truthfulness")
     aspects = {
         name: {"Rating": rating, "Rationale": "r"} for name, rating in zip(names, ratings, strict=False)

@@ -19,7 +19,7 @@ def sampler(pairs: int | list[Span], batch: int, **trainer: float) -> BatchSampl
 
 
 def visited(of: BatchSampler) -> list[int]:
-    """The rows of all steps in order."""
+    """Return the indices of all steps in order."""
     return [row for step in range(of.steps) for row in of.indices(step).tolist()]
 
 
@@ -89,7 +89,7 @@ def test_the_order_is_the_recorded_one() -> None:
 def test_the_order_of_many_pairs_is_the_recorded_one(
     spans: list[tuple[int, int, float]], seed: int, first: list[int], digest: str
 ) -> None:
-    """numpy promises no order from version to version, and takes other ways for large numbers and samples."""
+    """numpy guarantees no order across versions, and uses other algorithms for large numbers and samples."""
     order = np.array(visited(sampler([Span(*span) for span in spans], 4096, seed=seed, epochs=2.0)))
     assert order[:4].tolist() == first
     assert hashlib.blake2b(order.astype("<i8").tobytes(), digest_size=8).hexdigest() == digest

@@ -144,7 +144,7 @@ def test_the_template_may_end_the_thought_itself() -> None:
 
 
 def ordinary_marks() -> PreTrainedTokenizerFast:
-    """As some fine-tuned Llamas: ChatML's marks are added tokens, but not special ones."""
+    """ChatML's marks are added tokens but not special ones in some fine-tuned Llamas."""
     backend = tiny._byte_level(["<s>", "</s>"])
     backend.add_tokens(
         [AddedToken(mark, normalized=False) for mark in ("<|im_start|>", "<|im_end|>", "<think>")]
@@ -166,7 +166,7 @@ def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
 
 
 def legacy() -> PreTrainedTokenizerFast:
-    """As Llama 2's converted tokenizer: a normalizer puts a space before every text."""
+    """Llama 2's converted tokenizer: a normalizer adds a space before every text."""
     backend = Tokenizer.from_str(tiny._sentencepiece_like().to_str())
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -263,7 +263,7 @@ def test_templated_texts_are_counted_and_refused_if_most_are(tmp_path: Path) -> 
     for template in (TextTemplate.applied, TextTemplate.literal):
         counts = opened(tmp_path, [plain, written, written], template)
         assert counts["templated_text"] == 2
-        # The template was applied to what stands as it is; the rest goes without.
+        # With `applied` the templated records count as templated; the plain one does not.
         assert counts["chat_template_not_applied"] == (1 if template is TextTemplate.applied else 3)
 
 

@@ -293,6 +293,15 @@ def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path
     assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, True]
 
 
+def test_own_entries_are_preferred_among_many_with_the_same_first_word(tmp_path: Path) -> None:
+    other = ReferenceFingerprint("weights", {"dtype": "fp32", "torch": "1"})
+    names = range(60)
+    write(tmp_path, {name: [-1.0] for name in names}, other)
+    write(tmp_path, {name: [-2.0] for name in names})
+    store = LogpStore.open(tmp_path, FINGERPRINT, compatible=[other])
+    assert [entry.tolist() for entry in store.read(keys_of(names))] == [[-2.0]] * len(names)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
 def test_values_that_are_not_finite_are_not_stored(tmp_path: Path, number: float) -> None:
     with pytest.raises(ReferenceModelError, match="not finite") as raised:

@@ -51,17 +51,17 @@ class Policy:
     pair: int = 0
     chosen_drift: float = 0.0
     rejected_drift: float = 0.0
-    rows_seen: list[int] = field(default_factory=list)
+    keys_seen: list[int] = field(default_factory=list)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         logps = -1 - torch.frac(batch.targets.float() / 7)
         if len(batch.keys):
             parts = list(torch.split(logps, batch.response_tokens.tolist()))
-            self.rows_seen += [int(key[0]) for key in batch.keys[::2]]
-            for place, key in enumerate(batch.keys[::2]):
+            self.keys_seen += [int(key[0]) for key in batch.keys[::2]]
+            for number, key in enumerate(batch.keys[::2]):
                 if int(key[0]) == self.pair:
-                    parts[2 * place] = parts[2 * place] + self.chosen_drift
-                    parts[2 * place + 1] = parts[2 * place + 1] + self.rejected_drift
+                    parts[2 * number] = parts[2 * number] + self.chosen_drift
+                    parts[2 * number + 1] = parts[2 * number + 1] + self.rejected_drift
             logps = torch.cat(parts)
         return logps
 
@@ -87,8 +87,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
 def reference(data: PreferenceDataset, tmp_path_factory: pytest.TempPathFactory) -> StoredReference:
     root, space = tmp_path_factory.mktemp("store"), ReferenceFingerprint("weights", {})
     batch = collate(data, range(PAIRS))
-    rows = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
-    LogpStore.open(root, space).write(batch.keys, [row.numpy() for row in rows])
+    values = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
+    LogpStore.open(root, space).write(batch.keys, [logps.numpy() for logps in values])
     return StoredReference(LogpStore.open(root, space))
 
 
@@ -148,5 +148,5 @@ def test_the_sample_is_seeded_and_has_the_configured_size(check: Any) -> None:
     first, second = Policy(), Policy()
     check(first, audit_pairs=3)
     check(second, audit_pairs=3)
-    assert len(set(first.rows_seen)) == 3
-    assert first.rows_seen == second.rows_seen
+    assert len(set(first.keys_seen)) == 3
+    assert first.keys_seen == second.keys_seen

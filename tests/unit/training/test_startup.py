@@ -46,7 +46,7 @@ def refused(config: RunConfig) -> DpoDistError:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "text"),
     [
         ("model.path={assets}/modle", "did you mean {assets}/model?"),
         ("model.path={assets}/train.jsonl", "the model is a file"),
@@ -68,10 +68,10 @@ def refused(config: RunConfig) -> DpoDistError:
     ],
 )
 def test_missing_inputs_are_errors_and_no_files_are_left(
-    override: str, told: str, assets: Path, tmp_path: Path
+    override: str, text: str, assets: Path, tmp_path: Path
 ) -> None:
     error = refused(run_of(assets, tmp_path, override.format(assets=assets)))
-    assert told.format(assets=assets) in error.block()
+    assert text.format(assets=assets) in error.block()
     assert error.remedy
     assert not list(tmp_path.iterdir())
 
@@ -193,17 +193,17 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
     config = run_of(assets, tmp_path, f"data.eval=[{{path: {assets}/train.jsonl, limit: 5}}]")
     with without_traces(config, of_success=True):
         check_start(config)
-        told = rehearse(config)
-    assert "check passed" in told
-    assert "12 of the first 12 records kept" in told
-    assert "data.eval[0]:  " in told
-    assert "5 of the first 5 records kept" in told
-    assert "cached, store" in told
+        text = rehearse(config)
+    assert "check passed" in text
+    assert "12 of the first 12 records kept" in text
+    assert "data.eval[0]:  " in text
+    assert "5 of the first 5 records kept" in text
+    assert "cached, store" in text
     assert not list(tmp_path.iterdir())
 
 
-def rows(file: Path, *rows: dict[str, object]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_records(file: Path, *records: dict[str, object]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
 
 
@@ -214,7 +214,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 
 
 @pytest.mark.parametrize(
-    ("records", "overrides", "told"),
+    ("records", "overrides", "text"),
     [
         ([UNKNOWN] * 3, [], "no record can be used"),
         ([COMPLETION], [], "sigmoid cannot use 1 of 1 examples"),
@@ -227,10 +227,10 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
     ],
 )
 def test_a_check_reads_the_first_records(
-    records: list[dict[str, object]], overrides: list[str], told: str, assets: Path, tmp_path: Path
+    records: list[dict[str, object]], overrides: list[str], text: str, assets: Path, tmp_path: Path
 ) -> None:
-    file = rows(tmp_path / "data.jsonl", *records)
-    with pytest.raises(DataError, match=told) as caught:
+    file = write_records(tmp_path / "data.jsonl", *records)
+    with pytest.raises(DataError, match=text) as caught:
         rehearse(run_of(assets, tmp_path, f"data.train=[{file}]", *overrides))
     assert caught.value.remedy
 

@@ -77,7 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
 def stored(data: PreferenceDataset, root: Path, responses: int = 2 * PAIRS) -> StoredReference:
     """A store of the first `responses` of `data`; values encode the response and the token."""
     space = ReferenceFingerprint("weights", {})
-    lengths = [tokens for row in range(PAIRS) for tokens in data.lengths(row)[1:]]
+    lengths = [tokens for index in range(PAIRS) for tokens in data.lengths(index)[1:]]
     values = [-1 - n - np.linspace(0, 0.5, tokens, dtype=np.float32) for n, tokens in enumerate(lengths)]
     LogpStore.open(root, space).write(data.keys[:responses], values[:responses])
     return StoredReference(LogpStore.open(root, space))
@@ -98,16 +98,16 @@ def test_ready_batches_have_the_stored_log_probs_of_their_own_responses(
         plan = plan_of(data, rank, world_size)
         batches = list(objective.ready_batches(plan, CPU))
         assert len(batches) == len(plan.micro_batches)
-        for rows, batch in zip(plan.micro_batches, batches, strict=True):
+        for indices, batch in zip(plan.micro_batches, batches, strict=True):
             values = reference.token_logps(batch.to(CPU))
             assert values.dtype == torch.float32
-            if not rows:
+            if not indices:
                 assert values.tolist() == [0.0] * len(batch.targets)
                 continue
             parts = torch.split(values, batch.response_tokens.tolist())
-            firsts = [-1.0 - place for row in rows for place in data.response_range(row)]
+            firsts = [-1.0 - number for index in indices for number in data.response_range(index)]
             assert [float(part[0]) for part in parts] == firsts
-            seen += len(rows)
+            seen += len(indices)
     assert seen == PAIRS
 
 
@@ -225,7 +225,7 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_whole_batch(
     objective = Objective(
         loss, stored(data, tmp_path / "store") if KINDS[kind].needs_reference else NoReference()
     )
-    running, rows = RunningMeans(margin=-1.0), np.arange(PAIRS)
+    running, indices = RunningMeans(margin=-1.0), np.arange(PAIRS)
 
     def gradient(step: Callable[[Any], None]) -> Tensor:
         model.zero_grad()
@@ -233,13 +233,13 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_whole_batch(
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     def in_micro_batches(policy: Any) -> None:
-        plan = shard_batch(data, rows, 0, 1, BUDGET, COSTS, loss.is_one_sided)
+        plan = shard_batch(data, indices, 0, 1, BUDGET, COSTS, loss.is_one_sided)
         assert len(plan.micro_batches) > 1
         ready = objective.ready_step(plan, CPU)
         train_step(policy, objective, ready, 1.0, WORLD, StepClock(CPU), running)
 
     def at_once(policy: Any) -> None:
-        plan = shard_batch(data, rows, 0, 1, 8192, COSTS, loss.is_one_sided)
+        plan = shard_batch(data, indices, 0, 1, 8192, COSTS, loss.is_one_sided)
         (batch,) = objective.ready_batches(plan, CPU)
         facts = BatchFacts(plan.mean_chosen_tokens, running=running)
         pairs = objective.score(policy, batch, objective.reference_logps(batch), facts)

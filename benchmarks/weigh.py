@@ -1,0 +1,49 @@
+"""Memory of a reference model, weighed inside a run."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def build_and_weigh(build: Callable[..., Any], memory: dict[str, int], *arguments: Any) -> Any:
+    """Return `build(*arguments)`; add to `memory` the bytes that it keeps and its peak."""
+    before = _weights()
+    _restart_peak()
+    reference = build(*arguments)
+    memory["peak while made ready"] = peak()
+    memory["kept"] = _weights() - before
+    _restart_peak()
+    return reference
+
+
+def _weights() -> int:
+    """Return bytes allocated on the GPU; without one, of all tensors, shards of ZeRO-3 included."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    tensors += [tensor.ds_tensor for tensor in tensors if hasattr(tensor, "ds_tensor")]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _restart_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Return the peak since its last restart: allocated on the GPU, or the resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    return int(line.split()[1]) * 1024
