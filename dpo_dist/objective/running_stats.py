@@ -1,4 +1,4 @@
-"""Means over the steps of a run that a loss depends on; part of every checkpoint."""
+"""Means over earlier steps that a loss depends on; part of every checkpoint."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,12 +12,12 @@ _Margin = TypeVar("_Margin", float, Tensor)
 
 @dataclass(frozen=True)
 class RunningMeans:
-    """What the steps before left, the same on every rank.
+    """Means over the earlier steps of a run, equal on all ranks.
 
     Attributes:
-        margin: moving average over steps of the mean of `b h` (`beta_dpo`'s M0), or None before the first.
-        reward: mean over all pairs so far of the mean reward of their two responses (`bco_pair`'s d).
-        pairs: of `reward`.
+        margin: moving average over steps of the mean of `b h` (M0 of `beta_dpo`); None before the first step.
+        reward: mean over all pairs so far of the mean reward of their two responses (d of `bco_pair`).
+        pairs: number of pairs in `reward`.
     """
 
     margin: float | None = None
@@ -25,18 +25,21 @@ class RunningMeans:
     pairs: int = 0
 
     def batch_beta(self, config: LossConfig, mean_margin: _Margin) -> _Margin:
-        """`b' = b (1 + a (mean M - M0))` of a batch (arXiv 2407.08639, equation 9); in the first step `b`."""
+        """Return `b' = b (1 + a (mean M - M0))` of a batch; `b` in the first step.
+
+        Source: arXiv 2407.08639, equation 9.
+        """
         start = mean_margin if self.margin is None else self.margin
         return config.beta * (1 + config.beta_alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
-        """These means and one more step.
+        """Return the means that include one more step.
 
         Args:
-            config: of the loss.
+            config: the loss.
             mean_margin: mean of `b h` over the step's pairs.
             mean_reward: mean of `b D` over both responses of these pairs.
-            pairs: how many they are.
+            pairs: number of these pairs.
         """
         kept = config.beta_momentum
         before = mean_margin if self.margin is None else self.margin

@@ -97,10 +97,12 @@ def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: 
     if former == digest:
         return
     changed = changed_keys(folder.config, config)
+    function = config.loss.function
+    source = "" if function is None else f", which depends on the source of {function}"
     raise CheckpointError(
         "the run directory belongs to another configuration",
         where=str(folder.config if changed else folder),
-        got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}",
+        got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}{source}",
         expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items()) or f"digest {former}",
         remedy="remove run.dir, which gives every configuration its own run directory, or set another one",
     )

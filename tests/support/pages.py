@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^```(\w+)(?: file=(\S+)| ([^\n]+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, the file that it is, if it is one, and its text."""
+    """A fenced block of a page: its language, the file that it is, a title, and its text."""
 
     language: str
-    file: str | None
+    file: str
+    title: str
     text: str
 
 
 def blocks_of(page: str) -> list[Block]:
     """The blocks of a page of docs/ that have a language."""
     text = (ROOT / "docs" / page).read_text()
-    return [Block(language, file or None, text) for language, file, text in _BLOCK.findall(text)]
+    return [Block(*found) for found in _BLOCK.findall(text)]
 
 
 def in_process(work: Callable[..., Any], *arguments: Any, seconds: float = 120) -> None:

@@ -13,7 +13,7 @@ def notebook(folder: Path, blocks: list[Block]) -> None:
     os.chdir(folder)
     cells = {"__name__": "notebook"}
     for block in blocks:
-        if block.file is not None:
+        if block.file:
             Path(block.file).write_text(block.text)
         else:
             exec(compile(block.text, "docs/python.md", "exec"), cells)

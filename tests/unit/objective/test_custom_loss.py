@@ -18,7 +18,7 @@ REFERENCE = PairLogps(*torch.tensor([[-12.0, -12.0], [-18.0, -8.0], [4.0, 6.0], 
 
 
 @pytest.mark.parametrize("reference_free", [False, True])
-def test_a_function_written_like_a_kind_has_its_losses(reference_free: bool) -> None:
+def test_a_custom_function_with_the_formula_of_a_kind_has_its_losses(reference_free: bool) -> None:
     reference = None if reference_free else REFERENCE
     own = LossConfig(LossKind.custom, function=OWN, reference_free=reference_free)
     builtin = LossConfig(LossKind.hinge, reference_free=reference_free)
@@ -53,7 +53,7 @@ def test_other_losses_have_nothing_to_check() -> None:
         ("return policy.chosen - config.gamma", "AttributeError"),
     ],
 )
-def test_a_function_that_cannot_be_trained_with_is_refused_with_a_reason(
+def test_an_unusable_function_is_an_error_with_a_reason(
     body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -50,7 +50,7 @@ def results(function: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor])
 
 @pytest.mark.usefixtures("chunk_positions")
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_log_softmax(bias: bool) -> None:
+def test_values_and_gradients_equal_log_softmax(bias: bool) -> None:
     inputs = head(torch.float32, bias)
     exact = results(plain, head(torch.float64, bias))
     assert token_logps(*inputs).dtype == torch.float32
@@ -59,7 +59,7 @@ def test_values_and_gradients_are_those_of_log_softmax(bias: bool) -> None:
 
 
 @pytest.mark.usefixtures("chunk_positions")
-def test_bf16_is_about_as_near_to_the_truth_as_a_plain_bf16_head() -> None:
+def test_bf16_has_about_the_error_of_a_plain_bf16_head() -> None:
     hidden, weight, bias, targets = head(torch.bfloat16)
     assert bias is not None
     exact = results(plain, (hidden.double(), weight.double(), bias.double(), targets))
@@ -124,7 +124,7 @@ def test_logits_never_exist_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch, dt
     assert largest.elements == VOCABULARY * POSITIONS
 
 
-def test_backward_keeps_as_many_chunks_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_keeps_chunks_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logps, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 5})
     monkeypatch.setattr(logps, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * 12})
     graph: Any = token_logps(*head(torch.float32)).grad_fn
@@ -132,7 +132,7 @@ def test_backward_keeps_as_many_chunks_as_it_may(monkeypatch: pytest.MonkeyPatch
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_token_values_are_summed_response_by_response(lengths: list[int]) -> None:
+def test_token_values_are_summed_per_response(lengths: list[int]) -> None:
     lengths = lengths + lengths[::-1]
     values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(0), requires_grad=True)
     pairs = sum_by_response(values, torch.tensor(lengths))
@@ -164,7 +164,7 @@ def test_log_ratios_of_long_responses_are_not_rounded() -> None:
     )
 
 
-def test_a_value_counted_less_is_still_counted_once_in_the_whole_of_the_chosen_response() -> None:
+def test_whole_chosen_has_weight_one_for_every_token() -> None:
     values = torch.tensor([-1.0, -2.0, -4.0, -8.0])
     weights = desensitised_weights([(3, 1)], 0.25)
     pairs = sum_by_response(values, torch.tensor([3, 1]), token_weights=weights)

@@ -216,7 +216,7 @@ def ranked(between: Tensor | None, between_tokens: Tensor | None) -> PairLogps:
     ],
     ids=["no ranking", "a response fewer", "a pair fewer"],
 )
-def test_a_reference_that_lacks_responses_is_refused(reference: PairLogps) -> None:
+def test_a_reference_that_lacks_responses_is_an_error(reference: PairLogps) -> None:
     policy = ranked(torch.tensor([[-14.0, -15.0]] * 2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="policy and reference log-probs have different"):
         preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
@@ -224,14 +224,14 @@ def test_a_reference_that_lacks_responses_is_refused(reference: PairLogps) -> No
         preference_loss(POLICY, ranked(torch.zeros(2, 1), torch.ones(2, 1)), LossConfig())
 
 
-def test_a_reference_without_tokens_of_a_ranked_response_gives_no_number() -> None:
+def test_a_ranked_response_without_reference_tokens_is_nan() -> None:
     policy = ranked(torch.tensor([[-14.0], [-10.0]]), torch.tensor([[3.0], [0.0]]))
     reference = ranked(torch.zeros(2, 1), torch.zeros(2, 1))
     losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce))
     assert losses.isnan().tolist() == [True, False]
 
 
-def test_coupled_losses_do_not_ask_for_the_order_of_pairs() -> None:
+def test_coupled_losses_do_not_depend_on_the_order_of_pairs() -> None:
     def flipped(pairs: PairLogps) -> PairLogps:
         return replace(
             pairs, **{name: value.flip(0) for name, value in vars(pairs).items() if value is not None}
@@ -273,7 +273,7 @@ def test_pair_weights_multiply_losses() -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCE)
-def test_policy_equal_to_reference_has_the_loss_of_no_margin(kind: LossKind) -> None:
+def test_policy_equal_to_reference_has_the_loss_at_margin_zero(kind: LossKind) -> None:
     others = {
         LossKind.hinge: 1.0,
         LossKind.custom: 1.0,
@@ -365,7 +365,9 @@ def test_ipo_pulls_towards_its_margin_from_both_sides(
 
 
 @given(values, values, st.floats(0.01, 5))
-def test_the_other_kinds_move_what_their_papers_say(chosen: float, rejected: float, beta: float) -> None:
+def test_gradients_of_the_other_kinds_have_the_signs_of_their_papers(
+    chosen: float, rejected: float, beta: float
+) -> None:
     """nca_pair and apo_down: rejected falls. sppo_hard: to ratios of 1 / (2 b) and -1 / (2 b). exo_pair: to a
     margin of log((1 - e) / e).
     """
@@ -394,7 +396,7 @@ def test_every_kind_stays_finite_under_every_divergence(
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=6), st.floats(0.01, 5))
-def test_rankings_stay_finite_and_lose_nothing_by_their_best(rewards: list[float], beta: float) -> None:
+def test_rankings_are_finite_and_never_penalise_the_best_response(rewards: list[float], beta: float) -> None:
     best, *between, worst = (torch.tensor([reward]) for reward in rewards)
     best.requires_grad_()
     middle = torch.stack(between, 1) if between else None
@@ -422,7 +424,9 @@ def test_extreme_log_ratios_give_finite_losses_and_gradients(config: LossConfig,
 
 
 @pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.sigmoid_norm, LossKind.hinge])
-def test_a_pair_won_beyond_doubt_pulls_no_more_and_a_lost_one_pulls_fully(kind: LossKind) -> None:
+def test_a_pair_with_a_large_margin_has_no_gradient_and_with_a_negative_one_the_full_gradient(
+    kind: LossKind,
+) -> None:
     policy = logps([1e4, -1e4], [-1e4, 1e4])
     policy.chosen.requires_grad_()
     losses = preference_loss(
@@ -498,7 +502,7 @@ def test_reference_free_is_a_reference_of_zeros(kind: LossKind) -> None:
 
 
 @pytest.mark.parametrize("kind", WITH_REFERENCE)
-def test_a_missing_reference_is_said_and_never_guessed(kind: LossKind) -> None:
+def test_a_missing_reference_is_an_error(kind: LossKind) -> None:
     with pytest.raises(ValueError, match=f"{kind} needs reference"):
         preference_loss(POLICY, None, LossConfig(kind, function=function_of(kind)))
     with pytest.raises(ValueError, match=f"{kind} needs reference"):
@@ -506,7 +510,7 @@ def test_a_missing_reference_is_said_and_never_guessed(kind: LossKind) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(LossKind) - set(WITH_REFERENCE)))
-def test_reference_free_kinds_do_not_look_at_a_reference(kind: LossKind) -> None:
+def test_reference_free_kinds_ignore_the_reference(kind: LossKind) -> None:
     alone = preference_loss(POLICY, None, LossConfig(kind, function=function_of(kind)))
     assert torch.equal(
         alone, preference_loss(POLICY, REFERENCE, LossConfig(kind, function=function_of(kind)))
@@ -536,7 +540,7 @@ def test_rewards_by_hand(
     assert rewards.rejected.tolist() == pytest.approx(rejected)
 
 
-def test_rewards_carry_no_gradient() -> None:
+def test_rewards_have_no_gradient() -> None:
     policy = logps(CHOSEN, REJECTED)
     policy.chosen.requires_grad_()
     assert not implicit_rewards(policy, REFERENCE, LossConfig()).chosen.requires_grad

@@ -169,7 +169,7 @@ def test_trl_sorts_aot_within_a_micro_batch() -> None:
     assert abs(trl - whole) > 0.01
 
 
-def test_trl_s_discopop_is_not_a_number_for_a_pair_that_is_lost_beyond_doubt() -> None:
+def test_trl_s_discopop_is_nan_at_a_large_negative_margin() -> None:
     batch = Batch()
     batch.policy[:PAIRS] *= 1e3
     assert math.isnan(trl_loss(batch, "discopop", 0.0, 1.0))

@@ -47,7 +47,7 @@ def test_means_by_hand() -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
-def test_parts_and_dummies_change_nothing(count: int, parts: int, dummies: int) -> None:
+def test_means_do_not_depend_on_parts_and_dummies(count: int, parts: int, dummies: int) -> None:
     generator = torch.Generator().manual_seed(count)
     policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
     whole = sums_of(policy, reference, torch.ones(count))
@@ -76,7 +76,7 @@ def test_metrics_have_no_graph() -> None:
     assert not metric_sums(losses, policy, None, CONFIG, torch.ones(1)).values.requires_grad
 
 
-def test_the_shift_of_bco_is_of_its_own_rewards_whatever_rewards_are_reported() -> None:
+def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     """Reported rewards follow the first kind, which divides by the number of tokens."""
     tokens = torch.tensor([4.0])
     policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
