@@ -119,7 +119,7 @@ class PolicyEngine:
 
     def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
         """Return log-probs of every target, float32 [targets]; with collisions [2, targets] (`LogpHead`)."""
-        with self._naming(batch):
+        with self._named_in_errors(batch):
             logps: Tensor = self._engine(batch, with_collisions)
         return logps
 
@@ -139,7 +139,7 @@ class PolicyEngine:
             self._engine.backward(loss * self._world.size)
         self._backwards = 0 if is_last else self._backwards + 1
 
-    def _naming(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
+    def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
         """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
         work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
         self._current = f"{work}: {describe_batch(batch)}", policy_remedy(batch)
@@ -241,7 +241,7 @@ def _record_gather_orders(engine: Any) -> None:
     def select(*_: Any) -> None:
         kind = torch.is_grad_enabled(), any(layer.disable_adapters for layer in adapted)
         if kind not in coordinators:
-            # A copy shares the list of weights in flight, and gets a record of its own.
+            # The copy shares the list of weights in flight, and starts a new record.
             coordinators[kind] = copy.copy(unused)
             coordinators[kind]._clear_trace_structures()
         offload.param_coordinator = coordinators[kind]

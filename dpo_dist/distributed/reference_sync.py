@@ -23,7 +23,7 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class ReferenceSync:
-    """Moves the reference towards the policy, and saves the moved reference in checkpoints.
+    """Move the reference towards the policy, and save the moved reference in checkpoints.
 
     Raises:
         ConfigError: their weights differ in names or shapes.

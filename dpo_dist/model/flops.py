@@ -26,7 +26,7 @@ _HEAD_SLOWNESS = 0.9
 _PEAK_TRIALS = 5
 _PEAK_SIDE = {"cuda": 8192, "cpu": 1024}
 # TFLOP/s of dense matrix products by the makers' data sheets: bf16, and float32 without TF32. The first entry
-# counts whose name is in the name that PyTorch gives the device.
+# whose name is part of PyTorch's name of the device is used.
 _DATASHEET_TFLOPS = (
     ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),
@@ -101,7 +101,7 @@ def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) 
     try:
         with torch.device("meta"):
             causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]](config)
-    except Exception as error:  # a constructor can raise anything about its configuration
+    except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
             "transformers cannot make a model of this config.json",
             where="model.path",

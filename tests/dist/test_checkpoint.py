@@ -39,7 +39,7 @@ OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
 
 
 class Trainer:
-    """A policy with its steps, and what this rank holds of it."""
+    """A policy with its steps, and copies of this rank's shards of it."""
 
     def __init__(
         self,

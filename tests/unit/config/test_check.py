@@ -1,13 +1,14 @@
 """Every bound declared at a field is checked, with the key and the range in the error."""
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.keys import all_keys
-from dpo_dist.config.loss_kinds import LossKind
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.schema import AdapterConfig, SourceConfig
 from dpo_dist.errors import ConfigError
 from tests.unit.config.support import configured
@@ -81,8 +82,20 @@ def test_out_of_range(key: str, value: float) -> None:
 
 def test_every_declared_bound_has_a_case() -> None:
     entries = {re.sub(r"\[\d\](?=\.)", "[]", key).removesuffix("[1]") for key in IN_MAPPINGS}
-    bounded = {key for key, row in all_keys().items() if str(row.bounds)}
-    assert bounded == {*OUT_OF_RANGE, *entries}
+    options = {f"loss.{field.name}" for field in fields(LossConfig)}
+    assert set(BOUNDED) - options == {*OUT_OF_RANGE, *entries} - options
+
+
+BOUNDED = [key for key, row in all_keys().items() if str(row.bounds)]
+
+
+@pytest.mark.parametrize("key", [key for key in BOUNDED if "[]" not in key])
+def test_each_declared_bound_is_checked(key: str) -> None:
+    row = all_keys()[key]
+    bounds = (row.bounds.above, row.bounds.at_least)
+    below = next(bound - (index == 1) for index, bound in enumerate(bounds) if bound is not None)
+    with pytest.raises(ConfigError, match="is out of range"):
+        configured({key: [below, below] if key == "optim.betas" else below})
 
 
 @pytest.mark.parametrize(("where", "values"), IN_MAPPINGS.items(), ids=str)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config import load
+from dpo_dist.config.keys import all_keys, choices
 from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.rules import RULES
 from dpo_dist.errors import ConfigError
@@ -104,11 +105,27 @@ def test_refused(values: dict[str, Any], where: str) -> None:
     assert caught.value.exit_code == 2
 
 
+RULES_OF_OPTIONS = {rule: rule.keys.split()[0] for rule in RULES if rule.why.endswith("with this loss")}
+
+
+@pytest.mark.parametrize("key", RULES_OF_OPTIONS.values())
+def test_an_option_of_another_kind_is_refused(key: str) -> None:
+    row, option = all_keys()[key], key.removeprefix("loss.")
+    kind = next(kind for kind, facts in KINDS.items() if option not in facts.options)
+    reference = {} if KINDS[kind].needs_reference else NO_REFERENCE
+    value = row.default / 2 if isinstance(row.default, float) else [not row.default, *choices(row.type)][-1]
+    value = 0.1 if row.default is None else value
+    with pytest.raises(ConfigError, match="has no effect with this loss") as caught:
+        configured({"loss.kind": kind.name, key: value} | reference)
+    assert caught.value.where == f"{key}, loss.kind"
+
+
 def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "check", lambda *_: None)
     configurations = [configured(values) for values, _ in [*REFUSED, *REFUSED_REFERENCES]]
     broken = {next((rule for rule in RULES if rule.broken(config)), None) for config in configurations}
-    assert [(rule.keys, rule.why) for rule in RULES if rule not in broken] == []
+    tested = broken | set(RULES_OF_OPTIONS)
+    assert [(rule.keys, rule.why) for rule in RULES if rule not in tested] == []
 
 
 @pytest.mark.parametrize(
