@@ -200,11 +200,13 @@ class World:
             error = _user_error(failure)
             if error is not None:
                 report_error(error, self.rank, record)
-            elif isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
                 error = self._consequence(failure, neighbours, record)
             if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
+            if self.size == 1:  # the caller may go on
+                signal.signal(signal.SIGTERM, previous)
             if error is None or error is failure:
                 raise
             raise error from failure

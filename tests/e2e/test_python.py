@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     assert verb.main(load_run_config(first)) == 0
     with pytest.raises(DataError):
         verb.main(load_run_config([*command, f"data.train=[{data}]", "data.max_bad_share=0.01"]))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "SIGTERM ends the caller again"
     assert verb.main(load_run_config(command)) == 0
     assert logging.getLogger().handlers == [mine], "the caller's logging is restored"
 
