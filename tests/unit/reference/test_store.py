@@ -293,6 +293,17 @@ def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path
     assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, True]
 
 
+def test_own_entries_are_preferred_whatever_the_names_of_the_folders(tmp_path: Path) -> None:
+    other = ReferenceFingerprint("weights", {"dtype": "fp32", "torch": "1"})
+    write(tmp_path, {1: [-1.0]}, FINGERPRINT)
+    write(tmp_path, {1: [-2.0]}, other)
+    for own, compatible, value in ((FINGERPRINT, other, -1.0), (other, FINGERPRINT, -2.0)):
+        store = LogpStore.open(tmp_path, own, compatible=[compatible])
+        for view in (store, store.wait_for(store.shards)):
+            [entry] = view.read(keys_of([1]))
+            assert entry.tolist() == [value]
+
+
 def test_own_entries_are_preferred_among_many_with_the_same_first_word(tmp_path: Path) -> None:
     other = ReferenceFingerprint("weights", {"dtype": "fp32", "torch": "1"})
     names = range(60)
