@@ -179,6 +179,15 @@ def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
         file.write_bytes(whole)
 
 
+def test_damaged_entries_are_counted_by_shard(tmp_path: Path) -> None:
+    files = sorted(write(tmp_path, {name: [-1.0]}) for name in (1, 2, 4))
+    for damaged, cut in zip(files, (False, True, True), strict=True):
+        damaged.write_bytes(damaged.read_bytes()[: -1 if cut else None])
+    store = open_store(tmp_path)
+    store.contains(keys_of([1, 2, 4]))
+    assert store.damaged_entries == {f"{FINGERPRINT.name}/{file.name}": 1 for file in files[1:]}
+
+
 def test_a_truncated_shard_keeps_its_complete_entries(tmp_path: Path) -> None:
     file = write(tmp_path, ENTRIES)
     content = file.read_bytes()
