@@ -6,10 +6,10 @@ training (law L7).
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -28,18 +28,17 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.data.dataset import Keys
-from dpo_dist.data.encode import EncodedExample, encode_pair, response_key
+from dpo_dist.data.encode import EncodedExample, response_key
+from dpo_dist.data.encode_chunk import encode_record
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.packing import Sequences, pack, packed_tokens
-from dpo_dist.data.rankings import training_examples
+from dpo_dist.data.packing import PackedBatch, Sequences, pack, packed_tokens
 from dpo_dist.data.records import BadRecord
 from dpo_dist.errors import ConfigError
+from dpo_dist.model import load
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.load import load_tokenizer as load_folder_tokenizer
 from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
@@ -71,6 +70,7 @@ __all__ = [
     "token_logps",
 ]
 
+T = TypeVar("T")
 Model: TypeAlias = PackedCausalLM | PreTrainedModel
 
 
@@ -80,7 +80,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         ConfigError: there is no such model, or it has no tokenizer.
     """
-    return load_folder_tokenizer(model_folder(path, revision), ModelConfig(path=path))
+    return load.load_tokenizer(model_folder(path, revision), ModelConfig(path=path))
 
 
 def load_model(
@@ -98,19 +98,19 @@ def load_model(
         revision: of a model on the hub.
         dtype: precision of weights and forward pass; log-probs are float32 in either.
         device: for example "cuda".
-        max_length: length of the longest prompt plus response, in tokens.
+        max_length: tokens of the longest prompt plus response.
 
     Raises:
         ConfigError: the model cannot be loaded, or packed log-probs are not exact for its architecture.
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
-    return load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
+    return load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
 
 
 def read_pairs(
     source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
 ) -> tuple[list[EncodedExample], list[BadRecord]]:
-    """Read a source and encode its records, in the order of the source.
+    """Read a source and encode its records as training does, in the order of the source.
 
     Args:
         source: a path, a hub name, or both with options, as one entry of `data.train`.
@@ -128,13 +128,14 @@ def read_pairs(
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        encoded = record if isinstance(record, BadRecord) else encode_pair(record, tokenizer, limits)
-        if isinstance(record, BadRecord) or isinstance(encoded, BadRecord):
-            bad.append(encoded)  # type: ignore[arg-type]
+        found = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer)
+        if isinstance(found, BadRecord):
+            bad.append(found)
             continue
-        examples, _ = training_examples(record, limits.ranked)
+        responses = found.encoded.responses
         pairs += [
-            replace(encoded, responses=tuple(encoded.responses[rank] for rank in ranks)) for ranks in examples
+            replace(found.encoded, responses=tuple(responses[index] for index in ranks))
+            for ranks in found.ranks
         ]
     return pairs, bad
 
@@ -144,11 +145,10 @@ def token_logps(
 ) -> list[Tensor]:
     """Return the log-probs of every response, in one packed forward pass per micro-batch.
 
-    Gradients are recorded unless `torch.no_grad()` is active. A model in training mode with dropout is an
-    error; `load_model` switches dropout off.
+    Gradients are recorded unless `torch.no_grad()` is active.
 
     Args:
-        model: of `load_model`, or a causal language model of transformers, which is left as it was.
+        model: of `load_model`, or a causal language model of transformers in evaluation mode; left as it was.
         pairs: of `read_pairs`.
         micro_batch_tokens: as `trainer.micro_batch_tokens`; a longer pair is a micro-batch of its own.
 
@@ -156,14 +156,14 @@ def token_logps(
         float32 [completion tokens] each, response after response of the first pair, of the second, and so on.
 
     Raises:
-        ConfigError: packed log-probs are not exact for this model.
+        ConfigError: packed log-probs are not exact for this model, or it is in training mode.
     """
     device = next(model.parameters()).device
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     logps: list[Tensor] = []
     with _packed(model, longest, device) as packed:
         for part in _micro_batches(pairs, micro_batch_tokens):
-            batch = pack([_sequences(pair) for pair in part], response_keys(part)).to(device)
+            batch = _batch(part).to(device)
             logps += torch.split(packed(batch), batch.response_tokens.tolist())
     return logps
 
@@ -175,13 +175,9 @@ def pair_logps(
     *,
     ld_alpha: float | None = None,
 ) -> PairLogps:
-    """Return the log-probs of pairs as `preference_loss` takes them: `token_logps`, summed per response.
+    """Return `token_logps` summed per response, as `preference_loss` takes them; of at least one pair.
 
-    Args:
-        model: as in `token_logps`, like the next two.
-        pairs: at least one.
-        micro_batch_tokens: tokens of one forward pass.
-        ld_alpha: `loss.ld_alpha`, if the loss has it.
+    `ld_alpha` is that of the loss, if it has one. Other arguments and errors as `token_logps`.
     """
     return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
 
@@ -224,11 +220,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     Raises:
         ConfigError: the folder has no metrics.
     """
-    file = RunFolder(Path(run_dir)).log_history
-    try:
-        return read_rows(file)
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
+    return _read(RunFolder(Path(run_dir)).log_history, read_rows)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
@@ -237,21 +229,19 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the folder has no summary.
     """
-    file = RunFolder(Path(run_dir)).summary
+    return _read(RunFolder(Path(run_dir)).summary, lambda file: dict(json.loads(file.read_text())))
+
+
+def _read(file: Path, read: Callable[[Path], T]) -> T:
     try:
-        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return read(file)
     except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
-    return summary
-
-
-def _unreadable(file: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        "this file of the run cannot be read",
-        where=str(file),
-        got=f"{type(error).__name__}: {error}",
-        remedy="check that the folder is a run directory; a run writes its summary at its end",
-    )
+        raise ConfigError(
+            "this file of the run cannot be read",
+            where=str(file),
+            got=f"{type(error).__name__}: {error}",
+            remedy="check that the folder is a run directory; a run writes its summary at its end",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -268,11 +258,11 @@ def _packed(model: Model, longest: int, device: torch.device) -> Iterator[Packed
             remedy="pass a PreTrainedModel; a PeftModel has one inside: model.get_base_model()",
         )
     check_supported(model.config, longest)
-    if model.training and any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules()):
+    if model.training:
         raise ConfigError(
-            "dropout is on, so log-probs would be random",
+            "the model is in training mode, in which dropout makes log-probs random",
             where="model",
-            got=f"{type(model).__name__} in training mode",
+            got=type(model).__name__,
             remedy="call model.eval(); gradients are recorded all the same",
         )
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
@@ -300,12 +290,12 @@ def _micro_batches(pairs: Sequence[EncodedExample], budget: int) -> Iterator[lis
         yield part
 
 
-def _sequences(pair: EncodedExample) -> Sequences:
-    return Sequences(pair.prompt_ids, pair.responses)
+def _batch(pairs: Sequence[EncodedExample]) -> PackedBatch:
+    return pack([Sequences(pair.prompt_ids, pair.responses) for pair in pairs], response_keys(pairs))
 
 
 def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
-    batch = pack([_sequences(pair) for pair in pairs], response_keys(pairs))
+    batch = _batch(pairs)
     device = logps[0].device
     weights = None if ld_alpha is None else desensitised_weights(batch.pair_tokens, ld_alpha).to(device)
     ranking = None if batch.ranking is None else batch.ranking.to(device)

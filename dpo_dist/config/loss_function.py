@@ -72,13 +72,13 @@ def find_loss_function(written: str | None) -> LossFunction:
         )
     file = _source_file(module)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = importlib.util.decode_source(file.read_bytes())
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise ConfigError(
             "the source of the loss function cannot be read",
             where=_KEY,
             got=f"{file}: {error}",
-            remedy="make the file readable, as UTF-8 text",
+            remedy="make the file readable, as Python source in UTF-8",
         ) from error
     return LossFunction(module, name, file, text_digest(text), text)
 
@@ -126,21 +126,22 @@ def _executed(found: LossFunction) -> Callable[..., Any]:
         sys.modules[found.module] = module
         # Not by the loader, which may take older bytecode than the text of the digest.
         exec(compile(found.text, str(found.file), "exec"), vars(module))  # noqa: S102
-    except Exception as error:  # the user's code can raise anything
+    except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
         sys.modules.pop(found.module, None)
         raise ConfigError(
             "the module of the loss function cannot be imported",
             where=_KEY,
-            got=f"{found.file}: {type(error).__name__}: {error}",
+            got=f"{found.file}: {type(error).__name__}: {error}".removesuffix(": "),
             remedy=f"correct the module until python -c 'import {found.module}' works",
         ) from error
     function = vars(module).get(found.name)
     if not callable(function):
+        functions = _functions(module)
         raise ConfigError(
             "the module of the loss function has no such function",
             where=_KEY,
             got=f"{found.name} in {found.file}",
-            expected=f"one of {', '.join(sorted(_functions(module)))}",
+            expected=f"one of {', '.join(functions)}" if functions else "a function",
             remedy="correct the name after the colon",
         )
     made: Callable[..., Any] = function
@@ -148,5 +149,8 @@ def _executed(found: LossFunction) -> Callable[..., Any]:
 
 
 def _functions(module: ModuleType) -> list[str]:
-    own = (value for value in vars(module).values() if isinstance(value, FunctionType))
-    return [function.__name__ for function in own if function.__module__ == module.__name__]
+    """Return the names of the functions that `module` defines itself."""
+    own = vars(module).items()
+    return sorted(
+        name for name, value in own if isinstance(value, FunctionType) and value.__module__ == module.__name__
+    )

@@ -1,5 +1,7 @@
 """Check a user's own loss (`loss.kind=custom`) on a few invented pairs before anything depends on it."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -32,14 +34,17 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     alone = replace(config, kind=LossKind.custom, terms=[])
     policy, reference = _invented_pairs(device or torch.device("cpu"))
     losses = _called(policy, reference, alone)
+    if losses.is_complex():
+        raise _refused("complex numbers", losses.real, "real losses")
     if not torch.isfinite(losses).all():
         raise _refused("values that are not finite", losses, "finite losses for finite log-probs")
-    if not losses.requires_grad:
+    with _errors_named(config):
+        gradients = _gradients(losses, policy)
+    if not gradients:
         raise _refused(
             "a loss without a gradient", losses, "a loss computed from policy.chosen or policy.rejected"
         )
-    gradients = torch.autograd.grad(losses.sum(), (policy.chosen, policy.rejected), allow_unused=True)
-    if not all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None):
+    if not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise _refused("gradients that are not finite", losses, "finite gradients for finite log-probs")
     first = _called(_first(policy), _first(reference), alone)
     if not torch.allclose(first, losses[:1]):
@@ -52,11 +57,25 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
 
 
 def _called(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor:
-    try:
+    with _errors_named(config):
         return preference_loss(policy, reference, config)
+
+
+def _gradients(losses: Tensor, policy: PairLogps) -> list[Tensor]:
+    """Return the gradients with respect to those log-probs that `losses` depends on."""
+    if not losses.requires_grad:
+        return []
+    found = torch.autograd.grad(losses.sum(), (policy.chosen, policy.rejected), allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+@contextlib.contextmanager
+def _errors_named(config: LossConfig) -> Iterator[None]:
+    try:
+        yield
     except ConfigError:
         raise
-    except Exception as error:  # the user's code can raise anything
+    except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
         raise ConfigError(
             "the loss function fails",
             where="loss.function",

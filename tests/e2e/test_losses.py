@@ -103,6 +103,7 @@ def test_a_loss_of_ones_own_trains_on_two_processes_as_the_built_in_one(
     assert history(tmp_path / "own") == history(tmp_path / "builtin")
 
     (tmp_path / "my_losses.py").write_text(OWN_LOSS.replace("1 -", "2 -"))
-    other = run_verb("train", overrides("loss=custom", function, f"run.dir={tmp_path}/own"), cwd=tmp_path)
+    same = overrides("loss=custom", function, f"run.dir={tmp_path}/own", "trainer.max_steps=3")
+    other = run_verb("train", same, cwd=tmp_path)
     assert other.code == 2, other.output
     assert "which depends on the source of my_losses:hinge" in other.output

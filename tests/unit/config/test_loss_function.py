@@ -62,6 +62,20 @@ def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
     assert loss_function("own_package.losses:mine")() == 2
 
 
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n# \xe9\n"])
+def test_a_module_is_decoded_as_python_decodes_it(folder: Path, start: bytes) -> None:
+    (folder / "own_encoding.py").write_bytes(start + SOURCE.encode())
+    config = load_run_config([*RUN, "loss.function=own_encoding:mine", "loss.beta=3"])
+    assert loss_function(config.loss.function)(None, None, config.loss) == 3
+
+
+def test_the_error_lists_the_functions_of_the_module(folder: Path) -> None:
+    (folder / "own_names.py").write_text(f"from os.path import join\nmine_too = lambda: 0\n{SOURCE}")
+    with pytest.raises(ConfigError) as caught:
+        loss_function("own_names:other")
+    assert caught.value.expected == "one of mine, mine_too"
+
+
 @pytest.mark.parametrize(
     ("source", "name", "said"),
     [
@@ -74,6 +88,7 @@ def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
         (SOURCE, "own_fault:other", "has no such function"),
         ("mine = 3\n", "own_fault:mine", "has no such function"),
         ("import nowhere_at_all\n", "own_fault:mine", "cannot be imported"),
+        ("import sys\n\nsys.exit()\n", "own_fault:mine", "SystemExit"),
         ("def mine(\n", "own_fault:mine", "cannot be imported"),
     ],
 )
