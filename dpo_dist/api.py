@@ -19,21 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    AttentionBackend,
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.dataset import Keys
 from dpo_dist.data.encode import EncodedExample, encode_pair, response_key
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.packing import PackedBatch, Sequences, pack, packed_tokens
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, ReferenceModelError
 from dpo_dist.model import load
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
@@ -156,10 +149,10 @@ def token_logps(
     Raises:
         ConfigError: packed log-probs are not exact for this model, or it is in training mode.
     """
-    device = next(model.parameters()).device
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     logps: list[Tensor] = []
-    with _packed(model, longest, device) as packed:
+    with _packed(model, longest) as packed:
+        device = next(packed.parameters()).device
         for part in _micro_batches(pairs, micro_batch_tokens):
             batch = _batch(part).to(device)
             logps += torch.split(packed(batch), batch.response_tokens.tolist())
@@ -191,7 +184,14 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
 
     Returns:
         One store for each fingerprint: reference model (`label`) and numerics (`profile`).
+
+    Raises:
+        ReferenceModelError: there is no such folder.
     """
+    if not Path(folder).is_dir():
+        raise ReferenceModelError(
+            "there is no reference store", where=str(folder), remedy="pass reference.store of a run"
+        )
     found = []
     for below in sorted(Path(folder).iterdir()):
         fingerprint = read_fingerprint(below) if below.is_dir() else None
@@ -243,7 +243,7 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
 
 
 @contextlib.contextmanager
-def _packed(model: Model, longest: int, device: torch.device) -> Iterator[PackedCausalLM]:
+def _packed(model: Model, longest: int) -> Iterator[PackedCausalLM]:
     """Yield `model` as a packed model; a model of transformers gets its own attention and head back."""
     if isinstance(model, PackedCausalLM):
         yield model
@@ -253,7 +253,7 @@ def _packed(model: Model, longest: int, device: torch.device) -> Iterator[Packed
             "this is not a causal language model of transformers",
             where="model",
             got=type(model).__name__,
-            remedy="pass a PreTrainedModel; a PeftModel has one inside: model.get_base_model()",
+            remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
         )
     check_supported(model.config, longest)
     if model.training:
@@ -267,7 +267,7 @@ def _packed(model: Model, longest: int, device: torch.device) -> Iterator[Packed
     dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16
     try:
         model.set_attn_implementation(PACKED)
-        yield PackedCausalLM(model, choose_backend(AttentionBackend.auto, dtype, device))
+        yield PackedCausalLM(model, choose_backend(AttentionBackend.auto, dtype, model.device))
     finally:
         model.set_output_embeddings(head)
         model.set_attn_implementation(attention)

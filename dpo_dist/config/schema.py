@@ -41,7 +41,7 @@ class FolderConfig:
     root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
     resume: Resume = key(
         Resume.auto,
-        "`auto`: from the last checkpoint, if any; `never`: refuse a run directory in use; `must`.",
+        "`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error with results.",
     )
 
 
@@ -107,21 +107,23 @@ class DataConfig:
 
     train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
     eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
-    max_length: int = key(1024, "Tokens of prompt and response together.", at_least=2)
+    max_length: int = key(1024, "Longest prompt and response together, in tokens.", at_least=2)
     max_prompt_length: int | None = key(
-        None, "Tokens of a prompt, which loses its start beyond; null: no limit.", at_least=1
+        None, "Longest prompt in tokens; the start of a longer one is cut; null: no limit.", at_least=1
     )
     truncation: Truncation = key(
         Truncation.keep_start,
         "For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `drop`.",
     )
     on_bad_record: OnBadRecord = key(OnBadRecord.drop, "`drop` (counted and shown) or `error`.")
-    max_bad_share: float = key(0.05, "Share of dropped records that is an error.", at_least=0, at_most=1)
-    text_as_messages: bool = key(False, "Send plain-text prompts through the chat template, as a user turn.")
+    max_bad_share: float = key(
+        0.05, "Largest share of dropped records in a source; a larger one is an error.", at_least=0, at_most=1
+    )
+    text_as_messages: bool = key(False, "Render plain-text prompts by the chat template, as a user turn.")
     template: TextTemplate = key(
         TextTemplate.auto,
-        "Texts with a chat template's tokens in them: read these as tokens (`applied`), as plain letters "
-        "(`literal`), or as letters unless most records have them, which is an error (`auto`).",
+        "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
+        "text (`literal`), or as text with an error if most records have them (`auto`).",
     )
     template_date: str = key("2024-07-26", "Today's date (YYYY-MM-DD) for chat templates with a clock.")
     ranked: Ranked = key(
@@ -194,7 +196,7 @@ class OptimConfig:
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,
-        "Share of all steps in which the learning rate rises; the first of w has lr / w.",
+        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
         at_least=0,
         at_most=1,
     )
@@ -210,7 +212,7 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", at_least=1)
     micro_batch_tokens: int = key(
-        8192, "Tokens that a device computes at once; accumulation follows.", at_least=1, free=True
+        8192, "Most tokens of a micro-batch; gradient accumulation follows from it.", at_least=1, free=True
     )
     epochs: float = key(1.0, "Passes over the training data.", above=0)
     max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
@@ -230,24 +232,24 @@ class TrainerConfig:
     )
     log_every: int = key(
         1,
-        "Steps of a metrics row, a mean over their pairs; 0: at the end only.",
+        "Steps between metrics rows, each a mean over the pairs of its steps; 0: at the end only.",
         at_least=0,
         free=True,
         train_only=True,
     )
     seed: int = key(0, "Seed of data order and of an adapter's start.", at_least=0)
     deterministic: bool = key(
-        False, "Only kernels that give the same bits again, or an error; slower on GPUs.", free=True
+        False, "Deterministic kernels only, and an error where there is none; slower on GPUs.", free=True
     )
     stop_after_steps: int | None = key(
         None,
-        "Save and exit with 75 after so many steps of this start.",
+        "Steps of this start after which the run saves and exits with code 75.",
         at_least=1,
         free=True,
         train_only=True,
     )
     max_seconds: float | None = key(
-        None, "Save and exit with 75 after so many seconds.", above=0, free=True, train_only=True
+        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, train_only=True
     )
 
 

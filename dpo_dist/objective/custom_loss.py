@@ -87,7 +87,7 @@ def _errors_named(config: LossConfig) -> Iterator[None]:
 
 def _refused(got: str, losses: Tensor, expected: str) -> ConfigError:
     return ConfigError(
-        "the loss function cannot be trained with",
+        "the loss function cannot be used for training",
         where="loss.function",
         got=f"{got}; losses {[round(loss, 6) for loss in losses.tolist()]}",
         expected=expected,

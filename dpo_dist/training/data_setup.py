@@ -157,7 +157,7 @@ def check_ids_in_vocabulary(
     largest = dataset.largest_id
     if largest >= vocab_size:
         raise ConfigError(
-            "the data contain a token that the model has no embedding of",
+            "the data contain a token without an embedding in the model",
             where="model.path",
             got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
             expected=f"ids below the model's vocab_size of {vocab_size}",

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist import api
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, ReferenceModelError
 from tests.support.tiny_model import write_model
 
 
@@ -31,6 +31,16 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for read in (api.read_metrics, api.read_summary):
         with pytest.raises(ConfigError, match="cannot be read"):
             read(tmp_path)
+
+
+def test_a_store_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReferenceModelError, match="nowhere"):
+        api.open_stores(tmp_path / "nowhere")
+
+
+def test_a_model_that_is_not_loaded_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="load_model"):
+        api.token_logps("model", [])  # type: ignore[arg-type]
 
 
 def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_restored(tmp_path: Path) -> None:
