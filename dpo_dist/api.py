@@ -28,10 +28,10 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.data.dataset import Keys
-from dpo_dist.data.encode import EncodedExample, encode_pair, response_key
+from dpo_dist.data.encode import EncodedExample, response_key
+from dpo_dist.data.encode_chunk import encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.packing import PackedBatch, Sequences, pack, packed_tokens
-from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import load
@@ -110,7 +110,7 @@ def load_model(
 def read_pairs(
     source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
 ) -> tuple[list[EncodedExample], list[BadRecord]]:
-    """Read a source and encode its records, in the order of the source.
+    """Read a source and encode its records as training does, in the order of the source.
 
     Args:
         source: a path, a hub name, or both with options, as one entry of `data.train`.
@@ -128,13 +128,15 @@ def read_pairs(
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        encoded = record if isinstance(record, BadRecord) else encode_pair(record, tokenizer, limits)
-        if isinstance(record, BadRecord) or isinstance(encoded, BadRecord):
-            bad.append(encoded)  # type: ignore[arg-type]
+        found = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer)
+        if isinstance(found, BadRecord):
+            bad.append(found)
             continue
-        examples, _ = training_examples(record, limits.ranked)
-        for ranks in examples:
-            pairs.append(replace(encoded, responses=tuple(encoded.responses[rank] for rank in ranks)))
+        responses = found.encoded.responses
+        pairs += [
+            replace(found.encoded, responses=tuple(responses[index] for index in ranks))
+            for ranks in found.ranks
+        ]
     return pairs, bad
 
 

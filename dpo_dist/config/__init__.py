@@ -1,1 +1,1 @@
-"""What a run is: the typed schema, how it is composed, and what must fit together."""
+"""Configuration of a run: the typed schema, its rules, composition, and help for mistyped input."""
