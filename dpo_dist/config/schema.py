@@ -52,8 +52,12 @@ class AdapterConfig:
 
     r: int = key(16, "Rank.", at_least=1)
     alpha: float = key(32.0, "Scale of the update: alpha / r, for `rslora` alpha / sqrt(r).", above=0)
-    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.")
-    target_modules: Any = key("all-linear", "`all-linear` (all but the output layer), or a list of names.")
+    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
+    target_modules: Any = key(
+        "all-linear",
+        "`all-linear` (all but the output layer), or a list of names.",
+        accepts="all-linear, or a list in brackets: [q_proj,v_proj]",
+    )
     variant: AdapterVariant = key(
         AdapterVariant.lora, "`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."
     )
@@ -74,6 +78,7 @@ class ModelConfig:
         "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
         free=True,
         train_only=True,
+        accepts="none, full, or a whole number, >= 2",
     )
     compile: bool = key(False, "torch.compile in decoder layers.", free=True)
     liger: bool = key(False, "Liger's kernels in decoder layers (CUDA, the `liger` extra).", free=True)
@@ -128,7 +133,9 @@ class DataConfig:
         "Texts with a chat template's tokens in them: read these as tokens (`applied`), as plain letters "
         "(`literal`), or as letters unless most records have them, which is an error (`auto`).",
     )
-    template_date: str = key("2024-07-26", "Today's date (YYYY-MM-DD) for chat templates with a clock.")
+    template_date: str = key(
+        "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"
+    )
     ranked: Ranked = key(
         Ranked.whole,
         "A ranking of more than two responses becomes one example, its best and worst, or all pairs.",
