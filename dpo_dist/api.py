@@ -21,12 +21,12 @@ from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.dataset import Keys
-from dpo_dist.data.encode import EncodedExample, encode_pair, response_key
+from dpo_dist.data.encode import EncodedExample, response_key
+from dpo_dist.data.encode_chunk import encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.packing import PackedBatch, Sequences, pack, packed_tokens
-from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord
-from dpo_dist.errors import ConfigError, ReferenceModelError
+from dpo_dist.errors import ConfigError
 from dpo_dist.model import load
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import choose_backend
@@ -36,6 +36,7 @@ from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.metrics_log import read_rows
 
@@ -103,7 +104,7 @@ def load_model(
 def read_pairs(
     source: SourceConfig | str, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig | None = None
 ) -> tuple[list[EncodedExample], list[BadRecord]]:
-    """Read a source and encode its records, in the order of the source.
+    """Read a source and encode its records as training does, in the order of the source.
 
     Args:
         source: a path, a hub name, or both with options, as one entry of `data.train`.
@@ -121,13 +122,15 @@ def read_pairs(
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        encoded = record if isinstance(record, BadRecord) else encode_pair(record, tokenizer, limits)
-        if isinstance(record, BadRecord) or isinstance(encoded, BadRecord):
-            bad.append(encoded)  # type: ignore[arg-type]
+        found = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer)
+        if isinstance(found, BadRecord):
+            bad.append(found)
             continue
-        examples, _ = training_examples(record, limits.ranked)
-        for ranks in examples:
-            pairs.append(replace(encoded, responses=tuple(encoded.responses[rank] for rank in ranks)))
+        responses = found.encoded.responses
+        pairs += [
+            replace(found.encoded, responses=tuple(responses[index] for index in ranks))
+            for ranks in found.ranks
+        ]
     return pairs, bad
 
 
@@ -186,18 +189,11 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
         One store for each fingerprint: reference model (`label`) and numerics (`profile`).
 
     Raises:
-        ReferenceModelError: there is no such folder.
+        ReferenceModelError: the folder does not exist or cannot be read.
     """
-    if not Path(folder).is_dir():
-        raise ReferenceModelError(
-            "there is no reference store", where=str(folder), remedy="pass reference.store of a run"
-        )
-    found = []
-    for below in sorted(Path(folder).iterdir()):
-        fingerprint = read_fingerprint(below) if below.is_dir() else None
-        if fingerprint is not None:
-            found.append((fingerprint, LogpStore.read_only(Path(folder), [fingerprint])))
-    return found
+    root = Path(folder)
+    found = map(read_fingerprint, fingerprint_folders(root))
+    return [(each, LogpStore.read_only(root, [each])) for each in found if each is not None]
 
 
 def stored_pair_logps(

@@ -130,7 +130,7 @@ def tokenizer_digest(folder: Path) -> str:
     try:
         config = json.loads(config_file.read_bytes())
         if not isinstance(config, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(
             "a file of the model cannot be read", where=str(config_file), got=str(error)

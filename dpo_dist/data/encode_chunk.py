@@ -46,6 +46,23 @@ class EncodedChunk:
     bad: list[tuple[int, BadRecord]]
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedRecord:
+    """The examples of one record. They share one encoding, so each response is stored and scored once.
+
+    Attributes:
+        encoded: the prompt and the responses that an example uses; others count for no limit.
+        ranks: for each example the indices of its responses in `encoded.responses`, best first.
+        scores: of `encoded.responses`, nan if the record has none.
+        ties: `rankings.training_examples`.
+    """
+
+    encoded: EncodedExample
+    ranks: list[list[int]]
+    scores: list[float]
+    ties: int
+
+
 class _Examples:
     """Collects the examples of a chunk."""
 
@@ -59,26 +76,21 @@ class _Examples:
         self.scores: list[float] = []
         self.origins: list[Origin] = []
 
-    def add(self, encoded: EncodedExample, ranks: Sequence[Sequence[int]], scores: Sequence[float]) -> None:
-        """Add the examples of a record.
-
-        Args:
-            encoded: its prompt and responses.
-            ranks: for each example the indices of its responses in `encoded.responses`.
-            scores: of `encoded.responses`.
-        """
+    def add(self, record: EncodedRecord, origin: Origin) -> None:
+        encoded = record.encoded
         pieces = (encoded.prompt_ids, *encoded.responses)
         starts = [self.tokens + int(before) for before in np.cumsum([0, *map(len, pieces)])]
         keys = [response_key(encoded.prompt_ids, response) for response in encoded.responses]
         self.ids += pieces
         self.tokens = starts[-1]
-        for example in ranks:
-            used = [0, *(1 + index for index in example)]
+        for ranks in record.ranks:
+            used = [0, *(1 + index for index in ranks)]
             self.starts += [starts[piece] for piece in used]
             self.lengths += [len(pieces[piece]) for piece in used]
             self.pieces.append(len(used))
-            self.keys += [keys[index] for index in example]
-            self.scores += [scores[index] for index in example]
+            self.keys += [keys[index] for index in ranks]
+            self.scores += [record.scores[index] for index in ranks]
+            self.origins.append(origin)
 
 
 def encode_chunk(
@@ -121,10 +133,10 @@ def encode_chunk(
     )
 
 
-def _encode(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", examples: _Examples
-) -> Outcome | BadRecord:
-    """Add the examples of a record. They share one encoding, so each response is stored and scored once."""
+def encode_record(
+    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> EncodedRecord | BadRecord:
+    """Encode the training examples of a record; errors and bad records as `encode_pair`."""
     ranks, ties = training_examples(record, config.ranked)
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
@@ -133,15 +145,25 @@ def _encode(
         return encoded
     new_index = {index: number for number, index in enumerate(used)}
     scores = record.scores or (np.nan,) * len(record.responses)
-    examples.add(
+    return EncodedRecord(
         encoded,
         [[new_index[index] for index in example] for example in ranks],
         [scores[index] for index in used],
+        ties,
     )
-    examples.origins += [record.origin] * len(ranks)
-    changed = {name: int(getattr(encoded, name)) for name in FLAGS} | {"ties_left_out": ties}
-    is_applied = encoded.templated_text and config.template is TextTemplate.applied
+
+
+def _encode(
+    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", examples: _Examples
+) -> Outcome | BadRecord:
+    """Add the examples of a record."""
+    found = encode_record(record, config, tokenizer)
+    if isinstance(found, BadRecord):
+        return found
+    examples.add(found, record.origin)
+    changed = {name: int(getattr(found.encoded, name)) for name in FLAGS} | {"ties_left_out": found.ties}
+    is_applied = found.encoded.templated_text and config.template is TextTemplate.applied
     is_plain = isinstance(record.prompt, str) and not config.text_as_messages
     if is_plain and not is_applied and tokenizer.chat_template:
         changed["chat_template_not_applied"] = 1
-    return Outcome(None, len(ranks), tuple((name, times) for name, times in changed.items() if times))
+    return Outcome(None, len(found.ranks), tuple((name, times) for name, times in changed.items() if times))

@@ -126,7 +126,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def with_origins(values: Iterator[Any], path: str) -> Iterator[RawRecord]:
-    """Yield each value as a record with its number as origin; a value that is no object is a bad record."""
+    """Yield each value as a record with its number as origin; any value but an object is a bad record."""
     for number, value in enumerate(values, start=1):
         yield _as_record(value, Origin(path, number))
 

@@ -87,7 +87,7 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     files belong to the only split.
 
     Raises:
-        DataError: there is no data file; the files are of several kinds; only some names have a split; no
+        DataError: no data file is found; the files are of several kinds; only some names have a split; no
             file belongs to the split; or a shard of it is missing.
         ConfigError: `split` is set and no name has a split.
     """
@@ -117,7 +117,7 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     unnamed = [file for file in files if splits[file] is None]
     if unnamed:
         raise DataError(
-            "there is no split in the names of some files",
+            "the names of some files have no split",
             where=str(folder),
             got=", ".join(str(file.relative_to(folder)) for file in unnamed[:5]),
             expected=f"a split in every name or in none; other files have: {', '.join(names)}",

@@ -170,7 +170,9 @@ def _has_completion(record: Fields) -> bool:
 def _completion(record: Fields, origin: Origin) -> RawContent | BadRecord:
     """Return the one response to learn: `completion`, the end of `messages`, or `chosen`."""
     if record.get("label") is not None:
-        return BadRecord("unknown_format", origin, "label: a response with a good/bad label is no completion")
+        return BadRecord(
+            "unknown_format", origin, "label: a response with a good/bad label is not a completion"
+        )
     for name in ("completion", "messages", "chosen"):
         if record.get(name) is not None:
             return RawContent(record.get("prompt"), {name: record[name]})

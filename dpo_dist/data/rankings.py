@@ -25,7 +25,7 @@ def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
     if not isinstance(items, list):
         return BadRecord("unknown_format", origin, f"{name} is not a list")
     if len(items) < 2:
-        return BadRecord("no_ranking", origin, f"{len(items)} in {name}")
+        return BadRecord("no_ranking", origin, f"{name} has {len(items)}, not at least 2")
     unread = unread_keys(*(item for item in items if isinstance(item, Mapping)))
     if unread:
         return BadRecord("unread_content", origin, f"a response has {', '.join(unread)}", unread)

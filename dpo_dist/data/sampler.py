@@ -27,8 +27,8 @@ class Span:
 class BatchSampler:
     """Order of training: shuffled epochs one after the other, cut into consecutive global batches.
 
-    World size, token budget and accumulation are no inputs, so they cannot change the order. A batch may span
-    the end of an epoch; the last batch of a run may be smaller.
+    World size, token budget and accumulation are not inputs, so they cannot change the order. A batch may
+    span the end of an epoch; the last batch of a run may be smaller.
     """
 
     spans: tuple[Span, ...]

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
@@ -30,7 +29,7 @@ from dpo_dist.distributed.device_memory import (
     reference_remedy,
     return_memory,
 )
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import World, restore_linear
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
@@ -85,9 +84,8 @@ class FrozenEngine:
         for buffer in self._engine.module.buffers():
             buffer.data = buffer.new_empty(0)
         del self._engine
-        # Loading replaced `linear` for the whole process, which would change an unsharded policy's digits.
-        if not is_deepspeed_zero3_enabled():
-            torch.nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
+        if not is_deepspeed_zero3_enabled():  # the policy is not sharded
+            restore_linear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         return_memory()

@@ -23,6 +23,7 @@ import deepspeed.ops
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
 from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.peers import (
@@ -205,6 +206,8 @@ class World:
             if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
+            if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
+                signal.signal(signal.SIGTERM, previous)
             if error is None or error is failure:
                 raise
             raise error from failure
@@ -275,6 +278,17 @@ def stop_world() -> None:
         deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None
     AcceleratorState._reset_state(reset_partial_state=True)
+    restore_linear()
+
+
+def restore_linear() -> None:
+    """Undo DeepSpeed's replacement of `torch.nn.functional.linear`, made whenever it loads sharded weights.
+
+    The replacement adds biases after rounding the product: in bf16 it changes log-probs of unsharded models.
+    """
+    torch.nn.functional.linear = getattr(
+        InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear
+    )
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:

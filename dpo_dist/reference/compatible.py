@@ -119,7 +119,7 @@ class Reused:
 
     Attributes:
         entries: number of distinct responses, by difference of their numerics; "own" for none.
-        audited: number of a dataset in `visited` and its pairs with compatible entries; None without such.
+        audited: index of a dataset in `visited`, and its pairs with compatible entries; None if none has.
     """
 
     entries: dict[str, int]

@@ -64,7 +64,7 @@ class FillReport:
 
 @dataclass
 class StoreFiller:
-    """Computes and stores the log-probs that a run needs and the store lacks; all methods are collective.
+    """Computes and stores the missing log-probs of a run; all methods are collective.
 
     Attributes:
         store: the store to fill; its own view may be empty.
@@ -85,7 +85,7 @@ class StoreFiller:
     shards: Mapping[str, int] = field(default_factory=dict)
 
     def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
-        """Compute and store what the pairs `indices` of `dataset` need and the store lacks.
+        """Compute and store the missing log-probs of the pairs `indices` of `dataset`.
 
         Rank 0 decides what is missing, so that all ranks agree while other jobs write to the same store. A
         killed fill loses at most two shards of each rank. Jobs that fill one store at the same time share

@@ -90,7 +90,7 @@ class Index:
     def _load(
         self, entries: Indices, numbers: list[int], values: list[Values | None], shards: list[int | None]
     ) -> None:
-        """Put the intact ones of `entries` into `values` and `shards` at `numbers`."""
+        """Set `values` and `shards` at `numbers` to those of `entries`, if they are intact."""
         spans, checks = self._spans[entries], self._checks[entries]
         starts = spans >> self._token_bits
         in_shards = np.searchsorted(self._first_values, starts, side="right") - 1

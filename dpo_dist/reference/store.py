@@ -28,7 +28,7 @@ from dpo_dist.reference.shard import Keys, Values, list_foreign, list_shards, op
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 90
-"""How long another node's shard may stay invisible: NFS clients list a folder anew after 60 s at most."""
+"""How long another node's shard may stay invisible: NFS clients list a folder again after at most 60 s."""
 
 _RETRY_SECONDS = 1.0
 
@@ -133,7 +133,7 @@ class LogpStore:
                     "shards of reference log-probs that this run uses cannot be read",
                     where=f"reference.store on {socket.gethostname()}",
                     got=f"{len(unseen)} of {len(shards)} missing or damaged: {self.root / unseen[0]}",
-                    expected=f"they become visible within {PATIENCE_SECONDS} seconds after they were written",
+                    expected=f"shards that every node sees within {PATIENCE_SECONDS} seconds",
                     remedy="put reference.store on a file system that every node sees, and start again; "
                     "missing log-probs are computed before training",
                 )

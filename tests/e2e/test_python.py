@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     """Precompute, train, fail and train again; exit with 0 if every call does what it should."""
     os.environ.clear()
     os.environ.update(variables)
+    import torch
+
     from dpo_dist import precompute
     from dpo_dist import train as verb
     from dpo_dist.config.load import load_run_config
     from dpo_dist.errors import DataError
 
+    linear, handler = torch.nn.functional.linear, signal.getsignal(signal.SIGTERM)
     mine = logging.NullHandler()
     logging.getLogger().handlers[:] = [mine]
     assert precompute.main(load_run_config(command)) == 0
@@ -28,7 +32,9 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     assert verb.main(load_run_config(first)) == 0
     with pytest.raises(DataError):
         verb.main(load_run_config([*command, f"data.train=[{data}]", "data.max_bad_share=0.01"]))
+    assert signal.getsignal(signal.SIGTERM) is handler, "a failed run does not leave SIGTERM ignored"
     assert verb.main(load_run_config(command)) == 0
+    assert torch.nn.functional.linear is linear, "a ZeRO-3 run does not change later unsharded models"
     assert logging.getLogger().handlers == [mine], "the caller's logging is restored"
 
 

@@ -8,8 +8,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dpo_dist import api
+from dpo_dist.config.schema import Ranked, Truncation
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.errors import ConfigError, ReferenceModelError
+from tests.support import tiny
+from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
 
 
@@ -33,9 +38,11 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
             read(tmp_path)
 
 
-def test_a_store_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ReferenceModelError, match="nowhere"):
-        api.open_stores(tmp_path / "nowhere")
+def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReferenceModelError) as raised:
+        api.open_stores(tmp_path / "missing")
+    assert raised.value.where == str(tmp_path / "missing")
+    assert api.open_stores(tmp_path) == []
 
 
 def test_a_model_that_is_not_loaded_is_an_error() -> None:
@@ -52,3 +59,20 @@ def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_rest
     logps = api.pair_logps(plain.eval(), pairs)
     assert logps.chosen.requires_grad
     assert (plain.config._attn_implementation, plain.get_output_embeddings()) == (attention, head)
+
+
+@pytest.mark.parametrize("truncation", Truncation)
+@pytest.mark.parametrize("ranked", Ranked)
+def test_pairs_are_those_of_training(ranked: Ranked, truncation: Truncation, tmp_path: Path) -> None:
+    """Also of a ranking in which a response that no example uses is above the limits."""
+    record = {"prompt": "the prompt " * 4, "responses": ["good", "long " * 40, "fair", "bad"]}
+    source = api.SourceConfig(
+        jsonl(tmp_path, record | {"scores": [3, 3, 2, 1]}, record, TEXT, {"prompt": "q"})
+    )
+    config = api.DataConfig(
+        max_length=48, truncation=truncation, ranked=ranked, cache=str(tmp_path / "cache"), max_bad_share=1.0
+    )
+    pairs, bad = api.read_pairs(source, tiny.qwen(), config)
+    dataset = open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)
+    assert api.response_keys(pairs).tolist() == dataset.keys[:].tolist()
+    assert len(bad) == dataset.counts["read"] - dataset.counts["kept"]

@@ -151,7 +151,7 @@ def test_a_shard_of_another_fingerprint_is_named_and_moved_back(
     assert entries_of(tmp_path, SECOND) == {}
     code, printed = run("verify")
     assert code == 2
-    assert f"a shard of {SECOND.name}" in printed
+    assert f"it belongs to {SECOND.name}" in printed
     assert run("verify", "--repair")[0] == 0
     assert entries_of(tmp_path, SECOND) == {1: [-9.0], 2: [-8.0]}
 

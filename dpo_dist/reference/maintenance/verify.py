@@ -154,7 +154,7 @@ def _check(file: Path) -> _CheckedShard:
         return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), "")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         home = _home(file)
-        fault = f"a shard of {home.name}" if home is not None else f"no entry can be verified: {error}"
+        fault = f"it belongs to {home.name}" if home is not None else f"no entry can be verified: {error}"
         return _CheckedShard(file, np.empty((0, 2), dtype=np.uint64), fault)
     damaged = damaged_entries(shard)
     fault = f"{len(damaged)} of {len(shard.keys)} entries are damaged" if len(damaged) else ""

@@ -71,6 +71,15 @@ def test_parquet_has_the_same_records_as_jsonl(tmp_path: Path) -> None:
         assert one.origin.line == other.origin.line
 
 
+def test_a_parquet_column_that_occurs_twice_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "records.parquet"
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pyarrow.parquet.write_table(pa.Table.from_arrays(columns, ["prompt", "chosen", "chosen"]), file)
+    with pytest.raises(DataError, match="two columns") as raised:
+        read_records(str(file))
+    assert raised.value.where == str(file)
+
+
 def test_a_file_that_is_not_parquet_is_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     file.write_text("no parquet")

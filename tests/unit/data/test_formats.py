@@ -232,6 +232,11 @@ def test_a_pair_with_other_fields_is_a_pair(tmp_path: Path) -> None:
     assert read_good(tmp_path, fields).responses == ("good", "bad")
 
 
+def test_a_ranking_with_other_fields_is_a_ranking(tmp_path: Path) -> None:
+    fields = {"prompt": "q", "messages": [user("q"), assistant("a")], "completion": "z", "label": None}
+    assert read_good(tmp_path, fields | {"responses": ["x", "y"]}).responses == ("x", "y")
+
+
 @needs_shared_data
 @pytest.mark.parametrize(
     ("name", "kept", "faults"),

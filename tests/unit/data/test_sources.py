@@ -135,7 +135,7 @@ def test_splits_of_any_name_follow_from_shard_names(tmp_path: Path) -> None:
 def test_no_file_of_a_folder_is_silently_ignored(tmp_path: Path) -> None:
     write(tmp_path / "some" / "train.jsonl", lines("one"))
     write(tmp_path / "some" / "more.jsonl", lines("two"))
-    with pytest.raises(DataError, match="no split in the names") as raised:
+    with pytest.raises(DataError, match="names of some files have no split") as raised:
         read_records(str(tmp_path / "some"))
     assert raised.value.got == "more.jsonl"
     for number in (0, 2):

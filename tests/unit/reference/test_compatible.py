@@ -113,6 +113,9 @@ def test_reused_entries_are_counted_and_their_pairs_audited(
     assert reused.audited is not None
     number, indices = reused.audited
     assert (number, indices.tolist()) == (1, [1, 2, 3])
+    both = count_reused(store, [(dataset, np.array([1])), (dataset, np.array([3]))])
+    assert both.audited is not None
+    assert (both.audited[0], both.audited[1].tolist()) == (0, [1])
     alone = count_reused(store, [(dataset, np.array([0]))])
     assert (alone.entries, alone.audited) == ({"own": 2}, None)
 

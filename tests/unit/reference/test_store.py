@@ -179,6 +179,15 @@ def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
         file.write_bytes(whole)
 
 
+def test_damaged_entries_are_counted_by_shard(tmp_path: Path) -> None:
+    files = sorted(write(tmp_path, {name: [-1.0]}) for name in (1, 2, 4))
+    for damaged, cut in zip(files, (False, True, True), strict=True):
+        damaged.write_bytes(damaged.read_bytes()[: -1 if cut else None])
+    store = open_store(tmp_path)
+    store.contains(keys_of([1, 2, 4]))
+    assert store.damaged_entries == {f"{FINGERPRINT.name}/{file.name}": 1 for file in files[1:]}
+
+
 def test_a_truncated_shard_keeps_its_complete_entries(tmp_path: Path) -> None:
     file = write(tmp_path, ENTRIES)
     content = file.read_bytes()
@@ -291,6 +300,17 @@ def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path
     # Entries are written under the own fingerprint only.
     store.write(keys[3:], [values(-4.0)])
     assert open_store(tmp_path).contains(keys).tolist() == [True, False, False, True]
+
+
+def test_own_entries_are_preferred_whatever_the_names_of_the_folders(tmp_path: Path) -> None:
+    other = ReferenceFingerprint("weights", {"dtype": "fp32", "torch": "1"})
+    write(tmp_path, {1: [-1.0]}, FINGERPRINT)
+    write(tmp_path, {1: [-2.0]}, other)
+    for own, compatible, value in ((FINGERPRINT, other, -1.0), (other, FINGERPRINT, -2.0)):
+        store = LogpStore.open(tmp_path, own, compatible=[compatible])
+        for view in (store, store.wait_for(store.shards)):
+            [entry] = view.read(keys_of([1]))
+            assert entry.tolist() == [value]
 
 
 def test_own_entries_are_preferred_among_many_with_the_same_first_word(tmp_path: Path) -> None:

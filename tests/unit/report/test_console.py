@@ -43,6 +43,14 @@ def test_a_repeated_warning_is_logged_once(tmp_path: Path) -> None:
     assert logging.getLogger("py.warnings").filters == []
 
 
+def test_the_callers_logging_is_restored(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    with opened(tmp_path):
+        assert root.level == logging.INFO != before[1]
+    assert (root.handlers, root.level) == before
+
+
 def test_only_rank_0_prints_but_every_rank_can_print_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
