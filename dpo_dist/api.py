@@ -43,6 +43,7 @@ from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
+from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.report.metrics_log import read_rows
 
@@ -193,13 +194,13 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
 
     Returns:
         One store for each fingerprint: reference model (`label`) and numerics (`profile`).
+
+    Raises:
+        ReferenceModelError: the folder does not exist or cannot be read.
     """
-    found = []
-    for below in sorted(Path(folder).iterdir()):
-        fingerprint = read_fingerprint(below) if below.is_dir() else None
-        if fingerprint is not None:
-            found.append((fingerprint, LogpStore.read_only(Path(folder), [fingerprint])))
-    return found
+    root = Path(folder)
+    found = map(read_fingerprint, fingerprint_folders(root))
+    return [(each, LogpStore.read_only(root, [each])) for each in found if each is not None]
 
 
 def stored_pair_logps(
