@@ -192,7 +192,7 @@ def _digest_models(
 
 
 def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """`check_fits_loss` of all examples of a dataset."""
+    """Check all examples of a dataset with `check_fits_loss`."""
     every = np.arange(len(dataset), dtype=np.int64)
     check_fits_loss(
         loss,
