@@ -5,11 +5,9 @@ Takes the configuration of the training run; only missing log-probs are computed
 
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.report.console import open_console
-from dpo_dist.training.startup import check_start, without_traces
+from dpo_dist.training.startup import started
 
 
 def main(config: RunConfig) -> int:
@@ -19,12 +17,10 @@ def main(config: RunConfig) -> int:
         DpoDistError: they cannot be computed or stored.
     """
     _check_mode(config)
-    with without_traces(config):
-        check_start(config)
-        with open_console(RunFolder.of(config)) as console:
-            from dpo_dist.training.run import precompute  # noqa: PLC0415  (slow, prints into the log)
+    with started(config) as console:
+        from dpo_dist.training.run import precompute  # noqa: PLC0415  (slow, prints into the log)
 
-            return precompute(config, console)
+        return precompute(config, console)
 
 
 def check(config: RunConfig) -> int:

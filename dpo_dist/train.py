@@ -8,11 +8,9 @@ import logging
 import sys
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import open_console
-from dpo_dist.training.startup import check_start, without_traces
+from dpo_dist.training.startup import check_start, started, without_traces
 
 
 def main(config: RunConfig) -> int:
@@ -23,12 +21,10 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the run cannot start or continue.
     """
-    with without_traces(config):
-        check_start(config)
-        with open_console(RunFolder.of(config)) as console:
-            from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
+    with started(config) as console:
+        from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
 
-            return train(config, console)
+        return train(config, console)
 
 
 def check(config: RunConfig) -> int:

@@ -1,6 +1,7 @@
 """Command line of a verb: Hydra's overrides and the options below, in any order; Hydra only composes."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
 
 _RANK_0_SECONDS = 60
+_ABSENT = object()
 
 
 class _Option(NamedTuple):
@@ -186,6 +188,13 @@ def _check_values(options: dict[str, str]) -> None:
             expected="job",
             remedy="write --cfg job",
         )
+    if "--package" in options and not {"--cfg", "--info", "--help"} & set(options):
+        raise ConfigError(
+            "--package has no effect without --cfg",
+            where=COMMAND_LINE,
+            got=f"--package {options['--package']}",
+            remedy="write --cfg job --package KEY, or remove --package",
+        )
     folder = options.get("--config-dir")
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(
@@ -234,10 +243,12 @@ def _show(composed: DictConfig, arguments: Arguments) -> int:
 def _part(text: str, package: str | None) -> str:
     if package is None:
         return text
-    part = OmegaConf.select(OmegaConf.create(text), package)
-    if part is None:
+    part = OmegaConf.select(OmegaConf.create(text), package, default=_ABSENT)
+    if part is _ABSENT:
         raise unknown_key(package, where="--package")
-    return OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else f"{part}\n"
+    if OmegaConf.is_config(part):
+        return OmegaConf.to_yaml(part)
+    return f"{json.dumps(part) if part is None or isinstance(part, bool) else part}\n"
 
 
 def _ask_hydra(arguments: Arguments) -> None:

@@ -37,10 +37,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Declaration:
-    """The facts of a key that its type and default do not give.
+    """Facts of a key besides its type and default.
 
     Attributes:
-        meaning: one line for the user; of null, too, where the key allows it.
+        meaning: one line for the user; it explains null where the key allows null.
         bounds: of a number.
         filled: whether text must not be empty.
         defines_result: whether the key is part of the run's digest.
@@ -48,6 +48,7 @@ class Declaration:
             existed keep their digest.
         train_only: whether `precompute` does not use the key; None: as its section.
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
+        accepts: the accepted values in words, if a rule narrows the type.
     """
 
     meaning: str
@@ -57,6 +58,7 @@ class Declaration:
     added: bool = False
     train_only: bool | None = None
     of: type | None = None
+    accepts: str = ""
 
 
 def key(
@@ -68,10 +70,12 @@ def key(
     train_only: bool | None = None,
     of: type | None = None,
     filled: bool = False,
+    accepts: str = "",
     **bounds: float,
 ) -> Any:
     """Return a dataclass field with its `Declaration`; `free` keeps the key out of the run's digest."""
-    metadata = {_METADATA: Declaration(meaning, Bounds(**bounds), filled, not free, added, train_only, of)}
+    declared = Declaration(meaning, Bounds(**bounds), filled, not free, added, train_only, of, accepts)
+    metadata = {_METADATA: declared}
     if isinstance(default, list):
         return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -28,6 +28,7 @@ class Key:
         defines_result: whether the key is part of the run's digest.
         verbs: the verbs that use it.
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
+        accepts: the accepted values in words, if a rule narrows the type.
     """
 
     name: str
@@ -39,10 +40,13 @@ class Key:
     defines_result: bool
     verbs: tuple[str, ...]
     of: Any
+    accepts: str
 
     @property
     def type_words(self) -> str:
-        """The type with its limits: `a number, > 0`, `text, not empty`."""
+        """The accepted values: `a number, > 0`, `text, not empty`."""
+        if self.accepts:
+            return self.accepts
         words = describe_type(self.type) or (
             "any value" if self.of is None else f"null or {describe_type(self.of)}"
         )
@@ -94,6 +98,7 @@ def _rows(kind: type, prefix: str, defines: bool, train_only: bool) -> Iterator[
             defining,
             ("train",) if only_train else ("train", "precompute"),
             declared.of,
+            declared.accepts,
         )
         if declared.of is not None:
             below = f"{name}[]." if get_origin(hint) is list else f"{name}."

@@ -18,7 +18,11 @@ MODES_USING = {
     "rows_per_shard": _STORED,
     "audit_pairs": (*_LOADED, ReferenceMode.adapter),
 }
-"""Options of `reference` and the modes in which they have an effect."""
+"""Options of `reference` and the modes in which they have an effect.
+
+`store` is not among them: like `data.cache` it names a folder, which scripts and saved configurations set for
+runs of every mode.
+"""
 
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "revision", "quantization", "numerics")

@@ -41,7 +41,8 @@ class FolderConfig:
     root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
     resume: Resume = key(
         Resume.auto,
-        "`auto`: from the last checkpoint, if any; `never`: refuse a run directory in use; `must`.",
+        "`auto`: resume if there is a checkpoint; `must`: error without one; "
+        "`never`: error if the directory has results.",
     )
 
 
@@ -51,8 +52,12 @@ class AdapterConfig:
 
     r: int = key(16, "Rank.", at_least=1)
     alpha: float = key(32.0, "Scale of the update: alpha / r, for `rslora` alpha / sqrt(r).", above=0)
-    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.")
-    target_modules: Any = key("all-linear", "`all-linear` (all but the output layer), or a list of names.")
+    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
+    target_modules: Any = key(
+        "all-linear",
+        "`all-linear` (all but the output layer), or a list of names.",
+        accepts="all-linear, or a list in brackets: [q_proj,v_proj]",
+    )
     variant: AdapterVariant = key(
         AdapterVariant.lora, "`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."
     )
@@ -73,6 +78,7 @@ class ModelConfig:
         "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
         free=True,
         train_only=True,
+        accepts="none, full, or a whole number, >= 2",
     )
     compile: bool = key(False, "torch.compile in decoder layers.", free=True)
     liger: bool = key(False, "Liger's kernels in decoder layers (CUDA, the `liger` extra).", free=True)
@@ -98,7 +104,7 @@ class SourceConfig:
     weight: float = key(
         1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
     )
-    limit: int | None = key(None, "Read only the first records; null: all.", at_least=1)
+    limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -107,23 +113,29 @@ class DataConfig:
 
     train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
     eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
-    max_length: int = key(1024, "Tokens of prompt and response together.", at_least=2)
+    max_length: int = key(1024, "Largest number of tokens of prompt and response together.", at_least=2)
     max_prompt_length: int | None = key(
-        None, "Tokens of a prompt, which loses its start beyond; null: no limit.", at_least=1
+        None,
+        "Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit.",
+        at_least=1,
     )
     truncation: Truncation = key(
         Truncation.keep_start,
         "For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `drop`.",
     )
     on_bad_record: OnBadRecord = key(OnBadRecord.drop, "`drop` (counted and shown) or `error`.")
-    max_bad_share: float = key(0.05, "Share of dropped records that is an error.", at_least=0, at_most=1)
-    text_as_messages: bool = key(False, "Send plain-text prompts through the chat template, as a user turn.")
+    max_bad_share: float = key(
+        0.05, "If more than this share of the records is dropped, it is an error.", at_least=0, at_most=1
+    )
+    text_as_messages: bool = key(False, "Render plain-text prompts by the chat template, as a user turn.")
     template: TextTemplate = key(
         TextTemplate.auto,
-        "Texts with a chat template's tokens in them: read these as tokens (`applied`), as plain letters "
-        "(`literal`), or as letters unless most records have them, which is an error (`auto`).",
+        "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
+        "text (`literal`), or as text with an error if most records have them (`auto`).",
     )
-    template_date: str = key("2024-07-26", "Today's date (YYYY-MM-DD) for chat templates with a clock.")
+    template_date: str = key(
+        "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"
+    )
     ranked: Ranked = key(
         Ranked.whole,
         "A ranking of more than two responses becomes one example, its best and worst, or all pairs.",
@@ -194,7 +206,7 @@ class OptimConfig:
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,
-        "Share of all steps in which the learning rate rises; the first of w has lr / w.",
+        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
         at_least=0,
         at_most=1,
     )
@@ -210,7 +222,7 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", at_least=1)
     micro_batch_tokens: int = key(
-        8192, "Tokens that a device computes at once; accumulation follows.", at_least=1, free=True
+        8192, "Most tokens of a micro-batch; gradient accumulation follows from it.", at_least=1, free=True
     )
     epochs: float = key(1.0, "Passes over the training data.", above=0)
     max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
@@ -230,24 +242,24 @@ class TrainerConfig:
     )
     log_every: int = key(
         1,
-        "Steps of a metrics row, a mean over their pairs; 0: at the end only.",
+        "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
         at_least=0,
         free=True,
         train_only=True,
     )
     seed: int = key(0, "Seed of data order and of an adapter's start.", at_least=0)
     deterministic: bool = key(
-        False, "Only kernels that give the same bits again, or an error; slower on GPUs.", free=True
+        False, "Deterministic kernels only, and an error where there is none; slower on GPUs.", free=True
     )
     stop_after_steps: int | None = key(
         None,
-        "Save and exit with 75 after so many steps of this start.",
+        "Steps of this start after which the run saves and exits with code 75.",
         at_least=1,
         free=True,
         train_only=True,
     )
     max_seconds: float | None = key(
-        None, "Save and exit with 75 after so many seconds.", above=0, free=True, train_only=True
+        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, train_only=True
     )
 
 

@@ -273,7 +273,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
 
 def stop_world() -> None:
-    """Leave the process group, and reset the libraries' state of it: this process may start another run."""
+    """Leave the process group and undo global changes: this process may start another run."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None

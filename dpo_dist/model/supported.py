@@ -164,7 +164,7 @@ def _check_positions(model_config: Any, max_length: int) -> None:
     positions = model_config.max_position_embeddings
     if max_length - 1 > positions:
         raise ConfigError(
-            "this architecture has a learned embedding for each position, and too few for a sequence",
+            "the model has fewer learned positions than a sequence of data.max_length needs",
             where="data.max_length",
             got=f"{max_length} with {positions} positions",
             expected=f"{positions + 1} or less; the last token of a sequence is not an input",

@@ -77,7 +77,7 @@ def _errors_named(config: LossConfig) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
         raise ConfigError(
-            "the loss function fails",
+            "the loss function raises an error",
             where="loss.function",
             got=f"{config.function} on three invented pairs: {type(error).__name__}: {error}",
             expected="function(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor",
@@ -87,7 +87,7 @@ def _errors_named(config: LossConfig) -> Iterator[None]:
 
 def _refused(got: str, losses: Tensor, expected: str) -> ConfigError:
     return ConfigError(
-        "the loss function cannot be trained with",
+        "the loss function cannot be used for training",
         where="loss.function",
         got=f"{got}; losses {[round(loss, 6) for loss in losses.tolist()]}",
         expected=expected,

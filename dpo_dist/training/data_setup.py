@@ -157,7 +157,7 @@ def check_ids_in_vocabulary(
     largest = dataset.largest_id
     if largest >= vocab_size:
         raise ConfigError(
-            "the data contain a token that the model has no embedding of",
+            "the data contain a token without an embedding in the model",
             where="model.path",
             got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
             expected=f"ids below the model's vocab_size of {vocab_size}",
@@ -192,7 +192,7 @@ def _digest_models(
 
 
 def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """`check_fits_loss` of all examples of a dataset."""
+    """Check all examples of a dataset with `check_fits_loss`."""
     every = np.arange(len(dataset), dtype=np.int64)
     check_fits_loss(
         loss,

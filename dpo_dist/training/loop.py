@@ -175,7 +175,7 @@ class Loop:
         raise DivergedError(
             f"loss or gradient is not finite at step {position.step}; this update was not applied",
             got=f"loss {loss}, gradient norm {grad_norm}",
-            remedy="lower optim.lr or raise its warm-up, and look at the pairs of this step; "
+            remedy="lower optim.lr or raise optim.warmup_ratio, and look at the pairs of this step; "
             "the checkpoints before it are complete",
         )
 

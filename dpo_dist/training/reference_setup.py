@@ -40,7 +40,7 @@ class Reference:
     """The reference of a run.
 
     Attributes:
-        provider: its log-probs.
+        provider: source of its log-probs.
         is_policys_start: whether the policy starts as this model, in the same precision.
         audited: a dataset and those of its indices from which the step-0 check takes its sample.
         report: the section `reference` of summary.json.

@@ -122,9 +122,9 @@ def _complete(
 def _load_models(
     config: RunConfig, inputs: Inputs, world: World, console: Console
 ) -> tuple[Reference, PolicyEngine]:
-    """Return reference and policy; the reference is first, to free its memory before the policy is loaded.
+    """Load the reference, then the policy: a model that filled the store is freed before. Collective.
 
-    Only an adapter's reference is made of the policy. Collective.
+    With `reference.mode=adapter` the policy itself is the reference.
     """
     if config.reference.mode is ReferenceMode.adapter:
         policy = _load_policy(config, inputs, world)

@@ -46,7 +46,7 @@ def read_state(folder: RunFolder) -> RunState | None:
     """Return the recorded state of the run in `folder`; None if there is none.
 
     Raises:
-        CheckpointError: the file is not what `write_state` wrote.
+        CheckpointError: the file cannot be read or was changed.
     """
     file = folder.state
     try:

@@ -17,6 +17,7 @@ from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel
+from dpo_dist.report.console import Console, open_console
 
 # Processes of one start begin within this time of each other.
 _START_SECONDS = 60.0
@@ -44,6 +45,19 @@ def check_start(config: RunConfig) -> None:
         if key != "reference.store" or not folder.is_dir():
             # A read-only store is enough for a run whose log-probs are all in it.
             _check_folder(folder, key)
+
+
+@contextlib.contextmanager
+def started(config: RunConfig) -> Iterator[Console]:
+    """Check the start, open the console, and remove the folders of a start that fails before its first step.
+
+    Raises:
+        DpoDistError: as `check_start`.
+    """
+    with without_traces(config):
+        check_start(config)
+        with open_console(RunFolder.of(config)) as console:
+            yield console
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as reading datasets needs: commits, their trees and files."""
+"""The part of the Hugging Face Hub that reading datasets needs: commits, their trees and files."""
 
 import hashlib
 import json

@@ -25,7 +25,7 @@ def _by_segment(
     longest: tuple[int, int],
     scale: float | None,
 ) -> Tensor:
-    """What a variable-length kernel computes: causal in each segment, aligned to the bottom right."""
+    """Compute the result of a variable-length kernel: causal in each segment, aligned to the bottom right."""
     query, key, value = heads
     assert all(bounds.dtype == torch.int32 for bounds in cumulative)
     query_bounds, key_bounds = (list(pairwise(bounds.tolist())) for bounds in cumulative)

@@ -88,7 +88,7 @@ def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Fi
 
 
 def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Finished:
-    """Start two processes, kill -9 one of them as soon as `when` holds, and wait for the end."""
+    """Start two processes, kill -9 one of them as soon as `when()` is true, and wait for the end."""
     with subprocess.Popen(
         command("train", overrides, 2),
         cwd=ROOT,
@@ -155,5 +155,5 @@ def assert_same_history(got: list[dict[str, float]], wanted: list[dict[str, floa
 
 
 def row_name(row: dict[str, float]) -> str:
-    """Which row it is."""
+    """Return the kind and step of a metrics row."""
     return f"{'eval' if 'eval_loss' in row else 'train'} row of step {row['step']}"

@@ -28,7 +28,7 @@ Scenario = Callable[[World, Path], Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended: with a result, with an error, or killed (then with neither)."""
+    """End of a rank: with a result, with an error, or killed (then with neither)."""
 
     exit_code: int | None
     log: str
@@ -97,7 +97,7 @@ def run_ranks(
     seconds: float = 60,
     timeout: int = 600,
 ) -> list[Any]:
-    """What `scenario` gives on each rank; it must not fail on any, nor take longer than `seconds`."""
+    """Return the result of `scenario` on each rank; no rank may fail or take longer than `seconds`."""
     outcomes = start_ranks(scenario, size, folder, kind, dtype, timeout).finish(seconds)
     for rank, outcome in enumerate(outcomes):
         assert (outcome.exit_code, outcome.error) == (0, ""), f"rank {rank}:\n{outcome.log}"

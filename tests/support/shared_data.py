@@ -1,4 +1,4 @@
-"""Where the slices of real preference data lie, if they are there."""
+"""Folder with slices of real preference data; tests that need it are skipped without it."""
 
 import os
 from pathlib import Path

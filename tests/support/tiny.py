@@ -163,7 +163,7 @@ def _with_bos(template: str | None) -> PreTrainedTokenizerFast:
 
 @cache
 def unigram() -> PreTrainedTokenizerFast:
-    """A vocabulary that holds its special tokens as ordinary pieces."""
+    """A vocabulary with its special tokens as ordinary pieces."""
     letters = sorted(set("".join(_CORPUS)) | {"<", "/", ">"})
     pieces = [
         ("<unk>", 0.0),

@@ -1,4 +1,4 @@
-"""As much of a wandb server as an online run needs: it takes a run's rows, and its stop button is pressed."""
+"""The part of a wandb server that an online run needs: it receives rows and can stop the run."""
 
 import gzip
 import json

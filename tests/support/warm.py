@@ -29,10 +29,10 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "TOKENIZERS_PARALLELISM": "false",
 }
-# What a launcher says of a place in the world, and of itself, is set anew for every start.
+# Variables of a launcher about ranks and about itself; they are set again for every start.
 _OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
 
-# A rank that fails may have told the others why they end too.
+# A failing rank may have sent its error to the others, which then end too.
 _GRACE_SECONDS = 10
 _POLL_SECONDS = 0.05
 
@@ -62,7 +62,7 @@ def free_port() -> int:
 
 @cache
 def launcher_variables(config_file: Path) -> dict[str, str]:
-    """What `accelerate launch` with this file adds to the environment of every process."""
+    """Return the variables that `accelerate launch` with this file adds to every process."""
     script = Path(__file__).with_name("print_environment.py")
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     told = subprocess.run(

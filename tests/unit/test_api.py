@@ -12,7 +12,7 @@ from dpo_dist.config.schema import Ranked, Truncation
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
@@ -36,6 +36,18 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     for read in (api.read_metrics, api.read_summary):
         with pytest.raises(ConfigError, match="cannot be read"):
             read(tmp_path)
+
+
+def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReferenceModelError) as raised:
+        api.open_stores(tmp_path / "missing")
+    assert raised.value.where == str(tmp_path / "missing")
+    assert api.open_stores(tmp_path) == []
+
+
+def test_a_model_that_is_not_loaded_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="load_model"):
+        api.token_logps("model", [])  # type: ignore[arg-type]
 
 
 def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_restored(tmp_path: Path) -> None:

@@ -161,6 +161,13 @@ def test_cfg_prints_the_configuration_of_the_run(verb: Verb) -> None:
     assert "beta: 0.2" in shown.out
     shown = verb(*RUN, "loss=simpo", "--cfg=job", "-p", "reference")
     assert "mode: none" in shown.out, "the resolved mode, not the composed one"
+    shown_as = {"loss.sync_reference.every": "null", "model.compile": "false", "loss.beta": "0.1"}
+    for key, text in shown_as.items():
+        assert verb("--cfg", "job", "--package", key, *RUN) == (0, f"{text}\n", "")
+    assert "did you mean loss.beta?" in verb("--cfg", "job", "-p", "loss.betta", *RUN).err
+    alone = verb("-p", "loss", *RUN)
+    assert alone.code == 2
+    assert "--package has no effect without --cfg" in alone.err
     wrong = verb("--cfg", "job", *RUN, "loss.beta=0")
     assert wrong.code == 2
     assert "beta: 0" in wrong.out

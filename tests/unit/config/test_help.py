@@ -37,6 +37,7 @@ def test_the_facts_of_some_keys() -> None:
     assert facts("loss.beta")["type"] == "a number, > 0"
     assert facts("trainer.max_steps")["type"] == "a whole number or null, >= 1"
     assert facts("loss.simpo_gamma")["kinds"] == "simpo"
+    assert "true" not in facts("model.gradient_checkpointing")["type"], "a rule refuses true and false"
     assert facts("model.path")["default"] == "none, it must be set"
     assert facts("tracking.wandb")["type"] == "one of auto, online, offline, off"
     assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")

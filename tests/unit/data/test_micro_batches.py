@@ -47,7 +47,7 @@ def test_every_example_is_computed_once_within_the_budget(
 
 
 @given(pairs, st.integers(1, 9), st.integers(60, 300))
-def test_micro_batches_are_at_most_what_first_fit_would_take(
+def test_there_are_at_most_as_many_micro_batches_as_with_first_fit(
     pairs: list[tuple[int, float]], world_size: int, budget: int
 ) -> None:
     """First fit needs less than twice the volume and one bin; a plan rounds up to all ranks."""

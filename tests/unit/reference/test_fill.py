@@ -221,6 +221,11 @@ def test_damaged_files_are_reported_and_their_entries_computed_again(
     assert_filled(tmp_path, dataset, indices)
 
 
+def test_reports_of_several_fills_add_up() -> None:
+    both = FillReport(1, 2, 0.5, frozenset("a")) + FillReport(3, 4, 0.25, frozenset("b"))
+    assert both.as_dict() == {"hits": 4, "computed": 6, "seconds": 0.75, "damaged": ["a", "b"]}
+
+
 def test_a_read_only_store_is_an_error_before_anything_is_computed(
     tmp_path: Path, dataset: PreferenceDataset, world: World
 ) -> None:

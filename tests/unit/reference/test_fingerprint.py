@@ -254,7 +254,7 @@ def test_a_new_scoring_version_or_file_format_is_a_new_fingerprint(
         "tekken.json",
     ],
 )
-def test_whatever_makes_ids_of_text_is_in_the_tokenizer_s_digest(model: Path, name: str) -> None:
+def test_files_that_decide_token_ids_are_in_the_tokenizers_digest(model: Path, name: str) -> None:
     before = tokenizer_digest(model)
     (model / name).write_bytes(b"changed")
     assert tokenizer_digest(model) != before

@@ -33,6 +33,20 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    names = (
+        "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+    )
+    cost = (
+        "grad_norm learning_rate pairs tokens step_seconds pairs_per_second tokens_per_second time/data"
+        " time/reference time/forward time/backward time/optimizer time/checkpoint time/other mfu"
+        " mfu/datasheet memory/peak_allocated_bytes"
+    )
+    columns = ["step", "epoch", *names.split(), *cost.split(), *(f"eval_{name}" for name in names.split())]
+    assert log.folder.metrics_table.read_text() == ",".join(columns) + "\n"
+
+
 def test_the_csv_file_grows_with_every_row(tmp_path: Path) -> None:
     log = MetricsLog.open(RunFolder(tmp_path), None)
     log.append(row_of(1))

@@ -1,5 +1,6 @@
 """A step: micro-batches ready on the host, no wait for the device, gradients of the whole batch."""
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,21 @@ def test_the_model_runs_in_the_calling_thread(data: PreferenceDataset, tmp_path:
     sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
     assert sums.values[-1] == PAIRS
+
+
+def test_wpo_weights_compare_log_probs_with_collisions(data: PreferenceDataset) -> None:
+    """Log-probs of -1 and collisions of -1.5: a mean of 0.5 in each of two responses."""
+
+    class Colliding(Policy):
+        def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+            logps = super().token_logps(batch)
+            return torch.stack((logps, 1.5 * logps)) if with_collisions else logps
+
+    objective = Objective(LossConfig(LossKind.simpo, weighting=Weighting.wpo), NoReference())
+    (batch, *_) = objective.ready_batches(plan_of(data), CPU)
+    pairs = objective.score(Colliding(), batch, None, BatchFacts())  # type: ignore[arg-type]
+    assert pairs.facts.pair_weights is not None
+    assert pairs.facts.pair_weights.tolist() == pytest.approx([math.e] * len(pairs.weights))
 
 
 @pytest.mark.parametrize("kind", [LossKind.sigmoid, LossKind.aot])
