@@ -1,7 +1,5 @@
 """One small model, the reference beside it, and the pairs that they score."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.packing import plain_logps
 from tests.support.tiny_model import write_model
+
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:

@@ -15,20 +15,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ModelConfig, OptimConfig, ParallelismKind)
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AdapterVariant,
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    ParallelismKind,
+)
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import AdapterReference
-from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.finish import export_model
 from dpo_dist.training.step import train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS, plain_logps
@@ -175,9 +182,7 @@ def first_norm(model: ModelConfig, assets: Assets, world: World, _folder: Path) 
     return Trainer(model, assets, world).step(STEPS[0])
 
 
-def test_compiled_layers_train_every_adapter(
-    assets: Assets, tmp_path: Path
-) -> None:
+def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> None:
     plain = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=LORA)
     wanted = run_ranks(partial(first_norm, plain, assets), 2, tmp_path / "plain")
     compiled = replace(plain, compile=True)

@@ -16,21 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.loss_kinds import (LossConfig, LossKind)
-from dpo_dist.config.schema import (AdapterConfig, AdapterVariant, Dtype, ParallelismKind)
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ParallelismKind
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
@@ -60,7 +60,9 @@ class Trainer:
         plan = shard_batch(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
         device = self.world.device
         ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
-        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, self.world, clock, RunningMeans())[1].item()
+        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, self.world, clock, RunningMeans())[
+            1
+        ].item()
 
     def save(self, root: Path, step: int, keep_last: int = 2) -> None:
         saver = self.saver(root, keep_last)
@@ -270,8 +272,8 @@ def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
 
 
 def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
-    if world.rank == 1:  # as where a network file system lists a folder as it was a while ago
-        mock.patch.object(Path, "rglob", lambda *_: iter(())).start()
+    if world.rank == 1:  # a network file system may list a folder as it was a while ago
+        mock.patch.object(Path, "rglob", return_value=()).start()
     trainer = Trainer(assets, world)
     left = {}
     for step, keep_last in ((1, 2), (2, 2), (3, 2), (4, 1), (4, 1), (5, 3)):

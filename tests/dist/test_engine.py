@@ -16,21 +16,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import (Dtype, Offload, ParallelismKind, RunConfig)
+from dpo_dist.config.schema import Dtype, Offload, ParallelismKind, RunConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.engine import PolicyEngine, sharded_loading
+from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
@@ -147,7 +147,11 @@ def write_whole(policy: PolicyEngine, file: Path) -> None:
 
 
 def reference_comes_and_goes(
-    assets: Assets, config: RunConfig, dataset: PreferenceDataset, expected: Sequence[np.ndarray], world: World
+    assets: Assets,
+    config: RunConfig,
+    dataset: PreferenceDataset,
+    expected: Sequence[np.ndarray],
+    world: World,
 ) -> dict[str, Any]:
     """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
     engine = load_reference(assets.reference, config, world)
@@ -176,7 +180,12 @@ WAYS = [
 
 @pytest.mark.parametrize(("size", "kind", "tied"), WAYS)
 def test_steps_equal_plain_pytorch(
-    size: int, kind: ParallelismKind, tied: bool, assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
+    size: int,
+    kind: ParallelismKind,
+    tied: bool,
+    assets: Assets,
+    plain_entries: list[np.ndarray],
+    tmp_path: Path,
 ) -> None:
     model = assets.policy if tied else assets.untied_policy
     ranks = tmp_path / "ranks"
@@ -191,7 +200,9 @@ def test_steps_equal_plain_pytorch(
     after = load_file(ranks / "after.safetensors")
     for name, tensor in loaded.state_dict().items():
         assert not torch.equal(before[name], after[name]), f"{name} was not trained"
-        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+        torch.testing.assert_close(
+            after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
+        )
     for of_rank in results:
         assert of_rank["norms"] == pytest.approx(norms, rel=5e-5)
         assert of_rank["norms"] == results[0]["norms"]

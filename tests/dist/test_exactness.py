@@ -15,14 +15,14 @@ from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import Sequences
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.providers import StoredReference
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.training.batch_loss import Objective
-from tests.dist.scenario import PAIRS, FINGERPRINT, Assets, fill
+from tests.dist.scenario import FINGERPRINT, PAIRS, Assets, fill
 from tests.support.packing import COSTS
 from tests.support.padded import BETA, assert_same_gradients, gradients_of, padded_logps, plain_loss
 from tests.support.ranks import OPTIM, run_ranks

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo_dist.distributed.world import World
 from dpo_dist.reference import shard as shard_module
 from dpo_dist.reference.store import LogpStore
-from tests.dist.scenario import PAIRS, FINGERPRINT, Assets, fill
+from tests.dist.scenario import FINGERPRINT, PAIRS, Assets, fill
 from tests.support.ranks import run_ranks, start_ranks
 
 Entries = list[np.ndarray]

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import (Dtype, ModelConfig, ParallelismKind)
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import NoReference
-from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import write_whole
 from tests.support.packing import COSTS, pack_unkeyed, random_pairs
@@ -91,9 +91,7 @@ def test_zero3_keeps_vectors_whole_and_gathers_matrices(four_layers: Path, tmp_p
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("choice", ["none", "full"])
-def test_compiled_layers_are_exact_and_compiled_once(
-    choice: str, four_layers: Path
-) -> None:
+def test_compiled_layers_are_exact_and_compiled_once(choice: str, four_layers: Path) -> None:
     shapes = [[(7, 5, 9), (12, 3, 1)], [(3, 4, 5)], [(20, 3, 3), (5, 6, 7)], [(30, 2, 4)]]
     batches = [pack_unkeyed(random_pairs(lengths)) for lengths in shapes]
     cpu = torch.device("cpu")

@@ -134,4 +134,7 @@ def test_a_configuration_error_is_not_a_lost_process(scenario: Any, tmp_path: Pa
     """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
     refusing, ended = outcomes_of(scenario, tmp_path)
     assert printing([refusing, ended]) == [0]
-    assert (ended.error, ended.reporting_rank) == ("PeerLostError", peers.NOBODY), (ended.exit_code, ended.log)
+    assert (ended.error, ended.reporting_rank) == ("PeerLostError", peers.NOBODY), (
+        ended.exit_code,
+        ended.log,
+    )

@@ -15,12 +15,12 @@ from tests.support.ranks import run_ranks
 from tests.unit.model.test_architectures import tiny_config
 
 FOREIGN = "v_head.weight"
-# Of each way in which names in files become names of weights: as they are, with a prefix, experts that are merged.
+# Every way to turn names in files into names of weights: unchanged, with a prefix, merged experts.
 KINDS = ("gpt2", "gpt_neox", "mixtral", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_moe")
 
 
 def write(folder: Path, model_type: str) -> Path:
-    """A tiny model with a module of which the architecture has nothing, and one with a tensor that no layer reads."""
+    """Write a tiny model with a foreign module, and one with a tensor that no layer reads."""
     AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(folder / "whole")
     weights = load_file(folder / "whole" / "model.safetensors") | {FOREIGN: torch.ones(4)}
     save_file(weights, folder / "whole" / "model.safetensors", metadata={"format": "pt"})
@@ -33,7 +33,10 @@ def write(folder: Path, model_type: str) -> Path:
 
 
 def refusals(folders: dict[str, Path], world: World, _folder: Path) -> dict[str, list[str]]:
-    return {name: [refused(folder / kind, world) for kind in ("whole", "more")] for name, folder in folders.items()}
+    return {
+        name: [refused(folder / kind, world) for kind in ("whole", "more")]
+        for name, folder in folders.items()
+    }
 
 
 def refused(folder: Path, world: World) -> str:

@@ -10,24 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from dpo_dist.config.loss_kinds import (BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting)
-from dpo_dist.config.schema import (DataConfig, SourceConfig)
+from dpo_dist.config.loss_kinds import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
-from dpo_dist.data.build_dataset import prepare_dataset
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.providers import LiveReference, NoReference
-from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import evaluate, train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support import tiny
 from tests.support.packing import COSTS
@@ -38,7 +37,11 @@ RECORDS = 11
 STEPS = ((0, 1, 2, 3, 4), (5,), (6, 7, 8, 9, 10), (2, 9, 2), (1, 3, 5, 7, 9, 10, 0))
 
 CASES = {
-    **{kind.value: LossConfig(kind, 1.0 if kind not in (LossKind.sft, LossKind.orpo) else 0.1) for kind in LossKind if kind is not LossKind.custom},
+    **{
+        kind.value: LossConfig(kind, 1.0 if kind not in (LossKind.sft, LossKind.orpo) else 0.1)
+        for kind in LossKind
+        if kind is not LossKind.custom
+    },
     "aot, smoothed": LossConfig(LossKind.aot, 0.5, 0.1),
     "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, bco_delta=BcoDelta.running_mean),
     "beta_dpo, js, wpo": LossConfig(
@@ -49,10 +52,14 @@ CASES = {
     "sigmoid and sft": LossConfig(
         beta=0.5, terms=[LossTermConfig(LossKind.sigmoid, 1.0), LossTermConfig(LossKind.sft, 0.1)]
     ),
-    "aot and sft, ld_alpha": LossConfig(
+    "aot, odpo and sft, ld_alpha": LossConfig(
         beta=0.5,
         ld_alpha=0.5,
-        terms=[LossTermConfig(LossKind.aot, 1.0), LossTermConfig(LossKind.sft, 0.1)],
+        terms=[
+            LossTermConfig(LossKind.aot, 1.0),
+            LossTermConfig(LossKind.odpo, 0.5),
+            LossTermConfig(LossKind.sft, 0.1),
+        ],
     ),
 }
 
@@ -79,7 +86,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             f"{rank} " + " ".join(source.choices(["yes", "weather", "Paris"], k=source.randint(1, 20)))
             for rank in range(responses)
         ]
-        return {"prompt": prompt, "responses": texts, "scores": [9.0 - 1.5 * rank for rank in range(responses)]}
+        return {
+            "prompt": prompt,
+            "responses": texts,
+            "scores": [9.0 - 1.5 * rank for rank in range(responses)],
+        }
 
     def encoded(name: str, counts: list[int]) -> tuple[EncodedSource, ...]:
         file = folder / f"{name}.jsonl"
@@ -92,7 +103,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder: Path) -> dict[str, Any]:
     """Return for every case the metrics and gradient norm of each step, and an evaluation at the end."""
-    return {name: list(_trajectory(assets, data.of(loss), loss, budget, world)) for name, loss in CASES.items()}
+    return {
+        name: list(_trajectory(assets, data.of(loss), loss, budget, world)) for name, loss in CASES.items()
+    }
 
 
 def _trajectory(
@@ -122,7 +135,9 @@ def _trajectory(
     yield means(evaluate(policy, objective, plan(range(RECORDS)), world, running))
 
 
-def test_every_loss_trains_the_same_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
+def test_every_loss_trains_the_same_on_one_rank_and_on_two(
+    assets: Assets, data: Data, tmp_path: Path
+) -> None:
     (alone,) = run_ranks(partial(trajectories, assets, data, 8192), 1, tmp_path / "one", seconds=300)
     pair = run_ranks(partial(trajectories, assets, data, 128), 2, tmp_path / "two", seconds=300)
     assert set(alone) == set(CASES)
@@ -133,5 +148,3 @@ def test_every_loss_trains_the_same_on_one_rank_and_on_two(assets: Assets, data:
     for name, steps in alone.items():
         assert all(np.isfinite(list(step.values())).all() for step in steps), name
         assert steps[-1]["loss"] != steps[0]["loss"], name
-
-

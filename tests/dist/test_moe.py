@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.step_timer import StepClock
-from dpo_dist.training.finish import export_model
 from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.finish import export_model
 from dpo_dist.training.step import train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny
@@ -83,7 +82,9 @@ def moe_steps(
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
-    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     return dict(loaded.state_dict())
@@ -105,7 +106,9 @@ def test_two_ranks_train_a_mixture_of_experts_like_plain_pytorch(
         assert of_rank == pytest.approx(norms, rel=5e-5)
     after = trained(tmp_path / "ranks" / "model")
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+        torch.testing.assert_close(
+            after[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
+        )
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("qwen3_moe", DDP), ("mixtral", ZERO3)])
@@ -118,7 +121,9 @@ def test_in_bf16_two_ranks_train_it_like_one_process(
     results = run_ranks(scenario, 2, tmp_path / "two", kind, Dtype.bf16)
     assert results[0] == results[1]
     assert results[0][0] == pytest.approx(norms[0], rel=5e-3)
-    before, one, two = (trained(folder / "model") for folder in (tmp_path, tmp_path / "one", tmp_path / "two"))
+    before, one, two = (
+        trained(folder / "model") for folder in (tmp_path, tmp_path / "one", tmp_path / "two")
+    )
     # Rounding moves a share of the weights by a bf16 step: some hundredths of what they were trained by.
     apart, change = (
         torch.cat([(a[name] - b[name]).flatten() for name in before]).norm()

@@ -58,7 +58,12 @@ def test_real_data_are_encoded_equally(tmp_path: Path, make: Callable[[], PreTra
     shared = shared_data_dir()
     if shared is None:
         pytest.skip("no slices of real data here")
-    names = ["bad_records.jsonl", "hh_rlhf_sample.jsonl", "ultrafeedback_plain_scored.jsonl", "ranked_oasst_history_zh.json"]
+    names = [
+        "bad_records.jsonl",
+        "hh_rlhf_sample.jsonl",
+        "ultrafeedback_plain_scored.jsonl",
+        "ranked_oasst_history_zh.json",
+    ]
     sources = [SourceConfig(str(shared / name), limit=500) for name in names]
     one = prepare(tmp_path, sources, 1, make(), max_length=200, ranked=Ranked.all_pairs)
     assert prepare(tmp_path, sources, 3, make(), max_length=200, ranked=Ranked.all_pairs) == one
@@ -157,7 +162,8 @@ from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by jobs that a shell runs in the background
+    # A shell makes its background jobs ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     build_dataset_module.read_records = endless_records
     prepare(Path(sys.argv[1]), [SourceConfig(__file__)], 2, tiny.qwen())
 """

@@ -15,17 +15,15 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import QuantizedReference, load_reference
 from dpo_dist.report.console import Console
-from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.data_setup import load_inputs
+from dpo_dist.training.reference_setup import prepare_reference
 from tests.dist.scenario import Assets
 from tests.support.invented import write_pairs
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
 def score_both(assets: Assets, model: Path, quantization: str, world: World, _folder: Path) -> dict[str, Any]:
@@ -39,7 +37,9 @@ def score_both(assets: Assets, model: Path, quantization: str, world: World, _fo
 
 
 @pytest.mark.parametrize("quantization", Quantization)
-def test_its_log_probs_are_close_to_the_unquantized_ones(quantization: str, assets: Assets, tmp_path: Path) -> None:
+def test_its_log_probs_are_close_to_the_unquantized_ones(
+    quantization: str, assets: Assets, tmp_path: Path
+) -> None:
     model = write_model(tmp_path / "model", hidden_size=64)
     first, second = run_ranks(partial(score_both, assets, model, quantization), 2, tmp_path / "ranks")
     assert first == second

@@ -14,10 +14,11 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.distributed.world import Peer, World
-from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.reference import engine
+from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.report.console import Console
-from dpo_dist.training import run as run_module, reference_setup
+from dpo_dist.training import reference_setup
+from dpo_dist.training import run as run_module
 from dpo_dist.training.data_setup import load_inputs
 from tests.support.invented import write_pairs
 from tests.support.ranks import run_ranks, start_ranks
@@ -81,7 +82,10 @@ def test_weights_replaced_while_the_reference_loads_store_nothing(
 def train_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
     policy = while_exchanged(run_module._load_policy, *models)
     joined = contextlib.nullcontext(world)
-    with patch.object(run_module, "_load_policy", policy), patch.object(run_module, "_world", lambda *_: joined):
+    with (
+        patch.object(run_module, "_load_policy", policy),
+        patch.object(run_module, "_world", lambda *_: joined),
+    ):
         run_module.train(load_run_config(overrides), Console(io.StringIO()))
 
 

@@ -12,22 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.loss_kinds import (LossConfig, SyncReferenceConfig)
-from dpo_dist.config.schema import (Offload, ParallelismKind, ReferenceConfig)
+from dpo_dist.config.loss_kinds import LossConfig, SyncReferenceConfig
+from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.providers import LiveReference
-from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import evaluate, train_step
+from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
@@ -115,7 +115,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(assets: Assets, odd: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def one_rank(
+    assets: Assets, odd: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     ranks = tmp_path_factory.mktemp("one") / "ranks"
     result: dict[str, Any] = run_ranks(partial(follow, assets, *odd, Offload.none), 1, ranks)[0]
     return result

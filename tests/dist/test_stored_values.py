@@ -43,7 +43,9 @@ def carry_out(
     results = []
     for model, pairs, micro_batch_tokens, entries_per_shard in runs:
         folder = getattr(assets, model)
-        fingerprint = ReferenceFingerprint(world.on_main(partial(digest_model, folder, store)).digest, {"dtype": "fp32"})
+        fingerprint = ReferenceFingerprint(
+            world.on_main(partial(digest_model, folder, store)).digest, {"dtype": "fp32"}
+        )
         dataset = assets.dataset()
         engine = load_reference(folder, assets.config(folder), world)
         filler = StoreFiller(

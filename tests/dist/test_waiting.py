@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dpo_dist.config.schema import ParallelismKind
 from dpo_dist.distributed import peers
 from dpo_dist.distributed import world as world_module
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.reference.engine import load_reference
 from tests.dist.scenario import Assets
@@ -33,7 +32,9 @@ def timeouts_of_all_groups(assets: Assets, world: World, _folder: Path) -> list[
 
 
 @pytest.mark.parametrize("kind", [ParallelismKind.zero3, ParallelismKind.zero2])
-def test_every_process_group_has_the_configured_timeout(kind: ParallelismKind, assets: Assets, tmp_path: Path) -> None:
+def test_every_process_group_has_the_configured_timeout(
+    kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
     for found in run_ranks(partial(timeouts_of_all_groups, assets), 2, tmp_path / "ranks", kind, timeout=77):
         assert len(found) >= 3, "the default group, ours on the host, DeepSpeed's clone"
         assert set(found) == {timedelta(seconds=77).total_seconds()}
@@ -49,7 +50,12 @@ def slow_work(world: World, _folder: Path) -> dict[str, Any]:
 
     on_main = world.on_main(work, beats.append)
     mine = world.together((lambda: "quick") if world.rank else work, beats.append)
-    return {"on_main": on_main, "mine": mine, "beats": len(beats), "ascending": beats[:3] == sorted(beats[:3])}
+    return {
+        "on_main": on_main,
+        "mine": mine,
+        "beats": len(beats),
+        "ascending": beats[:3] == sorted(beats[:3]),
+    }
 
 
 def test_a_rank_with_a_heartbeat_is_waited_for(tmp_path: Path) -> None:
@@ -66,7 +72,7 @@ def silent_work(world: World, _folder: Path) -> None:
 
 
 def test_a_silent_rank_times_out(tmp_path: Path) -> None:
-    """Set-up, checkpoints and fill rounds: a hung file system must not hold the allocation. It is one block."""
+    """Set-up, checkpoints and fill rounds: a hung file system must not block a job. It is one block."""
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
     assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log

@@ -102,7 +102,12 @@ def die_while_one_waits_and_one_is_busy(world: World, _folder: Path) -> None:
         (partial(die_while_others_wait_at_a_barrier, 2), 2, 3),
         (partial(die_while_others_wait_at_a_barrier, 1), 1, 2),
     ],
-    ids=["rank 0 in on_main", "rank 0, seen late by rank 2", "last of three at a barrier", "rank 1 at a barrier"],
+    ids=[
+        "rank 0 in on_main",
+        "rank 0, seen late by rank 2",
+        "last of three at a barrier",
+        "rank 1 at a barrier",
+    ],
 )
 def test_survivors_name_the_dead_and_the_first_prints(
     scenario: Any, dead: int, size: int, tmp_path: Path
