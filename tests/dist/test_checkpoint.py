@@ -272,8 +272,8 @@ def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
 
 
 def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> dict[str, Any]:
-    if world.rank == 1:  # a network file system may list a folder as it was a while ago
-        mock.patch.object(Path, "rglob", return_value=()).start()
+    if world.rank == 1:  # as where a network file system lists a folder as it was a while ago
+        mock.patch.object(Path, "rglob", lambda *_: iter(())).start()  # noqa: PT008  (new each time)
     trainer = Trainer(assets, world)
     left = {}
     for step, keep_last in ((1, 2), (2, 2), (3, 2), (4, 1), (4, 1), (5, 3)):

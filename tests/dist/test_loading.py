@@ -15,12 +15,12 @@ from tests.support.ranks import run_ranks
 from tests.unit.model.test_architectures import tiny_config
 
 FOREIGN = "v_head.weight"
-# Every way to turn names in files into names of weights: unchanged, with a prefix, merged experts.
+# One of each way to map names in files to names of weights: the same, with a prefix, experts merged.
 KINDS = ("gpt2", "gpt_neox", "mixtral", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_moe")
 
 
 def write(folder: Path, model_type: str) -> Path:
-    """Write a tiny model with a foreign module, and one with a tensor that no layer reads."""
+    """Write a tiny model with a tensor of no layer, and one with a module that the architecture lacks."""
     AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(folder / "whole")
     weights = load_file(folder / "whole" / "model.safetensors") | {FOREIGN: torch.ones(4)}
     save_file(weights, folder / "whole" / "model.safetensors", metadata={"format": "pt"})

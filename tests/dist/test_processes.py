@@ -162,7 +162,7 @@ from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny
 
 if __name__ == "__main__":
-    # A shell makes its background jobs ignore it.
+    # A shell starts its background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     build_dataset_module.read_records = endless_records
     prepare(Path(sys.argv[1]), [SourceConfig(__file__)], 2, tiny.qwen())

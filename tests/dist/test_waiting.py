@@ -72,7 +72,7 @@ def silent_work(world: World, _folder: Path) -> None:
 
 
 def test_a_silent_rank_times_out(tmp_path: Path) -> None:
-    """Set-up, checkpoints and fill rounds: a hung file system must not block a job. It is one block."""
+    """In set-up, checkpoints and fill rounds, a hung file system ends the job with one error."""
     ranks = start_ranks(silent_work, 2, tmp_path / "ranks", timeout=2)
     _, second = ranks.finish()
     assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
