@@ -17,7 +17,7 @@ from typing import Any
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.world import World, start_world
-from tests.support.warm import context, free_port, start_parent
+from tests.support.warm import context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 # Steps large enough to see, clipped, and smooth where a gradient is only rounding.
@@ -78,7 +78,7 @@ def start_ranks(
     """
     folder.mkdir(parents=True)
     start_parent()
-    port = free_port()
+    port = reserve_port()
     processes = tuple(
         context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout))
         for rank in range(size)

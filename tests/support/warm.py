@@ -37,6 +37,7 @@ _GRACE_SECONDS = 10
 _POLL_SECONDS = 0.05
 
 context = multiprocessing.get_context("forkserver")
+_reserved_ports: list[socket.socket] = []
 
 
 def start_parent() -> None:
@@ -52,11 +53,13 @@ def start_parent() -> None:
         forkserver.ensure_running()
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+def reserve_port() -> int:
+    """Return a port for rank 0 of a world; until this process ends, no other test is given it."""
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rank 0 can listen there, too
+    reservation.bind(("", 0))
+    _reserved_ports.append(reservation)
+    port: int = reservation.getsockname()[1]
     return port
 
 
@@ -91,7 +94,7 @@ def run_warm(
         seconds: after which the test fails.
     """
     start_parent()
-    port = str(free_port())
+    port = str(reserve_port())
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
         screen.touch()
