@@ -19,14 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    AttentionBackend,
-    DataConfig,
-    Dtype,
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.dataset import Keys
 from dpo_dist.data.encode import EncodedExample, response_key
 from dpo_dist.data.encode_chunk import encode_record
@@ -159,10 +152,10 @@ def token_logps(
     Raises:
         ConfigError: packed log-probs are not exact for this model, or it is in training mode.
     """
-    device = next(model.parameters()).device
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     logps: list[Tensor] = []
-    with _packed(model, longest, device) as packed:
+    with _packed(model, longest) as packed:
+        device = next(packed.parameters()).device
         for part in _micro_batches(pairs, micro_batch_tokens):
             batch = _batch(part).to(device)
             logps += torch.split(packed(batch), batch.response_tokens.tolist())
@@ -246,7 +239,7 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
 
 
 @contextlib.contextmanager
-def _packed(model: Model, longest: int, device: torch.device) -> Iterator[PackedCausalLM]:
+def _packed(model: Model, longest: int) -> Iterator[PackedCausalLM]:
     """Yield `model` as a packed model; a model of transformers gets its own attention and head back."""
     if isinstance(model, PackedCausalLM):
         yield model
@@ -256,7 +249,7 @@ def _packed(model: Model, longest: int, device: torch.device) -> Iterator[Packed
             "this is not a causal language model of transformers",
             where="model",
             got=type(model).__name__,
-            remedy="pass a PreTrainedModel; a PeftModel has one inside: model.get_base_model()",
+            remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
         )
     check_supported(model.config, longest)
     if model.training:
@@ -270,7 +263,7 @@ def _packed(model: Model, longest: int, device: torch.device) -> Iterator[Packed
     dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16
     try:
         model.set_attn_implementation(PACKED)
-        yield PackedCausalLM(model, choose_backend(AttentionBackend.auto, dtype, device))
+        yield PackedCausalLM(model, choose_backend(AttentionBackend.auto, dtype, model.device))
     finally:
         model.set_output_embeddings(head)
         model.set_attn_implementation(attention)

@@ -37,10 +37,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Declaration:
-    """The facts of a key that its type and default do not give.
+    """Facts of a key besides its type and default.
 
     Attributes:
-        meaning: one line for the user; of null, too, where the key allows it.
+        meaning: one line for the user; it explains null where the key allows null.
         bounds: of a number.
         filled: whether text must not be empty.
         defines_result: whether the key is part of the run's digest.

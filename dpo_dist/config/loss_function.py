@@ -102,12 +102,15 @@ def _source_file(module: str) -> Path:
             break
         path = list(spec.submodule_search_locations or [])
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        remedy = f"start in the folder of {parts[0]}, or add that folder to PYTHONPATH; on every node"
+        if parts[-1] == "py":
+            remedy = f"write the module without .py: {_KEY}={module.removesuffix('.py')}:..."
         raise ConfigError(
             "the module of the loss function is not found",
             where=_KEY,
             got=f"{module}, searched for in {Path.cwd()} and on Python's path",
             expected="a module with a source file",
-            remedy=f"start in the folder of {parts[0]}, or add that folder to PYTHONPATH; on every node",
+            remedy=remedy,
         )
     return Path(spec.origin)
 

@@ -194,8 +194,10 @@ class LossTermConfig:
 class SyncReferenceConfig:
     """TR-DPO: a live reference model that follows the policy (arXiv 2404.09656)."""
 
-    every: int | None = key(None, "Move the reference every so many steps; null: never.", at_least=1)
-    mixup: float = key(0.6, "Share of the policy's weights in the moved reference.", above=0, at_most=1)
+    every: int | None = key(
+        None, "Steps between updates of the live reference; null: no updates.", at_least=1
+    )
+    mixup: float = key(0.6, "Share of the policy's weights in the updated reference.", above=0, at_most=1)
 
 
 @dataclass(frozen=True)

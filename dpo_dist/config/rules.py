@@ -124,7 +124,7 @@ _RUN_AND_MODEL = (
     Rule(
         "model.quantization parallelism.kind",
         lambda c: c.model.quantization is not None and c.parallelism.kind is not ParallelismKind.ddp,
-        "ZeRO would shard quantized weights apart from the scales of their blocks",
+        "ZeRO would separate quantized weights from the scales of their blocks",
         "choose parallelism=ddp, or model.quantization=null to shard the base",
         "parallelism.kind=ddp: every process has the whole quantized base",
     ),

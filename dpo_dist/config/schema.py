@@ -41,8 +41,8 @@ class FolderConfig:
     root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
     resume: Resume = key(
         Resume.auto,
-        "`auto`: from the last checkpoint, if any; `never`: refuse a run directory in use; "
-        "`must`: refuse one without a checkpoint.",
+        "`auto`: resume if there is a checkpoint; `must`: error without one; "
+        "`never`: error if the directory has results.",
     )
 
 
@@ -116,7 +116,7 @@ class DataConfig:
     max_length: int = key(1024, "Largest number of tokens of prompt and response together.", at_least=2)
     max_prompt_length: int | None = key(
         None,
-        "Largest number of tokens of a prompt; a longer one loses its start; null: no limit.",
+        "Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit.",
         at_least=1,
     )
     truncation: Truncation = key(
@@ -127,11 +127,11 @@ class DataConfig:
     max_bad_share: float = key(
         0.05, "If more than this share of the records is dropped, it is an error.", at_least=0, at_most=1
     )
-    text_as_messages: bool = key(False, "Send plain-text prompts through the chat template, as a user turn.")
+    text_as_messages: bool = key(False, "Render plain-text prompts by the chat template, as a user turn.")
     template: TextTemplate = key(
         TextTemplate.auto,
-        "Texts with a chat template's tokens in them: read these as tokens (`applied`), as plain letters "
-        "(`literal`), or as letters unless most records have them, which is an error (`auto`).",
+        "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
+        "text (`literal`), or as text with an error if most records have them (`auto`).",
     )
     template_date: str = key(
         "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"
@@ -206,7 +206,7 @@ class OptimConfig:
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
     warmup_ratio: float = key(
         0.1,
-        "Share of all steps in which the learning rate rises; the first of w has lr / w.",
+        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
         at_least=0,
         at_most=1,
     )
@@ -222,7 +222,7 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", at_least=1)
     micro_batch_tokens: int = key(
-        8192, "Tokens that a device computes at once; accumulation follows.", at_least=1, free=True
+        8192, "Most tokens of a micro-batch; gradient accumulation follows from it.", at_least=1, free=True
     )
     epochs: float = key(1.0, "Passes over the training data.", above=0)
     max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
@@ -249,17 +249,17 @@ class TrainerConfig:
     )
     seed: int = key(0, "Seed of data order and of an adapter's start.", at_least=0)
     deterministic: bool = key(
-        False, "Only kernels that give the same bits again, or an error; slower on GPUs.", free=True
+        False, "Deterministic kernels only, and an error where there is none; slower on GPUs.", free=True
     )
     stop_after_steps: int | None = key(
         None,
-        "Save and exit with 75 after so many steps of this start.",
+        "Steps of this start after which the run saves and exits with code 75.",
         at_least=1,
         free=True,
         train_only=True,
     )
     max_seconds: float | None = key(
-        None, "Save and exit with 75 after so many seconds.", above=0, free=True, train_only=True
+        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, train_only=True
     )
 
 

@@ -127,12 +127,20 @@ def read_model_json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
+        raise _unreadable(file, str(error)) from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            "a file of the model cannot be read", where=str(file), got="JSON that is not an object"
-        )
+        raise _unreadable(file, "JSON that is not an object")
     return content
+
+
+def _unreadable(file: Path, got: str) -> ConfigError:
+    return ConfigError(
+        "a file of the model cannot be read",
+        where=str(file),
+        got=got,
+        expected="a readable file with a JSON object",
+        remedy="download or save the model again",
+    )
 
 
 def _shards(index: Path) -> list[Path]:

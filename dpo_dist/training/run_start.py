@@ -202,7 +202,7 @@ def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:
     """Check a custom loss on every rank, and return its description; nothing for other losses. Collective.
 
     Raises:
-        ConfigError: the function cannot be trained with, or ranks read different sources of it.
+        ConfigError: the function cannot be used for training, or ranks read different sources of it.
     """
     described = world.together(lambda: check_custom_loss(config.loss, world.device))
     if described is None:
@@ -222,7 +222,7 @@ def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str
     """Write config.yaml and environment.json; return the content of the latter. Collective.
 
     Raises:
-        ConfigError: the run has a loss function that cannot be trained with.
+        ConfigError: the run has a loss function that cannot be used for training.
     """
     loss_function = _describe_loss_function(config, world)
 

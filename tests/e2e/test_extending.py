@@ -85,7 +85,10 @@ def run(copy: Path, *arguments: str) -> str:
 
 
 def test_the_tests_that_the_examples_add_pass(extended: Path) -> None:
-    files = ("objective/test_losses.py", "data/test_formats.py", "model/test_architectures.py")
+    files = (
+        *("objective/test_losses.py", "objective/test_metrics.py"),
+        *("data/test_formats.py", "model/test_architectures.py"),
+    )
     chosen = "sigmoid_margin or by_hand or duel or arcee"
     pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen)
     output = run(extended, *pytest_options, *(f"tests/unit/{file}" for file in files))

@@ -45,6 +45,11 @@ def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
     assert api.open_stores(tmp_path) == []
 
 
+def test_a_model_that_is_not_loaded_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="load_model"):
+        api.token_logps("model", [])  # type: ignore[arg-type]
+
+
 def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_restored(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(write_model(tmp_path)).train()
     attention, head = plain.config._attn_implementation, plain.get_output_embeddings()

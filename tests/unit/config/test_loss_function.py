@@ -53,6 +53,13 @@ def test_what_is_executed_is_the_text_of_the_digest(folder: Path) -> None:
         assert loss_function(config.loss.function)(None, None, config.loss) == 3 * int(number)
 
 
+def test_a_module_written_with_its_suffix_is_corrected(folder: Path) -> None:
+    (folder / "own_suffix.py").write_text(SOURCE)
+    with pytest.raises(ConfigError) as caught:
+        loss_function("own_suffix.py:mine")
+    assert caught.value.remedy == "write the module without .py: loss.function=own_suffix:..."
+
+
 def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
     package = folder / "own_package"
     package.mkdir()
