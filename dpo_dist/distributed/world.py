@@ -201,7 +201,7 @@ class World:
             error = _user_error(failure)
             if error is not None:
                 report_error(error, self.rank, record)
-            elif isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
                 error = self._consequence(failure, neighbours, record)
             if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)

@@ -147,7 +147,7 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
     """Redirect standard output and error of this process, including C libraries, to its log file.
 
     The yielded console prints to the screen. Enter it before heavy imports, to redirect their output too. On
-    exit the streams are restored; an exception is also written to the log.
+    exit the streams are restored; an exception is also written to the log, if the disk is not full.
     """
     rank = os.environ.get("RANK", "0")
     log_file = folder.rank_log(rank)
@@ -155,7 +155,7 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log_file.open("a", buffering=1) as log:
+    with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         root = logging.getLogger()
@@ -171,13 +171,14 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
         try:
             yield Console(alarms if rank == "0" else None, alarms)
         except BaseException as error:
-            log.write(traceback.format_exc())
-            if isinstance(error, DpoDistError):
-                log.write(error.block() + "\n")
+            block = error.block() + "\n" if isinstance(error, DpoDistError) else ""
+            with contextlib.suppress(OSError):
+                log.write((traceback.format_exc() + block).encode())
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             warnings_logger.removeFilter(once)
             logging.captureWarnings(False)
             root.handlers[:] = callers[0]

@@ -52,10 +52,14 @@ CASES = {
     "sigmoid and sft": LossConfig(
         beta=0.5, terms=[LossTermConfig(LossKind.sigmoid, 1.0), LossTermConfig(LossKind.sft, 0.1)]
     ),
-    "aot and sft, ld_alpha": LossConfig(
+    "aot, odpo and sft, ld_alpha": LossConfig(
         beta=0.5,
         ld_alpha=0.5,
-        terms=[LossTermConfig(LossKind.aot, 1.0), LossTermConfig(LossKind.sft, 0.1)],
+        terms=[
+            LossTermConfig(LossKind.aot, 1.0),
+            LossTermConfig(LossKind.odpo, 0.5),
+            LossTermConfig(LossKind.sft, 0.1),
+        ],
     ),
 }
 

@@ -72,6 +72,26 @@ def test_the_log_has_an_errors_traceback_and_ends_with_its_block(tmp_path: Path)
     assert logged.endswith("\ndata error: no pair\n  where:    a.jsonl:3\n")
 
 
+def test_a_full_disk_does_not_hide_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log cannot be written: the error stays the same, and the screen is restored for it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0.log").symlink_to("/dev/full")
+    output = os.fdopen(1, "w", closefd=False)
+    monkeypatch.setattr(sys, "stdout", output)
+
+    def fail() -> None:
+        output.write("of a library\n")
+        raise DataError("no pair", where="a.jsonl:3")
+
+    with pytest.raises(DataError), opened(tmp_path):
+        fail()
+    os.write(2, b"printed")
+    assert capfd.readouterr().err == "printed"
+    output.flush()
+
+
 def test_a_heartbeat_is_printed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     console, said = Console(None), []
     monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
