@@ -169,7 +169,7 @@ _DATA = (
         "data.template_date",
         lambda c: not _is_date(c.data.template_date),
         "data.template_date is not a date",
-        f"write data.template_date={DataConfig.template_date}; other days likewise",
+        f"write data.template_date={DataConfig.template_date}; other days in the same form",
         f"YYYY-MM-DD, such as {DataConfig.template_date}",
     ),
     Rule(
