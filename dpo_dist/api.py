@@ -257,7 +257,7 @@ def _packed(model: Model, longest: int) -> Iterator[PackedCausalLM]:
             "the model is in training mode, in which dropout makes log-probs random",
             where="model",
             got=type(model).__name__,
-            remedy="call model.eval(); gradients are recorded all the same",
+            remedy="call model.eval(); gradients are recorded in evaluation mode too",
         )
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
     dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16

@@ -203,6 +203,17 @@ def composition_error(
     if cause is not None:
         key, origin = _origin(cause.full_key or "", error, overrides)
         return content_error(cause, key, origin=origin)
+    present = re.search(r"An item is already at '(.+?)'", str(error))
+    typed = [
+        override.input_line or "" for override in overrides if present and override.key_or_group == present[1]
+    ]
+    if present and typed:
+        return ConfigError(
+            f"{present[1]} exists already",
+            where="command line",
+            got=typed[-1],
+            remedy=f"write {typed[-1].lstrip('+')}",
+        )
     return ConfigError(
         "the configuration cannot be composed",
         where="command line, or a file that it names",
@@ -230,7 +241,7 @@ def content_error(
         if key not in run_keys():
             return unknown_key(key, where=origin)
         remedy = f"add it: +{key}=..., or set {above} as a whole"
-        return ConfigError(f"{above} is null, so it has no {name}", where=where, remedy=remedy)
+        return ConfigError(f"{above} is null, or a mapping without {name}", where=where, remedy=remedy)
     if isinstance(error, ValidationError):
         return _wrong_value(key, error, kind, where)
     message = (error.msg or str(error)).splitlines()[0]

@@ -97,7 +97,7 @@ _RUN_AND_MODEL = (
     Rule(
         "trainer.deterministic model.liger",
         lambda c: c.trainer.deterministic and c.model.liger,
-        "Liger's kernels do not promise the same bits again",
+        "Liger's kernels may not be deterministic",
         "set model.liger=false or trainer.deterministic=false",
         "one of them",
     ),
@@ -169,7 +169,7 @@ _DATA = (
         "data.template_date",
         lambda c: not _is_date(c.data.template_date),
         "data.template_date is not a date",
-        f"write data.template_date={DataConfig.template_date}; other days likewise",
+        f"write data.template_date={DataConfig.template_date}; other days in the same form",
         f"YYYY-MM-DD, such as {DataConfig.template_date}",
     ),
     Rule(
@@ -241,7 +241,7 @@ _LOSS = (
         "loss.label_smoothing loss",
         lambda c: c.loss.label_smoothing == 0 and any(facts.smoothing_above_0 for facts in c.loss.facts),
         "this loss takes the logarithm of loss.label_smoothing",
-        "remove loss.label_smoothing, or choose it in that range",
+        "remove loss.label_smoothing, or choose a value in that range",
         "> 0 and < 0.5, or null",
     ),
 )
@@ -252,7 +252,7 @@ def _needs_sharding(option: str, *kinds: ParallelismKind) -> Rule:
     return Rule(
         f"{key} parallelism.kind",
         lambda c: getattr(c.parallelism, option) is not Offload.none and c.parallelism.kind not in kinds,
-        f"{{parallelism.kind}} cannot do {key}",
+        f"{{parallelism.kind}} does not support {key}",
         f"set parallelism.kind={kinds[0]} or {key}=none",
         f"parallelism.kind={' or '.join(kinds)}",
     )

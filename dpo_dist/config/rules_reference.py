@@ -45,7 +45,7 @@ _MODE = (
     Rule(
         "reference.path reference.mode",
         lambda c: c.reference.mode is ReferenceMode.adapter and c.reference.path is not None,
-        "with its adapter off the policy is its own base and no other model",
+        "with its adapter off, the policy is its base model, so reference.path has no effect",
         "remove reference.path, or choose reference=cached",
     ),
     Rule(

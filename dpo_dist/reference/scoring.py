@@ -64,7 +64,7 @@ class Work:
         return Work(self.pairs[distinct], np.cumsum(counts), self.responses[wanted], self.which[wanted])
 
     def rounds(self, pairs: int, seed: int) -> Iterator["Work"]:
-        """Split into rounds of so many pairs, in a random order given by `seed`."""
+        """Split into rounds of `pairs` pairs, in a random order given by `seed`."""
         for number in np.random.default_rng(seed).permutation(-(-len(self) // pairs)).tolist():
             yield self.part(number * pairs, (number + 1) * pairs)
 

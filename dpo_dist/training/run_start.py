@@ -170,7 +170,7 @@ def _check_folder_unused(folder: RunFolder) -> None:
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
     if used:
         raise CheckpointError(
-            "the run directory is in use and run.resume=never",
+            "the run directory has results of a run, and run.resume=never",
             where=str(folder),
             got=", ".join(used),
             remedy="set run.resume=auto to resume, or another run.dir",

@@ -116,7 +116,7 @@ def test_resume_never_and_must_are_obeyed(overrides: Overrides, tmp_path: Path) 
     train(overrides("trainer.max_steps=1"))
     used = run_verb("train", overrides("trainer.max_steps=1", "run.resume=never"))
     assert used.code == 2, used.output
-    assert "in use" in used.output
+    assert "has results of a run" in used.output
 
 
 def test_another_configuration_does_not_resume_a_run(overrides: Overrides) -> None:

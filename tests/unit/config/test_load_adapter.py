@@ -66,6 +66,8 @@ def test_quantized_weights_under_an_adapter_are_accepted() -> None:
         ([ADAPTER, "reference=adapter", "loss.kind=simpo"], "choose reference=none"),
         (["model.quantization=int8"], "cannot be trained"),
         (["model.adapter.r=8"], "add it: +model.adapter.r="),
+        ([ADAPTER, "model.adapter.variant=dora"], "add it: +model.adapter.variant="),
+        ([ADAPTER, "+model.adapter.r=8"], "write model.adapter.r=8"),
         (["+model.adapter.rr=8"], "there is no key 'model.adapter.rr'"),
         ([*QUANTIZED, "+model.adapter.variant=dora", "model.quantization=int8"], "nf4"),
         ([*QUANTIZED, "parallelism.kind=zero3"], "parallelism=ddp"),

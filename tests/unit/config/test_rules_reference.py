@@ -49,6 +49,7 @@ REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
         "reference.micro_batch_tokens, reference.mode",
     ),
     ({"loss.kind": "sft", "reference.path": "m"} | NO_REFERENCE, "reference.path, reference.mode"),
+    ({"loss.kind": "sft", "reference.mode": "auto", "reference.path": "m"}, "reference.path, reference.mode"),
     (
         {"loss.kind": "sft", "reference.offload": "cpu"} | NO_REFERENCE,
         "reference.offload, reference.mode",
@@ -115,6 +116,7 @@ def test_refused(values: dict[str, Any], where: str) -> None:
         {"reference.quantization": "nf4"},
         LIVE | {"reference.quantization": "int8"},
         LIVE | EVERY | {"loss.sync_reference.mixup": 1, "reference.offload": "cpu"},
+        *(mode | {"reference.audit_pairs": 4} for mode in (CACHED, LIVE, WITH_ADAPTER_OFF)),
     ],
 )
 def test_accepted(values: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def test_a_token_without_an_embedding_is_named_before_training(dataset: Preferen
     dataset = replace(dataset, ids=np.empty(0, dtype=np.int32))
     check_ids_in_vocabulary(dataset, tiny.qwen(), len(tiny.qwen()))
     check_ids_in_vocabulary(dataset, tiny.qwen(), largest + 1)
-    with pytest.raises(ConfigError, match="no embedding") as raised:
+    with pytest.raises(ConfigError, match="without an embedding") as raised:
         check_ids_in_vocabulary(dataset, tiny.qwen(), largest)
     assert repr(tiny.qwen().convert_ids_to_tokens(largest)) in raised.value.got
 

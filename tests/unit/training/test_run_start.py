@@ -12,16 +12,17 @@ import pytest
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError, Outcome
+from dpo_dist.errors import CheckpointError, ConfigError, Outcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import Tracker
 from dpo_dist.training.finish import finish
-from dpo_dist.training.run_start import find_start, locked, mark_started
+from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import (
     RunState,
     check_configuration,
@@ -30,6 +31,7 @@ from dpo_dist.training.run_state import (
     write_state,
 )
 from tests.support.alone import ALONE
+from tests.support.own_loss import OWN
 
 CONFIG = RunConfig(model=ModelConfig("somewhere"))
 IDENTITY = {"run_digest": run_digest(CONFIG), "data": "d", "eval_data": None, "model": "m", "reference": None}
@@ -223,3 +225,14 @@ def test_a_run_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> N
         locked(RunFolder(tmp_path / "file" / "run"), ALONE, Screen()),
     ):
         pass
+
+
+def test_ranks_with_different_sources_of_a_loss_function_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, loss=LossConfig(LossKind.custom, function=OWN))
+    assert describe_run(config, RunFolder(tmp_path), ALONE)["loss_function"].startswith(f"custom loss {OWN}")
+    monkeypatch.setattr(type(ALONE), "gather", lambda _, digest: [digest, "0" * 8])
+    with pytest.raises(ConfigError, match="different sources") as caught:
+        describe_run(config, RunFolder(tmp_path), ALONE)
+    assert "rank 1: 00000000" in caught.value.got

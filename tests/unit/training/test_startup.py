@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dpo_dist import precompute
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -20,8 +20,6 @@ from dpo_dist.training.startup import check_start, without_traces
 from tests.support.alone import ALONE
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +103,19 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
     assert "no tokenizer" in error.message
 
 
-def test_verbs_do_not_import_torch_at_module_level() -> None:
-    command = "import sys, dpo_dist.train, dpo_dist.precompute; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
+def test_a_missing_loss_function_is_an_error_of_every_verb(assets: Path, tmp_path: Path) -> None:
+    own = ["loss=custom", "loss.function=nowhere_at_all:mine", f"run.dir={tmp_path}/run"]
+    assert refused(run_of(assets, tmp_path, *own)).where == "loss.function"
+
+
+@pytest.mark.parametrize("verb", [precompute.main, precompute.check])
+@pytest.mark.parametrize("mode", [["reference=live"], ["loss=sft"]])
+def test_only_a_stored_reference_is_precomputed(
+    verb: Callable[[RunConfig], int], mode: list[str], assets: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="only a stored reference") as caught:
+        verb(run_of(assets, tmp_path, *mode))
+    assert caught.value.where == "reference.mode"
 
 
 # Failed starts
