@@ -199,6 +199,30 @@ class PolicyEngine:
         """Return the transformers model of the engine; its tensors may be sharded."""
         return self._engine.module.causal_lm
 
+    def free(self) -> None:
+        """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
+        optimizer = self._engine.optimizer
+        self._engine.destroy()
+        # DeepSpeed's lists and caches still refer to modules and optimizer, so their tensors are emptied.
+        _empty(vars(optimizer))
+        _empty(vars(getattr(optimizer, "optimizer", optimizer)))
+        for weight in self._engine.module.parameters():
+            _empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
+        _empty(list(self._engine.module.buffers()))
+        del self._engine
+        return_memory()
+
+
+def _empty(value: Any) -> None:
+    """Release the storage of every tensor in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        value.data = value.new_empty(0)
+    elif isinstance(value, dict):
+        _empty(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _empty(item)
+
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups with weight decay for matrices, and without for biases and norms.

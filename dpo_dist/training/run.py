@@ -91,6 +91,7 @@ def train(config: RunConfig, console: Console) -> int:
         exit_code = run_to_its_end(loop, position, identity, report)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
+        policy.free()
         return exit_code
 
 

@@ -1,5 +1,6 @@
 """Verbs called from Python, several times in one process."""
 
+import gc
 import logging
 import os
 import signal
@@ -23,6 +24,13 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     from dpo_dist.config.load import load_run_config
     from dpo_dist.errors import DataError
 
+    def tensor_bytes() -> int:
+        gc.collect()
+        tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    before = tensor_bytes()
     linear, handler = torch.nn.functional.linear, signal.getsignal(signal.SIGTERM)
     mine = logging.NullHandler()
     logging.getLogger().handlers[:] = [mine]
@@ -34,6 +42,8 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
         verb.main(load_run_config([*command, f"data.train=[{data}]", "data.max_bad_share=0.01"]))
     assert signal.getsignal(signal.SIGTERM) is handler, "a failed run does not leave SIGTERM ignored"
     assert verb.main(load_run_config(command)) == 0
+    kept = tensor_bytes() - before
+    assert kept < 10_000, f"{kept} bytes of weights, gradients or optimizer states are kept"
     assert torch.nn.functional.linear is linear, "a ZeRO-3 run does not change later unsharded models"
     assert logging.getLogger().handlers == [mine], "the caller's logging is restored"
 
