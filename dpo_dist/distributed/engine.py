@@ -76,13 +76,10 @@ class FrozenEngine:
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
         self._engine.destroy()
-        # DeepSpeed's lists and caches still refer to the modules, so their tensors are emptied.
         for weight in self._engine.module.parameters():
-            weight.ds_tensor.data = weight.data = weight.new_empty(0)
             if weight.nvme_swapper is not None:
                 weight.nvme_swapper.buffers = None
-        for buffer in self._engine.module.buffers():
-            buffer.data = buffer.new_empty(0)
+        _empty_module(self._engine.module)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
@@ -203,18 +200,25 @@ class PolicyEngine:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         optimizer = self._engine.optimizer
         self._engine.destroy()
-        # DeepSpeed's lists and caches still refer to modules and optimizer, so their tensors are emptied.
         _empty(vars(optimizer))
         _empty(vars(getattr(optimizer, "optimizer", optimizer)))
-        for weight in self._engine.module.parameters():
-            _empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
-        _empty(list(self._engine.module.buffers()))
+        _empty_module(self._engine.module)
         del self._engine
         return_memory()
 
 
+def _empty_module(module: nn.Module) -> None:
+    """Release the storage of weights, their shards and gradients, and of buffers."""
+    for weight in module.parameters():
+        _empty([weight, weight.grad, getattr(weight, "ds_tensor", None)])
+    _empty(list(module.buffers()))
+
+
 def _empty(value: Any) -> None:
-    """Release the storage of every tensor in nested lists, tuples and dictionaries."""
+    """Release the storage of every tensor in nested lists, tuples and dictionaries.
+
+    DeepSpeed's lists and caches refer to the tensors of an engine for as long as the process lives.
+    """
     if isinstance(value, Tensor):
         value.data = value.new_empty(0)
     elif isinstance(value, dict):

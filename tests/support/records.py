@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 
 TEXT = {"prompt": "q", "chosen": "good", "rejected": "bad"}
@@ -32,3 +34,22 @@ def outcomes(records: Iterable[PreferenceRecord | BadRecord]) -> list[tuple[int,
     return [
         (record.origin.line, record.reason if isinstance(record, BadRecord) else "") for record in records
     ]
+
+
+def read_one(
+    folder: Path, fields: Any, format_: DataFormat = DataFormat.auto
+) -> PreferenceRecord | BadRecord:
+    [record] = read_records(SourceConfig(path=jsonl(folder, fields), format=format_))
+    return record
+
+
+def read_good(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
+    record = read_one(folder, fields, format_)
+    assert isinstance(record, PreferenceRecord), record
+    return record
+
+
+def reason_against(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> str:
+    record = read_one(folder, fields, format_)
+    assert isinstance(record, BadRecord), record
+    return record.reason

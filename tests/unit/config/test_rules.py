@@ -10,7 +10,7 @@ from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.rules import RULES
 from dpo_dist.errors import ConfigError
 from tests.support.own_loss import function_of
-from tests.unit.config.support import configured
+from tests.unit.config.support import check_refused, configured
 from tests.unit.config.test_rules_reference import NO_REFERENCE, REFUSED_REFERENCES
 
 ADAPTER = {"model.adapter": {"r": 8}}
@@ -97,12 +97,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("values", "where"), REFUSED)
 def test_refused(values: dict[str, Any], where: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        configured(values)
-    assert caught.value.where == where
-    assert caught.value.got
-    assert caught.value.remedy
-    assert caught.value.exit_code == 2
+    check_refused(values, where)
 
 
 RULES_OF_OPTIONS = {rule: rule.keys.split()[0] for rule in RULES if rule.why.endswith("with this loss")}

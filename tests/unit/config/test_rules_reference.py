@@ -11,7 +11,7 @@ from dpo_dist.config.loss_kinds import SyncReferenceConfig
 from dpo_dist.config.schema import Quantization
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.optional_packages import check_bitsandbytes
-from tests.unit.config.support import configured
+from tests.unit.config.support import check_refused, configured
 
 RUN = ["model.path=m", "data.train=[a.jsonl]", "reference.mode=live"]
 NO_REFERENCE = {"reference.mode": "none"}
@@ -99,11 +99,7 @@ REFUSED_REFERENCES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("values", "where"), REFUSED_REFERENCES)
 def test_refused(values: dict[str, Any], where: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        configured(values)
-    assert caught.value.where == where
-    assert caught.value.got
-    assert caught.value.remedy
+    check_refused(values, where)
 
 
 @pytest.mark.parametrize(

@@ -8,30 +8,11 @@ import pytest
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
-from tests.support.records import TEXT, assistant, jsonl, outcomes, user
+from tests.support.records import TEXT, assistant, outcomes, read_good, read_one, reason_against, user
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()
 needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
-
-
-def read_one(
-    folder: Path, fields: Any, format_: DataFormat = DataFormat.auto
-) -> PreferenceRecord | BadRecord:
-    [record] = read_records(SourceConfig(path=jsonl(folder, fields), format=format_))
-    return record
-
-
-def read_good(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    record = read_one(folder, fields, format_)
-    assert isinstance(record, PreferenceRecord), record
-    return record
-
-
-def reason_against(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> str:
-    record = read_one(folder, fields, format_)
-    assert isinstance(record, BadRecord), record
-    return record.reason
 
 
 def test_an_hh_dialogue_is_split_at_its_last_response(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.config.schema import DataFormat
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord
-from tests.support.records import assistant, jsonl, outcomes, user
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord
+from tests.support.records import assistant, outcomes, read_good, reason_against, user
 from tests.support.shared_data import shared_data_dir
 
 SHARED = shared_data_dir()
@@ -19,25 +19,6 @@ H = "\n\nHuman: q\n\nAssistant:"
 def scored(text: str, score: str, **answers: Any) -> list[dict[str, Any]]:
     """Return responses and scores under these names."""
     return [{text: answer, score: number, "model": "m"} for answer, number in answers.items()]
-
-
-def read_one(
-    folder: Path, fields: Any, format_: DataFormat = DataFormat.auto
-) -> PreferenceRecord | BadRecord:
-    [record] = read_records(SourceConfig(path=jsonl(folder, fields), format=format_))
-    return record
-
-
-def read_good(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    record = read_one(folder, fields, format_)
-    assert isinstance(record, PreferenceRecord), record
-    return record
-
-
-def reason_against(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> str:
-    record = read_one(folder, fields, format_)
-    assert isinstance(record, BadRecord), record
-    return record.reason
 
 
 @pytest.mark.parametrize("format_", [DataFormat.auto, DataFormat.ranked])
