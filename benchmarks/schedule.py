@@ -34,7 +34,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.options import Benchmark, Json
 from benchmarks.setting import REAL_DATA, SHAPES, Shape, model_config, shared_data, train_tokenizer
 from benchmarks.tables import markdown
-from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, SourceConfig, TrainerConfig
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, TrainerConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches

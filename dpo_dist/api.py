@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AttentionBackend, DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, RunConfig
 from dpo_dist.data.dataset import Keys
 from dpo_dist.data.encode import EncodedExample, response_key
 from dpo_dist.data.encode_chunk import encode_record

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_dist.config.check import check
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_function import find_loss_function
@@ -28,7 +29,7 @@ from dpo_dist.config.messages import composition_error, content_error, is_within
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.schema import AdapterConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import AdapterConfig, RunConfig
 from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")

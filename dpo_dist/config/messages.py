@@ -20,9 +20,10 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES, VALUE_ALIASES, alias_of
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import choices, describe_type, key_types, run_keys
 from dpo_dist.config.loss_kinds import LossKind
-from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
 
 # A guess of lower similarity misleads more people than it helps.

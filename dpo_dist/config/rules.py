@@ -8,20 +8,17 @@ from dataclasses import fields
 from datetime import date
 
 from dpo_dist.config.check import Rule
+from dpo_dist.config.data_schema import DataConfig, DataFormat, Ranked, SourceConfig
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.schema import (
     AdapterVariant,
     AttentionBackend,
-    DataConfig,
-    DataFormat,
     Dtype,
     Offload,
     ParallelismKind,
     Quantization,
-    Ranked,
     RunConfig,
-    SourceConfig,
 )
 
 _SIXTEEN_BIT_KERNELS = (AttentionBackend.flash_attention_2, AttentionBackend.varlen)

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import collect_abandoned, staged_folder
-from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.chat_template import has_clock
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, encode_in_order
 from dpo_dist.data.encoded_source import (

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_dist.config.schema import DataConfig, TextTemplate
+from dpo_dist.config.data_schema import DataConfig, TextTemplate
 from dpo_dist.errors import DataError
 
 SHOWN_EXAMPLES = 20

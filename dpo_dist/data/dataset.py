@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.concatenated import Column, concatenate
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.encoded_source import (

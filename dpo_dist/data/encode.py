@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
-from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
+from dpo_dist.config.data_schema import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.chat_template import (
     ends_opened_thought,
     ends_thought,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class EncodedExample:
             same thought was removed from a response.
         opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
             a response has no thought.
+        trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
     """
 
     prompt_ids: TokenIds
@@ -58,6 +60,7 @@ class EncodedExample:
     templated_text: bool = False
     opened_thought_joined: bool = False
     opened_thought_removed: bool = False
+    trained: tuple[Mask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,38 +137,38 @@ def _all_text(record: PreferenceRecord) -> str:
             prompt = record.prompt.text
         case _:
             prompt = "".join(message.content for message in record.prompt)
-    return prompt + "".join(record.responses)
+    return prompt + "".join(record.response_texts)
 
 
 def _render(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> _Rendered:
     match record.prompt:
         case str() if facts.is_templated(record.prompt):
             if config.template is TextTemplate.applied:
-                ended = tuple(facts.end_templated(response) for response in record.responses)
+                ended = tuple(facts.end_templated(response) for response in record.response_texts)
                 return _Rendered(record.prompt, ended, templated_text=True)
             return replace(_render_plain(record.prompt, record, facts, config), templated_text=True)
-        case str() if any(map(facts.is_ended, record.responses)):
+        case str() if any(map(facts.is_ended, record.response_texts)):
             if config.template is TextTemplate.applied:
-                bare = tuple(map(facts.without_end, record.responses))
+                bare = tuple(map(facts.without_end, record.response_texts))
                 record = replace(record, responses=bare)
             return replace(_render_plain(str(record.prompt), record, facts, config), templated_text=True)
         case str():
             return _render_plain(record.prompt, record, facts, config)
         case Dialogue() if facts.chat_template is not None:
-            responses = tuple(response.strip() for response in record.responses)
+            responses = tuple(response.strip() for response in record.response_texts)
             return _render_messages(record.prompt.messages(), responses, facts, record.origin)
         case Dialogue():
-            return _render_text(record.prompt.text, record.responses, facts)
+            return _render_text(record.prompt.text, record.response_texts, facts)
         case _:
-            return _render_messages(record.prompt, record.responses, facts, record.origin)
+            return _render_messages(record.prompt, record.response_texts, facts, record.origin)
 
 
 def _render_plain(
     prompt: str, record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig
 ) -> _Rendered:
     if config.text_as_messages:
-        return _render_messages((Message("user", prompt),), record.responses, facts, record.origin)
-    return _render_text(prompt, record.responses, facts)
+        return _render_messages((Message("user", prompt),), record.response_texts, facts, record.origin)
+    return _render_text(prompt, record.response_texts, facts)
 
 
 def _render_text(prompt: str, responses: tuple[str, ...], facts: TokenizerFacts) -> _Rendered:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, TextTemplate
+from dpo_dist.config.data_schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
 from dpo_dist.data.rankings import training_examples

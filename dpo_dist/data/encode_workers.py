@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.errors import PeerLostError

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.config.data_schema import DataFormat, SourceConfig
 from dpo_dist.data.conversations import (
     Reader,
     read_hh,
@@ -187,14 +187,14 @@ def _check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
     """Return the record, or why nothing can be learned from it."""
     prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
     prompt_texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-    if not all(map(_is_valid_unicode, (*prompt_texts, *record.responses))):
+    if not all(map(_is_valid_unicode, (*prompt_texts, *record.response_texts))):
         return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
-    empty = [str(rank) for rank, text in enumerate(record.responses, start=1) if not text.strip()]
+    empty = [str(rank) for rank, text in enumerate(record.response_texts, start=1) if not text.strip()]
     if empty:
         return BadRecord("empty_response", record.origin, f"rank {', '.join(empty)}")
-    if any(one.strip() == other.strip() for one, other in itertools.combinations(record.responses, 2)):
+    if any(one.strip() == other.strip() for one, other in itertools.combinations(record.response_texts, 2)):
         return BadRecord("identical_responses", record.origin)
     return record
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.digests import recall, remember
 from dpo_dist.errors import DataError
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpo_dist.config.schema import Ranked
+from dpo_dist.config.data_schema import Ranked
 from dpo_dist.data.conversations import instruction_messages, unread_keys
 from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord, RawContent
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -11,16 +11,32 @@ _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
 
+Fields: TypeAlias = Mapping[str, Any]
+"""The fields of an input record, or of a part of it, by name."""
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: `system`, `user`, `assistant`, `tool`, ...
+        content: empty if the turn only calls tools.
+        fields: what a chat template renders besides the content: `tool_calls` (arguments as objects),
+            `tool_call_id`, `name`, `reasoning_content`, `thinking`.
+        is_trained: whether the data say that the loss counts this turn of a response; None: by its role.
+    """
 
     role: str
     content: str
+    fields: Fields = field(default_factory=dict)
+    is_trained: bool | None = None
 
 
 Text: TypeAlias = str
 Messages: TypeAlias = tuple[Message, ...]
+Response: TypeAlias = Text | Messages
+"""The content of one assistant turn; or all turns after the prompt, of which the last is the assistant's."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,6 @@ class Origin:
         return f"{self.source}:{self.line}"
 
 
-Fields: TypeAlias = Mapping[str, Any]
-"""The fields of an input record by name."""
-
-
 @dataclass(frozen=True)
 class RawContent:
     """The prompt and the responses of a record, with values as in the source.
@@ -84,15 +96,28 @@ class RawContent:
 class PreferenceRecord:
     """One prompt and its responses, best first: one to learn, two (chosen, rejected), or a ranking of more.
 
-    `prompt` is plain text or a conversation. `responses` follow it; each is the text of one response (for
-    messages: the content of one assistant turn). `scores` are in the order of `responses`, None if the source
-    has none; those of a ranking never rise, and equal scores are ties.
+    Attributes:
+        prompt: plain text or a conversation.
+        responses: each follows the prompt; messages only after messages.
+        origin: position of the record.
+        scores: in the order of `responses`, None if the source has none; those of a ranking never rise, and
+            equal scores are ties.
+        tools: definitions of the tools that the chat template renders, as JSON objects.
+        template_arguments: further arguments of the chat template for this record (`enable_thinking`).
     """
 
     prompt: Prompt
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     origin: Origin
     scores: tuple[float, ...] | None = None
+    tools: tuple[Fields, ...] = ()
+    template_arguments: Fields = field(default_factory=dict)
+
+    @property
+    def response_texts(self) -> tuple[str, ...]:
+        """The responses of a record whose responses are texts."""
+        assert all(isinstance(response, str) for response in self.responses)
+        return tuple(map(str, self.responses))
 
 
 @dataclass(frozen=True)

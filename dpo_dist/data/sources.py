@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.chat_template import FOREIGN_ENDS, any_of, has_foreign_marks, pin_clock, turn_tokens
 from dpo_dist.data.records import Message, Messages
 from dpo_dist.data.tokenizer_copies import continuation_copy, literal_copy

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.loss_kinds import LossConfig
-from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
+from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import (
     PreferenceDataset,

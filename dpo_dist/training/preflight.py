@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, RunConfig, SourceConfig
+from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.build_dataset import check_template_date
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import encode_chunk

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.packing import PackedBatch

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.loss_kinds import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
-from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset

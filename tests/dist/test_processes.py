@@ -14,7 +14,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.config.data_schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data import encode_workers as encode_workers_module
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.encode_workers import CHUNK_RECORDS
@@ -156,7 +156,7 @@ ENDLESS = """
 import signal
 import sys
 from pathlib import Path
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import build_dataset as build_dataset_module
 from tests.dist.test_processes import endless_records, prepare
 from tests.support import tiny

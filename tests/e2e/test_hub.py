@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RevisionResolutionError
 
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data.hub import pinned
 from tests.support.hub_server import HubServer
 
@@ -21,7 +21,7 @@ from tests.support.hub_server import HubServer
 _STEPS = """
 import json, sys
 from pathlib import Path
-from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError

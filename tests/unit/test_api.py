@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dpo_dist import api
-from dpo_dist.config.schema import Ranked, Truncation
+from dpo_dist.config.data_schema import Ranked, Truncation
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import DataConfig, SourceConfig, TrainerConfig
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import (
     PreferenceDataset,

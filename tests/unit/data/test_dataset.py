@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.config.schema import OnBadRecord
+from dpo_dist.config.data_schema import OnBadRecord
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset

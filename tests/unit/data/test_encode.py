@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.config.schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
+from dpo_dist.config.data_schema import DataConfig, DataFormat, Ranked, SourceConfig, Truncation
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.collate import collate
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.schema import DataConfig, Truncation
+from dpo_dist.config.data_schema import DataConfig, Truncation
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.packing import packed_tokens
 from dpo_dist.data.records import PreferenceRecord

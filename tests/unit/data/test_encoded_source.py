@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from dpo_dist import digests as digests_module
 from dpo_dist.atomic import temporary_name
-from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.data_schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data import encode_chunk as encode_chunk_module
 from dpo_dist.data.concatenated import ConcatenatedArray

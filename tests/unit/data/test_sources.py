@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.schema import SourceConfig
+from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import files
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from dpo_dist.config.schema import DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.chat_template import pin_clock
 from dpo_dist.data.dataset import open_dataset

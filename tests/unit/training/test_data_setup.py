@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
-from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.errors import ConfigError, DataError

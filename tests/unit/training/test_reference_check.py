@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.collate import collate
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset

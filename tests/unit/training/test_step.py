@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.loss_kinds import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
-from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
