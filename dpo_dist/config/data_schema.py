@@ -1,0 +1,70 @@
+"""The keys of `data` and of its sources: type, default, bounds, meaning; see `schema`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from dpo_dist.config.fields import key
+
+DataFormat = StrEnum("DataFormat", ["auto", "hh", "text", "messages", "ranked", "completion"])
+Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
+TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
+Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
+OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One entry of `data.train` or `data.eval`; a bare string is its `path`."""
+
+    path: str = key(MISSING, "File, pattern, folder or hub name.", filled=True)
+    format: DataFormat = key(DataFormat.auto, "Format of the records; `auto`: detected for each record.")
+    split: str | None = key(None, "Split of a hub dataset or of a folder with several; null: `train`.")
+    name: str | None = key(None, "Configuration (subset) of a hub dataset.")
+    data_dir: str | None = key(None, "Folder inside a hub dataset.")
+    revision: str | None = key(None, "Branch, tag or commit of a hub dataset.")
+    weight: float = key(
+        1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
+    )
+    limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Preference data, and the limits within which they are encoded."""
+
+    train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
+    eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
+    max_length: int = key(1024, "Largest number of tokens of prompt and response together.", at_least=2)
+    max_prompt_length: int | None = key(
+        None,
+        "Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit.",
+        at_least=1,
+    )
+    truncation: Truncation = key(
+        Truncation.keep_start,
+        "For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `drop`.",
+    )
+    on_bad_record: OnBadRecord = key(OnBadRecord.drop, "`drop` (counted and shown) or `error`.")
+    max_bad_share: float = key(
+        0.05, "If more than this share of the records is dropped, it is an error.", at_least=0, at_most=1
+    )
+    text_as_messages: bool = key(False, "Render plain-text prompts by the chat template, as a user turn.")
+    template: TextTemplate = key(
+        TextTemplate.auto,
+        "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
+        "text (`literal`), or as text with an error if most records have them (`auto`).",
+    )
+    template_date: str = key(
+        "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"
+    )
+    ranked: Ranked = key(
+        Ranked.whole,
+        "A ranking of more than two responses becomes one example, its best and worst, or all pairs.",
+    )
+    cache: str = key("${run.root}/encoded", "Folder of encoded data, shared by runs.", free=True, filled=True)
+    processes: int | None = key(
+        None, "Processes that encode; null: one per core, if there are enough records.", at_least=1, free=True
+    )
