@@ -18,6 +18,7 @@ LAYERS = (
     "distributed",
     "reference",
     "generation",
+    "diagnostics",
     "report",
     "training",
 )
