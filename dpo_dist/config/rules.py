@@ -10,6 +10,7 @@ from datetime import date
 from dpo_dist.config.check import Rule
 from dpo_dist.config.data_schema import DataConfig, DataFormat, Ranked, SourceConfig
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
+from dpo_dist.config.rules_doctor import DOCTOR_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.schema import (
     AdapterVariant,
@@ -290,5 +291,5 @@ _TRAINING = (
     _not_on_nvme("offload_optimizer"),
 )
 
-RULES = (*_RUN_AND_MODEL, *_DATA, *_LOSS, *_TRAINING, *REFERENCE_RULES)
+RULES = (*_RUN_AND_MODEL, *_DATA, *_LOSS, *_TRAINING, *REFERENCE_RULES, *DOCTOR_RULES)
 """In the order in which they are checked."""

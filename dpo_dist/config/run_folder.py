@@ -93,3 +93,13 @@ class RunFolder:
     def wandb_id(self) -> Path:
         """The id of the W&B run; the other files in its folder are wandb's own."""
         return self.path / "wandb" / "run_id.txt"
+
+    @property
+    def doctor_report(self) -> Path:
+        """The findings of the doctor about the data, as JSON."""
+        return self.path / "doctor" / "doctor.json"
+
+    @property
+    def doctor_page(self) -> Path:
+        """The same as a self-contained page."""
+        return self.path / "doctor" / "doctor.html"
