@@ -17,6 +17,7 @@ LAYERS = (
     "model",
     "distributed",
     "reference",
+    "diagnostics",
     "report",
     "training",
 )
