@@ -6,7 +6,9 @@ from dpo_dist.config.check import Rule
 def _is_numbers_by_name(thresholds: object) -> bool:
     if not isinstance(thresholds, dict):
         return thresholds is None
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in thresholds.values())
+    return all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in thresholds.values()
+    )
 
 
 DOCTOR_RULES = (

@@ -27,6 +27,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
     ({"data.train": []}, "data.train"),
+    ({"doctor.thresholds": 3}, "doctor.thresholds"),
+    ({"doctor.thresholds": {"duplicates": "many"}}, "doctor.thresholds"),
+    ({"doctor.thresholds": {"duplicates": True}}, "doctor.thresholds"),
     ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval"),
     (
         {"data.train": [{"path": "a", "format": "text"}], "data.ranked": "all_pairs"},
