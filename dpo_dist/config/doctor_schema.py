@@ -20,7 +20,7 @@ class DoctorConfig:
     )
     fail_on: FailOn = key(FailOn.warning, "Lowest level of a finding that makes the exit code 1.")
     benchmarks: list[str] = key(
-        [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain.", filled=True
+        [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain."
     )
     shown_pairs: int = key(
         4, "Pairs of each source to show decoded, besides examples of findings; 0: none.", at_least=0

@@ -177,7 +177,7 @@ def resolve(
     """
     parsed, folders = parse_overrides(overrides), group_folders(own_folder)
     if not needs_model and OmegaConf.is_missing(composed.model, "path"):
-        composed = OmegaConf.merge(composed, {"model": {"path": NO_MODEL}})
+        composed = cast(DictConfig, OmegaConf.merge(composed, {"model": {"path": NO_MODEL}}))
     try:
         config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
     except OmegaConfBaseException as error:
