@@ -1,8 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data` are in `data_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`,
-composition in `load`. A key declared `free` does not define the run's result (hardware, placement, how often
-something is written): it is not part of the digest that names the run directory.
+The keys of `data` are in `data_schema`, those of `loss` in `loss_kinds`, those of `pairs` in `pairs_schema`,
+rules between keys in `rules`, composition in `load`. A key declared `free` does not define the run's result
+(hardware, placement, how often something is written): it is not part of the digest that names the run
+directory.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from omegaconf import MISSING
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.fields import key, section
 from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.pairs_schema import PairsConfig
 
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
@@ -228,3 +230,4 @@ class RunConfig:
     trainer: TrainerConfig = section(TrainerConfig)
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True)
     tracking: TrackingConfig = section(TrackingConfig, free=True, train_only=True)
+    pairs: PairsConfig = section(PairsConfig, free=True, verb="pairs")
