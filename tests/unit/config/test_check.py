@@ -18,6 +18,8 @@ OUT_OF_RANGE = {
     "data.max_length": [1, 0, -5],
     "data.max_prompt_length": [0],
     "data.max_bad_share": [-0.1, 1.1],
+    "data.eval_share": [-0.1, 1.0],
+    "data.eval_seed": [-1, 2**63],
     "data.processes": [0],
     "loss.beta": [0.0, -0.1, float("inf"), float("nan")],
     "loss.label_smoothing": [-0.1, 0.5, 0.9, 1.0],
