@@ -14,13 +14,8 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
-from dpo_dist.data.dataset import (
-    PreferenceDataset,
-    count_duplicates,
-    count_shared,
-    open_dataset,
-    remembered_count,
-)
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.world import WhileWaiting, World
