@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.concatenated import Column, concatenate
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.encoded_source import (
     EncodedSource,
     Manifest,
@@ -56,6 +56,7 @@ class PreferenceDataset:
         trained: bool [tokens of responses with a mask], whether the loss counts a token.
         mask_starts: int64 [responses], offset in `trained` of the mask of a response that has one.
         trained_tokens: int32 [responses], tokens that the loss counts; a response has a mask if it has more.
+        prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
     """
 
@@ -73,6 +74,7 @@ class PreferenceDataset:
     trained: Column
     mask_starts: Column
     trained_tokens: Column
+    prompts: Column
     origins: Column
 
     def __len__(self) -> int:
@@ -232,6 +234,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         check_counts(mapped.counts, source.path, config)
         by_source.append({"path": source.path, **mapped.counts.numbers()})
         counts.add(mapped.counts)
+    check_split(counts)
     parts = [
         [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
     ]
@@ -250,6 +253,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         trained=_column(views, "trained"),
         mask_starts=_column(views, "mask_starts", [len(mapped.arrays["trained"]) for mapped in views]),
         trained_tokens=_column(views, "trained_tokens"),
+        prompts=_column(views, "prompts"),
         origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
     )
 

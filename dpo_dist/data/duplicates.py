@@ -1,4 +1,4 @@
-"""Count examples with equal token ids, within a dataset and in two."""
+"""Count examples with equal token ids or prompts, within a dataset and in two."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ def remembered_count(count: Callable[..., int], cache: Path, *datasets: Preferen
     """Return `count(*datasets)`, cached on disk by the content of the datasets as it reads all their keys.
 
     Args:
-        count: `count_duplicates` or `count_shared`.
+        count: `count_duplicates`, `count_shared` or `count_shared_prompts`.
         cache: `data.cache`.
     """
     identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
@@ -34,6 +34,11 @@ def count_duplicates(dataset: PreferenceDataset) -> int:
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
     return int(np.isin(_example_digests(dataset), _example_digests(other)).sum())
+
+
+def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` whose prompt is that of an example of `other`."""
+    return int(np.isin(np.asarray(dataset.prompts[:]), np.asarray(other.prompts[:])).sum())
 
 
 def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:

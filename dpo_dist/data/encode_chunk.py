@@ -10,6 +10,7 @@ import numpy.typing as npt
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, Mask, TokenIds, encode_pair, response_key
+from dpo_dist.data.prompt_split import ALL_RECORDS, Part, PromptHashes, prompt_hash
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -34,6 +35,7 @@ class EncodedChunk:
             loss does not count every token.
         mask_starts: int64 [responses], offset of each response's mask in `trained`, if it has one.
         trained_tokens: int64 [responses], number of tokens that the loss counts.
+        prompts: uint64 [examples], `prompt_hash` of each example's record.
         origins: [examples], origin of each example's record.
         outcomes: [records].
         bad: the first dropped records and the first for each reason, each with its index in the chunk.
@@ -48,6 +50,7 @@ class EncodedChunk:
     trained: Mask
     mask_starts: npt.NDArray[np.int64]
     trained_tokens: npt.NDArray[np.int64]
+    prompts: PromptHashes
     origins: list[Origin]
     outcomes: list[Outcome]
     bad: list[tuple[int, BadRecord]]
@@ -97,9 +100,10 @@ class _Examples:
         self.masked_tokens = 0
         self.mask_starts: list[int] = []
         self.trained_tokens: list[int] = []
+        self.prompts: list[int] = []
         self.origins: list[Origin] = []
 
-    def add(self, record: EncodedRecord, origin: Origin) -> None:
+    def add(self, record: EncodedRecord, prompt: int, origin: Origin) -> None:
         encoded = record.encoded
         pieces = (encoded.prompt_ids, *encoded.responses)
         starts = [self.tokens + int(before) for before in np.cumsum([0, *map(len, pieces)])]
@@ -116,6 +120,7 @@ class _Examples:
             self.scores += [record.scores[index] for index in ranks]
             self.mask_starts += [masks[index][0] for index in ranks]
             self.trained_tokens += [masks[index][1] for index in ranks]
+            self.prompts.append(prompt)
             self.origins.append(origin)
 
     def _add_masks(self, encoded: EncodedExample) -> list[tuple[int, int]]:
@@ -133,9 +138,12 @@ class _Examples:
 
 
 def encode_chunk(
-    records: Sequence[PreferenceRecord | BadRecord], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    records: Sequence[PreferenceRecord | BadRecord],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    part: Part = ALL_RECORDS,
 ) -> EncodedChunk:
-    """Encode `records`; a record that cannot be used is dropped and its reason recorded.
+    """Encode the `records` of `part`; one that cannot be used is dropped and its reason recorded.
 
     Raises:
         DataError: a record cannot be used and `data.on_bad_record` is `error`.
@@ -144,7 +152,7 @@ def encode_chunk(
     outcomes: list[Outcome] = []
     bad: list[tuple[int, BadRecord]] = []
     for index, record in enumerate(records):
-        outcome = record if isinstance(record, BadRecord) else _encode(record, config, tokenizer, examples)
+        outcome = _outcome(record, config, tokenizer, part, examples)
         if isinstance(outcome, Outcome):
             outcomes.append(outcome)
             continue
@@ -169,6 +177,7 @@ def encode_chunk(
         trained=np.concatenate(examples.masks),
         mask_starts=np.array(examples.mask_starts, dtype=np.int64),
         trained_tokens=np.array(examples.trained_tokens, dtype=np.int64),
+        prompts=np.array(examples.prompts, dtype=np.uint64),
         origins=examples.origins,
         outcomes=outcomes,
         bad=bad,
@@ -197,14 +206,24 @@ def encode_record(
     )
 
 
-def _encode(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", examples: _Examples
+def _outcome(
+    record: PreferenceRecord | BadRecord,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    part: Part,
+    examples: _Examples,
 ) -> Outcome | BadRecord:
-    """Add the examples of a record."""
+    """Add the examples of a record, if it belongs to `part`."""
+    elsewhere = Outcome(changed=((part.others, 1),))
+    if isinstance(record, BadRecord):
+        return record if part.has_bad_records else elsewhere
+    prompt = prompt_hash(record.prompt)
+    if not part.has(prompt):
+        return elsewhere
     found = encode_record(record, config, tokenizer)
     if isinstance(found, BadRecord):
         return found
-    examples.add(found, record.origin)
+    examples.add(found, prompt, record.origin)
     changed = {name: int(getattr(found.encoded, name)) for name in FLAGS} | {"ties_left_out": found.ties}
     is_applied = found.encoded.templated_text and config.template is TextTemplate.applied
     is_plain = isinstance(record.prompt, str) and not config.text_as_messages

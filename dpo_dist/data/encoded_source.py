@@ -2,9 +2,9 @@
 
 The arrays of a folder are the token ids of all distinct pieces (prompts and responses); offset and length of
 each piece of each example; the end of each example's pieces; key and score of each response; the masks of
-responses of which the loss does not count every token, and the number of counted tokens of each response; the
-origin of each example; and the outcome of each record, so that the counts of the first n records can be
-computed. The name of the folder is a digest of everything that decides the ids, never a path.
+responses of which the loss does not count every token, and the number of counted tokens of each response;
+prompt hash and origin of each example; and the outcome of each record, so that the counts of the first n records
+can be computed. The name of the folder is a digest of everything that decides the ids, never a path.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ _ARRAYS = {
     "trained": np.bool_,
     "mask_starts": np.int64,
     "trained_tokens": np.int32,
+    "prompts": np.uint64,
     "origins": np.int64,
     "outcomes": np.int32,
 }
@@ -115,6 +116,7 @@ class SourceWriter:
         self._append("mask_starts", self._sizes["trained"] + chunk.mask_starts)
         self._append("trained", chunk.trained)
         self._append("trained_tokens", chunk.trained_tokens)
+        self._append("prompts", chunk.prompts)
         self._append("pair_pieces", self._pieces + np.cumsum(chunk.pair_pieces))
         self._append("origins", [(self._file(at.source), at.line) for at in chunk.origins])
         codes = [self._outcomes.setdefault(outcome, len(self._outcomes)) for outcome in chunk.outcomes]
@@ -275,6 +277,7 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
             "trained": arrays["trained"],
             "mask_starts": arrays["mask_starts"][:responses],
             "trained_tokens": arrays["trained_tokens"][:responses],
+            "prompts": arrays["prompts"][:pairs],
             "origins": arrays["origins"].reshape(-1, 2)[:pairs],
         },
     )

@@ -15,8 +15,9 @@ from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
+from dpo_dist.data.duplicates import count_duplicates, count_shared, count_shared_prompts, remembered_count
 from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError, DataError
@@ -82,17 +83,23 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
 
-    def encode(name: str, sources: Sequence[SourceConfig]) -> PreferenceDataset:
-        dataset = _encode(name, sources, tokenizer, folder, config, world, console)
+    def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
+        dataset = _encode(name, sources, part, tokenizer, folder, config, world, console)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    train_set = encode("train", config.data.train)
     eval_set = None
-    if config.data.eval:
-        eval_set = encode("eval", config.data.eval)
-        eval_set = _with_count(eval_set, "also_in_train", count_shared, config, world, train_set)
+    if config.data.eval_sources:
+        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    eval_prompts = None if eval_set is None else eval_set.prompts[:]
+    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
+    if eval_set is not None:
+        for count_name, count in (
+            ("also_in_train", count_shared),
+            ("prompts_also_in_train", count_shared_prompts),
+        ):
+            eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     flops = count_flops(model_config, config.model.adapter)
     inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, sampler, flops)
@@ -107,6 +114,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
 def _encode(
     name: str,
     sources: Sequence[SourceConfig],
+    part: Part,
     tokenizer: PreTrainedTokenizerBase,
     model_folder: Path,
     config: RunConfig,
@@ -116,7 +124,9 @@ def _encode(
     """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
     with console.counter(f"encoding {name} data", "record") as count:
         encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(model_folder), count),
+            lambda: prepare_dataset(
+                sources, config.data, tokenizer, tokenizer_digest(model_folder), count, part
+            ),
             console.heartbeat(f"preparing the {name} data"),
         )
     # A node that sees the files on another device verifies them again.
