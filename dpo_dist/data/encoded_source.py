@@ -3,8 +3,8 @@
 The arrays of a folder are the token ids of all distinct pieces (prompts and responses); offset and length of
 each piece of each example; the end of each example's pieces; key and score of each response; the masks of
 responses of which the loss does not count every token, and the number of counted tokens of each response;
-prompt hash and origin of each example; and the outcome of each record, so that the counts of the first n records
-can be computed. The name of the folder is a digest of everything that decides the ids, never a path.
+prompt hash and origin of each example; and the outcome of each record, so that the counts of the first n
+records can be computed. The name of the folder is a digest of everything that decides the ids, never a path.
 """
 
 import contextlib
