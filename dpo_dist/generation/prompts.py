@@ -19,7 +19,7 @@ from dpo_dist.data.sources import pinned
 from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.generation.counted import good_records
 
-_UNLIMITED = 2**30
+UNLIMITED = 2**30
 # Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.
 _PLACEHOLDER = "response\n</think>\n\nresponse"
 
@@ -32,11 +32,13 @@ class PromptList:
         file: written by `write_prompts`.
         count: number of prompts.
         part_prompts: prompts of one part of the work.
+        digest: of the file.
     """
 
     file: Path
     count: int
     part_prompts: int
+    digest: str
 
     @property
     def parts(self) -> int:
@@ -48,6 +50,12 @@ class PromptList:
         start = index * self.part_prompts
         with self.file.open(encoding="utf-8") as lines:
             return [_parsed(line) for line in islice(lines, start, start + self.part_prompts)]
+
+
+def open_prompts(file: Path, part_prompts: int) -> PromptList:
+    """Return the prompts of a file that `write_prompts` wrote."""
+    with file.open("rb") as lines:
+        return PromptList(file, sum(1 for _ in lines), part_prompts, content_digest([file]))
 
 
 def write_prompts(
@@ -107,7 +115,7 @@ def encode_prompt(
     Raises:
         ConfigError: as `encode_pair`.
     """
-    limits = replace(data, max_length=_UNLIMITED, truncation=Truncation.drop)
+    limits = replace(data, max_length=UNLIMITED, truncation=Truncation.drop)
     encoded = encode_pair(replace(record, responses=(_PLACEHOLDER,)), tokenizer, limits)
     return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 
