@@ -21,7 +21,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
 
 def overview(sources: Sequence[SourceReport]) -> str:
     """Return the table of all sources."""
-    head = ("source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected", "shared prompts save")
+    head = (
+        "source",
+        "data",
+        "read",
+        "kept",
+        "dropped",
+        "examples",
+        "chosen",
+        "rejected",
+        "shared prompts save",
+    )
     return table(head, map(_row, sources), "numbers")
 
 

@@ -1,4 +1,4 @@
-"""Decoded records on the doctor's page: trained tokens coloured, special tokens marked, hidden until clicked."""
+"""Decoded records on the doctor's page: trained and special tokens are marked, texts hidden until clicked."""
 
 from collections.abc import Sequence
 from html import escape
