@@ -22,7 +22,7 @@ from dpo_dist.diagnostics.findings import Across, Finding, Level
 from dpo_dist.report.doctor_sources import overview, source_section, table
 from dpo_dist.report.doctor_style import DOCTOR_STYLE
 from dpo_dist.report.doctor_texts import pairs_section
-from dpo_dist.report.inert import inert_html
+from dpo_dist.report.inert import inert_html, joined_origins
 from dpo_dist.report.page import STYLE
 
 FORMAT = 1
@@ -102,17 +102,13 @@ def _section(name: str, title: str, content: str) -> str:
 
 def _finding(finding: Finding) -> str:
     where = inert_html(finding.source) if finding.source is not None else "several sources"
-    share = f", {finding.share:.1%}" if finding.share is not None else ""
-    count = f"{finding.count:,}{share}" if finding.count else ""
-    origins = "".join(
-        f"<li><code>{inert_html(example)}</code></li>" for example in finding.examples[:_SHOWN_EXAMPLES]
-    )
+    origins = inert_html(joined_origins(finding.examples, _SHOWN_EXAMPLES)) if finding.examples else ""
     return (
         f'<article class="finding {finding.level}"><div class="head">'
         f'<span class="badge {finding.level}">{finding.level}</span><b>{escape(finding.rule)}</b>'
-        f"<small>{where}</small><small>{count}</small></div>"
+        f"<small>{where}</small></div>"
         f"<p>{inert_html(finding.text)}</p><p>To do: {inert_html(finding.remedy)}</p>"
-        + (f"<ul>{origins}</ul>" if origins else "")
+        + (f"<p>First: <code>{origins}</code></p>" if origins else "")
         + "</article>"
     )
 

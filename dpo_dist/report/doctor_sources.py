@@ -5,9 +5,10 @@ from html import escape
 
 from dpo_dist.diagnostics.findings import Distribution, LeakTest, SideReport, SourceReport
 from dpo_dist.report.charts import histogram, number, share_bar
-from dpo_dist.report.inert import inert_html
+from dpo_dist.report.inert import inert_html, joined_origins
 
 _MAX_ROWS = 12
+_SHOWN_EXAMPLES = 5
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
@@ -48,8 +49,7 @@ def source_section(source: SourceReport, max_length: int) -> str:
         ("Notes", "".join(f"<p>{escape(note)}</p>" for note in source.notes)),
     )
     shown = "".join(f"<h3>{title}</h3>{content}" for title, content in parts if content)
-    kept = f"{source.kept:,} of {source.read:,} records kept"
-    title = f"<b>{inert_html(source.label)}</b> <small>{inert_html(source.path)}, {kept}</small>"
+    title = f"{inert_html(source.label)} <small>{source.kept:,} of {source.read:,} records kept</small>"
     return f"<details open><summary>{title}</summary>{shown}</details>"
 
 
@@ -84,7 +84,7 @@ def _dropped(source: SourceReport) -> str:
 
 
 def _origins(examples: Sequence[str]) -> str:
-    return "<br>".join(f"<code>{inert_html(example)}</code>" for example in examples[:3])
+    return f"<code>{inert_html(joined_origins(examples, _SHOWN_EXAMPLES))}</code>" if examples else ""
 
 
 def _counts(counts: Mapping[str, int]) -> str:

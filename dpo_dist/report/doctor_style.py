@@ -16,7 +16,6 @@ h4 { font-size: 13px; font-weight: 600; color: var(--quiet); margin: 12px 0 4px;
 .badge.note { background: var(--note); }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; margin: 10px 0; }
 article p { margin: 6px 0; overflow-wrap: anywhere; }
-article ul { margin: 6px 0; padding-left: 20px; }
 .finding { border-left: 4px solid var(--note); }
 .finding.error { border-left-color: var(--error); }
 .finding.warning { border-left-color: var(--warning); }

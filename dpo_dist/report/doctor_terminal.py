@@ -12,7 +12,7 @@ from rich.text import Text
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Finding, Level, SourceReport
-from dpo_dist.report.inert import printable
+from dpo_dist.report.inert import joined_origins, printable
 
 _COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
 _SHOWN_EXAMPLES = 3
@@ -83,18 +83,9 @@ def _finding(finding: Finding) -> Group:
     title = Text.assemble((f"{finding.level}", _COLOURS[finding.level]), f" {finding.rule}{source}")
     lines = [Text(printable(finding.text)), Text(f"to do: {printable(finding.remedy)}")]
     if finding.examples:
-        lines.append(Text(f"first: {printable(_origins(finding.examples))}", style="dim"))
+        origins = joined_origins(finding.examples, _SHOWN_EXAMPLES)
+        lines.append(Text(f"first: {printable(origins)}", style="dim"))
     return Group(title, *(Padding(line, (0, 0, 0, 2), expand=False) for line in lines))
-
-
-def _origins(examples: tuple[str, ...]) -> str:
-    """Return the first origins, with a file named once: "data.jsonl:3, :9; other.jsonl:1"."""
-    shown, file = "", ""
-    for example in ", ".join(examples[:_SHOWN_EXAMPLES]).split(", "):
-        path, _, line = example.rpartition(":")
-        shown += f", :{line}" if path == file and path else f"{'; ' if shown else ''}{example}"
-        file = path
-    return shown
 
 
 def _summary(findings: tuple[Finding, ...]) -> str:

@@ -1,6 +1,7 @@
 """Show text of data inert: as HTML without markup, and on a terminal without control codes."""
 
 import unicodedata
+from collections.abc import Sequence
 from html import escape
 
 _PLAIN = "\n\t "
@@ -29,6 +30,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else _escaped(each) for each in text)
+
+
+def joined_origins(examples: Sequence[str], most: int) -> str:
+    """Return the first origins, with a file named once: "data.jsonl:3, :9; other.jsonl:1"."""
+    shown, file = "", ""
+    for example in ", ".join(examples[:most]).split(", "):
+        path, _, line = example.rpartition(":")
+        shown += f", :{line}" if path == file and path else f"{'; ' if shown else ''}{example}"
+        file = path
+    return shown
 
 
 def _mark(character: str) -> str:
