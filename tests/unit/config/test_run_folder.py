@@ -19,6 +19,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
         *("checkpoints", "model", "wandb/run_id.txt"),
         *("pairs", "pairs/pairs.jsonl", "pairs/samples.jsonl", "pairs/parts"),
+        *("pairs/judgements.jsonl", "pairs/agreement.json"),
     }
 
 
