@@ -161,6 +161,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         pair_pieces=np.arange(3, 3 * pairs + 1, 3),
         keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
         scores=np.full(2 * pairs, np.nan),
+        prompts=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
 

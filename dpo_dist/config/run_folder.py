@@ -95,6 +95,16 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def doctor_report(self) -> Path:
+        """The findings of the doctor about the data, as JSON."""
+        return self.path / "doctor" / "doctor.json"
+
+    @property
+    def doctor_page(self) -> Path:
+        """The same as a self-contained page."""
+        return self.path / "doctor" / "doctor.html"
+
+    @property
     def pairs(self) -> Path:
         """The folder of preference records and samples; the next five are in it."""
         return self.path / "pairs"

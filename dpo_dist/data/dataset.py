@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.concatenated import Column, concatenate
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.encoded_source import (
     MEMO_FOLDER,
     EncodedSource,
@@ -55,6 +55,7 @@ class PreferenceDataset:
         pair_pieces: int64 [examples], end of the pieces of each example.
         keys: uint64 [responses, 2], `encode.response_key` of each response, in the order of the examples.
         scores: float64 [responses], nan if a record has no scores.
+        prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
     """
 
@@ -69,6 +70,7 @@ class PreferenceDataset:
     pair_pieces: Column
     keys: Column
     scores: Column
+    prompts: Column
     origins: Column
 
     def __len__(self) -> int:
@@ -195,6 +197,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         check_counts(mapped.counts, source.path, config)
         by_source.append({"path": source.path, **mapped.counts.numbers()})
         counts.add(mapped.counts)
+    check_split(counts)
     parts = [
         [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
     ]
@@ -210,6 +213,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         pair_pieces=_column(views, "pair_pieces", [len(mapped.arrays["piece_starts"]) for mapped in views]),
         keys=_column(views, "keys"),
         scores=_column(views, "scores"),
+        prompts=_column(views, "prompts"),
         origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
     )
 
@@ -238,7 +242,7 @@ def remembered_count(count: Callable[..., int], cache: Path, *datasets: Preferen
     """Return `count(*datasets)`, cached on disk by the content of the datasets as it reads all their keys.
 
     Args:
-        count: `count_duplicates` or `count_shared`.
+        count: `count_duplicates`, `count_shared` or `count_shared_prompts`.
         cache: `data.cache`.
     """
     identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
@@ -257,6 +261,11 @@ def count_duplicates(dataset: PreferenceDataset) -> int:
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
     return int(np.isin(_example_digests(dataset), _example_digests(other)).sum())
+
+
+def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` whose prompt is that of an example of `other`."""
+    return int(np.isin(np.asarray(dataset.prompts[:]), np.asarray(other.prompts[:])).sum())
 
 
 def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:

@@ -54,6 +54,7 @@ def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
         pair_pieces=np.cumsum([1 + len(pair.responses) for pair in pairs]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(len(keys), np.nan),
+        prompts=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
     )
 
