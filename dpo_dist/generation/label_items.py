@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, PreferenceRecord, Prompt, Response
+from dpo_dist.data.records import Dialogue, Message, Messages, PreferenceRecord, Prompt, Response
 from dpo_dist.generation.pair_records import as_fields
 
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thoughts")
@@ -28,7 +28,7 @@ class Item:
 
 
 def draw_items(
-    records: Iterable[PreferenceRecord | BadRecord], most: int | None, seed: int, counts: Counter[str]
+    records: Iterable[PreferenceRecord], most: int | None, seed: int, counts: Counter[str]
 ) -> list[Item]:
     """Return at most `most` items of the records, drawn at random; a record gives one item.
 
@@ -60,14 +60,10 @@ def draw_items(
     return list(kept.values())
 
 
-def _items(
-    records: Iterable[PreferenceRecord | BadRecord], seed: int, counts: Counter[str]
-) -> Iterator[Item]:
+def _items(records: Iterable[PreferenceRecord], seed: int, counts: Counter[str]) -> Iterator[Item]:
     for record in records:
         counts["read"] += 1
-        if isinstance(record, BadRecord):
-            counts[record.reason] += 1
-        elif len(record.responses) < 2:
+        if len(record.responses) < 2:
             counts["one_response"] += 1
         else:
             yield _item(record, seed)
@@ -95,14 +91,14 @@ def shown_prompt(record: PreferenceRecord) -> list[dict[str, Any]]:
     """Return the turns of the prompt as the page shows them, after the names of the tools."""
     turns = [_turn(turn) for turn in _turns(record.prompt)]
     names = [_tool_name(tool) for tool in record.tools]
-    tools = [{"role": "tools", "parts": [{"kind": "text", "text": ", ".join(names)}]}] if names else []
+    tools = [{"role": "tools", "texts": [{"kind": "text", "text": ", ".join(names)}]}] if names else []
     return tools + turns
 
 
 def shown_response(response: Response) -> list[dict[str, Any]]:
     """Return the turns of a response as the page shows them; the role of a single answer is empty."""
     if isinstance(response, str):
-        return [{"role": "", "parts": [{"kind": "text", "text": response}]}]
+        return [{"role": "", "texts": [{"kind": "text", "text": response}]}]
     turns = [_turn(turn) for turn in response]
     return [turns[0] | {"role": ""}] if len(turns) == 1 else turns
 
@@ -115,14 +111,14 @@ def _turns(prompt: Prompt) -> Messages:
 
 def _turn(message: Message) -> dict[str, Any]:
     """Return the parts of a turn: thoughts, text, and every other field as JSON."""
-    parts = []
+    texts = []
     others = dict(message.fields)
     for name in _THOUGHTS:
         thoughts = others.pop(name, None)
         if thoughts:
-            parts.append({"kind": "thoughts", "text": str(thoughts)})
+            texts.append({"kind": "thoughts", "text": str(thoughts)})
     if message.content:
-        parts.append({"kind": "text", "text": message.content})
+        texts.append({"kind": "text", "text": message.content})
     for name, value in others.items():
         if value:
             text = (
@@ -130,8 +126,8 @@ def _turn(message: Message) -> dict[str, Any]:
                 if isinstance(value, str)
                 else json.dumps(value, ensure_ascii=False, indent=1, default=str)
             )
-            parts.append({"kind": "field", "name": str(name), "text": text})
-    return {"role": message.role, "parts": parts}
+            texts.append({"kind": "field", "name": str(name), "text": text})
+    return {"role": message.role, "texts": texts}
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:

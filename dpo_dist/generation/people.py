@@ -18,6 +18,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.generation.agreement import agreement, agreement_table, outcome
+from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.label_items import Item, draw_items
 from dpo_dist.generation.label_log import opened_log
 from dpo_dist.generation.label_server import HOST, LabelServer
@@ -62,7 +63,10 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
 
 def _draw(config: RunConfig, say: Say) -> list[Item]:
     counts: Counter[str] = Counter()
-    records = chain.from_iterable(read_records(pinned(source, None)) for source in config.data.train)
+    records = chain.from_iterable(
+        good_records(read_records(pinned(source, None)), source, config.data, say)
+        for source in config.data.train
+    )
     items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.pairs.seed, counts)
     rest = ", ".join(f"{number:,} {reason}" for reason, number in counts.most_common() if reason != "read")
     say(f"{len(items):,} comparisons of {counts['read']:,} records" + (f" ({rest})" if rest else ""))

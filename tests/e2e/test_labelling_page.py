@@ -103,11 +103,15 @@ def start(watched: Watched, url: str, name: str = "Ada") -> None:
     watched.page.wait_for_selector("#work:not([hidden])")
 
 
+def idle(page: Any) -> None:
+    page.wait_for_selector("main[aria-busy=false]")
+
+
 def press(watched: Watched, key: str) -> None:
     """Press a key and wait until the reply is on the screen."""
     with watched.page.expect_response(lambda reply: reply.request.method == "POST"):
         watched.page.keyboard.press(key)
-    watched.page.wait_for_function("!busy")
+    idle(watched.page)
 
 
 def good_side(watched: Watched) -> str:
@@ -194,7 +198,7 @@ def test_two_annotators_two_tabs_help_blur_and_a_phone(browser, data, tmp_path) 
         second.wait_for_selector("#work:not([hidden])")
         for tab in (ada.page, second):
             tab.keyboard.press("2")
-            tab.wait_for_function("!busy")
+            idle(tab)
         assert second.inner_text("#numbers").startswith("2 judged")
         phone = Watched(browser, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
         start(phone, command.url, "Ben")
@@ -203,7 +207,7 @@ def test_two_annotators_two_tabs_help_blur_and_a_phone(browser, data, tmp_path) 
         assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
         for _ in range(3):
             phone.page.tap("[data-choice=left]")
-            phone.page.wait_for_function("!busy")
+            idle(phone.page)
         assert ada.errors == phone.errors == []
         if shots := os.environ.get("DPO_DIST_SCREENSHOTS"):
             ada.page.screenshot(path=f"{shots}/ada.png")

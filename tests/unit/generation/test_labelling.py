@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.generation.agreement import Undecided, agreement, agreement_table, compared, outcome
 from dpo_dist.generation.label_items import draw_items, shown_prompt, shown_response
@@ -270,12 +270,11 @@ def test_records_without_an_item_are_counted_by_reason() -> None:
         record("a", "b"),
         record("b", "a"),
         record("a"),
-        BadRecord("empty_prompt", Origin("data.jsonl", 4)),
         record("a", "b", "c", "d", prompt="Who?"),
     ]
     items = draw_items(records, None, 0, counts)
     assert len(items) == 2
-    assert counts == {"read": 5, "duplicate": 1, "one_response": 1, "empty_prompt": 1}
+    assert counts == {"read": 4, "duplicate": 1, "one_response": 1}
     assert all(len(item.record.responses) == 2 for item in items)
 
 
@@ -288,10 +287,10 @@ def test_turns_are_shown_with_tools_thoughts_and_calls() -> None:
         tools=({"function": {"name": "count"}},),
     )
     assert [turn["role"] for turn in shown_prompt(one)] == ["tools", "system", "user"]
-    assert shown_prompt(one)[0]["parts"][0]["text"] == "count"
-    assert shown_response(one.responses[0]) == [{"role": "", "parts": [{"kind": "text", "text": "plain"}]}]
+    assert shown_prompt(one)[0]["texts"][0]["text"] == "count"
+    assert shown_response(one.responses[0]) == [{"role": "", "texts": [{"kind": "text", "text": "plain"}]}]
     turns = shown_response(one.responses[1])
-    assert [part["kind"] for part in turns[0]["parts"]] == ["thoughts", "field"]
+    assert [part["kind"] for part in turns[0]["texts"]] == ["thoughts", "field"]
     assert [turn["role"] for turn in turns] == ["assistant", "tool", "assistant"]
     assert [
         t["role"] for t in shown_prompt(record("a", "b", prompt=Dialogue("\n\nHuman: Hi\n\nAssistant:")))
