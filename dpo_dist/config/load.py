@@ -29,7 +29,7 @@ from dpo_dist.config.messages import composition_error, content_error, is_within
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.schema import AdapterConfig, RunConfig
+from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
 from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")
@@ -157,13 +157,27 @@ def _chosen_presets(overrides: Iterable[Override]) -> dict[str, str]:
     return {key: value for key, value in values.items() if isinstance(value, str) and "." not in key}
 
 
-def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Path | None = None) -> RunConfig:
+def resolve(
+    composed: DictConfig,
+    overrides: Sequence[str] = (),
+    own_folder: Path | None = None,
+    *,
+    needs_model: bool = True,
+) -> RunConfig:
     """Type and check the composition of `overrides`, and fill in `reference.mode` and `run.dir`.
+
+    Args:
+        composed: from `compose`.
+        overrides: that were composed.
+        own_folder: as in `load_run_config`.
+        needs_model: whether `model.path` must be given; otherwise `schema.NO_MODEL` takes its place.
 
     Raises:
         ConfigError: as `load_run_config`.
     """
     parsed, folders = parse_overrides(overrides), group_folders(own_folder)
+    if not needs_model and OmegaConf.is_missing(composed.model, "path"):
+        composed = cast(DictConfig, OmegaConf.merge(composed, {"model": {"path": NO_MODEL}}))
     try:
         config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
     except OmegaConfBaseException as error:

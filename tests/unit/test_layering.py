@@ -17,6 +17,7 @@ LAYERS = (
     "model",
     "distributed",
     "reference",
+    "generation",
     "diagnostics",
     "report",
     "training",
