@@ -69,6 +69,10 @@ class AllRecords:
         preferences[:, 0] += np.uint64(first)
         self._preferences.append(preferences)
 
+    def close(self) -> None:
+        """Delete the temporary file."""
+        self.signatures.close()
+
     def findings(self, judge: Judge, benchmark: Benchmark | None) -> tuple[Across, list[Finding]]:
         """Return the facts about all sources, and the findings that compare records."""
         columns = {
@@ -146,7 +150,9 @@ class _Comparison:
         items = dict(reversed(hits))
         self.facts["benchmark_hits"] = len(items)
         for number, label in enumerate(self._labels):
-            found = [(record, item) for record, item in sorted(items.items()) if self._source[record] == number]
+            found = [
+                (record, item) for record, item in sorted(items.items()) if self._source[record] == number
+            ]
             if found and benchmark is not None:
                 examples = [f"{self._origin(record)}, {benchmark.items[item]}" for record, item in found]
                 of = int((self._source == number).sum())
@@ -163,7 +169,12 @@ class _Comparison:
         # A record of training and evaluation data is a leak, which has a rule of its own.
         across = pairs[~within & (self._is_eval[records] == self._is_eval[partners])]
         self.findings += self._judge.count(
-            rule, len(across), len(self._source), None, self._shown(across[:_SHOWN]), detail="in another source"
+            rule,
+            len(across),
+            len(self._source),
+            None,
+            self._shown(across[:_SHOWN]),
+            detail="in another source",
         )
 
     def _report_near(self, records: Indices, groups: Groups) -> None:

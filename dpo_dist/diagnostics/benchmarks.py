@@ -1,8 +1,8 @@
 """Find prompts of benchmarks in the data by overlapping n-grams of words.
 
-The method is that of GPT-3 (arXiv:2005.14165, appendix C): words without case and punctuation, n-grams of 13
-words; an item with 8 to 12 words is compared as a whole. Shorter items are compared with whole prompts only, as
-they occur in other texts by chance.
+The method is that of GPT-3 (arXiv:2005.14165, appendix C): words without case and punctuation, n-grams of
+13 words; an item with 8 to 12 words is compared as a whole. Shorter items are compared with whole prompts
+only, as they occur in other texts by chance.
 """
 
 import csv

@@ -121,8 +121,7 @@ def near_prompts(signatures: Signatures, is_eval: npt.NDArray[np.bool_], similar
             ones, others = order[near], order[other[near]]
             found.append(_similar(signatures, ones, others, similarity, (_PROMPT,)))
     pairs = np.concatenate(found)
-    _, first = np.unique(pairs[:, 0], return_index=True)
-    return pairs[first]
+    return _first_of_each(pairs)
 
 
 def contradicted(preferences: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -141,12 +140,17 @@ def contradicted(preferences: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     at = np.minimum(np.searchsorted(keys, preferences[:, 2]), len(keys) - 1)
     is_opposed = keys[at] == preferences[:, 2]
     pairs = np.stack([preferences[:, 0], preferences[order[at], 0]], axis=1)[is_opposed].astype(np.int64)
-    _, first = np.unique(pairs[:, 0], return_index=True)
-    return pairs[first]
+    return _first_of_each(pairs)
+
+
+def _first_of_each(pairs: Indices) -> Indices:
+    """Return one pair for each first index, ascending."""
+    kept: Indices = pairs[np.unique(pairs[:, 0], return_index=True)[1]]
+    return kept
 
 
 def _buckets(signatures: Signatures, sides: tuple[int, ...]) -> Iterator[tuple[Indices, Indices]]:
-    """Yield for each band all records sorted by bucket, and for each of them the position of its bucket's first."""
+    """Yield for each band the records sorted by bucket, and for each the position of its bucket's first."""
     numbers = _BAND_NUMBERS // len(sides)
     for band in range(_BANDS):
         keys = np.zeros(len(signatures), dtype=np.uint64)

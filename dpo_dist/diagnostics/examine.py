@@ -1,6 +1,7 @@
 """Examine preference data: stream all sources and return the doctor's report."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -45,7 +46,7 @@ def examine(
         progress: for a progress bar.
 
     Returns:
-        The report. It depends on the data, the configuration and the seed only, not on the number of processes.
+        The report; it does not depend on the number of processes.
 
     Raises:
         DataError: a source or a benchmark file cannot be read.
@@ -77,13 +78,12 @@ def examine(
 
 def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with a label of its own: its path, and a number if several have the same path."""
-    labels: set[str] = set()
+    seen: Counter[str] = Counter()
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source in sources:
-            names = (source.path, *(f"{source.path} ({number})" for number in itertools.count(2)))
-            label = next(name for name in names if name not in labels)
-            labels.add(label)
-            yield source, label, is_eval
+            seen[source.path] += 1
+            number = seen[source.path]
+            yield source, source.path if number == 1 else f"{source.path} ({number})", is_eval
 
 
 def _chunks(source: SourceConfig) -> Iterator[Records]:

@@ -66,7 +66,13 @@ class Judge:
         return [Finding(name, level, text, source, count, count / of, shown, rule.remedy)]
 
     def value(
-        self, name: str, value: float, count: int, source: str | None, detail: str, examples: Sequence[str] = ()
+        self,
+        name: str,
+        value: float,
+        count: int,
+        source: str | None,
+        detail: str,
+        examples: Sequence[str] = (),
     ) -> list[Finding]:
         """Return the finding of a rule if `value` is above its threshold; `count` records were examined."""
         rule = self.rules[name]

@@ -1,8 +1,8 @@
 """Label leaks: guess the chosen response from its form alone, on held-out pairs.
 
 A pair is the difference of the features of its two sides, so a test needs no balanced labels: a linear
-classifier w guesses right if w (chosen - rejected) > 0. Folds share no prompt. The classifier is scikit-learn's
-logistic regression (a Bradley-Terry model of the side-features, doi:10.2307/2334029).
+classifier w guesses right if w (chosen - rejected) > 0. Folds share no prompt. The classifier is a logistic
+regression (a Bradley-Terry model of the side-features, doi:10.2307/2334029).
 """
 
 import math
@@ -127,9 +127,7 @@ def _weights(block: Matrix) -> npt.NDArray[np.float64]:
     return np.asarray(model.coef_[0])
 
 
-def _test(
-    right: npt.NDArray[np.float64], prompts: int, name: str, detail: str, differs: float
-) -> LeakTest:
+def _test(right: npt.NDArray[np.float64], prompts: int, name: str, detail: str, differs: float) -> LeakTest:
     """Return the test of guesses, each 1 (right), -1 (wrong) or 0 (undecided).
 
     Pairs of the same prompt are not independent, so the interval counts prompts.
@@ -157,11 +155,11 @@ def _blocks(
 
 def _bag(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) -> Matrix:
     """Return +1 for each word that only the chosen response has, -1 for the rejected one's."""
-    found = [
-        ({*chosen} ^ {*rejected}, {*chosen}) for chosen, rejected in words
-    ]
+    found = [({*chosen} ^ {*rejected}, {*chosen}) for chosen, rejected in words]
     counts = Counter(word for differing, _ in found for word in differing if word.startswith(position))
-    column = {word: number for number, word in enumerate(w for w, n in counts.items() if n >= _MIN_WORD_PAIRS)}
+    column = {
+        word: number for number, word in enumerate(w for w, n in counts.items() if n >= _MIN_WORD_PAIRS)
+    }
     entries = [
         (row, column[word], 1.0 if word in chosen else -1.0)
         for row, (differing, chosen) in enumerate(found)
@@ -175,7 +173,9 @@ def _bag(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) ->
 def _telling_words(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) -> str:
     """Return the words that most often distinguish the sides, quoted, with their counts on either side."""
     sides = tuple(
-        Counter(word for pair in words for word in {*pair[side]} - {*pair[1 - side]} if word.startswith(position))
+        Counter(
+            word for pair in words for word in {*pair[side]} - {*pair[1 - side]} if word.startswith(position)
+        )
         for side in (0, 1)
     )
     chosen, rejected = sides
@@ -186,7 +186,7 @@ def _telling_words(words: list[tuple[tuple[str, ...], tuple[str, ...]]], positio
     # Equal strengths in alphabetical order, so that the report is reproducible.
     telling = sorted(chosen.keys() | rejected.keys(), key=lambda word: (-strength(word), word))[:_SHOWN_WORDS]
     return ", ".join(
-        f"{place} word {ascii(word)} (chosen {chosen[key]}, rejected {rejected[key]})"
+        f"{place} word {word!a} (chosen {chosen[key]}, rejected {rejected[key]})"
         for key in telling
         for place, _, word in [key.partition("=")]
     )

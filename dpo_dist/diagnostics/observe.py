@@ -94,7 +94,7 @@ class Observed:
             of the opposite preference.
         signatures: uint32 [readable, 2, 64], MinHash of the prompt and of all responses.
         pairs: facts of the records with at least two responses.
-        benchmark: for records that overlap with a benchmark, the index in `origins` and the number of the item.
+        benchmark: records that overlap with a benchmark: index in `origins` and number of the item.
     """
 
     read: int

@@ -151,7 +151,7 @@ LEAKS = {
     "language_differs": Rule(
         _WARNING,
         0.1,
-        "of the sample have responses in two languages",
+        "have responses in two languages",
         "check that the chosen one has the language of the prompt",
     ),
 }
@@ -211,7 +211,10 @@ STRUCTURE = {
         "remove the marks: they come from another program",
     ),
     "role_mark": Rule(
-        _WARNING, 0.05, "have `Human:` or `Assistant:` inside a turn", "split these turns, or remove the records"
+        _WARNING,
+        0.05,
+        "have `Human:` or `Assistant:` inside a turn",
+        "split these turns, or remove the records",
     ),
     "same_role_twice": Rule(
         _WARNING, 0.01, "have two turns of the same role in a row", "join these turns, or remove the records"
@@ -221,7 +224,10 @@ STRUCTURE = {
     ),
     "empty_turn": Rule(_WARNING, 0.01, "have an empty turn in the prompt", "remove these turns"),
     "prompt_ends_with_assistant": Rule(
-        _WARNING, 0.01, "have a prompt that ends with an assistant turn", "check that the response continues it"
+        _WARNING,
+        0.01,
+        "have a prompt that ends with an assistant turn",
+        "check that the response continues it",
     ),
 }
 ENCODING = {

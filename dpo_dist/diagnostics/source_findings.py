@@ -70,7 +70,11 @@ def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Itera
         )[:2]
         names = " and ".join(f"{test.feature} ({test.accuracy:.1%})" for test in strongest)
         yield from judge.value(
-            "style_bias", whole.accuracy, whole.pairs, source, f"{_shown(whole)} by several features, mostly {names}"
+            "style_bias",
+            whole.accuracy,
+            whole.pairs,
+            source,
+            f"{_shown(whole)} by several features, mostly {names}",
         )
 
 

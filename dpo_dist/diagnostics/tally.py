@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from dpo_dist.diagnostics.findings import (
     SIDES,
@@ -147,9 +148,7 @@ class SourceTally:
             SideSample(np.stack([pair.features for pair in pairs]), [pair.words for pair in pairs], prompts)
         )
         is_prompt_language = np.array(
-            [
-                0 if None in found else (found[1] == found[0]) - (found[2] == found[0]) for found in languages
-            ],
+            [0 if None in found else (found[1] == found[0]) - (found[2] == found[0]) for found in languages],
             dtype=np.float64,
         )
         language = single_test(is_prompt_language, prompts[: len(languages)], "language of the prompt")
@@ -166,7 +165,6 @@ class SourceTally:
         gaps = scores[:, 0] - scores[:, 1]
         spread = float(np.subtract(*np.percentile(scores, [95, 5])))
         small = (gaps > 0) & (gaps < spread / 10)
-        ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (gaps, longer)]
         varied = len(gaps) > 2 and gaps.std() > 0 and longer.std() > 0
         return {
             "sampled": len(gaps),
@@ -175,7 +173,7 @@ class SourceTally:
             "median_gap": float(np.median(gaps)),
             "small_gap_share": float(small.mean()),
             "small_gap_below": spread / 10,
-            "length_correlation": float(np.corrcoef(*ranks)[0, 1]) if varied else 0.0,
+            "length_correlation": float(spearmanr(gaps, longer).statistic) if varied else 0.0,
         }
 
     def _notes(self) -> Iterable[str]:

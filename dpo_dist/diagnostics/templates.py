@@ -1,10 +1,15 @@
 """Checks of a chat template itself: arguments that nothing sets, tools that it does not render."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dpo_dist.diagnostics.findings import Finding
+from dpo_dist.diagnostics.judge import Judge
+from dpo_dist.diagnostics.tally import SourceTally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +25,16 @@ _GIVEN = {
     "strftime_now",
     "tojson",
 }
+
+
+def template_findings(
+    tally: SourceTally, tokenizer: "PreTrainedTokenizerBase", judge: Judge
+) -> Iterator[Finding]:
+    """Yield the findings about the chat template and the records of a source."""
+    tools = tally.names.counts["tools"]
+    if tools and not renders_tools(tokenizer):
+        examples = tally.names.examples["tools"]
+        yield from judge.count("tools_not_rendered", tools, tally.readable, tally.label, examples)
 
 
 def unset_arguments(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -45,7 +60,9 @@ def _undeclared(template: str) -> frozenset[str]:
     # The extensions that transformers loads.
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tree: nodes.Template = environment.parse(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        tree: nodes.Template = environment.parse(
+            template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        )
         return frozenset(meta.find_undeclared_variables(tree))
     except TemplateError:
         return frozenset()

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
 
@@ -19,7 +20,9 @@ _CHARACTERS = {
     "bidi_control": re.compile("[\u202a-\u202e\u2066-\u2069]"),
     "unassigned_character": re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"),
     # UTF-8 that was read as Windows-1252 or Latin-1, as ftfy detects it.
-    "wrong_decoding": re.compile("\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc\u00a6\u009d]|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"),
+    "wrong_decoding": re.compile(
+        "\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc\u00a6\u009d]|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
+    ),
 }
 _ASCII_PATTERNS = {
     "carriage_return": re.compile("\r"),
@@ -37,8 +40,10 @@ _ASCII_PATTERNS = {
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff]")
 _LATIN = re.compile("[A-Za-z]")
 _REFUSAL = re.compile(
-    r"\bI(\W{0,2}m| am)( very| really| truly)? sorry\b|\bI (can ?not|can\W?t|won\W?t|will not|am unable|\W?m unable)\b"
-    r"|\bI\W{0,2}m not (able|comfortable|going) |\bI (do not|don\W?t) feel comfortable\b|\bunable to (help|assist|provide)\b"
+    r"\bI(\W{0,2}m| am)( very| really| truly)? sorry\b"
+    r"|\bI (can ?not|can\W?t|won\W?t|will not|am unable|\W?m unable)\b"
+    r"|\bI\W{0,2}m not (able|comfortable|going) |\bI (do not|don\W?t) feel comfortable\b"
+    r"|\bunable to (help|assist|provide)\b"
     "|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u65e0\u6cd5(\u63d0\u4f9b|\u56de\u7b54|\u6ee1\u8db3|\u534f\u52a9)",
     re.IGNORECASE,
 )
@@ -108,7 +113,9 @@ def text_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     yield from _turn_faults(record, texts)
     if len(texts.responses) > 1:
         yield from _pair_faults(texts)
-    if any(response.strip() and response.strip() == texts.turns[-1][1].strip() for response in texts.responses):
+    if any(
+        response.strip() and response.strip() == texts.turns[-1][1].strip() for response in texts.responses
+    ):
         yield "response_repeats_prompt"
 
 
@@ -132,10 +139,7 @@ def _turn_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     if "system" in roles[1:]:
         yield "system_not_first"
     following = [*roles, "assistant"] if isinstance(record.prompt, Dialogue) else roles
-    if any(
-        first == second and first not in _REPEATABLE_ROLES
-        for first, second in zip(following, following[1:], strict=False)
-    ):
+    if any(first == second and first not in _REPEATABLE_ROLES for first, second in pairwise(following)):
         yield "same_role_twice"
     if roles[-1] == "assistant" and not isinstance(record.prompt, Dialogue):
         yield "prompt_ends_with_assistant"
@@ -145,15 +149,8 @@ def _turn_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
 
 def _pair_faults(texts: Texts) -> Iterator[str]:
     chosen, rejected = texts.responses[0], texts.responses[-1]
-    for side, response in (("chosen", chosen), ("rejected", rejected)):
-        if is_refusal(response):
-            yield f"refusal_{side}"
-        if names_model(response):
-            yield f"model_name_{side}"
-        if len(response.strip()) < _SHORT_CHARACTERS:
-            yield f"short_{side}"
-        if response[-1:].isspace():
-            yield f"trailing_space_{side}"
+    yield from (f"{name}_chosen" for name in _side_names(chosen))
+    yield from (f"{name}_rejected" for name in _side_names(rejected))
     if chosen[:1].isspace() != rejected[:1].isspace():
         yield "one_sided_leading_space"
     if chosen[-1:].isspace() != rejected[-1:].isspace():
@@ -169,6 +166,17 @@ def _pair_faults(texts: Texts) -> Iterator[str]:
         yield "differs_only_in_case"
 
 
+def _side_names(response: str) -> Iterator[str]:
+    if is_refusal(response):
+        yield "refusal"
+    if names_model(response):
+        yield "model_name"
+    if len(response.strip()) < _SHORT_CHARACTERS:
+        yield "short"
+    if response[-1:].isspace():
+        yield "trailing_space"
+
+
 def _response_text(response: Response) -> str:
     return response if isinstance(response, str) else "\n".join(map(_turn_text, response))
 
@@ -177,5 +185,7 @@ def _turn_text(message: Message) -> str:
     parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
     parts += [message.content] if message.content else []
     if message.fields.get("tool_calls"):
-        parts.append(json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True))
+        parts.append(
+            json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
+        )
     return "\n".join(parts)
