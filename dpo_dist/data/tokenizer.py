@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.chat_template import FOREIGN_ENDS, any_of, has_foreign_marks, pin_clock, turn_tokens
+from dpo_dist.data.fast_tokenizer import has_local_tokens, last_words, token_ids
 from dpo_dist.data.records import Message, Messages
 from dpo_dist.data.tokenizer_copies import continuation_copy, literal_copy
 from dpo_dist.errors import ConfigError
@@ -160,7 +161,7 @@ class TokenizerFacts:
         """Return the token ids of each text, without added tokens. Raises SpecialTokenInTextError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
             return self._encode_literally(escaped)
-        return self._ids(self.tokenizer, escaped)
+        return token_ids(self.tokenizer, escaped)
 
     def encode_continuation(self, escaped: str) -> list[int]:
         """Return the token ids of a text that continues another one: no space is added before it."""
@@ -178,12 +179,10 @@ class TokenizerFacts:
         """
         # Tokens after the last special token do not depend on the text before it.
         tail = prompt[self._start_of_last_special(prompt) :]
-        texts = [prompt, *(tail + response for response in responses)]
-        if tail == prompt:
-            prompt_ids, *joint = self.encode(texts)
-            tail_ids = prompt_ids
-        else:
-            prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
+        words = tail[last_words(tail) :] if self._has_local_tokens else tail
+        prompt_ids, joint, tail_ids = self._encode_joint(prompt, words, responses)
+        if prompt_ids[len(prompt_ids) - len(tail_ids) :] != tail_ids:
+            prompt_ids, joint, tail_ids = self._encode_joint(prompt, tail, responses)
         response_ids, resplit = [], False
         for response, ids in zip(responses, joint, strict=True):
             if ids[: len(tail_ids)] == tail_ids:
@@ -192,6 +191,21 @@ class TokenizerFacts:
                 response_ids.append(self.encode_continuation(response))
                 resplit = True
         return prompt_ids, response_ids, resplit
+
+    def _encode_joint(
+        self, prompt: str, tail: str, responses: Sequence[str]
+    ) -> tuple[list[int], list[list[int]], list[int]]:
+        """Return the ids of a prompt, of its `tail` with each response, and of the tail itself."""
+        texts = [prompt, *(tail + response for response in responses)]
+        if tail == prompt:
+            prompt_ids, *joint = self.encode(texts)
+            return prompt_ids, joint, prompt_ids
+        prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
+        return prompt_ids, joint, tail_ids
+
+    @cached_property
+    def _has_local_tokens(self) -> bool:
+        return has_local_tokens(self.tokenizer)
 
     def _start_of_last_special(self, escaped: str) -> int:
         last = 0
@@ -204,7 +218,7 @@ class TokenizerFacts:
     ) -> list[list[int]]:
         real_ids = self._real_ids
         spelled = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
-        encoded = self._ids(tokenizer or self._literal_copy, spelled, literal=True)
+        encoded = token_ids(tokenizer or self._literal_copy, spelled, literal=True)
         # Some vocabularies have special tokens as ordinary pieces; these cannot be encoded as text.
         special_ids = set(real_ids.values()) - {self.tokenizer.unk_token_id}
         if any(not special_ids.isdisjoint(ids) for ids in encoded):
@@ -229,21 +243,6 @@ class TokenizerFacts:
         )
         real_ids = self.tokenizer.convert_tokens_to_ids(self._special_tokens)
         return dict(zip(alias_ids, real_ids, strict=True))
-
-    @staticmethod
-    def _ids(
-        tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, literal: bool = False
-    ) -> list[list[int]]:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
 
     def _mark(self, found: "re.Match[str]") -> str:
         number = self._special_tokens.index(found.group())
