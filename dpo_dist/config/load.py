@@ -23,13 +23,13 @@ from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
-from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
 from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
+from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")
@@ -75,7 +75,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     Raises:
         ConfigError: it cannot be composed.
     """
-    find_loss_function.cache_clear()
+    find_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = group_folders(own_folder)
     check_overrides(parsed, folders)

@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.counts import DataCounts, Outcome, check_counts
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.digests import text_digest
+from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.pair_records import pair_fields, write_pairs
 from dpo_dist.generation.pairing import Selection, select_pairs
 from dpo_dist.generation.startup import output_file
@@ -34,7 +33,7 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
 
 def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     chosen_by = Selection(config.pairs.select, config.pairs.margin, config.pairs.seed)
-    for record in _scored_records(config, counts, say):
+    for record in _records(config, say):
         if counts["prompts"] == config.pairs.limit:
             return
         counts["prompts"] += 1
@@ -60,32 +59,6 @@ def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) 
             )
 
 
-def _scored_records(
-    config: RunConfig, counts: Counter[str], say: Callable[[str], None]
-) -> Iterator[PreferenceRecord]:
+def _records(config: RunConfig, say: Callable[[str], None]) -> Iterator[PreferenceRecord]:
     for source in config.data.train:
-        outcomes: Counter[Outcome] = Counter()
-        bad: list[BadRecord] = []
-        for record in read_records(pinned(source, None)):
-            if isinstance(record, PreferenceRecord):
-                outcomes[Outcome(pairs=1)] += 1
-                yield record
-            else:
-                outcomes[Outcome(dropped=record.reason)] += 1
-                counts[f"dropped_{record.reason}"] += 1
-                bad += [record] if len(bad) < 20 else []
-        _check(source, outcomes, bad, config, say)
-
-
-def _check(
-    source: SourceConfig,
-    outcomes: Counter[Outcome],
-    bad: list[BadRecord],
-    config: RunConfig,
-    say: Callable[[str], None],
-) -> None:
-    examples = [f"{record.origin} {record.reason}" for record in bad]
-    details = {record.reason: record.detail for record in reversed(bad) if record.detail}
-    found = DataCounts.of(outcomes, examples, details)
-    check_counts(found, source.path, config.data)
-    say(f"{source.path}: {found.kept:,} of {found.read:,} records kept")
+        yield from good_records(read_records(pinned(source, None)), source, config.data, say)
