@@ -1,7 +1,7 @@
 """Split a JSON array into its elements while it is read, so that it may be larger than memory.
 
-Only brackets, commas and the ends of strings are looked at. So an element that is no JSON, is nested too deeply
-or is too long does not affect the others.
+Only brackets, commas and the ends of strings are looked at. So an element that is no JSON, is nested too
+deeply or is too long does not affect the others.
 """
 
 import re

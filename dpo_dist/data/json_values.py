@@ -19,7 +19,7 @@ def parse_json(content: bytes) -> Any:
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except RecursionError as fault:
         raise ValueError("nested too deeply") from fault
-    if content.count(b"[") + content.count(b"{") > _MAX_NESTING:
+    if content.count(b"[") + content.count(b"{") > _MAX_NESTING and isinstance(value, dict | list):
         _check_nesting(value)
     return value
 
@@ -46,8 +46,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_nesting(value: Any) -> None:
     level = [value]
     for _ in range(_MAX_NESTING):
-        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [inner for one in inside for inner in one if isinstance(inner, dict | list)]
+        parts = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
         if not level:
             return
     raise ValueError("nested too deeply")
