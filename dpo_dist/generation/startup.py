@@ -8,7 +8,10 @@ from dpo_dist.config.check import as_written
 from dpo_dist.config.pairs_schema import EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+<<<<<<< HEAD
 from dpo_dist.config.user_function import find_function
+=======
+>>>>>>> main
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import local_model_folder
@@ -34,7 +37,12 @@ def check_pairs(config: RunConfig) -> None:
         ConfigError: keys of `pairs` contradict each other, or a folder cannot be written.
         DataError: a local source is missing.
     """
+<<<<<<< HEAD
     _check_keys(config)
+=======
+    _check_keys(config.pairs)
+    _check_model(config)
+>>>>>>> main
     for source in config.data.train:
         check_source(source)
 
@@ -50,6 +58,7 @@ def output_file(config: RunConfig) -> Path:
     return RunFolder.of(config).pairs_file if output is None else Path(output).expanduser()
 
 
+<<<<<<< HEAD
 def responding_models(config: RunConfig) -> list[str]:
     """Return the models that respond, as configured."""
     return list(config.pairs.models) or [config.model.path]
@@ -57,6 +66,19 @@ def responding_models(config: RunConfig) -> list[str]:
 
 def _check_keys(config: RunConfig) -> None:
     pairs = config.pairs
+=======
+def _check_model(config: RunConfig) -> None:
+    if config.pairs.method not in _ALONE and not config.pairs.models and config.model.path == NO_MODEL:
+        raise ConfigError(
+            "no model responds to the prompts",
+            where="pairs.models",
+            got="an empty list, and no model.path",
+            remedy="set pairs.models=[FOLDER] or model.path=FOLDER",
+        )
+
+
+def _check_keys(pairs: PairsConfig) -> None:
+>>>>>>> main
     if pairs.output is not None and Path(pairs.output).suffix not in OUTPUT_KINDS:
         raise ConfigError(
             "this kind of file cannot be written",
