@@ -10,8 +10,8 @@ from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
-from dpo_dist.data.dataset import open_dataset
-from dpo_dist.data.prompt_split import eval_part, train_part
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.diagnostics.prepared import Prepared, prepare
 from dpo_dist.errors import ConfigError, DataError
 from tests.support import tiny
@@ -38,6 +38,20 @@ def prepared(config: RunConfig, model: Path, vocabulary: int = VOCABULARY) -> tu
     return prepare(config, tiny.qwen(), model, vocabulary, encoded.append), sum(encoded)
 
 
+def encoded_by_training(data: DataConfig, model: Path) -> int:
+    """Return the number of records that a run with this configuration encodes."""
+    encoded: list[int] = []
+
+    def opened(sources: list[SourceConfig], part: Part) -> PreferenceDataset:
+        digest = tokenizer_digest(model)
+        found = prepare_dataset(sources, data, tiny.qwen(), digest, encoded.append, part)
+        return open_dataset(found, data)
+
+    of_eval = opened(data.eval_sources, eval_part(data))
+    opened(data.train, train_part(data, of_eval.prompts[:]))
+    return sum(encoded)
+
+
 def test_training_encodes_nothing_afterwards(tmp_path: Path, model: Path) -> None:
     train, held_out = write_pairs(tmp_path / "a.jsonl", 30), write_pairs(tmp_path / "b.jsonl", 5, seed=1)
     plain = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))])
@@ -48,16 +62,7 @@ def test_training_encodes_nothing_afterwards(tmp_path: Path, model: Path) -> Non
         assert encoded > 0
         assert found.refusals == ()
         assert [source.is_eval for source in found.sources] == [False, True]
-        digest, again = tokenizer_digest(model), []
-
-        def opened(
-            sources: list[SourceConfig], part: Any, data: DataConfig = config.data, count: Any = again.append
-        ) -> Any:
-            return open_dataset(prepare_dataset(sources, data, tiny.qwen(), digest, count, part), data)
-
-        of_eval = opened(config.data.eval_sources, eval_part(config.data))
-        opened(config.data.train, train_part(config.data, of_eval.prompts[:]))
-        assert again == []
+        assert encoded_by_training(config.data, model) == 0
 
 
 def test_data_with_too_many_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
