@@ -155,9 +155,8 @@ def hints(results: Sequence[RoundResult]) -> list[str]:
         (_, before), (number, after) = means[-2:]
         if after <= before:
             found.append(
-                f"the mean score did not rise in round {number - 1} ({before:.4g} to {after:.4g}): more rounds "
-                "of this kind will hardly help; look at the samples, lower optim.lr, take other prompts "
-                "(pairs.prompt_parts) or more samples (pairs.samples)"
+                f"the mean score did not rise in round {number - 1} ({before:.4g} to {after:.4g}): look at "
+                "the samples, lower optim.lr, take other prompts (pairs.prompt_parts) or more samples"
             )
     if scored and scored[-1][1].pairs is None:
         found.append(

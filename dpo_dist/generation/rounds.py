@@ -5,21 +5,19 @@ checkpoint; a finished stage is recorded and never repeated.
 """
 
 import json
-import os
+import signal
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.atomic import write_text
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.identity import differing_keys, plain
-from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod, RoundReference
+from dpo_dist.config.pairs_schema import PairsConfig, RoundReference
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, ReferenceMode, RunConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, Outcome
 from dpo_dist.generation.lock import locked
+from dpo_dist.generation.round_checks import check_rounds, check_settings
 from dpo_dist.generation.round_commands import command_of, run_command
 from dpo_dist.generation.round_results import (
     RoundResult,
@@ -36,9 +34,6 @@ from dpo_dist.generation.round_results import (
 Say: TypeAlias = Callable[[str], None]
 Run: TypeAlias = Callable[[list[str]], int]
 
-# Keys of `pairs` that another start may change: the length, the hardware, and methods that rounds do not use.
-_FREE = ("rounds", "launcher", "batch_tokens", "part_prompts", "people")
-
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code.
@@ -51,30 +46,43 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     Raises:
         DpoDistError: the rounds cannot start, or a stage has failed.
     """
-    _check(config)
+    check_rounds(config)
     folder = RunFolder.of(config)
     remedy = "wait until it ends, or set another run.dir"
     with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
-        _check_settings(config, folder)
-        rounds = _Rounds(config, folder, say, run)
-        results = []
-        for number in range(1, config.pairs.rounds + 2):
-            results.append(rounds.sampled(number))
-            if results[-1].training is None and number <= config.pairs.rounds:
-                if results[-1].samples is not None and results[-1].samples.pairs is None:
-                    break
-                results[-1], code = rounds.trained(results[-1])
-                if code != ExitCode.completed:
-                    return code
-            write_results(folder.rounds_summary, results)
-        say(results_table(results))
-        for hint in hints(results):
-            say(f"hint: {hint}")
-        write_results(folder.rounds_summary, results)
-        trained = [one.number for one in results if one.training is not None]
-        if trained:
-            say(f"the last policy: {folder.round(trained[-1]).training.model}")
-    return ExitCode.completed
+        check_settings(config, folder)
+        try:
+            results, code = _do_rounds(_Rounds(config, folder, say, run))
+        except KeyboardInterrupt:
+            say("interrupted: the same command continues")
+            return 128 + signal.SIGINT
+        if code == ExitCode.completed:
+            _report(results, folder, say)
+    return code
+
+
+def _do_rounds(rounds: "_Rounds") -> tuple[list[RoundResult], int]:
+    """Return the results of all rounds, up to a preempted training, and the exit code."""
+    count, results = rounds.config.pairs.rounds, list[RoundResult]()
+    for number in range(1, count + 2):
+        result, code = rounds.sampled(number), int(ExitCode.completed)
+        has_pairs = result.samples is not None and result.samples.pairs is not None
+        if number <= count and has_pairs and result.training is None:
+            result, code = rounds.trained(result)
+        results.append(result)
+        write_results(rounds.folder.rounds_summary, results)
+        if code != ExitCode.completed or not has_pairs:
+            return results, code
+    return results, ExitCode.completed
+
+
+def _report(results: list[RoundResult], folder: RunFolder, say: Say) -> None:
+    say(results_table(results))
+    for hint in hints(results):
+        say(f"hint: {hint}")
+    trained = [one.number for one in results if one.training is not None]
+    if trained:
+        say(f"the last policy: {folder.round(trained[-1]).training.model}")
 
 
 @dataclass(frozen=True)
@@ -214,84 +222,3 @@ def _failed(stage: str, code: int, log: Path) -> DpoDistError:
     )
     error.exit_code = code if code in set(ExitCode) else ExitCode.failed
     return error
-
-
-def _check(config: RunConfig) -> None:
-    """Check that rounds can be done with this configuration, by one process.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    pairs = config.pairs
-    for is_broken, message, where, got, remedy in (
-        (
-            int(os.environ.get("WORLD_SIZE", "1")) > 1,
-            "rounds start their own processes",
-            "pairs.rounds",
-            "a launcher of several processes",
-            "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
-        ),
-        (
-            pairs.method is not PairsMethod.samples,
-            "rounds need samples of the policy",
-            "pairs.method",
-            str(pairs.method),
-            "set pairs.method=samples, or remove pairs.rounds",
-        ),
-        (
-            bool(pairs.models),
-            "rounds take their samples from the policy",
-            "pairs.models",
-            ", ".join(pairs.models),
-            "set model.path to the policy of the first round, and remove pairs.models",
-        ),
-        (
-            config.model.path == NO_MODEL,
-            "rounds need a policy",
-            "model.path",
-            "nothing",
-            "set model.path=FOLDER",
-        ),
-        (
-            pairs.output is not None,
-            "every round writes pairs of its own",
-            "pairs.output",
-            str(pairs.output),
-            "remove it: the pairs are in <run.dir>/rounds",
-        ),
-        (
-            config.model.adapter is not None or config.model.quantization is not None,
-            "rounds train all weights: the next round cannot start from an adapter",
-            "model.adapter",
-            "an adapter",
-            "remove model.adapter, or do each round by a command of its own",
-        ),
-    ):
-        if is_broken:
-            raise ConfigError(message, where=where, got=got, remedy=remedy)
-
-
-def _check_settings(config: RunConfig, folder: RunFolder) -> None:
-    """Check that earlier rounds in this folder had the same settings, and write them at the first start.
-
-    Raises:
-        ConfigError: they had others.
-    """
-    file = folder.rounds_config
-    if not file.exists():
-        write_text(file, to_yaml(config))
-        return
-    before = from_yaml(file.read_text(encoding="utf-8"))
-    changed = differing_keys(before, config)
-    for field in fields(PairsConfig):
-        old, new = plain(getattr(before.pairs, field.name)), plain(getattr(config.pairs, field.name))
-        if field.name not in _FREE and old != new:
-            changed[f"pairs.{field.name}"] = (old, new)
-    if changed:
-        shown = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in changed.items())
-        raise ConfigError(
-            "the rounds in this run directory have other settings",
-            where=str(file),
-            got=shown,
-            remedy="set another run.dir; or, to do further rounds with the new settings, delete this file",
-        )
