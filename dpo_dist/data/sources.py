@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
+from dpo_dist.data.columns import check_columns, with_columns
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
@@ -24,7 +26,15 @@ from dpo_dist.errors import ConfigError, DataError
 
 
 def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
-    """Return the records of a source as written, each with its origin; see `formats.read_records`."""
+    """Return the first `limit` records of a source, each with its origin; see `formats.read_records`.
+
+    Fields have the names that `columns` of the source gives them.
+    """
+    source = resolved(source)
+    return with_columns(itertools.islice(_written(source), source.limit), source)
+
+
+def _written(source: SourceConfig) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
         return with_origins(hub.hub_records(source), source.path)
@@ -43,6 +53,8 @@ def check_source(source: SourceConfig) -> None:
         DataError: it does not exist, or its kind of file cannot be read.
         ConfigError: as `read_records`.
     """
+    source = resolved(source)
+    check_columns(source)
     local = Path(source.path).expanduser()
     if not (local.is_dir() and is_saved(local)):
         for file in local_files(source) or []:
@@ -50,7 +62,11 @@ def check_source(source: SourceConfig) -> None:
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
-    """Return the source, for a Hub dataset with the commit as `revision`; see `hub.pinned`."""
+    """Return the source that an entry of a dataset_info.json describes, or the source itself.
+
+    A Hub dataset has its commit as `revision`; see `hub.pinned`.
+    """
+    source = resolved(source)
     return source if local_files(source) is not None else hub.pinned(source, cache)
 
 
