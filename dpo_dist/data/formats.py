@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.context import CONVERSATIONS, has_prompt, with_context
 from dpo_dist.data.conversations import (
     Reader,
@@ -72,16 +73,19 @@ class Format:
     read: Reader | None = None
 
 
-def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadRecord]:
+def read_records(
+    source: SourceConfig | str, meter: Meter | None = None
+) -> Iterator[PreferenceRecord | BadRecord]:
     """Read the records of a source in its order: pairs, rankings or completions.
 
     Args:
         source: a string is its path: a local .jsonl, .json (an array), .csv or .parquet file (the first three
             also as .gz or .zst), a pattern of files, a folder of shards, a folder saved by `datasets`, or a
             dataset on the Hugging Face Hub.
+        meter: gets the share of the source that has been read.
 
     Returns:
-        One item per record, streamed except for a .json array; several files follow each other by path. The
+        One item per record, in bounded memory; several files follow each other by path. The
         origin of a record is the file (for a Hub dataset its name), and its line in .jsonl and .csv or its
         number elsewhere. Reasons of bad records: `unparsable`, `unknown_format`, `missing_field`,
         `ambiguous_format`, `unpaired`, `history_differs`, `not_one_answer`, `roles_out_of_turn`,
@@ -105,7 +109,7 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
     source = resolved(source)
     return (
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
-        for record, origin in raw_records(source)
+        for record, origin in raw_records(source, meter)
     )
 
 
