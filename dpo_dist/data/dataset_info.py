@@ -8,8 +8,8 @@ from typing import Any
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
 from dpo_dist.data.columns import OTHERS
-from dpo_dist.data.files import parse_json, reason
 from dpo_dist.data.folders import is_saved
+from dpo_dist.data.json_values import fault_of, parse_json
 from dpo_dist.data.sharegpt import TAGS
 from dpo_dist.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] |
     try:
         found, fault = parse_json(file.read_bytes()), ""
     except (OSError, ValueError, RecursionError) as error:
-        found, fault = None, reason(error)
+        found, fault = None, fault_of(error)
     entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
     if any({*_LOCATIONS, *_OTHER_LOCATIONS} & entry.keys() for entry in entries.values()):
         return entries
