@@ -94,7 +94,9 @@ def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] |
     """Return the entries of the file; None if it is another program's and no entry is required."""
     try:
         found, fault = parse_json(file.read_bytes()), ""
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        found, fault = None, str(error)
+    except ValueError as error:
         found, fault = None, fault_of(error)
     entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
     if any({*_LOCATIONS, *_OTHER_LOCATIONS} & entry.keys() for entry in entries.values()):
