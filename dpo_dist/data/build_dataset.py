@@ -54,12 +54,17 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], 
 encoded records, and the share of the source that was read; None if its size is unknown."""
 
 
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int, float | None], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _records, _share: None)
+
+
 def prepare_dataset(
     sources: Sequence[SourceConfig],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     digest: str,
-    progress: Progress = lambda _source: nullcontext(lambda _records, _share: None),
+    progress: Progress = no_progress,
     part: Part = ALL_RECORDS,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
