@@ -14,8 +14,12 @@ FLAGS = (
     "response_truncated",
     "boundary_resplit",
     "templated_text",
+    "templated_content",
     "opened_thought_joined",
     "opened_thought_removed",
+    "prompt_not_prefix",
+    "unknown_template_argument",
+    "partly_trained",
 )
 _MAX_SHOWN_ORIGINS = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"

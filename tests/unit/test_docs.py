@@ -34,16 +34,20 @@ def first_column(page: str, heading: str) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
+def _makes_bad_record(call: ast.Call) -> bool:
+    return getattr(call.func, "id", "") in ("BadRecord", "CannotRenderError")
+
+
 def reasons_in_code() -> set[str]:
     """Return the reasons of bad records; composed ones are `identical_after_...`."""
     found = set()
     for module in (PACKAGE / "data").glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadRecord":
+            if isinstance(node, ast.Call) and _makes_bad_record(node):
                 reason = node.args[0]
                 if isinstance(reason, ast.Constant):
                     found.add(reason.value)
-                else:
+                elif not isinstance(reason, ast.Attribute):
                     found |= {"identical_after_encoding", "identical_after_truncation"}
     return found
 
