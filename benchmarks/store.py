@@ -161,6 +161,10 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         pair_pieces=np.arange(3, 3 * pairs + 1, 3),
         keys=generator.integers(0, 2**64, (2 * pairs, 2), dtype=np.uint64),
         scores=np.full(2 * pairs, np.nan),
+        trained=np.empty(0, dtype=np.bool_),
+        mask_starts=np.zeros(2 * pairs, dtype=np.int64),
+        trained_tokens=pieces[:, 1:].ravel(),
+        prompts=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
 

@@ -7,7 +7,6 @@ training (law L7).
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -127,11 +126,7 @@ def read_pairs(
         if isinstance(found, BadRecord):
             bad.append(found)
             continue
-        responses = found.encoded.responses
-        pairs += [
-            replace(found.encoded, responses=tuple(responses[index] for index in ranks))
-            for ranks in found.ranks
-        ]
+        pairs += found.examples()
     return pairs, bad
 
 
@@ -139,6 +134,8 @@ def token_logps(
     model: Model, pairs: Sequence[EncodedExample], micro_batch_tokens: int = 8192
 ) -> list[Tensor]:
     """Return the log-probs of every response, in one packed forward pass per micro-batch.
+
+    Tokens that the loss does not count (`EncodedExample.trained`) are included, as in the store.
 
     Gradients are recorded unless `torch.no_grad()` is active.
 
@@ -172,6 +169,8 @@ def pair_logps(
 ) -> PairLogps:
     """Return `token_logps` summed per response, as `preference_loss` takes them; of at least one pair.
 
+    Sums and numbers of tokens are over the tokens that the loss counts.
+
     `ld_alpha` is that of the loss, if it has one. Other arguments and errors as `token_logps`.
     """
     return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
@@ -200,7 +199,7 @@ def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStor
 def stored_pair_logps(
     store: LogpStore, pairs: Sequence[EncodedExample], *, ld_alpha: float | None = None
 ) -> PairLogps:
-    """Return stored reference log-probs of pairs, summed per response.
+    """Return stored reference log-probs of pairs, summed per response over the tokens that the loss counts.
 
     Raises:
         ReferenceModelError: the store lacks a response; `store.contains(response_keys(pairs))` names it.
@@ -285,13 +284,17 @@ def _micro_batches(pairs: Sequence[EncodedExample], budget: int) -> Iterator[lis
         yield part
 
 
-def _batch(pairs: Sequence[EncodedExample]) -> PackedBatch:
-    return pack([Sequences(pair.prompt_ids, pair.responses) for pair in pairs], response_keys(pairs))
+def _batch(pairs: Sequence[EncodedExample], masked: bool = False) -> PackedBatch:
+    sequences = [Sequences(p.prompt_ids, p.responses, p.trained if masked else ()) for p in pairs]
+    return pack(sequences, response_keys(pairs))
 
 
 def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
-    batch = _batch(pairs)
-    device = logps[0].device
+    """Sum the log-probs of whole responses over the tokens that the loss counts."""
+    batch, values = _batch(pairs, masked=True), torch.cat(list(logps))
+    device = values.device
+    if batch.mask is not None:
+        values = values[torch.from_numpy(batch.mask).to(device)]
     weights = None if ld_alpha is None else desensitised_weights(batch.pair_tokens, ld_alpha).to(device)
     ranking = None if batch.ranking is None else batch.ranking.to(device)
-    return sum_by_response(torch.cat(list(logps)), batch.response_tokens.to(device), ranking, weights)
+    return sum_by_response(values, batch.response_tokens.to(device), ranking, weights)

@@ -157,7 +157,7 @@ REMEDIES = _by_name(
         "set data.max_length: tokens of prompt and response together": (
             "max_completion_length max_target_length"
         ),
-        "put held-out pairs into their own file: data.eval=[held_out.jsonl]": (
+        "set data.eval_share: the share of prompts reserved for evaluation": (
             "val_size eval_size test_size eval_ratio val_ratio val_split data.val_size data.val_split"
         ),
         "--check checks values, model, tokenizer, data and folders, and exits": "dry_run validate check",

@@ -88,7 +88,9 @@ def _entries(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _check_value(where: str, value: Any, field: Field[Any]) -> None:
     declared = declaration(field)
     if declared.filled and isinstance(value, str) and not value.strip():
-        raise ConfigError(f"{where} is empty", where=where, got=repr(value), remedy="write the path")
+        raise ConfigError(
+            f"{where} is empty", where=where, got=repr(value), remedy="write a value, or remove the key"
+        )
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and not declared.bounds.contain(value):
         null = " or null" if type(None) in get_args(field.type) else ""

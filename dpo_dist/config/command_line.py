@@ -61,7 +61,12 @@ class Arguments:
         return Path(self.options["--config-dir"]) if "--config-dir" in self.options else None
 
 
-def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None = None) -> NoReturn:
+def run_verb(
+    main: Callable[[RunConfig], int],
+    check: Callable[[RunConfig], int] | None = None,
+    *,
+    needs_model: bool = True,
+) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
     A `DpoDistError` is printed as one block, by one rank only; other exceptions keep their traceback.
@@ -69,9 +74,10 @@ def run_verb(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int]
     Args:
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
+        needs_model: whether `model.path` must be given; see `load.resolve`.
     """
     try:
-        exit_code = _run(main, check)
+        exit_code = _run(main, check, needs_model)
         sys.stdout.flush()
     except DpoDistError as error:
         _print(error)
@@ -105,7 +111,9 @@ def _print(error: DpoDistError) -> None:
         sys.stderr.write(error.block() + "\n")
 
 
-def _run(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None) -> int:
+def _run(
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None, needs_model: bool
+) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
         if _rank() == 0:
@@ -116,8 +124,8 @@ def _run(main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | N
         return ExitCode.completed
     composed = compose(arguments.overrides, arguments.own_folder)
     if "--cfg" in arguments.options:
-        return _show(composed, arguments)
-    config = resolve(composed, arguments.overrides, arguments.own_folder)
+        return _show(composed, arguments, needs_model)
+    config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
@@ -226,10 +234,11 @@ def _unknown_option(name: str, value: str) -> ConfigError:
     )
 
 
-def _show(composed: DictConfig, arguments: Arguments) -> int:
+def _show(composed: DictConfig, arguments: Arguments, needs_model: bool) -> int:
     """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
-        text = to_yaml(resolve(composed, arguments.overrides, arguments.own_folder))
+        config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
+        text = to_yaml(config)
     except DpoDistError:
         if _rank() == 0:
             sys.stdout.write(OmegaConf.to_yaml(composed))

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from dpo_dist.config.fields import key
 
-DataFormat = StrEnum("DataFormat", ["auto", "hh", "text", "messages", "ranked", "completion"])
+DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
@@ -41,6 +41,17 @@ class DataConfig:
 
     train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
     eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
+    eval_share: float = key(
+        0.0,
+        "Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none.",
+        added=True,
+        at_least=0,
+        below=1,
+    )
+    eval_seed: int = key(0, "Another seed reserves other prompts.", added=True, at_least=0, below=2**63)
+    drop_eval_prompts: bool = key(
+        False, "Keep records whose prompt is in `eval` out of the training data.", added=True
+    )
     max_length: int = key(1024, "Largest number of tokens of prompt and response together.", at_least=2)
     max_prompt_length: int | None = key(
         None,
@@ -93,3 +104,8 @@ class DataConfig:
     processes: int | None = key(
         None, "Processes that encode; null: one per core, if there are enough records.", at_least=1, free=True
     )
+
+    @property
+    def eval_sources(self) -> list[SourceConfig]:
+        """The sources of the evaluation data; empty if there are none."""
+        return list(self.eval) or (list(self.train) if self.eval_share else [])

@@ -49,6 +49,7 @@ class Declaration:
         train_only: whether `precompute` does not use the key; None: as its section.
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
         accepts: the accepted values in words, if a rule narrows the type.
+        verb: the only verb that uses the keys of a section; None: as `train_only` says.
     """
 
     meaning: str
@@ -59,6 +60,7 @@ class Declaration:
     train_only: bool | None = None
     of: type | None = None
     accepts: str = ""
+    verb: str | None = None
 
 
 def key(
@@ -81,10 +83,10 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-def section(kind: type, *, free: bool = False, train_only: bool = False) -> Any:
+def section(kind: type, *, free: bool = False, train_only: bool = False, verb: str | None = None) -> Any:
     """Return a field for the keys of the dataclass `kind`, whose docstring is their meaning."""
-    metadata = {_METADATA: Declaration(kind.__doc__ or "", defines_result=not free, train_only=train_only)}
-    return field(default_factory=kind, metadata=metadata)
+    declared = Declaration(kind.__doc__ or "", defines_result=not free, train_only=train_only, verb=verb)
+    return field(default_factory=kind, metadata={_METADATA: declared})
 
 
 def declaration(declared: Field[Any]) -> Declaration:

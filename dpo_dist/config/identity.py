@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.fields import declaration
-from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.user_function import find_function
 
 # In the settings of every run; other keys only if they differ from their default.
 _ALWAYS = frozenset(
@@ -35,7 +35,7 @@ def run_digest(config: RunConfig) -> str:
     """
     defining = _defining(config)
     if LossKind.custom in config.loss.kinds:
-        defining["loss"]["function_source"] = find_loss_function(config.loss.function).digest
+        defining["loss"]["function_source"] = find_function(config.loss.function).digest
     canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from dpo_dist.config.fields import Bounds, declaration
+from dpo_dist.config.fields import Bounds, Declaration, declaration
 from dpo_dist.config.schema import RunConfig
 
 
@@ -61,10 +61,13 @@ class Key:
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
 
 
+_TRAINING_VERBS = ("train", "precompute")
+
+
 @cache
 def all_keys() -> dict[str, Key]:
     """Return every key of a run by name, in the order of the schema, without sections."""
-    return {row.name: row for row in _rows(RunConfig, "", True, False)}
+    return {row.name: row for row in _rows(RunConfig, "", True, _TRAINING_VERBS)}
 
 
 def section_meanings(kind: type = RunConfig, prefix: str = "") -> dict[str, str]:
@@ -78,15 +81,15 @@ def section_meanings(kind: type = RunConfig, prefix: str = "") -> dict[str, str]
     return found
 
 
-def _rows(kind: type, prefix: str, defines: bool, train_only: bool) -> Iterator[Key]:
+def _rows(kind: type, prefix: str, defines: bool, verbs: tuple[str, ...]) -> Iterator[Key]:
     hints = get_type_hints(kind)
     for field in fields(kind):
         name, hint, declared = prefix + field.name, hints[field.name], declaration(field)
         defining = defines and declared.defines_result
-        only_train = train_only if declared.train_only is None else declared.train_only
+        used_by = _verbs(declared, verbs)
         if is_dataclass(hint):
             assert isinstance(hint, type)
-            yield from _rows(hint, f"{name}.", defining, only_train)
+            yield from _rows(hint, f"{name}.", defining, used_by)
             continue
         yield Key(
             name,
@@ -96,13 +99,21 @@ def _rows(kind: type, prefix: str, defines: bool, train_only: bool) -> Iterator[
             declared.bounds,
             declared.filled,
             defining,
-            ("train",) if only_train else ("train", "precompute"),
+            used_by,
             declared.of,
             declared.accepts,
         )
         if declared.of is not None:
             below = f"{name}[]." if get_origin(hint) is list else f"{name}."
-            yield from _rows(declared.of, below, defining, only_train)
+            yield from _rows(declared.of, below, defining, used_by)
+
+
+def _verbs(declared: Declaration, of_section: tuple[str, ...]) -> tuple[str, ...]:
+    if declared.verb is not None:
+        return (declared.verb,)
+    if declared.train_only is None or of_section[0] not in _TRAINING_VERBS:
+        return of_section
+    return _TRAINING_VERBS[:1] if declared.train_only else _TRAINING_VERBS
 
 
 def key_types(kind: type) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
-from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossTermConfig
 from dpo_dist.config.messages import composition_error, content_error, is_within, missing_value
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.schema import AdapterConfig, RunConfig
+from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
+from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
 
 _Typed = TypeVar("_Typed")
@@ -75,7 +75,7 @@ def compose(overrides: Sequence[str], own_folder: Path | None = None) -> DictCon
     Raises:
         ConfigError: it cannot be composed.
     """
-    find_loss_function.cache_clear()
+    find_function.cache_clear()
     parsed = parse_overrides(overrides)
     folders = group_folders(own_folder)
     check_overrides(parsed, folders)
@@ -157,13 +157,27 @@ def _chosen_presets(overrides: Iterable[Override]) -> dict[str, str]:
     return {key: value for key, value in values.items() if isinstance(value, str) and "." not in key}
 
 
-def resolve(composed: DictConfig, overrides: Sequence[str] = (), own_folder: Path | None = None) -> RunConfig:
+def resolve(
+    composed: DictConfig,
+    overrides: Sequence[str] = (),
+    own_folder: Path | None = None,
+    *,
+    needs_model: bool = True,
+) -> RunConfig:
     """Type and check the composition of `overrides`, and fill in `reference.mode` and `run.dir`.
+
+    Args:
+        composed: from `compose`.
+        overrides: that were composed.
+        own_folder: as in `load_run_config`.
+        needs_model: whether `model.path` must be given; otherwise `schema.NO_MODEL` takes its place.
 
     Raises:
         ConfigError: as `load_run_config`.
     """
     parsed, folders = parse_overrides(overrides), group_folders(own_folder)
+    if not needs_model and OmegaConf.is_missing(composed.model, "path"):
+        composed = cast(DictConfig, OmegaConf.merge(composed, {"model": {"path": NO_MODEL}}))
     try:
         config = _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "", folders)
     except OmegaConfBaseException as error:

@@ -17,6 +17,7 @@ from dpo_dist.config.data_schema import (
     SourceConfig,
 )
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
+from dpo_dist.config.rules_doctor import DOCTOR_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.schema import (
     AdapterVariant,
@@ -168,6 +169,24 @@ _DATA = (
         "remove the weight, or set limit",
     ),
     Rule(
+        "data.eval data.eval_share",
+        lambda c: bool(c.data.eval) and c.data.eval_share > 0,
+        "evaluation data are given twice: by their sources and as a share of the training data",
+        "remove data.eval_share; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
+    ),
+    Rule(
+        "data.eval_seed",
+        lambda c: c.data.eval_seed != DataConfig.eval_seed and not c.data.eval_share,
+        "the seed has no effect without a share of held-out prompts",
+        "set data.eval_share, or remove data.eval_seed",
+    ),
+    Rule(
+        "data.drop_eval_prompts",
+        lambda c: c.data.drop_eval_prompts and not c.data.eval,
+        "no evaluation data are given whose prompts could be dropped",
+        "set data.eval, or remove data.drop_eval_prompts (data.eval_share never shares a prompt)",
+    ),
+    Rule(
         "data.max_prompt_length data.max_length",
         lambda c: c.data.max_prompt_length is not None and c.data.max_prompt_length >= c.data.max_length,
         "the longest prompt leaves no room for a response",
@@ -301,9 +320,9 @@ def _not_on_nvme(option: str) -> Rule:
 def _needs_eval_data(option: str, off: str) -> Rule:
     return Rule(
         f"trainer.{option} data.eval",
-        lambda c: getattr(c.trainer, option) and not c.data.eval,
+        lambda c: getattr(c.trainer, option) and not c.data.eval_sources,
         "no evaluation data is given",
-        f"set data.eval=[held_out.jsonl] or trainer.{option}={off}",
+        f"set data.eval_share=0.05, data.eval=[held_out.jsonl] or trainer.{option}={off}",
     )
 
 
@@ -323,5 +342,5 @@ _TRAINING = (
     _not_on_nvme("offload_optimizer"),
 )
 
-RULES = (*_RUN_AND_MODEL, *_DATA, *_LOSS, *_TRAINING, *REFERENCE_RULES)
+RULES = (*_RUN_AND_MODEL, *_DATA, *_LOSS, *_TRAINING, *REFERENCE_RULES, *DOCTOR_RULES)
 """In the order in which they are checked."""

@@ -93,3 +93,43 @@ class RunFolder:
     def wandb_id(self) -> Path:
         """The id of the W&B run; the other files in its folder are wandb's own."""
         return self.path / "wandb" / "run_id.txt"
+
+    @property
+    def doctor_report(self) -> Path:
+        """The findings of the doctor about the data, as JSON."""
+        return self.path / "doctor" / "doctor.json"
+
+    @property
+    def doctor_page(self) -> Path:
+        """The same as a self-contained page."""
+        return self.path / "doctor" / "doctor.html"
+
+    @property
+    def pairs(self) -> Path:
+        """The folder of preference records and samples; the next five are in it."""
+        return self.path / "pairs"
+
+    @property
+    def pairs_file(self) -> Path:
+        """The preference records, unless `pairs.output` names another file."""
+        return self.pairs / "pairs.jsonl"
+
+    @property
+    def pairs_samples(self) -> Path:
+        """Every response that models gave to the prompts, with its scores."""
+        return self.pairs / "samples.jsonl"
+
+    @property
+    def pairs_parts(self) -> Path:
+        """Finished parts of the work, by the digest of the settings that define them."""
+        return self.pairs / "parts"
+
+    @property
+    def pairs_judgements(self) -> Path:
+        """The log of a labelling session."""
+        return self.pairs / "judgements.jsonl"
+
+    @property
+    def pairs_agreement(self) -> Path:
+        """Agreement of the annotators."""
+        return self.pairs / "agreement.json"

@@ -1,8 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data` are in `data_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`,
-composition in `load`. A key declared `free` does not define the run's result (hardware, placement, how often
-something is written): it is not part of the digest that names the run directory.
+The keys of `data`, `doctor` and `pairs` are in modules of these names (`data_schema`, ...), those of `loss`
+in `loss_kinds`, rules between keys in `rules`, composition in `load`. A key declared `free` does not define
+the run's result (hardware, placement, how often something is written): it is not part of the digest that
+names the run directory.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.doctor_schema import DoctorConfig
 from dpo_dist.config.fields import key, section
 from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.pairs_schema import PairsConfig
 
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
@@ -26,6 +29,9 @@ Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
+
+NO_MODEL = "-"
+"""The value of `model.path` for a verb that can work without a model, if none is given."""
 
 
 @dataclass(frozen=True)
@@ -228,3 +234,5 @@ class RunConfig:
     trainer: TrainerConfig = section(TrainerConfig)
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True)
     tracking: TrackingConfig = section(TrackingConfig, free=True, train_only=True)
+    doctor: DoctorConfig = section(DoctorConfig, free=True, verb="doctor")
+    pairs: PairsConfig = section(PairsConfig, free=True, verb="pairs")

@@ -24,6 +24,7 @@ from dpo_dist.data.encoded_source import (
 )
 from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.prompt_split import ALL_RECORDS, Part
 from dpo_dist.data.sources import local_files, pinned, source_identity
 from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -55,11 +56,20 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     digest: str,
     progress: Progress = lambda _records: None,
+    part: Part = ALL_RECORDS,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
     A folder is found by content: a source is not encoded again if it was moved, or is in another list, with
     another weight or a lower limit. Damaged folders are encoded again.
+
+    Args:
+        sources: to encode.
+        config: configuration of the data.
+        tokenizer: of the policy.
+        digest: its `tokenizer_digest`.
+        progress: called while sources are encoded.
+        part: the records to encode.
 
     Returns:
         The sources in their order, for `open_dataset`.
@@ -75,7 +85,7 @@ def prepare_dataset(
     collect_abandoned(cache)
     encoded = []
     for source in sources:
-        folder = _encoded(source, config, tokenizer, digest, progress)
+        folder = _encoded(source, config, tokenizer, digest, progress, part)
         encoded.append(EncodedSource(source.path, folder, source.limit))
     return tuple(encoded)
 
@@ -86,12 +96,13 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     digest: str,
     progress: Progress,
+    part: Part,
 ) -> Path:
     cache = Path(config.cache)
     source = pinned(source, cache)
     state = _state(source)
     identity = source_identity(source, cache / MEMO_FOLDER)
-    fingerprint = _fingerprint(source, identity, config, digest)
+    fingerprint = _fingerprint(source, identity, config, digest, part)
     found = find_encoded(cache, fingerprint, source.limit)
     if found is not None:
         return found
@@ -103,7 +114,7 @@ def _encoded(
         staged_folder(folder, is_complete) as temporary,
         closing(SourceWriter(temporary, source.path)) as writer,
     ):
-        with closing(encode_in_order(_chunks(source), config, tokenizer)) as chunks:
+        with closing(encode_in_order(_chunks(source), config, tokenizer, part)) as chunks:
             for chunk in chunks:
                 writer.add(chunk)
                 progress(len(chunk.outcomes))
@@ -178,7 +189,7 @@ def _chunks(source: SourceConfig) -> Iterator[Records]:
         yield chunk
 
 
-def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str) -> str:
+def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str, part: Part) -> str:
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,
@@ -197,5 +208,6 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest
         "kinds": [file_kind(file) for file in local_files(source) or []],
         "format": source.format,
         "split": source.split,
+        "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

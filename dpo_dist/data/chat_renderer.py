@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from dpo_dist.data.chat_template import argument_names
 from dpo_dist.data.marks import Marks, any_text
-from dpo_dist.data.records import Message
+from dpo_dist.data.records import Message, UnusableRecordError
 from dpo_dist.data.turn_trace import Trace, read_trace, traced_template, traced_turn
 from dpo_dist.errors import ConfigError
 
@@ -22,20 +22,6 @@ _PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", 
 _PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
 # The errors that the Python operators and methods of a template raise.
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
-
-class CannotRenderError(Exception):
-    """A conversation that the chat template does not render as a whole.
-
-    Attributes:
-        reason: the name under which the record is counted.
-        detail: more about it, without any text of the record.
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +100,7 @@ class ChatRenderer:
             generation: whether the generation prompt follows the last turn.
 
         Raises:
-            CannotRenderError: the template rejects the conversation, or marks would change its decisions.
+            UnusableRecordError: the template rejects the conversation, or marks would change its decisions.
         """
         return self._render(self.template, turns, context, generation)
 
@@ -122,7 +108,7 @@ class ChatRenderer:
         """Render a conversation as `render`, with the position of each turn.
 
         Raises:
-            CannotRenderError: as `render`, or the turns are not found.
+            UnusableRecordError: as `render`, or the turns are not found.
         """
         text = self.render(turns, context, generation=generation)
         numbered = tuple(
@@ -134,7 +120,7 @@ class ChatRenderer:
         )
         found = read_trace(self._render(self._traced, numbered, context, generation), len(turns))
         if found is None or found.text != text:
-            raise CannotRenderError("turns_not_found", "the chat template does not write turn after turn")
+            raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
         return found
 
     @cached_property
@@ -156,7 +142,7 @@ class ChatRenderer:
         beside = self._marks.settle(self._apply(template, turns, context, generation, 1))
         if self._marks.spell(beside) == plain:
             return beside
-        raise CannotRenderError(
+        raise UnusableRecordError(
             "special_token_in_text", "the chat template changes a text with a special token in it"
         )
 
@@ -174,16 +160,16 @@ class ChatRenderer:
                 )
             )
         except TemplateError as fault:
-            raise CannotRenderError("template_rejected", str(fault)) from fault
+            raise UnusableRecordError("template_rejected", str(fault)) from fault
         except _FAULTS as fault:
-            raise CannotRenderError("template_rejected", f"{type(fault).__name__} in the template") from fault
+            raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
 
     @cached_property
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
             _, found, after = self.render(tuple(map(Escapable, _PROBES))).rpartition(_PROBE)
-        except CannotRenderError as fault:
+        except UnusableRecordError as fault:
             raise _unusable_template(fault.detail) from fault
         if not found:
             raise _unusable_template("its output does not contain the response")
@@ -197,7 +183,7 @@ class ChatRenderer:
             turn = {"role": "assistant", "content": "", "tool_calls": [call]}
             try:
                 self.render((Escapable(_PROBES[0]), Escapable(turn)))
-            except CannotRenderError:
+            except UnusableRecordError:
                 return False
             return True
 

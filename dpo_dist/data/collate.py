@@ -21,9 +21,9 @@ class RankBatch:
         positions: positions of these examples in the global batch.
         pairs: examples of the global batch, over all ranks.
         tokens: packed tokens of the global batch, over all ranks.
-        targets: completion tokens of the global batch.
+        targets: completion tokens of the global batch that the loss counts.
         attended: query-key pairs that attention computes for the global batch.
-        mean_chosen_tokens: mean completion tokens of the chosen responses of the global batch.
+        mean_chosen_tokens: mean number of such tokens in the chosen responses of the global batch.
         only_chosen: whether only the chosen responses are computed.
     """
 
@@ -57,7 +57,7 @@ def shard_batch(
     responses = dataset.response_indices(indices)
     if only_chosen:
         responses, counts = responses[np.cumsum(counts) - counts], np.ones_like(counts)
-    sizes = dataset.sizes(indices, responses, counts, costs)
+    sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
     return RankBatch(
@@ -80,5 +80,5 @@ def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: boo
     selected = [0] if only_chosen else None
     ranges = [dataset.response_range(index) for index in indices]
     keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
-    packed = pack([dataset.sequences(index, selected) for index in indices], keys)
+    packed = pack([dataset.sequences(index, selected, masked=True) for index in indices], keys)
     return replace(packed, score_gaps=torch.from_numpy(dataset.score_gaps(indices)))

@@ -21,6 +21,7 @@ FLAGS = (
     "unknown_template_argument",
     "partly_trained",
 )
+HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 _MAX_SHOWN_ORIGINS = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
 _REMEDIES = {
@@ -40,7 +41,8 @@ class Outcome:
 
     Attributes:
         dropped: the reason why it was dropped; None if it was kept.
-        pairs: the number of examples made from it.
+        pairs: the number of examples made from it; 0 without a reason if it belongs to the other part of a
+            split into training and evaluation data.
         changed: number of changes of each kind; for a dropped record the fields that no format reads.
     """
 
@@ -54,7 +56,7 @@ class DataCounts:
     """Counts of the records of one or several sources: `read` = `kept` + sum of `dropped`.
 
     Attributes:
-        read: records read.
+        read: records read, of this part of a split into training and evaluation data.
         kept: records with at least one example.
         pairs: examples made from them: one each, or several from a ranking.
         dropped: dropped records by reason.
@@ -80,12 +82,13 @@ class DataCounts:
         """Return the counts of records, given the number of records with each outcome."""
         counts = cls(examples=list(examples)[:SHOWN_EXAMPLES], details=dict(details))
         for outcome, records in outcomes.items():
-            counts.read += records
-            if outcome.dropped is None:
+            if outcome.dropped is not None and records:
+                counts.read += records
+                counts.dropped[outcome.dropped] += records
+            elif outcome.pairs:
+                counts.read += records
                 counts.kept += records
                 counts.pairs += records * outcome.pairs
-            elif records:
-                counts.dropped[outcome.dropped] += records
             for name, times in outcome.changed:
                 counts.changed[name] += records * times
         return counts
@@ -122,6 +125,8 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or as
             `check_templated`.
     """
+    if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
+        return  # a part too small for a share; the training data are checked
     check_templated(counts, path, config)
     dropped = sum(counts.dropped.values())
     if counts.kept and dropped <= config.max_bad_share * counts.read:
@@ -147,6 +152,26 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
         got=f"{counts.read} records; dropped: {reasons}" + (f"; {main_reason}: {detail}" if detail else ""),
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
+    )
+
+
+def check_split(counts: DataCounts) -> None:
+    """Check that this part of a split has records that can be used. Raises DataError."""
+    held_out, left = counts.changed[HELD_OUT], counts.changed[LEFT_IN_TRAIN]
+    if counts.kept:
+        return
+    if left:
+        raise DataError(
+            "the split has no evaluation data",
+            where="data.eval_share",
+            got=f"{left} records of training data, {counts.read} for evaluation, none of them usable",
+            remedy="raise data.eval_share, or set data.eval=[held_out.jsonl]",
+        )
+    raise DataError(
+        "no training data are left",
+        where="data.train",
+        got=f"all {held_out} records are held out for evaluation",
+        remedy="set data.drop_eval_prompts=false, lower data.eval_share, or use other evaluation data",
     )
 
 

@@ -5,9 +5,8 @@ Nothing of the size of the dataset is in memory.
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,8 @@ import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.concatenated import Column, concatenate
-from dpo_dist.data.counts import DataCounts, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts, check_split
 from dpo_dist.data.encoded_source import (
-    MEMO_FOLDER,
     EncodedSource,
     Manifest,
     SourceView,
@@ -26,10 +24,10 @@ from dpo_dist.data.encoded_source import (
     view,
 )
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
-from dpo_dist.data.packing import Sequences, packed_tokens
+from dpo_dist.data.packing import Mask, Sequences, packed_tokens
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sampler import Indices, Span
-from dpo_dist.digests import recall, remember, text_digest
+from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 
 Keys = npt.NDArray[np.uint64]
@@ -55,6 +53,10 @@ class PreferenceDataset:
         pair_pieces: int64 [examples], end of the pieces of each example.
         keys: uint64 [responses, 2], `encode.response_key` of each response, in the order of the examples.
         scores: float64 [responses], nan if a record has no scores.
+        trained: bool [tokens of responses with a mask], whether the loss counts a token.
+        mask_starts: int64 [responses], offset in `trained` of the mask of a response that has one.
+        trained_tokens: int32 [responses], tokens that the loss counts; a response has a mask if it has more.
+        prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
     """
 
@@ -69,6 +71,10 @@ class PreferenceDataset:
     pair_pieces: Column
     keys: Column
     scores: Column
+    trained: Column
+    mask_starts: Column
+    trained_tokens: Column
+    prompts: Column
     origins: Column
 
     def __len__(self) -> int:
@@ -87,13 +93,35 @@ class PreferenceDataset:
         first, stop = self._pieces(index)
         return [int(tokens) for tokens in self.piece_tokens[first:stop]]
 
-    def sequences(self, index: int, which: Sequence[int] | None = None) -> Sequences:
-        """Return the token ids of an example; `which` selects some of its responses."""
+    def sequences(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Sequences:
+        """Return the token ids of an example.
+
+        Args:
+            index: of the example.
+            which: numbers of some of its responses; None: all.
+            masked: whether the result has `masks`, so that only tokens that the loss counts are scored.
+        """
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
         pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (self.ids[start : start + tokens] for start, tokens in pieces)
-        return Sequences(prompt, tuple(responses if which is None else (responses[i] for i in which)))
+        masks = self.masks(index) if masked else ()
+        if which is None:
+            return Sequences(prompt, tuple(responses), masks)
+        return Sequences(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
+
+    def masks(self, index: int) -> tuple[Mask, ...]:
+        """Return for each response of an example whether the loss counts its tokens; empty: it counts all."""
+        within = self.response_range(index)
+        counts = self.trained_tokens[within.start : within.stop]
+        lengths = self.lengths(index)[1:]
+        if sum(lengths) == counts.sum():
+            return ()
+        starts = map(int, self.mask_starts[within.start : within.stop])
+        return tuple(
+            np.ones(tokens, dtype=np.bool_) if trained == tokens else self.trained[start : start + tokens]
+            for start, tokens, trained in zip(starts, lengths, counts, strict=True)
+        )
 
     def packed_tokens(self, index: int, which: Sequence[int] | None = None) -> int:
         """Return the length of `sequences(index, which)` in a packed batch."""
@@ -101,11 +129,16 @@ class PreferenceDataset:
         return packed_tokens(prompt, responses if which is None else [responses[i] for i in which])
 
     def mean_chosen_tokens(self, indices: Indices) -> float:
-        """Return the mean completion tokens of the chosen responses of these examples."""
-        return float(self._piece_tokens(self._first_pieces(indices) + 1).mean())
+        """Return the mean number of tokens that the loss counts in the chosen responses of these examples."""
+        return float(self._trained_tokens(self._first_pieces(indices) - indices).mean())
 
     def sizes(
-        self, indices: Indices, response_indices: Indices, counts: Indices, costs: ComputeCosts
+        self,
+        indices: Indices,
+        response_indices: Indices,
+        counts: Indices,
+        costs: ComputeCosts,
+        masked: bool = False,
     ) -> ExampleSizes:
         """Return the sizes of examples with some of their responses.
 
@@ -114,10 +147,13 @@ class PreferenceDataset:
             response_indices: int64 [responses], responses of the first example, of the second, ...
             counts: int64 [examples], how many of `response_indices` each example has, at least one.
             costs: of the model that computes them.
+            masked: whether only tokens that the loss counts are targets.
         """
         pieces = response_indices + np.repeat(indices, counts) + 1
         prompt_tokens = self._piece_tokens(self._first_pieces(indices))
-        return example_sizes(prompt_tokens, self._piece_tokens(pieces), counts, costs)
+        response_tokens = self._piece_tokens(pieces)
+        targets = self._trained_tokens(response_indices) if masked else response_tokens
+        return example_sizes(prompt_tokens, response_tokens, counts, costs, targets)
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""
@@ -176,6 +212,9 @@ class PreferenceDataset:
     def _piece_tokens(self, pieces: Indices) -> Indices:
         return np.asarray(self.piece_tokens[pieces], dtype=np.int64)
 
+    def _trained_tokens(self, response_indices: Indices) -> Indices:
+        return np.asarray(self.trained_tokens[response_indices], dtype=np.int64)
+
     def _pieces(self, index: int) -> tuple[int, int]:
         return (int(self.pair_pieces[index - 1]) if index else 0), int(self.pair_pieces[index])
 
@@ -195,6 +234,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         check_counts(mapped.counts, source.path, config)
         by_source.append({"path": source.path, **mapped.counts.numbers()})
         counts.add(mapped.counts)
+    check_split(counts)
     parts = [
         [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
     ]
@@ -210,6 +250,10 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         pair_pieces=_column(views, "pair_pieces", [len(mapped.arrays["piece_starts"]) for mapped in views]),
         keys=_column(views, "keys"),
         scores=_column(views, "scores"),
+        trained=_column(views, "trained"),
+        mask_starts=_column(views, "mask_starts", [len(mapped.arrays["trained"]) for mapped in views]),
+        trained_tokens=_column(views, "trained_tokens"),
+        prompts=_column(views, "prompts"),
         origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
     )
 
@@ -232,40 +276,3 @@ def _column(views: Sequence[SourceView], name: str, sizes: Sequence[Any] | None 
     parts = [mapped.arrays[name] for mapped in views]
     shifts = None if sizes is None else [sum(sizes[:number], 0) for number in range(len(parts))]
     return concatenate(parts, shifts)
-
-
-def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
-    """Return `count(*datasets)`, cached on disk by the content of the datasets as it reads all their keys.
-
-    Args:
-        count: `count_duplicates` or `count_shared`.
-        cache: `data.cache`.
-    """
-    identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
-    known = recall(cache / MEMO_FOLDER, identity)
-    if known is None:
-        known = str(count(*datasets))
-        remember(cache / MEMO_FOLDER, identity, known)
-    return int(known)
-
-
-def count_duplicates(dataset: PreferenceDataset) -> int:
-    """Return the number of examples with the same token ids as an earlier one."""
-    return len(dataset) - len(np.unique(_example_digests(dataset)))
-
-
-def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
-    """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    return int(np.isin(_example_digests(dataset), _example_digests(other)).sum())
-
-
-def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
-    """Combine the keys of each example's responses in their order; uint64 [examples]."""
-    counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
-    starts = np.cumsum(counts) - counts
-    ranks = np.arange(counts.sum()) - np.repeat(starts, counts)
-    keys = np.asarray(dataset.keys[:])
-    # An odd factor loses no bit, and the same responses in another order get another digest.
-    mixed = (keys[:, 0] ^ (keys[:, 1] << np.uint64(1))) * (2 * ranks + 1).astype(np.uint64)
-    digests: npt.NDArray[np.uint64] = np.add.reduceat(mixed, starts)
-    return digests

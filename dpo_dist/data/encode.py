@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig, Truncation
-from dpo_dist.data.chat_renderer import CannotRenderError
 from dpo_dist.data.escaped_encoder import SpecialTokenInTextError
 from dpo_dist.data.loss_mask import Mask, counted_characters, token_mask, untrained_parts
 from dpo_dist.data.marks import RESERVED, any_text
-from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord
+from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.render_conversation import Rendered
 from dpo_dist.data.rendering import render_record
 from dpo_dist.data.tokenizer import TokenizerFacts, tokenizer_facts
@@ -105,8 +104,8 @@ def encode_pair(
         return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
     try:
         tokens = _tokenise(render_record(record, facts, data_config), facts, data_config)
-    except CannotRenderError as fault:
-        return BadRecord(fault.reason, record.origin, fault.detail)
+    except UnusableRecordError as fault:
+        return fault.at(record.origin)
     except SpecialTokenInTextError:
         return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot encode it as text")
     return _truncate(tokens, data_config, record.origin)

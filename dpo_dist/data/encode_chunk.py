@@ -10,6 +10,8 @@ import numpy.typing as npt
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
+from dpo_dist.data.loss_mask import Mask
+from dpo_dist.data.prompt_split import ALL_RECORDS, Part, PromptHashes, prompt_hash
 from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -30,6 +32,11 @@ class EncodedChunk:
         pair_pieces: int64 [examples], number of pieces of each example.
         keys: uint64 [responses, 2], `response_key` of each response.
         scores: float64 [responses], nan if the record has none.
+        trained: bool [tokens of responses with a mask], `EncodedExample.trained` of responses of which the
+            loss does not count every token.
+        mask_starts: int64 [responses], offset of each response's mask in `trained`, if it has one.
+        trained_tokens: int64 [responses], number of tokens that the loss counts.
+        prompts: uint64 [examples], `prompt_hash` of each example's record.
         origins: [examples], origin of each example's record.
         outcomes: [records].
         bad: the first dropped records and the first for each reason, each with its index in the chunk.
@@ -41,6 +48,10 @@ class EncodedChunk:
     pair_pieces: npt.NDArray[np.int64]
     keys: npt.NDArray[np.uint64]
     scores: npt.NDArray[np.float64]
+    trained: Mask
+    mask_starts: npt.NDArray[np.int64]
+    trained_tokens: npt.NDArray[np.int64]
+    prompts: PromptHashes
     origins: list[Origin]
     outcomes: list[Outcome]
     bad: list[tuple[int, BadRecord]]
@@ -62,6 +73,18 @@ class EncodedRecord:
     scores: list[float]
     ties: int
 
+    def examples(self) -> list[EncodedExample]:
+        """Return the examples, each with its own responses."""
+        responses, trained = self.encoded.responses, self.encoded.trained
+        return [
+            replace(
+                self.encoded,
+                responses=tuple(responses[index] for index in ranks),
+                trained=tuple(trained[index] for index in ranks if trained),
+            )
+            for ranks in self.ranks
+        ]
+
 
 class _Examples:
     """Collects the examples of a chunk."""
@@ -74,15 +97,21 @@ class _Examples:
         self.pieces: list[int] = []
         self.keys: list[bytes] = []
         self.scores: list[float] = []
+        self.masks: list[Mask] = [np.empty(0, dtype=np.bool_)]
+        self.masked_tokens = 0
+        self.mask_starts: list[int] = []
+        self.trained_tokens: list[int] = []
+        self.prompts: list[int] = []
         self.origins: list[Origin] = []
 
-    def add(self, record: EncodedRecord, origin: Origin) -> None:
+    def add(self, record: EncodedRecord, prompt: int, origin: Origin) -> None:
         encoded = record.encoded
         pieces = (encoded.prompt_ids, *encoded.responses)
         starts = [self.tokens + int(before) for before in np.cumsum([0, *map(len, pieces)])]
         keys = [response_key(encoded.prompt_ids, response) for response in encoded.responses]
         self.ids += pieces
         self.tokens = starts[-1]
+        masks = self._add_masks(encoded)
         for ranks in record.ranks:
             used = [0, *(1 + index for index in ranks)]
             self.starts += [starts[piece] for piece in used]
@@ -90,13 +119,32 @@ class _Examples:
             self.pieces.append(len(used))
             self.keys += [keys[index] for index in ranks]
             self.scores += [record.scores[index] for index in ranks]
+            self.mask_starts += [masks[index][0] for index in ranks]
+            self.trained_tokens += [masks[index][1] for index in ranks]
+            self.prompts.append(prompt)
             self.origins.append(origin)
+
+    def _add_masks(self, encoded: EncodedExample) -> list[tuple[int, int]]:
+        """Add the masks of a record; return offset and number of trained tokens of each response."""
+        found = []
+        for number, response in enumerate(encoded.responses):
+            trained = len(response)
+            start = self.masked_tokens
+            if encoded.trained and not encoded.trained[number].all():
+                trained = int(encoded.trained[number].sum())
+                self.masks.append(encoded.trained[number])
+                self.masked_tokens += len(response)
+            found.append((start, trained))
+        return found
 
 
 def encode_chunk(
-    records: Sequence[PreferenceRecord | BadRecord], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    records: Sequence[PreferenceRecord | BadRecord],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    part: Part = ALL_RECORDS,
 ) -> EncodedChunk:
-    """Encode `records`; a record that cannot be used is dropped and its reason recorded.
+    """Encode the `records` of `part`; one that cannot be used is dropped and its reason recorded.
 
     Raises:
         DataError: a record cannot be used and `data.on_bad_record` is `error`.
@@ -105,7 +153,7 @@ def encode_chunk(
     outcomes: list[Outcome] = []
     bad: list[tuple[int, BadRecord]] = []
     for index, record in enumerate(records):
-        outcome = record if isinstance(record, BadRecord) else _encode(record, config, tokenizer, examples)
+        outcome = _outcome(record, config, tokenizer, part, examples)
         if isinstance(outcome, Outcome):
             outcomes.append(outcome)
             continue
@@ -127,6 +175,10 @@ def encode_chunk(
         pair_pieces=np.array(examples.pieces, dtype=np.int64),
         keys=np.frombuffer(b"".join(examples.keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.array(examples.scores, dtype=np.float64),
+        trained=np.concatenate(examples.masks),
+        mask_starts=np.array(examples.mask_starts, dtype=np.int64),
+        trained_tokens=np.array(examples.trained_tokens, dtype=np.int64),
+        prompts=np.array(examples.prompts, dtype=np.uint64),
         origins=examples.origins,
         outcomes=outcomes,
         bad=bad,
@@ -143,6 +195,8 @@ def encode_record(
     encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
+    if not all(mask.any() for mask in encoded.trained):
+        return BadRecord("no_trained_token", record.origin, "the loss counts no token of a response")
     new_index = {index: number for number, index in enumerate(used)}
     scores = record.scores or (np.nan,) * len(record.responses)
     return EncodedRecord(
@@ -153,14 +207,24 @@ def encode_record(
     )
 
 
-def _encode(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", examples: _Examples
+def _outcome(
+    record: PreferenceRecord | BadRecord,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    part: Part,
+    examples: _Examples,
 ) -> Outcome | BadRecord:
-    """Add the examples of a record."""
+    """Add the examples of a record, if it belongs to `part`."""
+    elsewhere = Outcome(changed=((part.others, 1),))
+    if isinstance(record, BadRecord):
+        return record if part.has_bad_records else elsewhere
+    prompt = prompt_hash(record.prompt)
+    if not part.has(prompt):
+        return elsewhere
     found = encode_record(record, config, tokenizer)
     if isinstance(found, BadRecord):
         return found
-    examples.add(found, record.origin)
+    examples.add(found, prompt, record.origin)
     changed = {name: int(getattr(found.encoded, name)) for name in FLAGS} | {"ties_left_out": found.ties}
     is_applied = found.encoded.templated_text and config.template is TextTemplate.applied
     is_plain = isinstance(record.prompt, str) and not config.text_as_messages

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
+from dpo_dist.data.prompt_split import ALL_RECORDS, Part
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.errors import PeerLostError
 
@@ -37,7 +38,10 @@ _CHUNKS_AHEAD = 2
 
 
 def encode_in_order(
-    chunks: Iterable[Records], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    chunks: Iterable[Records],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    part: Part = ALL_RECORDS,
 ) -> Generator[EncodedChunk, None, None]:
     """Encode chunks of records on `data.processes` processes; the result does not depend on their number.
 
@@ -45,6 +49,9 @@ def encode_in_order(
 
     Args:
         chunks: of about `CHUNK_RECORDS` records each; a few per process are in memory at a time.
+        config: configuration of the data.
+        tokenizer: of the policy.
+        part: the records to encode.
 
     Raises:
         DataError: see `encode_chunk`; for the first such record.
@@ -58,9 +65,9 @@ def encode_in_order(
         processes = 1 if len(first) < _MIN_CHUNKS else min(_usable_cores(), _MAX_PROCESSES)
     every = itertools.chain(first, chunks)
     if processes > 1:
-        yield from _on_processes(every, processes, config, tokenizer)
+        yield from _on_processes(every, processes, config, tokenizer, part)
     for records in every:
-        yield encode_chunk(records, config, tokenizer)
+        yield encode_chunk(records, config, tokenizer, part)
 
 
 def _on_processes(
@@ -68,10 +75,11 @@ def _on_processes(
     processes: int,
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
+    part: Part,
 ) -> Iterator[EncodedChunk]:
     ahead: deque[Future[EncodedChunk]] = deque()
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _start_process, (config, tokenizer)
+        processes, multiprocessing.get_context("spawn"), _start_process, (config, tokenizer, part)
     )
     try:
         for records in chunks:
@@ -101,12 +109,12 @@ _encoders: list[Callable[[Records], EncodedChunk]] = []
 """The function that encodes a chunk; set in a spawned process."""
 
 
-def _start_process(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+def _start_process(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
     """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
-    _encoders.append(partial(encode_chunk, config=config, tokenizer=tokenizer))
+    _encoders.append(partial(encode_chunk, config=config, tokenizer=tokenizer, part=part))
 
 
 def _end_with_parent() -> None:

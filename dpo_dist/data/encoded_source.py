@@ -1,9 +1,10 @@
 """An encoded source on disk: flat arrays and a manifest with their digests, written once and memory-mapped.
 
 The arrays of a folder are the token ids of all distinct pieces (prompts and responses); offset and length of
-each piece of each example; the end of each example's pieces; key and score of each response; the origin of
-each example; and the outcome of each record, so that the counts of the first n records can be computed. The
-name of the folder is a digest of everything that decides the ids, never a path.
+each piece of each example; the end of each example's pieces; key and score of each response; the masks of
+responses of which the loss does not count every token, and the number of counted tokens of each response;
+prompt hash and origin of each example; and the outcome of each record, so that the counts of the first n
+records can be computed. The name of the folder is a digest of everything that decides the ids, never a path.
 """
 
 import contextlib
@@ -37,6 +38,10 @@ _ARRAYS = {
     "pair_pieces": np.int64,
     "keys": np.uint64,
     "scores": np.float64,
+    "trained": np.bool_,
+    "mask_starts": np.int64,
+    "trained_tokens": np.int32,
+    "prompts": np.uint64,
     "origins": np.int64,
     "outcomes": np.int32,
 }
@@ -108,6 +113,10 @@ class SourceWriter:
         self._largest_id = max(self._largest_id, int(chunk.ids.max(initial=-1)))
         self._append("keys", chunk.keys)
         self._append("scores", chunk.scores)
+        self._append("mask_starts", self._sizes["trained"] + chunk.mask_starts)
+        self._append("trained", chunk.trained)
+        self._append("trained_tokens", chunk.trained_tokens)
+        self._append("prompts", chunk.prompts)
         self._append("pair_pieces", self._pieces + np.cumsum(chunk.pair_pieces))
         self._append("origins", [(self._file(at.source), at.line) for at in chunk.origins])
         codes = [self._outcomes.setdefault(outcome, len(self._outcomes)) for outcome in chunk.outcomes]
@@ -125,7 +134,7 @@ class SourceWriter:
         return self._files.setdefault(source, len(self._files))
 
     def _append(self, name: str, values: Any) -> None:
-        array = np.asarray(values, dtype=_ARRAYS[name])
+        array: Array = np.asarray(values, dtype=_ARRAYS[name])
         content = array.tobytes()
         with self._writing():
             self._streams[name].write(content)
@@ -265,6 +274,10 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
             "pair_pieces": arrays["pair_pieces"][:pairs],
             "keys": arrays["keys"].reshape(-1, 2)[:responses],
             "scores": arrays["scores"][:responses],
+            "trained": arrays["trained"],
+            "mask_starts": arrays["mask_starts"][:responses],
+            "trained_tokens": arrays["trained_tokens"][:responses],
+            "prompts": arrays["prompts"][:pairs],
             "origins": arrays["origins"].reshape(-1, 2)[:pairs],
         },
     )

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from dpo_dist.data.fast_tokenizer import has_local_tokens, last_words, token_ids
 from dpo_dist.data.marks import RESERVED_CHARACTER, Marks
 from dpo_dist.data.tokenizer_copies import continuation_copy, literal_copy
 from dpo_dist.errors import ConfigError
@@ -34,7 +35,7 @@ class EscapedEncoder:
         """Return the token ids of each text, without added tokens. Raises SpecialTokenInTextError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
             return self._encode_literally(escaped)
-        return self._ids(self._tokenizer, escaped)
+        return token_ids(self._tokenizer, escaped)
 
     def encode_continuation(self, escaped: str) -> list[int]:
         """Return the token ids of a text that continues another one: no space is added before it."""
@@ -51,12 +52,10 @@ class EscapedEncoder:
         """
         # Tokens after the last special token do not depend on the text before it.
         tail = prompt[self._start_of_last_special(prompt) :]
-        texts = [prompt, *(tail + response for response in responses)]
-        if tail == prompt:
-            prompt_ids, *joint = self.encode(texts)
-            tail_ids = prompt_ids
-        else:
-            prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
+        words = tail[last_words(tail) :] if self._has_local_tokens else tail
+        prompt_ids, joint, tail_ids = self._encode_joint(prompt, words, responses)
+        if prompt_ids[len(prompt_ids) - len(tail_ids) :] != tail_ids:
+            prompt_ids, joint, tail_ids = self._encode_joint(prompt, tail, responses)
         response_ids, resplit = [], False
         for response, ids in zip(responses, joint, strict=True):
             if ids[: len(tail_ids)] == tail_ids:
@@ -65,6 +64,21 @@ class EscapedEncoder:
                 response_ids.append(self.encode_continuation(response))
                 resplit = True
         return prompt_ids, response_ids, resplit
+
+    def _encode_joint(
+        self, prompt: str, tail: str, responses: Sequence[str]
+    ) -> tuple[list[int], list[list[int]], list[int]]:
+        """Return the ids of a prompt, of its `tail` with each response, and of the tail itself."""
+        texts = [prompt, *(tail + response for response in responses)]
+        if tail == prompt:
+            prompt_ids, *joint = self.encode(texts)
+            return prompt_ids, joint, prompt_ids
+        prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
+        return prompt_ids, joint, tail_ids
+
+    @cached_property
+    def _has_local_tokens(self) -> bool:
+        return has_local_tokens(self._tokenizer)
 
     def token_starts(self, prompt: str, response: str, ids: list[int]) -> list[int]:
         """Return the position in an escaped response of the first character of each of its tokens.
@@ -103,7 +117,7 @@ class EscapedEncoder:
     ) -> list[list[int]]:
         real_ids = self._real_ids
         spelled = [self._marks.spell(self._marks.anywhere.sub(_alias, text)) for text in escaped]
-        encoded = self._ids(tokenizer or self._literal_copy, spelled, literal=True)
+        encoded = token_ids(tokenizer or self._literal_copy, spelled, literal=True)
         # Some vocabularies have special tokens as ordinary pieces; these cannot be encoded as text.
         special_ids = set(real_ids.values()) - {self._tokenizer.unk_token_id}
         if any(not special_ids.isdisjoint(ids) for ids in encoded):
@@ -160,21 +174,6 @@ class EscapedEncoder:
         alias_ids = self._literal_copy.convert_tokens_to_ids(list(map(_alias_of, self._marks.tokens)))
         real_ids = self._tokenizer.convert_tokens_to_ids(self._marks.tokens)
         return dict(zip(alias_ids, real_ids, strict=True))
-
-    @staticmethod
-    def _ids(
-        tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, literal: bool = False
-    ) -> list[list[int]]:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
 
 
 def _alias_of(token: str) -> str:

@@ -38,7 +38,7 @@ class ExampleSizes:
 
     Attributes:
         tokens: int64, packed tokens, which decide the memory.
-        targets: int64, completion tokens.
+        targets: int64, completion tokens to score.
         attended: int64, query-key pairs of attention.
         costs: float64, compute time in units of `ComputeCosts`.
     """
@@ -56,7 +56,11 @@ class ExampleSizes:
 
 
 def example_sizes(
-    prompt_tokens: Counts, response_tokens: Counts, responses: Counts, costs: ComputeCosts
+    prompt_tokens: Counts,
+    response_tokens: Counts,
+    responses: Counts,
+    costs: ComputeCosts,
+    response_targets: Counts | None = None,
 ) -> ExampleSizes:
     """Return the sizes of many examples.
 
@@ -65,13 +69,14 @@ def example_sizes(
         response_tokens: int64 [responses], those of the first example, of the second, ...
         responses: int64 [examples], number of responses of each example, at least one.
         costs: of the model that computes them.
+        response_targets: int64 [responses], tokens of each response to score; None: all.
     """
     firsts = np.cumsum(responses) - responses
     stored = response_tokens - 1
     in_responses = stored * np.repeat(prompt_tokens, responses) + stored * (stored + 1) // 2
     tokens = prompt_tokens + np.add.reduceat(stored, firsts)
     attended = prompt_tokens * (prompt_tokens + 1) // 2 + np.add.reduceat(in_responses, firsts)
-    targets = np.add.reduceat(response_tokens, firsts)
+    targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
     # Attention of a token to itself is included in the cost of a token.
     keys = attended - tokens / 2
     return ExampleSizes(tokens, targets, attended, tokens + costs.key * keys + costs.target * targets)

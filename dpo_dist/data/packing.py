@@ -2,9 +2,11 @@
 
 A packed micro-batch is one sequence of tokens, an example ``[prompt, response, response, ...]`` in it. The
 position ids of every response start at the prompt's length, and in attention (model/attention.py) a response
-sees its own prompt only. The last token of a response predicts nothing and is not stored.
+sees its own prompt only. The last token of a response predicts nothing and is not stored. A token that the
+loss does not count is an input, but no target.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +17,19 @@ import torch
 from torch import Tensor
 
 Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """One prompt and the responses to score after it (token ids)."""
+    """One prompt and the responses to score after it (token ids).
+
+    `masks`: bool [response tokens] for each response, whether a token is a target; empty: all are.
+    """
 
     prompt_ids: Ids
     responses: tuple[Ids, ...]
+    masks: tuple[Mask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class PackedBatch:
         layout: for each example the lengths of its pieces in `input_ids`: prompt, response, response, ...
         predictors: int64 [targets], index in `input_ids` of the token that predicts each target. The last
             token of the prompt predicts the first token of every response.
-        targets: int64 [targets], completion tokens, response after response.
-        response_tokens: int64 [responses], completion tokens of each response.
+        targets: int64 [targets], the completion tokens to score, response after response.
+        response_tokens: int64 [responses], number of targets of each response.
         keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
         weights: float32 [pairs], 1; 0 for a dummy, which only keeps collective calls equal (law L2).
         ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
@@ -44,6 +51,7 @@ class PackedBatch:
         score_gaps: float32 [pairs], score of the best response minus that of the worst; nan without scores.
         token_weights: float32 [targets], factors of the log-probs, if the loss has such weights.
         reference_logps: float32 [targets], reference log-probs, if they need no forward pass.
+        mask: bool [completion tokens], whether each is a target; None: all are. Stays on the host.
     """
 
     input_ids: Tensor
@@ -58,11 +66,13 @@ class PackedBatch:
     score_gaps: Tensor | None = None
     token_weights: Tensor | None = None
     reference_logps: Tensor | None = None
+    mask: Mask | None = None
 
     @property
     def pair_tokens(self) -> list[tuple[int, ...]]:
-        """Completion tokens of the responses of each example."""
-        return [tuple(stored + 1 for stored in responses) for _, *responses in self.layout]
+        """Number of targets of the responses of each example, of a batch on the host."""
+        tokens = iter(self.response_tokens.tolist())
+        return [tuple(itertools.islice(tokens, len(pieces) - 1)) for pieces in self.layout]
 
     @property
     def tokens(self) -> int:
@@ -90,7 +100,7 @@ def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
 
 
 def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
-    """Pack `sequences` into one micro-batch; `keys` are the content keys of their responses."""
+    """Pack `sequences` into one micro-batch; `keys` are the content keys of their whole responses."""
     inputs: list[Ids] = []
     positions: list[npt.NDArray[np.int64]] = []
     predictors: list[npt.NDArray[np.int64]] = []
@@ -111,16 +121,19 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
             start += tokens
         layout.append(tuple(lengths))
     responses = [response for pair in sequences for response in pair.responses]
+    mask = _mask(sequences)
+    is_target = slice(None) if mask is None else mask
     return PackedBatch(
         input_ids=_int64(np.concatenate(inputs)),
         position_ids=_int64(np.concatenate(positions)),
         layout=tuple(layout),
-        predictors=_int64(np.concatenate(predictors)),
-        targets=_int64(np.concatenate(responses)),
-        response_tokens=_int64(np.array([len(response) for response in responses])),
+        predictors=_int64(np.concatenate(predictors)[is_target]),
+        targets=_int64(np.concatenate(responses)[is_target]),
+        response_tokens=_int64(_target_counts(responses, mask)),
         keys=keys,
         weights=torch.ones(len(sequences)),
         ranking=_ranking([len(pair.responses) for pair in sequences]),
+        mask=mask,
     )
 
 
@@ -129,6 +142,21 @@ def dummy_batch() -> PackedBatch:
     one = np.zeros(1, dtype=np.int32)
     batch = pack([Sequences(one, (one, one))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
+
+
+def _mask(sequences: Sequence[Sequences]) -> Mask | None:
+    """Return `PackedBatch.mask`."""
+    if not any(pair.masks for pair in sequences):
+        return None
+    masks = [pair.masks or [np.ones(len(r), dtype=np.bool_) for r in pair.responses] for pair in sequences]
+    return np.concatenate(list(itertools.chain(*masks)))
+
+
+def _target_counts(responses: Sequence[Ids], mask: Mask | None) -> npt.NDArray[np.int64]:
+    lengths = np.array([len(response) for response in responses])
+    if mask is None:
+        return lengths
+    return np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
 
 
 def _ranking(counts: Sequence[int]) -> Tensor | None:

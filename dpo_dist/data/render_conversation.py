@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from dpo_dist.data.chat_renderer import CannotRenderError, ChatRenderer, Escapable, Turns
+from dpo_dist.data.chat_renderer import ChatRenderer, Escapable, Turns
 from dpo_dist.data.chat_template import (
     ends_opened_thought,
     ends_thought,
@@ -11,7 +11,7 @@ from dpo_dist.data.chat_template import (
     within_thought,
     without_open_thought,
 )
-from dpo_dist.data.records import Fields, Message, Messages
+from dpo_dist.data.records import Fields, Message, Messages, UnusableRecordError
 from dpo_dist.data.tokenizer import TokenizerFacts
 from dpo_dist.data.turn_trace import Span, Trace
 
@@ -73,7 +73,7 @@ class Conversation:
         """Render the prompt and its responses.
 
         Raises:
-            CannotRenderError: the template rejects a conversation, or does not write all turns of a response.
+            UnusableRecordError: the template rejects a conversation or omits a turn of a response.
         """
         if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
             return self._render_turns(responses)
@@ -116,7 +116,7 @@ class Conversation:
         trace = self._chat.trace(turns, self._context)
         span = trace.spans[-1]
         if span is None:
-            raise CannotRenderError("turn_not_rendered", "the chat template does not write the response")
+            raise UnusableRecordError("turn_not_rendered", "the chat template does not write the response")
         turn = trace.text[slice(*span)]
         return self._facts.until_end(turn[self._header_length(turn, self._prompt, self._role) :])
 
@@ -199,7 +199,7 @@ class Conversation:
         for index, message in enumerate(response, start=len(self._prompt)):
             span = trace.spans[index]
             if span is None:
-                raise CannotRenderError("turn_not_rendered", "the chat template does not write a turn")
+                raise UnusableRecordError("turn_not_rendered", "the chat template does not write a turn")
             first, turn = span[0], trace.text[slice(*span)]
             is_assistant = message.role == "assistant"
             header = self._header_length(turn, turns[:index], role) if is_assistant else 0

@@ -16,7 +16,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template.
 
     Raises:
-        CannotRenderError: the template rejects the record or would lose a part of it.
+        UnusableRecordError: the template rejects the record or would lose a part of it.
         ConfigError: the tokenizer has no chat template for messages, or an unusable one.
     """
     prompt = record.prompt

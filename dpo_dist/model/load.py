@@ -75,7 +75,7 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
         check_liger(model_config.model_type, device)
     if config.compile:
         check_compiler(device)
-    causal_lm = _load_weights(folder, model_config, config, device)
+    causal_lm = load_weights(folder, model_config, config, device, attention=PACKED)
     if config.quantization is not None:
         keep_trainable(causal_lm)
     if config.liger:
@@ -84,28 +84,49 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
     return PackedCausalLM(causal_lm, backend, config.compile)
 
 
-def _load_weights(folder: Path, model_config: Any, config: ModelConfig, device: torch.device) -> Any:
+def load_weights(
+    folder: Path,
+    model_config: Any,
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    attention: str | None = None,
+    key: str = "model.path",
+) -> Any:
+    """Return the causal language model of `folder`, with every weight read and none left at random.
+
+    Args:
+        folder: of the model.
+        model_config: from `load_config`.
+        config: precision, quantization, remote code.
+        device: of the forward.
+        attention: name of the attention implementation; None: transformers' choice.
+        key: the configuration key to name in an error.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or weights are missing or not used.
+    """
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=model_config,
             dtype=TORCH_DTYPES[config.dtype],
-            attn_implementation=PACKED,
+            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
-            "the model cannot be loaded", where="model.path", got=f"{folder}: {_first_line(error)}"
+            "the model cannot be loaded", where=key, got=f"{folder}: {_first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
             "the model folder lacks weights, which would be initialized to random values",
-            where="model.path",
+            where=key,
             got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
-            remedy="set model.path to a complete model folder",
+            remedy=f"set {key} to a complete model folder",
         )
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpo_dist.config.loss_function import find_loss_function, loss_function
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.user_function import find_function, user_function
 from dpo_dist.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
@@ -30,7 +30,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     """
     if LossKind.custom not in config.kinds:
         return None
-    loss_function(config.function)
+    user_function(config.function)
     alone = replace(config, kind=LossKind.custom, terms=[])
     policy, reference = _invented_pairs(device or torch.device("cpu"))
     losses = _called(policy, reference, alone)
@@ -53,7 +53,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
             losses,
             "a loss of each pair that does not depend on the other pairs (no mean, no sorting over pairs)",
         )
-    return f"custom loss {find_loss_function(config.function)}"
+    return f"custom loss {find_function(config.function)}"
 
 
 def _called(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_dist.config.loss_function import loss_function
 from dpo_dist.config.loss_kinds import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.user_function import user_function
 from dpo_dist.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.running_stats import RunningMeans
@@ -232,7 +232,7 @@ def _whole_chosen(policy: PairLogps) -> Tensor:
 
 
 def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor:
-    losses = loss_function(config.function)(policy, reference, config)
+    losses = user_function(config.function)(policy, reference, config)
     if not isinstance(losses, Tensor) or losses.shape != policy.chosen.shape:
         raise ConfigError(
             "the loss function does not return one loss per pair",

@@ -64,11 +64,12 @@ class StoredReference(ReferenceProvider):
     store: LogpStore
 
     def attach(self, batch: PackedBatch) -> PackedBatch:
-        """Look up the batch's entries; a dummy batch gets zeros."""
+        """Look up the batch's entries, which are of whole responses; a dummy batch gets zeros."""
         if not len(batch.keys):
             return replace(batch, reference_logps=torch.zeros(len(batch.targets)))
         values = np.concatenate(self.store.read(batch.keys))
-        return replace(batch, reference_logps=torch.from_numpy(values))
+        scored = values if batch.mask is None else values[batch.mask]
+        return replace(batch, reference_logps=torch.from_numpy(scored))
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Return the log-probs that `attach` looked up."""

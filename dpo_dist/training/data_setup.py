@@ -7,24 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
-from dpo_dist.data.dataset import (
-    PreferenceDataset,
-    count_duplicates,
-    count_shared,
-    open_dataset,
-    remembered_count,
-)
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.duplicates import count_duplicates, count_shared, count_shared_prompts, remembered_count
 from dpo_dist.data.micro_batches import ComputeCosts
+from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
@@ -87,17 +81,23 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
 
-    def encode(name: str, sources: Sequence[SourceConfig]) -> PreferenceDataset:
-        dataset = _encode(name, sources, tokenizer, folder, config, world, console)
+    def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
+        dataset = _encode(name, sources, part, tokenizer, folder, config, world, console)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, model_config.vocab_size))
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    train_set = encode("train", config.data.train)
     eval_set = None
-    if config.data.eval:
-        eval_set = encode("eval", config.data.eval)
-        eval_set = _with_count(eval_set, "also_in_train", count_shared, config, world, train_set)
+    if config.data.eval_sources:
+        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    eval_prompts = None if eval_set is None else eval_set.prompts[:]
+    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
+    if eval_set is not None:
+        for count_name, count in (
+            ("also_in_train", count_shared),
+            ("prompts_also_in_train", count_shared_prompts),
+        ):
+            eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     flops = count_flops(model_config, config.model.adapter)
     inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, sampler, flops)
@@ -112,6 +112,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
 def _encode(
     name: str,
     sources: Sequence[SourceConfig],
+    part: Part,
     tokenizer: PreTrainedTokenizerBase,
     model_folder: Path,
     config: RunConfig,
@@ -121,7 +122,9 @@ def _encode(
     """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
     with console.counter(f"encoding {name} data", "record") as count:
         encoded = world.on_main(
-            lambda: prepare_dataset(sources, config.data, tokenizer, tokenizer_digest(model_folder), count),
+            lambda: prepare_dataset(
+                sources, config.data, tokenizer, tokenizer_digest(model_folder), count, part
+            ),
             console.heartbeat(f"preparing the {name} data"),
         )
     # A node that sees the files on another device verifies them again.
@@ -143,27 +146,6 @@ def _with_count(
     cache = Path(config.data.cache)
     number = world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
     return replace(dataset, counts=dataset.counts | {name: number})
-
-
-def check_ids_in_vocabulary(
-    dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> None:
-    """Check that the model has an embedding of every token id in the data.
-
-    Tokenizers often have more tokens than their model; these (a padding token) never occur in text.
-
-    Raises:
-        ConfigError: an id in the data is `vocab_size` or above.
-    """
-    largest = dataset.largest_id
-    if largest >= vocab_size:
-        raise ConfigError(
-            "the data contain a token without an embedding in the model",
-            where="model.path",
-            got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
-            expected=f"ids below the model's vocab_size of {vocab_size}",
-            remedy="use the tokenizer that belongs to the model, or resize the model's embeddings to it",
-        )
 
 
 def _digest_models(
@@ -190,55 +172,6 @@ def _digest_models(
         revision = config.reference.revision
         folder = shared_model_folder(config.reference.path, revision, "reference.path", world, console)
     return policy_files, digest(folder, loads_whole=reference_is_whole)
-
-
-def check_data_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """Check all examples of a dataset with `check_fits_loss`."""
-    every = np.arange(len(dataset), dtype=np.int64)
-    check_fits_loss(
-        loss,
-        dataset.response_counts(every),
-        lambda: dataset.score_gaps(every),
-        lambda index: str(dataset.origin(index)),
-    )
-
-
-def check_fits_loss(
-    loss: LossConfig,
-    response_counts: npt.NDArray[np.int64],
-    score_gaps: Callable[[], npt.NDArray[np.floating]],
-    origin: Callable[[int], str],
-) -> None:
-    """Check that every example has the responses and scores that the loss compares.
-
-    Args:
-        loss: the configured loss.
-        response_counts: [examples], the number of responses of each.
-        score_gaps: returns [examples], score of the best response minus that of the worst, or nan.
-        origin: returns the file and line of an example.
-
-    Raises:
-        DataError: an example has too few or too many responses, or no score gap above 0 where the loss takes
-            its logarithm.
-    """
-
-    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
-        if misfits.any():
-            raise DataError(
-                f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
-                where="; ".join(origin(int(index)) for index in np.flatnonzero(misfits)[:5]),
-                got=got,
-                remedy=remedy,
-            )
-
-    if not loss.is_one_sided:
-        check(response_counts < 2, "1 response", "set loss=sft, or use data with two responses")
-    if not loss.accepts_rankings:
-        remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
-        check(response_counts > 2, "a ranking of more than two responses", remedy)
-    if loss.needs_scores:
-        got = "no scores, or a chosen response that is not scored above the rejected one"
-        check(~(score_gaps() > 0), got, "remove these records, or set another loss.kind")
 
 
 def shared_model_folder(path: str, revision: str | None, key: str, world: World, console: Console) -> Path:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
+from dpo_dist.data.acceptance import check_fits_loss
 from dpo_dist.data.build_dataset import check_template_keys
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import encode_chunk
@@ -22,7 +23,6 @@ from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.vocabulary import check_same_vocabulary
-from dpo_dist.training.data_setup import check_fits_loss
 
 _FIRST_RECORDS = 64
 

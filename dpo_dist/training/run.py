@@ -18,10 +18,11 @@ from dpo_dist.distributed.checkpoint import (
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.joined import joined
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
-from dpo_dist.distributed.world import World, start_world, stop_world
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, Outcome
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
@@ -202,16 +203,9 @@ def _world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.trainer.deterministic:
         use_deterministic_kernels()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
-    world = start_world(deepspeed_config, config.parallelism.timeout_seconds)
-    torch.manual_seed(config.trainer.seed)
-    try:
-        with world.watch(console.alarm):
-            yield world
-    except BaseException:
-        if world.size == 1:  # with others, leaving could wait for a rank that has not failed
-            stop_world()
-        raise
-    stop_world()
+    with joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world:
+        torch.manual_seed(config.trainer.seed)
+        yield world
 
 
 def _open_recorder(

@@ -14,9 +14,9 @@ from typing import Any, TextIO, TypeVar
 
 from dpo_dist.atomic import is_temporary, recover_folder, write_text
 from dpo_dist.config.load import to_yaml
-from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
 from dpo_dist.distributed.world import World
@@ -207,7 +207,7 @@ def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:
     described = world.together(lambda: check_custom_loss(config.loss, world.device))
     if described is None:
         return {}
-    digests = world.gather(find_loss_function(config.loss.function).digest[:8])
+    digests = world.gather(find_function(config.loss.function).digest[:8])
     if len(set(digests)) > 1:
         raise ConfigError(
             "ranks have different sources of the loss function",

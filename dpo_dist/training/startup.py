@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.user_function import find_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
@@ -35,7 +35,7 @@ def check_start(config: RunConfig) -> None:
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
     if LossKind.custom in config.loss.kinds:
-        find_loss_function(config.loss.function)
+        find_function(config.loss.function)
     _check_packages(config)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:

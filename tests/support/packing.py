@@ -38,10 +38,11 @@ def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Seque
 
 
 def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
-    """Return a dataset in memory of these pairs, with their content keys."""
+    """Return a dataset in memory of these pairs, with their masks and content keys."""
     pieces = [piece for pair in pairs for piece in (pair.prompt_ids, *pair.responses)]
     keys = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
     lengths = np.array([len(piece) for piece in pieces])
+    masks = [mask for pair in pairs for mask in pair.masks or [np.ones(len(r), bool) for r in pair.responses]]
     return PreferenceDataset(
         fingerprint="",
         counts={},
@@ -54,6 +55,10 @@ def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
         pair_pieces=np.cumsum([1 + len(pair.responses) for pair in pairs]),
         keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
         scores=np.full(len(keys), np.nan),
+        trained=np.concatenate([np.empty(0, dtype=np.bool_), *masks]),
+        mask_starts=np.cumsum([0, *map(len, masks)])[:-1],
+        trained_tokens=np.array([mask.sum() for mask in masks]),
+        prompts=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
     )
 

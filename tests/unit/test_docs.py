@@ -34,16 +34,15 @@ def first_column(page: str, heading: str) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
-def _makes_bad_record(call: ast.Call) -> bool:
-    return getattr(call.func, "id", "") in ("BadRecord", "CannotRenderError")
-
-
 def reasons_in_code() -> set[str]:
     """Return the reasons of bad records; composed ones are `identical_after_...`."""
     found = set()
     for module in (PACKAGE / "data").glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and _makes_bad_record(node):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                "BadRecord",
+                "UnusableRecordError",
+            ):
                 reason = node.args[0]
                 if isinstance(reason, ast.Constant):
                     found.add(reason.value)
@@ -105,7 +104,7 @@ def test_named_keys_and_linked_files_exist(page: Path) -> None:
     text = page.read_text()
     prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
     named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
-    files = (".py", ".html", ".yaml", ".json", ".md")
+    files = (".py", ".html", ".yaml", ".json", ".jsonl", ".md")
     assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)
     assert [test for test in tests if not (ROOT / test).exists()] == []

@@ -17,6 +17,8 @@ LAYERS = (
     "model",
     "distributed",
     "reference",
+    "generation",
+    "diagnostics",
     "report",
     "training",
 )

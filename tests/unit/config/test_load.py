@@ -11,9 +11,9 @@ import pytest
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import key_types
-from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
+from dpo_dist.config.load import compose, config_dir, from_yaml, load_run_config, resolve, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
-from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, RunConfig, TrainerConfig
+from dpo_dist.config.schema import NO_MODEL, Dtype, Offload, ReferenceMode, RunConfig, TrainerConfig
 from dpo_dist.errors import ConfigError
 from tests.support.own_loss import OWN
 
@@ -284,3 +284,11 @@ def test_the_automatic_mode_and_the_same_mode_given_are_one_run() -> None:
 def test_an_option_that_the_mode_does_not_use_is_an_error() -> None:
     error = error_of("loss=simpo", "reference.offload=cpu")
     assert error.where == "reference.offload, reference.mode"
+
+
+def test_a_verb_can_work_without_a_model() -> None:
+    composed = compose(["data.train=[a.jsonl]"])
+    assert resolve(composed, needs_model=False).model.path == NO_MODEL
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        resolve(composed)
+    assert resolve(compose(RUN), needs_model=False).model.path == "m"

@@ -64,7 +64,7 @@ MISTYPED = [
     ("'data.train=[{file: a}]'", "did you mean path?"),
     ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
     ("max_completion_length=128", "set data.max_length"),
-    ("val_size=0.1", "data.eval=[held_out.jsonl]"),
+    ("val_size=0.1", "data.eval_share"),
     ("dataset_train_split=train", "split of a source"),
     ("torch_dtype=bfloat16", "write model.dtype=bf16"),
     ("torch_dtype=auto", "write model.dtype=..."),

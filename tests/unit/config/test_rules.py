@@ -27,6 +27,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
     ({"data.train": []}, "data.train"),
+    ({"doctor.thresholds": 3}, "doctor.thresholds"),
+    ({"doctor.thresholds": {"duplicates": "many"}}, "doctor.thresholds"),
+    ({"doctor.thresholds": {"duplicates": True}}, "doctor.thresholds"),
     ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval"),
     (
         {"data.train": [{"path": "a", "format": "text"}], "data.ranked": "all_pairs"},
@@ -68,6 +71,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss.kind": "custom", "run.dir": "here"}, "loss.function, loss.kind"),
     ({"loss.function": "my_losses:my_loss"}, "loss.function, loss.kind"),
     ({"optim.betas": [0.9]}, "optim.betas"),
+    ({"data.eval": ["b.jsonl"], "data.eval_share": 0.1}, "data.eval, data.eval_share"),
+    ({"data.eval_seed": 1}, "data.eval_seed"),
+    ({"data.eval_share": 0.1, "data.drop_eval_prompts": True}, "data.drop_eval_prompts"),
     ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
     ({"trainer.eval_at_start": True}, "trainer.eval_at_start, data.eval"),
     (
@@ -150,6 +156,8 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         {"parallelism.kind": "zero2", "parallelism.offload_optimizer": "cpu"},
         {"parallelism.offload_parameters": "cpu", "parallelism.offload_optimizer": "cpu"},
         {"trainer.eval_every": 10, "trainer.eval_at_start": True, "data.eval": ["b.jsonl"]},
+        {"trainer.eval_every": 10, "data.eval_share": 0.1, "data.eval_seed": 1},
+        {"data.eval": ["b.jsonl"], "data.drop_eval_prompts": True},
         {"optim.betas": [0.0, 0.999], "optim.warmup_ratio": 1.0, "data.max_bad_share": 1.0},
     ],
 )

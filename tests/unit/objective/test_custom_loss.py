@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.loss_function import find_loss_function
 from dpo_dist.config.loss_kinds import LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.objective.logps import PairLogps
@@ -61,7 +61,7 @@ def test_an_unusable_function_is_an_error_with_a_reason(
     body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    find_loss_function.cache_clear()
+    find_function.cache_clear()
     source = f"import torch\n\n\ndef mine(policy, reference, config):\n    {body}\n"
     (tmp_path / "own_refused.py").write_text(source)
     with pytest.raises(ConfigError) as caught:

@@ -1,8 +1,8 @@
-"""A user's own loss function: `loss.kind=custom loss.function=module:function`.
+"""A function of the user, given as `module:function`: a loss (`loss.function`) or a judge (`pairs.function`).
 
 The module is searched for in the current directory and then on Python's path. The source is read once: the
-text whose digest is part of the run's digest is the text that is executed. Modules that it imports are not
-part of the digest.
+text that is executed is the text of the digest, which is part of the run's digest or of provenance. Modules
+that it imports are not part of the digest.
 """
 
 import importlib.machinery
@@ -18,12 +18,12 @@ from typing import Any
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError
 
-_KEY = "loss.function"
+LOSS_FUNCTION = "loss.function"
 
 
 @dataclass(frozen=True)
-class LossFunction:
-    """The source of a loss function.
+class UserFunction:
+    """The source of a function.
 
     Attributes:
         module: its dotted name.
@@ -31,6 +31,7 @@ class LossFunction:
         file: the module's file.
         digest: of the file's text.
         text: the file's text.
+        key: the configuration key that names it.
     """
 
     module: str
@@ -38,14 +39,15 @@ class LossFunction:
     file: Path
     digest: str
     text: str = field(repr=False)
+    key: str
 
     def __str__(self) -> str:
         return f"{self.module}:{self.name} from {self.file} (source digest {self.digest[:8]})"
 
 
 @cache
-def find_loss_function(written: str | None) -> LossFunction:
-    """Return the source of `loss.function` without executing it.
+def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction:
+    """Return the source of a function without executing it.
 
     `compose` clears the cache, so that every configuration has the text of its time.
 
@@ -55,44 +57,44 @@ def find_loss_function(written: str | None) -> LossFunction:
     """
     if written is None:
         raise ConfigError(
-            "loss.kind=custom needs a function",
-            where=_KEY,
+            f"{key} needs a function",
+            where=key,
             got="null",
             expected="module:function",
-            remedy="set loss.function=my_losses:my_loss for the function my_loss in my_losses.py",
+            remedy=f"set {key}=my_module:my_function for the function my_function in my_module.py",
         )
     module, _, name = written.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), name]):
         raise ConfigError(
-            "loss.function is not the name of a function",
-            where=_KEY,
+            f"{key} is not the name of a function",
+            where=key,
             got=written,
             expected="module:function",
-            remedy="write the module with dots and without .py: loss.function=my_losses:my_loss",
+            remedy=f"write the module with dots and without .py: {key}=my_module:my_function",
         )
-    file = _source_file(module)
+    file = _source_file(module, key)
     try:
         text = importlib.util.decode_source(file.read_bytes())
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "the source of the loss function cannot be read",
-            where=_KEY,
+            f"the source of {key} cannot be read",
+            where=key,
             got=f"{file}: {error}",
             remedy="make the file readable, as Python source in UTF-8",
         ) from error
-    return LossFunction(module, name, file, text_digest(text), text)
+    return UserFunction(module, name, file, text_digest(text), text, key)
 
 
-def loss_function(written: str | None) -> Callable[..., Any]:
-    """Return the function that `loss.function` names; its module is executed once for each text.
+def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
+    """Return the function that is written as `module:function`; its module is executed once for each text.
 
     Raises:
-        ConfigError: as `find_loss_function`, or the module cannot be imported or has no such function.
+        ConfigError: as `find_function`, or the module cannot be imported or has no such function.
     """
-    return _executed(find_loss_function(written))
+    return _executed(find_function(written, key))
 
 
-def _source_file(module: str) -> Path:
+def _source_file(module: str, key: str) -> Path:
     path = [str(Path.cwd()), *sys.path]
     spec = None
     parts = module.split(".")
@@ -104,10 +106,10 @@ def _source_file(module: str) -> Path:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         remedy = f"start in the folder of {parts[0]}, or add that folder to PYTHONPATH; on every node"
         if parts[-1] == "py":
-            remedy = f"write the module without .py: {_KEY}={module.removesuffix('.py')}:..."
+            remedy = f"write the module without .py: {key}={module.removesuffix('.py')}:..."
         raise ConfigError(
-            "the module of the loss function is not found",
-            where=_KEY,
+            f"the module of {key} is not found",
+            where=key,
             got=f"{module}, searched for in {Path.cwd()} and on Python's path",
             expected="a module with a source file",
             remedy=remedy,
@@ -116,7 +118,7 @@ def _source_file(module: str) -> Path:
 
 
 @cache
-def _executed(found: LossFunction) -> Callable[..., Any]:
+def _executed(found: UserFunction) -> Callable[..., Any]:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     spec = importlib.util.spec_from_file_location(found.module, found.file)
@@ -132,8 +134,8 @@ def _executed(found: LossFunction) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
         sys.modules.pop(found.module, None)
         raise ConfigError(
-            "the module of the loss function cannot be imported",
-            where=_KEY,
+            f"the module of {found.key} cannot be imported",
+            where=found.key,
             got=f"{found.file}: {type(error).__name__}: {error}".removesuffix(": "),
             remedy=f"correct the module until python -c 'import {found.module}' works",
         ) from error
@@ -141,8 +143,8 @@ def _executed(found: LossFunction) -> Callable[..., Any]:
     if not callable(function):
         functions = _functions(module)
         raise ConfigError(
-            "the module of the loss function has no such function",
-            where=_KEY,
+            f"the module of {found.key} has no such function",
+            where=found.key,
             got=f"{found.name} in {found.file}",
             expected=f"one of {', '.join(functions)}" if functions else "a function",
             remedy="correct the name after the colon",

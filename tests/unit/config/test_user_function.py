@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.loss_function import find_loss_function, loss_function
+from dpo_dist.config.user_function import find_function, user_function
 from dpo_dist.errors import ConfigError
 
 RUN = ["model.path=m", "data.train=[a.jsonl]", "loss=custom"]
@@ -18,7 +18,7 @@ SOURCE = "def mine(policy, reference, config):\n    return config.beta * 1\n"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    find_loss_function.cache_clear()
+    find_function.cache_clear()
     return tmp_path
 
 
@@ -50,13 +50,13 @@ def test_what_is_executed_is_the_text_of_the_digest(folder: Path) -> None:
     for number in "12":
         file.write_text(SOURCE.replace("1", number))
         config = load_run_config([*RUN, "loss.function=own_text:mine", "loss.beta=3"])
-        assert loss_function(config.loss.function)(None, None, config.loss) == 3 * int(number)
+        assert user_function(config.loss.function)(None, None, config.loss) == 3 * int(number)
 
 
 def test_a_module_written_with_its_suffix_is_corrected(folder: Path) -> None:
     (folder / "own_suffix.py").write_text(SOURCE)
     with pytest.raises(ConfigError) as caught:
-        loss_function("own_suffix.py:mine")
+        user_function("own_suffix.py:mine")
     assert caught.value.remedy == "write the module without .py: loss.function=own_suffix:..."
 
 
@@ -66,20 +66,20 @@ def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
     (package / "__init__.py").write_text("")
     (package / "numbers.py").write_text("TWO = 2\n")
     (package / "losses.py").write_text("from .numbers import TWO\n\n\ndef mine(*_):\n    return TWO\n")
-    assert loss_function("own_package.losses:mine")() == 2
+    assert user_function("own_package.losses:mine")() == 2
 
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n# \xe9\n"])
 def test_a_module_is_decoded_as_python_decodes_it(folder: Path, start: bytes) -> None:
     (folder / "own_encoding.py").write_bytes(start + SOURCE.encode())
     config = load_run_config([*RUN, "loss.function=own_encoding:mine", "loss.beta=3"])
-    assert loss_function(config.loss.function)(None, None, config.loss) == 3
+    assert user_function(config.loss.function)(None, None, config.loss) == 3
 
 
 def test_the_error_lists_the_functions_of_the_module(folder: Path) -> None:
     (folder / "own_names.py").write_text(f"from os.path import join\nmine_too = lambda: 0\n{SOURCE}")
     with pytest.raises(ConfigError) as caught:
-        loss_function("own_names:other")
+        user_function("own_names:other")
     assert caught.value.expected == "one of mine, mine_too"
 
 
@@ -104,6 +104,6 @@ def test_a_function_that_cannot_be_used_is_named(
 ) -> None:
     (folder / "own_fault.py").write_text(source)
     with pytest.raises(ConfigError, match=said) as caught:
-        loss_function(name)
+        user_function(name)
     assert caught.value.where == "loss.function"
     assert caught.value.remedy

@@ -1,0 +1,115 @@
+"""The keys of `pairs`: preference records from scores, models or people; see `schema`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dpo_dist.config.fields import key, section
+
+PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
+PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
+Engine = StrEnum("Engine", ["auto", "vllm", "transformers"])
+Unfinished = StrEnum("Unfinished", ["drop", "keep"])
+Verdicts = StrEnum("Verdicts", ["compare", "grade"])
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """A judge behind an OpenAI-compatible API; prompts and responses are sent to it."""
+
+    url: str | None = key(
+        None, "Address up to the version: `http://localhost:8000/v1`; null: no such judge.", filled=True
+    )
+    model: str | None = key(None, "Name of the model, as the endpoint lists it.", filled=True)
+    verdicts: Verdicts = key(
+        Verdicts.compare,
+        "`compare`: each two responses, in both positions; `grade`: each response by itself, 1 to 10.",
+    )
+    criterion: str = key(
+        "which response is more helpful, more honest and follows the instructions better",
+        "The criterion, as part of a sentence to the judge.",
+        filled=True,
+    )
+    key_variable: str = key(
+        "OPENAI_API_KEY", "Environment variable with the API key; without a value, none is sent.", filled=True
+    )
+    max_tokens: int = key(1024, "Most tokens of a verdict, with the judge's reasons.", at_least=1)
+    timeout_seconds: float = key(120.0, "Longest wait for a reply, in seconds.", above=0)
+    retries: int = key(
+        6, "Repetitions of a request that failed, after 1, 2, 4, ... seconds, at most 60.", at_least=0
+    )
+    parallel_requests: int = key(8, "Requests at a time, of each process.", at_least=1)
+    requests_per_minute: int | None = key(
+        None, "Most requests a minute, over all processes; null: no limit.", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class PeopleConfig:
+    """The labelling page of `pairs.method=people`."""
+
+    port: int = key(0, "Port of the page on 127.0.0.1; 0: a free one.", at_least=0, at_most=65535)
+    overlap: float = key(
+        0.2,
+        "Share of the comparisons that every annotator judges, for their agreement.",
+        at_least=0,
+        at_most=1,
+    )
+    repeats: float = key(
+        0.1, "Share of an annotator's comparisons that are shown twice to them.", at_least=0, at_most=1
+    )
+    blurred: bool = key(False, "Blur the texts until the annotator points at them.")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Preference records made of the prompts of `data.train`, or of the scores in it."""
+
+    method: PairsMethod = key(
+        PairsMethod.scores,
+        "`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`: "
+        "responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people.",
+    )
+    output: str | None = key(
+        None,
+        "File of the pairs, .jsonl or .parquet; null: `<run.dir>/pairs/pairs.jsonl`.",
+        filled=True,
+    )
+    limit: int | None = key(
+        None, "Number of different prompts to use; null: all, or 1000 for `people`.", at_least=1
+    )
+    select: PairSelection = key(
+        PairSelection.best_worst,
+        "Pairs of a prompt, by scores: best and worst, best and a random one, or all.",
+    )
+    margin: float = key(
+        0.0, "Scores of a pair differ by more than this; equal scores are never a pair.", at_least=0
+    )
+    seed: int = key(0, "Seed of samples and random choices.", at_least=0)
+    models: list[str] = key(
+        [],
+        "Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then "
+        "the weaker one. Empty: `model.path`.",
+    )
+    samples: int = key(4, "Responses of each model to a prompt; `delta` takes one.", at_least=1)
+    max_new_tokens: int = key(512, "Most tokens of a response.", at_least=1)
+    temperature: float = key(1.0, "Temperature of sampling; 0: the likeliest token each time.", at_least=0)
+    top_p: float = key(
+        1.0, "Sample from the likeliest tokens with this sum of probabilities.", above=0, at_most=1
+    )
+    top_k: int = key(0, "Sample from this number of likeliest tokens; 0: from all.", at_least=0)
+    unfinished: Unfinished = key(
+        Unfinished.drop, "Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."
+    )
+    engine: Engine = key(Engine.auto, "Program that generates; `auto`: vLLM if it is installed.")
+    batch_tokens: int = key(
+        32768, "Most tokens of a batch: its rows times the longest prompt with its response.", at_least=1
+    )
+    part_prompts: int = key(
+        64, "Prompts of one part: after an interruption, finished parts are not repeated.", at_least=1
+    )
+    reward_model: str | None = key(
+        None, "Judge: folder or hub name of a sequence classification model with one output.", filled=True
+    )
+    function: str | None = key(None, "Judge: your own function, as `module:function`.", filled=True)
+    endpoint: EndpointConfig = section(EndpointConfig)
+    people: PeopleConfig = section(PeopleConfig)

@@ -1,0 +1,106 @@
+"""Split records into training and evaluation data by a hash of their prompts.
+
+The hash is over the roles and texts of a prompt. So the side of a prompt does not depend on the format of its
+record, on the tokenizer, on other records or on their order, and both sides share no prompt.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.data.counts import HELD_OUT, LEFT_IN_TRAIN
+from dpo_dist.data.records import Dialogue, Message, Prompt
+
+PromptHashes = npt.NDArray[np.uint64]
+_HASH_BYTES = 8
+
+
+def prompt_hash(prompt: Prompt) -> int:
+    """Return 64 bits of a hash over the roles and texts of a prompt, with single spaces for white space.
+
+    A text is the same prompt as a user turn of this text, a dialogue the same as its messages.
+    """
+    match prompt:
+        case str():
+            messages: tuple[Message, ...] = (Message("user", prompt),)
+        case Dialogue():
+            messages = prompt.messages()
+        case _:
+            messages = prompt
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for message in messages:
+        for text in (message.role, message.content):
+            content = " ".join(text.split()).encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return int.from_bytes(digest.digest(), "little")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The records of sources that belong to the training data, or to the evaluation data.
+
+    Attributes:
+        is_eval: whether these are the evaluation data of a split of the training sources.
+        share: `data.eval_share`.
+        seed: `data.eval_seed`.
+        held_out: uint64 [prompts], ascending: `prompt_hash` of prompts that are not in the training data.
+    """
+
+    is_eval: bool = False
+    share: float = 0.0
+    seed: int = 0
+    held_out: PromptHashes | None = None
+
+    @property
+    def has_bad_records(self) -> bool:
+        """Whether records that cannot be read belong to this part: those without a prompt are in training."""
+        return not self.is_eval
+
+    @property
+    def others(self) -> str:
+        """The name under which records of the other part are counted."""
+        return LEFT_IN_TRAIN if self.is_eval else HELD_OUT
+
+    @property
+    def identity(self) -> list[str]:
+        """A text for each property that selects records; empty if all records belong to this part."""
+        split = [f"{'eval' if self.is_eval else 'train'} {self.share!r} {self.seed}"] if self.share else []
+        held_out = [] if self.held_out is None else [hashlib.blake2b(self.held_out.tobytes()).hexdigest()]
+        return split + held_out
+
+    def has(self, prompt: int) -> bool:
+        """Return whether records with this `prompt_hash` belong to this part."""
+        if self.held_out is not None:
+            index = int(np.searchsorted(self.held_out, np.uint64(prompt)))
+            if index < len(self.held_out) and int(self.held_out[index]) == prompt:
+                return False
+        return not self.share or self._is_drawn(prompt) == self.is_eval
+
+    def _is_drawn(self, prompt: int) -> bool:
+        seeded = prompt.to_bytes(_HASH_BYTES, "little") + self.seed.to_bytes(_HASH_BYTES, "little")
+        drawn = hashlib.blake2b(seeded, digest_size=_HASH_BYTES).digest()
+        return int.from_bytes(drawn, "little") < self.share * 2.0 ** (8 * _HASH_BYTES)
+
+
+ALL_RECORDS = Part()
+
+
+def train_part(config: DataConfig, eval_prompts: PromptHashes | None) -> Part:
+    """Return the part of the training sources that is trained.
+
+    Args:
+        config: `eval_share`, `eval_seed` and `drop_eval_prompts` are used.
+        eval_prompts: uint64 [examples], prompt hashes of the encoded evaluation data, if there are any.
+    """
+    held_out = None
+    if config.drop_eval_prompts and eval_prompts is not None:
+        held_out = np.unique(eval_prompts)
+    return Part(share=config.eval_share, seed=config.eval_seed, held_out=held_out)
+
+
+def eval_part(config: DataConfig) -> Part:
+    """Return the part of the evaluation sources that is evaluated: all of `data.eval`, else the split's."""
+    return Part(is_eval=config.eval_share > 0, share=config.eval_share, seed=config.eval_seed)

@@ -1,0 +1,231 @@
+"""Types of the doctor's report: findings, and the facts about each source on which they are based."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+Level = StrEnum("Level", ["note", "warning", "error"])
+"""`note`: good to know; `warning`: look at it; `error`: training is likely to fail or to mislead."""
+
+SIDES = ("prompt", "chosen", "rejected")
+PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that the data break.
+
+    Attributes:
+        rule: name of the rule in `rules.RULES`.
+        level: how serious it is.
+        text: one sentence with its numbers. It has no text of a record, except that of a label leak, which
+            quotes single words by `repr`.
+        source: label of the source; None if the finding is about several.
+        count: number of records concerned (for a label leak: of records examined).
+        share: `count` as a share of the records that the rule is about; of a label leak: held-out accuracy.
+        examples: origins (``file:line``) of some of these records; for clusters several, joined by ", ".
+        remedy: advice, one sentence.
+    """
+
+    rule: str
+    level: Level
+    text: str
+    source: str | None
+    count: int
+    share: float | None
+    examples: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Number of records of a kind, with origins (``file:line``) of the first ones."""
+
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Distribution of a number over the records of a source.
+
+    Attributes:
+        count: number of values.
+        mean: exact.
+        smallest: exact.
+        largest: exact.
+        percentiles: by percent (`PERCENTILES`); exact below 1024, above within 1 %.
+        edges: [bins + 1], ascending edges of the histogram.
+        counts: [bins], values from one edge (included) to the next (excluded; the last bin includes both).
+    """
+
+    count: int
+    mean: float
+    smallest: float
+    largest: float
+    percentiles: Mapping[int, float]
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SideReport:
+    """Lengths of one side (`prompt`, `chosen`, `rejected`) and how `data.max_length` cuts them.
+
+    A chosen response is the first of a ranking, a rejected one the last.
+
+    Attributes:
+        characters: of the texts, without a template.
+        tokens: as encoded, before anything is cut; None without a tokenizer.
+        cut: number of kept records in which `max_length` or `max_prompt_length` cuts this side.
+        cut_tokens: tokens that are cut from them.
+    """
+
+    characters: Distribution
+    tokens: Distribution | None = None
+    cut: int = 0
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PrefixSharing:
+    """Computing a prompt once for all its responses.
+
+    Attributes:
+        tokens: of all responses, each with its prompt: without sharing.
+        unique_tokens: with each prompt counted once per record: with sharing.
+    """
+
+    tokens: int
+    unique_tokens: int
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that sharing saves."""
+        return 1 - self.unique_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def expected_gain(self) -> float:
+        """Factor by which the number of computed tokens falls."""
+        return self.tokens / self.unique_tokens if self.unique_tokens else 1.0
+
+
+@dataclass(frozen=True)
+class LeakTest:
+    """Held-out accuracy of guessing the chosen response from side-features alone.
+
+    Attributes:
+        feature: name of the feature or of the group of features; `all` for every feature together.
+        accuracy: share of held-out pairs guessed correctly; a tie counts as one half.
+        low: lower end of its confidence interval.
+        high: upper end.
+        pairs: number of pairs in the test.
+        differs: share of the pairs whose sides differ in the feature.
+        detail: the direction, or the most telling words quoted by `repr`; may be empty.
+    """
+
+    feature: str
+    accuracy: float
+    low: float
+    high: float
+    pairs: int
+    differs: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """Facts about one source.
+
+    Attributes:
+        label: its name in the report.
+        path: as configured.
+        is_eval: whether it is an evaluation source.
+        read: records read; `kept` + those in `dropped`.
+        kept: records with at least one example.
+        pairs: examples made from them.
+        dropped: dropped records by reason.
+        changed: changes that encoding made to kept records, by kind.
+        sides: lengths by side, see `SIDES`; `rejected` is missing if all records are completions.
+        prefix: None without a tokenizer.
+        shares: named shares of the kept records, such as `system_prompt`, `refusal_chosen`.
+        languages: share of each language (ISO 639-1) among the sampled prompts, largest first.
+        scores: named statistics of the scores, empty if the source has none.
+        leaks: the tests for label leaks, most accurate first.
+        notes: how numbers were approximated.
+    """
+
+    label: str
+    path: str
+    is_eval: bool
+    read: int
+    kept: int
+    pairs: int
+    dropped: Mapping[str, Occurrences] = field(default_factory=dict)
+    changed: Mapping[str, int] = field(default_factory=dict)
+    sides: Mapping[str, SideReport] = field(default_factory=dict)
+    prefix: PrefixSharing | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+    languages: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    leaks: tuple[LeakTest, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Across:
+    """Facts about all sources together; counts are of kept records.
+
+    Attributes:
+        duplicates: records equal to an earlier one.
+        near_duplicates: records nearly equal to an earlier one, duplicates included.
+        clusters: sizes of the largest groups of nearly equal records.
+        contradictions: records of which another record states the opposite preference.
+        repeated_prompts: records whose prompt occurs earlier.
+        leaked_prompts: evaluation records whose prompt is in the training data.
+        near_leaked_prompts: the same for prompts nearly equal to a training prompt, equal ones included.
+        benchmark_hits: records that overlap with a benchmark prompt.
+    """
+
+    duplicates: int = 0
+    near_duplicates: int = 0
+    clusters: tuple[int, ...] = ()
+    contradictions: int = 0
+    repeated_prompts: int = 0
+    leaked_prompts: int = 0
+    near_leaked_prompts: int = 0
+    benchmark_hits: int = 0
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """Everything that the doctor found in the data.
+
+    Attributes:
+        sources: in the order of `data.train`, then `data.eval`.
+        across: facts about all of them.
+        findings: the most serious first.
+    """
+
+    sources: tuple[SourceReport, ...]
+    across: Across
+    findings: tuple[Finding, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        report: dict[str, Any] = _plain(asdict(self))
+        for source, entry in zip(self.sources, report["sources"], strict=True):
+            if source.prefix is not None:
+                entry["prefix"] |= {
+                    "share": source.prefix.share,
+                    "expected_gain": source.prefix.expected_gain,
+                }
+        return report
+
+
+def _plain(value: Any) -> Any:
+    """Return mappings with text keys, and lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,131 @@
+"""Preference records as files: the fields that the trainer reads, with provenance; .jsonl or .parquet."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from dpo_dist.atomic import staged_file
+from dpo_dist.data.records import Dialogue, Message, Messages, PreferenceRecord, Prompt, Response
+from dpo_dist.errors import DataError
+
+_ROWS_PER_GROUP = 1024
+
+
+def pair_fields(
+    record: PreferenceRecord,
+    responses: tuple[Response, Response],
+    scores: tuple[float, float] | None,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the fields of one preference record.
+
+    Messages if the prompt is a conversation, else texts: the trainer renders both as it renders the record
+    from which the prompt was read.
+
+    Args:
+        record: the prompt with its tools and template arguments; its own responses are not used.
+        responses: chosen and rejected.
+        scores: of both, or None.
+        provenance: the origin of the record.
+    """
+    prompt, *sides = as_fields(record.prompt, responses)
+    fields: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
+    fields |= dict(zip(("chosen", "rejected"), sides, strict=True))
+    fields |= context_fields(record)
+    if scores is not None:
+        fields |= dict(zip(("score_chosen", "score_rejected"), scores, strict=True))
+    return fields | {"provenance": dict(provenance)}
+
+
+def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
+    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
+    if isinstance(prompt, Dialogue):
+        texts = map(str, responses)
+        return [None, *(prompt.text + (text if text[:1].isspace() else f" {text}") for text in texts)]
+    if isinstance(prompt, str):
+        return [prompt, *map(str, responses)]
+    return [_messages(prompt), *(_messages(_as_messages(response)) for response in responses)]
+
+
+def context_fields(record: PreferenceRecord) -> dict[str, Any]:
+    """Return tools and template arguments of a record, if it has any."""
+    fields: dict[str, Any] = {}
+    if record.tools:
+        fields["tools"] = [dict(tool) for tool in record.tools]
+    if record.template_arguments:
+        fields["chat_template_kwargs"] = dict(record.template_arguments)
+    return fields
+
+
+def _as_messages(response: Response) -> Messages:
+    return (Message("assistant", response),) if isinstance(response, str) else response
+
+
+def _messages(messages: Messages) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": turn.content, **turn.fields} for turn in messages]
+
+
+def write_pairs(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write records to a .jsonl or .parquet file, whole or not at all; return their number.
+
+    Raises:
+        DataError: there is no record, or a .parquet file cannot have both text and messages in one column.
+    """
+    with staged_file(file) as temporary:
+        write = _write_parquet if file.suffix == ".parquet" else write_lines
+        number = write(temporary, records)
+        if not number:
+            raise DataError(
+                "no pair can be made",
+                where=str(file),
+                got="no two usable responses of a prompt with different scores",
+                remedy="lower pairs.margin, or see the counts in logs/rank-0.log of the run directory",
+            )
+    return number
+
+
+def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object per line; return their number."""
+    number = 0
+    with file.open("w", encoding="utf-8") as stream:
+        for number, record in enumerate(records, start=1):  # noqa: B007  (the last number is the result)
+            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    return number
+
+
+def _write_parquet(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    number, writer = 0, None
+    try:
+        for rows in _groups(records):
+            # Fields of different types in each record, such as provenance, would need one schema of all.
+            flat = [row | {"provenance": json.dumps(row["provenance"], ensure_ascii=False)} for row in rows]
+            table = pyarrow.Table.from_pylist(flat, schema=None if writer is None else writer.schema)
+            writer = writer or pyarrow.parquet.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+            number += len(rows)
+    except (pyarrow.ArrowException, TypeError) as fault:
+        raise DataError(
+            "these records do not fit into one table",
+            where="pairs.output",
+            got=str(fault).splitlines()[0][:200],
+            remedy="name a file that ends with .jsonl",
+        ) from fault
+    finally:
+        if writer is not None:
+            writer.close()
+    return number
+
+
+def _groups(records: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        rows.append(dict(record))
+        if len(rows) == _ROWS_PER_GROUP:
+            yield rows
+            rows = []
+    if rows:
+        yield rows

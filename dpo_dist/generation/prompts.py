@@ -1,0 +1,145 @@
+"""The prompts of `pairs`: read once, without repetitions, into a file in whose order all processes work."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.atomic import staged_file
+from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
+from dpo_dist.data.encode import TokenIds, encode_pair
+from dpo_dist.data.prompts import read_prompts
+from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord, Prompt
+from dpo_dist.data.sources import pinned
+from dpo_dist.digests import content_digest, text_digest
+from dpo_dist.generation.counted import good_records
+
+_UNLIMITED = 2**30
+# Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.
+_PLACEHOLDER = "response\n</think>\n\nresponse"
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Different prompts in a file, one per line.
+
+    Attributes:
+        file: written by `write_prompts`.
+        count: number of prompts.
+        part_prompts: prompts of one part of the work.
+    """
+
+    file: Path
+    count: int
+    part_prompts: int
+
+    @property
+    def parts(self) -> int:
+        """The number of parts."""
+        return -(-self.count // self.part_prompts)
+
+    def part(self, index: int) -> list[PreferenceRecord]:
+        """Return the prompts of a part."""
+        start = index * self.part_prompts
+        with self.file.open(encoding="utf-8") as lines:
+            return [_parsed(line) for line in islice(lines, start, start + self.part_prompts)]
+
+
+def write_prompts(
+    folder: Path,
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> Path:
+    """Write the different prompts of `sources`, in their order, to a file named by its content.
+
+    Raises:
+        DataError: a source cannot be read, or too few of its records have a usable prompt.
+    """
+    seen: set[bytes] = set()
+    counts: Counter[str] = Counter()
+
+    def lines() -> Iterator[str]:
+        for record in _records(sources, data, say):
+            key = bytes.fromhex(prompt_key(record))
+            if key in seen:
+                counts["repeated"] += 1
+                continue
+            seen.add(key)
+            yield _line(record)
+
+    temporary = folder / "prompts.jsonl"
+    with staged_file(temporary) as staged, staged.open("w", encoding="utf-8") as stream:
+        stream.writelines(islice(lines(), limit))
+    file = folder / f"prompts-{content_digest([temporary])}.jsonl"
+    temporary.replace(file)
+    say(f"prompts: {len(seen):,} different ones" + (f", {counts['repeated']:,} repeated" if counts else ""))
+    return file
+
+
+def _records(
+    sources: Sequence[SourceConfig], data: DataConfig, say: Callable[[str], None]
+) -> Iterator[PreferenceRecord]:
+    for source in sources:
+        for record in good_records(read_prompts(pinned(source, None)), source, data, say):
+            if data.text_as_messages and isinstance(record.prompt, str):
+                yield replace(record, prompt=(Message("user", record.prompt),))
+            else:
+                yield record
+
+
+def prompt_key(record: PreferenceRecord) -> str:
+    """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
+    return text_digest(json.dumps(_content(record), sort_keys=True))
+
+
+def encode_prompt(
+    record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> TokenIds | BadRecord:
+    """Return the token ids of a prompt as training encodes them; a thought opened by the template is kept.
+
+    Raises:
+        ConfigError: as `encode_pair`.
+    """
+    limits = replace(data, max_length=_UNLIMITED, truncation=Truncation.drop)
+    encoded = encode_pair(replace(record, responses=(_PLACEHOLDER,)), tokenizer, limits)
+    return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
+
+
+def _content(record: PreferenceRecord) -> dict[str, Any]:
+    prompt: Any = record.prompt
+    if isinstance(prompt, Dialogue):
+        prompt = {"dialogue": prompt.text}
+    elif not isinstance(prompt, str):
+        prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
+    return {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
+
+
+def _line(record: PreferenceRecord) -> str:
+    origin = [record.origin.source, record.origin.line]
+    return json.dumps(_content(record) | {"origin": origin}) + "\n"
+
+
+def _parsed(line: str) -> PreferenceRecord:
+    fields = json.loads(line)
+    prompt: Prompt
+    match fields["prompt"]:
+        case str() as text:
+            prompt = text
+        case {"dialogue": text}:
+            prompt = Dialogue(text)
+        case turns:
+            prompt = tuple(Message(role, content, below) for role, content, below in turns)
+    return PreferenceRecord(
+        prompt,
+        (),
+        Origin(*fields["origin"]),
+        tools=tuple(fields["tools"]),
+        template_arguments=fields["arguments"],
+    )

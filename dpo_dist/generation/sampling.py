@@ -1,0 +1,184 @@
+"""Generate responses in batches: left padding, and random numbers of the sample, not of the batch."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from dpo_dist.data.encode import TokenIds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of generation; see `PairsConfig`.
+
+    Attributes:
+        max_new_tokens: most tokens of a response, its end of turn included.
+        temperature: 0 is greedy; top_p, top_k and seed have no effect then.
+        top_p: applied after top_k.
+        top_k: 0 is no limit.
+        seed: of all samples.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One response to generate.
+
+    Attributes:
+        prompt_ids: int32 [prompt tokens].
+        key: identifies the prompt.
+        number: of the sample, among all samples of the prompt.
+    """
+
+    prompt_ids: TokenIds
+    key: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated response.
+
+    Attributes:
+        ids: its tokens without the one that ended it.
+        is_finished: whether it ended by itself, within `max_new_tokens`.
+    """
+
+    ids: list[int]
+    is_finished: bool
+
+
+def random_numbers(sampling: Sampling, request: Request) -> Tensor:
+    """Return float64 [max_new_tokens] in [0, 1): from seed, prompt and number of the sample alone."""
+    text = f"{sampling.seed} {request.number} {request.key}"
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    return torch.from_numpy(generator.random(sampling.max_new_tokens))
+
+
+def batches(requests: Sequence[Request], new_tokens: int, budget: int) -> Iterator[list[int]]:
+    """Yield indices of requests of similar length, longest first.
+
+    The rows of a batch times the tokens of its longest prompt and response are at most `budget`; a single
+    row may exceed it.
+    """
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
+    while order:
+        rows = max(1, budget // (len(requests[order[0]].prompt_ids) + new_tokens))
+        yield order[:rows]
+        del order[:rows]
+
+
+@torch.inference_mode()
+def generate(
+    causal_lm: Any, requests: Sequence[Request], sampling: Sampling, stop_ids: Collection[int], budget: int
+) -> list[Sample]:
+    """Return a sample for each request, in their order.
+
+    Another composition of batches changes logits by rounding only: greedy responses and samples stay the
+    same unless two tokens are within that rounding, which is rare in float32 and usual in bf16.
+
+    Args:
+        causal_lm: a transformers model, in evaluation mode.
+        requests: prompts and numbers.
+        sampling: settings.
+        stop_ids: tokens that end a response, at least one.
+        budget: most tokens of a batch.
+    """
+    samples: dict[int, Sample] = {}
+    for indices in batches(requests, sampling.max_new_tokens, budget):
+        for index, ids in zip(indices, _batch(causal_lm, requests, indices, sampling, stop_ids), strict=True):
+            end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+            samples[index] = Sample(ids[:end], end is not None)
+    return [samples[index] for index in range(len(requests))]
+
+
+def _batch(
+    causal_lm: Any,
+    requests: Sequence[Request],
+    indices: Sequence[int],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+) -> list[list[int]]:
+    """Return the tokens after the prompt, of each of the requests at `indices`."""
+    chosen = [requests[index] for index in indices]
+    longest = max(len(request.prompt_ids) for request in chosen)
+    filler = min(stop_ids)
+    ids = torch.full((len(chosen), longest), filler, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(chosen):
+        length = len(request.prompt_ids)
+        ids[row, longest - length :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
+        mask[row, longest - length :] = 1
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        numbers = torch.stack([random_numbers(sampling, request) for request in chosen])
+        processors.append(_Draw(numbers.to(causal_lm.device), longest, sampling))
+    # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
+    causal_lm.generation_config = GenerationConfig()
+    output = causal_lm.generate(
+        input_ids=ids.to(causal_lm.device),
+        attention_mask=mask.to(causal_lm.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(stop_ids),
+            pad_token_id=filler,
+        ),
+        logits_processor=processors,
+    )
+    tokens: list[list[int]] = output[:, longest:].tolist()
+    return tokens
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Draws each row's next token with a number of its own, by the inverse of the cumulative distribution.
+
+    Args:
+        numbers: float64 [rows, steps], in [0, 1).
+        prompt_length: of the padded prompts.
+        sampling: settings.
+    """
+
+    def __init__(self, numbers: Tensor, prompt_length: int, sampling: Sampling):
+        self._numbers, self._prompt_length, self._sampling = numbers, prompt_length, sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return logits [rows, vocabulary] that are finite for the drawn token only."""
+        number = self._numbers[:, input_ids.shape[1] - self._prompt_length, None]
+        chances = truncated(scores, self._sampling).double().cumsum(-1)
+        whole = chances[:, -1:]
+        target = torch.minimum(number * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+        token = torch.searchsorted(chances, target, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return float32 probabilities [rows, vocabulary] after temperature, top-k and top-p.
+
+    Top-p keeps the likeliest tokens until their sum reaches `top_p` (arXiv 1904.09751). The rest is 0; the
+    remaining ones are not normalised again.
+    """
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return probabilities

@@ -1,0 +1,31 @@
+"""Make preference records: `python -m dpo_dist.pairs pairs.method=scores data.train=[scored.jsonl] ...`.
+
+`accelerate launch -m dpo_dist.pairs ...` shares the work among processes. The same command again continues
+after the finished parts. docs/pairs.md has a command for each method.
+"""
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ExitCode
+from dpo_dist.generation.startup import check_pairs, needs_this_process
+from dpo_dist.report.console import open_console
+
+
+def main(config: RunConfig) -> int:
+    """Write the preference records of `config.pairs`; return the exit code.
+
+    Raises:
+        DpoDistError: they cannot be made.
+    """
+    check_pairs(config)
+    if needs_this_process(config):
+        with open_console(RunFolder.of(config)) as console:
+            from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints into the log)
+
+            make_pairs(config, console)
+    return ExitCode.completed
+
+
+if __name__ == "__main__":
+    run_verb(main, needs_model=False)

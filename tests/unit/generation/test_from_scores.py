@@ -1,0 +1,92 @@
+"""`pairs.method=scores`: pairs of scored responses, which the trainer reads without options."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.errors import DataError
+from dpo_dist.generation.from_scores import pairs_from_scores
+from tests.support.records import assistant, jsonl, user
+
+SCORED = {
+    "prompt": [user("name a colour")],
+    "responses": [{"content": text, "score": score} for text, score in [("a", 3), ("b", 9), ("c", 1)]],
+}
+PAIR = {
+    "chosen": [user("hi"), assistant("hello")],
+    "rejected": [user("hi"), assistant("no")],
+    "score_chosen": 1,
+    "score_rejected": 4,
+}
+PLAIN = {"prompt": "two and two is", "responses": ["four", "five"], "scores": [1.0, 0.5]}
+
+
+def make(folder: Path, *records: Any, **keys: Any) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    file = folder / keys.pop("output", "pairs.jsonl")
+    overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
+    config = load_run_config(
+        ["model.path=m", f"data.train=[{jsonl(folder, *records)}]", f"pairs.output={file}", *overrides]
+    )
+    pairs_from_scores(config, said.append)
+    return file, said
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_the_trainer_reads_the_pairs_with_their_scores(tmp_path: Path, name: str) -> None:
+    file, _ = make(tmp_path, SCORED, PAIR, output=name)
+    first, second = (record for record in read_records(str(file)) if isinstance(record, PreferenceRecord))
+    assert (first.response_texts, first.scores) == (("b", "c"), (9.0, 1.0))
+    assert [turn.content for turn in first.prompt] == ["name a colour"]  # type: ignore[union-attr]
+    assert (second.response_texts, second.scores) == (("no", "hello"), (4.0, 1.0))
+
+
+def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
+    file, said = make(tmp_path, PAIR, SCORED, select="all_pairs", margin=3)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["score_chosen"], row["score_rejected"]) for row in rows] == [(9, 3), (9, 1)]
+    assert rows[0]["provenance"] == {
+        "source": f"{tmp_path}/records.jsonl:2",
+        "method": "scores",
+        "select": "all_pairs",
+        "margin": 3.0,
+        "seed": 0,
+        "ranks": [1, 2],
+        "responses": 3,
+    }
+    assert "1 below margin" in said[-1]
+
+
+def test_texts_stay_texts(tmp_path: Path) -> None:
+    file, _ = make(tmp_path, PLAIN)
+    row = json.loads(file.read_text())
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("two and two is", "four", "five")
+
+
+def test_an_hh_dialogue_is_written_as_one(tmp_path: Path) -> None:
+    start = "\n\nHuman: hi\n\nAssistant:"
+    hh = {"chosen": f"{start} yes", "rejected": f"{start} no", "score_chosen": 2, "score_rejected": 1}
+    file, _ = make(tmp_path, hh)
+    row = json.loads(file.read_text())
+    assert {key: row[key] for key in hh} == hh
+
+
+def test_records_without_scores_are_counted(tmp_path: Path) -> None:
+    _, said = make(tmp_path, SCORED, {"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert "1 without scores" in said[-1]
+
+
+def test_without_a_pair_no_file_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pair can be made"):
+        make(tmp_path, SCORED, margin=100)
+    assert [file.name for file in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_the_limit_counts_prompts(tmp_path: Path) -> None:
+    file, _ = make(tmp_path, PLAIN, SCORED, SCORED, limit=2, select="all_pairs")
+    assert len(file.read_text().splitlines()) == 1 + 3

@@ -1,0 +1,140 @@
+"""Batched generation equals that of each prompt alone; samples follow from seed, prompt and number."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from dpo_dist.generation.sampling import (
+    Request,
+    Sample,
+    Sampling,
+    batches,
+    generate,
+    random_numbers,
+    truncated,
+)
+from tests.support.tiny_model import write_model
+
+STOPS = [2, 7, 30]
+LENGTHS = [3, 11, 1, 6, 6, 24, 2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    # Defaults of a folder, which no setting here asks for.
+    GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = Path(tmp_path_factory.mktemp("plain"))
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def requests(numbers: tuple[int, ...] = (0,)) -> list[Request]:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(40, 250, length).astype(np.int32) for length in LENGTHS]
+    return [Request(ids, f"key {at}", number) for at, ids in enumerate(prompts) for number in numbers]
+
+
+def test_greedy_is_that_of_plain_generation_of_each_prompt(model: Any, plain: Any) -> None:
+    sampling = Sampling(12, temperature=0)
+    samples = generate(model, requests(), sampling, STOPS, budget=120)
+    for request, sample in zip(requests(), samples, strict=True):
+        ids = torch.from_numpy(request.prompt_ids.astype(np.int64))[None]
+        alone = plain.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=STOPS,
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()
+        expected = alone[:-1] if alone[-1] in STOPS else alone
+        assert sample == Sample(expected, alone[-1] in STOPS)
+
+
+def test_samples_are_the_same_in_any_batch_and_order(model: Any) -> None:
+    wanted = requests((0, 1, 2))
+    sampling = Sampling(16, temperature=1.3, top_p=0.9, top_k=50, seed=3)
+    together = generate(model, wanted, sampling, STOPS, budget=10**6)
+    order = np.random.default_rng(1).permutation(len(wanted))
+    for budget in (1, 150):
+        again = generate(model, [wanted[at] for at in order], sampling, STOPS, budget)
+        assert [together[at] for at in order] == again
+    assert len({tuple(sample.ids) for sample in together}) == len(wanted)
+    assert {sample.is_finished for sample in together} == {True, False}
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.1}])
+def test_each_setting_has_an_effect(model: Any, other: dict[str, Any]) -> None:
+    usual = {"temperature": 1.3, "seed": 0}
+    first = generate(model, requests(), Sampling(8, **usual), STOPS, 10**6)
+    assert first != generate(model, requests(), Sampling(8, **usual | other), STOPS, 10**6)
+
+
+def test_a_longer_limit_continues_the_same_response(model: Any) -> None:
+    short = generate(model, requests(), Sampling(5), STOPS, 10**6)
+    long = generate(model, requests(), Sampling(15), STOPS, 10**6)
+    assert [sample.ids for sample in short] == [sample.ids[:5] for sample in long]
+
+
+def test_a_response_ends_at_every_stop_token_and_only_there(model: Any) -> None:
+    for sample in generate(model, requests(tuple(range(30))), Sampling(30, temperature=2.0), STOPS, 10**6):
+        assert not set(STOPS) & set(sample.ids)
+        assert sample.is_finished or len(sample.ids) == 30
+
+
+def test_the_tokens_of_a_batch_are_bounded() -> None:
+    wanted = requests((0, 1))
+    found = list(batches(wanted, new_tokens=10, budget=60))
+    assert sorted(index for batch in found for index in batch) == list(range(len(wanted)))
+    for batch in found:
+        longest = max(len(wanted[index].prompt_ids) for index in batch)
+        assert len(batch) * (longest + 10) <= 60
+    assert [len(batch) for batch in batches(wanted, 10, budget=5)] == [1] * len(wanted)
+
+
+def test_random_numbers_differ_by_seed_prompt_and_number() -> None:
+    one = requests()[0]
+    draws = [
+        random_numbers(Sampling(4, seed=seed), Request(one.prompt_ids, key, number))
+        for seed in (0, 1)
+        for key in ("a", "b")
+        for number in (0, 1)
+    ]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 8
+
+
+def test_samples_have_the_distribution_of_the_model(model: Any) -> None:
+    prompt = requests()[1].prompt_ids
+    many = [Request(prompt, "key", number) for number in range(3000)]
+    drawn = [sample.ids[0] for sample in generate(model, many, Sampling(1), [10**6], 10**6)]
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1]
+    expected = logits.softmax(-1).numpy()
+    observed = np.bincount(drawn, minlength=len(expected)) / len(drawn)
+    assert np.abs(np.cumsum(observed) - np.cumsum(expected)).max() < 0.03  # Kolmogorov: 1.7 / sqrt(3000)
+
+
+def test_truncation_keeps_the_likeliest_tokens() -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    kept = {
+        "all": truncated(logits, Sampling(1)),
+        "top_k": truncated(logits, Sampling(1, top_k=2)),
+        "top_p": truncated(logits, Sampling(1, top_p=0.6)),
+    }
+    assert {name: (row[0] > 0).tolist() for name, row in kept.items()} == {
+        "all": [True, True, True, True],
+        "top_k": [False, True, False, True],
+        "top_p": [False, True, False, True],
+    }
+    assert torch.allclose(kept["all"], torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
