@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.chat_template import argument_names, check_arguments, chosen_template, has_clock
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, encode_in_order
 from dpo_dist.data.encoded_source import (
     MEMO_FOLDER,
@@ -84,7 +85,7 @@ def prepare_dataset(
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
-    for source in sources:
+    for source in map(resolved, sources):
         folder = _encoded(source, config, tokenizer, digest, progress, part)
         encoded.append(EncodedSource(source.path, folder, source.limit))
     return tuple(encoded)
@@ -208,6 +209,8 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest
         "kinds": [file_kind(file) for file in local_files(source) or []],
         "format": source.format,
         "split": source.split,
+        "columns": source.columns,
+        "tags": source.tags,
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

@@ -99,6 +99,24 @@ def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
         opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
 
 
+def test_columns_and_tags_change_the_fingerprint_and_the_file_of_an_entry_does_not(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    columns = {"rejected": "rejected"}
+    sources = [
+        SourceConfig(path),
+        SourceConfig(path, columns=columns),
+        SourceConfig(path, tags={"user_tag": "me"}),
+    ]
+    assert len({prepare(tmp_path, source) for source in sources}) == 3
+    entry = {"file_name": "records.jsonl", "ranking": True, "formatting": "alpaca"}
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+        jsonl(tmp_path / name, *({"instruction": "q", **record} for record in GOOD))
+    here, there = (SourceConfig(str(tmp_path / name), name="mine") for name in ("here", "there"))
+    assert prepare(tmp_path, here) == prepare(tmp_path, there)
+
+
 def test_records_have_the_origin_of_the_configured_path(tmp_path: Path) -> None:
     below = tmp_path / "a"
     below.mkdir()
