@@ -12,7 +12,7 @@ from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
 
 Pair = dict[str, Any]
 
-_WORDS = (
+_TEXT = (
     "the of and to in is you that it he was for on are with as his they be at one have this from or had by "
     "hot but some what there we can out other were all your when up use word how said an each she which do "
     "their time if will way about many then them would write like so these her long make thing see him two "
@@ -22,7 +22,8 @@ _WORDS = (
     "help low line before turn cause same mean differ move right boy old too does tell sentence set three "
     "want air well also play small end put home read hand port large spell add even land here must big high "
     "such follow act why ask men change went light kind off need house picture try us again animal point"
-).split()
+)
+_WORDS = _TEXT.split()
 
 
 def _text(rng: random.Random, least: int, most: int) -> str:
