@@ -14,8 +14,12 @@ FLAGS = (
     "response_truncated",
     "boundary_resplit",
     "templated_text",
+    "templated_content",
     "opened_thought_joined",
     "opened_thought_removed",
+    "prompt_not_prefix",
+    "unknown_template_argument",
+    "partly_trained",
 )
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 _COLUMNS = "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"
