@@ -67,18 +67,16 @@ def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
     if config.model.path != NO_MODEL:
         folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
         tokenizer, prepared = _prepare(config, folder, counter)
-    with counter("examining the data", "record") as progress:
-        report = examine(
-            config.data,
-            tokenizer,
-            thresholds=config.doctor.thresholds,
-            benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
-            progress=progress,
-        )
+    report = examine(
+        config.data,
+        tokenizer,
+        thresholds=config.doctor.thresholds,
+        benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
+        progress=lambda source: counter(f"examining {source}", "record"),
+    )
     store = None
     if prepared is not None:
-        with counter("looking up the reference store", "source"):
-            report, found, store = compare_with_store(config, report, prepared.sources)
+        report, found, store = compare_with_store(config, report, prepared.sources)
         report = _with(report, [*_refusal_findings(prepared.refusals, report), *found])
     shown: list[ShownPair] = []
     if config.doctor.texts:

@@ -2,12 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.data.build_dataset import Progress, no_progress, share_read
+from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.diagnostics.across import AllRecords
@@ -22,9 +24,6 @@ from dpo_dist.diagnostics.templates import template_findings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[int], None]
-"""Called with the number of newly examined records."""
-
 
 def examine(
     config: DataConfig,
@@ -33,7 +32,7 @@ def examine(
     thresholds: Mapping[str, float] | None = None,
     benchmarks: Sequence[Path] = (),
     seed: int = 0,
-    progress: Progress = lambda _records: None,
+    progress: Progress = no_progress,
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
@@ -43,7 +42,7 @@ def examine(
         thresholds: other thresholds of rules, by name of the rule.
         benchmarks: files of benchmark prompts, .jsonl, .csv or .txt.
         seed: of the samples.
-        progress: for a progress bar.
+        progress: called for each source.
 
     Returns:
         The report; it does not depend on the number of processes.
@@ -62,11 +61,17 @@ def examine(
         for source, label, is_eval in _sources(config):
             tally = SourceTally(label, source.path, is_eval, seed)
             records.start_source(label, is_eval)
-            with closing(in_order(_chunks(source), observer.observe, config.processes)) as chunks:
+            meter = Meter()
+            with (
+                progress(source.path) as count,
+                closing(in_order(_chunks(source, meter), observer.observe, config.processes)) as chunks,
+            ):
+                done = 0
                 for observed in chunks:
                     tally.add(observed)
                     records.add(observed)
-                    progress(observed.read)
+                    done += observed.read
+                    count(observed.read, share_read(meter, source.limit, done))
             report = tally.report()
             reports.append(report)
             findings += source_findings(tally, report, judge, config.max_bad_share)
@@ -86,7 +91,7 @@ def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
             yield source, source.path if number == 1 else f"{source.path} ({number})", is_eval
 
 
-def _chunks(source: SourceConfig) -> Iterator[Records]:
-    records = read_records(source)
+def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
+    records = read_records(source, meter)
     while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
         yield chunk

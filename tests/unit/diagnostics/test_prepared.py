@@ -1,5 +1,6 @@
 """The doctor's encoding is that of training, and data that training refuses are encoded too."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
+from dpo_dist.data.build_dataset import Progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.diagnostics.prepared import Prepared, prepare
@@ -35,7 +36,12 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
 def prepared(config: RunConfig, model: Path, vocabulary: int = VOCABULARY) -> tuple[Prepared, int]:
     """Return the result, and the number of records that were encoded for it."""
     encoded: list[int] = []
-    return prepare(config, tiny.qwen(), model, vocabulary, encoded.append), sum(encoded)
+    return prepare(config, tiny.qwen(), model, vocabulary, counted(encoded)), sum(encoded)
+
+
+def counted(encoded: list[int]) -> Progress:
+    """Return a progress that appends numbers of records."""
+    return lambda _source: contextlib.nullcontext(lambda more, _share: encoded.append(more))
 
 
 def encoded_by_training(data: DataConfig, model: Path) -> int:
@@ -44,7 +50,7 @@ def encoded_by_training(data: DataConfig, model: Path) -> int:
 
     def opened(sources: list[SourceConfig], part: Part) -> PreferenceDataset:
         digest = tokenizer_digest(model)
-        found = prepare_dataset(sources, data, tiny.qwen(), digest, encoded.append, part)
+        found = prepare_dataset(sources, data, tiny.qwen(), digest, counted(encoded), part)
         return open_dataset(found, data)
 
     of_eval = opened(data.eval_sources, eval_part(data))
