@@ -29,6 +29,13 @@ class SourceConfig:
         1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
     )
     limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
+    label: str | None = key(
+        None,
+        "Name of the source in metrics and counts; null: a name from its path, unique in the list.",
+        free=True,
+        accepts="letters, digits and . _ + -",
+        pattern=r"[\w.+-]+",
+    )
 
 
 @dataclass(frozen=True)

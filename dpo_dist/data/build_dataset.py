@@ -25,6 +25,7 @@ from dpo_dist.data.encoded_source import (
 from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part
+from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import local_files, pinned, source_identity
 from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -83,9 +84,9 @@ def prepare_dataset(
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
-    for source in sources:
+    for source, label in zip(sources, source_labels(sources), strict=True):
         folder = _encoded(source, config, tokenizer, digest, progress, part)
-        encoded.append(EncodedSource(source.path, folder, source.limit))
+        encoded.append(EncodedSource(source.path, folder, source.limit, label))
     return tuple(encoded)
 
 
