@@ -15,6 +15,8 @@ class ExitCode(IntEnum):
     completed = 0
     failed = 1
     """A bug of the program, or another process of the run died."""
+    findings = 1
+    """Of `doctor`: a finding above its threshold. The same number as `failed`, as linters use it."""
     invalid = 2
     """The configuration, the data, a file or a device cannot be used."""
     diverged = 3

@@ -28,4 +28,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(main, needs_model=False)

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from dpo_dist.config.fields import key
 
-DataFormat = StrEnum("DataFormat", ["auto", "hh", "text", "messages", "ranked", "completion"])
+DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])

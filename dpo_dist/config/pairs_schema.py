@@ -44,6 +44,23 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True)
+class PeopleConfig:
+    """The labelling page of `pairs.method=people`."""
+
+    port: int = key(0, "Port of the page on 127.0.0.1; 0: a free one.", at_least=0, at_most=65535)
+    overlap: float = key(
+        0.2,
+        "Share of the comparisons that every annotator judges, for their agreement.",
+        at_least=0,
+        at_most=1,
+    )
+    repeats: float = key(
+        0.1, "Share of an annotator's comparisons that are shown twice to them.", at_least=0, at_most=1
+    )
+    blurred: bool = key(False, "Blur the texts until the annotator points at them.")
+
+
+@dataclass(frozen=True)
 class PairsConfig:
     """Preference records made of the prompts of `data.train`, or of the scores in it."""
 
@@ -57,7 +74,9 @@ class PairsConfig:
         "File of the pairs, .jsonl or .parquet; null: `<run.dir>/pairs/pairs.jsonl`.",
         filled=True,
     )
-    limit: int | None = key(None, "Number of different prompts to use; null: all.", at_least=1)
+    limit: int | None = key(
+        None, "Number of different prompts to use; null: all, or 1000 for `people`.", at_least=1
+    )
     select: PairSelection = key(
         PairSelection.best_worst,
         "Pairs of a prompt, by scores: best and worst, best and a random one, or all.",
@@ -93,3 +112,4 @@ class PairsConfig:
     )
     function: str | None = key(None, "Judge: your own function, as `module:function`.", filled=True)
     endpoint: EndpointConfig = section(EndpointConfig)
+    people: PeopleConfig = section(PeopleConfig)

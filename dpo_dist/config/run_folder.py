@@ -106,7 +106,7 @@ class RunFolder:
 
     @property
     def pairs(self) -> Path:
-        """The folder of preference records and samples; the next three are in it."""
+        """The folder of preference records and samples; the next five are in it."""
         return self.path / "pairs"
 
     @property
@@ -123,3 +123,13 @@ class RunFolder:
     def pairs_parts(self) -> Path:
         """Finished parts of the work, by the digest of the settings that define them."""
         return self.pairs / "parts"
+
+    @property
+    def pairs_judgements(self) -> Path:
+        """The log of a labelling session."""
+        return self.pairs / "judgements.jsonl"
+
+    @property
+    def pairs_agreement(self) -> Path:
+        """Agreement of the annotators."""
+        return self.pairs / "agreement.json"

@@ -1,58 +1,46 @@
-"""Read prompts and responses: plain text, messages or HH dialogues, with system text and history."""
+"""Read prompts and responses: plain text, messages, or HH dialogues."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
-from dpo_dist.data.records import BadRecord, Dialogue, Fields, Message, Messages, Origin, Prompt, RawContent
+from dpo_dist.data.message_fields import is_messages, read_message, spelled_messages
+from dpo_dist.data.records import (
+    BadRecord,
+    Dialogue,
+    Fields,
+    Message,
+    Messages,
+    Origin,
+    Prompt,
+    RawContent,
+    Response,
+    UnusableRecordError,
+)
+from dpo_dist.data.sharegpt import check_turns
 
-Reader: TypeAlias = Callable[[RawContent, Origin], tuple[Prompt, list[str]] | BadRecord]
-"""Reads the prompt and the texts of the responses."""
+Reader: TypeAlias = Callable[[RawContent, Origin], tuple[Prompt, Sequence[Response]] | BadRecord]
+"""Reads the prompt and the responses. May raise UnusableRecordError."""
 
 _LAST_TURN = "\n\nAssistant:"
-_FIRST_TURN = "\n\nHuman:"
-_NO_VALUES: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {}, ())
-_SYSTEMS = ("system", "system_prompt")
-_MAYBE_IN_PROMPT = ("instruction", "input")
-# A chat template renders these or a model sees them, and no format reads them.
-_UNREAD_FIELDS = (
-    "tools",
-    "functions",
-    "documents",
-    "chat_template_kwargs",
-    "images",
-    "image",
-    "videos",
-    "audio",
-)
-_UNREAD_MESSAGE_FIELDS = (
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "images",
-    "image",
-    "audio",
-    "videos",
-)
+FIRST_TURN = "\n\nHuman:"
 
 
 def reader_of(content: RawContent) -> Reader | None:
     """Return the reader for the types of the prompt and the responses; None if no reader fits."""
-    responses = content.responses.values()
-    if all(map(_is_messages, responses)) or _is_messages(content.prompt):
+    responses = [spelled_messages(response) for response in content.responses.values()]
+    if all(map(is_messages, responses)) or is_messages(spelled_messages(content.prompt)):
         return read_messages
     if not all(isinstance(response, str) for response in responses):
         return None
-    if isinstance(content.prompt, str):
-        return read_text
-    if content.prompt is None and any(response.startswith(_FIRST_TURN) for response in responses):
+    dialogues = [response.startswith(FIRST_TURN) for response in responses]
+    if all(dialogues) or (content.prompt is None and any(dialogues)):
         return read_hh
-    return None
+    return read_text if isinstance(content.prompt, str) else None
 
 
-def read_text(content: RawContent, origin: Origin) -> tuple[Prompt, list[str]] | BadRecord:
+def read_text(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Response]] | BadRecord:
     """Return prompt and responses that are plain text."""
     if content.prompt is None:
         return BadRecord("missing_field", origin, "prompt")
@@ -62,14 +50,28 @@ def read_text(content: RawContent, origin: Origin) -> tuple[Prompt, list[str]] |
     return texts[0], texts[1:]
 
 
-def read_hh(content: RawContent, origin: Origin) -> tuple[Prompt, list[str]] | BadRecord:
+def read_implicit(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Response]] | BadRecord:
+    """Split texts where they part: the prompt is the start that they share, as TRL's `extract_prompt`."""
+    texts = list(content.responses.values())
+    if content.prompt is not None or not all(isinstance(text, str) for text in texts):
+        return BadRecord("unknown_format", origin, f"{', '.join(content.responses)} alone must be text")
+    columns = enumerate(zip(*texts, strict=False))
+    shared = next((index for index, letters in columns if len(set(letters)) > 1), min(map(len, texts)))
+    # A response has at least one character, and the space before it.
+    end = min(shared, min(map(len, texts)) - 1)
+    if texts[0][max(end - 1, 0) : end] == " ":
+        end -= 1
+    return texts[0][: max(end, 0)], [text[max(end, 0) :] for text in texts]
+
+
+def read_hh(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Response]] | BadRecord:
     """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
     histories, texts = [], []
     for name, dialogue in content.responses.items():
-        if not isinstance(dialogue, str) or not dialogue.startswith(_FIRST_TURN):
+        if not isinstance(dialogue, str) or not dialogue.startswith(FIRST_TURN):
             return BadRecord("unknown_format", origin, f"{name} does not start with a Human turn")
         history, turn, text = dialogue.rpartition(_LAST_TURN)
-        if not turn or _FIRST_TURN in text:
+        if not turn or FIRST_TURN in text:
             return BadRecord("not_one_answer", origin, f"{name} does not end with an Assistant turn")
         histories.append(history + turn)
         texts.append(text)
@@ -78,167 +80,91 @@ def read_hh(content: RawContent, origin: Origin) -> tuple[Prompt, list[str]] | B
     return Dialogue(histories[0]), texts
 
 
-def read_messages(content: RawContent, origin: Origin) -> tuple[Prompt, list[str]] | BadRecord:
-    """Return the messages of the prompt and the last message of each response.
+def read_messages(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Response]] | BadRecord:
+    """Return the messages that all sides share, and those of each side after the point where they part.
 
-    The prompt is a field of its own, or the messages before the last one of every response, or both.
+    The prompt is a field of its own, or the start of every side, or both. A single side parts before its last
+    message, or before the first assistant turn that its data weigh in the loss.
     """
-    histories: list[Messages] = []
-    texts: list[str] = []
+    sides = []
     for name, value in content.responses.items():
-        messages = _messages(value, origin, role="assistant")
-        if isinstance(messages, BadRecord):
-            return messages
-        if not messages or messages[-1].role != "assistant":
+        side = messages_of(value, role="assistant")
+        if not side or side[-1].role != "assistant":
             return BadRecord("not_one_answer", origin, f"{name} does not end with an assistant message")
-        histories.append(messages[:-1])
-        texts.append(messages[-1].content)
-    prompt = _shared_prompt(content.prompt, histories, origin)
-    return prompt if isinstance(prompt, BadRecord) else (prompt, texts)
+        sides.append(side)
+    whole, given = _with_prompt(content.prompt, sides)
+    start = max(_parting(whole), given)
+    if any(side[start].role != "assistant" for side in whole):
+        raise UnusableRecordError("history_differs", "the responses follow different messages")
+    prompt = tuple(replace(message, is_trained=None) for message in whole[0][:start])
+    return prompt, [_response(side[start:]) for side in whole]
 
 
-def with_context(
-    prompt: Prompt, record: Fields, content: RawContent, origin: Origin, *, plain: bool
-) -> Prompt | BadRecord:
-    """Put the record's system text and `history` before its prompt; a text prompt becomes a user turn then.
+def messages_of(value: Any, role: str) -> Messages:
+    """Return messages from a list, one message, or a text, which gets the role `role`.
 
-    Args:
-        prompt: as a reader returned it.
-        record: all fields of the record.
-        content: the prompt and responses found in the record.
-        origin: of the record.
-        plain: whether the configured format says that prompts are plain text.
-
-    Returns:
-        The whole prompt, or `unread_content` with the names of fields that would be ignored.
+    Raises:
+        UnusableRecordError: it is something else, or a message cannot be read.
     """
-    unread = [name for name in _UNREAD_FIELDS if has_value(record.get(name))]
-    turns: list[Message] = []
-    if content.has_context:
-        given = [record[name] for name in _SYSTEMS if has_value(record.get(name))]
-        unread += _SYSTEMS[1:] if given[1:] and given[0] != given[1] else ()
-    else:
-        unread += [name for name in _MAYBE_IN_PROMPT if _is_outside(record, name, prompt)]
-        # A dialogue is read from the responses alone.
-        unread += ["prompt"] if isinstance(prompt, Dialogue) and _is_outside(record, "prompt", prompt) else []
-        for name in (*_SYSTEMS, "history"):
-            if has_value(record.get(name)):
-                before = None if plain else _turns_before(prompt, turns, name, record[name])
-                if before is None:
-                    unread.append(name)
-                else:
-                    turns += before
-    if unread:
-        return BadRecord("unread_content", origin, f"fields: {', '.join(unread)}", tuple(unread))
-    if not turns:
-        return prompt
-    assert not isinstance(prompt, Dialogue)
-    return (*turns, *_as_messages(prompt))
-
-
-def instruction_messages(record: Fields) -> list[Fields] | None:
-    """Return the messages of `system`, `history`, `instruction` and `input`, as LLaMA-Factory joins them."""
-    history = record.get("history") or []
-    if record.get("instruction") is None or not isinstance(history, list):
-        return None
-    system = record.get("system") or record.get("system_prompt")
-    turns = [("system", system)] if system else []
-    for exchange in history:
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            return None
-        turns += zip(("user", "assistant"), exchange, strict=True)
-    text = f"{record['instruction']}\n{record['input']}" if record.get("input") else record["instruction"]
-    return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
-
-
-def has_value(value: Any) -> bool:
-    """Return whether a field has content; an empty text, list or object, also in JSON, is none."""
-    return value not in _NO_VALUES and not (isinstance(value, str) and not value.strip())
-
-
-def unread_keys(*messages: Fields) -> tuple[str, ...]:
-    """Return the fields of messages that have a value and that no format reads."""
-    return tuple(
-        key for key in _UNREAD_MESSAGE_FIELDS if any(has_value(message.get(key)) for message in messages)
-    )
-
-
-def _is_messages(value: Any) -> bool:
-    messages = [value] if isinstance(value, Mapping) else value
-    return isinstance(messages, list) and all(
-        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages
-    )
-
-
-def _messages(value: Any, origin: Origin, role: str) -> Messages | BadRecord:
-    """Return messages from a list, one message, or a text, which gets the role `role`."""
+    value = spelled_messages(value)
     if isinstance(value, str):
         return (Message(role, value),)
-    if not _is_messages(value):
-        return BadRecord("unknown_format", origin, "not a list of messages with role and content")
+    if not is_messages(value):
+        raise UnusableRecordError("unknown_format", "not a list of messages with role and content")
     messages = [value] if isinstance(value, Mapping) else value
-    for message in messages:
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
-            return BadRecord(
-                "unread_content", origin, "the role or content of a message is not a text", ("content",)
-            )
-    unread = unread_keys(*messages)
-    if unread:
-        return BadRecord("unread_content", origin, f"a message has {', '.join(unread)}", unread)
-    return tuple(Message(message["role"], message["content"]) for message in messages)
+    if any("from" in message for message in messages):
+        check_turns(messages)
+    return tuple(map(read_message, messages))
 
 
-def _shared_prompt(given: Any, histories: list[Messages], origin: Origin) -> Messages | BadRecord:
-    """Return the prompt, from its own field and from the messages before each response."""
-    history = histories[0]
-    if any(other != history for other in histories):
-        return BadRecord("history_differs", origin, "the responses follow different messages")
+def content_of(message: Message) -> tuple[str, str, Fields]:
+    """Return everything of a message that its model sees."""
+    return message.role, message.content, message.fields
+
+
+def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
+    """Return each side with the prompt before it, and the number of turns of a prompt that must be kept."""
     if given is None:
-        return history
-    prompt = _messages(given, origin, role="user")
-    if isinstance(prompt, BadRecord) or not history or history == prompt:
-        return prompt
-    if isinstance(given, str) and any(message.content.strip() == given.strip() for message in history):
-        return history
-    return BadRecord("history_differs", origin, "the prompt differs from the messages before the responses")
+        return sides, 0
+    prompt = messages_of(given, role="user")
+    size = len(prompt)
+    if all(len(side) > size and _same(side[:size], prompt) for side in sides):
+        return sides, size
+    if all(side[0].role in ("assistant", "tool") for side in sides):
+        return [(*prompt, *side) for side in sides], size
+    # A question beside whole conversations repeats one of their turns.
+    shared = [message.content.strip() for message in sides[0][: _parting(sides)]]
+    if size == 1 and prompt[0].content.strip() in shared:
+        return sides, 0
+    raise UnusableRecordError("history_differs", "the prompt differs from the messages before the responses")
 
 
-def _as_messages(prompt: str | Messages) -> Messages:
-    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+def _parting(sides: list[Messages]) -> int:
+    """Return the number of first turns that all sides share, so that each has a turn left."""
+    limit = min(map(len, sides)) - 1
+    if len(sides) == 1:
+        trained = (
+            index for index, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant"
+        )
+        return next(trained, limit)
+    different = (
+        index
+        for index, turns in enumerate(zip(*sides, strict=False))
+        if any(content_of(turn) != content_of(turns[0]) for turn in turns)
+    )
+    return min(next(different, limit), limit)
 
 
-def _turns_before(prompt: Prompt, turns: list[Message], name: str, value: Any) -> list[Message] | None:
-    """Return the turns that a field adds after `turns` and before the prompt; None if that is ambiguous."""
-    if isinstance(prompt, Dialogue):
-        return None
-    messages = _as_messages(prompt)
-    if name == "history":
-        is_one_question = [message.role for message in messages] == ["user"]
-        return _exchanges(value) if is_one_question else None
-    if not isinstance(value, str):
-        return None
-    first = [*turns, *messages][:1]
-    if first and first[0].role == "system":
-        return [] if first[0].content.strip() == value.strip() else None
-    return [Message("system", value)]
+def _same(some: Messages, others: Messages) -> bool:
+    pairs = itertools.zip_longest(map(content_of, some), map(content_of, others))
+    return all(one == other for one, other in pairs)
 
 
-def _exchanges(history: Any) -> list[Message] | None:
-    """Return the turns of a list of [question, answer] pairs; None if it is anything else."""
-    turns: list[Message] = []
-    for exchange in history if isinstance(history, list) else [None]:
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            return None
-        if not all(isinstance(text, str) for text in exchange):
-            return None
-        turns += (Message("user", exchange[0]), Message("assistant", exchange[1]))
+def _response(turns: Messages) -> Response:
+    """Return the turns after a prompt; the content alone if it is all there is to one assistant turn."""
+    assistant = [turn for turn in turns if turn.role == "assistant"]
+    if all(turn.is_trained is False for turn in assistant):
+        raise UnusableRecordError("untrained_response", "no turn of a response has a weight in the loss")
+    if len(turns) == 1 and not turns[0].fields:
+        return turns[0].content
     return turns
-
-
-def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
-    """Return whether a field has a value that the prompt does not contain."""
-    value = record.get(name)
-    if not has_value(value):
-        return False
-    texts = [prompt.text] if isinstance(prompt, Dialogue) else [turn.content for turn in _as_messages(prompt)]
-    return not isinstance(value, str) or not any(value.strip() in text for text in texts)

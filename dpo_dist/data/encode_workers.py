@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]
+Result = TypeVar("Result")
 
 CHUNK_RECORDS = 64
 # One process reads and writes for all others; it limits the speed of more processes than this.
@@ -57,33 +58,46 @@ def encode_in_order(
         DataError: see `encode_chunk`; for the first such record.
         PeerLostError: one of the processes has died.
     """
+    yield from in_order(
+        chunks, partial(encode_chunk, config=config, tokenizer=tokenizer, part=part), config.processes
+    )
+
+
+def in_order(
+    chunks: Iterable[Records], work: Callable[[Records], Result], processes: int | None
+) -> Generator[Result, None, None]:
+    """Yield the result of `work` for each chunk, in order, computed on several processes.
+
+    Closing the generator ends the processes.
+
+    Args:
+        chunks: of about `CHUNK_RECORDS` records each; a few per process are in memory at a time.
+        work: can be pickled, as can its results.
+        processes: null: one per core, if there are enough chunks.
+
+    Raises:
+        PeerLostError: one of the processes has died. An error of `work` is raised as it is.
+    """
     first: list[Records] = []
-    processes = config.processes
     chunks = iter(chunks)
     if processes is None:
         first = list(itertools.islice(chunks, _MIN_CHUNKS))
         processes = 1 if len(first) < _MIN_CHUNKS else min(_usable_cores(), _MAX_PROCESSES)
     every = itertools.chain(first, chunks)
     if processes > 1:
-        yield from _on_processes(every, processes, config, tokenizer, part)
+        yield from _on_processes(every, work, processes)
     for records in every:
-        yield encode_chunk(records, config, tokenizer, part)
+        yield work(records)
 
 
 def _on_processes(
-    chunks: Iterable[Records],
-    processes: int,
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    part: Part,
-) -> Iterator[EncodedChunk]:
-    ahead: deque[Future[EncodedChunk]] = deque()
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _start_process, (config, tokenizer, part)
-    )
+    chunks: Iterable[Records], work: Callable[[Records], Result], processes: int
+) -> Iterator[Result]:
+    ahead: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
     try:
         for records in chunks:
-            ahead.append(pool.submit(_encode, records))
+            ahead.append(pool.submit(_work, records))
             if len(ahead) == _CHUNKS_AHEAD * processes:
                 yield ahead.popleft().result()
         while ahead:
@@ -105,16 +119,16 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-_encoders: list[Callable[[Records], EncodedChunk]] = []
-"""The function that encodes a chunk; set in a spawned process."""
+_works: list[Callable[[Records], Any]] = []
+"""The work of this process; set in a spawned process."""
 
 
-def _start_process(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", part: Part) -> None:
+def _start_process(work: Callable[[Records], Any]) -> None:
     """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
-    _encoders.append(partial(encode_chunk, config=config, tokenizer=tokenizer, part=part))
+    _works.append(work)
 
 
 def _end_with_parent() -> None:
@@ -124,5 +138,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(records: Records) -> EncodedChunk:
-    return _encoders[0](records)
+def _work(records: Records) -> Any:
+    return _works[0](records)

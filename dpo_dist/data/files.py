@@ -1,9 +1,7 @@
 """Read the records of one file, each with its line number."""
 
-import codecs
 import contextlib
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,35 +9,40 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from dpo_dist.data.byte_stream import BLOCK_BYTES, COMPRESSIONS, Meter, open_bytes
 from dpo_dist.data.csv_records import check_columns, read_csv
-from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
+from dpo_dist.data.json_array import split_array
+from dpo_dist.data.json_values import fault_of, parse_json
+from dpo_dist.data.records import BadRecord, Origin, RawRecord
 from dpo_dist.errors import DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
-_MAX_RECORD_BYTES = 2**26
-_MAX_UNPACKED_ARRAY_BYTES = 2**30
-_PARQUET_BATCH_RECORDS = 1024
-_BLOCK_BYTES = 2**22
+_MAX_RECORD_BYTES = 2**24
+_TOO_LONG = "above 16 MiB"
+_PARQUET_BATCH_RECORDS = 64
+_PARQUET_BATCH_BYTES = 2**22
+_BEFORE_ARRAY = b" \t\r\n\xef\xbb\xbf"
+_MAX_BEFORE_ARRAY_BYTES = 4096
 
 
 def file_kind(file: Path) -> str | None:
     """Return a file's extension without that of its compression; None if such files cannot be read."""
-    if file.suffix in _COMPRESSIONS:
+    if file.suffix in COMPRESSIONS:
         inner = Path(file.stem).suffix
         return inner if inner in _COMPRESSED_KINDS else None
     return file.suffix if file.suffix in KINDS else None
 
 
-def read_file(file: Path, path: str) -> Iterator[RawRecord]:
-    """Read records in the file's order, streamed except for a .json array.
+def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
+    """Read records in the file's order, in bounded memory.
 
-    A record of .jsonl or .csv above 64 MiB is never loaded as a whole; it becomes a bad record.
+    A record above 16 MiB is a bad record; but for Parquet it is never loaded as a whole.
 
     Args:
         file: .jsonl, .json (one array), .csv, any of these as .gz or .zst, or .parquet.
         path: the source as configured, for origins.
+        meter: of the source.
 
     Returns:
         Each record or the reason why it cannot be read, and its origin: the 1-based line of its start in
@@ -49,21 +52,21 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
         DataError: the file cannot be read; raised by this call if the start of the file shows it.
     """
     with _damage_as_data_error(path):
-        return _records(file, path)
+        return _records(file, path, meter)
 
 
-def _records(file: Path, path: str) -> Iterator[RawRecord]:
+def _records(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
     match file_kind(file):
         case ".jsonl":
-            records = _jsonl_records(_open(file), path)
+            records = _jsonl_records(open_bytes(file, meter), path)
         case ".json":
-            records = with_origins(_json_values(file), path)
+            records = with_origins(_json_values(file, meter), path)
         case ".csv":
             # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
-            text = io.TextIOWrapper(_open(file), "utf-8-sig", "surrogateescape", newline="")
+            text = io.TextIOWrapper(open_bytes(file, meter), "utf-8-sig", "surrogateescape", newline="")
             records = read_csv(text, path, _MAX_RECORD_BYTES)
         case ".parquet":
-            records = with_origins(_parquet_values(file), path)
+            records = with_origins(_parquet_values(file, meter), path)
         case _:
             raise _unknown_kind(file, path)
     return _guarded(records, path)
@@ -108,23 +111,6 @@ def _damage_as_data_error(path: str) -> Iterator[None]:
         ) from fault
 
 
-def _open(file: Path) -> BinaryIO:
-    """Open a UTF-8 text file as a stream of uncompressed bytes."""
-    packed = file.open("rb")
-    stream = packed
-    if file.suffix in _COMPRESSIONS:
-        unpacked = pyarrow.CompressedInputStream(packed, _COMPRESSIONS[file.suffix])
-        stream = io.BufferedReader(unpacked, _BLOCK_BYTES)
-    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError(
-            "the file is not UTF-8",
-            where=str(file),
-            got="UTF-16",
-            remedy="convert it, for example by iconv -f UTF-16 -t UTF-8",
-        )
-    return stream
-
-
 def with_origins(values: Iterator[Any], path: str) -> Iterator[RawRecord]:
     """Yield each value as a record with its number as origin; any value but an object is a bad record."""
     for number, value in enumerate(values, start=1):
@@ -136,7 +122,7 @@ def _as_record(value: Any, origin: Origin) -> RawRecord:
         case Mapping():
             return value, origin
         case ValueError():
-            return BadRecord("unparsable", origin, reason(value)), origin
+            return BadRecord("unparsable", origin, fault_of(value)), origin
     return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
 
 
@@ -146,14 +132,9 @@ def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
             continue
         origin = Origin(path, number)
         if len(line) > _MAX_RECORD_BYTES:
-            yield BadRecord("unparsable", origin, f"a line of more than {_MAX_RECORD_BYTES} bytes"), origin
-            continue
-        try:
-            value = parse_json(line)
-        except (ValueError, RecursionError) as fault:
-            yield BadRecord("unparsable", origin, reason(fault)), origin
+            yield BadRecord("unparsable", origin, _TOO_LONG), origin
         else:
-            yield _as_record(value, origin)
+            yield _as_record(_parsed(line), origin)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -163,83 +144,86 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
     while line := stream.readline(_MAX_RECORD_BYTES + 1):
         yield line
         while line and not line.endswith(b"\n"):
-            line = stream.readline(_BLOCK_BYTES)
+            line = stream.readline(BLOCK_BYTES)
 
 
-def parse_json(content: bytes) -> Any:
-    """Parse JSON in UTF-8. Raises ValueError (also for a duplicate key in an object) or RecursionError."""
-    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+def _json_values(file: Path, meter: Meter) -> Iterator[Any]:
+    stream = open_bytes(file, meter)
+    first = b""
+    for _ in range(_MAX_BEFORE_ARRAY_BYTES):
+        byte = stream.read(1)
+        first = byte.strip(_BEFORE_ARRAY)
+        if first or not byte:
+            break
+    if first == b"[":
+        return _elements(file, stream)
+    raise DataError(
+        "the JSON file is not an array",
+        where=str(file),
+        got="an object" if first == b"{" else "no array at its start" if first else "an empty file",
+        expected="one array of objects",
+        remedy="rename a file with one object per line to .jsonl",
+    )
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"an object has the key {shown_key(twice)} twice")
-    return fields
-
-
-def reason(fault: Exception) -> str:
-    """Return why parsing failed, without quoting the text."""
-    match fault:
-        case json.JSONDecodeError():
-            return f"{fault.msg} at character {fault.pos + 1}"
-        case UnicodeDecodeError():
-            return f"not UTF-8 at byte {fault.start + 1}"
-        case RecursionError():
-            return "nested too deeply"
-    return str(fault)
-
-
-def _json_values(file: Path) -> Iterator[Any]:
-    with _open(file) as stream:
-        content = stream.read(_MAX_UNPACKED_ARRAY_BYTES + 1 if file.suffix in _COMPRESSIONS else -1)
-    if file.suffix in _COMPRESSIONS and len(content) > _MAX_UNPACKED_ARRAY_BYTES:
-        raise DataError(
-            "a compressed JSON array is too large to be read at once",
-            where=str(file),
-            got=f"more than {_MAX_UNPACKED_ARRAY_BYTES} bytes when unpacked",
-            remedy="write one object per line (.jsonl.gz or .jsonl.zst), which is read line by line",
-        )
+def _elements(file: Path, stream: BinaryIO) -> Iterator[Any]:
+    """Yield the values of an array; the error for one that cannot be parsed."""
     try:
-        values = parse_json(content)
-    except (ValueError, RecursionError) as fault:
+        for content in split_array(stream, _MAX_RECORD_BYTES):
+            yield ValueError(_TOO_LONG) if content is None else _parsed(content)
+    except ValueError as fault:
         raise DataError(
             "the file is not JSON",
             where=str(file),
-            got=reason(fault) if content.strip() else "an empty file",
+            got=str(fault),
             expected="one array of objects",
-            remedy="rename a file with one object per line to .jsonl",
+            remedy="check the file; if it is incomplete, write or download it again",
         ) from fault
-    if not isinstance(values, list):
-        raise DataError(
-            "the JSON file is not an array",
-            where=str(file),
-            got=f"a {type(values).__name__}",
-            expected="one array of objects",
-            remedy="rename a file with one object per line to .jsonl",
-        )
-    return iter(values)
 
 
-def _parquet_values(file: Path) -> Iterator[Any]:
+def _parsed(content: bytes) -> Any:
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        return parse_json(content)
+    except ValueError as fault:
+        return fault
+
+
+def _parquet_values(file: Path, meter: Meter) -> Iterator[Any]:
+    try:
+        # Buffered: else a whole column of a row group is loaded at once.
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
     except (OSError, ValueError) as fault:
         raise DataError("the file is not Parquet", where=str(file), got=str(fault)) from fault
     check_columns(table.schema_arrow.names, str(file))
-    batches = table.iter_batches(batch_size=_PARQUET_BATCH_RECORDS)
-    return (value for batch in batches for value in _batch_values(batch))
+    return _rows(table, file, meter)
+
+
+def _rows(table: pyarrow.parquet.ParquetFile, file: Path, meter: Meter) -> Iterator[Any]:
+    read = 0
+    per_row = file.stat().st_size / max(table.metadata.num_rows, 1)
+    meter.start(file, lambda: int(read * per_row))
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        # Sizes are of encoded values; equal cells are stored once.
+        mean_bytes = group.total_byte_size // max(group.num_rows, 1)
+        rows = max(1, min(_PARQUET_BATCH_RECORDS, _PARQUET_BATCH_BYTES // max(mean_bytes, 1)))
+        for batch in table.iter_batches(batch_size=rows, row_groups=[number]):
+            yield from _batch_values(batch)
+            read += len(batch)
 
 
 def _batch_values(batch: pyarrow.RecordBatch) -> Iterator[Any]:
-    """Yield the records of a batch; for a record with text that is not UTF-8 the error."""
+    """Yield the records of a batch; the error for a record that is too long or has text that is not UTF-8."""
+    if len(batch) == 1 and batch.nbytes > _MAX_RECORD_BYTES:
+        yield ValueError(_TOO_LONG)
+        return
     try:
-        yield from batch.to_pylist()
+        if batch.nbytes <= _MAX_RECORD_BYTES:
+            yield from batch.to_pylist()
+            return
     except UnicodeDecodeError as fault:
         if len(batch) == 1:
             yield fault
             return
-        for index in range(len(batch)):
-            yield from _batch_values(batch.slice(index, 1))
+    for index in range(len(batch)):
+        yield from _batch_values(batch.slice(index, 1))

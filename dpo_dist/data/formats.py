@@ -1,37 +1,56 @@
 """Formats of input records: the fields of the prompt and the responses, and how `format: auto` detects them.
 
 To add a format: add its name to `DataFormat`, and here a function that returns a record's `RawContent` and a
-row of `FORMATS`. Text, messages and HH dialogues in these fields are then read by conversations.py.
+row of `FORMATS`. Text, messages and HH dialogues in these fields are then read by conversations.py, and the
+fields beside them by context.py.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.data.byte_stream import Meter
+from dpo_dist.data.context import CONVERSATIONS, has_prompt, with_context
 from dpo_dist.data.conversations import (
     Reader,
     read_hh,
+    read_implicit,
     read_messages,
     read_text,
     reader_of,
-    with_context,
 )
-from dpo_dist.data.rankings import LIST_FIELDS, finite_scores, ranked_content
+from dpo_dist.data.pair_fields import (
+    MESSAGE_SIDES,
+    PAIR,
+    QUESTION_PAIRS,
+    SIDES,
+    UNPAIRED,
+    completion_content,
+    has_completion,
+    has_only_sides,
+    has_pair,
+    is_labelled,
+    pair_content,
+)
+from dpo_dist.data.rankings import has_ranking, ranked_content
 from dpo_dist.data.records import (
     BadRecord,
     Dialogue,
     Fields,
+    Message,
+    Messages,
     Origin,
     PreferenceRecord,
     RawContent,
+    Response,
+    UnusableRecordError,
     shown_key,
 )
 from dpo_dist.data.sources import raw_records
 from dpo_dist.errors import ConfigError
 
-_SIDES = ("chosen", "rejected")
-_PAIR = ("prompt", *_SIDES)
 _MAX_SHOWN_KEYS = 12
 _TYPE_NAMES = {str: "text", list: "list", dict: "object", type(None): "null"}
 
@@ -53,20 +72,25 @@ class Format:
     read: Reader | None = None
 
 
-def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadRecord]:
+def read_records(
+    source: SourceConfig | str, meter: Meter | None = None
+) -> Iterator[PreferenceRecord | BadRecord]:
     """Read the records of a source in its order: pairs, rankings or completions.
 
     Args:
         source: a string is its path: a local .jsonl, .json (an array), .csv or .parquet file (the first three
             also as .gz or .zst), a pattern of files, a folder of shards, a folder saved by `datasets`, or a
             dataset on the Hugging Face Hub.
+        meter: gets the share of the source that has been read.
 
     Returns:
-        One item per record, streamed except for a .json array; several files follow each other by path. The
+        One item per record, in bounded memory; several files follow each other by path. The
         origin of a record is the file (for a Hub dataset its name), and its line in .jsonl and .csv or its
         number elsewhere. Reasons of bad records: `unparsable`, `unknown_format`, `missing_field`,
-        `history_differs`, `not_one_answer`, `unread_content`, `no_ranking`, `all_tied`, `invalid_scores`,
-        `invalid_unicode`, `empty_prompt`, `empty_response`, `identical_responses`.
+        `ambiguous_format`, `unpaired`, `history_differs`, `not_one_answer`, `roles_out_of_turn`,
+        `untrained_response`, `unread_content`, `invalid_tools`, `invalid_tool_call`, `no_ranking`,
+        `all_tied`, `invalid_scores`, `invalid_unicode`, `empty_prompt`, `empty_response`,
+        `identical_responses`.
 
     Raises:
         DataError: the source does not exist or cannot be read; raised by this call if it is known then.
@@ -81,7 +105,7 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
             got=str(source.limit),
             expected="a positive number of records, or null for all",
         )
-    raw = itertools.islice(raw_records(source), source.limit)
+    raw = itertools.islice(raw_records(source, meter), source.limit)
     return (
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
         for record, origin in raw
@@ -89,35 +113,59 @@ def read_records(source: SourceConfig | str) -> Iterator[PreferenceRecord | BadR
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
+    """Return the preference in a record of format `name`; `auto`: of the only format that matches.
 
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
-    format_ = _detected(record) if name is DataFormat.auto else FORMATS[name]
-    if format_ is None:
-        return _unknown_format(record, origin)
+    try:
+        format_ = _detected(record) if name is DataFormat.auto else FORMATS[name]
+        return _unknown_format(record, origin) if format_ is None else _read(record, format_, origin)
+    except UnusableRecordError as fault:
+        return fault.at(origin)
+
+
+def _read(record: Fields, format_: Format, origin: Origin) -> PreferenceRecord | BadRecord:
     content = format_.content(record, origin)
     if isinstance(content, BadRecord):
         return content
-    read = format_.read or reader_of(content)
+    read = format_.read or reader_of(content) or (read_implicit if has_only_sides(record) else None)
     if read is None:
-        return _unknown_format(record, origin)
+        is_empty = content.prompt is None and has_prompt(record)
+        return BadRecord("empty_prompt", origin) if is_empty else _unknown_format(record, origin)
     result = read(content, origin)
     if isinstance(result, BadRecord):
         return result
     prompt, responses = result
-    whole = with_context(prompt, record, content, origin, plain=format_.read is read_text)
-    if isinstance(whole, BadRecord):
-        return whole
-    return _check_content(PreferenceRecord(whole, tuple(responses), origin, content.scores))
+    context = with_context(prompt, record, content, plain=format_.read in (read_text, read_implicit))
+    return _check_content(
+        PreferenceRecord(
+            context.prompt,
+            tuple(responses),
+            origin,
+            content.scores,
+            context.tools,
+            context.template_arguments,
+        )
+    )
 
 
 def _detected(record: Fields) -> Format | None:
-    return next((one for one in FORMATS.values() if one.matches is not None and one.matches(record)), None)
+    """Return the format of a record; None if no format matches. Raises UnusableRecordError for several."""
+    found = {name: one for name, one in FORMATS.items() if one.matches is not None and one.matches(record)}
+    if len(found) > 1:
+        names = ["pair" if name is DataFormat.auto else name for name in found]
+        raise UnusableRecordError(
+            "ambiguous_format",
+            f"the record is a {' and a '.join(names)}; choose by `format`, or ignore a column: columns: "
+            "{COLUMN: null}",
+        )
+    return next(iter(found.values()), None)
 
 
 def _unknown_format(record: Fields, origin: Origin) -> BadRecord:
     """Return `unknown_format` with the fields of the record and of the formats nearest to it."""
+    if is_labelled(record):
+        return BadRecord("unpaired", origin, UNPAIRED)
     shown = [f"{shown_key(key)} ({_TYPE_NAMES.get(type(value), 'value')})" for key, value in record.items()]
     if len(shown) > _MAX_SHOWN_KEYS:
         shown[_MAX_SHOWN_KEYS:] = ["..."]
@@ -131,72 +179,73 @@ def _unknown_format(record: Fields, origin: Origin) -> BadRecord:
         f"{' or '.join(names[fields])}: {', '.join(fields)}" for fields in names if common[fields] == most > 0
     ]
     hint = f"; nearest formats: {'; '.join(nearest)}" if nearest else ""
-    if record.get("label") is not None:
-        hint = "; label: one response with a good/bad label is neither a pair nor a completion"
     return BadRecord("unknown_format", origin, f"fields: {', '.join(shown) or 'none'}{hint}")
 
 
-def _has_pair(record: Fields) -> bool:
-    return any(record.get(side) is not None for side in _SIDES)
+def _alpaca(record: Fields, origin: Origin) -> RawContent | BadRecord:
+    """Return the responses to an `instruction`."""
+    if record.get("instruction") is None:
+        return BadRecord("missing_field", origin, "instruction")
+    return _responses(record, origin)
 
 
-def _pair(record: Fields, origin: Origin) -> RawContent | BadRecord:
-    """Return `chosen` and `rejected`, and their scores from the record or its metadata."""
-    for side in _SIDES:
-        if record.get(side) is None:
-            return BadRecord("missing_field", origin, side)
-    try:
-        scores = _pair_scores(record)
-    except (TypeError, ValueError):
-        return BadRecord("invalid_scores", origin, "score_chosen and score_rejected must be two numbers")
-    return RawContent(record.get("prompt"), {side: record[side] for side in _SIDES}, scores)
+def _sharegpt(record: Fields, origin: Origin) -> RawContent | BadRecord:
+    """Return the responses to, or at the end of, `conversations`."""
+    if all(record.get(name) is None for name in CONVERSATIONS):
+        return BadRecord("missing_field", origin, "conversations")
+    return _responses(record, origin)
 
 
-def _pair_scores(record: Fields) -> tuple[float, ...] | None:
-    metadata = record.get("metadata")
-    for fields in (record, metadata if isinstance(metadata, Mapping) else {}):
-        scores = [fields.get(f"score_{side}") for side in _SIDES]
-        if any(score is not None for score in scores):
-            return finite_scores(scores)
-    return None
-
-
-def _has_completion(record: Fields) -> bool:
-    return record.get("label") is None and any(
-        record.get(name) is not None for name in ("completion", "messages")
-    )
-
-
-def _completion(record: Fields, origin: Origin) -> RawContent | BadRecord:
-    """Return the one response to learn: `completion`, the end of `messages`, or `chosen`."""
-    if record.get("label") is not None:
-        return BadRecord(
-            "unknown_format", origin, "label: a response with a good/bad label is not a completion"
-        )
-    for name in ("completion", "messages", "chosen"):
-        if record.get(name) is not None:
-            return RawContent(record.get("prompt"), {name: record[name]})
-    return BadRecord("missing_field", origin, "completion or messages")
-
-
-def _has_ranking(record: Fields) -> bool:
-    return any(isinstance(record.get(name), list) for name in LIST_FIELDS)
+def _responses(record: Fields, origin: Origin) -> RawContent | BadRecord:
+    if has_pair(record):
+        return pair_content(record, origin)
+    return (ranked_content if has_ranking(record) else completion_content)(record, origin)
 
 
 def _check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
     """Return the record, or why nothing can be learned from it."""
     prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
-    prompt_texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-    if not all(map(_is_valid_unicode, (*prompt_texts, *record.response_texts))):
+    prompt_texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
+    texts = [[text] if isinstance(text, str) else _texts(text) for text in record.responses]
+    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts))):
         return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
-    empty = [str(rank) for rank, text in enumerate(record.response_texts, start=1) if not text.strip()]
+    empty = [
+        str(rank)
+        for rank, response in enumerate(record.responses, start=1)
+        if not (response.strip() if isinstance(response, str) else any(map(_has_content, response)))
+    ]
     if empty:
         return BadRecord("empty_response", record.origin, f"rank {', '.join(empty)}")
-    if any(one.strip() == other.strip() for one, other in itertools.combinations(record.response_texts, 2)):
+    if len(set(map(_stripped, record.responses))) < len(record.responses):
         return BadRecord("identical_responses", record.origin)
     return record
+
+
+def _texts(messages: Messages) -> list[str]:
+    """Return the contents of messages, and their other fields as JSON."""
+    fields = [
+        json.dumps(message.fields, ensure_ascii=False, default=str) for message in messages if message.fields
+    ]
+    return [message.content for message in messages] + fields
+
+
+def _has_content(message: Message) -> bool:
+    """Return whether the loss may count anything of a message."""
+    return (
+        message.role == "assistant"
+        and message.is_trained is not False
+        and bool(message.content.strip() or message.fields)
+    )
+
+
+def _stripped(response: Response) -> str:
+    """Return a text that is equal for responses that differ only in outer white space."""
+    if isinstance(response, str):
+        return response.strip()
+    turns = [(turn.role, turn.content.strip(), turn.fields) for turn in response]
+    return json.dumps(turns, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _is_valid_unicode(text: str) -> bool:
@@ -207,19 +256,22 @@ def _is_valid_unicode(text: str) -> bool:
     return True
 
 
-# In the order of detection: a format whose records also match another one precedes it.
+# Formats with `matches` exclude each other: a record that matches two of them is ambiguous.
 FORMATS: dict[DataFormat, Format] = {
-    DataFormat.text: Format(_pair, (_PAIR,), read=read_text),
-    DataFormat.messages: Format(_pair, (_PAIR,), read=read_messages),
-    DataFormat.hh: Format(_pair, (_SIDES,), read=read_hh),
-    # A pair in any of these three.
-    DataFormat.auto: Format(_pair, matches=_has_pair),
+    DataFormat.text: Format(pair_content, (PAIR,), read=read_text),
+    DataFormat.messages: Format(pair_content, (PAIR, *MESSAGE_SIDES), read=read_messages),
+    DataFormat.hh: Format(pair_content, (SIDES,), read=read_hh),
+    DataFormat.implicit_prompt: Format(pair_content, (SIDES,), read=read_implicit),
+    DataFormat.alpaca: Format(_alpaca, (("instruction", "input", "history", "system", *SIDES),)),
+    DataFormat.sharegpt: Format(_sharegpt, (("conversations", "tools", *SIDES),)),
+    # A pair in any of these.
+    DataFormat.auto: Format(pair_content, (*QUESTION_PAIRS,), matches=has_pair),
     DataFormat.ranked: Format(
         ranked_content,
         (("prompt", "responses", "scores"), ("instruction", "input", "output", "history", "system")),
-        matches=_has_ranking,
+        matches=has_ranking,
     ),
     DataFormat.completion: Format(
-        _completion, (("prompt", "completion"), ("messages",)), matches=_has_completion
+        completion_content, (("prompt", "completion"), ("messages",)), matches=has_completion
     ),
 }

@@ -6,31 +6,35 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpo_dist.config.data_schema import Ranked
-from dpo_dist.data.conversations import instruction_messages, unread_keys
+from dpo_dist.data.context import prompt_of
+from dpo_dist.data.message_fields import check_no_media, from_json, has_more
 from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord, RawContent
 
 Ranks = tuple[int, ...]
 
-LIST_FIELDS = ("responses", "completions", "output")
+_LIST_FIELDS = ("responses", "completions", "output")
 _TEXTS = ("content", "text", "response")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating")
 
 
+def has_ranking(record: Fields) -> bool:
+    """Return whether a record has a list of responses."""
+    return any(isinstance(from_json(record.get(name)), list) for name in _LIST_FIELDS)
+
+
 def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
     """Return a list of responses: best first as given, or sorted by the score inside each of them."""
-    name = next((name for name in LIST_FIELDS if record.get(name) is not None), None)
+    name = next((name for name in _LIST_FIELDS if record.get(name) is not None), None)
     if name is None:
         return BadRecord("missing_field", origin, "responses")
-    items = record[name]
+    items = from_json(record[name])
     if not isinstance(items, list):
         return BadRecord("unknown_format", origin, f"{name} is not a list")
     if len(items) < 2:
         return BadRecord("no_ranking", origin, f"{name} has {len(items)}, not at least 2")
-    unread = unread_keys(*(item for item in items if isinstance(item, Mapping)))
-    if unread:
-        return BadRecord("unread_content", origin, f"a response has {', '.join(unread)}", unread)
+    check_no_media([item for item in items if isinstance(item, Mapping)])
     try:
-        responses, scores = _sorted_responses(items, record.get("scores"))
+        responses, scores = _sorted_responses(items, from_json(record.get("scores")))
     except (TypeError, ValueError):
         return BadRecord(
             "invalid_scores", origin, "each response needs a finite score, and `scores` must not rise"
@@ -39,10 +43,9 @@ def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
         return BadRecord("missing_field", origin, f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
         return BadRecord("all_tied", origin, f"all scores are {scores[0]:g}")
-    has_prompt = record.get("prompt") is not None
-    prompt = record["prompt"] if has_prompt else instruction_messages(record)
+    prompt, has_context = prompt_of(record, responses)
     by_rank = {f"rank {rank}": response for rank, response in enumerate(responses, start=1)}
-    return RawContent(prompt, by_rank, scores, has_context=not has_prompt and prompt is not None)
+    return RawContent(prompt, by_rank, scores, has_context)
 
 
 def _sorted_responses(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
@@ -51,13 +54,19 @@ def _sorted_responses(items: list[Any], scores: Any) -> tuple[list[Any], tuple[f
     if any(score is not None for score in own):
         numbers = finite_scores(own)
         order = sorted(range(len(items)), key=lambda index: -numbers[index])
-        return [_first(items[index], _TEXTS) for index in order], tuple(numbers[index] for index in order)
+        return [_scored_response(items[index]) for index in order], tuple(numbers[index] for index in order)
     if scores is None:
         return items, None
     numbers = finite_scores(scores)
     if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
         raise ValueError("not one score for each response, best first")
     return items, numbers
+
+
+def _scored_response(item: Fields) -> Any:
+    """Return the text of a response; the whole message if it has tool calls or thoughts."""
+    text = _first(item, _TEXTS)
+    return {"role": "assistant"} | dict(item) | {"content": text} if has_more(item) else text
 
 
 def _own_score(response: Fields) -> Any:

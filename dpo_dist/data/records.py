@@ -137,6 +137,18 @@ class BadRecord:
     unread: tuple[str, ...] = ()
 
 
+class UnusableRecordError(Exception):
+    """Raised inside the readers of a record, and returned by them as a `BadRecord`."""
+
+    def __init__(self, reason: str, detail: str = "", unread: tuple[str, ...] = ()) -> None:
+        super().__init__(reason)
+        self.reason, self.detail, self.unread = reason, detail, unread
+
+    def at(self, origin: Origin) -> BadRecord:
+        """Return the reason with the record's position."""
+        return BadRecord(self.reason, origin, self.detail, self.unread)
+
+
 RawRecord: TypeAlias = tuple[Fields | BadRecord, Origin]
 """An input record, or the reason why it cannot be read, and its origin."""
 

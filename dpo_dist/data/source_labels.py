@@ -14,7 +14,7 @@ _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "v
 
 
 def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return a label for each source: its own `label`, or the shortest name that tells it from the others.
+    """Return a label for each source: its own `label`, or the shortest name that no other has.
 
     Derived names are unique in the list: the name of file, folder, dataset or entry, then with subset, folder
     and split, then with the folders above; equal sources are numbered. Sources with the same own `label`

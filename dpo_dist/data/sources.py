@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
+from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
@@ -23,17 +24,19 @@ from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
 
-def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
+def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
     """Return the records of a source as written, each with its origin; see `formats.read_records`."""
+    meter = meter or Meter()
     files = local_files(source)
     if files is None:
         return with_origins(hub.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
         return with_origins(saved_records(local, source.split), source.path)
+    meter.total = sum(file.stat().st_size for file in files)
     if len(files) == 1 and local.is_file():
-        return read_file(local, source.path)
-    return itertools.chain.from_iterable(read_file(file, str(file)) for file in files)
+        return read_file(local, source.path, meter)
+    return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
 
 
 def check_source(source: SourceConfig) -> None:

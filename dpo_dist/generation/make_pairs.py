@@ -7,6 +7,7 @@ from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.from_scores import pairs_from_scores
+from dpo_dist.generation.people import label_pairs
 
 
 class Screen(Protocol):
@@ -14,6 +15,9 @@ class Screen(Protocol):
 
     def say(self, text: str) -> None:
         """Print one line and log it."""
+
+    def show(self, text: str) -> None:
+        """Print one line without logging it."""
 
     def alarm(self, text: str) -> None:
         """Print and log an error."""
@@ -31,6 +35,8 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
     match config.pairs.method:
         case PairsMethod.scores:
             pairs_from_scores(config, screen.say)
+        case PairsMethod.people:
+            label_pairs(config, screen.say, screen.show)
         case _:
             raise ConfigError(
                 "this method is not available yet",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
 
@@ -21,6 +21,7 @@ def check_pairs(config: RunConfig) -> None:
         DataError: a local source is missing.
     """
     _check_keys(config.pairs)
+    _check_model(config)
     for source in config.data.train:
         check_source(source)
 
@@ -34,6 +35,16 @@ def output_file(config: RunConfig) -> Path:
     """Return the file of the preference records."""
     output = config.pairs.output
     return RunFolder.of(config).pairs_file if output is None else Path(output).expanduser()
+
+
+def _check_model(config: RunConfig) -> None:
+    if config.pairs.method not in _ALONE and not config.pairs.models and config.model.path == NO_MODEL:
+        raise ConfigError(
+            "no model responds to the prompts",
+            where="pairs.models",
+            got="an empty list, and no model.path",
+            remedy="set pairs.models=[FOLDER] or model.path=FOLDER",
+        )
 
 
 def _check_keys(pairs: PairsConfig) -> None:

@@ -38,13 +38,24 @@ def model_folder(path: str, revision: str | None, key: str = "model.path") -> Pa
     return folder
 
 
-def description_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
-    """Return the same as `model_folder`, without downloading weights from the hub."""
-    folder = local_model_folder(path, revision, key)
+def description_folder(
+    path: str, revision: str | None, key: str = "model.path", *, needs_weights: bool = True
+) -> Path:
+    """Return the same as `model_folder`, without downloading weights from the hub.
+
+    Args:
+        path: a folder or a hub name.
+        revision: of the hub name.
+        key: the configuration key to name in an error.
+        needs_weights: whether a local folder must have weights.
+    """
+    folder = local_model_folder(path, revision, key, needs_weights=needs_weights)
     return _snapshot(path, revision, key, ignored=_ANY_WEIGHTS) if folder is None else folder
 
 
-def local_model_folder(path: str, revision: str | None, key: str = "model.path") -> Path | None:
+def local_model_folder(
+    path: str, revision: str | None, key: str = "model.path", *, needs_weights: bool = True
+) -> Path | None:
     """Return the `model_folder` of a local path; None for a hub name, without asking the hub.
 
     Raises:
@@ -70,7 +81,7 @@ def local_model_folder(path: str, revision: str | None, key: str = "model.path")
             got=f"{revision} with {path}",
             remedy="remove it, or name the model on the hub",
         )
-    _check_files(folder, key)
+    _check_files(folder, key, needs_weights)
     return folder
 
 
@@ -150,7 +161,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
 
 
-def _check_files(folder: Path, key: str) -> None:
+def _check_files(folder: Path, key: str, needs_weights: bool = True) -> None:
     has_adapter = (folder / _ADAPTER_FILE).is_file()
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
@@ -162,7 +173,7 @@ def _check_files(folder: Path, key: str) -> None:
             if has_adapter
             else "name the folder that save_pretrained wrote or that was downloaded from the hub",
         )
-    if not weight_files(folder):
+    if needs_weights and not weight_files(folder):
         raise ConfigError(
             "the model folder has no weights",
             where=key,

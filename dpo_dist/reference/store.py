@@ -182,6 +182,10 @@ class LogpStore:
         # The last one is that of shard number -1: no entry.
         return np.array([*by_shard, -1], dtype=np.int64)[self._index.shards_of(keys)]
 
+    def find(self, keys: Keys) -> list[Values | None]:
+        """Return the log-probs of each key, float32 [completion tokens]; None if missing or damaged."""
+        return list(self._index.find(keys)[0])
+
     def read(self, keys: Keys) -> list[Values]:
         """Return the log-probs of each key, float32 [completion tokens].
 

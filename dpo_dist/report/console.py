@@ -38,6 +38,11 @@ class Console:
         if self._screen is not None:
             tqdm.write(text, file=self._screen)
 
+    def show(self, text: str) -> None:
+        """Print one line without logging it: a log file may be readable by others."""
+        if self._screen is not None:
+            tqdm.write(text, file=self._screen)
+
     def alarm(self, text: str) -> None:
         """Print and log an error, on any rank and from any thread."""
         logging.getLogger("dpo_dist").error(text)

@@ -88,7 +88,7 @@ def write_page(folder: RunFolder) -> None:
         _section("Environment", _pairs_table(_flat(environment))),
         _folded("Complete configuration", _pairs_table(_flat(config))),
     )
-    page = _FRAME.format(title=escape(name), style=_STYLE, body="\n".join(filter(None, sections)))
+    page = _FRAME.format(title=escape(name), style=STYLE, body="\n".join(filter(None, sections)))
     atomic.write_text(folder.report, page)
 
 
@@ -266,7 +266,7 @@ _FRAME = """<!doctype html>
 </html>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #d9dde3; --quiet: #6b7280; --tile: #f5f7fa; }
 @media (prefers-color-scheme: dark) { :root { --line: #3a4150; --quiet: #9aa3b2; --tile: #1f2430; } }
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; }

@@ -39,7 +39,10 @@ def reasons_in_code() -> set[str]:
     found = set()
     for module in (PACKAGE / "data").glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadRecord":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                "BadRecord",
+                "UnusableRecordError",
+            ):
                 reason = node.args[0]
                 if isinstance(reason, ast.Constant):
                     found.add(reason.value)

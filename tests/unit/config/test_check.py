@@ -71,6 +71,9 @@ OUT_OF_RANGE = {
     "pairs.endpoint.retries": [-1],
     "pairs.endpoint.parallel_requests": [0],
     "pairs.endpoint.requests_per_minute": [0],
+    "pairs.people.port": [-1, 65536],
+    "pairs.people.overlap": [-0.1, 1.1],
+    "pairs.people.repeats": [-0.1, 1.1],
 }
 IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "data.train[0].weight": {"data.train": [{"path": "a", "weight": 0}]},

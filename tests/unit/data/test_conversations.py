@@ -40,9 +40,6 @@ def unread(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tools", '[{"type": "function"}]'),
-        ("chat_template_kwargs", {"enable_thinking": False}),
         ("images", ["a.png"]),
         ("image", {"bytes": "x"}),
         ("documents", [{"text": "x"}]),
@@ -99,7 +96,14 @@ def test_turns_before_a_text_are_its_history(tmp_path: Path) -> None:
         (TEXT | {"history": [["a", 1]]}, ("history",)),
         (WITH_SYSTEM | {"history": [["a", "b"]]}, ("history",)),
         (TEXT | {"input": "more"}, ("input",)),
-        (CHAT | {"input": "more", "tools": ["x"]}, ("tools", "input")),
+        (CHAT | {"input": "more", "images": ["x"]}, ("images", "input")),
+        (CHAT | {"question": "more"}, ("question",)),
+        (HH | {"tools": [{"name": "f"}]}, ("tools",)),
+        (HH | {"chat_template_kwargs": {"a": 1}}, ("chat_template_kwargs",)),
+        (HH | {"prompt": "another"}, ("prompt",)),
+        (TEXT | {"tools": [{"name": "f"}], "functions": [{"name": "g"}]}, ("functions",)),
+        (TEXT | {"chat_template_kwargs": ["a"]}, ("chat_template_kwargs",)),
+        (CHAT | {"conversations": [user("more")]}, ("conversations",)),
         (RANKED | {"instruction": "do"}, ("instruction",)),
         (WHOLE | {"instruction": "do"}, ("instruction",)),
         (HH | {"input": "more"}, ("input",)),
@@ -121,9 +125,7 @@ def test_fields_that_repeat_the_prompt_are_accepted(tmp_path: Path) -> None:
         assert isinstance(record, PreferenceRecord)
 
 
-@pytest.mark.parametrize(
-    "key", ["tool_calls", "function_call", "tool_call_id", "reasoning_content", "images"]
-)
+@pytest.mark.parametrize("key", ["image", "images", "audio", "videos"])
 def test_unread_fields_of_a_message_are_named(tmp_path: Path, key: str) -> None:
     answer = assistant("a") | {key: [{"name": "f"}]}
     assert unread(tmp_path, CHAT | {"chosen": [answer]}) == (key,)
@@ -133,5 +135,6 @@ def test_unread_fields_of_a_message_are_named(tmp_path: Path, key: str) -> None:
 
 
 def test_content_that_is_not_text_is_named(tmp_path: Path) -> None:
-    parts = {"role": "user", "content": [{"type": "text", "text": "q"}]}
-    assert unread(tmp_path, CHAT | {"prompt": [parts]}) == ("content",)
+    for part in ({"type": "image_url", "text": "q"}, {"type": "text", "text": 1}, 1):
+        parts = {"role": "user", "content": [{"type": "text", "text": "q"}, part]}
+        assert unread(tmp_path, CHAT | {"prompt": [parts]}) == ("content",)

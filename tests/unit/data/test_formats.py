@@ -70,11 +70,14 @@ H = "\n\nHuman: q\n\nAssistant:"
     ("fields", "reason"),
     [
         ([1, 2], "unparsable"),
-        ({"messages": [user("q"), assistant("a")], "label": True}, "unknown_format"),
-        ({"instruction": "q", "chosen": "good", "rejected": "bad"}, "unknown_format"),
+        ({"messages": [user("q"), assistant("a")], "label": True}, "unpaired"),
+        ({"prompt": "q", "completion": "a", "kto_tag": False}, "unpaired"),
+        ({"x": "q", "chosen": "good", "rejected": "bad"}, "unknown_format"),
+        ({"question": "", "chosen": "good", "rejected": "bad"}, "empty_prompt"),
+        ({"chosen": "good", "rejected": "bad"}, "empty_prompt"),
         (
             {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
-            "unknown_format",
+            "empty_prompt",
         ),
         ({"prompt": "q", "chosen": "good"}, "missing_field"),
         (TEXT | {"rejected": None}, "missing_field"),
@@ -98,9 +101,9 @@ H = "\n\nHuman: q\n\nAssistant:"
         ({"prompt": [user("q")], "chosen": [], "rejected": []}, "not_one_answer"),
         (
             {"prompt": [user("q")], "chosen": assistant("a") | {"tool_calls": [{}]}, "rejected": "b"},
-            "unread_content",
+            "invalid_tool_call",
         ),
-        ({"prompt": [{"role": "user", "content": ["q"]}], "chosen": "a", "rejected": "b"}, "unread_content"),
+        ({"prompt": [{"role": "user", "content": [1]}], "chosen": "a", "rejected": "b"}, "unread_content"),
         (TEXT | {"prompt": " \n"}, "empty_prompt"),
         (TEXT | {"chosen": "\t"}, "empty_response"),
         (TEXT | {"chosen": " bad\n"}, "identical_responses"),
@@ -117,21 +120,20 @@ def test_a_bad_record_has_its_reason(tmp_path: Path, fields: Any, reason: str) -
 
 
 def test_an_unknown_format_names_the_fields_found(tmp_path: Path) -> None:
-    record = read_one(tmp_path, {"label": True, "messages": []})
+    record = read_one(tmp_path, {"label": "x", "text": []})
     assert isinstance(record, BadRecord)
-    assert "neither a pair nor a completion" in record.detail
-    assert "messages (list)" in record.detail
+    assert record.detail == "fields: label (text), text (list)"
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         (
-            {"question": "secret", "chosen": "secret", "rejected": "secret"},
+            {"quest": "secret", "chosen": "secret", "rejected": "secret"},
             "text or messages: prompt, chosen",
         ),
         ({"prompt": "secret", "chosen": 1, "rejected": {"a": "secret"}}, "chosen (value), rejected (object)"),
-        ({"instruction": "secret", "output": "secret"}, "instruction, input, output"),
+        ({"instruction": "secret", "outputs": "secret"}, "instruction, input, output"),
         ({"prompt": "secret", "answer": "secret"}, "completion: prompt, completion"),
         ({"x": "secret", "y": None}, "fields: x (text), y (null)"),
         ({"a secret text of a file without header": "secret"}, "fields: a name of 38 characters (text)"),
@@ -198,7 +200,7 @@ def test_the_chosen_side_is_a_completion_only_by_configuration(tmp_path: Path) -
     [
         ({"prompt": "q"}, "missing_field"),
         ({"prompt": "q", "completion": " "}, "empty_response"),
-        ({"prompt": "q", "completion": "a", "label": False}, "unknown_format"),
+        ({"prompt": "q", "completion": "a", "label": False}, "unpaired"),
         ({"messages": [user("q")]}, "not_one_answer"),
         ({"messages": [assistant("a")]}, "empty_prompt"),
         ({"completion": "a"}, "unknown_format"),
@@ -208,14 +210,37 @@ def test_a_bad_completion_has_its_reason(tmp_path: Path, fields: Any, reason: st
     assert reason_against(tmp_path, fields, DataFormat.completion) == reason
 
 
-def test_a_pair_with_other_fields_is_a_pair(tmp_path: Path) -> None:
-    fields = TEXT | {"messages": [user("q"), assistant("good")], "responses": ["x", "y"], "completion": "z"}
-    assert read_good(tmp_path, fields).responses == ("good", "bad")
+CONVERSATION = [user("q"), assistant("good")]
 
 
-def test_a_ranking_with_other_fields_is_a_ranking(tmp_path: Path) -> None:
-    fields = {"prompt": "q", "messages": [user("q"), assistant("a")], "completion": "z", "label": None}
-    assert read_good(tmp_path, fields | {"responses": ["x", "y"]}).responses == ("x", "y")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        TEXT | {"responses": ["x", "y"]},
+        TEXT | {"completion": "z"},
+        TEXT | {"messages": CONVERSATION},
+        TEXT | {"chosen_response": "x", "rejected_response": "y"},
+        {"prompt": "q", "messages": CONVERSATION, "completion": "z"},
+        {"prompt": "q", "messages": CONVERSATION, "responses": ["x", "y"]},
+        {"prompt": "q", "completion": "z", "responses": ["x", "y"]},
+    ],
+)
+def test_a_record_of_two_formats_is_none_of_them(tmp_path: Path, fields: Any) -> None:
+    record = read_one(tmp_path, fields)
+    assert isinstance(record, BadRecord)
+    assert record.reason == "ambiguous_format"
+
+
+def test_the_configured_format_decides_between_two(tmp_path: Path) -> None:
+    fields = TEXT | {"responses": ["x", "y"]}
+    assert read_good(tmp_path, fields, DataFormat.text).responses == ("good", "bad")
+    assert read_good(tmp_path, fields, DataFormat.ranked).responses == ("x", "y")
+
+
+def test_a_copy_of_a_side_is_no_other_format(tmp_path: Path) -> None:
+    fields = {"prompt": "q", "chosen": CONVERSATION, "rejected": [user("q"), assistant("bad")]}
+    record = read_good(tmp_path, fields | {"messages": CONVERSATION})
+    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("good", "bad"))
 
 
 @needs_shared_data
@@ -238,7 +263,7 @@ def test_a_ranking_with_other_fields_is_a_ranking(tmp_path: Path) -> None:
         ("templated_near_duplicates.jsonl", 40, {}),
         ("derived/trl_conversational_from_hh.jsonl", 200, {}),
         ("derived/ultrafeedback_binarized_messages.jsonl", 100, {}),
-        ("llama_factory_kto_en.json", 0, {"unknown_format": list(range(60))}),
+        ("llama_factory_kto_en.json", 0, {"unpaired": list(range(60))}),
     ],
 )
 def test_real_files_have_the_known_bad_records(name: str, kept: int, faults: dict[str, list[int]]) -> None:
@@ -257,7 +282,7 @@ def test_real_files_have_the_known_bad_records(name: str, kept: int, faults: dic
         ("hh_rlhf_sample.jsonl", {"empty_response": [58, 332, 606, 714]}),
         ("ultrafeedback_plain_scored.jsonl", {"empty_response": [213]}),
         ("derived/ultrafeedback_binarized_messages.jsonl", {}),
-        ("llama_factory_kto_en.json", {"unknown_format": list(range(60))}),
+        ("llama_factory_kto_en.json", {"unpaired": list(range(60))}),
     ],
 )
 def test_real_pairs_are_read_as_completions(name: str, faults: dict[str, list[int]]) -> None:

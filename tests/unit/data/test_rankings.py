@@ -120,7 +120,7 @@ def test_an_instruction_follows_its_history(tmp_path: Path) -> None:
         ({"responses": [[user("p"), assistant("a")], [user("q"), assistant("b")]]}, "history_differs"),
         ({"prompt": None, "responses": ["a", "b"]}, "unknown_format"),
         ({"prompt": None, "instruction": 3, "responses": ["a", "b"]}, "unread_content"),
-        ({"prompt": None, "instruction": "q", "history": ["q"], "responses": ["a", "b"]}, "unknown_format"),
+        ({"prompt": None, "instruction": "q", "history": ["q"], "responses": ["a", "b"]}, "unread_content"),
         (
             {"prompt": None, "instruction": "q", "history": [["a", 1]], "responses": ["a", "b"]},
             "unread_content",

@@ -1,0 +1,53 @@
+"""Parse the JSON of a record, and describe why it cannot be parsed."""
+
+import json
+from typing import Any
+
+from dpo_dist.data.records import shown_key
+
+# No record needs as many; Python's own recursion ends at about a thousand.
+_MAX_NESTING = 100
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse JSON in UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, an object has a key twice, or it is nested too deeply.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except RecursionError as fault:
+        raise ValueError("nested too deeply") from fault
+    if content.count(b"[") + content.count(b"{") > _MAX_NESTING and isinstance(value, dict | list):
+        _check_nesting(value)
+    return value
+
+
+def fault_of(fault: ValueError) -> str:
+    """Return why parsing failed, without quoting the text."""
+    match fault:
+        case json.JSONDecodeError():
+            return f"{fault.msg} at character {fault.pos + 1}"
+        case UnicodeDecodeError():
+            return f"not UTF-8 at byte {fault.start + 1}"
+    return str(fault)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"an object has the key {shown_key(twice)} twice")
+    return fields
+
+
+def _check_nesting(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        parts = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise ValueError("nested too deeply")

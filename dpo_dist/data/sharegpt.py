@@ -1,0 +1,56 @@
+"""ShareGPT's turns, `from` and `value`: order of the roles, and other names (LLaMA-Factory's tags)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_dist.data.records import Fields, UnusableRecordError, shown_key
+
+# Names of the fields of a message, and of its roles.
+TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+_ASKING = ("human", "user", "observation", "tool", "tool_response")
+_ANSWERING = ("gpt", "assistant", "chatgpt", "function_call", "tool_call")
+_RESULTS = ("observation", "tool", "tool_response")
+
+
+def check_turns(messages: Sequence[Fields]) -> None:
+    """Check that turns alternate: after a system text, questions or tool results, and responses or calls.
+
+    Raises:
+        UnusableRecordError: `roles_out_of_turn`.
+    """
+    roles = [message.get("from") for message in messages]
+    if roles[:1] == ["system"]:
+        roles = roles[1:]
+    for index, role in enumerate(roles):
+        if role not in _ASKING and role not in _ANSWERING:
+            raise UnusableRecordError("roles_out_of_turn", f"turn {index + 1} is from {shown_key(role)}")
+        before = roles[index - 1] if index else None
+        results = role in _RESULTS and before in _RESULTS
+        if before is not None and (role in _ASKING) == (before in _ASKING) and not results:
+            raise UnusableRecordError("roles_out_of_turn", f"turn {index + 1} follows one of the same side")
+
+
+def with_usual_tags(value: Any, tags: Mapping[str, str]) -> Any:
+    """Return messages whose fields and roles have other names by their usual names; other values unchanged.
+
+    Args:
+        value: a message, a list of messages, or anything else.
+        tags: name of each tag of `TAGS` that is not usual.
+    """
+    if isinstance(value, list):
+        return [with_usual_tags(item, tags) for item in value]
+    names = {**TAGS, **tags}
+    role, content = names["role_tag"], names["content_tag"]
+    if not isinstance(value, Mapping) or role not in value:
+        return value
+    usual = {names[tag]: name for tag, name in TAGS.items() if tag not in ("role_tag", "content_tag")}
+    rest = {name: item for name, item in value.items() if name not in (role, content)}
+    return rest | {"from": usual.get(value[role], value[role]), "value": value.get(content)}

@@ -1,0 +1,206 @@
+"""Compare the records of all sources with each other: copies, contradictions, leaks."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.diagnostics.benchmarks import Benchmark
+from dpo_dist.diagnostics.duplicates import (
+    Groups,
+    SignatureFile,
+    contradicted,
+    equal_groups,
+    near_groups,
+    near_prompts,
+)
+from dpo_dist.diagnostics.findings import Across, Finding
+from dpo_dist.diagnostics.judge import Judge
+from dpo_dist.diagnostics.observe import Observed
+
+SIMILARITY = 0.8
+_SHOWN_CLUSTERS = 5
+_SHOWN_MEMBERS = 4
+_SHOWN = 20
+
+Indices: TypeAlias = npt.NDArray[np.int64]
+Signatures: TypeAlias = npt.NDArray[np.uint32]
+Columns: TypeAlias = Mapping[str, npt.NDArray[np.uint64]]
+
+
+class AllRecords:
+    """Keys, signatures and origins of the readable records of all sources, in order."""
+
+    def __init__(self) -> None:
+        self.signatures = SignatureFile()
+        self._files: dict[str, int] = {}
+        self._labels: list[str] = []
+        self._is_eval: list[bool] = []
+        self._blocks: dict[str, list[npt.NDArray[np.uint64]]] = {
+            name: [] for name in ("source", "file", "line", "prompt", "record")
+        }
+        self._preferences: list[npt.NDArray[np.uint64]] = []
+        self._hits: list[tuple[int, int]] = []
+
+    def start_source(self, label: str, is_eval: bool) -> None:
+        """Say that the records added from now on are of this source."""
+        self._labels.append(label)
+        self._is_eval.append(is_eval)
+
+    def add(self, observed: Observed) -> None:
+        """Add the next records of the source."""
+        first, count = self.signatures.records, len(observed.origins)
+        if not count:
+            return
+        self._hits += [(first + index, item) for index, item in observed.benchmark]
+        self.signatures.add(np.stack(observed.signatures))
+        files = [self._files.setdefault(origin.source, len(self._files)) for origin in observed.origins]
+        columns = {
+            "source": [len(self._labels) - 1] * count,
+            "file": files,
+            "line": [origin.line for origin in observed.origins],
+            "prompt": observed.prompts,
+            "record": observed.records,
+        }
+        for name, values in columns.items():
+            self._blocks[name].append(np.array(values, dtype=np.uint64))
+        preferences = np.array(observed.preferences, dtype=np.uint64).reshape(-1, 3)
+        preferences[:, 0] += np.uint64(first)
+        self._preferences.append(preferences)
+
+    def close(self) -> None:
+        """Delete the temporary file."""
+        self.signatures.close()
+
+    def findings(self, judge: Judge, benchmark: Benchmark | None) -> tuple[Across, list[Finding]]:
+        """Return the facts about all sources, and the findings that compare records."""
+        columns = {
+            name: np.concatenate([np.empty(0, np.uint64), *blocks]) for name, blocks in self._blocks.items()
+        }
+        comparison = _Comparison(columns, self._labels, self._is_eval, list(self._files), judge)
+        signatures = self.signatures.read()
+        preferences = np.concatenate([np.empty((0, 3), np.uint64), *self._preferences])
+        comparison.compare_records(signatures, contradicted(preferences))
+        comparison.compare_with_evaluation(signatures)
+        comparison.compare_with_benchmark(self._hits, benchmark)
+        return Across(**comparison.facts), comparison.findings
+
+
+class _Comparison:
+    """Findings that compare records, and the facts of `Across`.
+
+    Args:
+        columns: uint64 [records] each: source, file, line, prompt key, record key.
+        labels: of the sources.
+        is_eval: whether each source is an evaluation source.
+        files: the path of each file.
+        judge: applies rules.
+    """
+
+    def __init__(
+        self, columns: Columns, labels: list[str], is_eval: list[bool], files: list[str], judge: Judge
+    ):
+        self.facts: dict[str, Any] = {}
+        self.findings: list[Finding] = []
+        self._columns, self._labels, self._files, self._judge = columns, labels, files, judge
+        self._source = columns["source"].astype(np.int64)
+        self._is_eval = np.array(is_eval, dtype=np.bool_)[self._source]
+
+    def compare_records(self, signatures: Signatures, contradictions: Indices) -> None:
+        """Find equal, nearly equal and contradictory records, and repeated prompts."""
+        equal = equal_groups(self._columns["record"])
+        near = near_groups(signatures, SIMILARITY)
+        prompts = equal_groups(self._columns["prompt"])
+        later_near = np.setdiff1d(near.later, equal.later)
+        repeated = np.setdiff1d(prompts.later, near.later)
+        self._report("duplicates", equal.later, equal.first[equal.later])
+        self._report_near(later_near, near)
+        self._report("contradictions", contradictions[:, 0], contradictions[:, 1])
+        self._report("repeated_prompts", repeated, prompts.first[repeated])
+        self.facts |= {
+            "duplicates": len(equal.later),
+            "near_duplicates": len(near.later),
+            "clusters": near.sizes(_SHOWN),
+            "contradictions": len(contradictions),
+            "repeated_prompts": len(prompts.later),
+        }
+
+    def compare_with_evaluation(self, signatures: Signatures) -> None:
+        """Find prompts of the training data in the evaluation data."""
+        prompts = self._columns["prompt"]
+        is_leaked = self._is_eval & np.isin(prompts, prompts[~self._is_eval])
+        leaked = np.flatnonzero(is_leaked)
+        trained = np.flatnonzero(~self._is_eval)
+        order = trained[np.argsort(prompts[trained], kind="stable")]
+        partners = order[np.searchsorted(prompts[order], prompts[leaked])]
+        near = near_prompts(signatures, self._is_eval, SIMILARITY)
+        only_near = near[~np.isin(near[:, 0], leaked)]
+        of = int(self._is_eval.sum())
+        for rule, ones, others in (
+            ("train_eval_leak", leaked, partners),
+            ("near_train_eval_leak", only_near[:, 0], only_near[:, 1]),
+        ):
+            examples = self._shown(np.stack([ones, others], axis=1)[:_SHOWN])
+            self.findings += self._judge.count(rule, len(ones), of, None, examples)
+        self.facts |= {"leaked_prompts": len(leaked), "near_leaked_prompts": len(only_near) + len(leaked)}
+
+    def compare_with_benchmark(self, hits: list[tuple[int, int]], benchmark: Benchmark | None) -> None:
+        """Report the records that overlap with benchmark items, pairs of record and item."""
+        items = dict(reversed(hits))
+        self.facts["benchmark_hits"] = len(items)
+        for number, label in enumerate(self._labels):
+            found = [
+                (record, item) for record, item in sorted(items.items()) if self._source[record] == number
+            ]
+            if found and benchmark is not None:
+                examples = [f"{self._origin(record)}, {benchmark.items[item]}" for record, item in found]
+                of = int((self._source == number).sum())
+                self.findings += self._judge.count("benchmark_overlap", len(found), of, label, examples)
+
+    def _report(self, rule: str, records: Indices, partners: Indices) -> None:
+        """Report records with a partner: by source, and those with a partner in another one."""
+        within = self._source[records] == self._source[partners]
+        pairs = np.stack([records, partners], axis=1)
+        for number, label in enumerate(self._labels):
+            found = pairs[within & (self._source[records] == number)]
+            of = int((self._source == number).sum())
+            self.findings += self._judge.count(rule, len(found), of, label, self._shown(found[:_SHOWN]))
+        # A record of training and evaluation data is a leak, which has a rule of its own.
+        across = pairs[~within & (self._is_eval[records] == self._is_eval[partners])]
+        self.findings += self._judge.count(
+            rule,
+            len(across),
+            len(self._source),
+            None,
+            self._shown(across[:_SHOWN]),
+            detail="in another source",
+        )
+
+    def _report_near(self, records: Indices, groups: Groups) -> None:
+        """Report nearly equal records with the largest groups of them."""
+        for number, label in [*enumerate(self._labels), (None, None)]:
+            same = self._source[groups.first[records]] == self._source[records]
+            is_eval = self._is_eval[groups.first[records]] != self._is_eval[records]
+            chosen = same & (self._source[records] == number) if label is not None else ~same & ~is_eval
+            found = records[chosen]
+            if not len(found):
+                continue
+            firsts, sizes = np.unique(groups.first[found], return_counts=True)
+            order = np.argsort(-sizes, kind="stable")[:_SHOWN_CLUSTERS]
+            members = [
+                np.array([firsts[at], *found[groups.first[found] == firsts[at]][: _SHOWN_MEMBERS - 1]])
+                for at in order
+            ]
+            shown = ", ".join(str(sizes[at] + 1) for at in order)
+            of = len(self._source) if label is None else int((self._source == number).sum())
+            detail = f"groups: {len(firsts)}, the largest of {shown} records"
+            self.findings += self._judge.count(
+                "near_duplicates", len(found), of, label, self._shown(members), detail=detail
+            )
+
+    def _shown(self, groups: Iterable[Indices]) -> list[str]:
+        return [", ".join(self._origin(record) for record in group) for group in groups]
+
+    def _origin(self, record: int) -> str:
+        return f"{self._files[int(self._columns['file'][record])]}:{int(self._columns['line'][record])}"

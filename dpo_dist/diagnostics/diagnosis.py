@@ -1,0 +1,114 @@
+"""The doctor's work on the data of a run: encode, examine, compare with the store, choose records to show."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_dist.config.doctor_schema import FailOn
+from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.data.build_dataset import Progress
+from dpo_dist.diagnostics.examine import examine
+from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
+from dpo_dist.diagnostics.prepared import Prepared, prepare
+from dpo_dist.diagnostics.shown_pairs import ShownPair, show_pairs
+from dpo_dist.errors import DpoDistError
+from dpo_dist.model.folder import description_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Counter = Callable[[str, str], AbstractContextManager[Progress]]
+"""From a title and a unit to a context with a progress function: `report.console.Console.counter`."""
+
+_SEVERITY = (Level.note, Level.warning, Level.error)
+# These rules already say that training would refuse the data.
+_REFUSING_RULES = {"no_records", "too_many_dropped"}
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """The result of the doctor.
+
+    Attributes:
+        report: facts and findings, the most serious first.
+        shown: records for the page.
+        model: folder of the tokenizer; None: data were examined as text.
+    """
+
+    report: DoctorReport
+    shown: tuple[ShownPair, ...]
+    model: Path | None
+
+    def fails(self, lowest: FailOn) -> bool:
+        """Return whether there is a finding of at least this level."""
+        if lowest is FailOn.never:
+            return False
+        rank = _SEVERITY.index(Level(lowest.value))
+        return any(_SEVERITY.index(finding.level) >= rank for finding in self.report.findings)
+
+
+def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
+    """Encode and examine the data of a run; nothing is trained, and no weights are loaded.
+
+    Args:
+        config: of the run; `model.path` may be `NO_MODEL`.
+        counter: shows progress.
+
+    Raises:
+        ConfigError: the model's tokenizer cannot be used, or a threshold names no rule.
+        DataError: a source cannot be read.
+    """
+    tokenizer, folder, prepared = None, None, None
+    if config.model.path != NO_MODEL:
+        folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
+        tokenizer, prepared = _prepare(config, folder, counter)
+    with counter("examining the data", "record") as progress:
+        report = examine(
+            config.data,
+            tokenizer,
+            thresholds=config.doctor.thresholds,
+            benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
+            progress=progress,
+        )
+    if prepared is not None:
+        report = _with(report, _refusal_findings(prepared.refusals, report))
+    shown: list[ShownPair] = []
+    if config.doctor.texts:
+        shown = show_pairs(config.data, tokenizer, report.findings, config.doctor.shown_pairs)
+    return Diagnosis(report, tuple(shown), folder)
+
+
+def _prepare(config: RunConfig, folder: Path, counter: Counter) -> tuple["PreTrainedTokenizerBase", Prepared]:
+    from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow, and not always needed)
+
+    tokenizer = load_tokenizer(folder, config.model)
+    vocab_size = load_config(folder, config.model).vocab_size
+    with counter("encoding the data", "record") as progress:
+        return tokenizer, prepare(config, tokenizer, folder, vocab_size, progress)
+
+
+def _refusal_findings(refusals: Sequence[DpoDistError], report: DoctorReport) -> list[Finding]:
+    """Return a finding for each error of training that no other finding mentions."""
+    if _REFUSING_RULES & {finding.rule for finding in report.findings}:
+        return []
+    return [
+        Finding(
+            "training_refuses",
+            Level.error,
+            f"training would stop: {refusal.message}" + (f" ({refusal.got})" if refusal.got else ""),
+            None,
+            0,
+            None,
+            tuple(refusal.where.split("; ")),
+            refusal.remedy,
+        )
+        for refusal in refusals
+    ]
+
+
+def _with(report: DoctorReport, more: Sequence[Finding]) -> DoctorReport:
+    """Return the report with further findings, the most serious first."""
+    findings = sorted([*more, *report.findings], key=lambda found: -_SEVERITY.index(found.level))
+    return replace(report, findings=tuple(findings))

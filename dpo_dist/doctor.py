@@ -1,0 +1,49 @@
+"""Examine the data of a run before GPUs are spent: `python -m dpo_dist.doctor +experiment=qwen7b`.
+
+Takes the configuration of the training run, or `data.train` alone; one process, no GPU, no weights. The data
+are encoded into `data.cache`, where training finds them. Exit code 1: findings (docs/doctor.md).
+"""
+
+import os
+import sys
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.data.sources import check_source
+from dpo_dist.errors import ExitCode
+from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
+
+
+def main(config: RunConfig) -> int:
+    """Examine the data of `config`, write the report into the run directory, print it; return the exit code.
+
+    Raises:
+        DpoDistError: the configuration or the data cannot be read.
+    """
+    if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
+        return ExitCode.completed
+    for source in [*config.data.train, *config.data.eval]:
+        check_source(source)
+    if config.model.path != NO_MODEL:
+        policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
+        if policy is not None:
+            check_tokenizer_files(policy)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Slow to import: errors above appear at once.
+    from dpo_dist.diagnostics.diagnosis import diagnose  # noqa: PLC0415
+    from dpo_dist.report.console import Console  # noqa: PLC0415
+    from dpo_dist.report.doctor_page import write_doctor_page, write_doctor_report  # noqa: PLC0415
+    from dpo_dist.report.doctor_terminal import print_diagnosis  # noqa: PLC0415
+
+    folder = RunFolder.of(config)
+    diagnosis = diagnose(config, Console(sys.stderr).counter)
+    exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
+    write_doctor_report(folder, diagnosis, exit_code)
+    write_doctor_page(folder, diagnosis, config)
+    print_diagnosis(diagnosis, folder)
+    return exit_code
+
+
+if __name__ == "__main__":
+    run_verb(main, needs_model=False)
