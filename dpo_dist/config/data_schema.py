@@ -22,13 +22,27 @@ class SourceConfig:
     path: str = key(MISSING, "File, pattern, folder or hub name.", filled=True)
     format: DataFormat = key(DataFormat.auto, "Format of the records; `auto`: detected for each record.")
     split: str | None = key(None, "Split of a hub dataset or of a folder with several; null: `train`.")
-    name: str | None = key(None, "Configuration (subset) of a hub dataset.")
+    name: str | None = key(
+        None, "Configuration (subset) of a hub dataset; entry of the dataset_info.json in a folder."
+    )
     data_dir: str | None = key(None, "Folder inside a hub dataset.")
     revision: str | None = key(None, "Branch, tag or commit of a hub dataset.")
     weight: float = key(
         1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
     )
     limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
+    columns: Any = key(
+        None,
+        "Column, or path into nested objects, of a field with another name; null: it is ignored.",
+        added=True,
+        accepts="a mapping, {prompt: question, chosen: answers.good}",
+    )
+    tags: Any = key(
+        None,
+        "Names of the fields and roles of ShareGPT's turns, as in LLaMA-Factory.",
+        added=True,
+        accepts="a mapping, {role_tag: role, user_tag: user}",
+    )
     label: str | None = key(
         None,
         "Name of the source in metrics and counts; null: a name from its path, unique in the list.",

@@ -21,6 +21,7 @@ from dpo_dist.data.conversations import (
     read_text,
     reader_of,
 )
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.pair_fields import (
     MESSAGE_SIDES,
     PAIR,
@@ -105,10 +106,10 @@ def read_records(
             got=str(source.limit),
             expected="a positive number of records, or null for all",
         )
-    raw = itertools.islice(raw_records(source, meter), source.limit)
+    source = resolved(source)
     return (
         record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
-        for record, origin in raw
+        for record, origin in raw_records(source, meter)
     )
 
 

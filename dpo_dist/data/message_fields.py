@@ -1,10 +1,10 @@
 """Read one turn of a conversation: role, text, tool calls, thoughts, and whether the loss counts it."""
 
 import ast
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_dist.data.json_values import parse_json
 from dpo_dist.data.records import Fields, Message, UnusableRecordError
 
 # Roles that other programs write for those of chat templates.
@@ -23,6 +23,8 @@ _THOUGHTS = {
 _COPIED = ("tool_call_id", "name")
 _WEIGHTS = ("loss_weight", "loss", "weight")
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
+# Parsing takes a hundred times the memory of the text.
+_MAX_PRINTED_CHARACTERS = 2**20
 _NO_VALUES: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {}, ())
 
 
@@ -36,11 +38,12 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return parse_json(value.encode())
+    except ValueError:
         pass
+    is_printed = value.lstrip().startswith(("[{'", "{'")) and len(value) <= _MAX_PRINTED_CHARACTERS
     try:
-        return ast.literal_eval(value.strip()) if value.lstrip().startswith(("[{'", "{'")) else value
+        return ast.literal_eval(value.strip()) if is_printed else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 

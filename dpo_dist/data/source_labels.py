@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.files import KINDS
 
 _SUFFIXES = (*KINDS, ".gz", ".zst")
@@ -45,6 +46,8 @@ def _unused(label: str, taken: set[str]) -> str:
 
 def _candidates(source: SourceConfig) -> Iterator[str]:
     """Yield names of a source, short ones first; at least one."""
+    if source.name is not None and resolved(source) is not source:
+        yield _safe(source.name)
     *folders, last = [*filter(None, map(_safe, _without_suffixes(source.path).parts))] or ["source"]
     qualifiers = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
     if last not in _USUAL_NAMES or not folders:

@@ -9,6 +9,8 @@ from pathlib import Path
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.byte_stream import Meter
+from dpo_dist.data.columns import check_columns, with_columns
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
@@ -25,8 +27,16 @@ from dpo_dist.errors import ConfigError, DataError
 
 
 def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
-    """Return the records of a source as written, each with its origin; see `formats.read_records`."""
-    meter = meter or Meter()
+    """Return the first `limit` records of a source, each with its origin; see `formats.read_records`.
+
+    Fields have the names that `columns` of the source gives them.
+    """
+    source = resolved(source)
+    written = _written(source, meter or Meter())
+    return with_columns(itertools.islice(written, source.limit), source)
+
+
+def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
         return with_origins(hub.hub_records(source), source.path)
@@ -46,6 +56,8 @@ def check_source(source: SourceConfig) -> None:
         DataError: it does not exist, or its kind of file cannot be read.
         ConfigError: as `read_records`.
     """
+    source = resolved(source)
+    check_columns(source)
     local = Path(source.path).expanduser()
     if not (local.is_dir() and is_saved(local)):
         for file in local_files(source) or []:
@@ -53,7 +65,11 @@ def check_source(source: SourceConfig) -> None:
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
-    """Return the source, for a Hub dataset with the commit as `revision`; see `hub.pinned`."""
+    """Return the source that an entry of a dataset_info.json describes, or the source itself.
+
+    A Hub dataset has its commit as `revision`; see `hub.pinned`.
+    """
+    source = resolved(source)
     return source if local_files(source) is not None else hub.pinned(source, cache)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from dpo_dist.config.doctor_schema import FailOn
 from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.data.build_dataset import Progress
 from dpo_dist.diagnostics.examine import examine
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
 from dpo_dist.diagnostics.prepared import Prepared, prepare
@@ -19,7 +18,7 @@ from dpo_dist.model.folder import description_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Counter = Callable[[str, str], AbstractContextManager[Progress]]
+Counter = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `report.console.Console.counter`."""
 
 _SEVERITY = (Level.note, Level.warning, Level.error)
@@ -85,8 +84,9 @@ def _prepare(config: RunConfig, folder: Path, counter: Counter) -> tuple["PreTra
 
     tokenizer = load_tokenizer(folder, config.model)
     vocab_size = load_config(folder, config.model).vocab_size
-    with counter("encoding the data", "record") as progress:
-        return tokenizer, prepare(config, tokenizer, folder, vocab_size, progress)
+    return tokenizer, prepare(
+        config, tokenizer, folder, vocab_size, lambda source: counter(f"encoding {source}", "record")
+    )
 
 
 def _refusal_findings(refusals: Sequence[DpoDistError], report: DoctorReport) -> list[Finding]:

@@ -1,6 +1,7 @@
 """The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.report.console import Console
+from dpo_dist.report.console import Console, Count
 
 _OWN_LINE = "chat_template_not_applied"
 _NO_CHANGES = frozenset(
@@ -122,13 +123,16 @@ def _encode(
     console: Console,
 ) -> PreferenceDataset:
     """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
-    with console.counter(f"encoding {name} data", "record") as count:
-        encoded = world.on_main(
-            lambda: prepare_dataset(
-                sources, config.data, tokenizer, tokenizer_digest(model_folder), count, part
-            ),
-            console.heartbeat(f"preparing the {name} data"),
-        )
+
+    def progress(source: str) -> AbstractContextManager[Count]:
+        return console.counter(f"encoding {name} data: {source}", "record")
+
+    encoded = world.on_main(
+        lambda: prepare_dataset(
+            sources, config.data, tokenizer, tokenizer_digest(model_folder), progress, part
+        ),
+        console.heartbeat(f"preparing the {name} data"),
+    )
     # A node that sees the files on another device verifies them again.
     verifying = console.heartbeat(f"verifying the {name} data")
     dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)

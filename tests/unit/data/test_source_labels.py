@@ -1,6 +1,8 @@
 """Sources have short, unique labels that are safe in names of metrics."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -41,6 +43,17 @@ def test_subset_folder_and_split_tell_parts_of_a_dataset_apart() -> None:
     ]
     wanted = ["hh-helpful-base", "hh-harmless-base", "uf-en", "uf-zh", "ds-train", "ds-test", "ds-test-2"]
     assert source_labels(parts) == wanted
+
+
+def test_an_entry_of_a_registry_has_its_own_name(tmp_path: Path) -> None:
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    entries = {
+        name: {"file_name": f"{name}.json", "ranking": True, "columns": columns} for name in ("dpo_en", "zh")
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    for name in entries:
+        (tmp_path / f"{name}.json").write_text("[]")
+    assert source_labels([SourceConfig(str(tmp_path), name=name) for name in entries]) == list(entries)
 
 
 def test_an_own_label_is_kept_and_may_be_shared() -> None:
