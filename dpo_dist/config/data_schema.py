@@ -14,6 +14,10 @@ TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
 OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
 
+UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
+MARKER_GAP = "..."
+"""Between the begin and the end marker in an entry of `data.untrained`."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -88,6 +92,27 @@ class DataConfig:
         TextTemplate.auto,
         "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
         "text (`literal`), or as text with an error if most records have them (`auto`).",
+    )
+    chat_template: str | None = key(
+        None,
+        "Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own.",
+        added=True,
+        filled=True,
+    )
+    template_arguments: Any = key(
+        None,
+        "Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none.",
+        added=True,
+        accepts="a mapping",
+    )
+    trained_roles: list[str] = key(
+        ["assistant"], "Roles whose turns in a response the loss counts.", added=True
+    )
+    untrained: list[str] = key(
+        ["empty_thoughts"],
+        "Parts of these turns that the loss does not count: `empty_thoughts`, `thoughts`, `formatting` "
+        "(tokens around turns), or the text from one marker to another, as `<note>...</note>`.",
+        added=True,
     )
     template_date: str = key(
         "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
 from dpo_dist.data.byte_stream import Meter
-from dpo_dist.data.chat_template import has_clock
+from dpo_dist.data.chat_template import argument_names, check_arguments, chosen_template, has_clock
 from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, encode_in_order
 from dpo_dist.data.encoded_source import (
@@ -89,7 +89,8 @@ def prepare_dataset(
             `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
-    check_template_date(config, tokenizer)
+    check_template_keys(config, tokenizer)
+    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
@@ -163,9 +164,13 @@ def tokenizer_digest(folder: Path) -> str:
     return text_digest(json.dumps(parts))
 
 
-def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a configured date has an effect. Raises ConfigError."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the chosen template exists, and that a date and arguments for it have an effect.
+
+    Raises:
+        ConfigError: one of them does not.
+    """
+    template = chosen_template(tokenizer, config.chat_template) or ""
     if config.template_date != DataConfig.template_date and not has_clock(template):
         raise ConfigError(
             "data.template_date has no effect: the chat template of the tokenizer does not use the date",
@@ -174,6 +179,9 @@ def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) 
             expected=f"{DataConfig.template_date} (the default)",
             remedy="remove data.template_date",
         )
+    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
+    known = argument_names(template) | argument_names(with_tools)
+    check_arguments(config.template_arguments or (), known)
 
 
 def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
@@ -218,6 +226,9 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest
         "text_as_messages": config.text_as_messages,
         "template_applied": config.template is TextTemplate.applied,
         "template_date": config.template_date,
+        "template_arguments": config.template_arguments,
+        "trained_roles": sorted(set(config.trained_roles)),
+        "untrained": sorted(set(config.untrained)),
         "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
         "content": identity,
