@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
 from dpo_dist.data.columns import OTHERS
+from dpo_dist.data.counts import UNPAIRED_REMEDY
 from dpo_dist.data.folders import is_saved
 from dpo_dist.data.json_values import fault_of, parse_json
 from dpo_dist.data.sharegpt import TAGS
@@ -192,7 +193,7 @@ class _Entry:
                 where=self.where,
                 got=f"kto_tag: {columns['kto_tag']}",
                 expected="pairs: columns with chosen and rejected",
-                remedy="pair good and bad responses to the same prompt; unpaired losses are not offered",
+                remedy=UNPAIRED_REMEDY,
             )
         sides = [name for name in ("chosen", "rejected") if columns.get(name)]
         if sides and not self.entry.get("ranking"):

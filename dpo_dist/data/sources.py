@@ -10,6 +10,7 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.columns import check_columns, with_columns
+from dpo_dist.data.counts import UNPAIRED_REMEDY
 from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
@@ -21,9 +22,12 @@ from dpo_dist.data.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.records import RawRecord
+from dpo_dist.data.pair_fields import is_labelled
+from dpo_dist.data.records import BadRecord, RawRecord
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
+
+_FIRST_RECORDS = 20
 
 
 def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
@@ -53,15 +57,32 @@ def check_source(source: SourceConfig) -> None:
     """Check that a local source exists and can be read; sends no request for a Hub dataset.
 
     Raises:
-        DataError: it does not exist, or its kind of file cannot be read.
+        DataError: it does not exist, its kind of file cannot be read, or its responses are unpaired.
         ConfigError: as `read_records`.
     """
     source = resolved(source)
     check_columns(source)
     local = Path(source.path).expanduser()
+    files = local_files(source)
     if not (local.is_dir() and is_saved(local)):
-        for file in local_files(source) or []:
+        for file in files or []:
             check_kind(file, source.path)
+    if files:
+        _check_paired(source)
+
+
+def _check_paired(source: SourceConfig) -> None:
+    """Check that the first records of a local source are not responses with a good/bad label (KTO)."""
+    first = itertools.islice(raw_records(source), _FIRST_RECORDS)
+    records = [record for record, _ in first if not isinstance(record, BadRecord)]
+    if records and all(map(is_labelled, records)):
+        raise DataError(
+            "the source has single responses with a good/bad label, not pairs",
+            where=source.path,
+            got=f"a label and no second response in each of the first {len(records)} records",
+            expected="pairs, rankings or completions",
+            remedy=UNPAIRED_REMEDY,
+        )
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
