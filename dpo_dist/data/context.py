@@ -65,7 +65,7 @@ def has_prompt(record: Fields) -> bool:
 def ends_with_response(turns: Any) -> bool:
     """Return whether the last of a list of messages is the assistant's."""
     turns = from_json(turns)
-    if not isinstance(turns, list) or not turns or not is_messages(turns[-1]):
+    if not isinstance(turns, list) or not turns or not turns[-1] or not is_messages(turns[-1]):
         return False
     return messages_of(turns[-1], role="user")[-1].role == "assistant"
 
