@@ -208,7 +208,7 @@ def _check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
     prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
     prompt_texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
     texts = [[text] if isinstance(text, str) else _texts(text) for text in record.responses]
-    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts))):
+    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts, _other_texts(record)))):
         return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
@@ -230,6 +230,14 @@ def _texts(messages: Messages) -> list[str]:
         json.dumps(message.fields, ensure_ascii=False, default=str) for message in messages if message.fields
     ]
     return [message.content for message in messages] + fields
+
+
+def _other_texts(record: PreferenceRecord) -> Iterator[str]:
+    """Yield what a chat template writes besides the texts of turns."""
+    yield json.dumps([record.tools, record.template_arguments], ensure_ascii=False, default=str)
+    for turns in (record.prompt, *record.responses):
+        if isinstance(turns, tuple):
+            yield from (message.role for message in turns)
 
 
 def _has_content(message: Message) -> bool:
