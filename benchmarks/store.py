@@ -154,6 +154,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         counts={},
         source_paths=("",),
         source_pairs=(pairs,),
+        source_labels=("",),
         largest_id=99,
         ids=np.zeros(int(ends[-1]), dtype=np.int32),
         piece_starts=ends - pieces.ravel(),

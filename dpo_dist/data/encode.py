@@ -44,6 +44,7 @@ class EncodedExample:
         prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
             the whole conversation.
         unknown_template_argument: whether the record has an argument that the chat template does not name.
+        content_not_rendered: whether the chat template omits a content beside calls of tools or a thought.
         partly_trained: whether the loss does not count all tokens of the responses.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
         truncated: for each response whether its end was cut, and with it its end of turn.
@@ -59,6 +60,7 @@ class EncodedExample:
     opened_thought_removed: bool = False
     prompt_not_prefix: bool = False
     unknown_template_argument: bool = False
+    content_not_rendered: bool = False
     partly_trained: bool = False
     trained: tuple[Mask, ...] = ()
     truncated: tuple[bool, ...] = ()
@@ -201,6 +203,7 @@ def _example(
         opened_thought_removed=tokens.rendered.opened_thought_removed,
         prompt_not_prefix=tokens.rendered.prompt_not_prefix,
         unknown_template_argument=tokens.rendered.unknown_template_argument,
+        content_not_rendered=tokens.rendered.content_not_rendered,
         partly_trained=bool(trained),
         trained=trained,
         truncated=truncated,

@@ -83,11 +83,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """The first `limit` records (None: all) of a source, encoded in `folder`; `path` is as configured."""
+    """The first `limit` records (None: all) of a source, encoded in `folder`; configured path, label."""
 
     path: str
     folder: Path
     limit: int | None = None
+    label: str = ""
 
 
 class SourceWriter:

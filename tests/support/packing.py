@@ -48,6 +48,7 @@ def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
         counts={},
         source_paths=("",),
         source_pairs=(len(pairs),),
+        source_labels=("",),
         largest_id=int(np.concatenate(pieces).max()),
         ids=np.concatenate(pieces),
         piece_starts=np.cumsum(lengths) - lengths,
