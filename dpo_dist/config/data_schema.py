@@ -47,6 +47,13 @@ class SourceConfig:
         added=True,
         accepts="a mapping, {role_tag: role, user_tag: user}",
     )
+    label: str | None = key(
+        None,
+        "Name of the source in metrics and counts; null: a name from its path, unique in the list.",
+        free=True,
+        accepts="letters, digits and . _ + -",
+        pattern=r"[\w.+-]+",
+    )
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,14 @@ def _values(config: RunConfig) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` without dataclasses and enums; of a dataclass, only keys not at their default."""
+    """Return `value` without dataclasses and enums; of a dataclass, only keys that define the result and are
+    not at their default.
+    """
     if is_dataclass(value):
         return {
             field.name: plain(getattr(value, field.name))
             for field in fields(value)
-            if getattr(value, field.name) != _default(field)
+            if declaration(field).defines_result and getattr(value, field.name) != _default(field)
         }
     if isinstance(value, list):
         return [plain(item) for item in value]

@@ -27,6 +27,7 @@ from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
+from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import local_files, pinned, source_identity
 from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -34,7 +35,7 @@ from dpo_dist.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 6
+_ENCODING_VERSION = 7
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -93,9 +94,9 @@ def prepare_dataset(
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
-    for source in map(resolved, sources):
+    for source, label in zip(map(resolved, sources), source_labels(sources), strict=True):
         folder = _encoded(source, config, tokenizer, digest, progress, part)
-        encoded.append(EncodedSource(source.path, folder, source.limit))
+        encoded.append(EncodedSource(source.path, folder, source.limit, label))
     return tuple(encoded)
 
 

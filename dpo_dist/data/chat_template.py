@@ -30,6 +30,7 @@ _FOREIGN_MARKS = (
 )
 FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 THOUGHT_TAGS = _OPEN, _CLOSE = "<think>", "</think>"
+_EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
 _CLOCK = "strftime_now"
 # Tags of transformers, which Jinja itself does not know.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
@@ -201,6 +202,18 @@ def ends_opened_thought(response: str) -> bool:
 def without_open_thought(prompt: str) -> str:
     """Return the prompt without the thought opened at its end."""
     return prompt.rstrip().removesuffix(_OPEN)
+
+
+def end_of_empty_thought(response: str) -> str:
+    """Return the end of an opened empty thought at the start of a response, with the spaces around it."""
+    found = _EMPTY_END.match(response)
+    return found.group() if found else ""
+
+
+def has_thought_of(rendered: str, content: str) -> bool:
+    """Return whether a rendered response has the thought of a content, and no other one."""
+    thought = split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
+    return rendered.count(_CLOSE) == 1 and thought in rendered
 
 
 def split_thought(response: str) -> tuple[str, str]:

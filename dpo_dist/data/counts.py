@@ -19,6 +19,7 @@ FLAGS = (
     "opened_thought_removed",
     "prompt_not_prefix",
     "unknown_template_argument",
+    "content_not_rendered",
     "partly_trained",
 )
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
@@ -28,7 +29,11 @@ UNPAIRED_REMEDY = (
 )
 _MAX_SHOWN_ORIGINS = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
+_OTHER_TEMPLATE = "set data.chat_template to a template that writes them, or remove them from the records"
 _REMEDIES = {
+    "tools_not_rendered": _OTHER_TEMPLATE,
+    "calls_not_rendered": _OTHER_TEMPLATE,
+    "thought_not_rendered": _OTHER_TEMPLATE,
     "prompt_fills_max_length": f"raise data.max_length, or {_CUT_PROMPTS}",
     "response_fills_max_length": "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
     "too_long": "raise data.max_length, or set data.truncation=keep_start or keep_end",
@@ -89,7 +94,9 @@ class DataCounts:
         """Return the counts of records, given the number of records with each outcome."""
         counts = cls(examples=list(examples)[:SHOWN_EXAMPLES], details=dict(details))
         for outcome, records in outcomes.items():
-            if outcome.dropped is not None and records:
+            if not records:
+                continue
+            if outcome.dropped is not None:
                 counts.read += records
                 counts.dropped[outcome.dropped] += records
             elif outcome.pairs:

@@ -2,20 +2,22 @@
 
 from dataclasses import dataclass, replace
 
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.chat_renderer import ChatRenderer, Escapable, Turns
 from dpo_dist.data.chat_template import (
+    end_of_empty_thought,
     ends_opened_thought,
     ends_thought,
+    has_thought_of,
     opens_thought,
     split_thought,
     within_thought,
     without_open_thought,
 )
 from dpo_dist.data.records import Fields, Message, Messages, UnusableRecordError
+from dpo_dist.data.rendered_parts import CALLS, THOUGHT_FIELDS, thought_of
 from dpo_dist.data.tokenizer import TokenizerFacts
 from dpo_dist.data.turn_trace import Span, Trace
-
-THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Rendered:
     opened_thought_removed: bool = False
     prompt_not_prefix: bool = False
     unknown_template_argument: bool = False
+    content_not_rendered: bool = False
 
 
 def counted(text: str) -> RenderedResponse:
@@ -59,11 +62,11 @@ class Conversation:
         context: Escapable,
         facts: TokenizerFacts,
         chat: ChatRenderer,
-        trained_roles: list[str],
+        config: DataConfig,
     ):
         self._facts = facts
         self._chat = chat
-        self._trained_roles = trained_roles
+        self._config = config
         self._prompt: Turns = tuple(map(chat.turn, prompt))
         self._context = context
         self._role = prompt[-1].role if prompt else ""
@@ -91,7 +94,9 @@ class Conversation:
         return replace(rendered, responses=tuple(masked))
 
     def _is_counted(self, message: Message) -> bool:
-        return message.role in self._trained_roles if message.is_trained is None else message.is_trained
+        return (
+            message.role in self._config.trained_roles if message.is_trained is None else message.is_trained
+        )
 
     def _after_prompt(self, message: Message, prompt: str) -> str | None:
         """Return the text of a response after the rendered `prompt`, up to its end of turn.
@@ -130,14 +135,20 @@ class Conversation:
         """
         if role not in self._generation:
             trace = self._chat.trace(before, self._context, generation=True)
-            self._generation[role] = trace.text[trace.end :]
+            end = trace.end
+            if not before or trace.spans[-1] is None:
+                # Llama 3.1 writes tools and the first question before its loop over messages.
+                end = _common_length(trace.text, self._chat.render(before, self._context))
+            self._generation[role] = trace.text[end:]
         return _common_length(turn, self._generation[role])
 
     def _render_after_thought(self, messages: list[Message], prompt: str) -> Rendered:
         """Render responses to a prompt that opens a thought: each ends it and none opens it again."""
         texts = [self._after_prompt(message, prompt) for message in messages]
         if all(text is not None and ends_opened_thought(text) for text in texts):
-            return Rendered(prompt, tuple(counted(str(text)) for text in texts))
+            scaffold = self._common_scaffold(list(map(str, texts)))
+            following = (str(text).removeprefix(scaffold) for text in texts)
+            return Rendered(prompt + scaffold, tuple(map(counted, following)))
         spelled = [_with_spelled_thought(message) for message in messages]
         closed = without_open_thought(prompt)
         if all(ends_thought(message.content) for message in spelled):
@@ -147,7 +158,9 @@ class Conversation:
             return Rendered(prompt, tuple(map(counted, ended)), opened_thought_joined=is_joined)
         rendered, is_prefix = self._render_each(messages, closed)
         ended = [
-            self._ended(message, message.content, closed) if ends_thought(message.content) else whole
+            self._ended(message, message.content, closed)
+            if ends_thought(message.content) and not has_thought_of(whole, message.content)
+            else whole
             for message, whole in zip(spelled, rendered, strict=True)
         ]
         return Rendered(
@@ -157,9 +170,16 @@ class Conversation:
             prompt_not_prefix=not is_prefix,
         )
 
+    def _common_scaffold(self, responses: list[str]) -> str:
+        """Return the end of an empty thought with which all responses start: a part of the prompt."""
+        if "empty_thoughts" not in self._config.untrained:
+            return ""
+        starts = set(map(end_of_empty_thought, responses))
+        return starts.pop() if len(starts) == 1 else ""
+
     def _ended(self, message: Message, content: str, prompt: str) -> str:
         """Return a content with its thought and an end of turn; tool calls as the template writes them."""
-        if not message.fields.get("tool_calls"):
+        if not message.fields.get(CALLS):
             return self._facts.bare_response(content)
         thought, rest = split_thought(content)
         separator = rest[: len(rest) - len(rest.lstrip())]
@@ -180,8 +200,10 @@ class Conversation:
             generation = all(turns[0].role == "assistant" for turns in responses)
             alone = self._chat.render(self._prompt, self._context, generation=generation)
             is_prefix = alone == prompts[0]
+            if opens_thought(alone):
+                start += len(self._common_scaffold([trace.text[start:] for trace, _, _ in parts]))
         return Rendered(
-            prompts[0][:start],
+            parts[0][0].text[:start],
             tuple(_following(trace, start, spans) for trace, _, spans in parts),
             prompt_not_prefix=not is_prefix,
         )
@@ -208,13 +230,15 @@ class Conversation:
             starts.append(first + header)
             if self._is_counted(message):
                 content = header if is_assistant else max(turn.find(message.content.strip()), 0)
-                spans.append((first + content, first + self._facts.end_of_rendered(turn)))
+                end = self._facts.end_of_rendered(turn, trace.text[span[1] :])
+                spans.append((first + content, first + end))
             role = message.role
         return replace(trace, text=trace.text[:first] + turn), starts[0], spans
 
 
 def _following(trace: Trace, start: int, spans: list[Span]) -> RenderedResponse:
-    return RenderedResponse(trace.text[start:], tuple((first - start, end - start) for first, end in spans))
+    turns = ((max(first - start, 0), end - start) for first, end in spans)
+    return RenderedResponse(trace.text[start:], tuple(turns))
 
 
 def _common_length(one: str, other: str) -> int:
@@ -224,8 +248,8 @@ def _common_length(one: str, other: str) -> int:
 
 def _with_spelled_thought(message: Message) -> Message:
     """Return a message whose thought is part of its content, if a field has it."""
-    thought = next((message.fields[name] for name in THOUGHT_FIELDS if message.fields.get(name)), None)
-    if not isinstance(thought, str) or ends_thought(message.content):
+    thought = thought_of(message)
+    if thought is None or ends_thought(message.content):
         return message
     fields: Fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}
     content = f"<think>\n{thought}\n</think>\n\n{message.content}"

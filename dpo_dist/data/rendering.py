@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from dpo_dist.config.data_schema import DataConfig, TextTemplate
 from dpo_dist.data.chat_renderer import ChatRenderer
-from dpo_dist.data.chat_template import check_arguments
+from dpo_dist.data.chat_template import check_arguments, ends_thought
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Origin, PreferenceRecord, Response
 from dpo_dist.data.render_conversation import Conversation, Rendered, counted
+from dpo_dist.data.rendered_parts import check_parts_rendered
 from dpo_dist.data.tokenizer import TokenizerFacts
 from dpo_dist.errors import ConfigError
 
@@ -72,9 +73,14 @@ def _render_messages(
     arguments = record.template_arguments
     known = {name: value for name, value in arguments.items() if name in facts.chat.arguments}
     context = facts.chat.data(_template_context(record, known, facts.chat, config))
-    rendered = Conversation(messages, context, facts, facts.chat, config.trained_roles).render(responses)
+    rendered = Conversation(messages, context, facts, facts.chat, config).render(responses)
     if len(known) < len(arguments):
         rendered = replace(rendered, unknown_template_argument=True)
+    if record.tools or any(_has_parts(turn) for turns in (messages, *responses) for turn in turns):
+        texts = (facts.marks.spell(rendered.prompt + one.text) for one in rendered.responses)
+        pairs = zip(texts, responses, strict=True)
+        whole = [check_parts_rendered(text, (*messages, *turns), record.tools) for text, turns in pairs]
+        rendered = replace(rendered, content_not_rendered=not all(whole))
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
         return replace(rendered, templated_content=True)
     return rendered
@@ -88,6 +94,10 @@ def _template_context(
         check_arguments(config.template_arguments, chat.arguments)
         return {**config.template_arguments, **own, **tools}
     return {**own, **tools}
+
+
+def _has_parts(turn: Message) -> bool:
+    return bool(turn.fields) or ends_thought(turn.content)
 
 
 def _turns_of(response: Response) -> Messages:

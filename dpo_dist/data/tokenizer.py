@@ -128,9 +128,15 @@ class TokenizerFacts:
         after = "" if self.chat is None else self.chat.after_response
         return rendered.removesuffix(after) + self.end_of_turn
 
-    def end_of_rendered(self, turn: str) -> int:
-        """Return the position after the special token that ends a rendered turn, else after the turn."""
-        return self._last_special(turn) or len(turn)
+    def end_of_rendered(self, turn: str, after: str) -> int:
+        """Return the position after the special token that ends a rendered turn.
+
+        In some templates (GLM) the token that starts the text `after` it ends the turn; else the turn's end.
+        """
+        if last := self._last_special(turn):
+            return last
+        following = self._special.match(after)
+        return len(turn) + (following.end() if following else 0)
 
     def _last_special(self, escaped: str) -> int:
         """Return the position after the last special token if only spaces follow it, else 0."""

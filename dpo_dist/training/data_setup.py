@@ -28,7 +28,9 @@ from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.console import Console, Count
 
 _OWN_LINE = "chat_template_not_applied"
-_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE})
+_NO_CHANGES = frozenset(
+    {"label", "path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE}
+)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ def describe_counts(name: str, counts: dict[str, Any]) -> list[str]:
     """Return lines for the log: kept, dropped and changed records, of all sources and of each."""
     lines = [f"{name} data: {_described(counts)}"]
     sources = counts["sources"] if len(counts["sources"]) > 1 else []
-    lines += [f"{name} data: {source['path']}: {_described(source)}" for source in sources]
+    lines += [
+        f"{name} data: {source['label']} ({source['path']}): {_described(source)}" for source in sources
+    ]
     if plain := counts.get(_OWN_LINE):
         lines.append(
             f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "

@@ -42,6 +42,7 @@ def reasons_in_code() -> set[str]:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
                 "BadRecord",
                 "UnusableRecordError",
+                "_lost",
             ):
                 reason = node.args[0]
                 if isinstance(reason, ast.Constant):

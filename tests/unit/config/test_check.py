@@ -130,6 +130,14 @@ def test_out_of_range_inside_of_lists_and_mappings(where: str, values: dict[str,
     assert caught.value.where == where
 
 
+@pytest.mark.parametrize("label", ["", "a/b", "a b", "<b>", "a\n"])
+def test_a_label_is_part_of_a_name(label: str) -> None:
+    with pytest.raises(ConfigError, match="other characters") as caught:
+        configured({"data.train": ["a", {"path": "b", "label": label}]})
+    assert caught.value.where == "data.train[1].label"
+    configured({"data.train": [{"path": "b", "label": "math_2.1+数学-x"}]})
+
+
 def test_null_is_named_where_the_key_accepts_it() -> None:
     with pytest.raises(ConfigError) as caught:
         configured({"trainer.max_steps": 0})

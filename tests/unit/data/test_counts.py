@@ -64,8 +64,8 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
     assert lines[1:3] == [
-        f"train data: {first}: 40 of 40 records kept, 40 pairs",
-        f"train data: {second}: 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
+        f"train data: one-records ({first}): 40 of 40 records kept, 40 pairs",
+        f"train data: two-records ({second}): 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
     ]
     json.dumps(counts)
 
