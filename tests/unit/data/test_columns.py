@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.data.sources import check_source
@@ -147,3 +147,4 @@ def test_columns_are_written_on_the_command_line() -> None:
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
     columns = {"prompt": "question", "chosen": "answers.good", "images": None, "*": None}
     assert config.data.train[0].columns == columns
+    assert from_yaml(to_yaml(config)) == config
