@@ -4,10 +4,13 @@
 after the finished parts. docs/pairs.md has a command for each method.
 """
 
+import sys
+
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
+from dpo_dist.generation.rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs, needs_this_process
 from dpo_dist.report.console import open_console
 
@@ -19,12 +22,19 @@ def main(config: RunConfig) -> int:
         DpoDistError: they cannot be made.
     """
     check_pairs(config)
+    if config.pairs.rounds:
+        return run_rounds(config, _say)
     if needs_this_process(config):
         with open_console(RunFolder.of(config)) as console:
             from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints into the log)
 
             make_pairs(config, console)
     return ExitCode.completed
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

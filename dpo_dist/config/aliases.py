@@ -32,8 +32,8 @@ KEY_ALIASES = _by_name(
             "data.test data.val data.validation"
         ),
         "data.max_length": "cutoff_len max_seq_len max_seq_length max_len model_max_length sequence_len",
-        "data.max_prompt_length": "max_prompt_len",
-        "data.truncation": "truncation_mode",
+        "data.max_prompt_length": "max_prompt_len prompt_max_len",
+        "data.truncation": "truncation_mode truncation_strategy",
         "data.processes": "dataset_num_proc preprocessing_num_workers num_proc num_workers",
         "loss.beta": "pref_beta dpo_beta",
         "loss.label_smoothing": "dpo_label_smoothing",
@@ -81,9 +81,15 @@ KEY_ALIASES = _by_name(
 # Names in an entry of data.train or data.eval.
 SOURCE_ALIASES = _by_name(
     {
-        "path": "file file_name dataset hf_hub_url url",
-        "name": "subset config_name configuration",
-        "format": "type formatting",
+        "path": "file file_name dataset hf_hub_url url dataset_dir dataset_id",
+        "name": "subset config_name configuration dataset_name entry",
+        "data_dir": "folder",
+        "format": "type formatting ds_type",
+        "columns": (
+            "column_mapping field_mapping fields prompt_key input_key output_key chosen_key rejected_key "
+            "field_prompt field_messages field_chosen field_rejected field_system"
+        ),
+        "tags": "message_property_mappings roles role_tag content_tag",
         "weight": "probability ratio",
         "limit": "max_samples num_samples n",
     }
@@ -158,7 +164,8 @@ REMEDIES = _by_name(
             "max_completion_length max_target_length"
         ),
         "set data.eval_share: the share of prompts reserved for evaluation": (
-            "val_size eval_size test_size eval_ratio val_ratio val_split data.val_size data.val_split"
+            "val_size val_set_size split_dataset_ratio eval_size test_size eval_ratio val_ratio val_split "
+            "data.val_size data.val_split"
         ),
         "--check checks values, model, tokenizer, data and folders, and exits": "dry_run validate check",
         "--config-dir DIR adds a folder of yours": "config_path",
@@ -169,10 +176,39 @@ REMEDIES = _by_name(
             "split data.split dataset_split dataset_train_split dataset_test_split"
         ),
         "set format of a source: 'data.train=[{path: pairs.jsonl, format: text}]'": "data.format",
-        "set weight of a source: 'data.train=[{path: pairs.jsonl, weight: 0.5}]'": "data.weight",
-        "name the files: data.train=[folder/pairs.jsonl]": "dataset_dir",
-        "the tokenizer's own chat template is used": "template chat_template",
-        "not needed: pairs are always packed without padding": "packing padding_free",
+        "set weight of a source: 'data.train=[{path: pairs.jsonl, weight: 0.5}]'": (
+            "data.weight mix_strategy interleave_probs dataset_probs prompt_data_probs dataset_mixer"
+        ),
+        "write 'data.train=[{path: FOLDER, name: ENTRY}]': FOLDER has the dataset_info.json": (
+            "dataset_dir custom_dataset_info"
+        ),
+        "set columns of a source: 'data.train=[{path: a.jsonl, columns: {prompt: question}}]'": (
+            "columns data.columns prompt_key input_key output_key chosen_key rejected_key label_key "
+            "field_messages field_chosen field_rejected"
+        ),
+        "tools and messages are read from each record": "tools data.tools tool_format",
+        "put system texts into the records: the field system": "default_system system system_prompt",
+        "messages are rendered by the chat template; for texts set data.text_as_messages=true": (
+            "apply_chat_template input_template"
+        ),
+        "not needed: the loss counts a response from where both sides part": (
+            "train_on_prompt train_on_inputs mask_history"
+        ),
+        "not needed: encoded data are found by their content in data.cache": (
+            "tokenized_path dataset_prepared_path overwrite_cache load_from_cache_file"
+        ),
+        "not needed: files are streamed": (
+            "streaming dataset_streaming buffer_size preprocessing_batch_size max_shard_size"
+        ),
+        "not offered: images, audio and videos are not read": "media_dir image_max_pixels video_max_pixels",
+        "the tokenizer's own chat template is used; another one, a file or a name: data.chat_template": (
+            "template chat_template chat_template_path chat_template_jinja"
+        ),
+        "set data.template_arguments={enable_thinking: false}": "enable_thinking chat_template_kwargs",
+        "set data.trained_roles and data.untrained": "roles_to_train assistant_only_loss loss_scale",
+        "not needed: pairs are always packed without padding": (
+            "packing padding_free neat_packing sample_packing"
+        ),
         "not needed: pairs are packed without padding and balanced by compute cost": "group_by_length",
         "not needed: the verb dpo_dist.train trains": "do_train",
         "not needed: data.eval is evaluated if it is set": "do_eval",

@@ -1,5 +1,6 @@
 """Check a configuration: declared bounds of every value, then rules between values."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import reduce
@@ -90,6 +91,14 @@ def _check_value(where: str, value: Any, field: Field[Any]) -> None:
     if declared.filled and isinstance(value, str) and not value.strip():
         raise ConfigError(
             f"{where} is empty", where=where, got=repr(value), remedy="write a value, or remove the key"
+        )
+    if declared.pattern and isinstance(value, str) and not re.fullmatch(declared.pattern, value):
+        raise ConfigError(
+            f"{where} has other characters than it may have",
+            where=where,
+            got=repr(value),
+            expected=declared.accepts,
+            remedy="write it with these characters, or remove the key",
         )
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and not declared.bounds.contain(value):

@@ -14,6 +14,10 @@ TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
 OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
 
+UNTRAINED_PARTS = ("empty_thoughts", "thoughts", "formatting")
+MARKER_GAP = "..."
+"""Between the begin and the end marker in an entry of `data.untrained`."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -22,13 +26,34 @@ class SourceConfig:
     path: str = key(MISSING, "File, pattern, folder or hub name.", filled=True)
     format: DataFormat = key(DataFormat.auto, "Format of the records; `auto`: detected for each record.")
     split: str | None = key(None, "Split of a hub dataset or of a folder with several; null: `train`.")
-    name: str | None = key(None, "Configuration (subset) of a hub dataset.")
+    name: str | None = key(
+        None, "Configuration (subset) of a hub dataset; entry of the dataset_info.json in a folder."
+    )
     data_dir: str | None = key(None, "Folder inside a hub dataset.")
     revision: str | None = key(None, "Branch, tag or commit of a hub dataset.")
     weight: float = key(
         1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
     )
     limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
+    columns: Any = key(
+        None,
+        "Column, or path into nested objects, of a field with another name; null: it is ignored.",
+        added=True,
+        accepts="a mapping, {prompt: question, chosen: answers.good}",
+    )
+    tags: Any = key(
+        None,
+        "Names of the fields and roles of ShareGPT's turns, as in LLaMA-Factory.",
+        added=True,
+        accepts="a mapping, {role_tag: role, user_tag: user}",
+    )
+    label: str | None = key(
+        None,
+        "Name of the source in metrics and counts; null: a name from its path, unique in the list.",
+        free=True,
+        accepts="letters, digits and . _ + -",
+        pattern=r"[\w.+-]+",
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,27 @@ class DataConfig:
         TextTemplate.auto,
         "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
         "text (`literal`), or as text with an error if most records have them (`auto`).",
+    )
+    chat_template: str | None = key(
+        None,
+        "Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own.",
+        added=True,
+        filled=True,
+    )
+    template_arguments: Any = key(
+        None,
+        "Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none.",
+        added=True,
+        accepts="a mapping",
+    )
+    trained_roles: list[str] = key(
+        ["assistant"], "Roles whose turns in a response the loss counts.", added=True
+    )
+    untrained: list[str] = key(
+        ["empty_thoughts"],
+        "Parts of these turns that the loss does not count: `empty_thoughts`, `thoughts`, `formatting` "
+        "(tokens around turns), or the text from one marker to another, as `<note>...</note>`.",
+        added=True,
     )
     template_date: str = key(
         "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"

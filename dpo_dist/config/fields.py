@@ -48,7 +48,8 @@ class Declaration:
             existed keep their digest.
         train_only: whether `precompute` does not use the key; None: as its section.
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
-        accepts: the accepted values in words, if a rule narrows the type.
+        accepts: the accepted values in words, if a rule or a pattern narrows the type.
+        pattern: regular expression that a text must match; `accepts` has it in words.
         verb: the only verb that uses the keys of a section; None: as `train_only` says.
     """
 
@@ -60,6 +61,7 @@ class Declaration:
     train_only: bool | None = None
     of: type | None = None
     accepts: str = ""
+    pattern: str = ""
     verb: str | None = None
 
 
@@ -73,10 +75,13 @@ def key(
     of: type | None = None,
     filled: bool = False,
     accepts: str = "",
+    pattern: str = "",
     **bounds: float,
 ) -> Any:
     """Return a dataclass field with its `Declaration`; `free` keeps the key out of the run's digest."""
-    declared = Declaration(meaning, Bounds(**bounds), filled, not free, added, train_only, of, accepts)
+    declared = Declaration(
+        meaning, Bounds(**bounds), filled, not free, added, train_only, of, accepts, pattern
+    )
     metadata = {_METADATA: declared}
     if isinstance(default, list):
         return field(default_factory=lambda: copy(default), metadata=metadata)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +102,22 @@ def _values(config: RunConfig) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` without dataclasses and enums; of a dataclass, only keys not at their default."""
+    """Return `value` without dataclasses and enums; of a dataclass, only keys that define the result and are
+    not at their default.
+    """
     if is_dataclass(value):
-        usual = type(value)
         return {
             field.name: plain(getattr(value, field.name))
             for field in fields(value)
-            if getattr(value, field.name) != getattr(usual, field.name, None)
+            if declaration(field).defines_result and getattr(value, field.name) != _default(field)
         }
     if isinstance(value, list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _defining(value: Any) -> Any:
@@ -121,6 +126,6 @@ def _defining(value: Any) -> Any:
             field.name: _defining(getattr(value, field.name))
             for field in fields(value)
             if declaration(field).defines_result
-            and not (declaration(field).added and getattr(value, field.name) == field.default)
+            and not (declaration(field).added and getattr(value, field.name) == _default(field))
         }
     return [_defining(item) for item in value] if isinstance(value, list) else value

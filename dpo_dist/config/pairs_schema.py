@@ -9,6 +9,7 @@ PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
 PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
 Engine = StrEnum("Engine", ["auto", "vllm", "transformers"])
 Unfinished = StrEnum("Unfinished", ["drop", "keep"])
+RoundReference = StrEnum("RoundReference", ["first", "previous"])
 Verdicts = StrEnum("Verdicts", ["compare", "grade"])
 
 
@@ -113,3 +114,26 @@ class PairsConfig:
     function: str | None = key(None, "Judge: your own function, as `module:function`.", filled=True)
     endpoint: EndpointConfig = section(EndpointConfig)
     people: PeopleConfig = section(PeopleConfig)
+    prompt_parts: int = key(
+        1,
+        "Parts into which the prompts are divided, by their contents; round after round takes the next.",
+        at_least=1,
+    )
+    prompt_part: int = key(
+        0, "The part to use, of `prompt_parts`; with rounds, of the first round.", at_least=0
+    )
+    rounds: int = key(
+        0,
+        "Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only.",
+        at_least=0,
+    )
+    reference: RoundReference = key(
+        RoundReference.previous,
+        "Reference model of a round's training: the `first` one, or the policy of the `previous` round.",
+    )
+    launcher: str | None = key(
+        None,
+        "Command before `-m dpo_dist.train` in rounds, such as `accelerate launch`; null: this with several "
+        "GPUs, else one process.",
+        filled=True,
+    )

@@ -8,7 +8,14 @@ from dataclasses import fields
 from datetime import date
 
 from dpo_dist.config.check import Rule
-from dpo_dist.config.data_schema import DataConfig, DataFormat, Ranked, SourceConfig
+from dpo_dist.config.data_schema import (
+    MARKER_GAP,
+    UNTRAINED_PARTS,
+    DataConfig,
+    DataFormat,
+    Ranked,
+    SourceConfig,
+)
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_doctor import DOCTOR_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
@@ -43,6 +50,11 @@ def _names_layers(targets: object) -> bool:
 def _has_rankings(data: DataConfig) -> bool:
     """Return whether a source may have rankings, by its format."""
     return any(source.format in (DataFormat.auto, DataFormat.ranked) for source in [*data.train, *data.eval])
+
+
+def _is_untrained_part(entry: str) -> bool:
+    begin, _, end = entry.partition(MARKER_GAP)
+    return entry in UNTRAINED_PARTS or bool(begin.strip() and end.strip())
 
 
 def _is_set(loss: LossConfig, option: str) -> bool:
@@ -187,6 +199,27 @@ _DATA = (
         "data.template_date is not a date",
         f"write data.template_date={DataConfig.template_date}; other days in the same form",
         f"YYYY-MM-DD, such as {DataConfig.template_date}",
+    ),
+    Rule(
+        "data.template_arguments",
+        lambda c: not isinstance(c.data.template_arguments, dict | None),
+        "data.template_arguments is not a mapping",
+        "write 'data.template_arguments={{enable_thinking: false}}'",
+        "null or a mapping of names and values",
+    ),
+    Rule(
+        "data.trained_roles",
+        lambda c: not c.data.trained_roles or not all(c.data.trained_roles),
+        "data.trained_roles names no role, so the loss would count nothing",
+        "write data.trained_roles=[assistant]",
+        "a list of roles",
+    ),
+    Rule(
+        "data.untrained",
+        lambda c: not all(map(_is_untrained_part, c.data.untrained)),
+        "data.untrained has an entry that is neither a named part nor a pair of markers",
+        "write a marker as BEGIN...END, such as '<note>...</note>'",
+        f"a list of {', '.join(UNTRAINED_PARTS)} and BEGIN...END",
     ),
     Rule(
         "data.ranked data.train",

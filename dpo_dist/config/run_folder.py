@@ -133,3 +133,32 @@ class RunFolder:
     def pairs_agreement(self) -> Path:
         """Agreement of the annotators."""
         return self.pairs / "agreement.json"
+
+    @property
+    def rounds(self) -> Path:
+        """The folder of the rounds; the next two files are in it."""
+        return self.path / "rounds"
+
+    @property
+    def rounds_config(self) -> Path:
+        """The configuration that the rounds share."""
+        return self.rounds / "config.yaml"
+
+    @property
+    def rounds_summary(self) -> Path:
+        """Scores and trainings of all rounds."""
+        return self.rounds / "rounds.json"
+
+    def round(self, number: int) -> "RunFolder":
+        """Return the folder of a round, which is the run directory of its sampling."""
+        return RunFolder(self.rounds / str(number))
+
+    @property
+    def round_result(self) -> Path:
+        """The finished stages of a round, in its folder."""
+        return self.path / "round.json"
+
+    @property
+    def training(self) -> "RunFolder":
+        """The run directory of a round's training, in the round's folder."""
+        return RunFolder(self.path / "train")

@@ -1,10 +1,9 @@
 """Encode sources to disk, or find them there by content; for one process of a run."""
 
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
-from dpo_dist.data.chat_template import has_clock
+from dpo_dist.data.byte_stream import Meter
+from dpo_dist.data.chat_template import argument_names, check_arguments, chosen_template, has_clock
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, encode_in_order
 from dpo_dist.data.encoded_source import (
     MEMO_FOLDER,
@@ -25,6 +26,8 @@ from dpo_dist.data.encoded_source import (
 from dpo_dist.data.files import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part
+from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
+from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import local_files, pinned, source_identity
 from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -32,7 +35,8 @@ from dpo_dist.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 6
+_ENCODING_VERSION = 7
+_CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
@@ -46,8 +50,14 @@ _TOKENIZER_FILES = (
     "chat_template*",
 )
 
-Progress = Callable[[int], None]
-"""Called with the number of newly encoded records."""
+Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
+"""Called with the path of a source that is encoded. The entered function is called with the number of newly
+encoded records, and the share of the source that was read; None if its size is unknown."""
+
+
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int, float | None], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _records, _share: None)
 
 
 def prepare_dataset(
@@ -55,7 +65,7 @@ def prepare_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     digest: str,
-    progress: Progress = lambda _records: None,
+    progress: Progress = no_progress,
     part: Part = ALL_RECORDS,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
@@ -68,7 +78,7 @@ def prepare_dataset(
         config: configuration of the data.
         tokenizer: of the policy.
         digest: its `tokenizer_digest`.
-        progress: called while sources are encoded.
+        progress: called for each source that is not encoded yet.
         part: the records to encode.
 
     Returns:
@@ -79,13 +89,14 @@ def prepare_dataset(
             `data.on_bad_record` is `error`.
         PeerLostError: a process that encodes has died.
     """
-    check_template_date(config, tokenizer)
+    check_template_keys(config, tokenizer)
+    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
     encoded = []
-    for source in sources:
+    for source, label in zip(map(resolved, sources), source_labels(sources), strict=True):
         folder = _encoded(source, config, tokenizer, digest, progress, part)
-        encoded.append(EncodedSource(source.path, folder, source.limit))
+        encoded.append(EncodedSource(source.path, folder, source.limit, label))
     return tuple(encoded)
 
 
@@ -108,15 +119,17 @@ def _encoded(
     folder = cache / folder_name(fingerprint, source.limit)
     if folder.exists():
         log.warning("%s is damaged and is encoded again", folder)
+    meter = Meter()
     is_complete = partial(_is_complete, cache, fingerprint, source.limit)
     with (
         staged_folder(folder, is_complete) as temporary,
         closing(SourceWriter(temporary, source.path)) as writer,
+        progress(source.path) as count,
     ):
-        with closing(encode_in_order(_chunks(source), config, tokenizer, part)) as chunks:
+        with closing(encode_in_order(_chunks(source, meter), config, tokenizer, part)) as chunks:
             for chunk in chunks:
                 writer.add(chunk)
-                progress(len(chunk.outcomes))
+                count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if _state(source) != state or source_identity(source) != identity:
             raise DataError(
@@ -151,9 +164,13 @@ def tokenizer_digest(folder: Path) -> str:
     return text_digest(json.dumps(parts))
 
 
-def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a configured date has an effect. Raises ConfigError."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+def check_template_keys(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the chosen template exists, and that a date and arguments for it have an effect.
+
+    Raises:
+        ConfigError: one of them does not.
+    """
+    template = chosen_template(tokenizer, config.chat_template) or ""
     if config.template_date != DataConfig.template_date and not has_clock(template):
         raise ConfigError(
             "data.template_date has no effect: the chat template of the tokenizer does not use the date",
@@ -162,6 +179,9 @@ def check_template_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase) 
             expected=f"{DataConfig.template_date} (the default)",
             remedy="remove data.template_date",
         )
+    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
+    known = argument_names(template) | argument_names(with_tools)
+    check_arguments(config.template_arguments or (), known)
 
 
 def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path) -> bool:
@@ -175,10 +195,25 @@ def _state(source: SourceConfig) -> list[str]:
     return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
 
 
-def _chunks(source: SourceConfig) -> Iterator[Records]:
-    records = read_records(source)
-    while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
+def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
+    """Yield consecutive records: fewer of long ones, as several chunks are in memory at a time."""
+    chunk: list[PreferenceRecord | BadRecord] = []
+    characters = 0
+    for record in read_records(source, meter):
+        chunk.append(record)
+        characters += 0 if isinstance(record, BadRecord) else text_characters(record)
+        if len(chunk) == CHUNK_RECORDS or characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
         yield chunk
+
+
+def share_read(meter: Meter, limit: int | None, records: int) -> float | None:
+    """Return the share of a source that is encoded; reading is a few chunks ahead."""
+    if limit is None or meter.share is None:
+        return meter.share if limit is None else min(1.0, records / limit)
+    return max(meter.share, min(1.0, records / limit))
 
 
 def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest: str, part: Part) -> str:
@@ -191,12 +226,17 @@ def _fingerprint(source: SourceConfig, identity: str, config: DataConfig, digest
         "text_as_messages": config.text_as_messages,
         "template_applied": config.template is TextTemplate.applied,
         "template_date": config.template_date,
+        "template_arguments": config.template_arguments,
+        "trained_roles": sorted(set(config.trained_roles)),
+        "untrained": sorted(set(config.untrained)),
         "ranked": config.ranked,
         "on_bad_record": config.on_bad_record,
         "content": identity,
         "kinds": [file_kind(file) for file in local_files(source) or []],
         "format": source.format,
         "split": source.split,
+        "columns": source.columns,
+        "tags": source.tags,
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))

@@ -2,12 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from copy import copy
 from datetime import date
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
+
+from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +29,12 @@ _FOREIGN_MARKS = (
     "[INST]",
 )
 FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-_OPEN, _CLOSE = "<think>", "</think>"
+THOUGHT_TAGS = _OPEN, _CLOSE = "<think>", "</think>"
+_EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
 _CLOCK = "strftime_now"
+# Tags of transformers, which Jinja itself does not know.
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
 # Replaces "%%" until all directives are formatted.
 _PERCENT = "\ufdd0"
@@ -54,6 +63,85 @@ def pin_clock(template: str, day: str) -> str:
     return f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}\n{template}"
 
 
+def chosen_template(
+    tokenizer: "PreTrainedTokenizerBase", choice: str | None, *, with_tools: bool = False
+) -> str | None:
+    """Return the chat template that `data.chat_template` chooses; None if the tokenizer has none.
+
+    Args:
+        tokenizer: of the policy.
+        choice: a file, the name of one of the tokenizer's templates, or None: its only or default one.
+        with_tools: whether records have tools, for which a tokenizer may have an own template.
+
+    Raises:
+        ConfigError: there is no such file and no such template.
+    """
+    own = tokenizer.chat_template
+    if choice is None:
+        return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if own else None
+    if isinstance(own, dict) and choice in own:
+        return str(own[choice])
+    file = Path(choice).expanduser()
+    try:
+        state = file.stat()
+    except OSError:
+        raise _no_such_template(choice, sorted(own) if isinstance(own, dict) else []) from None
+    return _read_template(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(
+            "the chat template cannot be read", where="data.chat_template", got=f"{file}: {fault}"
+        ) from fault
+
+
+def _no_such_template(choice: str, names: list[str]) -> ConfigError:
+    templates = f"one of the tokenizer's templates ({', '.join(names)})" if names else ""
+    return ConfigError(
+        "the chat template does not exist",
+        where="data.chat_template",
+        got=choice,
+        expected=" or ".join(filter(None, ["a file with a Jinja template", templates])),
+        remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
+    )
+
+
+def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "PreTrainedTokenizerBase":
+    """Return a copy of a tokenizer with the template of `data.chat_template`, to be saved with a model."""
+    changed, own = copy(tokenizer), tokenizer.chat_template
+    chosen = chosen_template(tokenizer, choice)
+    changed.chat_template = {**own, "default": chosen} if isinstance(own, dict) else chosen
+    return changed
+
+
+@lru_cache(maxsize=8)
+def argument_names(template: str) -> frozenset[str]:
+    """Return the names of the arguments that a template may get besides messages and tools."""
+    source = _GENERATION.sub("", template)
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(source)  # noqa: S701
+    return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
+
+
+def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
+    """Check that a template names each of the arguments of the run.
+
+    Raises:
+        ConfigError: it does not name one.
+    """
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ConfigError(
+            "the chat template has no such argument",
+            where="data.template_arguments",
+            got=", ".join(unknown),
+            expected=", ".join(sorted(known)) or "no arguments: the template names none",
+            remedy="correct or remove these arguments, or choose another template by data.chat_template",
+        )
+
+
 def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> set[str]:
     """Return the added tokens that a template writes around turns, special or not.
 
@@ -73,7 +161,17 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
         return set()
     found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(str(rendered)))
     others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
-    return {token for token in found - others if not token.isspace() and not token.isalnum()}
+    return set(filter(_has_delimiters, found - others))
+
+
+def written_tokens(added: Iterable[str], chat_template: str | None) -> set[str]:
+    """Return the added tokens that occur in a template, such as the tags of tool calls and thoughts."""
+    template = chat_template or ""
+    return {token for token in added if token in template and _has_delimiters(token)}
+
+
+def _has_delimiters(token: str) -> bool:
+    return not token.isspace() and not token.isalnum()
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -104,6 +202,24 @@ def ends_opened_thought(response: str) -> bool:
 def without_open_thought(prompt: str) -> str:
     """Return the prompt without the thought opened at its end."""
     return prompt.rstrip().removesuffix(_OPEN)
+
+
+def end_of_empty_thought(response: str) -> str:
+    """Return the end of an opened empty thought at the start of a response, with the spaces around it."""
+    found = _EMPTY_END.match(response)
+    return found.group() if found else ""
+
+
+def has_thought_of(rendered: str, content: str) -> bool:
+    """Return whether a rendered response has the thought of a content, and no other one."""
+    thought = split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
+    return rendered.count(_CLOSE) == 1 and thought in rendered
+
+
+def split_thought(response: str) -> tuple[str, str]:
+    """Return the response up to the end of its thought, and the rest."""
+    end = response.rindex(_CLOSE) + len(_CLOSE)
+    return response[:end], response[end:]
 
 
 def within_thought(response: str, prompt: str) -> str:

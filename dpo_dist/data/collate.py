@@ -24,6 +24,8 @@ class RankBatch:
         targets: completion tokens of the global batch that the loss counts.
         attended: query-key pairs that attention computes for the global batch.
         mean_chosen_tokens: mean number of such tokens in the chosen responses of the global batch.
+        sources: int64 [pairs], index in `dataset.labels` of the source of each pair of the global batch; None
+            without labels.
         only_chosen: whether only the chosen responses are computed.
     """
 
@@ -35,6 +37,7 @@ class RankBatch:
     targets: int
     attended: int
     mean_chosen_tokens: float
+    sources: Indices | None = None
     only_chosen: bool = False
 
     def batches(self) -> Iterator[PackedBatch]:
@@ -69,16 +72,24 @@ def shard_batch(
         targets=int(sizes.targets.sum()),
         attended=int(sizes.attended.sum()),
         mean_chosen_tokens=dataset.mean_chosen_tokens(indices),
+        sources=dataset.label_numbers(indices) if dataset.labels else None,
         only_chosen=only_chosen,
     )
 
 
 def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
     """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
+    labels = dataset.labels
     if not indices:
-        return dummy_batch()
+        none = torch.zeros(1, dtype=torch.int64) if labels else None
+        return replace(dummy_batch(), labels=labels, sources=none)
     selected = [0] if only_chosen else None
     ranges = [dataset.response_range(index) for index in indices]
     keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
     packed = pack([dataset.sequences(index, selected, masked=True) for index in indices], keys)
-    return replace(packed, score_gaps=torch.from_numpy(dataset.score_gaps(indices)))
+    return replace(
+        packed,
+        score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
+        labels=labels,
+        sources=torch.from_numpy(dataset.label_numbers(indices)) if labels else None,
+    )

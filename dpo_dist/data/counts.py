@@ -14,19 +14,35 @@ FLAGS = (
     "response_truncated",
     "boundary_resplit",
     "templated_text",
+    "templated_content",
     "opened_thought_joined",
     "opened_thought_removed",
+    "prompt_not_prefix",
+    "unknown_template_argument",
+    "content_not_rendered",
+    "partly_trained",
 )
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
+_COLUMNS = "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"
+UNPAIRED_REMEDY = (
+    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered"
+)
 _MAX_SHOWN_ORIGINS = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
+_OTHER_TEMPLATE = "set data.chat_template to a template that writes them, or remove them from the records"
 _REMEDIES = {
+    "tools_not_rendered": _OTHER_TEMPLATE,
+    "calls_not_rendered": _OTHER_TEMPLATE,
+    "thought_not_rendered": _OTHER_TEMPLATE,
     "prompt_fills_max_length": f"raise data.max_length, or {_CUT_PROMPTS}",
     "response_fills_max_length": "raise data.max_length, or set data.truncation=keep_start (cuts responses)",
     "too_long": "raise data.max_length, or set data.truncation=keep_start or keep_end",
     "identical_after_truncation": f"raise data.max_length, or {_CUT_PROMPTS}",
-    "unknown_format": "convert the records to one of the formats in docs/data.md",
-    "unread_content": "remove these fields if the responses do not depend on them; see docs/data.md",
+    "unknown_format": f"{_COLUMNS}; or convert the records to one of the formats in docs/data.md",
+    "missing_field": _COLUMNS,
+    "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
+    "unpaired": UNPAIRED_REMEDY,
+    "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
     "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl",
 }
 
@@ -78,7 +94,9 @@ class DataCounts:
         """Return the counts of records, given the number of records with each outcome."""
         counts = cls(examples=list(examples)[:SHOWN_EXAMPLES], details=dict(details))
         for outcome, records in outcomes.items():
-            if outcome.dropped is not None and records:
+            if not records:
+                continue
+            if outcome.dropped is not None:
                 counts.read += records
                 counts.dropped[outcome.dropped] += records
             elif outcome.pairs:

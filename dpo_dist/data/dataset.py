@@ -46,6 +46,7 @@ class PreferenceDataset:
         counts: counts of the records (`DataCounts.as_dict`); those of each source under `sources`.
         source_paths: the files of the records.
         source_pairs: number of examples of each source.
+        source_labels: label of each source; sources with the same one are counted together.
         largest_id: upper bound of the token ids in `ids`.
         ids: int32 [tokens].
         piece_starts: int64 [pieces], offset of each piece in `ids`.
@@ -56,6 +57,7 @@ class PreferenceDataset:
         trained: bool [tokens of responses with a mask], whether the loss counts a token.
         mask_starts: int64 [responses], offset in `trained` of the mask of a response that has one.
         trained_tokens: int32 [responses], tokens that the loss counts; a response has a mask if it has more.
+        truncated: bool [responses], whether the end of a response was cut, with its end of turn.
         prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
     """
@@ -64,6 +66,7 @@ class PreferenceDataset:
     counts: dict[str, Any]
     source_paths: tuple[str, ...]
     source_pairs: tuple[int, ...]
+    source_labels: tuple[str, ...]
     largest_id: int
     ids: Column
     piece_starts: Column
@@ -74,6 +77,7 @@ class PreferenceDataset:
     trained: Column
     mask_starts: Column
     trained_tokens: Column
+    truncated: Column
     prompts: Column
     origins: Column
 
@@ -87,6 +91,19 @@ class PreferenceDataset:
             Span(stop - pairs, stop, weight)
             for stop, pairs, weight in zip(ends, self.source_pairs, weights, strict=True)
         ]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct labels of the sources, by which metrics are divided; none if there is only one."""
+        distinct = tuple(dict.fromkeys(self.source_labels))
+        return distinct if len(distinct) > 1 else ()
+
+    def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
+        """Return the index in `labels` of each example's label, int64; the dataset has several labels."""
+        sources = np.searchsorted(np.cumsum(self.source_pairs), indices, side="right")
+        numbers = np.array([self.labels.index(label) for label in self.source_labels])
+        labels: Indices = numbers[sources]
+        return labels
 
     def lengths(self, index: int) -> list[int]:
         """Return the tokens of an example's pieces: prompt, response, response, ..."""
@@ -232,7 +249,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
     by_source = []
     for source, mapped in zip(sources, views, strict=True):
         check_counts(mapped.counts, source.path, config)
-        by_source.append({"path": source.path, **mapped.counts.numbers()})
+        by_source.append({"label": source.label, "path": source.path, **mapped.counts.numbers()})
         counts.add(mapped.counts)
     check_split(counts)
     parts = [
@@ -243,6 +260,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         counts=counts.as_dict() | {"sources": by_source},
         source_paths=tuple(file for mapped in views for file in mapped.files),
         source_pairs=tuple(mapped.pairs for mapped in views),
+        source_labels=tuple(source.label for source in sources),
         largest_id=max(manifest.largest_id for manifest in manifests),
         ids=_column(views, "ids"),
         piece_starts=_column(views, "piece_starts", [len(mapped.arrays["ids"]) for mapped in views]),
@@ -253,6 +271,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         trained=_column(views, "trained"),
         mask_starts=_column(views, "mask_starts", [len(mapped.arrays["trained"]) for mapped in views]),
         trained_tokens=_column(views, "trained_tokens"),
+        truncated=_column(views, "truncated"),
         prompts=_column(views, "prompts"),
         origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
     )

@@ -1,35 +1,26 @@
 """Encode a preference record as token ids: one prompt, and each response as its continuation."""
 
 import hashlib
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
 
-from dpo_dist.config.data_schema import DataConfig, TextTemplate, Truncation
-from dpo_dist.data.chat_template import (
-    ends_opened_thought,
-    ends_thought,
-    opens_thought,
-    within_thought,
-    without_open_thought,
-)
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord
-from dpo_dist.data.tokenizer import (
-    RESERVED_CHARACTER,
-    SpecialTokenInTextError,
-    TokenizerFacts,
-    tokenizer_facts,
-)
+from dpo_dist.config.data_schema import DataConfig, Truncation
+from dpo_dist.data.escaped_encoder import SpecialTokenInTextError
+from dpo_dist.data.loss_mask import Mask, counted_characters, token_mask, untrained_parts
+from dpo_dist.data.marks import RESERVED, any_text
+from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.render_conversation import Rendered
+from dpo_dist.data.rendering import render_record
+from dpo_dist.data.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
-Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,47 +31,54 @@ class EncodedExample:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
         prompt_truncated: whether the start of the prompt was cut.
-        response_truncated: whether the end of a response was cut.
         boundary_resplit: whether a response was tokenised by itself, because tokenising it together with the
             prompt would have changed the last tokens of the prompt.
         templated_text: whether a text prompt seems to be the output of a chat template, or a response to a
             text prompt ends as in such an output.
+        templated_content: whether the content of a message has tokens that a chat template writes around
+            turns; they are encoded as text.
         opened_thought_joined: whether the template opens a thought in the prompt, and the opening of the
             same thought was removed from a response.
         opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
             a response has no thought.
+        prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
+            the whole conversation.
+        unknown_template_argument: whether the record has an argument that the chat template does not name.
+        content_not_rendered: whether the chat template omits a content beside calls of tools or a thought.
+        partly_trained: whether the loss does not count all tokens of the responses.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
+        truncated: for each response whether its end was cut, and with it its end of turn.
     """
 
     prompt_ids: TokenIds
     responses: tuple[TokenIds, ...]
     prompt_truncated: bool = False
-    response_truncated: bool = False
     boundary_resplit: bool = False
     templated_text: bool = False
+    templated_content: bool = False
     opened_thought_joined: bool = False
     opened_thought_removed: bool = False
+    prompt_not_prefix: bool = False
+    unknown_template_argument: bool = False
+    content_not_rendered: bool = False
+    partly_trained: bool = False
     trained: tuple[Mask, ...] = ()
+    truncated: tuple[bool, ...] = ()
 
-
-@dataclass(frozen=True)
-class _Rendered:
-    """Texts to tokenise, escaped; each response with its end of turn. Flags as in `EncodedExample`."""
-
-    prompt: str
-    responses: tuple[str, ...]
-    templated_text: bool = False
-    opened_thought_joined: bool = False
-    opened_thought_removed: bool = False
+    @property
+    def response_truncated(self) -> bool:
+        """Whether the end of a response was cut."""
+        return any(self.truncated)
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    rendered: _Rendered
+    rendered: Rendered
     prompt: list[int]
     responses: list[list[int]]
     prefix_length: int
     boundary_resplit: bool
+    trained: list[Mask]
 
 
 def encode_pair(
@@ -108,13 +106,13 @@ def encode_pair(
     Raises:
         ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
     """
-    facts = tokenizer_facts(tokenizer, data_config.template_date)
-    if RESERVED_CHARACTER in _all_text(record):
+    facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
+    if any_text(_all_text(record), RESERVED):
         return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
     try:
-        tokens = _tokenise(_render(record, facts, data_config), facts)
-    except TemplateError as fault:
-        return BadRecord("template_rejected", record.origin, str(fault))
+        tokens = _tokenise(render_record(record, facts, data_config), facts, data_config)
+    except UnusableRecordError as fault:
+        return fault.at(record.origin)
     except SpecialTokenInTextError:
         return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot encode it as text")
     return _truncate(tokens, data_config, record.origin)
@@ -129,108 +127,36 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
     return digest.digest()
 
 
-def _all_text(record: PreferenceRecord) -> str:
-    match record.prompt:
-        case str():
-            prompt = record.prompt
-        case Dialogue():
-            prompt = record.prompt.text
-        case _:
-            prompt = "".join(message.content for message in record.prompt)
-    return prompt + "".join(record.response_texts)
+def _all_text(record: PreferenceRecord) -> list[Any]:
+    """Return all texts of a record that are encoded or given to the chat template."""
+    prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else record.prompt
+    parts = [prompt, *record.responses]
+    turns = [turn for part in parts if not isinstance(part, str) for turn in part]
+    texts: list[Any] = [part for part in parts if isinstance(part, str)]
+    texts += [turn.content for turn in turns]
+    texts += [turn.fields for turn in turns if turn.fields]
+    return [*texts, *record.tools, record.template_arguments]
 
 
-def _render(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> _Rendered:
-    match record.prompt:
-        case str() if facts.is_templated(record.prompt):
-            if config.template is TextTemplate.applied:
-                ended = tuple(facts.end_templated(response) for response in record.response_texts)
-                return _Rendered(record.prompt, ended, templated_text=True)
-            return replace(_render_plain(record.prompt, record, facts, config), templated_text=True)
-        case str() if any(map(facts.is_ended, record.response_texts)):
-            if config.template is TextTemplate.applied:
-                bare = tuple(map(facts.without_end, record.response_texts))
-                record = replace(record, responses=bare)
-            return replace(_render_plain(str(record.prompt), record, facts, config), templated_text=True)
-        case str():
-            return _render_plain(record.prompt, record, facts, config)
-        case Dialogue() if facts.chat_template is not None:
-            responses = tuple(response.strip() for response in record.response_texts)
-            return _render_messages(record.prompt.messages(), responses, facts, record.origin)
-        case Dialogue():
-            return _render_text(record.prompt.text, record.response_texts, facts)
-        case _:
-            return _render_messages(record.prompt, record.response_texts, facts, record.origin)
-
-
-def _render_plain(
-    prompt: str, record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig
-) -> _Rendered:
-    if config.text_as_messages:
-        return _render_messages((Message("user", prompt),), record.response_texts, facts, record.origin)
-    return _render_text(prompt, record.response_texts, facts)
-
-
-def _render_text(prompt: str, responses: tuple[str, ...], facts: TokenizerFacts) -> _Rendered:
-    return _Rendered(
-        facts.escape(prompt), tuple(facts.escape(response) + facts.end_of_text for response in responses)
-    )
-
-
-def _render_messages(
-    messages: Messages, responses: tuple[str, ...], facts: TokenizerFacts, origin: Origin
-) -> _Rendered:
-    if facts.chat_template is None:
-        raise ConfigError(
-            "the data are conversations, but the tokenizer has no chat template",
-            where=str(origin),
-            got="messages",
-            expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
-            remedy="use the tokenizer of an instruction-tuned model, set data.text_as_messages=false, "
-            "or convert the conversations to plain text",
-        )
-    prompt = facts.render(messages, add_generation_prompt=True)
-    if opens_thought(prompt):
-        return _render_after_thought(messages, responses, facts, prompt)
-    return _Rendered(prompt, _render_responses(messages, responses, facts, prompt))
-
-
-def _render_responses(
-    messages: Messages, responses: tuple[str, ...], facts: TokenizerFacts, prompt: str
-) -> tuple[str, ...]:
-    rendered = (facts.rendered_response(messages, response, prompt) for response in responses)
-    return tuple(
-        facts.bare_response(response) if whole is None else whole
-        for whole, response in zip(rendered, responses, strict=True)
-    )
-
-
-def _render_after_thought(
-    messages: Messages, responses: tuple[str, ...], facts: TokenizerFacts, prompt: str
-) -> _Rendered:
-    """Render responses to a prompt that opens a thought: each ends it and none opens it again."""
-    rendered = [facts.rendered_response(messages, response, prompt) for response in responses]
-    if all(whole is not None and ends_opened_thought(whole) for whole in rendered):
-        return _Rendered(prompt, tuple(map(str, rendered)))
-    if all(map(ends_thought, responses)):
-        joined = tuple(within_thought(response, prompt) for response in responses)
-        return _Rendered(
-            prompt, tuple(map(facts.bare_response, joined)), opened_thought_joined=joined != responses
-        )
-    prompt = without_open_thought(prompt)
-    responses = tuple(
-        facts.bare_response(response) if ends_thought(response) else whole
-        for response, whole in zip(
-            responses, _render_responses(messages, responses, facts, prompt), strict=True
-        )
-    )
-    return _Rendered(prompt, responses, opened_thought_removed=True)
-
-
-def _tokenise(rendered: _Rendered, facts: TokenizerFacts) -> _Tokens:
-    prompt, responses, resplit = facts.encode_after(rendered.prompt, rendered.responses)
+def _tokenise(rendered: Rendered, facts: TokenizerFacts, config: DataConfig) -> _Tokens:
+    texts = [response.text for response in rendered.responses]
+    prompt, responses, resplit = facts.encoder.encode_after(rendered.prompt, texts)
+    formatting = facts.around_turns if "formatting" in config.untrained else None
+    parts = untrained_parts(tuple(config.untrained), formatting)
+    counted = [
+        counted_characters(rendered.prompt, response.text, response.counted, parts)
+        for response in rendered.responses
+    ]
+    trained = []
+    if any(spans is not None for spans in counted):
+        for text, ids, spans in zip(texts, responses, counted, strict=True):
+            if spans is None:
+                trained.append(np.ones(len(ids), dtype=np.bool_))
+                continue
+            starts = facts.encoder.token_starts(rendered.prompt, text, ids)
+            trained.append(token_mask(starts, len(text), spans))
     prompt, prefix_length = facts.with_prefix(prompt)
-    return _Tokens(rendered, prompt, responses, prefix_length, resplit)
+    return _Tokens(rendered, prompt, responses, prefix_length, resplit, trained)
 
 
 def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample | BadRecord:
@@ -253,19 +179,34 @@ def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExa
                 if limits.max_length - longest <= tokens.prefix_length:
                     return BadRecord("response_fills_max_length", origin, f"{longest} tokens")
                 prompt = _cut_left(prompt, limits.max_length - longest, tokens.prefix_length)
-    response_truncated = sum(map(len, responses)) < sum(map(len, tokens.responses))
+    return _example(prompt, responses, tokens, origin)
+
+
+def _example(
+    prompt: list[int], responses: list[list[int]], tokens: _Tokens, origin: Origin
+) -> EncodedExample | BadRecord:
+    truncated = tuple(len(ids) < len(whole) for ids, whole in zip(responses, tokens.responses, strict=True))
     if len(set(map(tuple, responses))) < len(responses):
-        cause = "truncation" if response_truncated else "encoding"
+        cause = "truncation" if any(truncated) else "encoding"
         return BadRecord(f"identical_after_{cause}", origin)
+    trained = tuple(mask[: len(ids)] for mask, ids in zip(tokens.trained, responses, strict=False))
+    if not all(mask.any() for mask in trained):
+        return BadRecord("no_trained_token", origin, "the loss would count no token of a response")
     return EncodedExample(
         np.array(prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in responses),
         prompt_truncated=len(prompt) < len(tokens.prompt),
-        response_truncated=response_truncated,
         boundary_resplit=tokens.boundary_resplit,
         templated_text=tokens.rendered.templated_text,
+        templated_content=tokens.rendered.templated_content,
         opened_thought_joined=tokens.rendered.opened_thought_joined,
         opened_thought_removed=tokens.rendered.opened_thought_removed,
+        prompt_not_prefix=tokens.rendered.prompt_not_prefix,
+        unknown_template_argument=tokens.rendered.unknown_template_argument,
+        content_not_rendered=tokens.rendered.content_not_rendered,
+        partly_trained=bool(trained),
+        trained=trained,
+        truncated=truncated,
     )
 
 

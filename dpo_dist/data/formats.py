@@ -21,6 +21,7 @@ from dpo_dist.data.conversations import (
     read_text,
     reader_of,
 )
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.pair_fields import (
     MESSAGE_SIDES,
     PAIR,
@@ -96,6 +97,13 @@ def read_records(
         DataError: the source does not exist or cannot be read; raised by this call if it is known then.
         ConfigError: `limit` is not positive, or `split` or another key has no effect on such a source.
     """
+    return (record for _fields, record in read_with_fields(source, meter))
+
+
+def read_with_fields(
+    source: SourceConfig | str, meter: Meter | None = None
+) -> Iterator[tuple[Fields, PreferenceRecord | BadRecord]]:
+    """Read the records of a source as `read_records` does, each with its fields (none: unparsable)."""
     if isinstance(source, str):
         source = SourceConfig(path=source)
     if source.limit is not None and source.limit < 1:
@@ -105,10 +113,12 @@ def read_records(
             got=str(source.limit),
             expected="a positive number of records, or null for all",
         )
-    raw = itertools.islice(raw_records(source, meter), source.limit)
+    source = resolved(source)
     return (
-        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
-        for record, origin in raw
+        ({}, record)
+        if isinstance(record, BadRecord)
+        else (record, parse_record(record, source.format, origin))
+        for record, origin in raw_records(source, meter)
     )
 
 
@@ -207,7 +217,7 @@ def _check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
     prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
     prompt_texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
     texts = [[text] if isinstance(text, str) else _texts(text) for text in record.responses]
-    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts))):
+    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts, _other_texts(record)))):
         return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
@@ -229,6 +239,14 @@ def _texts(messages: Messages) -> list[str]:
         json.dumps(message.fields, ensure_ascii=False, default=str) for message in messages if message.fields
     ]
     return [message.content for message in messages] + fields
+
+
+def _other_texts(record: PreferenceRecord) -> Iterator[str]:
+    """Yield what a chat template writes besides the texts of turns."""
+    yield json.dumps([record.tools, record.template_arguments], ensure_ascii=False, default=str)
+    for turns in (record.prompt, *record.responses):
+        if isinstance(turns, tuple):
+            yield from (message.role for message in turns)
 
 
 def _has_content(message: Message) -> bool:

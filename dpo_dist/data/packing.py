@@ -51,6 +51,8 @@ class PackedBatch:
         score_gaps: float32 [pairs], score of the best response minus that of the worst; nan without scores.
         token_weights: float32 [targets], factors of the log-probs, if the loss has such weights.
         reference_logps: float32 [targets], reference log-probs, if they need no forward pass.
+        labels: of the sources that metrics are divided by; empty: metrics are not divided.
+        sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
         mask: bool [completion tokens], whether each is a target; None: all are. Stays on the host.
     """
 
@@ -66,6 +68,8 @@ class PackedBatch:
     score_gaps: Tensor | None = None
     token_weights: Tensor | None = None
     reference_logps: Tensor | None = None
+    labels: tuple[str, ...] = ()
+    sources: Tensor | None = None
     mask: Mask | None = None
 
     @property

@@ -1,11 +1,11 @@
 """Read the prompts of a source: of records in any format, or of records that have no response."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord
 from dpo_dist.data.sources import raw_records
@@ -37,10 +37,10 @@ def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]
         DataError: as `formats.read_records`.
         ConfigError: as `formats.read_records`.
     """
-    raw = itertools.islice(raw_records(source), source.limit)
+    source = resolved(source)
     return (
         record if isinstance(record, BadRecord) else parse_prompt(record, source.format, origin)
-        for record, origin in raw
+        for record, origin in raw_records(source)
     )
 
 

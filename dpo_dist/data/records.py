@@ -153,6 +153,15 @@ RawRecord: TypeAlias = tuple[Fields | BadRecord, Origin]
 """An input record, or the reason why it cannot be read, and its origin."""
 
 
+def text_characters(record: PreferenceRecord) -> int:
+    """Return about how many characters the texts of a record have."""
+    prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else record.prompt
+    texts = [prompt, *record.responses]
+    return sum(
+        len(text) if isinstance(text, str) else sum(len(turn.content) for turn in text) for text in texts
+    )
+
+
 def shown_key(key: Any) -> str:
     """Return a field's name for a message; the length of a name that may be a text of the record."""
     name = str(key)

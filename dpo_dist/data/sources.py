@@ -9,6 +9,9 @@ from pathlib import Path
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.byte_stream import Meter
+from dpo_dist.data.columns import check_columns, check_first_columns, with_columns
+from dpo_dist.data.counts import UNPAIRED_REMEDY
+from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.folders import (
     check_no_split,
@@ -19,14 +22,25 @@ from dpo_dist.data.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.records import RawRecord
+from dpo_dist.data.pair_fields import is_labelled
+from dpo_dist.data.records import BadRecord, RawRecord
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
+_FIRST_RECORDS = 20
+
 
 def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
-    """Return the records of a source as written, each with its origin; see `formats.read_records`."""
-    meter = meter or Meter()
+    """Return the first `limit` records of a source, each with its origin; see `formats.read_records`.
+
+    Fields have the names that `columns` of the source gives them.
+    """
+    source = resolved(source)
+    written = _written(source, meter or Meter())
+    return with_columns(itertools.islice(written, source.limit), source)
+
+
+def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
         return with_origins(hub.hub_records(source), source.path)
@@ -39,21 +53,52 @@ def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[Ra
     return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
 
 
-def check_source(source: SourceConfig) -> None:
+def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
     """Check that a local source exists and can be read; sends no request for a Hub dataset.
 
+    Args:
+        source: to check.
+        needs_pairs: whether unpaired responses with a good/bad label (KTO) are an error.
+
     Raises:
-        DataError: it does not exist, or its kind of file cannot be read.
+        DataError: it does not exist, its kind of file cannot be read, its responses are unpaired, or
+            no record has a column of the source.
         ConfigError: as `read_records`.
     """
+    source = resolved(source)
+    check_columns(source)
     local = Path(source.path).expanduser()
+    files = local_files(source)
     if not (local.is_dir() and is_saved(local)):
-        for file in local_files(source) or []:
+        for file in files or []:
             check_kind(file, source.path)
+    if files:
+        _check_first_records(source, needs_pairs)
+
+
+def _check_first_records(source: SourceConfig, needs_pairs: bool) -> None:
+    """Check that the first records have the source's columns, and are not responses with a label (KTO)."""
+    written = itertools.islice(_written(source, Meter()), source.limit)
+    checked = [record for record, _ in itertools.islice(written, _FIRST_RECORDS)]
+    check_first_columns([record for record in checked if not isinstance(record, BadRecord)], source)
+    first = itertools.islice(raw_records(source), _FIRST_RECORDS)
+    records = [record for record, _ in first if not isinstance(record, BadRecord)]
+    if needs_pairs and records and all(map(is_labelled, records)):
+        raise DataError(
+            "the source has single responses with a good/bad label, not pairs",
+            where=source.path,
+            got=f"a label and no second response in each of the first {len(records)} records",
+            expected="pairs, rankings or completions",
+            remedy=UNPAIRED_REMEDY,
+        )
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
-    """Return the source, for a Hub dataset with the commit as `revision`; see `hub.pinned`."""
+    """Return the source that an entry of a dataset_info.json describes, or the source itself.
+
+    A Hub dataset has its commit as `revision`; see `hub.pinned`.
+    """
+    source = resolved(source)
     return source if local_files(source) is not None else hub.pinned(source, cache)
 
 

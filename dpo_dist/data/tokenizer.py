@@ -1,37 +1,26 @@
-"""Properties of a tokenizer and its chat template, found by probing it once; encoding of escaped texts.
-
-In an *escaped* text a mark replaces each special token that a content spells (`</s>`), so that every special
-token left was written by the chat template or by this program. Only escaped texts are encoded; a content that
-spells no special token is equal to its escaped form.
-"""
+"""Properties of a tokenizer, found by probing it once; encoding of escaped texts (`marks`)."""
 
 import re
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.data.chat_template import FOREIGN_ENDS, any_of, has_foreign_marks, pin_clock, turn_tokens
-from dpo_dist.data.fast_tokenizer import has_local_tokens, last_words, token_ids
-from dpo_dist.data.records import Message, Messages
-from dpo_dist.data.tokenizer_copies import continuation_copy, literal_copy
+from dpo_dist.data.chat_renderer import ChatRenderer
+from dpo_dist.data.chat_template import (
+    FOREIGN_ENDS,
+    any_of,
+    chosen_template,
+    has_foreign_marks,
+    pin_clock,
+    turn_tokens,
+    written_tokens,
+)
+from dpo_dist.data.escaped_encoder import EscapedEncoder
+from dpo_dist.data.marks import Marks
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# A Unicode noncharacter, never part of interchanged text: it delimits marks.
-RESERVED_CHARACTER = "\ufdd0"
-
-_LITERAL = re.compile(f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}")
-_ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
-_PROBE = "probe answer"
-
-
-class SpecialTokenInTextError(Exception):
-    """A content spells a special token, and the tokenizer has no other tokens for that text."""
 
 
 class TokenizerFacts:
@@ -39,19 +28,22 @@ class TokenizerFacts:
 
     Attributes:
         prefix_ids: ids that the tokenizer adds before a text (BOS, or none).
-        chat_template: template of conversations; None if the tokenizer has none.
+        marks: the control tokens of the tokenizer and its template.
+        encoder: encodes escaped texts.
+        chat: renders conversations; None if the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None):
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
         self.prefix_ids = _prefix_ids(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._turn_tokens = turn_tokens(tokenizer, chat_template)
-        self._special_tokens = sorted(special | self._turn_tokens)
-        self._special = any_of(self._special_tokens)
-        self._added = any_of({*map(str, added), *self._special_tokens})
+        special |= self._turn_tokens
+        self.marks = Marks(special, written_tokens(map(str, added), chat_template))
+        self._special = self.marks.in_text
+        self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*map(str, added), *special}))
+        self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
 
     @cached_property
     def end_of_text(self) -> str:
@@ -65,22 +57,15 @@ class TokenizerFacts:
         return str(self.tokenizer.eos_token)
 
     @cached_property
-    def _after_response(self) -> str:
-        """The output of the template after the last assistant turn."""
-        messages = (Message("user", "probe question"), Message("assistant", _PROBE))
-        try:
-            _, found, after = self.render(messages).rpartition(_PROBE)
-        except TemplateError as fault:
-            raise _unusable_template(str(fault)) from fault
-        if not found:
-            raise _unusable_template("its output does not contain the response")
-        return after
-
-    @cached_property
     def end_of_turn(self) -> str:
         """The special token with which the template ends a response; the end of text if it writes none."""
-        first = self._special.search(self._after_response)
+        first = None if self.chat is None else self._special.search(self.chat.after_response)
         return first.group() if first else self.end_of_text
+
+    @cached_property
+    def around_turns(self) -> re.Pattern[str]:
+        """Pattern of the tokens that the template writes around turns, and of those that end a response."""
+        return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
 
     def is_templated(self, text: str) -> bool:
         """Return whether a text seems to be the output of a chat template (turns, or BOS at its start)."""
@@ -108,7 +93,7 @@ class TokenizerFacts:
 
     def _without_end(self, response: str) -> tuple[str, str]:
         """Split a response before its first end; the default end if it has none."""
-        ends = [self.end_of_text] if self.chat_template is None else [self.end_of_turn, self.end_of_text]
+        ends = [self.end_of_text] if self.chat is None else [self.end_of_turn, self.end_of_text]
         end = ends[0]
         while (bare := response.rstrip()).endswith(tuple(ends)):
             end = next(end for end in ends if bare.endswith(end))
@@ -117,37 +102,46 @@ class TokenizerFacts:
 
     def escape(self, text: str) -> str:
         """Return `text` with a mark in place of each special token that it spells."""
-        return self._special.sub(self._mark, text)
+        return self.marks.escape(text)
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """Render a conversation with the chat template, escaped. Raises jinja2's TemplateError."""
-        turns = [{"role": message.role, "content": self.escape(message.content)} for message in messages]
-        rendered = self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return str(rendered)
+    def has_turns(self, content: str) -> bool:
+        """Return whether a content has tokens that a chat template writes around turns."""
+        found = self._special.finditer(content)
+        return has_foreign_marks(content) or any(one.group() in self._turn_tokens for one in found)
 
     def bare_response(self, response: str) -> str:
         """Return the escaped text of a response with an end of turn."""
-        return self.escape(response) + self.end_of_turn
+        return self.escape_response(response) + self.end_of_turn
 
-    def rendered_response(self, messages: Messages, response: str, prompt: str) -> str | None:
-        """Render a response after the rendered `prompt`, up to its end of turn; escaped.
+    def escape_response(self, text: str) -> str:
+        """Return the content of an assistant turn, escaped."""
+        return str(self.marks.replaced(text, self.marks.in_response))
 
-        Includes text that the template adds to a response (a leading space, an empty thought). None if the
-        template renders the prompt differently when a response follows.
+    def until_end(self, rendered: str) -> str:
+        """Return a rendered assistant turn up to its end of turn, which is added if it has none."""
+        end = rendered.rfind(self.end_of_turn)
+        if end >= 0:
+            return rendered[: end + len(self.end_of_turn)]
+        # Some turns end with another token, such as calls of tools.
+        if last := self._last_special(rendered):
+            return rendered[:last]
+        after = "" if self.chat is None else self.chat.after_response
+        return rendered.removesuffix(after) + self.end_of_turn
+
+    def end_of_rendered(self, turn: str, after: str) -> int:
+        """Return the position after the special token that ends a rendered turn.
+
+        In some templates (GLM) the token that starts the text `after` it ends the turn; else the turn's end.
         """
-        whole = self.render((*messages, Message("assistant", response)))
-        if not whole.startswith(prompt):
-            return None
-        added = whole[len(prompt) :]
-        end = added.rfind(self.end_of_turn)
-        if end < 0:
-            return added.removesuffix(self._after_response) + self.end_of_turn
-        return added[: end + len(self.end_of_turn)]
+        if last := self._last_special(turn):
+            return last
+        following = self._special.match(after)
+        return len(turn) + (following.end() if following else 0)
+
+    def _last_special(self, escaped: str) -> int:
+        """Return the position after the last special token if only spaces follow it, else 0."""
+        last = max((found.end() for found in self._special.finditer(escaped)), default=0)
+        return 0 if escaped[last:].strip() else last
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
         """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
@@ -157,116 +151,26 @@ class TokenizerFacts:
         starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
         return ids, max(len(prefix), int(starts_with_bos))
 
-    def encode(self, escaped: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without added tokens. Raises SpecialTokenInTextError."""
-        if any(RESERVED_CHARACTER in text for text in escaped):
-            return self._encode_literally(escaped)
-        return token_ids(self.tokenizer, escaped)
 
-    def encode_continuation(self, escaped: str) -> list[int]:
-        """Return the token ids of a text that continues another one: no space is added before it."""
-        # Text after an added token is encoded as usual, with a space if the tokenizer adds one.
-        first = self._added.search(escaped)
-        cut = first.start() if first else len(escaped)
-        ids = self._encode_literally([_ANCHOR + escaped[:cut]], self._continuation_copy)[0][1:]
-        return ids + (self.encode([escaped[cut:]])[0] if cut < len(escaped) else [])
-
-    def encode_after(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
-        """Return the ids of an escaped prompt and of each response; whether a response was resplit.
-
-        A response is tokenised together with the prompt. If that would change the prompt's own tokens (a
-        token across the boundary), the response is tokenised by itself.
-        """
-        # Tokens after the last special token do not depend on the text before it.
-        tail = prompt[self._start_of_last_special(prompt) :]
-        words = tail[last_words(tail) :] if self._has_local_tokens else tail
-        prompt_ids, joint, tail_ids = self._encode_joint(prompt, words, responses)
-        if prompt_ids[len(prompt_ids) - len(tail_ids) :] != tail_ids:
-            prompt_ids, joint, tail_ids = self._encode_joint(prompt, tail, responses)
-        response_ids, resplit = [], False
-        for response, ids in zip(responses, joint, strict=True):
-            if ids[: len(tail_ids)] == tail_ids:
-                response_ids.append(ids[len(tail_ids) :])
-            else:
-                response_ids.append(self.encode_continuation(response))
-                resplit = True
-        return prompt_ids, response_ids, resplit
-
-    def _encode_joint(
-        self, prompt: str, tail: str, responses: Sequence[str]
-    ) -> tuple[list[int], list[list[int]], list[int]]:
-        """Return the ids of a prompt, of its `tail` with each response, and of the tail itself."""
-        texts = [prompt, *(tail + response for response in responses)]
-        if tail == prompt:
-            prompt_ids, *joint = self.encode(texts)
-            return prompt_ids, joint, prompt_ids
-        prompt_ids, *joint, tail_ids = self.encode([*texts, tail])
-        return prompt_ids, joint, tail_ids
-
-    @cached_property
-    def _has_local_tokens(self) -> bool:
-        return has_local_tokens(self.tokenizer)
-
-    def _start_of_last_special(self, escaped: str) -> int:
-        last = 0
-        for found in self._special.finditer(escaped):
-            last = found.start()
-        return last
-
-    def _encode_literally(
-        self, escaped: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None" = None
-    ) -> list[list[int]]:
-        real_ids = self._real_ids
-        spelled = [_LITERAL.sub(self._literal, self._special.sub(_alias, text)) for text in escaped]
-        encoded = token_ids(tokenizer or self._literal_copy, spelled, literal=True)
-        # Some vocabularies have special tokens as ordinary pieces; these cannot be encoded as text.
-        special_ids = set(real_ids.values()) - {self.tokenizer.unk_token_id}
-        if any(not special_ids.isdisjoint(ids) for ids in encoded):
-            raise SpecialTokenInTextError
-        return [[real_ids.get(token, token) for token in ids] for ids in encoded]
-
-    @cached_property
-    def _literal_copy(self) -> "PreTrainedTokenizerBase":
-        """Encodes spelled special tokens as text, and their aliases as special tokens."""
-        aliases = {token: _alias_of(token) for token in self._special_tokens}
-        return literal_copy(self.tokenizer, aliases, [_ANCHOR])
-
-    @cached_property
-    def _continuation_copy(self) -> "PreTrainedTokenizerBase":
-        return continuation_copy(self._literal_copy)
-
-    @cached_property
-    def _real_ids(self) -> dict[int, int]:
-        """Ids of special tokens by the ids of their aliases."""
-        alias_ids = self._literal_copy.convert_tokens_to_ids(
-            [_alias_of(token) for token in self._special_tokens]
-        )
-        real_ids = self.tokenizer.convert_tokens_to_ids(self._special_tokens)
-        return dict(zip(alias_ids, real_ids, strict=True))
-
-    def _mark(self, found: "re.Match[str]") -> str:
-        number = self._special_tokens.index(found.group())
-        return f"{RESERVED_CHARACTER}literal{number}{RESERVED_CHARACTER}"
-
-    def _literal(self, found: "re.Match[str]") -> str:
-        token: str = self._special_tokens[int(found.group(1))]
-        return token
-
-
-_facts = lru_cache(maxsize=4)(TokenizerFacts)
+_facts = lru_cache(maxsize=8)(TokenizerFacts)
+_DEFAULTS = DataConfig()
 
 
 def tokenizer_facts(
-    tokenizer: "PreTrainedTokenizerBase", template_date: str = DataConfig.template_date
+    tokenizer: "PreTrainedTokenizerBase", config: DataConfig = _DEFAULTS, *, with_tools: bool = False
 ) -> TokenizerFacts:
     """Return the properties of `tokenizer`, probed once for each chat template.
 
     Args:
         tokenizer: of the policy.
-        template_date: current date for a template with a clock (ISO 8601).
+        config: `chat_template`, and `template_date`, the current date for a template with a clock.
+        with_tools: whether the template renders tools: some tokenizers have an own template for them.
+
+    Raises:
+        ConfigError: `data.chat_template` is neither a file nor the name of a template.
     """
-    template = pin_clock(tokenizer.get_chat_template(), template_date) if tokenizer.chat_template else None
-    return _facts(tokenizer, template)
+    template = chosen_template(tokenizer, config.chat_template, with_tools=with_tools)
+    return _facts(tokenizer, template and pin_clock(template, config.template_date))
 
 
 def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -274,21 +178,3 @@ def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     whole: list[int] = tokenizer("a")["input_ids"]
     starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     return tuple(whole[: next(starts, 0)])
-
-
-def _alias_of(token: str) -> str:
-    return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
-
-
-def _alias(found: "re.Match[str]") -> str:
-    return _alias_of(found.group())
-
-
-def _unusable_template(got: str) -> ConfigError:
-    return ConfigError(
-        "the chat template cannot render a user turn and an assistant turn",
-        where="chat template of model.path",
-        got=got,
-        expected="a template for user and assistant turns",
-        remedy="use the chat template of an instruction-tuned model of the same family",
-    )

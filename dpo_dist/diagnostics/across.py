@@ -19,7 +19,7 @@ from dpo_dist.diagnostics.findings import Across, Finding
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.observe import Observed
 
-SIMILARITY = 0.8
+SIMILARITY = 0.7
 _SHOWN_CLUSTERS = 5
 _SHOWN_MEMBERS = 4
 _SHOWN = 20
@@ -112,7 +112,8 @@ class _Comparison:
         equal = equal_groups(self._columns["record"])
         near = near_groups(signatures, SIMILARITY)
         prompts = equal_groups(self._columns["prompt"])
-        later_near = np.setdiff1d(near.later, equal.later)
+        others = np.union1d(equal.later, contradictions[:, 0])
+        later_near = np.setdiff1d(near.later, others)
         repeated = np.setdiff1d(prompts.later, near.later)
         self._report("duplicates", equal.later, equal.first[equal.later])
         self._report_near(later_near, near)

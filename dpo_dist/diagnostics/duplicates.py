@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]
 
-# 16 bands of 4 numbers: two texts of similarity 0.8 share a band with a probability above 0.999.
+# 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
 _BANDS, _BAND_NUMBERS = 16, 4
 _BLOCK = 1 << 14
 _PROMPT, _RESPONSES = 0, 1

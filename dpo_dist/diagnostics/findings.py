@@ -1,4 +1,4 @@
-"""Types of the doctor's report: findings, and the facts about each source on which they are based."""
+"""Types of the doctor's report: rules, findings, and the facts about each source."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,8 +8,29 @@ from typing import Any
 Level = StrEnum("Level", ["note", "warning", "error"])
 """`note`: good to know; `warning`: look at it; `error`: training is likely to fail or to mislead."""
 
+Measure = StrEnum("Measure", ["share", "value"])
+
 SIDES = ("prompt", "chosen", "rejected")
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        level: of a finding above the threshold.
+        threshold: a share of records (`share`), or another number (`value`).
+        text: end of the finding's sentence, after "N of M records" for a share.
+        remedy: advice.
+        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
+    """
+
+    level: Level
+    threshold: float
+    text: str
+    remedy: str
+    measure: Measure = Measure.share
 
 
 @dataclass(frozen=True)
@@ -152,6 +173,7 @@ class SourceReport:
         shares: named shares of the kept records, such as `system_prompt`, `refusal_chosen`.
         languages: share of each language (ISO 639-1) among the sampled prompts, largest first.
         scores: named statistics of the scores, empty if the source has none.
+        margins: named statistics of the reference's margins, empty without stored log-probs; see `margins`.
         leaks: the tests for label leaks, most accurate first.
         notes: how numbers were approximated.
     """
@@ -169,6 +191,7 @@ class SourceReport:
     shares: Mapping[str, float] = field(default_factory=dict)
     languages: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    margins: Mapping[str, float] = field(default_factory=dict)
     leaks: tuple[LeakTest, ...] = ()
     notes: tuple[str, ...] = ()
 

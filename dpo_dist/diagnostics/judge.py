@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from dpo_dist.diagnostics.findings import Finding, Level
-from dpo_dist.diagnostics.rules import RULES, Measure, Rule
+from dpo_dist.diagnostics.findings import Finding, Level, Measure, Rule
+from dpo_dist.diagnostics.rules import RULES
 from dpo_dist.errors import ConfigError
 
 _LEVELS = tuple(reversed(Level))

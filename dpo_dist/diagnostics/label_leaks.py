@@ -23,7 +23,7 @@ Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]."""
 
 FOLDS = 5
-MIN_PAIRS = 10
+MIN_PAIRS, MIN_PAIRS_OF_GROUPS = 10, 50
 ALL = "all"
 LENGTH = "length"
 # Many features of many sources are tested: an interval of 3 standard errors instead of 2.
@@ -52,23 +52,23 @@ def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
     """Return the held-out accuracy of each feature, of each group and of all features together.
 
     Returns:
-        The most accurate first; empty if the sample has fewer than 10 different prompts. A test named
-        `length and GROUP` measures how much a group adds to the length.
+        The most accurate first; empty if the sample has fewer than 10 different prompts. With fewer than 50,
+        features are tested one by one only. `length and GROUP` measures how much a group adds to the length.
     """
     folds, groups = _folds(sample.prompts)
     if groups < MIN_PAIRS:
         return ()
     numbers = sample.features[:, 0] - sample.features[:, 1]
     tests = [single_test(numbers[:, index], sample.prompts, name) for index, name in enumerate(NAMES)]
-    blocks = _blocks(numbers, sample.words)
-    length = blocks[LENGTH]
+    blocks = _blocks(numbers, sample.words) if groups >= MIN_PAIRS_OF_GROUPS else {}
     for name, block in blocks.items():
         if block.shape[1] and name != LENGTH:
             detail = _telling_words(sample.words, name.split()[0]) if name.endswith(" words") else ""
             tests.append(_classified(block, folds, groups, name, detail))
-            both = sparse.hstack([length, block])
+            both = sparse.hstack([blocks[LENGTH], block])
             tests.append(_classified(both, folds, groups, f"length and {name}"))
-    tests.append(_classified(sparse.hstack(list(blocks.values())), folds, groups, ALL))
+    if blocks:
+        tests.append(_classified(sparse.hstack(list(blocks.values())), folds, groups, ALL))
     return tuple(sorted(tests, key=lambda test: -test.accuracy))
 
 

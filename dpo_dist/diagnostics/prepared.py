@@ -10,7 +10,7 @@ import numpy as np
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
-from dpo_dist.data.build_dataset import Progress, prepare_dataset, tokenizer_digest
+from dpo_dist.data.build_dataset import Progress, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.data.prompt_split import Part, eval_part, train_part
@@ -53,7 +53,7 @@ def prepare(
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     vocab_size: int,
-    progress: Progress = lambda _records: None,
+    progress: Progress = no_progress,
 ) -> Prepared:
     """Encode the data as training does, and collect the errors with which training would refuse them.
 
@@ -62,7 +62,7 @@ def prepare(
         tokenizer: of the policy.
         folder: its model folder.
         vocab_size: of the policy's embeddings.
-        progress: called with the number of newly encoded records.
+        progress: called for each source that is not encoded yet.
 
     Raises:
         DataError: a source cannot be read.

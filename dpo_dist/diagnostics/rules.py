@@ -1,31 +1,6 @@
 """The doctor's rules: level, threshold, text and remedy; docs/doctor.md describes the method of each."""
 
-from dataclasses import dataclass
-from enum import StrEnum
-
-from dpo_dist.diagnostics.findings import Level
-
-Measure = StrEnum("Measure", ["share", "value"])
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule.
-
-    Attributes:
-        level: of a finding above the threshold.
-        threshold: a share of records (`share`), or another number (`value`).
-        text: end of the finding's sentence, after "N of M records" for a share.
-        remedy: advice.
-        measure: of `share`, a smaller number above zero is a note; of `value`, a smaller one is no finding.
-    """
-
-    level: Level
-    threshold: float
-    text: str
-    remedy: str
-    measure: Measure = Measure.share
-
+from dpo_dist.diagnostics.findings import Level, Measure, Rule
 
 _ERROR, _WARNING, _NOTE = Level.error, Level.warning, Level.note
 _VALUE = Measure.value
@@ -136,6 +111,13 @@ LEAKS = {
         "balance the lengths, or use a length-normalised loss",
         _VALUE,
     ),
+    "one_sided_form": Rule(
+        _WARNING,
+        0.9,
+        "a form occurs almost only on one side",
+        "make both sides alike in this feature",
+        _VALUE,
+    ),
     "one_sided_leading_space": Rule(
         _WARNING,
         0.05,
@@ -231,6 +213,18 @@ STRUCTURE = {
     ),
 }
 ENCODING = {
+    "prompt_not_prefix": Rule(
+        _WARNING,
+        0.05,
+        "have a prompt that the template renders otherwise when a response follows",
+        "use a template that renders a prompt alike with and without a response",
+    ),
+    "unknown_template_argument": Rule(
+        _WARNING, 0, "have an argument that the chat template does not read", "correct its name, or remove it"
+    ),
+    "templated_content": Rule(
+        _WARNING, 0.05, "have turns that seem to be the output of a chat template", "remove the marks"
+    ),
     "doubled_bos": Rule(_ERROR, 0, "start with BOS twice", "remove BOS from the texts or the template"),
     "doubled_end": Rule(_ERROR, 0, "end with the end token twice", "remove it from the texts"),
     "boundary_resplit": Rule(
@@ -260,11 +254,11 @@ ENCODING = {
     "tools_not_rendered": Rule(
         _ERROR, 0, "define tools, which the chat template does not render", "use a template with `tools`"
     ),
-    "template_argument_missing": Rule(
+    "template_argument_unset": Rule(
         _NOTE,
         0,
-        "the chat template reads an argument that nothing sets",
-        "set it if the default of the template is not meant",
+        "the chat template reads arguments that nothing sets",
+        "set them if its defaults are not meant",
         _VALUE,
     ),
 }

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
-from dpo_dist.data.encode import EncodedExample, Mask, TokenIds, encode_pair
+from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.loss_mask import Mask
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt, Response
 from dpo_dist.data.sources import pinned
 from dpo_dist.diagnostics.findings import Finding
@@ -145,8 +146,9 @@ def _chosen(
 
 
 def _may_be_of(source: SourceConfig, origin: str) -> bool:
-    """Return whether a record of `source` may have this origin; a pattern may match any file."""
-    return "*" in source.path or origin.startswith(source.path.rstrip("/"))
+    """Return whether a record of `source` may have this origin: a file in the folder of its path."""
+    folder = str(Path(source.path.split("*", 1)[0]).parent)
+    return folder == "." or origin.startswith(folder)
 
 
 def _shown(

@@ -1,17 +1,21 @@
 """Findings about one source."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from dpo_dist.diagnostics.features import GROUPS
 from dpo_dist.diagnostics.findings import Finding, LeakTest, SourceReport
 from dpo_dist.diagnostics.judge import Judge
-from dpo_dist.diagnostics.label_leaks import ALL, LENGTH
+from dpo_dist.diagnostics.label_leaks import ALL, LENGTH, interval
 from dpo_dist.diagnostics.rules import LEAKS, RULES, SCORES
 from dpo_dist.diagnostics.tally import SourceTally
 
 # A group of features has to add so much accuracy to the length; else it only follows the length.
 _ADDS = 0.03
+_MIN_LANGUAGES = 20
 _STYLE = {"punctuation", "markdown", "language", "refusal"}
+_FORMS = ("white space", "model names", "odd characters")
+_GROUPS = (*(name for name in GROUPS if name != LENGTH), "first words", "last words")
+_MIN_DIFFERS, _MIN_ONE_SIDED = 0.03, 0.75
 _LENGTH_FEATURE = GROUPS[LENGTH][0]
 _OF_PAIRS = {*LEAKS, *SCORES, "short_chosen", "short_rejected", "one_response_starts_the_other"}
 _OF_PAIRS |= {"differs_only_in_spaces", "differs_only_in_case"}
@@ -30,7 +34,8 @@ def source_findings(
     yield from _score_findings(report, judge)
     yield from leak_findings(report.leaks, judge, tally.label)
     differing, known = tally.language_differences()
-    yield from judge.count("language_differs", differing, known, tally.label, records="sampled records")
+    if known >= _MIN_LANGUAGES:
+        yield from judge.count("language_differs", differing, known, tally.label, records="sampled records")
 
 
 def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
@@ -43,49 +48,68 @@ def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Itera
     if not by_name:
         return
     length = by_name[_LENGTH_FEATURE]
-    leaking = [
-        test
-        for name in (*GROUPS, "first words", "last words")
-        if name != LENGTH
-        for test in [by_name.get(name)]
-        if test is not None and _is_leak(test, judge, _rule_of(name))
-    ]
-    found = False
-    if _is_leak(length, judge, "length_bias"):
-        found = True
-        detail = f"the longer one is chosen in {length.accuracy:.1%}"
-        if length.detail.endswith("less"):
-            detail = f"the shorter one is chosen in {length.accuracy:.1%}"
-        yield from judge.value("length_bias", length.accuracy, length.pairs, source, f"{detail} of the pairs")
-    for test in leaking:
-        both = by_name.get(f"length and {test.feature}", test)
-        if not found or both.accuracy > length.accuracy + _ADDS:
-            yield from _leak(test, by_name, judge, source)
-    whole = by_name[ALL]
-    adds = not found or whole.accuracy > length.accuracy + _ADDS
-    if not leaking and adds and _is_leak(whole, judge, "label_leak"):
-        strongest = sorted(
-            (by_name[name] for name in (*GROUPS, "first words", "last words") if name in by_name),
-            key=lambda test: -test.accuracy,
-        )[:2]
-        names = " and ".join(f"{test.feature} ({test.accuracy:.1%})" for test in strongest)
-        yield from judge.value(
-            "style_bias",
-            whole.accuracy,
-            whole.pairs,
-            source,
-            f"{_shown(whole)} by several features, mostly {names}",
-        )
+    has_bias = _is_leak(length, judge, "length_bias")
+    if has_bias:
+        side = "shorter" if length.detail.endswith("less") else "longer"
+        detail = f"the {side} one is chosen in {length.accuracy:.1%} of the pairs"
+        yield from judge.value("length_bias", length.accuracy, length.pairs, source, detail)
+    found: list[Finding] = []
+    for name in _GROUPS:
+        test = _group_test(name, by_name)
+        if test is None or not _is_leak(test, judge, _rule_of(name)):
+            continue
+        both = by_name.get(f"length and {name}", test)
+        if not has_bias or both.accuracy > length.accuracy + _ADDS:
+            found += _leak(name, test, by_name, judge, source)
+    yield from found
+    if not found:
+        yield from _joint_leak(by_name, judge, source, length.accuracy if has_bias else 0)
+    yield from _one_sided_forms(by_name, judge, source)
 
 
-def _leak(test: LeakTest, by_name: dict[str, LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
+def _group_test(name: str, by_name: Mapping[str, LeakTest]) -> LeakTest | None:
+    """Return the test of a group, or of its best feature if the sample is too small for the group."""
+    members = [by_name[member] for member in GROUPS.get(name, ())]
+    return by_name.get(name) or max(members, key=lambda test: test.accuracy, default=None)
+
+
+def _leak(
+    name: str, test: LeakTest, by_name: Mapping[str, LeakTest], judge: Judge, source: str
+) -> Iterator[Finding]:
     detail = test.detail
-    members = GROUPS.get(test.feature, ())
-    if members:
-        best = max((by_name[name] for name in members), key=lambda one: one.accuracy)
+    if name in GROUPS:
+        best = max((by_name[member] for member in GROUPS[name]), key=lambda one: one.accuracy)
         detail = f"{best.feature}, {best.detail}, {best.accuracy:.1%}"
-    text = f"{test.feature} guess it in {_shown(test)} of held-out pairs ({detail})"
-    yield from judge.value(_rule_of(test.feature), test.accuracy, test.pairs, source, text)
+    text = f"by {name}, {_shown(test)} of held-out pairs are guessed ({detail})"
+    yield from judge.value(_rule_of(name), test.accuracy, test.pairs, source, text)
+
+
+def _joint_leak(
+    by_name: Mapping[str, LeakTest], judge: Judge, source: str, explained: float
+) -> Iterator[Finding]:
+    """Yield the finding that all features together reveal the chosen response, if no group does alone."""
+    whole = by_name.get(ALL)
+    if whole is None or whole.accuracy <= explained + _ADDS or not _is_leak(whole, judge, "style_bias"):
+        return
+    groups = sorted((by_name[name] for name in _GROUPS if name in by_name), key=lambda test: -test.accuracy)
+    names = " and ".join(f"{test.feature} ({test.accuracy:.1%})" for test in groups[:2])
+    text = f"by several features, {_shown(whole)} of held-out pairs are guessed; mostly {names}"
+    yield from judge.value("style_bias", whole.accuracy, whole.pairs, source, text)
+
+
+def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
+    """Yield the features that few pairs have, and these almost always on the same side."""
+    for name in (member for group in _FORMS for member in GROUPS[group]):
+        test = by_name[name]
+        differing = round(test.differs * test.pairs)
+        if test.differs < _MIN_DIFFERS or test.accuracy > judge.threshold("label_leak"):
+            continue
+        share = 0.5 + (test.accuracy - 0.5) / test.differs
+        low, _high = interval(share * differing, differing)
+        if low > _MIN_ONE_SIDED:
+            side = test.detail.removeprefix("the chosen side ")
+            text = f"{name}, of {differing} pairs that differ in it the chosen side {side} in {share:.1%}"
+            yield from judge.value("one_sided_form", share, test.pairs, source, text)
 
 
 def _shown(test: LeakTest) -> str:

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from datasketch import MinHash
 
 SIGNATURE_NUMBERS = 64
-SHINGLE_WORDS = 3
+SHINGLE_WORDS = 2
 
 # A letter of a script without spaces (kana, Chinese, Hangul excluded) is a word of its own.
 _WORD = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]|_")
-_WORD_ONLY = re.compile(r"[^\W_\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]")
+_WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HIGH = np.uint64(32)
 
@@ -27,17 +27,17 @@ def words_of(text: str) -> list[str]:
 
 
 def signature(text: str, *, ignore_numbers: bool = True) -> Signature:
-    """Return the MinHash signature of a text's shingles: three consecutive words (Broder 1997).
+    """Return the MinHash signature of a text's shingles: two consecutive words (Broder 1997).
 
     Args:
-        text: its case is ignored.
+        text: its case and punctuation are ignored.
         ignore_numbers: whether all numbers count as the same word.
 
     Returns:
         uint32 [64]; the share of equal numbers of two signatures estimates the Jaccard similarity of the two
-        sets of shingles. All are the largest value for a text without words.
+        sets of shingles, with a standard error of at most 0.06. All are the largest value for no words.
     """
-    words = words_of(text.casefold())
+    words = _WORD_ONLY.findall(text.casefold()) or words_of(text)
     if ignore_numbers:
         words = ["0" if word.isdecimal() else word for word in words]
     hashes = ngrams(np.fromiter(map(_hash, words), np.uint64, len(words)), SHINGLE_WORDS)

@@ -1,4 +1,4 @@
-"""Pairs from models' responses: generate, score, choose. Processes share every stage, and each is resumable."""
+"""Pairs from models' responses: generate, score, choose. Every stage is resumable and shared by processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -96,11 +96,9 @@ def pairs_from_models(config: RunConfig, world: World, screen: Screen) -> None:
 
 def _prompts(config: RunConfig, world: World, screen: Screen) -> PromptList:
     """Return the prompts, which rank 0 reads; collective."""
-    folder, pairs = RunFolder.of(config).pairs_parts, config.pairs
+    folder = RunFolder.of(config).pairs_parts
     return world.on_main(
-        lambda: open_prompts(
-            write_prompts(folder, config.data.train, config.data, pairs.limit, screen.say), pairs.part_prompts
-        ),
+        lambda: open_prompts(write_prompts(folder, config, screen.say), config.pairs.part_prompts),
         screen.heartbeat("reading prompts"),
     )
 
@@ -140,6 +138,8 @@ def _rendering(config: RunConfig) -> dict[str, Any]:
         "text_as_messages": data.text_as_messages,
         "template": str(data.template),
         "template_date": data.template_date,
+        "chat_template": data.chat_template,
+        "template_arguments": data.template_arguments,
     }
 
 

@@ -2,15 +2,15 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_dist.atomic import sync
-from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.errors import DataError
 from dpo_dist.generation.labelling import Event, as_line, from_line
+from dpo_dist.generation.lock import locked
 
 
 class LabelLog:
@@ -43,31 +43,14 @@ def opened_log(path: Path) -> Iterator[LabelLog]:
         ConfigError: another process has the log open.
         DataError: a line is damaged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        _lock(descriptor, path)
+    remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
+    with locked(path, "serves this labelling session", remedy) as descriptor:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         events = [_event(line, path, number) for number, line in enumerate(whole.splitlines(), start=1)]
         os.ftruncate(descriptor, len(whole))
         sync(path.parent)
         yield LabelLog(descriptor, events)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            "another process serves this labelling session",
-            where=str(path),
-            remedy="open the address that it printed, also for a second annotator; or set another run.dir",
-        ) from None
-    except OSError:
-        return  # a file system without locks: a second start is the user's mistake
 
 
 def _event(line: bytes, path: Path, number: int) -> Event:

@@ -4,29 +4,9 @@ from dataclasses import replace
 
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
-from dpo_dist.errors import ConfigError
 from dpo_dist.generation.from_scores import pairs_from_scores
-<<<<<<< HEAD
-from dpo_dist.generation.screen import Screen
-=======
 from dpo_dist.generation.people import label_pairs
-
-
-class Screen(Protocol):
-    """The part of the console that this room uses."""
-
-    def say(self, text: str) -> None:
-        """Print one line and log it."""
-
-    def show(self, text: str) -> None:
-        """Print one line without logging it."""
-
-    def alarm(self, text: str) -> None:
-        """Print and log an error."""
-
-    def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that prints the seconds spent on `work`, once a minute."""
->>>>>>> main
+from dpo_dist.generation.screen import Screen
 
 
 def make_pairs(config: RunConfig, screen: Screen) -> None:
@@ -38,20 +18,10 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
     match config.pairs.method:
         case PairsMethod.scores:
             pairs_from_scores(config, screen.say)
-<<<<<<< HEAD
         case PairsMethod.samples | PairsMethod.delta:
             _from_models(config, screen)
-=======
         case PairsMethod.people:
             label_pairs(config, screen.say, screen.show)
->>>>>>> main
-        case _:
-            raise ConfigError(
-                "this method is not available yet",
-                where="pairs.method",
-                got=config.pairs.method,
-                remedy="set pairs.method=scores",
-            )
 
 
 def _from_models(config: RunConfig, screen: Screen) -> None:

@@ -13,7 +13,6 @@ from dpo_dist.digests import text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError
 
-
 _FAILED = "failed-"
 
 

@@ -37,8 +37,8 @@ def respond(
 
     Returns:
         `{"key": ..., "samples": [{"number", "content", "tokens", "finished", "same_ids"}]}`; a prompt that
-        cannot be used has the reason as `dropped` and no samples. `same_ids` is whether the text as a response
-        is encoded as the generated tokens.
+        cannot be used has the reason as `dropped` and no samples. `same_ids` is whether the text is encoded
+        as the generated tokens.
     """
     prompts = [_usable_prompt(record, responder, sampling) for record in records]
     requests = [

@@ -131,8 +131,8 @@ def find_stop_ids(
         ConfigError: there is none.
     """
     stops: set[int | None] = {tokenizer.eos_token_id}
-    facts = tokenizer_facts(tokenizer, data.template_date)
-    if facts.chat_template is not None:
+    facts = tokenizer_facts(tokenizer, data)
+    if facts.chat is not None:
         stops.add(tokenizer.convert_tokens_to_ids(facts.end_of_turn))
     if folder is not None and (folder / "generation_config.json").is_file():
         given = GenerationConfig.from_pretrained(folder).eos_token_id

@@ -113,7 +113,9 @@ def _scored_pairs(
     counts["samples_without_score"] += len(samples) - len(scored) if len(samples) > 1 else 0
     rule = Selection(pairs.select, pairs.margin, pairs.seed)
     of_prompt: Counter[str] = Counter()
-    chosen = select_pairs([sample["score"] for sample in scored], rule, prompt_key(answered.record), of_prompt)
+    chosen = select_pairs(
+        [sample["score"] for sample in scored], rule, prompt_key(answered.record), of_prompt
+    )
     counts["tied_pairs"] += of_prompt.pop("ties")
     counts.update({f"prompts_{reason}": number for reason, number in of_prompt.items()})
     for better, worse in chosen:

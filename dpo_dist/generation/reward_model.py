@@ -11,7 +11,14 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.data.build_dataset import tokenizer_digest
-from dpo_dist.data.records import Dialogue, Message, Messages, Prompt
+from dpo_dist.data.records import (
+    Dialogue,
+    Message,
+    Messages,
+    PreferenceRecord,
+    Prompt,
+    UnusableRecordError,
+)
 from dpo_dist.data.tokenizer import tokenizer_facts
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError
@@ -46,27 +53,38 @@ class RewardModel:
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the model's scores; None (`too_long_to_score`) above the longest input of the model."""
+        """Return the model's scores; None for a conversation too long for it, or rejected by its template."""
         encoded = [
-            self._encoded(question.record.prompt, response)
+            self._encoded(question.record, response)
             for question in questions
             for response in question.responses
         ]
-        scores = iter(self._scores(encoded))
+        readable = [ids for ids in encoded if ids is not None]
+        scored = iter(self._scores(readable))
+        scores = iter([None if ids is None else next(scored) for ids in encoded])
         judgements = []
         for question in questions:
             own = [next(scores) for _ in question.responses]
-            judgements.append(Judgement(own, Counter({"too_long_to_score": own.count(None)})))
+            judgements.append(Judgement(own, Counter({"not_scored": own.count(None)})))
         return judgements
 
-    def _encoded(self, prompt: Prompt, response: str) -> list[int]:
-        """Return the conversation by the model's template; without one, prompt and response as two texts."""
-        if self._facts.chat_template is not None:
-            whole = self._facts.render((*_messages(prompt), Message("assistant", response)))
-            return self._facts.with_prefix(self._facts.encode([whole])[0])[0]
-        text = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
-        ids: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
-        return ids
+    def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
+        """Return the conversation by the model's template; without one, prompt and response as two texts.
+
+        None: the template rejects the conversation.
+        """
+        prompt, chat = record.prompt, self._facts.chat
+        if chat is None:
+            text = prompt.text if isinstance(prompt, Dialogue) else _text(_messages(prompt))
+            ids: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
+            return ids
+        tools = {"tools": list(record.tools)} if record.tools else {}
+        turns = tuple(chat.turn(turn) for turn in (*_messages(prompt), Message("assistant", response)))
+        try:
+            whole = chat.render(turns, chat.data({**record.template_arguments, **tools}))
+        except UnusableRecordError:
+            return None
+        return self._facts.with_prefix(self._facts.encoder.encode([whole])[0])[0]
 
     @torch.inference_mode()
     def _scores(self, encoded: Sequence[list[int]]) -> list[float | None]:

@@ -11,6 +11,9 @@ class Screen(Protocol):
     def say(self, text: str) -> None:
         """Print one line and log it."""
 
+    def show(self, text: str) -> None:
+        """Print one line without logging it."""
+
     def alarm(self, text: str) -> None:
         """Print and log an error."""
 

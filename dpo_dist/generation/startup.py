@@ -8,10 +8,7 @@ from dpo_dist.config.check import as_written
 from dpo_dist.config.pairs_schema import EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
-<<<<<<< HEAD
 from dpo_dist.config.user_function import find_function
-=======
->>>>>>> main
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import local_model_folder
@@ -19,15 +16,20 @@ from dpo_dist.model.folder import local_model_folder
 OUTPUT_KINDS = (".jsonl", ".parquet")
 _ALONE = (PairsMethod.scores, PairsMethod.people)
 _ADAPTER = "adapter_config.json"
-_OF_SCORES = frozenset({"method", "output", "limit", "seed", "select", "margin"})
-_OF_DELTA = frozenset(
+_OF_MODELS = frozenset(
     {
-        *("method", "output", "limit", "seed", "models", "max_new_tokens", "temperature", "top_p", "top_k"),
+        *("models", "max_new_tokens", "temperature", "top_p", "top_k"),
         *("unfinished", "engine", "batch_tokens", "part_prompts"),
     }
 )
-_USED = {PairsMethod.scores: _OF_SCORES, PairsMethod.delta: _OF_DELTA, PairsMethod.samples: None}
-"""Keys that a method uses; None: all."""
+_OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})
+_OF_CHOICES = frozenset({"select", "margin"})
+_UNUSED = {
+    PairsMethod.scores: _OF_MODELS | _OF_JUDGES,
+    PairsMethod.delta: _OF_JUDGES | _OF_CHOICES,
+    PairsMethod.samples: frozenset[str](),
+}
+"""Keys that have no effect with a method."""
 
 
 def check_pairs(config: RunConfig) -> None:
@@ -37,12 +39,8 @@ def check_pairs(config: RunConfig) -> None:
         ConfigError: keys of `pairs` contradict each other, or a folder cannot be written.
         DataError: a local source is missing.
     """
-<<<<<<< HEAD
+    _check_rounds(config.pairs)
     _check_keys(config)
-=======
-    _check_keys(config.pairs)
-    _check_model(config)
->>>>>>> main
     for source in config.data.train:
         check_source(source)
 
@@ -58,27 +56,36 @@ def output_file(config: RunConfig) -> Path:
     return RunFolder.of(config).pairs_file if output is None else Path(output).expanduser()
 
 
-<<<<<<< HEAD
 def responding_models(config: RunConfig) -> list[str]:
     """Return the models that respond, as configured."""
     return list(config.pairs.models) or [config.model.path]
 
 
+def _check_rounds(pairs: PairsConfig) -> None:
+    """Check the part of the prompts, and that no key of rounds is given without them."""
+    if pairs.prompt_part >= pairs.prompt_parts:
+        raise ConfigError(
+            "there is no such part of the prompts",
+            where="pairs.prompt_part",
+            got=str(pairs.prompt_part),
+            expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
+            remedy="correct one of them",
+        )
+    for key, value, default in (
+        ("launcher", pairs.launcher, PairsConfig.launcher),
+        ("reference", pairs.reference, PairsConfig.reference),
+    ):
+        if not pairs.rounds and value != default:
+            raise ConfigError(
+                f"pairs.{key} has no effect without rounds",
+                where=f"pairs.{key}",
+                got=str(value),
+                remedy=f"set pairs.rounds, or remove pairs.{key}",
+            )
+
+
 def _check_keys(config: RunConfig) -> None:
     pairs = config.pairs
-=======
-def _check_model(config: RunConfig) -> None:
-    if config.pairs.method not in _ALONE and not config.pairs.models and config.model.path == NO_MODEL:
-        raise ConfigError(
-            "no model responds to the prompts",
-            where="pairs.models",
-            got="an empty list, and no model.path",
-            remedy="set pairs.models=[FOLDER] or model.path=FOLDER",
-        )
-
-
-def _check_keys(pairs: PairsConfig) -> None:
->>>>>>> main
     if pairs.output is not None and Path(pairs.output).suffix not in OUTPUT_KINDS:
         raise ConfigError(
             "this kind of file cannot be written",
@@ -97,10 +104,9 @@ def _check_keys(pairs: PairsConfig) -> None:
 
 def _check_effects(pairs: PairsConfig) -> None:
     """Refuse keys that the method does not use."""
-    used = _USED[pairs.method]
     for option in fields(PairsConfig):
         value = getattr(pairs, option.name)
-        if used is not None and option.name not in used and value != getattr(PairsConfig(), option.name):
+        if option.name in _UNUSED[pairs.method] and value != getattr(PairsConfig(), option.name):
             key = f"pairs.{option.name}"
             raise ConfigError(
                 f"{key} has no effect with this method",
@@ -124,7 +130,7 @@ def _check_models(config: RunConfig) -> None:
     pairs, models = config.pairs, responding_models(config)
     if NO_MODEL in models:
         raise ConfigError(
-            "no model is given that responds",
+            "no model responds to the prompts",
             where="pairs.models",
             got="null",
             remedy="set pairs.models=[MODEL], or model.path",

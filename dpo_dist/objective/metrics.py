@@ -19,6 +19,8 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+SOURCE_METRICS = ("rewards/accuracies", "rewards/margins")
+"""Metrics that are also reported for each source, as `<metric>/<label>`."""
 _ONE_SIDED_METRICS = ("loss", "rewards/chosen", "logps/chosen")
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
@@ -26,12 +28,29 @@ BATCH_REWARD = "loss/reward"
 """Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
 
 
-def metric_names(config: LossConfig) -> tuple[str, ...]:
-    """Return the names of the metrics of this loss, in the order of their sums."""
+def metric_names(config: LossConfig, labels: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the metrics of this loss, in the order of their sums.
+
+    `labels`: of the sources of the data; none if there is only one.
+    """
     names = _ONE_SIDED_METRICS if config.is_one_sided else PAIR_METRICS
     margin = (BATCH_MARGIN,) if config.uses("beta_momentum") else ()
     reward = (BATCH_REWARD,) if config.bco_delta is BcoDelta.running_mean else ()
-    return (*names, *margin, *reward)
+    by_source = (f"{name}/{label}" for name in SOURCE_METRICS if name in names for label in labels)
+    return (*names, *margin, *reward, *by_source)
+
+
+@dataclass(frozen=True)
+class PairSources:
+    """Sources of pairs.
+
+    Attributes:
+        labels: of all sources.
+        numbers: int64 [pairs], index of each pair's source in `labels`.
+    """
+
+    labels: tuple[str, ...]
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +89,8 @@ class MetricSums:
             measured: by name, a value for each pair, [pairs], or `Counted`.
             weights: float32 [pairs].
         """
-        values, counts = zip(*map(_values_and_counts, measured.values()), strict=True)
-        columns = torch.cat((torch.stack(values).double(), torch.stack(counts).double()))
+        values, counts = map(_stacked, zip(*map(_values_and_counts, measured.values()), strict=True))
+        columns = torch.cat((torch.where(counts > 0, values, 0.0), counts))
         return MetricSums(tuple(measured), (columns * weights.double()).sum(dim=1))
 
     def __add__(self, other: "MetricSums") -> "MetricSums":
@@ -102,8 +121,9 @@ def metric_sums(
     reference: PairLogps | None,
     config: LossConfig,
     weights: Tensor,
+    sources: PairSources | None = None,
 ) -> MetricSums:
-    """Return the sums of `metric_names(config)` over these pairs; of a ranking, its best and worst response.
+    """Return the sums of `metric_names` over these pairs; of a ranking, its best and worst response.
 
     Args:
         losses: [pairs], of `preference_loss`.
@@ -111,14 +131,16 @@ def metric_sums(
         reference: the reference's, or None.
         config: the loss that defines the rewards.
         weights: float32 [pairs], 1 for a pair of the batch, 0 for a dummy.
+        sources: of the pairs, if metrics are divided by source.
     """
     rewards = implicit_rewards(policy, reference, config)
     margins = rewards.chosen - rewards.rejected
+    accuracies = (margins > 0) + 0.5 * (margins == 0)
     measured: dict[str, Tensor | Counted] = {
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
-        "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
+        "rewards/accuracies": accuracies,
         "rewards/margins": margins,
         "logps/chosen": policy.chosen.detach(),
         "logps/rejected": policy.rejected.detach(),
@@ -128,10 +150,22 @@ def metric_sums(
         measured[BATCH_MARGIN] = scaled_margin(ratios, config)
     if config.bco_delta is BcoDelta.running_mean:
         measured[BATCH_REWARD] = config.beta * (ratios.chosen + ratios.rejected) / 2
-    return MetricSums.of({name: measured[name] for name in metric_names(config)}, weights)
+    if sources is not None:
+        numbers = torch.arange(len(sources.labels), device=sources.numbers.device)
+        is_of = (sources.numbers == numbers[:, None]).double()
+        for label, counts in zip(sources.labels, is_of, strict=True):
+            by_source = zip(SOURCE_METRICS, (accuracies, margins), strict=True)
+            measured |= {f"{name}/{label}": Counted(values, counts) for name, values in by_source}
+    names = metric_names(config, () if sources is None else sources.labels)
+    return MetricSums.of({name: measured[name] for name in names}, weights)
 
 
 def _values_and_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:
     if isinstance(metric, Counted):
-        return torch.where(metric.counts > 0, metric.values, 0.0), metric.counts
+        return metric.values, metric.counts
     return metric, torch.ones_like(metric)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Return float64 [rows, pairs]."""
+    return torch.stack([row.double() for row in rows])

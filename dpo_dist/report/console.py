@@ -18,6 +18,7 @@ _FIRST_LINE_SECONDS = 5.0
 _LINE_SECONDS = 30.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
+_SHARE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}<{remaining}]"
 
 
 class Console:
@@ -62,8 +63,8 @@ class Console:
 
         return beat
 
-    def bar(self, title: str, total: int | None, done: int, unit: str) -> Any:
-        """Return a progress bar, with the remaining time if the total is known."""
+    def bar(self, title: str, total: float | None, done: int, unit: str, **options: Any) -> Any:
+        """Return a progress bar, with the remaining time if the total is known; `options` are tqdm's."""
         return tqdm(
             desc=title,
             total=total,
@@ -73,6 +74,7 @@ class Console:
             disable=self._screen is None,
             mininterval=0.5,
             dynamic_ncols=True,
+            **options,
         )
 
     @contextlib.contextmanager
@@ -93,23 +95,38 @@ class Console:
             yield show
 
     @contextlib.contextmanager
-    def counter(self, title: str, unit: str) -> Iterator[Callable[[int], None]]:
-        """Yield a function that takes the number of units just done; their total is unknown.
+    def counter(self, title: str, unit: str) -> Iterator["Count"]:
+        """Yield a function that takes the number of units just done, and the share of all work that is done.
 
-        Shows a bar on a terminal, elsewhere a line about twice a minute; nothing if it is never called.
+        The share is from 0 to 1, or None if the total is unknown. Shows a bar on a terminal, elsewhere a line
+        about twice a minute, both with the remaining time; nothing if it is never called.
         """
         if self._screen is None or not self._screen.isatty():
             yield _Tally(self.say, title, unit)
             return
         with contextlib.ExitStack() as stack:
             bars: list[Any] = []
+            done = 0
 
-            def count(more: int) -> None:
-                if not bars:
+            def count(more: int, share: float | None = None) -> None:
+                nonlocal done
+                done += more
+                if not bars and share is None:
                     bars.append(stack.enter_context(self.bar(title, None, 0, unit)))
-                bars[0].update(more)
+                elif not bars:
+                    options = {"bar_format": _SHARE_FORMAT, "postfix": [f"0 {unit}s"]}
+                    bars.append(stack.enter_context(self.bar(title, 1.0, 0, unit, **options)))
+                [bar] = bars
+                seconds = max(bar.format_dict["elapsed"], 1e-3)
+                if bar.total is not None:
+                    bar.postfix = [f"{done:,} {unit}s, {done / seconds:,.0f}/s"]
+                bar.update(more if share is None else share - bar.n)
 
             yield count
+
+
+Count = Callable[..., None]
+"""Called with the number of units just done and, if it is known, the share of all work that is done."""
 
 
 class _Tally:
@@ -121,7 +138,7 @@ class _Tally:
         self._started: float | None = None
         self._due = 0.0
 
-    def __call__(self, more: int) -> None:
+    def __call__(self, more: int, share: float | None = None) -> None:
         now = time.monotonic()
         if self._started is None:
             self._started, self._due = now, now + _FIRST_LINE_SECONDS
@@ -129,8 +146,11 @@ class _Tally:
         self._done += more
         if now >= self._due:
             self._due = now + _LINE_SECONDS
-            speed = self._done / (now - self._started)
-            self._say(f"{self._title}: {self._done:,} {self._unit}s, {speed:,.0f} a second")
+            seconds = now - self._started
+            line = f"{self._done:,} {self._unit}s, {self._done / seconds:,.0f} a second"
+            if share:
+                line = f"{share:.0%}, {line}, {tqdm.format_interval(seconds / share - seconds)} left"
+            self._say(f"{self._title}: {line}")
 
 
 class _Once(logging.Filter):

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.objective.metrics import PAIR_METRICS
+from dpo_dist.objective.metrics import PAIR_METRICS, SOURCE_METRICS
 
 Row = dict[str, float]
 
@@ -114,9 +114,10 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return `final` and `best` of `summary.json`.
 
     Returns:
-        `final`: loss, rewards and log-probs of the last logged step, with its `step`, and of the last
-        evaluation, with its `eval_step`. `best`: lowest `eval_loss` and highest `eval_rewards/accuracies`,
-        each as ``{"value", "step"}``, the earliest of equal ones. Values without a measurement are absent.
+        `final`: loss, rewards (also by source) and log-probs of the last logged step, with its `step`, and of
+        the last evaluation, with its `eval_step`. `best`: lowest `eval_loss` and highest
+        `eval_rewards/accuracies`, each as ``{"value", "step"}``, the earliest of equal ones. Values without a
+        measurement are absent.
     """
     final: Row = {}
     for prefix in ("", "eval_"):
@@ -125,6 +126,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
+            final |= {key: value for key, value in last.items() if key.startswith(_by_source(prefix))}
     best: dict[str, Row] = {}
     for key, sign in (("eval_loss", 1), ("eval_rewards/accuracies", -1)):
         finite = [row for row in rows if math.isfinite(row.get(key, math.nan))]
@@ -132,6 +134,28 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             row = min(finite, key=lambda row: sign * row[key])
             best[key] = {"value": row[key], "step": row["step"]}
     return {"final": final, "best": best}
+
+
+def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
+    """Return the last value of each metric of `SOURCE_METRICS` in `rows`, by source.
+
+    Returns:
+        By label of the source: the values by name of the metric, those of evaluations with `eval_`; empty if
+        the run has one source.
+    """
+    found: dict[str, Row] = {}
+    for prefix in ("", "eval_"):
+        for metric in _by_source(prefix):
+            for row in rows:
+                for key, value in row.items():
+                    if key.startswith(metric):
+                        found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
+    return found
+
+
+def _by_source(prefix: str) -> tuple[str, ...]:
+    """Return how the names of metrics by source start."""
+    return tuple(f"{prefix}{metric}/" for metric in SOURCE_METRICS)
 
 
 def read_rows(path: Path) -> list[Row]:

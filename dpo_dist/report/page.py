@@ -16,7 +16,7 @@ import yaml
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.metrics_log import PHASES, read_rows
+from dpo_dist.report.metrics_log import PHASES, metrics_by_source, read_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
@@ -54,6 +54,12 @@ _EVALUATION_COLUMNS = {
     "eval_logps/rejected": "log-prob rejected",
 }
 _MOST_EVALUATIONS = 20
+_SOURCE_COLUMNS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "eval_rewards/accuracies": "eval accuracy",
+    "eval_rewards/margins": "eval margin",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +81,7 @@ def write_page(folder: RunFolder) -> None:
         _picture(curves) if curves else "",
         _section("Configuration", _pairs_table(_highlights(config))),
         _section("Evaluations", _evaluations(rows)),
+        _section("Sources", _sources(rows)),
         _section("Time of a step by phase", _phases(rows)),
         _section("Reference log-probs", _pairs_table(_flat(summary.get("reference") or {}))),
         _section("Data", _pairs_table(_flat(summary.get("data") or {}))),
@@ -137,8 +144,7 @@ def _headline(summary: Fields) -> str:
 
 
 def _picture(png: bytes) -> str:
-    content = base64.b64encode(png).decode("ascii")
-    return f'<img alt="Training curves" src="data:image/png;base64,{content}">'
+    return f'<img alt="Training curves" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
 
 
 def _highlights(config: Fields) -> Iterator[tuple[str, str]]:
@@ -151,17 +157,27 @@ def _highlights(config: Fields) -> Iterator[tuple[str, str]]:
 
 def _evaluations(rows: Sequence[Mapping[str, float]]) -> str:
     evaluations = [row for row in rows if "eval_loss" in row]
-    if not evaluations:
-        return ""
-    keys = [key for key in _EVALUATION_COLUMNS if any(key in row for row in evaluations)]
     shown = evaluations[-_MOST_EVALUATIONS:]
-    head = "".join(f"<th>{_EVALUATION_COLUMNS[key]}</th>" for key in keys)
-    lines = [
-        "<tr>" + "".join(f"<td>{_short(row[key]) if key in row else ''}</td>" for key in keys) + "</tr>"
-        for row in shown
-    ]
     note = f"<p>The last {len(shown)} of {len(evaluations)}.</p>" if len(shown) < len(evaluations) else ""
-    return f'<table class="numbers"><tr>{head}</tr>{"".join(lines)}</table>{note}'
+    return _numbers(_EVALUATION_COLUMNS, shown) + note
+
+
+def _sources(rows: Sequence[Mapping[str, float]]) -> str:
+    """Return a table of the last metrics of each source; empty for a run with one source."""
+    sources = sorted(metrics_by_source(rows).items())
+    return _numbers(_SOURCE_COLUMNS, [last for _, last in sources], [label for label, _ in sources])
+
+
+def _numbers(columns: Fields, rows: Sequence[Mapping[str, float]], sources: Sequence[str] = ()) -> str:
+    """Return a table of those `columns`, titles by key, that a row has; `sources` is a column before them."""
+    keys = [key for key in columns if any(key in row for row in rows)]
+    lines = [[_short(row[key]) if key in row else "" for key in keys] for row in rows]
+    head = "".join(f"<th>{columns[key]}</th>" for key in keys)
+    if sources:
+        head = f"<th>source</th>{head}"
+        lines = [[escape(source), *line] for source, line in zip(sources, lines, strict=True)]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
+    return f'<table class="numbers"><tr>{head}</tr>{body}</table>' if rows else ""
 
 
 def _phases(rows: Sequence[Mapping[str, float]]) -> str:

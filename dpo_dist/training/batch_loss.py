@@ -14,7 +14,7 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.metrics import MetricSums, metric_names, metric_sums
+from dpo_dist.objective.metrics import MetricSums, PairSources, metric_names, metric_sums
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.providers import ReferenceProvider
 
@@ -38,12 +38,14 @@ class ScoredPairs:
         reference: None if the loss uses no reference.
         facts: the other inputs of the loss.
         weights: float32 [pairs], 1 for a pair, 0 for a dummy.
+        sources: of the pairs, if metrics are divided by source.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     facts: BatchFacts
     weights: Tensor
+    sources: PairSources | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class Objective:
         """Return `ready_batches`, made ahead in a background thread."""
         return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
 
-    def no_sums(self, device: torch.device) -> MetricSums:
-        """Return metric sums of no pairs."""
-        return MetricSums.zeros(metric_names(self.loss), device)
+    def no_sums(self, rank_batch: RankBatch, device: torch.device) -> MetricSums:
+        """Return metric sums of no pairs of a global batch."""
+        return MetricSums.zeros(metric_names(self.loss, rank_batch.dataset.labels), device)
 
     def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
         """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
@@ -105,7 +107,8 @@ class Objective:
             token_logps, pair_weights = policy.token_logps(batch), None
         logps = self.pair_logps(token_logps, batch)
         facts = replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights)
-        return ScoredPairs(logps, reference, facts, batch.weights)
+        sources = None if batch.sources is None else PairSources(batch.labels, batch.sources)
+        return ScoredPairs(logps, reference, facts, batch.weights, sources)
 
     def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
@@ -114,5 +117,5 @@ class Objective:
             pairs: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        sums = metric_sums(losses, pairs.policy, pairs.reference, self.loss, pairs.weights)
+        sums = metric_sums(losses, pairs.policy, pairs.reference, self.loss, pairs.weights, pairs.sources)
         return (losses * pairs.weights).sum(), sums

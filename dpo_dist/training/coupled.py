@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from dpo_dist.data.collate import RankBatch
+from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.objective.metrics import MetricSums, PairSources
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
 from dpo_dist.training.step_timer import StepClock
 
@@ -60,7 +61,7 @@ def accumulate_coupled(
         parts = zip(slopes, _differentiable(logps), strict=True)
         surrogate = torch.stack([slope[own] * part for slope, part in parts]) * batch.weights
         policy.backward(surrogate.sum(), is_last=number == len(step.batches))
-    return sums if world.is_main else objective.no_sums(world.device)
+    return sums if world.is_main else objective.no_sums(rank_batch, world.device)
 
 
 def coupled_sums(
@@ -68,7 +69,7 @@ def coupled_sums(
 ) -> MetricSums:
     """Return the metric sums of a coupled loss, which are zero on all ranks but 0; collective."""
     _, sums = objective.measure(gather_pairs(scored, rank_batch, world))
-    return sums if world.is_main else objective.no_sums(world.device)
+    return sums if world.is_main else objective.no_sums(rank_batch, world.device)
 
 
 def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
@@ -96,7 +97,15 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
             pair_weights=None if facts.pair_weights is None else pair_weights,
         ),
         weights=torch.ones_like(chosen),
+        sources=_sources(rank_batch, world.device),
     )
+
+
+def _sources(rank_batch: RankBatch, device: torch.device) -> PairSources | None:
+    """Return the sources of all pairs of the global batch, which every rank knows."""
+    if rank_batch.sources is None:
+        return None
+    return PairSources(rank_batch.dataset.labels, _on_device(rank_batch.sources, device))
 
 
 def _columns(pairs: ScoredPairs) -> Tensor:
@@ -123,6 +132,6 @@ def _differentiable(logps: PairLogps) -> list[Tensor]:
     return [logps.chosen, logps.rejected, *whole]
 
 
-def _on_device(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return `positions` as int64 [positions] on `device`, without waiting for it."""
-    return torch.tensor(positions).to(device, non_blocking=True)
+def _on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:
+    """Return `numbers` as int64 [n] on `device`, without waiting for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)

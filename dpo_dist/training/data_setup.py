@@ -1,6 +1,7 @@
 """The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,12 @@ from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.report.console import Console
+from dpo_dist.report.console import Console, Count
 
 _OWN_LINE = "chat_template_not_applied"
-_NO_CHANGES = frozenset({"path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE})
+_NO_CHANGES = frozenset(
+    {"label", "path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE}
+)
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,16 @@ def _encode(
     console: Console,
 ) -> PreferenceDataset:
     """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
-    with console.counter(f"encoding {name} data", "record") as count:
-        encoded = world.on_main(
-            lambda: prepare_dataset(
-                sources, config.data, tokenizer, tokenizer_digest(model_folder), count, part
-            ),
-            console.heartbeat(f"preparing the {name} data"),
-        )
+
+    def progress(source: str) -> AbstractContextManager[Count]:
+        return console.counter(f"encoding {name} data: {source}", "record")
+
+    encoded = world.on_main(
+        lambda: prepare_dataset(
+            sources, config.data, tokenizer, tokenizer_digest(model_folder), progress, part
+        ),
+        console.heartbeat(f"preparing the {name} data"),
+    )
     # A node that sees the files on another device verifies them again.
     verifying = console.heartbeat(f"verifying the {name} data")
     dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)
@@ -185,7 +191,9 @@ def describe_counts(name: str, counts: dict[str, Any]) -> list[str]:
     """Return lines for the log: kept, dropped and changed records, of all sources and of each."""
     lines = [f"{name} data: {_described(counts)}"]
     sources = counts["sources"] if len(counts["sources"]) > 1 else []
-    lines += [f"{name} data: {source['path']}: {_described(source)}" for source in sources]
+    lines += [
+        f"{name} data: {source['label']} ({source['path']}): {_described(source)}" for source in sources
+    ]
     if plain := counts.get(_OWN_LINE):
         lines.append(
             f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "

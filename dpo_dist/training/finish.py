@@ -11,6 +11,7 @@ from dpo_dist.atomic import staged_folder
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.chat_template import with_chosen_template
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
@@ -53,7 +54,10 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
-    export_model(loop.policy, loop.inputs.tokenizer, folder.model, loop.world, writing)
+    tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
+    if template is not None:
+        tokenizer = with_chosen_template(tokenizer, template)
+    export_model(loop.policy, tokenizer, folder.model, loop.world, writing)
     exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)

@@ -12,7 +12,7 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.acceptance import check_fits_loss
-from dpo_dist.data.build_dataset import check_template_date
+from dpo_dist.data.build_dataset import check_template_keys
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
@@ -44,7 +44,7 @@ def rehearse(config: RunConfig) -> str:
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
     count_flops(model_config, config.model.adapter)  # as a run does: checks the adapter's targets
-    check_template_date(config.data, tokenizer)
+    check_template_keys(config.data, tokenizer)
     run = RunFolder.of(config)
     has_checkpoints = any(run.checkpoints.glob("step-*"))
     lines = [
@@ -55,7 +55,10 @@ def rehearse(config: RunConfig) -> str:
     ]
     lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+    return (
+        f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+        "  python -m dpo_dist.doctor with the same arguments examines all records\n"
+    )
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:

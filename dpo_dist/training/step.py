@@ -51,7 +51,7 @@ def train_step(
         sums = accumulate_coupled(policy, objective, step, facts, world, clock)
     else:
         policy.train()
-        sums = objective.no_sums(world.device)
+        sums = objective.no_sums(step.rank_batch, world.device)
         for number, host_batch in enumerate(step.batches, start=1):
             clock.enter("data")
             batch = host_batch.to(world.device)
@@ -105,7 +105,7 @@ def evaluate(
     """Return this rank's metric sums over a dataset, which is one global batch; collective."""
     policy.train(False)
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    sums, scored = objective.no_sums(world.device), []
+    sums, scored = objective.no_sums(rank_batch, world.device), []
     with objective.prefetched(rank_batch, world.device) as batches:
         for host_batch in batches:
             batch = host_batch.to(world.device)

@@ -29,6 +29,7 @@ from dpo_dist.training.step import evaluate, train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support import tiny
+from tests.support.masks import add_masks
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks
 
@@ -49,6 +50,11 @@ CASES = {
     ),
     "sigmoid, forward_kl": LossConfig(beta=0.5, divergence=Divergence.forward_kl),
     "sigmoid, ld_alpha, wpo": LossConfig(beta=0.5, ld_alpha=0.3, weighting=Weighting.wpo),
+    "masked ipo, ld_alpha": LossConfig(LossKind.ipo, 0.5, ld_alpha=0.4),
+    "masked simpo": LossConfig(LossKind.simpo, 1.0),
+    "masked sft": LossConfig(LossKind.sft),
+    "masked beta_dpo": LossConfig(LossKind.beta_dpo, 0.5),
+    "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),
     "sigmoid and sft": LossConfig(
         beta=0.5, terms=[LossTermConfig(LossKind.sigmoid, 1.0), LossTermConfig(LossKind.sft, 0.1)]
     ),
@@ -66,14 +72,18 @@ CASES = {
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded pairs with scores, and encoded rankings of 2 to 5 responses."""
+    """Encoded pairs with scores, and rankings of 2 to 5 responses, of two sources each; also with masks."""
 
     pairs: tuple[EncodedSource, ...]
     rankings: tuple[EncodedSource, ...]
+    masked_pairs: tuple[EncodedSource, ...]
+    masked_rankings: tuple[EncodedSource, ...]
 
-    def of(self, loss: LossConfig) -> PreferenceDataset:
-        ranked = loss.kind is LossKind.plackett_luce
-        return open_dataset(self.rankings if ranked else self.pairs, DataConfig())
+    def of(self, name: str) -> PreferenceDataset:
+        pairs, rankings = self.pairs, self.rankings
+        if name.startswith("masked"):
+            pairs, rankings = self.masked_pairs, self.masked_rankings
+        return open_dataset(rankings if "plackett_luce" in name else pairs, DataConfig())
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +102,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             "scores": [9.0 - 1.5 * rank for rank in range(responses)],
         }
 
-    def encoded(name: str, counts: list[int]) -> tuple[EncodedSource, ...]:
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(record(*item)) + "\n" for item in enumerate(counts)))
-        config = DataConfig(cache=str(folder / "encoded"))
-        return prepare_dataset([SourceConfig(str(file))], config, tiny.qwen(), "qwen")
+    def written(name: str, counts: list[int]) -> list[SourceConfig]:
+        lines = [json.dumps(record(*item)) + "\n" for item in enumerate(counts)]
+        files = folder / f"{name}.jsonl", folder / f"more_{name}.jsonl"
+        for file, part in zip(files, (lines[:4], lines[4:]), strict=True):
+            file.write_text("".join(part))
+        return [SourceConfig(str(file)) for file in files]
 
-    return Data(encoded("pairs", [2] * RECORDS), encoded("rankings", [2 + n % 4 for n in range(RECORDS)]))
+    lists = [written("pairs", [2] * RECORDS), written("rankings", [2 + n % 4 for n in range(RECORDS)])]
+
+    def encoded(cache: str) -> Iterator[tuple[EncodedSource, ...]]:
+        config = DataConfig(cache=str(folder / cache))
+        return (prepare_dataset(sources, config, tiny.qwen(), "qwen") for sources in lists)
+
+    plain = list(encoded("encoded"))
+    with pytest.MonkeyPatch.context() as patch:
+        add_masks(patch)
+        return Data(*plain, *encoded("masked"))
 
 
 def trajectories(assets: Assets, data: Data, budget: int, world: World, _folder: Path) -> dict[str, Any]:
     """Return for every case the metrics and gradient norm of each step, and an evaluation at the end."""
     return {
-        name: list(_trajectory(assets, data.of(loss), loss, budget, world)) for name, loss in CASES.items()
+        name: list(_trajectory(assets, data.of(name), loss, budget, world)) for name, loss in CASES.items()
     }
 
 
@@ -148,3 +168,6 @@ def test_every_loss_trains_the_same_on_one_rank_and_on_two(
     for name, steps in alone.items():
         assert all(np.isfinite(list(step.values())).all() for step in steps), name
         assert steps[-1]["loss"] != steps[0]["loss"], name
+        by_source = [key for key in steps[-1] if key.startswith("rewards/margins/")]
+        assert len(by_source) == (0 if CASES[name].is_one_sided else 2), name
+    assert alone["masked simpo"] != alone["simpo"]

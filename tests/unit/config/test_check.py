@@ -71,6 +71,9 @@ OUT_OF_RANGE = {
     "pairs.endpoint.retries": [-1],
     "pairs.endpoint.parallel_requests": [0],
     "pairs.endpoint.requests_per_minute": [0],
+    "pairs.prompt_parts": [0],
+    "pairs.prompt_part": [-1],
+    "pairs.rounds": [-1],
     "pairs.people.port": [-1, 65536],
     "pairs.people.overlap": [-0.1, 1.1],
     "pairs.people.repeats": [-0.1, 1.1],
@@ -125,6 +128,14 @@ def test_out_of_range_inside_of_lists_and_mappings(where: str, values: dict[str,
     with pytest.raises(ConfigError, match="is out of range") as caught:
         configured(values)
     assert caught.value.where == where
+
+
+@pytest.mark.parametrize("label", ["", "a/b", "a b", "<b>", "a\n"])
+def test_a_label_is_part_of_a_name(label: str) -> None:
+    with pytest.raises(ConfigError, match="other characters") as caught:
+        configured({"data.train": ["a", {"path": "b", "label": label}]})
+    assert caught.value.where == "data.train[1].label"
+    configured({"data.train": [{"path": "b", "label": "math_2.1+数学-x"}]})
 
 
 def test_null_is_named_where_the_key_accepts_it() -> None:

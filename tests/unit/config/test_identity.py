@@ -54,6 +54,15 @@ def test_the_run_directory_has_root_and_name() -> None:
     assert run_directory("run.dir=/mine") == "/mine"
 
 
+def test_the_label_of_a_source_does_not_define_the_result() -> None:
+    plain = [*RUN, "data.train=[{path: a.jsonl, weight: 2}]"]
+    labelled = [*RUN, "data.train=[{path: a.jsonl, weight: 2, label: math}]"]
+    old, new = map(load_run_config, (plain, labelled))
+    assert run_digest(old) == run_digest(new)
+    assert differing_keys(old, new) == {}
+    assert settings(new)["data.train"] == [{"path": "a.jsonl", "weight": 2.0}]
+
+
 def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
     found = settings(load_run_config([*RUN, "loss=simpo", "optim.lr=5e-7", "data.truncation=drop"]))
     assert found == {

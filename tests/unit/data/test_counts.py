@@ -34,14 +34,14 @@ def file_of(folder: Path, name: str, *rows: object) -> str:
 
 
 def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
-    rows = [*GOOD, TEXT | {"tools": ["f"]}, TEXT | {"tools": ["f"], "images": ["i"]}]
+    rows = [*GOOD, TEXT | {"documents": ["f"]}, TEXT | {"documents": ["f"], "images": ["i"]}]
     counts = opened(tmp_path, jsonl(tmp_path, *rows), max_bad_share=0.1).counts
     assert counts["dropped"] == {"unread_content": 2}
-    assert (counts["unread_tools"], counts["unread_images"]) == (2, 1)
-    assert "tools" in counts["details"]["unread_content"]
+    assert (counts["unread_documents"], counts["unread_images"]) == (2, 1)
+    assert "documents" in counts["details"]["unread_content"]
     [line, plain] = describe_counts("train", counts)
     assert "2 dropped (unread_content)" in line
-    assert "2 unread tools" in line
+    assert "2 unread documents" in line
     assert "40 of 40 records are plain text" in plain
     assert "data.text_as_messages=true" in plain
 
@@ -64,8 +64,8 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
     assert lines[1:3] == [
-        f"train data: {first}: 40 of 40 records kept, 40 pairs",
-        f"train data: {second}: 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
+        f"train data: one-records ({first}): 40 of 40 records kept, 40 pairs",
+        f"train data: two-records ({second}): 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
     ]
     json.dumps(counts)
 
@@ -74,9 +74,9 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     ("rows", "data", "expected"),
     [
         (
-            [{"question": "q", "chosen": "a", "rejected": "b"}],
+            [{"task": "q", "chosen": "a", "rejected": "b"}],
             {},
-            ["question (text)", "prompt, chosen, rejected"],
+            ["task (text)", "prompt, chosen, rejected", "columns: {prompt: COLUMN"],
         ),
         (
             GOOD,
@@ -84,7 +84,13 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
             ["data.max_length is 2", "data.max_prompt_length", "data.truncation=keep_end"],
         ),
         (GOOD, {"max_length": 4, "truncation": "drop"}, ["data.max_length is 4", "keep_start"]),
-        ([*GOOD[:3], TEXT | {"tools": [1]}], {}, ["fields: tools", "data.max_bad_share"]),
+        ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
+        (
+            [{"prompt": "q", "completion": "a", "label": True}],
+            {},
+            ["unpaired", "pair good and bad responses"],
+        ),
+        ([TEXT | {"completion": "a"}], {}, ["ambiguous_format", "set format of the source"]),
     ],
 )
 def test_the_error_has_the_remedy_for_its_reason(

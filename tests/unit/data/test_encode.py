@@ -173,8 +173,8 @@ def test_a_response_has_the_ids_of_the_whole_text_if_these_start_with_the_prompt
     prompt, response = text[:cut], text[cut:]
     for written in (prompt, f"{tokenizer.eos_token}{prompt}"):
         facts = tokenizer_facts(tokenizer)
-        prompt_ids, whole = facts.encode([written, written + response])
-        found_prompt, [found], resplit = facts.encode_after(written, (response,))
+        prompt_ids, whole = facts.encoder.encode([written, written + response])
+        found_prompt, [found], resplit = facts.encoder.encode_after(written, (response,))
         assert found_prompt == prompt_ids
         assert resplit == (whole[: len(prompt_ids)] != prompt_ids)
         if not resplit:
@@ -229,13 +229,13 @@ def test_the_two_ways_to_encode_agree(text: str, make: Any) -> None:
     end = tokenizer.eos_token
     usual, literal = (f"{clean}{end}\n{clean}{end}", f"\ufdd0literal0\ufdd0{clean}{end}\n{clean}{end}")
     facts = tokenizer_facts(tokenizer)
-    [expected] = facts.encode([end + usual])
-    [found] = facts.encode([end + literal])
+    [expected] = facts.encoder.encode([end + usual])
+    [found] = facts.encoder.encode([end + literal])
     tail = len(expected) - 1
     shared_end = tokenizer.convert_tokens_to_ids(end)
     after_first_end = expected[expected.index(shared_end, 1) :]
     assert found[-len(after_first_end) :] == after_first_end
-    assert facts.encode_continuation(usual) == expected[-tail:]
+    assert facts.encoder.encode_continuation(usual) == expected[-tail:]
 
 
 def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
@@ -245,8 +245,8 @@ def test_a_special_token_strips_whitespace_beside_literal_text_too() -> None:
         eos_token=AddedToken("<|end|>", rstrip=True, lstrip=True, normalized=False, special=True),
     )
     facts = tokenizer_facts(tokenizer)
-    [usual] = facts.encode(["hello \n<|end|>\n the answer"])
-    [literal] = facts.encode(["hello \n<|end|>\n the answer \ufdd0literal0\ufdd0"])
+    [usual] = facts.encoder.encode(["hello \n<|end|>\n the answer"])
+    [literal] = facts.encoder.encode(["hello \n<|end|>\n the answer \ufdd0literal0\ufdd0"])
     assert literal[: len(usual)] == usual
     assert tokenizer.decode(usual) == "hello<|end|>the answer"
 

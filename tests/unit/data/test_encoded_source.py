@@ -1,5 +1,6 @@
 """The cache of encoded sources: found by content, encoded once, verified, never incomplete."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,11 +19,13 @@ from dpo_dist.atomic import temporary_name
 from dpo_dist.config.data_schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data import encode_chunk as encode_chunk_module
+from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.concatenated import ConcatenatedArray
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import SourceWriter
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
+from tests.support import tiny
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import jsonl
 
@@ -97,6 +100,24 @@ def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
     assert len(opened(tmp_path, str(array))) == 7
     with pytest.raises(DataError, match="no record can be used"):
         opened(tmp_path, str(array.rename(tmp_path / "array.jsonl")))
+
+
+def test_columns_and_tags_change_the_fingerprint_and_the_file_of_an_entry_does_not(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    columns = {"rejected": "rejected"}
+    sources = [
+        SourceConfig(path),
+        SourceConfig(path, columns=columns),
+        SourceConfig(path, tags={"user_tag": "me"}),
+    ]
+    assert len({prepare(tmp_path, source) for source in sources}) == 3
+    entry = {"file_name": "records.jsonl", "ranking": True, "formatting": "alpaca"}
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+        jsonl(tmp_path / name, *({"instruction": "q", **record} for record in GOOD))
+    here, there = (SourceConfig(str(tmp_path / name), name="mine") for name in ("here", "there"))
+    assert prepare(tmp_path, here) == prepare(tmp_path, there)
 
 
 def test_records_have_the_origin_of_the_configured_path(tmp_path: Path) -> None:
@@ -185,7 +206,7 @@ def test_a_damaged_folder_is_encoded_again(damage: Callable[[Path], None], tmp_p
 def test_an_interrupted_write_leaves_nothing_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path, *GOOD)
 
-    def killed(_source: SourceConfig) -> Iterator[PreferenceRecord]:
+    def killed(_source: SourceConfig, _meter: Meter) -> Iterator[PreferenceRecord]:
         yield PreferenceRecord("q", ("right", "wrong"), Origin("here", 1))
         raise KeyboardInterrupt
 
@@ -315,7 +336,7 @@ def test_files_replaced_while_they_are_read_are_an_error(
     path = Path(jsonl(tmp_path, *GOOD))
     original, read = path.read_bytes(), build_dataset_module.read_records
 
-    def overtaken(source: SourceConfig) -> Iterator[Any]:
+    def overtaken(source: SourceConfig, _meter: Meter) -> Iterator[Any]:
         path.rename(tmp_path / "aside")
         jsonl(tmp_path, *GOOD[:3])
         records = list(read(source))
@@ -376,3 +397,65 @@ def test_the_folder_of_a_killed_encoder_is_removed_and_of_a_running_one_kept(tmp
         os.utime(one, (0, 0))
     assert prepare(tmp_path, path) == folder
     assert encoded_folders(tmp_path) == sorted(one.name for one in (folder, living, foreign))
+
+
+def test_progress_has_each_source_with_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that is encoded already shows none; with a limit the share is that of the limit."""
+    monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
+    seen: dict[str, list[tuple[int, float | None]]] = {}
+
+    @contextlib.contextmanager
+    def progress(source: str) -> Iterator[Callable[[int, float | None], None]]:
+        shares = seen.setdefault(source, [])
+        yield lambda records, share: shares.append((records, share))
+
+    one, other = two_files(tmp_path)
+    config = DataConfig(cache=str(tmp_path / "cache"))
+    sources = [SourceConfig(one), SourceConfig(other, limit=2), SourceConfig(one)]
+    build_dataset_module.prepare_dataset(sources, config, tiny.qwen(), "qwen", progress)
+    assert list(seen) == [one, other]
+    assert [records for records, _ in seen[one]] == [2, 1]
+    assert seen[one][-1][1] == 1.0
+    assert seen[other] == [(2, 1.0)]
+
+
+def test_a_chunk_of_long_records_has_fewer_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path, *GOOD)
+    whole = prepare(tmp_path, path)
+    monkeypatch.setattr(build_dataset_module, "_CHUNK_CHARACTERS", 50)
+    sizes = []
+    encode_in_order = build_dataset_module.encode_in_order
+
+    def spy(chunks: Any, *rest: Any) -> Any:
+        chunks = list(chunks)
+        sizes.extend(map(len, chunks))
+        return encode_in_order(chunks, *rest)
+
+    monkeypatch.setattr(build_dataset_module, "encode_in_order", spy)
+    again = prepare(tmp_path / "other", path)
+    assert (sum(sizes), max(sizes)) == (len(GOOD), 2)
+    for file in whole.glob("*.bin"):
+        assert (again / file.name).read_bytes() == file.read_bytes()
+
+
+def test_each_response_that_was_cut_is_marked_and_counted_by_side(tmp_path: Path) -> None:
+    short, long = "a", "b" * 400
+    pairs = [(short, "c"), (long, short), (short, long)]
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    rows.append({"prompt": "q", "responses": [short, "c", long]})
+    rows.append({"prompt": "q", "completion": long})
+    data = opened(tmp_path, jsonl(tmp_path, *rows), max_length=64, ranked=Ranked.all_pairs)
+    marks = [data.truncated[data.response_indices(np.array([index]))].tolist() for index in range(len(data))]
+    assert marks == [[False] * 2, [True, False], [False, True], [False] * 2, *([[False, True]] * 2), [True]]
+    counts = {name: data.counts[name] for name in data.counts if name.endswith("_truncated")}
+    assert counts == {
+        "prompt_truncated": 0,
+        "response_truncated": 4,
+        "chosen_truncated": 1,
+        "rejected_truncated": 2,
+    }
+    dropped = opened(
+        tmp_path, jsonl(tmp_path, *rows), max_length=64, truncation=Truncation.drop, max_bad_share=1.0
+    )
+    assert dropped.counts["dropped"] == {"too_long": 4}
+    assert not dropped.truncated[:].any()

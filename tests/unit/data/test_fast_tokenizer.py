@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.encode_chunk import EncodedChunk, encode_chunk
+from dpo_dist.data.escaped_encoder import EscapedEncoder
 from dpo_dist.data.fast_tokenizer import has_local_tokens, last_words, token_ids
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.tokenizer import TokenizerFacts
@@ -70,7 +71,7 @@ def texts(number: int, seed: int) -> Iterator[str]:
 )
 def test_the_last_words_give_the_ids_of_the_whole_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert has_local_tokens(tokenizer)
-    fast, whole = TokenizerFacts(tokenizer, None), TokenizerFacts(tokenizer, None)
+    fast, whole = TokenizerFacts(tokenizer, None).encoder, TokenizerFacts(tokenizer, None).encoder
     whole.__dict__["_has_local_tokens"] = False
     shortened = 0
     for start, one, other in zip(texts(300, 0), texts(300, 1), texts(300, 2), strict=True):
@@ -96,7 +97,7 @@ def test_the_ids_of_real_data_do_not_change(
         return encode_chunk(records, DataConfig(max_length=10**6), copy.deepcopy(tokenizer))
 
     fast = encoded()
-    monkeypatch.setattr(TokenizerFacts, "_has_local_tokens", False)
+    monkeypatch.setattr(EscapedEncoder, "_has_local_tokens", False)
     monkeypatch.setattr("dpo_dist.data.fast_tokenizer._backend", lambda _: None)
     slow = encoded()
     assert fast.ids.tolist() == slow.ids.tolist()

@@ -39,9 +39,7 @@ def split(
     config = DataConfig(cache=str(folder / "cache"), **{"eval_share": SHARE, "max_bad_share": 0.5, **data})
     sources = [SourceConfig(path) if isinstance(path, str) else path for path in paths]
     train, held_out = (
-        open_dataset(
-            prepare_dataset(sources, config, tokenizer or tiny.qwen(), "qwen", lambda _: None, part), config
-        )
+        open_dataset(prepare_dataset(sources, config, tokenizer or tiny.qwen(), "qwen", part=part), config)
         for part in (train_part(config, None), eval_part(config))
     )
     return train, held_out
@@ -154,7 +152,7 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
     eval_path = write(tmp_path, "eval.jsonl", [pair(number, variant=1) for number in range(15, 25)])
 
     def prepared(path: str, part: Part, config: DataConfig) -> PreferenceDataset:
-        encoded = prepare_dataset([SourceConfig(path)], config, tiny.qwen(), "qwen", lambda _: None, part)
+        encoded = prepare_dataset([SourceConfig(path)], config, tiny.qwen(), "qwen", part=part)
         return open_dataset(encoded, config)
 
     config = DataConfig(cache=str(tmp_path / "cache"), eval=[SourceConfig(eval_path)])

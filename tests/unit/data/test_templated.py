@@ -138,9 +138,13 @@ def test_a_plain_response_follows_no_opened_thought(other: str) -> None:
 def test_the_template_may_end_the_thought_itself() -> None:
     tokenizer = thinking(THINKING)
     pair = encode(record(CHAT, "Paris", "Rome"), tokenizer)
-    assert texts(pair, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n")
-    assert texts(pair, tokenizer)[1] == "\n</think>\n\nParis<|im_end|>"
+    assert texts(pair, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert texts(pair, tokenizer)[1] == "Paris<|im_end|>"
     assert not pair.opened_thought_removed
+    assert not pair.trained
+    counted = encode(record(CHAT, "Paris", "Rome"), tokenizer, DataConfig(untrained=[]))
+    assert texts(counted, tokenizer)[0].endswith("<|im_start|>assistant\n<think>\n")
+    assert texts(counted, tokenizer)[1] == "\n</think>\n\nParis<|im_end|>"
 
 
 def ordinary_marks() -> PreTrainedTokenizerFast:

@@ -93,7 +93,7 @@ def test_a_conversation_that_is_too_long_has_no_score(tmp_path: Path) -> None:
     (judgement,) = judge(folder).judge([question(CHAT, "hi", "word " * 60)])
     assert judgement.scores[0] is not None
     assert judgement.scores[1] is None
-    assert judgement.counts["too_long_to_score"] == 1
+    assert judgement.counts["not_scored"] == 1
 
 
 def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, LossTermConfig
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
-from dpo_dist.objective.metrics import BATCH_REWARD, PAIR_METRICS, Counted, MetricSums, metric_sums
+from dpo_dist.objective.metrics import (
+    BATCH_REWARD,
+    PAIR_METRICS,
+    Counted,
+    MetricSums,
+    PairSources,
+    metric_names,
+    metric_sums,
+)
 
 CPU = torch.device("cpu")
 CONFIG = LossConfig(beta=0.5)
@@ -85,6 +93,33 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     means = metric_sums(torch.zeros(1), policy, None, config, torch.ones(1)).means()
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2
+
+
+@given(st.integers(1, 12), st.integers(1, 5))
+def test_metrics_by_source_do_not_depend_on_parts(count: int, parts: int) -> None:
+    """A source without pairs has none, and a margin that is not finite stays in its source."""
+    generator = torch.Generator().manual_seed(count)
+    policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
+    policy[0, 0] = torch.nan
+    sources = torch.randint(1, 4, (count,), generator=generator)
+    labels = ("none", "one", "two", "three")
+    names = metric_names(CONFIG, labels)
+    total = MetricSums.zeros(names, CPU)
+    for part in torch.tensor_split(torch.arange(count), parts):
+        losses = preference_loss(pairs(policy[part]), pairs(reference[part]), CONFIG)
+        of_part = PairSources(labels, sources[part])
+        logps = pairs(policy[part]), pairs(reference[part])
+        total += metric_sums(losses, *logps, CONFIG, torch.ones(len(part)), of_part)
+    means = total.means()
+    margins = 0.5 * ((policy - reference)[:, 0] - (policy - reference)[:, 1]).double()
+    for number, label in enumerate(labels):
+        ours = margins[sources == number]
+        if not len(ours):
+            assert not {f"rewards/margins/{label}", f"rewards/accuracies/{label}"} & set(means)
+        else:
+            wanted = float(ours.mean())
+            assert means[f"rewards/margins/{label}"] == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+            assert means[f"rewards/accuracies/{label}"] == pytest.approx(float((ours > 0).double().mean()))
 
 
 def test_a_metric_may_have_a_count_of_its_own() -> None:

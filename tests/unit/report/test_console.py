@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_a_counter_on_a_terminal_is_a_bar() -> None:
     assert "192record" in screen.getvalue()
 
 
+def test_a_counter_with_shares_shows_the_remaining_time() -> None:
+    screen = Terminal()
+    with Console(screen).counter("encoding train data: a.jsonl", "record") as count:
+        for share in (0.25, 0.5, 1.0):
+            count(640, share)
+            time.sleep(0.001)
+    last = screen.getvalue().split("\r")[-1]
+    assert "encoding train data: a.jsonl: 100%|" in last
+    assert "1,920 records, " in last
+    assert "<00:00]" in last
+
+
 def test_a_bar_appears_with_its_total_and_not_at_all_for_a_total_of_zero() -> None:
     screen = Terminal()
     with Console(screen).progress("reference", "pair") as show:
@@ -138,6 +151,18 @@ def test_a_counter_without_a_terminal_prints_lines_now_and_then(monkeypatch: pyt
         "encoding train data ...",
         "encoding train data: 1,280 records, 128 a second",
         "encoding train data: 3,200 records, 80 a second",
+    ]
+
+
+def test_a_line_of_a_counter_has_the_share_and_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, seconds = io.StringIO(), iter(range(0, 1000, 10))
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(seconds)))
+    with Console(screen).counter("encoding train data: a.jsonl", "record") as count:
+        for number in range(1, 3):
+            count(640, number / 8)
+    assert screen.getvalue().splitlines() == [
+        "encoding train data: a.jsonl ...",
+        "encoding train data: a.jsonl: 25%, 1,280 records, 128 a second, 00:30 left",
     ]
 
 

@@ -67,6 +67,22 @@ def test_a_new_key_becomes_a_column(tmp_path: Path) -> None:
     assert [row["step"] for row in csv_rows(tmp_path)] == ["1", "2", "3"]
 
 
+def test_final_values_include_those_of_sources() -> None:
+    rows = [
+        {"step": 1, "loss": 0.7, "rewards/accuracies/hh": 0.5, "rewards/margins/hh": 0.1},
+        {"step": 2, "loss": 0.6, "rewards/accuracies/uf": 0.75},
+        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies/hh": 0.25},
+    ]
+    assert final_and_best(rows)["final"] == {
+        "step": 2,
+        "loss": 0.6,
+        "rewards/accuracies/uf": 0.75,
+        "eval_step": 2,
+        "eval_loss": 0.5,
+        "eval_rewards/accuracies/hh": 0.25,
+    }
+
+
 def test_saving_changes_no_row(tmp_path: Path) -> None:
     log = MetricsLog.open(RunFolder(tmp_path), None)
     for step in range(1, 4):

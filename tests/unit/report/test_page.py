@@ -107,6 +107,20 @@ def test_the_page_shows_configuration_and_results(tmp_path: Path) -> None:
     assert "\n10\n0.6100" not in page.text
 
 
+def test_the_page_has_the_last_metrics_of_each_source(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path)
+    history = MetricsLog.open(RunFolder(run_dir), 30)
+    history.append({"step": 31, "rewards/accuracies/math": 0.25, "rewards/margins/math": 1.5})
+    history.append({"step": 32, "rewards/accuracies/math": 0.75, "rewards/accuracies/a&b": 0.5})
+    history.append({"step": 32, "eval_loss": 0.1, "eval_rewards/accuracies/math": 0.625})
+    history.save()
+    write_page(RunFolder(run_dir))
+    page = Page((run_dir / "report.html").read_text())
+    table = page.text[page.text.index("Sources\n") :]
+    assert table.startswith("Sources\nsource\naccuracy\nmargin\neval accuracy\na&b\n0.5000\n")
+    assert "\nmath\n0.7500\n1.500\n0.6250\n" in table
+
+
 def test_the_page_is_self_contained_and_escapes_texts(tmp_path: Path) -> None:
     run_dir = finished_run(tmp_path)
     write_page(RunFolder(run_dir))

@@ -72,7 +72,9 @@ class Policy:
 def data(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
     folder = tmp_path_factory.mktemp("data")
     config = DataConfig(cache=str(folder / "cache"))
-    written = prepare_dataset([SourceConfig(jsonl(folder, *ROWS))], config, tiny.qwen(), "qwen")
+    (folder / "more").mkdir()
+    files = jsonl(folder, *ROWS[:2]), jsonl(folder / "more", *ROWS[2:])
+    written = prepare_dataset(list(map(SourceConfig, files)), config, tiny.qwen(), "qwen")
     return open_dataset(written, config)
 
 
@@ -134,7 +136,7 @@ def test_the_model_runs_in_the_calling_thread(data: PreferenceDataset, tmp_path:
     policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
     sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
-    assert sums.values[-1] == PAIRS
+    assert sums.named(sums.values.tolist())[1]["loss"] == PAIRS
 
 
 def test_wpo_weights_compare_log_probs_with_collisions(data: PreferenceDataset) -> None:

@@ -1,0 +1,96 @@
+"""Checks of rounds: the configuration, and that the earlier rounds of a folder had the same settings."""
+
+import os
+from dataclasses import fields
+
+from dpo_dist.atomic import write_text
+from dpo_dist.config.identity import differing_keys, plain
+from dpo_dist.config.load import from_yaml, to_yaml
+from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.errors import ConfigError
+
+# Keys of `pairs` that another start may change: the length, the hardware, and methods that rounds do not use.
+_FREE = ("rounds", "launcher", "batch_tokens", "part_prompts", "people")
+
+
+def check_rounds(config: RunConfig) -> None:
+    """Check that rounds can be done with this configuration, by one process.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    pairs = config.pairs
+    for is_broken, message, where, got, remedy in (
+        (
+            int(os.environ.get("WORLD_SIZE", "1")) > 1,
+            "rounds start their own processes",
+            "pairs.rounds",
+            "a launcher of several processes",
+            "run python -m dpo_dist.pairs, and set pairs.launcher='accelerate launch ...'",
+        ),
+        (
+            pairs.method is not PairsMethod.samples,
+            "rounds need samples of the policy",
+            "pairs.method",
+            str(pairs.method),
+            "set pairs.method=samples, or remove pairs.rounds",
+        ),
+        (
+            bool(pairs.models),
+            "rounds take their samples from the policy",
+            "pairs.models",
+            ", ".join(pairs.models),
+            "set model.path to the policy of the first round, and remove pairs.models",
+        ),
+        (
+            config.model.path == NO_MODEL,
+            "rounds need a policy",
+            "model.path",
+            "nothing",
+            "set model.path=FOLDER",
+        ),
+        (
+            pairs.output is not None,
+            "every round writes pairs of its own",
+            "pairs.output",
+            str(pairs.output),
+            "remove it: the pairs are in <run.dir>/rounds",
+        ),
+        (
+            config.model.adapter is not None or config.model.quantization is not None,
+            "rounds train all weights: the next round cannot start from an adapter",
+            "model.adapter",
+            "an adapter",
+            "remove model.adapter, or do each round by a command of its own",
+        ),
+    ):
+        if is_broken:
+            raise ConfigError(message, where=where, got=got, remedy=remedy)
+
+
+def check_settings(config: RunConfig, folder: RunFolder) -> None:
+    """Check that earlier rounds in this folder had the same settings, and write them at the first start.
+
+    Raises:
+        ConfigError: they had others.
+    """
+    file = folder.rounds_config
+    if not file.exists():
+        write_text(file, to_yaml(config))
+        return
+    before = from_yaml(file.read_text(encoding="utf-8"))
+    changed = differing_keys(before, config)
+    for field in fields(PairsConfig):
+        old, new = plain(getattr(before.pairs, field.name)), plain(getattr(config.pairs, field.name))
+        if field.name not in _FREE and old != new:
+            changed[f"pairs.{field.name}"] = (old, new)
+    if changed:
+        shown = "; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in changed.items())
+        raise ConfigError(
+            "the rounds in this run directory have other settings",
+            where=str(file),
+            got=shown,
+            remedy="set another run.dir; or, to do further rounds with the new settings, delete this file",
+        )

@@ -1,0 +1,10 @@
+"""The demo's rule as a judge: `pairs.function=examples.demo.judge:rule_scores`."""
+
+from collections.abc import Mapping, Sequence
+
+from examples.demo.grammar import follows_rule
+
+
+def rule_scores(prompt: Sequence[Mapping[str, str]], responses: Sequence[str]) -> list[float]:
+    """Return 1 for each response that begins by addressing the asker by name, else 0."""
+    return [float(follows_rule(prompt, response)) for response in responses]

@@ -1,0 +1,134 @@
+"""Every real file is read by one source each, with the faults that are known of it."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
+from dpo_dist.data.sources import check_source
+from dpo_dist.errors import DataError
+from tests.support.shared_data import shared_data_dir
+
+SHARED = shared_data_dir()
+pytestmark = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+
+HH = {"empty_response": 4, "history_differs": 5}
+SCORED = {"identical_responses": 5, "empty_response": 2}
+RANKED = {"identical_responses": 6}
+# Kept and dropped records of each file, and of each entry of dataset_info.json.
+FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
+    ("hh_rlhf_sample.jsonl", {}, 1491, HH),
+    ("llama_factory_sharegpt_en.json", {}, 150, {}),
+    ("llama_factory_sharegpt_zh.json", {}, 300, {}),
+    ("llama_factory_v1_message_pairs.jsonl", {}, 10, {}),
+    ("llama_factory_kto_en.json", {}, 0, {"unpaired": 60}),
+    ("ultrafeedback_plain_scored.jsonl", {}, 293, SCORED),
+    ("ranked_oasst_history_zh.json", {}, 244, RANKED),
+    ("system_history_question_zh.jsonl", {}, 150, {}),
+    ("sharegpt_string_answers_zh.jsonl", {}, 80, {}),
+    ("toolcall_pairs_zh.jsonl", {}, 11, {}),
+    ("orca_system_question.csv", {}, 60, {}),
+    ("templated_near_duplicates.jsonl", {}, 40, {}),
+    # Of 16, 13, 11 and 6 records of the sources above; one with an empty response is in it twice.
+    (
+        "bad_records.jsonl",
+        {"columns": {"record": "record"}},
+        23,
+        {"history_differs": 5, "empty_response": 7, "identical_responses": 11},
+    ),
+    ("derived/trl_conversational_from_hh.jsonl", {}, 200, {}),
+    ("derived/ultrafeedback_binarized_messages.jsonl", {}, 100, {}),
+    ("derived/llama_factory_alpaca_chosen_rejected.json", {}, 100, {}),
+    ("", {"name": "dpo_en_demo"}, 150, {}),
+    ("", {"name": "dpo_zh_demo"}, 300, {}),
+    ("dataset_info.json", {"name": "ultrafeedback"}, 100, {}),
+    ("", {"name": "orca_pairs"}, 60, {}),
+    ("", {"name": "oaast_rm_zh"}, 244, RANKED),
+]
+
+
+def source_of(name: str, options: dict[str, Any]) -> SourceConfig:
+    assert SHARED is not None
+    return SourceConfig(path=str(SHARED / name), **options)
+
+
+def records_of(name: str, entry: str | None = None) -> list[PreferenceRecord]:
+    found = read_records(source_of(name, {"name": entry}))
+    return [record for record in found if isinstance(record, PreferenceRecord)]
+
+
+@pytest.mark.parametrize(("name", "options", "kept", "dropped"), FILES, ids=str)
+def test_each_file_is_read_with_its_known_faults(
+    name: str, options: dict[str, Any], kept: int, dropped: dict[str, int]
+) -> None:
+    source = source_of(name, options)
+    if kept:
+        check_source(source)
+    outcomes = Counter(
+        record.reason if isinstance(record, BadRecord) else "kept" for record in read_records(source)
+    )
+    assert outcomes.pop("kept", 0) == kept
+    assert outcomes == dropped
+
+
+def test_every_file_has_a_row_above() -> None:
+    assert SHARED is not None
+    files = {str(file.relative_to(SHARED)) for file in SHARED.rglob("*.*") if file.suffix != ".md"}
+    assert files == {name for name, *_ in FILES if name}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("", {"name": "kto_en_demo"}),
+        ("llama_factory_kto_en.json", {}),
+        ("llama_factory_kto_en.json", {"format": DataFormat.completion}),
+    ],
+)
+def test_responses_with_labels_are_refused_at_the_start(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="pair good and bad responses"):
+        check_source(source_of(name, options))
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("llama_factory_sharegpt_en.json", "dpo_en_demo"),
+        ("derived/llama_factory_alpaca_chosen_rejected.json", "ultrafeedback"),
+        ("orca_system_question.csv", "orca_pairs"),
+        ("ranked_oasst_history_zh.json", "oaast_rm_zh"),
+    ],
+)
+def test_an_entry_gives_the_records_of_its_file(name: str, entry: str) -> None:
+    assert records_of("", entry) == records_of(name)
+
+
+def test_system_texts_are_read_where_they_are_filled() -> None:
+    counts = {
+        name: sum(record.prompt[0] == Message("system", text(record)) for record in records_of(name))  # type: ignore[comparison-overlap]
+        for name in ("system_history_question_zh.jsonl", "orca_system_question.csv")
+    }
+    assert counts == {"system_history_question_zh.jsonl": 24, "orca_system_question.csv": 55}
+
+
+def text(record: PreferenceRecord) -> str:
+    assert isinstance(record.prompt, tuple)
+    return record.prompt[0].content
+
+
+def test_tools_and_calls_are_objects() -> None:
+    records = records_of("toolcall_pairs_zh.jsonl")
+    prompts = [record.prompt for record in records]
+    assert all(record.tools and record.tools[0]["type"] == "function" for record in records)
+    calls = [
+        call["function"]["arguments"]
+        for prompt in prompts
+        if isinstance(prompt, tuple)
+        for message in prompt
+        for call in message.fields.get("tool_calls", ())
+    ]
+    assert len(calls) == sum(prompt[-1].role == "tool" for prompt in prompts) == 4  # type: ignore[union-attr]
+    assert all(isinstance(arguments, dict) and arguments for arguments in calls)

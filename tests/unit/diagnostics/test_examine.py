@@ -1,0 +1,235 @@
+"""The doctor finds planted faults, counts them, and raises no alarm on clean data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.diagnostics.examine import examine
+from dpo_dist.diagnostics.findings import Level
+from dpo_dist.errors import ConfigError
+from tests.support import tiny
+from tests.support.doctor_data import Pair, alarms, clean_pairs, examined, lines, of_rule, write
+from tests.support.records import assistant, user
+from tests.support.shared_data import shared_data_dir
+
+Plant = Callable[[Pair], object]
+
+
+def side(name: str, change: Callable[[str], str]) -> Plant:
+    return lambda pair: pair.update({name: change(pair[name])})
+
+
+def turns(*prompt: dict[str, str]) -> Plant:
+    return lambda pair: pair.update(
+        prompt=[*prompt], chosen=[assistant(pair["chosen"])], rejected=[assistant(pair["rejected"])]
+    )
+
+
+PLANTED: dict[str, Plant] = {
+    "replacement_character": side("chosen", lambda text: text + "\ufffd"),
+    "control_character": side("rejected", lambda text: "\x07" + text),
+    "zero_width_character": side("prompt", lambda text: text.replace(" ", "\u200b ", 1)),
+    "bidi_control": side("chosen", lambda text: "\u202e" + text),
+    "unassigned_character": side("chosen", lambda text: text + "\ue000"),
+    "wrong_decoding": side("rejected", lambda text: text + " caf\u00c3\u00a9"),
+    "carriage_return": side("chosen", lambda text: text.replace(" ", "\r\n", 1)),
+    "html_entity": side("chosen", lambda text: text.replace(" ", " &amp; ", 1)),
+    "escaped_newline": side("chosen", lambda text: text.replace(" ", "\\n\\n", 1)),
+    "template_mark": side("rejected", lambda text: text + "</s> more"),
+    "role_mark": side("rejected", lambda text: text + " Human: more"),
+    "short_chosen": side("chosen", lambda _text: "A"),
+    "short_rejected": side("rejected", lambda _text: "7"),
+    "one_sided_leading_space": side("rejected", lambda text: " " + text),
+    "one_sided_trailing_space": side("chosen", lambda text: text + "\n"),
+    "one_response_starts_the_other": lambda pair: pair.update(rejected=pair["chosen"][:20]),
+    "differs_only_in_case": lambda pair: pair.update(rejected=pair["chosen"].upper()),
+    "differs_only_in_spaces": lambda pair: pair.update(rejected=pair["chosen"].replace(" ", "  ", 1)),
+    "response_repeats_prompt": lambda pair: pair.update(rejected=pair["prompt"]),
+    "score_ties": lambda pair: pair.update(score_chosen=4.0, score_rejected=4.0),
+    "score_inversions": lambda pair: pair.update(score_chosen=3.0, score_rejected=4.0),
+    "same_role_twice": turns(user("one thing"), user("another thing")),
+    "system_not_first": turns(user("one thing"), {"role": "system", "content": "Be good."}, user("two")),
+    "empty_turn": turns(user("one thing"), assistant(" "), user("another")),
+}
+
+
+@pytest.mark.parametrize("rule", PLANTED)
+def test_a_planted_fault_is_counted_and_located(rule: str, tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    for index in (4, 30):
+        PLANTED[rule](pairs[index])
+    [finding] = of_rule(examined(tmp_path, pairs), rule)
+    assert finding.count == 2
+    assert lines(finding) == [5, 31]
+    assert finding.source == str(tmp_path / "train.jsonl")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [12, 100, 600])
+def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> None:
+    report = examined(tmp_path, clean_pairs(count, seed), clean_pairs(20, 99))
+    assert alarms(report) == []
+
+
+@pytest.mark.skipif(shared_data_dir() is None, reason="needs the shared data")
+def test_clean_real_dialogues_raise_no_alarm() -> None:
+    data = shared_data_dir()
+    assert data is not None
+    path = str(data / "derived" / "trl_conversational_from_hh.jsonl")
+    report = examine(DataConfig(train=[SourceConfig(path=path)], processes=1), None)
+    assert alarms(report) == []
+
+
+def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
+    pairs = clean_pairs(30)
+    swapped = pairs[3] | {"chosen": pairs[3]["rejected"], "rejected": pairs[3]["chosen"].upper()}
+    near = pairs[7] | {"chosen": pairs[7]["chosen"] + " 12"}
+    first, second = [*pairs, pairs[5], near], [*clean_pairs(10, 1), pairs[9], swapped]
+    files = [write(tmp_path / f"{name}.jsonl", records) for name, records in (("a", first), ("b", second))]
+    config = DataConfig(train=[SourceConfig(path=file) for file in files], processes=1)
+    report = examine(config, None)
+    found = {
+        (one.rule, one.source and Path(one.source).stem): one.count
+        for one in report.findings
+        if one.rule in ("duplicates", "near_duplicates", "contradictions")
+    }
+    assert found == {
+        ("duplicates", "a"): 1,
+        ("near_duplicates", "a"): 1,
+        ("duplicates", None): 1,
+        ("contradictions", None): 2,
+    }
+    [within, across] = sorted(of_rule(report, "duplicates"), key=lambda one: one.source is None)
+    assert within.examples == (f"{files[0]}:31, {files[0]}:6",)
+    assert across.examples == (f"{files[1]}:11, {files[0]}:10",)
+    assert report.across.contradictions == 2
+
+
+def test_the_same_preference_twice_is_no_contradiction(tmp_path: Path) -> None:
+    pairs = clean_pairs(20)
+    other = pairs[0] | {"rejected": pairs[1]["rejected"]}
+    reverse_of_another_prompt = {
+        "prompt": pairs[1]["prompt"],
+        "chosen": pairs[0]["rejected"],
+        "rejected": pairs[0]["chosen"],
+    }
+    report = examined(tmp_path, [*pairs, pairs[2], other, reverse_of_another_prompt])
+    assert of_rule(report, "contradictions") == []
+    assert of_rule(report, "repeated_prompts")[0].count == 2
+
+
+def test_prompts_that_differ_in_numbers_only_are_near_copies(tmp_path: Path) -> None:
+    [text] = clean_pairs(1)
+    records = [
+        {name: f"{content} {number} and {number + 1}." for name, content in text.items()}
+        for number in range(30)
+    ]
+    [finding] = of_rule(examined(tmp_path, records), "near_duplicates")
+    assert finding.count == 29
+    assert "the largest of 30 records" in finding.text
+
+
+def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
+    train = clean_pairs(50)
+    held_out = clean_pairs(20, 7)
+    leaked = held_out[0] | {"prompt": "  " + train[11]["prompt"].upper()}
+    at = max(range(50), key=lambda index: len(train[index]["prompt"]))
+    near = held_out[1] | {"prompt": train[at]["prompt"].replace(" ", ", PLEASE ", 1)}
+    report = examined(tmp_path, train, [leaked, near, *held_out[2:]])
+    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
+    assert (exact.level, exact.count, lines(exact)) == (Level.error, 1, [1])
+    assert exact.examples[0].endswith("train.jsonl:12")
+    assert (similar.count, lines(similar)) == (1, [2])
+    assert similar.examples[0].endswith(f"train.jsonl:{at + 1}")
+
+
+def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
+    pairs, [item] = clean_pairs(30), clean_pairs(1, 5)
+    question = " ".join(item["chosen"].split()[:16])
+    assert len(question.split()) == 16
+    pairs[4]["prompt"] += " " + question.upper().replace(" ", ", ")
+    pairs[9]["prompt"] = "Tell me more!"
+    pairs[12]["chosen"] += " " + " ".join(question.split()[:12])
+    benchmark = write(tmp_path / "benchmark.jsonl", [{"question": question}, {"question": "tell me more"}])
+    [finding] = of_rule(examined(tmp_path, pairs, benchmarks=[Path(benchmark)]), "benchmark_overlap")
+    assert finding.examples == (
+        f"{tmp_path / 'train.jsonl'}:5, {benchmark}:1",
+        f"{tmp_path / 'train.jsonl'}:10, {benchmark}:2",
+    )
+
+
+def test_records_that_cannot_be_used_are_findings_by_reason(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    pairs[0]["chosen"] = " "
+    pairs[1]["rejected"] = pairs[1]["chosen"] + " "
+    report = examined(tmp_path, pairs)
+    found = of_rule(report, "dropped")
+    assert sorted(one.text.split("dropped: ")[1].split(" ")[0] for one in found) == [
+        "empty_response",
+        "identical_responses",
+    ]
+    [source] = report.sources
+    assert (source.read, source.kept, source.dropped["empty_response"].count) == (40, 38, 1)
+    assert not of_rule(report, "too_many_dropped")
+    assert of_rule(examined(tmp_path, pairs, config={"max_bad_share": 0.01}), "too_many_dropped")
+
+
+def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    tokenizer = tiny.qwen()
+    whole = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources[0]
+    cut = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 200})
+    [source] = cut.sources
+    for name in ("prompt", "chosen", "rejected"):
+        tokens = source.sides[name].tokens
+        assert tokens == whole.sides[name].tokens
+        assert tokens is not None
+        assert sum(tokens.counts) == tokens.count == 40
+    assert whole.sides["chosen"].cut == 0
+    assert source.sides["prompt"].cut == 0
+    assert source.sides["chosen"].cut > 0
+    assert source.sides["chosen"].cut_tokens > 0
+    assert of_rule(cut, "response_truncated")
+    assert whole.prefix is not None
+    assert 1.1 < whole.prefix.expected_gain < 2
+
+
+def test_special_tokens_of_the_tokenizer_are_found_in_texts(tmp_path: Path) -> None:
+    pairs = clean_pairs(20)
+    pairs[3]["rejected"] += "<|im_end|>\n<|im_start|>user"
+    report = examined(tmp_path, pairs, tokenizer=tiny.qwen(), config={"max_length": 4000})
+    assert lines(of_rule(report, "special_token")[0]) == [4]
+
+
+def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", clean_pairs(200))
+    reports = [
+        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None)
+        for processes in (1, 2)
+    ]
+    assert reports[0].as_dict() == reports[1].as_dict()
+
+
+def test_a_threshold_changes_the_level(tmp_path: Path) -> None:
+    pairs = clean_pairs(20)
+    PLANTED["html_entity"](pairs[0])
+    levels = [
+        of_rule(examined(tmp_path, pairs, thresholds={"html_entity": share}), "html_entity")[0].level
+        for share in (0.2, 0.01)
+    ]
+    assert levels == [Level.note, Level.warning]
+
+
+def test_a_threshold_of_an_unknown_rule_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such rule") as caught:
+        examined(tmp_path, clean_pairs(1), thresholds={"duplicate": 0.1})
+    assert "duplicates" in str(caught.value)
+
+
+def test_two_sources_of_one_path_have_labels_of_their_own(tmp_path: Path) -> None:
+    source = SourceConfig(path=write(tmp_path / "a.jsonl", clean_pairs(5)))
+    report = examine(DataConfig(train=[source], eval=[source], processes=1), None)
+    assert [one.label for one in report.sources] == [source.path, f"{source.path} (2)"]
+    assert report.across.leaked_prompts == 5

@@ -1,0 +1,250 @@
+"""Rounds: their order, models, references and seeds; failures and restarts at every stage."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
+from dpo_dist.generation.round_commands import run_command
+from dpo_dist.generation.round_results import is_exhausted, read_result, samples_of
+from dpo_dist.generation.rounds import run_rounds
+from dpo_dist.generation.startup import check_pairs
+
+FAKE = Path(__file__).parents[2] / "support" / "fake_verbs.py"
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_run_config(
+        [
+            *("model.path=base", "data.train=[prompts.jsonl]", "run.dir=run", "pairs.method=samples"),
+            *("pairs.function=m:f", f"pairs.launcher='{sys.executable} {FAKE}'", "pairs.rounds=2"),
+            *overrides,
+        ]
+    )
+
+
+def do(*overrides: str) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return run_rounds(config(*overrides), said.append), said
+
+
+def calls() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("calls.jsonl").read_text().splitlines()]
+
+
+def order() -> list[tuple[str, int]]:
+    return [(call["verb"], call["round"]) for call in calls()]
+
+
+WHOLE = [("pairs", 1), ("train", 1), ("pairs", 2), ("train", 2), ("pairs", 3)]
+
+
+def test_each_policy_gives_the_next_samples_and_reference() -> None:
+    code, said = do("pairs.seed=7")
+    assert code == ExitCode.completed
+    assert order() == WHOLE
+    sampling1, training1, sampling2, training2, last = (call["config"] for call in calls())
+    assert [one["model"]["path"] for one in (sampling1, training1)] == ["base", "base"]
+    assert sampling2["model"]["path"] == training2["model"]["path"] == "run/rounds/1/train/model"
+    assert last["model"]["path"] == "run/rounds/2/train/model"
+    assert [one["pairs"]["seed"] for one in (sampling1, sampling2, last)] == [7, 8, 9]
+    assert [one["pairs"]["rounds"] for one in (sampling1, training1)] == [0, 0]
+    assert training2["data"]["train"][0]["path"] == "run/rounds/2/pairs/pairs.jsonl"
+    assert training2["reference"]["path"] is None
+    assert training1["reference"]["store"] == training2["reference"]["store"]
+    assert "the last policy: run/rounds/2/train/model" in said
+
+
+def test_the_first_reference_stays() -> None:
+    do("pairs.reference=first", "model.revision=abc")
+    *_, training2, _ = (call["config"] for call in calls())
+    assert training2["reference"]["path"] == "base"
+    assert training2["reference"]["revision"] == "abc"
+    assert training2["model"]["revision"] is None
+
+
+def test_a_reference_of_the_users_own_is_kept_or_replaced() -> None:
+    do("reference.path=other", "pairs.reference=first")
+    do("reference.path=other", "pairs.reference=previous", "run.dir=run2")
+    trainings = [call["config"]["reference"]["path"] for call in calls() if call["verb"] == "train"]
+    assert trainings == ["other", "other", "other", None]
+
+
+def test_a_loss_without_reference_model_gets_none() -> None:
+    do("loss=simpo", "pairs.reference=first")
+    assert {call["config"]["reference"]["path"] for call in calls()} == {None}
+
+
+def test_rounds_take_one_part_of_the_prompts_after_the_other() -> None:
+    do("pairs.prompt_parts=2")
+    parts = [call["config"]["pairs"]["prompt_part"] for call in calls() if call["verb"] == "pairs"]
+    assert parts == [0, 1, 0]
+
+
+def test_scores_are_kept_round_by_round() -> None:
+    _, said = do()
+    rows = json.loads(Path("run/rounds/rounds.json").read_text())["rounds"]
+    assert [row["samples"]["mean_score"] for row in rows] == [0.25, 0.5, 0.75]
+    assert [row["training"] and row["training"]["steps"] for row in rows] == [5, 5, None]
+    assert any("0.2500" in line and "0.750" in line and "2 new, 1 found" in line for line in said)
+    assert not any(line.startswith("hint") for line in said)
+
+
+def test_finished_rounds_are_not_repeated_and_more_can_follow() -> None:
+    do()
+    assert do()[0] == ExitCode.completed
+    assert order() == WHOLE
+    do("pairs.rounds=3")
+    assert order() == [*WHOLE, ("train", 3), ("pairs", 4)]
+
+
+@pytest.mark.parametrize(("verb", "number"), WHOLE)
+def test_a_killed_stage_is_continued(verb, number) -> None:
+    Path("fail").write_text(f"{verb} {number} kill")
+    with pytest.raises(DpoDistError, match="signal 9") as caught:
+        do()
+    assert caught.value.exit_code == ExitCode.failed
+    assert do()[0] == ExitCode.completed
+    index = WHOLE.index((verb, number))
+    assert order() == [*WHOLE[: index + 1], *WHOLE[index:]]
+
+
+def test_exit_codes_of_trainings_survive_their_launcher() -> None:
+    Path("fail").write_text("train 1 75")
+    code, said = do()
+    assert code == ExitCode.preempted
+    assert "the same command continues" in said[-1]
+    Path("fail").write_text("train 1 3")
+    with pytest.raises(DpoDistError, match="diverged") as caught:
+        do()
+    assert caught.value.exit_code == ExitCode.diverged
+    Path("fail").write_text("pairs 2 2")
+    with pytest.raises(DpoDistError, match="cannot start") as caught:
+        do()
+    assert caught.value.exit_code == ExitCode.invalid
+    assert do()[0] == ExitCode.completed
+
+
+def test_rounds_end_when_all_scores_are_equal() -> None:
+    _, said = do("pairs.rounds=6")
+    assert order()[-1] == ("pairs", 4)
+    assert said[-1] == "the last policy: run/rounds/3/train/model"
+    assert "nothing more to learn" in said[-2]
+
+
+def test_a_hint_if_the_mean_score_falls(tmp_path) -> None:
+    do("pairs.rounds=1")
+    file = tmp_path / "run/rounds/1/round.json"
+    file.write_text(file.read_text().replace('"mean_score": 0.25', '"mean_score": 0.9'))
+    _, said = do("pairs.rounds=1")
+    assert "did not rise in round 1 (0.9 to 0.5)" in said[-2]
+
+
+def test_other_settings_are_refused_in_the_same_folder() -> None:
+    do()
+    with pytest.raises(ConfigError, match=r"loss\.beta: 0\.1 before, 0\.2 now; pairs\.samples: 4 before"):
+        do("loss.beta=0.2", "pairs.samples=8")
+    assert do("pairs.batch_tokens=99", "trainer.save_every=7")[0] == ExitCode.completed
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("pairs.method=scores", "pairs.method"),
+        ("pairs.models=[other]", "pairs.models"),
+        ("pairs.output=x.jsonl", "pairs.output"),
+        ("model.adapter={r: 4, alpha: 8}", "model.adapter"),
+        ("pairs.launcher=no-such-program", "pairs.launcher"),
+    ],
+)
+def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
+    with pytest.raises(ConfigError) as caught:
+        do(override)
+    assert caught.value.where == where
+    assert not Path("calls.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("pairs.launcher=python", "pairs.launcher"),
+        ("pairs.reference=first", "pairs.reference"),
+        ("pairs.prompt_part=1", "pairs.prompt_part"),
+    ],
+)
+def test_keys_of_rounds_without_rounds_are_refused(override, where) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_pairs(config("pairs.launcher=null", "pairs.rounds=0", override))
+    assert caught.value.where == where
+
+
+def test_rounds_are_not_started_by_several_processes(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="launcher"):
+        do()
+
+
+def test_a_second_start_in_the_same_folder_is_refused() -> None:
+    def second(_: list[str]) -> int:
+        with pytest.raises(ConfigError, match="another process"):
+            do()
+        return ExitCode.failed
+
+    with pytest.raises(DpoDistError, match="failed"):
+        run_rounds(config(), lambda _: None, second)
+
+
+def test_a_damaged_result_is_an_error(tmp_path) -> None:
+    (tmp_path / "round.json").write_text("{")
+    with pytest.raises(DataError, match=r"round\.json"):
+        read_result(tmp_path / "round.json", 1)
+
+
+def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
+    row = {
+        "responses": [{"content": "a", "score": 1.0}, {"content": "b", "score": 0.0}],
+        "unused": [{"content": " a", "score": None}, {"content": "cut", "score": None}],
+    }
+    file = tmp_path / "samples.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    found = samples_of("policy", file, 1)
+    assert (found.prompts, found.responses, found.unscored) == (1, 3, 1)
+    assert found.mean_score == pytest.approx(2 / 3)
+    assert not is_exhausted(file)
+
+
+def test_a_command_ends_with_the_process_that_started_it(tmp_path) -> None:
+    """kill -9 of the rounds ends the training too: the next start finds no other process there."""
+    work = "import signal, pathlib; pathlib.Path('up').touch(); signal.pause()"
+    outer = (
+        "import sys; from dpo_dist.generation.round_commands import run_command; "
+        f"run_command([sys.executable, '-c', {work!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE)
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None
+    process.kill()
+    # The pipe closes when the command has ended as well.
+    process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signals_are_passed_on(number, error) -> None:
+    work = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+    with pytest.raises(error):
+        run_command([sys.executable, "-c", work])

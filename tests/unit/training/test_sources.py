@@ -1,0 +1,143 @@
+"""Rewards by source: exact means over the pairs of each source, however a global batch was divided."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.data.collate import RankBatch, shard_batch
+from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.packing import PackedBatch
+from dpo_dist.distributed.world import World
+from dpo_dist.model.flops import PeakFlops
+from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import NoReference
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.log_window import LogWindow, StepMeasures
+from dpo_dist.training.step import evaluate
+from tests.support.cache import opened
+from tests.support.packing import COSTS
+from tests.support.records import jsonl
+
+WORLD = World(None, 0, 1, torch.device("cpu"), ())
+SIZES = {"one": 5, "two": 3, "three": 4}
+FREE = LossConfig(beta=0.5, reference_free=True)
+
+
+@dataclass
+class Policy:
+    """A model whose log-probs depend on the tokens."""
+
+    def train(self, mode: bool = True) -> None:
+        pass
+
+    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+        return -0.5 - torch.frac(batch.targets.float() * 0.37)
+
+
+def sources_of(folder: Path) -> list[SourceConfig]:
+    """Return three sources, of which the first and the last have the same label."""
+    sources = []
+    for name, size in SIZES.items():
+        (folder / name).mkdir()
+        rows = [
+            {"prompt": f"{name} {n}", "chosen": f"good {name} " * (n + 1), "rejected": f"bad {n} " * (5 - n)}
+            for n in range(size)
+        ]
+        sources.append(SourceConfig(jsonl(folder / name, *rows), label="two" if name == "two" else "shared"))
+    return sources
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> PreferenceDataset:
+    return opened(tmp_path, *sources_of(tmp_path))
+
+
+def plan_of(
+    data: PreferenceDataset, indices: Any, rank: int = 0, ranks: int = 1, budget: int = 64
+) -> RankBatch:
+    return shard_batch(data, np.array(indices), rank, ranks, budget, COSTS)
+
+
+def sums_of(loss: LossConfig, plan: RankBatch) -> MetricSums:
+    return evaluate(Policy(), Objective(loss, NoReference()), plan, WORLD, RunningMeans())  # type: ignore[arg-type]
+
+
+def wanted(data: PreferenceDataset, indices: Any) -> dict[str, float]:
+    """Return the metrics of each source from one evaluation of each pair."""
+    found: dict[str, list[dict[str, float]]] = {"shared": [], "two": []}
+    for index in indices:
+        is_two = 5 <= index < 8
+        found["two" if is_two else "shared"].append(sums_of(FREE, plan_of(data, [index])).means())
+    return {
+        f"{name}/{label}": float(np.mean([row[name] for row in rows]))
+        for name in ("rewards/accuracies", "rewards/margins")
+        for label, rows in found.items()
+        if rows
+    }
+
+
+def by_source(means: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in means.items() if name.count("/") == 2}
+
+
+@pytest.mark.parametrize("indices", [range(12), [6, 0, 11, 6, 3], [1, 2, 9], [5, 6]], ids=str)
+def test_metrics_of_a_source_are_means_over_its_pairs(data: PreferenceDataset, indices: Any) -> None:
+    expected = wanted(data, indices)
+    assert 2 <= len(expected) <= 4
+    whole = sums_of(FREE, plan_of(data, indices, budget=8192))
+    assert by_source(whole.means()) == pytest.approx(expected)
+    for loss in (FREE, LossConfig(LossKind.aot, beta=0.5, reference_free=True)):
+        small = sums_of(loss, plan_of(data, indices))
+        assert by_source(small.means()) == pytest.approx(expected)
+    parts = [sums_of(FREE, plan_of(data, indices, rank, 3)) for rank in range(3)]
+    assert len({part.names for part in parts}) == 1
+    assert by_source((parts[0] + parts[1] + parts[2]).means()) == pytest.approx(expected)
+
+
+def test_one_source_or_one_label_has_no_metrics_by_source(tmp_path: Path) -> None:
+    first, second, _ = sources_of(tmp_path)
+    alone = opened(tmp_path, first)
+    together = opened(tmp_path, first, SourceConfig(second.path, label=first.label))
+    for data in (alone, together):
+        assert data.labels == ()
+        assert by_source(sums_of(FREE, plan_of(data, range(5))).means()) == {}
+    assert [source["label"] for source in together.counts["sources"]] == ["shared", "shared"]
+
+
+def test_a_loss_of_the_chosen_response_has_no_metrics_by_source(data: PreferenceDataset) -> None:
+    plan = shard_batch(data, np.arange(12), 0, 1, 64, COSTS, only_chosen=True)
+    assert by_source(sums_of(LossConfig(LossKind.sft), plan).means()) == {}
+
+
+def test_a_label_needs_no_new_encoding(tmp_path: Path) -> None:
+    sources = sources_of(tmp_path)
+    data = opened(tmp_path, *sources)
+    renamed = opened(
+        tmp_path, *(SourceConfig(source.path, label=f"s{n}") for n, source in enumerate(sources))
+    )
+    assert renamed.labels == ("s0", "s1", "s2")
+    assert renamed.fingerprint == data.fingerprint
+
+
+def test_a_row_has_the_sources_of_its_steps(data: PreferenceDataset) -> None:
+    """Means over the window, also of a source that is not in every step; the sums survive a checkpoint."""
+    window, rows = LogWindow(), []
+    for indices in ([0, 1, 8], [5, 2], [3, 4]):
+        sums = sums_of(FREE, plan_of(data, indices))
+        totals, counts = sums.named(sums.values.tolist())
+        window.add(StepMeasures(totals, counts, {}, 0.1, len(indices), 10, 1.0, 1.0))
+        rows.append(by_source(window.row(PeakFlops(1.0, None))))
+        window = LogWindow.of({**vars(window)})
+    assert [sorted(row) for row in rows] == [
+        ["rewards/accuracies/shared", "rewards/margins/shared"],
+        *[sorted(wanted(data, range(12)))] * 2,
+    ]
+    assert rows[-1] == pytest.approx(wanted(data, [0, 1, 8, 5, 2, 3, 4]))
