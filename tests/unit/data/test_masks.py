@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from dpo_dist.config.data_schema import Ranked, SourceConfig
+from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
@@ -52,7 +53,8 @@ def sources(tmp_path: Path) -> list[str]:
 def test_masks_of_several_sources_are_read_as_they_were_encoded(
     ranked: Ranked, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of the sources before and after one without masks, and of a part of a source."""
+    """Also of sources before and after one without masks, of several chunks, and of a part of a source."""
+    monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
     plain = opened(tmp_path, sources[1], ranked=ranked)
     add_masks(monkeypatch)
     data = opened(tmp_path, sources[0], sources[1], SourceConfig(sources[2], limit=4), ranked=ranked)
