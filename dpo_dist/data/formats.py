@@ -97,6 +97,13 @@ def read_records(
         DataError: the source does not exist or cannot be read; raised by this call if it is known then.
         ConfigError: `limit` is not positive, or `split` or another key has no effect on such a source.
     """
+    return (record for _fields, record in read_with_fields(source, meter))
+
+
+def read_with_fields(
+    source: SourceConfig | str, meter: Meter | None = None
+) -> Iterator[tuple[Fields, PreferenceRecord | BadRecord]]:
+    """Read the records of a source as `read_records` does, each with its fields (none: unparsable)."""
     if isinstance(source, str):
         source = SourceConfig(path=source)
     if source.limit is not None and source.limit < 1:
@@ -108,7 +115,9 @@ def read_records(
         )
     source = resolved(source)
     return (
-        record if isinstance(record, BadRecord) else parse_record(record, source.format, origin)
+        ({}, record)
+        if isinstance(record, BadRecord)
+        else (record, parse_record(record, source.format, origin))
         for record, origin in raw_records(source, meter)
     )
 

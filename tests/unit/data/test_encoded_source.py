@@ -454,3 +454,26 @@ def test_a_chunk_of_long_records_has_fewer_of_them(tmp_path: Path, monkeypatch: 
     assert (sum(sizes), max(sizes)) == (len(GOOD), 2)
     for file in whole.glob("*.bin"):
         assert (again / file.name).read_bytes() == file.read_bytes()
+
+
+def test_each_response_that_was_cut_is_marked_and_counted_by_side(tmp_path: Path) -> None:
+    short, long = "a", "b" * 400
+    pairs = [(short, "c"), (long, short), (short, long)]
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    rows.append({"prompt": "q", "responses": [short, "c", long]})
+    rows.append({"prompt": "q", "completion": long})
+    data = opened(tmp_path, jsonl(tmp_path, *rows), max_length=64, ranked=Ranked.all_pairs)
+    marks = [data.truncated[data.response_indices(np.array([index]))].tolist() for index in range(len(data))]
+    assert marks == [[False] * 2, [True, False], [False, True], [False] * 2, *([[False, True]] * 2), [True]]
+    counts = {name: data.counts[name] for name in data.counts if name.endswith("_truncated")}
+    assert counts == {
+        "prompt_truncated": 0,
+        "response_truncated": 4,
+        "chosen_truncated": 1,
+        "rejected_truncated": 2,
+    }
+    dropped = opened(
+        tmp_path, jsonl(tmp_path, *rows), max_length=64, truncation=Truncation.drop, max_bad_share=1.0
+    )
+    assert dropped.counts["dropped"] == {"too_long": 4}
+    assert not dropped.truncated[:].any()
