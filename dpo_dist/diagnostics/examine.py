@@ -2,12 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.data.build_dataset import Progress, no_progress, share_read
+from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, in_order
 from dpo_dist.data.formats import read_with_fields
 from dpo_dist.data.records import PreferenceRecord
@@ -24,9 +26,6 @@ from dpo_dist.diagnostics.templates import template_findings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[int], None]
-"""Called with the number of newly examined records."""
-
 
 def examine(
     config: DataConfig,
@@ -35,7 +34,7 @@ def examine(
     thresholds: Mapping[str, float] | None = None,
     benchmarks: Sequence[Path] = (),
     seed: int = 0,
-    progress: Progress = lambda _records: None,
+    progress: Progress = no_progress,
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
@@ -45,7 +44,7 @@ def examine(
         thresholds: other thresholds of rules, by name of the rule.
         benchmarks: files of benchmark prompts, .jsonl, .csv or .txt.
         seed: of the samples.
-        progress: for a progress bar.
+        progress: called for each source.
 
     Returns:
         The report; it does not depend on the number of processes.
@@ -68,11 +67,17 @@ def examine(
         for source, label, is_eval in _sources(config):
             tally = SourceTally(label, source.path, is_eval, seed)
             records.start_source(label, is_eval)
-            with closing(in_order(_chunks(source, tally), observer.observe, config.processes)) as chunks:
+            meter, done = Meter(), 0
+            read = _chunks(source, tally, meter)
+            with (
+                progress(label) as count,
+                closing(in_order(read, observer.observe, config.processes)) as chunks,
+            ):
                 for observed in chunks:
                     tally.add(observed)
                     records.add(observed)
-                    progress(observed.read)
+                    done += observed.read
+                    count(observed.read, share_read(meter, source.limit, done))
             report = tally.report()
             reports.append(report)
             findings += source_findings(tally, report, judge, config.max_bad_share)
@@ -93,9 +98,9 @@ def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
-def _chunks(source: SourceConfig, tally: SourceTally) -> Iterator[Records]:
+def _chunks(source: SourceConfig, tally: SourceTally, meter: Meter) -> Iterator[Records]:
     """Yield chunks of the records; count contradictory ratings, which only the input fields show."""
-    records = read_with_fields(source)
+    records = read_with_fields(source, meter)
     while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
         for fields, record in chunk:
             if isinstance(record, PreferenceRecord) and ratings_contradict(fields, record.scores):

@@ -16,7 +16,6 @@ from tests.support.invented import write_pairs
 from tests.support.launch import ROOT, environment, run_verb
 from tests.support.tiny_model import write_model
 
-
 HAS_SAMPLER = importlib.util.find_spec("dpo_dist.generation.from_models") is not None
 
 
