@@ -53,8 +53,12 @@ def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
 
 
-def check_source(source: SourceConfig) -> None:
+def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
     """Check that a local source exists and can be read; sends no request for a Hub dataset.
+
+    Args:
+        source: to check.
+        needs_pairs: whether unpaired responses with a good/bad label (KTO) are an error.
 
     Raises:
         DataError: it does not exist, its kind of file cannot be read, its responses are unpaired, or
@@ -69,17 +73,17 @@ def check_source(source: SourceConfig) -> None:
         for file in files or []:
             check_kind(file, source.path)
     if files:
-        _check_first_records(source)
+        _check_first_records(source, needs_pairs)
 
 
-def _check_first_records(source: SourceConfig) -> None:
+def _check_first_records(source: SourceConfig, needs_pairs: bool) -> None:
     """Check that the first records have the source's columns, and are not responses with a label (KTO)."""
     written = itertools.islice(_written(source, Meter()), source.limit)
     checked = [record for record, _ in itertools.islice(written, _FIRST_RECORDS)]
     check_first_columns([record for record in checked if not isinstance(record, BadRecord)], source)
     first = itertools.islice(raw_records(source), _FIRST_RECORDS)
     records = [record for record, _ in first if not isinstance(record, BadRecord)]
-    if records and all(map(is_labelled, records)):
+    if needs_pairs and records and all(map(is_labelled, records)):
         raise DataError(
             "the source has single responses with a good/bad label, not pairs",
             where=source.path,

@@ -134,6 +134,10 @@ def test_data_that_training_refuses_are_examined(overrides: Overrides, tmp_path:
     assert ended.code == 1, ended.output
     assert "too_many_dropped" in rules(tmp_path)
     assert report(tmp_path)["sources"][0]["kept"] == 20
+    labelled = write(tmp_path / "kto.jsonl", [{"prompt": "q", "completion": "a", "label": True}] * 5)
+    ended = run_verb("doctor", overrides(f"data.train=[{labelled}]"))
+    assert "no_records" in rules(tmp_path), ended.output
+    assert report(tmp_path)["sources"][0]["dropped"]["unpaired"]["count"] == 5
     one_sided = write(tmp_path / "sft.jsonl", [{"prompt": "q", "completion": "a"}] * 5)
     ended = run_verb("doctor", overrides(f"data.train=[{one_sided}]"))
     assert "training_refuses" in rules(tmp_path), ended.output

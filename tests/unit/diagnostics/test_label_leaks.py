@@ -43,6 +43,14 @@ LEAKS: dict[str, tuple[str, str, Callable[[Pair], None]]] = {
         "share of other scripts",
         on("rejected", lambda text: "".join(map(chr, range(0x430, 0x430 + len(text) // 4))) + text),
     ),
+    "other language": (
+        "style_bias",
+        "language of the prompt",
+        on(
+            "rejected",
+            lambda _text: "Le petit chat est assis sur la table et il regarde la fen\u00eatre ouverte.",
+        ),
+    ),
     "refusal": ("style_bias", "refusal", on("chosen", lambda text: "I can't help. " + text)),
 }
 
