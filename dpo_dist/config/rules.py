@@ -1,6 +1,6 @@
 """The rules between the values of a run, one row each: no option without effect (law L5).
 
-Those about the data are in `rules_data`, those about the reference model in `rules_reference`; bounds of single
+Those about the data are in `rules_data`, those about the reference in `rules_reference`; bounds of single
 values are declared at the fields of the schema.
 """
 
