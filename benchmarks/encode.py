@@ -3,7 +3,7 @@
 The records are those of a file (a slice of real data where it exists, else invented ones), repeated; the
 tokenizer is trained on them. Every number of processes must write the same bytes. `main_share` is the CPU
 time of the process that reads and writes, over all CPU time: more processes than one over it do not help,
-however loaded this machine is.
+however loaded this machine is. Then the CPU time of each stage.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.encode_stages import measure_stages
 from benchmarks.options import Benchmark, Json
 from benchmarks.setting import (
     REAL_DATA,
@@ -41,7 +42,9 @@ def run(options: Namespace) -> Json:
         file = _repeated(options.file, options.records, Path(name))
         tokenizer = train_tokenizer(file, 512 if options.smoke else TOKENIZER_VOCABULARY)
         if options.chat:
+            tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
             tokenizer.chat_template = CHATML
+        stages = measure_stages(file, _config(Path(name), 1), tokenizer)
         speeds, contents = [], set()
         for processes in options.processes:
             cache = Path(name, f"cache-{processes}")
@@ -50,7 +53,13 @@ def run(options: Namespace) -> Json:
             contents.add(content)
     assert len(contents) == 1, "the written bytes depend on the number of processes"
     print(markdown([list(speeds[0]), *([f"{value:,.4g}" for value in speed.values()] for speed in speeds)]))
-    return {"file": file.name, "records": options.records, "chat": options.chat, "figures": speeds}
+    print(markdown([list(stages), [f"{microseconds:.0f} us" for microseconds in stages.values()]]))
+    circumstances = {"file": file.name, "records": options.records, "chat": options.chat}
+    return {**circumstances, "figures": speeds, "stages_microseconds": stages}
+
+
+def _config(cache: Path, processes: int) -> DataConfig:
+    return DataConfig(cache=str(cache), max_length=4096, max_bad_share=1.0, processes=processes)
 
 
 def _own_options(parser: ArgumentParser) -> None:
@@ -75,7 +84,7 @@ def _repeated(file: Path | None, records: int, folder: Path) -> Path:
 
 def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Path) -> tuple[Json, str]:
     """Return the speed of encoding `file`, and a digest of the written files."""
-    config = DataConfig(cache=str(cache), max_length=4096, max_bad_share=1.0, processes=processes)
+    config = _config(cache, processes)
     started, main_before, all_before = time.perf_counter(), time.process_time(), _cpu_seconds()
     encoded = prepare_dataset([SourceConfig(str(file))], config, tokenizer, "trained")
     seconds = time.perf_counter() - started
@@ -90,6 +99,7 @@ def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Pa
         "records_per_second": records / seconds,
         "tokens_per_second": tokens / seconds,
         "main_share": main_seconds / all_seconds,
+        "records_per_cpu_second": records / all_seconds,
     }
     return speed, digest.hexdigest()
 

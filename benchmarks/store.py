@@ -165,6 +165,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         trained=np.empty(0, dtype=np.bool_),
         mask_starts=np.zeros(2 * pairs, dtype=np.int64),
         trained_tokens=pieces[:, 1:].ravel(),
+        truncated=np.zeros(2 * pairs, dtype=np.bool_),
         prompts=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )

@@ -24,7 +24,7 @@ def main(config: RunConfig) -> int:
     if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
         return ExitCode.completed
     for source in [*config.data.train, *config.data.eval]:
-        check_source(source)
+        check_source(source, needs_pairs=False)
     if config.model.path != NO_MODEL:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         if policy is not None:

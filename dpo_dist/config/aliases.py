@@ -201,7 +201,11 @@ REMEDIES = _by_name(
             "streaming dataset_streaming buffer_size preprocessing_batch_size max_shard_size"
         ),
         "not offered: images, audio and videos are not read": "media_dir image_max_pixels video_max_pixels",
-        "the tokenizer's own chat template is used": "template chat_template",
+        "the tokenizer's own chat template is used; another one, a file or a name: data.chat_template": (
+            "template chat_template chat_template_path chat_template_jinja"
+        ),
+        "set data.template_arguments={enable_thinking: false}": "enable_thinking chat_template_kwargs",
+        "set data.trained_roles and data.untrained": "roles_to_train assistant_only_loss loss_scale",
         "not needed: pairs are always packed without padding": (
             "packing padding_free neat_packing sample_packing"
         ),

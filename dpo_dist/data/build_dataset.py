@@ -35,7 +35,7 @@ from dpo_dist.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 6
+_ENCODING_VERSION = 7
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -129,7 +129,7 @@ def _encoded(
         with closing(encode_in_order(_chunks(source, meter), config, tokenizer, part)) as chunks:
             for chunk in chunks:
                 writer.add(chunk)
-                count(len(chunk.outcomes), _share(meter, source.limit, writer.records))
+                count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
         if _state(source) != state or source_identity(source) != identity:
             raise DataError(
@@ -209,7 +209,7 @@ def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
         yield chunk
 
 
-def _share(meter: Meter, limit: int | None, records: int) -> float | None:
+def share_read(meter: Meter, limit: int | None, records: int) -> float | None:
     """Return the share of a source that is encoded; reading is a few chunks ahead."""
     if limit is None or meter.share is None:
         return meter.share if limit is None else min(1.0, records / limit)

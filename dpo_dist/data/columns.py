@@ -1,7 +1,7 @@
 """Other names of the fields of a source's records: `columns` and `tags` of a source."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_dist.config.data_schema import SourceConfig
@@ -16,6 +16,20 @@ FIELDS = (
     *("messages", "conversations", "chosen_messages", "rejected_messages", "rejected_response"),
     *("instruction", "input", "question", "query", "output", "completion", "responses", "scores"),
     *("tools", "chat_template_kwargs", "documents", "images", "videos", "audios", "label", "record"),
+)
+_OPTIONAL = (
+    *(
+        "system",
+        "history",
+        "input",
+        "tools",
+        "chat_template_kwargs",
+        "documents",
+        "images",
+        "videos",
+        "audios",
+    ),
+    *("score_chosen", "score_rejected", "scores", "label"),
 )
 # With null: no column is read except those that are named.
 OTHERS = "*"
@@ -43,6 +57,20 @@ def check_columns(source: SourceConfig) -> None:
             raise ConfigError(
                 "a tag is not a name", where=f"tags.{tag} of {source.path}", got=str(name), expected="a text"
             )
+
+
+def check_first_columns(records: Sequence[Fields], source: SourceConfig) -> None:
+    """Check that the first records of a source have its columns, but for fields that few records may have.
+
+    Raises:
+        DataError: none of them has one of the columns.
+    """
+    columns = {column for field, column in (source.columns or {}).items() if field not in _OPTIONAL}
+    paths = sorted(column for column in columns if column is not None)
+    missing = [path for path in paths if all(_value_at(record, path) is _MISSING for record in records)]
+    if records and missing:
+        seen = dict.fromkeys(shown_key(name) for record in records for name in record)
+        raise _unknown_columns(missing, list(seen), source)
 
 
 def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_dist.data.conversations import FIRST_TURN, messages_of
-from dpo_dist.data.message_fields import from_json, has_value, is_messages, spelled_messages
+from dpo_dist.data.message_fields import (
+    from_json,
+    has_value,
+    is_messages,
+    role_of,
+    spelled_messages,
+    without_nulls,
+)
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Prompt, RawContent, UnusableRecordError
 
 # A question in one of these is a user's turn.
@@ -17,6 +24,9 @@ _ARGUMENTS = "chat_template_kwargs"
 _MAYBE_IN_PROMPT = ("instruction", *QUESTIONS)
 # A chat template renders these or a model sees them, and no format reads them.
 _UNREAD_FIELDS = ("documents", "images", "image", "videos", "video", "audio", "audios")
+_BESIDE = frozenset(
+    (*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, *_MAYBE_IN_PROMPT, *_UNREAD_FIELDS, *CONVERSATIONS)
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,7 @@ def has_prompt(record: Fields) -> bool:
 def ends_with_response(turns: Any) -> bool:
     """Return whether the last of a list of messages is the assistant's."""
     turns = from_json(turns)
-    if not isinstance(turns, list) or not turns or not turns[-1] or not is_messages(turns[-1]):
-        return False
-    return messages_of(turns[-1], role="user")[-1].role == "assistant"
+    return isinstance(turns, list) and bool(turns) and role_of(turns[-1]) == "assistant"
 
 
 def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: bool) -> Context:
@@ -85,6 +93,8 @@ def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: 
         UnusableRecordError: `unread_content` with the names of fields that would be ignored, or
             `invalid_tools`.
     """
+    if _BESIDE.isdisjoint(record) and not (isinstance(prompt, Dialogue) and "prompt" in record):
+        return Context(prompt)
     unread = [name for name in _UNREAD_FIELDS if has_value(record.get(name))]
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     if plain or isinstance(prompt, Dialogue):
@@ -139,7 +149,7 @@ def _instruction_messages(record: Fields) -> list[Fields]:
 
 def _tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
-    found = from_json(value)
+    found = from_json(without_nulls(value))
     listed = [found] if isinstance(found, Mapping) else found
     tools = [from_json(tool) for tool in listed] if isinstance(listed, list) else []
     if not tools or not all(isinstance(tool, Mapping) for tool in tools):
@@ -151,7 +161,7 @@ def _tools(value: Any) -> tuple[Fields, ...]:
 
 
 def _arguments(value: Any) -> Fields:
-    found = from_json(value) if has_value(value) else {}
+    found = from_json(without_nulls(value)) if has_value(value) else {}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
     return found

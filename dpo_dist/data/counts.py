@@ -94,7 +94,9 @@ class DataCounts:
         """Return the counts of records, given the number of records with each outcome."""
         counts = cls(examples=list(examples)[:SHOWN_EXAMPLES], details=dict(details))
         for outcome, records in outcomes.items():
-            if outcome.dropped is not None and records:
+            if not records:
+                continue
+            if outcome.dropped is not None:
                 counts.read += records
                 counts.dropped[outcome.dropped] += records
             elif outcome.pairs:

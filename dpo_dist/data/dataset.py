@@ -57,6 +57,7 @@ class PreferenceDataset:
         trained: bool [tokens of responses with a mask], whether the loss counts a token.
         mask_starts: int64 [responses], offset in `trained` of the mask of a response that has one.
         trained_tokens: int32 [responses], tokens that the loss counts; a response has a mask if it has more.
+        truncated: bool [responses], whether the end of a response was cut, with its end of turn.
         prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
     """
@@ -76,6 +77,7 @@ class PreferenceDataset:
     trained: Column
     mask_starts: Column
     trained_tokens: Column
+    truncated: Column
     prompts: Column
     origins: Column
 
@@ -127,6 +129,8 @@ class PreferenceDataset:
 
     def masks(self, index: int) -> tuple[Mask, ...]:
         """Return for each response of an example whether the loss counts its tokens; empty: it counts all."""
+        if not len(self.trained):
+            return ()
         within = self.response_range(index)
         counts = self.trained_tokens[within.start : within.stop]
         lengths = self.lengths(index)[1:]
@@ -269,6 +273,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         trained=_column(views, "trained"),
         mask_starts=_column(views, "mask_starts", [len(mapped.arrays["trained"]) for mapped in views]),
         trained_tokens=_column(views, "trained_tokens"),
+        truncated=_column(views, "truncated"),
         prompts=_column(views, "prompts"),
         origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
     )

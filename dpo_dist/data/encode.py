@@ -31,7 +31,6 @@ class EncodedExample:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
         prompt_truncated: whether the start of the prompt was cut.
-        response_truncated: whether the end of a response was cut.
         boundary_resplit: whether a response was tokenised by itself, because tokenising it together with the
             prompt would have changed the last tokens of the prompt.
         templated_text: whether a text prompt seems to be the output of a chat template, or a response to a
@@ -48,12 +47,12 @@ class EncodedExample:
         content_not_rendered: whether the chat template omits a content beside calls of tools or a thought.
         partly_trained: whether the loss does not count all tokens of the responses.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
+        truncated: for each response whether its end was cut, and with it its end of turn.
     """
 
     prompt_ids: TokenIds
     responses: tuple[TokenIds, ...]
     prompt_truncated: bool = False
-    response_truncated: bool = False
     boundary_resplit: bool = False
     templated_text: bool = False
     templated_content: bool = False
@@ -64,6 +63,12 @@ class EncodedExample:
     content_not_rendered: bool = False
     partly_trained: bool = False
     trained: tuple[Mask, ...] = ()
+    truncated: tuple[bool, ...] = ()
+
+    @property
+    def response_truncated(self) -> bool:
+        """Whether the end of a response was cut."""
+        return any(self.truncated)
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,9 @@ def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExa
 def _example(
     prompt: list[int], responses: list[list[int]], tokens: _Tokens, origin: Origin
 ) -> EncodedExample | BadRecord:
-    response_truncated = sum(map(len, responses)) < sum(map(len, tokens.responses))
+    truncated = tuple(len(ids) < len(whole) for ids, whole in zip(responses, tokens.responses, strict=True))
     if len(set(map(tuple, responses))) < len(responses):
-        cause = "truncation" if response_truncated else "encoding"
+        cause = "truncation" if any(truncated) else "encoding"
         return BadRecord(f"identical_after_{cause}", origin)
     trained = tuple(mask[: len(ids)] for mask, ids in zip(tokens.trained, responses, strict=False))
     if not all(mask.any() for mask in trained):
@@ -194,7 +199,6 @@ def _example(
         np.array(prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in responses),
         prompt_truncated=len(prompt) < len(tokens.prompt),
-        response_truncated=response_truncated,
         boundary_resplit=tokens.boundary_resplit,
         templated_text=tokens.rendered.templated_text,
         templated_content=tokens.rendered.templated_content,
@@ -205,6 +209,7 @@ def _example(
         content_not_rendered=tokens.rendered.content_not_rendered,
         partly_trained=bool(trained),
         trained=trained,
+        truncated=truncated,
     )
 
 

@@ -36,6 +36,7 @@ class EncodedChunk:
             loss does not count every token.
         mask_starts: int64 [responses], offset of each response's mask in `trained`, if it has one.
         trained_tokens: int64 [responses], number of tokens that the loss counts.
+        truncated: bool [responses], whether the end of each response was cut.
         prompts: uint64 [examples], `prompt_hash` of each example's record.
         origins: [examples], origin of each example's record.
         outcomes: [records].
@@ -51,6 +52,7 @@ class EncodedChunk:
     trained: Mask
     mask_starts: npt.NDArray[np.int64]
     trained_tokens: npt.NDArray[np.int64]
+    truncated: npt.NDArray[np.bool_]
     prompts: PromptHashes
     origins: list[Origin]
     outcomes: list[Outcome]
@@ -75,12 +77,13 @@ class EncodedRecord:
 
     def examples(self) -> list[EncodedExample]:
         """Return the examples, each with its own responses."""
-        responses, trained = self.encoded.responses, self.encoded.trained
+        responses, trained, truncated = self.encoded.responses, self.encoded.trained, self.encoded.truncated
         return [
             replace(
                 self.encoded,
                 responses=tuple(responses[index] for index in ranks),
                 trained=tuple(trained[index] for index in ranks if trained),
+                truncated=tuple(truncated[index] for index in ranks),
             )
             for ranks in self.ranks
         ]
@@ -101,6 +104,7 @@ class _Examples:
         self.masked_tokens = 0
         self.mask_starts: list[int] = []
         self.trained_tokens: list[int] = []
+        self.truncated: list[bool] = []
         self.prompts: list[int] = []
         self.origins: list[Origin] = []
 
@@ -121,6 +125,7 @@ class _Examples:
             self.scores += [record.scores[index] for index in ranks]
             self.mask_starts += [masks[index][0] for index in ranks]
             self.trained_tokens += [masks[index][1] for index in ranks]
+            self.truncated += [encoded.truncated[index] for index in ranks]
             self.prompts.append(prompt)
             self.origins.append(origin)
 
@@ -178,6 +183,7 @@ def encode_chunk(
         trained=np.concatenate(examples.masks),
         mask_starts=np.array(examples.mask_starts, dtype=np.int64),
         trained_tokens=np.array(examples.trained_tokens, dtype=np.int64),
+        truncated=np.array(examples.truncated, dtype=np.bool_),
         prompts=np.array(examples.prompts, dtype=np.uint64),
         origins=examples.origins,
         outcomes=outcomes,
@@ -195,8 +201,6 @@ def encode_record(
     encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
-    if not all(mask.any() for mask in encoded.trained):
-        return BadRecord("no_trained_token", record.origin, "the loss counts no token of a response")
     new_index = {index: number for number, index in enumerate(used)}
     scores = record.scores or (np.nan,) * len(record.responses)
     return EncodedRecord(
@@ -226,6 +230,9 @@ def _outcome(
         return found
     examples.add(found, prompt, record.origin)
     changed = {name: int(getattr(found.encoded, name)) for name in FLAGS} | {"ties_left_out": found.ties}
+    best, *others = found.encoded.truncated
+    if others:
+        changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
     is_applied = found.encoded.templated_text and config.template is TextTemplate.applied
     is_plain = isinstance(record.prompt, str) and not config.text_as_messages
     if is_plain and not is_applied and tokenizer.chat_template:

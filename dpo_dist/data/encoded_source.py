@@ -41,6 +41,7 @@ _ARRAYS = {
     "trained": np.bool_,
     "mask_starts": np.int64,
     "trained_tokens": np.int32,
+    "truncated": np.bool_,
     "prompts": np.uint64,
     "origins": np.int64,
     "outcomes": np.int32,
@@ -117,6 +118,7 @@ class SourceWriter:
         self._append("mask_starts", self._sizes["trained"] + chunk.mask_starts)
         self._append("trained", chunk.trained)
         self._append("trained_tokens", chunk.trained_tokens)
+        self._append("truncated", chunk.truncated)
         self._append("prompts", chunk.prompts)
         self._append("pair_pieces", self._pieces + np.cumsum(chunk.pair_pieces))
         self._append("origins", [(self._file(at.source), at.line) for at in chunk.origins])
@@ -278,6 +280,7 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
             "trained": arrays["trained"],
             "mask_starts": arrays["mask_starts"][:responses],
             "trained_tokens": arrays["trained_tokens"][:responses],
+            "truncated": arrays["truncated"][:responses],
             "prompts": arrays["prompts"][:pairs],
             "origins": arrays["origins"].reshape(-1, 2)[:pairs],
         },

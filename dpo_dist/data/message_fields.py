@@ -15,6 +15,7 @@ _ROLES = {
 }
 # The content of a turn with such a role is a tool call, as JSON.
 _CALLING = ("function_call", "tool_call")
+_ALL_ROLES = (*_ROLES, *_CALLING, "system", "developer", "user", "assistant", "tool")
 _THOUGHTS = {
     "reasoning_content": "reasoning_content",
     "reasoning": "reasoning_content",
@@ -56,15 +57,27 @@ def is_message(value: Any) -> bool:
     )
 
 
+def role_of(value: Any) -> str | None:
+    """Return the role of a message; None for another value."""
+    role = value.get("role", value.get("from")) if is_message(value) else None
+    if not isinstance(role, str):
+        return None
+    return "assistant" if role in _CALLING else _ROLES.get(role, role)
+
+
 def is_messages(value: Any) -> bool:
     """Return whether a value is one message or a list of messages, perhaps an empty one."""
     return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
 
 
 def spelled_messages(value: Any) -> Any:
-    """Return the messages that a text spells as JSON; any other value unchanged."""
-    found = from_json(value)
-    return found if found is not value and has_value(found) and is_messages(found) else value
+    """Return the list of messages that a text spells as JSON; any other value unchanged."""
+    found = from_json(value) if isinstance(value, str) else value
+    if found is value or not isinstance(found, list) or not found or not is_messages(found):
+        return value
+    # A response may be an object with a role of its own.
+    roles = [message.get("role", message.get("from")) for message in found]
+    return found if all(role in _ALL_ROLES for role in roles) else value
 
 
 def has_more(fields: Fields) -> bool:
@@ -82,6 +95,8 @@ def read_message(fields: Fields) -> Message:
         UnusableRecordError: `unread_content` or `invalid_tool_call`.
     """
     role, content = (fields["role"], fields.get("content")) if "role" in fields else _turn(fields)
+    if isinstance(role, str) and isinstance(content, str) and len(fields) == 2 and role not in _CALLING:
+        return Message(_ROLES.get(role, role), content)
     check_no_media([fields])
     if not isinstance(role, str):
         raise UnusableRecordError("unread_content", "the role of a message is not a text", ("role",))
@@ -107,6 +122,13 @@ def check_no_media(messages: Sequence[Fields]) -> None:
         raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", unread)
 
 
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of objects, with which tables fill what an object lacks."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def read_tool_calls(value: Any) -> list[Fields]:
     """Return tool calls as chat templates read them: a function's name, and its arguments as an object.
 
@@ -129,7 +151,7 @@ def _tool_call(call: Any) -> Fields:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UnusableRecordError("invalid_tool_call", "a tool call has no name of a function")
     arguments = function.get("arguments", function.get("parameters"))
-    arguments = from_json(arguments) if has_value(arguments) else {}
+    arguments = from_json(without_nulls(arguments)) if has_value(arguments) else {}
     if not isinstance(arguments, Mapping):
         raise UnusableRecordError("invalid_tool_call", "the arguments of a tool call are not a JSON object")
     kept = {"id": call["id"]} if has_value(call.get("id")) else {}

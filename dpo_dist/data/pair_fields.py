@@ -29,7 +29,7 @@ QUESTION_PAIRS = (
 _ALL_SIDES = (SIDES, *MESSAGE_SIDES, *_RESPONSE_SIDES)
 # Fields of other kinds of records too: by themselves they are no pair.
 _SHARED_NAMES = ("messages", "response")
-_PAIR_NAMES = tuple({name: None for names in _ALL_SIDES for name in names if name not in _SHARED_NAMES})
+_PAIR_NAMES = frozenset(name for names in _ALL_SIDES for name in names if name not in _SHARED_NAMES)
 _SCORES = ("score_chosen", "score_rejected")
 _LABELS = ("label", "kto_tag")
 _LABEL_VALUES = (0, 1, "0", "1", "true", "false", "True", "False")
@@ -38,7 +38,7 @@ UNPAIRED = "one response with a good/bad label is neither a pair nor a completio
 
 def has_pair(record: Fields) -> bool:
     """Return whether a record has a side of a pair."""
-    return any(record.get(name) is not None for name in _PAIR_NAMES)
+    return any(record[name] is not None for name in _PAIR_NAMES.intersection(record))
 
 
 def has_completion(record: Fields) -> bool:
@@ -118,6 +118,8 @@ def _side_names(record: Fields) -> tuple[str, str]:
     Raises:
         UnusableRecordError: the record has two different pairs.
     """
+    if _PAIR_NAMES.intersection(record) <= frozenset(SIDES):
+        return SIDES
     complete = [names for names in _ALL_SIDES if all(record.get(name) is not None for name in names)]
     pairs = [[record[name] for name in names] for names in complete]
     if any(pair != pairs[0] for pair in pairs):

@@ -9,7 +9,7 @@ from pathlib import Path
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import hub
 from dpo_dist.data.byte_stream import Meter
-from dpo_dist.data.columns import check_columns, with_columns
+from dpo_dist.data.columns import check_columns, check_first_columns, with_columns
 from dpo_dist.data.counts import UNPAIRED_REMEDY
 from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
@@ -53,11 +53,16 @@ def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
 
 
-def check_source(source: SourceConfig) -> None:
+def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
     """Check that a local source exists and can be read; sends no request for a Hub dataset.
 
+    Args:
+        source: to check.
+        needs_pairs: whether unpaired responses with a good/bad label (KTO) are an error.
+
     Raises:
-        DataError: it does not exist, its kind of file cannot be read, or its responses are unpaired.
+        DataError: it does not exist, its kind of file cannot be read, its responses are unpaired, or
+            no record has a column of the source.
         ConfigError: as `read_records`.
     """
     source = resolved(source)
@@ -68,14 +73,17 @@ def check_source(source: SourceConfig) -> None:
         for file in files or []:
             check_kind(file, source.path)
     if files:
-        _check_paired(source)
+        _check_first_records(source, needs_pairs)
 
 
-def _check_paired(source: SourceConfig) -> None:
-    """Check that the first records of a local source are not responses with a good/bad label (KTO)."""
+def _check_first_records(source: SourceConfig, needs_pairs: bool) -> None:
+    """Check that the first records have the source's columns, and are not responses with a label (KTO)."""
+    written = itertools.islice(_written(source, Meter()), source.limit)
+    checked = [record for record, _ in itertools.islice(written, _FIRST_RECORDS)]
+    check_first_columns([record for record in checked if not isinstance(record, BadRecord)], source)
     first = itertools.islice(raw_records(source), _FIRST_RECORDS)
     records = [record for record, _ in first if not isinstance(record, BadRecord)]
-    if records and all(map(is_labelled, records)):
+    if needs_pairs and records and all(map(is_labelled, records)):
         raise DataError(
             "the source has single responses with a good/bad label, not pairs",
             where=source.path,

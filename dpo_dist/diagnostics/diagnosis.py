@@ -10,8 +10,10 @@ from dpo_dist.config.doctor_schema import FailOn
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.diagnostics.examine import examine
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
+from dpo_dist.diagnostics.judge import most_serious_first
 from dpo_dist.diagnostics.prepared import Prepared, prepare
 from dpo_dist.diagnostics.shown_pairs import ShownPair, show_pairs
+from dpo_dist.diagnostics.stored_margins import StoreUse, compare_with_store
 from dpo_dist.errors import DpoDistError
 from dpo_dist.model.folder import description_folder
 
@@ -34,11 +36,13 @@ class Diagnosis:
         report: facts and findings, the most serious first.
         shown: records for the page.
         model: folder of the tokenizer; None: data were examined as text.
+        store: the use of the reference store; None without a model.
     """
 
     report: DoctorReport
     shown: tuple[ShownPair, ...]
     model: Path | None
+    store: StoreUse | None = None
 
     def fails(self, lowest: FailOn) -> bool:
         """Return whether there is a finding of at least this level."""
@@ -63,20 +67,21 @@ def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
     if config.model.path != NO_MODEL:
         folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
         tokenizer, prepared = _prepare(config, folder, counter)
-    with counter("examining the data", "record") as progress:
-        report = examine(
-            config.data,
-            tokenizer,
-            thresholds=config.doctor.thresholds,
-            benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
-            progress=progress,
-        )
+    report = examine(
+        config.data,
+        tokenizer,
+        thresholds=config.doctor.thresholds,
+        benchmarks=[Path(file).expanduser() for file in config.doctor.benchmarks],
+        progress=lambda source: counter(f"examining {source}", "record"),
+    )
+    store = None
     if prepared is not None:
-        report = _with(report, _refusal_findings(prepared.refusals, report))
+        report, found, store = compare_with_store(config, report, prepared.sources)
+        report = _with(report, [*_refusal_findings(prepared.refusals, report), *found])
     shown: list[ShownPair] = []
     if config.doctor.texts:
         shown = show_pairs(config.data, tokenizer, report.findings, config.doctor.shown_pairs)
-    return Diagnosis(report, tuple(shown), folder)
+    return Diagnosis(report, tuple(shown), folder, store)
 
 
 def _prepare(config: RunConfig, folder: Path, counter: Counter) -> tuple["PreTrainedTokenizerBase", Prepared]:
@@ -110,5 +115,4 @@ def _refusal_findings(refusals: Sequence[DpoDistError], report: DoctorReport) ->
 
 def _with(report: DoctorReport, more: Sequence[Finding]) -> DoctorReport:
     """Return the report with further findings, the most serious first."""
-    findings = sorted([*more, *report.findings], key=lambda found: -_SEVERITY.index(found.level))
-    return replace(report, findings=tuple(findings))
+    return replace(report, findings=most_serious_first([*more, *report.findings]))

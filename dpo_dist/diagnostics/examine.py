@@ -2,28 +2,29 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.data.build_dataset import Progress, no_progress, share_read
+from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, in_order
-from dpo_dist.data.formats import read_records
+from dpo_dist.data.formats import read_with_fields
+from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.diagnostics.across import AllRecords
 from dpo_dist.diagnostics.benchmarks import read_benchmarks
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, SourceReport
 from dpo_dist.diagnostics.judge import Judge, most_serious_first
 from dpo_dist.diagnostics.observe import Observer
+from dpo_dist.diagnostics.ratings import ratings_contradict
 from dpo_dist.diagnostics.source_findings import source_findings
 from dpo_dist.diagnostics.tally import SourceTally
 from dpo_dist.diagnostics.templates import template_findings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[int], None]
-"""Called with the number of newly examined records."""
 
 
 def examine(
@@ -33,7 +34,7 @@ def examine(
     thresholds: Mapping[str, float] | None = None,
     benchmarks: Sequence[Path] = (),
     seed: int = 0,
-    progress: Progress = lambda _records: None,
+    progress: Progress = no_progress,
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
@@ -43,7 +44,7 @@ def examine(
         thresholds: other thresholds of rules, by name of the rule.
         benchmarks: files of benchmark prompts, .jsonl, .csv or .txt.
         seed: of the samples.
-        progress: for a progress bar.
+        progress: called for each source.
 
     Returns:
         The report; it does not depend on the number of processes.
@@ -53,7 +54,11 @@ def examine(
         ConfigError: a threshold names no rule, or encoding is impossible with this tokenizer.
         PeerLostError: a process that encodes has died.
     """
-    judge = Judge.with_thresholds(thresholds or {})
+    thresholds = dict(thresholds or {})
+    if config.drop_eval_prompts:
+        # Training does without these prompts.
+        thresholds.setdefault("train_eval_leak", 1.0)
+    judge = Judge.with_thresholds(thresholds)
     benchmark = read_benchmarks(benchmarks)
     observer = Observer(config, tokenizer, benchmark)
     reports: list[SourceReport] = []
@@ -62,31 +67,42 @@ def examine(
         for source, label, is_eval in _sources(config):
             tally = SourceTally(label, source.path, is_eval, seed)
             records.start_source(label, is_eval)
-            with closing(in_order(_chunks(source), observer.observe, config.processes)) as chunks:
+            meter, done = Meter(), 0
+            read = _chunks(source, tally, meter)
+            with (
+                progress(label) as count,
+                closing(in_order(read, observer.observe, config.processes)) as chunks,
+            ):
                 for observed in chunks:
                     tally.add(observed)
                     records.add(observed)
-                    progress(observed.read)
+                    done += observed.read
+                    count(observed.read, share_read(meter, source.limit, done))
             report = tally.report()
             reports.append(report)
             findings += source_findings(tally, report, judge, config.max_bad_share)
             if tokenizer is not None:
-                findings += template_findings(tally, tokenizer, judge)
+                findings += template_findings(tally, tokenizer, config, judge)
         across, compared = records.findings(judge, benchmark)
     return DoctorReport(tuple(reports), across, most_serious_first([*findings, *compared]))
 
 
 def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with a label of its own: its path, and a number if several have the same path."""
+    """Yield each source with a label of its own: path, name and split, and a number if these are the same."""
     seen: Counter[str] = Counter()
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source in sources:
-            seen[source.path] += 1
-            number = seen[source.path]
-            yield source, source.path if number == 1 else f"{source.path} ({number})", is_eval
+            details = [detail for detail in (source.name, source.split) if detail]
+            label = f"{source.path} ({', '.join(details)})" if details else source.path
+            seen[label] += 1
+            yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
-def _chunks(source: SourceConfig) -> Iterator[Records]:
-    records = read_records(source)
+def _chunks(source: SourceConfig, tally: SourceTally, meter: Meter) -> Iterator[Records]:
+    """Yield chunks of the records; count contradictory ratings, which only the input fields show."""
+    records = read_with_fields(source, meter)
     while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
-        yield chunk
+        for fields, record in chunk:
+            if isinstance(record, PreferenceRecord) and ratings_contradict(fields, record.scores):
+                tally.names.add("ratings_contradict", record.origin)
+        yield [record for _fields, record in chunk]

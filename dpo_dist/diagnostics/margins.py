@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,7 @@ class ReferencePairs:
 
 
 def bag_distance(
-    chosen_ids: npt.NDArray[np.integer[npt.NBitBase]], rejected_ids: npt.NDArray[np.integer[npt.NBitBase]]
+    chosen_ids: npt.NDArray[np.integer[Any]], rejected_ids: npt.NDArray[np.integer[Any]]
 ) -> float:
     """Return the share of tokens that only one of two responses has, 0 (the same tokens) to 1.
 

@@ -209,6 +209,8 @@ def _pair_facts(record: PreferenceRecord, texts: Texts, prompt_key: int) -> Pair
 def _record_names(record: PreferenceRecord) -> Iterator[str]:
     if record.tools:
         yield "tools"
+    if record.template_arguments:
+        yield "template_arguments"
     if len(record.responses) > 2:
         yield "ranking"
     if len(record.responses) < 2:

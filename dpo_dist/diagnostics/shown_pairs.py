@@ -146,8 +146,9 @@ def _chosen(
 
 
 def _may_be_of(source: SourceConfig, origin: str) -> bool:
-    """Return whether a record of `source` may have this origin; a pattern may match any file."""
-    return "*" in source.path or origin.startswith(source.path.rstrip("/"))
+    """Return whether a record of `source` may have this origin: a file in the folder of its path."""
+    folder = str(Path(source.path.split("*", 1)[0]).parent)
+    return folder == "." or origin.startswith(folder)
 
 
 def _shown(

@@ -52,6 +52,7 @@ class SourceTally:
         self.read = self.readable = 0
         self.sample: Reservoir[PairFacts] = Reservoir(SAMPLED_PAIRS, seed)
         self._kept = self._pairs = self._tokens = self._unique_tokens = 0
+        self._response_tokens = self._trained_tokens = 0
         self._changed: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
         self._cut_tokens: Counter[str] = Counter()
@@ -81,6 +82,8 @@ class SourceTally:
         self._pairs += tokens.pairs
         self._tokens += tokens.tokens
         self._unique_tokens += tokens.unique_tokens
+        self._response_tokens += tokens.response_tokens
+        self._trained_tokens += tokens.trained_tokens
         self._changed.update(tokens.changed)
         self._cut.update(tokens.cut)
         self._cut_tokens.update(tokens.cut_tokens)
@@ -126,8 +129,10 @@ class SourceTally:
         return reports
 
     def _shares(self) -> dict[str, float]:
-        """Return the shares of records that are facts, not faults."""
-        return {
+        """Return the shares of records that are facts, not faults; and the share of trained tokens."""
+        trained = self._trained_tokens / self._response_tokens if self._response_tokens else 0.0
+        tokens = {"trained_tokens": trained} if self._response_tokens else {}
+        return tokens | {
             name: count / (self.pair_records if name in _PAIR_NAMES else self.readable)
             for name, count in sorted(self.names.counts.items())
             if name not in RULES

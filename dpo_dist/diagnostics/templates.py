@@ -1,12 +1,13 @@
-"""Checks of a chat template itself: arguments that nothing sets, tools that it does not render."""
+"""Findings about the chat template: tools that it does not render, arguments that nothing sets."""
 
-from collections.abc import Iterator
-from functools import lru_cache
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
+from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.data.chat_template import argument_names, chosen_template
 from dpo_dist.diagnostics.findings import Finding
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.tally import SourceTally
@@ -15,54 +16,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Given by transformers, or a function that it adds.
-_GIVEN = {
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "continue_final_message",
-    "raise_exception",
-    "strftime_now",
-    "tojson",
-}
+_GIVEN = {"documents", "continue_final_message", "raise_exception", "strftime_now", "date_string"}
 
 
 def template_findings(
-    tally: SourceTally, tokenizer: "PreTrainedTokenizerBase", judge: Judge
+    tally: SourceTally, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, judge: Judge
 ) -> Iterator[Finding]:
     """Yield the findings about the chat template and the records of a source."""
     tools = tally.names.counts["tools"]
-    if tools and not renders_tools(tokenizer):
+    template = chosen_template(tokenizer, config.chat_template, with_tools=tools > 0)
+    if template is None:
+        return
+    if tools and not re.search(r"\btools\b", template):
         examples = tally.names.examples["tools"]
         yield from judge.count("tools_not_rendered", tools, tally.readable, tally.label, examples)
-
-
-def unset_arguments(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """Return the arguments that the chat template reads and transformers does not give, sorted.
-
-    Special tokens such as `bos_token` are given. Empty without a template, or if it cannot be parsed.
-    """
-    names = _undeclared(_template(tokenizer)) - _GIVEN - set(tokenizer.special_tokens_map)
-    return tuple(sorted(names))
-
-
-def renders_tools(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether the chat template reads `tools`."""
-    return "tools" in _undeclared(_template(tokenizer))
-
-
-def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    return str(tokenizer.get_chat_template()) if tokenizer.chat_template else ""
-
-
-@lru_cache(maxsize=4)
-def _undeclared(template: str) -> frozenset[str]:
-    # The extensions that transformers loads.
-    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        tree: nodes.Template = environment.parse(
-            template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    rendered = tally.readable - tally.names.counts["chat_template_not_applied"]
+    unset = unset_arguments(template, tokenizer, config.template_arguments or {})
+    if unset and rendered > tally.names.counts["template_arguments"]:
+        yield from judge.value(
+            "template_argument_unset", 1, rendered, tally.label, ", ".join(map(ascii, unset))
         )
-        return frozenset(meta.find_undeclared_variables(tree))
+
+
+def unset_arguments(
+    template: str, tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, object]
+) -> tuple[str, ...]:
+    """Return the arguments that a chat template reads and that neither transformers nor the run sets, sorted.
+
+    Empty if the template cannot be parsed.
+    """
+    try:
+        names = argument_names(template)
     except TemplateError:
-        return frozenset()
+        return ()
+    return tuple(sorted(names - _GIVEN - set(tokenizer.special_tokens_map) - set(arguments)))

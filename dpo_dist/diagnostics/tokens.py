@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from dpo_dist.config.data_schema import DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import TokenIds
@@ -47,6 +49,8 @@ class TokenFacts:
         cut_tokens: tokens cut from these, by side.
         tokens: of all responses, each with its prompt, as trained.
         unique_tokens: with each prompt counted once per record.
+        response_tokens: of the responses of all examples.
+        trained_tokens: those of them that the loss counts.
     """
 
     kept: int = 0
@@ -57,6 +61,8 @@ class TokenFacts:
     cut_tokens: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     unique_tokens: int = 0
+    response_tokens: int = 0
+    trained_tokens: int = 0
 
 
 def token_facts(
@@ -67,7 +73,11 @@ def token_facts(
     names: Names,
 ) -> TokenFacts:
     """Return the facts about `records`, which were encoded as `chunk`; count faults in `names`."""
-    facts = TokenFacts()
+    prompts = np.cumsum(chunk.pair_pieces) - chunk.pair_pieces
+    facts = TokenFacts(
+        response_tokens=int(chunk.piece_tokens.sum() - chunk.piece_tokens[prompts].sum()),
+        trained_tokens=int(chunk.trained_tokens.sum()),
+    )
     pieces = _pieces(chunk)
     long = [index for index, outcome in enumerate(chunk.outcomes) if _is_cut(outcome)]
     whole_config = replace(config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -20,14 +20,20 @@ _EXPERIMENT = "round"
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
-def command_of(verb: str, config: RunConfig, folder: Path) -> list[str]:
+def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str]) -> list[str]:
     """Write `config` as an experiment below `folder`; return the command that runs the verb with it.
 
     The command is complete: it does the same when it is typed by hand.
+
+    Args:
+        verb: `pairs` or `train`.
+        config: of the verb.
+        folder: for `experiment/round.yaml`.
+        start: from `launcher`.
     """
     write_text(folder / "experiment" / f"{_EXPERIMENT}.yaml", to_yaml(config))
     options = ["--config-dir", str(folder), f"+experiment={_EXPERIMENT}"]
-    return [*launcher(config.pairs.launcher), "-m", f"dpo_dist.{verb}", *options]
+    return [*start, "-m", f"dpo_dist.{verb}", *options]
 
 
 def launcher(written: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, Outcome
 from dpo_dist.generation.lock import locked
 from dpo_dist.generation.round_checks import check_rounds, check_settings
-from dpo_dist.generation.round_commands import command_of, run_command
+from dpo_dist.generation.round_commands import command_of, launcher, run_command
 from dpo_dist.generation.round_results import (
     RoundResult,
     hints,
@@ -102,7 +102,7 @@ class _Rounds:
             return result
         config = sampling_config(self.config, number)
         self.say(f"round {number}: samples of {config.model.path}")
-        code = self.run(command_of("pairs", config, folder.path / "sampling"))
+        code = self.run(self._command("pairs", config, folder.path / "sampling"))
         if code == ExitCode.completed:
             pairs: int | None = _lines(folder.pairs_file)
         elif (
@@ -121,6 +121,9 @@ class _Rounds:
         )
         return result
 
+    def _command(self, verb: str, config: RunConfig, folder: Path) -> list[str]:
+        return command_of(verb, config, folder, launcher(self.config.pairs.launcher))
+
     def trained(self, result: RoundResult) -> tuple[RoundResult, int]:
         """Return the round with its training, and the exit code: completed or preempted.
 
@@ -130,7 +133,7 @@ class _Rounds:
         folder = self.folder.round(result.number)
         config = training_config(self.config, result.number)
         self.say(f"round {result.number}: training of {config.model.path}")
-        code = self.run(command_of("train", config, folder.path / "training"))
+        code = self.run(self._command("train", config, folder.path / "training"))
         if code != ExitCode.completed:
             # A launcher of several processes replaces their exit codes by its own.
             outcome = _outcome(folder.training)
@@ -153,6 +156,8 @@ def sampling_config(config: RunConfig, number: int) -> RunConfig:
     pairs = replace(
         config.pairs,
         rounds=0,
+        launcher=None,
+        reference=PairsConfig.reference,
         seed=config.pairs.seed + number - 1,
         prompt_part=(config.pairs.prompt_part + number - 1) % config.pairs.prompt_parts,
         output=None,
@@ -168,7 +173,7 @@ def training_config(config: RunConfig, number: int) -> RunConfig:
         _with_policy(config, number),
         run=_run(config, folder.training.path),
         data=data,
-        pairs=replace(PairsConfig(), launcher=config.pairs.launcher),
+        pairs=PairsConfig(),
         tracking=replace(config.tracking, group=config.tracking.group or config.run.name),
     )
 

@@ -22,6 +22,7 @@ def check_pairs(config: RunConfig) -> None:
     """
     _check_keys(config.pairs)
     _check_model(config)
+    _check_rounds(config.pairs)
     for source in config.data.train:
         check_source(source)
 
@@ -45,6 +46,29 @@ def _check_model(config: RunConfig) -> None:
             got="an empty list, and no model.path",
             remedy="set pairs.models=[FOLDER] or model.path=FOLDER",
         )
+
+
+def _check_rounds(pairs: PairsConfig) -> None:
+    """Check the part of the prompts, and that no key of rounds is given without them."""
+    if pairs.prompt_part >= pairs.prompt_parts:
+        raise ConfigError(
+            "there is no such part of the prompts",
+            where="pairs.prompt_part",
+            got=str(pairs.prompt_part),
+            expected=f"0 to {pairs.prompt_parts - 1}, as pairs.prompt_parts={pairs.prompt_parts}",
+            remedy="correct one of them",
+        )
+    for key, value, default in (
+        ("launcher", pairs.launcher, PairsConfig.launcher),
+        ("reference", pairs.reference, PairsConfig.reference),
+    ):
+        if not pairs.rounds and value != default:
+            raise ConfigError(
+                f"pairs.{key} has no effect without rounds",
+                where=f"pairs.{key}",
+                got=str(value),
+                remedy=f"set pairs.rounds, or remove pairs.{key}",
+            )
 
 
 def _check_keys(pairs: PairsConfig) -> None:

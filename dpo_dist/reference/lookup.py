@@ -18,20 +18,30 @@ from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprin
 from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
 
-_RESPONSES_AT_ONCE = 1 << 14
+_EXAMPLES_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
 class StoredSums:
-    """Summed log-probs of the responses of a dataset, as far as they are stored.
+    """Summed log-probs of the pairs of a dataset: of the first and the last response of each example.
 
     Attributes:
-        logps: float64 [responses], sums over the completion tokens; nan if a response is not stored.
-        tokens: int64 [responses], number of these tokens.
+        chosen: float64 [examples], sums over the tokens that the loss counts; nan if not stored.
+        rejected: the same of the last response; nan too if an example has one response.
+        chosen_tokens: int64 [examples], number of these tokens.
+        rejected_tokens: the same of the last response.
     """
 
-    logps: npt.NDArray[np.float64]
-    tokens: npt.NDArray[np.int64]
+    chosen: npt.NDArray[np.float64]
+    rejected: npt.NDArray[np.float64]
+    chosen_tokens: npt.NDArray[np.int64]
+    rejected_tokens: npt.NDArray[np.int64]
+
+    @property
+    def is_stored(self) -> npt.NDArray[np.bool_]:
+        """Whether both responses of an example are stored, bool [examples]."""
+        stored: npt.NDArray[np.bool_] = ~(np.isnan(self.chosen) | np.isnan(self.rejected))
+        return stored
 
 
 def find_stored(config: RunConfig) -> LogpStore | None:
@@ -61,17 +71,36 @@ def find_stored(config: RunConfig) -> LogpStore | None:
 
 
 def stored_sums(store: LogpStore, dataset: PreferenceDataset) -> StoredSums:
-    """Return the summed log-probs of all responses of a dataset that are in `store`."""
-    responses = len(dataset.keys)
-    logps = np.full(responses, np.nan)
-    tokens = np.zeros(responses, dtype=np.int64)
-    for start in range(0, responses, _RESPONSES_AT_ONCE):
-        keys = np.asarray(dataset.keys[start : min(start + _RESPONSES_AT_ONCE, responses)])
-        for offset, values in enumerate(store.find(keys)):
-            if values is not None:
-                logps[start + offset] = values.sum(dtype=np.float64)
-                tokens[start + offset] = len(values)
-    return StoredSums(logps, tokens)
+    """Return the summed log-probs of a dataset, as far as they are in `store`."""
+    nothing = np.full(len(dataset), np.nan)
+    found = StoredSums(nothing.copy(), nothing, *_token_counts(dataset))
+    for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
+        examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
+        responses = [dataset.response_range(index) for index in examples]
+        first = responses[0].start
+        values = store.find(np.asarray(dataset.keys[first : responses[-1].stop]))
+        for index, within in zip(examples, responses, strict=True):
+            masks = dataset.masks(index)
+            of_chosen, of_rejected = values[within.start - first], values[within.stop - 1 - first]
+            if of_chosen is not None:
+                found.chosen[index] = _sum(of_chosen, masks[:1])
+            if of_rejected is not None and len(within) > 1:
+                found.rejected[index] = _sum(of_rejected, masks[-1:])
+    return found
+
+
+def _token_counts(dataset: PreferenceDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the tokens that the loss counts in the first and the last response of each example."""
+    counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
+    stops = np.cumsum(counts)
+    tokens = np.asarray(dataset.trained_tokens[:], dtype=np.int64)
+    return tokens[stops - counts], tokens[stops - 1]
+
+
+def _sum(values: npt.NDArray[np.float32], mask: tuple[npt.NDArray[np.bool_], ...]) -> float:
+    """Return the sum of per-token log-probs, of those in the mask if there is one."""
+    counted = values[mask[0]] if mask else values
+    return float(counted.sum(dtype=np.float64))
 
 
 def describe_numerics(fingerprint: ReferenceFingerprint) -> str:

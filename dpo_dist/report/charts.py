@@ -5,6 +5,7 @@ from collections.abc import Callable
 from html import escape
 
 from dpo_dist.diagnostics.findings import Distribution
+from dpo_dist.report.inert import printable
 
 _WIDTH, _HEIGHT, _AXIS = 360.0, 92.0, 18.0
 _LABEL_WIDTH = 44.0
@@ -39,7 +40,7 @@ def histogram(values: Distribution, title: str, limit: float | None = None) -> s
     axis = f'<line class="axis" x1="0" x2="{_WIDTH}" y1="{_HEIGHT}" y2="{_HEIGHT}"/>{_ticks(values, scale)}'
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT + _AXIS:.0f}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(bars)}{line}{axis}</svg>'
+        f'aria-label="{escape(printable(title))}">{"".join(bars)}{line}{axis}</svg>'
     )
 
 

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from dataclasses import fields
 from html import escape
 from typing import Any
 
@@ -19,6 +19,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Across, Finding, Level
+from dpo_dist.diagnostics.stored_margins import StoreUse
+from dpo_dist.report.charts import histogram, number
 from dpo_dist.report.doctor_sources import overview, source_section, table
 from dpo_dist.report.doctor_style import DOCTOR_STYLE
 from dpo_dist.report.doctor_texts import pairs_section
@@ -38,6 +40,7 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
         "exit_code": int(exit_code),
         "model": str(diagnosis.model) if diagnosis.model is not None else None,
         "versions": {"dpo_dist": dpo_dist.__version__, "python": platform.python_version()},
+        "store": None if diagnosis.store is None else diagnosis.store.as_dict(),
         **diagnosis.report.as_dict(),
     }
     atomic.write_text(folder.doctor_report, json.dumps(content, indent=1, ensure_ascii=True) + "\n")
@@ -51,6 +54,7 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         _section("findings", "Findings", "".join(map(_finding, report.findings)) or "<p>None.</p>"),
         _section("sources", "Sources", overview(report.sources)),
         "".join(source_section(source, config.data.max_length) for source in report.sources),
+        _section("reference", "Margins of the reference model", _reference(diagnosis.store)),
         _section("copies", "Copies and leakage, over all sources", _across(report.across)),
         pairs_section(diagnosis.shown),
         _section("settings", "Settings", _settings(config, diagnosis)),
@@ -87,7 +91,8 @@ def _header(diagnosis: Diagnosis) -> str:
         else "<p>Without a model (model.path): only texts were examined, not tokens.</p>"
     )
     links = "".join(
-        f'<a href="#{name}">{name}</a> ' for name in ("findings", "sources", "copies", "pairs", "settings")
+        f'<a href="#{name}">{name}</a> '
+        for name in ("findings", "sources", "reference", "copies", "pairs", "settings")
     )
     badges = badges or '<span class="badge completed">no findings</span>'
     return (
@@ -128,16 +133,33 @@ def _across(across: Across) -> str:
     return table(("records that", "number"), ((text, f"{count:,}") for text, count in rows), "facts") + note
 
 
+def _reference(use: StoreUse | None) -> str:
+    """Return the coverage of the store, and a histogram of each source's margins."""
+    if use is None:
+        return ""
+    pictures = "".join(
+        f"<figure><figcaption>{inert_html(label)}, nats per token</figcaption>"
+        f"{histogram(margins, f'margins of {label}', 0.0)}"
+        f"<small>{number(margins.count)} pairs, median {margins.percentiles[50]:.3g}; below 0 the reference "
+        "prefers the rejected response</small></figure>"
+        for label, margins in use.margins
+    )
+    figures = f'<div class="figures">{pictures}</div>' if pictures else ""
+    return f"<p>{inert_html(use.sentence)}</p>{figures}"
+
+
 def _settings(config: RunConfig, diagnosis: Diagnosis) -> str:
-    data = plain(config.data)
-    rows = [
-        ("model", str(diagnosis.model or "none")),
-        *((f"data.{key}", str(value)) for key, value in data.items()),
+    keys = [
+        (f"{name}.{field.name}", plain(getattr(section, field.name)))
+        for name, section in (("data", config.data), ("doctor", config.doctor))
+        for field in fields(section)
     ]
-    rows += [(f"doctor.{key}", str(value)) for key, value in plain(config.doctor).items()]
-    versions: Sequence[str] = (f"dpo_dist {dpo_dist.__version__}", f"Python {platform.python_version()}")
-    rows.append(("versions", ", ".join(versions)))
-    return table(("key", "value"), ((escape(key), inert_html(value)) for key, value in rows), "facts")
+    rows = [
+        ("model", diagnosis.model or "none"),
+        *keys,
+        ("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"),
+    ]
+    return table(("key", "value"), ((escape(key), inert_html(str(value))) for key, value in rows), "facts")
 
 
 _FRAME = """<!doctype html>

@@ -44,9 +44,10 @@ def source_section(source: SourceReport, max_length: int) -> str:
         ("Lengths", _lengths(source, max_length)),
         ("Can the chosen response be guessed from its form?", _leaks(source.leaks)),
         ("Scores", _values(source.scores)),
+        ("Margins of the reference model", _values(source.margins)),
         ("Languages of prompts", _shares(source.languages)),
         ("Shares of records", _shares(source.shares)),
-        ("Notes", "".join(f"<p>{escape(note)}</p>" for note in source.notes)),
+        ("Notes", "".join(f"<p>{inert_html(note)}</p>" for note in source.notes)),
     )
     shown = "".join(f"<h3>{title}</h3>{content}" for title, content in parts if content)
     title = f"{inert_html(source.label)} <small>{source.kept:,} of {source.read:,} records kept</small>"
@@ -77,7 +78,7 @@ def _median(side: SideReport | None) -> str:
 
 def _dropped(source: SourceReport) -> str:
     rows = (
-        (escape(reason), f"{found.count:,}", _origins(found.examples))
+        (inert_html(reason), f"{found.count:,}", _origins(found.examples))
         for reason, found in sorted(source.dropped.items(), key=lambda item: -item[1].count)
     )
     return table(("reason", "records", "first ones"), rows)
@@ -88,7 +89,7 @@ def _origins(examples: Sequence[str]) -> str:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    rows = ((escape(name.replace("_", " ")), f"{count:,}") for name, count in counts.items() if count)
+    rows = ((inert_html(name.replace("_", " ")), f"{count:,}") for name, count in counts.items() if count)
     return table(("change", "records"), rows)
 
 
@@ -120,7 +121,7 @@ def _leaks(leaks: Sequence[LeakTest]) -> str:
     """Return accuracies on an axis from one half, a guess, to one."""
     rows = (
         (
-            escape(test.feature.replace("_", " ")),
+            inert_html(test.feature.replace("_", " ")),
             f"{test.accuracy:.0%}",
             share_bar(test.accuracy, f"{test.accuracy:.0%}", 0.5),
             f"{test.low:.0%} to {test.high:.0%}",
@@ -133,13 +134,13 @@ def _leaks(leaks: Sequence[LeakTest]) -> str:
 
 
 def _values(values: Mapping[str, float]) -> str:
-    rows = ((escape(name.replace("_", " ")), number(value)) for name, value in values.items())
+    rows = ((inert_html(name.replace("_", " ")), number(value)) for name, value in values.items())
     return table(("statistic", "value"), rows)
 
 
 def _shares(shares: Mapping[str, float]) -> str:
     rows = (
-        (escape(name.replace("_", " ")), f"{share:.1%}", share_bar(share, f"{share:.1%}"))
+        (inert_html(name.replace("_", " ")), f"{share:.1%}", share_bar(share, f"{share:.1%}"))
         for name, share in sorted(shares.items(), key=lambda item: -item[1])[:_MAX_ROWS]
         if share
     )

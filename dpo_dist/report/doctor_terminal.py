@@ -38,6 +38,8 @@ def _parts(diagnosis: Diagnosis, width: int) -> Iterator[RenderableType]:
     yield _table(report.sources) if wide else Group(*map(_source_lines, report.sources))
     if diagnosis.model is None:
         yield Text("without a model (model.path): only texts are examined, not tokens")
+    if diagnosis.store is not None:
+        yield Text(printable(diagnosis.store.sentence))
     for finding in report.findings:
         yield _finding(finding)
     yield Text(_summary(report.findings))

@@ -29,8 +29,8 @@ def pairs_section(pairs: Sequence[ShownPair]) -> str:
 
 
 def _pair(number: int, pair: ShownPair) -> str:
-    rules = "".join(f'<span class="badge">{escape(rule)}</span>' for rule in pair.rules)
-    note = f'<span class="badge error">dropped: {escape(pair.note)}</span>' if pair.note else ""
+    rules = "".join(f'<span class="badge">{inert_html(rule)}</span>' for rule in pair.rules)
+    note = f'<span class="badge error">dropped: {inert_html(pair.note)}</span>' if pair.note else ""
     return (
         f'<article><div class="head"><code>{inert_html(pair.origin)}</code>{rules}{note}</div>'
         f'<input type="checkbox" id="text-{number}" class="switch">'

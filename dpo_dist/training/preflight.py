@@ -55,7 +55,10 @@ def rehearse(config: RunConfig) -> str:
     ]
     lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+    return (
+        f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+        "  python -m dpo_dist.doctor with the same arguments examines all records\n"
+    )
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:

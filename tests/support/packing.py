@@ -59,6 +59,7 @@ def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
         trained=np.concatenate([np.empty(0, dtype=np.bool_), *masks]),
         mask_starts=np.cumsum([0, *map(len, masks)])[:-1],
         trained_tokens=np.array([mask.sum() for mask in masks]),
+        truncated=np.zeros(len(keys), dtype=np.bool_),
         prompts=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.data.sources import check_source
@@ -105,6 +105,14 @@ def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path:
         assert "did you mean answers" in str(raised.value)
 
 
+def test_a_missing_column_is_found_before_a_large_file_is_read(tmp_path: Path) -> None:
+    late = RECORD | {"system_text": "be kind"}
+    path = jsonl(tmp_path, *[RECORD] * 30, late)
+    check_source(SourceConfig(path=path, columns=COLUMNS | {"system": "system_text"}))
+    with pytest.raises(DataError, match="no record has a column"):
+        check_source(SourceConfig(path=path, columns=COLUMNS | {"prompt": "tasks"}))
+
+
 def test_a_column_may_be_missing_in_some_records(tmp_path: Path) -> None:
     path = jsonl(tmp_path, TEXT | {"defs": [{"name": "f"}]}, TEXT)
     first, second = read_records(SourceConfig(path=path, columns={"tools": "defs"}))
@@ -139,3 +147,4 @@ def test_columns_are_written_on_the_command_line() -> None:
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
     columns = {"prompt": "question", "chosen": "answers.good", "images": None, "*": None}
     assert config.data.train[0].columns == columns
+    assert from_yaml(to_yaml(config)) == config

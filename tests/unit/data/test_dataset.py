@@ -42,7 +42,7 @@ def ranked_records() -> list[PreferenceRecord]:
 @pytest.fixture
 def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset:
     """Return records of one, two and three responses, which no file format mixes yet."""
-    monkeypatch.setattr(build_dataset_module, "read_records", lambda _source: iter(ranked_records()))
+    monkeypatch.setattr(build_dataset_module, "read_records", lambda _source, _meter: iter(ranked_records()))
     return opened(tmp_path, jsonl(tmp_path, {}))
 
 

@@ -37,6 +37,7 @@ def test_keep_start_cuts_the_responses() -> None:
     assert flags(pair) == (False, True, False)
     assert pair.responses[0][-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in pair.responses[1]
+    assert pair.truncated == (False, True)
 
 
 def test_keep_end_cuts_the_prompt_and_keeps_its_bos() -> None:

@@ -24,6 +24,7 @@ from dpo_dist.data.concatenated import ConcatenatedArray
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import SourceWriter
 from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -84,6 +85,23 @@ def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
 def test_every_input_of_the_ids_changes_the_fingerprint(tmp_path: Path, change: dict[str, object]) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
+
+
+def test_folders_of_an_older_encoder_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arrays are others: none is opened, the data are encoded again."""
+    path, now = jsonl(tmp_path, *GOOD), build_dataset_module._ENCODING_VERSION
+    monkeypatch.setattr(build_dataset_module, "_ENCODING_VERSION", now - 1)
+    older = prepare(tmp_path, path)
+    manifest = json.loads((older / "manifest.json").read_text())
+    content = json.loads(manifest["content"])
+    for name in ("trained", "mask_starts", "trained_tokens"):
+        (older / f"{name}.bin").unlink()
+        del content["sizes"][name], content["digests"][name]
+    text = json.dumps(content)
+    (older / "manifest.json").write_text(json.dumps({"digest": text_digest(text), "content": text}))
+    monkeypatch.undo()
+    assert prepare(tmp_path, path) != older
+    assert len(opened(tmp_path, path)) == 7
 
 
 def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:
@@ -436,3 +454,26 @@ def test_a_chunk_of_long_records_has_fewer_of_them(tmp_path: Path, monkeypatch: 
     assert (sum(sizes), max(sizes)) == (len(GOOD), 2)
     for file in whole.glob("*.bin"):
         assert (again / file.name).read_bytes() == file.read_bytes()
+
+
+def test_each_response_that_was_cut_is_marked_and_counted_by_side(tmp_path: Path) -> None:
+    short, long = "a", "b" * 400
+    pairs = [(short, "c"), (long, short), (short, long)]
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    rows.append({"prompt": "q", "responses": [short, "c", long]})
+    rows.append({"prompt": "q", "completion": long})
+    data = opened(tmp_path, jsonl(tmp_path, *rows), max_length=64, ranked=Ranked.all_pairs)
+    marks = [data.truncated[data.response_indices(np.array([index]))].tolist() for index in range(len(data))]
+    assert marks == [[False] * 2, [True, False], [False, True], [False] * 2, *([[False, True]] * 2), [True]]
+    counts = {name: data.counts[name] for name in data.counts if name.endswith("_truncated")}
+    assert counts == {
+        "prompt_truncated": 0,
+        "response_truncated": 4,
+        "chosen_truncated": 1,
+        "rejected_truncated": 2,
+    }
+    dropped = opened(
+        tmp_path, jsonl(tmp_path, *rows), max_length=64, truncation=Truncation.drop, max_bad_share=1.0
+    )
+    assert dropped.counts["dropped"] == {"too_long": 4}
+    assert not dropped.truncated[:].any()

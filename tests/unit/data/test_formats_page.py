@@ -10,6 +10,7 @@ from dpo_dist.config.data_schema import DataFormat, SourceConfig
 from dpo_dist.data.columns import FIELDS
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.sharegpt import TAGS
 from tests.support.pages import ROOT
 from tests.support.records import jsonl
 
@@ -33,6 +34,16 @@ def test_the_example_of_a_format_is_read(name: str, example: str, tmp_path: Path
     best, *others = map(str, detected.responses)
     assert "4" in best or "add" in best
     assert not others or "5" in others[0]
+
+
+def test_the_page_on_other_trainers_names_fields_and_tags_that_exist() -> None:
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    for key, known in (("columns", (*FIELDS, "COLUMN")), ("tags", tuple(TAGS))):
+        names = [
+            name for found in re.findall(rf"{key}: {{(.*?)}}", page) for name in re.findall(r"(\w+): ", found)
+        ]
+        assert names
+        assert set(names) <= set(known)
 
 
 def test_every_format_and_field_is_on_the_page() -> None:

@@ -70,6 +70,29 @@ def test_tool_calls_have_one_form(tmp_path: Path, calling: dict[str, Any]) -> No
     assert record.responses == ((CALLING,), "no")
 
 
+def test_objects_of_tables_lose_the_nulls_that_fill_them(tmp_path: Path) -> None:
+    arguments = {"city": "Oslo", "date": None}
+    as_object, as_text = (
+        {"role": "assistant", "content": None, "tool_calls": [{"function": CALL | {"arguments": given}}]}
+        for given in (arguments, json.dumps(arguments))
+    )
+    tool = {"name": "weather", "parameters": {"type": "object", "required": None}}
+    fields = {"prompt": [user("q")], "chosen": [as_object], "rejected": [as_text], "tools": [tool]}
+    record = read_good(tmp_path, fields)
+    chosen, rejected = (next(iter(one)).fields["tool_calls"][0]["function"] for one in record.responses)  # type: ignore[union-attr]
+    assert (chosen["arguments"], rejected["arguments"]) == ({"city": "Oslo"}, arguments)
+    assert record.tools == TOOLS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"role": "user", "content": "x"}', '[{"role": "admin", "content": "x"}]', "[]", "[1", "[{'role': x}]"],
+)
+def test_a_response_in_json_is_a_text(tmp_path: Path, text: str) -> None:
+    record = read_good(tmp_path, TEXT | {"chosen": text})
+    assert (record.prompt, record.responses) == ("q", (text, "bad"))
+
+
 def test_the_id_and_the_result_of_a_call_are_kept(tmp_path: Path) -> None:
     calling = {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "c1", "function": CALL}]}
     result = {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "weather"}

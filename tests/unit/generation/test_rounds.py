@@ -15,6 +15,7 @@ from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
 from dpo_dist.generation.round_commands import run_command
 from dpo_dist.generation.round_results import is_exhausted, read_result, samples_of
 from dpo_dist.generation.rounds import run_rounds
+from dpo_dist.generation.startup import check_pairs
 
 FAKE = Path(__file__).parents[2] / "support" / "fake_verbs.py"
 
@@ -174,6 +175,20 @@ def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
         do(override)
     assert caught.value.where == where
     assert not Path("calls.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("pairs.launcher=python", "pairs.launcher"),
+        ("pairs.reference=first", "pairs.reference"),
+        ("pairs.prompt_part=1", "pairs.prompt_part"),
+    ],
+)
+def test_keys_of_rounds_without_rounds_are_refused(override, where) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_pairs(config("pairs.launcher=null", "pairs.rounds=0", override))
+    assert caught.value.where == where
 
 
 def test_rounds_are_not_started_by_several_processes(monkeypatch) -> None:

@@ -1,0 +1,108 @@
+"""The doctor's encoding is that of training, and data that training refuses are encoded too."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.build_dataset import Progress, prepare_dataset, tokenizer_digest
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.prompt_split import Part, eval_part, train_part
+from dpo_dist.diagnostics.prepared import Prepared, prepare
+from dpo_dist.errors import ConfigError, DataError
+from tests.support import tiny
+from tests.support.invented import write_pairs
+from tests.support.records import TEXT, jsonl
+from tests.support.tiny_model import write_model
+
+VOCABULARY = 1000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
+    sources = [SourceConfig(str(path)) for path in train]
+    return RunConfig(data=DataConfig(train=sources, cache=str(folder / "encoded"), **data))
+
+
+def prepared(config: RunConfig, model: Path, vocabulary: int = VOCABULARY) -> tuple[Prepared, int]:
+    """Return the result, and the number of records that were encoded for it."""
+    encoded: list[int] = []
+    return prepare(config, tiny.qwen(), model, vocabulary, counted(encoded)), sum(encoded)
+
+
+def counted(encoded: list[int]) -> Progress:
+    """Return a progress that appends numbers of records."""
+    return lambda _source: contextlib.nullcontext(lambda more, _share: encoded.append(more))
+
+
+def encoded_by_training(data: DataConfig, model: Path) -> int:
+    """Return the number of records that a run with this configuration encodes."""
+    encoded: list[int] = []
+
+    def opened(sources: list[SourceConfig], part: Part) -> PreferenceDataset:
+        digest = tokenizer_digest(model)
+        found = prepare_dataset(sources, data, tiny.qwen(), digest, counted(encoded), part)
+        return open_dataset(found, data)
+
+    of_eval = opened(data.eval_sources, eval_part(data))
+    opened(data.train, train_part(data, of_eval.prompts[:]))
+    return sum(encoded)
+
+
+def test_training_encodes_nothing_afterwards(tmp_path: Path, model: Path) -> None:
+    train, held_out = write_pairs(tmp_path / "a.jsonl", 30), write_pairs(tmp_path / "b.jsonl", 5, seed=1)
+    plain = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))])
+    split = run_of(tmp_path, train, eval_share=0.3)
+    without = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))], drop_eval_prompts=True)
+    for config in (plain, split, without):
+        found, encoded = prepared(config, model)
+        assert encoded > 0
+        assert found.refusals == ()
+        assert [source.is_eval for source in found.sources] == [False, True]
+        assert encoded_by_training(config.data, model) == 0
+
+
+def test_data_with_too_many_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
+    good = write_pairs(tmp_path / "good.jsonl", 5)
+    bad = jsonl(tmp_path, *[{"unknown": 1}] * 3, TEXT)
+    found, _ = prepared(run_of(tmp_path, good, bad), model)
+    assert [len(source.dataset or ()) for source in found.sources] == [5, 1]
+    [refusal] = found.refusals
+    assert isinstance(refusal, DataError)
+    assert refusal.message == "3 of 4 records cannot be used"
+
+
+def test_a_source_without_a_usable_record_has_no_dataset(tmp_path: Path, model: Path) -> None:
+    found, _ = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
+    assert found.sources[0].dataset is None
+    assert len(found.refusals) == 1
+
+
+def test_a_bad_record_is_the_error_of_a_strict_run(tmp_path: Path, model: Path) -> None:
+    path = jsonl(tmp_path, TEXT, {"unknown": 1})
+    found, _ = prepared(run_of(tmp_path, path, on_bad_record=OnBadRecord.error), model)
+    assert found.sources[0].dataset is not None
+    assert [refusal.where for refusal in found.refusals] == [f"{path}:2"]
+
+
+def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: Path) -> None:
+    config = run_of(tmp_path, jsonl(tmp_path, {"prompt": "q", "completion": "a"}))
+    [refusal] = prepared(config, model)[0].refusals
+    assert refusal.remedy.startswith("set loss=sft")
+    assert prepared(replace(config, loss=LossConfig(LossKind.sft)), model)[0].refusals == ()
+    [refusal] = prepared(replace(config, loss=LossConfig(LossKind.sft)), model, 2)[0].refusals
+    assert isinstance(refusal, ConfigError)
+
+
+def test_a_missing_source_is_an_error(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(DataError):
+        prepared(run_of(tmp_path, tmp_path / "missing.jsonl"), model)

@@ -1,0 +1,127 @@
+"""Decoded records show every token once, with its marks, and are those that findings name."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
+from dpo_dist.diagnostics import shown_pairs
+from dpo_dist.diagnostics.findings import Finding, Level
+from dpo_dist.diagnostics.shown_pairs import Kind, Part, ShownPair, show_pairs
+from tests.support import tiny
+from tests.support.invented import write_pairs
+from tests.support.records import assistant, jsonl, user
+
+TOKENIZERS = (tiny.qwen, tiny.llama3, tiny.mistral, tiny.zephyr)
+CHAT = {"prompt": [user("the sea")], "chosen": [assistant("one story")], "rejected": [assistant("bad")]}
+
+
+def config(path: str | Path, **changes: Any) -> DataConfig:
+    return DataConfig(train=[SourceConfig(str(path))], cache=str(Path(path).parent / "encoded"), **changes)
+
+
+def finding(rule: str, *examples: str) -> Finding:
+    return Finding(rule, Level.warning, "text", None, len(examples), None, examples, "remedy")
+
+
+def shown_one(data: DataConfig, tokenizer: Any) -> ShownPair:
+    [pair] = show_pairs(data, tokenizer, [], 1)
+    return pair
+
+
+def text_of(part: Part, **marks: Any) -> str:
+    chosen = (
+        each for each in part.segments if all(getattr(each, name) == mark for name, mark in marks.items())
+    )
+    return "".join(segment.text for segment in chosen)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_the_segments_are_the_whole_text_in_order(tmp_path: Path, tokenizer: Any) -> None:
+    pair = shown_one(config(jsonl(tmp_path, CHAT)), tokenizer())
+    prompt, chosen, rejected = pair.parts
+    assert [part.name for part in pair.parts] == ["prompt", "chosen", "rejected"]
+    assert "the sea" in text_of(prompt, kind=Kind.text)
+    assert "one story" in text_of(chosen, kind=Kind.text, is_trained=True)
+    assert not text_of(prompt, is_trained=True)
+    assert not text_of(rejected, is_cut=True)
+    special = text_of(prompt, kind=Kind.special) + text_of(chosen, kind=Kind.special)
+    assert any(token in special for token in tokenizer().all_special_tokens)
+
+
+def test_cut_tokens_are_marked_and_not_trained(tmp_path: Path) -> None:
+    words = " ".join(["story"] * 40)
+    record = {**CHAT, "prompt": [user(words)], "chosen": [assistant(words)]}
+    path, tokenizer = jsonl(tmp_path, record), tiny.llama3()
+    whole = shown_one(config(path), tokenizer)
+    prompt, chosen, _ = whole.parts
+    assert prompt.tokens is not None
+    assert chosen.tokens is not None
+    at_end = shown_one(config(path, max_length=prompt.tokens + 10), tokenizer).parts[1]
+    assert at_end.tokens == chosen.tokens
+    assert text_of(at_end) == text_of(chosen)
+    cut = text_of(at_end, is_cut=True)
+    assert cut.count("story") >= 30
+    assert text_of(at_end, is_trained=True) + cut == text_of(at_end)
+    keep_end = config(path, max_length=chosen.tokens + 20, truncation=Truncation.keep_end)
+    at_start = shown_one(keep_end, tokenizer).parts[0]
+    assert at_start.segments[0].text.startswith("<|begin_of_text|>")
+    assert not at_start.segments[0].is_cut
+    assert text_of(at_start, is_cut=True)
+    assert not at_start.segments[-1].is_cut
+    assert text_of(at_start) == text_of(prompt)
+
+
+def test_a_mask_leaves_tokens_uncoloured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = shown_pairs.encode_pair
+
+    def masked(*arguments: Any) -> Any:
+        example = encode(*arguments)
+        masks = tuple(ids == ids[0] for ids in example.responses)
+        return replace(example, trained=masks)
+
+    monkeypatch.setattr(shown_pairs, "encode_pair", masked)
+    chosen = shown_one(config(jsonl(tmp_path, CHAT)), tiny.qwen()).parts[1]
+    assert 0 < len(text_of(chosen, is_trained=True)) < len(text_of(chosen))
+    assert "one story" in text_of(chosen)
+
+
+def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.jsonl", 40)
+    examples = [f"{path}:{line}" for line in (30, 7, 9)]
+    found = [finding("first", *examples), finding("second", f"{path}:7, {path}:12")]
+    pairs = show_pairs(config(path), tiny.qwen(), found, 3)
+    rules = {pair.origin.rpartition(":")[2]: pair.rules for pair in pairs if pair.rules}
+    assert rules == {"30": ("first",), "7": ("first", "second"), "12": ("second",)}
+    assert [bool(pair.rules) for pair in pairs] == [True] * 3 + [False] * 3
+    assert pairs == show_pairs(config(path), tiny.qwen(), found, 3)
+
+
+def test_a_record_that_is_dropped_says_why(tmp_path: Path) -> None:
+    pair = shown_one(config(jsonl(tmp_path, CHAT), max_length=4, truncation=Truncation.drop), tiny.qwen())
+    assert pair.note == "too_long"
+    assert "one story" in text_of(pair.parts[1])
+
+
+def test_without_a_tokenizer_texts_are_shown(tmp_path: Path) -> None:
+    ranking = {"prompt": "q", "responses": ["a", "b", "c", "d", "e"], "scores": [5, 4, 3, 2, 1]}
+    pair = shown_one(config(jsonl(tmp_path, ranking)), None)
+    assert [(part.name, text_of(part), part.score) for part in pair.parts[1:]] == [
+        ("response 1 of 5", "a", 5),
+        ("response 2 of 5", "b", 4),
+        ("response 3 of 5", "c", 3),
+        ("response 5 of 5", "e", 1),
+    ]
+
+
+def test_a_huge_record_is_shown_at_both_ends(tmp_path: Path) -> None:
+    huge = "first " + "story " * 100_000 + "last"
+    data = config(jsonl(tmp_path, {**CHAT, "chosen": [assistant(huge)]}))
+    for tokenizer in (tiny.qwen(), None):
+        chosen = shown_one(data, tokenizer).parts[1]
+        assert len(text_of(chosen)) < 20_000
+        assert "first" in text_of(chosen)
+        assert "last" in text_of(chosen)
+        assert text_of(chosen, kind=Kind.omitted).endswith(("tokens", "characters"))
