@@ -129,6 +129,8 @@ class PreferenceDataset:
 
     def masks(self, index: int) -> tuple[Mask, ...]:
         """Return for each response of an example whether the loss counts its tokens; empty: it counts all."""
+        if not len(self.trained):
+            return ()
         within = self.response_range(index)
         counts = self.trained_tokens[within.start : within.stop]
         lengths = self.lengths(index)[1:]

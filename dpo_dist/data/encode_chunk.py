@@ -201,8 +201,6 @@ def encode_record(
     encoded = encode_pair(replace(record, responses=responses), tokenizer, config)
     if isinstance(encoded, BadRecord):
         return encoded
-    if not all(mask.any() for mask in encoded.trained):
-        return BadRecord("no_trained_token", record.origin, "the loss counts no token of a response")
     new_index = {index: number for number, index in enumerate(used)}
     scores = record.scores or (np.nan,) * len(record.responses)
     return EncodedRecord(

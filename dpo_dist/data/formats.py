@@ -5,8 +5,6 @@ row of `FORMATS`. Text, messages and HH dialogues in these fields are then read 
 fields beside them by context.py.
 """
 
-import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -36,16 +34,13 @@ from dpo_dist.data.pair_fields import (
     pair_content,
 )
 from dpo_dist.data.rankings import has_ranking, ranked_content
+from dpo_dist.data.record_checks import check_content
 from dpo_dist.data.records import (
     BadRecord,
-    Dialogue,
     Fields,
-    Message,
-    Messages,
     Origin,
     PreferenceRecord,
     RawContent,
-    Response,
     UnusableRecordError,
     shown_key,
 )
@@ -147,7 +142,7 @@ def _read(record: Fields, format_: Format, origin: Origin) -> PreferenceRecord |
         return result
     prompt, responses = result
     context = with_context(prompt, record, content, plain=format_.read in (read_text, read_implicit))
-    return _check_content(
+    return check_content(
         PreferenceRecord(
             context.prompt,
             tuple(responses),
@@ -210,68 +205,6 @@ def _responses(record: Fields, origin: Origin) -> RawContent | BadRecord:
     if has_pair(record):
         return pair_content(record, origin)
     return (ranked_content if has_ranking(record) else completion_content)(record, origin)
-
-
-def _check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
-    """Return the record, or why nothing can be learned from it."""
-    prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
-    prompt_texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
-    texts = [[text] if isinstance(text, str) else _texts(text) for text in record.responses]
-    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts, _other_texts(record)))):
-        return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
-    if not any(text.strip() for text in prompt_texts):
-        return BadRecord("empty_prompt", record.origin)
-    empty = [
-        str(rank)
-        for rank, response in enumerate(record.responses, start=1)
-        if not (response.strip() if isinstance(response, str) else any(map(_has_content, response)))
-    ]
-    if empty:
-        return BadRecord("empty_response", record.origin, f"rank {', '.join(empty)}")
-    if len(set(map(_stripped, record.responses))) < len(record.responses):
-        return BadRecord("identical_responses", record.origin)
-    return record
-
-
-def _texts(messages: Messages) -> list[str]:
-    """Return the contents of messages, and their other fields as JSON."""
-    fields = [
-        json.dumps(message.fields, ensure_ascii=False, default=str) for message in messages if message.fields
-    ]
-    return [message.content for message in messages] + fields
-
-
-def _other_texts(record: PreferenceRecord) -> Iterator[str]:
-    """Yield what a chat template writes besides the texts of turns."""
-    yield json.dumps([record.tools, record.template_arguments], ensure_ascii=False, default=str)
-    for turns in (record.prompt, *record.responses):
-        if isinstance(turns, tuple):
-            yield from (message.role for message in turns)
-
-
-def _has_content(message: Message) -> bool:
-    """Return whether the loss may count anything of a message."""
-    return (
-        message.role == "assistant"
-        and message.is_trained is not False
-        and bool(message.content.strip() or message.fields)
-    )
-
-
-def _stripped(response: Response) -> str:
-    """Return a text that is equal for responses that differ only in outer white space."""
-    if isinstance(response, str):
-        return response.strip()
-    turns = [(turn.role, turn.content.strip(), turn.fields) for turn in response]
-    return json.dumps(turns, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _is_valid_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # Formats with `matches` exclude each other: a record that matches two of them is ambiguous.

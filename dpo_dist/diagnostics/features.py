@@ -10,13 +10,15 @@ from dpo_dist.diagnostics.words import words_of
 
 EDGE_WORDS = 3
 _HEAD_CHARACTERS = 400
+_EDGE_CHARACTERS = 100
 
 _CODE = re.compile("```")
-_BULLET = re.compile(r"^\s*[-*\u2022] ", re.MULTILINE)
-_NUMBERED = re.compile(r"^\s*\d+[.)] ", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]{0,16}[-*\u2022] ", re.MULTILINE)
+_NUMBERED = re.compile(r"^[ \t]{0,16}\d{1,4}[.)] ", re.MULTILINE)
 _HEADER = re.compile(r"^#{1,6} ", re.MULTILINE)
 _EMOJI = re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]")
 _ODD = re.compile("[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CAPITAL, _DIGIT, _OUTSIDE_ASCII = re.compile("[A-Z]"), re.compile("[0-9]"), re.compile("[^\x00-\x7f]")
 _NON_LATIN = re.compile("[\u0370-\u1fff\u3040-\ud7ff]")
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -65,9 +67,10 @@ def side_features(response: str) -> npt.NDArray[np.float32]:
     start, end = response[: len(response) - len(response.lstrip())], response[len(response.rstrip()) :]
     quotation = bare.count('"') + bare.count("'") + bare.count("\u2019")
     typographic = sum(map(bare.count, "\u2014\u2013\u2018\u2019\u201c\u201d\u2026"))
-    capitals = sum(map(str.isupper, bare[:_HEAD_CHARACTERS])) / min(size, _HEAD_CHARACTERS)
-    digits = sum(map(str.isdigit, bare[:_HEAD_CHARACTERS])) / min(size, _HEAD_CHARACTERS)
-    outside = 0.0 if bare.isascii() else sum(character > "\x7f" for character in bare) / size
+    head = bare[:_HEAD_CHARACTERS]
+    capitals = len(_CAPITAL.findall(head)) / max(len(head), 1)
+    digits = len(_DIGIT.findall(head)) / max(len(head), 1)
+    outside = 0.0 if bare.isascii() else len(_OUTSIDE_ASCII.findall(bare)) / size
     scripts = 0.0 if bare.isascii() else len(_NON_LATIN.findall(bare)) / size
     values = (
         np.log1p(len(bare)),
@@ -111,8 +114,8 @@ def edge_words(response: str) -> tuple[str, ...]:
 
     `first 1=The` is the first word; the last ones are counted from the end. Words have their case.
     """
-    first = words_of(response[:_HEAD_CHARACTERS])[:EDGE_WORDS]
-    last = words_of(response[-_HEAD_CHARACTERS:])[::-1][:EDGE_WORDS]
+    first = words_of(response[:_EDGE_CHARACTERS])[:EDGE_WORDS]
+    last = words_of(response[-_EDGE_CHARACTERS:])[::-1][:EDGE_WORDS]
     return (
         *(f"first {number}={word}" for number, word in enumerate(first, start=1)),
         *(f"last {number}={word}" for number, word in enumerate(last, start=1)),

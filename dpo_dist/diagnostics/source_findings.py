@@ -16,6 +16,7 @@ _STYLE = {"punctuation", "markdown", "language", "refusal"}
 _FORMS = ("white space", "model names", "odd characters")
 _GROUPS = (*(name for name in GROUPS if name != LENGTH), "first words", "last words")
 _MIN_DIFFERS, _MIN_ONE_SIDED = 0.03, 0.75
+_MEMBERS = GROUPS | {"language": (*GROUPS["language"], "language of the prompt")}
 _LENGTH_FEATURE = GROUPS[LENGTH][0]
 _OF_PAIRS = {*LEAKS, *SCORES, "short_chosen", "short_rejected", "one_response_starts_the_other"}
 _OF_PAIRS |= {"differs_only_in_spaces", "differs_only_in_case"}
@@ -59,7 +60,7 @@ def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Itera
         if test is None or not _is_leak(test, judge, _rule_of(name)):
             continue
         both = by_name.get(f"length and {name}", test)
-        if not has_bias or both.accuracy > length.accuracy + _ADDS:
+        if not has_bias or max(test.accuracy, both.accuracy) > length.accuracy + _ADDS:
             found += _leak(name, test, by_name, judge, source)
     yield from found
     if not found:
@@ -68,17 +69,17 @@ def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Itera
 
 
 def _group_test(name: str, by_name: Mapping[str, LeakTest]) -> LeakTest | None:
-    """Return the test of a group, or of its best feature if the sample is too small for the group."""
-    members = [by_name[member] for member in GROUPS.get(name, ())]
-    return by_name.get(name) or max(members, key=lambda test: test.accuracy, default=None)
+    """Return the most accurate test of a group or of one of its features."""
+    members = [by_name[member] for member in (name, *_MEMBERS.get(name, ())) if member in by_name]
+    return max(members, key=lambda test: test.accuracy, default=None)
 
 
 def _leak(
     name: str, test: LeakTest, by_name: Mapping[str, LeakTest], judge: Judge, source: str
 ) -> Iterator[Finding]:
     detail = test.detail
-    if name in GROUPS:
-        best = max((by_name[member] for member in GROUPS[name]), key=lambda one: one.accuracy)
+    if name in _MEMBERS:
+        best = max((by_name[member] for member in _MEMBERS[name]), key=lambda one: one.accuracy)
         detail = f"{best.feature}, {best.detail}, {best.accuracy:.1%}"
     text = f"by {name}, {_shown(test)} of held-out pairs are guessed ({detail})"
     yield from judge.value(_rule_of(name), test.accuracy, test.pairs, source, text)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
@@ -30,12 +31,19 @@ _ASCII_PATTERNS = {
     "template_mark": re.compile(
         r"<\|(im_start|im_end|endoftext|eot_id|begin_of_text|start_header_id|end_header_id|user|assistant|system"
         r"|end|channel|message|return)\|>|</?(start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</s>|<s>|<(bos|eos|pad|unk)>"
-        r"|^\s*#{2,3} ?(Instruction|Response|Human|Assistant|Input):|</?think>",
+        r"|^[ \t]{0,8}#{2,3} ?(Instruction|Response|Human|Assistant|Input):",
         re.MULTILINE,
     ),
-    "role_mark": re.compile(r"\b(Human|Assistant|User):|^\s*(USER|ASSISTANT|SYSTEM):", re.MULTILINE),
+    "role_mark": re.compile(r"\b(Human|Assistant|User):|^[ \t]{0,8}(USER|ASSISTANT|SYSTEM):", re.MULTILINE),
     "html_entity": re.compile(r"&(amp|lt|gt|quot|nbsp|#\d{2,4}|#x[0-9a-fA-F]{2,4});"),
     "escaped_newline": re.compile(r"[^\\]\\n(\\n)?[^a-zA-Z\\]|[^\\]\\n\\n"),
+}
+# A pattern matches only texts with one of these: faster to look for.
+_NEEDED = {
+    "template_mark": ("<", "[", "##"),
+    "role_mark": ("Human:", "Assistant:", "User:", "USER:", "ASSISTANT:", "SYSTEM:"),
+    "html_entity": ("&",),
+    "escaped_newline": ("\\n",),
 }
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff]")
 _LATIN = re.compile("[A-Za-z]")
@@ -48,6 +56,10 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_CHARACTERS = 200
+_MODEL_WORDS = re.compile(
+    "gpt| ai|language model|openai|anthropic|claude|deepseek|qwen|mistral|llama|gemini|ernie|chatglm"
+    "|\u4f5c\u4e3a\u4e00"
+)
 _MODEL_NAME = re.compile(
     r"\bas an? (\w+ )?(AI|language model)\b|\bI(\W{0,2}m| am) an? (\w+ )?(AI|language model)\b"
     r"|\b(Chat)?GPT(-?\d\w*)?\b|\b(OpenAI|Anthropic|Claude|DeepSeek|Qwen|Mistral|LLaMA|Gemini|ERNIE|ChatGLM)\b"
@@ -92,14 +104,16 @@ def texts_of(record: PreferenceRecord) -> Texts:
     return Texts(turns, tuple(map(_response_text, record.responses)))
 
 
+@lru_cache(maxsize=8)  # a response is asked about twice
 def is_refusal(response: str) -> bool:
     """Return whether a response starts like a refusal (English and Chinese phrases)."""
     return _REFUSAL.search(response[:_REFUSAL_CHARACTERS]) is not None
 
 
+@lru_cache(maxsize=8)
 def names_model(response: str) -> bool:
     """Return whether a response names a model or says that an AI wrote it."""
-    return _MODEL_NAME.search(response) is not None
+    return _MODEL_WORDS.search(response.lower()) is not None and _MODEL_NAME.search(response) is not None
 
 
 def text_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
@@ -120,7 +134,11 @@ def text_faults(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
 
 
 def _text_names(text: str) -> set[str]:
-    found = {name for name, pattern in _ASCII_PATTERNS.items() if pattern.search(text)}
+    found = {
+        name
+        for name, pattern in _ASCII_PATTERNS.items()
+        if any(part in text for part in _NEEDED.get(name, ("",))) and pattern.search(text)
+    }
     if "escaped_newline" in found and "\n" in text:
         found.remove("escaped_newline")
     if not text.isascii():

@@ -24,6 +24,7 @@ from dpo_dist.data.concatenated import ConcatenatedArray
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import SourceWriter
 from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -84,6 +85,23 @@ def test_the_same_data_are_encoded_once(tmp_path: Path) -> None:
 def test_every_input_of_the_ids_changes_the_fingerprint(tmp_path: Path, change: dict[str, object]) -> None:
     path = jsonl(tmp_path, *GOOD)
     assert prepare(tmp_path, path, **change) != prepare(tmp_path, path)  # type: ignore[arg-type]
+
+
+def test_folders_of_an_older_encoder_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arrays are others: none is opened, the data are encoded again."""
+    path, now = jsonl(tmp_path, *GOOD), build_dataset_module._ENCODING_VERSION
+    monkeypatch.setattr(build_dataset_module, "_ENCODING_VERSION", now - 1)
+    older = prepare(tmp_path, path)
+    manifest = json.loads((older / "manifest.json").read_text())
+    content = json.loads(manifest["content"])
+    for name in ("trained", "mask_starts", "trained_tokens"):
+        (older / f"{name}.bin").unlink()
+        del content["sizes"][name], content["digests"][name]
+    text = json.dumps(content)
+    (older / "manifest.json").write_text(json.dumps({"digest": text_digest(text), "content": text}))
+    monkeypatch.undo()
+    assert prepare(tmp_path, path) != older
+    assert len(opened(tmp_path, path)) == 7
 
 
 def test_format_split_and_kind_change_the_fingerprint(tmp_path: Path) -> None:

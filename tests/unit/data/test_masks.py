@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 
 from dpo_dist.config.data_schema import Ranked, SourceConfig
-from dpo_dist.data import encode_chunk as encode_chunk_module
+from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import EncodedExample
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.packing import Sequences, pack
+from tests.support import tiny
 from tests.support.cache import opened
 from tests.support.masks import add_masks, masked, random_mask
 from tests.support.packing import dataset_of, pack_unkeyed, pair_shapes, random_pairs
@@ -53,7 +53,8 @@ def sources(tmp_path: Path) -> list[str]:
 def test_masks_of_several_sources_are_read_as_they_were_encoded(
     ranked: Ranked, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of the sources before and after one without masks, and of a part of a source."""
+    """Also of sources before and after one without masks, of several chunks, and of a part of a source."""
+    monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
     plain = opened(tmp_path, sources[1], ranked=ranked)
     add_masks(monkeypatch)
     data = opened(tmp_path, sources[0], sources[1], SourceConfig(sources[2], limit=4), ranked=ranked)
@@ -106,21 +107,26 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     assert only_chosen.response_tokens.tolist() == chosen
 
 
-def test_a_response_without_a_counted_token_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode_pair = encode_chunk_module.encode_pair
-
-    def encode(record: Any, *rest: Any) -> Any:
-        found = encode_pair(record, *rest)
-        assert isinstance(found, EncodedExample)
-        is_last = record.prompt == "question 3"
-        return replace(found, trained=tuple(np.full(len(r), not is_last) for r in found.responses))
-
-    monkeypatch.setattr(encode_chunk_module, "encode_pair", encode)
-    data = opened(tmp_path, jsonl(tmp_path, *map(ranking, range(4))), max_bad_share=1.0)
-    assert data.counts["dropped"] == {"no_trained_token": 1}
-    assert len(data) == 3
+def test_masks_of_the_encoder_reach_the_targets(tmp_path: Path) -> None:
+    """A response with a tool's result and an empty thought: both are inputs, and no targets."""
+    turns = [
+        {"role": "assistant", "content": "<think>\n\n</think>\n\nI ask."},
+        {"role": "tool", "content": "sunny weather"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    other = [{"role": "assistant", "content": "I cannot do that."}]
+    record = {"prompt": [{"role": "user", "content": "weather?"}], "chosen": turns, "rejected": other}
+    data = opened(tmp_path, jsonl(tmp_path, record))
+    batch = collate(data, [0])
+    chosen, rejected = (
+        tiny.qwen().decode(ids) for ids in batch.targets.split(batch.response_tokens.tolist())
+    )
+    assert "I ask." in chosen
+    assert chosen.count("<|im_end|>") == 2
+    assert "It is sunny." in chosen
+    assert not any(text in chosen for text in ("think", "weather", "tool", "<|im_start|>"))
+    assert rejected == "I cannot do that.<|im_end|>"
+    assert "sunny weather" in tiny.qwen().decode(batch.input_ids)
 
 
 def test_masked_targets_by_hand() -> None:
