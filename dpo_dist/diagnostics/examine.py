@@ -88,7 +88,7 @@ def examine(
 
 
 def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with a label of its own: as configured, or path, name and split; numbered if equal."""
+    """Yield each source with a label of its own: as configured, or path, name, split; numbered if equal."""
     seen: Counter[str] = Counter()
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source in sources:
