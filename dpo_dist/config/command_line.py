@@ -27,6 +27,7 @@ from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
 
 _RANK_0_SECONDS = 60
 _ABSENT = object()
+_OF_ONE_PROCESS = ("doctor",)
 
 
 class _Option(NamedTuple):
@@ -145,7 +146,8 @@ def _answer(arguments: Arguments) -> str | None:
         f"{name}{f', {option.short}' if option.short else ''} {option.value}": option.meaning
         for name, option in _OPTIONS.items()
     }
-    command = f"accelerate launch -m dpo_dist.{Path(sys.argv[0]).stem}"
+    verb = Path(sys.argv[0]).stem
+    command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
     return None if key is None else usage(command, options, folders)
 
 

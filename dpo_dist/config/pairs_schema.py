@@ -26,8 +26,8 @@ class EndpointConfig:
         "`compare`: each two responses, in both positions; `grade`: each response by itself, 1 to 10.",
     )
     criterion: str = key(
-        "which response is more helpful, more honest and follows the instructions better",
-        "The criterion, as part of a sentence to the judge.",
+        "the better response is more helpful, honest and harmless, and follows the instructions",
+        "The judge's criterion, in one clause.",
         filled=True,
     )
     key_variable: str = key(

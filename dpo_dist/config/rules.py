@@ -1,22 +1,14 @@
 """The rules between the values of a run, one row each: no option without effect (law L5).
 
-Those about the reference model are in `rules_reference`; bounds of single values are declared at the fields
-of the schema.
+Those about the data are in `rules_data`, those about the reference in `rules_reference`; bounds of single
+values are declared at the fields of the schema.
 """
 
 from dataclasses import fields
-from datetime import date
 
 from dpo_dist.config.check import Rule
-from dpo_dist.config.data_schema import (
-    MARKER_GAP,
-    UNTRAINED_PARTS,
-    DataConfig,
-    DataFormat,
-    Ranked,
-    SourceConfig,
-)
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
+from dpo_dist.config.rules_data import DATA_RULES
 from dpo_dist.config.rules_doctor import DOCTOR_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.schema import (
@@ -33,28 +25,10 @@ _SIXTEEN_BIT_KERNELS = (AttentionBackend.flash_attention_2, AttentionBackend.var
 _CHECKPOINTING = "none, full, or n of 2 or more: every n-th layer"
 
 
-def _is_date(text: str) -> bool:
-    try:
-        date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _names_layers(targets: object) -> bool:
     if isinstance(targets, list):
         return bool(targets) and all(isinstance(name, str) and name for name in targets)
     return targets == "all-linear"
-
-
-def _has_rankings(data: DataConfig) -> bool:
-    """Return whether a source may have rankings, by its format."""
-    return any(source.format in (DataFormat.auto, DataFormat.ranked) for source in [*data.train, *data.eval])
-
-
-def _is_untrained_part(entry: str) -> bool:
-    begin, _, end = entry.partition(MARKER_GAP)
-    return entry in UNTRAINED_PARTS or bool(begin.strip() and end.strip())
 
 
 def _is_set(loss: LossConfig, option: str) -> bool:
@@ -151,82 +125,6 @@ _RUN_AND_MODEL = (
         lambda c: c.model.compile and c.model.quantization is not None,
         "torch.compile is not known to be exact with quantized weights",
         "set model.compile=false",
-    ),
-)
-
-_DATA = (
-    Rule(
-        "data.train",
-        lambda c: not c.data.train,
-        "no training data is given",
-        "set data.train=[pairs.jsonl], or choose a preset with data=...",
-        "at least one source",
-    ),
-    Rule(
-        "data.eval",
-        lambda c: any(source.weight != SourceConfig.weight for source in c.data.eval),
-        "a weight has no effect on evaluation data: every pair counts once",
-        "remove the weight, or set limit",
-    ),
-    Rule(
-        "data.eval data.eval_share",
-        lambda c: bool(c.data.eval) and c.data.eval_share > 0,
-        "evaluation data are given twice: by their sources and as a share of the training data",
-        "remove data.eval_share; data.drop_eval_prompts=true keeps prompts of data.eval out of training",
-    ),
-    Rule(
-        "data.eval_seed",
-        lambda c: c.data.eval_seed != DataConfig.eval_seed and not c.data.eval_share,
-        "the seed has no effect without a share of held-out prompts",
-        "set data.eval_share, or remove data.eval_seed",
-    ),
-    Rule(
-        "data.drop_eval_prompts",
-        lambda c: c.data.drop_eval_prompts and not c.data.eval,
-        "no evaluation data are given whose prompts could be dropped",
-        "set data.eval, or remove data.drop_eval_prompts (data.eval_share never shares a prompt)",
-    ),
-    Rule(
-        "data.max_prompt_length data.max_length",
-        lambda c: c.data.max_prompt_length is not None and c.data.max_prompt_length >= c.data.max_length,
-        "the longest prompt leaves no room for a response",
-        "raise data.max_length or lower data.max_prompt_length",
-        "max_prompt_length < max_length",
-    ),
-    Rule(
-        "data.template_date",
-        lambda c: not _is_date(c.data.template_date),
-        "data.template_date is not a date",
-        f"write data.template_date={DataConfig.template_date}; other days in the same form",
-        f"YYYY-MM-DD, such as {DataConfig.template_date}",
-    ),
-    Rule(
-        "data.template_arguments",
-        lambda c: not isinstance(c.data.template_arguments, dict | None),
-        "data.template_arguments is not a mapping",
-        "write 'data.template_arguments={{enable_thinking: false}}'",
-        "null or a mapping of names and values",
-    ),
-    Rule(
-        "data.trained_roles",
-        lambda c: not c.data.trained_roles or not all(c.data.trained_roles),
-        "data.trained_roles names no role, so the loss would count nothing",
-        "write data.trained_roles=[assistant]",
-        "a list of roles",
-    ),
-    Rule(
-        "data.untrained",
-        lambda c: not all(map(_is_untrained_part, c.data.untrained)),
-        "data.untrained has an entry that is neither a named part nor a pair of markers",
-        "write a marker as BEGIN...END, such as '<note>...</note>'",
-        f"a list of {', '.join(UNTRAINED_PARTS)} and BEGIN...END",
-    ),
-    Rule(
-        "data.ranked data.train",
-        lambda c: c.data.ranked is not Ranked.whole and not _has_rankings(c.data),
-        "data.ranked has no effect: no source has rankings",
-        "set data.ranked=whole, or remove the format of the source that has rankings",
-        "a source of format ranked or auto",
     ),
 )
 
@@ -342,5 +240,5 @@ _TRAINING = (
     _not_on_nvme("offload_optimizer"),
 )
 
-RULES = (*_RUN_AND_MODEL, *_DATA, *_LOSS, *_TRAINING, *REFERENCE_RULES, *DOCTOR_RULES)
+RULES = (*_RUN_AND_MODEL, *DATA_RULES, *_LOSS, *_TRAINING, *REFERENCE_RULES, *DOCTOR_RULES)
 """In the order in which they are checked."""

@@ -136,12 +136,10 @@ class ChatRenderer:
         plain = self._apply(template, turns, context, generation, None)
         if context.marked is None and all(turn.marked is None for turn in turns):
             return plain
-        replaced = self._apply(template, turns, context, generation, 0)
-        if self._marks.spell(replaced) == plain:
-            return replaced
-        beside = self._marks.settle(self._apply(template, turns, context, generation, 1))
-        if self._marks.spell(beside) == plain:
-            return beside
+        for number in (0, 1):
+            marked = self._marks.settle(self._apply(template, turns, context, generation, number))
+            if self._marks.spell(marked) == plain:
+                return marked
         raise UnusableRecordError(
             "special_token_in_text", "the chat template changes a text with a special token in it"
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Tokens around turns of common model families: a text may come from another tokenizer's template.
-_FOREIGN_MARKS = (
+FOREIGN_MARKS = (
     "<|im_start|>",
     "<|im_end|>",
     "<|start_header_id|>",
@@ -181,7 +181,7 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def has_foreign_marks(text: str) -> bool:
     """Return whether a text has turns of a common chat template."""
-    return any(mark in text for mark in _FOREIGN_MARKS)
+    return any(mark in text for mark in FOREIGN_MARKS)
 
 
 def opens_thought(prompt: str) -> bool:
@@ -220,6 +220,12 @@ def split_thought(response: str) -> tuple[str, str]:
     """Return the response up to the end of its thought, and the rest."""
     end = response.rindex(_CLOSE) + len(_CLOSE)
     return response[:end], response[end:]
+
+
+def before_open_thought(text: str) -> str:
+    """Return a text up to a thought that is opened and not closed in it, else the text."""
+    before, opened, thought = text.rpartition(_OPEN)
+    return before if opened and _CLOSE not in thought else text
 
 
 def within_thought(response: str, prompt: str) -> str:

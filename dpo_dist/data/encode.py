@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from dpo_dist.config.data_schema import DataConfig, Truncation
 from dpo_dist.data.escaped_encoder import SpecialTokenInTextError
 from dpo_dist.data.loss_mask import Mask, counted_characters, token_mask, untrained_parts
-from dpo_dist.data.marks import RESERVED, any_text
+from dpo_dist.data.marks import RESERVED, RESERVED_CHARACTER, any_text
 from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.render_conversation import Rendered
 from dpo_dist.data.rendering import render_record
@@ -107,7 +107,7 @@ def encode_pair(
         ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
-    if any_text(_all_text(record), RESERVED):
+    if _has_reserved_character(record):
         return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
     try:
         tokens = _tokenise(render_record(record, facts, data_config), facts, data_config)
@@ -127,15 +127,18 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
     return digest.digest()
 
 
-def _all_text(record: PreferenceRecord) -> list[Any]:
-    """Return all texts of a record that are encoded or given to the chat template."""
+def _has_reserved_character(record: PreferenceRecord) -> bool:
+    """Return whether a text that is encoded or given to the chat template has it."""
     prompt = record.prompt.text if isinstance(record.prompt, Dialogue) else record.prompt
-    parts = [prompt, *record.responses]
-    turns = [turn for part in parts if not isinstance(part, str) for turn in part]
-    texts: list[Any] = [part for part in parts if isinstance(part, str)]
-    texts += [turn.content for turn in turns]
-    texts += [turn.fields for turn in turns if turn.fields]
-    return [*texts, *record.tools, record.template_arguments]
+    for part in (prompt, *record.responses):
+        if isinstance(part, str):
+            if RESERVED_CHARACTER in part:
+                return True
+        elif any(RESERVED_CHARACTER in turn.content for turn in part) or any_text(
+            [turn.fields for turn in part if turn.fields], RESERVED
+        ):
+            return True
+    return any_text((*record.tools, record.template_arguments), RESERVED)
 
 
 def _tokenise(rendered: Rendered, facts: TokenizerFacts, config: DataConfig) -> _Tokens:

@@ -14,29 +14,34 @@ from dpo_dist.data.turn_trace import Span
 
 Mask = npt.NDArray[np.bool_]
 
+_NOTHING = re.compile(r"(?!)")
+# Of an opened marker and the white space after it, in characters.
+_LONGEST_OPENING = 128
+
 
 @dataclass(frozen=True)
 class UntrainedParts:
     """`data.untrained`, compiled.
 
     Attributes:
-        inside: patterns of text that the loss does not count.
+        at_start: pattern of text at the start of a turn that the loss does not count.
+        inside: patterns of such text anywhere in a turn.
         opened: patterns of text at the start of a turn whose generation prompt opened a thought or a
             marker, each with that opening.
-        formatting: pattern of the tokens around turns; None if the loss counts them.
     """
 
+    at_start: re.Pattern[str]
     inside: tuple[re.Pattern[str], ...]
     opened: tuple[tuple[str, re.Pattern[str]], ...]
-    formatting: re.Pattern[str] | None
 
     def within(self, before: str, turn: str) -> Iterator[Span]:
-        """Yield the untrained spans of a turn, given the text before it."""
+        """Yield the untrained spans of a turn, given the text before it without white space at its end."""
+        if found := self.at_start.match(turn):
+            yield found.span()
         for opening, pattern in self.opened:
-            if before.rstrip().endswith(opening) and (found := pattern.match(turn)):
+            if before.endswith(opening) and (found := pattern.match(turn)):
                 yield found.span()
-        patterns = self.inside if self.formatting is None else (*self.inside, self.formatting)
-        for pattern in patterns:
+        for pattern in self.inside:
             yield from (found.span() for found in pattern.finditer(turn))
 
 
@@ -48,17 +53,19 @@ def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) 
         names: its entries.
         formatting: pattern of the tokens around turns, if they are untrained.
     """
-    inside, opened = [], []
+    at_start, opened = _NOTHING, []
+    inside = [] if formatting is None else [formatting]
     begin, end = map(re.escape, THOUGHT_TAGS)
     if "empty_thoughts" in names:
-        inside.append(re.compile(rf"\A\s*{begin}\s*{end}\s*"))
+        at_start = re.compile(rf"\s*{begin}\s*{end}\s*")
         opened.append((THOUGHT_TAGS[0], re.compile(rf"\s*{end}\s*")))
     markers = [name.split(MARKER_GAP, 1) for name in names if name not in UNTRAINED_PARTS]
     for first, last in [THOUGHT_TAGS, *markers] if "thoughts" in names else markers:
-        until = rf".*?(?:{re.escape(last)}\s*|\Z)"
+        spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""
+        until = rf".*?(?:{re.escape(last)}{spaces}|\Z)"
         inside.append(re.compile(re.escape(first) + until, re.DOTALL))
         opened.append((first, re.compile(until, re.DOTALL)))
-    return UntrainedParts(tuple(inside), tuple(opened), formatting)
+    return UntrainedParts(at_start, tuple(inside), tuple(opened))
 
 
 def counted_characters(
@@ -72,12 +79,14 @@ def counted_characters(
         turns: the spans of its turns that the loss counts.
         parts: untrained parts of these turns.
     """
+    before = before[-_LONGEST_OPENING:]
     if len(turns) == 1 and turns[0] == (0, len(text)):
-        untrained = _union(parts.within(before, text))
+        untrained = _union(parts.within(before.rstrip(), text))
         return _rest(0, len(text), untrained) if untrained else None
     counted = []
     for start, end in turns:
-        untrained = _union(parts.within(text[:start] or before, text[start:end]))
+        preceding = before + text[max(start - _LONGEST_OPENING, 0) : start]
+        untrained = _union(parts.within(preceding.rstrip(), text[start:end]))
         counted += [(start + first, start + last) for first, last in _rest(0, end - start, untrained)]
     return counted
 

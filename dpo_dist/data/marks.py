@@ -16,6 +16,7 @@ RESERVED_CHARACTER = "\ufdd0"
 RESERVED = re.compile(RESERVED_CHARACTER)
 
 _LITERAL = re.compile(f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}")
+_ESCAPED_CHARACTER = "\\ufdd0"
 _BEFORE = f"{RESERVED_CHARACTER}before{RESERVED_CHARACTER}"
 _AFTER = f"{RESERVED_CHARACTER}after{RESERVED_CHARACTER}"
 
@@ -59,7 +60,9 @@ class Marks:
         return _mapped(value, partial(pattern.sub, _beside))
 
     def settle(self, rendered: str) -> str:
-        """Return the output of a template for a value marked `in_place` with marks in place of tokens."""
+        """Return the output of a template for marked values with marks only in place of tokens."""
+        # Some templates write tools by `tojson` in ASCII or as Python would.
+        rendered = rendered.replace(_ESCAPED_CHARACTER, RESERVED_CHARACTER)
         return self._in_place.sub(lambda found: self._mark_of(found.group(1) or found.group(2)), rendered)
 
     def spell(self, escaped: str) -> str:

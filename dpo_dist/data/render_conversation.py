@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.chat_renderer import ChatRenderer, Escapable, Turns
 from dpo_dist.data.chat_template import (
+    before_open_thought,
     end_of_empty_thought,
     ends_opened_thought,
     ends_thought,
@@ -123,7 +124,9 @@ class Conversation:
         if span is None:
             raise UnusableRecordError("turn_not_rendered", "the chat template does not write the response")
         turn = trace.text[slice(*span)]
-        return self._facts.until_end(turn[self._header_length(turn, self._prompt, self._role) :])
+        header = turn[: self._header_length(turn, self._prompt, self._role)]
+        # The prompt before it has no opened thought.
+        return self._facts.until_end(turn[len(before_open_thought(header)) :])
 
     def _header_length(self, turn: str, before: Turns, role: str) -> int:
         """Return the length of the header of an assistant turn: the part that a generation prompt writes.

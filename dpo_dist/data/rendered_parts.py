@@ -17,14 +17,17 @@ def thought_of(message: Message) -> str | None:
     return next((thought for thought in found if thought and isinstance(thought, str)), None)
 
 
-def check_parts_rendered(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
+def check_parts_rendered(
+    rendered: tuple[str, str], prompt: Messages, response: Messages, tools: Iterable[Fields]
+) -> bool:
     """Check that a template has rendered the tools, all calls, and the thought of the last turn.
 
     Thoughts of earlier turns are the template's to keep or remove.
 
     Args:
-        text: the whole conversation as rendered, with all tokens spelled.
-        turns: of the prompt and of the response.
+        rendered: the prompt and the response, with all tokens spelled.
+        prompt: its turns.
+        response: its turns.
         tools: of the record.
 
     Returns:
@@ -33,18 +36,20 @@ def check_parts_rendered(text: str, turns: Messages, tools: Iterable[Fields]) ->
     Raises:
         UnusableRecordError: `tools_not_rendered`, `calls_not_rendered` or `thought_not_rendered`.
     """
+    text = "".join(rendered)
     defined = Counter(filter(None, map(_name_of, tools)))
-    called = Counter(name for turn in turns for name in _called_names(turn))
-    for name, times in (defined + called).items():
-        if name not in text and name in defined:
-            raise _lost("tools_not_rendered", "tools")
-        if text.count(name) < times:
-            raise _lost("calls_not_rendered", "all calls of tools")
-    if any(thought.strip() not in text for thought in _last_thoughts(turns)):
+    if any(name not in text for name in defined):
+        raise _lost("tools_not_rendered", "tools")
+    answered = Counter(name for turn in response for name in _called_names(turn))
+    called = answered + Counter(name for turn in prompt for name in _called_names(turn))
+    is_omitted = any(text.count(name) < times for name, times in (defined + called).items())
+    if is_omitted or any(rendered[1].count(name) < times for name, times in answered.items()):
+        raise _lost("calls_not_rendered", "all calls of tools")
+    if any(thought.strip() not in text for thought in _last_thoughts(response)):
         raise _lost("thought_not_rendered", "the thought of the last turn")
-    return all(
-        turn.content.strip() in text for turn in turns if turn.fields and not ends_thought(turn.content)
-    )
+    turns = (*prompt, *response)
+    beside = (turn.content.strip() for turn in turns if turn.fields and not ends_thought(turn.content))
+    return all(content in text for content in beside)
 
 
 def _last_thoughts(turns: Messages) -> Iterator[str]:

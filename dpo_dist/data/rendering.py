@@ -26,11 +26,11 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
         return _render_text(prompt.text, record.response_texts, facts)
     if isinstance(prompt, Dialogue):
         stripped = tuple(one.strip() if isinstance(one, str) else one for one in record.responses)
-        return _render_messages(prompt.messages(), replace(record, responses=stripped), facts, config)
+        return _render_messages(prompt.messages(), stripped, record, facts, config)
     if not isinstance(prompt, str):
-        return _render_messages(prompt, record, facts, config)
+        return _render_messages(prompt, record.responses, record, facts, config)
     if not is_text:
-        return _render_messages((Message("user", prompt),), record, facts, config)
+        return _render_messages((Message("user", prompt),), record.responses, record, facts, config)
     return _render_plain_prompt(prompt, record, facts, config)
 
 
@@ -54,7 +54,7 @@ def _render_plain(
     prompt: str, record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig
 ) -> Rendered:
     if config.text_as_messages:
-        rendered = _render_messages((Message("user", prompt),), record, facts, config)
+        rendered = _render_messages((Message("user", prompt),), record.responses, record, facts, config)
         return replace(rendered, templated_content=False)
     return _render_text(prompt, record.response_texts, facts)
 
@@ -65,11 +65,15 @@ def _render_text(prompt: str, responses: Sequence[str], facts: TokenizerFacts) -
 
 
 def _render_messages(
-    messages: Messages, record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig
+    messages: Messages,
+    given: tuple[Response, ...],
+    record: PreferenceRecord,
+    facts: TokenizerFacts,
+    config: DataConfig,
 ) -> Rendered:
     if facts.chat is None:
         raise _no_template(record.origin)
-    responses = tuple(map(_turns_of, record.responses))
+    responses = tuple(map(_turns_of, given))
     arguments = record.template_arguments
     known = {name: value for name, value in arguments.items() if name in facts.chat.arguments}
     context = facts.chat.data(_template_context(record, known, facts.chat, config))
@@ -77,9 +81,10 @@ def _render_messages(
     if len(known) < len(arguments):
         rendered = replace(rendered, unknown_template_argument=True)
     if record.tools or any(_has_parts(turn) for turns in (messages, *responses) for turn in turns):
-        texts = (facts.marks.spell(rendered.prompt + one.text) for one in rendered.responses)
+        spelled = facts.marks.spell(rendered.prompt)
+        texts = ((spelled, facts.marks.spell(one.text)) for one in rendered.responses)
         pairs = zip(texts, responses, strict=True)
-        whole = [check_parts_rendered(text, (*messages, *turns), record.tools) for text, turns in pairs]
+        whole = [check_parts_rendered(text, messages, turns, record.tools) for text, turns in pairs]
         rendered = replace(rendered, content_not_rendered=not all(whole))
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
         return replace(rendered, templated_content=True)

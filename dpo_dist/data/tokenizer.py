@@ -8,6 +8,7 @@ from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.chat_renderer import ChatRenderer
 from dpo_dist.data.chat_template import (
     FOREIGN_ENDS,
+    FOREIGN_MARKS,
     any_of,
     chosen_template,
     has_foreign_marks,
@@ -39,6 +40,8 @@ class TokenizerFacts:
         added = tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._turn_tokens = turn_tokens(tokenizer, chat_template)
+        # Few texts have one of these characters, and they are found faster than all tokens.
+        self._turn_starts = {token[0] for token in (*self._turn_tokens, *FOREIGN_MARKS)}
         special |= self._turn_tokens
         self.marks = Marks(special, written_tokens(map(str, added), chat_template))
         self._special = self.marks.in_text
@@ -106,8 +109,10 @@ class TokenizerFacts:
 
     def has_turns(self, content: str) -> bool:
         """Return whether a content has tokens that a chat template writes around turns."""
-        found = self._special.finditer(content)
-        return has_foreign_marks(content) or any(one.group() in self._turn_tokens for one in found)
+        for start in self._turn_starts:
+            if start in content:
+                return has_foreign_marks(content) or any(token in content for token in self._turn_tokens)
+        return False
 
     def bare_response(self, response: str) -> str:
         """Return the escaped text of a response with an end of turn."""

@@ -88,12 +88,13 @@ def examine(
 
 
 def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with a label of its own: path, name and split, and a number if these are the same."""
+    """Yield each source with a label of its own: as configured, or path, name, split; numbered if equal."""
     seen: Counter[str] = Counter()
     for is_eval, sources in ((False, config.train), (True, config.eval)):
         for source in sources:
             details = [detail for detail in (source.name, source.split) if detail]
-            label = f"{source.path} ({', '.join(details)})" if details else source.path
+            location = f"{source.path} ({', '.join(details)})" if details else source.path
+            label = source.label or location
             seen[label] += 1
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 

@@ -1,29 +1,12 @@
 """Make the preference records of `pairs.method`: the only module that connects the parts of this room."""
 
-from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
 
 from dpo_dist.config.pairs_schema import PairsMethod
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.generation.from_scores import pairs_from_scores
 from dpo_dist.generation.people import label_pairs
-
-
-class Screen(Protocol):
-    """The part of the console that this room uses."""
-
-    def say(self, text: str) -> None:
-        """Print one line and log it."""
-
-    def show(self, text: str) -> None:
-        """Print one line without logging it."""
-
-    def alarm(self, text: str) -> None:
-        """Print and log an error."""
-
-    def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that prints the seconds spent on `work`, once a minute."""
+from dpo_dist.generation.screen import Screen
 
 
 def make_pairs(config: RunConfig, screen: Screen) -> None:
@@ -35,12 +18,24 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
     match config.pairs.method:
         case PairsMethod.scores:
             pairs_from_scores(config, screen.say)
+        case PairsMethod.samples | PairsMethod.delta:
+            _from_models(config, screen)
         case PairsMethod.people:
             label_pairs(config, screen.say, screen.show)
-        case _:
-            raise ConfigError(
-                "this method is not available yet",
-                where="pairs.method",
-                got=config.pairs.method,
-                remedy="set pairs.method=scores",
-            )
+
+
+def _from_models(config: RunConfig, screen: Screen) -> None:
+    """Join the processes, each of which loads whole models."""
+    from dpo_dist.distributed.deepspeed_config import policy_config  # noqa: PLC0415  (slow)
+    from dpo_dist.distributed.joined import joined  # noqa: PLC0415
+    from dpo_dist.generation.from_models import pairs_from_models  # noqa: PLC0415
+
+    whole = replace(
+        config.parallelism,
+        kind=ParallelismKind.ddp,
+        offload_parameters=Offload.none,
+        offload_optimizer=Offload.none,
+    )
+    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    with joined(deepspeed_config, config.parallelism.timeout_seconds, screen.alarm) as world:
+        pairs_from_models(config, world, screen)

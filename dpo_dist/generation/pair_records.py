@@ -1,7 +1,7 @@
 """Preference records as files: the fields that the trainer reads, with provenance; .jsonl or .parquet."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,17 @@ def _messages(messages: Messages) -> list[dict[str, Any]]:
     return [{"role": turn.role, "content": turn.content, **turn.fields} for turn in messages]
 
 
-def write_pairs(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+def write_pairs(
+    file: Path,
+    records: Iterable[Mapping[str, Any]],
+    before_commit: Callable[[int], None] = lambda _number: None,
+) -> int:
     """Write records to a .jsonl or .parquet file, whole or not at all; return their number.
+
+    Args:
+        file: the path.
+        records: in their order.
+        before_commit: called with their number before the file appears.
 
     Raises:
         DataError: there is no record, or a .parquet file cannot have both text and messages in one column.
@@ -85,6 +94,7 @@ def write_pairs(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
                 got="no two usable responses of a prompt with different scores",
                 remedy="lower pairs.margin, or see the counts in logs/rank-0.log of the run directory",
             )
+        before_commit(number)
     return number
 
 

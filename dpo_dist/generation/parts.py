@@ -13,6 +13,8 @@ from dpo_dist.digests import text_digest
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import ConfigError
 
+_FAILED = "failed-"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -41,8 +43,14 @@ class Parts:
         """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         collect_abandoned(self.folder)
+        for flag in self.folder.glob(f"{_FAILED}*"):
+            flag.unlink(missing_ok=True)
         write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
         return [index for index in range(self.count) if not self.file(index).is_file()]
+
+    def finished(self) -> int:
+        """Return the number of finished parts."""
+        return sum(self.file(index).is_file() for index in range(self.count))
 
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
@@ -96,7 +104,7 @@ def work_on(
     Raises:
         DpoDistError: that of the lowest rank that failed.
     """
-    flag = parts.folder / world.on_main(lambda: f"failed-{uuid.uuid4().hex}")
+    flag = parts.folder / world.on_main(lambda: f"{_FAILED}{uuid.uuid4().hex}")
 
     def my_parts() -> None:
         try:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_file
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord, Prompt
@@ -19,7 +20,7 @@ from dpo_dist.data.sources import pinned
 from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.generation.counted import good_records
 
-_UNLIMITED = 2**30
+UNLIMITED = 2**30
 # Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.
 _PLACEHOLDER = "response\n</think>\n\nresponse"
 
@@ -32,11 +33,13 @@ class PromptList:
         file: written by `write_prompts`.
         count: number of prompts.
         part_prompts: prompts of one part of the work.
+        digest: of the file.
     """
 
     file: Path
     count: int
     part_prompts: int
+    digest: str
 
     @property
     def parts(self) -> int:
@@ -50,15 +53,19 @@ class PromptList:
             return [_parsed(line) for line in islice(lines, start, start + self.part_prompts)]
 
 
+def open_prompts(file: Path, part_prompts: int) -> PromptList:
+    """Return the prompts of a file that `write_prompts` wrote."""
+    with file.open("rb") as lines:
+        return PromptList(file, sum(1 for _ in lines), part_prompts, content_digest([file]))
+
+
 def write_prompts(
     folder: Path,
-    sources: Sequence[SourceConfig],
-    data: DataConfig,
-    limit: int | None,
+    config: RunConfig,
     say: Callable[[str], None],
     part: tuple[int, int] = (0, 1),
 ) -> Path:
-    """Write the different prompts of `sources`, in their order, to a file named by its content.
+    """Write the different prompts of `data.train`, in their order, to a file named by its content.
 
     Args:
         folder: of the file.
@@ -71,12 +78,16 @@ def write_prompts(
     Raises:
         DataError: a source cannot be read, or too few of its records have a usable prompt.
     """
+    pairs = config.pairs
     seen: set[bytes] = set()
     counts: Counter[str] = Counter()
 
     def lines() -> Iterator[str]:
-        for record in _records(sources, data, say):
+        for record in _records(config.data.train, config.data, say):
             key = bytes.fromhex(prompt_key(record))
+            if int.from_bytes(key[:8], "big") % pairs.prompt_parts != pairs.prompt_part:
+                counts["in_other_parts"] += 1
+                continue
             if key in seen:
                 counts["repeated"] += 1
                 continue
@@ -87,10 +98,11 @@ def write_prompts(
 
     temporary = folder / "prompts.jsonl"
     with staged_file(temporary) as staged, staged.open("w", encoding="utf-8") as stream:
-        stream.writelines(islice(lines(), limit))
+        stream.writelines(islice(lines(), pairs.limit))
     file = folder / f"prompts-{content_digest([temporary])}.jsonl"
     temporary.replace(file)
-    say(f"prompts: {len(seen):,} different ones" + (f", {counts['repeated']:,} repeated" if counts else ""))
+    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
+    say(f"prompts: {len(seen):,} different ones{skipped}")
     return file
 
 
@@ -118,7 +130,7 @@ def encode_prompt(
     Raises:
         ConfigError: as `encode_pair`.
     """
-    limits = replace(data, max_length=_UNLIMITED, truncation=Truncation.drop)
+    limits = replace(data, max_length=UNLIMITED, truncation=Truncation.drop)
     encoded = encode_pair(replace(record, responses=(_PLACEHOLDER,)), tokenizer, limits)
     return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 

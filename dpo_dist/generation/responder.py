@@ -99,12 +99,14 @@ class Responder:
         tokenizer: its own.
         data: the limits and the template by which prompts are rendered, as in training.
         stop_ids: tokens that end a response.
+        longest: most tokens of a prompt and its response; None: no limit is known.
     """
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
     stop_ids: frozenset[int]
+    longest: int | None
 
 
 def open_responder(source: ModelSource, config: RunConfig) -> Responder:
@@ -114,7 +116,10 @@ def open_responder(source: ModelSource, config: RunConfig) -> Responder:
         ConfigError: it has no tokenizer, or no token ends a response.
     """
     tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
-    return Responder(source, tokenizer, config.data, find_stop_ids(tokenizer, config.data, source.folder))
+    stop_ids = find_stop_ids(tokenizer, config.data, source.folder)
+    model_config = load_config(source.folder, config.model).get_text_config()
+    longest = getattr(model_config, "max_position_embeddings", None)
+    return Responder(source, tokenizer, config.data, stop_ids, longest)
 
 
 def find_stop_ids(

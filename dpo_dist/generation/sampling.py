@@ -46,6 +46,11 @@ class Request:
     key: str
     number: int
 
+    def seed(self, sampling: Sampling) -> int:
+        """Return 128 bits, from the seed, the prompt and the number of the sample alone."""
+        text = f"{sampling.seed} {self.number} {self.key}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -59,12 +64,16 @@ class Sample:
     ids: list[int]
     is_finished: bool
 
+    @classmethod
+    def of(cls, ids: list[int], stop_ids: Collection[int]) -> "Sample":
+        """Return the sample in generated tokens, which may continue after its end."""
+        end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+        return cls(ids[:end], end is not None)
+
 
 def random_numbers(sampling: Sampling, request: Request) -> Tensor:
     """Return float64 [max_new_tokens] in [0, 1): from seed, prompt and number of the sample alone."""
-    text = f"{sampling.seed} {request.number} {request.key}"
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    generator = np.random.Generator(np.random.PCG64(request.seed(sampling)))
     return torch.from_numpy(generator.random(sampling.max_new_tokens))
 
 
@@ -100,8 +109,7 @@ def generate(
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
         for index, ids in zip(indices, _batch(causal_lm, requests, indices, sampling, stop_ids), strict=True):
-            end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-            samples[index] = Sample(ids[:end], end is not None)
+            samples[index] = Sample.of(ids, stop_ids)
     return [samples[index] for index in range(len(requests))]
 
 

@@ -1,16 +1,35 @@
 """Checks of `pairs` before torch is imported and processes join."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
-from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod
+from dpo_dist.config.check import as_written
+from dpo_dist.config.pairs_schema import EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.user_function import find_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.folder import local_model_folder
 
 OUTPUT_KINDS = (".jsonl", ".parquet")
 _ALONE = (PairsMethod.scores, PairsMethod.people)
+_ADAPTER = "adapter_config.json"
+_OF_MODELS = frozenset(
+    {
+        *("models", "max_new_tokens", "temperature", "top_p", "top_k"),
+        *("unfinished", "engine", "batch_tokens", "part_prompts"),
+    }
+)
+_OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})
+_OF_CHOICES = frozenset({"select", "margin"})
+_UNUSED = {
+    PairsMethod.scores: _OF_MODELS | _OF_JUDGES,
+    PairsMethod.delta: _OF_JUDGES | _OF_CHOICES,
+    PairsMethod.samples: frozenset[str](),
+}
+"""Keys that have no effect with a method."""
 
 
 def check_pairs(config: RunConfig) -> None:
@@ -20,9 +39,8 @@ def check_pairs(config: RunConfig) -> None:
         ConfigError: keys of `pairs` contradict each other, or a folder cannot be written.
         DataError: a local source is missing.
     """
-    _check_keys(config.pairs)
-    _check_model(config)
     _check_rounds(config.pairs)
+    _check_keys(config)
     for source in config.data.train:
         check_source(source)
 
@@ -38,14 +56,9 @@ def output_file(config: RunConfig) -> Path:
     return RunFolder.of(config).pairs_file if output is None else Path(output).expanduser()
 
 
-def _check_model(config: RunConfig) -> None:
-    if config.pairs.method not in _ALONE and not config.pairs.models and config.model.path == NO_MODEL:
-        raise ConfigError(
-            "no model responds to the prompts",
-            where="pairs.models",
-            got="an empty list, and no model.path",
-            remedy="set pairs.models=[FOLDER] or model.path=FOLDER",
-        )
+def responding_models(config: RunConfig) -> list[str]:
+    """Return the models that respond, as configured."""
+    return list(config.pairs.models) or [config.model.path]
 
 
 def _check_rounds(pairs: PairsConfig) -> None:
@@ -71,7 +84,8 @@ def _check_rounds(pairs: PairsConfig) -> None:
             )
 
 
-def _check_keys(pairs: PairsConfig) -> None:
+def _check_keys(config: RunConfig) -> None:
+    pairs = config.pairs
     if pairs.output is not None and Path(pairs.output).suffix not in OUTPUT_KINDS:
         raise ConfigError(
             "this kind of file cannot be written",
@@ -79,4 +93,98 @@ def _check_keys(pairs: PairsConfig) -> None:
             got=pairs.output,
             expected=f"a name that ends with {' or '.join(OUTPUT_KINDS)}",
             remedy="rename the file",
+        )
+    if pairs.method is not PairsMethod.people:
+        _check_effects(pairs)
+    if pairs.method in (PairsMethod.samples, PairsMethod.delta):
+        _check_models(config)
+    if pairs.method is PairsMethod.samples:
+        _check_judge(pairs)
+
+
+def _check_effects(pairs: PairsConfig) -> None:
+    """Refuse keys that the method does not use."""
+    for option in fields(PairsConfig):
+        value = getattr(pairs, option.name)
+        if option.name in _UNUSED[pairs.method] and value != getattr(PairsConfig(), option.name):
+            key = f"pairs.{option.name}"
+            raise ConfigError(
+                f"{key} has no effect with this method",
+                where=f"pairs.method, {key}",
+                got=f"{pairs.method}, {as_written(value)}",
+                remedy=f"remove {key}, or choose another pairs.method",
+            )
+    greedy = pairs.temperature == 0
+    no_choice = [name for name in ("top_p", "top_k") if getattr(pairs, name) != getattr(PairsConfig, name)]
+    if greedy and (no_choice or (pairs.method is PairsMethod.samples and pairs.samples > 1)):
+        name = next(iter(no_choice), "samples")
+        raise ConfigError(
+            "without a temperature every sample of a model is the same",
+            where=f"pairs.temperature, pairs.{name}",
+            got=f"0, {getattr(pairs, name)}",
+            remedy="raise pairs.temperature, or set pairs.samples=1 and remove pairs.top_p and pairs.top_k",
+        )
+
+
+def _check_models(config: RunConfig) -> None:
+    pairs, models = config.pairs, responding_models(config)
+    if NO_MODEL in models:
+        raise ConfigError(
+            "no model responds to the prompts",
+            where="pairs.models",
+            got="null",
+            remedy="set pairs.models=[MODEL], or model.path",
+        )
+    if pairs.method is PairsMethod.delta and len(models) != 2:
+        raise ConfigError(
+            "delta pairs need two models",
+            where="pairs.models",
+            got=as_written(models),
+            expected="the stronger model, then the weaker one",
+            remedy="set pairs.models=[STRONGER,WEAKER]",
+        )
+    if pairs.method is PairsMethod.samples and len(models) * pairs.samples < 2:
+        raise ConfigError(
+            "a pair needs two responses",
+            where="pairs.samples",
+            got=f"{pairs.samples} of one model",
+            remedy="raise pairs.samples, or name two pairs.models",
+        )
+    for name in models:
+        if not (Path(name).expanduser() / _ADAPTER).is_file():
+            local_model_folder(name, None, "pairs.models" if pairs.models else "model.path")
+
+
+def _check_judge(pairs: PairsConfig) -> None:
+    judges = {
+        "pairs.reward_model": pairs.reward_model,
+        "pairs.function": pairs.function,
+        "pairs.endpoint.url": pairs.endpoint.url,
+    }
+    given = [key for key, value in judges.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            "samples need one judge",
+            where=", ".join(given or judges),
+            got=", ".join(given) or "none",
+            expected=f"one of {', '.join(judges)}",
+            remedy="set one of them; pairs.method=delta needs no judge",
+        )
+    if pairs.function is not None:
+        find_function(pairs.function, "pairs.function")
+    if pairs.reward_model is not None:
+        local_model_folder(pairs.reward_model, None, "pairs.reward_model")
+    if pairs.endpoint.url is None and pairs.endpoint != EndpointConfig():
+        raise ConfigError(
+            "options of an endpoint have no effect without one",
+            where="pairs.endpoint",
+            got=as_written(pairs.endpoint),
+            remedy="set pairs.endpoint.url, or remove them",
+        )
+    if pairs.endpoint.url is not None and pairs.endpoint.model is None:
+        raise ConfigError(
+            "the endpoint's model is not given",
+            where="pairs.endpoint.model",
+            got="null",
+            remedy="set it to the name under which the endpoint serves the judge",
         )

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.model.folder import description_folder
-from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
 from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
@@ -111,6 +110,9 @@ def describe_numerics(fingerprint: ReferenceFingerprint) -> str:
 
 def _reference_digest(config: RunConfig, store: Path) -> str:
     """Return the digest of the reference's files: the one under which training stores its log-probs."""
+    # Imports DeepSpeed: only if there is a store.
+    from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
+
     path, revision, key = config.model.path, config.model.revision, "model.path"
     if config.reference.path is not None:
         path, revision, key = config.reference.path, config.reference.revision, "reference.path"

@@ -143,6 +143,12 @@ def test_data_that_training_refuses_are_examined(overrides: Overrides, tmp_path:
     assert "training_refuses" in rules(tmp_path), ended.output
 
 
+def test_help_names_the_command() -> None:
+    ended = run_verb("doctor", ["--help"])
+    assert ended.code == 0
+    assert ended.output.startswith("usage: python -m dpo_dist.doctor ")
+
+
 def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: Path, tmp_path: Path) -> None:
     given = [each for each in overrides(f"data.train=[{faulty}]") if not each.startswith("model.")]
     ended = run_verb("doctor", given)

@@ -37,6 +37,19 @@ def headers() -> dict[str, str]:
     return found
 
 
+def test_the_doctor_gets_its_arguments_on_a_node_without_gpus(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\nprintf \'%s\\n\' "$OMP_NUM_THREADS" "$@"\n')
+    python.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DPO_DIST_ENV": ""}
+    script = SBATCH.with_name("doctor.sbatch")
+    ended = subprocess.run(
+        ["bash", str(script), *OVERRIDES], env=variables, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert ended.stdout.splitlines() == ["1", "-m", "dpo_dist.doctor", *OVERRIDES]
+    assert "--gres" not in script.read_text()
+
+
 def test_headers_ask_for_whole_nodes_of_8_gpus() -> None:
     options = headers()
     assert options["gres"] == "gpu:8"

@@ -175,3 +175,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp
     assert "diverged" in ended.output
     assert summary(tmp_path / "run")["exit"] == "diverged"
     assert json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
+
+
+def test_evaluation_data_can_be_split_off_the_training_data(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    screen = train(overrides("data.eval_share=0.3", "trainer.eval_every=2")).output
+    data = summary(tmp_path / "run")["data"]
+    held_out = data["eval"]["read"]
+    assert held_out > 0
+    assert data["train"]["held_out_for_eval"] == held_out
+    assert (data["eval"]["prompts_also_in_train"], data["eval"]["also_in_train"]) == (0, 0)
+    assert f"{held_out} held out for eval" in screen
+    assert any("eval_loss" in row for row in history(tmp_path / "run"))
+    other = tmp_path / "other"
+    train(
+        overrides(
+            f"data.eval=[{{path: {assets}/train.jsonl, limit: 5}}]",
+            "data.drop_eval_prompts=true",
+            f"run.dir={other}",
+        )
+    )
+    data = summary(other)["data"]
+    assert (data["train"]["held_out_for_eval"], data["eval"]["prompts_also_in_train"]) == (5, 0)

@@ -71,6 +71,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss.kind": "custom", "run.dir": "here"}, "loss.function, loss.kind"),
     ({"loss.function": "my_losses:my_loss"}, "loss.function, loss.kind"),
     ({"optim.betas": [0.9]}, "optim.betas"),
+    ({"data.train": ["a", {"path": "a", "weight": 2}]}, "data.train"),
+    ({"data.eval": ["b", "b"]}, "data.eval"),
     ({"data.eval": ["b.jsonl"], "data.eval_share": 0.1}, "data.eval, data.eval_share"),
     ({"data.eval_seed": 1}, "data.eval_seed"),
     ({"data.eval_share": 0.1, "data.drop_eval_prompts": True}, "data.drop_eval_prompts"),

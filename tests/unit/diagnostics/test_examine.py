@@ -233,3 +233,24 @@ def test_two_sources_of_one_path_have_labels_of_their_own(tmp_path: Path) -> Non
     report = examine(DataConfig(train=[source], eval=[source], processes=1), None)
     assert [one.label for one in report.sources] == [source.path, f"{source.path} (2)"]
     assert report.across.leaked_prompts == 5
+
+
+def test_a_configured_label_names_the_source(tmp_path: Path) -> None:
+    source = SourceConfig(path=write(tmp_path / "a.jsonl", clean_pairs(5)), label="mine")
+    report = examine(DataConfig(train=[source], processes=1), None)
+    assert [one.label for one in report.sources] == ["mine"]
+
+
+def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
+    records = [
+        {
+            "prompt": [user(pair["prompt"])],
+            "chosen": [assistant(pair["chosen"])],
+            "rejected": [assistant(pair["rejected"])],
+        }
+        for pair in clean_pairs(5)
+    ]
+    tokenizer = tiny.with_template(tiny.llama3(), "{{ bos_token }}" + tiny.LLAMA3)
+    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_bos")
+    assert (finding.level, finding.count) == (Level.error, 5)
+    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_bos")

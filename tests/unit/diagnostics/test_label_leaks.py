@@ -23,6 +23,7 @@ def on(side: str, change: Callable[[str], str]) -> Callable[[Pair], None]:
     return lambda pair: pair.update({side: change(pair[side])})
 
 
+FRENCH = "Le petit chat est assis sur la table et il regarde par la porte ouverte. "
 LEAKS: dict[str, tuple[str, str, Callable[[Pair], None]]] = {
     "leading space": ("label_leak", "leading space", on("rejected", lambda text: " " + text)),
     "trailing newline": ("label_leak", "trailing newline", on("chosen", lambda text: text + "\n")),
@@ -46,10 +47,7 @@ LEAKS: dict[str, tuple[str, str, Callable[[Pair], None]]] = {
     "other language": (
         "style_bias",
         "language of the prompt",
-        on(
-            "rejected",
-            lambda _text: "Le petit chat est assis sur la table et il regarde la fen\u00eatre ouverte.",
-        ),
+        on("rejected", lambda text: (FRENCH * 9)[: len(text)]),
     ),
     "refusal": ("style_bias", "refusal", on("chosen", lambda text: "I can't help. " + text)),
 }

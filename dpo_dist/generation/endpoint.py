@@ -1,0 +1,185 @@
+"""Client of an OpenAI-compatible endpoint: timeouts, repetitions with growing pauses, a rate limit.
+
+The API key comes from the environment and is sent in a header only. Neither the key nor the text of a reply
+is part of an error.
+"""
+
+import email.message
+import http.client
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from dpo_dist.config.pairs_schema import EndpointConfig
+from dpo_dist.errors import ConfigError
+
+URL_KEY = "pairs.endpoint.url"
+_LONGEST_PAUSE_SECONDS = 60.0
+_MAX_REPLY_BYTES = 2**22
+_BUSY = (408, 409, 425, 429)
+_MISCONFIGURED = (401, 402, 403, 404, 405)
+_NAME = re.compile(r"[\w.-]{1,60}")
+
+
+class Reply(NamedTuple):
+    """The endpoint's reply to one request.
+
+    Attributes:
+        text: of the assistant; empty if the reply has none.
+        refusal: status and code with which the endpoint refused this request; empty if it did not.
+    """
+
+    text: str = ""
+    refusal: str = ""
+
+
+class Endpoint:
+    """Sends chat completions; thread-safe.
+
+    Args:
+        config: with a url and a model.
+        processes: number of processes that share the rate limit.
+        sleep: pauses for that many seconds.
+
+    Raises:
+        ConfigError: the url or the key cannot be used.
+    """
+
+    def __init__(
+        self, config: EndpointConfig, processes: int = 1, sleep: Callable[[float], None] = time.sleep
+    ):
+        self._config, self._sleep = config, sleep
+        self._url = f"{_checked_url(config.url or '')}/chat/completions"
+        self._headers = {"Content-Type": "application/json", **_authorization(config.key_variable)}
+        per_minute = config.requests_per_minute
+        self._spacing = 0.0 if per_minute is None else 60.0 * processes / per_minute
+        self._next, self._lock = 0.0, threading.Lock()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def ask(self, messages: list[dict[str, str]]) -> Reply:
+        """Return the reply to a conversation, at temperature 0.
+
+        Raises:
+            ConfigError: the endpoint does not exist, refuses the key, or fails at every repetition.
+        """
+        body = {
+            "model": self._config.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": self._config.max_tokens,
+        }
+        request = urllib.request.Request(self._url, json.dumps(body).encode(), self._headers)  # noqa: S310
+        fault = ""
+        for attempt in range(self._config.retries + 1):
+            if attempt:
+                self._sleep(_pause(attempt, fault))
+            self._wait_for_turn()
+            try:
+                with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
+                    return Reply(_text_of(response.read(_MAX_REPLY_BYTES)))
+            except urllib.error.HTTPError as error:
+                with error:
+                    fault = self._fault_of(error)
+                if fault.startswith("refused"):
+                    return Reply(refusal=fault)
+            except (OSError, http.client.HTTPException) as error:
+                fault = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+        raise ConfigError(
+            "the endpoint of the judge does not reply",
+            where=URL_KEY,
+            got=f"{self._config.url}: {fault.partition('; ')[0]}, {self._config.retries + 1} times",
+            remedy="start it or check the address; the same command continues after the finished parts",
+        )
+
+    def _wait_for_turn(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._spacing
+        if turn > now:
+            self._sleep(turn - now)
+
+    def _fault_of(self, error: urllib.error.HTTPError) -> str:
+        """Return the fault of one request, which may be repeated unless it was refused."""
+        if error.code in _BUSY or error.code >= http.client.INTERNAL_SERVER_ERROR:
+            return f"status {error.code}; {_seconds_asked(error.headers)}"
+        if error.code in _MISCONFIGURED or error.code < http.client.BAD_REQUEST:
+            raise ConfigError(
+                "the endpoint of the judge cannot be used",
+                where=URL_KEY,
+                got=f"{self._url}: status {error.code} {error.reason}",
+                remedy=f"check the address, pairs.endpoint.model and the key in {self._config.key_variable}",
+            )
+        return f"refused with status {error.code}{_code_of(error)}"
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would send the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse."""
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc or parts.query:
+        raise ConfigError(
+            "this is no address of an endpoint",
+            where=URL_KEY,
+            got=f"{parts.scheme or 'no scheme'}, host {parts.hostname or '-'}",
+            expected="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
+            remedy="put the key into an environment variable, see pairs.endpoint.key_variable",
+        )
+    return url.rstrip("/")
+
+
+def _authorization(variable: str) -> dict[str, str]:
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        return {}
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            "the API key has characters that cannot be sent",
+            where=f"environment variable {variable}",
+            expected="printable ASCII characters",
+            remedy="set it again",
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _text_of(body: bytes) -> str:
+    """Return the assistant's text in a reply; empty if there is none."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _code_of(error: urllib.error.HTTPError) -> str:
+    """Return the code and the parameter that a refusal names; its message may quote a text."""
+    try:
+        content = json.loads(error.read(_MAX_REPLY_BYTES))["error"]
+        names = [str(content[name]) for name in ("code", "param") if content.get(name)]
+    except (ValueError, LookupError, TypeError, AttributeError, OSError):
+        return ""
+    return "".join(f", {name}" for name in names if _NAME.fullmatch(name))
+
+
+def _seconds_asked(headers: email.message.Message) -> str:
+    asked = headers.get("Retry-After", "")
+    return asked if asked.isdecimal() else "0"
+
+
+def _pause(attempt: int, fault: str) -> float:
+    """Return the seconds before a repetition: 1, 2, 4, ..., or as many as the endpoint asks for."""
+    asked = fault.partition("; ")[2]
+    growing = min(_LONGEST_PAUSE_SECONDS, 2.0 ** (attempt - 1))
+    return max(growing, min(float(asked), 10 * _LONGEST_PAUSE_SECONDS)) if asked.isdecimal() else growing

@@ -1,0 +1,205 @@
+"""Pairs from models' responses: generate, score, choose. Every stage is resumable and shared by processes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from dpo_dist.config.pairs_schema import Engine, PairsMethod
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.distributed.device_memory import explain_out_of_memory, return_memory
+from dpo_dist.distributed.world import World
+from dpo_dist.generation.engine import Generator, chosen_engine, open_generator
+from dpo_dist.generation.judge import Judge
+from dpo_dist.generation.parts import Parts, work_on
+from dpo_dist.generation.prompts import PromptList, open_prompts, write_prompts
+from dpo_dist.generation.respond import Numbers, respond
+from dpo_dist.generation.responder import ModelSource, Responder, find_model, open_responder
+from dpo_dist.generation.results import Results, pairs_of, samples_of, samples_of_part, usable
+from dpo_dist.generation.sampling import Sampling
+from dpo_dist.generation.score import describe_judge, open_judge, score
+from dpo_dist.generation.screen import Screen
+from dpo_dist.generation.startup import output_file, responding_models
+from dpo_dist.generation.summary import check_output, write_results, write_samples
+
+_REMEDY = "lower pairs.batch_tokens or pairs.max_new_tokens"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The settings of a start, the same on every rank."""
+
+    config: RunConfig
+    sampling: Sampling
+    engine: Engine
+    prompts: PromptList
+    world: World
+    screen: Screen
+
+    @property
+    def count(self) -> int:
+        """Samples of each model to a prompt."""
+        return 1 if self.config.pairs.method is PairsMethod.delta else self.config.pairs.samples
+
+    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> None:
+        """Finish all parts of a stage, with a progress bar; collective."""
+
+        def guarded(index: int) -> list[dict[str, Any]]:
+            with explain_out_of_memory(title, _REMEDY):
+                return work(index)
+
+        unfinished = self.world.on_main(parts.open, self.screen.heartbeat(f"{title}: looking for parts"))
+        with self.screen.progress(title, "part") as show:
+
+            def beat(_seconds: float) -> None:
+                if self.world.is_main and unfinished:
+                    show(parts.finished(), parts.count)
+
+            work_on(parts, unfinished, self.world, guarded, beat)
+            beat(0)
+
+
+def pairs_from_models(config: RunConfig, world: World, screen: Screen) -> None:
+    """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective.
+
+    Raises:
+        DpoDistError: data, a model or the judge cannot be used, or no pair can be made.
+    """
+    prompts = _prompts(config, world, screen)
+    pairs = config.pairs
+    sampling = Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, pairs.seed)
+    work = _Work(config, sampling, chosen_engine(pairs.engine), prompts, world, screen)
+    models = [_found(name, work) for name in responding_models(config)]
+    judge: dict[str, Any] = {}
+    if pairs.method is PairsMethod.samples:
+        judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
+    settings = _settings(work, models, judge)
+    file = output_file(config)
+    world.on_main(lambda: check_output(file, settings))
+
+    responses = []
+    for index, model in enumerate(models):
+        responses.append(_responses(model, index, work))
+        return_memory()  # of the model: the next one needs it
+    scores = _scores(responses, judge, work) if judge else None
+    return_memory()
+    facts = {"sampling": asdict(sampling), "engine": str(work.engine)} | ({"judge": judge} if judge else {})
+    results = Results(pairs, prompts, models, responses, scores, facts)
+
+    def write() -> None:
+        write_samples(RunFolder.of(config).pairs_samples, samples_of(results))
+        write_results(file, pairs_of(results), settings, results.counts, screen.say)
+
+    world.on_main(write, screen.heartbeat("writing pairs"))
+
+
+def _prompts(config: RunConfig, world: World, screen: Screen) -> PromptList:
+    """Return the prompts, which rank 0 reads; collective."""
+    folder = RunFolder.of(config).pairs_parts
+    return world.on_main(
+        lambda: open_prompts(write_prompts(folder, config, screen.say), config.pairs.part_prompts),
+        screen.heartbeat("reading prompts"),
+    )
+
+
+def _found(name: str, work: _Work) -> ModelSource:
+    """Return the files of a model on every rank; rank 0 downloads first. Collective."""
+    searching = work.screen.heartbeat(f"reading the files of {name} to identify it")
+    work.world.on_main(lambda: find_model(name, work.config), searching)
+    return work.world.together(lambda: find_model(name, work.config), searching)
+
+
+def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that the pairs depend on."""
+    pairs = work.config.pairs
+    chosen = {"select": str(pairs.select), "margin": pairs.margin} if judge else {}
+    return {
+        "method": str(pairs.method),
+        "prompts": work.prompts.digest,
+        **_rendering(work.config),
+        "models": [model.described() for model in models],
+        "samples": work.count,
+        **asdict(work.sampling),
+        "engine": str(work.engine),
+        "dtype": str(work.config.model.dtype),
+        "unfinished": str(pairs.unfinished),
+        **chosen,
+        "judge": judge,
+    }
+
+
+def _rendering(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide the token ids of prompts."""
+    data = config.data
+    return {
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "text_as_messages": data.text_as_messages,
+        "template": str(data.template),
+        "template_date": data.template_date,
+        "chat_template": data.chat_template,
+        "template_arguments": data.template_arguments,
+    }
+
+
+class _Opened:
+    """A model with its tokenizer; the weights are loaded when a process has its first part to do."""
+
+    def __init__(self, source: ModelSource, work: _Work):
+        self._source, self._work = source, work
+
+    @cached_property
+    def responder(self) -> Responder:
+        return open_responder(self._source, self._work.config)
+
+    @cached_property
+    def generator(self) -> Generator:
+        work = self._work
+        return open_generator(self.responder, work.engine, work.config, work.world.device)
+
+
+def _responses(source: ModelSource, index: int, work: _Work) -> Parts:
+    """Return the finished responses of one model; collective."""
+    numbers = Numbers(index * work.count, work.count)
+    settings = {
+        "prompts": work.prompts.digest,
+        "part_prompts": work.prompts.part_prompts,
+        **_rendering(work.config),
+        "model": source.digest,
+        "numbers": asdict(numbers),
+        **asdict(work.sampling),
+        "engine": str(work.engine),
+        "dtype": str(work.config.model.dtype),
+        "quantization": None if (kind := work.config.model.quantization) is None else str(kind),
+    }
+    parts = Parts.of(RunFolder.of(work.config).pairs_parts, "responses", settings, work.prompts.parts)
+    opened = _Opened(source, work)
+
+    def part(index: int) -> list[dict[str, Any]]:
+        records = work.prompts.part(index)
+        return respond(records, opened.responder, opened.generator, work.sampling, numbers)
+
+    work.finish(f"responses of {source.name}", parts, part)
+    return parts
+
+
+def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> Parts:
+    """Return the finished scores of all responses; collective."""
+    pairs = work.config.pairs
+    settings = {
+        "responses": [parts.folder.name for parts in responses],
+        "unfinished": str(pairs.unfinished),
+        "judge": judge,
+    }
+    parts = Parts.of(RunFolder.of(work.config).pairs_parts, "scores", settings, work.prompts.parts)
+    opened: list[Judge] = []
+
+    def part(index: int) -> list[dict[str, Any]]:
+        if not opened:
+            opened.append(open_judge(work.config, work.world.device, work.world.size))
+        samples = [usable(own, pairs.unfinished)[0] for own in samples_of_part(responses, index)]
+        return score(work.prompts.part(index), samples, opened[0])
+
+    work.finish("scores", parts, part)
+    return parts

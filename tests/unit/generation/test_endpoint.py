@@ -1,0 +1,226 @@
+"""Verdicts of an endpoint, over real HTTP on this machine."""
+
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.pairs_schema import EndpointConfig, Verdicts
+from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.errors import ConfigError
+from dpo_dist.generation.endpoint import Endpoint
+from dpo_dist.generation.endpoint_judge import EndpointJudge, describe_endpoint
+from dpo_dist.generation.judge import Judgement, Question
+from tests.support.judge_server import Answer, JudgeServer, judge_server
+
+RECORD = PreferenceRecord((Message("user", "say something long"),), (), Origin("a.jsonl", 1))
+SHORT, LONG, LONGER = "hm", "a long response", "an even longer response"
+
+
+def longer_wins(content: dict[str, Any], _number: int) -> str:
+    first, second = len(content["response_A"]), len(content["response_B"])
+    return f"I weighed both. [[{'tie' if first == second else 'A' if first > second else 'B'}]]"
+
+
+def config(url: str, **keys: Any) -> EndpointConfig:
+    return EndpointConfig(url=url, model="judge", **{"retries": 0} | keys)
+
+
+def judged(answer: Answer, *responses: str, **keys: Any) -> tuple[Judgement, JudgeServer]:
+    with judge_server(answer) as server:
+        (judgement,) = EndpointJudge(config(server.url, **keys)).judge([Question(RECORD, responses)])
+    return judgement, server
+
+
+def refused(answer: Answer, **keys: Any) -> tuple[ConfigError, JudgeServer]:
+    with judge_server(answer) as server, pytest.raises(ConfigError) as caught:
+        EndpointJudge(config(server.url, **keys)).judge([Question(RECORD, (SHORT, LONG))])
+    return caught.value, server
+
+
+def failing(*statuses: int, **headers: str) -> Answer:
+    def answer(content: dict[str, Any], number: int) -> Any:
+        if number <= len(statuses):
+            return (
+                statuses[number - 1],
+                {name.replace("_", "-"): text for name, text in headers.items()},
+                "{}",
+            )
+        return longer_wins(content, number)
+
+    return answer
+
+
+def test_scores_are_shares_of_won_comparisons() -> None:
+    judgement, server = judged(longer_wins, SHORT, LONG, LONGER)
+    assert judgement.scores == [0.0, 0.5, 1.0]
+    assert judgement.counts["requests"] == len(server.bodies) == 6
+    asked = [json.loads(body["messages"][-1]["content"]) for body in server.bodies]
+    assert asked[0]["conversation"] == [{"role": "user", "content": "say something long"}]
+    positions = {(each["response_A"], each["response_B"]) for each in asked}
+    assert len(positions) == 6
+    assert positions == {(second, first) for first, second in positions}
+
+
+def test_a_judge_that_prefers_a_position_says_nothing() -> None:
+    judgement, _ = judged(lambda *_: "The first one. [[A]]", SHORT, LONG)
+    assert judgement.scores == [0.5, 0.5]
+    assert judgement.counts["position_disagreements"] == 1
+
+
+def test_a_win_in_one_position_only_is_a_tie() -> None:
+    judgement, _ = judged(
+        lambda content, _: "[[A]]" if content["response_A"] == LONG else "[[tie]]", SHORT, LONG
+    )
+    assert judgement.scores == [0.5, 0.5]
+    assert judgement.counts["position_disagreements"] == 1
+
+
+def test_a_tie_in_both_positions_is_no_disagreement() -> None:
+    judgement, _ = judged(lambda *_: "[[tie]]", SHORT, LONG)
+    assert judgement.scores == [0.5, 0.5]
+    assert judgement.counts["position_disagreements"] == 0
+
+
+@pytest.mark.parametrize("reply", ["", "A is better", "[[A]] or [[B]]", "[[C]]", "[[a]]", "[A]", "{}"])
+def test_nonsense_is_counted_and_not_guessed(reply: str) -> None:
+    judgement, _ = judged(lambda *_: reply, SHORT, LONG)
+    assert judgement.scores == [None, None]
+    assert judgement.counts["unreadable"] == 2
+
+
+def test_a_body_without_a_reply_is_unreadable() -> None:
+    for body in ("not json", "[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}'):
+        judgement, _ = judged(lambda *_, body=body: (200, {}, body), SHORT, LONG)
+        assert (judgement.scores, judgement.counts["unreadable"]) == ([None, None], 2)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score", "unreadable"),
+    [
+        ("[[7]]", 7.0, 0),
+        ("ok [[10]]", 10.0, 0),
+        ("[[11]]", None, 1),
+        ("7", None, 1),
+        ("[[1]] [[2]]", None, 1),
+    ],
+)
+def test_grades_are_whole_numbers_from_1_to_10(reply: str, score: float | None, unreadable: int) -> None:
+    judgement, server = judged(lambda *_: reply, SHORT, verdicts=Verdicts.grade)
+    assert judgement.scores == [score]
+    assert judgement.counts["unreadable"] == unreadable
+    assert json.loads(server.bodies[0]["messages"][-1]["content"])["response"] == SHORT
+
+
+def test_the_request_is_a_chat_completion() -> None:
+    _, server = judged(longer_wins, SHORT, LONG, max_tokens=77)
+    assert set(server.paths) == {"/v1/chat/completions"}
+    body = server.bodies[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 77)
+    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
+
+
+def test_the_key_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "very-secret")
+    judgement, server = judged(longer_wins, SHORT, LONG, key_variable="A_KEY")
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer very-secret"}
+    described = describe_endpoint(config("http://localhost:1/v1", key_variable="A_KEY"))
+    error, _ = refused(lambda *_: (401, {}, '{"error": {"message": "very-secret is wrong"}}'))
+    for text in (str(described), str(judgement), error.block()):
+        assert "very-secret" not in text
+    monkeypatch.setenv("A_KEY", "with\nnewline-secret")
+    with pytest.raises(ConfigError) as caught:
+        EndpointJudge(config("http://localhost:1/v1", key_variable="A_KEY"))
+    assert "newline-secret" not in caught.value.block()
+
+
+def test_without_a_key_none_is_sent() -> None:
+    _, server = judged(longer_wins, SHORT, LONG, key_variable="NOT_SET_ANYWHERE")
+    assert not any("Authorization" in headers for headers in server.headers)
+
+
+def test_a_busy_endpoint_is_asked_again() -> None:
+    pauses: list[float] = []
+    with judge_server(failing(429, 503, 500)) as server:
+        endpoint = Endpoint(config(server.url, retries=3), sleep=pauses.append)
+        content = json.dumps({"response_A": LONG, "response_B": SHORT})
+        assert endpoint.ask([{"role": "user", "content": content}]).text.endswith("[[A]]")
+    assert pauses == [1, 2, 4]
+
+
+def test_the_endpoint_may_ask_for_a_longer_pause() -> None:
+    pauses: list[float] = []
+    with judge_server(failing(429, Retry_After="17")) as server:
+        endpoint = Endpoint(config(server.url, retries=1), sleep=pauses.append)
+        endpoint.ask([{"role": "user", "content": json.dumps({"response_A": "", "response_B": ""})}])
+    assert pauses == [17]
+
+
+def test_an_endpoint_that_stays_busy_is_an_error() -> None:
+    error, server = refused(lambda *_: (503, {}, ""), parallel_requests=1)
+    assert "does not reply" in error.message
+    assert "503" in error.got
+    assert len(server.bodies) <= 2
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        with pytest.raises(ConfigError, match="does not reply"):
+            EndpointJudge(config(url)).judge([Question(RECORD, (SHORT, LONG))])
+
+
+def test_an_endpoint_that_is_slow_is_given_up() -> None:
+    def slow(*_: Any) -> str:
+        time.sleep(1.0)
+        return "[[A]]"
+
+    error, _ = refused(slow, timeout_seconds=0.1)
+    assert "does not reply" in error.message
+
+
+@pytest.mark.parametrize("status", [301, 307, 401, 403, 404])
+def test_a_wrong_address_or_key_is_an_error_at_once(status: int) -> None:
+    error, _ = refused(lambda *_: (status, {"Location": "http://localhost:1/"}, ""), retries=5)
+    assert str(status) in error.got
+
+
+def test_one_refused_request_is_counted() -> None:
+    def answer(content: dict[str, Any], number: int) -> Any:
+        if content["response_A"] == LONGER:
+            return 400, {}, json.dumps({"error": {"code": "too_long", "message": "a text of the record"}})
+        return longer_wins(content, number)
+
+    judgement, _ = judged(answer, SHORT, LONG, LONGER)
+    assert judgement.scores == [0.0, 1.0, None]
+    assert judgement.counts["refused"] == 2
+    assert judgement.counts["unreadable"] == 0
+
+
+def test_an_endpoint_that_refuses_everything_is_an_error() -> None:
+    body = json.dumps({"error": {"code": "bad_parameter", "param": "max_tokens", "message": "secret text"}})
+    error, _ = refused(lambda *_: (400, {}, body))
+    assert "refused with status 400, bad_parameter, max_tokens, 2 times" in error.got
+    assert "secret text" not in error.block()
+
+
+def test_requests_keep_to_the_rate() -> None:
+    pauses: list[float] = []
+    with judge_server(longer_wins) as server:
+        endpoint = Endpoint(config(server.url, requests_per_minute=60), processes=2, sleep=pauses.append)
+        content = json.dumps({"response_A": LONG, "response_B": SHORT})
+        for _ in range(3):
+            endpoint.ask([{"role": "user", "content": content}])
+    assert pauses == pytest.approx([2, 4], abs=1)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "ftp://a/v1", "http://user:key@a/v1", "https://a/v1?key=1", "http:///v1"]
+)
+def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="no address") as caught:
+        EndpointJudge(config(url))
+    assert "key@" not in caught.value.block()
