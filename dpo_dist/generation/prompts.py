@@ -63,17 +63,8 @@ def write_prompts(
     folder: Path,
     config: RunConfig,
     say: Callable[[str], None],
-    part: tuple[int, int] = (0, 1),
 ) -> Path:
     """Write the different prompts of `data.train`, in their order, to a file named by its content.
-
-    Args:
-        folder: of the file.
-        sources: with the prompts.
-        data: the configuration of data.
-        limit: most prompts; None: all.
-        say: prints a line.
-        part: index and number of equal parts into which the prompts are divided by their contents.
 
     Raises:
         DataError: a source cannot be read, or too few of its records have a usable prompt.
@@ -90,8 +81,6 @@ def write_prompts(
                 continue
             if key in seen:
                 counts["repeated"] += 1
-                continue
-            if int.from_bytes(key) % part[1] != part[0]:
                 continue
             seen.add(key)
             yield _line(record)

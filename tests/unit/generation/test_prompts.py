@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.load import load_run_config
 from dpo_dist.generation.prompts import write_prompts
 from tests.support.records import jsonl
 
 
 def lines(folder: Path, source: Path, part: tuple[int, int], limit: int | None = None) -> list[str]:
-    file = write_prompts(folder, [SourceConfig(path=str(source))], DataConfig(), limit, lambda _: None, part)
-    return file.read_text().splitlines()
+    keys = {"prompt_part": part[0], "prompt_parts": part[1], "limit": limit or "null"}
+    overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
+    config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
+    return write_prompts(folder, config, lambda _: None).read_text().splitlines()
 
 
 def test_parts_share_no_prompt_and_together_are_all(tmp_path) -> None:
