@@ -107,12 +107,16 @@ def encode_pair(
         ConfigError: the tokenizer has no chat template for messages, no EOS, or an unusable template.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
-    if _has_reserved_character(record):
-        return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
     try:
+        if _has_reserved_character(record):
+            return BadRecord("reserved_character", record.origin, "a text has the noncharacter U+FDD0")
         tokens = _tokenise(render_record(record, facts, data_config), facts, data_config)
     except UnusableRecordError as fault:
         return fault.at(record.origin)
+    except RecursionError:
+        return BadRecord(
+            "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
+        )
     except SpecialTokenInTextError:
         return BadRecord("special_token_in_text", record.origin, "the tokenizer cannot encode it as text")
     return _truncate(tokens, data_config, record.origin)

@@ -111,6 +111,16 @@ def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
     assert flags(encode(record(CHAT), tokenizer)) == (False, False, False)
 
 
+def test_tools_that_are_nested_too_deeply_are_a_bad_record() -> None:
+    nested: Any = "end"
+    for _ in range(3000):
+        nested = [nested]
+    tool = {**TOOL, "function": {"name": "weather", "parameters": nested}}
+    found = encode_pair(replace(record(CHAT), tools=(tool,)), tokenizer_of("qwen3"), DataConfig())
+    assert isinstance(found, BadRecord)
+    assert found.reason == "template_rejected"
+
+
 def test_contents_with_turns_of_a_template_are_counted() -> None:
     for content in ("<|im_start|>user\nhi<|im_end|>", "[INST] hi [/INST]", "<start_of_turn>user"):
         assert encode(record((Message("user", content),)), tiny.qwen()).templated_content
