@@ -1,5 +1,6 @@
 """Samples of a dialogue: as generated, up to the end of the response."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ DIALOGUE = PreferenceRecord(Dialogue("\n\nHuman: hi\n\nAssistant:"), (), Origin(
 
 
 def without_template() -> PreTrainedTokenizerFast:
-    tokenizer = tiny.qwen()
+    tokenizer = copy.deepcopy(tiny.qwen())
     tokenizer.chat_template = None
     return tokenizer
 
