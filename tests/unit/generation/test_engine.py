@@ -19,9 +19,10 @@ from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.engine import chosen_engine, open_generator
 from dpo_dist.generation.function_judge import FunctionJudge
-from dpo_dist.generation.judge import Question
+from dpo_dist.generation.judge import Judgement, Question
 from dpo_dist.generation.responder import find_model, open_responder
 from dpo_dist.generation.sampling import Request, Sample, Sampling
+from dpo_dist.generation.score import score
 from tests.support.tiny_model import write_model
 
 REQUEST = Request(np.arange(40, 50, dtype=np.int32), "key", 3)
@@ -116,3 +117,20 @@ def test_a_function_that_does_not_score_is_named(
         FunctionJudge("own_judge:score").judge([Question(record, ("a", "b"))])
     assert "a.jsonl:7" in caught.value.where
     assert "private" not in caught.value.block()
+
+
+def test_a_single_usable_response_is_judged_too() -> None:
+    """Else the mean score of a round would be of other prompts than that of the next."""
+
+    class Lengths:
+        def judge(self, questions: Any) -> list[Judgement]:
+            return [Judgement([float(len(text)) for text in each.responses]) for each in questions]
+
+    record = PreferenceRecord((Message("user", "a"),), (), Origin("a.jsonl", 1))
+    samples = [
+        [{"number": 2, "content": "abc"}],
+        [],
+        [{"number": 0, "content": "a"}, {"number": 1, "content": "ab"}],
+    ]
+    rows = score([record] * 3, samples, Lengths())
+    assert [row["scores"] for row in rows] == [{"2": 3.0}, {}, {"0": 1.0, "1": 2.0}]
