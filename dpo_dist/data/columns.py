@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.message_fields import from_json
+from dpo_dist.data.message_fields import from_json, is_messages
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
 from dpo_dist.data.sharegpt import TAGS, with_usual_tags
 from dpo_dist.errors import ConfigError, DataError
@@ -133,7 +133,13 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
 
 
 def _tagged(fields: Fields, tags: Mapping[str, str]) -> Fields:
-    return {name: with_usual_tags(from_json(value), tags) for name, value in fields.items()}
+    return {name: _with_tags(value, tags) for name, value in fields.items()}
+
+
+def _with_tags(value: Any, tags: Mapping[str, str]) -> Any:
+    """Return messages, also those that a text spells as JSON, with usual tags; other values unchanged."""
+    found = with_usual_tags(from_json(value), tags)
+    return found if not isinstance(value, str) or (found and is_messages(found)) else value
 
 
 def _value_at(record: Any, path: str) -> Any:

@@ -143,7 +143,10 @@ def _instruction_messages(record: Fields) -> list[Fields]:
         raise UnusableRecordError("unread_content", "fields: history", ("history",))
     turns += [(message.role, message.content) for message in history]
     parts = [record["instruction"], record.get("input")]
-    text = "\n".join(part for part in parts if part) if all(map(_is_text, parts)) else parts[0]
+    are_texts = all(map(_is_text, parts))
+    if not are_texts and has_value(parts[1]):
+        raise UnusableRecordError("unread_content", "instruction and input are not texts", ("input",))
+    text = "\n".join(part for part in parts if part) if are_texts else parts[0]
     return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
 
 

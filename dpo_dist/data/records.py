@@ -49,6 +49,11 @@ class Dialogue:
 
     text: str
 
+    @property
+    def contents(self) -> Text:
+        """The texts of all turns in one."""
+        return _TURN.sub("", self.text)
+
     def messages(self) -> Messages:
         """Return the turns before the response, their contents stripped."""
         before, *parts = _TURN.split(self.text)
