@@ -13,6 +13,8 @@ from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, in_order
 from dpo_dist.data.formats import read_with_fields
 from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data.source_labels import source_labels
+from dpo_dist.data.sources import pinned
 from dpo_dist.diagnostics.across import AllRecords
 from dpo_dist.diagnostics.benchmarks import read_benchmarks
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, SourceReport
@@ -68,7 +70,7 @@ def examine(
             tally = SourceTally(label, source.path, is_eval, seed)
             records.start_source(label, is_eval)
             meter, done = Meter(), 0
-            read = _chunks(source, tally, meter)
+            read = _chunks(pinned(source, Path(config.cache)), tally, meter)
             with (
                 progress(label) as count,
                 closing(in_order(read, observer.observe, config.processes)) as chunks,
@@ -88,15 +90,15 @@ def examine(
 
 
 def _sources(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
-    """Yield each source with a label of its own: as configured, or path, name, split; numbered if equal."""
+    """Yield each source with its label in metrics; a label that occurs again is made different."""
     seen: Counter[str] = Counter()
     for is_eval, sources in ((False, config.train), (True, config.eval)):
-        for source in sources:
-            details = [detail for detail in (source.name, source.split) if detail]
-            location = f"{source.path} ({', '.join(details)})" if details else source.path
-            label = source.label or location
-            seen[label] += 1
-            yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
+        labels = source_labels(sources)
+        again = {label for label in labels if is_eval and seen[label]}
+        for source, label in zip(sources, labels, strict=True):
+            distinct = f"{label} (eval)" if label in again else label
+            seen[distinct] += 1
+            yield source, distinct if seen[distinct] == 1 else f"{distinct} ({seen[distinct]})", is_eval
 
 
 def _chunks(source: SourceConfig, tally: SourceTally, meter: Meter) -> Iterator[Records]:

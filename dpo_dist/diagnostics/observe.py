@@ -230,11 +230,12 @@ def _preferences(
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the key of each preference between two responses and of its opposite.
 
-    Texts that differ in case or white space only have the same key.
+    Texts that differ in case or white space only have the same key; one that a ranking has twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
     scores = record.scores or tuple(range(len(keys), 0, -1))
-    for better, worse in islice(combinations(range(len(keys)), 2), _MAX_PREFERENCES):
-        if scores[better] != scores[worse] and keys[better] != keys[worse]:
+    once = [index for index, key in enumerate(keys) if keys.count(key) == 1]
+    for better, worse in islice(combinations(once, 2), _MAX_PREFERENCES):
+        if scores[better] != scores[worse]:
             preferred = text_key(f"{prompt} {keys[better]} {keys[worse]}")
             yield index, preferred, text_key(f"{prompt} {keys[worse]} {keys[better]}")

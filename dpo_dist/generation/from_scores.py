@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dpo_dist.config.identity import plain
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_records
@@ -11,9 +12,10 @@ from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.digests import text_digest
 from dpo_dist.generation.counted import good_records
-from dpo_dist.generation.pair_records import pair_fields, write_pairs
+from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.pairing import Selection, select_pairs
 from dpo_dist.generation.startup import output_file
+from dpo_dist.generation.summary import check_output, write_results
 
 
 def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -21,14 +23,20 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
 
     Raises:
         DataError: a source cannot be read, too many of its records are bad, or no pair can be made.
+        ConfigError: the file exists and was made with other settings.
     """
     counts: Counter[str] = Counter()
-    file = output_file(config)
-    number = write_pairs(file, _pairs(config, counts, say))
-    found = ", ".join(
-        f"{times} {reason.replace('_', ' ')}" for reason, times in sorted(counts.items()) if times
-    )
-    say(f"{file}: {number:,} pairs" + (f" ({found})" if found else ""))
+    file, pairs = output_file(config), config.pairs
+    settings = {
+        "method": str(pairs.method),
+        "sources": plain(config.data.train),
+        "select": str(pairs.select),
+        "margin": pairs.margin,
+        "limit": pairs.limit,
+        "seed": pairs.seed,
+    }
+    check_output(file, settings)
+    write_results(file, _pairs(config, counts, say), settings, counts, say)
 
 
 def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

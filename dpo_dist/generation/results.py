@@ -110,7 +110,7 @@ def _scored_pairs(
 ) -> Iterator[dict[str, Any]]:
     pairs, counts = results.pairs, results.counts
     scored = [sample for sample in samples if sample["score"] is not None]
-    counts["samples_without_score"] += len(samples) - len(scored) if len(samples) > 1 else 0
+    counts["samples_without_score"] += len(samples) - len(scored)
     rule = Selection(pairs.select, pairs.margin, pairs.seed)
     of_prompt: Counter[str] = Counter()
     chosen = select_pairs(

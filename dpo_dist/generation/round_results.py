@@ -24,7 +24,7 @@ class Samples:
         prompts: their prompts with at least one score.
         responses: those with a score; of equal responses to a prompt each counts.
         unscored: responses without a score: unfinished, empty, or without a usable verdict.
-        mean_score: of the responses; None without any.
+        mean_score: of the responses; None without any, and for shares of won comparisons.
         pairs: number of pairs; None if no two responses of a prompt had different scores.
     """
 
@@ -113,10 +113,11 @@ def read_training(summary: dict[str, Any]) -> Training:
     )
 
 
-def samples_of(policy: str, file: Path, pairs: int | None) -> Samples:
+def samples_of(policy: str, file: Path, pairs: int | None, is_relative: bool = False) -> Samples:
     """Return the counts and the mean score of a file of samples.
 
-    A response that equals an earlier one of its prompt has its score.
+    A response that equals an earlier one of its prompt has its score. Scores of comparisons (`is_relative`)
+    have a mean of one half in every round, so it is not given.
     """
     prompts = responses = unscored = 0
     total = 0.0
@@ -128,7 +129,8 @@ def samples_of(policy: str, file: Path, pairs: int | None) -> Samples:
             responses += len(known)
             unscored += len(scores) - len(known)
             total += sum(known)
-    return Samples(policy, prompts, responses, unscored, total / responses if responses else None, pairs)
+    mean = total / responses if responses and not is_relative else None
+    return Samples(policy, prompts, responses, unscored, mean, pairs)
 
 
 def is_exhausted(file: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.pairs_schema import PairsConfig, RoundReference
+from dpo_dist.config.pairs_schema import PairsConfig, RoundReference, Verdicts
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, Outcome
@@ -111,7 +111,9 @@ class _Rounds:
             pairs = None
         else:
             raise _failed(f"sampling of round {number}", code, folder.rank_log(0))
-        samples = samples_of(config.model.path, folder.pairs_samples, pairs)
+        endpoint = config.pairs.endpoint
+        is_relative = endpoint.url is not None and endpoint.verdicts is Verdicts.compare
+        samples = samples_of(config.model.path, folder.pairs_samples, pairs, is_relative)
         result = RoundResult(number, samples)
         write_result(folder.round_result, result)
         mean = samples.mean_score

@@ -48,12 +48,12 @@ def score(
     Args:
         records: prompts.
         samples: usable samples of each.
-        judge: is asked about prompts with two or more samples.
+        judge: is asked about every prompt with a sample, also a single one, so that a mean score is of all.
 
     Raises:
         DpoDistError: the judge cannot be used.
     """
-    asked = [index for index, own in enumerate(samples) if len(own) > 1]
+    asked = [index for index, own in enumerate(samples) if own]
     judgements = judge.judge(
         [Question(records[index], tuple(sample["content"] for sample in samples[index])) for index in asked]
     )

@@ -24,10 +24,13 @@ _OF_MODELS = frozenset(
 )
 _OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})
 _OF_CHOICES = frozenset({"select", "margin"})
+_OF_PARTS = frozenset({"prompt_parts", "prompt_part"})
+_OF_PEOPLE = frozenset({"people"})
 _UNUSED = {
-    PairsMethod.scores: _OF_MODELS | _OF_JUDGES,
-    PairsMethod.delta: _OF_JUDGES | _OF_CHOICES,
-    PairsMethod.samples: frozenset[str](),
+    PairsMethod.scores: _OF_MODELS | _OF_JUDGES | _OF_PARTS | _OF_PEOPLE,
+    PairsMethod.delta: _OF_JUDGES | _OF_CHOICES | _OF_PEOPLE,
+    PairsMethod.samples: _OF_PEOPLE,
+    PairsMethod.people: _OF_MODELS | _OF_JUDGES | _OF_CHOICES | _OF_PARTS,
 }
 """Keys that have no effect with a method."""
 
@@ -94,8 +97,7 @@ def _check_keys(config: RunConfig) -> None:
             expected=f"a name that ends with {' or '.join(OUTPUT_KINDS)}",
             remedy="rename the file",
         )
-    if pairs.method is not PairsMethod.people:
-        _check_effects(pairs)
+    _check_effects(pairs)
     if pairs.method in (PairsMethod.samples, PairsMethod.delta):
         _check_models(config)
     if pairs.method is PairsMethod.samples:

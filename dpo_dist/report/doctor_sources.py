@@ -51,7 +51,8 @@ def source_section(source: SourceReport, max_length: int) -> str:
     )
     shown = "".join(f"<h3>{title}</h3>{content}" for title, content in parts if content)
     title = f"{inert_html(source.label)} <small>{source.kept:,} of {source.read:,} records kept</small>"
-    return f"<details open><summary>{title}</summary>{shown}</details>"
+    path = f"<p><code>{inert_html(source.path)}</code></p>"
+    return f"<details open><summary>{title}</summary>{path}{shown}</details>"
 
 
 def _row(source: SourceReport) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ if __name__ == "__main__":
 """
 
 
-def endless_records(endless: SourceConfig) -> Any:
+def endless_records(endless: SourceConfig, _meter: Any) -> Any:
     from dpo_dist.data.records import Origin, PreferenceRecord
 
     number = 0

@@ -1,6 +1,5 @@
 """Rounds by real commands: the judge's score rises round by round, also across a kill."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from dpo_dist.generation.rounds import run_rounds
 from tests.support.invented import write_pairs
 from tests.support.launch import ROOT, environment, run_verb
 from tests.support.tiny_model import write_model
-
-HAS_SAMPLER = importlib.util.find_spec("dpo_dist.generation.from_models") is not None
 
 
 @pytest.fixture
@@ -40,7 +37,6 @@ def warm(command: Sequence[str]) -> int:
     return ended.code
 
 
-@pytest.mark.skipif(not HAS_SAMPLER, reason="pairs.method=samples is not available")
 def test_scores_rise_round_by_round_across_a_kill(overrides, tmp_path) -> None:
     parts = tmp_path / "run/rounds/1/pairs/parts"
     with subprocess.Popen(

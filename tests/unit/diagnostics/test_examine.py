@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.data.source_labels import source_labels
 from dpo_dist.diagnostics.examine import examine
 from dpo_dist.diagnostics.findings import Level
 from dpo_dist.errors import ConfigError
@@ -63,7 +64,7 @@ def test_a_planted_fault_is_counted_and_located(rule: str, tmp_path: Path) -> No
     [finding] = of_rule(examined(tmp_path, pairs), rule)
     assert finding.count == 2
     assert lines(finding) == [5, 31]
-    assert finding.source == str(tmp_path / "train.jsonl")
+    assert finding.source == f"{tmp_path.name}-train"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -228,11 +229,30 @@ def test_a_threshold_of_an_unknown_rule_is_an_error(tmp_path: Path) -> None:
     assert "duplicates" in str(caught.value)
 
 
-def test_two_sources_of_one_path_have_labels_of_their_own(tmp_path: Path) -> None:
-    source = SourceConfig(path=write(tmp_path / "a.jsonl", clean_pairs(5)))
-    report = examine(DataConfig(train=[source], eval=[source], processes=1), None)
-    assert [one.label for one in report.sources] == [source.path, f"{source.path} (2)"]
-    assert report.across.leaked_prompts == 5
+def test_sources_have_the_names_of_metrics(tmp_path: Path) -> None:
+    (tmp_path / "math").mkdir()
+    train = [
+        SourceConfig(path=write(tmp_path / "math" / "train.jsonl", clean_pairs(3))),
+        SourceConfig(path=write(tmp_path / "chat.jsonl", clean_pairs(3, 1)), label="own"),
+        SourceConfig(path=write(tmp_path / "more.jsonl", clean_pairs(3, 2)), label="own"),
+    ]
+    evaluation = [SourceConfig(path=write(tmp_path / "own.jsonl", clean_pairs(3, 3)))]
+    report = examine(DataConfig(train=train, eval=evaluation, processes=1), None)
+    metrics = [*source_labels(train), *source_labels(evaluation)]
+    assert metrics == ["math-train", "own", "own", "own"]
+    # Each source of the report has a name of its own.
+    assert [one.label for one in report.sources] == ["math-train", "own", "own (2)", "own (eval)"]
+    assert [one.path for one in report.sources] == [one.path for one in (*train, *evaluation)]
+
+
+def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
+    ranking = {"prompt": "Name a colour.", "responses": ["Red it is.", "Blue.", "RED it is."]}
+    report = examined(tmp_path, [{**ranking, "scores": [3, 2, 1]}])
+    assert report.across.contradictions == 0
+    opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
+    ranking["responses"].append("Grey.")
+    report = examined(tmp_path, [{**ranking, "scores": [4, 3, 2, 1]}, opposite])
+    assert report.across.contradictions == 2
 
 
 def test_a_configured_label_names_the_source(tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def test_a_leak_in_half_of_the_pairs_is_named(name: str, tmp_path: Path) -> None
     assert 0.65 < found[0].share < 0.9
 
 
+@pytest.mark.parametrize("name", ["no-break space", "refusal"])
+def test_a_group_of_one_feature_is_tested_once_and_says_its_direction(name: str, tmp_path: Path) -> None:
+    rule, feature, change = LEAKS[name]
+    report = examined(tmp_path, planted(400, 0.5, change))
+    assert any(f"({feature}, the chosen side has more," in one.text for one in of_rule(report, rule))
+    features = [test.feature for test in report.sources[0].leaks]
+    assert len(features) == len(set(features))
+
+
 def test_a_form_on_one_side_of_few_pairs_is_found(tmp_path: Path) -> None:
     report = examined(
         tmp_path, planted(400, 0.1, on("rejected", lambda text: "As an AI language model, " + text))

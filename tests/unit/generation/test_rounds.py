@@ -183,6 +183,7 @@ def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
         ("pairs.launcher=python", "pairs.launcher"),
         ("pairs.reference=first", "pairs.reference"),
         ("pairs.prompt_part=1", "pairs.prompt_part"),
+        ("pairs.people.port=80", "pairs.method, pairs.people"),
     ],
 )
 def test_keys_of_rounds_without_rounds_are_refused(override, where) -> None:
@@ -224,6 +225,19 @@ def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
     assert (found.prompts, found.responses, found.unscored) == (1, 3, 1)
     assert found.mean_score == pytest.approx(2 / 3)
     assert not is_exhausted(file)
+    relative = samples_of("policy", file, 1, is_relative=True)
+    assert (relative.responses, relative.mean_score) == (3, None)
+
+
+def test_shares_of_won_comparisons_have_no_mean() -> None:
+    endpoint = ("pairs.function=null", "pairs.endpoint.url=http://localhost:1/v1", "pairs.endpoint.model=m")
+    _, said = do(*endpoint, "pairs.rounds=1")
+    rows = json.loads(Path("run/rounds/rounds.json").read_text())["rounds"]
+    assert [row["samples"]["mean_score"] for row in rows] == [None, None]
+    assert not any("mean score 0" in line or line.startswith("hint") for line in said)
+    do(*endpoint, "pairs.rounds=1", "pairs.endpoint.verdicts=grade", "run.dir=run2")
+    rows = json.loads(Path("run2/rounds/rounds.json").read_text())["rounds"]
+    assert [row["samples"]["mean_score"] for row in rows] == [0.25, 0.5]
 
 
 def test_a_command_ends_with_the_process_that_started_it(tmp_path) -> None:

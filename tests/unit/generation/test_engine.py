@@ -1,0 +1,136 @@
+"""Arguments for vLLM (a stub), models with adapters, and a function as judge."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.pairs_schema import Engine
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.user_function import find_function
+from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.errors import ConfigError
+from dpo_dist.generation.engine import chosen_engine, open_generator
+from dpo_dist.generation.function_judge import FunctionJudge
+from dpo_dist.generation.judge import Judgement, Question
+from dpo_dist.generation.responder import find_model, open_responder
+from dpo_dist.generation.sampling import Request, Sample, Sampling
+from dpo_dist.generation.score import score
+from tests.support.tiny_model import write_model
+
+REQUEST = Request(np.arange(40, 50, dtype=np.int32), "key", 3)
+
+
+def configured(folder: Path, model: Path) -> RunConfig:
+    return load_run_config(
+        [f"model.path={model}", "model.dtype=fp32", "data.train=[a.jsonl]", f"run.root={folder}"]
+    )
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    base = write_model(tmp_path / "base")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    )
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_responds_on_its_base(tmp_path: Path, adapter: Path) -> None:
+    config = configured(tmp_path, adapter.parent / "base")
+    samples, digests = [], []
+    for name in (str(adapter), str(adapter.parent / "base")):
+        source = find_model(name, config)
+        responder = open_responder(source, config)
+        generator = open_generator(responder, Engine.transformers, config, torch.device("cpu"))
+        samples.append(generator.generate([REQUEST], Sampling(12)))
+        digests.append(source.digest)
+    assert samples[0] != samples[1]
+    assert digests[0] != digests[1]
+
+
+def test_the_arguments_for_vllm(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class LLM:
+        def __init__(self, **arguments: Any) -> None:
+            seen["model"] = arguments
+
+        def generate(self, prompts: Any, parameters: Any, lora_request: Any) -> Any:
+            seen.update(prompts=prompts, parameters=parameters, lora=lora_request)
+            stop = parameters[0].stop_token_ids[0]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5, 6, stop])])]
+
+    vllm, request = ModuleType("vllm"), ModuleType("vllm.lora.request")
+    vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
+    request.LoRARequest = lambda *parts: parts  # type: ignore[attr-defined]
+    stubs = {"vllm": vllm, "vllm.lora": ModuleType("vllm.lora"), "vllm.lora.request": request}
+    for name, module in stubs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    config = configured(tmp_path, adapter.parent / "base")
+    responder = open_responder(find_model(str(adapter), config), config)
+    generator = open_generator(responder, Engine.vllm, config, torch.device("cpu"))
+    assert generator.generate([REQUEST], Sampling(9, 0.7, 0.9, seed=2)) == [Sample([5, 6], True)]
+    assert (seen["model"]["model"], seen["model"]["dtype"]) == (str(adapter.parent / "base"), "float32")
+    assert seen["model"]["enable_lora"]
+    assert seen["lora"] == ("adapter", 1, str(adapter))
+    assert seen["prompts"] == [{"prompt_token_ids": list(range(40, 50))}]
+    given = seen["parameters"][0]
+    assert (given.temperature, given.top_p, given.top_k, given.max_tokens) == (0.7, 0.9, -1, 9)
+    assert set(given.stop_token_ids) == responder.stop_ids
+
+
+def test_vllm_that_is_not_installed_is_refused() -> None:
+    assert chosen_engine(Engine.auto) is Engine.transformers
+    with pytest.raises(ConfigError, match="not installed"):
+        chosen_engine(Engine.vllm)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return [1.0]", "another number of scores"),
+        ("return ['high', 'low']", "no finite number"),
+        ("return [float('nan'), 1]", "no finite number"),
+        ("raise ValueError(prompt)", "raises an exception"),
+    ],
+)
+def test_a_function_that_does_not_score_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find_function.cache_clear()
+    (tmp_path / "own_judge.py").write_text(f"def score(prompt, responses):\n    {body}\n")
+    record = PreferenceRecord((Message("user", "a private text"),), (), Origin("a.jsonl", 7))
+    with pytest.raises(ConfigError, match=said) as caught:
+        FunctionJudge("own_judge:score").judge([Question(record, ("a", "b"))])
+    assert "a.jsonl:7" in caught.value.where
+    assert "private" not in caught.value.block()
+
+
+def test_a_single_usable_response_is_judged_too() -> None:
+    """Else the mean score of a round would be of other prompts than that of the next."""
+
+    class Lengths:
+        def judge(self, questions: Any) -> list[Judgement]:
+            return [Judgement([float(len(text)) for text in each.responses]) for each in questions]
+
+    record = PreferenceRecord((Message("user", "a"),), (), Origin("a.jsonl", 1))
+    samples = [
+        [{"number": 2, "content": "abc"}],
+        [],
+        [{"number": 0, "content": "a"}, {"number": 1, "content": "ab"}],
+    ]
+    rows = score([record] * 3, samples, Lengths())
+    assert [row["scores"] for row in rows] == [{"2": 3.0}, {}, {"0": 1.0, "1": 2.0}]

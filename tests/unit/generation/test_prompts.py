@@ -1,0 +1,24 @@
+"""The file of prompts: parts of them, by their contents."""
+
+from pathlib import Path
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.generation.prompts import write_prompts
+from tests.support.records import jsonl
+
+
+def lines(folder: Path, source: Path, part: tuple[int, int], limit: int | None = None) -> list[str]:
+    keys = {"prompt_part": part[0], "prompt_parts": part[1], "limit": limit or "null"}
+    overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
+    config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
+    return write_prompts(folder, config, lambda _: None).read_text().splitlines()
+
+
+def test_parts_share_no_prompt_and_together_are_all(tmp_path) -> None:
+    source = jsonl(tmp_path, *({"prompt": f"question {n % 50}", "completion": "c"} for n in range(60)))
+    whole = lines(tmp_path, source, (0, 1))
+    parts = [lines(tmp_path, source, (index, 3)) for index in range(3)]
+    assert len(whole) == 50
+    assert sorted(line for part in parts for line in part) == sorted(whole)
+    assert all(8 < len(part) < 25 for part in parts)
+    assert lines(tmp_path, source, (1, 3), limit=5) == parts[1][:5]
