@@ -53,7 +53,7 @@ def prompt_of(record: Fields, responses: Iterable[Any]) -> tuple[Any, bool]:
     if has_value(record.get("instruction")):
         return _instruction_messages(record), True
     question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
-    if question is None or is_messages(spelled_messages(question)):
+    if question is None or is_messages(spelled_messages(question, "user")):
         return question, False
     return [{"role": "user", "content": question}], False
 
@@ -206,7 +206,7 @@ def _exchanges(history: Any) -> list[Message] | None:
 
 def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
     """Return whether a field has a value that the prompt does not contain."""
-    value = spelled_messages(record.get(name))
+    value = spelled_messages(record.get(name), "user")
     if not has_value(value):
         return False
     if isinstance(value, list | Mapping) and is_messages(value):

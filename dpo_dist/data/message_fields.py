@@ -77,11 +77,14 @@ def is_messages(value: Any) -> bool:
     return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
 
 
-def spelled_messages(value: Any) -> Any:
-    """Return the messages that a text spells as JSON, a list of them or one; any other value unchanged."""
+def spelled_messages(value: Any, alone: str = "assistant") -> Any:
+    """Return the messages that a text spells as JSON; any other value unchanged.
+
+    They are a list of messages, or one of the role `alone` with no fields but role and content.
+    """
     found = from_json(value) if isinstance(value, str) else value
     if found is not value and isinstance(found, Mapping) and set(found) in _BARE_MESSAGES:
-        found = [found]
+        found = [found] if role_of(found) == alone else value
     if found is value or not isinstance(found, list) or not found or not is_messages(found):
         return value
     # A response may be an object with a role of its own.
