@@ -52,7 +52,7 @@ class Dialogue:
     @property
     def contents(self) -> Text:
         """The texts of all turns in one."""
-        return _TURN.sub("", self.text)
+        return DIALOGUE_TURN.sub("", self.text)
 
     def messages(self) -> Messages:
         """Return the turns before the response, their contents stripped."""
