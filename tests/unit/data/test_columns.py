@@ -153,6 +153,11 @@ def test_with_tags_a_response_may_be_json_and_a_role_anything(tmp_path: Path) ->
     assert wrong.reason == "roles_out_of_turn"
 
 
+def test_tags_without_turns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tags have no effect"):
+        read(tmp_path, TEXT, None, tags={"user_tag": "customer"})
+
+
 def test_columns_are_written_on_the_command_line() -> None:
     source = "{path: a.jsonl, columns: {prompt: question, chosen: answers.good, images: null, *: null}}"
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
