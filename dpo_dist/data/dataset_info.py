@@ -160,12 +160,14 @@ class _Entry:
                 raise self._fault(
                     f"{key} of the source has no effect", value, remedy=f"the entry decides: set its {key}"
                 )
-        if asked.format is not DataFormat.auto or asked.columns or asked.tags:
-            raise self._fault(
-                "format, columns and tags of the source have no effect",
-                f"format {asked.format}",
-                remedy="the entry decides; or set path to its file",
-            )
+        form = None if asked.format is DataFormat.auto else asked.format
+        for key, value in (("format", form), ("columns", asked.columns), ("tags", asked.tags)):
+            if value:
+                raise self._fault(
+                    f"{key} of the source has no effect",
+                    value,
+                    remedy="the entry decides; or set path to its file",
+                )
         for key, kind in _TYPES.items():
             if self.entry.get(key) is not None and not isinstance(self.entry[key], kind):
                 raise self._fault(f"{key} of the entry has the wrong type", self.entry[key])
@@ -218,7 +220,10 @@ class _Entry:
     def _tags(self) -> dict[str, str] | None:
         given = self.entry.get("tags") or {}
         self._check_keys("tag", given, tuple(TAGS))
-        usual = _OPENAI_TAGS if self.entry.get("formatting") == "openai" else {}
+        formatting = self.entry.get("formatting") or "alpaca"
+        if formatting == "alpaca":  # LLaMA-Factory reads its texts without tags
+            return None
+        usual = _OPENAI_TAGS if formatting == "openai" else {}
         return {**usual, **{tag: name for tag, name in given.items() if name}} or None
 
     def _limit(self) -> int | None:

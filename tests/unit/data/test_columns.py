@@ -142,6 +142,11 @@ def test_tags_name_the_fields_and_roles_of_turns(tmp_path: Path) -> None:
     assert wrong.reason == "roles_out_of_turn"
 
 
+def test_tags_without_turns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tags have no effect"):
+        read(tmp_path, TEXT, None, tags={"user_tag": "customer"})
+
+
 def test_columns_are_written_on_the_command_line() -> None:
     source = "{path: a.jsonl, columns: {prompt: question, chosen: answers.good, images: null, *: null}}"
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
