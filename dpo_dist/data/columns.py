@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.message_fields import from_json
+from dpo_dist.data.message_fields import from_json, is_messages
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
 from dpo_dist.data.sharegpt import TAGS, has_role_tag, role_tag, with_usual_tags
 from dpo_dist.errors import ConfigError, DataError
@@ -129,15 +129,20 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             continue
         fields = {**rest, **whole, **found}
         if tags:
-            fields = {name: from_json(value) for name, value in fields.items()}
-            has_turns = has_turns or any(has_role_tag(value, tags) for value in fields.values())
-            fields = {name: with_usual_tags(value, tags) for name, value in fields.items()}
+            has_turns = has_turns or any(has_role_tag(from_json(value), tags) for value in fields.values())
+            fields = {name: _with_tags(value, tags) for name, value in fields.items()}
         seen_any = True
         yield fields, origin
     if unseen and seen:
         raise _unknown_columns(sorted(unseen), list(seen), source)
     if seen_any and not has_turns:
         raise _unused_tags(tags, source)
+
+
+def _with_tags(value: Any, tags: Mapping[str, str]) -> Any:
+    """Return messages, also those that a text spells as JSON, with usual tags; other values unchanged."""
+    found = with_usual_tags(from_json(value), tags)
+    return found if not isinstance(value, str) or (found and is_messages(found)) else value
 
 
 def _unused_tags(tags: Mapping[str, str], source: SourceConfig) -> DataError:

@@ -88,7 +88,11 @@ def resolved(source: SourceConfig) -> SourceConfig:
 def _registry_file(source: SourceConfig) -> Path | None:
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
-    return file if "://" not in source.path and file.is_file() and not is_saved(file.parent) else None
+    try:
+        is_registry = "://" not in source.path and file.is_file() and not is_saved(file.parent)
+    except OSError:
+        return None  # no path of a source; `sources.local_files` says why
+    return file if is_registry else None
 
 
 def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] | None:
@@ -214,7 +218,7 @@ class _Entry:
         """Return the field of each column; as in LLaMA-Factory, no other column is read."""
         columns = {name: column for name, column in (self.entry.get("columns") or {}).items() if column}
         if not columns:
-            return None
+            return {"chosen": None, "rejected": None} if self.entry.get("ranking") is False else None
         return {**{fields[name]: column for name, column in columns.items()}, OTHERS: None}
 
     def _tags(self) -> dict[str, str] | None:

@@ -65,4 +65,8 @@ def with_usual_tags(value: Any, tags: Mapping[str, str]) -> Any:
         return value
     usual = {names[tag]: name for tag, name in TAGS.items() if tag not in ("role_tag", "content_tag")}
     rest = {name: item for name, item in value.items() if name not in (role, content)}
-    return rest | {"from": usual.get(value[role], value[role]), "value": value.get(content)}
+    given = value[role]
+    return rest | {
+        "from": usual.get(given, given) if isinstance(given, str) else given,
+        "value": value.get(content),
+    }
