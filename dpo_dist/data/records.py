@@ -49,6 +49,11 @@ class Dialogue:
 
     text: str
 
+    @property
+    def contents(self) -> Text:
+        """The texts of all turns in one."""
+        return DIALOGUE_TURN.sub("", self.text)
+
     def messages(self) -> Messages:
         """Return the turns before the response, their contents stripped."""
         before, *parts = DIALOGUE_TURN.split(self.text)
