@@ -164,13 +164,7 @@ def test_delta_pairs_prefer_the_first_model(place: Path) -> None:
         ([*SAMPLES, "pairs.reward_model=m"], "samples need one judge"),
         ([*SAMPLES, "data.train=[{path: prompts.jsonl, weight: 2}]"], "has no effect on pairs"),
         (
-            [
-                *SAMPLES,
-                "pairs.engine=vllm",
-                "model.quantization=nf4",
-                "model.adapter={r: 4}",
-                "parallelism=ddp",
-            ],
+            [*SAMPLES, *QUANTIZED, "pairs.engine=vllm"],
             "vLLM does not quantize",
         ),
     ],
