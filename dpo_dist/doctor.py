@@ -11,6 +11,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.sources import check_source
+from dpo_dist.diagnostics.judge import check_thresholds
 from dpo_dist.errors import ExitCode
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
@@ -23,6 +24,7 @@ def main(config: RunConfig) -> int:
     """
     if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
         return ExitCode.completed
+    check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
     if config.model.path != NO_MODEL:

@@ -4,6 +4,7 @@
 after the finished parts. docs/pairs.md has a command for each method.
 """
 
+import signal
 import sys
 
 from dpo_dist.config.command_line import run_verb
@@ -24,11 +25,15 @@ def main(config: RunConfig) -> int:
     check_pairs(config)
     if config.pairs.rounds:
         return run_rounds(config, _say)
-    if needs_this_process(config):
-        with open_console(RunFolder.of(config)) as console:
-            from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints into the log)
+    try:
+        if needs_this_process(config):
+            with open_console(RunFolder.of(config)) as console:
+                from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
 
-            make_pairs(config, console)
+                make_pairs(config, console)
+    except KeyboardInterrupt:
+        _say("interrupted: the same command continues after the finished parts")
+        return 128 + signal.SIGINT
     return ExitCode.completed
 
 

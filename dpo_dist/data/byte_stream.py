@@ -12,6 +12,7 @@ from dpo_dist.errors import DataError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 2**20
+_SIGNATURES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
 # Text shrinks to a third or a tenth, the same record again and again to a hundredth.
 _MAX_EXPANSION = 400
 _UNCHECKED_BYTES = 2**26
@@ -48,14 +49,24 @@ def open_bytes(file: Path, meter: Meter) -> BinaryIO:
     """Open a UTF-8 text file.
 
     Raises:
-        DataError: it is UTF-16; while reading: it expands far more than text can.
+        DataError: it is UTF-16, compressed (twice) or Parquet; while reading: it expands far more than text
+            can.
     """
     packed = file.open("rb")
     meter.start(file, lambda: file.stat().st_size if packed.closed else packed.tell())
     stream: Any = packed
     if file.suffix in COMPRESSIONS:
         stream = io.BufferedReader(_Unpacked(packed, file), BLOCK_BYTES)
-    if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    start = stream.peek(4)[:4]
+    if kind := next((kind for sign, kind in _SIGNATURES.items() if start.startswith(sign)), ""):
+        raise DataError(
+            "the content of the file does not fit its name",
+            where=str(file),
+            got=kind,
+            expected=file.suffix,
+            remedy="rename the file, for example to pairs.jsonl.gz, pairs.jsonl.zst or pairs.parquet",
+        )
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise DataError(
             "the file is not UTF-8",
             where=str(file),

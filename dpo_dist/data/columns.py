@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.message_fields import from_json
+from dpo_dist.data.message_fields import from_json, is_messages
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
-from dpo_dist.data.sharegpt import TAGS, with_usual_tags
+from dpo_dist.data.sharegpt import TAGS, has_role_tag, role_tag, with_usual_tags
 from dpo_dist.errors import ConfigError, DataError
 
 # The fields that formats read; `record` is an object with all of them.
@@ -78,7 +78,7 @@ def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator
 
     Raises:
         ConfigError: as `check_columns`; by this call.
-        DataError: no record has one of the columns; after the last record.
+        DataError: no record has one of the columns, or turns with the role's tag; after the last record.
     """
     check_columns(source)
     if not source.columns and not source.tags:
@@ -112,6 +112,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
     paths = {field: column for field, column in columns.items() if column is not None}
     hidden = {*columns, *paths.values(), *(path.split(".")[0] for path in paths.values())}
     unseen, seen = set(paths.values()), dict[str, None]()
+    has_turns, seen_any = not tags, False
     for record, origin in records:
         if isinstance(record, BadRecord):
             yield record, origin
@@ -127,13 +128,31 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
             continue
         fields = {**rest, **whole, **found}
-        yield _tagged(fields, tags) if tags else fields, origin
+        if tags:
+            has_turns = has_turns or any(has_role_tag(from_json(value), tags) for value in fields.values())
+            fields = {name: _with_tags(value, tags) for name, value in fields.items()}
+        seen_any = True
+        yield fields, origin
     if unseen and seen:
         raise _unknown_columns(sorted(unseen), list(seen), source)
+    if seen_any and not has_turns:
+        raise _unused_tags(tags, source)
 
 
-def _tagged(fields: Fields, tags: Mapping[str, str]) -> Fields:
-    return {name: with_usual_tags(from_json(value), tags) for name, value in fields.items()}
+def _with_tags(value: Any, tags: Mapping[str, str]) -> Any:
+    """Return messages, also those that a text spells as JSON, with usual tags; other values unchanged."""
+    found = with_usual_tags(from_json(value), tags)
+    return found if not isinstance(value, str) or (found and is_messages(found)) else value
+
+
+def _unused_tags(tags: Mapping[str, str], source: SourceConfig) -> DataError:
+    role = role_tag(tags)
+    return DataError(
+        f"tags have no effect: no record has a turn with the field {role}",
+        where=f"tags of {source.path}",
+        got=", ".join(f"{tag}: {name}" for tag, name in tags.items()),
+        remedy="set role_tag to the field with the role of a turn, or remove tags",
+    )
 
 
 def _value_at(record: Any, path: str) -> Any:

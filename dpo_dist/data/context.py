@@ -53,7 +53,7 @@ def prompt_of(record: Fields, responses: Iterable[Any]) -> tuple[Any, bool]:
     if has_value(record.get("instruction")):
         return _instruction_messages(record), True
     question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
-    if question is None or is_messages(spelled_messages(question)):
+    if question is None or is_messages(spelled_messages(question, "user")):
         return question, False
     return [{"role": "user", "content": question}], False
 
@@ -143,7 +143,10 @@ def _instruction_messages(record: Fields) -> list[Fields]:
         raise UnusableRecordError("unread_content", "fields: history", ("history",))
     turns += [(message.role, message.content) for message in history]
     parts = [record["instruction"], record.get("input")]
-    text = "\n".join(part for part in parts if part) if all(map(_is_text, parts)) else parts[0]
+    are_texts = all(map(_is_text, parts))
+    if not are_texts and has_value(parts[1]):
+        raise UnusableRecordError("unread_content", "instruction and input are not texts", ("input",))
+    text = "\n".join(part for part in parts if part) if are_texts else parts[0]
     return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
 
 
@@ -203,7 +206,7 @@ def _exchanges(history: Any) -> list[Message] | None:
 
 def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
     """Return whether a field has a value that the prompt does not contain."""
-    value = spelled_messages(record.get(name))
+    value = spelled_messages(record.get(name), "user")
     if not has_value(value):
         return False
     if isinstance(value, list | Mapping) and is_messages(value):

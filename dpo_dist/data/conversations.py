@@ -30,7 +30,7 @@ FIRST_TURN = "\n\nHuman:"
 def reader_of(content: RawContent) -> Reader | None:
     """Return the reader for the types of the prompt and the responses; None if no reader fits."""
     responses = [spelled_messages(response) for response in content.responses.values()]
-    if all(map(is_messages, responses)) or is_messages(spelled_messages(content.prompt)):
+    if all(map(is_messages, responses)) or is_messages(spelled_messages(content.prompt, "user")):
         return read_messages
     if not all(isinstance(response, str) for response in responses):
         return None
@@ -106,7 +106,7 @@ def messages_of(value: Any, role: str) -> Messages:
     Raises:
         UnusableRecordError: it is something else, or a message cannot be read.
     """
-    value = spelled_messages(value)
+    value = spelled_messages(value, role)
     if isinstance(value, str):
         return (Message(role, value),)
     if not is_messages(value):

@@ -43,7 +43,8 @@ _REMEDIES = {
     "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
     "unpaired": UNPAIRED_REMEDY,
     "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
-    "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl",
+    "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl, "
+    "one with an array in .json",
 }
 
 

@@ -16,6 +16,7 @@ from dpo_dist.errors import DataError
 
 _QUOTE = re.compile(r'(?P<opening>(?:^|,)")|"(?=,|\s*$)')
 _MAX_CELL_CHARACTERS = 2**31 - 1
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # Replaces a line that is too long to load; as a record it has too few cells.
 _TOO_LONG = "\0too long\0"
 
@@ -29,7 +30,7 @@ def read_csv(text: TextIO, path: str, max_characters: int) -> Iterator[RawRecord
         max_characters: limit of a record; a longer one is a bad record.
 
     Raises:
-        DataError: the header cannot be parsed, or has a column twice; raised by this call.
+        DataError: the header cannot be parsed, has a column twice, or other separators; raised by this call.
     """
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     lines = _Lines(text, max_characters)
@@ -38,6 +39,7 @@ def read_csv(text: TextIO, path: str, max_characters: int) -> Iterator[RawRecord
         raise DataError("the header of the CSV file cannot be parsed", where=f"{path}:1", got=fault)
     header = names or []
     check_columns(header, f"{path}:1")
+    _check_separator(header, f"{path}:1")
     return _records(lines, path, header)
 
 
@@ -53,6 +55,19 @@ def check_columns(names: list[str], where: str) -> None:
             where=where,
             got=", ".join(map(shown_key, names)),
             expected="a different name for each column",
+        )
+
+
+def _check_separator(header: list[str], where: str) -> None:
+    """Check that a single name is not several with another separator. Raises DataError."""
+    found = [name for sign, name in _OTHER_SEPARATORS.items() if len(header) == 1 and sign in header[0]]
+    if found:
+        raise DataError(
+            "the columns of the CSV file are not separated by commas",
+            where=where,
+            got=f"one name with {found[0]}",
+            expected="names separated by commas",
+            remedy="write the file again with commas",
         )
 
 
@@ -143,7 +158,7 @@ class _Lines:
         return 0
 
     def _peeked(self) -> Iterator[str]:
-        yield from tuple(self._ahead)
+        yield from self._ahead
         while line := self._read():
             self._ahead.append(line)
             yield line

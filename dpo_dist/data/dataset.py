@@ -4,7 +4,6 @@ Nothing of the size of the dataset is in memory.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +22,11 @@ from dpo_dist.data.encoded_source import (
     read_manifest,
     view,
 )
+from dpo_dist.data.former_encodings import data_fingerprint
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import Mask, Sequences, packed_tokens
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sampler import Indices, Span
-from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 
 Keys = npt.NDArray[np.uint64]
@@ -60,6 +59,7 @@ class PreferenceDataset:
         truncated: bool [responses], whether the end of a response was cut, with its end of turn.
         prompts: uint64 [examples], `prompt_split.prompt_hash` of each record's prompt.
         origins: int64 [examples, 2], index in `source_paths`, and line.
+        encoded: the sources on disk.
     """
 
     fingerprint: str
@@ -80,6 +80,7 @@ class PreferenceDataset:
     truncated: Column
     prompts: Column
     origins: Column
+    encoded: tuple[EncodedSource, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pair_pieces)
@@ -254,11 +255,10 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         by_source.append({"label": source.label, "path": source.path, **mapped.counts.numbers()})
         counts.add(mapped.counts)
     check_split(counts)
-    parts = [
-        [manifest.fingerprint, source.limit] for source, manifest in zip(sources, manifests, strict=True)
-    ]
+    fingerprints = [manifest.fingerprint for manifest in manifests]
+    limits = [source.limit for source in sources]
     return PreferenceDataset(
-        fingerprint=text_digest(json.dumps(parts)),
+        fingerprint=data_fingerprint(zip(fingerprints, limits, strict=True)),
         counts=counts.as_dict() | {"sources": by_source},
         source_paths=tuple(file for mapped in views for file in mapped.files),
         source_pairs=tuple(mapped.pairs for mapped in views),
@@ -276,6 +276,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         truncated=_column(views, "truncated"),
         prompts=_column(views, "prompts"),
         origins=_column(views, "origins", [np.array([len(mapped.files), 0]) for mapped in views]),
+        encoded=tuple(sources),
     )
 
 

@@ -88,7 +88,11 @@ def resolved(source: SourceConfig) -> SourceConfig:
 def _registry_file(source: SourceConfig) -> Path | None:
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
-    return file if "://" not in source.path and file.is_file() and not is_saved(file.parent) else None
+    try:
+        is_registry = "://" not in source.path and file.is_file() and not is_saved(file.parent)
+    except OSError:
+        return None  # no path of a source; `sources.local_files` says why
+    return file if is_registry else None
 
 
 def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] | None:
@@ -160,12 +164,14 @@ class _Entry:
                 raise self._fault(
                     f"{key} of the source has no effect", value, remedy=f"the entry decides: set its {key}"
                 )
-        if asked.format is not DataFormat.auto or asked.columns or asked.tags:
-            raise self._fault(
-                "format, columns and tags of the source have no effect",
-                f"format {asked.format}",
-                remedy="the entry decides; or set path to its file",
-            )
+        form = None if asked.format is DataFormat.auto else asked.format
+        for key, value in (("format", form), ("columns", asked.columns), ("tags", asked.tags)):
+            if value:
+                raise self._fault(
+                    f"{key} of the source has no effect",
+                    value,
+                    remedy="the entry decides; or set path to its file",
+                )
         for key, kind in _TYPES.items():
             if self.entry.get(key) is not None and not isinstance(self.entry[key], kind):
                 raise self._fault(f"{key} of the entry has the wrong type", self.entry[key])
@@ -212,13 +218,16 @@ class _Entry:
         """Return the field of each column; as in LLaMA-Factory, no other column is read."""
         columns = {name: column for name, column in (self.entry.get("columns") or {}).items() if column}
         if not columns:
-            return None
+            return {"chosen": None, "rejected": None} if self.entry.get("ranking") is False else None
         return {**{fields[name]: column for name, column in columns.items()}, OTHERS: None}
 
     def _tags(self) -> dict[str, str] | None:
         given = self.entry.get("tags") or {}
         self._check_keys("tag", given, tuple(TAGS))
-        usual = _OPENAI_TAGS if self.entry.get("formatting") == "openai" else {}
+        formatting = self.entry.get("formatting") or "alpaca"
+        if formatting == "alpaca":  # LLaMA-Factory reads its texts without tags
+            return None
+        usual = _OPENAI_TAGS if formatting == "openai" else {}
         return {**usual, **{tag: name for tag, name in given.items() if name}} or None
 
     def _limit(self) -> int | None:

@@ -15,6 +15,10 @@ _SAVED = ("state.json", "dataset_dict.json")
 # Metadata that `datasets` writes beside the data files.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", *_SAVED)
 _SHARD_OF_SPLIT = re.compile(r"(.+?)-(\d{5})-of-(\d{5})")
+_UNREAD_DATA = re.compile(
+    r"\.(jsonl|json|csv|parquet|ndjson|jsonlines|tsv|arrow|feather)(\.(gz|zst|bz2|xz|zip|lz4|7z|br))?$",
+    re.IGNORECASE,
+)
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -87,7 +91,8 @@ def shards(folder: Path, split: str | None) -> list[Path]:
     files belong to the only split.
 
     Raises:
-        DataError: no data file is found; the files are of several kinds; only some names have a split; no
+        DataError: no data file is found; a data file is of a kind that is not read, or the files are of
+            several kinds; only some names have a split; no
             file belongs to the split; or a shard of it is missing.
         ConfigError: `split` is set and no name has a split.
     """
@@ -99,6 +104,14 @@ def shards(folder: Path, split: str | None) -> list[Path]:
             where=str(folder),
             got=", ".join(file.name for file in below[:5]) or "an empty folder",
             expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
+        )
+    if unread := [file for file in below if not file_kind(file) and _UNREAD_DATA.search(file.name)]:
+        raise DataError(
+            "the folder has data files that cannot be read",
+            where=str(folder),
+            got=", ".join(str(file.relative_to(folder)) for file in unread[:5]),
+            expected=f"{', '.join(KINDS)} files",
+            remedy="convert or rename them, or select the other files by a pattern, for example path/*.jsonl",
         )
     kinds = {file_kind(file) for file in files}
     if len(kinds) > 1:

@@ -13,6 +13,7 @@ _TO_SIGN = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb")*+", re.DOTALL)
 _TO_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb")*+", re.DOTALL)
 _TO_QUOTE = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _BLOCK_BYTES = 2**20
+_MAX_DEPTH = 1_000_000
 
 
 def split_array(stream: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
@@ -23,7 +24,7 @@ def split_array(stream: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
         max_bytes: about as much is in memory at a time.
 
     Raises:
-        ValueError: the array does not end, or text follows it.
+        ValueError: the array does not end, text follows it, or it is no data: a million brackets are open.
     """
     elements = _Elements(max_bytes)
     while block := stream.read(_BLOCK_BYTES):
@@ -55,6 +56,8 @@ class _Elements:
             sign = block[position : position + 1]
             position += 1
             self.depth += (sign in b"[{") - (sign in b"]}")
+            if self.depth > _MAX_DEPTH:
+                raise ValueError(f"brackets are nested more than {_MAX_DEPTH:,} levels deep")
             if self.depth == 0 or (self.depth == 1 and sign == b","):
                 self._keep(block[start : position - 1])
                 start = position

@@ -16,7 +16,7 @@ def parse_json(content: bytes) -> Any:
         ValueError: it is no JSON, an object has a key twice, or it is nested too deeply.
     """
     try:
-        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+        value = _DECODER.decode(content.decode("utf-8-sig"))
     except RecursionError as fault:
         raise ValueError("nested too deeply") from fault
     if content.count(b"[") + content.count(b"{") > _MAX_NESTING and isinstance(value, dict | list):
@@ -41,6 +41,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"an object has the key {shown_key(twice)} twice")
     return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 def _check_nesting(value: Any) -> None:

@@ -21,16 +21,23 @@ _THOUGHTS = {
     "reasoning": "reasoning_content",
     "thinking": "thinking",
 }
+# The fields of a message that a text may spell alone; a response may be an object with more.
+_BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
 _COPIED = ("tool_call_id", "name")
 _WEIGHTS = ("loss_weight", "loss", "weight")
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 # Parsing takes a hundred times the memory of the text.
 _MAX_PRINTED_CHARACTERS = 2**20
-_NO_VALUES: tuple[Any, ...] = (None, False, "", "[]", "{}", "null", [], {}, ())
+_NO_VALUES: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {}, ())
 
 
 def has_value(value: Any) -> bool:
-    """Return whether a field has content; an empty text, list or object, also in JSON, is none."""
+    """Return whether a field has content; an empty text, list or object, also in JSON, is none.
+
+    So is false, but 0 is not.
+    """
+    if isinstance(value, int | float):
+        return value is not False
     return value not in _NO_VALUES and not (isinstance(value, str) and not value.strip())
 
 
@@ -70,9 +77,14 @@ def is_messages(value: Any) -> bool:
     return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
 
 
-def spelled_messages(value: Any) -> Any:
-    """Return the list of messages that a text spells as JSON; any other value unchanged."""
+def spelled_messages(value: Any, alone: str = "assistant") -> Any:
+    """Return the messages that a text spells as JSON; any other value unchanged.
+
+    They are a list of messages, or one of the role `alone` with no fields but role and content.
+    """
     found = from_json(value) if isinstance(value, str) else value
+    if found is not value and isinstance(found, Mapping) and set(found) in _BARE_MESSAGES:
+        found = [found] if role_of(found) == alone else value
     if found is value or not isinstance(found, list) or not found or not is_messages(found):
         return value
     # A response may be an object with a role of its own.

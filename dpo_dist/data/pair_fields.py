@@ -30,6 +30,7 @@ _ALL_SIDES = (SIDES, *MESSAGE_SIDES, *_RESPONSE_SIDES)
 # Fields of other kinds of records too: by themselves they are no pair.
 _SHARED_NAMES = ("messages", "response")
 _PAIR_NAMES = frozenset(name for names in _ALL_SIDES for name in names if name not in _SHARED_NAMES)
+_COMPLETIONS = frozenset(("completion", "output", *CONVERSATIONS))
 _SCORES = ("score_chosen", "score_rejected")
 _LABELS = ("label", "kto_tag")
 _LABEL_VALUES = (0, 1, "0", "1", "true", "false", "True", "False")
@@ -43,7 +44,7 @@ def has_pair(record: Fields) -> bool:
 
 def has_completion(record: Fields) -> bool:
     """Return whether a record has a single response that is no side of its pair."""
-    if is_labelled(record):
+    if _COMPLETIONS.isdisjoint(record) or is_labelled(record):
         return False
     if record.get("completion") is not None:
         return True
@@ -121,6 +122,9 @@ def _side_names(record: Fields) -> tuple[str, str]:
     if _PAIR_NAMES.intersection(record) <= frozenset(SIDES):
         return SIDES
     complete = [names for names in _ALL_SIDES if all(record.get(name) is not None for name in names)]
+    if len(complete) > 1 and not ends_with_response(record.get("messages")):
+        # Messages before other sides are their prompt.
+        complete = [names for names in complete if names[0] != "messages"] or complete
     pairs = [[record[name] for name in names] for names in complete]
     if any(pair != pairs[0] for pair in pairs):
         shown = "; ".join(", ".join(names) for names in complete)
@@ -143,7 +147,7 @@ def _repeats_a_side(record: Fields, turns: list[Any]) -> bool:
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     metadata = from_json(record.get("metadata"))
     for fields in (record, metadata if isinstance(metadata, Mapping) else {}):
-        scores = [fields.get(name) for name in _SCORES]
+        scores = [None if fields.get(name) == "" else fields.get(name) for name in _SCORES]
         if any(score is not None for score in scores):
             return finite_scores(scores)
     return None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.counts import HELD_OUT, LEFT_IN_TRAIN
-from dpo_dist.data.records import Dialogue, Message, Prompt
+from dpo_dist.data.records import Dialogue, Message, Messages, Prompt
 
 PromptHashes = npt.NDArray[np.uint64]
 _HASH_BYTES = 8
@@ -21,21 +21,26 @@ _HASH_BYTES = 8
 def prompt_hash(prompt: Prompt) -> int:
     """Return 64 bits of a hash over the roles and texts of a prompt, with single spaces for white space.
 
-    A text is the same prompt as a user turn of this text, a dialogue the same as its messages.
+    A text is the same prompt as a user turn of this text, a dialogue the same as its messages, also if a text
+    spells it. A system turn without text does not count.
     """
-    match prompt:
-        case str():
-            messages: tuple[Message, ...] = (Message("user", prompt),)
-        case Dialogue():
-            messages = prompt.messages()
-        case _:
-            messages = prompt
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-    for message in messages:
+    for message in _messages(prompt):
+        if message.role == "system" and not message.content.strip():
+            continue
         for text in (message.role, message.content):
             content = " ".join(text.split()).encode("utf-8", "surrogatepass")
             digest.update(len(content).to_bytes(8, "little") + content)
     return int.from_bytes(digest.digest(), "little")
+
+
+def _messages(prompt: Prompt) -> Messages:
+    if not isinstance(prompt, str):
+        return prompt.messages() if isinstance(prompt, Dialogue) else prompt
+    text = "\n\n" + prompt.strip()
+    if text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:"):
+        return Dialogue(text).messages()
+    return (Message("user", prompt),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,32 +7,49 @@ from typing import Any
 
 from dpo_dist.config.data_schema import Ranked
 from dpo_dist.data.context import prompt_of
-from dpo_dist.data.message_fields import check_no_media, from_json, has_more
-from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord, RawContent
+from dpo_dist.data.message_fields import check_no_media, from_json, has_more, has_value
+from dpo_dist.data.records import (
+    BadRecord,
+    Fields,
+    Origin,
+    PreferenceRecord,
+    RawContent,
+    UnusableRecordError,
+)
 
 Ranks = tuple[int, ...]
 
 _LIST_FIELDS = ("responses", "completions", "output")
+_NAMES = frozenset(_LIST_FIELDS)
 _TEXTS = ("content", "text", "response")
+# An order that no format reads.
+_ORDERS = ("rank", "ranks", "reward", "rewards")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating")
 
 
 def has_ranking(record: Fields) -> bool:
     """Return whether a record has a list of responses."""
+    if _NAMES.isdisjoint(record):
+        return False
     return any(isinstance(from_json(record.get(name)), list) for name in _LIST_FIELDS)
 
 
 def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
     """Return a list of responses: best first as given, or sorted by the score inside each of them."""
-    name = next((name for name in _LIST_FIELDS if record.get(name) is not None), None)
-    if name is None:
+    lists = {name: from_json(record[name]) for name in _LIST_FIELDS if record.get(name) is not None}
+    if not lists:
         return BadRecord("missing_field", origin, "responses")
-    items = from_json(record[name])
+    name, items = next(iter(lists.items()))
+    if any(isinstance(other, list) and other != items for other in lists.values()):
+        raise UnusableRecordError(
+            "ambiguous_format", f"several lists: {', '.join(lists)}; ignore one: columns: {{COLUMN: null}}"
+        )
     if not isinstance(items, list):
         return BadRecord("unknown_format", origin, f"{name} is not a list")
     if len(items) < 2:
         return BadRecord("no_ranking", origin, f"{name} has {len(items)}, not at least 2")
-    check_no_media([item for item in items if isinstance(item, Mapping)])
+    objects = [item for item in items if isinstance(item, Mapping)]
+    check_no_media(objects)
     try:
         responses, scores = _sorted_responses(items, from_json(record.get("scores")))
     except (TypeError, ValueError):
@@ -43,6 +60,8 @@ def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
         return BadRecord("missing_field", origin, f"a response in {name}")
     if scores is not None and scores[0] == scores[-1]:
         return BadRecord("all_tied", origin, f"all scores are {scores[0]:g}")
+    if scores is None:
+        _check_no_order([record, *objects])
     prompt, has_context = prompt_of(record, responses)
     by_rank = {f"rank {rank}": response for rank, response in enumerate(responses, start=1)}
     return RawContent(prompt, by_rank, scores, has_context)
@@ -53,6 +72,8 @@ def _sorted_responses(items: list[Any], scores: Any) -> tuple[list[Any], tuple[f
     own = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
     if any(score is not None for score in own):
         numbers = finite_scores(own)
+        if scores is not None and finite_scores(scores) != numbers:
+            raise ValueError("two different scores of a response")
         order = sorted(range(len(items)), key=lambda index: -numbers[index])
         return [_scored_response(items[index]) for index in order], tuple(numbers[index] for index in order)
     if scores is None:
@@ -61,6 +82,17 @@ def _sorted_responses(items: list[Any], scores: Any) -> tuple[list[Any], tuple[f
     if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
         raise ValueError("not one score for each response, best first")
     return items, numbers
+
+
+def _check_no_order(objects: Iterable[Fields]) -> None:
+    """Check that no rank or reward may contradict the order of a list. Raises UnusableRecordError."""
+    unread = tuple(name for name in _ORDERS if any(has_value(one.get(name)) for one in objects))
+    if unread:
+        raise UnusableRecordError(
+            "unread_content",
+            f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better",
+            unread,
+        )
 
 
 def _scored_response(item: Fields) -> Any:

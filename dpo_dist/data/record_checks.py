@@ -12,10 +12,10 @@ def check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
 
     The reasons are `invalid_unicode`, `empty_prompt`, `empty_response` and `identical_responses`.
     """
-    prompt = record.prompt.messages() if isinstance(record.prompt, Dialogue) else record.prompt
+    prompt = record.prompt.contents if isinstance(record.prompt, Dialogue) else record.prompt
     prompt_texts = [prompt] if isinstance(prompt, str) else _texts(prompt)
     texts = [[text] if isinstance(text, str) else _texts(text) for text in record.responses]
-    if not all(map(_is_valid_unicode, itertools.chain(prompt_texts, *texts, _other_texts(record)))):
+    if not _is_valid_unicode("".join(itertools.chain(prompt_texts, *texts, _other_texts(record)))):
         return BadRecord("invalid_unicode", record.origin, "a text has a lone surrogate")
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
@@ -41,7 +41,8 @@ def _texts(messages: Messages) -> list[str]:
 
 def _other_texts(record: PreferenceRecord) -> Iterator[str]:
     """Yield what a chat template writes besides the texts of turns."""
-    yield json.dumps([record.tools, record.template_arguments], ensure_ascii=False, default=str)
+    if record.tools or record.template_arguments:
+        yield json.dumps([record.tools, record.template_arguments], ensure_ascii=False, default=str)
     for turns in (record.prompt, *record.responses):
         if isinstance(turns, tuple):
             yield from (message.role for message in turns)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
@@ -49,9 +49,14 @@ class Dialogue:
 
     text: str
 
+    @property
+    def contents(self) -> Text:
+        """The texts of all turns in one."""
+        return DIALOGUE_TURN.sub("", self.text)
+
     def messages(self) -> Messages:
         """Return the turns before the response, their contents stripped."""
-        before, *parts = _TURN.split(self.text)
+        before, *parts = DIALOGUE_TURN.split(self.text)
         assert not before, "a dialogue starts with a turn"
         turns = zip(parts[:-2:2], parts[1:-2:2], strict=True)
         return tuple(Message(_ROLES[name], content.strip()) for name, content in turns)

@@ -162,7 +162,8 @@ class Conversation:
         rendered, is_prefix = self._render_each(messages, closed)
         ended = [
             self._ended(message, message.content, closed)
-            if ends_thought(message.content) and not has_thought_of(whole, message.content)
+            if ends_thought(message.content)
+            and not has_thought_of(self._facts.marks.spell(whole), message.content)
             else whole
             for message, whole in zip(spelled, rendered, strict=True)
         ]

@@ -38,6 +38,18 @@ def check_turns(messages: Sequence[Fields]) -> None:
             raise UnusableRecordError("roles_out_of_turn", f"turn {index + 1} follows one of the same side")
 
 
+def role_tag(tags: Mapping[str, str]) -> str:
+    """Return the name of the field with the role of a turn."""
+    return {**TAGS, **tags}["role_tag"]
+
+
+def has_role_tag(value: Any, tags: Mapping[str, str]) -> bool:
+    """Return whether a value is a turn of these tags, or a list with one."""
+    if isinstance(value, list):
+        return any(has_role_tag(item, tags) for item in value)
+    return isinstance(value, Mapping) and role_tag(tags) in value
+
+
 def with_usual_tags(value: Any, tags: Mapping[str, str]) -> Any:
     """Return messages whose fields and roles have other names by their usual names; other values unchanged.
 
@@ -49,8 +61,12 @@ def with_usual_tags(value: Any, tags: Mapping[str, str]) -> Any:
         return [with_usual_tags(item, tags) for item in value]
     names = {**TAGS, **tags}
     role, content = names["role_tag"], names["content_tag"]
-    if not isinstance(value, Mapping) or role not in value:
+    if not has_role_tag(value, tags):
         return value
     usual = {names[tag]: name for tag, name in TAGS.items() if tag not in ("role_tag", "content_tag")}
     rest = {name: item for name, item in value.items() if name not in (role, content)}
-    return rest | {"from": usual.get(value[role], value[role]), "value": value.get(content)}
+    given = value[role]
+    return rest | {
+        "from": usual.get(given, given) if isinstance(given, str) else given,
+        "value": value.get(content),
+    }

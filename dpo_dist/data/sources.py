@@ -23,7 +23,7 @@ from dpo_dist.data.folders import (
     shards,
 )
 from dpo_dist.data.pair_fields import is_labelled
-from dpo_dist.data.records import BadRecord, RawRecord
+from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
 
@@ -117,6 +117,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
             remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
     local = Path(source.path).expanduser()
+    _check_path(local)
     if local.is_dir():
         _check_no_hub_options(source)
         if is_saved(local):
@@ -155,6 +156,22 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
+def _check_path(local: Path) -> None:
+    """Check that the system can look for the path. Raises DataError."""
+    try:
+        local.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as fault:
+        raise DataError(
+            "the path cannot be opened",
+            where=shown_key(local),
+            got=fault.strerror or "" if isinstance(fault, OSError) else str(fault),
+            expected="a file, a folder, a pattern, or the name of a dataset on the Hugging Face Hub",
+            remedy="check the path and its permissions",
+        ) from fault
+
+
 def _check_no_hub_options(source: SourceConfig) -> None:
     options = {"name": source.name, "data_dir": source.data_dir, "revision": source.revision}
     for key, value in options.items():
@@ -173,6 +190,19 @@ def _looks_local(path: str) -> bool:
 
 
 def _missing(file: Path) -> DataError:
+    if file.exists():
+        return DataError(
+            "the path is neither a file nor a folder",
+            where=str(file),
+            remedy="write the records to a file: data are read several times",
+        )
+    if file.is_symlink():
+        return DataError(
+            "the link leads to no file",
+            where=str(file),
+            got=str(file.readlink()),
+            remedy="correct the link, or set path to the file",
+        )
     first = str(file).partition(" ")[0]
     if first != str(file) and Path(first).exists():
         return DataError(

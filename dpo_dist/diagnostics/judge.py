@@ -25,16 +25,7 @@ class Judge:
     @classmethod
     def with_thresholds(cls, thresholds: Mapping[str, float]) -> "Judge":
         """Return a judge with other thresholds for some rules. Raises ConfigError for an unknown rule."""
-        unknown = [name for name in thresholds if name not in RULES]
-        if unknown:
-            near = get_close_matches(unknown[0], RULES, n=3)
-            raise ConfigError(
-                "the doctor has no such rule",
-                where="doctor.thresholds",
-                got=unknown[0],
-                expected="a rule of docs/doctor.md",
-                remedy=f"did you mean {' or '.join(near)}?" if near else "see docs/doctor.md",
-            )
+        check_thresholds(thresholds)
         changed = {name: replace(RULES[name], threshold=float(value)) for name, value in thresholds.items()}
         return cls(RULES | changed)
 
@@ -81,6 +72,20 @@ class Judge:
         text = f"{rule.text}: {detail}" if detail else rule.text
         shown = tuple(examples[:_MAX_EXAMPLES])
         return [Finding(name, rule.level, text, source, count, value, shown, rule.remedy)]
+
+
+def check_thresholds(thresholds: Mapping[str, float]) -> None:
+    """Check that each threshold is of a rule. Raises ConfigError."""
+    unknown = [name for name in thresholds if name not in RULES]
+    if unknown:
+        near = get_close_matches(unknown[0], RULES, n=3)
+        raise ConfigError(
+            "the doctor has no such rule",
+            where="doctor.thresholds",
+            got=unknown[0],
+            expected="a rule of docs/doctor.md",
+            remedy=f"did you mean {' or '.join(near)}?" if near else "see docs/doctor.md",
+        )
 
 
 def most_serious_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -38,7 +38,7 @@ from dpo_dist.distributed.peers import (
     timeout_error,
 )
 from dpo_dist.distributed.signals import raise_terminated
-from dpo_dist.errors import DpoDistError, ExitCode, disk_error
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
 
 T = TypeVar("T")
 
@@ -241,7 +241,17 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     Args:
         deepspeed_config: the policy's, from `policy_config`: loading weights depends on it.
         timeout_seconds: timeout of a collective call.
+
+    Raises:
+        ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
     """
+    if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate launch --cpu starts processes without DeepSpeed",
+            where="accelerate launch",
+            got="ACCELERATE_USE_CPU without ACCELERATE_USE_DEEPSPEED",
+            remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
+        )
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0",
@@ -270,6 +280,10 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     peers: list[Any] = [None] * size
     dist.all_gather_object(peers, Peer.here(rank), group=control)
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def stop_world() -> None:

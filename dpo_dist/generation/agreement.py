@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -72,13 +73,13 @@ def _of_annotator(given: dict[Slot, Judgement], skipped: int) -> dict[str, Any]:
         for one in given.values()
         if one.verdict is not Verdict.tie
     ]
-    seconds = sorted(one.seconds for one in given.values())
+    seconds = [one.seconds for one in given.values()]
     repeats = [slot for slot in given if slot.is_repeat and Slot(slot.item) in given]
     return {
         "judged": len(given),
         "ties": verdicts.count(Verdict.tie),
         "skipped": skipped,
-        "median_seconds": seconds[len(seconds) // 2] if seconds else None,
+        "median_seconds": statistics.median(seconds) if seconds else None,
         "left_share": sum(lefts) / len(lefts) if lefts else None,
         "self": compared(
             [given[Slot(slot.item)].verdict for slot in repeats], [given[slot].verdict for slot in repeats]

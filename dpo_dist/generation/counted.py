@@ -1,7 +1,7 @@
 """Records of a source with their counts."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
@@ -9,19 +9,27 @@ from dpo_dist.data.records import BadRecord, PreferenceRecord
 
 
 def good_records(
-    records: Iterable[PreferenceRecord | BadRecord],
+    records: Iterator[PreferenceRecord | BadRecord],
     source: SourceConfig,
     data: DataConfig,
     say: Callable[[str], None],
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of a source; at its end print the counts of kept and dropped ones.
+    """Yield the usable records of a source; then print the counts of kept and dropped ones.
+
+    Args:
+        records: of the source.
+        source: its path is printed.
+        data: with the allowed share of dropped records, of those that were read.
+        say: prints a line.
+        enough: asked before each record; True ends the reading.
 
     Raises:
         DataError: more records were dropped than `data.max_bad_share` allows.
     """
     outcomes: Counter[Outcome] = Counter()
     bad: list[BadRecord] = []
-    for record in records:
+    while not enough() and (record := next(records, None)) is not None:
         if isinstance(record, PreferenceRecord):
             outcomes[Outcome(pairs=1)] += 1
             yield record

@@ -78,7 +78,7 @@ class EndpointJudge:
         try:
             replies = list(pool.map(self._endpoint.ask, requests))
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
         if replies and all(reply.refusal for reply in replies):
             raise ConfigError(
                 "the endpoint of the judge refuses every request",

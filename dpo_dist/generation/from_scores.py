@@ -41,9 +41,7 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
 
 def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     chosen_by = Selection(config.pairs.select, config.pairs.margin, config.pairs.seed)
-    for record in _records(config, say):
-        if counts["prompts"] == config.pairs.limit:
-            return
+    for record in _records(config, say, lambda: counts["prompts"] == config.pairs.limit):
         counts["prompts"] += 1
         scores = record.scores
         if scores is None:
@@ -67,6 +65,9 @@ def _pairs(config: RunConfig, counts: Counter[str], say: Callable[[str], None]) 
             )
 
 
-def _records(config: RunConfig, say: Callable[[str], None]) -> Iterator[PreferenceRecord]:
+def _records(
+    config: RunConfig, say: Callable[[str], None], enough: Callable[[], bool]
+) -> Iterator[PreferenceRecord]:
     for source in config.data.train:
-        yield from good_records(read_records(pinned(source, None)), source, config.data, say)
+        if not enough():
+            yield from good_records(read_records(pinned(source, None)), source, config.data, say, enough)

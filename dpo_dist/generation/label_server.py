@@ -62,6 +62,11 @@ class LabelServer(ThreadingHTTPServer):
         """The address of the page, with the token."""
         return f"http://{HOST}:{self.server_port}/{self.token}/"
 
+    def server_close(self) -> None:
+        """Close the session too: the threads of open connections still run."""
+        self.session.close()
+        super().server_close()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: a browser may close a connection at any time."""
 

@@ -42,6 +42,12 @@ class Session:
         self._blurred = is_blurred
         self.state = state
         self._lock = threading.Lock()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Refuse further events: a browser's open connection outlives the server, and then the log."""
+        with self._lock:
+            self._is_closed = True
 
     def comparison(self, annotator: str) -> dict[str, Any]:
         """Return the annotator's next comparison and progress as JSON."""
@@ -84,6 +90,8 @@ class Session:
             return self._comparison(annotator) | {"stored": is_done}
 
     def _store(self, event: Event) -> bool:
+        if self._is_closed:
+            raise RefusedError(503, "the command has ended")
         if not self.state.accepts(event):
             return False
         try:

@@ -1,10 +1,13 @@
 """Make the preference records of `pairs.method`: the only module that connects the parts of this room."""
 
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 from dpo_dist.config.pairs_schema import PairsMethod
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.generation.from_scores import pairs_from_scores
+from dpo_dist.generation.lock import locked
 from dpo_dist.generation.people import label_pairs
 from dpo_dist.generation.screen import Screen
 
@@ -17,7 +20,8 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
     """
     match config.pairs.method:
         case PairsMethod.scores:
-            pairs_from_scores(config, screen.say)
+            with _only_start(config):
+                pairs_from_scores(config, screen.say)
         case PairsMethod.samples | PairsMethod.delta:
             _from_models(config, screen)
         case PairsMethod.people:
@@ -37,5 +41,14 @@ def _from_models(config: RunConfig, screen: Screen) -> None:
         offload_optimizer=Offload.none,
     )
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    with joined(deepspeed_config, config.parallelism.timeout_seconds, screen.alarm) as world:
+    timeout = config.parallelism.timeout_seconds
+    with ExitStack() as held, joined(deepspeed_config, timeout, screen.alarm) as world:
+        world.on_main(lambda: held.enter_context(_only_start(config)))
         pairs_from_models(config, world, screen)
+
+
+def _only_start(config: RunConfig) -> AbstractContextManager[int]:
+    """Lock the folder of pairs of the run directory: two starts would write the same parts."""
+    folder = RunFolder.of(config)
+    remedy = "wait until it ends, or set another run.dir"
+    return locked(folder.pairs / folder.lock.name, "makes pairs in this run directory", remedy)

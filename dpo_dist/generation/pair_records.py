@@ -13,6 +13,15 @@ from dpo_dist.data.records import Dialogue, Message, Messages, PreferenceRecord,
 from dpo_dist.errors import DataError
 
 _ROWS_PER_GROUP = 1024
+_TEXT = pyarrow.string()
+_MESSAGE_TYPES = {
+    **dict.fromkeys(("role", "content", "reasoning_content", "thinking"), _TEXT),
+    **dict.fromkeys(("tool_calls", "tool_call_id", "name"), _TEXT),
+    "loss_weight": pyarrow.int8(),
+}
+_MESSAGES = pyarrow.list_(pyarrow.struct(_MESSAGE_TYPES))
+_IN_JSON = ("tools", "chat_template_kwargs", "provenance")
+"""Columns whose values have other fields in each record: a table would fill them up with nulls."""
 
 
 def pair_fields(
@@ -44,8 +53,7 @@ def pair_fields(
 def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
     """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
     if isinstance(prompt, Dialogue):
-        texts = map(str, responses)
-        return [None, *(prompt.text + (text if text[:1].isspace() else f" {text}") for text in texts)]
+        return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
     return [_messages(prompt), *(_messages(_as_messages(response)) for response in responses)]
@@ -66,7 +74,11 @@ def _as_messages(response: Response) -> Messages:
 
 
 def _messages(messages: Messages) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": turn.content, **turn.fields} for turn in messages]
+    return [
+        {"role": turn.role, "content": turn.content, **turn.fields}
+        | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
+        for turn in messages
+    ]
 
 
 def write_pairs(
@@ -111,11 +123,8 @@ def _write_parquet(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
     number, writer = 0, None
     try:
         for rows in _groups(records):
-            # Fields of different types in each record, such as provenance, would need one schema of all.
-            flat = [row | {"provenance": json.dumps(row["provenance"], ensure_ascii=False)} for row in rows]
-            table = pyarrow.Table.from_pylist(flat, schema=None if writer is None else writer.schema)
-            writer = writer or pyarrow.parquet.ParquetWriter(file, table.schema)
-            writer.write_table(table)
+            writer = writer or pyarrow.parquet.ParquetWriter(file, _schema(rows[0]))
+            writer.write_table(pyarrow.Table.from_pylist([_flat(row) for row in rows], schema=writer.schema))
             number += len(rows)
     except (pyarrow.ArrowException, TypeError) as fault:
         raise DataError(
@@ -128,6 +137,37 @@ def _write_parquet(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
         if writer is not None:
             writer.close()
     return number
+
+
+def _schema(row: Mapping[str, Any]) -> pyarrow.Schema:
+    """Return all columns that a record may have: pyarrow drops a field that the schema does not have."""
+    content = _TEXT if isinstance(row["chosen"], str) else _MESSAGES
+    return pyarrow.schema(
+        {
+            **dict.fromkeys(("prompt", "chosen", "rejected"), content),
+            **dict.fromkeys(_IN_JSON, _TEXT),
+            **dict.fromkeys(("score_chosen", "score_rejected"), pyarrow.float64()),
+        }
+    )
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with JSON texts in place of values that fit into no common column."""
+    flat = {
+        name: [_flat_message(turn) for turn in value] if isinstance(value, list) else value
+        for name, value in row.items()
+        if name not in _IN_JSON
+    }
+    return flat | {name: _as_json(row[name]) for name in _IN_JSON if name in row}
+
+
+def _flat_message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    assert not turn.keys() - _MESSAGE_TYPES.keys(), turn.keys()
+    return {**turn, "tool_calls": _as_json(turn["tool_calls"]) if "tool_calls" in turn else None}
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _groups(records: Iterable[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:

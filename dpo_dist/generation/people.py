@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 from dpo_dist.atomic import write_text
+from dpo_dist.config.identity import plain
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -24,8 +25,9 @@ from dpo_dist.generation.label_log import opened_log
 from dpo_dist.generation.label_server import HOST, LabelServer
 from dpo_dist.generation.label_session import Session
 from dpo_dist.generation.labelling import Judgement, Labelling, Plan, Verdict
-from dpo_dist.generation.pair_records import pair_fields, write_pairs
+from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.startup import output_file
+from dpo_dist.generation.summary import check_output, write_results
 
 Say: TypeAlias = Callable[[str], None]
 
@@ -43,9 +45,17 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
 
     Raises:
         DataError: a source cannot be read, or has no two responses to a prompt.
-        ConfigError: the port is in use, or another process serves this session.
+        ConfigError: the port is in use, another process serves this session, or the file of pairs exists and
+            was made with other settings.
     """
     folder, people = RunFolder.of(config), config.pairs.people
+    settings = {
+        "method": str(PairsMethod.people),
+        "sources": plain(config.data.train),
+        "limit": config.pairs.limit,
+        "seed": config.pairs.seed,
+    }
+    check_output(output_file(config), settings)
     items = {item.key: item for item in _draw(config, say)}
     plan = Plan(config.pairs.seed, people.overlap, people.repeats)
     with opened_log(folder.pairs_judgements) as log:
@@ -58,7 +68,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         session = Session(items, state, log, people.blurred, _reporter(say))
         with LabelServer(session, people.port) as server:
             _serve(server, show)
-    _write(config, items, state, say)
+    _write(config, items, state, settings, say)
 
 
 def _draw(config: RunConfig, say: Say) -> list[Item]:
@@ -124,7 +134,9 @@ def _serve(server: LabelServer, show: Say) -> None:
             signal.signal(number, handler)
 
 
-def _write(config: RunConfig, items: Mapping[str, Item], state: Labelling, say: Say) -> None:
+def _write(
+    config: RunConfig, items: Mapping[str, Item], state: Labelling, settings: Mapping[str, Any], say: Say
+) -> None:
     folder, counts = RunFolder.of(config), Counter[str]()
     judgements = state.judgements
     found = agreement(judgements)
@@ -134,9 +146,10 @@ def _write(config: RunConfig, items: Mapping[str, Item], state: Labelling, say: 
         say(agreement_table(found))
         write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
     if records:
-        write_pairs(output_file(config), records)
-    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if number)
-    say(f"{output_file(config) if records else 'no pair is decided yet'}: {rest}")
+        write_results(output_file(config), records, settings, counts, say)
+    else:
+        rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())
+        say(f"no pair is decided yet: {rest}")
 
 
 def _pairs(

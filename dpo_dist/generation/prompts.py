@@ -74,7 +74,7 @@ def write_prompts(
     counts: Counter[str] = Counter()
 
     def lines() -> Iterator[str]:
-        for record in _records(config.data.train, config.data, say):
+        for record in _records(config.data.train, config.data, say, lambda: len(seen) == pairs.limit):
             key = bytes.fromhex(prompt_key(record))
             if int.from_bytes(key[:8], "big") % pairs.prompt_parts != pairs.prompt_part:
                 counts["in_other_parts"] += 1
@@ -87,7 +87,7 @@ def write_prompts(
 
     temporary = folder / "prompts.jsonl"
     with staged_file(temporary) as staged, staged.open("w", encoding="utf-8") as stream:
-        stream.writelines(islice(lines(), pairs.limit))
+        stream.writelines(lines())
     file = folder / f"prompts-{content_digest([temporary])}.jsonl"
     temporary.replace(file)
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
@@ -96,10 +96,15 @@ def write_prompts(
 
 
 def _records(
-    sources: Sequence[SourceConfig], data: DataConfig, say: Callable[[str], None]
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    say: Callable[[str], None],
+    enough: Callable[[], bool],
 ) -> Iterator[PreferenceRecord]:
     for source in sources:
-        for record in good_records(read_prompts(pinned(source, None)), source, data, say):
+        if enough():
+            return
+        for record in good_records(read_prompts(pinned(source, None)), source, data, say, enough):
             if data.text_as_messages and isinstance(record.prompt, str):
                 yield replace(record, prompt=(Message("user", record.prompt),))
             else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_dist.config.data_schema import Truncation
 from dpo_dist.data.encode import TokenIds, encode_pair
-from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, PreferenceRecord
 from dpo_dist.generation.engine import Generator
 from dpo_dist.generation.prompts import UNLIMITED, encode_prompt, prompt_key
 from dpo_dist.generation.responder import Responder
@@ -78,12 +78,18 @@ def _usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Sam
 def _described(
     sample: Sample, number: int, record: PreferenceRecord, prompt: TokenIds, responder: Responder
 ) -> dict[str, Any]:
-    text, same = decode(sample.ids, record, prompt, responder)
+    ids, finished = sample.ids, sample.is_finished
+    text, same = decode(ids, record, prompt, responder)
+    if isinstance(record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
+        # The model speaks for the other side too: its response ends before that turn.
+        text, finished = text[: turn.start()], True
+        ids = _ids_of(text, record, prompt, responder) or []
+        same = ids == sample.ids[: len(ids)]
     return {
         "number": number,
         "content": text,
-        "tokens": len(sample.ids),
-        "finished": sample.is_finished,
+        "tokens": len(ids),
+        "finished": finished,
         "same_ids": same,
     }
 

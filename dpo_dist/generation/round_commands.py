@@ -73,7 +73,7 @@ def run_command(command: list[str]) -> int:
         code = process.wait()
     if signal.SIGINT in received:
         raise KeyboardInterrupt
-    if signal.SIGTERM in received and code == -signal.SIGTERM:
+    if signal.SIGTERM in received and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         raise SystemExit(128 + signal.SIGTERM)
     return code
 

@@ -8,7 +8,7 @@ from dpo_dist.config.check import as_written
 from dpo_dist.config.pairs_schema import EndpointConfig, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
-from dpo_dist.config.user_function import find_function
+from dpo_dist.config.user_function import user_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import local_model_folder
@@ -137,12 +137,13 @@ def _check_models(config: RunConfig) -> None:
             got="null",
             remedy="set pairs.models=[MODEL], or model.path",
         )
-    if pairs.method is PairsMethod.delta and len(models) != 2:
+    different = {Path(name).expanduser().resolve() for name in models}
+    if pairs.method is PairsMethod.delta and not len(models) == len(different) == 2:
         raise ConfigError(
             "delta pairs need two models",
             where="pairs.models",
             got=as_written(models),
-            expected="the stronger model, then the weaker one",
+            expected="two different models: the stronger one, then the weaker one",
             remedy="set pairs.models=[STRONGER,WEAKER]",
         )
     if pairs.method is PairsMethod.samples and len(models) * pairs.samples < 2:
@@ -173,7 +174,7 @@ def _check_judge(pairs: PairsConfig) -> None:
             remedy="set one of them; pairs.method=delta needs no judge",
         )
     if pairs.function is not None:
-        find_function(pairs.function, "pairs.function")
+        user_function(pairs.function, "pairs.function")
     if pairs.reward_model is not None:
         local_model_folder(pairs.reward_model, None, "pairs.reward_model")
     if pairs.endpoint.url is None and pairs.endpoint != EndpointConfig():

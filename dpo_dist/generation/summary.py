@@ -1,4 +1,4 @@
-"""`pairs.summary.json` beside a file of pairs: the settings that made it, and its counts."""
+"""`pairs.jsonl.summary.json` beside a file of pairs: the settings that made it, and its counts."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from dpo_dist.generation.pair_records import write_lines, write_pairs
 
 def summary_file(file: Path) -> Path:
     """Return the path of the summary of a file of pairs."""
-    return file.with_suffix(".summary.json")
+    return file.with_name(f"{file.name}.summary.json")  # pairs.jsonl and pairs.parquet may both exist
 
 
 def check_output(file: Path, settings: Mapping[str, Any]) -> None:

@@ -59,7 +59,8 @@ def train(config: RunConfig, console: Console) -> int:
         inputs = load_inputs(config, world, console)
         identity = identify(config, inputs)
         if start.checkpoint is not None:
-            check_identity(start.checkpoint.state, identity, start.checkpoint.folder)
+            former = start.checkpoint
+            world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
         mark_started(folder, RunState(Outcome.started, start.step, identity), world)
 
         reference, policy = _load_models(config, inputs, world, console)
@@ -111,7 +112,9 @@ def _complete(
     """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
     folder = RunFolder.of(config)
     world.on_main(partial(check_configuration, finished.identity, config, folder))
-    check_identity(finished.identity, identify(config, load_inputs(config, world, console)), folder.state)
+    inputs = load_inputs(config, world, console)
+    identity = identify(config, inputs)
+    world.on_main(partial(check_identity, finished.identity, identity, folder.state, inputs.named))
     recorder = None
     if finished.outcome is Outcome.exported:
         environment = describe_run(config, folder, world)

@@ -11,6 +11,8 @@ from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.former_encodings import was_fingerprint_of
 from dpo_dist.errors import CheckpointError, Outcome
 from dpo_dist.training.data_setup import Inputs
 
@@ -23,6 +25,8 @@ _NAMES = {
     "model": "model that the policy starts from",
     "reference": "reference model",
 }
+# By the names of `Inputs.named`.
+_DATA = {"data": "train", "eval_data": "eval"}
 
 
 @dataclass(frozen=True)
@@ -108,23 +112,30 @@ def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: 
     )
 
 
-def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
+def check_identity(
+    recorded: Mapping[str, Any], identity: Identity, where: Path, datasets: Mapping[str, PreferenceDataset]
+) -> None:
     """Check that the inputs of a run have not changed.
 
     Args:
         recorded: the state of a checkpoint, or the identity in the state file.
         identity: of this start.
         where: the file or folder with `recorded`.
+        datasets: `Inputs.named`; an earlier version may have encoded the same examples into other folders.
 
     Raises:
         CheckpointError: files that the configuration names have changed.
     """
     for name, digest in identity.items():
-        if recorded.get(name) != digest:
-            raise CheckpointError(
-                f"the {_NAMES[name]} of this run changed since it was last saved",
-                where=str(where),
-                got=f"digest {digest}",
-                expected=f"digest {recorded.get(name)}",
-                remedy="restore the former files, or start a new run with another run.dir",
-            )
+        former = recorded.get(name)
+        dataset = datasets.get(_DATA.get(name, ""))
+        if former == digest or (dataset and former and was_fingerprint_of(former, dataset.encoded)):
+            continue
+        also = " (after an update of this program also those in data.cache)" if dataset else ""
+        raise CheckpointError(
+            f"the {_NAMES[name]} of this run changed since it was last saved",
+            where=str(where),
+            got=f"digest {digest}",
+            expected=f"digest {former}",
+            remedy=f"restore the former files{also}, or start a new run with another run.dir",
+        )

@@ -172,8 +172,32 @@ def test_a_person_labels_by_keyboard_through_reload_and_kill(browser, data) -> N
     assert provenance["judgements"][0]["seconds"] > 0
     agreement = json.loads((command.folder / "pairs/agreement.json").read_text())
     assert agreement["items"] == {"pairs": 10, "skipped": 1, "tie": 1}
+    summary = json.loads((command.folder / "pairs/pairs.summary.json").read_text())
+    assert (summary["pairs"], summary["settings"]["method"]) == (10, "people")
     log = (command.folder / "logs/rank-0.log").read_text()
     assert command.url.rstrip("/").rpartition("/")[2] not in log
+
+
+AGAIN = """key => new Promise(done => {
+    const press = () => document.dispatchEvent(new KeyboardEvent('keydown', {key}));
+    new MutationObserver((_, watching) => { watching.disconnect(); press(); setTimeout(done, 1000); })
+        .observe(document.querySelector('#numbers'), {childList: true});
+    press();
+})"""
+
+
+def test_a_double_press_judges_one_comparison_and_the_focus_stays(browser, data) -> None:
+    watched = Watched(browser)
+    page = watched.page
+    with running(data) as command:
+        start(watched, command.url)
+        page.evaluate(AGAIN, "1")
+        idle(page)
+        assert page.inner_text("#numbers").startswith("1 judged")
+        page.focus("[data-choice=tie]")
+        press(watched, "Enter")
+        assert page.evaluate("document.activeElement.dataset.choice") == "tie"
+        assert page.inner_text("#numbers").startswith("2 judged")
 
 
 def test_two_annotators_two_tabs_help_blur_and_a_phone(browser, data, tmp_path) -> None:

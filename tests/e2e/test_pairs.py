@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,13 @@ import pytest
 
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
-from tests.support.launch import Finished, run_verb
+from dpo_dist.generation.lock import locked
+from tests.support.launch import ROOT, Finished, command, environment, run_verb
 from tests.support.records import user
 from tests.support.tiny_model import write_model
 
 RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
+SLEEPING = "import pathlib, time\ndef score(*_):\n    pathlib.Path('asleep').touch()\n    time.sleep(60)\n"
 BROKEN = "def score(prompt, responses):\n    if '13' in prompt[0]['content']:\n        raise ValueError\n"
 
 
@@ -98,6 +103,43 @@ def test_a_rank_that_fails_ends_all_with_one_error(place: Path) -> None:
     assert ended.output.count("configuration error: the judge raises an exception") == 1
     assert "Traceback" not in ended.output
     assert not (place / "failed/pairs/pairs.jsonl").exists()
+
+
+def test_a_second_start_in_the_run_directory_is_refused(place: Path) -> None:
+    with locked(place / "locked/pairs/.lock", "is this test", "wait"):
+        ended = make(place, "locked", *SAMPLES)
+    assert ended.code == 2
+    assert "another process makes pairs in this run directory" in ended.output
+    assert not (place / "locked/pairs/parts").exists()
+
+
+def test_ctrl_c_says_that_the_command_continues(place: Path) -> None:
+    log = place / "stopped.txt"
+    (place / "slow.py").write_text(SLEEPING)
+    base = [f"model.path={place}/strong", f"data.train=[{place}/prompts.jsonl]", "run.dir=stopped"]
+    slow = [
+        "pairs.method=samples",
+        "pairs.function=slow:score",
+        "pairs.max_new_tokens=4",
+        "pairs.unfinished=keep",
+    ]
+    with log.open("w") as stream:
+        started = subprocess.Popen(
+            command("pairs", [*base, *slow], 1),
+            cwd=place,
+            env=environment() | {"PYTHONPATH": str(ROOT)},
+            stdout=stream,
+            stderr=stream,
+        )
+        deadline = time.monotonic() + 240
+        while not (place / "asleep").exists():
+            assert started.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 130
+    assert "interrupted: the same command continues" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def test_delta_pairs_prefer_the_first_model(place: Path) -> None:

@@ -30,6 +30,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"doctor.thresholds": 3}, "doctor.thresholds"),
     ({"doctor.thresholds": {"duplicates": "many"}}, "doctor.thresholds"),
     ({"doctor.thresholds": {"duplicates": True}}, "doctor.thresholds"),
+    ({"doctor.thresholds": {"duplicates": -1}}, "doctor.thresholds"),
     ({"data.eval": [{"path": "b", "weight": 2}]}, "data.eval"),
     (
         {"data.train": [{"path": "a", "format": "text"}], "data.ranked": "all_pairs"},

@@ -100,6 +100,16 @@ def test_a_template_still_finds_the_texts_that_it_looks_for() -> None:
     assert tag not in encode(record(prompt), tokenizer).prompt_ids
 
 
+def test_a_thought_with_a_spelled_token_is_as_the_template_writes_it() -> None:
+    tokenizer = tokenizer_of("nemotron_3_nano")
+    fields = {"reasoning_content": "Look <|endoftext|> up."}
+    found = encode(record((QUESTION,), (replace(ANSWER, fields=fields),), "No."), tokenizer)
+    turns = [{"role": turn.role, "content": turn.content} for turn in (QUESTION, ANSWER)]
+    whole = tokenizer.apply_chat_template([turns[0], {**turns[1], **fields}], tokenize=False)
+    assert found.opened_thought_removed
+    assert tokenizer.decode([*found.prompt_ids, *found.responses[0]]) == whole.rstrip()
+
+
 def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
     changing = tiny.CHATML.replace(
         "{{ message['content'] }}", "{{ message['content'] | replace('<|', '(|') }}"

@@ -142,6 +142,22 @@ def test_tags_name_the_fields_and_roles_of_turns(tmp_path: Path) -> None:
     assert wrong.reason == "roles_out_of_turn"
 
 
+def test_with_tags_a_response_may_be_json_and_a_role_anything(tmp_path: Path) -> None:
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "customer", "assistant_tag": "clerk"}
+    record = {"conversations": [{"who": "customer", "says": "q"}], "chosen": '["a"]', "rejected": '{"b": 1}'}
+    assert good(tmp_path, record, None, tags=tags).responses == ('["a"]', '{"b": 1}')
+    spelled = record | {"chosen": '{"who": "clerk", "says": "yes"}'}
+    assert good(tmp_path, spelled, None, tags=tags).responses == ("yes", '{"b": 1}')
+    wrong = read(tmp_path, record | {"conversations": [{"who": ["x"], "says": "q"}]}, None, tags=tags)
+    assert isinstance(wrong, BadRecord)
+    assert wrong.reason == "roles_out_of_turn"
+
+
+def test_tags_without_turns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tags have no effect"):
+        read(tmp_path, TEXT, None, tags={"user_tag": "customer"})
+
+
 def test_columns_are_written_on_the_command_line() -> None:
     source = "{path: a.jsonl, columns: {prompt: question, chosen: answers.good, images: null, *: null}}"
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])

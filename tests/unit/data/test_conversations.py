@@ -1,5 +1,6 @@
 """No field that would change the input of the model is ignored silently."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,31 @@ def test_content_that_is_not_text_is_named(tmp_path: Path) -> None:
     for part in ({"type": "image_url", "text": "q"}, {"type": "text", "text": 1}, 1):
         parts = {"role": "user", "content": [{"type": "text", "text": "q"}, part]}
         assert unread(tmp_path, CHAT | {"prompt": [parts]}) == ("content",)
+
+
+@pytest.mark.parametrize("value", [5, 0, ["a", "b"], {"a": 1}])
+@pytest.mark.parametrize(
+    "fields", [{"chosen": "a", "rejected": "b"}, {"output": ["a", "b"]}, {"output": "a"}]
+)
+def test_an_input_that_is_no_text_is_not_lost(tmp_path: Path, fields: dict[str, Any], value: Any) -> None:
+    assert unread(tmp_path, {"instruction": "q", "input": value} | fields) == ("input",)
+
+
+@pytest.mark.parametrize("form", [str, json.dumps])
+@pytest.mark.parametrize("wrap", [lambda turn: turn, lambda turn: [turn]])
+def test_a_cell_may_spell_one_message_or_a_list(tmp_path: Path, form: Any, wrap: Any) -> None:
+    fields = {
+        name: form(wrap(turn)) for name, turn in (("chosen", assistant("a")), ("rejected", assistant("b")))
+    }
+    record = read_one(tmp_path, {"prompt": form(wrap(user("q")))} | fields)
+    assert isinstance(record, PreferenceRecord)
+    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"role": "admin", "content": "x"}', '{"role": "user", "content": "x", "id": 1}']
+)
+def test_a_response_may_be_an_object_in_json(tmp_path: Path, text: str) -> None:
+    record = read_one(tmp_path, {"prompt": "q", "chosen": text, "rejected": "b"})
+    assert isinstance(record, PreferenceRecord)
+    assert record.responses == (text, "b")

@@ -1,10 +1,13 @@
 """CSV records: line numbers, and damage limited to its own lines."""
 
+import io
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dpo_dist.data import files
+from dpo_dist.data import csv_records, files
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -123,3 +126,30 @@ def test_a_damaged_header_is_refused(tmp_path: Path, header: str) -> None:
     file.write_text(header)
     with pytest.raises(DataError, match="header of the CSV file cannot be parsed"):
         read_records(str(file))
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_another_separator_is_named(tmp_path: Path, separator: str) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(separator.join(("prompt", "chosen", "rejected")) + "\n")
+    with pytest.raises(DataError, match="not separated by commas"):
+        read_records(str(file))
+
+
+def test_lines_read_ahead_are_looked_at_once(tmp_path: Path) -> None:
+    """Else reading takes a time that grows with the square of the lines."""
+    looked = 0
+
+    class Counted(deque[str]):
+        def __iter__(self) -> Iterator[str]:
+            nonlocal looked
+            for line in super().__iter__():
+                looked += 1
+                yield line
+
+    damaged = 'q,"open,b\n' + 'q,""a,b\n' * 300
+    lines = csv_records._Lines(io.StringIO(damaged), 2**24)
+    lines._ahead = Counted()
+    while lines.cells()[0] is None and lines.taken:
+        list(lines.go_back())
+    assert 0 < looked < 2000

@@ -85,6 +85,13 @@ def test_an_entry_without_ranking_has_completions(tmp_path: Path) -> None:
     assert read(tmp_path).responses == ("yes",)
 
 
+def test_an_entry_that_is_no_ranking_reads_no_pairs(tmp_path: Path) -> None:
+    jsonl(tmp_path, {"instruction": "q", "output": "yes", "chosen": "good", "rejected": "bad"})
+    for ranking, responses in ((False, ("yes",)), (True, ("good", "bad"))):
+        registry(tmp_path, mine={"file_name": "records.jsonl", "ranking": ranking})
+        assert read(tmp_path).responses == responses
+
+
 def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
     entry = PAIR | {
         "hf_hub_url": "org/pairs",

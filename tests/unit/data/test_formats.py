@@ -48,6 +48,22 @@ def test_all_forms_of_a_conversation_give_the_same_record(tmp_path: Path, fields
     assert record.responses == ("good", "bad")
 
 
+def test_messages_before_two_responses_are_their_prompt(tmp_path: Path) -> None:
+    fields = {"messages": [user("q")], "chosen_response": "good", "rejected_response": "bad"}
+    record = read_one(tmp_path, fields)
+    assert isinstance(record, PreferenceRecord)
+    assert (record.prompt, record.responses) == ((Message("user", "q"),), ("good", "bad"))
+
+
+def test_empty_cells_are_no_scores(tmp_path: Path) -> None:
+    record = read_one(tmp_path, TEXT | {"score_chosen": "", "score_rejected": ""})
+    assert isinstance(record, PreferenceRecord)
+    assert record.scores is None
+    half = read_one(tmp_path, TEXT | {"score_chosen": "", "score_rejected": 0})
+    assert isinstance(half, BadRecord)
+    assert half.reason == "invalid_scores"
+
+
 def test_plain_text_is_unchanged(tmp_path: Path) -> None:
     fields = {"prompt": " q\u00a0\r\n", "chosen": "\u200bgood\n", "rejected": " bad\u2028"}
     record = read_one(tmp_path, fields)

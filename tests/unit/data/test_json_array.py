@@ -60,3 +60,10 @@ def test_an_element_above_the_limit_is_not_kept(block_bytes: int, monkeypatch: p
 def test_an_array_that_does_not_end_once_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"ends inside|follows the array"):
         split(text)
+
+
+def test_brackets_without_end_are_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_array, "_MAX_DEPTH", 1000)
+    assert len(list(json_array.split_array(io.BytesIO(b"[" * 900 + b"]" * 900 + b"]"), 2**20))) == 1
+    with pytest.raises(ValueError, match="nested more than 1,000"):
+        list(json_array.split_array(io.BytesIO(b"[" * 3000), 2**20))

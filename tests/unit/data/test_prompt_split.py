@@ -96,10 +96,16 @@ def test_the_side_does_not_depend_on_format_tokenizer_or_white_space(tmp_path: P
         {side: f"\n\nHuman: question {number}\n\nAssistant: {side}" for side in ("chosen", "rejected")}
         for number in numbers
     ]
+    spelled = [
+        {"prompt": f"\n\nHuman: question {number}\n\nAssistant:", "chosen": " a", "rejected": " b"}
+        for number in numbers
+    ]
+    without_system = [{**row, "prompt": [{"role": "system", "content": ""}, *row["prompt"]]} for row in turns]
     rankings = [{"prompt": f"question {number}", "responses": ["a", "b", "c"]} for number in numbers]
     completions = [{"prompt": f"question {number}", "completion": "a"} for number in numbers]
     expected = None
-    for index, records in enumerate((texts, turns, dialogues, rankings, completions)):
+    every = (texts, turns, dialogues, spelled, without_system, rankings, completions)
+    for index, records in enumerate(every):
         path = write(tmp_path, f"{index}.jsonl", records)
         found = [hashes(part) for part in split(tmp_path, path, ranked=Ranked.all_pairs)]
         expected = expected or found
@@ -115,9 +121,8 @@ def test_a_prompt_is_its_roles_and_texts() -> None:
         == prompt_hash(question)
         == prompt_hash(Dialogue("\n\nHuman: a b\n\nAssistant:"))
     )
-    assert (
-        len({prompt_hash(prompt) for prompt in (question, (Message("system", "a b"),), "ab", "a b c")}) == 4
-    )
+    others = ((Message("system", "a b"),), "ab", "a b c", "Human: a b")
+    assert len({prompt_hash(prompt) for prompt in (question, *others)}) == 5
     assert prompt_hash((Message("user", "a"), Message("user", "b"))) != prompt_hash("a\0user\0b")
 
 

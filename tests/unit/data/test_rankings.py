@@ -115,6 +115,14 @@ def test_an_instruction_follows_its_history(tmp_path: Path) -> None:
         # Without scores the order of such a list says nothing.
         ({"responses": [{"text": "a"}, {"text": "b"}]}, "unknown_format"),
         ({"responses": ["a", 2]}, "unknown_format"),
+        ({"responses": ["a", "b"], "ranks": [2, 1]}, "unread_content"),
+        ({"responses": ["a", "b"], "rewards": [1, 2]}, "unread_content"),
+        ({"responses": [assistant("a") | {"rank": 2}, assistant("b") | {"rank": 1}]}, "unread_content"),
+        ({"responses": ["a", "b"], "completions": ["c", "d"]}, "ambiguous_format"),
+        (
+            {"responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}], "scores": [2, 1]},
+            "invalid_scores",
+        ),
         ({"responses": ["a", " ", "c"]}, "empty_response"),
         ({"responses": ["a", "b", " a"]}, "identical_responses"),
         ({"responses": [[user("p"), assistant("a")], [user("q"), assistant("b")]]}, "history_differs"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -244,3 +245,48 @@ def test_utf16_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="not UTF-8") as raised:
         read_records(str(tmp_path / name))
     assert raised.value.got == "UTF-16"
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 300, "a/" + "b" * 5000 + ".jsonl", "a\0b.jsonl", '{"prompt": "' + "y" * 300]
+)
+def test_what_cannot_be_a_path_is_an_error(path: str) -> None:
+    with pytest.raises(DataError, match="path cannot be opened") as raised:
+        read_records(path)
+    assert "yyy" not in str(raised.value)
+
+
+def test_what_is_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "absent.jsonl")
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    for path, words in (
+        (tmp_path / "pipe.jsonl", "neither a file nor a folder"),
+        (Path("/dev/null"), "neither a file nor a folder"),
+        (tmp_path / "link.jsonl", "leads to no file"),
+        (tmp_path / "circle.jsonl", "cannot be opened"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read_records(str(path))
+
+
+@pytest.mark.parametrize("name", ["b.JSONL", "b.jsonl.bz2", "b.tsv", "below/b.ndjson"])
+def test_a_folder_with_data_files_that_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "README.md").write_text("text")
+    (tmp_path / "a.jsonl").write_bytes(lines("a"))
+    assert len(list(read_records(str(tmp_path)))) == 1
+    (tmp_path / name).write_bytes(lines("b"))
+    with pytest.raises(DataError, match=name):
+        read_records(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(gzip.compress(lines("a")), "gzip"), (zstd(lines("a")), "zstd"), (b"PAR1...", "Parquet")],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_file_with_the_wrong_name_is_an_error(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=kind):
+        read_records(str(tmp_path / name))

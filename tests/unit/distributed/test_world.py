@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dpo_dist.distributed.peers import Peer
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import World, start_world
+from dpo_dist.errors import ConfigError
 
 
 class Alone(World):
@@ -28,3 +29,11 @@ def test_an_error_of_the_only_process_is_raised_at_once(
         raise failure
     assert caught.value is failure
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    with pytest.raises(ConfigError, match="without DeepSpeed") as found:
+        start_world({}, 60)
+    assert "cpu_2.yaml" in str(found.value)

@@ -1,6 +1,7 @@
 """`pairs.method=scores`: pairs of scored responses, which the trainer reads without options."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,63 @@ def test_an_hh_dialogue_is_written_as_one(tmp_path: Path) -> None:
     assert {key: row[key] for key in hh} == hh
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"left": {"type": "integer"}}}}
+CHAT = PAIR | {"score_chosen": 9}
+WITH_TOOLS = {
+    "prompt": [
+        {"role": "system", "content": "be brief"},
+        user("rain?"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "yes", "name": "weather"},
+    ],
+    "chosen": [{"role": "assistant", "content": "yes", "reasoning_content": "the tool says so"}],
+    "rejected": [
+        {"role": "assistant", "content": "one moment", "loss_weight": 0},
+        user("well?"),
+        {"role": "assistant", "content": "no", "loss_weight": 1},
+    ],
+    "tools": [WEATHER, ADD],
+    "chat_template_kwargs": {"enable_thinking": False},
+    "score_chosen": 2,
+    "score_rejected": 1,
+}
+HH = {
+    "chosen": "\n\nHuman: hi\n\nAssistant: yes",
+    "rejected": "\n\nHuman: hi\n\nAssistant: no",
+    "score_chosen": 2,
+    "score_rejected": 1,
+}
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+@pytest.mark.parametrize("records", [[CHAT] * 1030 + [WITH_TOOLS, CHAT], [HH, PLAIN]])
+def test_no_field_of_a_record_is_lost(tmp_path: Path, name: str, records: list[Any]) -> None:
+    file, _ = make(tmp_path, *records, output=name)
+    for before, after in zip(
+        read_records(str(tmp_path / "records.jsonl")), read_records(str(file)), strict=True
+    ):
+        assert isinstance(before, PreferenceRecord)
+        assert isinstance(after, PreferenceRecord)
+        assert replace(after, origin=before.origin) == before
+
+
+@pytest.mark.parametrize("records", [[PLAIN, SCORED], [SCORED, HH]])
+def test_texts_and_messages_are_refused_in_one_table(tmp_path: Path, records: list[Any]) -> None:
+    with pytest.raises(DataError, match="do not fit into one table"):
+        make(tmp_path, *records, output="pairs.parquet")
+    assert not (tmp_path / "pairs.parquet").exists()
+
+
+def test_files_of_two_kinds_have_each_a_summary(tmp_path: Path) -> None:
+    make(tmp_path, SCORED)
+    make(tmp_path, SCORED, margin=1, output="pairs.parquet")
+    make(tmp_path, SCORED)
+    with pytest.raises(ConfigError, match="other settings"):
+        make(tmp_path, SCORED, margin=1)
+
+
 def test_records_without_scores_are_counted(tmp_path: Path) -> None:
     _, said = make(tmp_path, SCORED, {"prompt": "p", "chosen": "a", "rejected": "b"})
     assert "1 without scores" in " ".join(said)
@@ -100,3 +158,8 @@ def test_a_file_of_other_settings_is_not_replaced(tmp_path: Path) -> None:
 def test_the_limit_counts_prompts(tmp_path: Path) -> None:
     file, _ = make(tmp_path, PLAIN, SCORED, SCORED, limit=2, select="all_pairs")
     assert len(file.read_text().splitlines()) == 1 + 3
+
+
+def test_dropped_records_before_the_limit_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 of 3 records cannot be used"):
+        make(tmp_path, {"unknown": 1}, PLAIN, SCORED, {"unknown": 2}, limit=2)

@@ -162,6 +162,26 @@ def test_two_tabs_count_once_and_a_stale_one_cannot_undo(served) -> None:
     assert [event["event"] for event in served.events] == ["judgement", "undo"]
 
 
+def test_a_verdict_after_the_end_is_refused_on_an_open_connection(tmp_path) -> None:
+    """The log is closed by then, and its descriptor may be that of the pairs."""
+    with serving(tmp_path / "log") as served:
+        host = f"127.0.0.1:{served.server.server_port}"
+        connection = http.client.HTTPConnection(host, timeout=10)
+
+        def ask(path: str, **body: Any) -> http.client.HTTPResponse:
+            headers = {"Origin": f"http://{host}", "Content-Type": "application/json"}
+            data = json.dumps({"annotator": "Ada", **body})
+            connection.request("POST", f"/{served.server.token}/{path}", data, headers)
+            return connection.getresponse()
+
+        slot = json.loads(ask("next").read())["item"]["slot"]
+    with (tmp_path / "pairs.jsonl").open("w"):
+        reply = ask("judge", slot=slot, choice="left", seconds=1)
+        assert (reply.status, reply.read()) == (503, b"the command has ended")
+    assert (tmp_path / "pairs.jsonl").read_text() == ""
+    assert served.events == []
+
+
 def test_many_annotators_at_once_lose_nothing(tmp_path) -> None:
     with serving(tmp_path / "log", number=60) as served:
 

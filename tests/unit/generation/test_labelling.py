@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.generation.agreement import Undecided, agreement, agreement_table, compared, outcome
@@ -21,6 +22,7 @@ from dpo_dist.generation.labelling import (
     as_line,
     from_line,
 )
+from dpo_dist.generation.people import label_pairs
 
 ITEMS = [f"item{number}" for number in range(30)]
 ALONE = Plan(overlap=0.0, repeats=0.0)
@@ -276,6 +278,21 @@ def test_records_without_an_item_are_counted_by_reason() -> None:
     assert len(items) == 2
     assert counts == {"read": 4, "duplicate": 1, "one_response": 1}
     assert all(len(item.record.responses) == 2 for item in items)
+
+
+def test_a_file_of_other_pairs_is_refused_before_anyone_labels(tmp_path) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    config = load_run_config(
+        [
+            *("pairs.method=people", f"data.train=[{tmp_path}/data.jsonl]", f"run.dir={tmp_path}/run"),
+            *("model.path=unused", f"pairs.output={tmp_path}/other.jsonl"),
+        ]
+    )
+    with pytest.raises(ConfigError, match="exists and was made with other settings"):
+        label_pairs(config, print, print)
+    assert not (tmp_path / "run/pairs/judgements.jsonl").exists()
 
 
 def test_turns_are_shown_with_tools_thoughts_and_calls() -> None:

@@ -22,3 +22,18 @@ def test_parts_share_no_prompt_and_together_are_all(tmp_path) -> None:
     assert sorted(line for part in parts for line in part) == sorted(whole)
     assert all(8 < len(part) < 25 for part in parts)
     assert lines(tmp_path, source, (1, 3), limit=5) == parts[1][:5]
+
+
+def test_dropped_records_before_the_limit_are_counted(tmp_path) -> None:
+    good = [{"prompt": f"question {n}"} for n in range(4)]
+    config = load_run_config(
+        [
+            "model.path=m",
+            f"data.train=[{jsonl(tmp_path, {'unknown': 1}, *good, {'unknown': 2})}]",
+            "data.max_bad_share=0.5",
+            "pairs.limit=2",
+        ]
+    )
+    said: list[str] = []
+    write_prompts(tmp_path, config, said.append)
+    assert "2 of 3 records kept, 1 unknown_format" in said[0]

@@ -262,3 +262,13 @@ def test_signals_are_passed_on(number, error) -> None:
     work = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
     with pytest.raises(error):
         run_command([sys.executable, "-c", work])
+
+
+def test_a_command_that_ends_by_itself_after_sigterm_has_not_failed() -> None:
+    work = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    with pytest.raises(SystemExit) as caught:
+        run_command([sys.executable, "-c", work])
+    assert caught.value.code == 143

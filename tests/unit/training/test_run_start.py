@@ -129,11 +129,11 @@ def test_a_fresh_start_never_replaces_a_model(outcome: Outcome | None, folder: R
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> None:
-    check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state)
+    check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state, {})
     for recorded in ({**IDENTITY, name: "former"}, {k: v for k, v in IDENTITY.items() if k != name}):
         if recorded.get(name) != IDENTITY[name]:
             with pytest.raises(CheckpointError) as caught:
-                check_identity(recorded, IDENTITY, folder.state)
+                check_identity(recorded, IDENTITY, folder.state, {})
             words = "configuration" if name == "run_digest" else name.replace("eval_data", "evaluation data")
             assert words in caught.value.message
 
