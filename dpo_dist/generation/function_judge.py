@@ -69,7 +69,12 @@ class FunctionJudge:
 
 
 def describe_function(written: str) -> dict[str, Any]:
-    """Return the function and the digest of its source, for provenance; without modules that it imports."""
+    """Return the function and the digest of its source, for provenance; without modules that it imports.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    user_function(written, KEY)
     found = find_function(written, KEY)
     return {"kind": "function", "function": f"{found.module}:{found.name}", "digest": found.digest}
 

@@ -128,6 +128,7 @@ class Labelling:
         self.items: Sequence[str] = sorted(set(items), key=lambda item: (plan.order(item), item))
         self.foreign = 0
         self._known = frozenset(self.items)
+        self._shared = frozenset(filter(plan.is_shared, self.items))
         self._by_annotator: dict[str, dict[Slot, Judgement]] = defaultdict(dict)
         self._undone: dict[str, list[Slot]] = defaultdict(list)
         self._shown: dict[str, Slot] = {}
@@ -194,8 +195,8 @@ class Labelling:
             slot = shown
         else:
             elsewhere = {other.item for name, other in self._shown.items() if name != annotator}
-            waiting = [one for one in due if one.item in elsewhere and not self.plan.is_shared(one.item)]
-            slot = next((one for one in due if one not in waiting), waiting[0] if waiting else None)
+            elsewhere -= self._shared
+            slot = next((one for one in due if one.item not in elsewhere), due[0] if due else None)
         if slot is None:
             self._shown.pop(annotator, None)
         else:
@@ -216,10 +217,11 @@ class Labelling:
                 and self.plan.is_repeated(slot.item, annotator)
             ):
                 repeats.append(again)
+        judged = {slot.item for slot in given}
         return repeats + [
             Slot(item)
             for item in self.items
-            if Slot(item) not in given and (self.plan.is_shared(item) or not self._judges[item])
+            if item not in judged and (item in self._shared or not self._judges.get(item))
         ]
 
     def progress(self, annotator: str) -> Progress:

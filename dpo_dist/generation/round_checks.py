@@ -71,13 +71,15 @@ def check_rounds(config: RunConfig) -> None:
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
-    """Check that earlier rounds in this folder had the same settings, and write them at the first start.
+    """Check that earlier rounds in this folder had the same settings; write those of a first start.
+
+    Until a stage is finished, every start is a first one: mistakes can be corrected.
 
     Raises:
         ConfigError: they had others.
     """
     file = folder.rounds_config
-    if not file.exists():
+    if not file.exists() or not folder.round(1).round_result.exists():
         write_text(file, to_yaml(config))
         return
     before = from_yaml(file.read_text(encoding="utf-8"))

@@ -37,9 +37,21 @@ def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str])
 
 
 def launcher(written: str | None) -> list[str]:
-    """Return the start of a command: as written, by default `accelerate launch` if there are several GPUs."""
+    """Return the start of a command: as written, by default `accelerate launch` if there are several GPUs.
+
+    Raises:
+        ConfigError: it is not one command.
+    """
     if written is not None:
-        return shlex.split(written)
+        try:
+            return shlex.split(written)
+        except ValueError as fault:
+            raise ConfigError(
+                "the launcher is not a command",
+                where="pairs.launcher",
+                got=f"{written}: {fault}",
+                remedy="correct its quotes",
+            ) from None
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
     several = torch.cuda.device_count() > 1

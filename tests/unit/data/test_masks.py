@@ -13,6 +13,8 @@ from dpo_dist.config.data_schema import Ranked, SourceConfig
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data.collate import collate, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encode import EncodedExample
+from dpo_dist.data.encode_chunk import EncodedRecord
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.packing import Sequences, pack
 from tests.support import tiny
@@ -162,3 +164,16 @@ def test_a_mask_selects_targets_and_their_predictors(shapes: list[tuple[int, ...
     assert [masks_of(dataset_of(pairs), index) for index in range(len(pairs))] == [
         [mask.tolist() for mask in pair.masks] for pair in pairs
     ]
+
+
+def test_each_example_of_a_ranking_has_the_masks_and_cuts_of_its_own_responses() -> None:
+    ids = [np.arange(length, dtype=np.int32) for length in (3, 1, 2, 4)]
+    masks = tuple(np.arange(len(response)) % 2 == 0 for response in ids[1:])
+    encoded = EncodedExample(ids[0], tuple(ids[1:]), trained=masks, truncated=(False, True, False))
+    used = [[0, 2], [1, 2]]
+    for example, (best, worst) in zip(
+        EncodedRecord(encoded, used, [0.0] * 3, 0).examples(), used, strict=True
+    ):
+        assert example.responses == (ids[1 + best], ids[1 + worst])
+        assert example.trained == (masks[best], masks[worst])
+        assert example.truncated == (best == 1, False)

@@ -18,7 +18,7 @@ from dpo_dist.config.user_function import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.engine import chosen_engine, open_generator
-from dpo_dist.generation.function_judge import FunctionJudge
+from dpo_dist.generation.function_judge import FunctionJudge, describe_function
 from dpo_dist.generation.judge import Judgement, Question
 from dpo_dist.generation.responder import find_model, open_responder
 from dpo_dist.generation.sampling import Request, Sample, Sampling
@@ -117,6 +117,18 @@ def test_a_function_that_does_not_score_is_named(
         FunctionJudge("own_judge:score").judge([Question(record, ("a", "b"))])
     assert "a.jsonl:7" in caught.value.where
     assert "private" not in caught.value.block()
+
+
+def test_a_mistyped_function_is_found_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge is described before sampling, and opened after it."""
+    monkeypatch.chdir(tmp_path)
+    find_function.cache_clear()
+    (tmp_path / "judge_of_mine.py").write_text("def score(prompt, responses):\n    return [0]\n")
+    assert describe_function("judge_of_mine:score")["function"] == "judge_of_mine:score"
+    with pytest.raises(ConfigError, match="no such function"):
+        describe_function("judge_of_mine:scores")
 
 
 def test_a_single_usable_response_is_judged_too() -> None:

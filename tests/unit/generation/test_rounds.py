@@ -160,6 +160,15 @@ def test_other_settings_are_refused_in_the_same_folder() -> None:
     assert do("pairs.batch_tokens=99", "trainer.save_every=7")[0] == ExitCode.completed
 
 
+def test_a_mistake_that_no_stage_survived_can_be_corrected() -> None:
+    Path("fail").write_text("pairs 1 2")
+    with pytest.raises(DpoDistError, match="cannot start"):
+        do("pairs.function=m:mistyped")
+    assert do()[0] == ExitCode.completed
+    with pytest.raises(ConfigError, match=r"pairs\.function: m:f before"):
+        do("pairs.function=m:mistyped")
+
+
 @pytest.mark.parametrize(
     ("override", "where"),
     [
@@ -168,6 +177,7 @@ def test_other_settings_are_refused_in_the_same_folder() -> None:
         ("pairs.output=x.jsonl", "pairs.output"),
         ("model.adapter={r: 4, alpha: 8}", "model.adapter"),
         ("pairs.launcher=no-such-program", "pairs.launcher"),
+        ('pairs.launcher="python \'x"', "pairs.launcher"),
     ],
 )
 def test_what_rounds_cannot_do_is_an_error(override, where) -> None:
