@@ -165,9 +165,11 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
 
 
 def written_tokens(added: Iterable[str], chat_template: str | None) -> set[str]:
-    """Return the added tokens that occur in a template, such as the tags of tool calls and thoughts."""
+    """Return the added tokens that a template names, such as tags of tool calls, and the tags of thoughts."""
     template = chat_template or ""
-    return {token for token in added if token in template and _has_delimiters(token)}
+    return {
+        token for token in added if token in THOUGHT_TAGS or (token in template and _has_delimiters(token))
+    }
 
 
 def _has_delimiters(token: str) -> bool:

@@ -1,6 +1,5 @@
 """Find the files of a local source: patterns, folders of shards, folders saved by `datasets`."""
 
-import glob
 import itertools
 import re
 from collections.abc import Iterator
@@ -37,13 +36,20 @@ def root_of(path: str) -> Path:
 
 
 def globbed_files(pattern: str) -> list[Path]:
-    """Return the files that match, sorted by path; `**` matches folders.
+    """Return the files that match, sorted by path; `**` matches folders, without following links to folders.
 
     Raises:
         DataError: no file matches.
     """
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  # a Path's glob takes no absolute pattern
-    files = sorted(file for file in map(Path, found) if file.is_file())
+    root = root_of(pattern)
+    parts = [part if part == "**" else re.sub(r"\*\*+", "*", part) for part in Path(pattern).parts]
+    below = Path(*parts[len(root.parts) :]) / ("*" if parts[-1] == "**" else "")
+    shows_hidden = any(part.startswith(".") for part in below.parts)
+    files = sorted(
+        file
+        for file in root.glob(str(below))
+        if file.is_file() and (shows_hidden or not _is_hidden(root, file))
+    )
     if not files:
         raise DataError(
             "no file matches the pattern",
@@ -51,6 +57,10 @@ def globbed_files(pattern: str) -> list[Path]:
             remedy="check the pattern; `**` matches folders at any depth",
         )
     return files
+
+
+def _is_hidden(root: Path, file: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def is_saved(folder: Path) -> bool:
@@ -173,8 +183,7 @@ def check_no_split(path: str, split: str | None) -> None:
 
 
 def _is_metadata(folder: Path, file: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return hidden or file.name in _DESCRIPTIONS
+    return _is_hidden(folder, file) or file.name in _DESCRIPTIONS
 
 
 def _split_of(file: Path) -> str | None:

@@ -98,6 +98,15 @@ def test_a_pattern_reads_files_in_order_with_their_line_numbers(tmp_path: Path) 
         read_records(str(tmp_path / "*.csv"))
 
 
+def test_a_pattern_does_not_follow_links_to_folders(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "a.jsonl", lines("one"))
+    write(tmp_path / ".hidden" / "b.jsonl", lines("two"))
+    for name in ("first", "second"):
+        (tmp_path / "deep" / name).symlink_to(tmp_path, target_is_directory=True)
+    for pattern in ("**/*.jsonl", "**", "d*/a**.jsonl"):
+        assert prompts(tmp_path / pattern) == ["one"], pattern
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
     write(tmp_path / "a[1].jsonl", lines("one"))
     assert prompts(tmp_path / "a[1].jsonl") == ["one"]
