@@ -35,10 +35,15 @@ def main(config: RunConfig) -> int:
     # Slow to import: errors above appear at once.
     from dpo_dist.diagnostics.diagnosis import diagnose  # noqa: PLC0415
     from dpo_dist.report.console import Console  # noqa: PLC0415
-    from dpo_dist.report.doctor_page import write_doctor_page, write_doctor_report  # noqa: PLC0415
+    from dpo_dist.report.doctor_page import (  # noqa: PLC0415
+        check_writable,
+        write_doctor_page,
+        write_doctor_report,
+    )
     from dpo_dist.report.doctor_terminal import print_diagnosis  # noqa: PLC0415
 
     folder = RunFolder.of(config)
+    check_writable(folder)
     diagnosis = diagnose(config, Console(sys.stderr).counter)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     write_doctor_report(folder, diagnosis, exit_code)

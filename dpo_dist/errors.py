@@ -22,6 +22,8 @@ class ExitCode(IntEnum):
     diverged = 3
     preempted = 75
     """Stopped with a checkpoint: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+    interrupted = 130
+    """Stopped by SIGINT (Ctrl-C), as shells number it."""
 
 
 class Outcome(StrEnum):

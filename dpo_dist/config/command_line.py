@@ -70,7 +70,8 @@ def run_verb(
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
-    A `DpoDistError` is printed as one block, by one rank only; other exceptions keep their traceback.
+    A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
+    exceptions keep their traceback.
 
     Args:
         main: the verb.
@@ -83,6 +84,10 @@ def run_verb(
     except DpoDistError as error:
         _print(error)
         exit_code = error.exit_code
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            sys.stderr.write("interrupted\n")
+        exit_code = ExitCode.interrupted
     except BrokenPipeError:  # the reader has closed the pipe: --help | head
         os._exit(ExitCode.completed)
     except Exception as bug:  # any exception: the process must not hang at exit

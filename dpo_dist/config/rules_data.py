@@ -13,6 +13,14 @@ from dpo_dist.config.data_schema import (
     SourceConfig,
 )
 
+OTHER_ROLE_NAMES = frozenset(
+    {
+        *("human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"),
+        *("observation", "tool_response", "function", "function_call", "tool_call"),
+    }
+)
+"""Roles of datasets that are read as user, assistant or tool."""
+
 
 def _is_date(text: str) -> bool:
     try:
@@ -109,6 +117,13 @@ DATA_RULES = (
         "data.trained_roles names no role, so the loss would count nothing",
         "write data.trained_roles=[assistant]",
         "a list of roles",
+    ),
+    Rule(
+        "data.trained_roles",
+        lambda c: bool(OTHER_ROLE_NAMES.intersection(c.data.trained_roles)),
+        "data.trained_roles has a name that is read as another role",
+        "write user, assistant or tool; docs/data.md lists the roles",
+        "roles such as assistant, user, tool",
     ),
     Rule(
         "data.untrained",

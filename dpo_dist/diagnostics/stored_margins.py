@@ -142,7 +142,8 @@ def _stored_pairs(store: LogpStore, datasets: Sequence[PreferenceDataset]) -> _S
 def _stored_of(number: int, store: LogpStore, dataset: PreferenceDataset) -> Columns:
     sums = stored_sums(store, dataset)
     indices = np.flatnonzero(sums.is_stored & (sums.chosen_tokens > 0) & (sums.rejected_tokens > 0))
-    distances = np.array([_distance(dataset, int(index)) for index in indices])
+    counted = np.stack([sums.chosen_tokens, sums.rejected_tokens], axis=1)
+    distances = np.array([_distance(dataset, int(index), *map(int, counted[index])) for index in indices])
     return (
         sums.chosen[indices],
         sums.rejected[indices],
@@ -160,14 +161,21 @@ def _nothing() -> Columns:
     return floats, floats, counts, counts, floats, counts, counts
 
 
-def _distance(dataset: PreferenceDataset, index: int) -> float:
-    """Return `bag_distance` of an example's first and last response; a lower bound of it if that is large."""
-    _, first, *_, last = (0, *dataset.lengths(index)[1:])
+def _distance(dataset: PreferenceDataset, index: int, first: int, last: int) -> float:
+    """Return `bag_distance` of the counted tokens of two responses; a lower bound of it if that is large.
+
+    Args:
+        dataset: of the example.
+        index: of the example.
+        first: number of tokens that the loss counts in the first response.
+        last: the same of the last one.
+    """
     bound = abs(first - last) / (first + last)
     if bound >= NEARLY_EQUAL:  # so is the distance; token ids need not be read
         return bound
-    responses = dataset.sequences(index).responses
-    return bag_distance(responses[0], responses[-1])
+    responses, masks = dataset.sequences(index).responses, dataset.masks(index)
+    sides = [responses[at][masks[at]] if masks else responses[at] for at in (0, -1)]
+    return bag_distance(*sides)
 
 
 def _distribution(values: npt.NDArray[np.float64]) -> Distribution:

@@ -83,7 +83,10 @@ class Endpoint:
             self._wait_for_turn()
             try:
                 with self._opener.open(request, timeout=self._config.timeout_seconds) as response:
-                    return Reply(_text_of(response.read(_MAX_REPLY_BYTES)))
+                    text = _text_of(response.read(_MAX_REPLY_BYTES))
+                if text is not None:
+                    return Reply(text)
+                fault = "a reply that is no chat completion"
             except urllib.error.HTTPError as error:
                 with error:
                     fault = self._fault_of(error)
@@ -154,12 +157,13 @@ def _authorization(variable: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _text_of(body: bytes) -> str:
-    """Return the assistant's text in a reply; empty if there is none."""
+def _text_of(body: bytes) -> str | None:
+    """Return the assistant's text in a chat completion, empty if it has none; None for any other body."""
     try:
-        text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return ""
+        choices = list(json.loads(body)["choices"])
+        text = choices[0]["message"]["content"] if choices else ""
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
     return text if isinstance(text, str) else ""
 
 

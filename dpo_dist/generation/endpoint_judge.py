@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dpo_dist.config.pairs_schema import EndpointConfig, Verdicts
-from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.endpoint import URL_KEY, Endpoint, Reply
 from dpo_dist.generation.judge import Judgement, Question
@@ -34,6 +34,7 @@ _GRADE = (
     f"{_DATA} a whole number from 1 (worst) to 10 (best) in double brackets, such as [[5]]."
 )
 _CHOICE = re.compile(r"\[\[(A|B|tie)\]\]")
+_HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ("Hello.",))
 _NUMBER = re.compile(r"\[\[(\d+)\]\]")
 
 
@@ -79,7 +80,9 @@ class EndpointJudge:
             replies = list(pool.map(self._endpoint.ask, requests))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
-        if replies and all(reply.refusal for reply in replies):
+        # All requests of a short part may be refused for their texts: a harmless one decides.
+        [probe] = _grades(_HARMLESS, self._config.criterion)
+        if replies and all(reply.refusal for reply in replies) and self._endpoint.ask(probe).refusal:
             raise ConfigError(
                 "the endpoint of the judge refuses every request",
                 where=URL_KEY,

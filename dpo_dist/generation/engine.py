@@ -20,8 +20,8 @@ class Generator(Protocol):
         """Return a sample for each request, in their order."""
 
 
-def chosen_engine(engine: Engine) -> Engine:
-    """Return the engine of `pairs.engine`, with `auto` resolved.
+def chosen_engine(engine: Engine, *, quantized: bool = False) -> Engine:
+    """Return the engine of `pairs.engine`, with `auto` resolved: transformers for quantized weights.
 
     Raises:
         ConfigError: vLLM is wanted and not installed.
@@ -36,7 +36,9 @@ def chosen_engine(engine: Engine) -> Engine:
         )
     if engine is not Engine.auto:
         return engine
-    return Engine.vllm if is_installed and torch.cuda.is_available() else Engine.transformers
+    return (
+        Engine.vllm if is_installed and not quantized and torch.cuda.is_available() else Engine.transformers
+    )
 
 
 def open_generator(

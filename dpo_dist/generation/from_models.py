@@ -23,7 +23,10 @@ from dpo_dist.generation.screen import Screen
 from dpo_dist.generation.startup import output_file, responding_models
 from dpo_dist.generation.summary import check_output, write_results, write_samples
 
-_REMEDY = "lower pairs.batch_tokens or pairs.max_new_tokens"
+_REMEDY = (
+    "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
+    "larger ones cannot respond or judge"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def pairs_from_models(config: RunConfig, world: World, screen: Screen) -> None:
     prompts = _prompts(config, world, screen)
     pairs = config.pairs
     sampling = Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, pairs.seed)
-    work = _Work(config, sampling, chosen_engine(pairs.engine), prompts, world, screen)
+    engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
+    work = _Work(config, sampling, engine, prompts, world, screen)
     models = [_found(name, work) for name in responding_models(config)]
     judge: dict[str, Any] = {}
     if pairs.method is PairsMethod.samples:
@@ -123,6 +127,7 @@ def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any])
         **asdict(work.sampling),
         "engine": str(work.engine),
         "dtype": str(work.config.model.dtype),
+        "quantization": _quantization(work),
         "unfinished": str(pairs.unfinished),
         **chosen,
         "judge": judge,
@@ -141,6 +146,11 @@ def _rendering(config: RunConfig) -> dict[str, Any]:
         "chat_template": data.chat_template,
         "template_arguments": data.template_arguments,
     }
+
+
+def _quantization(work: _Work) -> str | None:
+    kind = work.config.model.quantization
+    return None if kind is None else str(kind)
 
 
 class _Opened:
@@ -171,7 +181,7 @@ def _responses(source: ModelSource, index: int, work: _Work) -> Parts:
         **asdict(work.sampling),
         "engine": str(work.engine),
         "dtype": str(work.config.model.dtype),
-        "quantization": None if (kind := work.config.model.quantization) is None else str(kind),
+        "quantization": _quantization(work),
     }
     parts = Parts.of(RunFolder.of(work.config).pairs_parts, "responses", settings, work.prompts.parts)
     opened = _Opened(source, work)

@@ -5,7 +5,6 @@ checkpoint; a finished stage is recorded and never repeated.
 """
 
 import json
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +54,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
             results, code = _do_rounds(_Rounds(config, folder, say, run))
         except KeyboardInterrupt:
             say("interrupted: the same command continues")
-            return 128 + signal.SIGINT
+            return ExitCode.interrupted
         if code == ExitCode.completed:
             _report(results, folder, say)
     return code

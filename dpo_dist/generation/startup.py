@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from dpo_dist.config.check import as_written
-from dpo_dist.config.pairs_schema import EndpointConfig, PairsConfig, PairsMethod
+from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.pairs_schema import EndpointConfig, Engine, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import user_function
@@ -46,6 +47,13 @@ def check_pairs(config: RunConfig) -> None:
     _check_keys(config)
     for source in config.data.train:
         check_source(source)
+        if source.weight != SourceConfig.weight:
+            raise ConfigError(
+                "the weight of a source has no effect on pairs",
+                where=f"data.train, weight of {source.path}",
+                got=as_written(source.weight),
+                remedy="remove it, and set it in the training that reads the pairs",
+            )
 
 
 def needs_this_process(config: RunConfig) -> bool:
@@ -152,6 +160,13 @@ def _check_models(config: RunConfig) -> None:
             where="pairs.samples",
             got=f"{pairs.samples} of one model",
             remedy="raise pairs.samples, or name two pairs.models",
+        )
+    if pairs.engine is Engine.vllm and config.model.quantization is not None:
+        raise ConfigError(
+            "vLLM does not quantize the models that respond",
+            where="pairs.engine, model.quantization",
+            got=f"vllm, {config.model.quantization}",
+            remedy="set pairs.engine=transformers, or remove model.quantization",
         )
     for name in models:
         if not (Path(name).expanduser() / _ADAPTER).is_file():

@@ -7,6 +7,7 @@ page forbids browsers everything but its own style sheet.
 import base64
 import hashlib
 import json
+import os
 import platform
 from dataclasses import fields
 from html import escape
@@ -20,6 +21,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Across, Finding, Level
 from dpo_dist.diagnostics.stored_margins import StoreUse
+from dpo_dist.errors import ConfigError
 from dpo_dist.report.charts import histogram, number
 from dpo_dist.report.doctor_sources import overview, source_section, table
 from dpo_dist.report.doctor_style import DOCTOR_STYLE
@@ -31,6 +33,19 @@ FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
 
 _SHOWN_EXAMPLES = 5
+
+
+def check_writable(folder: RunFolder) -> None:
+    """Raise ConfigError if the report could not be written, before hours of work; create nothing."""
+    nearest = next(each for each in (folder.path, *folder.path.absolute().parents) if each.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ConfigError(
+            "run.dir cannot be written",
+            where="run.dir",
+            got=str(folder.path),
+            expected="a folder that exists or can be created",
+            remedy="set run.dir to another folder, or make this one writable",
+        )
 
 
 def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:

@@ -82,6 +82,7 @@ def test_every_exit_code_is_described() -> None:
     assert {int(code): meaning for code, meaning in described} == {
         ExitCode.completed: "completed",
         ExitCode.failed: "failed",
+        ExitCode.interrupted: "interrupted",
         ExitCode.invalid: "error",
         ExitCode.diverged: "diverged",
         ExitCode.preempted: "preempted",

@@ -114,6 +114,11 @@ def test_a_rank_whose_error_is_its_own_prints_it(
     assert (capsys.readouterr().err, len(waited)) == ("", 1), "another rank prints it"
 
 
+def test_an_interrupt_is_one_line(verb: Verb) -> None:
+    ended = verb(*RUN, "run.name=stop")
+    assert (ended.code, ended.out, ended.err) == (130, "", "interrupted\n")
+
+
 def test_a_bug_keeps_its_traceback(verb: Verb) -> None:
     ended = verb(*RUN, "run.name=fail")
     assert ended.code == 1

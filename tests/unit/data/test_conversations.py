@@ -167,3 +167,11 @@ def test_a_response_may_be_an_object_in_json(tmp_path: Path, text: str) -> None:
     record = read_one(tmp_path, {"prompt": "q", "chosen": text, "rejected": "b"})
     assert isinstance(record, PreferenceRecord)
     assert record.responses == (text, "b")
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_a_lone_surrogate_beside_the_turns_is_found(tmp_path: Path, name: str) -> None:
+    value = {"tools": [{"name": "f\ud800"}], "chat_template_kwargs": {"style": "\ud800"}}[name]
+    record = read_one(tmp_path, CHAT | {name: value})
+    assert isinstance(record, BadRecord)
+    assert record.reason == "invalid_unicode"

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.config.rules_data import OTHER_ROLE_NAMES
+from dpo_dist.data import message_fields
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from tests.support.records import TEXT, assistant, read_good, read_one, reason_against, user
 
@@ -348,3 +350,7 @@ def test_texts_alone_are_split_where_they_part(tmp_path: Path) -> None:
     assert (record.prompt, *record.responses) == (split["prompt"], split["chosen"], split["rejected"])
     # With another text in the record, that might be the prompt.
     assert reason_against(tmp_path, fields | {"topic": "weather"}) == "unknown_format"
+
+
+def test_roles_with_another_name_are_refused_as_trained_roles() -> None:
+    assert {*message_fields._ROLES, *message_fields._CALLING} == OTHER_ROLE_NAMES

@@ -91,8 +91,8 @@ def test_nonsense_is_counted_and_not_guessed(reply: str) -> None:
     assert judgement.counts["unreadable"] == 2
 
 
-def test_a_body_without_a_reply_is_unreadable() -> None:
-    for body in ("not json", "[]", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}'):
+def test_a_reply_without_text_is_unreadable() -> None:
+    for body in ('{"choices": []}', '{"choices": [{"message": {"content": null}}]}'):
         judgement, _ = judged(lambda *_, body=body: (200, {}, body), SHORT, LONG)
         assert (judgement.scores, judgement.counts["unreadable"]) == ([None, None], 2)
 
@@ -186,6 +186,23 @@ def test_an_endpoint_that_is_slow_is_given_up() -> None:
 def test_a_wrong_address_or_key_is_an_error_at_once(status: int) -> None:
     error, _ = refused(lambda *_: (status, {"Location": "http://localhost:1/"}, ""), retries=5)
     assert str(status) in error.got
+
+
+@pytest.mark.parametrize(
+    "body", ["<html>sign in</html>", "[]", '{"error": {"message": "loading"}}', "x" * 10**7]
+)
+def test_a_body_that_is_no_chat_completion_is_asked_for_again_and_is_no_verdict(body: str) -> None:
+    error, server = refused(lambda *_: (200, {}, body), retries=1, parallel_requests=1)
+    assert "a reply that is no chat completion, 2 times" in error.got
+    assert len(server.bodies) >= 2
+
+
+def test_a_part_whose_texts_are_all_refused_is_counted() -> None:
+    def answer(content: dict[str, Any], number: int) -> Any:
+        return (400, {}, '{"error": {"code": "content_filter"}}') if "response_A" in content else "yes"
+
+    judgement, _ = judged(answer, SHORT, LONG)
+    assert (judgement.scores, judgement.counts["refused"]) == ([None, None], 2)
 
 
 def test_one_refused_request_is_counted() -> None:

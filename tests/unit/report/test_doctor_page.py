@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
@@ -26,7 +28,9 @@ from dpo_dist.diagnostics.findings import (
 )
 from dpo_dist.diagnostics.shown_pairs import Kind, Part, Segment, ShownPair
 from dpo_dist.diagnostics.stored_margins import StoreUse
-from dpo_dist.report.doctor_page import write_doctor_page, write_doctor_report
+from dpo_dist.errors import ConfigError
+from dpo_dist.report.doctor_page import check_writable, write_doctor_page, write_doctor_report
+from tests.support.read_only import read_only
 
 HOSTILE = (
     "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u200b\x1b[2J"
@@ -140,6 +144,16 @@ def test_sections_without_content_are_missing(tmp_path: Path) -> None:
 
 def test_a_lone_surrogate_is_written(tmp_path: Path) -> None:
     assert "U+D800" in written(tmp_path, diagnosis("\ud800"))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    check_writable(RunFolder(tmp_path / "new" / "run"))
+    assert not list(tmp_path.iterdir()), "nothing is created"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(RunFolder(tmp_path / "file" / "run"))
+    with read_only(tmp_path), pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(RunFolder(tmp_path / "new" / "run"))
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
