@@ -312,3 +312,8 @@ def test_turns_are_shown_with_tools_thoughts_and_calls() -> None:
     assert [
         t["role"] for t in shown_prompt(record("a", "b", prompt=Dialogue("\n\nHuman: Hi\n\nAssistant:")))
     ] == ["user"]
+
+
+def test_the_seconds_of_an_annotator_are_their_median() -> None:
+    given = [Judgement(Slot(str(n)), "Ada", Verdict.first, 0, float(n), "t") for n in (1, 2, 3, 10)]
+    assert agreement(given)["annotators"]["Ada"]["median_seconds"] == 2.5
