@@ -172,7 +172,7 @@ def test_a_person_labels_by_keyboard_through_reload_and_kill(browser, data) -> N
     assert provenance["judgements"][0]["seconds"] > 0
     agreement = json.loads((command.folder / "pairs/agreement.json").read_text())
     assert agreement["items"] == {"pairs": 10, "skipped": 1, "tie": 1}
-    summary = json.loads((command.folder / "pairs/pairs.summary.json").read_text())
+    summary = json.loads((command.folder / "pairs/pairs.jsonl.summary.json").read_text())
     assert (summary["pairs"], summary["settings"]["method"]) == (10, "people")
     log = (command.folder / "logs/rank-0.log").read_text()
     assert command.url.rstrip("/").rpartition("/")[2] not in log
