@@ -76,14 +76,12 @@ class ShownPair:
 
     Attributes:
         origin: ``file:line``.
-        source: path of its source.
         rules: rules of which it is an example; empty for one of the sample.
         note: the reason why it is dropped; empty for a kept one.
         parts: the prompt, then the responses, best first.
     """
 
     origin: str
-    source: str
     rules: tuple[str, ...]
     note: str
     parts: tuple[Part, ...]
@@ -114,7 +112,7 @@ def show_pairs(
         chosen = _chosen(pinned(source, Path(config.cache)), rules, count, np.random.default_rng(seed))
         for record in sorted(chosen, key=lambda record: str(record.origin) not in rules):
             names = tuple(dict.fromkeys(rules.get(str(record.origin), ())))
-            shown.append(_shown(record, source.path, names, config, tokenizer))
+            shown.append(_shown(record, names, config, tokenizer))
     return shown
 
 
@@ -153,25 +151,23 @@ def _may_be_of(source: SourceConfig, origin: str) -> bool:
 
 def _shown(
     record: PreferenceRecord,
-    source: str,
     rules: tuple[str, ...],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
 ) -> ShownPair:
     origin = str(record.origin)
     if tokenizer is None:
-        return ShownPair(origin, source, rules, "", _plain_parts(record))
+        return ShownPair(origin, rules, "", _plain_parts(record))
     unlimited = replace(
         config, max_length=_UNLIMITED, max_prompt_length=None, truncation=Truncation.keep_start
     )
     whole = encode_pair(record, tokenizer, unlimited)
     if isinstance(whole, BadRecord):
-        return ShownPair(origin, source, rules, whole.reason, _plain_parts(record))
+        return ShownPair(origin, rules, whole.reason, _plain_parts(record))
     kept = encode_pair(record, tokenizer, config)
     note = kept.reason if isinstance(kept, BadRecord) else ""
     return ShownPair(
         origin,
-        source,
         rules,
         note,
         _token_parts(record, whole, whole if isinstance(kept, BadRecord) else kept, tokenizer),

@@ -66,9 +66,7 @@ def diagnosis(text: str = HOSTILE) -> Diagnosis:
     part = Part(
         "chosen", (Segment(text, Kind.text, True), Segment(text, Kind.special), Segment(text, is_cut=True))
     )
-    pair = ShownPair(
-        f"{text}:1", text, ("rule",), text, (part, Part("prompt", (Segment("9", Kind.omitted),)))
-    )
+    pair = ShownPair(f"{text}:1", ("rule",), text, (part, Part("prompt", (Segment("9", Kind.omitted),))))
     store = StoreUse(Path(text), 10, 4, (text,), ((text, LENGTHS),))
     report = DoctorReport((source,), Across(duplicates=5, clusters=(3, 2)), findings)
     return Diagnosis(report, (pair,), Path(text), store)
