@@ -14,9 +14,9 @@ from dpo_dist.data.encoded_source import SourceWriter
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.prompt_split import prompt_hash
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.data.rendering import render_record
 from dpo_dist.data.sources import raw_records
-from dpo_dist.data.tokenizer import tokenizer_facts
+from dpo_dist.data.tokenization.rendering import render_record
+from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
 
 _MAX_RECORDS = 5000
 

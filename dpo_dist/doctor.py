@@ -35,12 +35,12 @@ def main(config: RunConfig) -> int:
     # Slow to import: errors above appear at once.
     from dpo_dist.diagnostics.diagnosis import diagnose  # noqa: PLC0415
     from dpo_dist.report.console import Console  # noqa: PLC0415
-    from dpo_dist.report.doctor_page import (  # noqa: PLC0415
+    from dpo_dist.report.doctor.page import (  # noqa: PLC0415
         check_writable,
         write_doctor_page,
         write_doctor_report,
     )
-    from dpo_dist.report.doctor_terminal import print_diagnosis  # noqa: PLC0415
+    from dpo_dist.report.doctor.terminal import print_diagnosis  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder)

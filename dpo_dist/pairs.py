@@ -11,7 +11,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.generation.rounds import run_rounds
+from dpo_dist.generation.rounds.run_rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs, needs_this_process
 from dpo_dist.report.console import open_console
 

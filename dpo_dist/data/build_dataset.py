@@ -11,9 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, TextTemplate
-from dpo_dist.data.byte_stream import Meter
-from dpo_dist.data.chat_template import argument_names, check_arguments, chosen_template, has_clock
-from dpo_dist.data.dataset_info import resolved
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, encode_in_order
 from dpo_dist.data.encoded_source import (
     MEMO_FOLDER,
@@ -23,12 +20,20 @@ from dpo_dist.data.encoded_source import (
     folder_name,
     remember_written,
 )
-from dpo_dist.data.files import file_kind
+from dpo_dist.data.fields.dataset_info import resolved
+from dpo_dist.data.files.byte_stream import Meter
+from dpo_dist.data.files.read_file import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import local_files, pinned, source_identity
+from dpo_dist.data.tokenization.chat_template import (
+    argument_names,
+    check_arguments,
+    chosen_template,
+    has_clock,
+)
 from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
 

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig, Truncation
-from dpo_dist.data.escaped_encoder import SpecialTokenInTextError
-from dpo_dist.data.loss_mask import Mask, counted_characters, token_mask, untrained_parts
-from dpo_dist.data.marks import RESERVED, RESERVED_CHARACTER, any_text
 from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord, UnusableRecordError
-from dpo_dist.data.render_conversation import Rendered
-from dpo_dist.data.rendering import render_record
-from dpo_dist.data.tokenizer import TokenizerFacts, tokenizer_facts
+from dpo_dist.data.tokenization.escaped_encoder import SpecialTokenInTextError
+from dpo_dist.data.tokenization.loss_mask import Mask, counted_characters, token_mask, untrained_parts
+from dpo_dist.data.tokenization.marks import RESERVED, RESERVED_CHARACTER, any_text
+from dpo_dist.data.tokenization.render_conversation import Rendered
+from dpo_dist.data.tokenization.rendering import render_record
+from dpo_dist.data.tokenization.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:

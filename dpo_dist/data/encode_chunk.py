@@ -10,10 +10,10 @@ import numpy.typing as npt
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, TextTemplate
 from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
-from dpo_dist.data.loss_mask import Mask
+from dpo_dist.data.fields.rankings import training_examples
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part, PromptHashes, prompt_hash
-from dpo_dist.data.rankings import training_examples
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
+from dpo_dist.data.tokenization.loss_mask import Mask
 from dpo_dist.errors import DataError
 
 if TYPE_CHECKING:

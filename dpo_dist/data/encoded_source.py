@@ -24,7 +24,7 @@ from dpo_dist.atomic import is_temporary, write_text
 from dpo_dist.data.concatenated import Array
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encode_chunk import EncodedChunk
-from dpo_dist.data.folders import root_of
+from dpo_dist.data.files.folders import root_of
 from dpo_dist.digests import remember_digest, remembered_digest, text_digest
 from dpo_dist.errors import ConfigError
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.byte_stream import Meter
-from dpo_dist.data.context import CONVERSATIONS, has_prompt, with_context
-from dpo_dist.data.conversations import (
+from dpo_dist.data.fields.context import CONVERSATIONS, has_prompt, with_context
+from dpo_dist.data.fields.conversations import (
     Reader,
     read_hh,
     read_implicit,
@@ -19,8 +18,8 @@ from dpo_dist.data.conversations import (
     read_text,
     reader_of,
 )
-from dpo_dist.data.dataset_info import resolved
-from dpo_dist.data.pair_fields import (
+from dpo_dist.data.fields.dataset_info import resolved
+from dpo_dist.data.fields.pair_fields import (
     MESSAGE_SIDES,
     PAIR,
     QUESTION_PAIRS,
@@ -33,8 +32,9 @@ from dpo_dist.data.pair_fields import (
     is_labelled,
     pair_content,
 )
-from dpo_dist.data.rankings import has_ranking, ranked_content
-from dpo_dist.data.record_checks import check_content
+from dpo_dist.data.fields.rankings import has_ranking, ranked_content
+from dpo_dist.data.fields.record_checks import check_content
+from dpo_dist.data.files.byte_stream import Meter
 from dpo_dist.data.records import (
     BadRecord,
     Fields,

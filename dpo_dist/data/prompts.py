@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.dataset_info import resolved
+from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.data.formats import parse_record
 from dpo_dist.data.records import BadRecord, Fields, Origin, PreferenceRecord
 from dpo_dist.data.sources import raw_records

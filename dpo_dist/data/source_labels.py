@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.dataset_info import resolved
-from dpo_dist.data.files import KINDS
+from dpo_dist.data.fields.dataset_info import resolved
+from dpo_dist.data.files.read_file import KINDS
 
 _SUFFIXES = (*KINDS, ".gz", ".zst")
 # Names of files and folders that say nothing without the folder above.

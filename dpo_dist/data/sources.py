@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data import hub
-from dpo_dist.data.byte_stream import Meter
-from dpo_dist.data.columns import check_columns, check_first_columns, with_columns
 from dpo_dist.data.counts import UNPAIRED_REMEDY
-from dpo_dist.data.dataset_info import resolved
-from dpo_dist.data.files import KINDS, check_kind, read_file, with_origins
-from dpo_dist.data.folders import (
+from dpo_dist.data.fields.columns import check_columns, check_first_columns, with_columns
+from dpo_dist.data.fields.dataset_info import resolved
+from dpo_dist.data.fields.pair_fields import is_labelled
+from dpo_dist.data.files import hub
+from dpo_dist.data.files.byte_stream import Meter
+from dpo_dist.data.files.folders import (
     check_no_split,
     globbed_files,
     is_glob,
@@ -22,7 +22,7 @@ from dpo_dist.data.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.pair_fields import is_labelled
+from dpo_dist.data.files.read_file import KINDS, check_kind, read_file, with_origins
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError

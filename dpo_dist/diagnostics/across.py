@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.diagnostics.benchmarks import Benchmark
 from dpo_dist.diagnostics.duplicates import (
     Groups,
     SignatureFile,
@@ -17,7 +16,8 @@ from dpo_dist.diagnostics.duplicates import (
 )
 from dpo_dist.diagnostics.findings import Across, Finding
 from dpo_dist.diagnostics.judge import Judge
-from dpo_dist.diagnostics.observe import Observed
+from dpo_dist.diagnostics.measures.benchmarks import Benchmark
+from dpo_dist.diagnostics.measures.observe import Observed
 
 SIMILARITY = 0.7
 _SHOWN_CLUSTERS = 5

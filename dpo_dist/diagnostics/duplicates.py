@@ -12,7 +12,7 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from dpo_dist.diagnostics.words import SIGNATURE_NUMBERS
+from dpo_dist.diagnostics.measures.words import SIGNATURE_NUMBERS
 
 Indices = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]

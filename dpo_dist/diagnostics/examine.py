@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.data.build_dataset import Progress, no_progress, share_read
-from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.encode_workers import CHUNK_RECORDS, Records, in_order
+from dpo_dist.data.files.byte_stream import Meter
 from dpo_dist.data.formats import read_with_fields
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import pinned
 from dpo_dist.diagnostics.across import AllRecords
-from dpo_dist.diagnostics.benchmarks import read_benchmarks
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, SourceReport
 from dpo_dist.diagnostics.judge import Judge, most_serious_first
-from dpo_dist.diagnostics.observe import Observer
-from dpo_dist.diagnostics.ratings import ratings_contradict
+from dpo_dist.diagnostics.measures.benchmarks import read_benchmarks
+from dpo_dist.diagnostics.measures.observe import Observer
+from dpo_dist.diagnostics.measures.ratings import ratings_contradict
 from dpo_dist.diagnostics.source_findings import source_findings
 from dpo_dist.diagnostics.tally import SourceTally
 from dpo_dist.diagnostics.templates import template_findings

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
-from dpo_dist.diagnostics.features import GROUPS, NAMES
 from dpo_dist.diagnostics.findings import LeakTest
+from dpo_dist.diagnostics.measures.features import GROUPS, NAMES
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any

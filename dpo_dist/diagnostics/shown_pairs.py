@@ -15,9 +15,9 @@ import numpy as np
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.loss_mask import Mask
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt, Response
 from dpo_dist.data.sources import pinned
+from dpo_dist.data.tokenization.loss_mask import Mask
 from dpo_dist.diagnostics.findings import Finding
 
 if TYPE_CHECKING:

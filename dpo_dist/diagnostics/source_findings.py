@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from dpo_dist.diagnostics.features import GROUPS
 from dpo_dist.diagnostics.findings import Finding, LeakTest, SourceReport
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.label_leaks import ALL, LENGTH, interval
+from dpo_dist.diagnostics.measures.features import GROUPS
 from dpo_dist.diagnostics.rules import LEAKS, RULES, SCORES
 from dpo_dist.diagnostics.tally import SourceTally
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.data.chat_template import argument_names, chosen_template
+from dpo_dist.data.tokenization.chat_template import argument_names, chosen_template
 from dpo_dist.diagnostics.findings import Finding
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.tally import SourceTally

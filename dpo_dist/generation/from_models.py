@@ -10,15 +10,15 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.device_memory import explain_out_of_memory, return_memory
 from dpo_dist.distributed.world import World
-from dpo_dist.generation.engine import Generator, chosen_engine, open_generator
-from dpo_dist.generation.judge import Judge
-from dpo_dist.generation.parts import Parts, work_on
+from dpo_dist.generation.judging.judge import Judge
+from dpo_dist.generation.judging.score import describe_judge, open_judge, score
 from dpo_dist.generation.prompts import PromptList, open_prompts, write_prompts
-from dpo_dist.generation.respond import Numbers, respond
-from dpo_dist.generation.responder import ModelSource, Responder, find_model, open_responder
 from dpo_dist.generation.results import Results, pairs_of, samples_of, samples_of_part, usable
-from dpo_dist.generation.sampling import Sampling
-from dpo_dist.generation.score import describe_judge, open_judge, score
+from dpo_dist.generation.sampling.engine import Generator, chosen_engine, open_generator
+from dpo_dist.generation.sampling.generate import Sampling
+from dpo_dist.generation.sampling.parts import Parts, work_on
+from dpo_dist.generation.sampling.respond import Numbers, respond
+from dpo_dist.generation.sampling.responder import ModelSource, Responder, find_model, open_responder
 from dpo_dist.generation.screen import Screen
 from dpo_dist.generation.startup import output_file, responding_models
 from dpo_dist.generation.summary import check_output, write_results, write_samples

@@ -7,8 +7,8 @@ from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.generation.from_scores import pairs_from_scores
+from dpo_dist.generation.labelling.people import label_pairs
 from dpo_dist.generation.lock import locked
-from dpo_dist.generation.people import label_pairs
 from dpo_dist.generation.screen import Screen
 
 

@@ -9,9 +9,9 @@ from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod, Unfinished
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.generation.pair_records import as_fields, context_fields, pair_fields
 from dpo_dist.generation.pairing import Selection, select_pairs
-from dpo_dist.generation.parts import Parts
 from dpo_dist.generation.prompts import PromptList, prompt_key
-from dpo_dist.generation.responder import ModelSource
+from dpo_dist.generation.sampling.parts import Parts
+from dpo_dist.generation.sampling.responder import ModelSource
 
 Sample = dict[str, Any]
 

@@ -11,7 +11,7 @@ from dpo_dist.atomic import staged_folder
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.chat_template import with_chosen_template
+from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine

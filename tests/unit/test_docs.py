@@ -37,7 +37,7 @@ def first_column(page: str, heading: str) -> list[str]:
 def reasons_in_code() -> set[str]:
     """Return the reasons of bad records; composed ones are `identical_after_...`."""
     found = set()
-    for module in (PACKAGE / "data").glob("*.py"):
+    for module in (PACKAGE / "data").rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
                 "BadRecord",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.data import csv_records, files
+from dpo_dist.data.files import csv_records, read_file
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.errors import DataError
@@ -106,7 +106,7 @@ def test_three_unclosed_cells_affect_three_lines_and_keep_the_order(tmp_path: Pa
 def test_a_record_above_the_limit_is_bad_and_reading_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(read_file, "_MAX_RECORD_BYTES", 1000)
     many_lines = '"' + "line\n" * 300
     records = read(tmp_path, f"q,a,b\n{'x' * 3000},a,b\nq,a,b\n{many_lines}")
     assert outcomes(records)[:3] == [(2, ""), (3, "unparsable"), (4, "")]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
-from dpo_dist.data.dataset_info import resolved
+from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.data.sources import check_source, source_identity

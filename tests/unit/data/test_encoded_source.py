@@ -19,10 +19,10 @@ from dpo_dist.atomic import temporary_name
 from dpo_dist.config.data_schema import DataConfig, DataFormat, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data import encode_chunk as encode_chunk_module
-from dpo_dist.data.byte_stream import Meter
 from dpo_dist.data.concatenated import ConcatenatedArray
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded_source import SourceWriter
+from dpo_dist.data.files.byte_stream import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError, DataError

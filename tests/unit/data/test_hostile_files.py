@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.data import byte_stream, files
+from dpo_dist.data.files import byte_stream, read_file
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.errors import DataError
@@ -214,7 +214,7 @@ def test_an_array_in_another_file_is_explained(tmp_path: Path) -> None:
 
 
 def test_the_share_that_was_read_grows_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PARQUET_BATCH_RECORDS", 64)
+    monkeypatch.setattr(read_file, "_PARQUET_BATCH_RECORDS", 64)
     generator = random.Random(0)
     rows = [TEXT | {"prompt": generator.randbytes(500).hex()} for _ in range(8000)]
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.data import json_array
-from dpo_dist.data.json_array import split_array
-from dpo_dist.data.json_values import parse_json
+from dpo_dist.data.files import json_array
+from dpo_dist.data.files.json_array import split_array
+from dpo_dist.data.files.json_values import parse_json
 
 
 def split(text: str | bytes, max_bytes: int = 1000) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.rules_data import OTHER_ROLE_NAMES
-from dpo_dist.data import message_fields
+from dpo_dist.data.fields import message_fields
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from tests.support.records import TEXT, assistant, read_good, read_one, reason_against, user
 

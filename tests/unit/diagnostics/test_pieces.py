@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.diagnostics.benchmarks import read_benchmarks
 from dpo_dist.diagnostics.duplicates import near_groups
 from dpo_dist.diagnostics.findings import PERCENTILES
 from dpo_dist.diagnostics.judge import Judge
-from dpo_dist.diagnostics.lengths import LengthSketch
 from dpo_dist.diagnostics.margins import ReferencePairs, bag_distance, margin_findings
-from dpo_dist.diagnostics.ratings import ratings_contradict
-from dpo_dist.diagnostics.sample import Reservoir
-from dpo_dist.diagnostics.words import signature
+from dpo_dist.diagnostics.measures.benchmarks import read_benchmarks
+from dpo_dist.diagnostics.measures.lengths import LengthSketch
+from dpo_dist.diagnostics.measures.ratings import ratings_contradict
+from dpo_dist.diagnostics.measures.sample import Reservoir
+from dpo_dist.diagnostics.measures.words import signature
 from dpo_dist.errors import DataError
 from tests.support import tiny
 from tests.support.doctor_data import clean_pairs, examined, lines, of_rule

@@ -10,9 +10,9 @@ import pytest
 from dpo_dist.config.pairs_schema import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError
-from dpo_dist.generation.endpoint import Endpoint
-from dpo_dist.generation.endpoint_judge import EndpointJudge, describe_endpoint
-from dpo_dist.generation.judge import Judgement, Question
+from dpo_dist.generation.judging.endpoint import Endpoint
+from dpo_dist.generation.judging.endpoint_judge import EndpointJudge, describe_endpoint
+from dpo_dist.generation.judging.judge import Judgement, Question
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 
 RECORD = PreferenceRecord((Message("user", "say something long"),), (), Origin("a.jsonl", 1))

@@ -17,12 +17,12 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError
-from dpo_dist.generation.engine import chosen_engine, open_generator
-from dpo_dist.generation.function_judge import FunctionJudge, describe_function
-from dpo_dist.generation.judge import Judgement, Question
-from dpo_dist.generation.responder import find_model, open_responder
-from dpo_dist.generation.sampling import Request, Sample, Sampling
-from dpo_dist.generation.score import score
+from dpo_dist.generation.judging.function_judge import FunctionJudge, describe_function
+from dpo_dist.generation.judging.judge import Judgement, Question
+from dpo_dist.generation.judging.score import score
+from dpo_dist.generation.sampling.engine import chosen_engine, open_generator
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
+from dpo_dist.generation.sampling.responder import find_model, open_responder
 from tests.support.tiny_model import write_model
 
 REQUEST = Request(np.arange(40, 50, dtype=np.int32), "key", 3)

@@ -14,11 +14,11 @@ import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError
-from dpo_dist.generation.label_items import draw_items
-from dpo_dist.generation.label_log import opened_log
-from dpo_dist.generation.label_server import LabelServer
-from dpo_dist.generation.label_session import Session
-from dpo_dist.generation.labelling import Labelling, Plan
+from dpo_dist.generation.labelling.items import draw_items
+from dpo_dist.generation.labelling.log import opened_log
+from dpo_dist.generation.labelling.server import LabelServer
+from dpo_dist.generation.labelling.session import Session
+from dpo_dist.generation.labelling.state import Labelling, Plan
 
 
 @dataclass
@@ -206,7 +206,7 @@ def test_a_full_disk_stores_nothing_and_the_page_does_not_go_on(served, monkeypa
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_dist.generation.label_log.os.fsync", full)
+    monkeypatch.setattr("dpo_dist.generation.labelling.log.os.fsync", full)
     status, _, _ = served.ask(
         "judge", {"annotator": "Ada", "slot": item["slot"], "choice": "left", "seconds": 1}
     )

@@ -8,10 +8,11 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
-from dpo_dist.generation.agreement import Undecided, agreement, agreement_table, compared, outcome
-from dpo_dist.generation.label_items import draw_items, shown_prompt, shown_response
-from dpo_dist.generation.label_log import opened_log
-from dpo_dist.generation.labelling import (
+from dpo_dist.generation.labelling.agreement import Undecided, agreement, agreement_table, compared, outcome
+from dpo_dist.generation.labelling.items import draw_items, shown_prompt, shown_response
+from dpo_dist.generation.labelling.log import opened_log
+from dpo_dist.generation.labelling.people import label_pairs
+from dpo_dist.generation.labelling.state import (
     REPEAT_GAP,
     Judgement,
     Labelling,
@@ -22,7 +23,6 @@ from dpo_dist.generation.labelling import (
     as_line,
     from_line,
 )
-from dpo_dist.generation.people import label_pairs
 
 ITEMS = [f"item{number}" for number in range(30)]
 ALONE = Plan(overlap=0.0, repeats=0.0)

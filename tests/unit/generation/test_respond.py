@@ -12,9 +12,9 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Origin, PreferenceRecord
 from dpo_dist.generation.pair_records import pair_fields, write_pairs
-from dpo_dist.generation.respond import Numbers, respond
-from dpo_dist.generation.responder import Responder
-from dpo_dist.generation.sampling import Sample, Sampling
+from dpo_dist.generation.sampling.generate import Sample, Sampling
+from dpo_dist.generation.sampling.respond import Numbers, respond
+from dpo_dist.generation.sampling.responder import Responder
 from tests.support import tiny
 from tests.support.pairs import WIDE
 

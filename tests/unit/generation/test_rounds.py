@@ -12,9 +12,9 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
-from dpo_dist.generation.round_commands import run_command
-from dpo_dist.generation.round_results import is_exhausted, read_result, samples_of
-from dpo_dist.generation.rounds import run_rounds
+from dpo_dist.generation.rounds.commands import run_command
+from dpo_dist.generation.rounds.results import is_exhausted, read_result, samples_of
+from dpo_dist.generation.rounds.run_rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs
 
 FAKE = Path(__file__).parents[2] / "support" / "fake_verbs.py"
@@ -254,7 +254,7 @@ def test_a_command_ends_with_the_process_that_started_it(tmp_path) -> None:
     """kill -9 of the rounds ends the training too: the next start finds no other process there."""
     work = "import signal, pathlib; pathlib.Path('up').touch(); signal.pause()"
     outer = (
-        "import sys; from dpo_dist.generation.round_commands import run_command; "
+        "import sys; from dpo_dist.generation.rounds.commands import run_command; "
         f"run_command([sys.executable, '-c', {work!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE)

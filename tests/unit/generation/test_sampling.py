@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from dpo_dist.generation.sampling import (
+from dpo_dist.generation.sampling.generate import (
     Request,
     Sample,
     Sampling,

@@ -29,7 +29,7 @@ from dpo_dist.diagnostics.findings import (
 from dpo_dist.diagnostics.shown_pairs import Kind, Part, Segment, ShownPair
 from dpo_dist.diagnostics.stored_margins import StoreUse
 from dpo_dist.errors import ConfigError
-from dpo_dist.report.doctor_page import check_writable, write_doctor_page, write_doctor_report
+from dpo_dist.report.doctor.page import check_writable, write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
 
 HOSTILE = (

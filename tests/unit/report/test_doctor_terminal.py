@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.doctor_terminal import print_diagnosis
+from dpo_dist.report.doctor.terminal import print_diagnosis
 from tests.unit.report.test_doctor_page import HOSTILE, diagnosis
 
 

@@ -1,0 +1,1 @@
+"""Fields of records: prompt, responses, context; other names for them."""

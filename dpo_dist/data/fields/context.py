@@ -1,0 +1,229 @@
+"""Read the fields beside the responses: prompt, system text, history, tools, template arguments."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_dist.data.fields.conversations import FIRST_TURN, messages_of
+from dpo_dist.data.fields.message_fields import (
+    from_json,
+    has_value,
+    is_messages,
+    role_of,
+    spelled_messages,
+    without_nulls,
+)
+from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Prompt, RawContent, UnusableRecordError
+
+# A question in one of these is a user's turn.
+QUESTIONS = ("question", "query", "input")
+CONVERSATIONS = ("conversations", "messages")
+_SYSTEMS = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
+_ARGUMENTS = "chat_template_kwargs"
+_MAYBE_IN_PROMPT = ("instruction", *QUESTIONS)
+# A chat template renders these or a model sees them, and no format reads them.
+_UNREAD_FIELDS = ("documents", "images", "image", "videos", "video", "audio", "audios")
+_BESIDE = frozenset(
+    (*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, *_MAYBE_IN_PROMPT, *_UNREAD_FIELDS, *CONVERSATIONS)
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything before the responses of a record; as in `PreferenceRecord`."""
+
+    prompt: Prompt
+    tools: tuple[Fields, ...] = ()
+    template_arguments: Fields = field(default_factory=dict)
+
+
+def prompt_of(record: Fields, responses: Iterable[Any]) -> tuple[Any, bool]:
+    """Return a record's prompt, and whether it includes the record's system text, history and input.
+
+    The prompt is `prompt`, a conversation that does not end with the assistant, `instruction` with `input`,
+    or a question; None if the record has none of them, or if its responses are whole conversations.
+    """
+    if record.get("prompt") is not None or any(map(is_conversation, responses)):
+        return record.get("prompt"), False
+    for name in CONVERSATIONS:
+        turns = from_json(record.get(name))
+        if turns is not None and not ends_with_response(turns):
+            return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns, False
+    if has_value(record.get("instruction")):
+        return _instruction_messages(record), True
+    question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
+    if question is None or is_messages(spelled_messages(question, "user")):
+        return question, False
+    return [{"role": "user", "content": question}], False
+
+
+def is_conversation(response: Any) -> bool:
+    """Return whether a response includes the turns before it, as messages or as an HH dialogue."""
+    if isinstance(response, str) and response.startswith(FIRST_TURN):
+        return True
+    turns = spelled_messages(response)
+    is_list = isinstance(turns, list) and bool(turns) and is_messages(turns)
+    return is_list and not ends_with_response(turns[:1])
+
+
+def has_prompt(record: Fields) -> bool:
+    """Return whether a record has a field for a prompt, perhaps an empty one."""
+    return any(record.get(name) is not None for name in ("prompt", *_MAYBE_IN_PROMPT, *CONVERSATIONS))
+
+
+def ends_with_response(turns: Any) -> bool:
+    """Return whether the last of a list of messages is the assistant's."""
+    turns = from_json(turns)
+    return isinstance(turns, list) and bool(turns) and role_of(turns[-1]) == "assistant"
+
+
+def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: bool) -> Context:
+    """Return the prompt after the record's system text and `history`, its tools and template arguments.
+
+    A text prompt becomes a user's turn if the record has any of them.
+
+    Args:
+        prompt: as a reader returned it.
+        record: all fields of the record.
+        content: the prompt and responses found in the record.
+        plain: whether the configured format says that prompts are plain text.
+
+    Raises:
+        UnusableRecordError: `unread_content` with the names of fields that would be ignored, or
+            `invalid_tools`.
+    """
+    if _BESIDE.isdisjoint(record) and not (isinstance(prompt, Dialogue) and "prompt" in record):
+        return Context(prompt)
+    unread = [name for name in _UNREAD_FIELDS if has_value(record.get(name))]
+    given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
+    if plain or isinstance(prompt, Dialogue):
+        unread += given
+    elif set(_TOOLS) <= set(given):
+        unread.append(_TOOLS[1])
+    turns: list[Message] = []
+    if content.has_context and not isinstance(prompt, Dialogue):
+        systems = [record[name] for name in _SYSTEMS if has_value(record.get(name))]
+        unread += _SYSTEMS[1:] if systems[1:] and systems[0] != systems[1] else ()
+        unread += [name for name in QUESTIONS if name != "input" and _is_outside(record, name, prompt)]
+    else:
+        unread += [name for name in _MAYBE_IN_PROMPT if _is_outside(record, name, prompt)]
+        # A dialogue is read from the responses alone.
+        unread += ["prompt"] if isinstance(prompt, Dialogue) and _is_outside(record, "prompt", prompt) else []
+        unread += _add_turns(turns, record, prompt, plain=plain)
+    unread += [name for name in CONVERSATIONS if _is_other_conversation(record, name, content, prompt)]
+    if unread:
+        raise UnusableRecordError("unread_content", f"fields: {', '.join(unread)}", tuple(unread))
+    if not turns and not given:
+        return Context(prompt)
+    assert not isinstance(prompt, Dialogue)
+    tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
+    return Context((*turns, *_as_messages(prompt)), tools, _arguments(record.get(_ARGUMENTS)))
+
+
+def _add_turns(turns: list[Message], record: Fields, prompt: Prompt, *, plain: bool) -> list[str]:
+    """Add the turns of a record's system text and history to `turns`; return the ambiguous fields."""
+    unread = []
+    for name in (*_SYSTEMS, "history"):
+        if has_value(record.get(name)):
+            before = None if plain else _turns_before(prompt, turns, name, from_json(record[name]))
+            if before is None:
+                unread.append(name)
+            else:
+                turns += before
+    return unread
+
+
+def _instruction_messages(record: Fields) -> list[Fields]:
+    """Return the messages of `system`, `history`, `instruction` and `input`, as LLaMA-Factory joins them."""
+    system = record.get("system") or record.get("system_prompt")
+    turns = [("system", system)] if system else []
+    history = _exchanges(from_json(record.get("history")) or [])
+    if history is None:
+        raise UnusableRecordError("unread_content", "fields: history", ("history",))
+    turns += [(message.role, message.content) for message in history]
+    parts = [record["instruction"], record.get("input")]
+    are_texts = all(map(_is_text, parts))
+    if not are_texts and has_value(parts[1]):
+        raise UnusableRecordError("unread_content", "instruction and input are not texts", ("input",))
+    text = "\n".join(part for part in parts if part) if are_texts else parts[0]
+    return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
+
+
+def _tools(value: Any) -> tuple[Fields, ...]:
+    """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
+    found = from_json(without_nulls(value))
+    listed = [found] if isinstance(found, Mapping) else found
+    tools = [from_json(tool) for tool in listed] if isinstance(listed, list) else []
+    if not tools or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UnusableRecordError("invalid_tools", "tools is no list of JSON objects")
+    return tuple(
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+        for tool in tools
+    )
+
+
+def _arguments(value: Any) -> Fields:
+    found = from_json(without_nulls(value)) if has_value(value) else {}
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
+    return found
+
+
+def _as_messages(prompt: str | Messages) -> Messages:
+    return (Message("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def _turns_before(prompt: Prompt, turns: list[Message], name: str, value: Any) -> list[Message] | None:
+    """Return the turns that a field adds after `turns` and before the prompt; None if that is ambiguous."""
+    if isinstance(prompt, Dialogue):
+        return None
+    messages = _as_messages(prompt)
+    if name == "history":
+        is_one_question = [message.role for message in messages] == ["user"]
+        return _exchanges(value) if is_one_question else None
+    if not isinstance(value, str):
+        return None
+    first = [*turns, *messages][:1]
+    if first and first[0].role == "system":
+        return [] if first[0].content.strip() == value.strip() else None
+    return [Message("system", value)]
+
+
+def _exchanges(history: Any) -> list[Message] | None:
+    """Return the turns of a list of messages or of [question, answer] pairs; None if it is anything else."""
+    if isinstance(history, list) and is_messages(history):
+        return list(messages_of(history, role="user"))
+    turns: list[Message] = []
+    for exchange in history if isinstance(history, list) else [None]:
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            return None
+        if not all(isinstance(text, str) for text in exchange):
+            return None
+        turns += (Message("user", exchange[0]), Message("assistant", exchange[1]))
+    return turns
+
+
+def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
+    """Return whether a field has a value that the prompt does not contain."""
+    value = spelled_messages(record.get(name), "user")
+    if not has_value(value):
+        return False
+    if isinstance(value, list | Mapping) and is_messages(value):
+        texts_of = [turn.content for turn in messages_of(value, role="user")]
+    else:
+        texts_of = [value]
+    whole = [prompt.text] if isinstance(prompt, Dialogue) else [turn.content for turn in _as_messages(prompt)]
+    return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts_of)
+
+
+def _is_other_conversation(record: Fields, name: str, content: RawContent, prompt: Prompt) -> bool:
+    """Return whether a conversation is neither a response nor the prompt, nor a copy of one of them."""
+    value = record.get(name)
+    if value is None or name in content.responses or ends_with_response(value):
+        return False
+    return _is_outside(record, name, prompt)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)

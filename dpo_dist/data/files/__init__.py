@@ -1,0 +1,1 @@
+"""Records as they are in files and Hub datasets."""

@@ -1,0 +1,260 @@
+"""Render the prompt and the responses of a conversation with a chat template."""
+
+from dataclasses import dataclass, replace
+
+from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.data.records import Fields, Message, Messages, UnusableRecordError
+from dpo_dist.data.tokenization.chat_renderer import ChatRenderer, Escapable, Turns
+from dpo_dist.data.tokenization.chat_template import (
+    before_open_thought,
+    end_of_empty_thought,
+    ends_opened_thought,
+    ends_thought,
+    has_thought_of,
+    opens_thought,
+    split_thought,
+    within_thought,
+    without_open_thought,
+)
+from dpo_dist.data.tokenization.rendered_parts import CALLS, THOUGHT_FIELDS, thought_of
+from dpo_dist.data.tokenization.tokenizer import TokenizerFacts
+from dpo_dist.data.tokenization.turn_trace import Span, Trace
+
+
+@dataclass(frozen=True)
+class RenderedResponse:
+    """An escaped response with its end of turn.
+
+    Attributes:
+        text: the text after the prompt.
+        counted: the turns in it that the loss counts, without their headers.
+    """
+
+    text: str
+    counted: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Texts to tokenise, escaped. Flags as in `EncodedExample`."""
+
+    prompt: str
+    responses: tuple[RenderedResponse, ...]
+    templated_text: bool = False
+    templated_content: bool = False
+    opened_thought_joined: bool = False
+    opened_thought_removed: bool = False
+    prompt_not_prefix: bool = False
+    unknown_template_argument: bool = False
+    content_not_rendered: bool = False
+
+
+def counted(text: str) -> RenderedResponse:
+    """Return a response that the loss counts as a whole."""
+    return RenderedResponse(text, ((0, len(text)),))
+
+
+class Conversation:
+    """The prompt of one record, with the tools and arguments of the template for it."""
+
+    def __init__(
+        self,
+        prompt: Messages,
+        context: Escapable,
+        facts: TokenizerFacts,
+        chat: ChatRenderer,
+        config: DataConfig,
+    ):
+        self._facts = facts
+        self._chat = chat
+        self._config = config
+        self._prompt: Turns = tuple(map(chat.turn, prompt))
+        self._context = context
+        self._role = prompt[-1].role if prompt else ""
+        self._generation: dict[str, str] = {}
+
+    def render(self, responses: tuple[Messages, ...]) -> Rendered:
+        """Render the prompt and its responses.
+
+        Raises:
+            UnusableRecordError: the template rejects a conversation or omits a turn of a response.
+        """
+        if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
+            return self._render_turns(responses)
+        messages = [turns[0] for turns in responses]
+        prompt = self._chat.render(self._prompt, self._context, generation=True)
+        if opens_thought(prompt):
+            rendered = self._render_after_thought(messages, prompt)
+        else:
+            texts, is_prefix = self._render_each(messages, prompt)
+            rendered = Rendered(prompt, tuple(map(counted, texts)), prompt_not_prefix=not is_prefix)
+        if all(map(self._is_counted, messages)):
+            return rendered
+        pairs = zip(messages, rendered.responses, strict=True)
+        masked = (one if self._is_counted(turn) else replace(one, counted=()) for turn, one in pairs)
+        return replace(rendered, responses=tuple(masked))
+
+    def _is_counted(self, message: Message) -> bool:
+        return (
+            message.role in self._config.trained_roles if message.is_trained is None else message.is_trained
+        )
+
+    def _after_prompt(self, message: Message, prompt: str) -> str | None:
+        """Return the text of a response after the rendered `prompt`, up to its end of turn.
+
+        Includes text that the template adds to a response (a leading space, an empty thought). None if the
+        template renders the prompt differently when a response follows.
+        """
+        whole = self._chat.render((*self._prompt, self._chat.turn(message)), self._context)
+        return self._facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+
+    def _render_each(self, messages: list[Message], prompt: str) -> tuple[list[str], bool]:
+        """Return the text of each response, and whether all follow the prompt as it is."""
+        texts = [self._after_prompt(message, prompt) for message in messages]
+        return [
+            self._render_alone(message) if text is None else text
+            for text, message in zip(texts, messages, strict=True)
+        ], None not in texts
+
+    def _render_alone(self, message: Message) -> str:
+        """Return a response as the template writes its turn after a prompt that it renders differently."""
+        turns = (*self._prompt, self._chat.turn(message))
+        trace = self._chat.trace(turns, self._context)
+        span = trace.spans[-1]
+        if span is None:
+            raise UnusableRecordError("turn_not_rendered", "the chat template does not write the response")
+        turn = trace.text[slice(*span)]
+        header = turn[: self._header_length(turn, self._prompt, self._role)]
+        # The prompt before it has no opened thought.
+        return self._facts.until_end(turn[len(before_open_thought(header)) :])
+
+    def _header_length(self, turn: str, before: Turns, role: str) -> int:
+        """Return the length of the header of an assistant turn: the part that a generation prompt writes.
+
+        Args:
+            turn: as the template writes it.
+            before: the turns before it.
+            role: of the last of them.
+        """
+        if role not in self._generation:
+            trace = self._chat.trace(before, self._context, generation=True)
+            end = trace.end
+            if not before or trace.spans[-1] is None:
+                # Llama 3.1 writes tools and the first question before its loop over messages.
+                end = _common_length(trace.text, self._chat.render(before, self._context))
+            self._generation[role] = trace.text[end:]
+        return _common_length(turn, self._generation[role])
+
+    def _render_after_thought(self, messages: list[Message], prompt: str) -> Rendered:
+        """Render responses to a prompt that opens a thought: each ends it and none opens it again."""
+        texts = [self._after_prompt(message, prompt) for message in messages]
+        if all(text is not None and ends_opened_thought(text) for text in texts):
+            scaffold = self._common_scaffold(list(map(str, texts)))
+            following = (str(text).removeprefix(scaffold) for text in texts)
+            return Rendered(prompt + scaffold, tuple(map(counted, following)))
+        spelled = [_with_spelled_thought(message) for message in messages]
+        closed = without_open_thought(prompt)
+        if all(ends_thought(message.content) for message in spelled):
+            joined = [within_thought(message.content, prompt) for message in spelled]
+            ended = [self._ended(*both, closed) for both in zip(spelled, joined, strict=True)]
+            is_joined = joined != [message.content for message in spelled]
+            return Rendered(prompt, tuple(map(counted, ended)), opened_thought_joined=is_joined)
+        rendered, is_prefix = self._render_each(messages, closed)
+        ended = [
+            self._ended(message, message.content, closed)
+            if ends_thought(message.content)
+            and not has_thought_of(self._facts.marks.spell(whole), message.content)
+            else whole
+            for message, whole in zip(spelled, rendered, strict=True)
+        ]
+        return Rendered(
+            closed,
+            tuple(map(counted, ended)),
+            opened_thought_removed=True,
+            prompt_not_prefix=not is_prefix,
+        )
+
+    def _common_scaffold(self, responses: list[str]) -> str:
+        """Return the end of an empty thought with which all responses start: a part of the prompt."""
+        if "empty_thoughts" not in self._config.untrained:
+            return ""
+        starts = set(map(end_of_empty_thought, responses))
+        return starts.pop() if len(starts) == 1 else ""
+
+    def _ended(self, message: Message, content: str, prompt: str) -> str:
+        """Return a content with its thought and an end of turn; tool calls as the template writes them."""
+        if not message.fields.get(CALLS):
+            return self._facts.bare_response(content)
+        thought, rest = split_thought(content)
+        separator = rest[: len(rest) - len(rest.lstrip())]
+        [rendered], _ = self._render_each([replace(message, content=rest)], prompt)
+        return self._facts.escape_response(thought) + separator + rendered.lstrip()
+
+    def _render_turns(self, responses: tuple[Messages, ...]) -> Rendered:
+        """Render responses of several turns, after the prompt as it is in the whole conversation."""
+        parts = [self._parts(response) for response in responses]
+        prompts = [trace.text[:start] for trace, start, _ in parts]
+        is_prefix, start = True, len(prompts[0])
+        if any(prompt != prompts[0] for prompt in prompts):
+            is_prefix = False
+            common = min(_common_length(prompts[0], prompt) for prompt in prompts[1:])
+            starts = [span[0] for span in parts[0][0].spans if span is not None and span[0] <= common]
+            start = max(starts, default=0)
+        elif self._prompt:
+            generation = all(turns[0].role == "assistant" for turns in responses)
+            alone = self._chat.render(self._prompt, self._context, generation=generation)
+            is_prefix = alone == prompts[0]
+            if opens_thought(alone):
+                start += len(self._common_scaffold([trace.text[start:] for trace, _, _ in parts]))
+        return Rendered(
+            parts[0][0].text[:start],
+            tuple(_following(trace, start, spans) for trace, _, spans in parts),
+            prompt_not_prefix=not is_prefix,
+        )
+
+    def _parts(self, response: Messages) -> tuple[Trace, int, list[Span]]:
+        """Return a whole conversation, the start of its response, and the spans that the loss counts.
+
+        The text ends with the end of the response's last turn.
+        """
+        turns = (*self._prompt, *map(self._chat.turn, response))
+        trace = self._chat.trace(turns, self._context)
+        role, first, turn = self._role, 0, ""
+        starts: list[int] = []
+        spans: list[Span] = []
+        for index, message in enumerate(response, start=len(self._prompt)):
+            span = trace.spans[index]
+            if span is None:
+                raise UnusableRecordError("turn_not_rendered", "the chat template does not write a turn")
+            first, turn = span[0], trace.text[slice(*span)]
+            is_assistant = message.role == "assistant"
+            header = self._header_length(turn, turns[:index], role) if is_assistant else 0
+            if index == len(turns) - 1:
+                turn = self._facts.until_end(turn)
+            starts.append(first + header)
+            if self._is_counted(message):
+                content = header if is_assistant else max(turn.find(message.content.strip()), 0)
+                end = self._facts.end_of_rendered(turn, trace.text[span[1] :])
+                spans.append((first + content, first + end))
+            role = message.role
+        return replace(trace, text=trace.text[:first] + turn), starts[0], spans
+
+
+def _following(trace: Trace, start: int, spans: list[Span]) -> RenderedResponse:
+    turns = ((max(first - start, 0), end - start) for first, end in spans)
+    return RenderedResponse(trace.text[start:], tuple(turns))
+
+
+def _common_length(one: str, other: str) -> int:
+    differing = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def _with_spelled_thought(message: Message) -> Message:
+    """Return a message whose thought is part of its content, if a field has it."""
+    thought = thought_of(message)
+    if thought is None or ends_thought(message.content):
+        return message
+    fields: Fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}
+    content = f"<think>\n{thought}\n</think>\n\n{message.content}"
+    return replace(message, content=content, fields=fields)

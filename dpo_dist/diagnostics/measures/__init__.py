@@ -1,0 +1,1 @@
+"""Measurements of records, made in worker processes."""

@@ -1,0 +1,1 @@
+"""Scores of responses: reward model, function, endpoint."""

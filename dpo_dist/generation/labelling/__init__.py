@@ -1,0 +1,1 @@
+"""Comparisons by people on a local web page."""

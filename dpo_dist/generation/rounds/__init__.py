@@ -1,0 +1,1 @@
+"""Rounds of sampling, scoring and training."""

@@ -1,0 +1,125 @@
+"""Responses of one model to a part of the prompts, as rows: text, number, length, end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dpo_dist.config.data_schema import Truncation
+from dpo_dist.data.encode import TokenIds, encode_pair
+from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, PreferenceRecord
+from dpo_dist.generation.prompts import UNLIMITED, encode_prompt, prompt_key
+from dpo_dist.generation.sampling.engine import Generator
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
+from dpo_dist.generation.sampling.responder import Responder
+
+# Tokens before a response with which it is decoded: a space or a character may depend on them.
+_DECODED_BEFORE = 8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a model's samples: `first`, `first + 1`, ... of each prompt."""
+
+    first: int
+    count: int
+
+
+def respond(
+    records: Sequence[PreferenceRecord],
+    responder: Responder,
+    generator: Generator,
+    sampling: Sampling,
+    numbers: Numbers,
+) -> list[dict[str, Any]]:
+    """Return a row for each prompt, in their order.
+
+    Returns:
+        `{"key": ..., "samples": [{"number", "content", "tokens", "finished", "same_ids"}]}`; a prompt that
+        cannot be used has the reason as `dropped` and no samples. `same_ids` is whether the text is encoded
+        as the generated tokens.
+    """
+    prompts = [_usable_prompt(record, responder, sampling) for record in records]
+    requests = [
+        Request(prompt, prompt_key(record), number)
+        for record, prompt in zip(records, prompts, strict=True)
+        if not isinstance(prompt, str)
+        for number in range(numbers.first, numbers.first + numbers.count)
+    ]
+    samples = iter(generator.generate(requests, sampling))
+    rows = []
+    for record, prompt in zip(records, prompts, strict=True):
+        row: dict[str, Any] = {"key": prompt_key(record), "samples": []}
+        if isinstance(prompt, str):
+            row["dropped"] = prompt
+        else:
+            row["samples"] = [
+                _described(next(samples), number, record, prompt, responder)
+                for number in range(numbers.first, numbers.first + numbers.count)
+            ]
+        rows.append(row)
+    return rows
+
+
+def _usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Sampling) -> TokenIds | str:
+    """Return the ids of a prompt, or the reason why it cannot be used."""
+    prompt = encode_prompt(record, responder.tokenizer, responder.data)
+    if isinstance(prompt, BadRecord):
+        return prompt.reason
+    if len(prompt) >= responder.data.max_length:
+        return "prompt_fills_max_length"
+    longest = responder.longest
+    if longest is not None and len(prompt) + sampling.max_new_tokens > longest:
+        return "too_long_for_the_model"
+    return prompt
+
+
+def _described(
+    sample: Sample, number: int, record: PreferenceRecord, prompt: TokenIds, responder: Responder
+) -> dict[str, Any]:
+    ids, finished = sample.ids, sample.is_finished
+    text, same = decode(ids, record, prompt, responder)
+    if isinstance(record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
+        # The model speaks for the other side too: its response ends before that turn.
+        text, finished = text[: turn.start()], True
+        ids = _ids_of(text, record, prompt, responder) or []
+        same = ids == sample.ids[: len(ids)]
+    return {
+        "number": number,
+        "content": text,
+        "tokens": len(ids),
+        "finished": finished,
+        "same_ids": same,
+    }
+
+
+def decode(
+    ids: list[int], record: PreferenceRecord, prompt: TokenIds, responder: Responder
+) -> tuple[str, bool]:
+    """Return the text of a response, and whether training would encode it as the same tokens.
+
+    A text may start with a space that only the tokens before it show, and a template may add or strip that
+    space: the first spelling counts whose encoding has the generated tokens.
+    """
+    tokenizer = responder.tokenizer
+    before = prompt[-_DECODED_BEFORE:].tolist()
+    start, whole, alone = (
+        str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for tokens in (before, before + ids, ids)
+    )
+    continued = whole.removeprefix(start) if whole.startswith(start) else alone
+    spellings = list(dict.fromkeys((continued, alone, alone.strip())))
+    for text in spellings:
+        if _ids_of(text, record, prompt, responder) == ids:
+            return text, True
+    return spellings[0], False
+
+
+def _ids_of(text: str, record: PreferenceRecord, prompt: TokenIds, responder: Responder) -> list[int] | None:
+    """Return the tokens of a response after the same prompt, without its end; None if it cannot follow it."""
+    limits = replace(responder.data, max_length=UNLIMITED, truncation=Truncation.drop)
+    encoded = encode_pair(replace(record, responses=(text,)), responder.tokenizer, limits)
+    if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, prompt):
+        return None
+    return list(map(int, encoded.responses[0][:-1]))
