@@ -53,6 +53,7 @@ _TOKENIZER_FILES = (
     "special_tokens*",
     "added_tokens*",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
@@ -154,7 +155,7 @@ def tokenizer_digest(folder: Path) -> str:
         ConfigError: config.json cannot be read.
     """
     files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
-    parts = [(file.name, content_digest([file])) for file in files]
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"
     try:
         config = json.loads(config_file.read_bytes())

@@ -1,6 +1,7 @@
 """A reward model as judge: a sequence classification model with one output, by its own chat template."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,7 +54,11 @@ class RewardModel:
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the model's scores; None for a conversation too long for it, or rejected by its template."""
+        """Return the model's scores; None for a conversation too long for it, or rejected by its template.
+
+        Raises:
+            ConfigError: a score is not finite.
+        """
         encoded = [
             self._encoded(question.record, response)
             for question in questions
@@ -65,6 +70,13 @@ class RewardModel:
         judgements = []
         for question in questions:
             own = [next(scores) for _ in question.responses]
+            if not all(score is None or math.isfinite(score) for score in own):
+                raise ConfigError(
+                    "the reward model computes a score that is not finite",
+                    where=f"{KEY} at the prompt of {question.record.origin}",
+                    got="NaN or infinity",
+                    remedy="check its weights, or set model.dtype=fp32; finished parts are kept",
+                )
             judgements.append(Judgement(own, Counter({"not_scored": own.count(None)})))
         return judgements
 
