@@ -19,9 +19,10 @@ from dpo_dist.data import collate, dataset
 from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.model.head import LogpHead, PackedCausalLM
+from dpo_dist.objective.logps import Statistic
 
-Forward = Callable[[PackedCausalLM, PackedBatch, bool], Tensor]
-HeadForward = Callable[[LogpHead, Tensor, Tensor, bool], Tensor]
+Forward = Callable[[PackedCausalLM, PackedBatch, Sequence[Statistic]], Tensor]
+HeadForward = Callable[[LogpHead, Tensor, Tensor, Sequence[Statistic]], Tensor]
 
 
 class Packing(StrEnum):
@@ -95,21 +96,23 @@ def removed(ablation: Ablation) -> Iterator[Work]:
 
 
 def _counting_tokens(forward: Forward, work: Work) -> Forward:
-    def counted(model: PackedCausalLM, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+    def counted(model: PackedCausalLM, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         if torch.is_grad_enabled():
             work.micro_batches += 1
             work.tokens += len(batch.input_ids)
             work.most_tokens = max(work.most_tokens, len(batch.input_ids))
-        return forward(model, batch, with_collisions)
+        return forward(model, batch, statistics)
 
     return counted
 
 
 def _counting_logits(forward: HeadForward, work: Work) -> HeadForward:
-    def counted(head: LogpHead, hidden: Tensor, targets: Tensor, with_collisions: bool = False) -> Tensor:
+    def counted(
+        head: LogpHead, hidden: Tensor, targets: Tensor, statistics: Sequence[Statistic] = ()
+    ) -> Tensor:
         if torch.is_grad_enabled():
             work.logits += len(hidden)
-        return forward(head, hidden, targets, with_collisions)
+        return forward(head, hidden, targets, statistics)
 
     return counted
 
@@ -118,14 +121,14 @@ _forward: Forward = PackedCausalLM.forward
 _head: HeadForward = LogpHead.forward
 
 
-def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, with_collisions: bool) -> Tensor:
+def _forward_all_logits(model: PackedCausalLM, batch: PackedBatch, statistics: Sequence[Statistic]) -> Tensor:
     """Return the model's forward with every token through the head (`_all_logps`), prompts too."""
     every = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-    logps = _forward(model, replace(batch, predictors=every), with_collisions)
+    logps = _forward(model, replace(batch, predictors=every), statistics)
     return logps[batch.predictors, batch.targets]
 
 
-def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, _with_collisions: bool) -> Tensor:
+def _all_logps(head: LogpHead, hidden: Tensor, _targets: Tensor, _statistics: Sequence[Statistic]) -> Tensor:
     """Return float32 log-probs [n, vocab] of [n, hidden_size]; the caller selects the targets."""
     return nn.Linear.forward(head, hidden).float().log_softmax(-1)
 

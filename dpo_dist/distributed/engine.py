@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
+from dpo_dist.objective.logps import Statistic
 
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
@@ -113,10 +114,10 @@ class PolicyEngine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
-    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        """Return log-probs of every target, float32 [targets]; with collisions [2, targets] (`LogpHead`)."""
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
         with self._named_in_errors(batch):
-            logps: Tensor = self._engine(batch, with_collisions)
+            logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The output layer as a log-prob head, and the packed model around it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.objective.logps import token_logps
+from dpo_dist.objective.logps import Statistic, token_logps
 
 
 class LogpHead(nn.Linear):
@@ -31,12 +32,12 @@ class LogpHead(nn.Linear):
         self,
         input: Tensor,  # noqa: A002  (nn.Linear's name)
         targets: Tensor | None = None,
-        with_collisions: bool = False,
+        statistics: Sequence[Statistic] = (),
     ) -> Tensor:
         """Return `objective.logps.token_logps` of `targets`; without targets the logits."""
         if targets is None:
             return super().forward(input)
-        return token_logps(input, self.weight, self.bias, targets, with_collisions)
+        return token_logps(input, self.weight, self.bias, targets, statistics)
 
 
 class PackedCausalLM(nn.Module):
@@ -57,8 +58,8 @@ class PackedCausalLM(nn.Module):
         if compiled:
             compile_layers(causal_lm)
 
-    def forward(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        """Return the log-prob of every target of `batch`, float32 [targets]; with collisions [2, targets]."""
+    def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return `objective.logps.token_logps` of the targets of `batch`."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         outputs = self.causal_lm.base_model(
             input_ids=batch.input_ids[None],
@@ -68,6 +69,6 @@ class PackedCausalLM(nn.Module):
         )
         predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
-            predicting, targets=batch.targets, with_collisions=with_collisions
+            predicting, targets=batch.targets, statistics=statistics
         )
         return logps

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 _BLOCK_ROWS = 2048
 # Probabilities kept for backward. More saves up to a quarter of the head's time.
 _KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+
+
+Statistic = Literal["collisions", "entropy"]
+"""A value of the distribution at each target, beside the log-prob of the target (`token_logps`)."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,11 @@ def wpo_weights(token_logps: Tensor, collisions: Tensor, sums: Callable[[Tensor]
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_collisions: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    statistics: Sequence[Statistic] = (),
 ) -> Tensor:
     """Return the log-prob of each target under softmax(hidden @ weight.T + bias), computed in chunks.
 
@@ -178,16 +186,17 @@ def token_logps(
         weight: [vocab, hidden_size].
         bias: [vocab] or None.
         targets: int64 [targets].
-        with_collisions: also return, without a graph, the log of the sum of p(v)^2 over the vocabulary at
-            each target: the log-probability that two tokens drawn at that position are equal.
+        statistics: also return these, without a graph. `collisions`: the log of the sum of p(v)^2 over the
+            vocabulary, the log-probability that two tokens drawn at that position are equal. `entropy`: the
+            negative sum of p(v) log p(v), in nats.
 
     Returns:
-        float32 [targets]; with collisions float32 [2, targets], log-probs first.
+        float32 [targets]; with statistics float32 [1 + statistics, targets], log-probs first.
     """
     device = weight.device.type
     kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
     values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, kept_chunks, with_collisions
+        hidden, weight, bias, targets, kept_chunks, tuple(statistics)
     )
     return values
 
@@ -210,6 +219,17 @@ def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     largest, index = logits.max(dim=-1, keepdim=True)
     normalizers = largest - probabilities.gather(1, index).log()
     return probabilities, (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
+
+
+def _statistic(probabilities: Tensor, statistic: Statistic) -> Tensor:
+    """Return a statistic of distributions [n, vocab], float32 [n]."""
+    values: Tensor
+    match statistic:
+        case "collisions":
+            values = torch.linalg.vector_norm(probabilities, dim=-1).log() * 2
+        case "entropy":
+            values = torch.special.entr(probabilities).sum(dim=-1)
+    return values
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -238,20 +258,20 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         kept_chunks: int,
-        with_collisions: bool,
+        statistics: tuple[Statistic, ...],
     ) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        collisions = torch.empty_like(logps if with_collisions else logps[:0])
+        others = torch.empty(len(statistics), len(targets), dtype=torch.float32, device=hidden.device)
         chunks = _chunks(len(targets), weight)
         ctx.kept = {}
         for number, chunk in enumerate(chunks):
             probabilities, logps[chunk] = _softmax(hidden[chunk], weight, bias, targets[chunk])
-            if with_collisions:
-                collisions[chunk] = torch.linalg.vector_norm(probabilities, dim=-1).log() * 2
+            for row, statistic in enumerate(statistics):
+                others[row, chunk] = _statistic(probabilities, statistic)
             if number >= len(chunks) - kept_chunks:
                 ctx.kept[chunk.start] = probabilities
         ctx.save_for_backward(hidden, weight, bias, targets)
-        return torch.stack((logps, collisions)) if with_collisions else logps
+        return torch.cat((logps[None], others)) if statistics else logps
 
     @staticmethod
     @once_differentiable

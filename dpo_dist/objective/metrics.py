@@ -1,4 +1,7 @@
-"""Metrics of a global batch as sums and counts: exact means for any split of its pairs (law L1)."""
+"""Metrics of a global batch as sums and counts: exact means for any split of its pairs (law L1).
+
+docs/metrics.md explains each metric.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,41 +19,89 @@ PAIR_METRICS = (
     "rewards/rejected",
     "rewards/accuracies",
     "rewards/margins",
+    "rewards/both_fall",
     "logps/chosen",
     "logps/rejected",
+    "logps/chosen_per_token",
+    "logps/rejected_per_token",
+    "kl/chosen",
+    "kl/rejected",
+    "tokens/chosen",
+    "tokens/rejected",
 )
-SOURCE_METRICS = ("rewards/accuracies", "rewards/margins")
-"""Metrics that are also reported for each source, as `<metric>/<label>`."""
-_ONE_SIDED_METRICS = ("loss", "rewards/chosen", "logps/chosen")
+ENTROPIES = ("entropy/chosen", "entropy/rejected")
+"""Metrics of evaluations only: they need the whole distribution of each token."""
+GROUP_METRICS = ("rewards/accuracies", "rewards/margins")
+"""Metrics that are also reported for groups of pairs: sources and lengths."""
+BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
+"""Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
+_BORDERS = (64, 128, 256, 512, 1024)
+_ONE_SIDED_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "logps/chosen",
+    "logps/chosen_per_token",
+    "kl/chosen",
+    "tokens/chosen",
+    "entropy/chosen",
+)
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
 """Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
 
 
-def metric_names(config: LossConfig, labels: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the names of the metrics of this loss, in the order of their sums.
+@dataclass(frozen=True)
+class MetricPlan:
+    """The metrics of a kind of step, fixed for a run.
 
-    `labels`: of the sources of the data; none if there is only one.
+    Attributes:
+        loss: defines rewards, and whether pairs have a rejected response.
+        labels: of the sources of the data; none if there is only one.
+        is_evaluation: with entropies, and every metric for each source.
     """
-    names = _ONE_SIDED_METRICS if config.is_one_sided else PAIR_METRICS
-    margin = (BATCH_MARGIN,) if config.uses("beta_momentum") else ()
-    reward = (BATCH_REWARD,) if config.bco_delta is BcoDelta.running_mean else ()
-    by_source = (f"{name}/{label}" for name in SOURCE_METRICS if name in names for label in labels)
-    return (*names, *margin, *reward, *by_source)
+
+    loss: LossConfig
+    labels: tuple[str, ...] = ()
+    is_evaluation: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all metrics, in the order of their sums."""
+        margin = (BATCH_MARGIN,) if self.loss.uses("beta_momentum") else ()
+        reward = (BATCH_REWARD,) if self.loss.bco_delta is BcoDelta.running_mean else ()
+        by_source = (f"{name}/{label}" for name in self.of_sources for label in self.labels)
+        by_length = (f"{name}_by_length/{bucket}" for name in self.of_lengths for bucket in BUCKETS)
+        return (*self.of_pairs, *margin, *reward, *by_source, *by_length)
+
+    @property
+    def of_pairs(self) -> tuple[str, ...]:
+        """Metrics of all pairs, without those that only some losses have."""
+        names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
+        return tuple(name for name in names if not self.loss.is_one_sided or name in _ONE_SIDED_METRICS)
+
+    @property
+    def of_sources(self) -> tuple[str, ...]:
+        """Metrics of each source."""
+        return self.of_pairs if self.is_evaluation else self.of_lengths
+
+    @property
+    def of_lengths(self) -> tuple[str, ...]:
+        """Metrics of each bucket of lengths."""
+        return tuple(name for name in GROUP_METRICS if name in self.of_pairs)
 
 
 @dataclass(frozen=True)
-class PairSources:
-    """Sources of pairs.
+class TokenSums:
+    """Values of the policy's tokens, summed over each response.
 
     Attributes:
-        labels: of all sources.
-        numbers: int64 [pairs], index of each pair's source in `labels`.
+        kl: `divergence` from the reference; None without a reference.
+        entropy: of the policy's distribution at each token, in nats; None if it was not computed.
     """
 
-    labels: tuple[str, ...]
-    numbers: Tensor
+    kl: PairLogps | None = None
+    entropy: PairLogps | None = None
 
 
 @dataclass(frozen=True)
@@ -114,56 +165,109 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
 
+def divergence(policy: Tensor, reference: Tensor) -> Tensor:
+    """Return exp(d) - 1 - d with d = policy - reference log-prob of each token, at least 0.
+
+    Its mean over samples of the reference is KL(reference || policy), in nats
+    (http://joschu.net/blog/kl-approx.html, estimator k3). Over the responses of a dataset it is a distance
+    between the two models on these tokens.
+    """
+    difference = policy - reference
+    return torch.expm1(difference) - difference
+
+
 @torch.no_grad()
 def metric_sums(
+    plan: MetricPlan,
     losses: Tensor,
     policy: PairLogps,
     reference: PairLogps | None,
-    config: LossConfig,
     weights: Tensor,
-    sources: PairSources | None = None,
+    tokens: TokenSums | None = None,
+    sources: Tensor | None = None,
 ) -> MetricSums:
-    """Return the sums of `metric_names` over these pairs; of a ranking, its best and worst response.
+    """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
 
     Args:
+        plan: names of the metrics, and the loss that defines the rewards.
         losses: [pairs], of `preference_loss`.
         policy: the policy's log-probs.
         reference: the reference's, or None.
-        config: the loss that defines the rewards.
         weights: float32 [pairs], 1 for a pair of the batch, 0 for a dummy.
-        sources: of the pairs, if metrics are divided by source.
+        tokens: sums over the tokens; None: not measured.
+        sources: int64 [pairs], index of each pair's source in `plan.labels`; None without labels.
     """
-    rewards = implicit_rewards(policy, reference, config)
+    measured = _of_pairs(plan.loss, losses, policy, reference, tokens or TokenSums())
+    if plan.loss.uses("beta_momentum"):
+        measured[BATCH_MARGIN] = scaled_margin(log_ratios(policy, reference, plan.loss), plan.loss)
+    if plan.loss.bco_delta is BcoDelta.running_mean:
+        ratios = log_ratios(policy, reference, plan.loss)
+        measured[BATCH_REWARD] = plan.loss.beta * (ratios.chosen + ratios.rejected) / 2
+    if sources is not None:
+        is_of = _members(sources, len(plan.labels))
+        measured |= _by_group(measured, plan.of_sources, [f"/{label}" for label in plan.labels], is_of)
+    longer = torch.maximum(policy.chosen_tokens, policy.rejected_tokens)
+    buckets = torch.stack([longer >= border for border in _BORDERS]).sum(dim=0)
+    suffixes = [f"_by_length/{bucket}" for bucket in BUCKETS]
+    measured |= _by_group(measured, plan.of_lengths, suffixes, _members(buckets, len(BUCKETS)))
+    return MetricSums.of({name: measured[name] for name in plan.names}, weights)
+
+
+def _of_pairs(
+    loss: LossConfig, losses: Tensor, policy: PairLogps, reference: PairLogps | None, tokens: TokenSums
+) -> dict[str, Tensor | Counted]:
+    """Return every metric of pairs; one that was not measured has a count of 0."""
+    rewards = implicit_rewards(policy, reference, loss)
     margins = rewards.chosen - rewards.rejected
-    accuracies = (margins > 0) + 0.5 * (margins == 0)
+    missing = Counted(torch.zeros_like(policy.chosen), torch.zeros_like(policy.chosen))
     measured: dict[str, Tensor | Counted] = {
         "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
-        "rewards/accuracies": accuracies,
+        "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),
         "rewards/margins": margins,
+        "rewards/both_fall": missing,
         "logps/chosen": policy.chosen.detach(),
         "logps/rejected": policy.rejected.detach(),
+        "logps/chosen_per_token": Counted(policy.chosen.detach(), policy.chosen_tokens),
+        "logps/rejected_per_token": Counted(policy.rejected.detach(), policy.rejected_tokens),
+        "tokens/chosen": policy.chosen_tokens,
+        "tokens/rejected": policy.rejected_tokens,
     }
-    ratios = log_ratios(policy, reference, config)
-    if config.uses("beta_momentum"):
-        measured[BATCH_MARGIN] = scaled_margin(ratios, config)
-    if config.bco_delta is BcoDelta.running_mean:
-        measured[BATCH_REWARD] = config.beta * (ratios.chosen + ratios.rejected) / 2
-    if sources is not None:
-        numbers = torch.arange(len(sources.labels), device=sources.numbers.device)
-        is_of = (sources.numbers == numbers[:, None]).double()
-        for label, counts in zip(sources.labels, is_of, strict=True):
-            by_source = zip(SOURCE_METRICS, (accuracies, margins), strict=True)
-            measured |= {f"{name}/{label}": Counted(values, counts) for name, values in by_source}
-    names = metric_names(config, () if sources is None else sources.labels)
-    return MetricSums.of({name: measured[name] for name in names}, weights)
+    if reference is not None:
+        falls = (policy.chosen < reference.chosen) & (policy.rejected < reference.rejected)
+        measured["rewards/both_fall"] = falls
+    for name, sums in (("kl", tokens.kl), ("entropy", tokens.entropy)):
+        chosen = missing if sums is None else Counted(sums.chosen, sums.chosen_tokens)
+        rejected = missing if sums is None else Counted(sums.rejected, sums.rejected_tokens)
+        measured |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+    return measured
+
+
+def _members(numbers: Tensor, groups: int) -> Tensor:
+    """Return float64 [groups, pairs]: 1 where a pair is of the group."""
+    return (numbers == torch.arange(groups, device=numbers.device)[:, None]).double()
+
+
+def _by_group(
+    measured: Mapping[str, Tensor | Counted], names: Sequence[str], suffixes: Sequence[str], members: Tensor
+) -> dict[str, Counted]:
+    """Return the metrics `names` of each group of pairs, by name and suffix.
+
+    `members`: float64 [groups, pairs], of `_members`.
+    """
+    found = {}
+    for name in names:
+        values, counts = _values_and_counts(measured[name])
+        for suffix, of_group in zip(suffixes, counts * members, strict=True):
+            found[name + suffix] = Counted(values, of_group)
+    return found
 
 
 def _values_and_counts(metric: Tensor | Counted) -> tuple[Tensor, Tensor]:
     if isinstance(metric, Counted):
         return metric.values, metric.counts
-    return metric, torch.ones_like(metric)
+    return metric, torch.ones_like(metric, dtype=torch.float64)
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:

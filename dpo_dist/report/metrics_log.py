@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.objective.metrics import PAIR_METRICS, SOURCE_METRICS
+from dpo_dist.objective.metrics import GROUP_METRICS, PAIR_METRICS
 
 Row = dict[str, float]
 
@@ -137,7 +137,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
-    """Return the last value of each metric of `SOURCE_METRICS` in `rows`, by source.
+    """Return the last value of each metric of `GROUP_METRICS` in `rows`, by source.
 
     Returns:
         By label of the source: the values by name of the metric, those of evaluations with `eval_`; empty if
@@ -155,7 +155,7 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
 
 def _by_source(prefix: str) -> tuple[str, ...]:
     """Return how the names of metrics by source start."""
-    return tuple(f"{prefix}{metric}/" for metric in SOURCE_METRICS)
+    return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
 
 
 def read_rows(path: Path) -> list[Row]:

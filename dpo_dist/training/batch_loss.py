@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,9 +12,15 @@ from dpo_dist.config.loss_kinds import LossConfig, Weighting
 from dpo_dist.data.collate import RankBatch
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.engine import PolicyEngine
-from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
+from dpo_dist.objective.logps import (
+    PairLogps,
+    Statistic,
+    desensitised_weights,
+    sum_by_response,
+    wpo_weights,
+)
 from dpo_dist.objective.losses import BatchFacts, preference_loss
-from dpo_dist.objective.metrics import MetricSums, PairSources, metric_names, metric_sums
+from dpo_dist.objective.metrics import MetricPlan, MetricSums, TokenSums, divergence, metric_sums
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.providers import ReferenceProvider
 
@@ -38,14 +44,18 @@ class ScoredPairs:
         reference: None if the loss uses no reference.
         facts: the other inputs of the loss.
         weights: float32 [pairs], 1 for a pair, 0 for a dummy.
-        sources: of the pairs, if metrics are divided by source.
+        tokens: sums over the policy's tokens, for metrics.
+        labels: of the sources that metrics are divided by.
+        sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     facts: BatchFacts
     weights: Tensor
-    sources: PairSources | None = None
+    tokens: TokenSums = field(default_factory=TokenSums)
+    labels: tuple[str, ...] = ()
+    sources: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,38 +87,57 @@ class Objective:
         """Return `ready_batches`, made ahead in a background thread."""
         return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
 
-    def no_sums(self, rank_batch: RankBatch, device: torch.device) -> MetricSums:
+    def no_sums(
+        self, rank_batch: RankBatch, device: torch.device, *, is_evaluation: bool = False
+    ) -> MetricSums:
         """Return metric sums of no pairs of a global batch."""
-        return MetricSums.zeros(metric_names(self.loss, rank_batch.dataset.labels), device)
+        plan = MetricPlan(self.loss, rank_batch.dataset.labels, is_evaluation)
+        return MetricSums.zeros(plan.names, device)
 
     def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
         """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
         return sum_by_response(token_logps, batch.response_tokens, batch.ranking, batch.token_weights)
 
-    def reference_logps(self, batch: PackedBatch) -> PairLogps | None:
-        """Return the reference log-probs of a micro-batch on the device; collective if a model scores it."""
-        token_logps = self.reference.token_logps(batch)
-        return None if token_logps is None else self.pair_logps(token_logps, batch)
-
     def score(
-        self, policy: PolicyEngine, batch: PackedBatch, reference: PairLogps | None, facts: BatchFacts
+        self,
+        policy: PolicyEngine,
+        batch: PackedBatch,
+        reference: Tensor | None,
+        facts: BatchFacts,
+        *,
+        is_evaluation: bool = False,
     ) -> ScoredPairs:
         """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
 
         Args:
-            reference: `reference_logps` of the batch.
+            policy: scored once.
+            batch: on its device.
+            reference: float32 [targets], log-probs of the batch by `reference.token_logps`.
             facts: of the global batch.
+            is_evaluation: also compute entropies.
         """
+        wanted: list[Statistic] = []
         if self.loss.weighting is Weighting.wpo:
-            token_logps, collisions = policy.token_logps(batch, with_collisions=True)
-            sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-            pair_weights = wpo_weights(token_logps, collisions, sums)
-        else:
-            token_logps, pair_weights = policy.token_logps(batch), None
-        logps = self.pair_logps(token_logps, batch)
-        facts = replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights)
-        sources = None if batch.sources is None else PairSources(batch.labels, batch.sources)
-        return ScoredPairs(logps, reference, facts, batch.weights, sources)
+            wanted.append("collisions")
+        if is_evaluation:
+            wanted.append("entropy")
+        token_logps, *rows = policy.token_logps(batch, wanted).view(1 + len(wanted), len(batch.targets))
+        statistics = dict(zip(wanted, rows, strict=True))
+        sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+        entropy = sums(statistics["entropy"]) if "entropy" in statistics else None
+        pair_weights = None
+        if "collisions" in statistics:
+            pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+        kl = None if reference is None else sums(divergence(token_logps.detach(), reference))
+        return ScoredPairs(
+            policy=self.pair_logps(token_logps, batch),
+            reference=None if reference is None else self.pair_logps(reference, batch),
+            facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+            weights=batch.weights,
+            tokens=TokenSums(kl, entropy),
+            labels=batch.labels,
+            sources=batch.sources,
+        )
 
     def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
@@ -117,5 +146,8 @@ class Objective:
             pairs: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        sums = metric_sums(losses, pairs.policy, pairs.reference, self.loss, pairs.weights, pairs.sources)
+        plan = MetricPlan(self.loss, pairs.labels, is_evaluation=pairs.tokens.entropy is not None)
+        sums = metric_sums(
+            plan, losses, pairs.policy, pairs.reference, pairs.weights, pairs.tokens, pairs.sources
+        )
         return (losses * pairs.weights).sum(), sums

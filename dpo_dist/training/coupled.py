@@ -12,11 +12,11 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.objective.metrics import MetricSums, PairSources
+from dpo_dist.objective.metrics import MetricSums, TokenSums
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
 from dpo_dist.training.step_timer import StepClock
 
-_COLUMNS = 9
+_COLUMNS = 13
 
 
 def accumulate_coupled(
@@ -40,7 +40,7 @@ def accumulate_coupled(
             clock.enter("data")
             batch = host_batch.to(world.device)
             clock.enter("reference")
-            reference = objective.reference_logps(batch)
+            reference = objective.reference.token_logps(batch)
             clock.enter("forward")
             scored.append(objective.score(policy, batch, reference, facts))
     pairs = gather_pairs(scored, rank_batch, world)
@@ -69,7 +69,7 @@ def coupled_sums(
 ) -> MetricSums:
     """Return the metric sums of a coupled loss, which are zero on all ranks but 0; collective."""
     _, sums = objective.measure(gather_pairs(scored, rank_batch, world))
-    return sums if world.is_main else objective.no_sums(rank_batch, world.device)
+    return sums if world.is_main else objective.no_sums(rank_batch, world.device, is_evaluation=True)
 
 
 def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
@@ -83,8 +83,10 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
         if positions:
             whole[:, _on_device(positions, world.device)] = _columns(pairs)
     chosen, rejected, chosen_tokens, rejected_tokens, whole_chosen, *others = world.sum(whole)
-    reference_chosen, reference_rejected, score_gaps, pair_weights = others
+    reference_chosen, reference_rejected, score_gaps, pair_weights, *others = others
+    kl_chosen, kl_rejected, entropy_chosen, entropy_rejected = others
     policy, reference, facts = scored[0].policy, scored[0].reference, scored[0].facts
+    measured = scored[0].tokens
     tokens = chosen_tokens, rejected_tokens
     return ScoredPairs(
         policy=PairLogps(
@@ -97,20 +99,19 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
             pair_weights=None if facts.pair_weights is None else pair_weights,
         ),
         weights=torch.ones_like(chosen),
-        sources=_sources(rank_batch, world.device),
+        tokens=TokenSums(
+            None if measured.kl is None else PairLogps(kl_chosen, kl_rejected, *tokens),
+            None if measured.entropy is None else PairLogps(entropy_chosen, entropy_rejected, *tokens),
+        ),
+        labels=rank_batch.dataset.labels,
+        sources=None if rank_batch.sources is None else _on_device(rank_batch.sources, world.device),
     )
 
 
-def _sources(rank_batch: RankBatch, device: torch.device) -> PairSources | None:
-    """Return the sources of all pairs of the global batch, which every rank knows."""
-    if rank_batch.sources is None:
-        return None
-    return PairSources(rank_batch.dataset.labels, _on_device(rank_batch.sources, device))
-
-
 def _columns(pairs: ScoredPairs) -> Tensor:
-    """Return float64 [9, pairs]: everything that a coupled loss uses; zeros for what does not exist."""
+    """Return float64 [13, pairs]: the inputs of a coupled loss and its metrics, zeros for missing ones."""
     policy, reference, facts = pairs.policy, pairs.reference, pairs.facts
+    kl, entropy = pairs.tokens.kl, pairs.tokens.entropy
     columns = (
         policy.chosen,
         policy.rejected,
@@ -121,6 +122,8 @@ def _columns(pairs: ScoredPairs) -> Tensor:
         None if reference is None else reference.rejected,
         facts.score_gaps,
         facts.pair_weights,
+        *((None, None) if kl is None else (kl.chosen, kl.rejected)),
+        *((None, None) if entropy is None else (entropy.chosen, entropy.rejected)),
     )
     zeros = torch.zeros_like(policy.chosen)
     return torch.stack([zeros if column is None else column for column in columns])

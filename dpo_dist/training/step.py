@@ -56,7 +56,7 @@ def train_step(
             clock.enter("data")
             batch = host_batch.to(world.device)
             clock.enter("reference")
-            reference = objective.reference_logps(batch)
+            reference = objective.reference.token_logps(batch)
             clock.enter("forward")
             pairs = objective.score(policy, batch, reference, facts)
             loss, batch_sums = objective.measure(pairs)
@@ -105,11 +105,12 @@ def evaluate(
     """Return this rank's metric sums over a dataset, which is one global batch; collective."""
     policy.train(False)
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    sums, scored = objective.no_sums(rank_batch, world.device), []
+    sums, scored = objective.no_sums(rank_batch, world.device, is_evaluation=True), []
     with objective.prefetched(rank_batch, world.device) as batches:
         for host_batch in batches:
             batch = host_batch.to(world.device)
-            pairs = objective.score(policy, batch, objective.reference_logps(batch), facts)
+            reference = objective.reference.token_logps(batch)
+            pairs = objective.score(policy, batch, reference, facts, is_evaluation=True)
             if objective.loss.is_coupled:
                 scored.append(pairs)
             else:

@@ -46,7 +46,7 @@ def score_and_train(assets: Assets, store: Path, world: World, folder: Path) -> 
     logps: dict[str, list[float]] = {}
     last, batches = len(plan.micro_batches) - 1, objective.ready_batches(plan, world.device)
     for number, (indices, batch) in enumerate(zip(plan.micro_batches, batches, strict=True)):
-        reference = objective.reference_logps(batch)
+        reference = objective.reference.token_logps(batch)
         pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
         loss, _ = objective.measure(pairs)
         policy.backward(loss / plan.pairs, is_last=number == last)

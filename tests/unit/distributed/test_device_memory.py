@@ -1,6 +1,6 @@
 """Device memory: released, measured, and out-of-memory errors that name the micro-batch and a remedy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory, return_memory
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.errors import DeviceMemoryError
+from dpo_dist.objective.logps import Statistic
 
 FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 
@@ -30,7 +31,7 @@ class Engine:
             if self._calls < 0:
                 raise torch.OutOfMemoryError(FAULT + "\nand much more text")
 
-    def __call__(self, batch: PackedBatch, _with_collisions: bool = False) -> torch.Tensor:
+    def __call__(self, batch: PackedBatch, _statistics: Sequence[Statistic] = ()) -> torch.Tensor:
         self._reach("forward")
         return torch.zeros(len(batch.targets))
 

@@ -61,17 +61,29 @@ def test_values_and_gradients_equal_log_softmax(bias: bool) -> None:
 @pytest.mark.usefixtures("chunk_positions")
 def test_collisions_are_the_log_of_the_summed_squared_probabilities() -> None:
     hidden, weight, bias, targets = head(torch.float32)
-    _, collisions = token_logps(hidden, weight, bias, targets, with_collisions=True)
+    _, collisions = token_logps(hidden, weight, bias, targets, statistics=("collisions",))
     probabilities = torch.nn.functional.linear(hidden, weight, bias).softmax(-1)
     torch.testing.assert_close(collisions, probabilities.square().sum(-1).log())
 
     def first(*inputs: Any) -> Tensor:
-        return token_logps(*inputs, with_collisions=True)[0]
+        return token_logps(*inputs, statistics=("collisions",))[0]
 
     for ours, expected in zip(
         results(first, head(torch.float32)), results(token_logps, head(torch.float32)), strict=True
     ):
         assert torch.equal(ours, expected), "log-probs and gradients as without collisions"
+
+
+@pytest.mark.usefixtures("chunk_positions")
+def test_entropy_is_that_of_the_whole_distribution() -> None:
+    hidden, weight, bias, targets = head(torch.float32)
+    logps, entropy, collisions = token_logps(
+        hidden, weight, bias, targets, statistics=("entropy", "collisions")
+    )
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.equal(logps, token_logps(hidden, weight, bias, targets))
+    assert torch.equal(collisions, token_logps(hidden, weight, bias, targets, ("collisions",))[1])
 
 
 @pytest.mark.usefixtures("chunk_positions")

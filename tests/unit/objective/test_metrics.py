@@ -12,16 +12,18 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import (
     BATCH_REWARD,
-    PAIR_METRICS,
+    BUCKETS,
     Counted,
+    MetricPlan,
     MetricSums,
-    PairSources,
-    metric_names,
+    TokenSums,
+    divergence,
     metric_sums,
 )
 
 CPU = torch.device("cpu")
 CONFIG = LossConfig(beta=0.5)
+PLAN = MetricPlan(CONFIG)
 
 
 def pairs(values: torch.Tensor) -> PairLogps:
@@ -31,27 +33,90 @@ def pairs(values: torch.Tensor) -> PairLogps:
 
 def sums_of(policy: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor) -> MetricSums:
     losses = preference_loss(pairs(policy), pairs(reference), CONFIG)
-    return metric_sums(losses, pairs(policy), pairs(reference), CONFIG, weights)
+    return metric_sums(PLAN, losses, pairs(policy), pairs(reference), weights)
 
 
 def test_means_by_hand() -> None:
-    policy = pairs(torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-4.0, -1.0], [-5.0, -9.0]]))
+    policy = pairs(torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-4.0, -1.0], [-5.8, -9.0]]))
     reference = pairs(torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [-2.0, -2.0], [-5.0, -5.0]]))
     losses = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    means = metric_sums(losses, policy, reference, CONFIG, torch.ones(4)).means()
+    means = metric_sums(PLAN, losses, policy, reference, torch.ones(4)).means()
     assert means == pytest.approx(
         {
             "loss": 3.0,
-            "rewards/chosen": 0.5 * (1 + 0 - 2 + 0) / 4,
+            "rewards/chosen": 0.5 * (1 + 0 - 2 - 0.8) / 4,
             "rewards/rejected": 0.5 * (-1 + 0 + 1 - 4) / 4,
             # Two margins above zero, one tie that counts half, one below.
             "rewards/accuracies": 2.5 / 4,
-            "rewards/margins": 0.5 * (2 + 0 - 3 + 4) / 4,
-            "logps/chosen": -3.0,
+            "rewards/margins": 0.5 * (2 + 0 - 3 + 3.2) / 4,
+            # Only in the last pair is neither log-prob above or at the reference's.
+            "rewards/both_fall": 0.25,
+            "logps/chosen": -3.2,
             "logps/rejected": -15 / 4,
+            "logps/chosen_per_token": -12.8 / 4,
+            "logps/rejected_per_token": -15 / 4,
+            "tokens/chosen": 1.0,
+            "tokens/rejected": 1.0,
+            "rewards/accuracies_by_length/1-63": 2.5 / 4,
+            "rewards/margins_by_length/1-63": 0.5 * (2 + 0 - 3 + 3.2) / 4,
         }
     )
-    assert tuple(means) == PAIR_METRICS
+
+
+def test_metrics_per_token_have_the_counts_of_their_tokens() -> None:
+    """Of every measured metric; a long response weighs as many tokens as it has."""
+    tokens = torch.tensor([2.0, 100.0]), torch.tensor([63.0, 64.0])
+    policy = PairLogps(torch.tensor([-4.0, -50.0]), torch.tensor([-63.0, -32.0]), *tokens)
+    kl = PairLogps(torch.tensor([1.0, 4.1]), torch.tensor([0.0, 12.7]), *tokens)
+    entropy = PairLogps(torch.tensor([2.0, 304.0]), torch.tensor([126.0, 128.0]), *tokens)
+    plan = MetricPlan(CONFIG, is_evaluation=True)
+    sums = metric_sums(plan, torch.ones(2), policy, policy, torch.ones(2), TokenSums(kl, entropy))
+    assert sums.names == plan.names
+    means = sums.means()
+    expected = {
+        "logps/chosen_per_token": -54 / 102,
+        "logps/rejected_per_token": -95 / 127,
+        "kl/chosen": 5.1 / 102,
+        "kl/rejected": 12.7 / 127,
+        "entropy/chosen": 306 / 102,
+        "entropy/rejected": 254 / 127,
+        "tokens/chosen": 51.0,
+        "tokens/rejected": 63.5,
+        "rewards/both_fall": 0.0,
+    }
+    assert {name: means[name] for name in expected} == pytest.approx(expected)
+    buckets = {name.rpartition("/")[2] for name in means if "_by_length/" in name}
+    assert buckets == {"1-63", "64-127"}
+
+
+def test_what_was_not_measured_is_absent() -> None:
+    logps = pairs(torch.tensor([[-1.0, -2.0]]))
+    means = metric_sums(PLAN, torch.zeros(1), logps, None, torch.ones(1)).means()
+    assert not {"rewards/both_fall", "kl/chosen", "kl/rejected"} & set(means)
+    assert "entropy/chosen" not in PLAN.names
+    assert {"kl/chosen", "kl/rejected", "rewards/both_fall"} <= set(PLAN.names)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=8))
+def test_every_pair_is_in_the_bucket_of_its_longer_response(lengths: list[int]) -> None:
+    tokens = torch.tensor([float(length) for length in lengths])
+    logps = PairLogps(tokens, -tokens, torch.ones_like(tokens), tokens)
+    sums = metric_sums(PLAN, torch.zeros(len(lengths)), logps, None, torch.ones(len(lengths)))
+    counts = sums.named(sums.values.tolist())[1]
+    for bucket in BUCKETS:
+        low, high = bucket.split("-")
+        members = [int(low) <= length <= int(high or 10**9) for length in lengths]
+        assert counts[f"rewards/margins_by_length/{bucket}"] == sum(members)
+
+
+def test_divergence_is_an_unbiased_kl() -> None:
+    """The mean over the tokens of a distribution, weighted by the reference, is KL(reference || policy)."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, reference = logits.log_softmax(-1)
+    values = divergence(policy, reference)
+    assert values.min() >= 0
+    kl = torch.nn.functional.kl_div(policy, reference, reduction="sum", log_target=True)
+    assert float((reference.exp() * values).sum()) == pytest.approx(float(kl))
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
@@ -59,7 +124,7 @@ def test_means_do_not_depend_on_parts_and_dummies(count: int, parts: int, dummie
     generator = torch.Generator().manual_seed(count)
     policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
     whole = sums_of(policy, reference, torch.ones(count))
-    total = MetricSums.zeros(PAIR_METRICS, CPU)
+    total = MetricSums.zeros(PLAN.names, CPU)
     for part in torch.tensor_split(torch.arange(count), parts):
         total += sums_of(policy[part], reference[part], torch.ones(len(part)))
     for _ in range(dummies):
@@ -71,9 +136,9 @@ def test_sums_are_exact_where_float32_would_lose_pairs() -> None:
     policy = pairs(torch.full((1, 2), -(2.0**24)))
     ones = replace(policy, chosen=torch.full((1,), -1.0))
     config = LossConfig(reference_free=True)
-    total = MetricSums.zeros(PAIR_METRICS, CPU)
+    total = MetricSums.zeros(PLAN.names, CPU)
     for logps in (policy, *[ones] * 3):
-        total += metric_sums(torch.zeros(1), logps, None, config, torch.ones(1))
+        total += metric_sums(MetricPlan(config), torch.zeros(1), logps, None, torch.ones(1))
     assert total.means()["logps/chosen"] == -(2.0**24 + 3) / 4
 
 
@@ -81,7 +146,7 @@ def test_metrics_have_no_graph() -> None:
     chosen = torch.tensor([-1.0], requires_grad=True)
     policy = PairLogps(chosen, chosen, torch.ones(1), torch.ones(1))
     losses = preference_loss(policy, None, LossConfig(reference_free=True))
-    assert not metric_sums(losses, policy, None, CONFIG, torch.ones(1)).values.requires_grad
+    assert not metric_sums(PLAN, losses, policy, None, torch.ones(1)).values.requires_grad
 
 
 def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
@@ -90,7 +155,7 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
     terms = [LossTermConfig(LossKind.simpo), LossTermConfig(LossKind.bco_pair)]
     config = LossConfig(beta=0.5, terms=terms, reference_free=True, bco_delta=BcoDelta.running_mean)
-    means = metric_sums(torch.zeros(1), policy, None, config, torch.ones(1)).means()
+    means = metric_sums(MetricPlan(config), torch.zeros(1), policy, None, torch.ones(1)).means()
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2
 
@@ -103,13 +168,12 @@ def test_metrics_by_source_do_not_depend_on_parts(count: int, parts: int) -> Non
     policy[0, 0] = torch.nan
     sources = torch.randint(1, 4, (count,), generator=generator)
     labels = ("none", "one", "two", "three")
-    names = metric_names(CONFIG, labels)
-    total = MetricSums.zeros(names, CPU)
+    plan = MetricPlan(CONFIG, labels)
+    total = MetricSums.zeros(plan.names, CPU)
     for part in torch.tensor_split(torch.arange(count), parts):
         losses = preference_loss(pairs(policy[part]), pairs(reference[part]), CONFIG)
-        of_part = PairSources(labels, sources[part])
         logps = pairs(policy[part]), pairs(reference[part])
-        total += metric_sums(losses, *logps, CONFIG, torch.ones(len(part)), of_part)
+        total += metric_sums(plan, losses, *logps, torch.ones(len(part)), sources=sources[part])
     means = total.means()
     margins = 0.5 * ((policy - reference)[:, 0] - (policy - reference)[:, 1]).double()
     for number, label in enumerate(labels):

@@ -36,7 +36,9 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path) -> None:
     log = MetricsLog.open(RunFolder(tmp_path), None)
     names = (
-        "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+        "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/both_fall"
+        " logps/chosen logps/rejected logps/chosen_per_token logps/rejected_per_token"
+        " kl/chosen kl/rejected tokens/chosen tokens/rejected"
     )
     cost = (
         "grad_norm learning_rate pairs tokens step_seconds pairs_per_second tokens_per_second time/data"

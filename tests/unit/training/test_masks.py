@@ -22,7 +22,7 @@ from dpo_dist.data.packing import PackedBatch, Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.logps import PairLogps
+from dpo_dist.objective.logps import PairLogps, Statistic
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.fill import FillReport, StoreFiller
@@ -90,8 +90,8 @@ class Engine:
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
 
-    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        logps: Tensor = self.model(batch, with_collisions=with_collisions)
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        logps: Tensor = self.model(batch, statistics=statistics)
         return logps
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Rewards by source: exact means over the pairs of each source, however a global batch was divided."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.objective.logps import Statistic
+from dpo_dist.objective.metrics import ENTROPIES, GROUP_METRICS, PAIR_METRICS, MetricSums
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.providers import NoReference
 from dpo_dist.training.batch_loss import Objective
@@ -38,8 +40,9 @@ class Policy:
     def train(self, mode: bool = True) -> None:
         pass
 
-    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        return -0.5 - torch.frac(batch.targets.float() * 0.37)
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        logps = -0.5 - torch.frac(batch.targets.float() * 0.37)
+        return torch.stack([logps] * (1 + len(statistics))) if statistics else logps
 
 
 def sources_of(folder: Path) -> list[SourceConfig]:
@@ -85,7 +88,8 @@ def wanted(data: PreferenceDataset, indices: Any) -> dict[str, float]:
 
 
 def by_source(means: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in means.items() if name.count("/") == 2}
+    """Return the rewards by source."""
+    return {name: value for name, value in means.items() if name.rpartition("/")[0] in GROUP_METRICS}
 
 
 @pytest.mark.parametrize("indices", [range(12), [6, 0, 11, 6, 3], [1, 2, 9], [5, 6]], ids=str)
@@ -102,6 +106,17 @@ def test_metrics_of_a_source_are_means_over_its_pairs(data: PreferenceDataset, i
     assert by_source((parts[0] + parts[1] + parts[2]).means()) == pytest.approx(expected)
 
 
+def test_an_evaluation_has_every_metric_of_a_source(data: PreferenceDataset) -> None:
+    """The same as in an evaluation of the source's pairs alone, per token too."""
+    means = sums_of(FREE, plan_of(data, range(12))).means()
+    for label, own in (("two", range(5, 8)), ("shared", [*range(5), *range(8, 12)])):
+        alone = sums_of(FREE, plan_of(data, own)).means()
+        expected = {name: alone[name] for name in PAIR_METRICS + ENTROPIES if name in alone}
+        assert {"loss", "logps/chosen_per_token", "tokens/rejected", "entropy/chosen"} <= set(expected)
+        of_label = {name: value for name, value in means.items() if name.endswith(f"/{label}")}
+        assert of_label == pytest.approx({f"{name}/{label}": value for name, value in expected.items()})
+
+
 def test_one_source_or_one_label_has_no_metrics_by_source(tmp_path: Path) -> None:
     first, second, _ = sources_of(tmp_path)
     alone = opened(tmp_path, first)
@@ -112,9 +127,11 @@ def test_one_source_or_one_label_has_no_metrics_by_source(tmp_path: Path) -> Non
     assert [source["label"] for source in together.counts["sources"]] == ["shared", "shared"]
 
 
-def test_a_loss_of_the_chosen_response_has_no_metrics_by_source(data: PreferenceDataset) -> None:
+def test_a_loss_of_the_chosen_response_has_no_rewards_by_source(data: PreferenceDataset) -> None:
     plan = shard_batch(data, np.arange(12), 0, 1, 64, COSTS, only_chosen=True)
-    assert by_source(sums_of(LossConfig(LossKind.sft), plan).means()) == {}
+    means = sums_of(LossConfig(LossKind.sft), plan).means()
+    assert by_source(means) == {}
+    assert {"loss/shared", "loss/two", "logps/chosen_per_token/two"} <= set(means)
 
 
 def test_a_label_needs_no_new_encoding(tmp_path: Path) -> None:

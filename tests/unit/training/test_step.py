@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
+from dpo_dist.objective.logps import Statistic
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
@@ -63,9 +64,10 @@ class Policy:
     def train(self, mode: bool = True) -> None:
         pass
 
-    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         self.threads.add(threading.current_thread().name)
-        return -torch.ones(len(batch.targets))
+        logps = -torch.ones(len(batch.targets))
+        return torch.stack([logps] * (1 + len(statistics))) if statistics else logps
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +145,9 @@ def test_wpo_weights_compare_log_probs_with_collisions(data: PreferenceDataset) 
     """Log-probs of -1 and collisions of -1.5: a mean of 0.5 in each of two responses."""
 
     class Colliding(Policy):
-        def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
+        def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
             logps = super().token_logps(batch)
-            return torch.stack((logps, 1.5 * logps)) if with_collisions else logps
+            return torch.stack((logps, 1.5 * logps)) if list(statistics) == ["collisions"] else logps
 
     objective = Objective(LossConfig(LossKind.simpo, weighting=Weighting.wpo), NoReference())
     (batch, *_) = objective.ready_batches(plan_of(data), CPU)
@@ -193,7 +195,7 @@ def test_forward_and_backward_do_not_wait_for_the_device(
     with SyncingOperations() as syncing:
         for host_batch in ready.batches:
             batch = host_batch.to(CPU)
-            reference = objective.reference_logps(batch)
+            reference = objective.reference.token_logps(batch)
             pairs = objective.score(policy, batch, reference, BatchFacts(plan.mean_chosen_tokens))
             total, _ = objective.measure(pairs)
             (total / plan.pairs).backward()  # type: ignore[no-untyped-call]
@@ -210,8 +212,8 @@ class Trained:
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
 
-    def token_logps(self, batch: PackedBatch, with_collisions: bool = False) -> Tensor:
-        logps: Tensor = self.model(batch, with_collisions=with_collisions)
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        logps: Tensor = self.model(batch, statistics=statistics)
         return logps
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -261,7 +263,7 @@ def test_a_step_in_micro_batches_has_the_gradient_of_the_whole_batch(
         plan = shard_batch(data, indices, 0, 1, 8192, COSTS, loss.is_one_sided)
         (batch,) = objective.ready_batches(plan, CPU)
         facts = BatchFacts(plan.mean_chosen_tokens, running=running)
-        pairs = objective.score(policy, batch, objective.reference_logps(batch), facts)
+        pairs = objective.score(policy, batch, objective.reference.token_logps(batch), facts)
         total, _ = objective.measure(pairs)
         policy.backward(total / PAIRS, is_last=True)
 
