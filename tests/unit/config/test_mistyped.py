@@ -7,10 +7,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
-from dpo_dist.config.command_line import divide
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import key_types, run_keys
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.options import divide
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
 
