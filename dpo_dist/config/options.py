@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, alias_of
 from dpo_dist.config.keys import run_keys
-from dpo_dist.config.messages import assignment, likely, unknown_key
+from dpo_dist.config.messages import assignment, unknown_key
 from dpo_dist.config.overrides import COMMAND_LINE
+from dpo_dist.config.spelling import likely
 from dpo_dist.errors import ConfigError
 
 

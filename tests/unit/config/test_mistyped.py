@@ -201,8 +201,8 @@ def test_no_guess_ends_a_run_early(typed: str) -> None:
 
 
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
-    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "--cfg=job", "trainer.seed=3", "-i"])
+    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "-c=job"])
     assert arguments.overrides == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
-    assert arguments.options == {"--config-dir": ".", "--cfg": "job", "--info": ""}
+    assert arguments.options == {"--config-dir": ".", "--cfg": "job"}
     config = load_run_config([*RUN, *arguments.overrides, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
