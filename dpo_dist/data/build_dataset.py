@@ -40,7 +40,7 @@ from dpo_dist.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 10
+_ENCODING_VERSION = 11
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -53,6 +53,7 @@ _TOKENIZER_FILES = (
     "special_tokens*",
     "added_tokens*",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
@@ -150,14 +151,17 @@ def _encoded(
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the files of a model folder that decide how text becomes token ids.
 
+    Args:
+        folder: of a model, or of an adapter with a tokenizer, which has no config.json.
+
     Raises:
         ConfigError: config.json cannot be read.
     """
     files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
-    parts = [(file.name, content_digest([file])) for file in files]
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_bytes())
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
