@@ -43,6 +43,7 @@ _REMEDIES = {
     "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
     "unpaired": UNPAIRED_REMEDY,
     "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
+    "no_trained_token": "check data.trained_roles, data.untrained, and the weights of messages (loss_weight)",
     "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl, "
     "one with an array in .json",
 }
