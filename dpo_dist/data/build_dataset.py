@@ -40,7 +40,7 @@ from dpo_dist.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 10
+_ENCODING_VERSION = 11
 _CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -53,6 +53,7 @@ _TOKENIZER_FILES = (
     "special_tokens*",
     "added_tokens*",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
@@ -154,7 +155,7 @@ def tokenizer_digest(folder: Path) -> str:
         ConfigError: config.json cannot be read.
     """
     files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
-    parts = [(file.name, content_digest([file])) for file in files]
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"
     try:
         config = json.loads(config_file.read_bytes())

@@ -6,9 +6,15 @@ from pathlib import Path
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.pairs_schema import EndpointConfig, Engine, PairsConfig, PairsMethod
+from dpo_dist.config.pairs_schema import (
+    EndpointConfig,
+    Engine,
+    PairsConfig,
+    PairSelection,
+    PairsMethod,
+)
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
 from dpo_dist.config.user_function import user_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
@@ -45,6 +51,13 @@ def check_pairs(config: RunConfig) -> None:
     """
     _check_rounds(config.pairs)
     _check_keys(config)
+    if config.run.resume is not Resume.auto:
+        raise ConfigError(
+            "run.resume has no effect on pairs: finished parts are always used again",
+            where="run.resume",
+            got=str(config.run.resume),
+            remedy="remove it; set another run.dir to start anew",
+        )
     for source in config.data.train:
         check_source(source)
         if source.weight != SourceConfig.weight:
@@ -124,6 +137,23 @@ def _check_effects(pairs: PairsConfig) -> None:
                 got=f"{pairs.method}, {as_written(value)}",
                 remedy=f"remove {key}, or choose another pairs.method",
             )
+    for key, value, default, is_used, why in (
+        ("seed", pairs.seed, PairsConfig.seed, _is_random(pairs), "nothing is drawn at random"),
+        (
+            "batch_tokens",
+            pairs.batch_tokens,
+            PairsConfig.batch_tokens,
+            pairs.engine is not Engine.vllm or pairs.reward_model is not None,
+            "vLLM makes batches by itself",
+        ),
+    ):
+        if value != default and not is_used:
+            raise ConfigError(
+                f"pairs.{key} has no effect: {why}",
+                where=f"pairs.{key}",
+                got=str(value),
+                remedy=f"remove pairs.{key}",
+            )
     greedy = pairs.temperature == 0
     no_choice = [name for name in ("top_p", "top_k") if getattr(pairs, name) != getattr(PairsConfig, name)]
     if greedy and (no_choice or (pairs.method is PairsMethod.samples and pairs.samples > 1)):
@@ -134,6 +164,15 @@ def _check_effects(pairs: PairsConfig) -> None:
             got=f"0, {getattr(pairs, name)}",
             remedy="raise pairs.temperature, or set pairs.samples=1 and remove pairs.top_p and pairs.top_k",
         )
+
+
+def _is_random(pairs: PairsConfig) -> bool:
+    """Return whether samples, or the choice among them or among records, follow from the seed."""
+    if pairs.method is PairsMethod.people:
+        return True
+    draws_samples = pairs.method is not PairsMethod.scores and pairs.temperature > 0
+    draws_pairs = pairs.method is not PairsMethod.delta and pairs.select is PairSelection.best_random
+    return draws_samples or draws_pairs
 
 
 def _check_models(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.pairs_schema import PairsConfig, RoundReference, Verdicts
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, Outcome
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
 from dpo_dist.generation.lock import locked
 from dpo_dist.generation.rounds.checks import check_rounds, check_settings
 from dpo_dist.generation.rounds.commands import command_of, launcher, run_command
@@ -138,13 +138,13 @@ class _Rounds:
         if code != ExitCode.completed:
             # A launcher of several processes replaces their exit codes by its own.
             outcome = _outcome(folder.training)
-            if outcome == Outcome.preempted:
+            if outcome == RunOutcome.preempted:
                 self.say(
                     f"round {result.number}: the training stopped with a checkpoint; "
                     "the same command continues"
                 )
                 return result, ExitCode.preempted
-            code = ExitCode.diverged if outcome == Outcome.diverged else code
+            code = ExitCode.diverged if outcome == RunOutcome.diverged else code
             raise _failed(f"training of round {result.number}", code, folder.training.rank_log(0))
         summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
         result = replace(result, training=read_training(summary))

@@ -9,9 +9,10 @@ import numpy as np
 from dpo_dist.config.data_schema import Truncation
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, PreferenceRecord
+from dpo_dist.errors import ConfigError
 from dpo_dist.generation.prompts import UNLIMITED, encode_prompt, prompt_key
 from dpo_dist.generation.sampling.engine import Generator
-from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
+from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
 from dpo_dist.generation.sampling.responder import Responder
 
 # Tokens before a response with which it is decoded: a space or a character may depend on them.
@@ -39,15 +40,21 @@ def respond(
         `{"key": ..., "samples": [{"number", "content", "tokens", "finished", "same_ids"}]}`; a prompt that
         cannot be used has the reason as `dropped` and no samples. `same_ids` is whether the text is encoded
         as the generated tokens.
+
+    Raises:
+        ConfigError: the model's logits are not finite.
     """
-    prompts = [_usable_prompt(record, responder, sampling) for record in records]
+    prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
         Request(prompt, prompt_key(record), number)
         for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
         for number in range(numbers.first, numbers.first + numbers.count)
     ]
-    samples = iter(generator.generate(requests, sampling))
+    try:
+        samples = iter(generator.generate(requests, sampling))
+    except NotFiniteError as fault:
+        raise _not_finite(fault.request, records, responder.source.name) from fault
     rows = []
     for record, prompt in zip(records, prompts, strict=True):
         row: dict[str, Any] = {"key": prompt_key(record), "samples": []}
@@ -62,15 +69,25 @@ def respond(
     return rows
 
 
-def _usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Sampling) -> TokenIds | str:
-    """Return the ids of a prompt, or the reason why it cannot be used."""
+def _not_finite(request: Request, records: Sequence[PreferenceRecord], model: str) -> ConfigError:
+    origin = next(record.origin for record in records if prompt_key(record) == request.key)
+    return ConfigError(
+        "the model computes logits that are not finite",
+        where=f"{model}, sample {request.number} of the prompt of {origin}",
+        got="NaN or infinity",
+        remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
+    )
+
+
+def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
+    """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used."""
     prompt = encode_prompt(record, responder.tokenizer, responder.data)
     if isinstance(prompt, BadRecord):
         return prompt.reason
     if len(prompt) >= responder.data.max_length:
         return "prompt_fills_max_length"
     longest = responder.longest
-    if longest is not None and len(prompt) + sampling.max_new_tokens > longest:
+    if longest is not None and len(prompt) + new_tokens > longest:
         return "too_long_for_the_model"
     return prompt
 
