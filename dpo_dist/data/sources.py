@@ -22,7 +22,7 @@ from dpo_dist.data.files.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.files.read_file import KINDS, check_kind, read_file, with_origins
+from dpo_dist.data.files.read_file import KINDS, check_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -43,10 +43,10 @@ def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[Ra
 def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
-        return with_origins(hub.hub_records(source), source.path)
+        return table_records(hub.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
-        return with_origins(saved_records(local, source.split), source.path)
+        return table_records(saved_records(local, source.split), source.path)
     meter.total = sum(file.stat().st_size for file in files)
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path, meter)

@@ -54,6 +54,15 @@ def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, col
     assert (found.prompt, found.responses) == ("q", ("yes", "never"))
 
 
+def test_scores_in_metadata_are_read_beside_other_columns_of_it(tmp_path: Path) -> None:
+    inner = {"q": "q", "good": "yes", "bad": "no", "score_chosen": 3, "score_rejected": 1}
+    columns = {"prompt": "metadata.q", "chosen": "metadata.good", "rejected": "metadata.bad"}
+    assert good(tmp_path, {"metadata": inner}, columns).scores == (3.0, 1.0)
+    assert good(tmp_path, {"metadata": inner}, columns | {"metadata": None}).scores is None
+    other = columns | {"score_chosen": "metadata.score_rejected", "score_rejected": "metadata.score_chosen"}
+    assert good(tmp_path, {"metadata": inner}, other).scores == (1.0, 3.0)
+
+
 def test_cells_of_a_table_may_be_json(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "be kind"}, user("q")]
     row = {
