@@ -72,7 +72,11 @@ def prepare(
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, is_eval: bool) -> list[PreparedSource]:
-        encoded, refusal = _encoded(sources, config.data, tokenizer, digest, progress, part)
+        # A split source is encoded twice.
+        side = f" ({'eval' if is_eval else 'train'} part)" if config.data.eval_share else ""
+        encoded, refusal = _encoded(
+            sources, config.data, tokenizer, digest, lambda source: progress(source + side), part
+        )
         refusals.extend([refusal] if refusal else _refusals(encoded, config, tokenizer, vocab_size))
         return [PreparedSource(each.path, is_eval, _usable(each, config.data)) for each in encoded]
 

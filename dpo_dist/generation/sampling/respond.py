@@ -44,7 +44,7 @@ def respond(
     Raises:
         ConfigError: the model's logits are not finite.
     """
-    prompts = [_usable_prompt(record, responder, sampling) for record in records]
+    prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
         Request(prompt, prompt_key(record), number)
         for record, prompt in zip(records, prompts, strict=True)
@@ -79,15 +79,15 @@ def _not_finite(request: Request, records: Sequence[PreferenceRecord], model: st
     )
 
 
-def _usable_prompt(record: PreferenceRecord, responder: Responder, sampling: Sampling) -> TokenIds | str:
-    """Return the ids of a prompt, or the reason why it cannot be used."""
+def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
+    """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used."""
     prompt = encode_prompt(record, responder.tokenizer, responder.data)
     if isinstance(prompt, BadRecord):
         return prompt.reason
     if len(prompt) >= responder.data.max_length:
         return "prompt_fills_max_length"
     longest = responder.longest
-    if longest is not None and len(prompt) + sampling.max_new_tokens > longest:
+    if longest is not None and len(prompt) + new_tokens > longest:
         return "too_long_for_the_model"
     return prompt
 
