@@ -118,12 +118,7 @@ def _scored_pairs(
     scored = [sample for sample in samples if sample["score"] is not None]
     counts["samples_without_score"] += len(samples) - len(scored)
     rule = Selection(pairs.select, pairs.margin, pairs.seed)
-    of_prompt: Counter[str] = Counter()
-    chosen = select_pairs(
-        [sample["score"] for sample in scored], rule, prompt_key(answered.record), of_prompt
-    )
-    counts["tied_pairs"] += of_prompt.pop("ties")
-    counts.update({f"prompts_{reason}": number for reason, number in of_prompt.items()})
+    chosen = select_pairs([sample["score"] for sample in scored], rule, prompt_key(answered.record), counts)
     for better, worse in chosen:
         yield _pair(answered, scored[better], scored[worse], results)
 
