@@ -19,7 +19,7 @@ from dpo_dist.data import collate, dataset
 from dpo_dist.data.micro_batches import Counts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.model.head import LogpHead, PackedCausalLM
-from dpo_dist.objective.logps import Statistic
+from dpo_dist.objective.token_logps import Statistic
 
 Forward = Callable[[PackedCausalLM, PackedBatch, Sequence[Statistic]], Tensor]
 HeadForward = Callable[[LogpHead, Tensor, Tensor, Sequence[Statistic]], Tensor]

@@ -41,7 +41,7 @@ class RunOutcome(StrEnum):
     diverged = "diverged"
 
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATH_ERRORS = (
     errno.EROFS,
     errno.EACCES,

@@ -34,7 +34,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
-from dpo_dist.objective.logps import Statistic
+from dpo_dist.objective.token_logps import Statistic
 
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:

@@ -113,10 +113,14 @@ def _records(
         if enough():
             return
         for record in good_records(read_prompts(pinned(source, None)), source, data, say, enough):
-            if data.text_as_messages and isinstance(record.prompt, str):
-                yield replace(record, prompt=(Message("user", record.prompt),))
-            else:
-                yield record
+            yield as_asked(record, data)
+
+
+def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
+    """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
+    if data.text_as_messages and isinstance(record.prompt, str):
+        return replace(record, prompt=(Message("user", record.prompt),))
+    return record
 
 
 def prompt_key(record: PreferenceRecord) -> str:

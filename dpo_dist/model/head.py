@@ -9,7 +9,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.attention import packed_attention
 from dpo_dist.model.layers import compile_layers
-from dpo_dist.objective.logps import Statistic, token_logps
+from dpo_dist.objective.token_logps import Statistic, token_logps
 
 
 class LogpHead(nn.Linear):
@@ -34,7 +34,7 @@ class LogpHead(nn.Linear):
         targets: Tensor | None = None,
         statistics: Sequence[Statistic] = (),
     ) -> Tensor:
-        """Return `objective.logps.token_logps` of `targets`; without targets the logits."""
+        """Return `objective.token_logps.token_logps` of `targets`; without targets the logits."""
         if targets is None:
             return super().forward(input)
         return token_logps(input, self.weight, self.bias, targets, statistics)
@@ -59,7 +59,7 @@ class PackedCausalLM(nn.Module):
             compile_layers(causal_lm)
 
     def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return `objective.logps.token_logps` of the targets of `batch`."""
+        """Return `objective.token_logps.token_logps` of the targets of `batch`."""
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         outputs = self.causal_lm.base_model(
             input_ids=batch.input_ids[None],

@@ -14,13 +14,13 @@ from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.objective.logps import (
     PairLogps,
-    Statistic,
     desensitised_weights,
     sum_by_response,
     wpo_weights,
 )
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.metrics import MetricPlan, MetricSums, TokenSums, divergence, metric_sums
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.providers import ReferenceProvider
 

@@ -24,8 +24,8 @@ from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.judging.judge import Judgement, Question
-from dpo_dist.model.folder import model_folder
-from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer
+from dpo_dist.model.folder import description_folder, model_folder
+from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.reference.digest import digest_model
 
 KEY = "pairs.reward_model"
@@ -137,6 +137,20 @@ class RewardModel:
         return filler
 
 
+def check_reward_model(name: str, config: ModelConfig) -> str:
+    """Check a reward model without its weights; return its folder and architecture.
+
+    Raises:
+        ConfigError: it cannot be loaded, has several outputs, or has no tokenizer.
+    """
+    folder = description_folder(name, None, KEY)
+    model_config = load_config(folder, config)
+    if model_config.num_labels != 1:
+        raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
+    load_tokenizer(folder, config)
+    return f"{folder}, {model_config.model_type}"
+
+
 def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[str, Any]:
     """Return name, digest of the files and precision of a reward model, for provenance.
 
@@ -178,16 +192,20 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
             where=KEY,
             got=f"{folder}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
             expected="a model of AutoModelForSequenceClassification",
+            remedy=f"check the folder, or set {KEY} to another model",
         ) from error
     outputs, missing = model.config.num_labels, sorted(report["missing_keys"])
     if outputs != 1 or missing:
-        raise ConfigError(
-            "the model is no reward model",
-            where=KEY,
-            got=f"{folder} without {', '.join(missing[:3])}"
-            if missing
-            else f"{folder} with {outputs} outputs",
-            expected="a sequence classification model with one output",
-            remedy="name a reward model, or set pairs.function for another kind of score",
-        )
+        fault = f"without {', '.join(missing[:3])}" if missing else f"with {outputs} outputs"
+        raise _no_reward_model(f"{folder} {fault}")
     return model.to(device).eval()
+
+
+def _no_reward_model(got: str) -> ConfigError:
+    return ConfigError(
+        "the model is no reward model",
+        where=KEY,
+        got=got,
+        expected="a sequence classification model with one output",
+        remedy="name a reward model, or set pairs.function for another kind of score",
+    )

@@ -11,7 +11,7 @@ from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory, return_memory
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.errors import DeviceMemoryError
-from dpo_dist.objective.logps import Statistic
+from dpo_dist.objective.token_logps import Statistic
 
 FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB"
 

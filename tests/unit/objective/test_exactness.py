@@ -12,7 +12,7 @@ from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.packing import Sequences
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective import logps as logps_module
+from dpo_dist.objective import token_logps as logps_module
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from tests.support import tiny

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_dist.objective import logps
-from dpo_dist.objective.logps import desensitised_weights, sum_by_response, token_logps
+from dpo_dist.objective import token_logps as token_logps_module
+from dpo_dist.objective.logps import desensitised_weights, sum_by_response
+from dpo_dist.objective.token_logps import token_logps
 
 VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 
@@ -19,8 +20,8 @@ VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Positions in a chunk, with none, some or all of the chunks kept for backward."""
     positions, kept_chunks = request.param
-    monkeypatch.setattr(logps, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * positions})
-    monkeypatch.setattr(logps, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * positions * kept_chunks})
+    monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * positions})
+    monkeypatch.setattr(token_logps_module, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * positions * kept_chunks})
     return int(positions)
 
 
@@ -101,7 +102,7 @@ def test_bf16_has_about_the_error_of_a_plain_bf16_head() -> None:
 def test_bf16_weights_and_states_are_multiplied_to_float32(
     vocabulary_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logps, "_BLOCK_ROWS", vocabulary_block)
+    monkeypatch.setattr(token_logps_module, "_BLOCK_ROWS", vocabulary_block)
     hidden, weight, bias, targets = head(torch.bfloat16)
     assert bias is not None
     exact = plain(hidden.double() * 8, weight.double(), bias.double(), targets)
@@ -141,7 +142,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_never_exist_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(logps, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * HIDDEN})
+    monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * HIDDEN})
     inputs = head(dtype)
     with LargestTensor() as largest:
         token_logps(*inputs).sum().backward()  # type: ignore[no-untyped-call]
@@ -153,8 +154,8 @@ def test_logits_never_exist_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch, dt
 
 
 def test_backward_keeps_chunks_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logps, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 5})
-    monkeypatch.setattr(logps, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * 12})
+    monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 5})
+    monkeypatch.setattr(token_logps_module, "_KEPT_BYTES", {"cpu": 4 * VOCABULARY * 12})
     graph: Any = token_logps(*head(torch.float32)).grad_fn
     assert [len(kept) for kept in graph.kept.values()] == [5, 3]  # the last two of 23 positions
 

@@ -22,9 +22,10 @@ from dpo_dist.data.packing import PackedBatch, Sequences
 from dpo_dist.distributed.world import World
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.logps import PairLogps, Statistic
+from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import AdapterReference, LiveReference, NoReference, StoredReference

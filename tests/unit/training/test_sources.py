@@ -17,9 +17,9 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.objective.logps import Statistic
 from dpo_dist.objective.metrics import ENTROPIES, GROUP_METRICS, PAIR_METRICS, MetricSums
 from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.providers import NoReference
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.log_window import LogWindow, StepMeasures

@@ -24,9 +24,9 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.logps import Statistic
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.providers import NoReference, StoredReference
 from dpo_dist.reference.store import LogpStore

@@ -1,0 +1,165 @@
+"""Log-probs of tokens from hidden states, in chunks: no [tokens, vocab] tensor."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Float32 logits computed at a time: they fit in a CPU's caches, and fill a GPU's matrix units.
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Rows of the output layer's weight converted to float32 at a time, on a CPU.
+_BLOCK_ROWS = 2048
+# Probabilities kept for backward. More saves up to a quarter of the head's time.
+_KEPT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
+
+Statistic = Literal["collisions", "entropy"]
+"""A value of the distribution at each target, beside the log-prob of the target (`token_logps`)."""
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    statistics: Sequence[Statistic] = (),
+) -> Tensor:
+    """Return the log-prob of each target under softmax(hidden @ weight.T + bias), computed in chunks.
+
+    Logits exist for one chunk of positions at a time. Backward keeps the probabilities of the last few chunks
+    and recomputes the others. Logits and softmax are float32.
+
+    Args:
+        hidden: [targets, hidden_size], the state that predicts each target.
+        weight: [vocab, hidden_size].
+        bias: [vocab] or None.
+        targets: int64 [targets].
+        statistics: also return these, without a graph. `collisions`: the log of the sum of p(v)^2 over the
+            vocabulary, the log-probability that two tokens drawn at that position are equal. `entropy`: the
+            negative sum of p(v) log p(v), in nats.
+
+    Returns:
+        float32 [targets]; with statistics float32 [1 + statistics, targets], log-probs first.
+    """
+    device = weight.device.type
+    kept_chunks = _KEPT_BYTES[device] // _CHUNK_BYTES[device] if torch.is_grad_enabled() else 0
+    values: Tensor = _ChunkedTokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, kept_chunks, tuple(statistics)
+    )
+    return values
+
+
+def _chunks(positions: int, weight: Tensor) -> list[slice]:
+    size = max(1, _CHUNK_BYTES[weight.device.type] // (4 * len(weight)))
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
+
+
+def _softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 probabilities [n, vocab] and the log-prob of each target [n].
+
+    The largest probability is at least 1 / vocab, so its logarithm gives the normalizer without a second
+    pass of exponentials.
+    """
+    logits = _logits(hidden, weight)
+    if bias is not None:
+        logits += bias
+    probabilities = torch.softmax(logits, dim=-1)
+    largest, index = logits.max(dim=-1, keepdim=True)
+    normalizers = largest - probabilities.gather(1, index).log()
+    return probabilities, (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
+
+
+def _statistic(probabilities: Tensor, statistic: Statistic) -> Tensor:
+    """Return a statistic of distributions [n, vocab], float32 [n]."""
+    values: Tensor
+    match statistic:
+        case "collisions":
+            values = torch.linalg.vector_norm(probabilities, dim=-1).log() * 2
+        case "entropy":
+            values = torch.special.entr(probabilities).sum(dim=-1)
+    return values
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden @ weight.T as float32 [n, vocab]: in bf16, logits are wrong by hundredths of a nat."""
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.T
+    if hidden.device.type == "cuda":
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    # PyTorch has no such product on CPUs. One block of the weight is converted at a time, to fit in caches.
+    logits = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+    wide = hidden.float()
+    for start in range(0, len(weight), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        torch.mm(wide, weight[block].float().T, out=logits[:, block])
+    return logits
+
+
+class _ChunkedTokenLogps(torch.autograd.Function):
+    """Chunked head. d logp / d logits = onehot(target) - softmax, so backward needs one chunk's softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        kept_chunks: int,
+        statistics: tuple[Statistic, ...],
+    ) -> Tensor:
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        others = torch.empty(len(statistics), len(targets), dtype=torch.float32, device=hidden.device)
+        chunks = _chunks(len(targets), weight)
+        ctx.kept = {}
+        for number, chunk in enumerate(chunks):
+            probabilities, logps[chunk] = _softmax(hidden[chunk], weight, bias, targets[chunk])
+            for row, statistic in enumerate(statistics):
+                others[row, chunk] = _statistic(probabilities, statistic)
+            if number >= len(chunks) - kept_chunks:
+                ctx.kept[chunk.start] = probabilities
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        return torch.cat((logps[None], others)) if statistics else logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logps = grad_values if grad_values.dim() == 1 else grad_values[0]
+        hidden, weight, bias, targets = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        for chunk in reversed(_chunks(len(targets), weight)):  # kept chunks first, to free them
+            probabilities = ctx.kept.pop(chunk.start, None)
+            if probabilities is None:
+                probabilities, _ = _softmax(hidden[chunk], weight, bias, targets[chunk])
+            upstream = grad_logps[chunk, None]
+            grad_logits = (
+                probabilities.mul_(-upstream).scatter_add_(1, targets[chunk, None], upstream).to(hidden.dtype)
+            )
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_outer(grad_weight, grad_logits, hidden[chunk])
+            if grad_bias is not None:
+                grad_bias.add_(grad_logits.float().sum(0))
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _add_outer(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Add grad_logits.T @ hidden to `total`, which is float32: in bf16 every chunk would round it again."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(grad_logits.T, hidden)
+    elif hidden.device.type == "cuda":
+        total.add_(torch.mm(grad_logits.T, hidden, out_dtype=torch.float32))
+    else:
+        total.addmm_(grad_logits.T.float(), hidden.float())
