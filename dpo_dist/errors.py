@@ -26,7 +26,7 @@ class ExitCode(IntEnum):
     """Stopped by SIGINT (Ctrl-C), as shells number it."""
 
 
-class Outcome(StrEnum):
+class RunOutcome(StrEnum):
     """State of a run, in run_state.json; `exit` in summary.json is one of the last three.
 
     `started`: it trains, or was killed. `exported`: all steps are done and the model is written, the report
@@ -41,7 +41,7 @@ class Outcome(StrEnum):
     diverged = "diverged"
 
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATH_ERRORS = (
     errno.EROFS,
     errno.EACCES,

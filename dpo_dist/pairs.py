@@ -4,6 +4,8 @@
 after the finished parts. docs/pairs.md has a command for each method.
 """
 
+import logging
+import os
 import signal
 import sys
 
@@ -31,9 +33,29 @@ def main(config: RunConfig) -> int:
                 from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
 
                 make_pairs(config, console)
-    except KeyboardInterrupt:
-        _say("interrupted: the same command continues after the finished parts")
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, SystemExit) as stop:
+        is_sigint = isinstance(stop, KeyboardInterrupt)
+        word = "interrupted" if is_sigint else "terminated"
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"{word}: the same command continues after the finished parts")
+        return ExitCode.interrupted if is_sigint else 128 + signal.SIGTERM
+    return ExitCode.completed
+
+
+def check(config: RunConfig) -> int:
+    """Check everything that needs no weights and no GPU; return the exit code.
+
+    Raises:
+        DpoDistError: the first check that fails.
+    """
+    check_pairs(config)
+    logging.disable(logging.WARNING)
+    try:
+        from dpo_dist.generation.preflight import rehearse_pairs  # noqa: PLC0415  (slow)
+
+        _say(rehearse_pairs(config).rstrip())
+    finally:
+        logging.disable(logging.NOTSET)
     return ExitCode.completed
 
 
@@ -43,4 +65,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, needs_model=False)
+    run_verb(main, check, needs_model=False)

@@ -88,8 +88,8 @@ def _configuration() -> str:
         "`--cfg job` the values\nof a run. Presets and experiments in [conf/](../conf) set keys too; "
         "the command line wins.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
-        "`precompute` accepts the\nkeys that only `train` uses, so that one command line fits both. "
-        "`doctor` and `pairs` use keys of `run`, `model` and `data`\ntoo, and accept those of training.\n",
+        "Every verb accepts the\nkeys of the others, so that one command line fits all. The trainings of "
+        "`pairs.rounds` use the keys of `train`.\n",
     ]
     # Entries of data.eval have the keys of those of data.train.
     keys = [key for key in all_keys().values() if not key.name.startswith("data.eval[]")]

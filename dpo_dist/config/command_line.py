@@ -25,6 +25,8 @@ from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
 
+EXIT_CODES = "DPO_DIST_EXIT_CODES"
+"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
 _RANK_0_SECONDS = 60
 _ABSENT = object()
 _OF_ONE_PROCESS = ("doctor",)
@@ -100,6 +102,9 @@ def run_verb(
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if EXIT_CODES in os.environ:
+        with contextlib.suppress(OSError), Path(os.environ[EXIT_CODES]).open("a") as codes:
+            codes.write(f"{int(exit_code)}\n")
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dpo_dist.config.fields import key
+from dpo_dist.config.fields import EVERY_VERB, key
 
 DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
@@ -32,7 +32,10 @@ class SourceConfig:
     data_dir: str | None = key(None, "Folder inside a hub dataset.")
     revision: str | None = key(None, "Branch, tag or commit of a hub dataset.")
     weight: float = key(
-        1.0, "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.", above=0
+        1.0,
+        "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.",
+        above=0,
+        verbs="train precompute",
     )
     limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)
     columns: Any = key(
@@ -60,7 +63,9 @@ class SourceConfig:
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
-    train: list[Any] = key([], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig)
+    train: list[Any] = key(
+        [], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig, verbs=EVERY_VERB
+    )
     eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
     eval_share: float = key(
         0.0,
@@ -73,11 +78,14 @@ class DataConfig:
     drop_eval_prompts: bool = key(
         False, "Keep records whose prompt is in `eval` out of the training data.", added=True
     )
-    max_length: int = key(1024, "Largest number of tokens of prompt and response together.", at_least=2)
+    max_length: int = key(
+        1024, "Largest number of tokens of prompt and response together.", at_least=2, verbs=EVERY_VERB
+    )
     max_prompt_length: int | None = key(
         None,
         "Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit.",
         at_least=1,
+        verbs=EVERY_VERB,
     )
     truncation: Truncation = key(
         Truncation.keep_start,
@@ -85,25 +93,34 @@ class DataConfig:
     )
     on_bad_record: OnBadRecord = key(OnBadRecord.drop, "`drop` (counted and shown) or `error`.")
     max_bad_share: float = key(
-        0.05, "If more than this share of the records is dropped, it is an error.", at_least=0, at_most=1
+        0.05,
+        "If more than this share of the records is dropped, it is an error.",
+        at_least=0,
+        at_most=1,
+        verbs=EVERY_VERB,
     )
-    text_as_messages: bool = key(False, "Render plain-text prompts by the chat template, as a user turn.")
+    text_as_messages: bool = key(
+        False, "Render plain-text prompts by the chat template, as a user turn.", verbs=EVERY_VERB
+    )
     template: TextTemplate = key(
         TextTemplate.auto,
         "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
         "text (`literal`), or as text with an error if most records have them (`auto`).",
+        verbs=EVERY_VERB,
     )
     chat_template: str | None = key(
         None,
         "Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own.",
         added=True,
         filled=True,
+        verbs=EVERY_VERB,
     )
     template_arguments: Any = key(
         None,
         "Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none.",
         added=True,
         accepts="a mapping",
+        verbs=EVERY_VERB,
     )
     trained_roles: list[str] = key(
         ["assistant"], "Roles whose turns in a response the loss counts.", added=True
@@ -115,7 +132,10 @@ class DataConfig:
         added=True,
     )
     template_date: str = key(
-        "2024-07-26", "Today's date for chat templates with a clock.", accepts="a date, YYYY-MM-DD"
+        "2024-07-26",
+        "Today's date for chat templates with a clock.",
+        accepts="a date, YYYY-MM-DD",
+        verbs=EVERY_VERB,
     )
     ranked: Ranked = key(
         Ranked.whole,

@@ -6,6 +6,8 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 _METADATA = "declared"
+EVERY_VERB = "train precompute doctor pairs"
+"""The programs with a configuration, for `verbs`."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,10 @@ class Declaration:
         defines_result: whether the key is part of the run's digest.
         added: the digest has the key only at another value than its default, so that runs from before the key
             existed keep their digest.
-        train_only: whether `precompute` does not use the key; None: as its section.
+        verbs: the verbs that use the key; None: those of its section.
         of: the dataclass of the mapping, or of each entry of the list, that the key takes.
         accepts: the accepted values in words, if a rule or a pattern narrows the type.
         pattern: regular expression that a text must match; `accepts` has it in words.
-        verb: the only verb that uses the keys of a section; None: as `train_only` says.
     """
 
     meaning: str
@@ -58,11 +59,10 @@ class Declaration:
     filled: bool = False
     defines_result: bool = True
     added: bool = False
-    train_only: bool | None = None
+    verbs: tuple[str, ...] | None = None
     of: type | None = None
     accepts: str = ""
     pattern: str = ""
-    verb: str | None = None
 
 
 def key(
@@ -71,16 +71,24 @@ def key(
     *,
     free: bool = False,
     added: bool = False,
-    train_only: bool | None = None,
+    verbs: str | None = None,
     of: type | None = None,
     filled: bool = False,
     accepts: str = "",
     pattern: str = "",
     **bounds: float,
 ) -> Any:
-    """Return a dataclass field with its `Declaration`; `free` keeps the key out of the run's digest."""
+    """Return a dataclass field with its `Declaration`.
+
+    Args:
+        default: of the key.
+        meaning: one line for the user.
+        free: keeps the key out of the run's digest.
+        verbs: the verbs that use the key, separated by spaces; None: those of its section.
+        added, of, filled, accepts, pattern, **bounds: see `Declaration` and `Bounds`.
+    """
     declared = Declaration(
-        meaning, Bounds(**bounds), filled, not free, added, train_only, of, accepts, pattern
+        meaning, Bounds(**bounds), filled, not free, added, _names(verbs), of, accepts, pattern
     )
     metadata = {_METADATA: declared}
     if isinstance(default, list):
@@ -88,10 +96,14 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-def section(kind: type, *, free: bool = False, train_only: bool = False, verb: str | None = None) -> Any:
+def section(kind: type, *, free: bool = False, verbs: str | None = None) -> Any:
     """Return a field for the keys of the dataclass `kind`, whose docstring is their meaning."""
-    declared = Declaration(kind.__doc__ or "", defines_result=not free, train_only=train_only, verb=verb)
+    declared = Declaration(kind.__doc__ or "", defines_result=not free, verbs=_names(verbs))
     return field(default_factory=kind, metadata={_METADATA: declared})
+
+
+def _names(verbs: str | None) -> tuple[str, ...] | None:
+    return None if verbs is None else tuple(verbs.split())
 
 
 def declaration(declared: Field[Any]) -> Declaration:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-from dpo_dist.config.fields import Bounds, Declaration, declaration
+from dpo_dist.config.fields import Bounds, declaration
 from dpo_dist.config.schema import RunConfig
 
 
@@ -61,13 +61,10 @@ class Key:
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
 
 
-_TRAINING_VERBS = ("train", "precompute")
-
-
 @cache
 def all_keys() -> dict[str, Key]:
     """Return every key of a run by name, in the order of the schema, without sections."""
-    return {row.name: row for row in _rows(RunConfig, "", True, _TRAINING_VERBS)}
+    return {row.name: row for row in _rows(RunConfig, "", True, ())}
 
 
 def section_meanings(kind: type = RunConfig, prefix: str = "") -> dict[str, str]:
@@ -86,7 +83,7 @@ def _rows(kind: type, prefix: str, defines: bool, verbs: tuple[str, ...]) -> Ite
     for field in fields(kind):
         name, hint, declared = prefix + field.name, hints[field.name], declaration(field)
         defining = defines and declared.defines_result
-        used_by = _verbs(declared, verbs)
+        used_by = verbs if declared.verbs is None else declared.verbs
         if is_dataclass(hint):
             assert isinstance(hint, type)
             yield from _rows(hint, f"{name}.", defining, used_by)
@@ -106,14 +103,6 @@ def _rows(kind: type, prefix: str, defines: bool, verbs: tuple[str, ...]) -> Ite
         if declared.of is not None:
             below = f"{name}[]." if get_origin(hint) is list else f"{name}."
             yield from _rows(declared.of, below, defining, used_by)
-
-
-def _verbs(declared: Declaration, of_section: tuple[str, ...]) -> tuple[str, ...]:
-    if declared.verb is not None:
-        return (declared.verb,)
-    if declared.train_only is None or of_section[0] not in _TRAINING_VERBS:
-        return of_section
-    return _TRAINING_VERBS[:1] if declared.train_only else _TRAINING_VERBS
 
 
 def key_types(kind: type) -> dict[str, Any]:

@@ -204,14 +204,15 @@ class SyncReferenceConfig:
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", train_only=False)
+    kind: LossKind = key(
+        LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", verbs="train precompute doctor"
+    )
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
         None,
         "Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3.",
         at_least=0,
         below=0.5,  # from a half on the loss would prefer the rejected response
-        train_only=True,
     )
     divergence: Divergence = key(Divergence.reverse_kl, "f-divergence that turns log-ratios into scores.")
     alpha_coefficient: float = key(0.5, "Order of `divergence=alpha`.", at_least=-10, at_most=10)
@@ -222,7 +223,6 @@ class LossConfig:
         "`discopop`: temperature of the blend of its two losses.",
         above=0,
         at_most=1,  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
-        train_only=True,
     )
     dpop_lambda: float = key(
         50.0, "`dpop`: weight of the penalty on a chosen response below the reference.", at_least=0
@@ -246,17 +246,15 @@ class LossConfig:
     weighting: Weighting = key(
         Weighting.none, "Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."
     )
-    reference_free: bool = key(False, "Take the reference's log-probs as 0.", train_only=False)
+    reference_free: bool = key(False, "Take the reference's log-probs as 0.", verbs="train precompute")
     terms: list[Any] = key(
         [],
         "Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`.",
         of=LossTermConfig,
-        train_only=False,
+        verbs="train precompute doctor",
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
-    function: str | None = key(
-        None, "`custom`: the loss function, as `module:function`.", added=True, train_only=True
-    )
+    function: str | None = key(None, "`custom`: the loss function, as `module:function`.", added=True)
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:

@@ -9,7 +9,6 @@ from dataclasses import fields
 from dpo_dist.config.check import Rule
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_data import DATA_RULES
-from dpo_dist.config.rules_doctor import DOCTOR_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.schema import (
     AdapterVariant,
@@ -240,5 +239,25 @@ _TRAINING = (
     _not_on_nvme("offload_optimizer"),
 )
 
-RULES = (*_RUN_AND_MODEL, *DATA_RULES, *_LOSS, *_TRAINING, *REFERENCE_RULES, *DOCTOR_RULES)
+
+def _is_numbers_by_name(thresholds: object) -> bool:
+    if not isinstance(thresholds, dict):
+        return thresholds is None
+    return all(
+        isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        for value in thresholds.values()
+    )
+
+
+_DOCTOR = (
+    Rule(
+        "doctor.thresholds",
+        lambda c: not _is_numbers_by_name(c.doctor.thresholds),
+        "doctor.thresholds is no mapping of rules to numbers",
+        "write 'doctor.thresholds={{duplicates: 0.05}}'; docs/doctor.md lists the rules",
+        "null or {{RULE: NUMBER, ...}}, numbers of 0 or more",
+    ),
+)
+
+RULES = (*_RUN_AND_MODEL, *DATA_RULES, *_LOSS, *_TRAINING, *REFERENCE_RULES, *_DOCTOR)
 """In the order in which they are checked."""

@@ -1,7 +1,7 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `doctor` and `pairs` are in modules of these names (`data_schema`, ...), those of `loss`
-in `loss_kinds`, rules between keys in `rules`, composition in `load`. A key declared `free` does not define
+The keys of `data` and `pairs` are in `data_schema` and `pairs_schema`, those of `loss` in `loss_kinds`, rules
+between keys in `rules`, composition in `load`. A key declared `free` does not define
 the run's result (hardware, placement, how often something is written): it is not part of the digest that
 names the run directory.
 """
@@ -13,8 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.config.doctor_schema import DoctorConfig
-from dpo_dist.config.fields import key, section
+from dpo_dist.config.fields import EVERY_VERB, key, section
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
 
@@ -29,6 +28,7 @@ Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
+FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
@@ -45,6 +45,7 @@ class FolderConfig:
         Resume.auto,
         "`auto`: resume if there is a checkpoint; `must`: error without one; "
         "`never`: error if the directory has results.",
+        verbs="train",
     )
 
 
@@ -73,22 +74,32 @@ class ModelConfig:
     revision: str | None = key(None, "Branch, tag or commit of a hub model.")
     dtype: Dtype = key(Dtype.bf16, "`bf16` (with float32 master weights) or `fp32`.")
     attention: AttentionBackend = key(
-        AttentionBackend.auto, "Attention kernel; `auto`: the fastest.", free=True
+        AttentionBackend.auto, "Attention kernel; `auto`: the fastest.", free=True, verbs="train precompute"
     )
     gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
         "none",
         "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
         free=True,
-        train_only=True,
+        verbs="train",
         accepts="none, full, or a whole number, >= 2",
     )
-    compile: bool = key(False, "torch.compile in decoder layers.", free=True)
-    liger: bool = key(False, "Liger's kernels in decoder layers (CUDA, the `liger` extra).", free=True)
+    compile: bool = key(False, "torch.compile in decoder layers.", free=True, verbs="train precompute")
+    liger: bool = key(
+        False,
+        "Liger's kernels in decoder layers (CUDA, the `liger` extra).",
+        free=True,
+        verbs="train precompute",
+    )
     adapter: Any = key(
-        None, "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.", of=AdapterConfig
+        None,
+        "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.",
+        of=AdapterConfig,
+        verbs="train precompute",
     )
     quantization: Quantization | None = key(
-        None, "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."
+        None,
+        "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra).",
+        verbs="train precompute pairs",
     )
     trust_remote_code: bool = key(False, "Run Python code from the model's repository.")
 
@@ -103,11 +114,18 @@ class ReferenceConfig:
         "off), `none`; `auto`: `none`, `adapter` or `cached`, by loss and model.",
     )
     path: str | None = key(
-        None, "Folder or hub name of the reference model; null: `model.path`.", filled=True
+        None,
+        "Folder or hub name of the reference model; null: `model.path`.",
+        filled=True,
+        verbs="train precompute doctor",
     )
-    revision: str | None = key(None, "Branch, tag or commit of `reference.path`.")
+    revision: str | None = key(
+        None, "Branch, tag or commit of `reference.path`.", verbs="train precompute doctor"
+    )
     quantization: Quantization | None = key(
-        None, "Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored."
+        None,
+        "Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored.",
+        verbs="train precompute doctor",
     )
     offload: Offload = key(
         Offload.none, "Memory of its weights: `none` (the device), `cpu` or `nvme`.", free=True
@@ -117,7 +135,11 @@ class ReferenceConfig:
     )
     nvme_path: str | None = key(None, "Folder on a local disk for `offload=nvme`.", free=True, filled=True)
     store: str = key(
-        "${run.root}/reference", "Folder of stored log-probs, shared by runs.", free=True, filled=True
+        "${run.root}/reference",
+        "Folder of stored log-probs, shared by runs.",
+        free=True,
+        filled=True,
+        verbs=EVERY_VERB,
     )
     micro_batch_tokens: int | None = key(
         None,
@@ -140,9 +162,11 @@ class ParallelismConfig:
     )
     offload_parameters: Offload = key(Offload.none, "Memory of the policy's weights: `none` or `cpu`.")
     offload_optimizer: Offload = key(
-        Offload.none, "Memory of optimizer states: `none` or `cpu`.", train_only=True
+        Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
-    timeout_seconds: int = key(600, "Longest wait for another process, in seconds.", at_least=1)
+    timeout_seconds: int = key(
+        600, "Longest wait for another process, in seconds.", at_least=1, verbs="train precompute pairs"
+    )
 
 
 @dataclass(frozen=True)
@@ -174,25 +198,25 @@ class TrainerConfig:
     epochs: float = key(1.0, "Passes over the training data.", above=0)
     max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
     eval_every: int = key(
-        0, "Steps between evaluations; 0: at the end only.", at_least=0, free=True, train_only=True
+        0, "Steps between evaluations; 0: at the end only.", at_least=0, free=True, verbs="train"
     )
-    eval_at_start: bool = key(False, "Evaluate before the first step too.", free=True, train_only=True)
+    eval_at_start: bool = key(False, "Evaluate before the first step too.", free=True, verbs="train")
     save_every: int = key(
-        100, "Steps between checkpoints; 0: at the end only.", at_least=0, free=True, train_only=True
+        100, "Steps between checkpoints; 0: at the end only.", at_least=0, free=True, verbs="train"
     )
     keep_last: int = key(
         2,
         "Checkpoints to keep; 0: one while the run trains, none once it is complete.",
         at_least=0,
         free=True,
-        train_only=True,
+        verbs="train",
     )
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
         at_least=0,
         free=True,
-        train_only=True,
+        verbs="train",
     )
     seed: int = key(0, "Seed of data order and of an adapter's start.", at_least=0)
     deterministic: bool = key(
@@ -203,10 +227,10 @@ class TrainerConfig:
         "Steps of this start after which the run saves and exits with code 75.",
         at_least=1,
         free=True,
-        train_only=True,
+        verbs="train",
     )
     max_seconds: float | None = key(
-        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, train_only=True
+        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, verbs="train"
     )
 
 
@@ -222,17 +246,36 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """The examination of the data by `python -m dpo_dist.doctor`."""
+
+    thresholds: Any = key(
+        None,
+        "Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules.",
+        accepts="null or a mapping of rules to numbers",
+    )
+    fail_on: FailOn = key(FailOn.warning, "Lowest level of a finding that makes the exit code 1.")
+    benchmarks: list[str] = key(
+        [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain."
+    )
+    shown_pairs: int = key(
+        4, "Pairs of each source to show decoded, besides examples of findings; 0: none.", at_least=0
+    )
+    texts: bool = key(True, "Whether the page has texts of records; they are hidden until clicked.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, resolved and frozen."""
 
-    run: FolderConfig = section(FolderConfig, free=True)
-    model: ModelConfig = section(ModelConfig)
-    data: DataConfig = section(DataConfig)
-    loss: LossConfig = section(LossConfig, train_only=True)
-    reference: ReferenceConfig = section(ReferenceConfig)
-    optim: OptimConfig = section(OptimConfig, train_only=True)
-    trainer: TrainerConfig = section(TrainerConfig)
-    parallelism: ParallelismConfig = section(ParallelismConfig, free=True)
-    tracking: TrackingConfig = section(TrackingConfig, free=True, train_only=True)
-    doctor: DoctorConfig = section(DoctorConfig, free=True, verb="doctor")
-    pairs: PairsConfig = section(PairsConfig, free=True, verb="pairs")
+    run: FolderConfig = section(FolderConfig, free=True, verbs=EVERY_VERB)
+    model: ModelConfig = section(ModelConfig, verbs=EVERY_VERB)
+    data: DataConfig = section(DataConfig, verbs="train precompute doctor")
+    loss: LossConfig = section(LossConfig, verbs="train")
+    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute")
+    optim: OptimConfig = section(OptimConfig, verbs="train")
+    trainer: TrainerConfig = section(TrainerConfig, verbs="train precompute")
+    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute")
+    tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
+    doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
+    pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")

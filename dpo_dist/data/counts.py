@@ -14,6 +14,7 @@ _COLUMNS = "name the columns of the source: columns: {prompt: COLUMN, chosen: CO
 UNPAIRED_REMEDY = (
     "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered"
 )
+EMPTY_REMEDY = "check the path, or remove the source"
 _MAX_SHOWN_ORIGINS = 5
 _CUT_PROMPTS = "set data.max_prompt_length or data.truncation=keep_end to cut the start of prompts"
 _OTHER_TEMPLATE = "set data.chat_template to a template that writes them, or remove them from the records"
@@ -30,9 +31,15 @@ _REMEDIES = {
     "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
     "unpaired": UNPAIRED_REMEDY,
     "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
+    "no_trained_token": "check data.trained_roles, data.untrained, and the weights of messages (loss_weight)",
     "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl, "
     "one with an array in .json",
 }
+
+
+def remedy_of(reason: str) -> str:
+    """Return advice about records that are dropped for this reason."""
+    return _REMEDIES.get(reason, "correct the records; docs/data.md explains the reason")
 
 
 @dataclass(frozen=True)
@@ -185,12 +192,12 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
             "the source has no records",
             where=path,
             got="an empty file, or only a header",
-            remedy="check the path, or remove the source",
+            remedy=EMPTY_REMEDY,
         )
     main_reason = max(counts.dropped, key=lambda reason: counts.dropped[reason])
     reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
     detail = counts.details.get(main_reason)
-    remedy = _REMEDIES.get(main_reason, "correct the records; docs/data.md explains the reason")
+    remedy = remedy_of(main_reason)
     if "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
     if counts.kept:

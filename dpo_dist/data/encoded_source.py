@@ -263,8 +263,7 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
     examples = [f"{files[file]}:{line} {reason}" for _, file, line, reason, _ in shown]
     details = {reason: detail for *_, reason, detail in reversed(shown) if detail}
     counts = DataCounts.of(Counter(dict(zip(outcomes, numbers, strict=True))), examples, details)
-    pairs = counts.pairs
-    pieces = int(arrays["pair_pieces"][pairs - 1]) if pairs else 0
+    pieces = int(arrays["pair_pieces"][pairs - 1]) if (pairs := counts.pairs) else 0
     responses = pieces - pairs
     return SourceView(
         counts,

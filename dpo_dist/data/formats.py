@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dpo_dist.config.data_schema import DataFormat, SourceConfig
+from dpo_dist.data.fields.comparisons import COMPARISONS, as_pair
 from dpo_dist.data.fields.context import CONVERSATIONS, has_prompt, with_context
 from dpo_dist.data.fields.conversations import (
     Reader,
@@ -34,6 +35,7 @@ from dpo_dist.data.fields.pair_fields import (
 )
 from dpo_dist.data.fields.rankings import has_ranking, ranked_content
 from dpo_dist.data.fields.record_checks import check_content
+from dpo_dist.data.fields.sharegpt import with_turns
 from dpo_dist.data.files.byte_stream import Meter
 from dpo_dist.data.records import (
     BadRecord,
@@ -123,6 +125,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Preference
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
     try:
+        record = as_pair(with_turns(record))
         format_ = _detected(record) if name is DataFormat.auto else FORMATS[name]
         return _unknown_format(record, origin) if format_ is None else _read(record, format_, origin)
     except UnusableRecordError as fault:
@@ -216,7 +219,9 @@ FORMATS: dict[DataFormat, Format] = {
     DataFormat.alpaca: Format(_alpaca, (("instruction", "input", "history", "system", *SIDES),)),
     DataFormat.sharegpt: Format(_sharegpt, (("conversations", "tools", *SIDES),)),
     # A pair in any of these.
-    DataFormat.auto: Format(pair_content, (*QUESTION_PAIRS,), matches=has_pair),
+    DataFormat.auto: Format(
+        pair_content, (*QUESTION_PAIRS, *(row.fields for row in COMPARISONS)), matches=has_pair
+    ),
     DataFormat.ranked: Format(
         ranked_content,
         (("prompt", "responses", "scores"), ("instruction", "input", "output", "history", "system")),

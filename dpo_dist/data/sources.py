@@ -22,7 +22,7 @@ from dpo_dist.data.files.folders import (
     saved_records,
     shards,
 )
-from dpo_dist.data.files.read_file import KINDS, check_kind, read_file, with_origins
+from dpo_dist.data.files.read_file import KINDS, check_kind, read_file, table_records
 from dpo_dist.data.records import BadRecord, RawRecord, shown_key
 from dpo_dist.digests import remembered_digest, text_digest
 from dpo_dist.errors import ConfigError, DataError
@@ -43,10 +43,10 @@ def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[Ra
 def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     files = local_files(source)
     if files is None:
-        return with_origins(hub.hub_records(source), source.path)
+        return table_records(hub.hub_records(source), source.path)
     local = Path(source.path).expanduser()
     if local.is_dir() and is_saved(local):
-        return with_origins(saved_records(local, source.split), source.path)
+        return table_records(saved_records(local, source.split), source.path)
     meter.total = sum(file.stat().st_size for file in files)
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path, meter)
@@ -73,16 +73,25 @@ def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
         for file in files or []:
             check_kind(file, source.path)
     if files:
-        _check_first_records(source, needs_pairs)
+        check_first_records(source, needs_pairs=needs_pairs)
 
 
-def _check_first_records(source: SourceConfig, needs_pairs: bool) -> None:
-    """Check that the first records have the source's columns, and are not responses with a label (KTO)."""
-    written = itertools.islice(_written(source, Meter()), source.limit)
-    checked = [record for record, _ in itertools.islice(written, _FIRST_RECORDS)]
-    check_first_columns([record for record in checked if not isinstance(record, BadRecord)], source)
-    first = itertools.islice(raw_records(source), _FIRST_RECORDS)
-    records = [record for record, _ in first if not isinstance(record, BadRecord)]
+def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> None:
+    """Check that the first records have the source's columns, and are not responses with a label (KTO).
+
+    Args:
+        source: `resolved`; a Hub dataset is downloaded.
+        needs_pairs: as in `check_source`.
+
+    Raises:
+        DataError: they have not, or the source cannot be read.
+    """
+    first = list(
+        itertools.islice(_written(source, Meter()), min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS))
+    )
+    check_first_columns([record for record, _ in first if not isinstance(record, BadRecord)], source)
+    renamed = itertools.islice(with_columns(iter(first), source), len(first))
+    records = [record for record, _ in renamed if not isinstance(record, BadRecord)]
     if needs_pairs and records and all(map(is_labelled, records)):
         raise DataError(
             "the source has single responses with a good/bad label, not pairs",

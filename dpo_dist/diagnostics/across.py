@@ -30,15 +30,20 @@ Columns: TypeAlias = Mapping[str, npt.NDArray[np.uint64]]
 
 
 class AllRecords:
-    """Keys, signatures and origins of the readable records of all sources, in order."""
+    """Keys, signatures and origins of the readable records of all sources, in order.
 
-    def __init__(self) -> None:
+    Args:
+        is_split: whether `data.eval_share` splits the sources, so that both parts share no prompt.
+    """
+
+    def __init__(self, is_split: bool = False) -> None:
         self.signatures = SignatureFile()
+        self._is_split = is_split
         self._files: dict[str, int] = {}
         self._labels: list[str] = []
-        self._is_eval: list[bool] = []
+        self._is_eval = False
         self._blocks: dict[str, list[npt.NDArray[np.uint64]]] = {
-            name: [] for name in ("source", "file", "line", "prompt", "record")
+            name: [] for name in ("source", "is_eval", "file", "line", "prompt", "numbers", "record")
         }
         self._preferences: list[npt.NDArray[np.uint64]] = []
         self._hits: list[tuple[int, int]] = []
@@ -46,7 +51,7 @@ class AllRecords:
     def start_source(self, label: str, is_eval: bool) -> None:
         """Say that the records added from now on are of this source."""
         self._labels.append(label)
-        self._is_eval.append(is_eval)
+        self._is_eval = is_eval
 
     def add(self, observed: Observed) -> None:
         """Add the next records of the source."""
@@ -58,9 +63,11 @@ class AllRecords:
         files = [self._files.setdefault(origin.source, len(self._files)) for origin in observed.origins]
         columns = {
             "source": [len(self._labels) - 1] * count,
+            "is_eval": observed.held_out if self._is_split else [self._is_eval] * count,
             "file": files,
             "line": [origin.line for origin in observed.origins],
             "prompt": observed.prompts,
+            "numbers": observed.numbers,
             "record": observed.records,
         }
         for name, values in columns.items():
@@ -78,11 +85,11 @@ class AllRecords:
         columns = {
             name: np.concatenate([np.empty(0, np.uint64), *blocks]) for name, blocks in self._blocks.items()
         }
-        comparison = _Comparison(columns, self._labels, self._is_eval, list(self._files), judge)
+        comparison = _Comparison(columns, self._labels, list(self._files), judge)
         signatures = self.signatures.read()
         preferences = np.concatenate([np.empty((0, 3), np.uint64), *self._preferences])
         comparison.compare_records(signatures, contradicted(preferences))
-        comparison.compare_with_evaluation(signatures)
+        comparison.compare_with_evaluation(signatures, self._is_split)
         comparison.compare_with_benchmark(self._hits, benchmark)
         return Across(**comparison.facts), comparison.findings
 
@@ -91,21 +98,18 @@ class _Comparison:
     """Findings that compare records, and the facts of `Across`.
 
     Args:
-        columns: uint64 [records] each: source, file, line, prompt key, record key.
+        columns: uint64 [records] each: see `AllRecords`.
         labels: of the sources.
-        is_eval: whether each source is an evaluation source.
         files: the path of each file.
         judge: applies rules.
     """
 
-    def __init__(
-        self, columns: Columns, labels: list[str], is_eval: list[bool], files: list[str], judge: Judge
-    ):
+    def __init__(self, columns: Columns, labels: list[str], files: list[str], judge: Judge):
         self.facts: dict[str, Any] = {}
         self.findings: list[Finding] = []
         self._columns, self._labels, self._files, self._judge = columns, labels, files, judge
         self._source = columns["source"].astype(np.int64)
-        self._is_eval = np.array(is_eval, dtype=np.bool_)[self._source]
+        self._is_eval = columns["is_eval"].astype(np.bool_)
 
     def compare_records(self, signatures: Signatures, contradictions: Indices) -> None:
         """Find equal, nearly equal and contradictory records, and repeated prompts."""
@@ -127,11 +131,14 @@ class _Comparison:
             "repeated_prompts": len(prompts.later),
         }
 
-    def compare_with_evaluation(self, signatures: Signatures) -> None:
-        """Find prompts of the training data in the evaluation data."""
+    def compare_with_evaluation(self, signatures: Signatures, is_split: bool) -> None:
+        """Find prompts of the training data in the evaluation data.
+
+        In two parts of a split equal prompts differ in case at least: they are nearly equal.
+        """
         prompts = self._columns["prompt"]
         is_leaked = self._is_eval & np.isin(prompts, prompts[~self._is_eval])
-        leaked = np.flatnonzero(is_leaked)
+        leaked = np.flatnonzero(is_leaked & (not is_split))
         trained = np.flatnonzero(~self._is_eval)
         order = trained[np.argsort(prompts[trained], kind="stable")]
         partners = order[np.searchsorted(prompts[order], prompts[leaked])]
@@ -143,7 +150,8 @@ class _Comparison:
             ("near_train_eval_leak", only_near[:, 0], only_near[:, 1]),
         ):
             examples = self._shown(np.stack([ones, others], axis=1)[:_SHOWN])
-            self.findings += self._judge.count(rule, len(ones), of, None, examples)
+            detail = self._other_numbers(ones, others)
+            self.findings += self._judge.count(rule, len(ones), of, None, examples, detail=detail)
         self.facts |= {"leaked_prompts": len(leaked), "near_leaked_prompts": len(only_near) + len(leaked)}
 
     def compare_with_benchmark(self, hits: list[tuple[int, int]], benchmark: Benchmark | None) -> None:
@@ -195,10 +203,17 @@ class _Comparison:
             ]
             shown = ", ".join(str(sizes[at] + 1) for at in order)
             of = len(self._source) if label is None else int((self._source == number).sum())
-            detail = f"groups: {len(firsts)}, the largest of {shown} records"
+            numbers = self._other_numbers(found, groups.first[found])
+            detail = f"groups: {len(firsts)}, the largest of {shown} records" + (numbers and f"; {numbers}")
             self.findings += self._judge.count(
                 "near_duplicates", len(found), of, label, self._shown(members), detail=detail
             )
+
+    def _other_numbers(self, records: Indices, partners: Indices) -> str:
+        """Return how many of the records have other numbers in the prompt than their partner."""
+        numbers = self._columns["numbers"]
+        count = int((numbers[records] != numbers[partners]).sum())
+        return f"{count} of them with other numbers in the prompt" if count else ""
 
     def _shown(self, groups: Iterable[Indices]) -> list[str]:
         return [", ".join(self._origin(record) for record in group) for group in groups]

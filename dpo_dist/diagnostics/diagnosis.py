@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.doctor_schema import FailOn
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
 from dpo_dist.diagnostics.examine import examine
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
 from dpo_dist.diagnostics.judge import most_serious_first

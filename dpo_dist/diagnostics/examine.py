@@ -65,7 +65,7 @@ def examine(
     observer = Observer(config, tokenizer, benchmark)
     reports: list[SourceReport] = []
     findings: list[Finding] = []
-    with closing(AllRecords()) as records:
+    with closing(AllRecords(is_split=config.eval_share > 0)) as records:
         for source, label, is_eval in _sources(config):
             tally = SourceTally(label, source.path, is_eval, seed)
             records.start_source(label, is_eval)

@@ -28,6 +28,10 @@ ALL = "all"
 LENGTH = "length"
 # Many features of many sources are tested: an interval of 3 standard errors instead of 2.
 _STANDARD_ERRORS = 3.0
+MIN_DIFFERS = 0.03
+"""A form of fewer pairs is not reported as one-sided."""
+SIDE = "the chosen side has"
+"""Start of the details of a test of one feature."""
 _MIN_WORD_PAIRS = 5
 _REGULARISATION = 0.3
 _SHOWN_WORDS = 3
@@ -54,6 +58,7 @@ def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
     Returns:
         The most accurate first; empty if the sample has fewer than 10 different prompts. With fewer than 50,
         features are tested one by one only. `length and GROUP` measures how much a group adds to the length.
+        Of the first and of the last words the most one-sided one has a test of its own.
     """
     folds, groups = _folds(sample.prompts)
     if groups < MIN_PAIRS:
@@ -64,7 +69,10 @@ def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
     for name, block in blocks.items():
         if block.shape[1] and name != LENGTH:
             if name not in NAMES:  # else the group is one feature, which has been tested
-                detail = _telling_words(sample.words, name.split()[0]) if name.endswith(" words") else ""
+                detail = ""
+                if name.endswith(" words"):
+                    detail = _telling_words(sample.words, name.split()[0])
+                    tests += _one_sided_word(sample, name.split()[0])
                 tests.append(_classified(block, folds, groups, name, detail))
             both = sparse.hstack([blocks[LENGTH], block])
             tests.append(_classified(both, folds, groups, f"length and {name}"))
@@ -96,7 +104,7 @@ def single_test(difference: npt.NDArray[np.floating[Any]], prompts: Keys, name: 
     signs = np.sign(difference)
     by_fold = np.bincount(folds, weights=signs, minlength=FOLDS)
     direction = np.sign(signs.sum() - by_fold)[folds]
-    detail = "the chosen side has more" if signs.sum() > 0 else "the chosen side has less"
+    detail = f"{SIDE} {'more' if signs.sum() > 0 else 'less'}"
     return _test(signs * direction, groups, name, detail, float((signs != 0).mean()))
 
 
@@ -173,21 +181,45 @@ def _bag(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) ->
 
 def _telling_words(words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str) -> str:
     """Return the words that most often distinguish the sides, quoted, with their counts on either side."""
-    sides = tuple(
-        Counter(
-            word for pair in words for word in {*pair[side]} - {*pair[1 - side]} if word.startswith(position)
-        )
-        for side in (0, 1)
-    )
-    chosen, rejected = sides
+    chosen, rejected = _one_sided_counts(words, position)
 
     def strength(word: str) -> float:
         return abs(chosen[word] - rejected[word]) / math.sqrt(chosen[word] + rejected[word])
 
     # Equal strengths in alphabetical order, so that the report is reproducible.
     telling = sorted(chosen.keys() | rejected.keys(), key=lambda word: (-strength(word), word))[:_SHOWN_WORDS]
-    return ", ".join(
-        f"{place} word {word!a} (chosen {chosen[key]}, rejected {rejected[key]})"
-        for key in telling
-        for place, _, word in [key.partition("=")]
+    return ", ".join(f"{_shown(key)} (chosen {chosen[key]}, rejected {rejected[key]})" for key in telling)
+
+
+def _one_sided_word(sample: SideSample, position: str) -> list[LeakTest]:
+    """Return the test of the word that is most surely on one side only; none if all words are rare."""
+    chosen, rejected = _one_sided_counts(sample.words, position)
+    bounds = {
+        word: interval(max(chosen[word], rejected[word]), count)[0]
+        for word, count in (chosen + rejected).items()
+        if count >= MIN_DIFFERS * len(sample.words)
+    }
+    if not bounds:
+        return []
+    word = max(sorted(bounds), key=lambda each: bounds[each])
+    difference = np.array([(word in better) - float(word in worse) for better, worse in sample.words])
+    return [single_test(difference, sample.prompts, _shown(word))]
+
+
+def _one_sided_counts(
+    words: list[tuple[tuple[str, ...], tuple[str, ...]]], position: str
+) -> tuple[Counter[str], Counter[str]]:
+    """Return the number of pairs in which only the chosen, and only the rejected side has each word."""
+    chosen, rejected = (
+        Counter(
+            word for pair in words for word in {*pair[side]} - {*pair[1 - side]} if word.startswith(position)
+        )
+        for side in (0, 1)
     )
+    return chosen, rejected
+
+
+def _shown(key: str) -> str:
+    """Return a word of `features.edge_words` for people, quoted."""
+    place, _, word = key.partition("=")
+    return f"{place} word {word!a}"

@@ -72,7 +72,11 @@ def prepare(
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, is_eval: bool) -> list[PreparedSource]:
-        encoded, refusal = _encoded(sources, config.data, tokenizer, digest, progress, part)
+        # A split source is encoded twice.
+        side = f" ({'eval' if is_eval else 'train'} part)" if config.data.eval_share else ""
+        encoded, refusal = _encoded(
+            sources, config.data, tokenizer, digest, lambda source: progress(source + side), part
+        )
         refusals.extend([refusal] if refusal else _refusals(encoded, config, tokenizer, vocab_size))
         return [PreparedSource(each.path, is_eval, _usable(each, config.data)) for each in encoded]
 
@@ -92,12 +96,12 @@ def _encoded(
 ) -> tuple[tuple[EncodedSource, ...], DataError | None]:
     """Encode sources; with `data.on_bad_record=error` also those with bad records, and return the error."""
     try:
-        return prepare_dataset(sources, config, tokenizer, digest, progress, part), None
+        return prepare_dataset(sources, config, tokenizer, digest, progress, part, needs_pairs=False), None
     except DataError as refusal:
         if config.on_bad_record is not OnBadRecord.error:
             raise
         config = replace(config, on_bad_record=OnBadRecord.drop)
-        return prepare_dataset(sources, config, tokenizer, digest, progress, part), refusal
+        return prepare_dataset(sources, config, tokenizer, digest, progress, part, needs_pairs=False), refusal
 
 
 def _refusals(

@@ -6,7 +6,7 @@ _ERROR, _WARNING, _NOTE = Level.error, Level.warning, Level.note
 _VALUE = Measure.value
 
 READING = {
-    "no_records": Rule(_ERROR, 0, "no record can be used", "correct the source or its `format`", _VALUE),
+    "no_records": Rule(_ERROR, 0, "no record can be used", "correct the source", _VALUE),
     "too_many_dropped": Rule(
         _ERROR,
         0,

@@ -1,10 +1,12 @@
 """Findings about one source."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
+from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
 from dpo_dist.diagnostics.findings import Finding, LeakTest, SourceReport
 from dpo_dist.diagnostics.judge import Judge
-from dpo_dist.diagnostics.label_leaks import ALL, LENGTH, interval
+from dpo_dist.diagnostics.label_leaks import ALL, LENGTH, MIN_DIFFERS, SIDE, interval
 from dpo_dist.diagnostics.measures.features import GROUPS
 from dpo_dist.diagnostics.rules import LEAKS, RULES, SCORES
 from dpo_dist.diagnostics.tally import SourceTally
@@ -13,9 +15,12 @@ from dpo_dist.diagnostics.tally import SourceTally
 _ADDS = 0.03
 _MIN_LANGUAGES = 20
 _STYLE = {"punctuation", "markdown", "language", "refusal"}
-_FORMS = ("white space", "model names", "odd characters")
+# Features that are preferred on purpose, and need no hint if they are one-sided.
+_INTENDED = {"characters", "refusal", "language of the prompt"}
 _GROUPS = (*(name for name in GROUPS if name != LENGTH), "first words", "last words")
-_MIN_DIFFERS, _MIN_ONE_SIDED = 0.03, 0.75
+# Dozens of features and hundreds of words are compared; 17 pairs are enough if all are on one side.
+_STANDARD_ERRORS_OF_FORMS = 4.0
+_SHOWN_FORMS = 3
 _MEMBERS = GROUPS | {"language": (*GROUPS["language"], "language of the prompt")}
 _LENGTH_FEATURE = GROUPS[LENGTH][0]
 _OF_PAIRS = {*LEAKS, *SCORES, "short_chosen", "short_rejected", "one_response_starts_the_other"}
@@ -99,18 +104,31 @@ def _joint_leak(
 
 
 def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
-    """Yield the features that few pairs have, and these almost always on the same side."""
-    for name in (member for group in _FORMS for member in GROUPS[group]):
-        test = by_name[name]
-        differing = round(test.differs * test.pairs)
-        if test.differs < _MIN_DIFFERS or test.accuracy > judge.threshold("label_leak"):
-            continue
-        share = 0.5 + (test.accuracy - 0.5) / test.differs
-        low, _high = interval(share * differing, differing)
-        if low > _MIN_ONE_SIDED:
-            side = test.detail.removeprefix("the chosen side ")
-            text = f"{name}, of {differing} pairs that differ in it the chosen side {side} in {share:.1%}"
-            yield from judge.value("one_sided_form", share, test.pairs, source, text)
+    """Yield the finding of features that few pairs have, and these almost always on the same side."""
+    limit = judge.threshold("label_leak")
+    forms = [
+        (differing, _one_sided_share(test, differing), test)
+        for name, test in by_name.items()
+        if test.detail.startswith(SIDE) and name not in _INTENDED and test.accuracy <= limit
+        if (differing := round(test.differs * test.pairs)) >= MIN_DIFFERS * test.pairs
+    ]
+    found = [form for form in forms if form[1] > judge.threshold("one_sided_form")]
+    if not found:
+        return
+    shown = [
+        f"{test.feature} ({test.detail} in {share:.1%} of the {differing} pairs that differ in it)"
+        for differing, share, test in sorted(found, key=lambda form: -form[0])[:_SHOWN_FORMS]
+    ]
+    more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    largest = max(share for _, share, _ in found)
+    yield from judge.value("one_sided_form", largest, found[0][2].pairs, source, "; ".join(shown) + more)
+
+
+def _one_sided_share(test: LeakTest, differing: int) -> float:
+    """Return the held-out share of a feature's pairs that have it on the same side; 0 if by chance."""
+    share = 0.5 + (test.accuracy - 0.5) * test.pairs / max(differing, 1)
+    low, _high = interval(share * differing, differing, _STANDARD_ERRORS_OF_FORMS)
+    return share if low > 0.5 else 0.0
 
 
 def _shown(test: LeakTest) -> str:
@@ -129,16 +147,19 @@ def _is_leak(test: LeakTest, judge: Judge, rule: str) -> bool:
 def _reading_findings(
     tally: SourceTally, report: SourceReport, judge: Judge, max_bad_share: float
 ) -> Iterator[Finding]:
-    dropped = sum(tally.dropped.counts.values())
+    reasons = tally.dropped.counts.most_common()
+    dropped = sum(count for _, count in reasons)
     if not report.kept:
-        yield from judge.value("no_records", 1, tally.read, tally.label, f"{tally.read} were read")
+        found = judge.value("no_records", 1, tally.read, tally.label, f"{tally.read} were read")
+        remedy = remedy_of(reasons[0][0]) if reasons else EMPTY_REMEDY
+        yield from (replace(finding, remedy=remedy) for finding in found)
     elif dropped > max_bad_share * tally.read:
         yield from judge.value(
             "too_many_dropped", dropped / tally.read, dropped, tally.label, f"{dropped} of {tally.read}"
         )
-    for reason, count in tally.dropped.counts.most_common():
+    for reason, count in reasons:
         detail = tally.details.get(reason, "")
-        yield from judge.count(
+        found = judge.count(
             "dropped",
             count,
             tally.read,
@@ -146,6 +167,7 @@ def _reading_findings(
             tally.dropped.examples[reason],
             detail=f"{reason} ({detail})" if detail else reason,
         )
+        yield from (replace(finding, remedy=remedy_of(reason)) for finding in found)
 
 
 def _score_findings(report: SourceReport, judge: Judge) -> Iterator[Finding]:

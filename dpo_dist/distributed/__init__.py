@@ -1,1 +1,8 @@
 """Many processes: world, ZeRO engines, checkpoints. The only room of Accelerate and DeepSpeed (law L6)."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # read when DeepSpeed is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -29,7 +29,8 @@ from dpo_dist.distributed.device_memory import (
     reference_remedy,
     return_memory,
 )
-from dpo_dist.distributed.world import World, restore_linear
+from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers

@@ -1,10 +1,33 @@
-"""The processes of a run from start to end, as a context."""
+"""Join the processes of a run at its start, and leave them at its end."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
-from dpo_dist.distributed.world import World, start_world, stop_world
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+from torch.distributed import distributed_c10d
+
+from dpo_dist.distributed.peers import Peer
+from dpo_dist.distributed.world import World
+from dpo_dist.errors import ConfigError
+
+_ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any free port, chosen when it is opened
+}
+"""Environment of a world of one process, which no launcher has set."""
 
 
 @contextlib.contextmanager
@@ -27,3 +50,69 @@ def joined(
             stop_world()
         raise
     stop_world()
+
+
+def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
+    """Join the processes that the launcher started; without a launcher, return a world of one process.
+
+    Args:
+        deepspeed_config: the policy's, from `policy_config`: loading weights depends on it.
+        timeout_seconds: timeout of a collective call.
+
+    Raises:
+        ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
+    """
+    if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate launch --cpu starts processes without DeepSpeed",
+            where="accelerate launch",
+            got="ACCELERATE_USE_CPU without ACCELERATE_USE_DEEPSPEED",
+            remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
+        )
+    if "RANK" not in os.environ:
+        os.environ.update(_ALONE)
+    # Accelerate prefers this variable to its argument; accumulation varies by step here.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    # DeepSpeed would compile its own all-reduce for CPUs at first use; gloo needs no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Also for the groups that DeepSpeed and torch create without a timeout.
+    timeout = timedelta(seconds=timeout_seconds)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    accelerator = Accelerator(
+        mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    peers: list[Any] = [None] * size
+    dist.all_gather_object(peers, Peer.here(rank), group=control)
+    return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def stop_world() -> None:
+    """Leave the process group and undo global changes: this process may start another run."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if os.environ.get("MASTER_PORT") == _ALONE["MASTER_PORT"]:
+        for name in _ALONE:
+            os.environ.pop(name, None)
+    restore_linear()
+
+
+def restore_linear() -> None:
+    """Undo DeepSpeed's replacement of `torch.nn.functional.linear`, made whenever it loads sharded weights.
+
+    The replacement adds biases after rounding the product: in bf16 it changes log-probs of unsharded models.
+    """
+    torch.nn.functional.linear = getattr(
+        InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear
+    )

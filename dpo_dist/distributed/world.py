@@ -1,29 +1,16 @@
-"""The processes of a run: join them, communicate, agree on errors, and end together."""
+"""The processes of a run: communicate, agree on errors, and end together."""
 
 import contextlib
-import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed.ops
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
-from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
 from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.peers import (
@@ -38,7 +25,7 @@ from dpo_dist.distributed.peers import (
     timeout_error,
 )
 from dpo_dist.distributed.signals import raise_terminated
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
+from dpo_dist.errors import DpoDistError, ExitCode, disk_error
 
 T = TypeVar("T")
 
@@ -235,76 +222,6 @@ class World:
         return timeout_error(failure, neighbours, record)
 
 
-def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
-    """Join the processes that the launcher started; without a launcher, return a world of one process.
-
-    Args:
-        deepspeed_config: the policy's, from `policy_config`: loading weights depends on it.
-        timeout_seconds: timeout of a collective call.
-
-    Raises:
-        ConfigError: `accelerate launch --cpu` started this process, without DeepSpeed.
-    """
-    if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "accelerate launch --cpu starts processes without DeepSpeed",
-            where="accelerate launch",
-            got="ACCELERATE_USE_CPU without ACCELERATE_USE_DEEPSPEED",
-            remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
-        )
-    if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
-        )
-    # Accelerate prefers this variable to its argument; accumulation varies by step here.
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    # DeepSpeed would compile its own all-reduce for CPUs at first use; gloo needs no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Also for the groups that DeepSpeed and torch create without a timeout.
-    timeout = timedelta(seconds=timeout_seconds)
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(distributed_c10d, name, timeout)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    accelerator = Accelerator(
-        mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
-    )
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    rank, size = accelerator.process_index, accelerator.num_processes
-    peers: list[Any] = [None] * size
-    dist.all_gather_object(peers, Peer.here(rank), group=control)
-    return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
-
-
-def stop_world() -> None:
-    """Leave the process group and undo global changes: this process may start another run."""
-    if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    AcceleratorState._reset_state(reset_partial_state=True)
-    restore_linear()
-
-
-def restore_linear() -> None:
-    """Undo DeepSpeed's replacement of `torch.nn.functional.linear`, made whenever it loads sharded weights.
-
-    The replacement adds biases after rounding the product: in bf16 it changes log-probs of unsharded models.
-    """
-    torch.nn.functional.linear = getattr(
-        InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear
-    )
-
-
 def _user_error(failure: BaseException) -> DpoDistError | None:
     """Return `failure` as an error that a user can fix; None for a bug."""
     if isinstance(failure, torch.OutOfMemoryError):
@@ -314,10 +231,3 @@ def _user_error(failure: BaseException) -> DpoDistError | None:
 
 def _one_line(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from dpo_dist.config.pairs_schema import Engine, PairsMethod
+from dpo_dist.config.pairs_schema import Engine, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.device_memory import explain_out_of_memory, return_memory
@@ -128,7 +128,7 @@ def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any])
         "engine": str(work.engine),
         "dtype": str(work.config.model.dtype),
         "quantization": _quantization(work),
-        "unfinished": str(pairs.unfinished),
+        **_usable(pairs),
         **chosen,
         "judge": judge,
     }
@@ -146,6 +146,13 @@ def _rendering(config: RunConfig) -> dict[str, Any]:
         "chat_template": data.chat_template,
         "template_arguments": data.template_arguments,
     }
+
+
+def _usable(pairs: PairsConfig) -> dict[str, Any]:
+    """Return the settings that decide which samples are used; earlier files lack a key that was added."""
+    differing = {"encoded_differently": str(pairs.encoded_differently)}
+    is_default = pairs.encoded_differently is PairsConfig.encoded_differently
+    return {"unfinished": str(pairs.unfinished)} | ({} if is_default else differing)
 
 
 def _quantization(work: _Work) -> str | None:
@@ -199,7 +206,7 @@ def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> P
     pairs = work.config.pairs
     settings = {
         "responses": [parts.folder.name for parts in responses],
-        "unfinished": str(pairs.unfinished),
+        **_usable(pairs),
         "judge": judge,
     }
     parts = Parts.of(RunFolder.of(work.config).pairs_parts, "scores", settings, work.prompts.parts)
@@ -208,7 +215,7 @@ def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> P
     def part(index: int) -> list[dict[str, Any]]:
         if not opened:
             opened.append(open_judge(work.config, work.world.device, work.world.size))
-        samples = [usable(own, pairs.unfinished)[0] for own in samples_of_part(responses, index)]
+        samples = [usable(own, pairs)[0] for own in samples_of_part(responses, index)[0]]
         return score(work.prompts.part(index), samples, opened[0])
 
     work.finish("scores", parts, part)

@@ -1,6 +1,7 @@
 """The prompts of `pairs`: read once, without repetitions, into a file in whose order all processes work."""
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,29 +35,36 @@ class PromptList:
         count: number of prompts.
         part_prompts: prompts of one part of the work.
         digest: of the file.
+        starts: byte offset of each part.
     """
 
     file: Path
     count: int
     part_prompts: int
     digest: str
+    starts: "array[int]"
 
     @property
     def parts(self) -> int:
         """The number of parts."""
-        return -(-self.count // self.part_prompts)
+        return len(self.starts)
 
     def part(self, index: int) -> list[PreferenceRecord]:
         """Return the prompts of a part."""
-        start = index * self.part_prompts
-        with self.file.open(encoding="utf-8") as lines:
-            return [_parsed(line) for line in islice(lines, start, start + self.part_prompts)]
+        with self.file.open("rb") as lines:
+            lines.seek(self.starts[index])
+            return [_parsed(line) for line in islice(lines, self.part_prompts)]
 
 
 def open_prompts(file: Path, part_prompts: int) -> PromptList:
     """Return the prompts of a file that `write_prompts` wrote."""
+    count, start, starts = 0, 0, array("q")
     with file.open("rb") as lines:
-        return PromptList(file, sum(1 for _ in lines), part_prompts, content_digest([file]))
+        for line in lines:
+            if count % part_prompts == 0:
+                starts.append(start)
+            count, start = count + 1, start + len(line)
+    return PromptList(file, count, part_prompts, content_digest([file]), starts)
 
 
 def write_prompts(
@@ -105,10 +113,14 @@ def _records(
         if enough():
             return
         for record in good_records(read_prompts(pinned(source, None)), source, data, say, enough):
-            if data.text_as_messages and isinstance(record.prompt, str):
-                yield replace(record, prompt=(Message("user", record.prompt),))
-            else:
-                yield record
+            yield as_asked(record, data)
+
+
+def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
+    """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
+    if data.text_as_messages and isinstance(record.prompt, str):
+        return replace(record, prompt=(Message("user", record.prompt),))
+    return record
 
 
 def prompt_key(record: PreferenceRecord) -> str:
@@ -143,7 +155,7 @@ def _line(record: PreferenceRecord) -> str:
     return json.dumps(_content(record) | {"origin": origin}) + "\n"
 
 
-def _parsed(line: str) -> PreferenceRecord:
+def _parsed(line: bytes) -> PreferenceRecord:
     fields = json.loads(line)
     prompt: Prompt
     match fields["prompt"]:

@@ -1,14 +1,21 @@
 """Checks of `pairs` before torch is imported and processes join."""
 
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.pairs_schema import EndpointConfig, Engine, PairsConfig, PairsMethod
+from dpo_dist.config.pairs_schema import (
+    EndpointConfig,
+    Engine,
+    PairsConfig,
+    PairSelection,
+    PairsMethod,
+)
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
 from dpo_dist.config.user_function import user_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
@@ -20,7 +27,7 @@ _ADAPTER = "adapter_config.json"
 _OF_MODELS = frozenset(
     {
         *("models", "max_new_tokens", "temperature", "top_p", "top_k"),
-        *("unfinished", "engine", "batch_tokens", "part_prompts"),
+        *("unfinished", "encoded_differently", "engine", "batch_tokens", "part_prompts"),
     }
 )
 _OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})
@@ -45,6 +52,13 @@ def check_pairs(config: RunConfig) -> None:
     """
     _check_rounds(config.pairs)
     _check_keys(config)
+    if config.run.resume is not Resume.auto:
+        raise ConfigError(
+            "run.resume has no effect on pairs: finished parts are always used again",
+            where="run.resume",
+            got=str(config.run.resume),
+            remedy="remove it; set another run.dir to start anew",
+        )
     for source in config.data.train:
         check_source(source)
         if source.weight != SourceConfig.weight:
@@ -124,6 +138,23 @@ def _check_effects(pairs: PairsConfig) -> None:
                 got=f"{pairs.method}, {as_written(value)}",
                 remedy=f"remove {key}, or choose another pairs.method",
             )
+    for key, value, default, is_used, why in (
+        ("seed", pairs.seed, PairsConfig.seed, _is_random(pairs), "nothing is drawn at random"),
+        (
+            "batch_tokens",
+            pairs.batch_tokens,
+            PairsConfig.batch_tokens,
+            pairs.engine is not Engine.vllm or pairs.reward_model is not None,
+            "vLLM makes batches by itself",
+        ),
+    ):
+        if value != default and not is_used:
+            raise ConfigError(
+                f"pairs.{key} has no effect: {why}",
+                where=f"pairs.{key}",
+                got=str(value),
+                remedy=f"remove pairs.{key}",
+            )
     greedy = pairs.temperature == 0
     no_choice = [name for name in ("top_p", "top_k") if getattr(pairs, name) != getattr(PairsConfig, name)]
     if greedy and (no_choice or (pairs.method is PairsMethod.samples and pairs.samples > 1)):
@@ -134,6 +165,15 @@ def _check_effects(pairs: PairsConfig) -> None:
             got=f"0, {getattr(pairs, name)}",
             remedy="raise pairs.temperature, or set pairs.samples=1 and remove pairs.top_p and pairs.top_k",
         )
+
+
+def _is_random(pairs: PairsConfig) -> bool:
+    """Return whether samples, or the choice among them or among records, follow from the seed."""
+    if pairs.method is PairsMethod.people:
+        return True
+    draws_samples = pairs.method is not PairsMethod.scores and pairs.temperature > 0
+    draws_pairs = pairs.method is not PairsMethod.delta and pairs.select is PairSelection.best_random
+    return draws_samples or draws_pairs
 
 
 def _check_models(config: RunConfig) -> None:
@@ -173,6 +213,25 @@ def _check_models(config: RunConfig) -> None:
             local_model_folder(name, None, "pairs.models" if pairs.models else "model.path")
 
 
+def _check_reward_model(name: str) -> None:
+    """Check that the judge is no model that responds; it is loaded after the last response only."""
+    folder = local_model_folder(name, None, "pairs.reward_model")
+    if folder is None:
+        return
+    try:
+        architectures = json.loads((folder / "config.json").read_bytes())["architectures"]
+    except (ValueError, TypeError, LookupError):
+        return  # loading says so
+    if any(str(architecture).endswith("ForCausalLM") for architecture in architectures or []):
+        raise ConfigError(
+            "the model is no reward model",
+            where="pairs.reward_model",
+            got=f"{name}: {', '.join(map(str, architectures))}",
+            expected="a sequence classification model with one output",
+            remedy="name a reward model, or set pairs.function for another kind of score",
+        )
+
+
 def _check_judge(pairs: PairsConfig) -> None:
     judges = {
         "pairs.reward_model": pairs.reward_model,
@@ -191,7 +250,7 @@ def _check_judge(pairs: PairsConfig) -> None:
     if pairs.function is not None:
         user_function(pairs.function, "pairs.function")
     if pairs.reward_model is not None:
-        local_model_folder(pairs.reward_model, None, "pairs.reward_model")
+        _check_reward_model(pairs.reward_model)
     if pairs.endpoint.url is None and pairs.endpoint != EndpointConfig():
         raise ConfigError(
             "options of an endpoint have no effect without one",

@@ -112,9 +112,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.apo_zero:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7; 1 - s(x) = s(-x)
             return torch.sigmoid(-beta * ratios.chosen) + torch.sigmoid(beta * ratios.rejected)
         case LossKind.apo_down:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8
-            return torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(
-                beta * (ratios.rejected - ratios.chosen)
-            )
+            return torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(-beta * ratios.margin)
         case LossKind.discopop:  # Lu et al. 2024, arXiv 2406.08414, equation 5
             return _discopop(beta * _margin(ratios, config), config.discopop_tau)
         case LossKind.dpop:  # Pal et al. 2024, arXiv 2402.13228, trained with lambda 50
@@ -135,10 +133,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.aot_unpaired:  # Melnyk et al. 2024, arXiv 2406.05882, for unpaired data
             return _smoothed(beta * _sorted_difference(ratios.chosen, ratios.rejected), smoothing)
         case LossKind.beta_dpo:  # Wu et al. 2024, arXiv 2407.08639
-            margin = _margin(ratios, config)
-            return _smoothed(
-                facts.running.batch_beta(config, beta * margin.detach().mean()) * margin, smoothing
-            )
+            return _smoothed(_beta_dpo_logits(_margin(ratios, config), config, facts), smoothing)
         case LossKind.plackett_luce:  # Rafailov et al. 2023, arXiv 2305.18290, appendix A.3
             return _plackett_luce(ratios, beta)
         case LossKind.custom:
@@ -242,6 +237,10 @@ def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tens
             remedy="return the loss of each pair, without a mean or a sum over pairs",
         )
     return losses
+
+
+def _beta_dpo_logits(margin: Tensor, config: LossConfig, facts: BatchFacts) -> Tensor:
+    return facts.running.batch_beta(config, config.beta * margin.detach().mean()) * margin
 
 
 def _discopop(logits: Tensor, tau: float) -> Tensor:

@@ -33,12 +33,22 @@ def printable(text: str) -> str:
 
 
 def joined_origins(examples: Sequence[str], most: int) -> str:
-    """Return the first origins, with a file named once: "data.jsonl:3, :9; other.jsonl:1"."""
+    """Return the first origins, with a file named once: "data.jsonl:3, :9 (with :2); other.jsonl:1".
+
+    Args:
+        examples: origins of records; of a group of records joined by ", ".
+        most: number of examples.
+    """
     shown, file = "", ""
-    for example in ", ".join(examples[:most]).split(", "):
-        path, _, line = example.rpartition(":")
-        shown += f", :{line}" if path == file and path else f"{'; ' if shown else ''}{example}"
-        file = path
+    for example in examples[:most]:
+        names = []
+        for origin in example.split(", "):
+            path, _, line = origin.rpartition(":")
+            names.append(f":{line}" if path == file and path else origin)
+            file = path
+        first, *others = names
+        between = "" if not shown else ", " if first.startswith(":") else "; "
+        shown += between + first + (f" (with {', '.join(others)})" if others else "")
     return shown
 
 

@@ -17,7 +17,7 @@ from dpo_dist import atomic
 from dpo_dist.config.identity import title
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, WandbMode
-from dpo_dist.errors import ExitCode, Outcome
+from dpo_dist.errors import ExitCode, RunOutcome
 
 if TYPE_CHECKING:
     import wandb
@@ -226,7 +226,7 @@ def _run_id(folder: RunFolder) -> str:
 
 def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
     run.summary.update(dict(summary))
-    if outcome == Outcome.preempted:
+    if outcome == RunOutcome.preempted:
         run.mark_preempting()
     try:
         run.finish(exit_code=ExitCode[outcome])

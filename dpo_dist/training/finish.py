@@ -16,7 +16,7 @@ from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, Outcome
+from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, RunOutcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import final_and_best, plain
 from dpo_dist.report.recorder import Recorder
@@ -42,14 +42,14 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     """
     folder = RunFolder.of(loop.config)
     try:
-        outcome = Outcome.completed if loop.run(position) else Outcome.preempted
+        outcome = RunOutcome.completed if loop.run(position) else RunOutcome.preempted
     except DivergedError:
-        state = RunState(Outcome.diverged, position.step, identity)
+        state = RunState(RunOutcome.diverged, position.step, identity)
         _close(loop, state, _summary(loop, position, reference))
         raise
     state = RunState(outcome, position.step, identity)
     summary = _summary(loop, position, reference)
-    if outcome is Outcome.preempted:
+    if outcome is RunOutcome.preempted:
         _close(loop, state, summary)
         loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return ExitCode.preempted
@@ -58,7 +58,7 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     if template is not None:
         tokenizer = with_chosen_template(tokenizer, template)
     export_model(loop.policy, tokenizer, folder.model, loop.world, writing)
-    exported = replace(state, outcome=Outcome.exported, summary=plain(summary))
+    exported = replace(state, outcome=RunOutcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
     return ExitCode.completed
@@ -75,11 +75,11 @@ def finish(
     folder = RunFolder.of(config)
 
     def work() -> None:
-        if state.outcome is not Outcome.completed:
+        if state.outcome is not RunOutcome.completed:
             assert recorder is not None
             assert state.summary is not None
-            recorder.close({**state.summary, "exit": Outcome.completed.value})
-            write_state(folder, replace(state, outcome=Outcome.completed))
+            recorder.close({**state.summary, "exit": RunOutcome.completed.value})
+            write_state(folder, replace(state, outcome=RunOutcome.completed))
         if config.trainer.keep_last == 0:
             drop_checkpoints(folder.checkpoints)
 

@@ -23,7 +23,7 @@ from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ExitCode, Outcome
+from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
@@ -61,7 +61,7 @@ def train(config: RunConfig, console: Console) -> int:
         if start.checkpoint is not None:
             former = start.checkpoint
             world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
-        mark_started(folder, RunState(Outcome.started, start.step, identity), world)
+        mark_started(folder, RunState(RunOutcome.started, start.step, identity), world)
 
         reference, policy = _load_models(config, inputs, world, console)
         world.together(inputs.policy_files.check_unchanged)
@@ -116,7 +116,7 @@ def _complete(
     identity = identify(config, inputs)
     world.on_main(partial(check_identity, finished.identity, identity, folder.state, inputs.named))
     recorder = None
-    if finished.outcome is Outcome.exported:
+    if finished.outcome is RunOutcome.exported:
         environment = describe_run(config, folder, world)
         recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)

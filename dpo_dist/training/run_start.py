@@ -20,7 +20,7 @@ from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import CheckpointError, ConfigError, Outcome
+from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
@@ -125,7 +125,7 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
         world.on_main(partial(_check_folder_unused, folder))
         return Start()
     state, has_model = world.on_main(partial(_read_result, folder))
-    is_finished = state is not None and state.outcome in (Outcome.exported, Outcome.completed)
+    is_finished = state is not None and state.outcome in (RunOutcome.exported, RunOutcome.completed)
     if is_finished and has_model:
         return Start(finished=state)
     checkpoint = latest_checkpoint(folder.checkpoints, world)

@@ -13,7 +13,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.former_encodings import was_fingerprint_of
-from dpo_dist.errors import CheckpointError, Outcome
+from dpo_dist.errors import CheckpointError, RunOutcome
 from dpo_dist.training.data_setup import Inputs
 
 Identity = dict[str, str | None]
@@ -40,7 +40,7 @@ class RunState:
         summary: content of summary.json with `exported`, else None.
     """
 
-    outcome: Outcome
+    outcome: RunOutcome
     step: int
     identity: Identity
     summary: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ def read_state(folder: RunFolder) -> RunState | None:
     file = folder.state
     try:
         content = json.loads(file.read_bytes())
-        state = RunState(**{**content, "outcome": Outcome(content["outcome"])})
+        state = RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
         if not isinstance(state.step, int) or not isinstance(state.identity, dict):
             raise TypeError("step must be a number, and identity a mapping of names to digests")
         return state

@@ -16,7 +16,8 @@ from typing import Any
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.world import World, start_world
+from dpo_dist.distributed.joined import start_world
+from dpo_dist.distributed.world import World
 from tests.support.warm import context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]

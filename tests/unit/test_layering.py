@@ -1,4 +1,4 @@
-"""Imports go down only and without cycles; every third-party engine has one room (law L6)."""
+"""Imports go down only, without cycles; every third-party engine has one room (law L6); sizes have limits."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -29,6 +29,7 @@ ROOMS = {
 }
 VERB_ENGINES = ("hydra", "omegaconf")
 OUTSIDE = ("benchmarks", "examples", "scripts", "tests")
+FILE_LINES, FUNCTION_LINES = 300, 60
 
 
 def imported(source: str, module: Path) -> Iterator[str]:
@@ -175,3 +176,27 @@ def test_a_cycle_is_found(second: str, is_cycle: bool) -> None:
         "dpo_dist.data.third": "import dpo_dist.data.first",
     }
     assert bool(cycle(sources)) is is_cycle
+
+
+def too_long(source: str) -> list[str]:
+    """Return the functions above the limit, and "the file" if it is."""
+    functions = [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= FUNCTION_LINES
+    ]
+    return functions + ["the file"] * (len(source.splitlines()) > FILE_LINES)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_no_file_and_no_function_is_too_long(module: Path) -> None:
+    assert too_long((PACKAGE / module).read_text()) == []
+
+
+def test_lines_are_counted() -> None:
+    body = "    x = 1\n" * (FUNCTION_LINES - 1)
+    assert too_long(f"def f():\n{body}") == []
+    assert too_long(f"def f():\n{body}    y = 2\n") == ["f"]
+    assert too_long("x = 1\n" * (FILE_LINES + 1)) == ["the file"]

@@ -15,6 +15,7 @@ FIELDS = (
     *("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "system", "history"),
     *("messages", "conversations", "chosen_messages", "rejected_messages", "rejected_response"),
     *("instruction", "input", "question", "query", "output", "completion", "responses", "scores"),
+    *("response_0", "response_1", "better_response_id"),
     *("tools", "chat_template_kwargs", "documents", "images", "videos", "audios", "label", "record"),
 )
 _OPTIONAL = (
@@ -110,7 +111,9 @@ def _check_names(key: str, names: Any, path: str, known: tuple[str, ...]) -> Non
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     columns, tags = dict(source.columns or {}), dict(source.tags or {})
     paths = {field: column for field, column in columns.items() if column is not None}
-    hidden = {*columns, *paths.values(), *(path.split(".")[0] for path in paths.values())}
+    # `metadata` is no field of its own: a pair's scores in it stay.
+    outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
+    hidden = {*columns, *paths.values(), *outer}
     unseen, seen = set(paths.values()), dict[str, None]()
     has_turns, seen_any = not tags, False
     for record, origin in records:

@@ -11,8 +11,8 @@ from dpo_dist.data.fields.message_fields import (
     is_messages,
     role_of,
     spelled_messages,
-    without_nulls,
 )
+from dpo_dist.data.files.json_values import without_nulls
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Prompt, RawContent, UnusableRecordError
 
 # A question in one of these is a user's turn.
@@ -21,11 +21,22 @@ CONVERSATIONS = ("conversations", "messages")
 _SYSTEMS = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _ARGUMENTS = "chat_template_kwargs"
+_THINKING = "enable_thinking"
+_TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 _MAYBE_IN_PROMPT = ("instruction", *QUESTIONS)
+# Part of the question in some datasets; no format adds it to the prompt.
+_BACKGROUND = "context"
+_SIDES = ("chosen", "rejected")
 # A chat template renders these or a model sees them, and no format reads them.
-_UNREAD_FIELDS = ("documents", "images", "image", "videos", "video", "audio", "audios")
+_MEDIA = ("images", "image", "videos", "video", "audio", "audios")
+_UNREAD_FIELDS = ("documents", *_MEDIA, *(f"{side}_{name}" for side in _SIDES for name in _MEDIA))
+# Weights and margins of a record in the loss, and the value that has no effect.
+_UNREAD_NUMBERS = {"weight": 1.0, "sample_weight": 1.0, "loss_weight": 1.0, "margin": 0.0}
 _BESIDE = frozenset(
-    (*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, *_MAYBE_IN_PROMPT, *_UNREAD_FIELDS, *CONVERSATIONS)
+    (
+        *(*_SYSTEMS, "history", *_TOOLS, _ARGUMENTS, _THINKING, *_MAYBE_IN_PROMPT),
+        *(_BACKGROUND, *_UNREAD_FIELDS, *_UNREAD_NUMBERS, *CONVERSATIONS),
+    )
 )
 
 
@@ -96,7 +107,9 @@ def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: 
     if _BESIDE.isdisjoint(record) and not (isinstance(prompt, Dialogue) and "prompt" in record):
         return Context(prompt)
     unread = [name for name in _UNREAD_FIELDS if has_value(record.get(name))]
+    unread += [name for name, neutral in _UNREAD_NUMBERS.items() if not _is_number(record.get(name), neutral)]
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
+    given += [_THINKING] if record.get(_THINKING) not in (None, "") else []
     if plain or isinstance(prompt, Dialogue):
         unread += given
     elif set(_TOOLS) <= set(given):
@@ -105,12 +118,13 @@ def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: 
     if content.has_context and not isinstance(prompt, Dialogue):
         systems = [record[name] for name in _SYSTEMS if has_value(record.get(name))]
         unread += _SYSTEMS[1:] if systems[1:] and systems[0] != systems[1] else ()
-        unread += [name for name in QUESTIONS if name != "input" and _is_outside(record, name, prompt)]
+        outside = [name for name in QUESTIONS if name != "input"]
     else:
-        unread += [name for name in _MAYBE_IN_PROMPT if _is_outside(record, name, prompt)]
+        outside = [*_MAYBE_IN_PROMPT]
         # A dialogue is read from the responses alone.
         unread += ["prompt"] if isinstance(prompt, Dialogue) and _is_outside(record, "prompt", prompt) else []
         unread += _add_turns(turns, record, prompt, plain=plain)
+    unread += [name for name in (*outside, _BACKGROUND) if _is_outside(record, name, prompt)]
     unread += [name for name in CONVERSATIONS if _is_other_conversation(record, name, content, prompt)]
     if unread:
         raise UnusableRecordError("unread_content", f"fields: {', '.join(unread)}", tuple(unread))
@@ -118,7 +132,7 @@ def with_context(prompt: Prompt, record: Fields, content: RawContent, *, plain: 
         return Context(prompt)
     assert not isinstance(prompt, Dialogue)
     tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
-    return Context((*turns, *_as_messages(prompt)), tools, _arguments(record.get(_ARGUMENTS)))
+    return Context((*turns, *_as_messages(prompt)), tools, _arguments(record))
 
 
 def _add_turns(turns: list[Message], record: Fields, prompt: Prompt, *, plain: bool) -> list[str]:
@@ -163,11 +177,20 @@ def _tools(value: Any) -> tuple[Fields, ...]:
     )
 
 
-def _arguments(value: Any) -> Fields:
+def _arguments(record: Fields) -> Fields:
+    """Return the arguments of the chat template: those of `chat_template_kwargs`, and `enable_thinking`."""
+    value = record.get(_ARGUMENTS)
     found = from_json(without_nulls(value)) if has_value(value) else {}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
-    return found
+    if record.get(_THINKING) in (None, ""):
+        return found
+    is_thinking = _TRUTHS.get(str(record[_THINKING]).lower())
+    if is_thinking is None or found.get(_THINKING, is_thinking) != is_thinking:
+        raise UnusableRecordError(
+            "unread_content", f"{_THINKING} is neither true nor false, or has two values", (_THINKING,)
+        )
+    return {**found, _THINKING: is_thinking}
 
 
 def _as_messages(prompt: str | Messages) -> Messages:
@@ -204,6 +227,11 @@ def _exchanges(history: Any) -> list[Message] | None:
     return turns
 
 
+# What may be around a text inside a prompt: ends of lines, `Question:`, markers of a template.
+_BEFORE, _AFTER = ("\n", ":", "\uff1a", ">", "]"), ("\n", "\r", "<", "[")
+_NEAR = 32
+
+
 def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
     """Return whether a field has a value that the prompt does not contain."""
     value = spelled_messages(record.get(name), "user")
@@ -214,7 +242,32 @@ def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
     else:
         texts_of = [value]
     whole = [prompt.text] if isinstance(prompt, Dialogue) else [turn.content for turn in _as_messages(prompt)]
-    return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts_of)
+    return not all(
+        isinstance(one, str) and any(_is_part(one.strip(), text) for text in whole) for one in texts_of
+    )
+
+
+def _is_part(text: str, whole: str) -> bool:
+    """Return whether a text has lines of its own in another, perhaps after a label or between markers."""
+    if not text or text == whole.strip():
+        return True
+    start = whole.find(text)
+    while start >= 0:
+        end = start + len(text)
+        before = "\n" + whole[:_NEAR][:start] if start < _NEAR else whole[start - _NEAR : start]
+        after = whole[end : end + _NEAR] + ("" if end + _NEAR < len(whole) else "\n")
+        if before.rstrip(" ").endswith(_BEFORE) and after.lstrip(" ").startswith(_AFTER):
+            return True
+        start = whole.find(text, start + 1)
+    return False
+
+
+def _is_number(value: Any, neutral: float) -> bool:
+    """Return whether a field is empty or this number, perhaps as text."""
+    try:
+        return value in (None, "") or float(value) == neutral
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_other_conversation(record: Fields, name: str, content: RawContent, prompt: Prompt) -> bool:

@@ -24,7 +24,9 @@ _THOUGHTS = {
 # The fields of a message that a text may spell alone; a response may be an object with more.
 _BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
 _COPIED = ("tool_call_id", "name")
-_WEIGHTS = ("loss_weight", "loss", "weight")
+_WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
+# Weights of the parts of a turn, or of unclear sense.
+_UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 # Parsing takes a hundred times the memory of the text.
 _MAX_PRINTED_CHARACTERS = 2**20
@@ -136,13 +138,6 @@ def check_no_media(messages: Sequence[Fields]) -> None:
         raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", unread)
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value without the null fields of objects, with which tables fill what an object lacks."""
-    if isinstance(value, Mapping):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 def read_tool_calls(value: Any) -> list[Fields]:
     """Return tool calls as chat templates read them: a function's name, and its arguments as an object.
 
@@ -165,7 +160,7 @@ def _tool_call(call: Any) -> Fields:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UnusableRecordError("invalid_tool_call", "a tool call has no name of a function")
     arguments = function.get("arguments", function.get("parameters"))
-    arguments = from_json(without_nulls(arguments)) if has_value(arguments) else {}
+    arguments = from_json(arguments) if has_value(arguments) else {}
     if not isinstance(arguments, Mapping):
         raise UnusableRecordError("invalid_tool_call", "the arguments of a tool call are not a JSON object")
     kept = {"id": call["id"]} if has_value(call.get("id")) else {}
@@ -215,11 +210,14 @@ def _not_text() -> UnusableRecordError:
 
 def _is_trained(fields: Fields) -> bool | None:
     """Return the weight of a message in the loss, 0 or 1, as a bool; None without one."""
-    for name in _WEIGHTS:
+    for name in _UNREAD_WEIGHTS:
         if fields.get(name) is not None:
-            if fields[name] not in (0, 1):
-                raise UnusableRecordError(
-                    "unread_content", f"{name} of a message is neither 0 nor 1", (name,)
-                )
-            return bool(fields[name])
-    return None
+            raise UnusableRecordError("unread_content", f"a message has {name}; write loss_weight", (name,))
+    given = {name: fields[name] for name in _WEIGHTS if fields.get(name) is not None}
+    for name, weight in given.items():
+        if weight not in (0, 1):
+            raise UnusableRecordError("unread_content", f"{name} of a message is neither 0 nor 1", (name,))
+    weights = set(map(bool, given.values()))
+    if len(weights) > 1:
+        raise UnusableRecordError("unread_content", f"different weights: {', '.join(given)}", tuple(given))
+    return weights.pop() if weights else None

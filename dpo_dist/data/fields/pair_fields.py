@@ -1,5 +1,6 @@
 """Fields of pairs and of single responses: their names in common datasets, and the scores of a pair."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,15 +32,23 @@ _ALL_SIDES = (SIDES, *MESSAGE_SIDES, *_RESPONSE_SIDES)
 _SHARED_NAMES = ("messages", "response")
 _PAIR_NAMES = frozenset(name for names in _ALL_SIDES for name in names if name not in _SHARED_NAMES)
 _COMPLETIONS = frozenset(("completion", "output", *CONVERSATIONS))
-_SCORES = ("score_chosen", "score_rejected")
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
 _LABELS = ("label", "kto_tag")
 _LABEL_VALUES = (0, 1, "0", "1", "true", "false", "True", "False")
 UNPAIRED = "one response with a good/bad label is neither a pair nor a completion"
 
 
 def has_pair(record: Fields) -> bool:
-    """Return whether a record has a side of a pair."""
-    return any(record[name] is not None for name in _PAIR_NAMES.intersection(record))
+    """Return whether a record has a side of a pair, or the field of a rejected side beside a chosen one."""
+    return any(
+        record[name] is not None or _chosen_beside(record, name) for name in _PAIR_NAMES.intersection(record)
+    )
 
 
 def has_completion(record: Fields) -> bool:
@@ -66,7 +75,7 @@ def is_labelled(record: Fields) -> bool:
 
 def has_only_sides(record: Fields) -> bool:
     """Return whether the sides of a pair are all that a record has, so that they contain its prompt."""
-    known = (*SIDES, *_SCORES, "metadata")
+    known = {*SIDES, *itertools.chain(*_SCORES), "metadata"}
     return all(name in known or value is None for name, value in record.items())
 
 
@@ -79,7 +88,7 @@ def pair_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
     try:
         scores = _pair_scores(record)
     except (TypeError, ValueError):
-        return BadRecord("invalid_scores", origin, "score_chosen and score_rejected must be two numbers")
+        return BadRecord("invalid_scores", origin, "the scores of a pair must be two finite numbers")
     if chosen == "messages" and not is_conversation(record[rejected]):
         # The other response to the same question as the last message.
         turns = from_json(record[chosen])
@@ -133,21 +142,27 @@ def _side_names(record: Fields) -> tuple[str, str]:
         )
     if complete:
         return complete[0]
-    partial = (names for names in _ALL_SIDES if any(record.get(name) is not None for name in names))
-    return next(partial, SIDES)
+    partial = [names for names in _ALL_SIDES if any(record.get(name) is not None for name in names)]
+    named = [names for names in partial if record.keys() >= set(names)]
+    return (named or partial or [SIDES])[0]
+
+
+def _chosen_beside(record: Fields, rejected: str) -> bool:
+    return any(names[1] == rejected and record.get(names[0]) is not None for names in _ALL_SIDES)
 
 
 def _repeats_a_side(record: Fields, turns: list[Any]) -> bool:
     """Return whether each conversation is a side of the record's pair, or is equal to one."""
     sides = [record[name] for name in _PAIR_NAMES if record.get(name) is not None]
-    is_side = record.get("rejected_messages") is not None or record.get("rejected_response") is not None
+    is_side = _side_names(record)[0] == "messages"
     return all((is_side and turn is record.get("messages")) or turn in sides for turn in turns)
 
 
 def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     metadata = from_json(record.get("metadata"))
-    for fields in (record, metadata if isinstance(metadata, Mapping) else {}):
-        scores = [None if fields.get(name) == "" else fields.get(name) for name in _SCORES]
+    inner = metadata if isinstance(metadata, Mapping) else {}
+    for fields, names in itertools.product((record, inner), _SCORES):
+        scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
         if any(score is not None for score in scores):
             return finite_scores(scores)
     return None

@@ -21,10 +21,10 @@ Ranks = tuple[int, ...]
 
 _LIST_FIELDS = ("responses", "completions", "output")
 _NAMES = frozenset(_LIST_FIELDS)
-_TEXTS = ("content", "text", "response")
-# An order that no format reads.
+_TEXTS = ("content", "text", "response", "answer")
+# An order beside the list that no format reads.
 _ORDERS = ("rank", "ranks", "reward", "rewards")
-_SCORES = ("score", "fine-grained_score", "overall_score", "rating")
+_SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
 
 
 def has_ranking(record: Fields) -> bool:
@@ -61,7 +61,7 @@ def ranked_content(record: Fields, origin: Origin) -> RawContent | BadRecord:
     if scores is not None and scores[0] == scores[-1]:
         return BadRecord("all_tied", origin, f"all scores are {scores[0]:g}")
     if scores is None:
-        _check_no_order([record, *objects])
+        _check_no_order(record)
     prompt, has_context = prompt_of(record, responses)
     by_rank = {f"rank {rank}": response for rank, response in enumerate(responses, start=1)}
     return RawContent(prompt, by_rank, scores, has_context)
@@ -84,9 +84,9 @@ def _sorted_responses(items: list[Any], scores: Any) -> tuple[list[Any], tuple[f
     return items, numbers
 
 
-def _check_no_order(objects: Iterable[Fields]) -> None:
+def _check_no_order(record: Fields) -> None:
     """Check that no rank or reward may contradict the order of a list. Raises UnusableRecordError."""
-    unread = tuple(name for name in _ORDERS if any(has_value(one.get(name)) for one in objects))
+    unread = tuple(name for name in _ORDERS if has_value(record.get(name)))
     if unread:
         raise UnusableRecordError(
             "unread_content",
@@ -104,6 +104,8 @@ def _scored_response(item: Fields) -> Any:
 def _own_score(response: Fields) -> Any:
     """Return the score inside a response: the mean rating of its aspects if it has them, else one number.
 
+    A rank without a score, 1 for the best, is a negative score.
+
     UltraFeedback's `overall_score` is wrong for hundreds of responses (a rating of 1 became 10); the ratings
     of the aspects are right (dataset card of argilla/ultrafeedback-binarized-preferences).
     """
@@ -111,7 +113,8 @@ def _own_score(response: Fields) -> Any:
     aspects = annotations.values() if isinstance(annotations, Mapping) else ()
     ratings = [aspect["Rating"] for aspect in aspects if isinstance(aspect, Mapping) and "Rating" in aspect]
     if not ratings:
-        return _first(response, _SCORES)
+        score, rank = _first(response, _SCORES), response.get("rank")
+        return -_number(rank) if score is None and rank is not None else score
     given = finite_scores(rating for rating in ratings if rating not in (None, "N/A"))
     return sum(given) / len(given) if given else math.nan
 

@@ -18,6 +18,39 @@ TAGS = {
 _ASKING = ("human", "user", "observation", "tool", "tool_response")
 _ANSWERING = ("gpt", "assistant", "chatgpt", "function_call", "tool_call")
 _RESULTS = ("observation", "tool", "tool_response")
+_EXCHANGES = ("conversation", "conversations")
+_EXCHANGE = ({"human", "user", "tool"}, {"assistant", "gpt", "bot"})
+
+
+def with_turns(record: Fields) -> Fields:
+    """Return a record whose `conversation` is a list of `{human, assistant}` with the turns in `messages`.
+
+    Any other record is unchanged.
+    """
+    name = next((name for name in _EXCHANGES if _is_exchanges(record.get(name))), None)
+    if name is None or record.get("messages") is not None:
+        return record
+    turns = [
+        {"role": role, "content": exchange[role]}
+        for exchange in record[name]
+        for side in _EXCHANGE
+        for role in side.intersection(exchange)
+        if exchange[role] is not None
+    ]
+    return {**{other: record[other] for other in record if other != name}, "messages": turns}
+
+
+def _is_exchanges(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_exchange, value))
+
+
+def _is_exchange(value: Any) -> bool:
+    """Return whether a value is an object of one question, or tool result, and one response."""
+    return (
+        isinstance(value, Mapping)
+        and value.keys() <= set.union(*_EXCHANGE)
+        and all(len(side.intersection(value)) == 1 for side in _EXCHANGE)
+    )
 
 
 def check_turns(messages: Sequence[Fields]) -> None:

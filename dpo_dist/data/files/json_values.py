@@ -1,12 +1,14 @@
-"""Parse the JSON of a record, and describe why it cannot be parsed."""
+"""Parse the JSON of a record, describe why it cannot be parsed; remove nulls that tables add."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from dpo_dist.data.records import shown_key
 
 # No record needs as many; Python's own recursion ends at about a thousand.
 _MAX_NESTING = 100
+_ARGUMENTS = ("arguments", "parameters")
 
 
 def parse_json(content: bytes) -> Any:
@@ -32,6 +34,23 @@ def fault_of(fault: ValueError) -> str:
         case UnicodeDecodeError():
             return f"not UTF-8 at byte {fault.start + 1}"
     return str(fault)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of objects, with which tables fill what an object lacks."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def with_given_arguments(value: Any) -> Any:
+    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
+    if isinstance(value, Mapping):
+        return {
+            name: without_nulls(item) if name in _ARGUMENTS else with_given_arguments(item)
+            for name, item in value.items()
+        }
+    return [with_given_arguments(item) for item in value] if isinstance(value, list) else value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

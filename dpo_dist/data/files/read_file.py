@@ -12,7 +12,7 @@ import pyarrow.parquet
 from dpo_dist.data.files.byte_stream import BLOCK_BYTES, COMPRESSIONS, Meter, open_bytes
 from dpo_dist.data.files.csv_records import check_columns, read_csv
 from dpo_dist.data.files.json_array import split_array
-from dpo_dist.data.files.json_values import fault_of, parse_json
+from dpo_dist.data.files.json_values import fault_of, parse_json, with_given_arguments
 from dpo_dist.data.records import BadRecord, Origin, RawRecord
 from dpo_dist.errors import DataError
 
@@ -66,7 +66,7 @@ def _records(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
             text = io.TextIOWrapper(open_bytes(file, meter), "utf-8-sig", "surrogateescape", newline="")
             records = read_csv(text, path, _MAX_RECORD_BYTES)
         case ".parquet":
-            records = with_origins(_parquet_values(file, meter), path)
+            records = table_records(_parquet_values(file, meter), path)
         case _:
             raise _unknown_kind(file, path)
     return _guarded(records, path)
@@ -115,6 +115,11 @@ def with_origins(values: Iterator[Any], path: str) -> Iterator[RawRecord]:
     """Yield each value as a record with its number as origin; any value but an object is a bad record."""
     for number, value in enumerate(values, start=1):
         yield _as_record(value, Origin(path, number))
+
+
+def table_records(values: Iterator[Any], path: str) -> Iterator[RawRecord]:
+    """Yield the rows of a table as `with_origins`, tool calls with the arguments that they were given."""
+    return with_origins(map(with_given_arguments, values), path)
 
 
 def _as_record(value: Any, origin: Origin) -> RawRecord:

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.errors import ConfigError
@@ -120,10 +120,27 @@ def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "
 
 @lru_cache(maxsize=8)
 def argument_names(template: str) -> frozenset[str]:
-    """Return the names of the arguments that a template may get besides messages and tools."""
+    """Return the names of the arguments that a template may get besides messages and tools.
+
+    Names that the template sets before it reads them are no arguments.
+    """
     source = _GENERATION.sub("", template)
     tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(source)  # noqa: S701
-    return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
+    first_uses: dict[str, str] = {}
+    for name in _names(tree):
+        first_uses.setdefault(name.name, name.ctx)
+    undeclared = find_undeclared_variables(tree) - _OWN_VARIABLES
+    return frozenset(name for name in undeclared if first_uses.get(name) != "store")
+
+
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    """Yield the names in a template in the order of evaluation."""
+    if isinstance(node, nodes.Name):
+        yield node
+    # The value of an assignment is read before its target is set.
+    parts = (node.node, node.target) if isinstance(node, nodes.Assign) else node.iter_child_nodes()
+    for part in parts:
+        yield from _names(part)
 
 
 def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from dpo_dist.data.counts import NO_CHANGES, Changes
 from dpo_dist.data.records import Fields, Message, Messages, UnusableRecordError
 from dpo_dist.data.tokenization.chat_renderer import ChatRenderer, Escapable, Turns
 from dpo_dist.data.tokenization.chat_template import (
+    THOUGHT_TAGS,
     before_open_thought,
     end_of_empty_thought,
     ends_opened_thought,
@@ -242,8 +243,17 @@ def _following(trace: Trace, start: int, spans: list[Span]) -> RenderedResponse:
 
 
 def _common_length(one: str, other: str) -> int:
+    """Return the length of the common start of two texts, which does not end inside the tag of a thought."""
     differing = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differing, min(len(one), len(other)))
+    length = next(differing, min(len(one), len(other)))
+    # A generation prompt may open a thought where a turn starts with another tag, such as <tool_call>.
+    last = max(one.rfind("<", 0, length), 0)
+    is_cut = any(
+        text.startswith(tag, last) and last + len(tag) > length
+        for text in (one, other)
+        for tag in THOUGHT_TAGS
+    )
+    return last if is_cut else length
 
 
 def _with_spelled_thought(message: Message) -> Message:

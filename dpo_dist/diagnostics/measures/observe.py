@@ -12,13 +12,14 @@ import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode_chunk import encode_chunk
+from dpo_dist.data.prompt_split import eval_part, prompt_hash
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 from dpo_dist.data.tokenization.chat_template import any_of
 from dpo_dist.diagnostics.measures.benchmarks import Benchmark
 from dpo_dist.diagnostics.measures.features import edge_words, side_features
 from dpo_dist.diagnostics.measures.texts import Texts, text_faults, texts_of
 from dpo_dist.diagnostics.measures.tokens import TokenFacts, token_facts
-from dpo_dist.diagnostics.measures.words import signature
+from dpo_dist.diagnostics.measures.words import numbers_of, signature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,6 +91,8 @@ class Observed:
         characters: int64 [readable, 3], of prompt, first and last response; -1 for a missing rejected one.
         prompts: uint64 [readable], key of the prompt.
         records: uint64 [readable], key of prompt and responses.
+        numbers: uint64 [readable], key of the numbers in the prompt.
+        held_out: [readable], whether `data.eval_share` draws the record for evaluation.
         preferences: uint64 [preferences, 3], index of the readable record, key of the preference, and key
             of the opposite preference.
         signatures: uint32 [readable, 2, 64], MinHash of the prompt and of all responses.
@@ -106,6 +109,8 @@ class Observed:
     characters: list[tuple[int, int, int]] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    held_out: list[bool] = field(default_factory=list)
     preferences: list[tuple[int, int, int]] = field(default_factory=list)
     signatures: list[npt.NDArray[np.uint32]] = field(default_factory=list)
     pairs: list[PairFacts] = field(default_factory=list)
@@ -130,6 +135,7 @@ class Observer:
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
         self._tokenizer = tokenizer
         self._benchmark = benchmark
+        self._held_out = eval_part(config) if config.eval_share else None
         special = tokenizer.all_special_tokens if tokenizer is not None else ()
         self._special = any_of(token for token in special if not token.isalnum() and not token.isspace())
 
@@ -171,6 +177,9 @@ class Observer:
         observed.origins.append(record.origin)
         observed.prompts.append(prompt_key)
         observed.records.append(text_key(texts.prompt_identity, *map(str.strip, responses)))
+        observed.numbers.append(text_key(*numbers_of(prompt)))
+        if self._held_out is not None:
+            observed.held_out.append(self._held_out.has(prompt_hash(record.prompt)))
         observed.preferences += _preferences(record, responses, prompt_key, index)
         observed.signatures.append(np.stack([signature(prompt), signature("\n".join(responses))]))
         rejected = len(responses[-1]) if len(responses) > 1 else -1

@@ -94,7 +94,7 @@ def token_facts(
             facts.pairs += outcome.pairs
             facts.changed.update(dict(outcome.changed))
             _add_cuts(facts, lengths, _side_lengths(kept))
-            _name(record, kept, outcome, tokenizer, names)
+            _name(record, whole, outcome, tokenizer, names)
             prompt, *responses = map(len, kept)
             facts.tokens += prompt * len(responses) + sum(responses)
             facts.unique_tokens += prompt + sum(responses)

@@ -14,6 +14,7 @@ SHINGLE_WORDS = 2
 # A letter of a script without spaces (kana, Chinese, Hangul excluded) is a word of its own.
 _WORD = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]|_")
 _WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]")
+_NUMBER = re.compile(r"\d+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HIGH = np.uint64(32)
 
@@ -26,20 +27,23 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def signature(text: str, *, ignore_numbers: bool = True) -> Signature:
+def numbers_of(text: str) -> list[str]:
+    """Return the whole numbers of a text; a decimal number is two of them."""
+    return _NUMBER.findall(text)
+
+
+def signature(text: str) -> Signature:
     """Return the MinHash signature of a text's shingles: two consecutive words (Broder 1997).
 
     Args:
-        text: its case and punctuation are ignored.
-        ignore_numbers: whether all numbers count as the same word.
+        text: its case and punctuation are ignored; all numbers count as the same word.
 
     Returns:
         uint32 [64]; the share of equal numbers of two signatures estimates the Jaccard similarity of the two
         sets of shingles, with a standard error of at most 0.06. All are the largest value for no words.
     """
-    words = _WORD_ONLY.findall(text.casefold()) or words_of(text)
-    if ignore_numbers:
-        words = ["0" if word.isdecimal() else word for word in words]
+    words = ["0" if word.isdecimal() else word for word in _WORD_ONLY.findall(text.casefold())]
+    words = words or words_of(text)
     hashes = ngrams(np.fromiter(map(_hash, words), np.uint64, len(words)), SHINGLE_WORDS)
     sketch = _empty_sketch().copy()
     sketch.update_batch(np.unique(hashes >> _HIGH).tolist())

@@ -6,9 +6,11 @@ is part of an error.
 
 import email.message
 import http.client
+import io
 import json
 import os
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -61,7 +63,7 @@ class Endpoint:
         per_minute = config.requests_per_minute
         self._spacing = 0.0 if per_minute is None else 60.0 * processes / per_minute
         self._next, self._lock = 0.0, threading.Lock()
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
 
     def ask(self, messages: list[dict[str, str]]) -> Reply:
         """Return the reply to a conversation, at temperature 0.
@@ -128,6 +130,59 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         """Refuse."""
+
+
+class _Until(io.RawIOBase):
+    """Reads from a socket until a deadline: a timeout of the socket alone starts again with every byte."""
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket):
+        self._raw, self._connection = raw, connection
+        self._deadline = time.monotonic() + (connection.gettimeout() or 0.0)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Read into `buffer`; return the number of bytes.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("timed out")
+        self._connection.settimeout(seconds)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Close the socket's stream."""
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **keys: Any):
+        super().__init__(sock, *args, **keys)
+        self.fp = io.BufferedReader(_Until(self.fp.detach(), sock))
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, req)
 
 
 def _checked_url(url: str) -> str:

@@ -80,16 +80,25 @@ class EndpointJudge:
             replies = list(pool.map(self._endpoint.ask, requests))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
-        # All requests of a short part may be refused for their texts: a harmless one decides.
-        [probe] = _grades(_HARMLESS, self._config.criterion)
-        if replies and all(reply.refusal for reply in replies) and self._endpoint.ask(probe).refusal:
+        if replies and all(reply.refusal for reply in replies):
+            self.check()  # all requests of a short part may be refused for their texts
+        return replies
+
+    def check(self) -> None:
+        """Send a harmless request.
+
+        Raises:
+            ConfigError: the endpoint does not reply, or refuses it.
+        """
+        [harmless] = _grades(_HARMLESS, self._config.criterion)
+        refusal = self._endpoint.ask(harmless).refusal
+        if refusal:
             raise ConfigError(
                 "the endpoint of the judge refuses every request",
                 where=URL_KEY,
-                got=f"{self._config.url}: {replies[0].refusal}, {len(replies)} times",
+                got=f"{self._config.url}: {refusal}, also for a harmless one",
                 remedy="check pairs.endpoint.model and pairs.endpoint.max_tokens",
             )
-        return replies
 
 
 def describe_endpoint(config: EndpointConfig) -> dict[str, Any]:

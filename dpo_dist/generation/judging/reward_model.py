@@ -1,6 +1,7 @@
 """A reward model as judge: a sequence classification model with one output, by its own chat template."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +24,8 @@ from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.judging.judge import Judgement, Question
-from dpo_dist.model.folder import model_folder
-from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer
+from dpo_dist.model.folder import description_folder, model_folder
+from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 from dpo_dist.reference.digest import digest_model
 
 KEY = "pairs.reward_model"
@@ -53,7 +54,11 @@ class RewardModel:
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """Return the model's scores; None for a conversation too long for it, or rejected by its template."""
+        """Return the model's scores; None for a conversation too long for it, or rejected by its template.
+
+        Raises:
+            ConfigError: a score is not finite.
+        """
         encoded = [
             self._encoded(question.record, response)
             for question in questions
@@ -65,6 +70,13 @@ class RewardModel:
         judgements = []
         for question in questions:
             own = [next(scores) for _ in question.responses]
+            if not all(score is None or math.isfinite(score) for score in own):
+                raise ConfigError(
+                    "the reward model computes a score that is not finite",
+                    where=f"{KEY} at the prompt of {question.record.origin}",
+                    got="NaN or infinity",
+                    remedy="check its weights, or set model.dtype=fp32; finished parts are kept",
+                )
             judgements.append(Judgement(own, Counter({"not_scored": own.count(None)})))
         return judgements
 
@@ -125,6 +137,20 @@ class RewardModel:
         return filler
 
 
+def check_reward_model(name: str, config: ModelConfig) -> str:
+    """Check a reward model without its weights; return its folder and architecture.
+
+    Raises:
+        ConfigError: it cannot be loaded, has several outputs, or has no tokenizer.
+    """
+    folder = description_folder(name, None, KEY)
+    model_config = load_config(folder, config)
+    if model_config.num_labels != 1:
+        raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
+    load_tokenizer(folder, config)
+    return f"{folder}, {model_config.model_type}"
+
+
 def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[str, Any]:
     """Return name, digest of the files and precision of a reward model, for provenance.
 
@@ -169,13 +195,16 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
         ) from error
     outputs, missing = model.config.num_labels, sorted(report["missing_keys"])
     if outputs != 1 or missing:
-        raise ConfigError(
-            "the model is no reward model",
-            where=KEY,
-            got=f"{folder} without {', '.join(missing[:3])}"
-            if missing
-            else f"{folder} with {outputs} outputs",
-            expected="a sequence classification model with one output",
-            remedy="name a reward model, or set pairs.function for another kind of score",
-        )
+        fault = f"without {', '.join(missing[:3])}" if missing else f"with {outputs} outputs"
+        raise _no_reward_model(f"{folder} {fault}")
     return model.to(device).eval()
+
+
+def _no_reward_model(got: str) -> ConfigError:
+    return ConfigError(
+        "the model is no reward model",
+        where=KEY,
+        got=got,
+        expected="a sequence classification model with one output",
+        remedy="name a reward model, or set pairs.function for another kind of score",
+    )

@@ -71,6 +71,18 @@ class Sample:
         return cls(ids[:end], end is not None)
 
 
+class NotFiniteError(Exception):
+    """The logits of a model for the next token are not finite.
+
+    Args:
+        request: whose response it is.
+    """
+
+    def __init__(self, request: Request):
+        super().__init__(f"the logits of sample {request.number} are not finite")
+        self.request = request
+
+
 def random_numbers(sampling: Sampling, request: Request) -> Tensor:
     """Return float64 [max_new_tokens] in [0, 1): from seed, prompt and number of the sample alone."""
     generator = np.random.Generator(np.random.PCG64(request.seed(sampling)))
@@ -105,6 +117,9 @@ def generate(
         sampling: settings.
         stop_ids: tokens that end a response, at least one.
         budget: most tokens of a batch.
+
+    Raises:
+        NotFiniteError: the model's logits are not finite.
     """
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
@@ -130,10 +145,7 @@ def _batch(
         length = len(request.prompt_ids)
         ids[row, longest - length :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
         mask[row, longest - length :] = 1
-    processors = LogitsProcessorList()
-    if sampling.temperature > 0:
-        numbers = torch.stack([random_numbers(sampling, request) for request in chosen])
-        processors.append(_Draw(numbers.to(causal_lm.device), longest, sampling))
+    next_token = _NextToken(chosen, longest, sampling, stop_ids, causal_lm.device)
     # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
     causal_lm.generation_config = GenerationConfig()
     output = causal_lm.generate(
@@ -145,32 +157,58 @@ def _batch(
             eos_token_id=sorted(stop_ids),
             pad_token_id=filler,
         ),
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([next_token]),
     )
     tokens: list[list[int]] = output[:, longest:].tolist()
     return tokens
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _NextToken(LogitsProcessor):  # type: ignore[misc]
     """Draws each row's next token with a number of its own, by the inverse of the cumulative distribution.
 
     Args:
-        numbers: float64 [rows, steps], in [0, 1).
+        requests: of the rows.
         prompt_length: of the padded prompts.
         sampling: settings.
+        stop_ids: tokens that end a response.
+        device: of the logits.
     """
 
-    def __init__(self, numbers: Tensor, prompt_length: int, sampling: Sampling):
-        self._numbers, self._prompt_length, self._sampling = numbers, prompt_length, sampling
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        prompt_length: int,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        device: torch.device,
+    ):
+        self._requests, self._prompt_length, self._sampling = requests, prompt_length, sampling
+        self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
+        self._numbers = torch.stack(numbers).to(device) if numbers else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return logits [rows, vocabulary] that are finite for the drawn token only."""
-        number = self._numbers[:, input_ids.shape[1] - self._prompt_length, None]
+        """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
+        generated = input_ids[:, self._prompt_length :]
+        scores = self._checked(scores, generated)
+        if self._numbers is None:
+            return scores
+        number = self._numbers[:, generated.shape[1], None]
         chances = truncated(scores, self._sampling).double().cumsum(-1)
         whole = chances[:, -1:]
         target = torch.minimum(number * whole, torch.nextafter(whole, torch.zeros_like(whole)))
         token = torch.searchsorted(chances, target, right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+    def _checked(self, scores: Tensor, generated: Tensor) -> Tensor:
+        """Return the logits, with zeros in rows that are not finite and whose response has already ended."""
+        broken = ~scores.amax(-1).isfinite()
+        if not broken.any():
+            return scores
+        has_ended = torch.isin(generated, self._stop_ids).any(-1)
+        for row in (broken & ~has_ended).nonzero().flatten().tolist():
+            raise NotFiniteError(self._requests[row])
+        return scores.masked_fill(broken[:, None], 0.0)
 
 
 def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -179,7 +217,8 @@ def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
     Top-p keeps the likeliest tokens until their sum reaches `top_p` (arXiv 1904.09751). The rest is 0; the
     remaining ones are not normalised again.
     """
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

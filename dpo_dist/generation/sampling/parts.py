@@ -3,7 +3,7 @@
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Parts:
 
     def finished(self) -> int:
         """Return the number of finished parts."""
-        return sum(self.file(index).is_file() for index in range(self.count))
+        return sum(1 for _ in self.folder.glob("*[0-9].jsonl"))
 
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
@@ -73,11 +73,6 @@ class Parts:
                 got=(str(fault).splitlines() or [""])[0],
                 remedy="delete this file and run the same command again",
             ) from fault
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of all parts in order."""
-        for index in range(self.count):
-            yield from self.read(index)
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

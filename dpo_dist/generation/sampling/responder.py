@@ -1,5 +1,6 @@
 """A model that responds to prompts: its files, tokenizer and weights, with an adapter or without."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from dpo_dist.data.build_dataset import tokenizer_digest
 from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
 from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.folder import CONFIG_FILE, has_tokenizer, model_folder, read_model_json
+from dpo_dist.model.folder import (
+    CONFIG_FILE,
+    description_folder,
+    has_tokenizer,
+    model_folder,
+    read_model_json,
+)
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 
@@ -59,15 +66,24 @@ def find_model(name: str, config: RunConfig) -> ModelSource:
     Raises:
         ConfigError: the model or the base of an adapter does not exist, or is incomplete.
     """
+    source = _located(name, config, model_folder)
+    store = Path(config.reference.store)
+    files = digest_model(source.folder, store, remote_code=config.model.trust_remote_code)
+    added = [] if source.adapter is None else sorted(source.adapter.glob("adapter_*"))
+    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    return replace(source, digest=text_digest(" ".join(parts)))
+
+
+def find_description(name: str, config: RunConfig) -> ModelSource:
+    """Return the same as `find_model`, without a digest, and without downloading weights from the hub."""
+    return _located(name, config, description_folder)
+
+
+def _located(name: str, config: RunConfig, find: Callable[[str, str | None, str], Path]) -> ModelSource:
     revision = config.model.revision if name == config.model.path else None
     adapter = _adapter_folder(name)
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
-    folder = model_folder(base, base_revision, "pairs.models")
-    files = digest_model(folder, Path(config.reference.store), remote_code=config.model.trust_remote_code)
-    added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
-    source = ModelSource(name, folder, adapter, revision, "")
-    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
-    return replace(source, digest=text_digest(" ".join(parts)))
+    return ModelSource(name, find(base, base_revision, "pairs.models"), adapter, revision, "")
 
 
 def _adapter_folder(name: str) -> Path | None:
@@ -148,13 +164,12 @@ def find_stop_ids(
     return found
 
 
-def load_responder(responder: Responder, config: ModelConfig, device: torch.device) -> Any:
-    """Return the weights of a responder as a transformers model, whole on `device` and in evaluation mode.
+def load_responder(source: ModelSource, config: ModelConfig, device: torch.device) -> Any:
+    """Return the weights of a model that responds, whole on `device` and in evaluation mode.
 
     Raises:
         ConfigError: they cannot be loaded.
     """
-    source = responder.source
     model_config = load_config(source.folder, config)
     causal_lm = load_weights(source.folder, model_config, config, device, key="pairs.models")
     if source.adapter is not None:

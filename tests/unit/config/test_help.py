@@ -1,7 +1,11 @@
 """`--help KEY` explains every key, section and group of presets."""
 
+from pathlib import Path
+
 import pytest
 
+import dpo_dist
+from dpo_dist.config.fields import EVERY_VERB
 from dpo_dist.config.help import explain
 from dpo_dist.config.keys import all_keys, section_meanings
 from dpo_dist.config.load import group_folders
@@ -42,6 +46,32 @@ def test_the_facts_of_some_keys() -> None:
     assert facts("tracking.wandb")["type"] == "one of auto, online, offline, off"
     assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")
     assert "model.adapter.r " in explain("model.adapter", group_folders())
+
+
+@pytest.mark.parametrize(
+    ("key", "verbs"),
+    [
+        ("model.path", "train, precompute, doctor, pairs"),
+        ("model.gradient_checkpointing", "train"),
+        ("data.train.columns", "train, precompute, doctor, pairs"),
+        ("data.train.weight", "train, precompute"),
+        ("data.eval.path", "train, precompute, doctor"),
+        ("optim.lr", "train"),
+        ("trainer.seed", "train, precompute"),
+        ("reference.store", "train, precompute, doctor, pairs"),
+        ("doctor.fail_on", "doctor"),
+        ("pairs.endpoint.url", "pairs"),
+    ],
+)
+def test_the_verbs_that_use_a_key(key: str, verbs: str) -> None:
+    assert facts(key)["verbs"] == verbs
+
+
+def test_the_verbs_are_the_programs_with_a_configuration() -> None:
+    modules = Path(dpo_dist.__file__).parent.glob("*.py")
+    programs = {module.stem for module in modules if "run_verb(main" in module.read_text()}
+    assert set(EVERY_VERB.split()) == programs
+    assert {verb for row in all_keys().values() for verb in row.verbs} == programs
 
 
 def test_every_kind_of_loss_has_a_line() -> None:

@@ -13,7 +13,7 @@ from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord
-from dpo_dist.data.tokenization.chat_template import with_chosen_template
+from dpo_dist.data.tokenization.chat_template import argument_names, with_chosen_template
 from dpo_dist.errors import ConfigError
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
@@ -193,6 +193,18 @@ def test_the_chosen_template_is_saved_with_the_model(tmp_path: Path) -> None:
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     assert loaded.chat_template == file.read_text()
     assert tokenizer.chat_template == tiny.CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{% if x %}{% set content = 1 %}{% endif %}{{ content }}", {"x"}),
+        ("{% if thinking is not defined %}{% set thinking = 1 %}{% endif %}{{ thinking }}", {"thinking"}),
+        ("{% set thinking = thinking or 1 %}{{ thinking }}", {"thinking"}),
+    ],
+)
+def test_variables_that_a_template_sets_first_are_no_arguments(template: str, names: set[str]) -> None:
+    assert argument_names(template) == names
 
 
 def test_an_argument_that_the_template_does_not_name_is_said(tmp_path: Path) -> None:

@@ -44,6 +44,12 @@ def unread(folder: Path, fields: Any, format_: DataFormat = DataFormat.auto) -> 
         ("images", ["a.png"]),
         ("image", {"bytes": "x"}),
         ("documents", [{"text": "x"}]),
+        ("rejected_images", ["b.png"]),
+        ("chosen_video", "c.mp4"),
+        ("margin", 0.5),
+        ("weight", "2"),
+        ("sample_weight", 0),
+        ("context", "Oslo is a town."),
     ],
 )
 @pytest.mark.parametrize("kind", EVERY)
@@ -123,6 +129,24 @@ def test_plain_text_refuses_a_system_text(tmp_path: Path) -> None:
 def test_fields_that_repeat_the_prompt_are_accepted(tmp_path: Path) -> None:
     for fields in (TEXT, CHAT, RANKED, WHOLE, HH):
         record = read_one(tmp_path, fields | {"input": "q", "instruction": " q "})
+        assert isinstance(record, PreferenceRecord)
+
+
+def test_a_word_of_the_prompt_does_not_repeat_it(tmp_path: Path) -> None:
+    prompt = "Translate: the art of war\n### Input:\nis it art?\n[/INST]"
+    for name in ("input", "instruction", "question", "context"):
+        for part in ("art", "is", "Translate", "the art of", "is it art? "):
+            repeated = part == "is it art? "
+            record = read_one(tmp_path, {"prompt": prompt, "chosen": "a", "rejected": "b", name: part})
+            assert isinstance(record, PreferenceRecord) == repeated, (name, part)
+    whole = TEXT | {"prompt": "the art of war"}
+    for part, repeated in (("the art of war", True), ("war", False), ("the", False)):
+        assert isinstance(read_one(tmp_path, whole | {"input": part}), PreferenceRecord) == repeated
+
+
+def test_a_weight_or_margin_without_effect_is_accepted(tmp_path: Path) -> None:
+    for kind in EVERY.values():
+        record = read_one(tmp_path, kind | {"weight": "1.0", "margin": 0, "sample_weight": None})
         assert isinstance(record, PreferenceRecord)
 
 

@@ -72,14 +72,16 @@ def test_plain_text_is_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["record", "metadata"])
-def test_scores_are_in_the_order_of_the_responses(tmp_path: Path, where: str) -> None:
-    scores = {"score_rejected": 2, "score_chosen": 4.5}
+@pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating"])
+def test_scores_are_in_the_order_of_the_responses(tmp_path: Path, name: str, where: str) -> None:
+    scores = {name.format("rejected"): 2, name.format("chosen"): 4.5}
     record = read_one(tmp_path, TEXT | (scores if where == "record" else {"metadata": scores}))
     assert isinstance(record, PreferenceRecord)
     assert record.scores == (4.5, 2.0)
 
 
 H = "\n\nHuman: q\n\nAssistant:"
+CONVERSATION = [user("q"), assistant("good")]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,9 @@ H = "\n\nHuman: q\n\nAssistant:"
         ),
         ({"prompt": "q", "chosen": "good"}, "missing_field"),
         (TEXT | {"rejected": None}, "missing_field"),
+        ({"messages": CONVERSATION, "rejected_response": None}, "missing_field"),
+        ({"messages": CONVERSATION, "rejected_messages": None}, "missing_field"),
+        ({"query": "q", "response": "a", "rejected_response": None}, "missing_field"),
         ({"chosen": H + " a", "rejected": "\n\nHuman: other\n\nAssistant: b"}, "history_differs"),
         ({"chosen": H + " a", "rejected": H + " a\n\nHuman: q"}, "not_one_answer"),
         ({"chosen": H + " a", "rejected": H + "  \n"}, "empty_response"),
@@ -226,9 +231,6 @@ def test_a_bad_completion_has_its_reason(tmp_path: Path, fields: Any, reason: st
     assert reason_against(tmp_path, fields, DataFormat.completion) == reason
 
 
-CONVERSATION = [user("q"), assistant("good")]
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -245,6 +247,17 @@ def test_a_record_of_two_formats_is_none_of_them(tmp_path: Path, fields: Any) ->
     record = read_one(tmp_path, fields)
     assert isinstance(record, BadRecord)
     assert record.reason == "ambiguous_format"
+
+
+def test_a_null_side_is_named_unless_the_format_is_a_completion(tmp_path: Path) -> None:
+    fields = {"messages": CONVERSATION, "rejected_response": None}
+    record = read_one(tmp_path, fields)
+    assert isinstance(record, BadRecord)
+    assert record.detail == "rejected_response"
+    assert read_good(tmp_path, fields, DataFormat.completion).responses == ("good",)
+    # A table fills the columns of its other records.
+    filled = {"messages": CONVERSATION, "chosen": None, "rejected": None, "completion": None}
+    assert read_good(tmp_path, filled).responses == ("good",)
 
 
 def test_the_configured_format_decides_between_two(tmp_path: Path) -> None:

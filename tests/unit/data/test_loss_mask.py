@@ -96,6 +96,22 @@ def test_an_empty_thought_of_the_template_does_not_count(untrained: list[str]) -
     assert counted("It rains.", "qwen3", untrained=[]) == "<think>\n\n</think>\n\nIt rains.<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("family", "data"),
+    [
+        ("qwen3", {"template_arguments": {"enable_thinking": False}}),
+        ("qwen3_6", {}),
+        ("deepseek_r1_distill", {}),
+    ],
+)
+@pytest.mark.parametrize("start", ["<table>", "</p>", "<"])
+def test_a_turn_may_start_like_the_tag_that_the_generation_prompt_writes(
+    start: str, family: str, data: dict[str, Any]
+) -> None:
+    first = replace(ANSWER, content=f"{start} It rains.")
+    assert counted((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")
+
+
 def test_the_mask_is_cut_with_its_response() -> None:
     what = PreferenceRecord(QUESTION, (TURNS, "No. " * 40), Origin("here", 1))
     tokenizer = tokenizer_of("qwen2_5")

@@ -30,6 +30,19 @@ def scored(text: str, score: str, **answers: Any) -> list[dict[str, Any]]:
         ({"responses": scored("text", "score", c=1, a=9, b=2)}, (9.0, 2.0, 1.0)),
         ({"completions": scored("response", "overall_score", b=1, c=0, a=4)}, (4.0, 1.0, 0.0)),
         ({"responses": scored("content", "rating", b="3", a="4", c="1")}, (4.0, 3.0, 1.0)),
+        ({"responses": scored("text", "reward", b=0.5, c=-1, a=2)}, (2.0, 0.5, -1.0)),
+        # A rank is 1 for the best.
+        ({"responses": scored("answer", "rank", c=7.0, a=1.0, b=3.0)}, (-1.0, -3.0, -7.0)),
+        (
+            {
+                "responses": [
+                    assistant("b") | {"rank": 2},
+                    assistant("a") | {"rank": 1},
+                    assistant("c") | {"rank": 3},
+                ]
+            },
+            (-1.0, -2.0, -3.0),
+        ),
         # Equal scores stay as the file has them.
         ({"responses": scored("text", "score", b=1, c=1, a=2)}, (2.0, 1.0, 1.0)),
     ],
@@ -117,7 +130,9 @@ def test_an_instruction_follows_its_history(tmp_path: Path) -> None:
         ({"responses": ["a", 2]}, "unknown_format"),
         ({"responses": ["a", "b"], "ranks": [2, 1]}, "unread_content"),
         ({"responses": ["a", "b"], "rewards": [1, 2]}, "unread_content"),
-        ({"responses": [assistant("a") | {"rank": 2}, assistant("b") | {"rank": 1}]}, "unread_content"),
+        ({"responses": [{"text": "a", "rank": 1}, {"text": "b", "rank": None}]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "rank": "first"}, {"text": "b", "rank": 2}]}, "invalid_scores"),
+        ({"responses": [{"text": "a", "rank": 1}, {"text": "b", "rank": 1}]}, "all_tied"),
         ({"responses": ["a", "b"], "completions": ["c", "d"]}, "ambiguous_format"),
         (
             {"responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}], "scores": [2, 1]},

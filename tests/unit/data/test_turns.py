@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dpo_dist.config.rules_data import OTHER_ROLE_NAMES
 from dpo_dist.data.fields import message_fields
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from tests.support.records import TEXT, assistant, read_good, read_one, reason_against, user
+from tests.support.records import TEXT, assistant, jsonl, read_good, read_one, reason_against, user
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 CALLS = [{"type": "function", "function": CALL}]
@@ -54,6 +57,19 @@ def test_arguments_of_the_template_are_read(tmp_path: Path, arguments: Any) -> N
     assert record.prompt == (QUESTION,)
 
 
+@pytest.mark.parametrize("given", [False, "false", "False", 0, "0"])
+def test_a_column_enable_thinking_is_an_argument_of_the_template(tmp_path: Path, given: Any) -> None:
+    same = {"chat_template_kwargs": {"enable_thinking": False, "depth": 2}}
+    record = read_good(tmp_path, TEXT | {"enable_thinking": given} | same)
+    assert record.template_arguments == {"enable_thinking": False, "depth": 2}
+    assert record.template_arguments["enable_thinking"] is False
+    assert read_good(tmp_path, TEXT | {"enable_thinking": None}).prompt == "q"
+    for other in ({"enable_thinking": True} | same, {"enable_thinking": "maybe"}):
+        bad = read_one(tmp_path, TEXT | other)
+        assert isinstance(bad, BadRecord)
+        assert bad.unread == ("enable_thinking",)
+
+
 @pytest.mark.parametrize(
     "calling",
     [
@@ -72,18 +88,22 @@ def test_tool_calls_have_one_form(tmp_path: Path, calling: dict[str, Any]) -> No
     assert record.responses == ((CALLING,), "no")
 
 
-def test_objects_of_tables_lose_the_nulls_that_fill_them(tmp_path: Path) -> None:
+def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) -> None:
     arguments = {"city": "Oslo", "date": None}
     as_object, as_text = (
         {"role": "assistant", "content": None, "tool_calls": [{"function": CALL | {"arguments": given}}]}
-        for given in (arguments, json.dumps(arguments))
+        for given in (arguments, json.dumps(arguments | {"city": "Rome"}))
     )
     tool = {"name": "weather", "parameters": {"type": "object", "required": None}}
     fields = {"prompt": [user("q")], "chosen": [as_object], "rejected": [as_text], "tools": [tool]}
-    record = read_good(tmp_path, fields)
-    chosen, rejected = (next(iter(one)).fields["tool_calls"][0]["function"] for one in record.responses)  # type: ignore[union-attr]
-    assert (chosen["arguments"], rejected["arguments"]) == ({"city": "Oslo"}, arguments)
-    assert record.tools == TOOLS
+    table = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([fields]), table)
+    for path, kept in (jsonl(tmp_path, fields), arguments), (str(table), {"city": "Oslo"}):
+        [record] = read_records(path)
+        assert isinstance(record, PreferenceRecord), record
+        chosen, rejected = (next(iter(one)).fields["tool_calls"][0]["function"] for one in record.responses)  # type: ignore[union-attr]
+        assert (chosen["arguments"], rejected["arguments"]) == (kept, arguments | {"city": "Rome"})
+        assert record.tools == TOOLS
 
 
 @pytest.mark.parametrize(
@@ -171,6 +191,27 @@ def test_weights_of_messages_say_which_turns_are_trained(tmp_path: Path) -> None
         Message("assistant", "good", is_trained=True),
     )
     assert record.responses == (turns, "bad")
+
+
+@pytest.mark.parametrize("name", ["loss_weight", "loss", "weight", "loss_scale", "train", "training"])
+def test_the_weight_of_a_message_has_several_names(tmp_path: Path, name: str) -> None:
+    turns = [user("q"), assistant("a") | {name: False}, user("more"), assistant("good") | {name: True}]
+    record = read_good(tmp_path, {"chosen": turns, "rejected": [user("q"), assistant("bad")]})
+    assert [turn.is_trained for turn in record.responses[0]] == [False, None, True]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"mask": True},
+        {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+        {"train": True, "weight": 0},
+    ],
+)
+def test_unclear_weights_of_a_message_are_refused(tmp_path: Path, weights: dict[str, Any]) -> None:
+    record = read_one(tmp_path, TEXT | {"prompt": [user("q")], "chosen": [assistant("a") | weights]})
+    assert isinstance(record, BadRecord)
+    assert (record.reason, record.unread) == ("unread_content", tuple(weights)[::-1][-2:])
 
 
 @pytest.mark.parametrize(

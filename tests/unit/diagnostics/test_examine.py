@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.data.prompt_split import eval_part, prompt_hash
 from dpo_dist.data.source_labels import source_labels
 from dpo_dist.diagnostics.examine import examine
 from dpo_dist.diagnostics.findings import Level
@@ -129,7 +130,7 @@ def test_prompts_that_differ_in_numbers_only_are_near_copies(tmp_path: Path) -> 
     ]
     [finding] = of_rule(examined(tmp_path, records), "near_duplicates")
     assert finding.count == 29
-    assert "the largest of 30 records" in finding.text
+    assert finding.text.endswith("the largest of 30 records; 29 of them with other numbers in the prompt")
 
 
 def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
@@ -144,6 +145,23 @@ def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> No
     assert exact.examples[0].endswith("train.jsonl:12")
     assert (similar.count, lines(similar)) == (1, [2])
     assert similar.examples[0].endswith(f"train.jsonl:{at + 1}")
+
+
+def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None:
+    pairs = [pair for pair in clean_pairs(60) if len(pair["prompt"].split()) > 20]
+    near = [pair | {"prompt": pair["prompt"] + " Please!"} for pair in clean_pairs(60, 1)]
+    same = [pair | {"prompt": pair["prompt"].upper()} for pair in near]
+    records = [*pairs, *near, *same]
+    report = examined(tmp_path, records, config={"eval_share": 0.3})
+    [finding] = of_rule(report, "near_train_eval_leak")
+    assert finding.level is Level.warning
+    # Equal but for case: a split by hash cannot keep them together.
+    drawn = [eval_part(DataConfig(eval_share=0.3)).has(prompt_hash(one["prompt"])) for one in records]
+    pairs_of_case = range(len(pairs), len(pairs) + len(near))
+    apart = sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case)
+    assert finding.count == apart > 10
+    assert f"of {sum(drawn)} records" in finding.text
+    assert not of_rule(report, "train_eval_leak")
 
 
 def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
@@ -195,6 +213,26 @@ def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
     assert of_rule(cut, "response_truncated")
     assert whole.prefix is not None
     assert 1.1 < whole.prefix.expected_gain < 2
+
+
+def test_a_response_that_is_cut_to_one_token_is_no_response_of_one_token(tmp_path: Path) -> None:
+    records = [{"prompt": "word " * 70, "chosen": "a longer text", "rejected": "another one"}] * 2
+    records[1] = {"prompt": "Say it.", "chosen": "a", "rejected": "a longer text"}
+    tokenizer = tiny.qwen()
+    prompt = len(tokenizer.encode(records[0]["prompt"]))
+    report = examined(tmp_path, records, tokenizer=tokenizer, config={"max_length": prompt + 1})
+    assert (report.sources[0].kept, report.sources[0].sides["chosen"].cut) == (2, 1)
+    [finding] = of_rule(report, "one_token_response")
+    assert (finding.count, lines(finding)) == (1, [2])
+
+
+def test_a_source_without_a_usable_record_says_what_to_do(tmp_path: Path) -> None:
+    report = examined(tmp_path, [{"messages": [user("a"), assistant("b")], "label": True}] * 2)
+    [finding] = of_rule(report, "no_records")
+    assert "pair good and bad responses" in finding.remedy
+    assert of_rule(report, "dropped")[0].remedy == finding.remedy
+    [finding] = of_rule(examined(tmp_path, []), "no_records")
+    assert finding.remedy.startswith("check the path")
 
 
 def test_special_tokens_of_the_tokenizer_are_found_in_texts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.diagnostics.findings import Level
 from dpo_dist.diagnostics.label_leaks import interval
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
@@ -79,6 +80,24 @@ def test_a_form_on_one_side_of_few_pairs_is_found(tmp_path: Path) -> None:
     [finding] = of_rule(report, "one_sided_form")
     assert "model name" in finding.text
     assert not of_rule(report, "label_leak")
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "shown"),
+    [
+        ("chosen", lambda text: "Certainly! " + text, "first 1 word 'Certainly' (the chosen side has more"),
+        ("rejected", lambda text: text + " Cheers", "last 1 word 'Cheers' (the chosen side has less"),
+        ("chosen", lambda text: "# Title\n" + text, "headers (the chosen side has more"),
+        ("rejected", lambda text: text.replace(" ", " \u201c", 1), "typographic marks"),
+    ],
+)
+def test_a_rare_word_or_mark_on_one_side_only_is_found(
+    side: str, change: Callable[[str], str], shown: str, tmp_path: Path
+) -> None:
+    report = examined(tmp_path, planted(400, 0.1, on(side, change)))
+    [finding] = of_rule(report, "one_sided_form")
+    assert shown in finding.text
+    assert finding.level is Level.warning
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:

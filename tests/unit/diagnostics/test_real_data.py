@@ -185,7 +185,7 @@ def test_repeated_prompts_are_counted() -> None:
 def test_templated_records_are_three_groups() -> None:
     [finding] = of_rule(report(TEMPLATED), "near_duplicates")
     assert finding.count == 37
-    assert finding.text.endswith("groups: 3, the largest of 14, 13, 13 records")
+    assert finding.text.endswith("14, 13, 13 records; 37 of them with other numbers in the prompt")
     assert report(TEMPLATED).across.clusters == (14, 13, 13)
 
 

@@ -1,12 +1,16 @@
 """A world of one process, which may survive an error, as in a notebook."""
 
+import os
 import signal
 
 import pytest
 import torch
 
+from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.joined import joined, start_world
 from dpo_dist.distributed.peers import Peer
-from dpo_dist.distributed.world import World, start_world
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 
 
@@ -37,3 +41,15 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="without DeepSpeed") as found:
         start_world({}, 60)
     assert "cpu_2.yaml" in str(found.value)
+
+
+def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No port is chosen before it is opened, and the environment is the caller's again."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    for _ in range(2):
+        with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, print) as world:
+            assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
+        assert {name for name in os.environ if name not in before and "RANK" in name} == set()
+        assert "MASTER_PORT" not in os.environ

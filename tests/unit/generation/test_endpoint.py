@@ -1,7 +1,9 @@
 """Verdicts of an endpoint, over real HTTP on this machine."""
 
+import contextlib
 import json
 import socket
+import threading
 import time
 from typing import Any
 
@@ -220,7 +222,7 @@ def test_one_refused_request_is_counted() -> None:
 def test_an_endpoint_that_refuses_everything_is_an_error() -> None:
     body = json.dumps({"error": {"code": "bad_parameter", "param": "max_tokens", "message": "secret text"}})
     error, _ = refused(lambda *_: (400, {}, body))
-    assert "refused with status 400, bad_parameter, max_tokens, 2 times" in error.got
+    assert "refused with status 400, bad_parameter, max_tokens, also for a harmless one" in error.got
     assert "secret text" not in error.block()
 
 
@@ -241,3 +243,23 @@ def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="no address") as caught:
         EndpointJudge(config(url))
     assert "key@" not in caught.value.block()
+
+
+def test_a_reply_that_drips_is_given_up() -> None:
+    """A timeout of the socket alone starts again with every byte."""
+
+    def drip(listener: socket.socket, head: bytes) -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.recv(2**16)
+            body = b'{"choices": [{"message": {"content": "[[A]]"}}]}'
+            for byte in head + body:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    for head in (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100 + b"\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=drip, args=(listener, head), daemon=True).start()
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            with pytest.raises(ConfigError) as caught:
+                Endpoint(config(url, timeout_seconds=0.5)).ask([])
+            assert "TimeoutError" in caught.value.got

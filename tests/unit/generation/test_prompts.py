@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.generation.prompts import write_prompts
+from dpo_dist.generation.prompts import open_prompts, write_prompts
 from tests.support.records import jsonl
 
 
@@ -37,3 +37,16 @@ def test_dropped_records_before_the_limit_are_counted(tmp_path) -> None:
     said: list[str] = []
     write_prompts(tmp_path, config, said.append)
     assert "2 of 3 records kept, 1 unknown_format" in said[0]
+
+
+def test_every_part_has_its_own_prompts(tmp_path) -> None:
+    texts = [f"question {n} " + "\u2028é" * (n % 7) for n in range(23)]
+    config = load_run_config(
+        ["model.path=m", f"data.train=[{jsonl(tmp_path, *({'prompt': text} for text in texts))}]"]
+    )
+    file = write_prompts(tmp_path, config, lambda _: None)
+    for size, parts in ((5, 5), (23, 1), (1, 23), (100, 1)):
+        prompts = open_prompts(file, size)
+        assert (prompts.parts, prompts.count) == (parts, 23)
+        found = [[record.prompt for record in prompts.part(index)] for index in range(parts)]
+        assert found == [texts[start : start + size] for start in range(0, 23, size)]

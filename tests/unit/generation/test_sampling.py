@@ -1,5 +1,8 @@
 """Batched generation equals that of each prompt alone; samples follow from seed, prompt and number."""
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dpo_dist.generation.sampling.generate import (
+    NotFiniteError,
     Request,
     Sample,
     Sampling,
@@ -20,6 +24,7 @@ from dpo_dist.generation.sampling.generate import (
 from tests.support.tiny_model import write_model
 
 STOPS = [2, 7, 30]
+RARE = 430  # never drawn here
 LENGTHS = [3, 11, 1, 6, 6, 24, 2]
 
 
@@ -138,3 +143,47 @@ def test_truncation_keeps_the_likeliest_tokens() -> None:
         "top_p": [False, True, False, True],
     }
     assert torch.allclose(kept["all"], torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+
+
+@contextlib.contextmanager
+def broken(model: Any, row: int, value: float) -> Iterator[None]:
+    """Set a logit of one row to `value` from the second token on."""
+    calls = itertools.count()
+
+    def changed(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        if next(calls):
+            logits[row, :, 5] = value
+        return logits
+
+    hook = model.lm_head.register_forward_hook(changed)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_name_their_response(model: Any, temperature: float, value: float) -> None:
+    wanted = sorted(requests((0, 1)), key=lambda request: -len(request.prompt_ids))
+    with broken(model, 2, value), pytest.raises(NotFiniteError) as caught:
+        generate(model, wanted, Sampling(8, temperature=temperature), [RARE], 10**6)
+    assert caught.value.request is wanted[2]
+
+
+def test_logits_after_the_end_of_a_response_may_be_anything(
+    model: Any,
+) -> None:
+    wanted = requests()[:2]
+    whole = generate(model, wanted, Sampling(8), [RARE], 10**6)
+    stop = whole[1].ids[0]
+    expected = generate(model, wanted, Sampling(8), [stop], 10**6)
+    assert [sample.is_finished for sample in expected] == [False, True]
+    with broken(model, 0, float("nan")):  # the longer prompt is in row 0
+        assert generate(model, wanted, Sampling(8), [stop], 10**6) == expected
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6])
+def test_a_tiny_temperature_is_greedy(model: Any, temperature: float) -> None:
+    greedy = generate(model, requests(), Sampling(8, temperature=0), STOPS, 10**6)
+    assert generate(model, requests(), Sampling(8, temperature=temperature), STOPS, 10**6) == greedy

@@ -29,3 +29,52 @@ def test_a_missing_function_is_found_before_sampling(tmp_path: Path, monkeypatch
 def test_delta_pairs_need_two_different_models(models: str) -> None:
     with pytest.raises(ConfigError, match="delta pairs need two models"):
         check("pairs.method=delta", f"pairs.models={models}")
+
+
+SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["pairs.method=scores", "pairs.seed=1"], "nothing is drawn at random"),
+        (["pairs.method=delta", "pairs.temperature=0", "pairs.seed=1"], "nothing is drawn at random"),
+        ([*SAMPLED, "pairs.temperature=0", "pairs.samples=1", "pairs.seed=1"], "nothing is drawn at random"),
+        (["pairs.method=delta", "pairs.engine=vllm", "pairs.batch_tokens=9"], "vLLM makes batches"),
+        (["pairs.method=scores", "run.resume=must"], "run.resume has no effect"),
+    ],
+)
+def test_an_option_without_effect_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pairs.method=people", "pairs.seed=1"],
+        ["pairs.method=scores", "pairs.select=best_random", "pairs.seed=1"],
+        ["pairs.method=delta", "pairs.models=[a/b,c/d]", "pairs.seed=1"],
+        [*SAMPLED, "pairs.models=[a/b,c/d]", "pairs.engine=vllm", "pairs.batch_tokens=9"],
+    ],
+)
+def test_a_seed_with_effect_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").touch()
+    check(*overrides)
+
+
+def test_a_model_that_responds_is_no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").touch()
+    for name, kind in (("base", "CausalLM"), ("r", "SequenceClassification")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(
+            f'{{"model_type": "qwen2", "architectures": ["Qwen2For{kind}"]}}'
+        )
+        Path(name, "model.safetensors").touch()
+    check(*SAMPLED)
+    with pytest.raises(ConfigError, match="no reward model"):
+        check(*SAMPLED, "pairs.reward_model=base")

@@ -247,6 +247,7 @@ def test_a_new_scoring_version_or_file_format_is_a_new_fingerprint(
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "vocab.json",
         "merges.txt",
         "tokenization_own.py",
@@ -256,6 +257,7 @@ def test_a_new_scoring_version_or_file_format_is_a_new_fingerprint(
 )
 def test_files_that_decide_token_ids_are_in_the_tokenizers_digest(model: Path, name: str) -> None:
     before = tokenizer_digest(model)
+    (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(b"changed")
     assert tokenizer_digest(model) != before
 

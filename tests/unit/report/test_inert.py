@@ -34,6 +34,6 @@ def test_a_terminal_gets_no_control_code() -> None:
 def test_a_file_is_named_once() -> None:
     assert (
         joined_origins(("a.jsonl:1", "a.jsonl:2, b.jsonl:1", "b.jsonl:4"), 3)
-        == "a.jsonl:1, :2; b.jsonl:1, :4"
+        == "a.jsonl:1, :2 (with b.jsonl:1), :4"
     )
     assert joined_origins(("a.jsonl:1", "a.jsonl:2"), 1) == "a.jsonl:1"

@@ -16,7 +16,7 @@ from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.errors import CheckpointError, ConfigError, Outcome
+from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
@@ -59,8 +59,8 @@ def save_checkpoint(folder: RunFolder, step: int) -> None:
     saver.commit()
 
 
-def state_of(outcome: Outcome) -> RunState:
-    return RunState(outcome, 4, dict(IDENTITY), SUMMARY if outcome is Outcome.exported else None)
+def state_of(outcome: RunOutcome) -> RunState:
+    return RunState(outcome, 4, dict(IDENTITY), SUMMARY if outcome is RunOutcome.exported else None)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def recorder_in(folder: RunFolder) -> Recorder:
 
 def test_the_state_is_read_as_it_was_written(folder: RunFolder) -> None:
     assert read_state(folder) is None
-    for outcome in Outcome:
+    for outcome in RunOutcome:
         write_state(folder, state_of(outcome))
         assert read_state(folder) == state_of(outcome)
 
@@ -94,10 +94,10 @@ def test_an_unreadable_state_is_an_error_and_no_fresh_start(content: str, folder
         find_start(config_in(folder), folder, ALONE)
 
 
-@pytest.mark.parametrize("outcome", [Outcome.exported, Outcome.completed])
+@pytest.mark.parametrize("outcome", [RunOutcome.exported, RunOutcome.completed])
 @pytest.mark.parametrize("resume", [Resume.auto, Resume.must])
 def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
-    outcome: Outcome, resume: Resume, folder: RunFolder
+    outcome: RunOutcome, resume: Resume, folder: RunFolder
 ) -> None:
     write_state(folder, state_of(outcome))
     folder.model.mkdir()
@@ -107,7 +107,7 @@ def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
 
 
 def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_error(folder: RunFolder) -> None:
-    write_state(folder, state_of(Outcome.completed))
+    write_state(folder, state_of(RunOutcome.completed))
     with pytest.raises(CheckpointError, match="its model and its checkpoints were removed"):
         find_start(config_in(folder), folder, ALONE)
     save_checkpoint(folder, 4)
@@ -117,8 +117,8 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
     assert start.checkpoint.state["step"] == 4
 
 
-@pytest.mark.parametrize("outcome", [None, Outcome.started, Outcome.preempted])
-def test_a_fresh_start_never_replaces_a_model(outcome: Outcome | None, folder: RunFolder) -> None:
+@pytest.mark.parametrize("outcome", [None, RunOutcome.started, RunOutcome.preempted])
+def test_a_fresh_start_never_replaces_a_model(outcome: RunOutcome | None, folder: RunFolder) -> None:
     if outcome is not None:
         write_state(folder, state_of(outcome))
     assert find_start(config_in(folder), folder, ALONE).checkpoint is None
@@ -159,8 +159,8 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
     assert ">preempted<" in folder.report.read_text()
     (folder.path / "model.tmp-0123456789ab").mkdir()
-    mark_started(folder, state_of(Outcome.started), ALONE)
-    assert read_state(folder) == state_of(Outcome.started)
+    mark_started(folder, state_of(RunOutcome.started), ALONE)
+    assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
     assert not list(folder.path.glob("model.*"))
@@ -170,13 +170,13 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
 def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int, folder: RunFolder) -> None:
     save_checkpoint(folder, 4)
     config, screen = config_in(folder, keep_last), Screen()
-    finish(config, state_of(Outcome.exported), recorder_in(folder), ALONE, screen)
+    finish(config, state_of(RunOutcome.exported), recorder_in(folder), ALONE, screen)
     summary = json.loads(folder.summary.read_text())
     assert summary == {**SUMMARY, "exit": "completed"}
     assert folder.report.is_file()
     state = read_state(folder)
     assert state is not None
-    assert state.outcome is Outcome.completed
+    assert state.outcome is RunOutcome.completed
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == (
         [] if keep_last == 0 else ["latest", "step-000004"]
     )

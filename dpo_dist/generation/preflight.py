@@ -1,0 +1,130 @@
+"""`--check` of `pairs`: load and check everything that needs no weights and no GPU; writes nothing."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.pairs_schema import PairsMethod
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.prompts import read_prompts
+from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.sources import pinned
+from dpo_dist.errors import ConfigError, DataError
+from dpo_dist.generation.judging.endpoint_judge import EndpointJudge
+from dpo_dist.generation.judging.reward_model import check_reward_model
+from dpo_dist.generation.prompts import as_asked
+from dpo_dist.generation.rounds.checks import check_rounds
+from dpo_dist.generation.sampling.engine import chosen_engine
+from dpo_dist.generation.sampling.respond import usable_prompt
+from dpo_dist.generation.sampling.responder import Responder, find_description, open_responder
+from dpo_dist.generation.startup import output_file, responding_models
+
+_FIRST_RECORDS = 64
+
+Fault = Callable[[PreferenceRecord], str | None]
+"""Returns the reason why a record cannot be used, or None."""
+
+
+def rehearse_pairs(config: RunConfig) -> str:
+    """Load what `pairs` loads before weights, ask the judge, and read the first records of each source.
+
+    Returns:
+        The findings, as lines for the screen.
+
+    Raises:
+        ConfigError: a model, its tokenizer, the judge or a folder cannot be used.
+        DataError: a source cannot be read, or none of its first records can be used.
+    """
+    pairs, file = config.pairs, output_file(config)
+    if pairs.rounds:
+        check_rounds(config)
+    _check_writable(file, "pairs.output" if pairs.output else "run.dir")
+    _check_writable(RunFolder.of(config).path, "run.dir")
+    lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
+    faults: dict[str, Fault] = {}
+    match pairs.method:
+        case PairsMethod.scores:
+            faults[""] = lambda record: None if record.scores else "without_scores"
+        case PairsMethod.people:
+            faults[""] = lambda record: None if len(record.responses) > 1 else "one_response"
+        case PairsMethod.samples | PairsMethod.delta:
+            engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
+            lines.append(("engine", str(engine)))
+            for name in responding_models(config):
+                responder = open_responder(find_description(name, config), config)
+                lines.append(("model", _described(responder)))
+                faults[f"{name}: "] = _fault_of(responder, config)
+    if pairs.method is PairsMethod.samples:
+        lines.append(("judge", _judge(config)))
+    for index, source in enumerate(config.data.train):
+        lines += [
+            (f"data.train[{index}]", f"{whose}{_first_records(source, config, fault)}")
+            for whose, fault in faults.items()
+        ]
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+
+
+def _described(responder: Responder) -> str:
+    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
+    folder = responder.source.adapter or responder.source.folder
+    return f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}"
+
+
+def _fault_of(responder: Responder, config: RunConfig) -> Fault:
+    def fault(record: PreferenceRecord) -> str | None:
+        prompt = usable_prompt(as_asked(record, config.data), responder, config.pairs.max_new_tokens)
+        return prompt if isinstance(prompt, str) else None
+
+    return fault
+
+
+def _judge(config: RunConfig) -> str:
+    pairs = config.pairs
+    if pairs.reward_model is not None:
+        return check_reward_model(pairs.reward_model, config.model)
+    if pairs.function is not None:  # found by `check_pairs`
+        return f"function {pairs.function}"
+    EndpointJudge(replace(pairs.endpoint, retries=0)).check()
+    return f"{pairs.endpoint.model} at {pairs.endpoint.url} replies"
+
+
+def _first_records(source: SourceConfig, config: RunConfig, fault: Fault) -> str:
+    """Read and check the first records of a source; return their counts as one line."""
+    of_models = config.pairs.method in (PairsMethod.samples, PairsMethod.delta)
+    records: Iterable[PreferenceRecord | BadRecord] = (read_prompts if of_models else read_records)(
+        pinned(source, None)
+    )
+    counts = Counter(
+        record.reason if isinstance(record, BadRecord) else fault(record)
+        for record in islice(records, _FIRST_RECORDS)
+    )
+    read, usable = counts.total(), counts.pop(None, 0)
+    dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items(), key=str))
+    if not usable:
+        raise DataError(
+            "none of the first records can be used",
+            where=source.path,
+            got=dropped or "no records",
+            remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
+        )
+    found = f"{source.path}, {usable} of the first {read} records can be used"
+    return found + (f", {dropped}" if dropped else "")
+
+
+def _check_writable(path: Path, key: str) -> None:
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise ConfigError(
+            f"{key} cannot be written",
+            where=key,
+            got=str(above),
+            expected="a folder with write permission",
+            remedy=f"set {key} to another folder, or make this one writable",
+        )
