@@ -95,7 +95,10 @@ def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(
-            "the chat template cannot be read", where="data.chat_template", got=f"{file}: {fault}"
+            "the chat template cannot be read",
+            where="data.chat_template",
+            got=f"{file}: {fault}",
+            remedy="name a readable file in UTF-8",
         ) from fault
 
 
