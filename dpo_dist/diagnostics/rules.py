@@ -246,10 +246,7 @@ ENCODING = {
         "remove enable_thinking=false, or the thoughts",
     ),
     "content_not_rendered": Rule(
-        _WARNING,
-        0.01,
-        "have a turn whose text the chat template omits or changes",
-        "set data.chat_template to a template that writes it",
+        _WARNING, 0.01, "have a turn whose text the chat template omits or changes", "set data.chat_template"
     ),
     "opened_thought_joined": Rule(
         _NOTE, 0, "have responses that open the thought which the template opens", "none is needed"
