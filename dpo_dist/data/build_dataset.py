@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,14 +21,13 @@ from dpo_dist.data.encoded_source import (
     folder_name,
     remember_written,
 )
-from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.data.files.byte_stream import Meter
 from dpo_dist.data.files.read_file import file_kind
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.source_labels import source_labels
-from dpo_dist.data.sources import local_files, pinned, source_identity
+from dpo_dist.data.sources import check_first_records, local_files, pinned, source_identity
 from dpo_dist.data.tokenization.chat_template import (
     argument_names,
     check_arguments,
@@ -73,6 +73,8 @@ def prepare_dataset(
     digest: str,
     progress: Progress = no_progress,
     part: Part = ALL_RECORDS,
+    *,
+    needs_pairs: bool = True,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own folder below `config.cache`, unless it is encoded already.
 
@@ -86,6 +88,7 @@ def prepare_dataset(
         digest: its `tokenizer_digest`.
         progress: called for each source that is not encoded yet.
         part: the records to encode.
+        needs_pairs: whether a Hub dataset of unpaired responses is an error before any source is encoded.
 
     Returns:
         The sources in their order, for `open_dataset`.
@@ -99,8 +102,12 @@ def prepare_dataset(
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
+    found = [pinned(source, cache) for source in sources]
+    for source in found:
+        if local_files(source) is None and _find(source, config, digest, part).folder is None:
+            check_first_records(source, needs_pairs=needs_pairs)
     encoded = []
-    for source, label in zip(map(resolved, sources), source_labels(sources), strict=True):
+    for source, label in zip(found, source_labels(sources), strict=True):
         folder = _encoded(source, config, tokenizer, digest, progress, part)
         encoded.append(EncodedSource(source.path, folder, source.limit, label))
     return tuple(encoded)
@@ -115,11 +122,8 @@ def _encoded(
     part: Part,
 ) -> Path:
     cache = Path(config.cache)
-    source = pinned(source, cache)
     state = _state(source)
-    identity = source_identity(source, cache / MEMO_FOLDER)
-    fingerprint = _fingerprint(source, identity, config, digest, part)
-    found = find_encoded(cache, fingerprint, source.limit)
+    identity, fingerprint, found = _find(source, config, digest, part)
     if found is not None:
         return found
     folder = cache / folder_name(fingerprint, source.limit)
@@ -148,8 +152,27 @@ def _encoded(
     return folder
 
 
+class _Found(NamedTuple):
+    """Identity and fingerprint of a source, and its folder if it is encoded."""
+
+    identity: str
+    fingerprint: str
+    folder: Path | None
+
+
+def _find(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> _Found:
+    """Look for a `pinned` source below `config.cache`."""
+    cache = Path(config.cache)
+    identity = source_identity(source, cache / MEMO_FOLDER)
+    fingerprint = _fingerprint(source, identity, config, digest, part)
+    return _Found(identity, fingerprint, find_encoded(cache, fingerprint, source.limit))
+
+
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the files of a model folder that decide how text becomes token ids.
+
+    Args:
+        folder: of a model, or of an adapter with a tokenizer, which has no config.json.
 
     Raises:
         ConfigError: config.json cannot be read.
@@ -158,12 +181,15 @@ def tokenizer_digest(folder: Path) -> str:
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_bytes())
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "a file of the model cannot be read", where=str(config_file), got=str(error)
+            "a file of the model cannot be read",
+            where=str(config_file),
+            got=str(error),
+            remedy="download or save the model again",
         ) from error
     # transformers chooses the tokenizer's class by these.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]

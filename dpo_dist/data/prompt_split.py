@@ -5,6 +5,8 @@ record, on the tokenizer, on other records or on their order, and both sides sha
 """
 
 import hashlib
+import re
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +18,29 @@ from dpo_dist.data.records import Dialogue, Message, Messages, Prompt
 
 PromptHashes = npt.NDArray[np.uint64]
 _HASH_BYTES = 8
+# Characters without width that change no word: joiners, marks of direction, soft hyphens, byte-order marks.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 
 
 def prompt_hash(prompt: Prompt) -> int:
-    """Return 64 bits of a hash over the roles and texts of a prompt, with single spaces for white space.
+    """Return 64 bits of a hash over the roles and texts of a prompt, as they are seen.
 
-    A text is the same prompt as a user turn of this text, a dialogue the same as its messages, also if a text
-    spells it. A system turn without text does not count.
+    White space is a single space, characters are composed (Unicode's NFC), and those without width are
+    omitted. A text is the same prompt as a user turn of this text, a dialogue the same as its messages, also
+    if a text spells it. A system turn without text does not count.
     """
     digest = hashlib.blake2b(digest_size=_HASH_BYTES)
     for message in _messages(prompt):
         if message.role == "system" and not message.content.strip():
             continue
         for text in (message.role, message.content):
-            content = " ".join(text.split()).encode("utf-8", "surrogatepass")
+            content = " ".join(_visible(text).split()).encode("utf-8", "surrogatepass")
             digest.update(len(content).to_bytes(8, "little") + content)
     return int.from_bytes(digest.digest(), "little")
+
+
+def _visible(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
 
 
 def _messages(prompt: Prompt) -> Messages:

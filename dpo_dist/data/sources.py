@@ -73,16 +73,25 @@ def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
         for file in files or []:
             check_kind(file, source.path)
     if files:
-        _check_first_records(source, needs_pairs)
+        check_first_records(source, needs_pairs=needs_pairs)
 
 
-def _check_first_records(source: SourceConfig, needs_pairs: bool) -> None:
-    """Check that the first records have the source's columns, and are not responses with a label (KTO)."""
-    written = itertools.islice(_written(source, Meter()), source.limit)
-    checked = [record for record, _ in itertools.islice(written, _FIRST_RECORDS)]
-    check_first_columns([record for record in checked if not isinstance(record, BadRecord)], source)
-    first = itertools.islice(raw_records(source), _FIRST_RECORDS)
-    records = [record for record, _ in first if not isinstance(record, BadRecord)]
+def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> None:
+    """Check that the first records have the source's columns, and are not responses with a label (KTO).
+
+    Args:
+        source: `resolved`; a Hub dataset is downloaded.
+        needs_pairs: as in `check_source`.
+
+    Raises:
+        DataError: they have not, or the source cannot be read.
+    """
+    first = list(
+        itertools.islice(_written(source, Meter()), min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS))
+    )
+    check_first_columns([record for record, _ in first if not isinstance(record, BadRecord)], source)
+    renamed = itertools.islice(with_columns(iter(first), source), len(first))
+    records = [record for record, _ in renamed if not isinstance(record, BadRecord)]
     if needs_pairs and records and all(map(is_labelled, records)):
         raise DataError(
             "the source has single responses with a good/bad label, not pairs",

@@ -96,12 +96,12 @@ def _encoded(
 ) -> tuple[tuple[EncodedSource, ...], DataError | None]:
     """Encode sources; with `data.on_bad_record=error` also those with bad records, and return the error."""
     try:
-        return prepare_dataset(sources, config, tokenizer, digest, progress, part), None
+        return prepare_dataset(sources, config, tokenizer, digest, progress, part, needs_pairs=False), None
     except DataError as refusal:
         if config.on_bad_record is not OnBadRecord.error:
             raise
         config = replace(config, on_bad_record=OnBadRecord.drop)
-        return prepare_dataset(sources, config, tokenizer, digest, progress, part), refusal
+        return prepare_dataset(sources, config, tokenizer, digest, progress, part, needs_pairs=False), refusal
 
 
 def _refusals(

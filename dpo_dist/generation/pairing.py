@@ -32,11 +32,11 @@ def select_pairs(
         scores: [responses], finite.
         selection: the rule.
         key: identifies the prompt: the random choice of `best_random` follows from it and the seed alone.
-        counts: gets `too_few_responses`, `all_tied` or `below_margin` for a prompt without a pair, and
-            `ties`: the number of tied pairs among all pairs of responses.
+        counts: gets `prompts_too_few_responses`, `prompts_all_tied` or `prompts_below_margin` for a prompt
+            without a pair, and `tied_pairs`: the number of tied pairs among all pairs of responses.
     """
     every = list(itertools.combinations(range(len(scores)), 2))
-    counts["ties"] += sum(scores[one] == scores[other] for one, other in every)
+    counts["tied_pairs"] += sum(scores[one] == scores[other] for one, other in every)
     ordered = [(one, other) if scores[one] > scores[other] else (other, one) for one, other in every]
     possible = [
         (better, worse)
@@ -45,7 +45,8 @@ def select_pairs(
     ]
     if not possible:
         few = len(scores) < 2
-        counts["too_few_responses" if few else "all_tied" if len(set(scores)) == 1 else "below_margin"] += 1
+        reason = "too_few_responses" if few else "all_tied" if len(set(scores)) == 1 else "below_margin"
+        counts[f"prompts_{reason}"] += 1
         return []
     best, worst = _first(scores, max(scores)), _first(scores, min(scores))
     match selection.select:

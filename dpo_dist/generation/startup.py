@@ -1,5 +1,6 @@
 """Checks of `pairs` before torch is imported and processes join."""
 
+import json
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ _ADAPTER = "adapter_config.json"
 _OF_MODELS = frozenset(
     {
         *("models", "max_new_tokens", "temperature", "top_p", "top_k"),
-        *("unfinished", "engine", "batch_tokens", "part_prompts"),
+        *("unfinished", "encoded_differently", "engine", "batch_tokens", "part_prompts"),
     }
 )
 _OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})
@@ -212,6 +213,25 @@ def _check_models(config: RunConfig) -> None:
             local_model_folder(name, None, "pairs.models" if pairs.models else "model.path")
 
 
+def _check_reward_model(name: str) -> None:
+    """Check that the judge is no model that responds; it is loaded after the last response only."""
+    folder = local_model_folder(name, None, "pairs.reward_model")
+    if folder is None:
+        return
+    try:
+        architectures = json.loads((folder / "config.json").read_bytes())["architectures"]
+    except (ValueError, TypeError, LookupError):
+        return  # loading says so
+    if any(str(architecture).endswith("ForCausalLM") for architecture in architectures or []):
+        raise ConfigError(
+            "the model is no reward model",
+            where="pairs.reward_model",
+            got=f"{name}: {', '.join(map(str, architectures))}",
+            expected="a sequence classification model with one output",
+            remedy="name a reward model, or set pairs.function for another kind of score",
+        )
+
+
 def _check_judge(pairs: PairsConfig) -> None:
     judges = {
         "pairs.reward_model": pairs.reward_model,
@@ -230,7 +250,7 @@ def _check_judge(pairs: PairsConfig) -> None:
     if pairs.function is not None:
         user_function(pairs.function, "pairs.function")
     if pairs.reward_model is not None:
-        local_model_folder(pairs.reward_model, None, "pairs.reward_model")
+        _check_reward_model(pairs.reward_model)
     if pairs.endpoint.url is None and pairs.endpoint != EndpointConfig():
         raise ConfigError(
             "options of an endpoint have no effect without one",

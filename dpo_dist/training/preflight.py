@@ -109,8 +109,11 @@ def _first_records(
         lambda: chunk.scores[ends - response_counts] - chunk.scores[ends - 1],
         lambda index: f"{key}: {chunk.origins[index]}",
     )
-    found = [f"{source.path}, {counts.kept} of the first {counts.read} records kept"]
+    name = f" ({source.name})" if source.name else ""
+    found = [f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept"]
     found += [f"{dropped} dropped"] if dropped else []
+    if counts.read - counts.kept > config.data.max_bad_share * counts.read:
+        found.append("more than data.max_bad_share: training refuses a source with so many")
     found += [
         f"{number} {name.replace('_', ' ')}" for name, number in sorted(counts.changed.items()) if number
     ]

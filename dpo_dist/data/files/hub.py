@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from dpo_dist.errors import DataError
 log = logging.getLogger(__name__)
 
 _COMMITS = "hub_commits"
+# Seconds before further requests for a commit; downloads are repeated by huggingface_hub.
+_WAITS = (1.0, 4.0)
 
 
 def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
@@ -25,24 +28,35 @@ def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
     Raises:
         DataError: the Hub has no such dataset or revision, or cannot be reached and no commit is known.
     """
-    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
-    from huggingface_hub.errors import RevisionResolutionError  # noqa: PLC0415
-
     key = f"{source.path}@{source.revision or 'main'}"
     memo = None if cache is None else cache / _COMMITS
+    known = recall(memo, key)
     with _as_data_error(source):
-        try:
-            found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
-            commit = found.resolved
-        except RevisionResolutionError:
-            known = recall(memo, key)
-            if known is None:
-                raise
-            commit = known
-            log.warning("the Hub cannot be reached for %s; its last known commit %s is used", key, commit)
-    if recall(memo, key) != commit:
+        commit = _commit(source, known)
+    if commit != known:
         remember(memo, key, commit)
     return replace(source, revision=commit)
+
+
+def _commit(source: SourceConfig, known: str | None) -> str:
+    """Return the commit of the revision, or `known` if the Hub cannot be reached; asks three times."""
+    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError  # noqa: PLC0415
+
+    for wait in (*_WAITS, None):
+        try:
+            api = HfApi()
+            return api.resolve_revision(source.path, repo_type="dataset", revision=source.revision).resolved
+        except RevisionResolutionError as fault:
+            if known is not None:
+                log.warning(
+                    "the Hub cannot be reached for %s; its last known commit %s is used", source.path, known
+                )
+                return known
+            if wait is None or isinstance(fault.__cause__, OfflineModeIsEnabled):
+                raise
+            time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def hub_records(source: SourceConfig) -> Iterator[Any]:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError, DataError
+from tests.support.pages import ROOT
 from tests.support.records import TEXT, assistant, jsonl, user
 
 RECORD = {"task": "q", "answers": {"good": "yes", "bad": ["no", "never"]}, "id": 7}
@@ -165,6 +168,17 @@ def test_with_tags_a_response_may_be_json_and_a_role_anything(tmp_path: Path) ->
 def test_tags_without_turns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tags have no effect"):
         read(tmp_path, TEXT, None, tags={"user_tag": "customer"})
+
+
+def test_names_that_are_not_english_are_quoted_as_on_the_page(tmp_path: Path) -> None:
+    [line] = re.findall(r"`(data\.train=.*问题.*)`", (ROOT / "docs" / "data.md").read_text())
+    [override] = shlex.split(line)
+    columns = load_run_config(["model.path=m", override]).data.train[0].columns
+    assert columns == {"prompt": "问题", "chosen": "好的回答", "rejected": "answer (bad)"}
+    record = dict(zip(columns.values(), ("q", "yes", "no"), strict=True))
+    assert good(tmp_path, record, columns).responses == ("yes", "no")
+    with pytest.raises(ConfigError, match="needs quotes"):
+        load_run_config(["model.path=m", override.replace('"', "")])
 
 
 def test_columns_are_written_on_the_command_line() -> None:

@@ -126,6 +126,24 @@ def test_a_prompt_is_its_roles_and_texts() -> None:
     assert prompt_hash((Message("user", "a"), Message("user", "b"))) != prompt_hash("a\0user\0b")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9 \ud55c", "cafe\u0301 \u1112\u1161\u11ab"),
+        ("a question", "\ufeffa ques\u00adtion\u200b"),
+        ("\u05e9\u05dc\u05d5\u05dd?", "\u202b\u05e9\u05dc\u05d5\u05dd?\u202c\u200f"),
+        ("a question", "a\u200b question"),
+    ],
+)
+def test_prompts_that_look_the_same_are_the_same(one: str, other: str) -> None:
+    assert one != other
+    assert prompt_hash(one) == prompt_hash(other)
+    assert prompt_hash("\u0915\u0941") != prompt_hash("\u0915")
+    assert prompt_hash("cafe") != prompt_hash("caf\u00e9")
+    # Full width and compatibility forms are other characters.
+    assert prompt_hash("\uff21") != prompt_hash("A")
+
+
 def test_a_limit_counts_the_records_of_both_parts(tmp_path: Path) -> None:
     path = write(tmp_path, "pairs.jsonl", [pair(number) for number in range(50)])
     train, held_out = split(tmp_path, SourceConfig(path, limit=30))
@@ -173,5 +191,6 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
 def test_the_hash_of_a_prompt_never_changes() -> None:
     """Another value would move prompts of existing splits to the other side."""
     assert prompt_hash("question 1") == 4804875621796327754
+    assert prompt_hash("\u95ee caf\u00e9") == 4905711415591228481
     drawn = [Part(share=0.5).has(number) for number in range(8)]
     assert drawn == [False, True, False, True, True, True, True, True]

@@ -60,7 +60,7 @@ def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
         "ranks": [1, 2],
         "responses": 3,
     }
-    assert "1 below margin" in " ".join(said)
+    assert "1 prompts below margin" in " ".join(said)
 
 
 def test_texts_stay_texts(tmp_path: Path) -> None:

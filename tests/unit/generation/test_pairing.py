@@ -21,24 +21,24 @@ def test_the_best_and_the_worst_are_a_pair() -> None:
 
 
 def test_the_first_of_equally_good_or_bad_responses_counts() -> None:
-    assert select([1, 5, 5, 1]) == ([(1, 0)], {"ties": 2})
+    assert select([1, 5, 5, 1]) == ([(1, 0)], {"tied_pairs": 2})
 
 
 @pytest.mark.parametrize("rule", list(PairSelection))
 def test_the_scores_of_a_pair_differ_by_more_than_the_margin(rule: PairSelection) -> None:
-    assert select([3, 1], select=rule, margin=2) == ([], {"below_margin": 1})
+    assert select([3, 1], select=rule, margin=2) == ([], {"prompts_below_margin": 1})
     assert select([3, 0.9], select=rule, margin=2) == ([(0, 1)], {})
 
 
 def test_all_pairs_are_those_above_the_margin() -> None:
     pairs, counts = select([1, 4, 2, 4], select=PairSelection.all_pairs, margin=1)
-    assert (sorted(pairs), counts) == ([(1, 0), (1, 2), (3, 0), (3, 2)], {"ties": 1})
+    assert (sorted(pairs), counts) == ([(1, 0), (1, 2), (3, 0), (3, 2)], {"tied_pairs": 1})
 
 
 def test_a_prompt_without_a_pair_is_counted() -> None:
-    assert select([2, 2, 2]) == ([], {"all_tied": 1, "ties": 3})
-    assert select([2]) == ([], {"too_few_responses": 1})
-    assert select([]) == ([], {"too_few_responses": 1})
+    assert select([2, 2, 2]) == ([], {"prompts_all_tied": 1, "tied_pairs": 3})
+    assert select([2]) == ([], {"prompts_too_few_responses": 1})
+    assert select([]) == ([], {"prompts_too_few_responses": 1})
 
 
 def test_the_random_response_follows_from_seed_and_prompt() -> None:

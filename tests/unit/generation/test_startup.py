@@ -64,3 +64,17 @@ def test_a_seed_with_effect_is_accepted(
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").touch()
     check(*overrides)
+
+
+def test_a_model_that_responds_is_no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").touch()
+    for name, kind in (("base", "CausalLM"), ("r", "SequenceClassification")):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(
+            f'{{"model_type": "qwen2", "architectures": ["Qwen2For{kind}"]}}'
+        )
+        Path(name, "model.safetensors").touch()
+    check(*SAMPLED)
+    with pytest.raises(ConfigError, match="no reward model"):
+        check(*SAMPLED, "pairs.reward_model=base")

@@ -243,6 +243,17 @@ def test_a_check_reads_the_first_records(
     assert caught.value.remedy
 
 
+def test_a_check_shows_that_more_records_are_dropped_than_training_accepts(
+    assets: Path, tmp_path: Path
+) -> None:
+    file = write_records(tmp_path / "data.jsonl", *[PAIR] * 60, *[UNKNOWN] * 40)
+    assert "4 unknown_format dropped, more than data.max_bad_share" in rehearse(
+        run_of(assets, tmp_path, f"data.train=[{file}]")
+    )
+    accepted = run_of(assets, tmp_path, f"data.train=[{file}]", "data.max_bad_share=0.1")
+    assert "data.max_bad_share" not in rehearse(accepted)
+
+
 def test_a_check_refuses_an_adapter_on_layers_that_do_not_exist(assets: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapter's target"):
         rehearse(run_of(assets, tmp_path, "model.adapter={target_modules: [nope]}"))
