@@ -5,6 +5,7 @@ after the finished parts. docs/pairs.md has a command for each method.
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -35,7 +36,8 @@ def main(config: RunConfig) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         is_sigint = isinstance(stop, KeyboardInterrupt)
         word = "interrupted" if is_sigint else "terminated"
-        _say(f"{word}: the same command continues after the finished parts")
+        if os.environ.get("RANK", "0") == "0":
+            _say(f"{word}: the same command continues after the finished parts")
         return ExitCode.interrupted if is_sigint else 128 + signal.SIGTERM
     return ExitCode.completed
 

@@ -8,7 +8,7 @@ from dpo_dist.config.fields import key, section
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
 PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
 Engine = StrEnum("Engine", ["auto", "vllm", "transformers"])
-Unfinished = StrEnum("Unfinished", ["drop", "keep"])
+DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
 RoundReference = StrEnum("RoundReference", ["first", "previous"])
 Verdicts = StrEnum("Verdicts", ["compare", "grade"])
 
@@ -98,8 +98,13 @@ class PairsConfig:
         1.0, "Sample from the likeliest tokens with this sum of probabilities.", above=0, at_most=1
     )
     top_k: int = key(0, "Sample from this number of likeliest tokens; 0: from all.", at_least=0)
-    unfinished: Unfinished = key(
-        Unfinished.drop, "Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."
+    unfinished: DropOrKeep = key(
+        DropOrKeep.drop, "Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."
+    )
+    encoded_differently: DropOrKeep = key(
+        DropOrKeep.keep,
+        "Responses that training encodes as other tokens than were generated: `drop` or `keep` (counted).",
+        added=True,
     )
     engine: Engine = key(Engine.auto, "Program that generates; `auto`: vLLM if it is installed.")
     batch_tokens: int = key(

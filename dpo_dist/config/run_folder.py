@@ -162,3 +162,8 @@ class RunFolder:
     def training(self) -> "RunFolder":
         """The run directory of a round's training, in the round's folder."""
         return RunFolder(self.path / "train")
+
+    @property
+    def policy(self) -> Path:
+        """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
+        return self.path / "policy"

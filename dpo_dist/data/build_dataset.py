@@ -171,6 +171,9 @@ def _find(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> 
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the files of a model folder that decide how text becomes token ids.
 
+    Args:
+        folder: of a model, or of an adapter with a tokenizer, which has no config.json.
+
     Raises:
         ConfigError: config.json cannot be read.
     """
@@ -178,12 +181,15 @@ def tokenizer_digest(folder: Path) -> str:
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"
     try:
-        config = json.loads(config_file.read_bytes())
+        config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "a file of the model cannot be read", where=str(config_file), got=str(error)
+            "a file of the model cannot be read",
+            where=str(config_file),
+            got=str(error),
+            remedy="download or save the model again",
         ) from error
     # transformers chooses the tokenizer's class by these.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]

@@ -1,11 +1,12 @@
 """Pairs from models' responses: generate, score, choose. Every stage is resumable and shared by processes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
-from dpo_dist.config.pairs_schema import Engine, PairsMethod
+from dpo_dist.config.pairs_schema import Engine, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.device_memory import explain_out_of_memory, return_memory
@@ -19,7 +20,6 @@ from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.parts import Parts, work_on
 from dpo_dist.generation.sampling.respond import Numbers, respond
 from dpo_dist.generation.sampling.responder import ModelSource, Responder, find_model, open_responder
-from dpo_dist.generation.screen import Screen
 from dpo_dist.generation.startup import output_file, responding_models
 from dpo_dist.generation.summary import check_output, write_results, write_samples
 
@@ -27,6 +27,25 @@ _REMEDY = (
     "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot respond or judge"
 )
+
+
+class Screen(Protocol):
+    """The part of `report.console.Console` that is used here; it prints on rank 0."""
+
+    def say(self, text: str) -> None:
+        """Print one line and log it."""
+
+    def show(self, text: str) -> None:
+        """Print one line without logging it."""
+
+    def alarm(self, text: str) -> None:
+        """Print and log an error."""
+
+    def heartbeat(self, work: str) -> Callable[[float], None]:
+        """Return a function that prints the seconds spent on `work`, once a minute."""
+
+    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Yield a function that takes the number of units done and their total."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +147,7 @@ def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any])
         "engine": str(work.engine),
         "dtype": str(work.config.model.dtype),
         "quantization": _quantization(work),
-        "unfinished": str(pairs.unfinished),
+        **_usable(pairs),
         **chosen,
         "judge": judge,
     }
@@ -146,6 +165,13 @@ def _rendering(config: RunConfig) -> dict[str, Any]:
         "chat_template": data.chat_template,
         "template_arguments": data.template_arguments,
     }
+
+
+def _usable(pairs: PairsConfig) -> dict[str, Any]:
+    """Return the settings that decide which samples are used; earlier files lack a key that was added."""
+    differing = {"encoded_differently": str(pairs.encoded_differently)}
+    is_default = pairs.encoded_differently is PairsConfig.encoded_differently
+    return {"unfinished": str(pairs.unfinished)} | ({} if is_default else differing)
 
 
 def _quantization(work: _Work) -> str | None:
@@ -199,7 +225,7 @@ def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> P
     pairs = work.config.pairs
     settings = {
         "responses": [parts.folder.name for parts in responses],
-        "unfinished": str(pairs.unfinished),
+        **_usable(pairs),
         "judge": judge,
     }
     parts = Parts.of(RunFolder.of(work.config).pairs_parts, "scores", settings, work.prompts.parts)
@@ -208,7 +234,7 @@ def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> P
     def part(index: int) -> list[dict[str, Any]]:
         if not opened:
             opened.append(open_judge(work.config, work.world.device, work.world.size))
-        samples = [usable(own, pairs.unfinished)[0] for own in samples_of_part(responses, index)]
+        samples = [usable(own, pairs)[0] for own in samples_of_part(responses, index)[0]]
         return score(work.prompts.part(index), samples, opened[0])
 
     work.finish("scores", parts, part)

@@ -1,12 +1,13 @@
 """Pairs and samples of finished stages, prompt by prompt, with their provenance."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod, Unfinished
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.config.pairs_schema import DropOrKeep, PairsConfig, PairsMethod
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.generation.pair_records import as_fields, context_fields, pair_fields
 from dpo_dist.generation.pairing import Selection, select_pairs
 from dpo_dist.generation.prompts import PromptList, prompt_key
@@ -49,32 +50,37 @@ class _Answered:
     dropped: str | None
 
 
-def samples_of_part(responses: Sequence[Parts], index: int) -> list[list[Sample]]:
-    """Return the samples of each prompt of a part, of all models, each with the index of its `model`."""
-    of_models = [parts.read(index) for parts in responses]
-    return [
+def samples_of_part(responses: Sequence[Parts], index: int) -> tuple[list[list[Sample]], list[str | None]]:
+    """Return the samples of each prompt of a part, and the reasons why prompts were dropped, or None.
+
+    The samples are of all models, each with the index of its `model`.
+    """
+    prompts = list(zip(*(parts.read(index) for parts in responses), strict=True))
+    samples = [
         [sample | {"model": model} for model, row in enumerate(rows) for sample in row["samples"]]
-        for rows in zip(*of_models, strict=True)
+        for rows in prompts
     ]
+    return samples, [next((row["dropped"] for row in rows if "dropped" in row), None) for rows in prompts]
 
 
-def usable(samples: Sequence[Sample], unfinished: Unfinished) -> tuple[list[Sample], Counter[str]]:
+def usable(samples: Sequence[Sample], pairs: PairsConfig) -> tuple[list[Sample], Counter[str]]:
     """Return the samples of one prompt that can be part of a pair, and counts of the others by reason."""
-    found: list[Sample] = []
-    texts: set[str] = set()
+    found: dict[str, Sample] = {}
     counts: Counter[str] = Counter()
     for sample in samples:
         text = sample["content"].strip()
-        if not sample["finished"] and unfinished is Unfinished.drop:
+        response = json.dumps([text, sample.get("fields")])
+        if not sample["finished"] and pairs.unfinished is DropOrKeep.drop:
             counts["unfinished"] += 1
         elif not text:
             counts["empty"] += 1
-        elif text in texts:
+        elif not sample["same_ids"] and pairs.encoded_differently is DropOrKeep.drop:
+            counts["encoded_differently"] += 1
+        elif response in found:
             counts["identical"] += 1
         else:
-            texts.add(text)
-            found.append(sample)
-    return found, counts
+            found[response] = sample
+    return list(found.values()), counts
 
 
 def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
@@ -88,7 +94,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         if answered.dropped is not None:
             counts[f"prompts_dropped_{answered.dropped}"] += 1
             continue
-        samples, unused = usable(answered.samples, results.pairs.unfinished)
+        samples, unused = usable(answered.samples, results.pairs)
         counts.update({f"samples_{reason}": number for reason, number in unused.items()})
         if results.scores is None:
             yield from _delta_pair(answered, samples, results)
@@ -132,7 +138,13 @@ def _pair(answered: _Answered, chosen: Sample, rejected: Sample, results: Result
             "select": str(results.pairs.select),
             "margin": results.pairs.margin,
         }
-    return pair_fields(answered.record, (chosen["content"], rejected["content"]), scores, provenance)
+    return pair_fields(answered.record, (as_response(chosen), as_response(rejected)), scores, provenance)
+
+
+def as_response(sample: Sample) -> Response:
+    """Return the text of a sample, or its message if a thought is apart from its content."""
+    fields = sample.get("fields")
+    return (Message("assistant", sample["content"], fields),) if fields else str(sample["content"])
 
 
 def _origin(sample: Sample, results: Results) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def _origin(sample: Sample, results: Results) -> dict[str, Any]:
 def samples_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
     for answered in _answered(results):
-        kept, _ = usable(answered.samples, results.pairs.unfinished)
+        kept, _ = usable(answered.samples, results.pairs)
         row: dict[str, Any] = {"responses": [], "unused": []}
         if not isinstance(answered.record.prompt, Dialogue):
             row = {"prompt": as_fields(answered.record.prompt, ())[0]} | row
@@ -163,6 +175,7 @@ def _listed(record: PreferenceRecord, sample: Sample, results: Results) -> dict[
     names = ("number", "tokens", "finished", "same_ids", *(() if results.scores is None else ("score",)))
     return {
         "content": content,
+        **sample.get("fields", {}),
         **{name: sample[name] for name in names},
         "model": results.models[sample["model"]].name,
     }
@@ -171,11 +184,7 @@ def _listed(record: PreferenceRecord, sample: Sample, results: Results) -> dict[
 def _answered(results: Results) -> Iterator[_Answered]:
     for index in range(results.prompts.parts):
         records = results.prompts.part(index)
-        samples = samples_of_part(results.responses, index)
-        dropped = [
-            next((row["dropped"] for row in rows if "dropped" in row), None)
-            for rows in zip(*(parts.read(index) for parts in results.responses), strict=True)
-        ]
+        samples, dropped = samples_of_part(results.responses, index)
         judged: Sequence[Mapping[str, Any]] = [{"scores": {}, "counts": {}}] * len(records)
         if results.scores is not None:
             judged = results.scores.read(index)

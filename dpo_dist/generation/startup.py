@@ -27,7 +27,7 @@ _ADAPTER = "adapter_config.json"
 _OF_MODELS = frozenset(
     {
         *("models", "max_new_tokens", "temperature", "top_p", "top_k"),
-        *("unfinished", "engine", "batch_tokens", "part_prompts"),
+        *("unfinished", "encoded_differently", "engine", "batch_tokens", "part_prompts"),
     }
 )
 _OF_JUDGES = frozenset({"samples", "reward_model", "function", "endpoint"})

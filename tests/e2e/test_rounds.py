@@ -30,7 +30,7 @@ def overrides(tmp_path) -> list[str]:
     ]
 
 
-def warm(command: Sequence[str]) -> int:
+def warm(command: Sequence[str], _: Path) -> int:
     """Run a round's command on a process forked from the warm parent."""
     ended = run_verb(command[2].rpartition(".")[2], list(command[3:]))
     print(ended.output)

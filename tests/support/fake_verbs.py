@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+EXIT_CODES = "DPO_DIST_EXIT_CODES"
+
 
 def main() -> int:
     verb = sys.argv[2].rpartition(".")[2]
@@ -24,9 +26,9 @@ def main() -> int:
     with Path("calls.jsonl").open("a") as calls:
         calls.write(json.dumps({"verb": verb, "round": number, "config": config}) + "\n")
     code = _failure(verb, number)
-    if verb == "pairs":
-        return code or _pairs(run_dir, number)
-    return _train(run_dir, code)
+    code = code or (_pairs(run_dir, number) if verb == "pairs" else _train(run_dir))
+    Path(os.environ[EXIT_CODES]).write_text(f"{code}\n")
+    return min(code, 1)  # as accelerate does
 
 
 def _failure(verb: str, number: int) -> int:
@@ -54,11 +56,7 @@ def _pairs(run_dir: Path, number: int) -> int:
     return 0
 
 
-def _train(run_dir: Path, code: int) -> int:
-    outcome = {0: "completed", 3: "diverged", 75: "preempted"}.get(code, "started")
-    _write(run_dir / "run_state.json", {"outcome": outcome})
-    if code:
-        return 1  # as accelerate does
+def _train(run_dir: Path) -> int:
     (run_dir / "model").mkdir(parents=True, exist_ok=True)
     summary = {"steps": 5, "train_seconds": 1.5, "final": {"rewards/accuracies": 0.75}}
     _write(run_dir / "dpo_metrics" / "summary.json", summary | {"reference": {"computed": 2, "hits": 1}})

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_dist.generation.labelling.state import Judgement, Slot, Verdict
+from dpo_dist.generation.labelling.events import Judgement, Slot, Verdict
 
 _LABELS = [Verdict.first, Verdict.second, Verdict.tie]
 

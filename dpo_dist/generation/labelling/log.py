@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo_dist.atomic import sync
 from dpo_dist.errors import DataError
-from dpo_dist.generation.labelling.state import Event, as_line, from_line
+from dpo_dist.generation.labelling.events import Event, as_line, from_line
 from dpo_dist.generation.lock import locked
 
 

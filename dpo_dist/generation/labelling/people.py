@@ -20,11 +20,12 @@ from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.labelling.agreement import agreement, agreement_table, outcome
+from dpo_dist.generation.labelling.events import Judgement, Verdict
 from dpo_dist.generation.labelling.items import Item, draw_items
 from dpo_dist.generation.labelling.log import opened_log
 from dpo_dist.generation.labelling.server import HOST, LabelServer
 from dpo_dist.generation.labelling.session import Session
-from dpo_dist.generation.labelling.state import Judgement, Labelling, Plan, Verdict
+from dpo_dist.generation.labelling.state import Labelling, Plan
 from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.startup import output_file
 from dpo_dist.generation.summary import check_output, write_results
@@ -86,6 +87,7 @@ def _draw(config: RunConfig, say: Say) -> list[Item]:
             where="data.train",
             got=rest or "no record",
             expected="records with two responses or more",
+            remedy="name other data, or make responses first: pairs.method=samples",
         )
     return items
 
@@ -94,7 +96,7 @@ def _reporter(say: Say) -> Callable[[Labelling], None]:
     """Return a function that prints the annotators' counts after every few judgements."""
 
     def report(state: Labelling) -> None:
-        number = len(state.judgements)
+        number = state.number
         if number % _LINE_EVERY == 0 and number:
             say(_counts(state))
 

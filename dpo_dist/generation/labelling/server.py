@@ -14,8 +14,8 @@ from importlib import resources
 from typing import Any
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.generation.labelling.events import Slot
 from dpo_dist.generation.labelling.session import RefusedError, Session
-from dpo_dist.generation.labelling.state import Slot
 
 HOST = "127.0.0.1"
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from dpo_dist.generation.labelling.events import Event, Judgement, Slot, Undo, Verdict
 from dpo_dist.generation.labelling.items import Item, shown_prompt, shown_response
 from dpo_dist.generation.labelling.log import LabelLog
-from dpo_dist.generation.labelling.state import Event, Judgement, Labelling, Slot, Undo, Verdict
+from dpo_dist.generation.labelling.state import Labelling
 
 
 class RefusedError(Exception):

@@ -3,69 +3,20 @@
 It is a function of the items, the plan and the events so far, so that a restart continues from the log.
 """
 
+import bisect
 import hashlib
+import heapq
+import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+
+from dpo_dist.generation.labelling.events import Event, Judgement, Slot, Undo, Verdict
 
 # A repeated comparison is shown again after so many others at least, when the first judgement is forgotten.
 REPEAT_GAP = 8
 _PACE_OVER = 20
-_LONGEST_SECONDS = 24 * 3600.0
-
-Verdict = StrEnum("Verdict", ["first", "second", "tie", "skip"])
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One comparison for one annotator: an item, shown for the first time or once more."""
-
-    item: str
-    is_repeat: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.item}{'+' if self.is_repeat else ''}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Slot":
-        """Return the slot that `str` wrote."""
-        return cls(text.removesuffix("+"), text.endswith("+"))
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """An annotator's verdict on a slot.
-
-    Attributes:
-        slot: the comparison.
-        annotator: their name.
-        verdict: the better response in the item's own order, `tie`, or `skip`.
-        left: index of the response that was shown on the left: 0 or 1.
-        seconds: from the display to the verdict.
-        time: of the verdict, ISO 8601.
-    """
-
-    slot: Slot
-    annotator: str
-    verdict: Verdict
-    left: int
-    seconds: float
-    time: str
-
-
-@dataclass(frozen=True)
-class Undo:
-    """An annotator takes the judgement of a slot back."""
-
-    slot: Slot
-    annotator: str
-    time: str
-
-
-Event = Judgement | Undo
 
 
 @dataclass(frozen=True)
@@ -114,8 +65,96 @@ class Progress:
     pace: float | None
 
 
+class _Annotator:
+    """The judgements of one annotator in force: a stack, as only the last one can be taken back.
+
+    Args:
+        new: number of items that are new to the annotator.
+    """
+
+    def __init__(self, new: int) -> None:
+        self.judgements: dict[Slot, Judgement] = {}
+        self.undone: list[Slot] = []
+        self.seconds: list[float] = []
+        self.new = new
+        # Ranks of all items that may be new: those from `_unseen` on, and the heap `_open`.
+        self._unseen = 0
+        self._open: list[int] = []
+        self._stack: list[Slot] = []
+        # Positions in the stack: of every item, and of those whose repeat is still to come, increasing.
+        self._position: dict[str, int] = {}
+        self._awaited: list[int] = []
+
+    def push(self, judgement: Judgement, is_repeated: bool) -> None:
+        """Add a judgement; `is_repeated` if the annotator is asked for it once more."""
+        slot = judgement.slot
+        if slot in self.undone:
+            self.undone.remove(slot)
+        if judgement.verdict is not Verdict.skip:
+            self.seconds.append(judgement.seconds)
+        if slot.is_repeat:
+            self._await(slot.item, False)
+        else:
+            self._position[slot.item] = len(self._stack)
+            self._await(slot.item, is_repeated and judgement.verdict is not Verdict.skip)
+        self.judgements[slot] = judgement
+        self._stack.append(slot)
+
+    def pop(self, is_repeated: bool) -> None:
+        """Take the last judgement back; `is_repeated` as for `push`."""
+        slot = self._stack.pop()
+        if self.judgements.pop(slot).verdict is not Verdict.skip:
+            self.seconds.pop()
+        self.undone.append(slot)
+        if slot.is_repeat:
+            self._await(
+                slot.item, is_repeated and self.judgements[Slot(slot.item)].verdict is not Verdict.skip
+            )
+        else:
+            self._await(slot.item, False)
+            del self._position[slot.item]
+
+    def _await(self, item: str, is_awaited: bool) -> None:
+        position = self._position[item]
+        index = bisect.bisect_left(self._awaited, position)
+        is_there = self._awaited[index : index + 1] == [position]
+        self._awaited[index : index + is_there] = [position] if is_awaited else []
+
+    def reopen(self, rank: int) -> None:
+        """Note that the item of this rank may be new again."""
+        if rank < self._unseen:
+            heapq.heappush(self._open, rank)
+
+    def next_candidate(self, items: int) -> int | None:
+        """Return and remove the smallest rank that may be new, of a number of items; None after the last."""
+        if self._open:
+            return heapq.heappop(self._open)
+        if self._unseen == items:
+            return None
+        self._unseen += 1
+        return self._unseen - 1
+
+    @property
+    def due_repeats(self) -> int:
+        """Number of repeats whose gap is over."""
+        return bisect.bisect_left(self._awaited, len(self._stack) - REPEAT_GAP)
+
+    def repeats(self) -> Iterator[Slot]:
+        """Yield the repeats whose gap is over, by the time of the first judgement."""
+        for position in itertools.islice(self._awaited, self.due_repeats):
+            yield Slot(self._stack[position].item, is_repeat=True)
+
+    def is_due_repeat(self, slot: Slot) -> bool:
+        """Return whether `slot` is one of `repeats`."""
+        position = self._position.get(slot.item, -1)
+        index = bisect.bisect_left(self._awaited, position)
+        return index < self.due_repeats and self._awaited[index] == position
+
+
 class Labelling:
     """The comparisons of a session and the judgements in force.
+
+    A judgement costs O(log(items) + annotators).
 
     Args:
         items: keys of the items.
@@ -127,10 +166,12 @@ class Labelling:
         self.plan = plan
         self.items: Sequence[str] = sorted(set(items), key=lambda item: (plan.order(item), item))
         self.foreign = 0
-        self._known = frozenset(self.items)
+        self.number = 0
+        """Number of judgements in force, skips among them."""
+        self._rank = {item: rank for rank, item in enumerate(self.items)}
         self._shared = frozenset(filter(plan.is_shared, self.items))
-        self._by_annotator: dict[str, dict[Slot, Judgement]] = defaultdict(dict)
-        self._undone: dict[str, list[Slot]] = defaultdict(list)
+        self._nobody = _Annotator(new=len(self.items))
+        self._annotators: dict[str, _Annotator] = {}
         self._shown: dict[str, Slot] = {}
         self._judges: dict[str, set[str]] = defaultdict(set)
         for event in events:
@@ -139,114 +180,111 @@ class Labelling:
     @property
     def judgements(self) -> list[Judgement]:
         """The judgements in force, by annotator in the order of their time."""
-        return [one for given in self._by_annotator.values() for one in given.values()]
+        return [one for name in self.annotators for one in self._annotators[name].judgements.values()]
 
     @property
     def annotators(self) -> list[str]:
         """The names of everyone with a judgement, sorted."""
-        return sorted(name for name, given in self._by_annotator.items() if given)
+        return sorted(name for name, one in self._annotators.items() if one.judgements)
+
+    def _annotator(self, name: str) -> _Annotator:
+        return self._annotators.setdefault(name, _Annotator(self._nobody.new))
 
     def accepts(self, event: Event) -> bool:
         """Return whether `event` changes the state; a second verdict on a comparison does not."""
-        given = self._by_annotator.get(event.annotator, {})
         if isinstance(event, Undo):
-            return bool(given) and next(reversed(given)) == event.slot
-        is_known = event.slot.item in self._known
+            return self.last(event.annotator) == event.slot
+        given = self._annotator(event.annotator).judgements
+        is_known = event.slot.item in self._rank
         is_due = not event.slot.is_repeat or Slot(event.slot.item) in given
         return is_known and is_due and event.slot not in given
 
     def apply(self, event: Event) -> None:
         """Change the state by an event; one that is not accepted changes nothing."""
-        if event.slot.item not in self._known:
+        item, name = event.slot.item, event.annotator
+        if item not in self._rank:
             self.foreign += 1
         elif self.accepts(event):
-            given, undone = self._by_annotator[event.annotator], self._undone[event.annotator]
+            everyone = [self._nobody, *self._annotators.values()]
+            before = [self._is_new(item, one) for one in everyone]
+            annotator, is_repeated = self._annotators[name], self.plan.is_repeated(item, name)
             if isinstance(event, Undo):
-                given.pop(event.slot)
-                undone.append(event.slot)
+                annotator.pop(is_repeated)
+                self.number -= 1
             else:
-                given[event.slot] = event
-                if event.slot in undone:
-                    undone.remove(event.slot)
-            self._recount(event.slot.item, event.annotator)
+                annotator.push(event, is_repeated)
+                self.number += 1
+            self._recount(item, name)
+            for one, was_new in zip(everyone, before, strict=True):
+                change = self._is_new(item, one) - was_new
+                one.new += change
+                if change > 0:
+                    one.reopen(self._rank[item])
 
-    def _recount(self, item: str, annotator: str) -> None:
-        judgement = self._by_annotator[annotator].get(Slot(item))
+    def _recount(self, item: str, name: str) -> None:
+        judgement = self._annotators[name].judgements.get(Slot(item))
         if judgement is not None and judgement.verdict is not Verdict.skip:
-            self._judges[item].add(annotator)
+            self._judges[item].add(name)
         else:
-            self._judges[item].discard(annotator)
+            self._judges[item].discard(name)
+
+    def _is_new(self, item: str, annotator: _Annotator) -> bool:
+        """Return whether the annotator is to judge the item for the first time."""
+        is_open = item in self._shared or not self._judges.get(item)
+        return is_open and Slot(item) not in annotator.judgements
 
     def last(self, annotator: str) -> Slot | None:
         """Return the slot that the annotator judged last; None before the first."""
-        given = self._by_annotator.get(annotator)
-        return next(reversed(given)) if given else None
+        one = self._annotators.get(annotator)
+        return next(reversed(one.judgements)) if one is not None and one.judgements else None
 
     def next_slot(self, annotator: str) -> Slot | None:
         """Return the annotator's next comparison, or None after the last; the same one until it is judged.
 
-        An item that another annotator has on the screen comes last.
+        Repeats whose gap is over come first. An item that another annotator has on the screen comes last.
         """
-        shown = self._shown.get(annotator)
-        due = self._due(annotator)
-        if self._undone[annotator]:
-            slot: Slot | None = self._undone[annotator][-1]
-        elif shown is not None and shown in due:
+        one, shown = self._annotator(annotator), self._shown.get(annotator)
+        if one.undone:
+            slot: Slot | None = one.undone[-1]
+        elif shown is not None and self._is_due(shown, one):
             slot = shown
         else:
             elsewhere = {other.item for name, other in self._shown.items() if name != annotator}
-            elsewhere -= self._shared
-            slot = next((one for one in due if one.item not in elsewhere), due[0] if due else None)
+            slot = self._first_due(one, elsewhere - self._shared)
         if slot is None:
             self._shown.pop(annotator, None)
         else:
             self._shown[annotator] = slot
         return slot
 
-    def _due(self, annotator: str) -> list[Slot]:
-        """Return the annotator's open slots: repeats whose gap is over, then new items in order."""
-        given = self._by_annotator.get(annotator, {})
-        repeats = []
-        for position, (slot, judgement) in enumerate(given.items()):
-            again = Slot(slot.item, is_repeat=True)
-            if (
-                not slot.is_repeat
-                and judgement.verdict is not Verdict.skip
-                and again not in given
-                and len(given) - position > REPEAT_GAP
-                and self.plan.is_repeated(slot.item, annotator)
-            ):
-                repeats.append(again)
-        judged = {slot.item for slot in given}
-        return repeats + [
-            Slot(item)
-            for item in self.items
-            if item not in judged and (item in self._shared or not self._judges.get(item))
-        ]
+    def _is_due(self, slot: Slot, annotator: _Annotator) -> bool:
+        return annotator.is_due_repeat(slot) if slot.is_repeat else self._is_new(slot.item, annotator)
+
+    def _first_due(self, annotator: _Annotator, elsewhere: Set[str]) -> Slot | None:
+        """Return the first repeat or new item that is not `elsewhere`; if there is none, the first one."""
+        repeat = next((slot for slot in annotator.repeats() if slot.item not in elsewhere), None)
+        if repeat is not None:
+            return repeat
+        new = self._first_new(annotator, elsewhere)
+        if new is not None and new.item not in elsewhere:
+            return new
+        return next(annotator.repeats(), new)
+
+    def _first_new(self, annotator: _Annotator, elsewhere: Set[str]) -> Slot | None:
+        found: list[int] = []
+        while (rank := annotator.next_candidate(len(self.items))) is not None:
+            if self._is_new(self.items[rank], annotator):
+                found.append(rank)
+                if self.items[rank] not in elsewhere:
+                    break
+        for rank in found:
+            annotator.reopen(rank)
+        free = [rank for rank in found if self.items[rank] not in elsewhere]
+        return Slot(self.items[(free or found)[0]]) if found else None
 
     def progress(self, annotator: str) -> Progress:
         """Return the annotator's progress; `remaining` shrinks as others judge items, too."""
-        given = list(self._by_annotator.get(annotator, {}).values())
-        skipped = sum(one.verdict is Verdict.skip for one in given)
-        seconds = [one.seconds for one in given if one.verdict is not Verdict.skip][-_PACE_OVER:]
+        one = self._annotator(annotator)
+        done, seconds = len(one.seconds), one.seconds[-_PACE_OVER:]
         pace = statistics.median(seconds) if seconds else None
-        return Progress(len(given) - skipped, skipped, len(self._due(annotator)), pace)
-
-
-def as_line(event: Event) -> dict[str, Any]:
-    """Return an event as a JSON object for the log."""
-    kind = "undo" if isinstance(event, Undo) else "judgement"
-    return {"event": kind, **asdict(event), "slot": str(event.slot)}
-
-
-def from_line(line: Mapping[str, Any]) -> Event:
-    """Return the event of a line of the log.
-
-    Raises:
-        KeyError, ValueError, TypeError: the line is not one of this log.
-    """
-    slot, annotator, time = Slot.parse(str(line["slot"])), str(line["annotator"]), str(line["time"])
-    if line["event"] == "undo":
-        return Undo(slot, annotator, time)
-    seconds = min(max(float(line["seconds"]), 0.0), _LONGEST_SECONDS)
-    return Judgement(slot, annotator, Verdict(line["verdict"]), int(line["left"]), seconds, time)
+        return Progress(done, len(one.judgements) - done, one.new + one.due_repeats, pace)

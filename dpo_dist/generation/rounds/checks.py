@@ -58,13 +58,6 @@ def check_rounds(config: RunConfig) -> None:
             str(pairs.output),
             "remove it: the pairs are in <run.dir>/rounds",
         ),
-        (
-            config.model.adapter is not None or config.model.quantization is not None,
-            "rounds train all weights: the next round cannot start from an adapter",
-            "model.adapter",
-            "an adapter",
-            "remove model.adapter, or do each round by a command of its own",
-        ),
     ):
         if is_broken:
             raise ConfigError(message, where=where, got=got, remedy=remedy)

@@ -1,7 +1,6 @@
 """Run a verb as a command of its own: configuration file, launcher, signals, exit code."""
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -12,12 +11,13 @@ from pathlib import Path
 from types import FrameType
 
 from dpo_dist.atomic import write_text
+from dpo_dist.config.command_line import EXIT_CODES
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, ExitCode
 
 _EXPERIMENT = "round"
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+_REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
 
 def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str]) -> list[str]:
@@ -58,21 +58,27 @@ def launcher(written: str | None) -> list[str]:
     return [sys.executable, *(("-m", "accelerate.commands.launch") if several else ())]
 
 
-def run_command(command: list[str]) -> int:
-    """Run a command to its end and return its exit code; SIGINT and SIGTERM are passed on to it.
+def run_command(command: list[str], codes: Path) -> int:
+    """Run a command to its end and return its exit code; SIGINT and SIGTERM are passed on to its processes.
 
-    The command ends with this process, even if that is killed.
+    They end with this process, even if that is killed.
+
+    Args:
+        command: from `command_of`.
+        codes: file for the exit codes of its processes: a launcher replaces them by its own, usually 1.
 
     Raises:
         ConfigError: the launcher does not exist.
-        KeyboardInterrupt, SystemExit: the command has ended after SIGINT, or SIGTERM.
+        KeyboardInterrupt: the command has ended after SIGINT.
+        SystemExit: it has ended after SIGTERM, without a reason of its own.
     """
+    codes.unlink(missing_ok=True)
     try:
         process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
             command,
+            env={**os.environ, EXIT_CODES: str(codes.resolve())},
             # Ctrl-C reaches this process alone, which passes it on once.
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509  (this process has no other thread at work)
         )
     except OSError as fault:
         raise ConfigError(
@@ -81,35 +87,51 @@ def run_command(command: list[str]) -> int:
             got=f"{command[0]}: {fault.strerror}",
             remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
         ) from None
-    with _passed_on(process) as received:
+    with _ended_together(process.pid), _passed_on(process.pid) as received:
         code = process.wait()
+    code = _own_code(codes, code)
     if signal.SIGINT in received:
         raise KeyboardInterrupt
-    if signal.SIGTERM in received and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+    if signal.SIGTERM in received and code not in _REASONS:
         raise SystemExit(128 + signal.SIGTERM)
     return code
 
 
-def _end_with_parent() -> None:
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+def _own_code(codes: Path, code: int) -> int:
+    """Return the largest exit code of the processes, or `code` of their launcher if that is 0 or unknown."""
+    try:
+        written = [int(line) for line in codes.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError):
+        return code
+    return max(written, default=0) or code
 
 
 @contextlib.contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass signals on to the process; yield a list of those received."""
+def _ended_together(group: int) -> Iterator[None]:
+    """Send SIGTERM to what is left of a process group when the block ends, or this process is killed."""
+    # The shell's read ends when the pipe closes, which no other process has open.
+    reader, writer = os.pipe()
+    words = ["/bin/sh", "-c", 'read -r _; kill -s TERM -- "-$0" 2> /dev/null', str(group)]
+    watcher = subprocess.Popen(words, stdin=reader, start_new_session=True)  # noqa: S603
+    os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
+        watcher.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(group: int) -> Iterator[list[int]]:
+    """Pass SIGINT and SIGTERM on to a process group; yield a list of those received."""
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGINT:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
+            os.killpg(group, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -25,7 +25,7 @@ class Samples:
         responses: those with a score; of equal responses to a prompt each counts.
         unscored: responses without a score: unfinished, empty, or without a usable verdict.
         mean_score: of the responses; None without any, and for shares of won comparisons.
-        pairs: number of pairs; None if no two responses of a prompt had different scores.
+        pairs: number of pairs; None if no prompt gave one, so that the rounds end.
     """
 
     policy: str
@@ -133,12 +133,18 @@ def samples_of(policy: str, file: Path, pairs: int | None, is_relative: bool = F
     return Samples(policy, prompts, responses, unscored, mean, pairs)
 
 
-def is_exhausted(file: Path) -> bool:
-    """Return whether no prompt of a file of samples has two responses with different scores."""
+def is_exhausted(file: Path, margin: float) -> bool:
+    """Return whether responses have scores, and no prompt has two that differ by more than `margin`."""
     if not file.is_file():
         return False
+    has_scores = False
     with file.open(encoding="utf-8") as lines:
-        return all(len(set(_scores(json.loads(line))) - {None}) < 2 for line in lines)
+        for line in lines:
+            known = [score for score in _scores(json.loads(line)) if score is not None]
+            has_scores = has_scores or bool(known)
+            if known and max(known) - min(known) > margin:
+                return False
+    return has_scores
 
 
 def _scores(row: Mapping[str, Any]) -> list[float | None]:
@@ -162,8 +168,8 @@ def hints(results: Sequence[RoundResult]) -> list[str]:
             )
     if scored and scored[-1][1].pairs is None:
         found.append(
-            f"round {scored[-1][0]} has no pair: all responses to each prompt have the same score, so "
-            "there is nothing more to learn from these prompts and this judge"
+            f"round {scored[-1][0]} has no pair: no two responses to a prompt have scores that differ by "
+            "more than pairs.margin, so there is nothing more to learn from these prompts and this judge"
         )
     return found
 

@@ -14,10 +14,11 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.pairs_schema import PairsConfig, RoundReference, Verdicts
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.generation.lock import locked
 from dpo_dist.generation.rounds.checks import check_rounds, check_settings
 from dpo_dist.generation.rounds.commands import command_of, launcher, run_command
+from dpo_dist.generation.rounds.merge import merge_adapter
 from dpo_dist.generation.rounds.results import (
     RoundResult,
     hints,
@@ -31,7 +32,7 @@ from dpo_dist.generation.rounds.results import (
 )
 
 Say: TypeAlias = Callable[[str], None]
-Run: TypeAlias = Callable[[list[str]], int]
+Run: TypeAlias = Callable[[list[str], Path], int]
 
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
@@ -40,7 +41,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     Args:
         config: of the first round; its `data.train` are the prompts.
         say: prints a line.
-        run: runs a command and returns its exit code.
+        run: `run_command`.
 
     Raises:
         DpoDistError: the rounds cannot start, or a stage has failed.
@@ -55,8 +56,11 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
         except KeyboardInterrupt:
             say("interrupted: the same command continues")
             return ExitCode.interrupted
+        except SystemExit:
+            say("stopped: the same command continues")
+            raise
         if code == ExitCode.completed:
-            _report(results, folder, say)
+            _report(results, config, say)
     return code
 
 
@@ -75,13 +79,13 @@ def _do_rounds(rounds: "_Rounds") -> tuple[list[RoundResult], int]:
     return results, ExitCode.completed
 
 
-def _report(results: list[RoundResult], folder: RunFolder, say: Say) -> None:
+def _report(results: list[RoundResult], config: RunConfig, say: Say) -> None:
     say(results_table(results))
     for hint in hints(results):
         say(f"hint: {hint}")
     trained = [one.number for one in results if one.training is not None]
     if trained:
-        say(f"the last policy: {folder.round(trained[-1]).training.model}")
+        say(f"the last policy: {_policy(config, trained[-1])}")
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,11 @@ class _Rounds:
             return result
         config = sampling_config(self.config, number)
         self.say(f"round {number}: samples of {config.model.path}")
-        code = self.run(self._command("pairs", config, folder.path / "sampling"))
+        code = self._run("pairs", config, folder.path / "sampling")
+        pairs: int | None = None
         if code == ExitCode.completed:
-            pairs: int | None = _lines(folder.pairs_file)
-        elif (
-            code == ExitCode.invalid and not folder.pairs_file.exists() and is_exhausted(folder.pairs_samples)
-        ):
-            pairs = None
-        else:
+            pairs = _lines(folder.pairs_file)
+        elif not (code == ExitCode.invalid and number > 1 and self._is_learned(folder)):
             raise _failed(f"sampling of round {number}", code, folder.rank_log(0))
         endpoint = config.pairs.endpoint
         is_relative = endpoint.url is not None and endpoint.verdicts is Verdicts.compare
@@ -122,8 +123,13 @@ class _Rounds:
         )
         return result
 
-    def _command(self, verb: str, config: RunConfig, folder: Path) -> list[str]:
-        return command_of(verb, config, folder, launcher(self.config.pairs.launcher))
+    def _is_learned(self, folder: RunFolder) -> bool:
+        """Return whether a round has no pair because all its samples are equally good."""
+        return not folder.pairs_file.exists() and is_exhausted(folder.pairs_samples, self.config.pairs.margin)
+
+    def _run(self, verb: str, config: RunConfig, folder: Path) -> int:
+        command = command_of(verb, config, folder, launcher(self.config.pairs.launcher))
+        return self.run(command, folder / "exit_codes")
 
     def trained(self, result: RoundResult) -> tuple[RoundResult, int]:
         """Return the round with its training, and the exit code: completed or preempted.
@@ -134,18 +140,17 @@ class _Rounds:
         folder = self.folder.round(result.number)
         config = training_config(self.config, result.number)
         self.say(f"round {result.number}: training of {config.model.path}")
-        code = self.run(self._command("train", config, folder.path / "training"))
+        code = self._run("train", config, folder.path / "training")
+        if code == ExitCode.preempted:
+            self.say(
+                f"round {result.number}: the training stopped with a checkpoint; the same command continues"
+            )
+            return result, code
         if code != ExitCode.completed:
-            # A launcher of several processes replaces their exit codes by its own.
-            outcome = _outcome(folder.training)
-            if outcome == RunOutcome.preempted:
-                self.say(
-                    f"round {result.number}: the training stopped with a checkpoint; "
-                    "the same command continues"
-                )
-                return result, ExitCode.preempted
-            code = ExitCode.diverged if outcome == RunOutcome.diverged else code
             raise _failed(f"training of round {result.number}", code, folder.training.rank_log(0))
+        if config.model.adapter is not None and not folder.policy.exists():
+            self.say(f"round {result.number}: the adapter is merged into {config.model.path}")
+            merge_adapter(folder.training.model, folder.policy, config)
         summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
         result = replace(result, training=read_training(summary))
         write_result(folder.round_result, result)
@@ -187,30 +192,31 @@ def _run(config: RunConfig, folder: Path) -> Any:
     return replace(config.run, dir=str(folder))
 
 
+def _policy(config: RunConfig, number: int) -> Path:
+    """Return the folder of the model that round `number` has trained."""
+    folder = _round(config, number)
+    return folder.training.model if config.model.adapter is None else folder.policy
+
+
 def _with_policy(config: RunConfig, number: int) -> RunConfig:
     """Return the configuration with the policy that round `number` starts from, and its reference model."""
     if number == 1:
         return config
-    policy = str(_round(config, number - 1).training.model)
-    model = replace(config.model, path=policy, revision=None)
-    reference = config.reference
+    model = replace(config.model, path=str(_policy(config, number - 1)), revision=None)
+    reference, mode = config.reference, config.reference.mode
     if config.pairs.reference is RoundReference.previous:
         reference = replace(reference, path=None, revision=None)
-    elif reference.path is None and reference.mode in (ReferenceMode.cached, ReferenceMode.live):
+    elif reference.path is None and mode is not ReferenceMode.none:
         reference = replace(reference, path=config.model.path, revision=config.model.revision)
+        if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model
+            quantization = config.model.quantization
+            reference = replace(reference, mode=ReferenceMode.cached, quantization=quantization)
     return replace(config, model=model, reference=reference)
 
 
 def _lines(file: Path) -> int:
     with file.open("rb") as lines:
         return sum(1 for _ in lines)
-
-
-def _outcome(folder: RunFolder) -> str | None:
-    try:
-        return str(json.loads(folder.state.read_text(encoding="utf-8"))["outcome"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _failed(stage: str, code: int, log: Path) -> DpoDistError:

@@ -53,7 +53,7 @@ def open_generator(
         from vllm import LLM  # noqa: PLC0415  (optional)
 
         return VllmGenerator(LLM, responder, config.model)
-    causal_lm = load_responder(responder, config.model, device)
+    causal_lm = load_responder(responder.source, config.model, device)
     return TransformersGenerator(causal_lm, responder.stop_ids, config.pairs.batch_tokens)
 
 

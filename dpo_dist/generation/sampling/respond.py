@@ -1,6 +1,7 @@
 """Responses of one model to a part of the prompts, as rows: text, number, length, end."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,13 +9,17 @@ import numpy as np
 
 from dpo_dist.config.data_schema import Truncation
 from dpo_dist.data.encode import TokenIds, encode_pair
-from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, PreferenceRecord
+from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord
+from dpo_dist.data.tokenization.rendered_parts import THOUGHT_FIELDS
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.prompts import UNLIMITED, encode_prompt, prompt_key
 from dpo_dist.generation.sampling.engine import Generator
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
 from dpo_dist.generation.sampling.responder import Responder
 
+_FIELD = THOUGHT_FIELDS[0]
+_THOUGHT, _CONTENT = "probe thought", "probe content"
+_PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
 # Tokens before a response with which it is decoded: a space or a character may depend on them.
 _DECODED_BEFORE = 8
 
@@ -38,8 +43,8 @@ def respond(
 
     Returns:
         `{"key": ..., "samples": [{"number", "content", "tokens", "finished", "same_ids"}]}`; a prompt that
-        cannot be used has the reason as `dropped` and no samples. `same_ids` is whether the text is encoded
-        as the generated tokens.
+        cannot be used has the reason as `dropped` and no samples. `same_ids` is whether training encodes the
+        response as the generated tokens. A thought apart from the content is in `fields`, by its field.
 
     Raises:
         ConfigError: the model's logits are not finite.
@@ -96,7 +101,11 @@ def _described(
     sample: Sample, number: int, record: PreferenceRecord, prompt: TokenIds, responder: Responder
 ) -> dict[str, Any]:
     ids, finished = sample.ids, sample.is_finished
-    text, same = decode(ids, record, prompt, responder)
+    response, same = decode(ids, record, prompt, responder)
+    if isinstance(response, Message):
+        text, fields = response.content, dict(response.fields)
+    else:
+        text, fields = response, {}
     if isinstance(record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
         # The model speaks for the other side too: its response ends before that turn.
         text, finished = text[: turn.start()], True
@@ -108,35 +117,62 @@ def _described(
         "tokens": len(ids),
         "finished": finished,
         "same_ids": same,
-    }
+    } | ({"fields": fields} if fields else {})
 
 
 def decode(
     ids: list[int], record: PreferenceRecord, prompt: TokenIds, responder: Responder
-) -> tuple[str, bool]:
-    """Return the text of a response, and whether training would encode it as the same tokens.
+) -> tuple[str | Message, bool]:
+    """Return a response as text or message, and whether training would encode it as the same tokens.
 
     A text may start with a space that only the tokens before it show, and a template may add or strip that
-    space: the first spelling counts whose encoding has the generated tokens.
+    space. A template may write the content and the thought of a message in another form than they have in a
+    text (the channels of gpt-oss). The first form counts whose encoding has the generated tokens.
     """
-    tokenizer = responder.tokenizer
+    continued, alone = _texts_of(ids, prompt, responder)
+    forms = dict.fromkeys((continued, alone, alone.strip()))
+    for form in (*forms, *_messages_of(continued, record, prompt, responder)):
+        if _ids_of(form, record, prompt, responder) == ids:
+            return form, True
+    return continued, False
+
+
+def _texts_of(ids: list[int], prompt: TokenIds, responder: Responder) -> tuple[str, str]:
+    """Return the text of tokens after a prompt, and alone."""
     before = prompt[-_DECODED_BEFORE:].tolist()
     start, whole, alone = (
-        str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        str(responder.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for tokens in (before, before + ids, ids)
     )
-    continued = whole.removeprefix(start) if whole.startswith(start) else alone
-    spellings = list(dict.fromkeys((continued, alone, alone.strip())))
-    for text in spellings:
-        if _ids_of(text, record, prompt, responder) == ids:
-            return text, True
-    return spellings[0], False
+    return whole.removeprefix(start) if whole.startswith(start) else alone, alone
 
 
-def _ids_of(text: str, record: PreferenceRecord, prompt: TokenIds, responder: Responder) -> list[int] | None:
+def _messages_of(
+    text: str, record: PreferenceRecord, prompt: TokenIds, responder: Responder
+) -> Iterator[str | Message]:
+    """Yield the contents, with thoughts in fields, of which the chat template may have written a text."""
+    if not isinstance(record.prompt, tuple):
+        return
+    for fields in ({}, {_FIELD: _THOUGHT}):
+        ids = _ids_of(Message("assistant", _CONTENT, fields), record, prompt, responder)
+        if ids is None:
+            continue
+        first, *between, last = _PROBES.split(_texts_of(ids, prompt, responder)[0])
+        rest = text.removeprefix(first).removesuffix(last)
+        if not between:
+            yield rest
+        elif between[0] in rest:
+            thought, _, content = rest.partition(between[0])
+            yield Message("assistant", content, {_FIELD: thought})
+
+
+def _ids_of(
+    response: str | Message, record: PreferenceRecord, prompt: TokenIds, responder: Responder
+) -> list[int] | None:
     """Return the tokens of a response after the same prompt, without its end; None if it cannot follow it."""
     limits = replace(responder.data, max_length=UNLIMITED, truncation=Truncation.drop)
-    encoded = encode_pair(replace(record, responses=(text,)), responder.tokenizer, limits)
+    whole = response if isinstance(response, str) else (response,)
+    encoded = encode_pair(replace(record, responses=(whole,)), responder.tokenizer, limits)
     if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, prompt):
         return None
     return list(map(int, encoded.responses[0][:-1]))

@@ -164,13 +164,12 @@ def find_stop_ids(
     return found
 
 
-def load_responder(responder: Responder, config: ModelConfig, device: torch.device) -> Any:
-    """Return the weights of a responder as a transformers model, whole on `device` and in evaluation mode.
+def load_responder(source: ModelSource, config: ModelConfig, device: torch.device) -> Any:
+    """Return the weights of a model that responds, whole on `device` and in evaluation mode.
 
     Raises:
         ConfigError: they cannot be loaded.
     """
-    source = responder.source
     model_config = load_config(source.folder, config)
     causal_lm = load_weights(source.folder, model_config, config, device, key="pairs.models")
     if source.adapter is not None:

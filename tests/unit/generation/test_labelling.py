@@ -1,6 +1,7 @@
 """A labelling session: order, repeats, corrections, several annotators, restarts from the log."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -9,20 +10,11 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.generation.labelling.agreement import Undecided, agreement, agreement_table, compared, outcome
+from dpo_dist.generation.labelling.events import Judgement, Slot, Undo, Verdict, as_line, from_line
 from dpo_dist.generation.labelling.items import draw_items, shown_prompt, shown_response
 from dpo_dist.generation.labelling.log import opened_log
 from dpo_dist.generation.labelling.people import label_pairs
-from dpo_dist.generation.labelling.state import (
-    REPEAT_GAP,
-    Judgement,
-    Labelling,
-    Plan,
-    Slot,
-    Undo,
-    Verdict,
-    as_line,
-    from_line,
-)
+from dpo_dist.generation.labelling.state import REPEAT_GAP, Labelling, Plan
 
 ITEMS = [f"item{number}" for number in range(30)]
 ALONE = Plan(overlap=0.0, repeats=0.0)
@@ -132,6 +124,43 @@ def test_undo_returns_to_the_last_comparison_several_times() -> None:
         slots[0]: Verdict.first,
         slots[1]: Verdict.second,
     }
+
+
+def due(state: Labelling, annotator: str) -> list[Slot]:
+    """The open comparisons by their definition: repeats whose gap is over, then new items in order."""
+    given = [one for one in state.judgements if one.annotator == annotator]
+    slots = {one.slot for one in given}
+    judged = {one.slot.item for one in state.judgements if one.verdict != "skip" and not one.slot.is_repeat}
+    repeats = [
+        Slot(one.slot.item, is_repeat=True)
+        for one in given[: max(len(given) - REPEAT_GAP, 0)]
+        if one.verdict != "skip" and state.plan.is_repeated(one.slot.item, annotator)
+    ]
+    new = [item for item in state.items if state.plan.is_shared(item) or item not in judged]
+    return [slot for slot in [*repeats, *map(Slot, new)] if slot not in slots]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_next_comparisons_are_those_that_are_due(seed) -> None:
+    """Random judgements, also of comparisons that are not shown, and corrections of two annotators."""
+    chance = random.Random(seed)
+    state = Labelling(ITEMS, Plan(seed, chance.choice([0.0, 0.4]), repeats=0.6))
+    for _ in range(150):
+        name = chance.choice(["Ada", "Ben"])
+        slot = state.next_slot(name)
+        last = state.last(name)
+        if last is not None and chance.random() < 0.3:
+            state.apply(undo(last, name))
+            assert state.next_slot(name) == last
+        elif slot is not None:
+            other = Slot(chance.choice(ITEMS), chance.random() < 0.5)
+            chosen = other if chance.random() < 0.2 else slot
+            state.apply(judgement(chosen, name, chance.choice(list(Verdict))))
+        for one in ("Ada", "Ben"):
+            assert state.progress(one).remaining == len(due(state, one))
+            assert state.number == len(state.judgements)
+    alone = Labelling(ITEMS, state.plan, state.judgements)
+    assert alone.next_slot("Ada") == next(iter(due(alone, "Ada")), None)
 
 
 def test_progress_counts_what_is_in_force() -> None:

@@ -10,12 +10,15 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import Dialogue, Origin, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
+from dpo_dist.errors import ConfigError
 from dpo_dist.generation.pair_records import pair_fields, write_pairs
-from dpo_dist.generation.sampling.generate import Sample, Sampling
+from dpo_dist.generation.results import as_response
+from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
 from dpo_dist.generation.sampling.respond import Numbers, respond
 from dpo_dist.generation.sampling.responder import Responder
 from tests.support import tiny
+from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
 
 DIALOGUE = PreferenceRecord(Dialogue("\n\nHuman: hi\n\nAssistant:"), (), Origin("here", 1))
@@ -56,3 +59,65 @@ def test_a_response_ends_before_a_further_turn(turn: str) -> None:
         *(" yes", len(without_template()(" yes")["input_ids"]), True, True),
     )
     assert sampled(f"\n\n{turn}")[0]["content"] == ""
+
+
+CHAT = PreferenceRecord((Message("user", "What is 2+2?"),), (), Origin("here", 1))
+FINAL = "<|channel|>final<|message|>"
+ANALYSIS = "<|channel|>analysis<|message|>add<|end|><|start|>assistant"
+
+
+def chatted(family: str, *texts: str) -> tuple[list[dict[str, Any]], list[list[int]], Any]:
+    """Samples of a chat model with these texts, their tokens, and the tokenizer."""
+    tokenizer = tokenizer_of(family)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    generator: Any = SimpleNamespace(generate=lambda *_: [Sample(each, True) for each in ids])
+    responder: Any = Responder(None, tokenizer, WIDE, frozenset(), None)  # type: ignore[arg-type]
+    (row,) = respond([CHAT], responder, generator, Sampling(50), Numbers(0, len(texts)))
+    return row["samples"], ids, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen", "rejected"),
+    [
+        ("gptoss", f"{ANALYSIS}{FINAL}four", f"{FINAL}five"),
+        ("gptoss", f"{ANALYSIS}{FINAL}four", f"{ANALYSIS.replace('add', 'sum')}{FINAL}four"),
+        ("qwen3", "<think>\nadd\n</think>\n\nfour", "<think>\n\n</think>\n\nfive"),
+        ("qwen3_instruct_2507", "<think>\nadd\n</think>\n\nfour", "five"),
+        ("deepseek_r1_distill", "add\n</think>\n\nfour", "subtract\n</think>\n\nzero"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_thoughts_are_trained_as_they_were_generated(
+    tmp_path: Path, family: str, chosen: str, rejected: str, name: str
+) -> None:
+    samples, ids, tokenizer = chatted(family, chosen, rejected)
+    assert [sample["same_ids"] for sample in samples] == [True, True]
+    sides = as_response(samples[0]), as_response(samples[1])
+    write_pairs(tmp_path / name, [pair_fields(CHAT, sides, None, {})])
+    (record,) = read_records(str(tmp_path / name))
+    assert isinstance(record, PreferenceRecord)
+    example = encode_pair(record, tokenizer, WIDE)
+    assert isinstance(example, EncodedExample)
+    assert [response[:-1].tolist() for response in example.responses] == ids
+
+
+def test_the_channels_of_a_response_are_its_content_and_its_thought() -> None:
+    (whole, final, call), _, _ = chatted(
+        "gptoss", f"{ANALYSIS}{FINAL}four", f"{FINAL}five", "<|channel|>commentary<|message|>{}"
+    )
+    assert (whole["content"], whole["fields"]) == ("four", {"reasoning_content": "add"})
+    assert (final["content"], "fields" in final) == ("five", False)
+    assert not call["same_ids"]
+
+
+def test_logits_that_are_not_finite_name_model_and_prompt() -> None:
+    def fail(requests: list[Request], *_: Any) -> Any:
+        raise NotFiniteError(requests[1])
+
+    tokenizer = tokenizer_of("qwen2_5")
+    source: Any = SimpleNamespace(name="my_model")
+    responder = Responder(source, tokenizer, WIDE, frozenset(), None)
+    generator: Any = SimpleNamespace(generate=fail)
+    with pytest.raises(ConfigError) as caught:
+        respond([CHAT], responder, generator, Sampling(5), Numbers(4, 2))
+    assert caught.value.where == "my_model, sample 5 of the prompt of here:1"

@@ -1,21 +1,29 @@
 """Rounds: their order, models, references and seeds; failures and restarts at every stage."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
 from dpo_dist.generation.rounds.commands import run_command
+from dpo_dist.generation.rounds.merge import merge_adapter
 from dpo_dist.generation.rounds.results import is_exhausted, read_result, samples_of
 from dpo_dist.generation.rounds.run_rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs
+from tests.support import tiny
+from tests.support.tiny_model import write_model
 
 FAKE = Path(__file__).parents[2] / "support" / "fake_verbs.py"
 
@@ -153,6 +161,92 @@ def test_a_hint_if_the_mean_score_falls(tmp_path) -> None:
     assert "did not rise in round 1 (0.9 to 0.5)" in said[-2]
 
 
+def test_a_first_round_without_a_pair_is_an_error() -> None:
+    """Nothing was trained: exit code 0 would say that there is a policy."""
+    Path("fail").write_text("pairs 1 2")
+    with pytest.raises(DpoDistError, match="sampling of round 1") as caught:
+        do()
+    assert caught.value.exit_code == ExitCode.invalid
+
+
+def test_scores_within_the_margin_give_no_pair(tmp_path) -> None:
+    file = tmp_path / "samples.jsonl"
+    rows = [
+        {"responses": [{"content": c, "score": s} for c, s in pairs.items()], "unused": []}
+        for pairs in ({"a": 1.0, "b": 0.5}, {"a": 1.0}, {})
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [is_exhausted(file, margin) for margin in (0.0, 0.49, 0.5)] == [False, False, True]
+    file.write_text('{"responses": [], "unused": [{"content": "cut", "score": null}]}\n')
+    assert not is_exhausted(file, 0.5), "no response has a score: that is a fault, not the end of learning"
+
+
+ADAPTER = ("model.adapter={r: 2, alpha: 4}", "pairs.rounds=2")
+
+
+def with_adapter(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[dict[str, Any]]:
+    """Do rounds that train adapters, with a stand-in for merging; return the configurations of the stages."""
+
+    def merge(adapter: Path, folder: Path, _: RunConfig) -> None:
+        assert str(adapter).endswith("train/model")
+        folder.mkdir()
+
+    monkeypatch.setattr("dpo_dist.generation.rounds.run_rounds.merge_adapter", merge)
+    code, said = do(*ADAPTER, *overrides)
+    assert code == ExitCode.completed
+    assert said[-1] == "the last policy: run/rounds/2/policy"
+    return [call["config"] for call in calls()]
+
+
+def test_an_adapter_is_merged_before_the_next_round(monkeypatch) -> None:
+    _, training1, sampling2, training2, last = with_adapter(monkeypatch)
+    assert training1["model"]["path"] == "base"
+    assert sampling2["model"]["path"] == training2["model"]["path"] == "run/rounds/1/policy"
+    assert last["model"]["path"] == "run/rounds/2/policy"
+    assert training2["model"]["adapter"]["r"] == 2
+    assert [one["reference"]["mode"] for one in (training1, training2)] == ["adapter", "adapter"]
+    assert do(*ADAPTER)[0] == ExitCode.completed
+    assert order() == WHOLE
+
+
+def test_the_first_reference_of_adapters_is_the_first_base(monkeypatch) -> None:
+    quantized = ("model.quantization=nf4", "parallelism=ddp", "model.revision=abc")
+    _, training1, _, training2, _ = with_adapter(monkeypatch, "pairs.reference=first", *quantized)
+    assert training1["reference"]["mode"] == "adapter"
+    reference = training2["reference"]
+    assert [reference[key] for key in ("mode", "path", "revision", "quantization")] == [
+        *("cached", "base", "abc", "nf4")
+    ]
+
+
+def test_an_adapter_whose_merge_was_killed_is_merged_later(monkeypatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_dist.generation.rounds.run_rounds.merge_adapter", killed)
+    assert do(*ADAPTER)[0] == ExitCode.interrupted
+    with_adapter(monkeypatch)
+    assert order() == [*WHOLE[:2], *WHOLE[1:]]
+
+
+def test_a_merged_adapter_computes_the_same(tmp_path) -> None:
+    base, adapter = write_model(tmp_path / "base"), tmp_path / "adapter"
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
+    adapted.save_pretrained(adapter)
+    tiny.qwen().save_pretrained(adapter)  # as a training writes it
+    merge_adapter(adapter, tmp_path / "policy", config("model.dtype=fp32", "reference.store=store"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        difference = merged(ids).logits - adapted(ids).logits
+        assert difference.abs().max() < 1e-4
+        with adapted.disable_adapter():
+            assert (merged(ids).logits - adapted(ids).logits).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").get_vocab() == tiny.qwen().get_vocab()
+
+
 def test_other_settings_are_refused_in_the_same_folder() -> None:
     do()
     with pytest.raises(ConfigError, match=r"loss\.beta: 0\.1 before, 0\.2 now; pairs\.samples: 4 before"):
@@ -175,7 +269,6 @@ def test_a_mistake_that_no_stage_survived_can_be_corrected() -> None:
         ("pairs.method=scores", "pairs.method"),
         ("pairs.models=[other]", "pairs.models"),
         ("pairs.output=x.jsonl", "pairs.output"),
-        ("model.adapter={r: 4, alpha: 8}", "model.adapter"),
         ("pairs.launcher=no-such-program", "pairs.launcher"),
         ('pairs.launcher="python \'x"', "pairs.launcher"),
     ],
@@ -209,7 +302,7 @@ def test_rounds_are_not_started_by_several_processes(monkeypatch) -> None:
 
 
 def test_a_second_start_in_the_same_folder_is_refused() -> None:
-    def second(_: list[str]) -> int:
+    def second(*_: Any) -> int:
         with pytest.raises(ConfigError, match="another process"):
             do()
         return ExitCode.failed
@@ -234,7 +327,8 @@ def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
     found = samples_of("policy", file, 1)
     assert (found.prompts, found.responses, found.unscored) == (1, 3, 1)
     assert found.mean_score == pytest.approx(2 / 3)
-    assert not is_exhausted(file)
+    assert not is_exhausted(file, 0.0)
+    assert is_exhausted(file, 1.0)
     relative = samples_of("policy", file, 1, is_relative=True)
     assert (relative.responses, relative.mean_score) == (3, None)
 
@@ -250,12 +344,16 @@ def test_shares_of_won_comparisons_have_no_mean() -> None:
     assert [row["samples"]["mean_score"] for row in rows] == [0.25, 0.5]
 
 
+# As accelerate does for one process: the launcher ends by a signal without its child.
+LAUNCHER = "import subprocess, sys; sys.exit(min(subprocess.call([sys.executable, *sys.argv[1:]]), 1))"
+
+
 def test_a_command_ends_with_the_process_that_started_it(tmp_path) -> None:
     """kill -9 of the rounds ends the training too: the next start finds no other process there."""
     work = "import signal, pathlib; pathlib.Path('up').touch(); signal.pause()"
     outer = (
-        "import sys; from dpo_dist.generation.rounds.commands import run_command; "
-        f"run_command([sys.executable, '-c', {work!r}])"
+        "import sys; from pathlib import Path; from dpo_dist.generation.rounds.commands import run_command; "
+        f"run_command([sys.executable, '-c', {LAUNCHER!r}, '-c', {work!r}], Path('codes'))"
     )
     process = subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE)
     while not (tmp_path / "up").exists():
@@ -265,20 +363,44 @@ def test_a_command_ends_with_the_process_that_started_it(tmp_path) -> None:
     process.communicate(timeout=30)
 
 
+def test_a_training_does_not_outlive_its_launcher(tmp_path) -> None:
+    work = (
+        "import os, pathlib, signal; pathlib.Path('pid').write_text(str(os.getpid())); "
+        "os.kill(os.getppid(), signal.SIGKILL); signal.pause()"
+    )
+    assert run_command([sys.executable, "-c", LAUNCHER, "-c", work], Path("codes")) == -signal.SIGKILL
+    process = Path("/proc", Path("pid").read_text(), "stat")
+    deadline = time.monotonic() + 30
+    while process.exists() and process.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
 def test_signals_are_passed_on(number, error) -> None:
     work = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
     with pytest.raises(error):
-        run_command([sys.executable, "-c", work])
+        run_command([sys.executable, "-c", work], Path("codes"))
 
 
-def test_a_command_that_ends_by_itself_after_sigterm_has_not_failed() -> None:
+@pytest.mark.parametrize("own_code", [1, 143, 0])
+def test_sigterm_ends_the_rounds_with_its_own_code(own_code) -> None:
     work = (
-        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+        f"import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({own_code})); "
         "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     )
     with pytest.raises(SystemExit) as caught:
-        run_command([sys.executable, "-c", work])
+        run_command([sys.executable, "-c", work], Path("codes"))
     assert caught.value.code == 143
+
+
+@pytest.mark.parametrize("code", [ExitCode.preempted, ExitCode.diverged, ExitCode.invalid])
+def test_the_exit_code_of_a_verb_survives_its_launcher_and_sigterm(code) -> None:
+    """The verb ends by its own code after SIGTERM, in a child of a launcher that ends with 1."""
+    work = f"import os; from dpo_dist.config.command_line import run_verb; os.kill({os.getpid()}, 15); " + (
+        f"run_verb(lambda _: {int(code)}, needs_model=False)"
+    )
+    ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    command = [sys.executable, "-c", ignoring + LAUNCHER, "-c", ignoring + work, "data.train=[x]"]
+    assert run_command(command, Path("codes")) == code
