@@ -71,7 +71,12 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
                 )
             remember(memo, identity, digest)
     except OSError as error:
-        raise ConfigError("a file cannot be read", where=str(file), got=str(error)) from error
+        raise ConfigError(
+            "a file cannot be read",
+            where=str(file),
+            got=str(error),
+            remedy="check the path and its permissions",
+        ) from error
     return digest
 
 

@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fault = error
     except (OSError, SafetensorError) as error:
         fault = ReferenceModelError(
-            "the store cannot be read or changed", where=str(given.folder), got=str(error)
+            "the store cannot be read or changed",
+            where=str(given.folder),
+            got=str(error),
+            remedy="check the path, its permissions and the free space",
         )
     sys.stderr.write(fault.block() + "\n")
     return fault.exit_code

@@ -1,4 +1,4 @@
-"""Command line of a verb: Hydra's overrides and the options below, in any order; Hydra only composes."""
+"""Run a verb with the configuration of its command line; Hydra only composes."""
 
 import contextlib
 import json
@@ -7,20 +7,18 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
-from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, alias_of
 from dpo_dist.config.help import explain, usage
-from dpo_dist.config.keys import run_keys
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
-from dpo_dist.config.messages import assignment, likely, unknown_key
+from dpo_dist.config.messages import unknown_key
+from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
@@ -30,38 +28,6 @@ EXIT_CODES = "DPO_DIST_EXIT_CODES"
 _RANK_0_SECONDS = 60
 _ABSENT = object()
 _OF_ONE_PROCESS = ("doctor",)
-
-
-class _Option(NamedTuple):
-    short: str
-    value: str
-    """Its value in the help text; in brackets if it is optional."""
-    meaning: str
-
-
-_OPTIONS = {
-    "--help": _Option("-h", "[KEY]", "print this text, or explain a section or key"),
-    "--version": _Option("", "", "print the version of dpo_dist"),
-    "--check": _Option("", "", "check values, model, tokenizer, data and folders, without a GPU, and exit"),
-    "--cfg": _Option("-c", "job", "print the resolved configuration of the run and exit"),
-    "--package": _Option("-p", "KEY", "with --cfg job: print this section or key only"),
-    "--config-dir": _Option("-cd", "DIR", "add your own presets and experiments: DIR/experiment/NAME.yaml"),
-    "--info": _Option("-i", "[TOPIC]", "print how Hydra composes, e.g. --info defaults-tree"),
-}
-_LONG = {option.short: name for name, option in _OPTIONS.items() if option.short}
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """A command line, divided into options with their values and overrides."""
-
-    options: dict[str, str]
-    overrides: list[str]
-
-    @property
-    def own_folder(self) -> Path | None:
-        """The user's folder of configuration groups."""
-        return Path(self.options["--config-dir"]) if "--config-dir" in self.options else None
 
 
 def run_verb(
@@ -154,96 +120,11 @@ def _answer(arguments: Arguments) -> str | None:
         return explain(key, folders)
     options = {
         f"{name}{f', {option.short}' if option.short else ''} {option.value}": option.meaning
-        for name, option in _OPTIONS.items()
+        for name, option in OPTIONS.items()
     }
     verb = Path(sys.argv[0]).stem
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
     return None if key is None else usage(command, options, folders)
-
-
-def divide(arguments: Sequence[str]) -> Arguments:
-    """Divide a command line into options and overrides, in any order.
-
-    Raises:
-        ConfigError: an option does not exist, or lacks its value.
-    """
-    options: dict[str, str] = {}
-    overrides: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("-"):
-            overrides.append(argument)
-            continue
-        name, equals, value = argument.partition("=")
-        option = _LONG.get(name, name)
-        if option not in _OPTIONS:
-            raise _unknown_option(name, value if equals else "".join(rest[:1]))
-        takes = _OPTIONS[option].value
-        if equals and not takes:
-            raise ConfigError(
-                f"{name} takes no value", where=COMMAND_LINE, got=argument, remedy=f"write {name}"
-            )
-        is_optional = takes.startswith("[")
-        if takes and not equals and not (is_optional and _is_override_or_option(rest[:1])):
-            if not rest:
-                remedy = f"write {option} VALUE"
-                raise ConfigError(f"{name} needs a value", where=COMMAND_LINE, got=argument, remedy=remedy)
-            value = rest.pop(0)
-        options[option] = value
-    _check_values(options)
-    return Arguments(options, overrides)
-
-
-def _is_override_or_option(following: Sequence[str]) -> bool:
-    return not following or "=" in following[0] or following[0].startswith("-")
-
-
-def _check_values(options: dict[str, str]) -> None:
-    if options.get("--cfg", "job") != "job":
-        raise ConfigError(
-            "--cfg prints the configuration of the run only",
-            where=COMMAND_LINE,
-            got=options["--cfg"],
-            expected="job",
-            remedy="write --cfg job",
-        )
-    if "--package" in options and not {"--cfg", "--info", "--help"} & set(options):
-        raise ConfigError(
-            "--package has no effect without --cfg",
-            where=COMMAND_LINE,
-            got=f"--package {options['--package']}",
-            remedy="write --cfg job --package KEY, or remove --package",
-        )
-    folder = options.get("--config-dir")
-    if folder is not None and not Path(folder).is_dir():
-        raise ConfigError(
-            "--config-dir is no folder",
-            where=COMMAND_LINE,
-            got=folder,
-            expected="a folder of groups: experiment/NAME.yaml, loss/NAME.yaml",
-            remedy="check the path; it is relative to the working directory",
-        )
-
-
-def _unknown_option(name: str, value: str) -> ConfigError:
-    plain = name.lstrip("-").replace("-", "_")
-    value = "" if value.startswith("-") else value
-    if plain in run_keys():
-        remedy = f"write {assignment(plain, value, run_keys()[plain])}"
-    elif alias_of(plain, KEY_ALIASES) or alias_of(plain, REMEDIES):
-        remedy = unknown_key(plain, value).remedy
-    elif name.startswith("--") and (found := likely(name, _OPTIONS)):
-        remedy = f"did you mean {found[0]}?"
-    else:
-        remedy = "keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
-    return ConfigError(
-        f"there is no option {name}",
-        where=COMMAND_LINE,
-        got=name,
-        expected=f"key=value, or one of {', '.join(_OPTIONS)}",
-        remedy=remedy,
-    )
 
 
 def _show(composed: DictConfig, arguments: Arguments, needs_model: bool) -> int:

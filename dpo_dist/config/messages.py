@@ -1,6 +1,5 @@
 """Error messages for mistakes in a configuration: the wrong key, preset or value, and its correction."""
 
-import difflib
 import json
 import re
 import shlex
@@ -24,51 +23,8 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import choices, describe_type, key_types, run_keys
 from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.spelling import likely, nearest
 from dpo_dist.errors import ConfigError
-
-# A guess of lower similarity misleads more people than it helps.
-_SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
-# A wrong guess at one of these would end the run early without a message.
-_SHORTENING = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
-
-
-def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Return `known`, the most similar to `word` first; for dotted keys the last part counts again."""
-    word = VALUE_ALIASES.get(word.lower(), word)
-    return sorted(known, key=lambda candidate: sum(_similarities(word, candidate)), reverse=True)
-
-
-def likely(word: str, known: Iterable[str]) -> list[str]:
-    """Return those of `known` that the user probably meant by `word`, the most similar first."""
-    candidates = list(known)
-    same = VALUE_ALIASES.get(word.lower(), word.lower())
-    if same in candidates:
-        return [same]
-    section, _, last_part = word.rpartition(".")
-    # Keys of the same section with the word as a part of their name: loss.alpha, loss.ld_alpha.
-    with_part = [
-        candidate
-        for candidate in candidates
-        if candidate.rpartition(".")[0] == section
-        and last_part in candidate.rpartition(".")[2].split("_")
-        and candidate not in _SHORTENING
-    ]
-    if with_part and word not in candidates:
-        return with_part
-    for candidate in nearest(word, candidates)[:3]:
-        whole, last = _similarities(word, candidate)
-        similarity = last if "." in word or "." not in candidate else max(whole, last)
-        elsewhere = section in candidates and candidate.rpartition(".")[0] != section
-        if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _SHORTENING else _SIMILAR):
-            return [candidate]
-    return []
-
-
-def _similarities(word: str, candidate: str) -> tuple[float, float]:
-    """Return the similarity of the whole keys and that of their last parts, each from 0 to 1."""
-    whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-    last = difflib.SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-    return whole, last
 
 
 def assignment(key: str, value: str, hint: Any) -> str:
@@ -156,7 +112,11 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     """Return the error for a preset that does not exist."""
     known = preset_names(group, folders)
     if not known:
-        return ConfigError("a configuration file does not exist", got=f"{group}/{choice}.yaml")
+        return ConfigError(
+            "a configuration file does not exist",
+            got=f"{group}/{choice}.yaml",
+            remedy=f"write it, or name its folder: --config-dir DIR with DIR/{group}/NAME.yaml",
+        )
     plus = "+" if group == "experiment" else ""
     found = likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known)
     remedies = [f"did you mean {plus}{group}={found[0]}?"] if found else []

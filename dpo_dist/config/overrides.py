@@ -12,7 +12,8 @@ from hydra.errors import HydraException
 
 from dpo_dist.config.aliases import VALUE_ALIASES
 from dpo_dist.config.keys import describe_type, run_keys
-from dpo_dist.config.messages import assignment, likely, preset_names, unknown_key, unknown_preset
+from dpo_dist.config.messages import assignment, preset_names, unknown_key, unknown_preset
+from dpo_dist.config.spelling import likely
 from dpo_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"

@@ -186,7 +186,10 @@ def tokenizer_digest(folder: Path) -> str:
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "a file of the model cannot be read", where=str(config_file), got=str(error)
+            "a file of the model cannot be read",
+            where=str(config_file),
+            got=str(error),
+            remedy="download or save the model again",
         ) from error
     # transformers chooses the tokenizer's class by these.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]

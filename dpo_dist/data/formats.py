@@ -109,6 +109,7 @@ def read_with_fields(
             where=f"limit of {source.path}",
             got=str(source.limit),
             expected="a positive number of records, or null for all",
+            remedy="write limit: 1000, or remove it",
         )
     source = resolved(source)
     return (

@@ -157,7 +157,11 @@ def _unreadable(file: Path, got: str) -> ConfigError:
 def _shards(index: Path) -> list[Path]:
     weight_map = read_model_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError("the index of the model's weights has no weight_map", where=str(index))
+        raise ConfigError(
+            "the index of the model's weights has no weight_map",
+            where=str(index),
+            remedy="download or save the model again",
+        )
     return [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
 
 

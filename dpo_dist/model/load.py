@@ -118,7 +118,10 @@ def load_weights(
         )
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
-            "the model cannot be loaded", where=key, got=f"{folder}: {_first_line(error)}"
+            "the model cannot be loaded",
+            where=key,
+            got=f"{folder}: {_first_line(error)}",
+            remedy=f"download or save the model again, or set {key} to another model",
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -230,6 +233,7 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
             "the model's config.json cannot be read",
             where="model.path",
             got=f"{folder}: {_first_line(error)}",
+            remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
     if config.trust_remote_code:
         check_no_remote_model(folder, model_config)

@@ -185,7 +185,12 @@ def _digest(file: Path, memo: Path | None) -> tuple[str, str]:
     try:
         identity = file_identity(file)
     except OSError as error:
-        raise ConfigError("a file of the model cannot be read", where=str(file), got=str(error)) from error
+        raise ConfigError(
+            "a file of the model cannot be read",
+            where=str(file),
+            got=str(error),
+            remedy="check its permissions, or download the model again",
+        ) from error
     return identity, remembered_digest(file, memo)
 
 

@@ -1,10 +1,13 @@
 """An error is one block with the same lines on every rank; exit codes are those of the documentation."""
 
+import ast
 import errno
 import pickle
+from pathlib import Path
 
 import pytest
 
+import dpo_dist
 from dpo_dist import errors
 from dpo_dist.errors import (
     ConfigError,
@@ -69,3 +72,17 @@ def test_exit_codes_are_the_documented_ones() -> None:
 def test_only_a_full_disk_or_a_named_path_is_a_users_error(error: Exception, where: str | None) -> None:
     found = disk_error(error)
     assert (found.where if found is not None else None) == where
+
+
+@pytest.mark.parametrize("module", sorted(Path(dpo_dist.__file__).parent.rglob("*.py")), ids=lambda f: f.stem)
+def test_every_error_says_what_to_do(module: Path) -> None:
+    """Each place that makes an error of the user gives it a remedy."""
+    kinds = {kind.__name__ for kind in DpoDistError.__subclasses__()}
+    without = [
+        node.lineno
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in kinds
+        and not {None, "remedy"} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert without == []

@@ -52,11 +52,16 @@ def check_columns(source: SourceConfig) -> None:
                 got=str(column),
                 expected="the name of a column, a path into nested objects (answers.good), or null to ignore "
                 "the column",
+                remedy=f"write columns: {{{field}: COLUMN}}",
             )
     for tag, name in (source.tags or {}).items():
         if not isinstance(name, str) or not name:
             raise ConfigError(
-                "a tag is not a name", where=f"tags.{tag} of {source.path}", got=str(name), expected="a text"
+                "a tag is not a name",
+                where=f"tags.{tag} of {source.path}",
+                got=str(name),
+                expected="a text",
+                remedy=f"write tags: {{{tag}: NAME}}",
             )
 
 
@@ -93,7 +98,11 @@ def _check_names(key: str, names: Any, path: str, known: tuple[str, ...]) -> Non
     where = f"{key} of {path}"
     if not isinstance(names, Mapping):
         raise ConfigError(
-            f"{key} is not a mapping", where=where, got=str(names), expected=f"{{{known[0]}: NAME, ...}}"
+            f"{key} is not a mapping",
+            where=where,
+            got=str(names),
+            expected="a mapping",
+            remedy=f"write {key}: {{{known[0]}: NAME}}",
         )
     ignored = [name for name, column in names.items() if key == "columns" and column is None]
     unknown = [str(name) for name in names if name not in known and name not in ignored]

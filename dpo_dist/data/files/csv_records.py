@@ -36,7 +36,12 @@ def read_csv(text: TextIO, path: str, max_characters: int) -> Iterator[RawRecord
     lines = _Lines(text, max_characters)
     names, fault = lines.cells()
     if names is None and fault:
-        raise DataError("the header of the CSV file cannot be parsed", where=f"{path}:1", got=fault)
+        raise DataError(
+            "the header of the CSV file cannot be parsed",
+            where=f"{path}:1",
+            got=fault,
+            remedy="write the names of the columns in the first line",
+        )
     header = names or []
     check_columns(header, f"{path}:1")
     _check_separator(header, f"{path}:1")
@@ -55,6 +60,7 @@ def check_columns(names: list[str], where: str) -> None:
             where=where,
             got=", ".join(map(shown_key, names)),
             expected="a different name for each column",
+            remedy="rename one of them in the file",
         )
 
 

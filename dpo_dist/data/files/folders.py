@@ -114,6 +114,7 @@ def shards(folder: Path, split: str | None) -> list[Path]:
             where=str(folder),
             got=", ".join(file.name for file in below[:5]) or "an empty folder",
             expected=f"{', '.join(KINDS)} files, or a folder written by Dataset.save_to_disk",
+            remedy="check the path; a file with another ending is named itself, or by a pattern",
         )
     if unread := [file for file in below if not file_kind(file) and _UNREAD_DATA.search(file.name)]:
         raise DataError(

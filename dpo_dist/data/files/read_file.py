@@ -198,7 +198,12 @@ def _parquet_values(file: Path, meter: Meter) -> Iterator[Any]:
         # Buffered: else a whole column of a row group is loaded at once.
         table = pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False)
     except (OSError, ValueError) as fault:
-        raise DataError("the file is not Parquet", where=str(file), got=str(fault)) from fault
+        raise DataError(
+            "the file is not Parquet",
+            where=str(file),
+            got=str(fault),
+            remedy="write or download it again",
+        ) from fault
     check_columns(table.schema_arrow.names, str(file))
     return _rows(table, file, meter)
 

@@ -95,7 +95,10 @@ def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(
-            "the chat template cannot be read", where="data.chat_template", got=f"{file}: {fault}"
+            "the chat template cannot be read",
+            where="data.chat_template",
+            got=f"{file}: {fault}",
+            remedy="name a readable file in UTF-8",
         ) from fault
 
 
@@ -206,6 +209,11 @@ def has_foreign_marks(text: str) -> bool:
 def opens_thought(prompt: str) -> bool:
     """Return whether a rendered prompt ends with an opened thought."""
     return prompt.rstrip().endswith(_OPEN)
+
+
+def has_ended_thought(prompt: str) -> bool:
+    """Return whether a rendered prompt ends with the end of a thought."""
+    return prompt.rstrip().endswith(_CLOSE)
 
 
 def ends_thought(response: str) -> bool:

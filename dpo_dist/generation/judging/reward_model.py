@@ -192,6 +192,7 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
             where=KEY,
             got=f"{folder}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
             expected="a model of AutoModelForSequenceClassification",
+            remedy=f"check the folder, or set {KEY} to another model",
         ) from error
     outputs, missing = model.config.num_labels, sorted(report["missing_keys"])
     if outputs != 1 or missing:

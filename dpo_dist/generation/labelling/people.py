@@ -87,6 +87,7 @@ def _draw(config: RunConfig, say: Say) -> list[Item]:
             where="data.train",
             got=rest or "no record",
             expected="records with two responses or more",
+            remedy="name other data, or make responses first: pairs.method=samples",
         )
     return items
 

@@ -48,6 +48,7 @@ def find_garbage(root: Path, drop: Sequence[str], keep: Sequence[str], unused_da
             "a reference is given to both --drop and --keep",
             where="--drop, --keep",
             got=", ".join(sorted(dropped & kept)),
+            remedy="name it in one of them",
         )
     unwanted = [info for info in found if _is_unwanted(info, dropped, kept, unused_days)]
     now = time.time()

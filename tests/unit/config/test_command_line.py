@@ -189,6 +189,23 @@ def test_help_and_version(verb: Verb) -> None:
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--check", "--cfg", "job", *RUN], "--check and --cfg cannot be given together"),
+        (["--help", "loss.beta", "--version"], "--help and --version cannot be given together"),
+        (["--help", "optim.lr", "optim"], "--help explains one key"),
+        (["--help", "optim.lr", "--help", "optim"], "--help is given twice"),
+        (["--config-dir", ".", "-cd", ".", *RUN], "--config-dir is given twice"),
+    ],
+)
+def test_options_of_which_one_would_be_ignored(arguments: list[str], error: str, verb: Verb) -> None:
+    ended = verb(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert error in ended.err
+    assert "to do:" in ended.err
+
+
 def test_info_is_answered_by_hydra(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [*TINY, "--info", "defaults-tree", *RUN, "loss=ipo"]

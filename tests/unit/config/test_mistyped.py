@@ -7,10 +7,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, SOURCE_ALIASES
-from dpo_dist.config.command_line import divide
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.keys import key_types, run_keys
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.options import divide
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
 
@@ -201,8 +201,8 @@ def test_no_guess_ends_a_run_early(typed: str) -> None:
 
 
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
-    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "--cfg=job", "trainer.seed=3", "-i"])
+    arguments = divide(["loss=ipo", "--config-dir", ".", "loss=hinge", "trainer.seed=3", "-c=job"])
     assert arguments.overrides == ["loss=ipo", "loss=hinge", "trainer.seed=3"]
-    assert arguments.options == {"--config-dir": ".", "--cfg": "job", "--info": ""}
+    assert arguments.options == {"--config-dir": ".", "--cfg": "job"}
     config = load_run_config([*RUN, *arguments.overrides, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
