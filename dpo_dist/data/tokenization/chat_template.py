@@ -211,6 +211,11 @@ def opens_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith(_OPEN)
 
 
+def has_ended_thought(prompt: str) -> bool:
+    """Return whether a rendered prompt ends with the end of a thought."""
+    return prompt.rstrip().endswith(_CLOSE)
+
+
 def ends_thought(response: str) -> bool:
     """Return whether a response has the end of a thought."""
     return _CLOSE in response

@@ -1,5 +1,6 @@
 """Check that a chat template has rendered the tools, the calls and the thoughts of a record."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ def check_parts_rendered(
         tools: of the record.
 
     Returns:
-        Whether the contents beside calls and thoughts are rendered too.
+        Whether the contents of all turns are rendered too.
 
     Raises:
         UnusableRecordError: `tools_not_rendered`, `calls_not_rendered` or `thought_not_rendered`.
@@ -47,9 +48,12 @@ def check_parts_rendered(
         raise _lost("calls_not_rendered", "all calls of tools")
     if any(thought.strip() not in text for thought in _last_thoughts(response)):
         raise _lost("thought_not_rendered", "the thought of the last turn")
-    turns = (*prompt, *response)
-    beside = (turn.content.strip() for turn in turns if turn.fields and not ends_thought(turn.content))
-    return all(content in text for content in beside)
+    return all(_is_written(turn.content.strip(), text) for turn in (*prompt, *response))
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Return whether a text has a content, perhaps as JSON; a template may change one with a thought."""
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or ends_thought(content)
 
 
 def _last_thoughts(turns: Messages) -> Iterator[str]:

@@ -130,7 +130,7 @@ def test_literal_tokens_do_not_shift_the_mask() -> None:
 def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
     tokenizer = tiny.qwen()
     pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer, DataConfig(untrained=["formatting"]))
-    assert pair.boundary_resplit
+    assert pair.changes.boundary_resplit
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\nyes"
 
 
