@@ -10,7 +10,10 @@ from dpo_dist.errors import DataError
 
 SHOWN_EXAMPLES = 20
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
-_COLUMNS = "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"
+_COLUMNS = (
+    "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; "
+    "correct its format, if one is set"
+)
 UNPAIRED_REMEDY = (
     "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered"
 )

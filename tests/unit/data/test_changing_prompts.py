@@ -80,6 +80,43 @@ def encode_or_reason(record: PreferenceRecord, tokenizer: PreTrainedTokenizerFas
     return prompt, following, found.changes
 
 
+def test_special_tags_of_thoughts_are_written_by_the_assistant_only() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny._byte_level(["<|im_start|>", "<|im_end|>", "<think>", "</think>"]),
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<think>", "</think>"],
+        chat_template=tiny.CHATML,
+    )
+    opening = tokenizer.convert_tokens_to_ids("<think>")
+    found = encode(pair(SPELLED, "No.", prompt=(Message("user", "Why <think>?"),)), tokenizer)
+    assert found.responses[0].tolist().count(opening) == 1
+    assert opening not in found.prompt_ids
+
+
+def test_a_control_token_in_an_opened_thought_before_a_call_is_text() -> None:
+    tokenizer = tokenizer_of("deepseekv3")
+    called = {"type": "function", "id": "c", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+    fields = {"tool_calls": [called], "reasoning_content": f"hm {tokenizer.eos_token}"}
+    turns = [(Message("assistant", f"I look{end}", fields),) for end in (".", "!")]
+    found = encode(pair(*turns), tokenizer)
+    assert found.changes.opened_thought_joined
+    assert found.responses[0].tolist().count(tokenizer.eos_token_id) == 1
+    text = str(tokenizer.decode(found.responses[0]))
+    assert text.startswith(f"hm {tokenizer.eos_token}\n</think>\n\nI look.")
+
+
+TWICE = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+)
+
+
+def test_turns_that_a_template_writes_twice_are_not_found() -> None:
+    turns = [(ANSWER, DOUBT, replace(ANSWER, content=text)) for text in ("Yes.", "No.")]
+    tokenizer = tiny.with_template(tiny.qwen(), TWICE)
+    assert reason_against(pair(*turns), tokenizer) == "turns_not_found"
+
+
 def with_system(place: str) -> PreTrainedTokenizerFast:
     """Return Mistral's tokenizer with the system text in another user turn than the first."""
     usual = tokenizer_of("mistral")
@@ -107,9 +144,10 @@ def test_a_response_follows_the_prompt_with_its_system_text(place: str, before: 
 
 def test_a_system_text_that_only_one_side_has_before_the_response_is_in_its_prompt() -> None:
     tokenizer = with_system(LAST_USER)
-    record = pair((ANSWER, DOUBT, replace(ANSWER, content="Yes.")), "No.", prompt=(SYSTEM, QUESTION))
+    turns = [(ANSWER, DOUBT, replace(ANSWER, content=text)) for text in ("Yes.", "Perhaps.")]
+    record = pair(*turns, "No.", prompt=(SYSTEM, QUESTION))
     found = encode(record, tokenizer)
-    for side, text in enumerate((" It rains.</s> Yes.</s>", " No.</s>")):
+    for side, text in enumerate((" It rains.</s> Yes.</s>", " It rains.</s> Perhaps.</s>", " No.</s>")):
         ids, mask = found.responses[side], found.trained[side]
         assert [*found.prompt_ids, *ids] == Oracle(tokenizer).whole(record, side)
         assert tokenizer.decode(ids[mask]) == text
