@@ -1,5 +1,6 @@
 """Parts of the work: finished ones are kept, open ones are shared among processes, an error ends all."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,16 @@ def test_processes_share_the_open_parts(tmp_path: Path) -> None:
     assert parts.open() == []
     assert parts.finished() == 5
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
+
+
+def test_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    parts = stage(tmp_path)
+    parts.open()
+    left = parts.folder / "000001.jsonl.tmp-of-a-dead-writer"
+    left.touch()
+    os.utime(left, (0, 0))
+    assert parts.open() == [0, 1, 2, 3, 4]
+    assert not left.exists()
 
 
 def test_other_settings_have_other_parts(tmp_path: Path) -> None:
