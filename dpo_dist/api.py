@@ -167,9 +167,7 @@ def pair_logps(
     *,
     ld_alpha: float | None = None,
 ) -> PairLogps:
-    """Return `token_logps` summed per response, as `preference_loss` takes them; of at least one pair.
-
-    Sums and numbers of tokens are over the tokens that the loss counts.
+    """Return `token_logps` summed per response over the tokens that the loss counts; of at least one pair.
 
     `ld_alpha` is that of the loss, if it has one. Other arguments and errors as `token_logps`.
     """
@@ -291,6 +289,8 @@ def _batch(pairs: Sequence[EncodedExample], masked: bool = False) -> PackedBatch
 
 def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
     """Sum the log-probs of whole responses over the tokens that the loss counts."""
+    if not pairs:
+        raise ValueError("log-probs can be summed of at least one pair")
     batch, values = _batch(pairs, masked=True), torch.cat(list(logps))
     device = values.device
     if batch.mask is not None:

@@ -11,6 +11,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.sources import check_source
+from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.diagnostics.judge import check_thresholds
 from dpo_dist.errors import ExitCode
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
@@ -27,6 +28,7 @@ def main(config: RunConfig) -> int:
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
+    check_template_file(config.data.chat_template)
     if config.model.path != NO_MODEL:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
         if policy is not None:

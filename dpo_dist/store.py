@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
+from dpo_dist.plurals import counted
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
@@ -65,7 +66,7 @@ def _info(given: argparse.Namespace) -> int:
         if info.fingerprint is not None:
             print("    " + ", ".join(f"{name} {value}" for name, value in info.fingerprint.profile.items()))
     total = sum(info.entries for info in found), sum(info.bytes for info in found)
-    print(f"{len(found)} fingerprints, {total[0]:,} entries, {_size(total[1])}")
+    print(f"{counted(len(found), 'fingerprint')}, {counted(total[0], 'entry', 'entries')}, {_size(total[1])}")
     return ExitCode.completed
 
 
@@ -86,8 +87,8 @@ def _verify(given: argparse.Namespace) -> int:
         for file in files:
             print(f"{kind}: {file}")
     print(
-        f"{found.shards} shards, {found.entries:,} valid entries, {found.duplicates:,} of them duplicates, "
-        f"{len(found.damage)} damaged files"
+        f"{counted(found.shards, 'shard')}, {counted(found.entries, 'valid entry', 'valid entries')}, "
+        f"{found.duplicates:,} of them duplicates, {counted(len(found.damage), 'damaged file')}"
     )
     if found.damage and not given.repair:
         print("runs compute damaged entries again when they need them; --repair keeps the valid entries only")
@@ -101,7 +102,8 @@ def _gc(given: argparse.Namespace) -> int:
     for path in garbage.leftovers:
         print(f"remove: {path}")
     size = _size(sum(info.bytes for info in garbage.fingerprints))
-    found = f"{len(garbage.fingerprints)} fingerprints ({size}) and {len(garbage.leftovers)} temporary files"
+    fingerprints = counted(len(garbage.fingerprints), "fingerprint")
+    found = f"{fingerprints} ({size}) and {counted(len(garbage.leftovers), 'temporary file')}"
     if given.yes:
         remove(garbage)
         print(f"{found} removed")
@@ -116,8 +118,9 @@ def _line(info: FingerprintInfo) -> str:
     reference = info.fingerprint.reference if info.fingerprint is not None else "-"
     damaged = f", {info.damaged} damaged" if info.damaged else ""
     return (
-        f"{info.label}   reference {reference}   fingerprint {info.name}   {info.entries:,} entries, "
-        f"{info.tokens:,} tokens, {_size(info.bytes)}, {info.shards} shards{damaged}, "
+        f"{info.label}   reference {reference}   fingerprint {info.name}   "
+        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {_size(info.bytes)}, "
+        f"{counted(info.shards, 'shard')}{damaged}, "
         f"used {info.last_used:%Y-%m-%d %H:%M}"
     )
 

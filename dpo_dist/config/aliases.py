@@ -24,7 +24,7 @@ KEY_ALIASES = _by_name(
         "model.compile": "torch_compile",
         "model.gradient_checkpointing": "gradient_checkpointing",
         "data.train": (
-            "train train_file train_data train_path train_dataset dataset datasets dataset_name "
+            "train train_file train_data train_path train_dataset datasets dataset_name "
             "dataset_path data_path data.path data.name data.dataset data.file data.files"
         ),
         "data.eval": (
@@ -182,6 +182,8 @@ REMEDIES = _by_name(
         "write 'data.train=[{path: FOLDER, name: ENTRY}]': FOLDER has the dataset_info.json": (
             "dataset_dir custom_dataset_info"
         ),
+        "write 'data.train=[PATH]'; for an entry of LLaMA-Factory's dataset_info.json, which is in FOLDER, "
+        "'data.train=[{path: FOLDER, name: ENTRY}]'": "dataset",
         "set columns of a source: 'data.train=[{path: a.jsonl, columns: {prompt: question}}]'": (
             "columns data.columns prompt_key input_key output_key chosen_key rejected_key label_key "
             "field_messages field_chosen field_rejected"

@@ -29,8 +29,8 @@ def usage(command: str, options: Mapping[str, str], folders: Sequence[Path]) -> 
             *(f"  {group}: {names}" for group, names in presets.items() if names),
             "\noptions:",
             *_columns(options),
-            "\nexit codes: 0 completed, 1 bug or lost process, 2 configuration or data error, 3 diverged,",
-            "75 stopped with a checkpoint (the same command resumes)\n",
+            "\nexit codes: 0 completed, 1 bug, lost process or findings of the doctor, 2 configuration or",
+            "data error, 3 diverged, 75 stopped with a checkpoint (the same command resumes)\n",
         ]
     )
 

@@ -76,7 +76,10 @@ class PairsConfig:
         filled=True,
     )
     limit: int | None = key(
-        None, "Number of different prompts to use; null: all, or 1000 for `people`.", at_least=1
+        None,
+        "Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: "
+        "all, or 1000 for `people`.",
+        at_least=1,
     )
     select: PairSelection = key(
         PairSelection.best_worst,

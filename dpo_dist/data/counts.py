@@ -9,21 +9,11 @@ from dpo_dist.config.data_schema import DataConfig, TextTemplate
 from dpo_dist.errors import DataError
 
 SHOWN_EXAMPLES = 20
-FLAGS = (
-    "prompt_truncated",
-    "response_truncated",
-    "boundary_resplit",
-    "templated_text",
-    "templated_content",
-    "opened_thought_joined",
-    "opened_thought_removed",
-    "prompt_not_prefix",
-    "unknown_template_argument",
-    "content_not_rendered",
-    "partly_trained",
-)
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
-_COLUMNS = "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"
+_COLUMNS = (
+    "name the columns of the source: columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}; "
+    "correct its format, if one is set"
+)
 UNPAIRED_REMEDY = (
     "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered"
 )
@@ -53,6 +43,53 @@ _REMEDIES = {
 def remedy_of(reason: str) -> str:
     """Return advice about records that are dropped for this reason."""
     return _REMEDIES.get(reason, "correct the records; docs/data.md explains the reason")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes and particularities of a kept record, each counted by its name.
+
+    Attributes:
+        prompt_truncated: whether the start of the prompt was cut.
+        response_truncated: whether the end of a response was cut.
+        boundary_resplit: whether a response was tokenised by itself, because tokenising it together with the
+            prompt would have changed the last tokens of the prompt.
+        templated_text: whether a text prompt seems to be the output of a chat template, or a response to a
+            text prompt ends as in such an output.
+        templated_content: whether the content of a message has tokens that a chat template writes around
+            turns; they are encoded as text.
+        opened_thought_joined: whether the template opens a thought in the prompt, and the opening of the
+            same thought was removed from a response.
+        opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
+            a response has no thought.
+        ended_thought_reopened: whether the template ends a thought in the prompt (`enable_thinking: false`),
+            and a response has a thought nevertheless.
+        prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
+            the whole conversation.
+        unknown_template_argument: whether the record has an argument that the chat template does not name.
+        content_not_rendered: whether the chat template omits or changes the content of a turn.
+        partly_trained: whether the loss does not count all tokens of the responses.
+    """
+
+    prompt_truncated: bool = False
+    response_truncated: bool = False
+    boundary_resplit: bool = False
+    templated_text: bool = False
+    templated_content: bool = False
+    opened_thought_joined: bool = False
+    opened_thought_removed: bool = False
+    ended_thought_reopened: bool = False
+    prompt_not_prefix: bool = False
+    unknown_template_argument: bool = False
+    content_not_rendered: bool = False
+    partly_trained: bool = False
+
+    def counts(self) -> dict[str, int]:
+        """Return 0 or 1 by the name of each change."""
+        return {name: int(is_so) for name, is_so in vars(self).items()}
+
+
+NO_CHANGES = Changes()
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,7 @@ class DataCounts:
     pairs: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(
-        default_factory=lambda: Counter(dict.fromkeys((*FLAGS, "ties_left_out"), 0))
+        default_factory=lambda: Counter({**NO_CHANGES.counts(), "ties_left_out": 0})
     )
     examples: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)

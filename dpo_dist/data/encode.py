@@ -1,13 +1,14 @@
 """Encode a preference record as token ids: one prompt, and each response as its continuation."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig, Truncation
+from dpo_dist.data.counts import NO_CHANGES, Changes
 from dpo_dist.data.records import BadRecord, Dialogue, Origin, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.tokenization.escaped_encoder import SpecialTokenInTextError
 from dpo_dist.data.tokenization.loss_mask import Mask, counted_characters, token_mask, untrained_parts
@@ -30,54 +31,24 @@ class EncodedExample:
     Attributes:
         prompt_ids: int32 [prompt tokens], at least one.
         responses: int32 [response tokens] each, best first; the last id ends the turn unless it was cut.
-        prompt_truncated: whether the start of the prompt was cut.
-        boundary_resplit: whether a response was tokenised by itself, because tokenising it together with the
-            prompt would have changed the last tokens of the prompt.
-        templated_text: whether a text prompt seems to be the output of a chat template, or a response to a
-            text prompt ends as in such an output.
-        templated_content: whether the content of a message has tokens that a chat template writes around
-            turns; they are encoded as text.
-        opened_thought_joined: whether the template opens a thought in the prompt, and the opening of the
-            same thought was removed from a response.
-        opened_thought_removed: whether the thought that the template opens in the prompt was removed, because
-            a response has no thought.
-        prompt_not_prefix: whether the chat template renders the prompt alone differently from the prompt of
-            the whole conversation.
-        unknown_template_argument: whether the record has an argument that the chat template does not name.
-        content_not_rendered: whether the chat template omits a content beside calls of tools or a thought.
-        partly_trained: whether the loss does not count all tokens of the responses.
+        changes: what was changed or is particular.
         trained: bool [response tokens] for each response, whether the loss counts a token; empty: all count.
         truncated: for each response whether its end was cut, and with it its end of turn.
     """
 
     prompt_ids: TokenIds
     responses: tuple[TokenIds, ...]
-    prompt_truncated: bool = False
-    boundary_resplit: bool = False
-    templated_text: bool = False
-    templated_content: bool = False
-    opened_thought_joined: bool = False
-    opened_thought_removed: bool = False
-    prompt_not_prefix: bool = False
-    unknown_template_argument: bool = False
-    content_not_rendered: bool = False
-    partly_trained: bool = False
+    changes: Changes = NO_CHANGES
     trained: tuple[Mask, ...] = ()
     truncated: tuple[bool, ...] = ()
-
-    @property
-    def response_truncated(self) -> bool:
-        """Whether the end of a response was cut."""
-        return any(self.truncated)
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    rendered: Rendered
     prompt: list[int]
     responses: list[list[int]]
     prefix_length: int
-    boundary_resplit: bool
+    changes: Changes
     trained: list[Mask]
 
 
@@ -164,7 +135,8 @@ def _tokenise(rendered: Rendered, facts: TokenizerFacts, config: DataConfig) -> 
             starts = facts.encoder.token_starts(rendered.prompt, text, ids)
             trained.append(token_mask(starts, len(text), spans))
     prompt, prefix_length = facts.with_prefix(prompt)
-    return _Tokens(rendered, prompt, responses, prefix_length, resplit, trained)
+    changes = replace(rendered.changes, boundary_resplit=resplit)
+    return _Tokens(prompt, responses, prefix_length, changes, trained)
 
 
 def _truncate(tokens: _Tokens, limits: DataConfig, origin: Origin) -> EncodedExample | BadRecord:
@@ -203,18 +175,14 @@ def _example(
     return EncodedExample(
         np.array(prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in responses),
-        prompt_truncated=len(prompt) < len(tokens.prompt),
-        boundary_resplit=tokens.boundary_resplit,
-        templated_text=tokens.rendered.templated_text,
-        templated_content=tokens.rendered.templated_content,
-        opened_thought_joined=tokens.rendered.opened_thought_joined,
-        opened_thought_removed=tokens.rendered.opened_thought_removed,
-        prompt_not_prefix=tokens.rendered.prompt_not_prefix,
-        unknown_template_argument=tokens.rendered.unknown_template_argument,
-        content_not_rendered=tokens.rendered.content_not_rendered,
-        partly_trained=bool(trained),
-        trained=trained,
-        truncated=truncated,
+        replace(
+            tokens.changes,
+            prompt_truncated=len(prompt) < len(tokens.prompt),
+            response_truncated=any(truncated),
+            partly_trained=bool(trained),
+        ),
+        trained,
+        truncated,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, TextTemplate
-from dpo_dist.data.counts import FLAGS, SHOWN_EXAMPLES, Outcome
+from dpo_dist.data.counts import SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
 from dpo_dist.data.fields.rankings import training_examples
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part, PromptHashes, prompt_hash
@@ -229,11 +229,11 @@ def _outcome(
     if isinstance(found, BadRecord):
         return found
     examples.add(found, prompt, record.origin)
-    changed = {name: int(getattr(found.encoded, name)) for name in FLAGS} | {"ties_left_out": found.ties}
+    changed = found.encoded.changes.counts() | {"ties_left_out": found.ties}
     best, *others = found.encoded.truncated
     if others:
         changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
-    is_applied = found.encoded.templated_text and config.template is TextTemplate.applied
+    is_applied = found.encoded.changes.templated_text and config.template is TextTemplate.applied
     is_plain = isinstance(record.prompt, str) and not config.text_as_messages
     if is_plain and not is_applied and tokenizer.chat_template:
         changed["chat_template_not_applied"] = 1

@@ -209,7 +209,7 @@ STRUCTURE = {
         _WARNING,
         0.01,
         "have a prompt that ends with an assistant turn",
-        "check that the response continues it",
+        "the response is another turn and does not continue it: end prompts with the user's turn",
     ),
 }
 ENCODING = {
@@ -238,6 +238,15 @@ ENCODING = {
         0.05,
         "have responses without the thought that the template opens",
         "set the template's argument that turns thinking off",
+    ),
+    "ended_thought_reopened": Rule(
+        _WARNING,
+        0,
+        "have a response with a thought although the prompt ends the thought",
+        "remove enable_thinking=false, or the thoughts",
+    ),
+    "content_not_rendered": Rule(
+        _WARNING, 0.01, "have a turn whose text the chat template omits or changes", "set data.chat_template"
     ),
     "opened_thought_joined": Rule(
         _NOTE, 0, "have responses that open the thought which the template opens", "none is needed"

@@ -32,6 +32,7 @@ from dpo_dist.distributed.checkpoint_manifest import (
 )
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
+from dpo_dist.plurals import counted
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +172,10 @@ def check_same_processes(checkpoint: Checkpoint, parallelism: ParallelismConfig,
         raise CheckpointError(
             "the checkpoint was written by a different number of processes",
             where=str(checkpoint.folder),
-            got=f"{world.size} processes",
+            got=counted(world.size, "process", "processes"),
             expected=f"{saved_ranks}",
-            remedy=f"launch {saved_ranks} processes, or start from the beginning with another run.dir",
+            remedy=f"launch {counted(saved_ranks, 'process', 'processes')}, or start from the beginning with "
+            "another run.dir",
         )
     for key, value in saved_parallelism(parallelism).items():
         saved = checkpoint.state.get(key, value)

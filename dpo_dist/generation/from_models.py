@@ -1,9 +1,10 @@
 """Pairs from models' responses: generate, score, choose. Every stage is resumable and shared by processes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from dpo_dist.config.pairs_schema import Engine, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
@@ -19,7 +20,6 @@ from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.parts import Parts, work_on
 from dpo_dist.generation.sampling.respond import Numbers, respond
 from dpo_dist.generation.sampling.responder import ModelSource, Responder, find_model, open_responder
-from dpo_dist.generation.screen import Screen
 from dpo_dist.generation.startup import output_file, responding_models
 from dpo_dist.generation.summary import check_output, write_results, write_samples
 
@@ -27,6 +27,25 @@ _REMEDY = (
     "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot respond or judge"
 )
+
+
+class Screen(Protocol):
+    """The part of `report.console.Console` that is used here; it prints on rank 0."""
+
+    def say(self, text: str) -> None:
+        """Print one line and log it."""
+
+    def show(self, text: str) -> None:
+        """Print one line without logging it."""
+
+    def alarm(self, text: str) -> None:
+        """Print and log an error."""
+
+    def heartbeat(self, work: str) -> Callable[[float], None]:
+        """Return a function that prints the seconds spent on `work`, once a minute."""
+
+    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Yield a function that takes the number of units done and their total."""
 
 
 @dataclass(frozen=True)

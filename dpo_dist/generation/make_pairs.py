@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.run_folder import RunFolder
@@ -9,10 +10,12 @@ from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.generation.from_scores import pairs_from_scores
 from dpo_dist.generation.labelling.people import label_pairs
 from dpo_dist.generation.lock import locked
-from dpo_dist.generation.screen import Screen
+
+if TYPE_CHECKING:
+    from dpo_dist.generation.from_models import Screen
 
 
-def make_pairs(config: RunConfig, screen: Screen) -> None:
+def make_pairs(config: RunConfig, screen: "Screen") -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores.
 
     Raises:
@@ -28,7 +31,7 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
             label_pairs(config, screen.say, screen.show)
 
 
-def _from_models(config: RunConfig, screen: Screen) -> None:
+def _from_models(config: RunConfig, screen: "Screen") -> None:
     """Join the processes, each of which loads whole models."""
     from dpo_dist.distributed.deepspeed_config import policy_config  # noqa: PLC0415  (slow)
     from dpo_dist.distributed.joined import joined  # noqa: PLC0415

@@ -104,7 +104,8 @@ def write_pairs(
                 "no pair can be made",
                 where=str(file),
                 got="no two usable responses of a prompt with different scores",
-                remedy="lower pairs.margin, or see the counts in logs/rank-0.log of the run directory",
+                remedy="see the counts: scores can be missing, equal or within pairs.margin; responses not "
+                "finished within pairs.max_new_tokens",
             )
         before_commit(number)
     return number

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
@@ -52,13 +53,9 @@ def check_pairs(config: RunConfig) -> None:
     """
     _check_rounds(config.pairs)
     _check_keys(config)
-    if config.run.resume is not Resume.auto:
-        raise ConfigError(
-            "run.resume has no effect on pairs: finished parts are always used again",
-            where="run.resume",
-            got=str(config.run.resume),
-            remedy="remove it; set another run.dir to start anew",
-        )
+    _check_used(
+        "run.resume", config.run.resume, Resume.auto, False, "on pairs: finished parts are always used again"
+    )
     for source in config.data.train:
         check_source(source)
         if source.weight != SourceConfig.weight:
@@ -100,13 +97,7 @@ def _check_rounds(pairs: PairsConfig) -> None:
         ("launcher", pairs.launcher, PairsConfig.launcher),
         ("reference", pairs.reference, PairsConfig.reference),
     ):
-        if not pairs.rounds and value != default:
-            raise ConfigError(
-                f"pairs.{key} has no effect without rounds",
-                where=f"pairs.{key}",
-                got=str(value),
-                remedy=f"set pairs.rounds, or remove pairs.{key}",
-            )
+        _check_used(f"pairs.{key}", value, default, bool(pairs.rounds), "without pairs.rounds")
 
 
 def _check_keys(config: RunConfig) -> None:
@@ -138,23 +129,12 @@ def _check_effects(pairs: PairsConfig) -> None:
                 got=f"{pairs.method}, {as_written(value)}",
                 remedy=f"remove {key}, or choose another pairs.method",
             )
-    for key, value, default, is_used, why in (
-        ("seed", pairs.seed, PairsConfig.seed, _is_random(pairs), "nothing is drawn at random"),
-        (
-            "batch_tokens",
-            pairs.batch_tokens,
-            PairsConfig.batch_tokens,
-            pairs.engine is not Engine.vllm or pairs.reward_model is not None,
-            "vLLM makes batches by itself",
-        ),
-    ):
-        if value != default and not is_used:
-            raise ConfigError(
-                f"pairs.{key} has no effect: {why}",
-                where=f"pairs.{key}",
-                got=str(value),
-                remedy=f"remove pairs.{key}",
-            )
+    _check_used(
+        "pairs.seed", pairs.seed, PairsConfig.seed, _is_random(pairs), "if nothing is drawn at random"
+    )
+    is_used = pairs.engine is not Engine.vllm or pairs.reward_model is not None
+    of_vllm = "on vLLM, which makes batches by itself"
+    _check_used("pairs.batch_tokens", pairs.batch_tokens, PairsConfig.batch_tokens, is_used, of_vllm)
     greedy = pairs.temperature == 0
     no_choice = [name for name in ("top_p", "top_k") if getattr(pairs, name) != getattr(PairsConfig, name)]
     if greedy and (no_choice or (pairs.method is PairsMethod.samples and pairs.samples > 1)):
@@ -164,6 +144,14 @@ def _check_effects(pairs: PairsConfig) -> None:
             where=f"pairs.temperature, pairs.{name}",
             got=f"0, {getattr(pairs, name)}",
             remedy="raise pairs.temperature, or set pairs.samples=1 and remove pairs.top_p and pairs.top_k",
+        )
+
+
+def _check_used(key: str, value: Any, default: Any, is_used: bool, why: str) -> None:
+    """Refuse a value of a key that is not used."""
+    if value != default and not is_used:
+        raise ConfigError(
+            f"{key} has no effect {why}", where=key, got=as_written(value), remedy=f"remove {key}"
         )
 
 

@@ -3,8 +3,10 @@
 Stored log-probs are addressed by this profile (law L3). Fields that do not apply are absent.
 """
 
+import contextlib
 import importlib.metadata
 import os
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -65,12 +67,23 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
     return profile
 
 
-def use_deterministic_kernels() -> None:
-    """Run only kernels that repeat their results bit for bit; an operation without one raises an error.
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Inside the block, run only kernels that repeat their results bit for bit, or any; then as before.
 
-    Call this before the first matrix product on a GPU, when cuBLAS reads its workspace configuration.
+    An operation without such a kernel raises an error. Enter the block before the first matrix product on a
+    GPU, when cuBLAS reads its workspace configuration.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # Otherwise PyTorch fills every new tensor with NaN, which costs time and changes no result.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    options = torch.utils.deterministic
+    callers = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory  # type: ignore[attr-defined]
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Otherwise PyTorch fills every new tensor with NaN, which costs time and changes no result.
+        options.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(callers[0], warn_only=warns_only)
+        options.fill_uninitialized_memory = callers[1]  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -189,7 +190,9 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         root.handlers[:] = [handler]
         root.setLevel(logging.INFO)
+        callers_show = warnings.showwarning
         logging.captureWarnings(True)
+        is_captured_by_caller = warnings.showwarning is callers_show
         once, warnings_logger = _Once(), logging.getLogger("py.warnings")
         warnings_logger.addFilter(once)
         alarms = os.fdopen(os.dup(saved[1]), "w", buffering=1)
@@ -205,7 +208,8 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
                 with contextlib.suppress(OSError):
                     stream.flush()
             warnings_logger.removeFilter(once)
-            logging.captureWarnings(False)
+            if not is_captured_by_caller:
+                logging.captureWarnings(False)
             root.handlers[:] = callers[0]
             root.setLevel(callers[1])
             os.dup2(saved[0], 1)

@@ -16,6 +16,7 @@ import yaml
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.report.html_page import html_page
 from dpo_dist.report.metrics_log import PHASES, metrics_by_source, read_rows
 
 Fields = Mapping[str, Any]
@@ -88,8 +89,7 @@ def write_page(folder: RunFolder) -> None:
         _section("Environment", _pairs_table(_flat(environment))),
         _folded("Complete configuration", _pairs_table(_flat(config))),
     )
-    page = _FRAME.format(title=escape(name), style=STYLE, body="\n".join(filter(None, sections)))
-    atomic.write_text(folder.report, page)
+    atomic.write_text(folder.report, html_page(name, sections))
 
 
 def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
@@ -248,51 +248,3 @@ def _duration(seconds: float) -> str:
 
 def _gibibytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --line: #d9dde3; --quiet: #6b7280; --tile: #f5f7fa; }
-@media (prefers-color-scheme: dark) { :root { --line: #3a4150; --quiet: #9aa3b2; --tile: #1f2430; } }
-body { margin: 0; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px; }
-header { display: flex; align-items: center; gap: 14px; flex-wrap: wrap; }
-h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 32px 0 8px; }
-.badge { padding: 2px 12px; border-radius: 99px; color: #fff; background: #6b7280; font-size: 14px; }
-.badge.completed { background: #1a7f5a; }
-.badge.preempted { background: #b45f06; }
-.badge.diverged { background: #b3264a; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; }
-.tiles { margin: 20px 0; }
-.tiles div { background: var(--tile); border-radius: 8px; padding: 12px 14px; }
-.tiles b { display: block; font-size: 24px; line-height: 1.3; }
-.tiles span, .tiles small { display: block; color: var(--quiet); font-size: 13px; }
-img { width: 100%; border: 1px solid var(--line); border-radius: 8px; background: #fff; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-section, details { overflow-x: auto; }
-th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; }
-th, td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-th { font-weight: 500; color: var(--quiet); width: 240px; }
-.phases { width: auto; }
-.phases td { text-align: right; }
-.phases meter { width: 320px; }
-.numbers th, .numbers td { text-align: right; width: auto; }
-details { margin-top: 32px; }
-summary { cursor: pointer; font-weight: 600; }
-"""

@@ -22,6 +22,7 @@ from dpo_dist.model.folder import description_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
+from dpo_dist.plurals import counted
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 
 _FIRST_RECORDS = 64
@@ -74,7 +75,7 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
         found.append(f"model {folder}")
     if reference.mode.value == "cached":
         spaces = len(list(Path(reference.store).glob("*/space.json")))
-        found.append(f"store {reference.store} ({spaces} references)")
+        found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
     return ", ".join(found)
 
 

@@ -27,7 +27,7 @@ from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.numerics import use_deterministic_kernels
+from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.console import Console
@@ -202,11 +202,11 @@ def _world(config: RunConfig, console: Console) -> Iterator[World]:
         check_async_io()
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
-    torch.use_deterministic_algorithms(False)  # an earlier run of this process may have set it
-    if config.trainer.deterministic:
-        use_deterministic_kernels()
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
-    with joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world:
+    with (
+        deterministic_kernels(config.trainer.deterministic),
+        joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world,
+    ):
         torch.manual_seed(config.trainer.seed)
         yield world
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from dpo_dist.atomic import is_temporary, recover_folder, write_text
+from dpo_dist.atomic import collect_abandoned, is_temporary, recover_folder, write_text
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
@@ -59,6 +59,8 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     warning = world.on_main(lambda: _lock(folder, files))
     if warning:
         console.say(warning)
+    for written in (folder.path, folder.metrics):
+        world.on_main(partial(collect_abandoned, written))
     try:
         yield
     finally:
@@ -124,9 +126,9 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     if config.run.resume is Resume.never:
         world.on_main(partial(_check_folder_unused, folder))
         return Start()
-    state, has_model = world.on_main(partial(_read_result, folder))
+    state, has_model, has_weights = world.on_main(partial(_read_result, folder))
     is_finished = state is not None and state.outcome in (RunOutcome.exported, RunOutcome.completed)
-    if is_finished and has_model:
+    if is_finished and has_weights:
         return Start(finished=state)
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
@@ -137,10 +139,10 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     return Start(checkpoint)
 
 
-def _read_result(folder: RunFolder) -> tuple[RunState | None, bool]:
-    """Return the recorded state, and whether there is a model."""
+def _read_result(folder: RunFolder) -> tuple[RunState | None, bool, bool]:
+    """Return the recorded state, whether there is a folder of the model, and whether it has weights."""
     recover_folder(folder.model)
-    return read_state(folder), folder.model.is_dir()
+    return read_state(folder), folder.model.is_dir(), any(folder.model.glob("*.safetensors"))
 
 
 def _check_fresh_start(resume: Resume, folder: RunFolder, is_finished: bool, has_model: bool) -> None:

@@ -14,6 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.data.sources import check_source
+from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel
@@ -40,6 +41,7 @@ def check_start(config: RunConfig) -> None:
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
+    check_template_file(config.data.chat_template)
     _check_run_dir(config)
     for key, folder in _needed_folders(config).items():
         if key != "reference.store" or not folder.is_dir():

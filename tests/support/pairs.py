@@ -40,4 +40,4 @@ def texts(pair: EncodedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]
 
 def flags(pair: EncodedExample) -> tuple[bool, bool, bool]:
     """Return whether the prompt was truncated, a response truncated, a response resplit."""
-    return (pair.prompt_truncated, pair.response_truncated, pair.boundary_resplit)
+    return (pair.changes.prompt_truncated, pair.changes.response_truncated, pair.changes.boundary_resplit)

@@ -50,6 +50,13 @@ def test_a_model_that_is_not_loaded_is_an_error() -> None:
         api.token_logps("model", [])  # type: ignore[arg-type]
 
 
+def test_no_pairs_are_an_error_in_words(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path)).eval()
+    assert api.token_logps(model, []) == []
+    with pytest.raises(ValueError, match="at least one pair"):
+        api.pair_logps(model, [])
+
+
 def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_restored(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(write_model(tmp_path)).train()
     attention, head = plain.config._attn_implementation, plain.get_output_embeddings()

@@ -133,7 +133,7 @@ def test_damage_is_named_and_repair_keeps_the_valid_entries(
     assert code == 2
     assert f"damaged: {shards[0]}: " in printed
     assert fault in printed
-    assert "1 damaged files" in printed
+    assert "1 damaged file" in printed
     assert shards[0].exists(), "verify alone changes nothing"
 
     assert run("verify", "--repair")[0] == 0

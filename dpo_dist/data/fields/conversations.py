@@ -34,8 +34,8 @@ def reader_of(content: RawContent) -> Reader | None:
         return read_messages
     if not all(isinstance(response, str) for response in responses):
         return None
-    dialogues = [response.startswith(FIRST_TURN) for response in responses]
-    if all(dialogues) or (content.prompt is None and any(dialogues)):
+    dialogues = [_dialogue(response, content.prompt).startswith(FIRST_TURN) for response in responses]
+    if all(dialogues) or (content.prompt is None and any(dialogues)) or _is_open(content.prompt):
         return read_hh
     return read_text if isinstance(content.prompt, str) else None
 
@@ -65,10 +65,17 @@ def read_implicit(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence
 
 
 def read_hh(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Response]] | BadRecord:
-    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
+    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862).
+
+    A prompt that is such a dialogue up to its last `Assistant:` precedes each response.
+    """
+    start = content.prompt if _is_open(content.prompt) else ""
     histories, texts = [], []
-    for name, dialogue in content.responses.items():
-        if not isinstance(dialogue, str) or not dialogue.startswith(FIRST_TURN):
+    for name, side in content.responses.items():
+        dialogue = _dialogue(side, content.prompt) if isinstance(side, str) else ""
+        if start and isinstance(side, str) and not dialogue.startswith(FIRST_TURN):
+            dialogue = start + side
+        if not dialogue.startswith(FIRST_TURN):
             return BadRecord("unknown_format", origin, f"{name} does not start with a Human turn")
         history, turn, text = dialogue.rpartition(_LAST_TURN)
         if not turn or FIRST_TURN in text:
@@ -78,6 +85,21 @@ def read_hh(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Respo
     if any(history != histories[0] for history in histories):
         return BadRecord("history_differs", origin, "the dialogues differ before their last response")
     return Dialogue(histories[0]), texts
+
+
+def _dialogue(text: str, prompt: Any) -> str:
+    """Return a text, with the blank line before its first turn that is missing from some dialogues.
+
+    Only without a prompt: else the text may be a story of a dialogue.
+    """
+    if prompt is None and _LAST_TURN in text and text.lstrip().startswith(FIRST_TURN.strip()):
+        return "\n\n" + text.lstrip()
+    return text
+
+
+def _is_open(prompt: Any) -> bool:
+    """Return whether a prompt is a dialogue that a response completes."""
+    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(_LAST_TURN)
 
 
 def read_messages(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Response]] | BadRecord:

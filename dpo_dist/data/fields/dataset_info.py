@@ -108,12 +108,15 @@ def _entries(file: Path, *, is_required: bool) -> dict[str, Mapping[str, Any]] |
         return entries
     if not is_required:
         return None
+    is_list = isinstance(found, list)
     raise DataError(
         f"the file is no {_FILE} of LLaMA-Factory",
         where=str(file),
-        got=fault or "no entry with file_name or hf_hub_url",
+        got=fault or ("a list, as of ms-swift" if is_list else "no entry with file_name or hf_hub_url"),
         expected='{"NAME": {"file_name": "pairs.json", ...}, ...}',
-        remedy="remove `name` and set path to the data file",
+        remedy="set path to the entry's dataset_path or hf_dataset_id, and columns: {FIELD: COLUMN}"
+        if is_list
+        else "remove `name` and set path to the data file",
     )
 
 

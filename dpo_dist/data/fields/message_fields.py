@@ -114,6 +114,8 @@ def read_message(fields: Fields) -> Message:
     check_no_media([fields])
     if not isinstance(role, str):
         raise UnusableRecordError("unread_content", "the role of a message is not a text", ("role",))
+    if has_value(fields.get("channel")) and fields["channel"] != "final":
+        raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
     calls: list[Fields] = []
     if role in _CALLING:
         role, content, calls = "assistant", "", read_tool_calls(content)

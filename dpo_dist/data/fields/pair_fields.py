@@ -40,7 +40,12 @@ _SCORES = (
     ("chosen-rating", "rejected-rating"),
 )
 _LABELS = ("label", "kto_tag")
-_LABEL_VALUES = (0, 1, "0", "1", "true", "false", "True", "False")
+_LABEL_VALUES = frozenset(
+    (
+        *("0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false"),
+        *("good", "bad", "chosen", "rejected", "desirable", "undesirable"),
+    )
+)
 UNPAIRED = "one response with a good/bad label is neither a pair nor a completion"
 
 
@@ -68,7 +73,7 @@ def has_completion(record: Fields) -> bool:
 
 def is_labelled(record: Fields) -> bool:
     """Return whether a record is a single response with a good/bad label, as for KTO."""
-    if not any(record.get(name) in _LABEL_VALUES for name in _LABELS):
+    if not any(name in record and str(record[name]).strip().lower() in _LABEL_VALUES for name in _LABELS):
         return False
     return not has_pair(record) and not has_ranking(record)
 

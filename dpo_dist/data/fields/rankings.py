@@ -23,7 +23,7 @@ _LIST_FIELDS = ("responses", "completions", "output")
 _NAMES = frozenset(_LIST_FIELDS)
 _TEXTS = ("content", "text", "response", "answer")
 # An order beside the list that no format reads.
-_ORDERS = ("rank", "ranks", "reward", "rewards")
+_ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "labels", "choice")
 _SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
 
 

@@ -12,7 +12,8 @@ from dpo_dist.errors import DataError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 2**20
-_SIGNATURES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
+_GZIP = b"\x1f\x8b"
+_SIGNATURES = {_GZIP: "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
 # Text shrinks to a third or a tenth, the same record again and again to a hundredth.
 _MAX_EXPANSION = 400
 _UNCHECKED_BYTES = 2**26
@@ -53,6 +54,15 @@ def open_bytes(file: Path, meter: Meter) -> BinaryIO:
             can.
     """
     packed = file.open("rb")
+    start = packed.peek(2)[:2]
+    if file.suffix == ".gz" and start and start != _GZIP:
+        raise DataError(
+            "the content of the file does not fit its name",
+            where=str(file),
+            got="no gzip",
+            expected=file.suffix,
+            remedy="rename the file, if it is not compressed; else write or download it again",
+        )
     meter.start(file, lambda: file.stat().st_size if packed.closed else packed.tell())
     stream: Any = packed
     if file.suffix in COMPRESSIONS:

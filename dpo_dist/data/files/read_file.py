@@ -20,6 +20,12 @@ KINDS = (".jsonl", ".json", ".csv", ".parquet")
 _COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
 _MAX_RECORD_BYTES = 2**24
 _TOO_LONG = "above 16 MiB"
+_CONVERT = "convert or rename the file; the extension of a file with one JSON object per line is .jsonl"
+_UNPACK = "unpack it, or compress it by gzip or zstd"
+_OTHER_KINDS = {
+    **dict.fromkeys((".bz2", ".xz", ".lzma", ".zip", ".tar"), _UNPACK),
+    ".tsv": "write it with commas between the columns, as .csv",
+}
 _PARQUET_BATCH_RECORDS = 64
 _PARQUET_BATCH_BYTES = 2**22
 _BEFORE_ARRAY = b" \t\r\n\xef\xbb\xbf"
@@ -88,7 +94,7 @@ def _unknown_kind(file: Path, path: str) -> DataError:
         where=path,
         got=file.suffix or "a name without an extension",
         expected=f"{', '.join(KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-        remedy="convert or rename the file; the extension of a file with one JSON object per line is .jsonl",
+        remedy=_OTHER_KINDS.get(file.suffix, _CONVERT),
     )
 
 
@@ -175,7 +181,10 @@ def _elements(file: Path, stream: BinaryIO) -> Iterator[Any]:
     """Yield the values of an array; the error for one that cannot be parsed."""
     try:
         for content in split_array(stream, _MAX_RECORD_BYTES):
-            yield ValueError(_TOO_LONG) if content is None else _parsed(content)
+            if content:
+                yield _parsed(content)
+            else:
+                yield ValueError(_TOO_LONG if content is None else "no value beside a comma")
     except ValueError as fault:
         raise DataError(
             "the file is not JSON",

@@ -102,6 +102,12 @@ def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
         ) from fault
 
 
+def check_template_file(choice: str | None) -> None:
+    """Check that a chosen template that can only be a file exists; needs no tokenizer. Raises ConfigError."""
+    if choice and (choice.endswith(".jinja") or "/" in choice) and not Path(choice).expanduser().exists():
+        raise _no_such_template(choice, [])
+
+
 def _no_such_template(choice: str, names: list[str]) -> ConfigError:
     templates = f"one of the tokenizer's templates ({', '.join(names)})" if names else ""
     return ConfigError(
@@ -209,6 +215,11 @@ def has_foreign_marks(text: str) -> bool:
 def opens_thought(prompt: str) -> bool:
     """Return whether a rendered prompt ends with an opened thought."""
     return prompt.rstrip().endswith(_OPEN)
+
+
+def has_ended_thought(prompt: str) -> bool:
+    """Return whether a rendered prompt ends with the end of a thought."""
+    return prompt.rstrip().endswith(_CLOSE)
 
 
 def ends_thought(response: str) -> bool:

@@ -83,6 +83,8 @@ class EscapedEncoder:
     def token_starts(self, prompt: str, response: str, ids: list[int]) -> list[int]:
         """Return the position in an escaped response of the first character of each of its tokens.
 
+        A token that starts before the response, with a space of the prompt, has a negative one.
+
         Args:
             prompt: escaped.
             response: escaped.
@@ -95,12 +97,12 @@ class EscapedEncoder:
         joint, starts = self._with_starts(tail + response)
         first = len(joint) - len(ids)
         if joint[first:] == ids:
-            return [max(start - len(tail), 0) for start in starts[first:]]
+            return [start - len(tail) for start in starts[first:]]
         # The response was tokenised by itself, as in `encode_continuation`.
         cut = self._start_of_added(response)
         _, starts = self._with_starts(_ANCHOR + response[:cut], self._continuation_copy)
         _, later = self._with_starts(response[cut:])
-        return [max(start - len(_ANCHOR), 0) for start in starts[1:]] + [cut + start for start in later]
+        return [start - len(_ANCHOR) for start in starts[1:]] + [cut + start for start in later]
 
     def _start_of_added(self, escaped: str) -> int:
         first = self._added.search(escaped)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.data.counts import NO_CHANGES, Changes
 from dpo_dist.data.records import Fields, Message, Messages, UnusableRecordError
 from dpo_dist.data.tokenization.chat_renderer import ChatRenderer, Escapable, Turns
 from dpo_dist.data.tokenization.chat_template import (
@@ -11,6 +12,7 @@ from dpo_dist.data.tokenization.chat_template import (
     end_of_empty_thought,
     ends_opened_thought,
     ends_thought,
+    has_ended_thought,
     has_thought_of,
     opens_thought,
     split_thought,
@@ -37,17 +39,11 @@ class RenderedResponse:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Texts to tokenise, escaped. Flags as in `EncodedExample`."""
+    """Texts to tokenise, escaped, and the changes that rendering made."""
 
     prompt: str
     responses: tuple[RenderedResponse, ...]
-    templated_text: bool = False
-    templated_content: bool = False
-    opened_thought_joined: bool = False
-    opened_thought_removed: bool = False
-    prompt_not_prefix: bool = False
-    unknown_template_argument: bool = False
-    content_not_rendered: bool = False
+    changes: Changes = NO_CHANGES
 
 
 def counted(text: str) -> RenderedResponse:
@@ -88,7 +84,9 @@ class Conversation:
             rendered = self._render_after_thought(messages, prompt)
         else:
             texts, is_prefix = self._render_each(messages, prompt)
-            rendered = Rendered(prompt, tuple(map(counted, texts)), prompt_not_prefix=not is_prefix)
+            is_reopened = has_ended_thought(prompt) and any(map(ends_thought, texts))
+            changes = Changes(prompt_not_prefix=not is_prefix, ended_thought_reopened=is_reopened)
+            rendered = Rendered(prompt, tuple(map(counted, texts)), changes)
         if all(map(self._is_counted, messages)):
             return rendered
         pairs = zip(messages, rendered.responses, strict=True)
@@ -144,7 +142,10 @@ class Conversation:
                 # Llama 3.1 writes tools and the first question before its loop over messages.
                 end = _common_length(trace.text, self._chat.render(before, self._context))
             self._generation[role] = trace.text[end:]
-        return _common_length(turn, self._generation[role])
+        generation = self._generation[role]
+        header = turn[: _common_length(turn, generation)]
+        # The thought of the turn is the model's if the generation prompt opens none, or ends it.
+        return len(header if opens_thought(generation) else before_open_thought(header))
 
     def _render_after_thought(self, messages: list[Message], prompt: str) -> Rendered:
         """Render responses to a prompt that opens a thought: each ends it and none opens it again."""
@@ -159,7 +160,7 @@ class Conversation:
             joined = [within_thought(message.content, prompt) for message in spelled]
             ended = [self._ended(*both, closed) for both in zip(spelled, joined, strict=True)]
             is_joined = joined != [message.content for message in spelled]
-            return Rendered(prompt, tuple(map(counted, ended)), opened_thought_joined=is_joined)
+            return Rendered(prompt, tuple(map(counted, ended)), Changes(opened_thought_joined=is_joined))
         rendered, is_prefix = self._render_each(messages, closed)
         ended = [
             self._ended(message, message.content, closed)
@@ -168,12 +169,8 @@ class Conversation:
             else whole
             for message, whole in zip(spelled, rendered, strict=True)
         ]
-        return Rendered(
-            closed,
-            tuple(map(counted, ended)),
-            opened_thought_removed=True,
-            prompt_not_prefix=not is_prefix,
-        )
+        changes = Changes(opened_thought_removed=True, prompt_not_prefix=not is_prefix)
+        return Rendered(closed, tuple(map(counted, ended)), changes)
 
     def _common_scaffold(self, responses: list[str]) -> str:
         """Return the end of an empty thought with which all responses start: a part of the prompt."""
@@ -199,8 +196,7 @@ class Conversation:
         if any(prompt != prompts[0] for prompt in prompts):
             is_prefix = False
             common = min(_common_length(prompts[0], prompt) for prompt in prompts[1:])
-            starts = [span[0] for span in parts[0][0].spans if span is not None and span[0] <= common]
-            start = max(starts, default=0)
+            start = self._facts.after_last_special(prompts[0][:common])
         elif self._prompt:
             generation = all(turns[0].role == "assistant" for turns in responses)
             alone = self._chat.render(self._prompt, self._context, generation=generation)
@@ -210,7 +206,7 @@ class Conversation:
         return Rendered(
             parts[0][0].text[:start],
             tuple(_following(trace, start, spans) for trace, _, spans in parts),
-            prompt_not_prefix=not is_prefix,
+            Changes(prompt_not_prefix=not is_prefix),
         )
 
     def _parts(self, response: Messages) -> tuple[Trace, int, list[Span]]:

@@ -1,5 +1,6 @@
 """Check that a chat template has rendered the tools, the calls and the thoughts of a record."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,25 +32,35 @@ def check_parts_rendered(
         tools: of the record.
 
     Returns:
-        Whether the contents beside calls and thoughts are rendered too.
+        Whether the contents of all turns are rendered too.
 
     Raises:
         UnusableRecordError: `tools_not_rendered`, `calls_not_rendered` or `thought_not_rendered`.
     """
     text = "".join(rendered)
+    if tools or any(turn.fields for turn in (*prompt, *response)):
+        _check_calls(text, rendered[1], prompt, response, tools)
+    if any(thought.strip() not in text for thought in _last_thoughts(response)):
+        raise _lost("thought_not_rendered", "the thought of the last turn")
+    return all(_is_written(turn.content.strip(), text) for turn in (*prompt, *response))
+
+
+def _check_calls(
+    text: str, rendered_response: str, prompt: Messages, response: Messages, tools: Iterable[Fields]
+) -> None:
     defined = Counter(filter(None, map(_name_of, tools)))
     if any(name not in text for name in defined):
         raise _lost("tools_not_rendered", "tools")
     answered = Counter(name for turn in response for name in _called_names(turn))
     called = answered + Counter(name for turn in prompt for name in _called_names(turn))
     is_omitted = any(text.count(name) < times for name, times in (defined + called).items())
-    if is_omitted or any(rendered[1].count(name) < times for name, times in answered.items()):
+    if is_omitted or any(rendered_response.count(name) < times for name, times in answered.items()):
         raise _lost("calls_not_rendered", "all calls of tools")
-    if any(thought.strip() not in text for thought in _last_thoughts(response)):
-        raise _lost("thought_not_rendered", "the thought of the last turn")
-    turns = (*prompt, *response)
-    beside = (turn.content.strip() for turn in turns if turn.fields and not ends_thought(turn.content))
-    return all(content in text for content in beside)
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Return whether a text has a content, perhaps as JSON; a template may change one with a thought."""
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text or ends_thought(content)
 
 
 def _last_thoughts(turns: Messages) -> Iterator[str]:

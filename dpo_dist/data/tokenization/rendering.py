@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dpo_dist.config.data_schema import DataConfig, TextTemplate
+from dpo_dist.data.counts import Changes
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Origin, PreferenceRecord, Response
 from dpo_dist.data.tokenization.chat_renderer import ChatRenderer
-from dpo_dist.data.tokenization.chat_template import check_arguments, ends_thought
+from dpo_dist.data.tokenization.chat_template import check_arguments
 from dpo_dist.data.tokenization.render_conversation import Conversation, Rendered, counted
 from dpo_dist.data.tokenization.rendered_parts import check_parts_rendered
 from dpo_dist.data.tokenization.tokenizer import TokenizerFacts
@@ -41,12 +42,12 @@ def _render_plain_prompt(
     if facts.is_templated(prompt):
         if is_applied:
             ended = tuple(map(facts.end_templated, record.response_texts))
-            return Rendered(prompt, tuple(map(counted, ended)), templated_text=True)
-        return replace(_render_plain(prompt, record, facts, config), templated_text=True)
+            return Rendered(prompt, tuple(map(counted, ended)), Changes(templated_text=True))
+        return _changed(_render_plain(prompt, record, facts, config), templated_text=True)
     if any(map(facts.is_ended, record.response_texts)):
         if is_applied:
             record = replace(record, responses=tuple(map(facts.without_end, record.response_texts)))
-        return replace(_render_plain(prompt, record, facts, config), templated_text=True)
+        return _changed(_render_plain(prompt, record, facts, config), templated_text=True)
     return _render_plain(prompt, record, facts, config)
 
 
@@ -55,7 +56,7 @@ def _render_plain(
 ) -> Rendered:
     if config.text_as_messages:
         rendered = _render_messages((Message("user", prompt),), record.responses, record, facts, config)
-        return replace(rendered, templated_content=False)
+        return _changed(rendered, templated_content=False)
     return _render_text(prompt, record.response_texts, facts)
 
 
@@ -78,17 +79,23 @@ def _render_messages(
     known = {name: value for name, value in arguments.items() if name in facts.chat.arguments}
     context = facts.chat.data(_template_context(record, known, facts.chat, config))
     rendered = Conversation(messages, context, facts, facts.chat, config).render(responses)
-    if len(known) < len(arguments):
-        rendered = replace(rendered, unknown_template_argument=True)
-    if record.tools or any(_has_parts(turn) for turns in (messages, *responses) for turn in turns):
-        spelled = facts.marks.spell(rendered.prompt)
-        texts = ((spelled, facts.marks.spell(one.text)) for one in rendered.responses)
-        pairs = zip(texts, responses, strict=True)
-        whole = [check_parts_rendered(text, messages, turns, record.tools) for text, turns in pairs]
-        rendered = replace(rendered, content_not_rendered=not all(whole))
-    if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
-        return replace(rendered, templated_content=True)
-    return rendered
+    spelled = facts.marks.spell(rendered.prompt)
+    wholes = [
+        check_parts_rendered((spelled, facts.marks.spell(one.text)), messages, turns, record.tools)
+        for one, turns in zip(rendered.responses, responses, strict=True)
+    ]
+    return _changed(
+        rendered,
+        unknown_template_argument=len(known) < len(arguments),
+        content_not_rendered=not all(wholes),
+        templated_content=any(
+            facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns
+        ),
+    )
+
+
+def _changed(rendered: Rendered, **changes: bool) -> Rendered:
+    return replace(rendered, changes=replace(rendered.changes, **changes))
 
 
 def _template_context(
@@ -99,10 +106,6 @@ def _template_context(
         check_arguments(config.template_arguments, chat.arguments)
         return {**config.template_arguments, **own, **tools}
     return {**own, **tools}
-
-
-def _has_parts(turn: Message) -> bool:
-    return bool(turn.fields) or ends_thought(turn.content)
 
 
 def _turns_of(response: Response) -> Messages:

@@ -145,8 +145,12 @@ class TokenizerFacts:
 
     def _last_special(self, escaped: str) -> int:
         """Return the position after the last special token if only spaces follow it, else 0."""
-        last = max((found.end() for found in self._special.finditer(escaped)), default=0)
+        last = self.after_last_special(escaped)
         return 0 if escaped[last:].strip() else last
+
+    def after_last_special(self, escaped: str) -> int:
+        """Return the position after the last special token or token around turns, 0 if there is none."""
+        return max((found.end() for found in self._special.finditer(escaped)), default=0)
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
         """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""

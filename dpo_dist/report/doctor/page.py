@@ -1,11 +1,8 @@
 """`doctor.html` and `doctor.json`: the doctor's findings about the data of a run.
 
-The page is one file without scripts; it loads nothing, and texts of the data in it are inert. A policy in the
-page forbids browsers everything but its own style sheet.
+The page is one file without scripts; it loads nothing, and texts of the data in it are inert.
 """
 
-import base64
-import hashlib
 import json
 import os
 import platform
@@ -26,8 +23,8 @@ from dpo_dist.report.charts import histogram, number
 from dpo_dist.report.doctor.sources import overview, source_section, table
 from dpo_dist.report.doctor.style import DOCTOR_STYLE
 from dpo_dist.report.doctor.texts import pairs_section
+from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.report.page import STYLE
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -74,20 +71,8 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         pairs_section(diagnosis.shown),
         _section("settings", "Settings", _settings(config, diagnosis)),
     )
-    style = STYLE + DOCTOR_STYLE
-    page = _FRAME.format(
-        policy=f"default-src 'none'; style-src '{_hash(style)}'; base-uri 'none'; form-action 'none'",
-        title=escape(folder.path.resolve().name),
-        style=style,
-        body="\n".join(filter(None, sections)),
-    )
-    # A lone surrogate in a path cannot be encoded.
-    atomic.write_text(folder.doctor_page, page.encode("utf-8", "replace").decode("utf-8"))
-
-
-def _hash(style: str) -> str:
-    """Return the style sheet's hash for a Content-Security-Policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
+    title = f"Data doctor: {folder.path.resolve().name}"
+    atomic.write_text(folder.doctor_page, html_page(title, sections, DOCTOR_STYLE))
 
 
 def _header(diagnosis: Diagnosis) -> str:
@@ -175,22 +160,3 @@ def _settings(config: RunConfig, diagnosis: Diagnosis) -> str:
         ("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"),
     ]
     return table(("key", "value"), ((escape(key), inert_html(str(value))) for key, value in rows), "facts")
-
-
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>Data doctor: {title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

@@ -1,4 +1,4 @@
-"""Style sheet of the doctor's page, added to that of `page`."""
+"""Style sheet of the doctor's page, added to that of `html_page`."""
 
 DOCTOR_STYLE = """
 :root { --error: #b3264a; --warning: #a85b06; --note: #4b6a9b; --fill: #4c78a8; --trained: #d5efe0; }

@@ -162,3 +162,14 @@ def test_the_identity_of_an_entry_is_its_files(tmp_path: Path) -> None:
     registry(tmp_path, mine=PAIR | {"file_name": "records.jsonl"})
     source = resolved(SourceConfig(path=str(tmp_path), name="mine"))
     assert source_identity(source) == source_identity(SourceConfig(path=path))
+
+
+def test_the_list_of_another_trainer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('[{"dataset_path": "a.jsonl", "columns": {"a": "query"}}]')
+    with pytest.raises(DataError) as raised:
+        resolved(SourceConfig(path=str(tmp_path), name="a"))
+    assert raised.value.got == "a list, as of ms-swift"
+    assert "dataset_path" in raised.value.remedy
+    # Without a name the folder is one of data files.
+    jsonl(tmp_path, TEXT)
+    assert len(list(read_records(str(tmp_path)))) == 1

@@ -138,3 +138,28 @@ def test_columns_of_the_same_name_are_refused(tmp_path: Path) -> None:
     file.write_text("prompt,chosen,chosen\nq,a,b\n")
     with pytest.raises(DataError, match="same name"):
         read_records(str(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("pairs.jsonl.bz2", b"BZh9", "gzip or zstd"),
+        ("pairs.tsv", b"prompt\tchosen", "commas"),
+        ("pairs.txt", b"{}", "the extension"),
+        ("pairs.jsonl.gz", b'{"prompt": 1}', "not compressed"),
+    ],
+)
+def test_a_file_of_another_kind_has_a_fitting_remedy(
+    name: str, content: bytes, advice: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as found:
+        list(read_records(SourceConfig(path=str(tmp_path / name))))
+    assert advice in found.value.remedy
+
+
+def test_a_comma_after_the_last_element_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text('[{"prompt": "a", "chosen": "b", "rejected": "c"},]')
+    _, bad = read_records(SourceConfig(path=str(tmp_path / "pairs.json")))
+    assert isinstance(bad, BadRecord)
+    assert (bad.reason, bad.detail) == ("unparsable", "no value beside a comma")

@@ -48,6 +48,34 @@ def test_all_forms_of_a_conversation_give_the_same_record(tmp_path: Path, fields
     assert record.responses == ("good", "bad")
 
 
+D = "\n\nHuman: q\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("fields", "responses"),
+    [
+        ({"prompt": D, "chosen": " I do", "rejected": " I don't"}, (" I do", " I don't")),
+        ({"prompt": D + " ", "chosen": "I do", "rejected": "I don't"}, (" I do", " I don't")),
+        ({"prompt": D, "chosen": D + " I do", "rejected": D + " I don't"}, (" I do", " I don't")),
+        ({"chosen": D.strip() + " I do", "rejected": D.strip() + " I don't"}, (" I do", " I don't")),
+        ({"prompt": D, "completion": " I do"}, (" I do",)),
+        ({"prompt": D, "responses": [" I do", " I don't", " no"]}, (" I do", " I don't", " no")),
+    ],
+)
+def test_a_dialogue_may_be_in_the_prompt_or_stripped(tmp_path: Path, fields: Any, responses: Any) -> None:
+    record = read_good(tmp_path, fields)
+    assert (record.prompt, record.responses) == (Dialogue(D), responses)
+    if "rejected" in fields and "prompt" in fields:
+        assert read_good(tmp_path, fields, DataFormat.text).prompt == fields["prompt"]
+
+
+def test_a_response_that_is_a_story_of_a_dialogue_is_a_text(tmp_path: Path) -> None:
+    told = {"prompt": "Write a talk.", "chosen": D.strip() + " a", "rejected": D.strip() + " b"}
+    assert read_good(tmp_path, told).prompt == "Write a talk."
+    further = {"prompt": D, "chosen": " a\n\nHuman: more", "rejected": " b"}
+    assert reason_against(tmp_path, further) == "not_one_answer"
+
+
 def test_messages_before_two_responses_are_their_prompt(tmp_path: Path) -> None:
     fields = {"messages": [user("q")], "chosen_response": "good", "rejected_response": "bad"}
     record = read_one(tmp_path, fields)
@@ -90,6 +118,9 @@ CONVERSATION = [user("q"), assistant("good")]
         ([1, 2], "unparsable"),
         ({"messages": [user("q"), assistant("a")], "label": True}, "unpaired"),
         ({"prompt": "q", "completion": "a", "kto_tag": False}, "unpaired"),
+        ({"prompt": "q", "completion": "a", "label": " Bad "}, "unpaired"),
+        ({"prompt": "q", "completion": "a", "label": -1.0}, "unpaired"),
+        ({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}, "unread_content"),
         ({"x": "q", "chosen": "good", "rejected": "bad"}, "unknown_format"),
         ({"question": "", "chosen": "good", "rejected": "bad"}, "empty_prompt"),
         ({"chosen": "good", "rejected": "bad"}, "empty_prompt"),

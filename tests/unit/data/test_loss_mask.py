@@ -63,6 +63,28 @@ def test_text_between_markers_does_not_count() -> None:
     assert counted(TURNS, untrained=["<note>...</note>"]) == "It rains.<|im_end|>Yes,  so.<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("response", "untrained", "expected"),
+    [
+        # White space after a marker's end belongs to the text.
+        ("<note>x</note>\n\nyes", ["<note>...</note>"], "\n\nyes<|im_end|>"),
+        ("yes <note>cut", ["<note>...</note>"], "yes "),
+        ("a <note>b [c] d</note> e", ["<note>...</note>", "[...]"], "a  e<|im_end|>"),
+        ("a <note>b [c</note> d] e", ["<note>...</note>", "[...]"], "a  e<|im_end|>"),
+        # An empty thought is the template's only at the start.
+        ("yes\n<think>\n\n</think>\nno", ["empty_thoughts"], "yes\n<think>\n\n</think>\nno<|im_end|>"),
+    ],
+)
+def test_spans_between_markers_are_exact(response: str, untrained: list[str], expected: str) -> None:
+    assert counted(response, untrained=untrained) == expected
+
+
+def test_a_tag_that_the_prompt_mentions_opens_no_thought() -> None:
+    tokenizer = tokenizer_of("qwen2_5")
+    what = record((Message("user", "Why <think>?"),), "So it is.", "No.")
+    assert not encode(what, tokenizer, DataConfig(untrained=["thoughts"])).trained
+
+
 def test_formatting_tokens_do_not_count() -> None:
     assert counted(TURNS, untrained=["formatting"]) == "It rains.Yes, <note>I think</note> so."
     assert counted((ANSWER,), "llama3_1", untrained=["formatting"]) == "It rains."
@@ -88,6 +110,27 @@ def test_a_thought_that_the_prompt_opens_is_a_thought() -> None:
     tokenizer = tokenizer_of("qwen3_6")
     pair = encode(what, tokenizer, DataConfig(untrained=["thoughts"]))
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "It rains.<|im_end|>"
+
+
+def test_thoughts_that_headers_open_are_thoughts() -> None:
+    fields = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    turns = (
+        Message("assistant", "Well.", {"reasoning_content": "First.", **fields}),
+        Message("tool", "rain"),
+        replace(ANSWER, fields={"reasoning_content": "Second."}),
+    )
+    text = counted(turns, "qwen3_6", untrained=["thoughts"])
+    assert text.startswith("Well.")
+    assert text.endswith("It rains.<|im_end|>")
+    assert not any(part in text for part in ("First", "Second", "think>", "rain\n"))
+    assert "First" in counted(turns, "qwen3_6")
+
+
+def test_the_end_of_an_empty_thought_on_one_side_does_not_count() -> None:
+    tokenizer = tokenizer_of("qwen3_6")
+    found = encode(record(QUESTION, "<think>\nhm\n</think>\n\nYes.", "No."), tokenizer)
+    assert tokenizer.decode(found.responses[1][found.trained[1]]) == "No.<|im_end|>"
+    assert tokenizer.decode(found.prompt_ids).endswith("<think>\n")
 
 
 @pytest.mark.parametrize("untrained", [["empty_thoughts"], ["thoughts"]])
@@ -130,8 +173,13 @@ def test_literal_tokens_do_not_shift_the_mask() -> None:
 def test_a_response_encoded_by_itself_has_a_mask_too() -> None:
     tokenizer = tiny.qwen()
     pair = encode(record("Answer:\n", "\nyes", "no"), tokenizer, DataConfig(untrained=["formatting"]))
-    assert pair.boundary_resplit
+    assert pair.changes.boundary_resplit
     assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\nyes"
+    pair = encode(
+        record("Answer:\n", "\n\nyes <n>so</n> it is", "no"), tokenizer, DataConfig(untrained=["<n>...</n>"])
+    )
+    assert pair.changes.boundary_resplit
+    assert tokenizer.decode(pair.responses[0][pair.trained[0]]) == "\n\nyes  it is<|im_end|>"
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpo_dist.config.data_schema import DataConfig, Ranked, SourceConfig
@@ -186,6 +187,27 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
     train = prepared(train_path, train_part(config, held_out.prompts[:]), config)
     assert (len(train), count_shared_prompts(held_out, train)) == (15, 0)
     assert train.counts["held_out_for_eval"] == 5
+
+
+@pytest.mark.parametrize("text", ["\n\nHuman: hi", "hi\n\nAssistant:", "Human:", "\n\nAssistant:"])
+def test_half_a_dialogue_is_a_text(text: str) -> None:
+    assert prompt_hash(text) == prompt_hash((Message("user", text),))
+
+
+def test_bad_records_of_evaluation_data_of_their_own_are_theirs() -> None:
+    assert eval_part(DataConfig()).has_bad_records
+    assert not eval_part(DataConfig(eval_share=SHARE)).has_bad_records
+
+
+def test_a_prompt_above_all_that_are_held_out_is_trained() -> None:
+    held_out = np.array([3, 5], dtype=np.uint64)
+    assert [Part(held_out=held_out).has(number) for number in (2, 3, 4, 5, 6)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_hash_of_a_prompt_never_changes() -> None:

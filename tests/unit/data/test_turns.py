@@ -152,6 +152,15 @@ def test_thoughts_are_read(tmp_path: Path, name: str, kept: str) -> None:
     assert read_good(tmp_path, {"prompt": [user("q")], "responses": scored}).responses == record.responses
 
 
+def test_only_messages_of_the_final_channel_are_read(tmp_path: Path) -> None:
+    final = {"prompt": [user("q")], "chosen": assistant("a") | {"channel": "final"}, "rejected": "b"}
+    assert read_good(tmp_path, final).responses == ("a", "b")
+    thought = assistant("hm") | {"channel": "analysis"}
+    found = read_one(tmp_path, final | {"chosen": [thought, assistant("a") | {"channel": "final"}]})
+    assert isinstance(found, BadRecord)
+    assert (found.reason, found.unread) == ("unread_content", ("channel",))
+
+
 def test_parts_of_a_content_are_one_text(tmp_path: Path) -> None:
     parts = [
         {"type": "reasoning", "value": "hm"},

@@ -102,7 +102,8 @@ def test_ratings_by_aspect_are_compared_with_the_overall_score(tmp_path: Path) -
     right = {"prompt": "r", "completions": [response("good", 10, "5"), response("bad", 4, "N/A")]}
     assert ratings_contradict(wrong, None)
     assert not ratings_contradict(right, None)
-    pairs = [pair | {"chosen_rating": 5, "rejected_rating": 2} for pair in clean_pairs(20)]
+    ratings = {"chosen_rating": 5, "rejected_rating": 2, "score_chosen": 8, "score_rejected": 7}
+    pairs = [pair | ratings for pair in clean_pairs(20)]
     pairs[6]["rejected_rating"] = 6
     assert lines(of_rule(examined(tmp_path, pairs), "ratings_contradict")[0]) == [7]
 

@@ -146,3 +146,18 @@ def test_a_single_usable_response_is_judged_too() -> None:
     ]
     rows = score([record] * 3, samples, Lengths())
     assert [row["scores"] for row in rows] == [{"2": 3.0}, {}, {"0": 1.0, "1": 2.0}]
+
+
+def test_a_sharded_checkpoint_responds_as_the_whole_one(tmp_path: Path) -> None:
+    whole = write_model(tmp_path / "whole")
+    sharded = write_model(tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(sharded, max_shard_size="30KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    config = configured(tmp_path, whole)
+    samples = []
+    for folder in (whole, sharded):
+        responder = open_responder(find_model(str(folder), config), config)
+        generator = open_generator(responder, Engine.transformers, config, torch.device("cpu"))
+        samples.append(generator.generate([REQUEST], Sampling(12)))
+    assert samples[0] == samples[1]

@@ -161,6 +161,10 @@ def test_the_next_comparisons_are_those_that_are_due(seed) -> None:
             assert state.number == len(state.judgements)
     alone = Labelling(ITEMS, state.plan, state.judgements)
     assert alone.next_slot("Ada") == next(iter(due(alone, "Ada")), None)
+    for one in ("Ada", "Ben"):
+        judge_all(state, one)
+    assert not due(state, "Ada") + due(state, "Ben"), "a comparison that was taken back is judged again"
+    assert state.next_slot("Ada") is state.next_slot("Ben") is None
 
 
 def test_progress_counts_what_is_in_force() -> None:
@@ -346,3 +350,34 @@ def test_turns_are_shown_with_tools_thoughts_and_calls() -> None:
 def test_the_seconds_of_an_annotator_are_their_median() -> None:
     given = [Judgement(Slot(str(n)), "Ada", Verdict.first, 0, float(n), "t") for n in (1, 2, 3, 10)]
     assert agreement(given)["annotators"]["Ada"]["median_seconds"] == 2.5
+
+
+def test_an_item_for_everyone_is_not_put_off() -> None:
+    state = Labelling(ITEMS, Plan(overlap=1.0, repeats=0.0))
+    assert state.next_slot("Ada") == state.next_slot("Ben")
+
+
+def test_the_pace_is_that_of_the_last_judgements() -> None:
+    given = [
+        Judgement(Slot(item), "Ada", Verdict.first, 0, float(n >= 17), "t") for n, item in enumerate(ITEMS)
+    ]
+    assert Labelling(ITEMS, ALONE, given).progress("Ada").pace == 1.0
+    assert Labelling(ITEMS, ALONE, given[:9]).progress("Ada").pace == 0.0
+
+
+def test_ties_have_no_side_and_annotators_without_common_items_no_row() -> None:
+    given = [
+        judgement(Slot("a"), "Ada", Verdict.tie, left=0),
+        judgement(Slot("b"), "Ada", Verdict.second, left=1),
+        judgement(Slot("c"), "Ben"),
+    ]
+    found = agreement(given)
+    assert found["annotators"]["Ada"]["left_share"] == 1.0
+    assert "Ada and Ben" not in agreement_table(found)
+
+
+@pytest.mark.parametrize(("written", "read"), [(-3.0, 0.0), (1e8, 86400.0), (2.5, 2.5)])
+def test_impossible_seconds_are_limited(written, read) -> None:
+    event = from_line(as_line(judgement(Slot("a"))) | {"seconds": written})
+    assert isinstance(event, Judgement)
+    assert event.seconds == read

@@ -52,3 +52,8 @@ def test_the_random_response_follows_from_seed_and_prompt() -> None:
     assert len({drawn(key, seed)[0] for key in "abcdef" for seed in (0, 1)}) > 4
     others = {drawn(str(number), 0)[0][1] for number in range(300)}
     assert others == set(range(19))
+
+
+def test_the_random_response_is_each_other_one_equally_often() -> None:
+    pairs = [select([3, 2, 1], str(key), select=PairSelection.best_random)[0][0] for key in range(600)]
+    assert 250 < pairs.count((0, 1)) < 350

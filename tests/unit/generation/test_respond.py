@@ -15,7 +15,7 @@ from dpo_dist.errors import ConfigError
 from dpo_dist.generation.pair_records import pair_fields, write_pairs
 from dpo_dist.generation.results import as_response
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
-from dpo_dist.generation.sampling.respond import Numbers, respond
+from dpo_dist.generation.sampling.respond import Numbers, respond, usable_prompt
 from dpo_dist.generation.sampling.responder import Responder
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
@@ -121,3 +121,9 @@ def test_logits_that_are_not_finite_name_model_and_prompt() -> None:
     with pytest.raises(ConfigError) as caught:
         respond([CHAT], responder, generator, Sampling(5), Numbers(4, 2))
     assert caught.value.where == "my_model, sample 5 of the prompt of here:1"
+
+
+def test_a_prompt_needs_room_for_its_response() -> None:
+    responder = Responder(None, tokenizer_of("qwen2_5"), WIDE, frozenset(), 400)  # type: ignore[arg-type]
+    assert not isinstance(usable_prompt(CHAT, responder, 5), str)
+    assert usable_prompt(CHAT, responder, 400) == "too_long_for_the_model"

@@ -111,9 +111,15 @@ def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> N
 
 def test_a_delta_pair_needs_a_response_of_both_models(tmp_path: Path) -> None:
     results = finished(tmp_path, "delta")
+    rows = results.responses[1].read(0)
+    rows[1]["samples"][0]["finished"] = False
+    results.responses[1].write(0, rows)
     pairs = list(pairs_of(results))
-    assert [row["chosen"][0]["content"] for row in pairs] == ["a0", "a0"]
-    assert [row["rejected"][0]["content"] for row in pairs] == ["b0", "b0"]
+    assert [row["chosen"][0]["content"] for row in pairs] == ["a0"]
+    assert [row["rejected"][0]["content"] for row in pairs] == ["b0"]
     assert "score_chosen" not in pairs[0]
     assert "select" not in pairs[0]["provenance"]
-    assert results.counts["prompts_dropped_too_long"] == 1
+    assert +results.counts == {
+        **{"prompts": 3, "samples": 5, "samples_unfinished": 1},
+        **{"prompts_too_few_responses": 1, "prompts_dropped_too_long": 1},
+    }

@@ -187,3 +187,16 @@ def test_logits_after_the_end_of_a_response_may_be_anything(
 def test_a_tiny_temperature_is_greedy(model: Any, temperature: float) -> None:
     greedy = generate(model, requests(), Sampling(8, temperature=0), STOPS, 10**6)
     assert generate(model, requests(), Sampling(8, temperature=temperature), STOPS, 10**6) == greedy
+
+
+def test_top_p_ends_where_the_sum_is_reached() -> None:
+    assert truncated(torch.zeros(1, 2), Sampling(1, top_p=0.5)).tolist() == [[0.5, 0.0]]
+
+
+def test_the_smallest_random_number_draws_no_token_of_probability_0(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = generate(model, requests(), Sampling(3, temperature=0), STOPS, 10**6)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    monkeypatch.setattr("dpo_dist.generation.sampling.generate.random_numbers", lambda *_: zeros)
+    assert generate(model, requests(), Sampling(3, top_k=1), STOPS, 10**6) == greedy

@@ -40,7 +40,7 @@ SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
         (["pairs.method=scores", "pairs.seed=1"], "nothing is drawn at random"),
         (["pairs.method=delta", "pairs.temperature=0", "pairs.seed=1"], "nothing is drawn at random"),
         ([*SAMPLED, "pairs.temperature=0", "pairs.samples=1", "pairs.seed=1"], "nothing is drawn at random"),
-        (["pairs.method=delta", "pairs.engine=vllm", "pairs.batch_tokens=9"], "vLLM makes batches"),
+        (["pairs.method=delta", "pairs.engine=vllm", "pairs.batch_tokens=9"], "vLLM, which makes batches"),
         (["pairs.method=scores", "run.resume=must"], "run.resume has no effect"),
     ],
 )

@@ -51,6 +51,12 @@ def test_a_target_matches_the_end_of_a_layers_name(folder: Path) -> None:
     }
 
 
+def test_targets_are_saved_in_one_order(folder: Path) -> None:
+    """peft keeps them as a set, whose order differs between processes."""
+    config = adapted(folder, target_modules=["v_proj", "q_proj", "k_proj"]).causal_lm.peft_config["default"]
+    assert config.target_modules == sorted(config.target_modules)
+
+
 @pytest.mark.parametrize("target", ["proj", "query", "lm_head", "embed_tokens"])
 def test_an_unknown_target_is_refused_with_the_known_ones(folder: Path, target: str) -> None:
     with pytest.raises(ConfigError) as refused:

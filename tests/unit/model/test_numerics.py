@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
 from dpo_dist.model.attention_backend import Heads, check_kernel
-from dpo_dist.model.numerics import NUMERICS_FIELDS, TOLERABLE_FIELDS, numerics_of, use_deterministic_kernels
+from dpo_dist.model.numerics import NUMERICS_FIELDS, TOLERABLE_FIELDS, deterministic_kernels, numerics_of
 from tests.support.kernels import flash_attn_varlen_func, put_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -75,11 +75,24 @@ def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: py
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", record)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     check_kernel(AttentionBackend.flash_attention_2, CPU, heads, torch.float32)
-    try:
-        use_deterministic_kernels()
+    with deterministic_kernels(True):
         check_kernel(AttentionBackend.flash_attention_2, CPU, heads, torch.float32)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["deterministic"] == "true"
+    assert (asked[0], asked[-1]) == (False, True)
+
+
+@pytest.mark.parametrize("callers", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_callers_choice_of_kernels_is_restored(callers: bool, wanted: bool) -> None:
+    torch.use_deterministic_algorithms(callers, warn_only=True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with deterministic_kernels(wanted):
+            assert torch.are_deterministic_algorithms_enabled() is wanted
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled() is callers
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory is fill
     finally:
         torch.use_deterministic_algorithms(False)
-    assert (asked[0], asked[-1]) == (False, True)

@@ -52,6 +52,18 @@ def test_the_callers_logging_is_restored(tmp_path: Path) -> None:
     assert (root.handlers, root.level) == before
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_callers_warnings_are_shown_as_before(captured: bool, tmp_path: Path) -> None:
+    logging.captureWarnings(captured)
+    try:
+        before = warnings.showwarning
+        with opened(tmp_path):
+            pass
+        assert warnings.showwarning is before
+    finally:
+        logging.captureWarnings(False)
+
+
 def test_only_rank_0_prints_but_every_rank_can_print_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,7 +115,8 @@ def test_the_policy_allows_the_own_style_only(tmp_path: Path) -> None:
     [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
-    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    allowed = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+    assert policy == allowed + "base-uri 'none'; form-action 'none'"
     assert not re.search(r"url\(|@import|https?://", page.replace(Elements(page).text, ""))
 
 

@@ -129,7 +129,9 @@ def test_the_page_is_self_contained_and_escapes_texts(tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert "link" not in page.tags
     assert "<script>alert(1)</script>" in page.text
-    assert "http" not in html.replace("data:image/png;base64,", "").split("base64,")[0]
+    assert "default-src 'none'" in html
+    assert '<meta name="referrer" content="no-referrer">' in html
+    assert "://" not in html.replace("data:image/png;base64,", "").split("base64,")[0]
     (picture,) = page.addresses
     assert picture.startswith("data:image/png;base64,")
     assert "url(" not in html

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import pytest
 
+from dpo_dist.atomic import temporary_name
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
@@ -101,13 +102,19 @@ def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
 ) -> None:
     write_state(folder, state_of(outcome))
     folder.model.mkdir()
+    (folder.model / "model.safetensors").touch()
     start = find_start(config_in(folder, resume=resume), folder, ALONE)
     assert start.finished == state_of(outcome)
     assert start.checkpoint is None
 
 
-def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_error(folder: RunFolder) -> None:
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_error(
+    emptied: bool, folder: RunFolder
+) -> None:
     write_state(folder, state_of(RunOutcome.completed))
+    if emptied:
+        folder.model.mkdir()
     with pytest.raises(CheckpointError, match="its model and its checkpoints were removed"):
         find_start(config_in(folder), folder, ALONE)
     save_checkpoint(folder, 4)
@@ -236,3 +243,15 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
     with pytest.raises(ConfigError, match="different sources") as caught:
         describe_run(config, RunFolder(tmp_path), ALONE)
     assert "rank 1: 00000000" in caught.value.got
+
+
+def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
+    """A start that was killed while it wrote a single file."""
+    folder.metrics.mkdir(parents=True)
+    own = [temporary_name(folder.state), temporary_name(folder.summary)]
+    of_killed = [file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-")) for file in own]
+    for file in (*own, *of_killed):
+        file.touch()
+    with locked(folder, ALONE, Screen()):
+        assert [file.exists() for file in own] == [True, True], "this process still writes them"
+        assert [file.exists() for file in of_killed] == [False, False]

@@ -265,3 +265,11 @@ def test_a_check_accepts_or_refuses_the_architecture(assets: Path, tmp_path: Pat
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "bloom"}))
     with pytest.raises(ConfigError, match="bloom"):
         rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
+
+
+def test_a_missing_file_of_a_chat_template_is_found_before_the_tokenizer_is_loaded(
+    assets: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="chat template does not exist"):
+        check_start(run_of(assets, tmp_path, "data.chat_template=nowhere.jinja"))
+    check_start(run_of(assets, tmp_path, "data.chat_template=tool_use"))
