@@ -19,6 +19,7 @@ LAYERS = (
     "reference",
     "generation",
     "diagnostics",
+    "evaluation",
     "report",
     "training",
 )
