@@ -15,11 +15,11 @@ from dpo_dist.diagnostics.findings import (
     SourceReport,
 )
 from dpo_dist.diagnostics.label_leaks import MIN_PAIRS, SideSample, leak_tests, single_test
-from dpo_dist.diagnostics.measures.languages import language_of, shares
 from dpo_dist.diagnostics.measures.lengths import LengthSketch
 from dpo_dist.diagnostics.measures.observe import Named, Observed, PairFacts
 from dpo_dist.diagnostics.measures.sample import Reservoir
 from dpo_dist.diagnostics.rules import RULES
+from dpo_dist.generation.languages import language_of, shares
 
 SAMPLED_PAIRS = 20_000
 SAMPLED_LANGUAGES = 2_000

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO engines: the policy, and a sharded model that is only scored."""
 
 import contextlib
-import copy
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from dpo_dist.distributed.device_memory import (
     reference_remedy,
     return_memory,
 )
+from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapted_layers, adapter_off
@@ -108,7 +108,7 @@ class PolicyEngine:
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
         self._backwards, self._current = 0, ("", "")
-        _record_gather_orders(self._engine)
+        record_gather_orders(self._engine)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -125,6 +125,35 @@ class PolicyEngine:
         """Return `token_logps` of the base model, without the adapter."""
         with adapter_off(self._engine.module):
             return self.token_logps(batch)
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: weights are gathered from all ranks."""
+        return self._world.size > 1 and bool(self._engine.zero_optimization_partition_weights())
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates.
+
+        Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
+        same number of forwards in the block.
+
+        Args:
+            of_base: generate without the adapter.
+        """
+        model, was_training = self._engine.module, self._engine.training
+        self.train(False)
+        remedy = "lower samples.batch_tokens or samples.max_new_tokens"
+        try:
+            with (
+                adapter_off(model) if of_base else contextlib.nullcontext(),
+                explain_out_of_memory("generating samples", remedy),
+                model.unpacked() as causal_lm,
+                torch.no_grad(),
+            ):
+                yield causal_lm
+        finally:
+            self.train(was_training)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients of this rank's sum of losses; `is_last` ends the accumulation of the step.
@@ -250,32 +279,6 @@ def _gather_whole_layers(model: PackedCausalLM) -> None:
     """Make ZeRO-3 gather the weights of a compiled layer at once, so that no hook is inside compiled code."""
     if model.compiled:
         deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model)}))
-
-
-def _record_gather_orders(engine: Any) -> None:
-    """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
-
-    DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
-    weights in that order. It keeps one record per model. A forward in another order discards the record, and
-    recording again takes two forwards without prefetch and several collective comparisons. A policy has
-    forwards of different orders: with gradients, without them, and without its adapter.
-    """
-    if not engine.zero_optimization_partition_weights():
-        return
-    offload = engine.optimizer.parameter_offload
-    adapted, unused = adapted_layers(engine.module)[:1], offload.param_coordinator
-    coordinators: dict[tuple[bool, bool], Any] = {}
-
-    def select(*_: Any) -> None:
-        kind = torch.is_grad_enabled(), any(layer.disable_adapters for layer in adapted)
-        if kind not in coordinators:
-            # The copy shares the list of weights in flight, and starts a new record.
-            coordinators[kind] = copy.copy(unused)
-            coordinators[kind]._clear_trace_structures()
-        offload.param_coordinator = coordinators[kind]
-
-    # Before DeepSpeed's own hook, which reads the record.
-    engine.module.register_forward_pre_hook(select, prepend=True)
 
 
 def _copied_to_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """The output layer as a log-prob head, and the packed model around it."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.model.attention import packed_attention
+from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import compile_layers
 from dpo_dist.objective.token_logps import Statistic, token_logps
 
@@ -72,3 +74,15 @@ class PackedCausalLM(nn.Module):
             predicting, targets=batch.targets, statistics=statistics
         )
         return logps
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[Any]:
+        """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
+        defaults = self.causal_lm.generation_config
+        self.causal_lm.set_attn_implementation("sdpa")
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield self.causal_lm
+        finally:
+            self.causal_lm.set_attn_implementation(PACKED)
+            self.causal_lm.generation_config = defaults

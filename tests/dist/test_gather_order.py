@@ -13,6 +13,8 @@ from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.generation.sampling.generate import Request, Sampling
+from dpo_dist.generation.sampling.together import generate_together
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.running_stats import RunningMeans
@@ -27,6 +29,7 @@ from tests.support.ranks import OPTIM, run_ranks
 # The token budgets of steps and what follows them: many micro-batches, one, many.
 BUDGETS = (64, 8192, 64)
 ROWS = np.arange(6)
+PROMPTS = [Request(np.array([100, 101], np.int32), "key", 0)]
 
 
 CASES = {
@@ -41,7 +44,7 @@ def train(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
 
 
 def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfig | None) -> dict[str, Any]:
-    """Return counts after each step with an evaluation: micro-batches, discarded records, comparisons."""
+    """Return counts after steps with evaluation and samples: micro-batches, lost records, comparisons."""
     model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter)
     packed = load_packed(assets.policy, model, 1024, world.device)
     if adapter is not None:
@@ -60,6 +63,7 @@ def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfi
             ready = objective.ready_step(plan, world.device)
             train_step(policy, objective, ready, 1e-3, world, StepClock(world.device), RunningMeans())
             evaluate(policy, objective, plan, world, RunningMeans())
+            generate_together(policy, PROMPTS, Sampling(4), [60], 8192, world, of_base=adapter is not None)
             micro_batches.append(len(plan.micro_batches))
             comparisons.append(compared.call_count)
     return {"discarded": discarded.call_count, "compared": comparisons, "micro_batches": micro_batches}

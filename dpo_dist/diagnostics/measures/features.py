@@ -5,8 +5,9 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.diagnostics.measures.texts import is_refusal, names_model
+from dpo_dist.diagnostics.measures.texts import names_model
 from dpo_dist.diagnostics.measures.words import words_of
+from dpo_dist.generation.text_facts import is_refusal
 
 EDGE_WORDS = 3
 _HEAD_CHARACTERS = 400

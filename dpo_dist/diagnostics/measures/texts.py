@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
+from dpo_dist.generation.text_facts import is_refusal
 
 _SHORT_CHARACTERS = 3
 _THOUGHTS = ("reasoning_content", "thinking")
@@ -47,15 +48,6 @@ _NEEDED = {
 }
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff]")
 _LATIN = re.compile("[A-Za-z]")
-_REFUSAL = re.compile(
-    r"\bI(\W{0,2}m| am)( very| really| truly)? sorry\b"
-    r"|\bI (can ?not|can\W?t|won\W?t|will not|am unable|\W?m unable)\b"
-    r"|\bI\W{0,2}m not (able|comfortable|going) |\bI (do not|don\W?t) feel comfortable\b"
-    r"|\bunable to (help|assist|provide)\b"
-    "|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u65e0\u6cd5(\u63d0\u4f9b|\u56de\u7b54|\u6ee1\u8db3|\u534f\u52a9)",
-    re.IGNORECASE,
-)
-_REFUSAL_CHARACTERS = 200
 _MODEL_WORDS = re.compile(
     "gpt| ai|language model|openai|anthropic|claude|deepseek|qwen|mistral|llama|gemini|ernie|chatglm"
     "|\u4f5c\u4e3a\u4e00"
@@ -102,12 +94,6 @@ def texts_of(record: PreferenceRecord) -> Texts:
         case _:
             turns = tuple((message.role, _turn_text(message)) for message in prompt)
     return Texts(turns, tuple(map(_response_text, record.responses)))
-
-
-@lru_cache(maxsize=8)  # a response is asked about twice
-def is_refusal(response: str) -> bool:
-    """Return whether a response starts like a refusal (English and Chinese phrases)."""
-    return _REFUSAL.search(response[:_REFUSAL_CHARACTERS]) is not None
 
 
 @lru_cache(maxsize=8)

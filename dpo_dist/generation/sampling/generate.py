@@ -123,34 +123,49 @@ def generate(
     """
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
-        for index, ids in zip(indices, _batch(causal_lm, requests, indices, sampling, stop_ids), strict=True):
-            samples[index] = Sample.of(ids, stop_ids)
+        chosen = [requests[index] for index in indices]
+        samples |= zip(
+            indices, generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device), strict=True
+        )
     return [samples[index] for index in range(len(requests))]
 
 
-def _batch(
+def generate_batch(
     causal_lm: Any,
     requests: Sequence[Request],
-    indices: Sequence[int],
     sampling: Sampling,
     stop_ids: Collection[int],
-) -> list[list[int]]:
-    """Return the tokens after the prompt, of each of the requests at `indices`."""
-    chosen = [requests[index] for index in indices]
-    longest = max(len(request.prompt_ids) for request in chosen)
+    device: torch.device,
+    *,
+    is_synchronised: bool = False,
+) -> list[Sample]:
+    """Return a sample for each of the requests, generated as one batch.
+
+    Args:
+        causal_lm: a transformers model, in evaluation mode.
+        requests: at least one.
+        sampling: settings.
+        stop_ids: tokens that end a response.
+        device: of the forward.
+        is_synchronised: whether all ranks call this together and make as many forwards as the slowest.
+
+    Raises:
+        NotFiniteError: the model's logits are not finite; raised after the last forward.
+    """
+    longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)
-    ids = torch.full((len(chosen), longest), filler, dtype=torch.long)
+    ids = torch.full((len(requests), longest), filler, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, request in enumerate(chosen):
+    for row, request in enumerate(requests):
         length = len(request.prompt_ids)
         ids[row, longest - length :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
         mask[row, longest - length :] = 1
-    next_token = _NextToken(chosen, longest, sampling, stop_ids, causal_lm.device)
+    next_token = _NextToken(requests, longest, sampling, stop_ids, device)
     # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
     causal_lm.generation_config = GenerationConfig()
     output = causal_lm.generate(
-        input_ids=ids.to(causal_lm.device),
-        attention_mask=mask.to(causal_lm.device),
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
         generation_config=GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
@@ -158,9 +173,11 @@ def _batch(
             pad_token_id=filler,
         ),
         logits_processor=LogitsProcessorList([next_token]),
+        synced_gpus=is_synchronised,
     )
-    tokens: list[list[int]] = output[:, longest:].tolist()
-    return tokens
+    if next_token.broken is not None:
+        raise NotFiniteError(next_token.broken)
+    return [Sample.of(tokens, stop_ids) for tokens in output[:, longest:].tolist()]
 
 
 class _NextToken(LogitsProcessor):  # type: ignore[misc]
@@ -172,6 +189,9 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         sampling: settings.
         stop_ids: tokens that end a response.
         device: of the logits.
+
+    Attributes:
+        broken: the first request whose logits were not finite before its response ended.
     """
 
     def __init__(
@@ -186,6 +206,7 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
         self._numbers = torch.stack(numbers).to(device) if numbers else None
+        self.broken: Request | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
@@ -201,14 +222,16 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
     def _checked(self, scores: Tensor, generated: Tensor) -> Tensor:
-        """Return the logits, with zeros in rows that are not finite and whose response has already ended."""
+        """Return the logits, with the end of the response in rows that are not finite; sets `broken`."""
         broken = ~scores.amax(-1).isfinite()
         if not broken.any():
             return scores
         has_ended = torch.isin(generated, self._stop_ids).any(-1)
-        for row in (broken & ~has_ended).nonzero().flatten().tolist():
-            raise NotFiniteError(self._requests[row])
-        return scores.masked_fill(broken[:, None], 0.0)
+        rows = (broken & ~has_ended).nonzero().flatten().tolist()
+        if rows and self.broken is None:
+            self.broken = self._requests[rows[0]]
+        ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
+        return torch.where(broken[:, None], ended, scores)
 
 
 def truncated(logits: Tensor, sampling: Sampling) -> Tensor:

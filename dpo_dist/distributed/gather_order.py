@@ -1,0 +1,49 @@
+"""ZeRO-3's recorded gather orders: one for each kind of forward of the policy."""
+
+import copy
+from typing import Any
+
+import torch
+
+from dpo_dist.model.adapters import adapted_layers
+
+_Kind = tuple[bool, bool, bool]
+
+
+def record_gather_orders(engine: Any) -> None:
+    """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
+
+    DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
+    weights in that order. It keeps one record per model. A forward in another order discards the record, and
+    recording again takes two forwards without prefetch and several collective comparisons. A policy has
+    forwards of different orders: with gradients, without them, without its adapter, and in generation.
+
+    Args:
+        engine: of a `PackedCausalLM`; unchanged unless it shards its weights.
+    """
+    if not engine.zero_optimization_partition_weights():
+        return
+    offload = engine.optimizer.parameter_offload
+    adapted, unused = adapted_layers(engine.module)[:1], offload.param_coordinator
+    coordinators: dict[_Kind, Any] = {}
+
+    def select(generates: bool) -> None:
+        is_base = any(layer.disable_adapters for layer in adapted)
+        kind = torch.is_grad_enabled(), is_base, generates
+        if kind not in coordinators:
+            # The copy shares the list of weights in flight, and starts a new record.
+            coordinators[kind] = copy.copy(unused)
+            coordinators[kind]._clear_trace_structures()
+        offload.param_coordinator = coordinators[kind]
+
+    def before_packed_forward(*_: Any) -> None:
+        select(generates=False)
+
+    def before_generating_forward(*_: Any) -> None:
+        select(generates=True)
+        # DeepSpeed's hook at the start of a forward is at the packed model, which does not generate.
+        offload.param_coordinator.reset_step()
+
+    # Before DeepSpeed's own hooks, which read the record.
+    engine.module.register_forward_pre_hook(before_packed_forward, prepend=True)
+    engine.module.causal_lm.register_forward_pre_hook(before_generating_forward, prepend=True)

@@ -1,0 +1,80 @@
+"""Generate responses of the policy on all ranks together, whatever its sharding."""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
+from dpo_dist.generation.sampling.generate import (
+    NotFiniteError,
+    Request,
+    Sample,
+    Sampling,
+    batches,
+    generate_batch,
+)
+
+
+def generate_together(
+    policy: PolicyEngine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    budget: int,
+    world: World,
+    *,
+    of_base: bool = False,
+) -> list[Sample]:
+    """Return the policy's sample for each request, in their order, on all ranks; collective.
+
+    Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
+    they generate the same number of batches, and each batch makes as many forwards as the longest of all.
+
+    Args:
+        policy: in any mode, to which it returns.
+        requests: the same on all ranks.
+        sampling: settings.
+        stop_ids: tokens that end a response, at least one.
+        budget: most tokens of a batch.
+        world: the processes.
+        of_base: generate without the adapter.
+
+    Raises:
+        NotFiniteError: the model's logits are not finite; on all ranks.
+    """
+    shares = [_batches(requests, rank, world.size, sampling, budget) for rank in range(world.size)]
+    own, synchronised = shares[world.rank], policy.is_synchronised
+    rounds = max(map(len, shares)) if synchronised else len(own)
+    samples: dict[int, Sample] = {}
+    broken: Request | None = None
+    with policy.generating(of_base=of_base) as causal_lm:
+        for number in range(rounds):
+            indices = own[number] if number < len(own) else []
+            chosen, settings = [requests[index] for index in indices], sampling
+            if not chosen:  # a rank without work takes part in the forwards of the others
+                dummy = np.array([min(stop_ids)], dtype=np.int32)
+                chosen, settings = [Request(dummy, "", 0)], Sampling(max_new_tokens=1, temperature=0)
+            try:
+                found = generate_batch(
+                    causal_lm, chosen, settings, stop_ids, world.device, is_synchronised=synchronised
+                )
+            except NotFiniteError as error:  # the other ranks wait in the next batch
+                broken = broken or error.request
+            else:
+                samples |= zip(indices, found, strict=False)
+    gathered = world.gather((samples, broken))
+    fault = next((request for _, request in gathered if request is not None), None)
+    if fault is not None:
+        raise NotFiniteError(fault)
+    everything = {index: sample for found, _ in gathered for index, sample in found.items()}
+    return [everything[index] for index in range(len(requests))]
+
+
+def _batches(
+    requests: Sequence[Request], rank: int, size: int, sampling: Sampling, budget: int
+) -> list[list[int]]:
+    """Return the indices of each batch of a rank: every `size`-th request, in the order of lengths."""
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
+    share = [requests[index] for index in order]
+    return [[order[place] for place in places] for places in batches(share, sampling.max_new_tokens, budget)]

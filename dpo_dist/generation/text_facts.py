@@ -1,0 +1,110 @@
+"""Facts of generated responses: length, end, repetition, language, refusal; their means as metrics."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dpo_dist.generation.languages import language_of
+
+_REFUSAL = re.compile(
+    r"\bI(\W{0,2}m| am)( very| really| truly)? sorry\b"
+    r"|\bI (can ?not|can\W?t|won\W?t|will not|am unable|\W?m unable)\b"
+    r"|\bI\W{0,2}m not (able|comfortable|going) |\bI (do not|don\W?t) feel comfortable\b"
+    r"|\bunable to (help|assist|provide)\b"
+    "|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u65e0\u6cd5(\u63d0\u4f9b|\u56de\u7b54|\u6ee1\u8db3|\u534f\u52a9)",
+    re.IGNORECASE,
+)
+_REFUSAL_CHARACTERS = 200
+
+# A letter of a script without spaces (kana, Chinese) is a word of its own.
+_WORD = re.compile(r"[^\W_\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]|_")
+_GRAM = 3
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """Facts of one response.
+
+    Attributes:
+        tokens: generated, without the one that ended it.
+        is_finished: whether it ended by itself.
+        distinct_3: share of different ones among its runs of three words (Li et al. 2016, arXiv 1510.03055);
+            None for fewer words.
+        longest_repeat: share of its words in its longest passage that occurs twice, overlapping; near 1 if it
+            repeats one phrase to the end.
+        is_empty: whether it has no text.
+        is_refusal: whether it starts like a refusal.
+        language: ISO 639-1 code; None if it is not clear.
+    """
+
+    tokens: int
+    is_finished: bool
+    distinct_3: float | None
+    longest_repeat: float
+    is_empty: bool
+    is_refusal: bool
+    language: str | None
+
+
+def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
+    """Return the facts of a response."""
+    words = _WORD.findall(text.casefold())
+    grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
+    return TextFacts(
+        tokens=tokens,
+        is_finished=is_finished,
+        distinct_3=len(set(grams)) / len(grams) if grams else None,
+        longest_repeat=longest_repeat(words) / len(words) if words else 0.0,
+        is_empty=not text.strip(),
+        is_refusal=is_refusal(text),
+        language=language_of(text),
+    )
+
+
+def longest_repeat(words: Sequence[str]) -> int:
+    """Return the most consecutive words that occur at two places, which may overlap; 0 if none do."""
+    # A passage that occurs twice has shorter ones that do: bisect its length.
+    low, high = 0, max(len(words) - 1, 0)
+    while low < high:
+        length = (low + high + 1) // 2
+        passages = [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
+        if len(set(passages)) < len(passages):
+            low = length
+        else:
+            high = length - 1
+    return low
+
+
+def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
+    """Return the means of facts as metrics `samples/...`; without a measurement a metric is absent.
+
+    Args:
+        facts: of responses.
+        expected: language in which each response was expected; None: not known.
+    """
+    languages = [
+        (found.language, language)
+        for found, language in zip(facts, expected, strict=True)
+        if found.language is not None and language is not None
+    ]
+    measured: dict[str, list[float]] = {
+        "length": _numbers(found.tokens for found in facts),
+        "finished": _numbers(found.is_finished for found in facts),
+        "distinct_3": _numbers(found.distinct_3 for found in facts),
+        "longest_repeat": _numbers(found.longest_repeat for found in facts),
+        "language_changed": _numbers(found != language for found, language in languages),
+        "refusals": _numbers(found.is_refusal for found in facts),
+        "empty": _numbers(found.is_empty for found in facts),
+    }
+    return {f"samples/{name}": sum(values) / len(values) for name, values in measured.items() if values}
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [float(value) for value in values if value is not None]
+
+
+@lru_cache(maxsize=8)  # a response is asked about twice
+def is_refusal(response: str) -> bool:
+    """Return whether a response starts like a refusal (English and Chinese phrases)."""
+    return _REFUSAL.search(response[:_REFUSAL_CHARACTERS]) is not None

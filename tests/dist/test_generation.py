@@ -1,0 +1,181 @@
+"""The policy generates on any number of ranks what transformers generates from its saved weights."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
+from dpo_dist.data.collate import shard_batch
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.world import World
+from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling
+from dpo_dist.generation.sampling.together import generate_together
+from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.reference.providers import NoReference
+from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.finish import export_model
+from dpo_dist.training.step import evaluate, train_step
+from dpo_dist.training.step_timer import StepClock
+from tests.dist.scenario import Assets
+from tests.support import tiny
+from tests.support.packing import COSTS
+from tests.support.ranks import OPTIM, run_ranks
+
+LENGTHS = (3, 11, 1, 6, 24, 2, 7)
+STOPS = tuple(range(60, 90))
+GREEDY = Sampling(12, temperature=0)
+DRAWN = Sampling(12, temperature=1.2, seed=4)
+BUDGET = 40
+ROWS = np.arange(6)
+
+
+def requests() -> list[Request]:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(100, 250, length).astype(np.int32) for length in LENGTHS]
+    return [Request(ids, f"key {at}", 0) for at, ids in enumerate(prompts)]
+
+
+def scenario(
+    assets: Assets, adapter: AdapterConfig | None, checkpointing: str, world: World, folder: Path
+) -> dict[str, Any]:
+    """Train with and without generation between the steps."""
+    runs = [train(assets, adapter, checkpointing, spoken, world, folder) for spoken in (True, False)]
+    return {**runs[0], "quiet": runs[1]["norms"], "same": runs[0]["scores"] == runs[1]["scores"]}
+
+
+def train(
+    assets: Assets,
+    adapter: AdapterConfig | None,
+    checkpointing: str,
+    speaks: bool,
+    world: World,
+    folder: Path,
+) -> dict[str, Any]:
+    model = ModelConfig(
+        str(assets.policy), dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing
+    )
+    packed = load_packed(assets.policy, model, 1024, world.device)
+    if adapter is not None:
+        add_adapter(packed, model, 0)
+    policy = PolicyEngine(packed, OPTIM, world)
+    objective, dataset = Objective(LossConfig(reference_free=True), NoReference()), assets.dataset()
+
+    def step() -> float:
+        plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
+        clock, ready = StepClock(world.device), objective.ready_step(plan, world.device)
+        norm = train_step(policy, objective, ready, 1e-2, world, clock, RunningMeans())[1]
+        scores.append(evaluate(policy, objective, plan, world, RunningMeans()).values.tolist())
+        return norm.item()
+
+    def speak(sampling: Sampling, of_base: bool = False) -> list[Any]:
+        samples = generate_together(policy, requests(), sampling, STOPS, BUDGET, world, of_base=of_base)
+        return [(sample.ids, sample.is_finished) for sample in samples]
+
+    scores: list[Any] = []
+    norms, result = [step()], {}
+    if speaks:
+        result = {"early": speak(GREEDY)}
+    norms.append(step())
+    if speaks:
+        result |= {"greedy": speak(GREEDY), "drawn": speak(DRAWN)}
+        result |= {"base": speak(GREEDY, of_base=True)} if adapter is not None else {}
+        export_model(policy, tiny.qwen(), folder / "model", world)
+    norms.append(step())
+    policy.free()
+    return {**result, "norms": norms, "scores": scores}
+
+
+def plain(model: Any) -> list[Any]:
+    """Return transformers' own greedy responses, each prompt alone."""
+    found = []
+    for request in requests():
+        ids = torch.from_numpy(request.prompt_ids.astype(np.int64))[None]
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=GREEDY.max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
+        )
+        sample = Sample.of(output[0, ids.shape[1] :].tolist(), STOPS)
+        found.append([sample.ids, sample.is_finished])
+    return found
+
+
+WAYS = [
+    pytest.param(ParallelismKind.zero3, None, "none", id="zero3"),
+    pytest.param(ParallelismKind.zero3, AdapterConfig(r=4, alpha=32), "full", id="zero3, adapter"),
+    pytest.param(ParallelismKind.zero2, None, "full", id="zero2"),
+    pytest.param(ParallelismKind.ddp, AdapterConfig(r=4, alpha=32), "none", id="ddp, adapter"),
+]
+
+
+@pytest.mark.parametrize(("kind", "adapter", "checkpointing"), WAYS)
+def test_two_ranks_generate_what_transformers_does_and_train_on_as_if_they_had_not(
+    kind: ParallelismKind,
+    adapter: AdapterConfig | None,
+    checkpointing: str,
+    assets: Assets,
+    tmp_path: Path,
+) -> None:
+    work = partial(scenario, assets, adapter, checkpointing)
+    first, second = run_ranks(work, 2, tmp_path / "ranks", kind, seconds=120)
+    (alone,) = run_ranks(work, 1, tmp_path / "alone", kind, seconds=120)
+    spoken = [name for name in first if name in ("early", "greedy", "drawn", "base")]
+    assert [first[name] for name in spoken] == [second[name] for name in spoken]
+    assert [first[name] for name in spoken] == [alone[name] for name in spoken]
+    for of_rank in (first, second, alone):
+        assert of_rank["norms"] == of_rank["quiet"]
+        assert of_rank["same"]
+
+    base = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32).eval()
+    before, folder = plain(base), tmp_path / "ranks" / "model"
+    if adapter is None:
+        trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    else:
+        assert first["base"] == before
+        trained = PeftModel.from_pretrained(base, str(folder)).eval()
+    assert first["greedy"] == plain(trained) != before
+    assert first["greedy"] != first["drawn"]
+    assert {finished for _, finished in first["greedy"]} == {True, False}
+
+
+def fewer_prompts(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
+    """Generate for one prompt on all ranks; then with logits that are not finite on rank 0 alone."""
+    config = assets.config(assets.policy)
+    policy = PolicyEngine(load_packed(assets.policy, config.model, 1024, world.device), OPTIM, world)
+    one = generate_together(policy, requests()[:1], GREEDY, STOPS, BUDGET, world)
+    none = generate_together(policy, [], GREEDY, STOPS, BUDGET, world)
+    mode = policy._engine.training
+    head = policy.causal_lm.get_output_embeddings()
+    spoil = head.register_forward_hook(lambda _module, _inputs, logits: logits + torch.nan)
+    if world.rank:
+        spoil.remove()
+    try:
+        generate_together(policy, requests(), GREEDY, STOPS, BUDGET, world)
+        broken = ""
+    except NotFiniteError as error:
+        broken = error.request.key
+    return {"one": one[0].ids, "none": none, "mode": mode, "broken": broken}
+
+
+def test_ranks_without_prompts_take_part_and_faults_of_one_rank_reach_all(
+    assets: Assets, tmp_path: Path
+) -> None:
+    ranks = run_ranks(partial(fewer_prompts, assets), 3, tmp_path / "ranks")
+    base = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32).eval()
+    for of_rank in ranks:
+        assert of_rank["one"] == plain(base)[0][0]
+        assert of_rank["none"] == []
+        assert of_rank["mode"]
+        assert of_rank["broken"] == "key 4"

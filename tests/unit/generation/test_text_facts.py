@@ -1,0 +1,61 @@
+"""Facts of responses, and their means as metrics."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dpo_dist.generation.text_facts import TextFacts, longest_repeat, sample_metrics, text_facts
+
+ENGLISH = "The weather in the mountains changes quickly, so take a warm jacket and enough water with you."
+GERMAN = "Das Wetter in den Bergen wechselt schnell, also nimm eine warme Jacke und genug Wasser mit."
+
+
+def slow_repeat(words: list[str]) -> int:
+    spans = [tuple(words[a:b]) for a, b in itertools.combinations(range(len(words) + 1), 2)]
+    return max((len(span) for span in spans if spans.count(span) > 1), default=0)
+
+
+def test_the_longest_repeat_is_that_of_a_search_through_all_passages() -> None:
+    random = np.random.default_rng(0)
+    for letters, length in itertools.product((1, 2, 4), (0, 1, 2, 3, 7, 16)):
+        words = [str(letter) for letter in random.integers(0, letters, length)]
+        assert longest_repeat(words) == slow_repeat(words), words
+
+
+def test_facts_of_a_loop() -> None:
+    facts = text_facts("go on and on " * 10, 40, is_finished=False)
+    assert facts.distinct_3 == pytest.approx(4 / 38)
+    assert facts.longest_repeat == 36 / 40
+    assert not facts.is_finished
+    assert facts.tokens == 40
+
+
+def test_facts_of_usual_empty_and_refusing_responses() -> None:
+    usual = text_facts(ENGLISH, 20, is_finished=True)
+    assert usual == TextFacts(20, True, 1.0, 1 / 19, False, False, "en")
+    assert text_facts(" \n", 1, is_finished=True) == TextFacts(1, True, None, 0.0, True, False, None)
+    assert text_facts("I'm sorry, but I cannot help.", 9, is_finished=True).is_refusal
+    assert text_facts("\u5929\u6c14\u5929\u6c14\u5929\u6c14", 3, is_finished=True).distinct_3 == 2 / 4
+
+
+def test_metrics_are_means_of_what_is_known() -> None:
+    facts = [
+        text_facts(ENGLISH, 30, is_finished=True),
+        text_facts(GERMAN, 20, is_finished=True),
+        text_facts("", 0, is_finished=True),
+        text_facts("I cannot do that", 10, is_finished=False),
+    ]
+    metrics = sample_metrics(facts, ["en", "en", "en", None])
+    assert metrics == pytest.approx(
+        {
+            "samples/length": 15,
+            "samples/finished": 0.75,
+            "samples/distinct_3": 1.0,
+            "samples/longest_repeat": np.mean([fact.longest_repeat for fact in facts]),
+            "samples/language_changed": 0.5,
+            "samples/refusals": 0.25,
+            "samples/empty": 0.25,
+        }
+    )
+    assert "samples/language_changed" not in sample_metrics(facts[2:], ["en", None])
