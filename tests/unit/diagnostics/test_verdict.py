@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -326,6 +327,30 @@ def test_the_page_has_every_rule() -> None:
 
 def limits(numbers: Mapping[str, float]) -> str:
     return ", ".join(f"`{name}` {number:g}" for name, number in numbers.items())
+
+
+class Used(dict[str, float]):
+    """Limits that record which of them are read."""
+
+    def __init__(self, limits: Mapping[str, float]):
+        super().__init__(limits)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> float:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def test_every_limit_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {name: Used(rule.limits) for name, rule in RULES.items()}
+    for name, rule in list(RULES.items()):
+        monkeypatch.setitem(RULES, name, replace(rule, limits=used[name]))
+    for history, ended, data_findings, _ in CASES.values():
+        verdict(history, ended, data_findings)
+    verdict(rows(late={"logps/chosen_per_token": -3.5}, since=4), summary())
+    assert {name: limits.names for name, limits in used.items()} == {
+        name: set(rule.limits) for name, rule in RULES.items()
+    }
 
 
 def test_texts_name_limits_and_rules_that_exist() -> None:
