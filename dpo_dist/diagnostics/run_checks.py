@@ -5,11 +5,22 @@ metric.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from statistics import median
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean, median
 from typing import Any, TypeAlias
 
-from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN, Row, RunFacts, first, last, number, values
+from dpo_dist.diagnostics.run_facts import (
+    ACCURACY,
+    MARGIN,
+    Row,
+    RunFacts,
+    finite,
+    first,
+    last,
+    number,
+    values,
+)
+from dpo_dist.plurals import counted
 
 Fields: TypeAlias = Mapping[str, Any]
 Limits: TypeAlias = Mapping[str, float]
@@ -24,6 +35,8 @@ _QUANTITIES = {
 """In the order in which a step computes them: the first one that is not finite is the cause."""
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
+_MEAN_OF = 3
+"""Rows of a mean: the loss of few pairs is noisy."""
 _FIRST_SPIKE = 5
 """Rows before which a gradient norm has no usual value."""
 
@@ -53,10 +66,12 @@ def _learning_rate_too_high(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
-    losses = values(facts.steps, "loss")
-    for step, loss in losses[1:]:
-        if loss > limits["loss_rise"] * losses[0][1] > 0:
-            yield f"the loss rose from {losses[0][1]:.3g} to {loss:.3g} at step {step:.0f}"
+    logged = [row for row in facts.steps if finite(row, "loss") is not None]
+    for index in range(_MEAN_OF, len(logged)):
+        recent = logged[index + 1 - _MEAN_OF : index + 1]
+        start, mean = logged[0]["loss"], fmean(row["loss"] for row in recent)
+        if mean > limits["loss_rise"] * start > 0 and _pairs(recent) >= limits["pairs"]:
+            yield f"the loss rose from {start:.3g} to {mean:.3g} by step {recent[-1]['step']:.0f}"
             break
     logps = values(facts.steps, "logps/chosen_per_token")
     for step, logp in logps:
@@ -74,6 +89,10 @@ def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
         if norm > max(limits["spike"] * usual, norms[0][1]):
             yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
             break
+
+
+def _pairs(rows: Sequence[Row]) -> float:
+    return sum(row.get("pairs", 0) for row in rows)
 
 
 def _over_optimised(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -158,7 +177,7 @@ def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
 
 def _learnt_nothing(facts: RunFacts, limits: Limits) -> Fields | None:
     accuracy = facts.accuracy()
-    if accuracy is None or not accuracy.pairs:
+    if accuracy is None or accuracy.pairs < limits["pairs"]:
         return None
     noise = limits["standard_errors"] * accuracy.noise
     if abs(accuracy.value - 0.5) > noise or accuracy.value >= limits["accuracy"]:
@@ -233,13 +252,12 @@ def sentence_of_success(facts: RunFacts) -> str:
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if start is None or end is None:
         return "no training step was logged"
-    fall = f"training loss {start:.3g} -> {end:.3g} in {facts.total_steps:,} steps"
+    fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
     if accuracy is None or last(facts.last_rows, ACCURACY) is None:
         return f"no fault found: {fall}"
+    pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, MARGIN))
-    learnt = (
-        f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs, margin {margin}, {fall}"
-    )
+    learnt = f"{facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"
     if not facts.evaluations:
         return f"no fault found, but nothing was evaluated (data.eval): {learnt}"
     return f"no fault found: {learnt}"

@@ -44,6 +44,8 @@ def _evaluation_too_good(facts: RunFacts, limits: Limits) -> Fields | None:
     training, accuracy = facts.training_accuracy(), facts.accuracy()
     if not facts.evaluations or training is None or accuracy is None or not accuracy.pairs:
         return None
+    if facts.total_steps < limits["steps"]:
+        return None
     difference = accuracy.value - training.value
     noise = limits["standard_errors"] * math.hypot(training.noise, accuracy.noise)
     if difference <= max(limits["difference"], noise):
@@ -83,19 +85,20 @@ def _evidence_of_leak(facts: RunFacts, limits: Limits) -> str | None:
 
 def _noisy_source(facts: RunFacts, limits: Limits) -> Fields | None:
     for name, part in (("eval", "evaluation"), ("train", "training")):
-        accuracies = facts.source_accuracies(name)
-        noisy = {label: found for label, found in accuracies.items() if _is_chance(found, limits)}
+        found = facts.source_accuracies(name)
+        accuracies = {label: one for label, one in found.items() if one.pairs >= limits["pairs"]}
+        noisy = {label: one for label, one in accuracies.items() if _is_chance(one, limits)}
         if not noisy or len(noisy) == len(accuracies):
             continue
         other = max(accuracies, key=lambda label: accuracies[label].value)
         best = accuracies[other].value
         if best < limits["others"]:
             continue
-        pairs = sum(found.pairs for found in noisy.values())
+        pairs = sum(one.pairs for one in noisy.values())
         return {
             "part": part,
             "sources": ", ".join(noisy),
-            "accuracy": sum(found.value * found.pairs for found in noisy.values()) / pairs,
+            "accuracy": sum(one.value * one.pairs for one in noisy.values()) / pairs,
             "pairs": pairs,
             "other": other,
             "best": best,

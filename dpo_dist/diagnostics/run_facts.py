@@ -105,7 +105,7 @@ class RunFacts:
         counts = self.counts(name)
         found = {}
         for source in counts.get("sources") or ():
-            label, pairs = source["label"], source["pairs"]
+            label, pairs = source.get("label"), source.get("pairs", 0)  # older summaries have no labels
             metric = f"{ACCURACY}/{label}"
             if name == "eval":
                 value = last(self.evaluations, metric)
@@ -115,7 +115,7 @@ class RunFacts:
                 if accuracy is not None:
                     share = pairs / (counts.get("pairs") or 1)
                     accuracy = Accuracy(accuracy.value, int(accuracy.pairs * share))
-            if accuracy is not None and accuracy.pairs:
+            if label is not None and accuracy is not None and accuracy.pairs:
                 found[label] = accuracy
         return found
 

@@ -62,8 +62,8 @@ RULES: dict[str, RunRule] = {
     ),
     "evaluation_too_good": RunRule(
         "evaluation better than training",
-        {"difference": 0.05, "standard_errors": 3},
-        "the last evaluation accuracy minus the accuracy of the last quarter of the steps",
+        {"difference": 0.05, "standard_errors": 3, "steps": 10},
+        "the last evaluation accuracy minus the accuracy of the last quarter of at least `steps` steps",
         "evaluation accuracy {accuracy:.2f} on {pairs:,} pairs is above training accuracy {training}: the "
         "evaluation data are easier, or copies of training data",
         "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data",
@@ -90,9 +90,10 @@ RULES: dict[str, RunRule] = {
     ),
     "learning_rate_too_high": RunRule(
         "learning rate too high",
-        {"loss_rise": 1.2, "fall": 1.0, "steps_share": 0.25, "spike": 10.0},
-        "the loss relative to its start; the fall of `logps/chosen_per_token` within the first `steps_share` "
-        "of the run, in nats; `grad_norm` relative to the median of the rows before it, and above its start",
+        {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0},
+        "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
+        "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative to "
+        "the median of the rows before it, and above its start",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),
@@ -133,9 +134,9 @@ RULES: dict[str, RunRule] = {
     ),
     "learnt_nothing": RunRule(
         "learnt nothing",
-        {"standard_errors": 3, "accuracy": 0.6},
-        "the last evaluation accuracy (without evaluations, of the last quarter of the steps): below "
-        "`accuracy`, and within so many standard errors of one half",
+        {"standard_errors": 3, "accuracy": 0.6, "pairs": 30},
+        "the last evaluation accuracy (without evaluations, of the last quarter of the steps) of at least "
+        "`pairs` pairs: below `accuracy`, and within so many standard errors of one half",
         "{part} accuracy {accuracy:.2f} on {pairs:,} pairs is within its noise of one half ({noise:.2f}); "
         "margin {margin:.2g}, training accuracy {training}",
         "check that the labels are not random; a higher optim.lr or more steps; more evaluation pairs if "
@@ -161,8 +162,9 @@ RULES: dict[str, RunRule] = {
     ),
     "noisy_source": RunRule(
         "a source of noise",
-        {"standard_errors": 2, "accuracy": 0.6, "others": 0.65},
-        "the accuracy of each source with one half, while another source is above `others`",
+        {"standard_errors": 2, "accuracy": 0.6, "others": 0.65, "pairs": 50},
+        "the accuracy of each source of at least `pairs` pairs with one half, while another source is above "
+        "`others`",
         "{part} accuracy of {sources} is {accuracy:.2f} on {pairs:,} pairs, as for random labels, while "
         "{other} reaches {best:.2f}",
         "read some of its pairs: its labels are noise, or of another preference; remove it or lower its "

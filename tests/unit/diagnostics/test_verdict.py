@@ -243,7 +243,7 @@ def test_noise_of_a_training_source_is_found_without_evaluations() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss": 1.2}, "the loss rose from 0.678 to 1.2 at step 4"),
+        ({"loss": 1.2}, "the loss rose from 0.678 to 0.84 by step 4"),
         ({"logps/chosen_per_token": -3.5}, "fell by 2.5 nats per token by step 4 of 20"),
     ],
 )
@@ -272,7 +272,7 @@ def test_the_first_quantity_that_is_not_finite_is_named(value: dict[str, float],
 
 def test_chance_is_judged_by_the_number_of_pairs() -> None:
     few = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1}
-    for pairs, rules in ((50.0, ["learnt_nothing"]), (5000.0, [])):
+    for pairs, rules in ((10.0, []), (50.0, ["learnt_nothing"]), (5000.0, [])):
         judged = verdict(rows(every=few | {"eval_pairs": pairs}), summary())
         assert [finding.rule for finding in judged.findings] == rules
 
@@ -295,13 +295,32 @@ def test_at_most_five_findings_the_worst_first() -> None:
     assert len(names) == MOST_FINDINGS
 
 
+def test_sources_of_few_pairs_are_not_called_noise() -> None:
+    data = {"eval": counts(sources=[{"label": "a", "pairs": 20}, {"label": "b", "pairs": 380}])}
+    every = {"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8}
+    assert verdict(rows(every=every), summary(data=data)).findings == ()
+
+
+def test_one_bad_step_is_no_sign_of_the_learning_rate() -> None:
+    history = rows()
+    history[6]["loss"] = 0.95
+    assert verdict(history, summary()).findings == ()
+
+
 def test_a_preempted_run_is_judged_so_far() -> None:
     judged = verdict(rows()[:18], summary(exit="preempted", steps=15))
     assert judged.sentence.startswith("stopped after step 15; so far: no fault found: evaluation accuracy")
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]])
-@pytest.mark.parametrize("ended", [{}, {"data": None, "settings": None, "reference": None}])
+@pytest.mark.parametrize(
+    "ended",
+    [
+        {},
+        {"data": None, "settings": None, "reference": None},
+        {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}},
+    ],
+)
 def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> None:
     assert verdict(history, ended).findings == ()
 
@@ -347,7 +366,7 @@ def test_every_limit_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(RULES, name, replace(rule, limits=used[name]))
     for history, ended, data_findings, _ in CASES.values():
         verdict(history, ended, data_findings)
-    verdict(rows(late={"logps/chosen_per_token": -3.5}, since=4), summary())
+    verdict(rows(late={"logps/chosen_per_token": -3.5, "loss": 1.2}, since=4), summary())
     assert {name: limits.names for name, limits in used.items()} == {
         name: set(rule.limits) for name, rule in RULES.items()
     }
