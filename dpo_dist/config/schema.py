@@ -260,6 +260,7 @@ class TrackingConfig:
     entity: str | None = key(None, "User or team; null: the API key's own.")
     group: str | None = key(None, "Group of the run.")
     tags: list[str] = key([], "Tags of the run.")
+    notes: str | None = key(None, "A sentence about the run, shown on its page.")
 
 
 @dataclass(frozen=True)

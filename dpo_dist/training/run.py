@@ -225,5 +225,7 @@ def _open_recorder(
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
-    tracker = open_tracker(config, folder, stop.ask, environment=environment, say=console.say)
+    tracker = open_tracker(
+        config, folder, stop.ask, rows=metrics.rows, environment=environment, say=console.say
+    )
     return Recorder(metrics, tracker)
