@@ -159,7 +159,7 @@ def _beta_too_large(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
     found = _beta_and_change(facts)
-    if found is None or found["margin"] < limits["margin"]:
+    if found is None or facts.setting("loss.kind") not in _LOGISTIC or found["margin"] < limits["margin"]:
         return None
     if abs(found["first"] - found["last"]) > limits["fall"] * abs(found["first"]):
         return None
@@ -197,6 +197,9 @@ def _hardly_trained(facts: RunFacts, limits: Limits) -> Fields | None:
     losses = [loss for _, loss in values(facts.steps, "loss")]
     if len(losses) < limits["rows"] or abs(losses[-1] - losses[0]) > limits["fall"] * abs(losses[0]):
         return None
+    change = _beta_and_change(facts)
+    if change is not None and change["margin"] >= limits["margin"]:
+        return None  # a loss with a large constant part, such as sppo_hard with a small beta
     rate = number(facts.setting("optim.lr"))
     return {"first": losses[0], "last": losses[-1], "steps": facts.total_steps, "rate": rate}
 

@@ -92,8 +92,8 @@ RULES: dict[str, RunRule] = {
         "learning rate too high",
         {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0},
         "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
-        "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative to "
-        "the median of the rows before it, and above its start",
+        "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative "
+        "to the median of the rows before it, and above its start",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),
@@ -125,8 +125,8 @@ RULES: dict[str, RunRule] = {
     "beta_too_small": RunRule(
         "beta too small",
         {"fall": 0.01, "margin": 2.0},
-        "the training loss of the last row relative to the first, and `rewards/margins` divided by beta, in "
-        "nats",
+        "with a logistic loss: the training loss of the last row relative to the first, and "
+        "`rewards/margins` divided by beta, in nats",
         "with loss.beta={beta} the loss stays at its start ({first:.4g} -> {last:.4g}) although the log-prob "
         "of chosen minus rejected changed by {margin:.2g} nats: nothing keeps the policy near the reference",
         "loss.beta between 0.01 and 0.5",
@@ -145,8 +145,9 @@ RULES: dict[str, RunRule] = {
     ),
     "hardly_trained": RunRule(
         "hardly trained",
-        {"fall": 0.01, "rows": 3},
-        "the training loss of the last row relative to the first, of at least `rows` rows",
+        {"fall": 0.01, "rows": 3, "margin": 2.0},
+        "the training loss of the last row relative to the first, of at least `rows` rows, unless "
+        "`rewards/margins` divided by beta reached `margin` nats",
         "the training loss stayed at its start, {first:.4g} -> {last:.4g}, in {steps:,} steps with "
         "optim.lr={rate}",
         "a higher optim.lr, or more steps",

@@ -11,14 +11,16 @@ import numpy.typing as npt
 
 Column = npt.NDArray[np.float64]
 
-RESAMPLES = 1000
 LEVEL = 0.95
 _MOST_PROMPTS = 1 << 17
 """Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
 
 
 def bootstrap_intervals(
-    measured: Mapping[str, tuple[Column, Column]], prompts: npt.NDArray[np.uint64], seed: int = 0
+    measured: Mapping[str, tuple[Column, Column]],
+    prompts: npt.NDArray[np.uint64],
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> dict[str, tuple[float, float]]:
     """Return the lower and upper end of the interval of every metric.
 
@@ -27,11 +29,12 @@ def bootstrap_intervals(
             divided by the sum of counts.
         prompts: [pairs], equal for pairs of the same prompt.
         seed: of the resamples.
+        resamples: their number; 0: no intervals.
 
     Returns:
         By name; a metric that has no count in some resample is absent.
     """
-    if not measured or not len(prompts):
+    if not measured or not len(prompts) or not resamples:
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
     clusters = clusters % _MOST_PROMPTS
@@ -39,8 +42,8 @@ def bootstrap_intervals(
     columns = [column for pair in measured.values() for column in pair]
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
     generator = np.random.default_rng(seed)
-    totals = np.empty((RESAMPLES, len(columns)))
-    for resample in range(RESAMPLES):
+    totals = np.empty((resamples, len(columns)))
+    for resample in range(resamples):
         drawn = np.bincount(generator.integers(0, number, number), minlength=number)
         totals[resample] = drawn @ table
     values, counts = totals[:, ::2], totals[:, 1::2]

@@ -201,6 +201,7 @@ class Loop:
         """Return one metrics row over the evaluation dataset, whole on rank 0 only; collective."""
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
+        self.policy.train(False)
         evaluation = evaluate(self.policy, self.objective, rank_batch, self.world, position.running)
         metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
         if evaluation.values is not None and not self.config.loss.is_one_sided:

@@ -24,7 +24,7 @@ from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.metrics import MetricSums, metric_means
 from dpo_dist.objective.pair_values import PairValues, pair_values
 from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.batch_loss import Objective, ReadyStep
+from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredModel
 from dpo_dist.training.coupled import accumulate_coupled, coupled_sums
 from dpo_dist.training.step_timer import StepClock
 
@@ -115,10 +115,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    policy: PolicyEngine, objective: Objective, rank_batch: RankBatch, world: World, running: RunningMeans
+    model: ScoredModel, objective: Objective, rank_batch: RankBatch, world: World, running: RunningMeans
 ) -> Evaluation:
-    """Return metrics and pair values of a dataset, which is one global batch; collective."""
-    policy.train(False)
+    """Return metrics and pair values of a dataset, which is one global batch; collective.
+
+    Args:
+        model: not in training mode.
+    """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums, scored = objective.no_sums(rank_batch, world.device, is_evaluation=True), []
     values: list[Tensor] = []
@@ -126,7 +129,7 @@ def evaluate(
         for host_batch in batches:
             batch = host_batch.to(world.device)
             reference = objective.reference.token_logps(batch)
-            pairs = objective.score(policy, batch, reference, facts, is_evaluation=True)
+            pairs = objective.score(model, batch, reference, facts, is_evaluation=True)
             values.append(pair_values(pairs.policy, pairs.reference, objective.loss))
             if objective.loss.is_coupled:
                 scored.append(pairs)

@@ -153,6 +153,7 @@ def _trajectory(
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(indices))
         yield {**metrics, "grad_norm": norm.item()}
+    policy.train(False)
     evaluation = evaluate(policy, objective, plan(range(RECORDS)), world, running)
     assert (evaluation.values is not None) == world.is_main
     of_pairs = world.on_main(lambda: {} if evaluation.values is None else of_each_pair(evaluation.values))

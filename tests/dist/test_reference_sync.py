@@ -73,6 +73,7 @@ class Trainer:
     def margin(self) -> float:
         """Return the mean reward margin of all pairs."""
         plan = self._plan(range(len(self.dataset)))
+        self.policy.train(False)
         sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans()).sums
         return self._metrics(sums)["rewards/margins"]
 

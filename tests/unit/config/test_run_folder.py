@@ -18,6 +18,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
         *("checkpoints", "model", "wandb/run_id.txt"),
+        *("evaluation/evaluation.json", "evaluation/scores.jsonl"),
         *("doctor/doctor.json", "doctor/doctor.html"),
         *("pairs", "pairs/pairs.jsonl", "pairs/samples.jsonl", "pairs/parts"),
         *("pairs/judgements.jsonl", "pairs/agreement.json"),
