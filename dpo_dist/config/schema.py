@@ -1,9 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data` and `pairs` are in `data_schema` and `pairs_schema`, those of `loss` in `loss_kinds`, rules
-between keys in `rules`, composition in `load`. A key declared `free` does not define
-the run's result (hardware, placement, how often something is written): it is not part of the digest that
-names the run directory.
+The keys of `data`, `samples` and `pairs` are in `data_schema`, `samples_schema` and `pairs_schema`, those of
+`loss` in `loss_kinds`, rules between keys in `rules`, composition in `load`. A key declared `free` does not
+define the run's result (hardware, placement, how often something is written): it is not part of the digest
+that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.fields import EVERY_VERB, key, section
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
+from dpo_dist.config.samples_schema import SamplesConfig
 
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
@@ -275,6 +276,7 @@ class RunConfig:
     reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute")
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train precompute")
+    samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
