@@ -66,6 +66,7 @@ KEY_ALIASES = _by_name(
         "tracking.entity": "wandb_entity",
         "tracking.group": "wandb_group",
         "tracking.tags": "wandb_tags",
+        "tracking.notes": "wandb_notes",
         "tracking.wandb": "wandb_mode",
         "parallelism.timeout_seconds": "ddp_timeout",
         "model.adapter.r": "model.adapter.rank model.adapter.lora_r model.adapter.lora_rank",

@@ -205,7 +205,7 @@ class LossConfig:
     """The loss, its options and its sums."""
 
     kind: LossKind = key(
-        LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", verbs="train precompute doctor"
+        LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", verbs="train precompute evaluate doctor"
     )
     beta: float = key(0.1, "Strength of the pull toward the reference model.", above=0)
     label_smoothing: float | None = key(
@@ -246,12 +246,14 @@ class LossConfig:
     weighting: Weighting = key(
         Weighting.none, "Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."
     )
-    reference_free: bool = key(False, "Take the reference's log-probs as 0.", verbs="train precompute")
+    reference_free: bool = key(
+        False, "Take the reference's log-probs as 0.", verbs="train precompute evaluate"
+    )
     terms: list[Any] = key(
         [],
         "Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`.",
         of=LossTermConfig,
-        verbs="train precompute doctor",
+        verbs="train precompute evaluate doctor",
     )
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
     function: str | None = key(None, "`custom`: the loss function, as `module:function`.", added=True)

@@ -109,6 +109,16 @@ class RunFolder:
         return self.samples / "reference.jsonl"
 
     @property
+    def evaluation(self) -> Path:
+        """Metrics of an evaluation, with intervals."""
+        return self.path / "evaluation" / "evaluation.json"
+
+    @property
+    def evaluation_scores(self) -> Path:
+        """Rewards and log-probs of every evaluated pair."""
+        return self.path / "evaluation" / "scores.jsonl"
+
+    @property
     def doctor_report(self) -> Path:
         """The findings of the doctor about the data, as JSON."""
         return self.path / "doctor" / "doctor.json"

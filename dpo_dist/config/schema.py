@@ -1,9 +1,8 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `samples` and `pairs` are in `data_schema`, `samples_schema` and `pairs_schema`, those of
-`loss` in `loss_kinds`, rules between keys in `rules`, composition in `load`. A key declared `free` does not
-define the run's result (hardware, placement, how often something is written): it is not part of the digest
-that names the run directory.
+The keys of `data`, `samples`, `pairs` and `evaluation` are in `*_schema`, those of `loss` in `loss_kinds`,
+rules between keys in `rules`, composition in `load`. A key declared `free` does not define the run's result
+(hardware, placement, how often something is written): it is not part of the digest that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.evaluation_schema import EvaluationConfig
 from dpo_dist.config.fields import EVERY_VERB, key, section
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
@@ -75,7 +75,10 @@ class ModelConfig:
     revision: str | None = key(None, "Branch, tag or commit of a hub model.")
     dtype: Dtype = key(Dtype.bf16, "`bf16` (with float32 master weights) or `fp32`.")
     attention: AttentionBackend = key(
-        AttentionBackend.auto, "Attention kernel; `auto`: the fastest.", free=True, verbs="train precompute"
+        AttentionBackend.auto,
+        "Attention kernel; `auto`: the fastest.",
+        free=True,
+        verbs="train precompute evaluate",
     )
     gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
         "none",
@@ -84,23 +87,25 @@ class ModelConfig:
         verbs="train",
         accepts="none, full, or a whole number, >= 2",
     )
-    compile: bool = key(False, "torch.compile in decoder layers.", free=True, verbs="train precompute")
+    compile: bool = key(
+        False, "torch.compile in decoder layers.", free=True, verbs="train precompute evaluate"
+    )
     liger: bool = key(
         False,
         "Liger's kernels in decoder layers (CUDA, the `liger` extra).",
         free=True,
-        verbs="train precompute",
+        verbs="train precompute evaluate",
     )
     adapter: Any = key(
         None,
         "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.",
         of=AdapterConfig,
-        verbs="train precompute",
+        verbs="train precompute evaluate",
     )
     quantization: Quantization | None = key(
         None,
         "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra).",
-        verbs="train precompute pairs",
+        verbs="train precompute evaluate pairs",
     )
     trust_remote_code: bool = key(False, "Run Python code from the model's repository.")
 
@@ -118,15 +123,15 @@ class ReferenceConfig:
         None,
         "Folder or hub name of the reference model; null: `model.path`.",
         filled=True,
-        verbs="train precompute doctor",
+        verbs="train precompute evaluate doctor",
     )
     revision: str | None = key(
-        None, "Branch, tag or commit of `reference.path`.", verbs="train precompute doctor"
+        None, "Branch, tag or commit of `reference.path`.", verbs="train precompute evaluate doctor"
     )
     quantization: Quantization | None = key(
         None,
         "Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored.",
-        verbs="train precompute doctor",
+        verbs="train precompute evaluate doctor",
     )
     offload: Offload = key(
         Offload.none, "Memory of its weights: `none` (the device), `cpu` or `nvme`.", free=True
@@ -166,7 +171,10 @@ class ParallelismConfig:
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
     timeout_seconds: int = key(
-        600, "Longest wait for another process, in seconds.", at_least=1, verbs="train precompute pairs"
+        600,
+        "Longest wait for another process, in seconds.",
+        at_least=1,
+        verbs="train precompute evaluate pairs",
     )
 
 
@@ -194,7 +202,11 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, "Pairs of an optimizer step, over all processes.", at_least=1)
     micro_batch_tokens: int = key(
-        8192, "Most tokens of a micro-batch; gradient accumulation follows from it.", at_least=1, free=True
+        8192,
+        "Most tokens of a micro-batch; gradient accumulation follows from it.",
+        at_least=1,
+        free=True,
+        verbs="train precompute evaluate",
     )
     epochs: float = key(1.0, "Passes over the training data.", above=0)
     max_steps: int | None = key(None, "Length of the run in steps; null: by `epochs`.", at_least=1)
@@ -219,9 +231,14 @@ class TrainerConfig:
         free=True,
         verbs="train",
     )
-    seed: int = key(0, "Seed of data order and of an adapter's start.", at_least=0)
+    seed: int = key(
+        0, "Seed of data order and of an adapter's start.", at_least=0, verbs="train precompute evaluate"
+    )
     deterministic: bool = key(
-        False, "Deterministic kernels only, and an error where there is none; slower on GPUs.", free=True
+        False,
+        "Deterministic kernels only, and an error where there is none; slower on GPUs.",
+        free=True,
+        verbs="train precompute evaluate",
     )
     stop_after_steps: int | None = key(
         None,
@@ -244,6 +261,7 @@ class TrackingConfig:
     entity: str | None = key(None, "User or team; null: the API key's own.")
     group: str | None = key(None, "Group of the run.")
     tags: list[str] = key([], "Tags of the run.")
+    notes: str | None = key(None, "A sentence about the run, shown on its page.")
 
 
 @dataclass(frozen=True)
@@ -271,13 +289,14 @@ class RunConfig:
 
     run: FolderConfig = section(FolderConfig, free=True, verbs=EVERY_VERB)
     model: ModelConfig = section(ModelConfig, verbs=EVERY_VERB)
-    data: DataConfig = section(DataConfig, verbs="train precompute doctor")
-    loss: LossConfig = section(LossConfig, verbs="train")
-    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute")
+    data: DataConfig = section(DataConfig, verbs="train precompute evaluate doctor")
+    loss: LossConfig = section(LossConfig, verbs="train evaluate")
+    reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train precompute")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
-    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute")
+    parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
+    evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")

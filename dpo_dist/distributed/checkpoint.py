@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
-from dpo_dist.config.schema import ParallelismConfig
 from dpo_dist.distributed.checkpoint_manifest import (
     Entries,
     describe_files,
@@ -32,7 +31,6 @@ from dpo_dist.distributed.checkpoint_manifest import (
 )
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
-from dpo_dist.plurals import counted
 
 log = logging.getLogger(__name__)
 
@@ -144,11 +142,9 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     folders = world.on_main(lambda: _committed(root))
     damaged: list[str] = []
     for folder in folders:
-        faults = world.gather(find_faults(folder, world.rank, world.size))
-        damage = [fault for of_rank in faults for fault in of_rank]
+        damage = _damage(folder, world)
         if not damage:
-            state = json.loads(world.on_main((folder / _STATE).read_text))
-            return Checkpoint(folder, state, tuple(damaged))
+            return Checkpoint(folder, _state(folder, world), tuple(damaged))
         log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(damage[:5]))
         damaged.append(folder.name)
     if folders:
@@ -161,40 +157,36 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def check_same_processes(checkpoint: Checkpoint, parallelism: ParallelismConfig, world: World) -> None:
-    """Check that the checkpoint has the same number of ranks, sharding and optimizer as this run.
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has the name and the state of a committed checkpoint."""
+    return _NAME.fullmatch(folder.name) is not None and (folder / _STATE).is_file()
+
+
+def open_checkpoint(folder: Path, world: World) -> Checkpoint:
+    """Return the checkpoint in a folder; collective.
 
     Raises:
-        CheckpointError: its shards or optimizer states cannot be loaded by these processes.
+        CheckpointError: its files do not match its manifest.
     """
-    saved_ranks = checkpoint.state["world_size"]
-    if saved_ranks != world.size:
+    if damage := _damage(folder, world):
         raise CheckpointError(
-            "the checkpoint was written by a different number of processes",
-            where=str(checkpoint.folder),
-            got=counted(world.size, "process", "processes"),
-            expected=f"{saved_ranks}",
-            remedy=f"launch {counted(saved_ranks, 'process', 'processes')}, or start from the beginning with "
-            "another run.dir",
+            "the checkpoint is damaged",
+            where=str(folder),
+            got="; ".join(damage[:5]),
+            remedy="restore its files, or name another checkpoint",
         )
-    for key, value in saved_parallelism(parallelism).items():
-        saved = checkpoint.state.get(key, value)
-        if saved != value:
-            raise CheckpointError(
-                f"the checkpoint was written with a different {key}",
-                where=str(checkpoint.folder),
-                got=f"{key}={value}",
-                expected=f"{key}={saved}",
-                remedy=f"set {key}={saved}, or start from the beginning with another run.dir",
-            )
+    return Checkpoint(folder, _state(folder, world))
 
 
-def saved_parallelism(parallelism: ParallelismConfig) -> dict[str, str]:
-    """Return the options that shards and optimizer states depend on, for a checkpoint's state."""
-    return {
-        "parallelism.kind": parallelism.kind.value,
-        "parallelism.offload_optimizer": parallelism.offload_optimizer.value,
-    }
+def _damage(folder: Path, world: World) -> list[str]:
+    """Return the faults of all files of a checkpoint, divided among the ranks; collective."""
+    faults = world.gather(find_faults(folder, world.rank, world.size))
+    return [fault for of_rank in faults for fault in of_rank]
+
+
+def _state(folder: Path, world: World) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(world.on_main((folder / _STATE).read_text))
+    return state
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:

@@ -64,10 +64,10 @@ class FrozenEngine:
         self._engine.eval()
 
     @torch.no_grad()
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Return log-probs of every target of `batch`, float32 [targets]; collective."""
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return float32 [targets], log-probs; with statistics [1 + n, targets]. Collective."""
         with explain_out_of_memory(f"scoring {describe_batch(batch)}", reference_remedy()):
-            logps: Tensor = self._engine(batch)
+            logps: Tensor = self._engine(batch, tuple(statistics))
         return logps
 
     @property

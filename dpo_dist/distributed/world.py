@@ -75,6 +75,14 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def to_main(self, value: T) -> list[T] | None:
+        """Return every rank's `value`, in rank order, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
     def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2).
 

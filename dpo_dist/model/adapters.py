@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -53,6 +53,41 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
     lora.revision = config.revision
     lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
+
+
+def load_adapter(model: PackedCausalLM, folder: Path) -> None:
+    """Add the LoRA adapter that training or peft wrote into `folder`, to be scored.
+
+    Args:
+        model: its base, from `load_packed`, sharded or not, before it is in an engine.
+        folder: with adapter_config.json and the adapter's weights.
+
+    Raises:
+        ConfigError: the adapter cannot be read, is not LoRA, or belongs to another model.
+    """
+    causal_lm = model.causal_lm
+    try:
+        lora = LoraConfig.from_pretrained(folder)
+        lora.inference_mode = True
+        causal_lm.add_adapter(lora)
+        weights = load_peft_weights(str(folder), device="cpu")
+        loaded = set_peft_model_state_dict(causal_lm, weights)
+    except Exception as error:  # peft can raise anything
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}") from error
+    own = [name for name in loaded.missing_keys if ".lora_" in name]
+    if unread := [*loaded.unexpected_keys, *own]:
+        raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)")
+
+
+def _foreign_adapter(folder: Path, got: str) -> ConfigError:
+    return ConfigError(
+        "the adapter cannot be added to the model",
+        where="evaluation.model",
+        got=f"{folder}: {got}",
+        expected="a LoRA adapter of model.path, with adapter_config.json and adapter_model.safetensors",
+        remedy="set model.path to the adapter's base",
+    )
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:

@@ -85,6 +85,11 @@ def local_model_folder(
     return folder
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder contains an adapter and no model."""
+    return (folder / _ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a model folder contains the files of a tokenizer."""
     return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))

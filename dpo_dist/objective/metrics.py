@@ -35,7 +35,8 @@ GROUP_METRICS = ("rewards/accuracies", "rewards/margins")
 """Metrics that are also reported for groups of pairs: sources and lengths."""
 BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
-_BORDERS = (64, 128, 256, 512, 1024)
+LENGTH_BORDERS = (64, 128, 256, 512, 1024)
+"""Fewest tokens of each bucket but the first."""
 _ONE_SIDED_METRICS = (
     "loss",
     "rewards/chosen",
@@ -207,7 +208,7 @@ def metric_sums(
         is_of = _members(sources, len(plan.labels))
         measured |= _by_group(measured, plan.of_sources, [f"/{label}" for label in plan.labels], is_of)
     longer = torch.maximum(policy.chosen_tokens, policy.rejected_tokens)
-    buckets = torch.stack([longer >= border for border in _BORDERS]).sum(dim=0)
+    buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
     suffixes = [f"_by_length/{bucket}" for bucket in BUCKETS]
     measured |= _by_group(measured, plan.of_lengths, suffixes, _members(buckets, len(BUCKETS)))
     return MetricSums.of({name: measured[name] for name in plan.names}, weights)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.distributed.engine import FrozenEngine, sharded_loading, whole_loading
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.world import World
+from dpo_dist.model.adapters import load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.digest import ModelFiles
 
 log = logging.getLogger(__name__)
@@ -41,9 +44,9 @@ class QuantizedReference:
         self._model = model.eval()
 
     @torch.no_grad()
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Return float32 [targets]; not collective."""
-        logps: Tensor = self._model(batch)
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return float32 [targets]; with statistics [1 + n, targets]. Not collective."""
+        logps: Tensor = self._model(batch, tuple(statistics))
         return logps
 
     def free(self) -> None:
@@ -67,12 +70,28 @@ def scored_model(config: RunConfig) -> ModelConfig:
 
 def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEngine:
     """Load the reference from `folder`, in the policy's precision unless it is quantized; collective."""
-    log.info("loading the reference from %s", folder)
-    model_config = scored_model(config)
+    return load_scored(folder, scored_model(config), config, world)
+
+
+def load_scored(
+    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None = None
+) -> ReferenceEngine:
+    """Load a model that is only scored, placed as `config.reference` says; collective.
+
+    Args:
+        folder: of the model, or of the adapter's base.
+        model_config: with its quantization.
+        config: of the run.
+        adapter: the folder of an adapter to add; None: none.
+    """
+    log.info("loading a model to score from %s", adapter or folder)
     if model_config.quantization is not None:
         with whole_loading(world):
-            return QuantizedReference(load_packed(folder, model_config, config.data.max_length, world.device))
-    return _load_sharded(folder, model_config, config, world)
+            model = load_packed(folder, model_config, config.data.max_length, world.device)
+            if adapter is not None:
+                load_adapter(model, adapter)
+            return QuantizedReference(model)
+    return _load_sharded(folder, model_config, config, world, adapter)
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
@@ -86,7 +105,9 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
     return engine
 
 
-def _load_sharded(folder: Path, model_config: ModelConfig, config: RunConfig, world: World) -> FrozenEngine:
+def _load_sharded(
+    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None
+) -> FrozenEngine:
     placement = config.reference
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
     if placement.nvme_path is not None:
@@ -95,6 +116,8 @@ def _load_sharded(folder: Path, model_config: ModelConfig, config: RunConfig, wo
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
+        if adapter is not None:
+            load_adapter(model, adapter)
     hidden_size = model.causal_lm.config.hidden_size
     return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
 

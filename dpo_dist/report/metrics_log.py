@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.objective.metrics import GROUP_METRICS, PAIR_METRICS
+from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
 
 Row = dict[str, float]
 
@@ -126,7 +127,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
-            final |= {key: value for key, value in last.items() if key.startswith(_by_source(prefix))}
+            final |= {key: value for key, value in last.items() if key.startswith(_grouped(prefix))}
     best: dict[str, Row] = {}
     for key, sign in (("eval_loss", 1), ("eval_rewards/accuracies", -1)):
         finite = [row for row in rows if math.isfinite(row.get(key, math.nan))]
@@ -145,16 +146,17 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
     """
     found: dict[str, Row] = {}
     for prefix in ("", "eval_"):
-        for metric in _by_source(prefix):
+        percentiles = {prefix + key for key in MARGIN_PERCENTILES}
+        for metric in _grouped(prefix):
             for row in rows:
                 for key, value in row.items():
-                    if key.startswith(metric):
+                    if key.startswith(metric) and key not in percentiles:
                         found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
     return found
 
 
-def _by_source(prefix: str) -> tuple[str, ...]:
-    """Return how the names of metrics by source start."""
+def _grouped(prefix: str) -> tuple[str, ...]:
+    """Return how the names of metrics by source and of percentiles start."""
     return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
 
 

@@ -1,30 +1,21 @@
-"""Weights & Biases: the only module that imports `wandb`. Rank 0 only.
+"""Weights & Biases, on rank 0 only.
 
 Tracking never stops a run and never prompts for a login. An exception of wandb becomes one warning; then
 tracking is off and training continues.
 """
 
-import contextlib
-import dataclasses
 import functools
 import logging
 import os
-import uuid
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dpo_dist import atomic
-from dpo_dist.config.identity import title
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, WandbMode
-from dpo_dist.errors import ExitCode, RunOutcome
+from dpo_dist.report.wandb_session import Mode, Session, address, close, set_up, start_run, tear_down
 
 if TYPE_CHECKING:
     import wandb
-
-Mode = Literal["online", "offline"]
-
-STEP_AXIS = "train/global_step"
 
 _MODE_BY_ENVIRONMENT = {
     "online": WandbMode.online,
@@ -42,19 +33,37 @@ def _silent(_text: str) -> None:
 class Tracker:
     """One wandb run, or none.
 
-    Attributes:
-        run: the wandb run; None if tracking is off, has failed or is finished.
+    Args:
+        start: starts or resumes the run; None: no tracking.
+        rows: metrics rows of earlier starts; those that wandb does not have are sent.
+        say: called with what a user should know.
     """
 
-    def __init__(self, start: "Callable[[], wandb.Run] | None", say: Callable[[str], None] = _silent):
-        self.run = start() if start else None
+    def __init__(
+        self,
+        start: Callable[[], Session] | None,
+        rows: Sequence[Mapping[str, float]] = (),
+        say: Callable[[str], None] = _silent,
+    ):
+        self._session = start() if start else None
         self._restart = start
         self._say = say
+        self._rows = list(rows)
+        known = rows[-1]["step"] if rows else 0
+        if self._session is not None and self._session.received.step > known:
+            say(f"wandb has the rows up to step {self._session.received.step}; they are not sent again")
+        self._act(lambda session: session.send(self._rows))
+
+    @property
+    def run(self) -> "wandb.Run | None":
+        """The wandb run; None if tracking is off, has failed or is finished."""
+        return self._session.run if self._session else None
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Send one metrics row under the names of `wandb_names`."""
-        named = wandb_names(row)
-        self._act(lambda run: run.log(named))
+        """Send one metrics row under the names of `wandb_names`, unless wandb has a row of this step."""
+        if self._session is not None:
+            self._rows.append(row)
+        self._act(lambda session: session.send(self._rows))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the run. Data that cannot be uploaded in time stay in the run directory, with a warning.
@@ -63,45 +72,32 @@ class Tracker:
             outcome: `completed`, `preempted`, `diverged` or `failed`.
             summary: as in `summary.json`.
         """
-        self._act(lambda run: _close(run, outcome, summary, self._say))
-        if self.run is not None:
-            self.run = None
-            _tear_down()
+        self._act(
+            lambda session: close(session.run, outcome, summary, functools.partial(_warn, say=self._say))
+        )
+        if self._session is not None:
+            self._session = None
+            tear_down()
 
-    def _act(self, action: "Callable[[wandb.Run], None]") -> None:
-        if self.run is None:
+    def _act(self, action: Callable[[Session], None]) -> None:
+        if self._session is None:
             return
         try:
             try:
-                action(self.run)
+                action(self._session)
             except ConnectionError:
                 # The signal of a preemption also kills wandb's service, which is a process of its own, while
                 # rows are still to be sent.
-                _tear_down()
+                tear_down()
                 if self._restart is None:
                     raise
-                self.run, self._restart = self._restart(), None
-                action(self.run)
+                self._session, self._restart = self._restart(), None
+                self._session.send(self._rows)
+                action(self._session)
         except Exception as error:
             _warn(f"wandb tracking stops, training continues: {_one_line(error)}", self._say)
-            self.run = None
-            _tear_down()
-
-
-def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row with the W&B keys of transformers' and TRL's trainers, so that runs can be compared.
-
-    `eval_loss` becomes `eval/loss`, every other key `train/<key>`; `step` is `train/global_step`, the x axis.
-    """
-    named = {}
-    for key, value in row.items():
-        if key == "step":
-            named[STEP_AXIS] = value
-        elif key.startswith("eval_"):
-            named[f"eval/{key.removeprefix('eval_')}"] = value
-        else:
-            named[f"train/{key}"] = value
-    return named
+            self._session = None
+            tear_down()
 
 
 def open_tracker(
@@ -109,6 +105,7 @@ def open_tracker(
     folder: RunFolder,
     request_stop: Callable[[], None],
     *,
+    rows: Sequence[Mapping[str, float]] = (),
     environment: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = _silent,
     init_seconds: float = 60.0,
@@ -121,9 +118,10 @@ def open_tracker(
     wandb finds a key. If wandb cannot go online, the run is stored in the directory for a later upload.
 
     Args:
-        config: logged completely.
+        config: logged completely, without secrets.
         folder: the run directory.
         request_stop: called from another thread if someone stops the run on its web page.
+        rows: metrics rows up to the checkpoint that training resumes from.
         environment: content of `environment.json`, logged beside `config`.
         say: called with the address of the run, and with the reason if it is not online.
         init_seconds: timeout for the server at the start.
@@ -135,19 +133,16 @@ def open_tracker(
     settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
     for mode in _modes_to_try(wanted, say):
         try:
-            tracker = Tracker(functools.partial(_start, config, folder, mode, environment, settings), say)
+            start = functools.partial(start_run, config, folder, mode, environment, settings)
+            tracker = Tracker(start, rows, say)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {_one_line(error)}", say)
-            _tear_down()
+            tear_down()
             continue
         if tracker.run is not None:
-            say(f"wandb: {_address(tracker.run, mode)}")
+            say(f"wandb: {address(tracker.run, mode, folder)}")
         return tracker
     return Tracker(None)
-
-
-def _address(run: "wandb.Run", mode: Mode) -> str:
-    return str(run.url) if mode == "online" else f"offline; upload with: wandb sync {run.settings.sync_dir}"
 
 
 def _warn(text: str, say: Callable[[str], None]) -> None:
@@ -161,7 +156,7 @@ def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
     if wanted is WandbMode.offline:
         return ["offline"]
     try:
-        has_key = _set_up("online").login(prompt=False, verify=False)
+        has_key = set_up("online").login(prompt=False, verify=False)
     except Exception as error:
         _warn(f"wandb cannot log in: {_one_line(error)}", say)
         has_key = False
@@ -170,77 +165,6 @@ def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
     if wanted is WandbMode.online:
         _warn("wandb has no usable key, the run is tracked offline; `wandb login` stores a key", say)
     return ["offline"]
-
-
-def _start(
-    config: RunConfig,
-    folder: RunFolder,
-    mode: Mode,
-    environment: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-) -> "wandb.Run":
-    client = _set_up(mode)
-    run: wandb.Run = client.init(
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        group=config.tracking.group,
-        tags=config.tracking.tags,
-        name=title(config, folder.path),
-        id=_run_id(folder),
-        resume="allow",
-        dir=folder.path,
-        mode=mode,
-        config={**dataclasses.asdict(config), "environment": dict(environment or {})},
-        allow_val_change=True,
-        settings=client.Settings(
-            silent=True,
-            console="off",
-            save_code=False,
-            disable_git=True,
-            finish_timeout_raises=True,
-            **settings,
-        ),
-    )
-    # On its built-in axis wandb drops rows whose step does not increase: evaluations, and steps that a
-    # resumed run computes again.
-    run.define_metric(STEP_AXIS)
-    run.define_metric("*", step_metric=STEP_AXIS)
-    _log.info("wandb run %s: %s", run.id, _address(run, mode))
-    return run
-
-
-def _set_up(mode: Mode) -> Any:
-    """Import wandb and return it, with its console output switched off."""
-    import wandb  # noqa: PLC0415
-
-    wandb.setup(wandb.Settings(silent=True, mode=mode))
-    return wandb
-
-
-def _run_id(folder: RunFolder) -> str:
-    path = folder.wandb_id
-    if not path.exists():
-        atomic.write_text(path, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8").strip()
-
-
-def _close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    run.summary.update(dict(summary))
-    if outcome == RunOutcome.preempted:
-        run.mark_preempting()
-    try:
-        run.finish(exit_code=ExitCode[outcome])
-    except TimeoutError:
-        _warn(f"wandb has not uploaded everything; later: wandb sync {run.settings.sync_dir}", say)
-
-
-def _tear_down() -> None:
-    """End wandb's service, so that it releases the run id and prints nothing when the program ends."""
-    # wandb raises SystemExit if its service ended with an error.
-    with contextlib.suppress(Exception, SystemExit):
-        import wandb  # noqa: PLC0415
-
-        wandb.teardown()
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from dpo_dist.config.loss_kinds import LossConfig, Weighting
 from dpo_dist.data.collate import RankBatch
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.objective.logps import (
     PairLogps,
     desensitised_weights,
@@ -25,6 +25,14 @@ from dpo_dist.prefetch import prefetch
 from dpo_dist.reference.providers import ReferenceProvider
 
 _BATCHES_AHEAD = 4
+
+
+class ScoredModel(Protocol):
+    """A model that scores micro-batches: the policy, or one that is only evaluated."""
+
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Objective:
 
     def score(
         self,
-        policy: PolicyEngine,
+        policy: ScoredModel,
         batch: PackedBatch,
         reference: Tensor | None,
         facts: BatchFacts,

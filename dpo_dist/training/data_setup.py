@@ -31,34 +31,56 @@ _OWN_LINE = "chat_template_not_applied"
 _NO_CHANGES = frozenset(
     {"label", "path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE}
 )
+_Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The inputs of one run, the same on every rank.
+class ModelInputs:
+    """The models of one run before their weights are loaded, the same on every rank.
 
     Attributes:
         policy_files: files of the policy's model, with their digest.
         reference_files: files of the reference model; None if the loss uses no reference.
         tokenizer: of the policy.
-        train_set: the training dataset.
-        eval_set: the evaluation dataset, or None.
-        sampler: the indices of each training step.
         flops: floating-point operations of the model.
     """
 
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
-    train_set: PreferenceDataset
-    eval_set: PreferenceDataset | None
-    sampler: BatchSampler
     flops: StepFlops
 
     @property
     def costs(self) -> ComputeCosts:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
         return compute_costs(self.flops)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs(ModelInputs):
+    """The inputs of an evaluation."""
+
+    eval_set: PreferenceDataset
+
+    @property
+    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+        """The dataset with all its indices."""
+        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+
+
+@dataclass(frozen=True)
+class Inputs(ModelInputs):
+    """The inputs of one run.
+
+    Attributes:
+        train_set: the training dataset.
+        eval_set: the evaluation dataset, or None.
+        sampler: the indices of each training step.
+    """
+
+    train_set: PreferenceDataset
+    eval_set: PreferenceDataset | None
+    sampler: BatchSampler
 
     @property
     def named(self) -> dict[str, PreferenceDataset]:
@@ -76,6 +98,39 @@ class Inputs:
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective."""
+    models, encode = _load_models(config, world, console)
+    eval_set = None
+    if config.data.eval_sources:
+        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    eval_prompts = None if eval_set is None else eval_set.prompts[:]
+    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
+    if eval_set is not None:
+        for count_name, count in (
+            ("also_in_train", count_shared),
+            ("prompts_also_in_train", count_shared_prompts),
+        ):
+            eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
+    sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
+    inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
+    for name, dataset in inputs.named.items():
+        for line in describe_counts(name, dataset.counts):
+            console.say(line)
+    for line in describe_short_run(sampler):
+        console.say(line)
+    return inputs
+
+
+def load_evaluation_inputs(config: RunConfig, world: World, console: Console) -> EvaluationInputs:
+    """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
+    models, encode = _load_models(config, world, console)
+    eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
+    for line in describe_counts("eval", eval_set.counts):
+        console.say(line)
+    return EvaluationInputs(**vars(models), eval_set=eval_set)
+
+
+def _load_models(config: RunConfig, world: World, console: Console) -> tuple[ModelInputs, _Encode]:
+    """Return the models, and a function that encodes data for them; collective."""
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
@@ -90,26 +145,8 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         world.on_main(lambda: check_data_fits_loss(dataset, config.loss))
         return dataset
 
-    eval_set = None
-    if config.data.eval_sources:
-        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
-    eval_prompts = None if eval_set is None else eval_set.prompts[:]
-    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
-    if eval_set is not None:
-        for count_name, count in (
-            ("also_in_train", count_shared),
-            ("prompts_also_in_train", count_shared_prompts),
-        ):
-            eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
-    sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     flops = count_flops(model_config, config.model.adapter)
-    inputs = Inputs(policy_files, reference_files, tokenizer, train_set, eval_set, sampler, flops)
-    for name, dataset in inputs.named.items():
-        for line in describe_counts(name, dataset.counts):
-            console.say(line)
-    for line in describe_short_run(sampler):
-        console.say(line)
-    return inputs
+    return ModelInputs(policy_files, reference_files, tokenizer, flops), encode
 
 
 def _encode(

@@ -1,5 +1,6 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
+from dpo_dist.diagnostics.verdict import verdict
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
@@ -78,7 +80,7 @@ def finish(
         if state.outcome is not RunOutcome.completed:
             assert recorder is not None
             assert state.summary is not None
-            recorder.close({**state.summary, "exit": RunOutcome.completed.value})
+            _close_report(recorder, state.summary, RunOutcome.completed, folder, console)
             write_state(folder, replace(state, outcome=RunOutcome.completed))
         if config.trainer.keep_last == 0:
             drop_checkpoints(folder.checkpoints)
@@ -123,10 +125,33 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
 
     def work() -> None:
         assert loop.recorder is not None
-        loop.recorder.close({**summary, "exit": state.outcome.value})
+        _close_report(loop.recorder, summary, state.outcome, folder, loop.console)
         write_state(folder, state)
 
     write_on_main(work, folder, loop.world)
+
+
+def _close_report(
+    recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome, folder: RunFolder, console: Console
+) -> None:
+    """Write the report of a run with its verdict, and print the verdict."""
+    ended = {**summary, "exit": outcome.value}
+    judged = verdict(recorder.metrics.rows, ended, _data_findings(folder, console))
+    recorder.close({**ended, "verdict": judged.as_dict()})
+    for line in judged.lines():
+        console.say(line)
+
+
+def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
+    """Return the doctor's findings about the data of this run; none if it was not asked."""
+    try:
+        found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        console.say(f"warning: the verdict ignores {folder.doctor_report}, which cannot be read: {error}")
+        return []
+    return found
 
 
 def _summary(loop: Loop, position: Position, reference: dict[str, Any]) -> dict[str, Any]:

@@ -201,11 +201,14 @@ class Loop:
         return shard_batch(dataset, indices, rank, size, budget, costs, only_chosen)
 
     def _evaluate(self, dataset: PreferenceDataset, position: Position) -> dict[str, float]:
-        """Return one metrics row over the evaluation dataset; collective."""
+        """Return one metrics row over the evaluation dataset, whole on rank 0 only; collective."""
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
-        sums = evaluate(self.policy, self.objective, rank_batch, self.world, position.running)
-        metrics = MetricSums(sums.names, self.world.sum(sums.values)).means()
+        self.policy.train(False)
+        evaluation = evaluate(self.policy, self.objective, rank_batch, self.world, position.running)
+        metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
+        if evaluation.values is not None and not self.config.loss.is_one_sided:
+            metrics |= evaluation.values.margin_percentiles()
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)}
         trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
         samples = self.samples

@@ -29,7 +29,7 @@ from dpo_dist.reference.store import LogpStore
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.data_setup import Inputs
+from dpo_dist.training.data_setup import EvaluationInputs, Inputs
 from dpo_dist.training.reference_check import check_drift, describe_drift
 
 Audited = tuple[PreferenceDataset, Indices]
@@ -52,7 +52,9 @@ class Reference:
     report: dict[str, Any]
 
 
-def prepare_reference(config: RunConfig, inputs: Inputs, world: World, console: Console) -> Reference:
+def prepare_reference(
+    config: RunConfig, inputs: Inputs | EvaluationInputs, world: World, console: Console
+) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective."""
     mode = config.reference.mode
     if mode is ReferenceMode.none:
@@ -74,14 +76,21 @@ def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
 
 
-def _reference(provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs) -> Reference:
+def _reference(
+    provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs | EvaluationInputs
+) -> Reference:
     """Return a reference without stored log-probs."""
     report = {"mode": mode.value, **FillReport().as_dict()}
     return Reference(provider, is_start, inputs.visited[0], report)
 
 
 def _stored_reference(
-    config: RunConfig, inputs: Inputs, files: ModelFiles, is_start: bool, world: World, console: Console
+    config: RunConfig,
+    inputs: Inputs | EvaluationInputs,
+    files: ModelFiles,
+    is_start: bool,
+    world: World,
+    console: Console,
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
@@ -142,7 +151,11 @@ def _fingerprint(config: RunConfig, files: ModelFiles, world: World) -> Referenc
 
 
 def _compatible(
-    config: RunConfig, own: ReferenceFingerprint, inputs: Inputs, world: World, console: Console
+    config: RunConfig,
+    own: ReferenceFingerprint,
+    inputs: Inputs | EvaluationInputs,
+    world: World,
+    console: Console,
 ) -> list[ReferenceFingerprint]:
     """Return the fingerprints of other numerics to use; a strict run only prints their number. Collective."""
     root = Path(config.reference.store)
@@ -158,7 +171,9 @@ def _compatible(
     return []
 
 
-def _fill(config: RunConfig, inputs: Inputs, filler: StoreFiller, console: Console) -> FillReport:
+def _fill(
+    config: RunConfig, inputs: Inputs | EvaluationInputs, filler: StoreFiller, console: Console
+) -> FillReport:
     """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
     for dataset, indices in inputs.visited:

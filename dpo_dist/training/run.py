@@ -14,13 +14,13 @@ from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     Sharded,
     load_checkpoint,
-    saved_parallelism,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.joined import joined
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.same_processes import saved_parallelism
 from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
@@ -35,7 +35,7 @@ from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
 from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.data_setup import Inputs, load_inputs
+from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
@@ -49,7 +49,7 @@ def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; return the exit code."""
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     folder = RunFolder.of(config)
-    with _world(config, console) as world, locked(folder, world, console):
+    with open_world(config, console) as world, locked(folder, world, console):
         console.say(f"run directory: {folder}")
         start = find_start(config, folder, world)
         if start.finished is not None:
@@ -101,7 +101,7 @@ def train(config: RunConfig, console: Console) -> int:
 
 def precompute(config: RunConfig, console: Console) -> int:
     """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
-    with _world(config, console) as world:
+    with open_world(config, console) as world:
         console.say(f"run directory: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         prepare_reference(config, inputs, world, console)
@@ -134,13 +134,13 @@ def _load_models(
     With `reference.mode=adapter` the policy itself is the reference.
     """
     if config.reference.mode is ReferenceMode.adapter:
-        policy = _load_policy(config, inputs, world)
+        policy = load_policy(config, inputs, world)
         return adapter_reference(policy, inputs), policy
     reference = prepare_reference(config, inputs, world, console)
-    return reference, _load_policy(config, inputs, world)
+    return reference, load_policy(config, inputs, world)
 
 
-def _load_policy(config: RunConfig, inputs: Inputs, world: World) -> PolicyEngine:
+def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyEngine:
     """Return the policy at its start, with its adapter if it has one; collective."""
     model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
     if config.model.adapter is not None:
@@ -199,7 +199,8 @@ def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
 
 
 @contextlib.contextmanager
-def _world(config: RunConfig, console: Console) -> Iterator[World]:
+def open_world(config: RunConfig, console: Console) -> Iterator[World]:
+    """Yield the world of this process's launch, set up as `config` says; collective."""
     if config.reference.offload is Offload.nvme:
         check_async_io()
     if config.reference.quantization is not None:
@@ -226,5 +227,7 @@ def _open_recorder(
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
-    tracker = open_tracker(config, folder, stop.ask, environment=environment, say=console.say)
+    tracker = open_tracker(
+        config, folder, stop.ask, rows=metrics.rows, environment=environment, say=console.say
+    )
     return Recorder(metrics, tracker)

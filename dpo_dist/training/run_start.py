@@ -18,7 +18,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
-from dpo_dist.distributed.checkpoint import Checkpoint, check_same_processes, latest_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint
+from dpo_dist.distributed.same_processes import check_same_processes
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss

@@ -13,6 +13,7 @@ after the last micro-batch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.metrics import MetricSums, metric_means
+from dpo_dist.objective.pair_values import PairValues, pair_values
 from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.batch_loss import Objective, ReadyStep
+from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredModel
 from dpo_dist.training.coupled import accumulate_coupled, coupled_sums
 from dpo_dist.training.step_timer import StepClock
 
@@ -98,21 +100,62 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
     return StepTotals(by_metric, counts, metric_means(by_metric, counts), counted, norm)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        sums: this rank's metric sums.
+        values: of every pair, on rank 0; None on the other ranks.
+    """
+
+    sums: MetricSums
+    values: PairValues | None
+
+
 @torch.no_grad()
 def evaluate(
-    policy: PolicyEngine, objective: Objective, rank_batch: RankBatch, world: World, running: RunningMeans
-) -> MetricSums:
-    """Return this rank's metric sums over a dataset, which is one global batch; collective."""
-    policy.train(False)
+    model: ScoredModel, objective: Objective, rank_batch: RankBatch, world: World, running: RunningMeans
+) -> Evaluation:
+    """Return metrics and pair values of a dataset, which is one global batch; collective.
+
+    Args:
+        model: not in training mode.
+    """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums, scored = objective.no_sums(rank_batch, world.device, is_evaluation=True), []
+    values: list[Tensor] = []
     with objective.prefetched(rank_batch, world.device) as batches:
         for host_batch in batches:
             batch = host_batch.to(world.device)
             reference = objective.reference.token_logps(batch)
-            pairs = objective.score(policy, batch, reference, facts, is_evaluation=True)
+            pairs = objective.score(model, batch, reference, facts, is_evaluation=True)
+            values.append(pair_values(pairs.policy, pairs.reference, objective.loss))
             if objective.loss.is_coupled:
                 scored.append(pairs)
             else:
                 sums += objective.measure(pairs)[1]
-    return coupled_sums(objective, scored, rank_batch, world) if objective.loss.is_coupled else sums
+    if objective.loss.is_coupled:
+        sums = coupled_sums(objective, scored, rank_batch, world)
+    return Evaluation(sums, _gather_values(values, rank_batch, world))
+
+
+def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World) -> PairValues | None:
+    """Return the values of all pairs on rank 0, None on the others; collective.
+
+    Args:
+        values: `pair_values` of this rank's micro-batches.
+    """
+    own = [
+        (positions, of_batch)
+        for positions, of_batch in zip(rank_batch.positions, values, strict=True)
+        if positions  # not a dummy
+    ]
+    positions = np.array([position for of_batch, _ in own for position in of_batch], dtype=np.int64)
+    columns = np.empty((0, 0), dtype=np.float32)
+    if own:
+        columns = torch.cat([of_batch for _, of_batch in own], dim=1).cpu().numpy()
+    parts = world.to_main((positions, columns))
+    if parts is None:
+        return None
+    return PairValues.joined((part for part in parts if len(part[0])), rank_batch.pairs)

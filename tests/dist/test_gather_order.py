@@ -62,6 +62,7 @@ def counts(assets: Assets, world: World, loss: LossConfig, adapter: AdapterConfi
             plan = shard_batch(dataset, ROWS, world.rank, world.size, budget, COSTS)
             ready = objective.ready_step(plan, world.device)
             train_step(policy, objective, ready, 1e-3, world, StepClock(world.device), RunningMeans())
+            policy.train(False)
             evaluate(policy, objective, plan, world, RunningMeans())
             generate_together(policy, PROMPTS, Sampling(4), [60], 8192, world, of_base=adapter is not None)
             micro_batches.append(len(plan.micro_batches))

@@ -21,6 +21,7 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums
+from dpo_dist.objective.pair_values import PairValues
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.providers import LiveReference, NoReference
@@ -152,7 +153,21 @@ def _trajectory(
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(indices))
         yield {**metrics, "grad_norm": norm.item()}
-    yield means(evaluate(policy, objective, plan(range(RECORDS)), world, running))
+    policy.train(False)
+    evaluation = evaluate(policy, objective, plan(range(RECORDS)), world, running)
+    assert (evaluation.values is not None) == world.is_main
+    of_pairs = world.on_main(lambda: {} if evaluation.values is None else of_each_pair(evaluation.values))
+    yield means(evaluation.sums) | of_pairs
+
+
+def of_each_pair(values: PairValues) -> dict[str, float]:
+    """Return the values that no pair lacks, by name and position."""
+    return {
+        f"{name} of {position}": float(value)
+        for name, column in vars(values).items()
+        if not name.startswith("reference")
+        for position, value in enumerate(column)
+    }
 
 
 def test_every_loss_trains_the_same_on_one_rank_and_on_two(
@@ -168,6 +183,9 @@ def test_every_loss_trains_the_same_on_one_rank_and_on_two(
     for name, steps in alone.items():
         assert all(np.isfinite(list(step.values())).all() for step in steps), name
         assert steps[-1]["loss"] != steps[0]["loss"], name
+        if not CASES[name].is_one_sided:
+            margins = [steps[-1][f"margin of {position}"] for position in range(RECORDS)]
+            assert np.mean(margins) == pytest.approx(steps[-1]["rewards/margins"], rel=1e-4, abs=1e-6), name
         by_source = [key for key in steps[-1] if key.startswith("rewards/margins/")]
         assert len(by_source) == (0 if CASES[name].is_one_sided else 2), name
     assert alone["masked simpo"] != alone["simpo"]

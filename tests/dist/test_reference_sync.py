@@ -73,7 +73,8 @@ class Trainer:
     def margin(self) -> float:
         """Return the mean reward margin of all pairs."""
         plan = self._plan(range(len(self.dataset)))
-        sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans())
+        self.policy.train(False)
+        sums = evaluate(self.policy, self.objective, plan, self.world, RunningMeans()).sums
         return self._metrics(sums)["rewards/margins"]
 
     def _plan(self, rows: Sequence[int]) -> Any:

@@ -56,6 +56,7 @@ def test_a_stopped_run_ends_with_75_and_resumes_exactly(
     stopped = run_verb("train", overrides(*steps, "trainer.stop_after_steps=3"))
     assert stopped.code == 75, stopped.output
     assert summary(tmp_path / "run")["exit"] == "preempted"
+    assert "verdict: stopped after step 3; so far: " in stopped.output
     train(overrides(*steps))
     rows = history(tmp_path / "run")
     assert rows == history(tmp_path / "whole")

@@ -173,7 +173,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp
     ended = run_verb("train", overrides("optim.lr=1e30", "optim.warmup_ratio=0", "trainer.epochs=3"))
     assert ended.code == 3, ended.output
     assert "diverged" in ended.output
-    assert summary(tmp_path / "run")["exit"] == "diverged"
+    ended_summary = summary(tmp_path / "run")
+    assert ended_summary["exit"] == "diverged"
+    assert [finding["rule"] for finding in ended_summary["verdict"]["findings"]][:1] == ["diverged"]
+    assert f"verdict: {ended_summary['verdict']['sentence']}" in ended.output
     assert json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
 
 

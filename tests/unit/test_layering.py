@@ -19,13 +19,14 @@ LAYERS = (
     "reference",
     "generation",
     "diagnostics",
+    "evaluation",
     "report",
     "training",
 )
 ROOMS = {
     "accelerate": ("distributed/",),
     "deepspeed": ("distributed/",),
-    "wandb": ("report/tracking.py",),
+    "wandb": ("report/tracking.py", "report/wandb_session.py", "report/wandb_file.py"),
 }
 VERB_ENGINES = ("hydra", "omegaconf")
 OUTSIDE = ("benchmarks", "examples", "scripts", "tests")

@@ -55,6 +55,7 @@ OUT_OF_RANGE = {
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
     "parallelism.timeout_seconds": [0],
+    "evaluation.resamples": [-1],
     "doctor.shown_pairs": [-1],
     "samples.prompts": [-1],
     "samples.every": [0],

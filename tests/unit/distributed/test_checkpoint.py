@@ -12,13 +12,12 @@ import torch
 from dpo_dist.config.schema import Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
-    check_same_processes,
     drop_checkpoints,
     latest_checkpoint,
     load_checkpoint,
-    saved_parallelism,
 )
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
+from dpo_dist.distributed.same_processes import check_same_processes, saved_parallelism
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best
+from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best, metrics_by_source
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -73,7 +73,7 @@ def test_final_values_include_those_of_sources() -> None:
     rows = [
         {"step": 1, "loss": 0.7, "rewards/accuracies/hh": 0.5, "rewards/margins/hh": 0.1},
         {"step": 2, "loss": 0.6, "rewards/accuracies/uf": 0.75},
-        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies/hh": 0.25},
+        {"step": 2, "eval_loss": 0.5, "eval_rewards/accuracies/hh": 0.25, "eval_rewards/margins/p05": -1.0},
     ]
     assert final_and_best(rows)["final"] == {
         "step": 2,
@@ -82,7 +82,9 @@ def test_final_values_include_those_of_sources() -> None:
         "eval_step": 2,
         "eval_loss": 0.5,
         "eval_rewards/accuracies/hh": 0.25,
+        "eval_rewards/margins/p05": -1.0,
     }
+    assert metrics_by_source(rows).keys() == {"hh", "uf"}, "a percentile is no source"
 
 
 def test_saving_changes_no_row(tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ import wandb
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.report.metrics_log import MetricsLog, plain
+from dpo_dist.report.tracked_values import wandb_names
 from dpo_dist.report.tracking import Tracker, open_tracker
-from tests.support.wandb_file import history_rows, read_records
+from dpo_dist.report.wandb_file import read_records, read_rows
+from tests.support.wandb_file import history_rows
 from tests.support.wandb_server import WandbServer
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
@@ -77,7 +80,7 @@ def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path:
     assert history_rows(run_dir) == [
         {"train/global_step": 1, "train/epoch": 0.1, "train/loss": 0.69, "train/rewards/margins": 0.0},
         {"train/global_step": 2, "train/epoch": 0.2, "train/loss": 0.65, "train/rewards/margins": 0.2},
-        {"train/global_step": 2, "train/epoch": 0.2, "eval/loss": 0.66},
+        {"train/global_step": 2, "train/epoch": 0.2, "eval/loss": 0.66, "eval/global_step": 2},
     ]
     (run,) = records_of(run_dir, "run")[:1]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -86,8 +89,12 @@ def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path:
     assert config["environment"] == {"torch": "2.13.0"}
     assert run.display_name == "a-run-12345678 sigmoid beta=0.1 lr=1e-06"
     assert list(run.tags) == ["a tag"]
-    axes = {metric.glob_name or metric.name: metric.step_metric for metric in records_of(run_dir, "metric")}
-    assert axes == {"train/global_step": "", "*": "train/global_step"}
+    metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
+    axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
+    assert axes == {"train/global_step"}
+    assert {"train/*", "eval/*"} < metrics.keys()
+    assert metrics["eval/loss"].summary.min
+    assert metrics["eval/rewards/accuracies"].summary.max
     summary = {
         item.key or item.nested_key[0]: item.value_json
         for record in records_of(run_dir, "summary")
@@ -115,14 +122,83 @@ def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     assert (tmp_path / "wandb" / "run_id.txt").read_text() == run_id
 
     time.sleep(1.0)  # wandb names its folders by the second
-    second = open_in(tmp_path, WandbMode.offline)
+    said: list[str] = []
+    second = open_in(tmp_path, WandbMode.offline, rows=[{"step": 1, "loss": 0.7}], say=said.append)
     assert second.run is not None
     assert second.run.id == run_id
+    assert "wandb has the rows up to step 2" in said[0]
     second.log({"step": 2, "loss": 0.6})
+    second.log({"step": 2, "eval_loss": 0.6})
     second.log({"step": 3, "loss": 0.5})
     second.finish("completed", {})
     assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
+    assert [row["_step"] for row in read_rows(tmp_path / "wandb", run_id)] == [0, 1, 2, 3]
     assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+import psutil
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.report.metrics_log import MetricsLog
+from dpo_dist.report.recorder import Recorder
+from dpo_dist.report.tracking import open_tracker
+
+folder, checkpoint, last, wait = RunFolder(Path(sys.argv[1])), *map(int, sys.argv[2:4]), float(sys.argv[4])
+metrics = MetricsLog.open(folder, checkpoint or None)
+config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))
+recorder = Recorder(metrics, open_tracker(config, folder, lambda: None, rows=metrics.rows))
+for step in range(checkpoint + 1, last + 1):
+    recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": float("inf" if step == 4 else step)})
+    if step % 2 == 0:
+        recorder.record({"step": step, "eval_loss": 2 / 3**step})
+    if step % 4 == 0:
+        metrics.save()
+if wait < 0:
+    recorder.metrics.save()
+    recorder.tracker.finish("completed", {"steps": last})
+    sys.exit()
+time.sleep(wait)
+for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+    process.kill()
+"""
+
+
+def train_until(run_dir: Path, checkpoint: int, last: int, wait: float) -> int:
+    """Record the steps after a checkpoint, then die `wait` seconds later; < 0: end well."""
+    command = [sys.executable, "-c", KILLED, str(run_dir), *map(str, (checkpoint, last, wait))]
+    return subprocess.run(command, check=False, capture_output=True).returncode
+
+
+def test_a_run_killed_three_times_is_one_run_with_every_row_once_and_uploads_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run of a user"
+    (run_dir / "dpo_metrics").mkdir(parents=True)
+    assert train_until(run_dir, 0, 6, 2.0) == -9  # its rows are on the disk
+    assert train_until(run_dir, 4, 10, 0.0) == -9  # its rows are lost
+    assert train_until(run_dir, 8, 11, 2.0) == -9
+    assert train_until(run_dir, 8, 13, -1) == 0
+
+    rows = [dict(row) for row in MetricsLog.open(RunFolder(run_dir), 13).rows]
+    sent = history_rows(run_dir)
+    assert [(row["train/global_step"], "eval/loss" in row) for row in sent] == [
+        (row["step"], "eval_loss" in row) for row in rows
+    ]
+    expected = [wandb_names(row) for row in rows]
+    assert [plain(row) for row in sent] == [plain(row) for row in expected]
+    (run_id,) = {run.run_id for run in records_of(run_dir, "run")}
+    numbers = [row["_step"] for row in read_rows(run_dir / "wandb", run_id)]
+    assert numbers == list(range(len(rows)))
+
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        program = Path(sys.executable).with_name("wandb")
+        subprocess.run([program, "sync", "wandb"], cwd=run_dir, check=True, capture_output=True)
+        assert server.history_rows() == sent
 
 
 def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
@@ -189,7 +265,7 @@ def test_unreachable_server_leaves_an_offline_run_and_no_secret(
 def open_online(run_dir: Path, monkeypatch: pytest.MonkeyPatch, server_url: str, **options: Any) -> Tracker:
     monkeypatch.setenv("WANDB_BASE_URL", server_url)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    run_dir.mkdir()
+    run_dir.mkdir(exist_ok=True)
     return open_tracker(config_of(WandbMode.auto), RunFolder(run_dir), **options)
 
 
@@ -207,8 +283,27 @@ def test_online_run_reaches_the_server_and_its_stop_button_the_run(
         tracker.finish("completed", {})
         assert server.history_rows() == [
             {"train/global_step": 1, "train/loss": 0.7},
-            {"train/global_step": 1, "eval/loss": 0.6},
+            {"train/global_step": 1, "eval/loss": 0.6, "eval/global_step": 1},
         ]
+
+
+def test_an_online_run_sends_the_rows_that_it_recorded_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = open_in(tmp_path / "run", WandbMode.offline)
+    offline.log({"step": 1, "loss": 0.7})
+    offline.finish("preempted", {})
+    with WandbServer() as server:
+        online = open_online(
+            tmp_path / "run",
+            monkeypatch,
+            server.url,
+            request_stop=lambda: None,
+            rows=[{"step": 1, "loss": 0.7}],
+        )
+        online.log({"step": 2, "loss": 0.6})
+        online.finish("completed", {})
+        assert [row["train/loss"] for row in server.history_rows()] == [0.7, 0.6]
 
 
 def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
@@ -261,7 +356,7 @@ def test_a_service_killed_by_a_preemption_loses_no_later_row(
     kill_service()
     tracker.log({"step": 2, "loss": 0.6})
     tracker.finish("preempted", {"steps": 2})
-    assert history_rows(tmp_path)[-1] == {"train/global_step": 2, "train/loss": 0.6}
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
     assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
     assert warnings(caplog) == []
     assert services() == []

@@ -216,7 +216,7 @@ def test_losses_and_gradients_equal_the_padded_model_with_labels(
     expected = {name: gradient for name, gradient in expected_gradients.items() if name in gradients}
     assert len(expected) == len(expected_gradients)
     assert_same_gradients(gradients, expected)
-    evaluated = evaluate(policy, objective, plan_of(dataset, loss, 8192), world, RunningMeans())  # type: ignore[arg-type]
+    evaluated = evaluate(policy, objective, plan_of(dataset, loss, 8192), world, RunningMeans()).sums  # type: ignore[arg-type]
     assert evaluated.means()["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
 
 
@@ -251,7 +251,7 @@ def test_policy_and_reference_of_the_same_model_have_no_margin(
     assert drift["responses"] == 2 * len(PAIRS)
     assert drift["largest_token_drift"] < 1e-5
     live = Objective(loss, LiveReference(policy))  # type: ignore[arg-type]
-    means = evaluate(policy, live, plan_of(dataset, loss), world, RunningMeans()).means()  # type: ignore[arg-type]
+    means = evaluate(policy, live, plan_of(dataset, loss), world, RunningMeans()).sums.means()  # type: ignore[arg-type]
     assert means["rewards/margins"] == means["rewards/chosen"] == 0.0
 
 

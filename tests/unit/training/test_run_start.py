@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from dpo_dist.atomic import temporary_name
+from dpo_dist.atomic import temporary_name, write_text
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
@@ -179,6 +179,7 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
     config, screen = config_in(folder, keep_last), Screen()
     finish(config, state_of(RunOutcome.exported), recorder_in(folder), ALONE, screen)
     summary = json.loads(folder.summary.read_text())
+    assert summary.pop("verdict") == {"sentence": "no training step was logged", "findings": []}
     assert summary == {**SUMMARY, "exit": "completed"}
     assert folder.report.is_file()
     state = read_state(folder)
@@ -188,6 +189,26 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
         [] if keep_last == 0 else ["latest", "step-000004"]
     )
     finish(config, state, None, ALONE, screen)
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence", "warns"),
+    [
+        ('{"findings": [{"rule": "doubled_bos", "level": "error"}]}', "faults in the data", False),
+        ("{}", "no training step was logged", True),
+        ("", "no training step was logged", True),
+    ],
+)
+def test_the_verdict_reads_the_findings_of_the_doctor(
+    report: str, sentence: str, warns: bool, folder: RunFolder
+) -> None:
+    write_text(folder.doctor_report, report)
+    save_checkpoint(folder, 4)
+    screen = Screen()
+    finish(config_in(folder), state_of(RunOutcome.exported), recorder_in(folder), ALONE, screen)
+    assert json.loads(folder.summary.read_text())["verdict"]["sentence"].startswith(sentence)
+    assert any(line.startswith(f"verdict: {sentence}") for line in screen.lines)
+    assert any("the verdict ignores" in line for line in screen.lines) is warns
 
 
 def check_second_start_refused(folder: RunFolder) -> None:

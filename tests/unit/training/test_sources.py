@@ -70,7 +70,7 @@ def plan_of(
 
 
 def sums_of(loss: LossConfig, plan: RankBatch) -> MetricSums:
-    return evaluate(Policy(), Objective(loss, NoReference()), plan, WORLD, RunningMeans())  # type: ignore[arg-type]
+    return evaluate(Policy(), Objective(loss, NoReference()), plan, WORLD, RunningMeans()).sums  # type: ignore[arg-type]
 
 
 def wanted(data: PreferenceDataset, indices: Any) -> dict[str, float]:

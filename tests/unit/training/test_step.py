@@ -136,9 +136,36 @@ def test_a_missing_log_prob_ends_an_evaluation(data: PreferenceDataset, tmp_path
 
 def test_the_model_runs_in_the_calling_thread(data: PreferenceDataset, tmp_path: Path) -> None:
     policy, objective = Policy(), Objective(LossConfig(), stored(data, tmp_path))
-    sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+    sums = evaluate(policy, objective, plan_of(data), WORLD, RunningMeans()).sums  # type: ignore[arg-type]
     assert policy.threads == {threading.current_thread().name}
     assert sums.named(sums.values.tolist())[1]["loss"] == PAIRS
+
+
+@dataclass(frozen=True)
+class Rank(World):
+    """A rank whose values for rank 0 are collected in `sent`, rank 0 last."""
+
+    sent: list[Any] = field(default_factory=list)
+
+    def to_main(self, value: Any) -> list[Any] | None:
+        self.sent.insert(0, value)
+        return self.sent if self.is_main else None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_values_of_pairs_are_in_the_order_of_the_data(
+    data: PreferenceDataset, tmp_path: Path, size: int
+) -> None:
+    objective, sent = Objective(LossConfig(beta=1), stored(data, tmp_path)), list[Any]()
+    for rank in reversed(range(size)):
+        world, plan = Rank(None, rank, size, CPU, (), sent=sent), plan_of(data, rank, size)
+        values = evaluate(Policy(), objective, plan, world, RunningMeans()).values  # type: ignore[arg-type]
+    assert values is not None
+    lengths = np.array([data.lengths(index)[1:] for index in range(PAIRS)])
+    assert values.tokens_chosen.tolist() == lengths[:, 0].tolist()
+    assert (-values.logp_rejected).tolist() == lengths[:, 1].tolist()
+    assert values.reference_chosen == pytest.approx(-(1.25 + 2 * np.arange(PAIRS)) * lengths[:, 0])
+    assert values.margin == pytest.approx(values.reward_chosen - values.reward_rejected)
 
 
 def test_wpo_weights_compare_log_probs_with_collisions(data: PreferenceDataset) -> None:
@@ -163,7 +190,7 @@ def test_ld_alpha_does_not_change_the_token_mean_of_sft(data: PreferenceDataset,
     losses = []
     for loss in (LossConfig(kind), LossConfig(terms=terms)):
         objective = Objective(replace(loss, ld_alpha=0.2, reference_free=True), NoReference())
-        sums = evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans())  # type: ignore[arg-type]
+        sums = evaluate(Policy(), objective, plan_of(data), WORLD, RunningMeans()).sums  # type: ignore[arg-type]
         losses.append(sums.means()["loss"])
     assert losses[1] - losses[0] == pytest.approx(5.0)
 

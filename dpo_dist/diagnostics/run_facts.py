@@ -1,0 +1,148 @@
+"""Facts of a run that the verdict's rules compare: metrics rows, summary, findings about the data."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, float]
+_EVALUATION = "eval_"
+_LOSS = "loss"
+ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy and its number of pairs."""
+
+    value: float
+    pairs: int
+
+    @property
+    def noise(self) -> float:
+        """Standard error of an accuracy of one half."""
+        return 0.5 / math.sqrt(self.pairs) if self.pairs else math.inf
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything known of a run; any part may be empty.
+
+    Attributes:
+        rows: all metrics rows in their order.
+        steps: rows of training steps.
+        evaluations: rows of evaluations, with keys without `eval_`.
+        summary: the content of summary.json.
+        data_findings: `findings` of doctor.json.
+    """
+
+    rows: Sequence[Row]
+    steps: Sequence[Row]
+    evaluations: Sequence[Row]
+    summary: Mapping[str, Any]
+    data_findings: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Row],
+        summary: Mapping[str, Any],
+        data_findings: Sequence[Mapping[str, Any]] = (),
+    ) -> "RunFacts":
+        """Return the facts of rows as in log_history.json (null as nan)."""
+        evaluations = [
+            {key.removeprefix(_EVALUATION): value for key, value in row.items()}
+            for row in rows
+            if f"{_EVALUATION}{_LOSS}" in row
+        ]
+        return cls(rows, [row for row in rows if _LOSS in row], evaluations, summary, data_findings)
+
+    @property
+    def last_rows(self) -> Sequence[Row]:
+        """Evaluations, or the training steps of a run without."""
+        return self.evaluations or self.steps
+
+    @property
+    def part(self) -> str:
+        """Name of `last_rows`."""
+        return "evaluation" if self.evaluations else "training"
+
+    @property
+    def total_steps(self) -> int:
+        """Steps done."""
+        return int(self.summary.get("steps") or (self.rows[-1]["step"] if self.rows else 0))
+
+    def setting(self, key: str) -> Any:
+        """Return a setting of the run, or None if the summary does not name it."""
+        return (self.summary.get("settings") or {}).get(key)
+
+    def counts(self, name: str) -> Mapping[str, Any]:
+        """Return the counts of the dataset `train` or `eval`; empty if unknown."""
+        return (self.summary.get("data") or {}).get(name) or {}
+
+    def accuracy(self) -> Accuracy | None:
+        """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
+        if not self.evaluations:
+            return self.training_accuracy()
+        value = last(self.evaluations, ACCURACY)
+        pairs = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
+        return None if value is None else Accuracy(value, int(pairs))
+
+    def training_accuracy(self, metric: str = ACCURACY) -> Accuracy | None:
+        """Return the accuracy of the last quarter of the steps, or None if it was not measured."""
+        measured = [row for row in self.steps if finite(row, metric) is not None]
+        recent = [row for row in measured if row["step"] > 0.75 * self.total_steps] or measured[-1:]
+        pairs = sum(row.get("pairs", 0) for row in recent)
+        if not pairs:
+            return None
+        return Accuracy(sum(row[metric] * row.get("pairs", 0) for row in recent) / pairs, int(pairs))
+
+    def source_accuracies(self, name: str) -> dict[str, Accuracy]:
+        """Return the last accuracy of each source of `eval` or `train`; empty if there is only one.
+
+        The number of pairs of a training source is its share of the records.
+        """
+        counts = self.counts(name)
+        found = {}
+        for source in counts.get("sources") or ():
+            label, pairs = source["label"], source["pairs"]
+            metric = f"{ACCURACY}/{label}"
+            if name == "eval":
+                value = last(self.evaluations, metric)
+                accuracy = None if value is None else Accuracy(value, pairs)
+            else:
+                accuracy = self.training_accuracy(metric)
+                if accuracy is not None:
+                    share = pairs / (counts.get("pairs") or 1)
+                    accuracy = Accuracy(accuracy.value, int(accuracy.pairs * share))
+            if accuracy is not None and accuracy.pairs:
+                found[label] = accuracy
+        return found
+
+
+def finite(row: Row, key: str) -> float | None:
+    """Return the value of a row, or None if it is missing or not finite."""
+    value = row.get(key)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def values(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
+    """Return step and value of every row with a finite value of `key`."""
+    return [(row["step"], row[key]) for row in rows if finite(row, key) is not None]
+
+
+def first(rows: Sequence[Row], key: str) -> float | None:
+    """Return the first finite value of `key`, or None."""
+    found = values(rows, key)
+    return found[0][1] if found else None
+
+
+def last(rows: Sequence[Row], key: str) -> float | None:
+    """Return the last finite value of `key`, or None."""
+    found = values(rows, key)
+    return found[-1][1] if found else None
+
+
+def number(value: float | None) -> str:
+    """Return three digits of a number for people; "unknown" of None."""
+    return "unknown" if value is None else f"{value:.3g}"

@@ -1,0 +1,212 @@
+"""The rules of the verdict about a run: limits, text, remedy, the worst fault first; see docs/verdict.md."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunRule:
+    """One rule.
+
+    Attributes:
+        headline: the fault in two to five words; the verdict's sentence starts with it.
+        limits: the numbers that decide, by name.
+        compared: the metrics and counts that are compared with them.
+        text: the finding's sentence, a template of `str.format`.
+        remedy: advice.
+        explains: rules that are not reported beside this one, because they are its consequences.
+    """
+
+    headline: str
+    limits: Mapping[str, float]
+    compared: str
+    text: str
+    remedy: str
+    explains: tuple[str, ...] = ()
+
+
+RULES: dict[str, RunRule] = {
+    "diverged": RunRule(
+        "diverged",
+        {"values": 1},
+        "the number of values of a row that are not finite",
+        "{quantity} was the first value that is not finite, at step {step}; before it the loss was {loss} "
+        "and the gradient norm {grad_norm}, with a learning rate of {rate}",
+        "a lower optim.lr, a larger optim.warmup_ratio, model.dtype=fp32 on a small part of the data; look "
+        "at the pairs of this step",
+        explains=(
+            "learning_rate_too_high",
+            "far_from_reference",
+            "overfit",
+            "displacement",
+            "learnt_nothing",
+        ),
+    ),
+    "labels_swapped": RunRule(
+        "labels look swapped",
+        {"accuracy": 0.45, "standard_errors": 3},
+        "the last evaluation accuracy, also of each source, which is below `accuracy` by more than chance",
+        "evaluation accuracy is {accuracy:.2f} on {pairs:,} pairs{source}, clearly below one half, while "
+        "training accuracy is {training}: the policy learns the opposite of these labels",
+        "compare chosen and rejected of some records of both files; swap the fields of the wrong one "
+        "(`columns` of a source)",
+        explains=("overfit",),
+    ),
+    "evaluation_leak": RunRule(
+        "evaluation data leaked into training",
+        {"share": 0.01},
+        "the share of evaluation pairs whose prompt is in the training data too (`prompts_also_in_train`)",
+        "{count:,} of {pairs:,} evaluation pairs ({share:.0%}) have a prompt that is also in the training "
+        "data: the evaluation measures memory",
+        "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
+    ),
+    "evaluation_too_good": RunRule(
+        "evaluation better than training",
+        {"difference": 0.05, "standard_errors": 3},
+        "the last evaluation accuracy minus the accuracy of the last quarter of the steps",
+        "evaluation accuracy {accuracy:.2f} on {pairs:,} pairs is above training accuracy {training}: the "
+        "evaluation data are easier, or copies of training data",
+        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data",
+    ),
+    "label_leak": RunRule(
+        "the label leaks",
+        {"accuracy": 0.95, "steps_share": 0.1, "steps": 10, "length_ratio": 1.3},
+        "the training accuracy of a row within the first `steps` or `steps_share` of the run, if the doctor "
+        "found a leak, or one side is `length_ratio` times longer",
+        "accuracy is {accuracy:.2f} at step {step} already, {evidence}",
+        "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
+        "length-normalised loss",
+        explains=("far_from_reference",),
+    ),
+    "beta_too_large": RunRule(
+        "beta too large",
+        {"loss_share": 0.01, "margin": 5.0, "beta": 1.0},
+        "with a logistic loss and a beta of at least `beta`: the last loss as a share of the first, and "
+        "`rewards/margins` divided by beta, in nats",
+        "with loss.beta={beta} the loss is used up ({first:.2g} -> {last:.2g}) after the log-prob of chosen "
+        "minus rejected changed by only {margin:.2g} nats: later steps teach nothing",
+        "loss.beta between 0.01 and 0.5",
+        explains=("learning_rate_too_high", "overfit"),
+    ),
+    "learning_rate_too_high": RunRule(
+        "learning rate too high",
+        {"loss_rise": 1.2, "fall": 1.0, "steps_share": 0.25, "spike": 10.0},
+        "the loss relative to its start; the fall of `logps/chosen_per_token` within the first `steps_share` "
+        "of the run, in nats; `grad_norm` relative to the median of the rows before it, and above its start",
+        "{symptom}, with optim.lr={rate}",
+        "optim.lr ten times lower; a larger optim.warmup_ratio",
+        explains=("far_from_reference",),
+    ),
+    "over_optimised": RunRule(
+        "over-optimised",
+        {"length_ratio": 1.5, "unfinished": 0.1, "unfinished_rise": 0.05, "distinct_fall": 0.7},
+        "`eval_samples/length`, `finished` and `distinct_3` of the last evaluation with the first",
+        "{symptoms} compared with step {step}",
+        "an earlier checkpoint, fewer steps, a larger loss.beta or a lower optim.lr; a length-normalised "
+        "loss if responses grow",
+    ),
+    "samples_degrade": RunRule(
+        "sampled responses degrade",
+        {"rise": 0.1},
+        "`eval_samples/empty`, `refusals` and `language_changed` of the last evaluation minus the first",
+        "{symptoms} compared with step {step}",
+        "read the samples; look for such responses among the chosen ones",
+    ),
+    "far_from_reference": RunRule(
+        "far from the reference",
+        {"kl": 1.0},
+        "the last `kl/rejected` (of an evaluation if there is one), in nats per token; `kl/chosen` also "
+        "grows where the policy learns texts that the reference did not expect",
+        "the policy moved {kl:.2g} nats per token away from the reference on the rejected responses, with "
+        "loss.beta={beta}: beta restrains it too little",
+        "a larger loss.beta, a lower optim.lr or fewer steps",
+    ),
+    "beta_too_small": RunRule(
+        "beta too small",
+        {"fall": 0.01, "margin": 2.0},
+        "the training loss of the last row relative to the first, and `rewards/margins` divided by beta, in "
+        "nats",
+        "with loss.beta={beta} the loss stays at its start ({first:.4g} -> {last:.4g}) although the log-prob "
+        "of chosen minus rejected changed by {margin:.2g} nats: nothing keeps the policy near the reference",
+        "loss.beta between 0.01 and 0.5",
+        explains=("hardly_trained",),
+    ),
+    "learnt_nothing": RunRule(
+        "learnt nothing",
+        {"standard_errors": 3, "accuracy": 0.6},
+        "the last evaluation accuracy (without evaluations, of the last quarter of the steps): below "
+        "`accuracy`, and within so many standard errors of one half",
+        "{part} accuracy {accuracy:.2f} on {pairs:,} pairs is within its noise of one half ({noise:.2f}); "
+        "margin {margin:.2g}, training accuracy {training}",
+        "check that the labels are not random; a higher optim.lr or more steps; more evaluation pairs if "
+        "there are few",
+        explains=("hardly_trained",),
+    ),
+    "hardly_trained": RunRule(
+        "hardly trained",
+        {"fall": 0.01, "rows": 3},
+        "the training loss of the last row relative to the first, of at least `rows` rows",
+        "the training loss stayed at its start, {first:.4g} -> {last:.4g}, in {steps:,} steps with "
+        "optim.lr={rate}",
+        "a higher optim.lr, or more steps",
+    ),
+    "overfit": RunRule(
+        "over-fit",
+        {"rise": 0.05, "evaluations": 3},
+        "the rise of `eval_loss` since its lowest, relative to the first, while the training loss fell",
+        "evaluation loss rose from {lowest:.3g} at step {step} to {last:.3g}, while training loss fell from "
+        "{before:.3g} to {after:.3g}",
+        "the checkpoint of the lowest evaluation loss; fewer trainer.epochs, a lower optim.lr, a larger "
+        "loss.beta, or loss.label_smoothing",
+    ),
+    "noisy_source": RunRule(
+        "a source of noise",
+        {"standard_errors": 2, "accuracy": 0.6, "others": 0.65},
+        "the accuracy of each source with one half, while another source is above `others`",
+        "{part} accuracy of {sources} is {accuracy:.2f} on {pairs:,} pairs, as for random labels, while "
+        "{other} reaches {best:.2f}",
+        "read some of its pairs: its labels are noise, or of another preference; remove it or lower its "
+        "`weight`",
+    ),
+    "displacement": RunRule(
+        "both responses become less likely",
+        {"both_fall": 0.5, "fall": 0.1},
+        "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token`, in nats",
+        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share:.0%} "
+        "of the pairs both responses did (likelihood displacement): probability moves to texts that are "
+        "neither",
+        "a lower optim.lr, a larger loss.beta, loss=sigmoid_sft or loss=dpop; see docs/metrics.md",
+    ),
+    "responses_cut": RunRule(
+        "responses are cut",
+        {"share": 0.05},
+        "`response_truncated` of the data as a share of the kept records",
+        "{count:,} of {kept:,} {name} records ({share:.0%}) have a response whose end data.max_length cuts: "
+        "the policy does not learn to end",
+        "a larger data.max_length, or data.truncation=keep_end or drop",
+    ),
+    "reference_drift": RunRule(
+        "reference log-probs drift",
+        {"drift": 0.01},
+        "`mean_token_drift` of the step-0 check, in nats",
+        "at step 0 a fresh computation differs from the stored reference by {drift:.2g} nats per token on "
+        "average: margins below that are noise",
+        "reference.numerics=strict, or model.dtype=fp32",
+    ),
+    "reference_disagrees": RunRule(
+        "the reference disagrees with the labels",
+        {"share": 0.2},
+        "the share of the doctor's finding `reference_disagrees`",
+        "the reference prefers the rejected response by far in {share:.0%} of {source}: labels may "
+        "be swapped",
+        "read the records that doctor.html lists",
+    ),
+    "doctor_errors": RunRule(
+        "faults in the data",
+        {"errors": 1},
+        "the findings of level `error` in doctor.json of the run directory",
+        "the doctor found errors in the data: {names}",
+        "doctor.html lists records and remedies",
+    ),
+}
+"""All rules by name; a verdict reports them in this order."""

@@ -1,0 +1,79 @@
+"""The verdict about a run: one sentence and at most five findings, by the rules of `run_rules`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_dist.diagnostics.run_checks import TRAINING_CHECKS, Fields, sentence_of_success
+from dpo_dist.diagnostics.run_data_checks import DATA_CHECKS
+from dpo_dist.diagnostics.run_facts import Row, RunFacts
+from dpo_dist.diagnostics.run_rules import RULES
+from dpo_dist.errors import RunOutcome
+
+MOST_FINDINGS = 5
+_CHECKS = TRAINING_CHECKS | DATA_CHECKS
+
+
+@dataclass(frozen=True)
+class RunFinding:
+    """A rule that a run breaks.
+
+    Attributes:
+        rule: its name in `run_rules.RULES`.
+        text: one sentence with numbers, then advice.
+    """
+
+    rule: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict about a run.
+
+    Attributes:
+        sentence: the worst fault with its numbers, or the result of a run without one.
+        findings: at most `MOST_FINDINGS`, the worst first.
+    """
+
+    sentence: str
+    findings: tuple[RunFinding, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section `verdict` of summary.json."""
+        findings = [{"rule": finding.rule, "text": finding.text} for finding in self.findings]
+        return {"sentence": self.sentence, "findings": findings}
+
+    def lines(self) -> list[str]:
+        """Return the verdict for a screen, at most six lines."""
+        return [f"verdict: {self.sentence}", *(f"  - {finding.text}" for finding in self.findings)]
+
+
+def verdict(
+    rows: Sequence[Row], summary: Mapping[str, Any], data_findings: Sequence[Mapping[str, Any]] = ()
+) -> Verdict:
+    """Judge a run by its files; a rule whose inputs are missing finds nothing.
+
+    Args:
+        rows: of log_history.json, with nan for null.
+        summary: the content of summary.json; `exit` need not be in it.
+        data_findings: `findings` of doctor.json.
+    """
+    facts = RunFacts.of(rows, summary, data_findings)
+    checked = {name: _CHECKS[name](facts, rule.limits) for name, rule in RULES.items()}
+    broken = {name: fields for name, fields in checked.items() if fields is not None}
+    explained = {other for name in broken for other in RULES[name].explains}
+    findings = [_finding(name, fields) for name, fields in broken.items() if name not in explained]
+    if findings:
+        worst = RULES[findings[0].rule]
+        sentence = f"{worst.headline}: {worst.text.format_map(broken[findings[0].rule])}"
+    else:
+        sentence = sentence_of_success(facts)
+    if summary.get("exit") == RunOutcome.preempted:
+        sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
+    return Verdict(sentence, tuple(findings[:MOST_FINDINGS]))
+
+
+def _finding(name: str, fields: Fields) -> RunFinding:
+    rule = RULES[name]
+    return RunFinding(name, f"{rule.text.format_map(fields)}. Try: {rule.remedy}")

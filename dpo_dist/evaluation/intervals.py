@@ -1,0 +1,56 @@
+"""Confidence intervals of means over pairs, by bootstrap over prompts.
+
+Pairs of one prompt are not independent: they are drawn together (cluster bootstrap, Cameron, Gelbach and
+Miller 2008, doi 10.1162/rest.90.3.414; percentile intervals, Efron 1979).
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[np.float64]
+
+LEVEL = 0.95
+_MOST_PROMPTS = 1 << 17
+"""Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
+
+
+def bootstrap_intervals(
+    measured: Mapping[str, tuple[Column, Column]],
+    prompts: npt.NDArray[np.uint64],
+    seed: int = 0,
+    resamples: int = 1000,
+) -> dict[str, tuple[float, float]]:
+    """Return the lower and upper end of the interval of every metric.
+
+    Args:
+        measured: by name, values and counts of each pair, float64 [pairs]: the metric is the sum of values
+            divided by the sum of counts.
+        prompts: [pairs], equal for pairs of the same prompt.
+        seed: of the resamples.
+        resamples: their number; 0: no intervals.
+
+    Returns:
+        By name; a metric that has no count in some resample is absent.
+    """
+    if not measured or not len(prompts) or not resamples:
+        return {}
+    _, clusters = np.unique(prompts, return_inverse=True)
+    clusters = clusters % _MOST_PROMPTS
+    number = int(clusters.max()) + 1
+    columns = [column for pair in measured.values() for column in pair]
+    table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
+    generator = np.random.default_rng(seed)
+    totals = np.empty((resamples, len(columns)))
+    for resample in range(resamples):
+        drawn = np.bincount(generator.integers(0, number, number), minlength=number)
+        totals[resample] = drawn @ table
+    values, counts = totals[:, ::2], totals[:, 1::2]
+    outside = (1 - LEVEL) / 2
+    found = {}
+    for index, name in enumerate(measured):
+        if (counts[:, index] > 0).all():
+            low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
+            found[name] = float(low), float(high)
+    return found

@@ -1,0 +1,95 @@
+"""Names of metrics in W&B, and the configuration without secrets."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+STEP_AXIS = "train/global_step"
+EVALUATED_AT = "eval/global_step"
+BEST = {
+    "train/loss": "min",
+    "eval/loss": "min",
+    "eval/rewards/accuracies": "max",
+    "eval/rewards/margins": "max",
+}
+"""Metrics whose best value is in the run's summary beside the last one."""
+
+HIDDEN = "***"
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+_SECRET_LENGTH = 8
+_SECRET_TEXTS = (
+    re.compile(r"(?<=://)[^/@\s]+(?=@)"),  # user:password of an address
+    re.compile(
+        r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+"
+    ),
+    re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}"),
+)
+
+
+class RowOrder(NamedTuple):
+    """Place of a row in the order of logging: a step's metrics, then its evaluation."""
+
+    step: float = -1
+    is_evaluation: bool = False
+
+
+def order_of(row: Mapping[str, Any]) -> RowOrder:
+    """Return the place of a metrics row."""
+    return RowOrder(row["step"], any(key.startswith("eval_") for key in row))
+
+
+def order_of_sent(values: Mapping[str, Any]) -> RowOrder:
+    """Return the place of the last row sent, from its values or from the summary of its run."""
+    if STEP_AXIS not in values:
+        return RowOrder()
+    step = values[STEP_AXIS]
+    return RowOrder(step, values.get(EVALUATED_AT) == step)
+
+
+def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a row with the W&B keys of transformers' and TRL's trainers, so that runs can be compared.
+
+    `eval_loss` becomes `eval/loss`, every other key `train/<key>`; `step` is `train/global_step`, the x axis,
+    and of an evaluation also `eval/global_step`.
+    """
+    named = {}
+    for key, value in row.items():
+        if key == "step":
+            named[STEP_AXIS] = value
+        elif key.startswith("eval_"):
+            named[f"eval/{key.removeprefix('eval_')}"] = value
+        else:
+            named[f"train/{key}"] = value
+    if order_of(row).is_evaluation:
+        named[EVALUATED_AT] = row["step"]
+    return named
+
+
+def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
+    """Return plain values with `***` for secrets in texts.
+
+    Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
+    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`.
+    """
+    secrets = [
+        text
+        for name, text in environment.items()
+        if _SECRET_VARIABLE.search(name.upper()) and len(text) >= _SECRET_LENGTH
+    ]
+    return _hidden(value, sorted(secrets, key=len, reverse=True))
+
+
+def _hidden(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _hidden(inner, secrets) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hidden(inner, secrets) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = str(value)
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    address, query, token = _SECRET_TEXTS
+    text = address.sub(HIDDEN, text)
+    return token.sub(HIDDEN, query.sub(rf"\g<1>{HIDDEN}", text))

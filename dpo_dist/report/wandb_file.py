@@ -1,0 +1,61 @@
+"""Reader of wandb's file of a run: the rows that an offline run has already.
+
+The file `run-*.wandb` is a LevelDB log (https://github.com/google/leveldb/blob/main/doc/log_format.md) with a
+header of 7 bytes: blocks of 32 KiB, in which every chunk has a checksum (4 bytes), a length (2), and a type
+(1: whole, 2 to 4: first, middle and last part of a record).
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+_BLOCK_BYTES = 32 * 1024
+_CHUNK_HEADER = struct.Struct("<IHB")
+_FILE_HEADER_BYTES = 7
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Yield the protobuf records of a file in the order of writing, up to the first incomplete one."""
+    content = path.read_bytes()
+    parts, position = b"", _FILE_HEADER_BYTES
+    while position + _CHUNK_HEADER.size <= len(content):
+        left = _BLOCK_BYTES - position % _BLOCK_BYTES
+        if left < _CHUNK_HEADER.size:
+            position += left
+            continue
+        _, length, kind = _CHUNK_HEADER.unpack_from(content, position)
+        position += _CHUNK_HEADER.size + length
+        if position > len(content) or kind == 0:
+            return
+        parts += content[position - length : position]
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def read_rows(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """Return the rows of a run in all files of its starts, oldest first, with wandb's own keys (`_step`)."""
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for path in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_start_time)
+        for record in read_records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def drop_empty(folder: Path, run_id: str) -> None:
+    """Delete files without a record, which a killed start leaves behind: `wandb sync` fails on them."""
+    for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+        if path.stat().st_size <= _FILE_HEADER_BYTES:
+            path.unlink()
+
+
+def _start_time(path: Path) -> str:
+    """Return the time in a name such as `offline-run-20260102_030405-<id>`."""
+    return path.parent.name.removeprefix("offline-").split("-")[1]

@@ -1,0 +1,173 @@
+"""A wandb run from its start to its end: what `report.tracking` guards against errors of wandb."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shlex
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dpo_dist import atomic
+from dpo_dist.config.identity import title
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ExitCode, RunOutcome
+from dpo_dist.report.tracked_values import (
+    BEST,
+    EVALUATED_AT,
+    STEP_AXIS,
+    RowOrder,
+    order_of,
+    order_of_sent,
+    wandb_names,
+    without_secrets,
+)
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """A wandb run since its last start.
+
+    Attributes:
+        run: the wandb run.
+        received: place of the last row that wandb has.
+        row_number: wandb's number of the next row; continues over all starts.
+        looked_at: rows of the tracker that were sent or found to be there.
+    """
+
+    run: "wandb.Run"
+    received: RowOrder
+    row_number: int
+    looked_at: int = 0
+
+    def send(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Send the rows that wandb does not have yet."""
+        for row in rows[self.looked_at :]:
+            if order_of(row) > self.received:
+                self.run.log(wandb_names(row), step=self.row_number, commit=True)
+                self.row_number += 1
+                self.received = order_of(row)
+        self.looked_at = len(rows)
+
+
+def start_run(
+    config: RunConfig,
+    folder: RunFolder,
+    mode: Mode,
+    environment: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> Session:
+    """Start or resume the wandb run of a run directory.
+
+    Args:
+        config: logged completely, without secrets.
+        folder: the run directory.
+        mode: online or offline.
+        environment: content of `environment.json`.
+        settings: further settings of wandb.
+    """
+    client = set_up(mode)
+    run_id = _run_id(folder)
+    written = _written(folder.wandb_id.parent, run_id) if mode == "offline" else []
+    run: wandb.Run = client.init(
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        group=config.tracking.group,
+        tags=config.tracking.tags,
+        notes=config.tracking.notes,
+        name=title(config, folder.path),
+        id=run_id,
+        resume="allow",
+        dir=folder.path,
+        mode=mode,
+        config=without_secrets({**dataclasses.asdict(config), "environment": dict(environment or {})}),
+        allow_val_change=True,
+        settings=client.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
+            **settings,
+        ),
+    )
+    run.define_metric(STEP_AXIS)
+    for names in ("train/*", "eval/*"):
+        run.define_metric(names, step_metric=STEP_AXIS)
+    for name, best in BEST.items():
+        run.define_metric(name, step_metric=STEP_AXIS, summary=f"{best},last")
+    _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
+    if written:
+        return Session(run, order_of_sent(written[-1]), written[-1]["_step"] + 1)
+    return Session(run, order_of_sent(_known(run)), run.step)
+
+
+def _known(run: "wandb.Run") -> dict[str, Any]:
+    """Return the summary's values that the server has for the last row."""
+    summary: Any = run.summary
+    return {name: summary[name] for name in (STEP_AXIS, EVALUATED_AT) if name in summary.keys()}  # noqa: SIM118
+
+
+def _written(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """Return the rows that earlier starts wrote; wandb itself does not read them when it resumes offline."""
+    from dpo_dist.report.wandb_file import drop_empty, read_rows  # noqa: PLC0415 (imports wandb)
+
+    drop_empty(folder, run_id)
+    return read_rows(folder, run_id)
+
+
+def set_up(mode: Mode) -> Any:
+    """Import wandb and return it, with its console output switched off."""
+    import wandb  # noqa: PLC0415
+
+    wandb.setup(wandb.Settings(silent=True, mode=mode))
+    return wandb
+
+
+def _run_id(folder: RunFolder) -> str:
+    path = folder.wandb_id
+    if not path.exists():
+        atomic.write_text(path, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8").strip()
+
+
+def address(run: "wandb.Run", mode: Mode, folder: RunFolder) -> str:
+    """Return the address of the run's page, or the command that uploads it later."""
+    return str(run.url) if mode == "online" else f"offline; upload with: {_upload(folder.wandb_id.parent)}"
+
+
+def _upload(path: Path | str) -> str:
+    """Return the command that uploads all starts of a run."""
+    return f"wandb sync {shlex.quote(str(path))}"
+
+
+def close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Write the summary and the outcome, and wait for uploads."""
+    run.summary.update(without_secrets(summary))
+    if outcome == RunOutcome.preempted:
+        run.mark_preempting()
+    try:
+        run.finish(exit_code=ExitCode[outcome])
+    except TimeoutError:
+        warn(f"wandb has not uploaded everything; later: {_upload(run.settings.sync_dir)}")
+
+
+def tear_down() -> None:
+    """End wandb's service, so that it releases the run id and prints nothing when the program ends."""
+    # wandb raises SystemExit if its service ended with an error.
+    with contextlib.suppress(Exception, SystemExit):
+        import wandb  # noqa: PLC0415
+
+        wandb.teardown()

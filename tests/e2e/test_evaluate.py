@@ -1,0 +1,111 @@
+"""`evaluate` gives the numbers of the run's own last evaluation, on any number of processes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
+from tests.e2e.conftest import Overrides
+from tests.support.invented import write_pairs
+from tests.support.launch import history, run_verb, train
+
+ROWS = ("trainer.max_steps=3", "trainer.save_every=2", "optim.lr=1e-2")
+
+
+def evaluated(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    return content
+
+
+def scores(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluation" / "scores.jsonl").read_text().splitlines()]
+
+
+def last_evaluation(run: Path) -> dict[str, float]:
+    return [row for row in history(run) if "eval_loss" in row][-1]
+
+
+def assert_equals_the_run(run: Path) -> None:
+    row, found = last_evaluation(run), evaluated(run)["all"]
+    compared = [
+        key for key in row if key.startswith("eval_") and not key.endswith(("/eval", "/more", "_tokens"))
+    ]
+    wanted = {"rewards/accuracies", "rewards/margins", "kl/chosen", *MARGIN_PERCENTILES}
+    assert {f"eval_{name}" for name in wanted} <= set(compared)
+    for key in compared:
+        assert found[key] == pytest.approx(row[key], abs=1e-5, rel=1e-5), key
+
+
+def test_a_model_and_a_checkpoint_score_as_in_the_run(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "more.jsonl", 4, seed=5)
+    sources = f"{{path: {assets}/eval.jsonl, label: eval}}, {{path: {tmp_path}/more.jsonl, label: more}}"
+    command = overrides(*ROWS, f"data.eval=[{sources}]")
+    run = tmp_path / "run"
+    train(command)
+    ended = run_verb("evaluate", command)
+    assert ended.code == 0, ended.output
+    assert "log-probs computed" in ended.output
+    assert "reference: 0 log-probs computed, 18 reused" in ended.output
+    assert "accuracy" in ended.output
+    assert_equals_the_run(run)
+    alone, pairs = evaluated(run), scores(run)
+    assert list(alone) == ["all", "eval", "more"]
+    row = last_evaluation(run)
+    for label in ("eval", "more"):
+        for metric in ("loss", "rewards/accuracies", "kl/rejected"):
+            key = f"eval_{metric}"
+            assert alone[label][key] == pytest.approx(row[f"{key}/{label}"], abs=1e-5), key
+        low, high = alone[label]["intervals"]["eval_rewards/margins"]
+        assert low <= alone[label]["eval_rewards/margins"] <= high
+    assert sum(one["pairs"] for one in alone["all"]["calibration"]["bins"]) == 9
+    assert [(pair["source"], pair["line"]) for pair in pairs] == [
+        *(("eval", line) for line in range(1, 6)),
+        *(("more", line) for line in range(1, 5)),
+    ]
+    for pair in pairs:
+        difference = pair["logp_chosen"] - pair["reference_logp_chosen"]
+        assert pair["reward_chosen"] == pytest.approx(0.1 * difference, abs=1e-5)
+        assert pair["margin"] == pytest.approx(pair["reward_chosen"] - pair["reward_rejected"], abs=1e-5)
+        assert pair["tokens_chosen"] > 0
+    margins = [pair["margin"] for pair in pairs]
+    assert alone["all"]["eval_rewards/margins"] == pytest.approx(math.fsum(margins) / 9, abs=1e-6)
+
+    ended = run_verb("evaluate", command, processes=2)
+    assert ended.code == 0, ended.output
+    assert_equals_the_run(run)
+    for got, expected in zip(scores(run), pairs, strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
+
+    last = f"evaluation.model={run}/checkpoints/step-000003"
+    ended = run_verb("evaluate", [*command, last, "evaluation.resamples=0"])
+    assert ended.code == 0, ended.output
+    assert "(checkpoint)" in ended.output
+    assert_equals_the_run(run)
+    assert evaluated(run)["all"]["intervals"] == {}
+    ended = run_verb("evaluate", [*command, last], processes=2)
+    assert ended.code != 0
+    assert "launch 1 process, or let the run end" in ended.output
+
+
+def test_an_adapter_scores_as_in_the_run(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    adapter = ("model.adapter={r: 4, alpha: 8}", "reference.mode=adapter")
+    command = overrides(*ROWS, *adapter, f"data.eval=[{{path: {assets}/eval.jsonl, label: eval}}]")
+    train(command, processes=2)
+    ended = run_verb("evaluate", command, processes=2)
+    assert ended.code == 0, ended.output
+    assert "(adapter)" in ended.output
+    assert_equals_the_run(tmp_path / "run")
+    assert list(evaluated(tmp_path / "run")) == ["all", "eval"]
+
+
+def test_a_run_without_a_model_is_refused(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    ended = run_verb("evaluate", overrides(f"data.eval=[{assets}/eval.jsonl]"))
+    assert ended.code == 2
+    assert "this run directory has no model" in ended.output
+    assert not (tmp_path / "run").exists()
+    assert "there are no pairs to evaluate on" in run_verb("evaluate", overrides()).output

@@ -1,0 +1,335 @@
+"""Each rule of the verdict finds its fault in a run that has nothing else; a healthy run has no finding."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import pytest
+
+from dpo_dist.diagnostics.run_rules import RULES
+from dpo_dist.diagnostics.verdict import MOST_FINDINGS, verdict
+
+PAGE = Path(__file__).parents[3] / "docs" / "verdict.md"
+STEPS = 20
+SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}
+Row = dict[str, float]
+
+
+def between(first: float, last: float, step: int) -> float:
+    return first + (last - first) * step / STEPS
+
+
+def step_row(step: int) -> Row:
+    return {
+        "step": step,
+        "loss": between(0.69, 0.45, step),
+        "rewards/accuracies": between(0.5, 0.75, step),
+        "rewards/margins": between(0.0, 0.8, step),
+        "rewards/both_fall": 0.3,
+        "logps/chosen_per_token": between(-1.0, -1.02, step),
+        "kl/chosen": 0.05,
+        "kl/rejected": 0.1,
+        "tokens/chosen": 110.0,
+        "tokens/rejected": 100.0,
+        "grad_norm": 1.0 + step % 3,
+        "learning_rate": 1e-6,
+        "pairs": 64.0,
+    }
+
+
+def evaluation_row(step: int) -> Row:
+    metrics = {key: value for key, value in step_row(step).items() if key not in ("step", "grad_norm")}
+    sampled = {"samples/length": 100.0, "samples/finished": 1.0, "samples/distinct_3": 0.9}
+    shares = {"samples/empty": 0.0, "samples/refusals": 0.02, "samples/language_changed": 0.0}
+    return {"step": step} | {
+        f"eval_{key}": value for key, value in (metrics | sampled | shares | {"pairs": 400.0}).items()
+    }
+
+
+def rows(
+    every: Mapping[str, float] | None = None, late: Mapping[str, float] | None = None, since: int = 10
+) -> list[Row]:
+    """Return the rows of a healthy run with other values: in `every` row, and in those from step `since`."""
+    found = []
+    for step in range(1, STEPS + 1):
+        found += [step_row(step), evaluation_row(step)] if step % 5 == 0 else [step_row(step)]
+    for row in found:
+        changes = dict(every or {}) | (dict(late or {}) if row["step"] >= since else {})
+        row |= {
+            key: value for key, value in changes.items() if ("eval_loss" in row) == key.startswith("eval_")
+        }
+    return found
+
+
+def counts(**changes: Any) -> dict[str, Any]:
+    sources = [{"label": "a", "pairs": 200}, {"label": "b", "pairs": 200}]
+    return {"read": 400, "kept": 400, "pairs": 400, "response_truncated": 3, "sources": sources} | changes
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    data = {"train": counts(), "eval": counts(prompts_also_in_train=0)}
+    drift = {"drift": {"mean_token_drift": 1e-6}}
+    return {
+        "steps": STEPS,
+        "settings": SETTINGS,
+        "data": data,
+        "reference": drift,
+        "exit": "completed",
+    } | changes
+
+
+def with_beta(beta: float) -> dict[str, Any]:
+    return summary(settings=SETTINGS | {"loss.beta": beta})
+
+
+LEAK = {"rule": "label_leak", "level": "error", "share": 0.93, "text": "of the words 'quoted'"}
+DISAGREES = {"rule": "reference_disagrees", "level": "warning", "share": 0.4, "source": "a"}
+AT_ONCE = {"rewards/accuracies": 0.99, "eval_rewards/accuracies": 0.99}
+FLAT = {"loss": 0.693}
+Case = tuple[list[Row], dict[str, Any], list[dict[str, Any]], list[str]]
+CASES: dict[str, Case] = {
+    "diverged": (
+        rows(late={"loss": math.nan, "grad_norm": math.inf}, since=12),
+        summary(),
+        [],
+        ["the loss was the first", "step 12", "before it the loss was 0.558 and the gradient norm 3"],
+    ),
+    "labels_swapped": (
+        rows(late={"eval_rewards/accuracies": 0.3}),
+        summary(),
+        [],
+        ["0.30 on 400 pairs", "training accuracy is 0.725"],
+    ),
+    "evaluation_leak": (
+        rows(),
+        summary(data={"train": counts(), "eval": counts(prompts_also_in_train=100)}),
+        [],
+        ["100 of 400", "25%"],
+    ),
+    "evaluation_too_good": (rows(late={"eval_rewards/accuracies": 0.95}), summary(), [], ["0.95", "0.725"]),
+    "label_leak": (
+        rows(every=AT_ONCE | {"tokens/chosen": 300.0}),
+        summary(),
+        [],
+        ["0.99 at step 1", "by length", "300 tokens, rejected ones 100"],
+    ),
+    "beta_too_large": (rows(late={"loss": 1e-5}), with_beta(10.0), [], ["loss.beta=10", "0.08 nats"]),
+    "learning_rate_too_high": (
+        rows(late={"grad_norm": 80.0}, since=19),
+        summary(),
+        [],
+        ["jumped from 2 to 80 at step 19", "optim.lr=1e-06"],
+    ),
+    "over_optimised": (
+        rows(late={"eval_samples/length": 230.0, "eval_samples/finished": 0.86}),
+        summary(),
+        [],
+        ["2.3x longer", "14% of them do not end", "step 5"],
+    ),
+    "samples_degrade": (
+        rows(late={"eval_samples/refusals": 0.3}),
+        summary(),
+        [],
+        ["30% of the", "2% before"],
+    ),
+    "far_from_reference": (rows(late={"eval_kl/rejected": 1.5}), summary(), [], ["1.5 nats"]),
+    "beta_too_small": (rows(every=FLAT), with_beta(1e-4), [], ["loss.beta=0.0001", "8e+03 nats"]),
+    "learnt_nothing": (
+        rows(
+            every={"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01}
+        ),
+        summary(),
+        [],
+        ["0.52 on 400 pairs", "(0.08)", "margin 0.01", "training accuracy 0.51"],
+    ),
+    "hardly_trained": (
+        rows(every=FLAT | {"eval_rewards/margins": 1e-3}),
+        summary(),
+        [],
+        ["0.693 -> 0.693", "optim.lr=1e-06"],
+    ),
+    "overfit": (
+        rows(late={"eval_loss": 0.9}, since=15),
+        summary(),
+        [],
+        ["rose from 0.57 at step 10 to 0.9", "fell from 0.57 to 0.45"],
+    ),
+    "noisy_source": (
+        rows(every={"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8}),
+        summary(),
+        [],
+        ["accuracy of a is 0.50 on 200 pairs", "b reaches 0.80"],
+    ),
+    "displacement": (
+        rows(late={"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4}),
+        summary(),
+        [],
+        ["-1.00 -> -1.40", "60% of the pairs", "likelihood displacement"],
+    ),
+    "responses_cut": (
+        rows(),
+        summary(data={"train": counts(response_truncated=80), "eval": counts()}),
+        [],
+        ["80 of 400 training records (20%)"],
+    ),
+    "reference_drift": (
+        rows(),
+        summary(reference={"drift": {"mean_token_drift": 0.03}}),
+        [],
+        ["0.03 nats per token"],
+    ),
+    "reference_disagrees": (rows(), summary(), [DISAGREES], ["40% of a"]),
+    "doctor_errors": (
+        rows(),
+        summary(),
+        [DISAGREES | {"share": 0.1}, {"rule": "doubled_bos", "level": "error"}],
+        ["errors in the data: doubled_bos"],
+    ),
+}
+
+
+def test_every_rule_has_a_case() -> None:
+    assert list(CASES) == list(RULES)
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
+    history, ended, data_findings, words = CASES[rule]
+    judged = verdict(history, ended, data_findings)
+    assert [finding.rule for finding in judged.findings] == [rule]
+    text = judged.findings[0].text
+    assert [word for word in words if word not in text] == []
+    assert judged.sentence.startswith(f"{RULES[rule].headline}: ")
+    assert ". Try: " in text
+
+
+def test_a_healthy_run_has_no_finding() -> None:
+    judged = verdict(rows(), summary())
+    assert judged.findings == ()
+    assert judged.sentence == (
+        "no fault found: evaluation accuracy 0.75 on 400 pairs, margin 0.8, "
+        "training loss 0.678 -> 0.45 in 20 steps"
+    )
+    assert len(judged.lines()) == 1
+
+
+def test_a_perfect_accuracy_at_once_needs_evidence_to_be_a_leak() -> None:
+    assert verdict(rows(every=AT_ONCE), summary()).findings == ()
+    [leak, _] = verdict(rows(every=AT_ONCE), summary(), [LEAK]).findings
+    assert leak.rule == "label_leak"
+    assert "by form: the doctor found label_leak, which alone guesses 93%" in leak.text
+    assert "quoted" not in leak.text
+
+
+def test_swapped_labels_of_one_source_are_named() -> None:
+    swapped = {"eval_rewards/accuracies/a": 0.2, "eval_rewards/accuracies/b": 0.9}
+    [finding] = verdict(rows(every=swapped), summary()).findings
+    assert finding.rule == "labels_swapped"
+    assert "0.20 on 200 pairs of a" in finding.text
+
+
+def test_noise_of_a_training_source_is_found_without_evaluations() -> None:
+    noisy = {"rewards/accuracies/a": 0.51, "rewards/accuracies/b": 0.9}
+    training = [row for row in rows(every=noisy) if "loss" in row]
+    [finding] = verdict(training, summary()).findings
+    assert finding.rule == "noisy_source"
+    assert "training accuracy of a is 0.51 on 160 pairs" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": 1.2}, "the loss rose from 0.678 to 1.2 at step 4"),
+        ({"logps/chosen_per_token": -3.5}, "fell by 2.5 nats per token by step 4 of 20"),
+    ],
+)
+def test_symptoms_of_a_learning_rate_that_is_too_high(changes: dict[str, float], words: str) -> None:
+    found = {
+        finding.rule: finding.text for finding in verdict(rows(late=changes, since=4), summary()).findings
+    }
+    assert words in found["learning_rate_too_high"]
+
+
+@pytest.mark.parametrize(
+    ("value", "quantity"),
+    [
+        (
+            {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan},
+            "the log-prob of chosen responses",
+        ),
+        ({"grad_norm": math.inf}, "the gradient norm"),
+        ({"eval_loss": math.nan}, "the loss"),
+    ],
+)
+def test_the_first_quantity_that_is_not_finite_is_named(value: dict[str, float], quantity: str) -> None:
+    [finding] = verdict(rows(late=value, since=20), summary()).findings
+    assert finding.text.startswith(f"{quantity} was the first")
+
+
+def test_chance_is_judged_by_the_number_of_pairs() -> None:
+    few = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1}
+    for pairs, rules in ((50.0, ["learnt_nothing"]), (5000.0, [])):
+        judged = verdict(rows(every=few | {"eval_pairs": pairs}), summary())
+        assert [finding.rule for finding in judged.findings] == rules
+
+
+def test_at_most_five_findings_the_worst_first() -> None:
+    history = rows(
+        every={"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8},
+        late={"eval_samples/length": 300.0, "eval_samples/empty": 0.5, "eval_kl/rejected": 2.0},
+    )
+    data = {"train": counts(response_truncated=200), "eval": counts(prompts_also_in_train=50)}
+    found = verdict(history, summary(data=data), [DISAGREES]).findings
+    names = [finding.rule for finding in found]
+    assert names == [
+        "evaluation_leak",
+        "over_optimised",
+        "samples_degrade",
+        "far_from_reference",
+        "noisy_source",
+    ]
+    assert len(names) == MOST_FINDINGS
+
+
+def test_a_preempted_run_is_judged_so_far() -> None:
+    judged = verdict(rows()[:18], summary(exit="preempted", steps=15))
+    assert judged.sentence.startswith("stopped after step 15; so far: no fault found: evaluation accuracy")
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]])
+@pytest.mark.parametrize("ended", [{}, {"data": None, "settings": None, "reference": None}])
+def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> None:
+    assert verdict(history, ended).findings == ()
+
+
+def test_without_evaluations_the_sentence_says_so() -> None:
+    training = [row for row in rows() if "loss" in row]
+    sentence = verdict(training, summary()).sentence
+    assert sentence.startswith(
+        "no fault found, but nothing was evaluated (data.eval): training accuracy 0.72"
+    )
+
+
+def test_the_page_has_every_rule() -> None:
+    table = PAGE.read_text().partition("\n| rule |")[2].splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table if line.startswith("| `")
+    ]
+    described = [(row[0].strip("`"), *row[1:]) for row in cells]
+    assert described == [
+        (name, rule.headline, limits(rule.limits), rule.compared, rule.remedy) for name, rule in RULES.items()
+    ]
+
+
+def limits(numbers: Mapping[str, float]) -> str:
+    return ", ".join(f"`{name}` {number:g}" for name, number in numbers.items())
+
+
+def test_texts_name_limits_and_rules_that_exist() -> None:
+    for name, rule in RULES.items():
+        assert set(rule.explains) <= set(RULES) - {name}
+        assert [field for _, field, _, _ in Formatter().parse(rule.text) if field is not None], name
+        assert not re.search(r"[.;:]$", rule.text + rule.remedy), name

@@ -1,0 +1,108 @@
+"""Results of an evaluation: the same means as the sums, calibration, the file of scores."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.dataset import open_dataset
+from dpo_dist.evaluation.calibration import calibration
+from dpo_dist.evaluation.results import Resampling, results
+from dpo_dist.evaluation.scores import write_scores
+from dpo_dist.objective.metrics import MetricPlan
+from dpo_dist.objective.pair_values import PairValues
+from dpo_dist.report.evaluation_table import evaluation_table
+from tests.support import tiny
+from tests.support.records import jsonl
+
+PAIRS = 40
+
+
+def invented(seed: int = 0) -> PairValues:
+    generator = np.random.default_rng(seed)
+    columns = {field.name: generator.normal(-50, 20, PAIRS) for field in fields(PairValues)}
+    for name in ("tokens_chosen", "tokens_rejected"):
+        columns[name] = generator.integers(1, 300, PAIRS)
+    columns["margin"] = columns["reward_chosen"] - columns["reward_rejected"]
+    return PairValues(**{name: column.astype(np.float32) for name, column in columns.items()})
+
+
+def test_results_by_label_and_length_with_intervals() -> None:
+    values, plan = invented(), MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True)
+    of_a = np.arange(PAIRS) < 25
+    means = {"loss": 0.5, "loss/a": 0.4, "loss/b": 0.7, "rewards/margins": 7.0}
+    prompts = np.arange(PAIRS, dtype=np.uint64) // 2
+    found = results(means, values, {"a": of_a, "b": ~of_a}, prompts, plan, Resampling(200, 0))
+    assert list(found) == ["all", "a", "b"]
+    assert (found["all"]["eval_loss"], found["a"]["eval_loss"], found["b"]["eval_loss"]) == (0.5, 0.4, 0.7)
+    assert found["all"]["eval_rewards/margins"] == 7.0, "the exact mean, where there is one"
+    assert not any(key.endswith(("/a", "/b")) for key in found["all"])
+    assert (found["a"]["eval_pairs"], found["a"]["eval_prompts"]) == (25, 13)
+    margins, longer = values.margin[~of_a], np.maximum(values.tokens_chosen, values.tokens_rejected)[~of_a]
+    assert found["b"]["eval_rewards/accuracies"] == pytest.approx((margins > 0).mean())
+    inside = (longer >= 128) & (longer < 256)
+    name = "eval_rewards/margins_by_length/128-255"
+    assert found["b"][name] == pytest.approx(margins[inside].mean(), rel=1e-5)
+    per_token = values.logp_chosen.sum(dtype=np.float64) / values.tokens_chosen.sum(dtype=np.float64)
+    assert found["all"]["eval_logps/chosen_per_token"] == pytest.approx(per_token, rel=1e-5)
+    for row in found.values():
+        for key, (low, high) in row["intervals"].items():
+            assert low <= high
+            assert key == "eval_rewards/margins" or low <= row[key] <= high
+    table = evaluation_table(found)
+    assert len(table) == 4
+    assert "7.000 [" in table[1]
+
+
+def test_one_response_has_no_margins() -> None:
+    loss = LossConfig(LossKind.sft)
+    plan = MetricPlan(loss, (), is_evaluation=True)
+    prompts = np.arange(PAIRS, dtype=np.uint64)
+    everyone = {"only": np.ones(PAIRS, dtype=np.bool_)}
+    found = results({"loss": 2.0}, invented(), everyone, prompts, plan, Resampling(0, 0))
+    assert found["only"]["eval_loss"] == 2.0
+    assert not [key for row in found.values() for key in row if "rejected" in key or "margins" in key]
+    assert "calibration" not in found["all"]
+    assert "accuracy" not in evaluation_table(found)[0]
+
+
+def test_calibration_compares_confidence_with_accuracy() -> None:
+    """Nine of ten right at a confidence of 0.9 are calibrated; five of ten are not."""
+    margin = np.float32(np.log(0.905 / 0.095))
+    right, wrong = np.full(1810, margin), np.full(190, -margin)
+    good = calibration(np.concatenate((right, wrong)))
+    assert good["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
+    assert [(one["pairs"], one["accuracy"]) for one in good["bins"]] == [(2000, pytest.approx(0.905))]
+    half = calibration(np.concatenate((right[:50], -right[:50])))
+    assert half["expected_calibration_error"] == pytest.approx(0.405, abs=1e-6)
+    ties = calibration(np.zeros(4, dtype=np.float32))
+    assert ties["bins"] == [{"low": 0.5, "high": 0.55, "pairs": 4, "confidence": 0.5, "accuracy": 0.5}]
+    assert calibration(np.full(3, 1e4, dtype=np.float32))["expected_calibration_error"] == 0
+
+
+def test_scores_name_source_and_line(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {n}", "chosen": "yes", "rejected": "no"} for n in range(3)]
+    (tmp_path / "more").mkdir()
+    files = jsonl(tmp_path, *rows[:2]), jsonl(tmp_path / "more", rows[2])
+    config = DataConfig(cache=str(tmp_path / "cache"))
+    sources = [SourceConfig(file, label=label) for file, label in zip(files, ("x", "y"), strict=True)]
+    dataset = open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen"), config)
+    table = np.arange(27, dtype=np.float32).reshape(9, 3)
+    table[5:7] = np.nan
+    write_scores(tmp_path / "new" / "scores.jsonl", PairValues(*table), dataset)
+    found = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["file"], row["line"]) for row in found] == [
+        ("x", files[0], 1),
+        ("x", files[0], 2),
+        ("y", files[1], 1),
+    ]
+    assert found[1] | {"source": "", "file": "", "line": 0} == {
+        **{"source": "", "file": "", "line": 0, "reward_chosen": 1, "reward_rejected": 4, "margin": 7},
+        **{"logp_chosen": 10, "logp_rejected": 13, "tokens_chosen": 22, "tokens_rejected": 25},
+        **{"reference_logp_chosen": None, "reference_logp_rejected": None},
+    }
