@@ -20,7 +20,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError, ConfigError, ExitCode
 from dpo_dist.evaluation.results import ALL, Resampling, results
 from dpo_dist.evaluation.scores import write_scores
-from dpo_dist.model.folder import is_adapter
+from dpo_dist.model.folder import is_adapter, local_model_folder
 from dpo_dist.objective.metrics import MetricPlan, MetricSums
 from dpo_dist.objective.pair_values import PairValues
 from dpo_dist.objective.running_stats import RunningMeans
@@ -89,7 +89,7 @@ def find_evaluated(config: RunConfig) -> Evaluated:
     """Return the model that `config` evaluates; needs no other process.
 
     Raises:
-        ConfigError: there are no pairs, or the run has no model yet.
+        ConfigError: there are no pairs, or the folder has no model.
     """
     if not config.data.eval_sources:
         raise ConfigError(
@@ -111,7 +111,10 @@ def find_evaluated(config: RunConfig) -> Evaluated:
     path = str(folder) if folder.is_dir() else str(named)
     if is_checkpoint(folder):
         return Evaluated(path, Kind.checkpoint)
-    return Evaluated(path, Kind.adapter if is_adapter(folder) else Kind.model)
+    if is_adapter(folder):
+        return Evaluated(path, Kind.adapter)
+    local_model_folder(path, None, "evaluation.model")
+    return Evaluated(path, Kind.model)
 
 
 def with_stored_reference(config: RunConfig) -> RunConfig:

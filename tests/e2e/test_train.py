@@ -16,7 +16,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
+from dpo_dist.report.dashboard import SECTIONS
 from dpo_dist.report.metrics_log import PHASES
+from dpo_dist.report.tracked_values import wandb_names
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import history, run_verb, summary, train
@@ -55,7 +57,13 @@ def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Pa
         table = list(csv.DictReader(file))
     assert [float(line["loss"]) for line in table if line["loss"]] == [row["loss"] for row in steps]
     assert [line["step"] for line in table if line["eval_loss"]] == ["0", "2", "4"]
-    assert [row["train/global_step"] for row in history_rows(run) if "eval/loss" in row] == [0, 2, 4]
+    tracked = history_rows(run)
+    written = json.loads((run / "dpo_metrics/log_history.json").read_text())
+    assert tracked == [wandb_names(row) for row in written]
+    logged = {name for row in tracked for name in row}
+    panels = [panel for panels in SECTIONS.values() for panel in panels]
+    always = [panel for panel in panels if panel.needs in ("", "reference", "evaluations")]
+    assert [name for panel in always for name in panel.missing(logged)] == []
     for line in (line for line in table if line["loss"]):
         times = [float(line[f"time/{phase}"]) for phase in PHASES]
         assert min(times) >= 0
