@@ -1,8 +1,8 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
 The keys of `data`, `samples`, `pairs` and `evaluation` are in `*_schema`, those of `loss` in `loss_kinds`,
-rules between keys in `rules`, composition in `load`. A key declared `free` does not define the run's result
-(hardware, placement, how often something is written): it is not part of the digest that names the run directory.
+rules between keys in `rules`. A key declared `free` does not define the run's result (hardware, placement, how
+often something is written): it is not part of the digest that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -171,10 +171,7 @@ class ParallelismConfig:
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
     timeout_seconds: int = key(
-        600,
-        "Longest wait for another process, in seconds.",
-        at_least=1,
-        verbs="train precompute evaluate pairs",
+        600, "Most seconds to wait for another process.", at_least=1, verbs="train precompute evaluate pairs"
     )
 
 
