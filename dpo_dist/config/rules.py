@@ -233,6 +233,12 @@ _TRAINING = (
     ),
     _needs_eval_data("eval_every", "0"),
     _needs_eval_data("eval_at_start", "false"),
+    Rule(
+        "samples.prompts data.eval",
+        lambda c: c.samples.prompts > 0 and not c.data.eval_sources,
+        "samples are responses to prompts of the evaluation data, and there are none",
+        "set data.eval_share=0.05, data.eval=[held_out.jsonl] or samples.prompts=0",
+    ),
     _needs_sharding("offload_parameters", ParallelismKind.zero3),
     _needs_sharding("offload_optimizer", ParallelismKind.zero3, ParallelismKind.zero2),
     _not_on_nvme("offload_parameters"),

@@ -95,6 +95,20 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def samples(self) -> Path:
+        """The folder of the responses to held-out prompts during training."""
+        return self.path / "samples"
+
+    def samples_file(self, step: int) -> Path:
+        """Return the file of the policy's responses after a step."""
+        return self.samples / f"step-{step:06d}.jsonl"
+
+    @property
+    def samples_reference(self) -> Path:
+        """The responses of the reference, from which a resumed run reads them."""
+        return self.samples / "reference.jsonl"
+
+    @property
     def evaluation(self) -> Path:
         """Metrics of an evaluation, with intervals."""
         return self.path / "evaluation" / "evaluation.json"

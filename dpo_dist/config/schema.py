@@ -1,8 +1,8 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `pairs` and `evaluation` are in `*_schema`, those of `loss` in `loss_kinds`, rules between
-keys in `rules`, composition in `load`. A key declared `free` does not define the run's result (hardware,
-placement, how often something is written): it is not part of the digest that names the run directory.
+The keys of `data`, `samples`, `pairs` and `evaluation` are in `*_schema`, those of `loss` in `loss_kinds`,
+rules between keys in `rules`. A key declared `free` does not define the run's result (hardware, placement,
+how often something is written): it is not part of the digest that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from dpo_dist.config.evaluation_schema import EvaluationConfig
 from dpo_dist.config.fields import EVERY_VERB, key, section
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
+from dpo_dist.config.samples_schema import SamplesConfig
 
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
@@ -170,10 +171,7 @@ class ParallelismConfig:
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
     timeout_seconds: int = key(
-        600,
-        "Longest wait for another process, in seconds.",
-        at_least=1,
-        verbs="train precompute evaluate pairs",
+        600, "Most seconds to wait for another process.", at_least=1, verbs="train precompute evaluate pairs"
     )
 
 
@@ -293,6 +291,7 @@ class RunConfig:
     reference: ReferenceConfig = section(ReferenceConfig, verbs="train precompute evaluate")
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train precompute")
+    samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")

@@ -30,6 +30,7 @@ from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
+from dpo_dist.training.samples import Samples
 from dpo_dist.training.step import StepTotals, evaluate, reduce_step, train_step
 from dpo_dist.training.step_timer import StepClock
 
@@ -68,6 +69,7 @@ class Loop:
         checkpoints: saves the engines.
         identity: digests of the run's inputs, written to every checkpoint.
         recorder: on rank 0; None on the others.
+        samples: at evaluations; None: none.
         stop: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
@@ -81,6 +83,7 @@ class Loop:
     checkpoints: CheckpointSaver
     identity: dict[str, Any]
     recorder: Recorder | None
+    samples: Samples | None
     console: Console
     stop: StopRequest
 
@@ -207,6 +210,10 @@ class Loop:
         if evaluation.values is not None and not self.config.loss.is_one_sided:
             metrics |= evaluation.values.margin_percentiles()
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)}
+        trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
+        samples = self.samples
+        if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
+            measured |= samples.at(position.step)
         return {**self._row_start(position), **{f"eval_{name}": value for name, value in measured.items()}}
 
     def _record_window(self, position: Position) -> None:

@@ -42,6 +42,7 @@ from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, prepare_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import RunState, check_configuration, check_identity, identify
+from dpo_dist.training.samples_setup import open_samples
 
 
 def train(config: RunConfig, console: Console) -> int:
@@ -87,6 +88,7 @@ def train(config: RunConfig, console: Console) -> int:
             checkpoints=checkpoints,
             identity={**identity, **saved_parallelism(config.parallelism)},
             recorder=_open_recorder(config, position.step, world, stop, environment, console),
+            samples=open_samples(config, inputs, policy, position.step, world, console),
             console=console,
             stop=stop,
         )

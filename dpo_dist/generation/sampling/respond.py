@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data_schema import Truncation
 from dpo_dist.data.encode import TokenIds, encode_pair
@@ -129,7 +130,7 @@ def decode(
     space. A template may write the content and the thought of a message in another form than they have in a
     text (the channels of gpt-oss). The first form counts whose encoding has the generated tokens.
     """
-    continued, alone = _texts_of(ids, prompt, responder)
+    continued, alone = texts_after(ids, prompt, responder.tokenizer)
     forms = dict.fromkeys((continued, alone, alone.strip()))
     for form in (*forms, *_messages_of(continued, record, prompt, responder)):
         if _ids_of(form, record, prompt, responder) == ids:
@@ -137,11 +138,11 @@ def decode(
     return continued, False
 
 
-def _texts_of(ids: list[int], prompt: TokenIds, responder: Responder) -> tuple[str, str]:
-    """Return the text of tokens after a prompt, and alone."""
+def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return the text of tokens after a prompt, and alone; special tokens are in it."""
     before = prompt[-_DECODED_BEFORE:].tolist()
     start, whole, alone = (
-        str(responder.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for tokens in (before, before + ids, ids)
     )
     return whole.removeprefix(start) if whole.startswith(start) else alone, alone
@@ -157,7 +158,7 @@ def _messages_of(
         ids = _ids_of(Message("assistant", _CONTENT, fields), record, prompt, responder)
         if ids is None:
             continue
-        first, *between, last = _PROBES.split(_texts_of(ids, prompt, responder)[0])
+        first, *between, last = _PROBES.split(texts_after(ids, prompt, responder.tokenizer)[0])
         rest = text.removeprefix(first).removesuffix(last)
         if not between:
             yield rest

@@ -79,6 +79,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data.eval_share": 0.1, "data.drop_eval_prompts": True}, "data.drop_eval_prompts"),
     ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
     ({"trainer.eval_at_start": True}, "trainer.eval_at_start, data.eval"),
+    ({"samples.prompts": 4}, "samples.prompts, data.eval"),
     (
         {"parallelism.kind": "zero2", "parallelism.offload_parameters": "cpu"},
         "parallelism.offload_parameters, parallelism.kind",
@@ -160,7 +161,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         {"parallelism.kind": "zero2", "parallelism.offload_optimizer": "cpu"},
         {"parallelism.offload_parameters": "cpu", "parallelism.offload_optimizer": "cpu"},
         {"trainer.eval_every": 10, "trainer.eval_at_start": True, "data.eval": ["b.jsonl"]},
-        {"trainer.eval_every": 10, "data.eval_share": 0.1, "data.eval_seed": 1},
+        {"trainer.eval_every": 10, "samples.prompts": 4, "data.eval_share": 0.1, "data.eval_seed": 1},
         {"data.eval": ["b.jsonl"], "data.drop_eval_prompts": True},
         {"optim.betas": [0.0, 0.999], "optim.warmup_ratio": 1.0, "data.max_bad_share": 1.0},
     ],

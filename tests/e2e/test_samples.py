@@ -1,0 +1,71 @@
+"""Samples of a run: the same on any number of processes, over restarts, and without effect on training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Overrides
+from tests.support.launch import TIMINGS, history, run_verb, train
+
+SAMPLES = ["samples.prompts=3", "samples.max_new_tokens=8", "samples.temperature=0"]
+
+
+def rows(run: Path, step: int) -> list[dict[str, Any]]:
+    text = (run / "samples" / f"step-{step:06d}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """Return the metrics rows without those of samples and of time."""
+    return [
+        {
+            key: value
+            for key, value in row.items()
+            if "samples/" not in key and key.removeprefix("eval_") not in TIMINGS
+        }
+        for row in history(run)
+    ]
+
+
+@pytest.mark.parametrize("extra", [["parallelism.offload_parameters=cpu"], ["model.adapter={r: 4}"]])
+def test_samples_are_those_of_one_process_also_after_a_restart(
+    extra: list[str], overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    usual = overrides(
+        f"data.eval=[{assets}/eval.jsonl]",
+        "trainer.eval_every=2",
+        "trainer.eval_at_start=true",
+        "optim.lr=1e-2",
+        *extra,
+    )
+    whole, quiet, run = tmp_path / "whole", tmp_path / "quiet", tmp_path / "run"
+    train([*usual, *SAMPLES, f"run.dir={whole}"])
+    stopped = run_verb("train", [*usual, *SAMPLES, "trainer.stop_after_steps=2"], processes=2)
+    assert "stopped after step 2" in stopped.output, stopped.output
+    (run / "samples/step-000004.jsonl").write_text("of a start whose steps are lost")
+    train([*usual, *SAMPLES], processes=2)
+    train([*usual, f"run.dir={quiet}"], processes=2)
+
+    names = ["reference.jsonl", *(f"step-{step:06d}.jsonl" for step in (0, 2, 4))]
+    assert sorted(file.name for file in (run / "samples").iterdir()) == names
+    for name in names:
+        assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()
+    assert untimed(run) == untimed(quiet)
+    assert not (quiet / "samples").exists()
+
+    start, end = rows(run, 0), rows(run, 4)
+    assert any(row["policy"] != row["reference"] for row in end)
+    assert len({row["prompt_id"] for row in end}) == 3
+    held_out = [json.loads(line) for line in (assets / "eval.jsonl").read_text().splitlines()]
+    for first, last in zip(start, end, strict=True):
+        assert first["policy"] == first["reference"] == last["reference"]
+        assert (last["step"], last["source"]) == (4, f"{assets.name}-eval")
+        (record,) = [found for found in held_out if found["chosen"][0]["content"] == last["chosen"]]
+        assert all(turn["content"] in last["prompt"] for turn in record["prompt"])
+        assert 0 < last["policy_tokens"] <= 8
+    evaluations = [row for row in history(run) if "eval_loss" in row]
+    assert [row["step"] for row in evaluations if "eval_samples/length" in row] == [0, 2, 4]
+    assert evaluations[-1]["eval_samples/length"] == sum(row["policy_tokens"] for row in end) / 3
+    assert evaluations[-1]["eval_samples/finished"] == sum(row["policy_finished"] for row in end) / 3

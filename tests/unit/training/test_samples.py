@@ -1,0 +1,126 @@
+"""Choice of the prompts of samples, and the evaluations that have them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.samples_schema import SamplesConfig
+from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.generation.sampling.generate import Request, Sampling
+from dpo_dist.generation.sampling.responder import find_stop_ids
+from dpo_dist.training.samples import SamplePrompt, Samples, lines
+from dpo_dist.training.samples_setup import _read, _remove_later, choose_prompts
+from tests.support import tiny
+from tests.support.records import jsonl
+
+TOKENIZER = tiny.qwen()
+STOPS = find_stop_ids(TOKENIZER, DataConfig())
+ROWS = [
+    {"prompt": f"question {'very ' * n}{n // 2}", "chosen": f" right {n}", "rejected": f"wrong {n}"}
+    for n in range(12)
+]
+# A prompt twice, with other responses.
+ROWS.append({**ROWS[0], "chosen": "another", "rejected": "one"})
+
+
+def dataset(folder: Path, rows: list[dict[str, str]]) -> PreferenceDataset:
+    folder.mkdir()
+    source = SourceConfig(str(jsonl(folder, *rows)), label="held_out")
+    config = DataConfig(cache=str(folder / "encoded"))
+    return open_dataset(prepare_dataset([source], config, TOKENIZER, "tiny"), config)
+
+
+def chosen(data: PreferenceDataset, count: int, seed: int = 0, longest: int | None = None) -> list[str]:
+    prompts = choose_prompts(data, TOKENIZER, STOPS, count, seed, longest)
+    return [prompt.fields["prompt"] for prompt in prompts]
+
+
+def test_prompts_follow_from_seed_and_contents_alone(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "one", ROWS)
+    everything = chosen(data, 100)
+    assert len(everything) == len(set(everything)) == 12
+    assert chosen(data, 5) == everything[:5]
+    assert chosen(dataset(tmp_path / "other", ROWS[::-1]), 100) == everything
+    assert chosen(data, 5, seed=1) != everything[:5]
+
+
+def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "one", ROWS)
+    lengths = sorted({data.lengths(index)[0] for index in range(len(data))})
+    fitting = choose_prompts(data, TOKENIZER, STOPS, 100, 0, lengths[2])
+    assert max(len(prompt.request.prompt_ids) for prompt in fitting) == lengths[2]
+    assert 0 < len(fitting) < 12
+
+
+def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "one", ROWS[3:4])
+    (prompt,) = choose_prompts(data, TOKENIZER, STOPS, 1, 0, None)
+    assert prompt.fields["prompt"].endswith(ROWS[3]["prompt"])
+    assert prompt.fields["chosen"] == " right 3"
+    assert prompt.fields["source"] == "held_out"
+    assert prompt.fields["prompt_id"] == prompt.request.key
+
+
+def samples(folder: Path, every: int = 1) -> Samples:
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
+    settings = SamplesConfig(1, every)
+    nothing: list[None] = [None] * 5
+    return Samples(
+        settings,
+        Sampling(4, seed=3),
+        (prompt,),
+        None,
+        STOPS,
+        TOKENIZER,
+        *nothing[:2],  # type: ignore[arg-type]
+        folder=RunFolder(folder),
+        console=None,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "eval_every", "due"),
+    [(1, 10, [0, 10, 20, 30, 35]), (2, 10, [0, 20, 35]), (5, 10, [0, 35]), (2, 0, [35])],
+)
+def test_every_nth_evaluation_and_the_last_have_samples(
+    tmp_path: Path, every: int, eval_every: int, due: list[int]
+) -> None:
+    steps = [0, 10, 20, 30, 35] if eval_every else [35]
+    found = samples(tmp_path, every)
+    assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
+
+
+def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
+    opened = samples(tmp_path)
+    assert _read(opened) is None
+    response = {"text": "a\u2028b", "tokens": 2, "finished": True}
+    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
+    opened.folder.samples.mkdir()
+    opened.folder.samples_reference.write_text(
+        lines([{"prompt_id": "id", "sampling": sampling, **response}]), encoding="utf-8"
+    )
+    assert _read(opened) == [response]
+    assert _read(replace(opened, sampling=Sampling(5, seed=3))) is None
+    assert _read(replace(opened, prompts=opened.prompts * 2)) is None
+    opened.folder.samples_reference.write_text("[]\n")
+    assert _read(opened) is None
+
+
+def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    _remove_later(folder, 0)
+    for step in (0, 20, 100, 1_000_000):
+        folder.samples_file(step).write_text(json.dumps({}))
+    folder.samples_reference.write_text("")
+    _remove_later(folder, 20)
+    assert sorted(path.name for path in folder.samples.iterdir()) == [
+        "reference.jsonl",
+        "step-000000.jsonl",
+        "step-000020.jsonl",
+    ]
