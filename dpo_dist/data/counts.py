@@ -15,7 +15,8 @@ _COLUMNS = (
     "correct its format, if one is set"
 )
 UNPAIRED_REMEDY = (
-    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered"
+    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered; "
+    "if the label is no judgement of the response, ignore it: columns: {label: null}"
 )
 EMPTY_REMEDY = "check the path, or remove the source"
 _MAX_SHOWN_ORIGINS = 5
