@@ -104,7 +104,7 @@ def as_pair(record: Fields) -> Fields:
     if any(fields.get(name) not in (None, value) for name, value in found.items()):
         raise UnusableRecordError(
             "ambiguous_format",
-            f"another pair beside {', '.join(row.responses)}; to read the other, ignore their column: columns: "
+            f"another pair beside {', '.join(row.responses)}; to read it, ignore {row.winner}: columns: "
             f"{{{row.winner}: null}}",
         )
     if row.prompt and fields.get("prompt") is None:
