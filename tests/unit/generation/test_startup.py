@@ -67,13 +67,13 @@ def test_an_option_with_effect_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").touch()
+    Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
     check(*overrides)
 
 
 def test_a_model_that_responds_is_no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").touch()
+    Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
     for name, kind in (("base", "CausalLM"), ("r", "SequenceClassification")):
         Path(name).mkdir()
         Path(name, "config.json").write_text(
