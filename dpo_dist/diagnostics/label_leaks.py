@@ -112,7 +112,7 @@ def single_test(difference: npt.NDArray[np.floating[Any]], prompts: Keys, name: 
     signs = np.sign(difference)
     by_fold = np.bincount(folds, weights=signs, minlength=FOLDS)
     direction = np.sign(signs.sum() - by_fold)[folds]
-    detail = f"{SIDE} {'more' if signs.sum() > 0 else 'less'}"
+    detail = f"{SIDE} {'more' if signs.sum() > 0 else 'less'}" if signs.sum() else ""
     return _test(signs * direction, prompts, name, detail, signs != 0)
 
 

@@ -144,6 +144,8 @@ def test_ten_pairs_are_enough_for_a_leak_in_all_of_them(tmp_path: Path) -> None:
     pairs = planted(10, 1, on("rejected", lambda text: " " + text))
     assert "leading space" in of_rule(examined(tmp_path, pairs), "label_leak")[0].text
     assert not of_rule(examined(tmp_path, pairs[:9]), "label_leak")
+    [same] = [test for test in examined(tmp_path, pairs).sources[0].leaks if test.feature == "tabs"]
+    assert (same.differs, same.detail) == (0, "")
 
 
 def test_the_interval_is_wilsons() -> None:
