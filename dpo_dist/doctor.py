@@ -6,6 +6,7 @@ are encoded into `data.cache`, where training finds them. Exit code 1: findings 
 
 import os
 import sys
+from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
@@ -28,6 +29,10 @@ def main(config: RunConfig) -> int:
     check_thresholds(config.doctor.thresholds or {})
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, needs_pairs=False)
+    if config.doctor.benchmarks:
+        from dpo_dist.diagnostics.measures.benchmarks import check_benchmarks  # noqa: PLC0415  (slow)
+
+        check_benchmarks([Path(file).expanduser() for file in config.doctor.benchmarks])
     check_template_file(config.data.chat_template)
     if config.model.path != NO_MODEL:
         policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)

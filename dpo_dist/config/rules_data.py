@@ -1,5 +1,6 @@
 """The rules about the data: sources, evaluation data, lengths, chat templates, rankings."""
 
+import difflib
 from dataclasses import replace
 from datetime import date
 
@@ -20,6 +21,14 @@ OTHER_ROLE_NAMES = frozenset(
     }
 )
 """Roles of datasets that are read as user, assistant or tool."""
+
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def _is_mistyped_role(role: str) -> bool:
+    """Return whether a role is nearly a usual one; a role of another name may be one of the records."""
+    return role not in _ROLES and role.isalpha() and bool(difflib.get_close_matches(role, _ROLES, cutoff=0.8))
 
 
 def _is_date(text: str) -> bool:
@@ -123,6 +132,13 @@ DATA_RULES = (
         lambda c: bool(OTHER_ROLE_NAMES.intersection(c.data.trained_roles)),
         "data.trained_roles has a name that is read as another role",
         "write user, assistant or tool; docs/data.md lists the roles",
+        "roles such as assistant, user, tool",
+    ),
+    Rule(
+        "data.trained_roles",
+        lambda c: any(map(_is_mistyped_role, c.data.trained_roles)),
+        "data.trained_roles has a role that seems to be mistyped",
+        "write assistant, user, tool or system",
         "roles such as assistant, user, tool",
     ),
     Rule(

@@ -122,7 +122,7 @@ def _encoded(
     part: Part,
 ) -> Path:
     cache = Path(config.cache)
-    state = _state(source)
+    state = source_state(source)
     identity, fingerprint, found = _find(source, config, digest, part)
     if found is not None:
         return found
@@ -141,12 +141,8 @@ def _encoded(
                 writer.add(chunk)
                 count(len(chunk.outcomes), share_read(meter, source.limit, writer.records))
         # The fingerprint belongs to the records read only if nothing has changed meanwhile.
-        if _state(source) != state or source_identity(source) != identity:
-            raise DataError(
-                "the data changed while they were read",
-                where=source.path,
-                remedy="start again when no other program writes to the files",
-            )
+        if source_state(source) != state or source_identity(source) != identity:
+            raise changed_data(source)
         writer.finish(fingerprint, whole=source.limit is None or writer.records < source.limit)
     remember_written(folder)
     return folder
@@ -220,11 +216,20 @@ def _is_complete(cache: Path, fingerprint: str, limit: int | None, folder: Path)
     return find_encoded(cache, fingerprint, limit) == folder
 
 
-def _state(source: SourceConfig) -> list[str]:
+def source_state(source: SourceConfig) -> list[str]:
     """Return a state that changes if a file is replaced, even if the old file is restored afterwards."""
     files = local_files(source) or []
     # Includes the link itself if the path is a symbolic link.
     return [f"{file.lstat().st_ino}|{file.lstat().st_ctime_ns}|{file_identity(file)}" for file in files]
+
+
+def changed_data(source: SourceConfig) -> DataError:
+    """Return the error that a source changed while it was read."""
+    return DataError(
+        "the data changed while they were read",
+        where=source.path,
+        remedy="start again when no other program writes to the files",
+    )
 
 
 def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:

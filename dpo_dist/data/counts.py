@@ -15,7 +15,8 @@ _COLUMNS = (
     "correct its format, if one is set"
 )
 UNPAIRED_REMEDY = (
-    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered"
+    "pair good and bad responses to the same prompt; a loss for unpaired responses (KTO) is not offered; "
+    "if the label is no judgement of the response, ignore it: columns: {label: null}"
 )
 EMPTY_REMEDY = "check the path, or remove the source"
 _MAX_SHOWN_ORIGINS = 5
@@ -191,12 +192,7 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
     if not counts.read:
-        raise DataError(
-            "the source has no records",
-            where=path,
-            got="an empty file, or only a header",
-            remedy=EMPTY_REMEDY,
-        )
+        raise no_records(path)
     main_reason = max(counts.dropped, key=lambda reason: counts.dropped[reason])
     reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(counts.dropped.items()))
     detail = counts.details.get(main_reason)
@@ -211,6 +207,16 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
         got=f"{counts.read} records; dropped: {reasons}" + (f"; {main_reason}: {detail}" if detail else ""),
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
+    )
+
+
+def no_records(path: str) -> DataError:
+    """Return the error of a source without a record."""
+    return DataError(
+        "the source has no records",
+        where=path,
+        got="an empty file, or only a header",
+        remedy=EMPTY_REMEDY,
     )
 
 

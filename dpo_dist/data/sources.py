@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.data.counts import UNPAIRED_REMEDY
+from dpo_dist.data.counts import UNPAIRED_REMEDY, no_records
 from dpo_dist.data.fields.columns import check_columns, check_first_columns, with_columns
 from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.data.fields.pair_fields import is_labelled
@@ -58,11 +58,11 @@ def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
 
     Args:
         source: to check.
-        needs_pairs: whether unpaired responses with a good/bad label (KTO) are an error.
+        needs_pairs: whether no record, or unpaired responses with a good/bad label (KTO), are an error.
 
     Raises:
-        DataError: it does not exist, its kind of file cannot be read, its responses are unpaired, or
-            no record has a column of the source.
+        DataError: it does not exist, its kind of file cannot be read, it has no record, its responses are
+            unpaired, or no record has a column of the source.
         ConfigError: as `read_records`.
     """
     source = resolved(source)
@@ -77,7 +77,7 @@ def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:
 
 
 def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> None:
-    """Check that the first records have the source's columns, and are not responses with a label (KTO).
+    """Check that there are records, with the source's columns, and not responses with a label (KTO).
 
     Args:
         source: `resolved`; a Hub dataset is downloaded.
@@ -89,6 +89,8 @@ def check_first_records(source: SourceConfig, *, needs_pairs: bool = True) -> No
     first = list(
         itertools.islice(_written(source, Meter()), min(_FIRST_RECORDS, source.limit or _FIRST_RECORDS))
     )
+    if needs_pairs and not first:
+        raise no_records(source.path)
     check_first_columns([record for record, _ in first if not isinstance(record, BadRecord)], source)
     renamed = itertools.islice(with_columns(iter(first), source), len(first))
     records = [record for record, _ in renamed if not isinstance(record, BadRecord)]

@@ -1,6 +1,7 @@
 """Compare the records of all sources with each other: copies, contradictions, leaks."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpo_dist.diagnostics.duplicates import (
     near_groups,
     near_prompts,
 )
-from dpo_dist.diagnostics.findings import Across, Finding
+from dpo_dist.diagnostics.findings import Across, Finding, Level
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.measures.benchmarks import Benchmark
 from dpo_dist.diagnostics.measures.observe import Observed
@@ -34,16 +35,17 @@ class AllRecords:
 
     Args:
         is_split: whether `data.eval_share` splits the sources, so that both parts share no prompt.
+        drops_eval_prompts: whether training drops records with a prompt of the evaluation data.
     """
 
-    def __init__(self, is_split: bool = False) -> None:
+    def __init__(self, is_split: bool = False, drops_eval_prompts: bool = False) -> None:
         self.signatures = SignatureFile()
-        self._is_split = is_split
+        self._is_split, self._drops_eval_prompts = is_split, drops_eval_prompts
         self._files: dict[str, int] = {}
         self._labels: list[str] = []
         self._is_eval = False
         self._blocks: dict[str, list[npt.NDArray[np.uint64]]] = {
-            name: [] for name in ("source", "is_eval", "file", "line", "prompt", "numbers", "record")
+            name: [] for name in ("source", "is_eval", "file", "line", "prompt", "hash", "numbers", "record")
         }
         self._preferences: list[npt.NDArray[np.uint64]] = []
         self._hits: list[tuple[int, int]] = []
@@ -67,6 +69,7 @@ class AllRecords:
             "file": files,
             "line": [origin.line for origin in observed.origins],
             "prompt": observed.prompts,
+            "hash": observed.hashes,
             "numbers": observed.numbers,
             "record": observed.records,
         }
@@ -89,7 +92,7 @@ class AllRecords:
         signatures = self.signatures.read()
         preferences = np.concatenate([np.empty((0, 3), np.uint64), *self._preferences])
         comparison.compare_records(signatures, contradicted(preferences))
-        comparison.compare_with_evaluation(signatures, self._is_split)
+        comparison.compare_with_evaluation(signatures, self._is_split, self._drops_eval_prompts)
         comparison.compare_with_benchmark(self._hits, benchmark)
         return Across(**comparison.facts), comparison.findings
 
@@ -131,28 +134,51 @@ class _Comparison:
             "repeated_prompts": len(prompts.later),
         }
 
-    def compare_with_evaluation(self, signatures: Signatures, is_split: bool) -> None:
+    def compare_with_evaluation(
+        self, signatures: Signatures, is_split: bool, drops_eval_prompts: bool
+    ) -> None:
         """Find prompts of the training data in the evaluation data.
 
         In two parts of a split equal prompts differ in case at least: they are nearly equal.
         """
-        prompts = self._columns["prompt"]
-        is_leaked = self._is_eval & np.isin(prompts, prompts[~self._is_eval])
-        leaked = np.flatnonzero(is_leaked & (not is_split))
-        trained = np.flatnonzero(~self._is_eval)
-        order = trained[np.argsort(prompts[trained], kind="stable")]
-        partners = order[np.searchsorted(prompts[order], prompts[leaked])]
+        hashes = self._columns["hash"]
+        # Training compares case too.
+        is_dropped = drops_eval_prompts & ~self._is_eval & np.isin(hashes, hashes[self._is_eval])
+        left = self._leaked_from(np.flatnonzero(~self._is_eval & ~is_dropped), is_split)
+        removed = self._leaked_from(np.flatnonzero(is_dropped), is_split)
         near = near_prompts(signatures, self._is_eval, SIMILARITY)
+        leaked = np.union1d(left[:, 0], removed[:, 0])
         only_near = near[~np.isin(near[:, 0], leaked)]
         of = int(self._is_eval.sum())
-        for rule, ones, others in (
-            ("train_eval_leak", leaked, partners),
-            ("near_train_eval_leak", only_near[:, 0], only_near[:, 1]),
-        ):
-            examples = self._shown(np.stack([ones, others], axis=1)[:_SHOWN])
-            detail = self._other_numbers(ones, others)
-            self.findings += self._judge.count(rule, len(ones), of, None, examples, detail=detail)
+        for rule, found in (("train_eval_leak", left), ("near_train_eval_leak", only_near)):
+            detail = self._other_numbers(*found.T)
+            examples = self._shown(found[:_SHOWN])
+            self.findings += self._judge.count(rule, len(found), of, None, examples, detail=detail)
+        self.findings += [
+            replace(finding, level=Level.note, remedy="none is needed")
+            for finding in self._judge.count(
+                "train_eval_leak",
+                len(removed),
+                of,
+                None,
+                self._shown(removed[:_SHOWN]),
+                detail="data.drop_eval_prompts removes it from the training data",
+            )
+        ]
         self.facts |= {"leaked_prompts": len(leaked), "near_leaked_prompts": len(only_near) + len(leaked)}
+
+    def _leaked_from(self, trained: Indices, is_split: bool) -> Indices:
+        """Return int64 [found, 2]: each evaluation record with a prompt of these records, and one of them."""
+        evaluated = np.flatnonzero(self._is_eval & (not is_split))
+        found = [np.empty((0, 2), np.int64)]
+        if len(trained):
+            for keys in (self._columns["prompt"], self._columns["hash"]):
+                order = trained[np.argsort(keys[trained], kind="stable")]
+                at = np.minimum(np.searchsorted(keys[order], keys[evaluated]), len(order) - 1)
+                pairs = np.stack([evaluated, order[at]], axis=1)
+                found.append(pairs[keys[pairs[:, 0]] == keys[pairs[:, 1]]])
+        pairs = np.concatenate(found)
+        return pairs[np.unique(pairs[:, 0], return_index=True)[1]]
 
     def compare_with_benchmark(self, hits: list[tuple[int, int]], benchmark: Benchmark | None) -> None:
         """Report the records that overlap with benchmark items, pairs of record and item."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
+from dpo_dist.data.build_dataset import changed_data, source_state
+from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.diagnostics.examine import examine
 from dpo_dist.diagnostics.findings import DoctorReport, Finding, Level
 from dpo_dist.diagnostics.judge import most_serious_first
@@ -60,8 +62,10 @@ def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
 
     Raises:
         ConfigError: the model's tokenizer cannot be used, or a threshold names no rule.
-        DataError: a source cannot be read.
+        DataError: a source cannot be read, or changes meanwhile.
     """
+    sources = [resolved(source) for source in (*config.data.train, *config.data.eval)]
+    states = list(map(source_state, sources))
     tokenizer, folder, prepared = None, None, None
     if config.model.path != NO_MODEL:
         folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
@@ -80,6 +84,9 @@ def diagnose(config: RunConfig, counter: Counter) -> Diagnosis:
     shown: list[ShownPair] = []
     if config.doctor.texts:
         shown = show_pairs(config.data, tokenizer, report.findings, config.doctor.shown_pairs)
+    for source, state in zip(sources, states, strict=True):
+        if source_state(source) != state:
+            raise changed_data(source)
     return Diagnosis(report, tuple(shown), folder, store)
 
 

@@ -56,16 +56,12 @@ def examine(
         ConfigError: a threshold names no rule, or encoding is impossible with this tokenizer.
         PeerLostError: a process that encodes has died.
     """
-    thresholds = dict(thresholds or {})
-    if config.drop_eval_prompts:
-        # Training does without these prompts.
-        thresholds.setdefault("train_eval_leak", 1.0)
-    judge = Judge.with_thresholds(thresholds)
+    judge = Judge.with_thresholds(thresholds or {})
     benchmark = read_benchmarks(benchmarks)
     observer = Observer(config, tokenizer, benchmark)
     reports: list[SourceReport] = []
     findings: list[Finding] = []
-    with closing(AllRecords(is_split=config.eval_share > 0)) as records:
+    with closing(AllRecords(config.eval_share > 0, config.drop_eval_prompts)) as records:
         for source, label, is_eval in _sources(config):
             tally = SourceTally(label, source.path, is_eval, seed)
             records.start_source(label, is_eval)

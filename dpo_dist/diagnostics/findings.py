@@ -143,6 +143,7 @@ class LeakTest:
         high: upper end.
         pairs: number of pairs in the test.
         differs: share of the pairs whose sides differ in the feature.
+        differing_prompts: number of different prompts of these pairs.
         detail: the direction, or the most telling words quoted by `repr`; may be empty.
     """
 
@@ -152,6 +153,7 @@ class LeakTest:
     high: float
     pairs: int
     differs: float
+    differing_prompts: int
     detail: str = ""
 
 
@@ -166,6 +168,7 @@ class SourceReport:
         read: records read; `kept` + those in `dropped`.
         kept: records with at least one example.
         pairs: examples made from them.
+        held_out: number of kept records that `data.eval_share` draws for evaluation; None without a split.
         dropped: dropped records by reason.
         changed: changes that encoding made to kept records, by kind.
         sides: lengths by side, see `SIDES`; `rejected` is missing if all records are completions.
@@ -184,6 +187,7 @@ class SourceReport:
     read: int
     kept: int
     pairs: int
+    held_out: int | None = None
     dropped: Mapping[str, Occurrences] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=dict)
     sides: Mapping[str, SideReport] = field(default_factory=dict)
@@ -194,6 +198,13 @@ class SourceReport:
     margins: Mapping[str, float] = field(default_factory=dict)
     leaks: tuple[LeakTest, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> list[str]:
+        """The sizes of both parts of a split source, as text; empty without a split."""
+        if self.held_out is None:
+            return []
+        return [f"{self.kept - self.held_out:,} train", f"{self.held_out:,} eval"]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ SIDE = "the chosen side has"
 _MIN_WORD_PAIRS = 5
 _REGULARISATION = 0.3
 _SHOWN_WORDS = 3
+_PLACES = {
+    "first 1": "first word",
+    "first 2": "second word",
+    "first 3": "third word",
+    "last 1": "last word",
+    "last 2": "last word but one",
+    "last 3": "last word but two",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +81,11 @@ def leak_tests(sample: SideSample) -> tuple[LeakTest, ...]:
                 if name.endswith(" words"):
                     detail = _telling_words(sample.words, name.split()[0])
                     tests += _one_sided_word(sample, name.split()[0])
-                tests.append(_classified(block, folds, groups, name, detail))
+                tests.append(_classified(block, folds, sample.prompts, name, detail))
             both = sparse.hstack([blocks[LENGTH], block])
-            tests.append(_classified(both, folds, groups, f"length and {name}"))
+            tests.append(_classified(both, folds, sample.prompts, f"length and {name}"))
     if blocks:
-        tests.append(_classified(sparse.hstack(list(blocks.values())), folds, groups, ALL))
+        tests.append(_classified(sparse.hstack(list(blocks.values())), folds, sample.prompts, ALL))
     return tuple(sorted(tests, key=lambda test: -test.accuracy))
 
 
@@ -100,12 +108,12 @@ def single_test(difference: npt.NDArray[np.floating[Any]], prompts: Keys, name: 
         prompts: uint64 [pairs], key of each pair's prompt.
         name: of the feature.
     """
-    folds, groups = _folds(prompts)
+    folds, _groups = _folds(prompts)
     signs = np.sign(difference)
     by_fold = np.bincount(folds, weights=signs, minlength=FOLDS)
     direction = np.sign(signs.sum() - by_fold)[folds]
-    detail = f"{SIDE} {'more' if signs.sum() > 0 else 'less'}"
-    return _test(signs * direction, groups, name, detail, float((signs != 0).mean()))
+    detail = f"{SIDE} {'more' if signs.sum() > 0 else 'less'}" if signs.sum() else ""
+    return _test(signs * direction, prompts, name, detail, signs != 0)
 
 
 def _folds(prompts: Keys) -> tuple[npt.NDArray[np.int64], int]:
@@ -117,7 +125,7 @@ def _folds(prompts: Keys) -> tuple[npt.NDArray[np.int64], int]:
 
 
 def _classified(
-    block: Matrix, folds: npt.NDArray[np.int64], prompts: int, name: str, detail: str = ""
+    block: Matrix, folds: npt.NDArray[np.int64], prompts: Keys, name: str, detail: str = ""
 ) -> LeakTest:
     """Test a linear classifier of several features, each fold guessed by the others."""
     block = sparse.csr_matrix(block)
@@ -125,7 +133,7 @@ def _classified(
     for fold in np.unique(folds):
         held_out = folds == fold
         guesses[held_out] = block[held_out] @ _weights(block[~held_out])
-    return _test(np.sign(guesses), prompts, name, detail, float((block.getnnz(axis=1) > 0).mean()))
+    return _test(np.sign(guesses), prompts, name, detail, block.getnnz(axis=1) > 0)
 
 
 def _weights(block: Matrix) -> npt.NDArray[np.float64]:
@@ -136,14 +144,18 @@ def _weights(block: Matrix) -> npt.NDArray[np.float64]:
     return np.asarray(model.coef_[0])
 
 
-def _test(right: npt.NDArray[np.float64], prompts: int, name: str, detail: str, differs: float) -> LeakTest:
+def _test(
+    right: npt.NDArray[np.float64], prompts: Keys, name: str, detail: str, differs: npt.NDArray[np.bool_]
+) -> LeakTest:
     """Return the test of guesses, each 1 (right), -1 (wrong) or 0 (undecided).
 
     Pairs of the same prompt are not independent, so the interval counts prompts.
     """
     accuracy = float(((right + 1) / 2).mean())
-    low, high = interval(accuracy * prompts, prompts)
-    return LeakTest(name, accuracy, low, high, len(right), differs, detail)
+    groups = len(np.unique(prompts))
+    low, high = interval(accuracy * groups, groups)
+    differing = len(np.unique(prompts[differs]))
+    return LeakTest(name, accuracy, low, high, len(right), float(differs.mean()), differing, detail)
 
 
 def _blocks(
@@ -220,6 +232,6 @@ def _one_sided_counts(
 
 
 def _shown(key: str) -> str:
-    """Return a word of `features.edge_words` for people, quoted."""
+    """Return a word of `features.edge_words` for people: "first word 'Sure'", "last word but one 'you'"."""
     place, _, word = key.partition("=")
-    return f"{place} word {word!a}"
+    return f"{_PLACES[place]} {word!r}"

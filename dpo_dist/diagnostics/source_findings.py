@@ -105,11 +105,10 @@ def _joint_leak(
 
 def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
-    limit = judge.threshold("label_leak")
     forms = [
         (differing, _one_sided_share(test, differing), test)
         for name, test in by_name.items()
-        if test.detail.startswith(SIDE) and name not in _INTENDED and test.accuracy <= limit
+        if test.detail.startswith(SIDE) and name not in _INTENDED and not _is_leak(test, judge, "label_leak")
         if (differing := round(test.differs * test.pairs)) >= MIN_DIFFERS * test.pairs
     ]
     found = [form for form in forms if form[1] > judge.threshold("one_sided_form")]
@@ -127,7 +126,9 @@ def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str)
 def _one_sided_share(test: LeakTest, differing: int) -> float:
     """Return the held-out share of a feature's pairs that have it on the same side; 0 if by chance."""
     share = 0.5 + (test.accuracy - 0.5) * test.pairs / max(differing, 1)
-    low, _high = interval(share * differing, differing, _STANDARD_ERRORS_OF_FORMS)
+    # Pairs of the same prompt are not independent.
+    prompts = test.differing_prompts
+    low, _high = interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
     return share if low > 0.5 else 0.0
 
 

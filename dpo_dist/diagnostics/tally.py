@@ -51,6 +51,7 @@ class SourceTally:
         self.details: dict[str, str] = {}
         self.read = self.readable = 0
         self.sample: Reservoir[PairFacts] = Reservoir(SAMPLED_PAIRS, seed)
+        self._held_out: int | None = None
         self._kept = self._pairs = self._tokens = self._unique_tokens = 0
         self._response_tokens = self._trained_tokens = 0
         self._changed: Counter[str] = Counter()
@@ -68,6 +69,8 @@ class SourceTally:
         """Add the facts about the next records."""
         self.read += observed.read
         self.readable += len(observed.origins)
+        if observed.kept_held_out is not None:
+            self._held_out = (self._held_out or 0) + observed.kept_held_out
         self.names.update(observed.names)
         self.dropped.update(observed.dropped)
         self.details = observed.details | self.details
@@ -98,6 +101,7 @@ class SourceTally:
             read=self.read,
             kept=self._kept if self._has_tokens else self.readable,
             pairs=self._pairs if self._has_tokens else self.readable,
+            held_out=self._held_out,
             dropped=_occurrences(self.dropped),
             changed=dict(sorted(self._changed.items())),
             sides=self._sides(),

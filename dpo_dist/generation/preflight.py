@@ -44,7 +44,7 @@ def rehearse_pairs(config: RunConfig) -> str:
     pairs, file = config.pairs, output_file(config)
     if pairs.rounds:
         check_rounds(config)
-    _check_writable(file, "pairs.output" if pairs.output else "run.dir")
+    _check_writable(file.parent, "pairs.output" if pairs.output else "run.dir")
     _check_writable(RunFolder.of(config).path, "run.dir")
     lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
     faults: dict[str, Fault] = {}
@@ -118,9 +118,9 @@ def _first_records(source: SourceConfig, config: RunConfig, fault: Fault) -> str
     return found + (f", {dropped}" if dropped else "")
 
 
-def _check_writable(path: Path, key: str) -> None:
-    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(above, os.W_OK):
+def _check_writable(folder: Path, key: str) -> None:
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(
             f"{key} cannot be written",
             where=key,

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.atomic import staged_file
+from dpo_dist.atomic import collect_abandoned, staged_file
 from dpo_dist.config.data_schema import DataConfig, SourceConfig, Truncation
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import TokenIds, encode_pair
@@ -93,6 +93,7 @@ def write_prompts(
             seen.add(key)
             yield _line(record)
 
+    collect_abandoned(folder)
     temporary = folder / "prompts.jsonl"
     with staged_file(temporary) as staged, staged.open("w", encoding="utf-8") as stream:
         stream.writelines(lines())

@@ -173,6 +173,13 @@ def _check_models(config: RunConfig) -> None:
             got="null",
             remedy="set pairs.models=[MODEL], or model.path",
         )
+    _check_used(
+        "model.revision",
+        config.model.revision,
+        None,
+        config.model.path in models,
+        "on pairs.models, if model.path is none of them",
+    )
     different = {Path(name).expanduser().resolve() for name in models}
     if pairs.method is PairsMethod.delta and not len(models) == len(different) == 2:
         raise ConfigError(

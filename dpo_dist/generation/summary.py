@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_dist
-from dpo_dist.atomic import staged_file, write_text
+from dpo_dist.atomic import collect_abandoned, staged_file, write_text
 from dpo_dist.config.check import as_written
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.pair_records import write_lines, write_pairs
@@ -49,6 +49,7 @@ def check_output(file: Path, settings: Mapping[str, Any]) -> None:
 
 def write_samples(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write every prompt with all its responses, whole or not at all."""
+    collect_abandoned(file.parent)  # of starts that were killed while they wrote samples or pairs
     with staged_file(file) as temporary:
         write_lines(temporary, rows)
 

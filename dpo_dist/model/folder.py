@@ -201,16 +201,20 @@ def _check_files(folder: Path, key: str, needs_weights: bool = True) -> None:
 
 
 def _missing(folder: Path, key: str, path: str) -> ConfigError:
-    names = [below.name for below in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    near = difflib.get_close_matches(folder.name, names, n=3)
     return ConfigError(
         "this model folder does not exist",
         where=key,
         got=path,
-        remedy=f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?"
-        if near
-        else "check the path, relative to the working directory; a model on the hub is organisation/name",
+        remedy=_near(folder)
+        or "check the path, relative to the working directory; a model on the hub is organisation/name",
     )
+
+
+def _near(folder: Path) -> str:
+    """Return a question after names beside a missing folder; empty if none is like its name."""
+    names = [below.name for below in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, names, n=3)
+    return f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else ""
 
 
 def _snapshot(path: str, revision: str | None, key: str, ignored: list[str] | None = None) -> Path:
@@ -225,5 +229,6 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str] | No
             "the model is neither a local folder nor a model found on the Hugging Face Hub",
             where=key,
             got=f"{path} ({reason})",
-            remedy="check the path or the hub name, and that the hub can be reached or the model is cached",
+            remedy=_near(Path(path))
+            or "check the path or the hub name, and that the hub can be reached or the model is cached",
         ) from None

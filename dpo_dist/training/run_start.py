@@ -60,9 +60,9 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     warning = world.on_main(lambda: _lock(folder, files))
     if warning:
         console.say(warning)
-    for written in (folder.path, folder.metrics):
-        world.on_main(partial(collect_abandoned, written))
     try:
+        for written in (folder.path, folder.metrics):
+            world.on_main(partial(collect_abandoned, written))
         yield
     finally:
         for file in files:

@@ -104,7 +104,8 @@ def as_pair(record: Fields) -> Fields:
     if any(fields.get(name) not in (None, value) for name, value in found.items()):
         raise UnusableRecordError(
             "ambiguous_format",
-            f"another pair beside {', '.join(row.responses)}; ignore a column: columns: {{COLUMN: null}}",
+            f"another pair beside {', '.join(row.responses)}; to read it, ignore {row.winner}: columns: "
+            f"{{{row.winner}: null}}",
         )
     if row.prompt and fields.get("prompt") is None:
         found["prompt"] = fields.pop(row.prompt, None)

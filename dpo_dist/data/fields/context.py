@@ -1,5 +1,6 @@
 """Read the fields beside the responses: prompt, system text, history, tools, template arguments."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -227,8 +228,11 @@ def _exchanges(history: Any) -> list[Message] | None:
     return turns
 
 
-# What may be around a text inside a prompt: ends of lines, `Question:`, markers of a template.
-_BEFORE, _AFTER = ("\n", ":", "\uff1a", ">", "]"), ("\n", "\r", "<", "[")
+# No text of this length is in a prompt by chance.
+_LONG = 16
+# What may be around a shorter one: ends of lines, `Question:`, `1.`, quotes, markers of a template.
+_BEFORE = re.compile(r'(?:[\n:\uff1a>\]"\u201c*`]|\n[ \t]*(?:-|\d+[.)]))[ \t]*\Z')
+_AFTER = re.compile(r'[ \t]*(?:[\n\r<\["\u201d*`]|\w+[:\uff1a])')
 _NEAR = 32
 
 
@@ -248,15 +252,15 @@ def _is_outside(record: Fields, name: str, prompt: Prompt) -> bool:
 
 
 def _is_part(text: str, whole: str) -> bool:
-    """Return whether a text has lines of its own in another, perhaps after a label or between markers."""
-    if not text or text == whole.strip():
-        return True
+    """Return whether another text repeats a text: a long one anywhere, else as a part of its own."""
     start = whole.find(text)
+    if start >= 0 and (not text or len(text) >= _LONG or text == whole.strip()):
+        return True
     while start >= 0:
         end = start + len(text)
         before = "\n" + whole[:_NEAR][:start] if start < _NEAR else whole[start - _NEAR : start]
         after = whole[end : end + _NEAR] + ("" if end + _NEAR < len(whole) else "\n")
-        if before.rstrip(" ").endswith(_BEFORE) and after.lstrip(" ").startswith(_AFTER):
+        if _BEFORE.search(before) and _AFTER.match(after):
             return True
         start = whole.find(text, start + 1)
     return False

@@ -90,9 +90,11 @@ def read_hh(content: RawContent, origin: Origin) -> tuple[Prompt, Sequence[Respo
 def _dialogue(text: str, prompt: Any) -> str:
     """Return a text, with the blank line before its first turn that is missing from some dialogues.
 
-    Only without a prompt: else the text may be a story of a dialogue.
+    Only without a prompt, or if it repeats a prompt that is a dialogue: else it may be a story of one.
     """
-    if prompt is None and _LAST_TURN in text and text.lstrip().startswith(FIRST_TURN.strip()):
+    start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
+    may_be = prompt is None or _is_open(prompt)
+    if may_be and _LAST_TURN in text and text.lstrip().startswith(start):
         return "\n\n" + text.lstrip()
     return text
 

@@ -27,6 +27,8 @@ _COPIED = ("tool_call_id", "name")
 _WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 # Weights of the parts of a turn, or of unclear sense.
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
+# Thoughts and calls of gpt-oss; a channel of another name is no part of a turn.
+_UNREAD_CHANNELS = ("analysis", "commentary")
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 # Parsing takes a hundred times the memory of the text.
 _MAX_PRINTED_CHARACTERS = 2**20
@@ -114,7 +116,7 @@ def read_message(fields: Fields) -> Message:
     check_no_media([fields])
     if not isinstance(role, str):
         raise UnusableRecordError("unread_content", "the role of a message is not a text", ("role",))
-    if has_value(fields.get("channel")) and fields["channel"] != "final":
+    if fields.get("channel") in _UNREAD_CHANNELS:
         raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
     calls: list[Fields] = []
     if role in _CALLING:

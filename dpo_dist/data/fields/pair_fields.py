@@ -34,6 +34,7 @@ _PAIR_NAMES = frozenset(name for names in _ALL_SIDES for name in names if name n
 _COMPLETIONS = frozenset(("completion", "output", *CONVERSATIONS))
 _SCORES = (
     ("score_chosen", "score_rejected"),
+    # Read if both sides have one: some datasets score the chosen side only.
     ("chosen_score", "rejected_score"),
     ("rating_chosen", "rating_rejected"),
     ("chosen_rating", "rejected_rating"),
@@ -168,6 +169,7 @@ def _pair_scores(record: Fields) -> tuple[float, ...] | None:
     inner = metadata if isinstance(metadata, Mapping) else {}
     for fields, names in itertools.product((record, inner), _SCORES):
         scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
-        if any(score is not None for score in scores):
+        has_score = [score is not None for score in scores]
+        if all(has_score) or (any(has_score) and names == _SCORES[0]):
             return finite_scores(scores)
     return None

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from copy import copy
 from datetime import date
 from functools import lru_cache
@@ -135,21 +135,35 @@ def argument_names(template: str) -> frozenset[str]:
     """
     source = _GENERATION.sub("", template)
     tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(source)  # noqa: S701
-    first_uses: dict[str, str] = {}
-    for name in _names(tree):
-        first_uses.setdefault(name.name, name.ctx)
-    undeclared = find_undeclared_variables(tree) - _OWN_VARIABLES
-    return frozenset(name for name in undeclared if first_uses.get(name) != "store")
+    return frozenset(_read_unset(tree, set()) & find_undeclared_variables(tree)) - _OWN_VARIABLES
 
 
-def _names(node: nodes.Node) -> Iterator[nodes.Name]:
-    """Yield the names in a template in the order of evaluation."""
-    if isinstance(node, nodes.Name):
-        yield node
-    # The value of an assignment is read before its target is set.
-    parts = (node.node, node.target) if isinstance(node, nodes.Assign) else node.iter_child_nodes()
-    for part in parts:
-        yield from _names(part)
+def _read_unset(node: nodes.Node, known: set[str]) -> set[str]:
+    """Return the names that a part of a template reads unset; those that it sets are added to `known`."""
+    match node:
+        case nodes.Name(ctx="load"):
+            return {node.name} - known
+        case nodes.Name():
+            known.add(node.name)
+            return set()
+        case nodes.If():
+            read = _read_in_order((node.test, *(other.test for other in node.elif_)), known)
+            branches = [(part, set(known)) for part in (node.body, *(e.body for e in node.elif_), node.else_)]
+            read |= set().union(*(_read_in_order(part, inside) for part, inside in branches))
+            known.update(*(inside for _, inside in branches))
+            return read
+        case nodes.Assign():
+            return _read_in_order((node.node, node.target), known)
+        case nodes.For():
+            target, values, *body = node.iter_child_nodes()
+            return _read_in_order((values, target, *body), set(known))
+        case nodes.Macro() | nodes.CallBlock() | nodes.With():
+            return _read_in_order(node.iter_child_nodes(), set(known))
+    return _read_in_order(node.iter_child_nodes(), known)
+
+
+def _read_in_order(parts: Iterable[nodes.Node], known: set[str]) -> set[str]:
+    return set().union(*(_read_unset(part, known) for part in parts))
 
 
 def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:

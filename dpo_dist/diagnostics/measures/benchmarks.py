@@ -85,6 +85,15 @@ def read_benchmarks(files: Sequence[Path]) -> Benchmark | None:
     return Benchmark(tuple(items), {size: _sorted(found) for size, found in grams.items()}, _sorted(whole))
 
 
+def check_benchmarks(files: Sequence[Path]) -> None:
+    """Check that the files can be opened. Raises DataError."""
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise _unreadable(file, error.strerror or type(error).__name__) from error
+
+
 def _found(hashes: Hashes, known: Hashes, items: npt.NDArray[np.int64]) -> set[int]:
     if not len(known) or not len(hashes):
         return set()
@@ -102,6 +111,7 @@ def _sorted(found: Iterable[tuple[Hashes, int]]) -> tuple[Hashes, npt.NDArray[np
 
 def _texts(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the line number and the text of each item. Raises DataError."""
+    number = 0
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             if file.suffix == ".csv":
@@ -113,14 +123,24 @@ def _texts(file: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     content = json.loads(line) if file.suffix == ".jsonl" else line
                     yield number, _text(content, file, number)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(
-            "a file of benchmark prompts cannot be read",
-            where=str(file),
-            got=type(error).__name__,
-            expected="UTF-8 text: .jsonl, .csv or .txt with one prompt a line",
-            remedy="check the file",
-        ) from error
+    except OSError as error:
+        raise _unreadable(file, error.strerror or type(error).__name__) from error
+    except UnicodeDecodeError as error:
+        raise _unreadable(file, "bytes that are not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _unreadable(file, f"line {number} is not JSON") from error
+    except csv.Error as error:
+        raise _unreadable(file, f"not CSV: {error}") from error
+
+
+def _unreadable(file: Path, got: str) -> DataError:
+    return DataError(
+        "a file of benchmark prompts cannot be read",
+        where=f"doctor.benchmarks: {file}",
+        got=got,
+        expected="UTF-8 text: .jsonl, .csv or .txt with one prompt a line",
+        remedy="check the path and the file",
+    )
 
 
 def _text(content: Any, file: Path, number: int) -> str:

@@ -1,5 +1,6 @@
 """Observe a chunk of records in a worker process: compact facts, from which the report is made."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,9 @@ class Observed:
         prompts: uint64 [readable], key of the prompt.
         records: uint64 [readable], key of prompt and responses.
         numbers: uint64 [readable], key of the numbers in the prompt.
+        hashes: uint64 [readable], `prompt_split.prompt_hash` of the prompt.
         held_out: [readable], whether `data.eval_share` draws the record for evaluation.
+        kept_held_out: number of these that encoding keeps (without a tokenizer: all); None without a split.
         preferences: uint64 [preferences, 3], index of the readable record, key of the preference, and key
             of the opposite preference.
         signatures: uint32 [readable, 2, 64], MinHash of the prompt and of all responses.
@@ -110,7 +113,9 @@ class Observed:
     prompts: list[int] = field(default_factory=list)
     records: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
+    kept_held_out: int | None = None
     preferences: list[tuple[int, int, int]] = field(default_factory=list)
     signatures: list[npt.NDArray[np.uint32]] = field(default_factory=list)
     pairs: list[PairFacts] = field(default_factory=list)
@@ -150,6 +155,8 @@ class Observer:
             else:
                 readable.append(record)
                 self._observe_texts(record, observed)
+        if self._held_out is not None:
+            observed.kept_held_out = sum(observed.held_out)
         if self._tokenizer is not None and readable:
             self._encode(readable, self._tokenizer, observed)
         return observed
@@ -161,6 +168,9 @@ class Observer:
         for outcome, record in zip(chunk.outcomes, records, strict=True):
             if outcome.dropped is not None:
                 observed.dropped.add(outcome.dropped, record.origin)
+        if observed.kept_held_out is not None:
+            kept = [outcome.dropped is None for outcome in chunk.outcomes]
+            observed.kept_held_out = sum(map(operator.and_, observed.held_out, kept))
         for _index, bad in chunk.bad:
             observed.details.setdefault(bad.reason, bad.detail)
         observed.tokens = token_facts(records, chunk, self._config, tokenizer, observed.names)
@@ -178,8 +188,8 @@ class Observer:
         observed.prompts.append(prompt_key)
         observed.records.append(text_key(texts.prompt_identity, *map(str.strip, responses)))
         observed.numbers.append(text_key(*numbers_of(prompt)))
-        if self._held_out is not None:
-            observed.held_out.append(self._held_out.has(prompt_hash(record.prompt)))
+        observed.hashes.append(prompt_hash(record.prompt))
+        observed.held_out.append(self._held_out is not None and self._held_out.has(observed.hashes[-1]))
         observed.preferences += _preferences(record, responses, prompt_key, index)
         observed.signatures.append(np.stack([signature(prompt), signature("\n".join(responses))]))
         rejected = len(responses[-1]) if len(responses) > 1 else -1

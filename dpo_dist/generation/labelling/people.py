@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import FrameType
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
 from dpo_dist.generation.counted import good_records
-from dpo_dist.generation.labelling.agreement import agreement, agreement_table, outcome
+from dpo_dist.generation.labelling.agreement import Undecided, agreement, agreement_table, outcome
 from dpo_dist.generation.labelling.events import Judgement, Verdict
 from dpo_dist.generation.labelling.items import Item, draw_items
 from dpo_dist.generation.labelling.log import opened_log
@@ -34,6 +34,14 @@ Say: TypeAlias = Callable[[str], None]
 
 _MOST_ITEMS = 1000
 _LINE_EVERY = 25
+_COMPARISONS = {
+    "pairs": "comparisons_decided",
+    Undecided.tie: "comparisons_tied",
+    Undecided.disagreement: "comparisons_without_majority",
+    Undecided.skipped: "comparisons_skipped",
+    Undecided.not_judged: "comparisons_not_judged",
+}
+"""Names of the counts beside the pairs, by outcome."""
 
 
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
@@ -79,7 +87,7 @@ def _draw(config: RunConfig, say: Say) -> list[Item]:
         for source in config.data.train
     )
     items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.pairs.seed, counts)
-    rest = ", ".join(f"{number:,} {reason}" for reason, number in counts.most_common() if reason != "read")
+    rest = _listed((reason, number) for reason, number in counts.most_common() if reason != "read")
     say(f"{len(items):,} comparisons of {counts['read']:,} records" + (f" ({rest})" if rest else ""))
     if not items:
         raise DataError(
@@ -147,11 +155,15 @@ def _write(
     if judgements:
         say(agreement_table(found))
         write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
+    named = Counter({_COMPARISONS[name]: number for name, number in counts.items()})
     if records:
-        write_results(output_file(config), records, settings, counts, say)
+        write_results(output_file(config), records, settings, named, say)
     else:
-        rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())
-        say(f"no pair is decided yet: {rest}")
+        say(f"no pair is decided yet: {_listed(named.items())}")
+
+
+def _listed(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts)
 
 
 def _pairs(

@@ -98,12 +98,16 @@ def run_command(command: list[str], codes: Path) -> int:
 
 
 def _own_code(codes: Path, code: int) -> int:
-    """Return the largest exit code of the processes, or `code` of their launcher if that is 0 or unknown."""
+    """Return the exit code of the processes that has a reason, or `code` of their launcher.
+
+    A launcher ends the others by SIGTERM when one has ended: 143 is no reason.
+    """
     try:
         written = [int(line) for line in codes.read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         return code
-    return max(written, default=0) or code
+    reasons = [one for one in written if one in _REASONS]
+    return max(reasons or written, default=0) or code
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_dist.atomic import staged_folder
+from dpo_dist.atomic import collect_abandoned, staged_folder
 from dpo_dist.config.schema import RunConfig
 
 
@@ -20,6 +20,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: base or adapter cannot be loaded.
     """
+    collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     import torch  # noqa: PLC0415  (slow)
 
     from dpo_dist.generation.sampling.responder import find_model, load_responder  # noqa: PLC0415

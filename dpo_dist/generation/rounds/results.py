@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.atomic import write_text
+from dpo_dist.data.tokenization.rendered_parts import THOUGHT_FIELDS
 from dpo_dist.errors import DataError
 
 
@@ -150,8 +151,11 @@ def is_exhausted(file: Path, margin: float) -> bool:
 def _scores(row: Mapping[str, Any]) -> list[float | None]:
     """Return the score of every response to a prompt: of equal responses, the judge has scored the first."""
     samples = [*row["responses"], *row["unused"]]
-    known = {one["content"].strip(): one["score"] for one in samples if one.get("score") is not None}
-    return [known.get(one["content"].strip()) for one in samples]
+    texts = [(one["content"].strip(), one.get(THOUGHT_FIELDS[0])) for one in samples]
+    known = {
+        text: one["score"] for text, one in zip(texts, samples, strict=True) if one.get("score") is not None
+    }
+    return [known.get(text) for text in texts]
 
 
 def hints(results: Sequence[RoundResult]) -> list[str]:

@@ -59,7 +59,7 @@ def _row(source: SourceReport) -> tuple[str, ...]:
     sharing = f"{source.prefix.share:.0%} of tokens" if source.prefix is not None else ""
     return (
         inert_html(source.label),
-        "evaluation" if source.is_eval else "training",
+        "evaluation" if source.is_eval else "<br>".join(source.parts or ["training"]),
         f"{source.read:,}",
         f"{source.kept:,}",
         f"{source.read - source.kept:,}",

@@ -60,7 +60,7 @@ def _cells(source: SourceReport) -> list[str]:
     counts = (source.read, source.kept, source.read - source.kept, source.pairs)
     return [
         printable(source.label),
-        "eval" if source.is_eval else "train",
+        "eval" if source.is_eval else " and ".join(source.parts or ["train"]),
         *(f"{count:,}" for count in counts),
         *(_median(source, side) for side in ("chosen", "rejected")),
     ]

@@ -103,6 +103,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data.template_arguments": 3}, "data.template_arguments"),
     ({"data.trained_roles": []}, "data.trained_roles"),
     ({"data.trained_roles": ["assistant", "gpt"]}, "data.trained_roles"),
+    ({"data.trained_roles": ["assistants"]}, "data.trained_roles"),
     ({"data.untrained": ["empty_thought"]}, "data.untrained"),
     ({"data.untrained": ["thoughts", "...</note>"]}, "data.untrained"),
     ({"parallelism.offload_parameters": "nvme"}, "parallelism.offload_parameters"),

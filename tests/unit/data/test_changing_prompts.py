@@ -192,3 +192,14 @@ def test_a_response_after_an_assistant_turn_is_another_turn(family: str) -> None
 def test_a_template_may_refuse_a_response_after_an_assistant_turn() -> None:
     record = pair("Rain.", "No.", prompt=(QUESTION, ANSWER))
     assert reason_against(record, tokenizer_of("gemma3")) == "template_rejected"
+
+
+@pytest.mark.parametrize("starting", [(), (DOUBT,)])
+@pytest.mark.parametrize(("family", "is_other"), [("qwen2_5", False), ("deepseek_r1_distill", True)])
+def test_a_prompt_alone_is_compared_with_that_before_several_turns(
+    starting: Messages, family: str, is_other: bool
+) -> None:
+    sides = tuple((*starting, ANSWER, DOUBT, replace(ANSWER, content=text)) for text in ("Yes.", "No."))
+    changes = encode(pair(*sides), tokenizer_of(family)).changes
+    # Only the generation prompt of DeepSeek-R1 opens a thought.
+    assert changes.prompt_not_prefix is (is_other and not starting)

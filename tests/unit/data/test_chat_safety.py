@@ -201,6 +201,8 @@ def test_the_chosen_template_is_saved_with_the_model(tmp_path: Path) -> None:
         ("{% if x %}{% set content = 1 %}{% endif %}{{ content }}", {"x"}),
         ("{% if thinking is not defined %}{% set thinking = 1 %}{% endif %}{{ thinking }}", {"thinking"}),
         ("{% set thinking = thinking or 1 %}{{ thinking }}", {"thinking"}),
+        ("{% macro f() %}{% set a = 1 %}{% endmacro %}{% for b in c %}{% endfor %}{{ a ~ b }}", {*"abc"}),
+        ("{% if tools %}{% set style = 1 %}{% else %}{{ style }}{% endif %}", {"style"}),
     ],
 )
 def test_variables_that_a_template_sets_first_are_no_arguments(template: str, names: set[str]) -> None:

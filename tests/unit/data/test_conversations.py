@@ -144,6 +144,31 @@ def test_a_word_of_the_prompt_does_not_repeat_it(tmp_path: Path) -> None:
         assert isinstance(read_one(tmp_path, whole | {"input": part}), PreferenceRecord) == repeated
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Question: {} Answer:",
+        "**Question:** {}",
+        'Answer this: "{}"',
+        "1. {}\n2. Say why.",
+        "Notes.\n- {}",
+        "Q:\t{}\tA:",
+        "\u95ee\uff1a{} \u7b54\uff1a",
+    ],
+)
+def test_a_prompt_made_of_a_question_and_labels_repeats_it(tmp_path: Path, prompt: str) -> None:
+    for part in ("2 + 2?", "What is the capital of Norway?"):
+        record = read_one(tmp_path, TEXT | {"prompt": prompt.format(part), "question": part})
+        assert isinstance(record, PreferenceRecord), part
+
+
+def test_a_long_text_anywhere_in_the_prompt_repeats_it(tmp_path: Path) -> None:
+    text = "Oslo is the capital of Norway."
+    for prompt in (f"Use this: {text} Where is it?", f"{text} Where is it?", f"In short: ({text})"):
+        for name in ("input", "instruction", "question", "context"):
+            assert isinstance(read_one(tmp_path, TEXT | {"prompt": prompt, name: text}), PreferenceRecord)
+
+
 def test_a_weight_or_margin_without_effect_is_accepted(tmp_path: Path) -> None:
     for kind in EVERY.values():
         record = read_one(tmp_path, kind | {"weight": "1.0", "margin": 0, "sample_weight": None})

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError, DataError
 from tests.support.records import TEXT, assistant, jsonl, outcomes, user
 
@@ -163,3 +164,15 @@ def test_a_comma_after_the_last_element_is_named(tmp_path: Path) -> None:
     _, bad = read_records(SourceConfig(path=str(tmp_path / "pairs.json")))
     assert isinstance(bad, BadRecord)
     assert (bad.reason, bad.detail) == ("unparsable", "no value beside a comma")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.csv", "prompt,chosen,rejected\n"), ("a.json", "[]")]
+)
+def test_a_source_without_records_is_refused_at_the_start(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    source = SourceConfig(str(tmp_path / name))
+    with pytest.raises(DataError, match="no records"):
+        check_source(source)
+    # The doctor counts it.
+    check_source(source, needs_pairs=False)

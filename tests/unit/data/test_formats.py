@@ -15,6 +15,14 @@ SHARED = shared_data_dir()
 needs_shared_data = pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
 
 
+def test_sides_that_repeat_a_dialogue_as_prompt_are_whole(tmp_path: Path) -> None:
+    dialogue = "Human: hi\n\nAssistant:"
+    for start in ("\n\n", ""):
+        sides = {name: f"{start}{dialogue} {name}" for name in ("chosen", "rejected")}
+        record = read_good(tmp_path, {"prompt": "\n\n" + dialogue, **sides})
+        assert (record.prompt, record.responses) == (Dialogue("\n\n" + dialogue), (" chosen", " rejected"))
+
+
 def test_an_hh_dialogue_is_split_at_its_last_response(tmp_path: Path) -> None:
     history = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     record = read_one(tmp_path, {"chosen": history + " yes", "rejected": history + " no "})
@@ -90,6 +98,15 @@ def test_empty_cells_are_no_scores(tmp_path: Path) -> None:
     half = read_one(tmp_path, TEXT | {"score_chosen": "", "score_rejected": 0})
     assert isinstance(half, BadRecord)
     assert half.reason == "invalid_scores"
+
+
+@pytest.mark.parametrize("name", ["chosen_score", "chosen_rating", "rating_chosen", "chosen-rating"])
+def test_a_score_of_the_chosen_side_alone_is_no_score(tmp_path: Path, name: str) -> None:
+    other = name.replace("chosen", "rejected")
+    for fields in ({name: 8.0}, {name: 8.0, other: None}, {name: None, other: 1.0}):
+        assert read_good(tmp_path, TEXT | fields).scores is None
+    assert read_good(tmp_path, TEXT | {name: 8.0, other: 1.0}).scores == (8.0, 1.0)
+    assert reason_against(tmp_path, TEXT | {name: 8.0, other: "good"}) == "invalid_scores"
 
 
 def test_plain_text_is_unchanged(tmp_path: Path) -> None:

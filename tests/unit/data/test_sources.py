@@ -293,6 +293,7 @@ def test_a_folder_with_data_files_that_cannot_be_read_is_an_error(tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "kind"),
     [(gzip.compress(lines("a")), "gzip"), (zstd(lines("a")), "zstd"), (b"PAR1...", "Parquet")],
+    ids=["gzip", "zstd", "parquet"],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_file_with_the_wrong_name_is_an_error(tmp_path: Path, name: str, content: bytes, kind: str) -> None:

@@ -155,6 +155,8 @@ def test_thoughts_are_read(tmp_path: Path, name: str, kept: str) -> None:
 def test_only_messages_of_the_final_channel_are_read(tmp_path: Path) -> None:
     final = {"prompt": [user("q")], "chosen": assistant("a") | {"channel": "final"}, "rejected": "b"}
     assert read_good(tmp_path, final).responses == ("a", "b")
+    # A channel of a chat room is nothing to read.
+    assert read_good(tmp_path, final | {"prompt": [user("q") | {"channel": "#help"}]}).responses == ("a", "b")
     thought = assistant("hm") | {"channel": "analysis"}
     found = read_one(tmp_path, final | {"chosen": [thought, assistant("a") | {"channel": "final"}]})
     assert isinstance(found, BadRecord)

@@ -147,6 +147,13 @@ def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> No
     assert similar.examples[0].endswith(f"train.jsonl:{at + 1}")
 
 
+def test_prompts_that_look_the_same_are_leaks(tmp_path: Path) -> None:
+    train, held_out = clean_pairs(50), clean_pairs(20, 1)
+    held_out[3]["prompt"] = train[7]["prompt"][:3] + "\u200b" + train[7]["prompt"][3:]
+    [leak] = of_rule(examined(tmp_path, train, held_out), "train_eval_leak")
+    assert leak.examples == (f"{tmp_path / 'eval.jsonl'}:4, {tmp_path / 'train.jsonl'}:8",)
+
+
 def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None:
     pairs = [pair for pair in clean_pairs(60) if len(pair["prompt"].split()) > 20]
     near = [pair | {"prompt": pair["prompt"] + " Please!"} for pair in clean_pairs(60, 1)]
@@ -161,6 +168,8 @@ def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None
     apart = sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case)
     assert finding.count == apart > 10
     assert f"of {sum(drawn)} records" in finding.text
+    [source] = report.sources
+    assert source.parts == [f"{len(records) - sum(drawn)} train", f"{sum(drawn)} eval"]
     assert not of_rule(report, "train_eval_leak")
 
 

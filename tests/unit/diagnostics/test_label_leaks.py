@@ -85,8 +85,9 @@ def test_a_form_on_one_side_of_few_pairs_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("side", "change", "shown"),
     [
-        ("chosen", lambda text: "Certainly! " + text, "first 1 word 'Certainly' (the chosen side has more"),
-        ("rejected", lambda text: text + " Cheers", "last 1 word 'Cheers' (the chosen side has less"),
+        ("chosen", lambda text: "Certainly! " + text, "first word 'Certainly' (the chosen side has more"),
+        ("rejected", lambda text: text + " Cheers", "last word 'Cheers' (the chosen side has less"),
+        ("rejected", lambda text: text + " \u597d", "last word '\u597d' (the chosen side has less"),
         ("chosen", lambda text: "# Title\n" + text, "headers (the chosen side has more"),
         ("rejected", lambda text: text.replace(" ", " \u201c", 1), "typographic marks"),
     ],
@@ -119,10 +120,32 @@ def test_repeated_prompts_do_not_narrow_the_interval(tmp_path: Path) -> None:
     assert examined(tmp_path, pairs).sources[0].leaks == ()
 
 
+def test_a_form_in_pairs_of_few_prompts_is_no_finding(tmp_path: Path) -> None:
+    pairs = clean_pairs(480)
+    for number, pair in enumerate(pairs):
+        pair["prompt"] = f"question of {pairs[number % 12]['chosen']}"
+        pair["chosen"] = pairs[number % 12]["chosen"].removesuffix("!")
+    forms = of_rule(examined(tmp_path, pairs), "one_sided_form")
+    assert not forms, forms[0].text
+    for number, pair in enumerate(pairs):
+        pair["prompt"] += str(number)
+    assert of_rule(examined(tmp_path, pairs), "one_sided_form")
+
+
+def test_a_form_is_found_in_few_pairs_too_many_for_chance(tmp_path: Path) -> None:
+    pairs = clean_pairs(40)
+    for pair in pairs[:18]:
+        pair["chosen"] = " " + pair["chosen"]
+    [finding] = of_rule(examined(tmp_path, pairs), "one_sided_form")
+    assert "leading space (the chosen side has more in 100.0% of the 18 pairs" in finding.text
+
+
 def test_ten_pairs_are_enough_for_a_leak_in_all_of_them(tmp_path: Path) -> None:
     pairs = planted(10, 1, on("rejected", lambda text: " " + text))
     assert "leading space" in of_rule(examined(tmp_path, pairs), "label_leak")[0].text
     assert not of_rule(examined(tmp_path, pairs[:9]), "label_leak")
+    [same] = [test for test in examined(tmp_path, pairs).sources[0].leaks if test.feature == "tabs"]
+    assert (same.differs, same.detail) == (0, "")
 
 
 def test_the_interval_is_wilsons() -> None:

@@ -200,4 +200,11 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
         examined(tmp_path, pairs, pairs[:2], config={"drop_eval_prompts": True}), "train_eval_leak"
     )
     assert (kept_out.level, kept_out.count) == ("note", 2)
+    # Training compares case too: it does not drop this prompt.
+    other_case = [pairs[0] | {"prompt": pairs[0]["prompt"].upper()}, pairs[1]]
+    left, removed = of_rule(
+        examined(tmp_path, pairs, other_case, config={"drop_eval_prompts": True}), "train_eval_leak"
+    )
+    assert (left.level, left.count, lines(left)) == ("error", 1, [1])
+    assert (removed.level, removed.count, lines(removed)) == ("note", 1, [2])
     assert DataConfig().drop_eval_prompts is False

@@ -1,16 +1,54 @@
 """The verb `doctor`, as far as it comes before the data."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import NO_MODEL
+from dpo_dist.diagnostics import diagnosis
 from dpo_dist.doctor import main
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
+from tests.support.doctor_data import clean_pairs, write
+
+
+@contextmanager
+def silent(title: str, unit: str) -> Iterator[Callable[..., None]]:
+    yield lambda *_: None
 
 
 def test_a_mistyped_rule_is_found_before_the_data_are_read() -> None:
     keys = ["model.path=m", "data.train=[absent.jsonl]", "doctor.thresholds={duplicate: 0.1}"]
     with pytest.raises(ConfigError, match="no such rule"):
         main(load_run_config(keys))
+
+
+def test_a_missing_benchmark_file_is_found_before_anything_is_encoded(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", clean_pairs(2))
+    keys = ["model.path=absent_model", f"data.train=[{data}]", "doctor.benchmarks=[absent.jsonl]"]
+    with pytest.raises(DataError, match="benchmark prompts") as found:
+        main(load_run_config(keys))
+    assert (found.value.where, found.value.got) == (
+        "doctor.benchmarks: absent.jsonl",
+        "No such file or directory",
+    )
+
+
+def test_data_that_change_meanwhile_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path / "a.jsonl", clean_pairs(20))
+    config = load_run_config([f"model.path={NO_MODEL}", f"data.train=[{data}]"])
+
+    def show_and_append(*_: Any) -> list[Any]:
+        with Path(data).open("a") as file:
+            file.write("{}\n")
+        return []
+
+    monkeypatch.setattr(diagnosis, "show_pairs", show_and_append)
+    with pytest.raises(DataError, match="changed while"):
+        diagnosis.diagnose(config, silent)
 
 
 def test_other_processes_of_a_launcher_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from dpo_dist.config.load import load_run_config
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.generation.labelling.agreement import Undecided, agreement, agreement_table, compared, outcome
@@ -381,3 +382,25 @@ def test_impossible_seconds_are_limited(written, read) -> None:
     event = from_line(as_line(judgement(Slot("a"))) | {"seconds": written})
     assert isinstance(event, Judgement)
     assert event.seconds == read
+
+
+def test_the_last_words_count_comparisons(tmp_path, monkeypatch) -> None:
+    """They also count the judgements of earlier starts."""
+    rows = ({"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(3))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_run_config(
+        [
+            *("pairs.method=people", f"data.train=[{tmp_path}/data.jsonl]", f"run.dir={tmp_path}/run"),
+            *("model.path=unused", "pairs.limit=2"),
+        ]
+    )
+    monkeypatch.setattr("dpo_dist.generation.labelling.people._serve", lambda *_: None)
+    said: list[str] = []
+    label_pairs(config, said.append, print)
+    assert said[-1] == "no pair is decided yet: 2 comparisons not judged"
+    assert "2 comparisons of 3 records (1 not drawn)" in said
+    first, _ = draw_items(read_records(f"{tmp_path}/data.jsonl"), 2, 0, Counter())
+    with opened_log(tmp_path / "run/pairs/judgements.jsonl") as log:
+        log.append(judgement(Slot(first.key)))
+    label_pairs(config, said.append, print)
+    assert "counts: 1 comparisons decided, 1 comparisons not judged" in said

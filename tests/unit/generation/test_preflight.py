@@ -75,3 +75,9 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)
     with pytest.raises(ConfigError, match=r"run\.dir cannot be written"):
         found(tmp_path, [SCORED], "pairs.method=scores")
+
+
+def test_a_file_in_place_of_a_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir cannot be written"):
+        found(tmp_path, [SCORED], "pairs.method=scores")

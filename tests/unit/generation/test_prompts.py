@@ -1,5 +1,6 @@
 """The file of prompts: parts of them, by their contents."""
 
+import os
 from pathlib import Path
 
 from dpo_dist.config.load import load_run_config
@@ -35,7 +36,11 @@ def test_dropped_records_before_the_limit_are_counted(tmp_path) -> None:
         ]
     )
     said: list[str] = []
+    left = tmp_path / "prompts.jsonl.tmp-of-a-killed-start"
+    left.touch()
+    os.utime(left, (0, 0))
     write_prompts(tmp_path, config, said.append)
+    assert not left.exists()
     assert "2 of 3 records kept, 1 unknown_format" in said[0]
 
 

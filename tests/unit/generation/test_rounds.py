@@ -236,7 +236,11 @@ def test_a_merged_adapter_computes_the_same(tmp_path) -> None:
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
     adapted.save_pretrained(adapter)
     tiny.qwen().save_pretrained(adapter)  # as a training writes it
+    left = tmp_path / "policy.tmp-of-a-killed-start"
+    left.mkdir()
+    os.utime(left, (0, 0))
     merge_adapter(adapter, tmp_path / "policy", config("model.dtype=fp32", "reference.store=store"))
+    assert not left.exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -329,6 +333,14 @@ def test_equal_responses_count_with_the_score_of_the_first(tmp_path) -> None:
     assert found.mean_score == pytest.approx(2 / 3)
     assert not is_exhausted(file, 0.0)
     assert is_exhausted(file, 1.0)
+    thoughts = [
+        {"content": "a", "reasoning_content": thought, "score": score}
+        for thought, score in (("t", 1.0), ("u", 0.0))
+    ]
+    thought_file = tmp_path / "thoughts.jsonl"
+    thought_file.write_text(json.dumps({"responses": thoughts, "unused": []}) + "\n")
+    assert samples_of("policy", thought_file, 1).mean_score == 0.5
+    assert not is_exhausted(thought_file, 0.0)
     relative = samples_of("policy", file, 1, is_relative=True)
     assert (relative.responses, relative.mean_score) == (3, None)
 
@@ -393,6 +405,11 @@ def test_sigterm_ends_the_rounds_with_its_own_code(own_code) -> None:
     with pytest.raises(SystemExit) as caught:
         run_command([sys.executable, "-c", work], Path("codes"))
     assert caught.value.code == 143
+
+
+def test_a_process_that_the_launcher_ended_does_not_hide_the_reason() -> None:
+    work = "import os; open(os.environ['DPO_DIST_EXIT_CODES'], 'w').write('2\\n143\\n'); os._exit(1)"
+    assert run_command([sys.executable, "-c", work], Path("codes")) == ExitCode.invalid
 
 
 @pytest.mark.parametrize("code", [ExitCode.preempted, ExitCode.diverged, ExitCode.invalid])

@@ -42,6 +42,10 @@ SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
         ([*SAMPLED, "pairs.temperature=0", "pairs.samples=1", "pairs.seed=1"], "nothing is drawn at random"),
         (["pairs.method=delta", "pairs.engine=vllm", "pairs.batch_tokens=9"], "vLLM, which makes batches"),
         (["pairs.method=scores", "run.resume=must"], "run.resume has no effect"),
+        (
+            ["pairs.method=delta", "pairs.models=[a/b,c/d]", "model.revision=x"],
+            "model.revision has no effect",
+        ),
     ],
 )
 def test_an_option_without_effect_is_refused(overrides: list[str], said: str) -> None:
@@ -55,20 +59,21 @@ def test_an_option_without_effect_is_refused(overrides: list[str], said: str) ->
         ["pairs.method=people", "pairs.seed=1"],
         ["pairs.method=scores", "pairs.select=best_random", "pairs.seed=1"],
         ["pairs.method=delta", "pairs.models=[a/b,c/d]", "pairs.seed=1"],
+        ["pairs.method=delta", "model.path=a/b", "pairs.models=[a/b,c/d]", "model.revision=x"],
         [*SAMPLED, "pairs.models=[a/b,c/d]", "pairs.engine=vllm", "pairs.batch_tokens=9"],
     ],
 )
-def test_a_seed_with_effect_is_accepted(
+def test_an_option_with_effect_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").touch()
+    Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
     check(*overrides)
 
 
 def test_a_model_that_responds_is_no_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").touch()
+    Path("prompts.jsonl").write_text('{"prompt": "q"}\n')
     for name, kind in (("base", "CausalLM"), ("r", "SequenceClassification")):
         Path(name).mkdir()
         Path(name, "config.json").write_text(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
@@ -86,3 +87,16 @@ def test_an_adapter_beside_full_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="adapter beside full weights") as raised:
         model_folder(str(folder), None, "reference.path")
     assert raised.value.where == "reference.path"
+
+
+def test_a_mistyped_folder_with_one_slash_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_args: object, **_options: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "base").mkdir(parents=True)
+    for path, remedy in (("demo/bas", "did you mean demo/base?"), ("org/bas", "check the path")):
+        with pytest.raises(ConfigError) as raised:
+            model_folder(path, None)
+        assert raised.value.remedy.startswith(remedy)

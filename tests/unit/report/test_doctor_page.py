@@ -56,7 +56,7 @@ def diagnosis(text: str = HOSTILE) -> Diagnosis:
         languages={"en": 0.9, "fr": 0.1},
         scores={"ties": 3.0},
         margins={"prefers_chosen": 0.75},
-        leaks=(LeakTest("first_word", 0.9, 0.8, 0.95, 100, 1.0, text),),
+        leaks=(LeakTest("first_word", 0.9, 0.8, 0.95, 100, 1.0, 90, text),),
         notes=(text,),
     )
     findings = tuple(
