@@ -132,7 +132,7 @@ def test_another_number_of_processes_is_an_error_with_the_right_one(overrides: O
     run_verb("train", overrides("trainer.stop_after_steps=2"))
     other = run_verb("train", overrides(), processes=2)
     assert other.code == 1
-    assert "launch 1 processes" in other.output
+    assert "launch 1 process," in other.output
 
 
 def test_another_base_or_parallelism_is_an_error_and_loses_nothing(
