@@ -111,7 +111,7 @@ def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run(
     reference = summary(tmp_path / "tolerant")["reference"]
     assert (reference["hits"], reference["computed"], reference["served"]) == (24, 0, {"torch 2.0": 24})
     assert reference["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
-    assert "loading the reference" not in (tmp_path / "tolerant/logs/rank-0.log").read_text()
+    assert "loading a model to score" not in (tmp_path / "tolerant/logs/rank-0.log").read_text()
 
     # If the policy does not start from the reference, the reference is loaded for the audit.
     other = write_model(tmp_path / "other", seed=9)
@@ -121,7 +121,7 @@ def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run(
     reference = summary(tmp_path / "other-run")["reference"]
     assert reference["computed"] == 0
     assert reference["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
-    assert "loading the reference" in (tmp_path / "other-run/logs/rank-0.log").read_text()
+    assert "loading a model to score" in (tmp_path / "other-run/logs/rank-0.log").read_text()
 
     strict = overrides(*STEPS, f"run.dir={tmp_path}/strict")
     screen = run_verb("precompute", strict).output

@@ -132,7 +132,7 @@ def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Pat
     )
     screen = train(other, processes=2).output
     assert summary(tmp_path / "run")["reference"]["computed"] == 0
-    assert "loading the reference" not in screen + (tmp_path / "run/logs/rank-0.log").read_text()
+    assert "loading a model to score" not in screen + (tmp_path / "run/logs/rank-0.log").read_text()
 
     changed = write_model(tmp_path / "changed", seed=5)
     train(overrides(f"model.path={changed}", f"run.dir={tmp_path}/changed-run", "trainer.max_steps=1"))
