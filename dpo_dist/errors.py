@@ -154,3 +154,8 @@ def disk_error(error: BaseException) -> ConfigError | None:
         remedy="make room, or correct the path or its permissions; then run the same command again: it "
         "continues from what is complete",
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text, at most 200 characters of it."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

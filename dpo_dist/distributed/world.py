@@ -25,7 +25,7 @@ from dpo_dist.distributed.peers import (
     timeout_error,
 )
 from dpo_dist.distributed.signals import raise_terminated
-from dpo_dist.errors import DpoDistError, ExitCode, disk_error
+from dpo_dist.errors import DpoDistError, ExitCode, disk_error, first_line
 
 T = TypeVar("T")
 
@@ -220,7 +220,7 @@ class World:
                 record.report(exit_code)
                 return failed_elsewhere(exit_code)
             if lost:
-                error = neighbours.lost_error(lost, _one_line(failure))
+                error = neighbours.lost_error(lost, first_line(failure))
                 # The other survivors would count this process as dead if it exited now.
                 time.sleep(FAREWELL_SECONDS)
                 if error.reporting_rank == self.rank and record.report(error.exit_code) is False:
@@ -235,7 +235,3 @@ def _user_error(failure: BaseException) -> DpoDistError | None:
     if isinstance(failure, torch.OutOfMemoryError):
         return out_of_memory(failure)
     return failure if isinstance(failure, DpoDistError) else disk_error(failure)
-
-
-def _one_line(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.folder import check_tokenizer_files, weight_files
@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         raise ConfigError(
             "the model folder's tokenizer cannot be loaded",
             where="model.path",
-            got=f"{folder}: {_first_line(error)}",
+            got=f"{folder}: {first_line(error)}",
             remedy="put the tokenizer's files beside config.json",
         ) from error
     return tokenizer
@@ -120,7 +120,7 @@ def load_weights(
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
-            got=f"{folder}: {_first_line(error)}",
+            got=f"{folder}: {first_line(error)}",
             remedy=f"download or save the model again, or set {key} to another model",
         ) from error
     missing = sorted(report["missing_keys"])
@@ -232,7 +232,7 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         raise ConfigError(
             "the model's config.json cannot be read",
             where="model.path",
-            got=f"{folder}: {_first_line(error)}",
+            got=f"{folder}: {first_line(error)}",
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
     if config.trust_remote_code:
@@ -252,7 +252,3 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
         if is_number and any(noise in name for noise in _NOISES):
             setattr(model_config, name, 0.0)
     return model_config
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -22,7 +22,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
 from dpo_dist.digests import text_digest
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.generation.judging.judge import Judgement, Question
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
@@ -190,7 +190,7 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
         raise ConfigError(
             "the reward model cannot be loaded",
             where=KEY,
-            got=f"{folder}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+            got=f"{folder}: {first_line(error)}",
             expected="a model of AutoModelForSequenceClassification",
             remedy=f"check the folder, or set {KEY} to another model",
         ) from error

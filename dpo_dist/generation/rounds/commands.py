@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.command_line import EXIT_CODES
@@ -73,8 +74,22 @@ def run_command(command: list[str], codes: Path) -> int:
         SystemExit: it has ended after SIGTERM, without a reason of its own.
     """
     codes.unlink(missing_ok=True)
+    with _PassedOn() as signals:
+        process = _started(command, codes)
+        with _ended_together(process.pid):
+            signals.pass_to(process.pid)
+            code = process.wait()
+    code = _own_code(codes, code)
+    if signal.SIGINT in signals.received:
+        raise KeyboardInterrupt
+    if signal.SIGTERM in signals.received and code not in _REASONS:
+        raise SystemExit(128 + signal.SIGTERM)
+    return code
+
+
+def _started(command: list[str], codes: Path) -> subprocess.Popen[bytes]:
     try:
-        process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
+        return subprocess.Popen(  # noqa: S603  (the user's own launcher)
             command,
             env={**os.environ, EXIT_CODES: str(codes.resolve())},
             # Ctrl-C reaches this process alone, which passes it on once.
@@ -87,14 +102,6 @@ def run_command(command: list[str], codes: Path) -> int:
             got=f"{command[0]}: {fault.strerror}",
             remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
         ) from None
-    with _ended_together(process.pid), _passed_on(process.pid) as received:
-        code = process.wait()
-    code = _own_code(codes, code)
-    if signal.SIGINT in received:
-        raise KeyboardInterrupt
-    if signal.SIGTERM in received and code not in _REASONS:
-        raise SystemExit(128 + signal.SIGTERM)
-    return code
 
 
 def _own_code(codes: Path, code: int) -> int:
@@ -125,19 +132,37 @@ def _ended_together(group: int) -> Iterator[None]:
         watcher.wait()
 
 
-@contextlib.contextmanager
-def _passed_on(group: int) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to a process group; yield a list of those received."""
-    received: list[int] = []
+class _PassedOn:
+    """SIGINT and SIGTERM received within the block, each passed on once to a process group.
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, number)
+    The block begins before the group is started: a signal that comes earlier waits for `pass_to`.
+    """
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._waiting: list[int] = []
+        self._group: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_fault: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def pass_to(self, group: int) -> None:
+        self._group = group
+        self._send()
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.received.append(number)
+        self._waiting.append(number)
+        self._send()
+
+    def _send(self) -> None:
+        while self._group is not None and self._waiting:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._group, self._waiting.pop(0))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError, ExitCode
+from dpo_dist.generation.rounds import commands
 from dpo_dist.generation.rounds.commands import run_command
 from dpo_dist.generation.rounds.merge import merge_adapter
 from dpo_dist.generation.rounds.results import is_exhausted, read_result, samples_of
@@ -394,6 +395,29 @@ def test_signals_are_passed_on(number, error) -> None:
     work = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
     with pytest.raises(error):
         run_command([sys.executable, "-c", work], Path("codes"))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_at_the_start_is_passed_on(number, error, monkeypatch) -> None:
+    """The command has sent its signal before its process number is known here."""
+    start = commands._started
+
+    def slow_start(*arguments):
+        process = start(*arguments)
+        while not Path("sent").exists():
+            assert process.poll() is None
+        return process
+
+    monkeypatch.setattr(commands, "_started", slow_start)
+    work = (
+        f"import os, pathlib, time; os.kill(os.getppid(), {int(number)}); pathlib.Path('sent').touch(); "
+        "time.sleep(60); pathlib.Path('by itself').touch()"
+    )
+    with pytest.raises(error):
+        run_command([sys.executable, "-c", work], Path("codes"))
+    assert not Path("by itself").exists()
 
 
 @pytest.mark.parametrize("own_code", [1, 143, 0])
