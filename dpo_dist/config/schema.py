@@ -1,8 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `samples`, `pairs` and `evaluation` are in `*_schema`, those of `loss` in `loss_kinds`,
-rules between keys in `rules`. A key declared `free` does not define the run's result (hardware, placement,
-how often something is written): it is not part of the digest that names the run directory.
+The keys of `data`, `samples`, `tracking`, `evaluation`, `doctor` and `pairs` are in `*_schema`, those of
+`loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not define the run's result
+(hardware, placement, how often something is written): it is not part of the digest that names the run
+directory.
 """
 
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from dpo_dist.config.data_schema import DataConfig
+from dpo_dist.config.doctor_schema import DoctorConfig
 from dpo_dist.config.evaluation_schema import EvaluationConfig
 from dpo_dist.config.fields import EVERY_VERB, key, section
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
 from dpo_dist.config.samples_schema import SamplesConfig
+from dpo_dist.config.tracking_schema import TrackingConfig
 
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
@@ -28,8 +31,6 @@ Numerics = StrEnum("Numerics", ["strict", "tolerant"])
 Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
-WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
-FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
@@ -247,37 +248,6 @@ class TrainerConfig:
     max_seconds: float | None = key(
         None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, verbs="train"
     )
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Weights & Biases."""
-
-    wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
-    project: str = key("dpo_dist", "Project of the run.")
-    entity: str | None = key(None, "User or team; null: the API key's own.")
-    group: str | None = key(None, "Group of the run.")
-    tags: list[str] = key([], "Tags of the run.")
-    notes: str | None = key(None, "A sentence about the run, shown on its page.")
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """The examination of the data by `python -m dpo_dist.doctor`."""
-
-    thresholds: Any = key(
-        None,
-        "Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules.",
-        accepts="null or a mapping of rules to numbers",
-    )
-    fail_on: FailOn = key(FailOn.warning, "Lowest level of a finding that makes the exit code 1.")
-    benchmarks: list[str] = key(
-        [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain."
-    )
-    shown_pairs: int = key(
-        4, "Pairs of each source to show decoded, besides examples of findings; 0: none.", at_least=0
-    )
-    texts: bool = key(True, "Whether the page has texts of records; they are hidden until clicked.")
 
 
 @dataclass(frozen=True)

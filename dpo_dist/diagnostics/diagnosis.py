@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
+from dpo_dist.config.doctor_schema import FailOn
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.build_dataset import changed_data, source_state
 from dpo_dist.data.fields.dataset_info import resolved
 from dpo_dist.diagnostics.examine import examine

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig, WandbMode
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking_schema import WandbMode
 from dpo_dist.report.wandb_session import Mode, Session, address, close, set_up, start_run, tear_down
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import pytest
 import wandb
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
 from dpo_dist.report.metrics_log import MetricsLog, plain
 from dpo_dist.report.tracked_values import wandb_names
 from dpo_dist.report.tracking import Tracker, open_tracker
@@ -141,7 +142,8 @@ import os, sys, time
 from pathlib import Path
 import psutil
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import open_tracker
@@ -206,7 +208,8 @@ def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
 from dpo_dist.report.tracking import open_tracker
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.off))
 tracker = open_tracker(config, RunFolder(Path({str(tmp_path / "run")!r})), lambda: None)

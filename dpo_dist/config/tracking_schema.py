@@ -1,0 +1,20 @@
+"""The keys of `tracking`: where metrics of a run are shown besides its directory; see `schema`."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dpo_dist.config.fields import key
+
+WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases."""
+
+    wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
+    project: str = key("dpo_dist", "Project of the run.")
+    entity: str | None = key(None, "User or team; null: the API key's own.")
+    group: str | None = key(None, "Group of the run.")
+    tags: list[str] = key([], "Tags of the run.")
+    notes: str | None = key(None, "A sentence about the run, shown on its page.")
