@@ -28,7 +28,7 @@ from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.report.evaluation_table import evaluation_table
-from dpo_dist.report.metrics_log import plain
+from dpo_dist.report.json_values import plain
 from dpo_dist.training.batch_loss import Objective, ScoredModel
 from dpo_dist.training.data_setup import EvaluationInputs, load_evaluation_inputs, shared_model_folder
 from dpo_dist.training.reference_setup import prepare_reference
