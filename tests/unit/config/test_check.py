@@ -56,6 +56,7 @@ OUT_OF_RANGE = {
     "trainer.max_seconds": [0.0],
     "parallelism.timeout_seconds": [0],
     "evaluation.resamples": [-1],
+    "tracking.price_per_gpu_hour": [-0.5],
     "doctor.shown_pairs": [-1],
     "samples.prompts": [-1],
     "samples.every": [0],
