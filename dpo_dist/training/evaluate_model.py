@@ -1,6 +1,5 @@
 """Evaluate a model, an adapter or a checkpoint on pairs: load it, score, write the results."""
 
-import json
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_dist.atomic import write_text
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.collate import shard_batch
@@ -18,19 +16,18 @@ from dpo_dist.distributed.checkpoint import is_checkpoint, open_checkpoint
 from dpo_dist.distributed.same_processes import check_same_processes
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError, ConfigError, ExitCode
-from dpo_dist.evaluation.results import ALL, Resampling, results
-from dpo_dist.evaluation.scores import write_scores
+from dpo_dist.evaluation.results import ALL
 from dpo_dist.model.folder import is_adapter, local_model_folder
-from dpo_dist.objective.metrics import MetricPlan, MetricSums
+from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.objective.pair_values import PairValues
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.report.console import Console
 from dpo_dist.report.evaluation_table import evaluation_table
-from dpo_dist.report.json_values import plain
 from dpo_dist.training.batch_loss import Objective, ScoredModel
 from dpo_dist.training.data_setup import EvaluationInputs, load_evaluation_inputs, shared_model_folder
+from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.run import load_policy, open_world
 from dpo_dist.training.step import evaluate
@@ -200,17 +197,6 @@ def _write(
 ) -> None:
     """Write both files and print the table."""
     folder = RunFolder.of(config)
-    sources = np.repeat(dataset.source_labels, dataset.source_pairs)
-    found = results(
-        means,
-        values,
-        {label: sources == label for label in dict.fromkeys(dataset.source_labels)},
-        np.asarray(dataset.prompts[:], dtype=np.uint64),
-        MetricPlan(config.loss, dataset.labels, is_evaluation=True),
-        Resampling(config.evaluation.resamples, config.trainer.seed),
-    )
-    write_scores(folder.evaluation_scores, values, dataset)
-    write_text(folder.evaluation, json.dumps(plain(found), indent=1) + "\n")
-    for line in evaluation_table(found):
+    for line in evaluation_table(write_evaluation(config, means, values, dataset)):
         console.say(line)
     console.say(f"evaluation: {folder.evaluation}   scores: {folder.evaluation_scores}")

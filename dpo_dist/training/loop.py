@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dpo_dist.config.loss_kinds import BcoDelta
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
@@ -28,11 +29,13 @@ from dpo_dist.report.console import Console
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.data_setup import Inputs
+from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
 from dpo_dist.training.progress import Progress
+from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Samples
-from dpo_dist.training.step import StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.step import Evaluation, StepTotals, evaluate, reduce_step, train_step
 from dpo_dist.training.step_timer import StepClock
 
 _STEPS_AHEAD = 2
@@ -205,14 +208,32 @@ class Loop:
         self.policy.train(False)
         evaluation = evaluate(self.policy, self.objective, rank_batch, self.world, position.running)
         metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
+        seconds = time.monotonic() - started
+        trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
+        if is_last:
+            self._write_evaluation(dataset, evaluation, metrics)
         if evaluation.values is not None and not self.config.loss.is_one_sided:
             metrics |= evaluation.values.margin_percentiles()
-        measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)}
-        trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
+        measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
             measured |= samples.at(position.step)
         return {**self._row_start(position), **{f"eval_{name}": value for name, value in measured.items()}}
+
+    def _write_evaluation(
+        self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]
+    ) -> None:
+        """Write the files of the last evaluation; collective.
+
+        Before the checkpoint of this step, from which a killed run resumes without another evaluation.
+        """
+
+        def write() -> None:
+            assert evaluation.values is not None
+            write_evaluation(self.config, means, evaluation.values, dataset)
+
+        writing = self.console.heartbeat("computing the intervals of the last evaluation")
+        write_on_main(write, RunFolder.of(self.config), self.world, writing)
 
     def _record_window(self, position: Position) -> None:
         """Record one metrics row of the steps since the last one."""

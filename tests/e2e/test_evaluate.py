@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
 from tests.e2e.conftest import Overrides
 from tests.support.invented import write_pairs
-from tests.support.launch import history, run_verb, train
+from tests.support.launch import history, run_state, run_verb, train
 
 ROWS = ("trainer.max_steps=3", "trainer.save_every=2", "optim.lr=1e-2")
 
@@ -39,6 +40,47 @@ def assert_equals_the_run(run: Path) -> None:
         assert found[key] == pytest.approx(row[key], abs=1e-5, rel=1e-5), key
 
 
+def assert_same_evaluation(got: Any, expected: Any) -> None:
+    """Equal keys at all depths, and nearly equal numbers."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key in expected:
+            assert_same_evaluation(got[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            assert_same_evaluation(one, other)
+    else:
+        assert got == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_killed_after_its_last_evaluation_has_its_files(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """Killed before the checkpoint of the last step, it evaluates again; after it, the files are there."""
+    command = overrides(*ROWS, f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2")
+    run = tmp_path / "run"
+    assert run_verb("train", [*command, "trainer.stop_after_steps=2"]).code == 75
+    assert not (run / "evaluation").exists(), "only of the last evaluation"
+    train(command)
+    expected, pairs = evaluated(run), scores(run)
+    shutil.rmtree(run / "model")
+    forget_the_end(run)
+    train(command)
+    assert (evaluated(run), scores(run)) == (expected, pairs)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "evaluation")
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    forget_the_end(run)
+    train(command)
+    assert (evaluated(run), scores(run)) == (expected, pairs)
+
+
+def forget_the_end(run: Path) -> None:
+    state = run_state(run)
+    (run / "run_state.json").write_text(json.dumps({**state, "outcome": "started", "summary": None}))
+
+
 def test_a_model_and_a_checkpoint_score_as_in_the_run(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
@@ -47,8 +89,13 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     command = overrides(*ROWS, f"data.eval=[{sources}]")
     run = tmp_path / "run"
     train(command)
+    assert_equals_the_run(run)
+    of_training, scores_of_training = evaluated(run), scores(run)
     ended = run_verb("evaluate", command)
     assert ended.code == 0, ended.output
+    assert_same_evaluation(evaluated(run), of_training)
+    for got, expected in zip(scores(run), scores_of_training, strict=True):
+        assert got == pytest.approx(expected, abs=1e-4)
     assert "log-probs computed" in ended.output
     assert "reference: 0 log-probs computed, 18 reused" in ended.output
     assert "accuracy" in ended.output

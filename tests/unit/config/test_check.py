@@ -57,6 +57,7 @@ OUT_OF_RANGE = {
     "parallelism.timeout_seconds": [0],
     "console.seconds": [0, -1],
     "evaluation.resamples": [-1],
+    "tracking.price_per_gpu_hour": [-0.5],
     "doctor.shown_pairs": [-1],
     "samples.prompts": [-1],
     "samples.every": [0],
