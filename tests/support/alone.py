@@ -23,10 +23,10 @@ class _Alone:
     def gather(self, value: T) -> list[T]:
         return [value]
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T], _while_waiting: object = None) -> T:
         return work()
 
-    def together(self, work: Callable[[], T]) -> T:
+    def together(self, work: Callable[[], T], _while_waiting: object = None) -> T:
         return work()
 
 

@@ -10,11 +10,12 @@ import pytest
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.counts_in_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
 from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.errors import DataError
-from dpo_dist.training.data_setup import describe_counts, describe_short_run
+from dpo_dist.training.data_setup import describe_short_run
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 
@@ -64,8 +65,8 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
     assert lines[1:3] == [
-        f"train data: one-records ({first}): 40 of 40 records kept, 40 pairs",
-        f"train data: two-records ({second}): 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
+        f"train data: one-records ({first}): 40 of 40 records kept",
+        f"train data: two-records ({second}): 3 of 4 records kept, 1 dropped (missing_field)",
     ]
     json.dumps(counts)
 
