@@ -130,7 +130,7 @@ def _pairs(rows: Sequence[Row]) -> float:
 
 
 def _far_from_reference(facts: RunFacts, limits: Limits) -> Fields | None:
-    kl = last(facts.last_rows, "kl/rejected")
+    kl = facts.moved("kl/rejected")
     if kl is None or kl <= limits["kl"]:
         return None
     return {"kl": kl, "beta": number(facts.setting("loss.beta"))}
@@ -157,7 +157,7 @@ def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
     """Return beta, first and last training loss, and the last margin in nats; None if one is unknown."""
-    beta, margin = facts.setting("loss.beta"), last(facts.last_rows, MARGIN)
+    beta, margin = facts.setting("loss.beta"), facts.moved(MARGIN)
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if not beta or margin is None or start is None or end is None:
         return None

@@ -36,6 +36,8 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
+_SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
+
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
     """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
@@ -75,6 +77,25 @@ class FrozenEngine:
         """Return the transformers model of the engine; its tensors are sharded."""
         return self._engine.module.causal_lm
 
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: weights are gathered from all ranks."""
+        return dist.get_world_size() > 1 and bool(self._engine.zero_optimization_partition_weights())
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
+        model = self._engine.module
+        if self._engine.zero_optimization_partition_weights():
+            record_gather_orders(self._engine, self._engine.optimizer)
+        with (
+            adapter_off(model) if of_base else contextlib.nullcontext(),
+            explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
+            model.unpacked() as causal_lm,
+            torch.no_grad(),
+        ):
+            yield causal_lm
+
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
         self._engine.destroy()
@@ -108,7 +129,8 @@ class PolicyEngine:
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
         self._backwards, self._current = 0, ("", "")
-        record_gather_orders(self._engine)
+        if self._engine.zero_optimization_partition_weights():
+            record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -143,11 +165,10 @@ class PolicyEngine:
         """
         model, was_training = self._engine.module, self._engine.training
         self.train(False)
-        remedy = "lower samples.batch_tokens or samples.max_new_tokens"
         try:
             with (
                 adapter_off(model) if of_base else contextlib.nullcontext(),
-                explain_out_of_memory("generating samples", remedy),
+                explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
                 model.unpacked() as causal_lm,
                 torch.no_grad(),
             ):

@@ -394,6 +394,15 @@ def test_a_single_response_is_no_fault(late: dict[str, float]) -> None:
     assert len(verdict(rows(late=late, every={"eval_samples/prompts": 80.0}), summary()).findings) == 1
 
 
+def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
+    other = summary(settings=SETTINGS | {"reference.path": "other"})
+    start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
+    assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["far_from_reference"]
+    assert verdict(rows(every=start), other).findings == ()
+    [finding] = verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings
+    assert "moved 2 nats" in finding.text
+
+
 def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
     history = rows(late={"eval_samples/empty": 0.5, "eval_samples/length": 400.0, "loss": math.nan})
     assert sample_alarms(history[:10]) == []
