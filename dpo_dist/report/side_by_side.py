@@ -183,12 +183,12 @@ SIDE_STYLE = """
 .side-text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font-size: 14px; }
 .side-text { unicode-bidi: plaintext; text-align: start; }
 .side-text { border: 1px solid var(--line); border-radius: 6px; padding: 8px 10px; }
-.side-text { max-height: 420px; overflow-y: auto; flex: 1; }
+.side-text { max-height: min(420px, 60vh); overflow-y: auto; flex: 1; }
 .side-text code { font: 13px/1.5 ui-monospace, monospace; }
 .side-text mark { background: var(--different); color: inherit; border-radius: 2px; }
 .side-text mark { text-decoration: underline 1px var(--different-line); text-underline-offset: 3px; }
-.side-text .mark { background: var(--control); border-radius: 3px; padding: 0 3px; unicode-bidi: isolate; }
-.side-text .mark { font: 11px ui-monospace, monospace; }
+.mark { background: var(--control); border-radius: 3px; padding: 0 3px; unicode-bidi: isolate; }
+.mark { font: 11px ui-monospace, monospace; }
 .side-gap, .side-empty { color: var(--quiet); font-style: italic; }
 .side-gap { display: block; text-align: center; unicode-bidi: isolate; }
 .side-empty { border: 1px dashed var(--line); border-radius: 6px; padding: 8px 10px; }
