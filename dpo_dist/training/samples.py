@@ -122,11 +122,13 @@ class Samples:
     Attributes:
         held_out: the prompts.
         reference: responses of the reference, one for each prompt; None: not known.
+        starts_as_reference: whether they are those of the policy before its first step.
         policy: generates.
     """
 
     held_out: SamplePrompts
     reference: list[Row] | None
+    starts_as_reference: bool
     policy: PolicyEngine
 
     def is_due(self, step: int, eval_every: int, *, is_last: bool) -> bool:
@@ -142,8 +144,8 @@ class Samples:
             CheckpointError: the file cannot be written.
         """
         held_out = self.held_out
-        is_start = step == 0 and self.reference is not None
-        responses = self.reference if is_start else held_out.responses(self.policy)
+        is_reference = step == 0 and self.starts_as_reference and self.reference is not None
+        responses = self.reference if is_reference else held_out.responses(self.policy)
         if responses is None:
             return {}
         rows = self._rows(step, responses)

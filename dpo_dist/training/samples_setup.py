@@ -30,12 +30,14 @@ class PreparedSamples:
     Attributes:
         held_out: the prompts.
         reference: responses of the reference; None: the policy gives them, or they are not known.
-        is_from_policy: whether the policy can give them, before its first step or without its adapter.
+        starts_as_reference: whether they are those of the policy before its first step.
+        is_from_policy: whether the policy can give them now, at its start or without its adapter.
         of_base: whether it does so without its adapter.
     """
 
     held_out: SamplePrompts
     reference: list[Row] | None
+    starts_as_reference: bool
     is_from_policy: bool
     of_base: bool
 
@@ -50,7 +52,7 @@ class PreparedSamples:
             responses = self.held_out.responses(policy, of_base=self.of_base)
             if responses is not None:
                 self.held_out.write_reference(responses)
-        return Samples(self.held_out, responses, policy)
+        return Samples(self.held_out, responses, self.starts_as_reference, policy)
 
 
 def prepare_samples(
@@ -73,7 +75,8 @@ def prepare_samples(
         return None
     write_on_main(lambda: _remove_later(folder, step), folder, world)
     of_base = config.model.adapter is not None
-    is_from_policy = _is_policys_start(config, inputs) and (step == 0 or of_base)
+    is_start = _is_policys_start(config, inputs)
+    is_from_policy = is_start and (step == 0 or of_base)
     reference = world.on_main(held_out.read_reference)
     if reference is None and not is_from_policy:
         console.say("samples: the reference is loaded for its responses")
@@ -82,7 +85,7 @@ def prepare_samples(
         engine.free()
         if reference is not None:
             held_out.write_reference(reference)
-    return PreparedSamples(held_out, reference, is_from_policy, of_base)
+    return PreparedSamples(held_out, reference, is_start, is_from_policy, of_base)
 
 
 def _is_policys_start(config: RunConfig, inputs: Inputs) -> bool:

@@ -87,7 +87,7 @@ def test_every_nth_evaluation_and_the_last_have_samples(
     tmp_path: Path, every: int, eval_every: int, due: list[int]
 ) -> None:
     steps = [0, 10, 20, 30, 35] if eval_every else [35]
-    found = Samples(held_out(tmp_path, every), None, None)  # type: ignore[arg-type]
+    found = Samples(held_out(tmp_path, every), None, True, None)  # type: ignore[arg-type]
     assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
 
 
