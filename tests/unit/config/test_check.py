@@ -55,6 +55,7 @@ OUT_OF_RANGE = {
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
     "parallelism.timeout_seconds": [0],
+    "console.seconds": [0, -1],
     "evaluation.resamples": [-1],
     "tracking.price_per_gpu_hour": [-0.5],
     "doctor.shown_pairs": [-1],
