@@ -116,8 +116,8 @@ def _jumps_of_gradient(logged: Sequence[Row], limits: Limits) -> Iterator[str]:
         return
     step, norm, usual = jumps[0]
     before = [row for row in logged if row["step"] < step][-_MEAN_OF:]
-    after = [row for row in logged if row["step"] >= step][:_MEAN_OF]
-    if _mean_loss(after) > _mean_loss(before):  # some losses have steep parts, such as dpop
+    after = [row for row in logged if row["step"] >= step][-_MEAN_OF:]
+    if _mean_loss(after) > _mean_loss(before):  # not of a loss with steep parts, such as dpop
         yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
 
 

@@ -11,11 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import (
-    HfDeepSpeedConfig,
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
@@ -37,22 +33,6 @@ from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
-
-
-def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
-    """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
-    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
-
-
-@contextlib.contextmanager
-def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Make transformers shard weights by this configuration inside the block, not by the policy's."""
-    inner = HfDeepSpeedConfig(deepspeed_config)  # a variable, as transformers keeps a weak reference
-    try:
-        yield
-    finally:
-        del inner
-        set_hf_deepspeed_config(world.accelerator.state.deepspeed_plugin.dschf)
 
 
 class FrozenEngine:

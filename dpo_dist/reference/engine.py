@@ -16,8 +16,9 @@ from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch, with_nvme
 from dpo_dist.distributed.device_memory import return_memory
-from dpo_dist.distributed.engine import FrozenEngine, sharded_loading, whole_loading
+from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.nvme import own_folder
+from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapter_off, load_adapter
 from dpo_dist.model.head import PackedCausalLM

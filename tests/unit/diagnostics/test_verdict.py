@@ -365,7 +365,11 @@ def test_one_bad_step_is_no_sign_of_the_learning_rate(index: int, value: dict[st
 
 
 def test_a_steep_part_of_a_loss_that_falls_is_no_sign_of_the_learning_rate() -> None:
-    assert verdict(rows(late={"grad_norm": 80.0}, since=15), summary()).findings == ()
+    history = rows(late={"grad_norm": 80.0}, since=15)
+    assert verdict(history, summary()).findings == ()
+    for index in (10, 11, 12):  # the loss rises with the gradient, and recovers
+        history[index] |= {"grad_norm": 80.0, "loss": 0.9}
+    assert verdict(history, summary()).findings == ()
 
 
 @pytest.mark.parametrize("ended", [{"exit": "preempted"}, {"steps": 4}])
