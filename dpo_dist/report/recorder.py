@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
+from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.tracking import Tracker
 
 

@@ -16,7 +16,7 @@ from dpo_dist.evaluation.scores import write_scores
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.pair_values import PairValues
 from dpo_dist.report.evaluation_plot import draw_evaluation
-from dpo_dist.report.metrics_log import plain
+from dpo_dist.report.json_values import plain
 
 
 def write_evaluation(

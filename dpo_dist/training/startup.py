@@ -67,7 +67,7 @@ def started(config: RunConfig) -> Iterator[Console]:
     """
     with without_traces(config):
         check_start(config)
-        with open_console(RunFolder.of(config)) as console:
+        with open_console(RunFolder.of(config), config.console) as console:
             yield console
 
 

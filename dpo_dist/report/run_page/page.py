@@ -65,10 +65,14 @@ _SOURCE_COLUMNS = {
 _log = logging.getLogger(__name__)
 
 
-def write_page(folder: RunFolder) -> None:
+def write_page(folder: RunFolder, price_per_gpu_hour: float | None = None) -> None:
     """Write the report page of a run directory.
 
     Sections whose file is missing are omitted; sections whose file cannot be read too, with a warning.
+
+    Args:
+        folder: the run directory.
+        price_per_gpu_hour: in place of `tracking.price_per_gpu_hour` of the run.
     """
     name = folder.path.resolve().name
     config = _read(folder.config, _yaml_fields) or {}
@@ -78,7 +82,7 @@ def write_page(folder: RunFolder) -> None:
     curves = _read(folder.curves, Path.read_bytes)
     sections = (
         _header(name, summary.get("exit")),
-        _headline(summary),
+        _headline(summary, price_per_gpu_hour or (config.get("tracking") or {}).get("price_per_gpu_hour")),
         _picture(curves) if curves else "",
         _section("Configuration", _pairs_table(_highlights(config))),
         _section("Evaluations", _evaluations(rows)),
@@ -115,7 +119,7 @@ def _header(name: str, outcome: object) -> str:
     return f"<header><h1>{escape(name)}</h1>{badge}</header>"
 
 
-def _headline(summary: Fields) -> str:
+def _headline(summary: Fields, price: float | None) -> str:
     """Return tiles with the main results; a value without a measurement has no tile."""
     final, best = summary.get("final") or {}, summary.get("best") or {}
     pairs = summary.get("pairs_seen")
@@ -131,6 +135,7 @@ def _headline(summary: Fields) -> str:
         ("eval margin", final.get("eval_rewards/margins"), _short, ""),
         ("steps", summary.get("steps"), _short, "" if pairs is None else f"{_short(pairs)} pairs"),
         ("training time", summary.get("train_seconds"), _duration, ""),
+        ("cost", _gpu_hours(summary, price), _short, "of training"),
         ("pairs per second", summary.get("pairs_per_second"), _short, ""),
         ("peak memory", summary.get("peak_memory_bytes"), _gibibytes, "of the process with the most"),
         ("processes", summary.get("world_size"), _short, ""),
@@ -141,6 +146,12 @@ def _headline(summary: Fields) -> str:
         if value is not None
     ]
     return f'<div class="tiles">{"".join(shown)}</div>' if shown else ""
+
+
+def _gpu_hours(summary: Fields, price: float | None) -> float | None:
+    if price is None or not summary.get("train_seconds"):
+        return None
+    return float(price * summary["train_seconds"] * (summary.get("world_size") or 1) / 3600)
 
 
 def _picture(png: bytes) -> str:

@@ -9,8 +9,8 @@ import yaml
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
-from dpo_dist.report.page import write_page
 from dpo_dist.report.plots import draw_curves
+from dpo_dist.report.run_page.page import write_page
 
 # Seconds of each phase in the last step, which takes one second.
 SHARES = {
