@@ -33,6 +33,8 @@ from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
+SHARDS = "engine"
+"""The folder of the shards in a checkpoint."""
 
 
 class FrozenEngine:
@@ -193,7 +195,7 @@ class PolicyEngine:
         try:
             with recorded_writes(self._engine.checkpoint_engine) as written:
                 options = {"save_latest": False, "exclude_frozen_parameters": True}
-                self._engine.save_checkpoint(folder, tag="engine", **options)
+                self._engine.save_checkpoint(folder, tag=SHARDS, **options)
         except (OSError, RuntimeError) as error:  # a RuntimeError if the disk is full
             # The other ranks wait in the collective calls at the end of DeepSpeed's saving: join them. If the
             # error came from a dead rank, these calls fail again.
@@ -208,7 +210,7 @@ class PolicyEngine:
         """Read the shards that `save_shards` wrote on the same number of ranks."""
         self._engine.load_checkpoint(
             folder,
-            tag="engine",
+            tag=SHARDS,
             load_module_strict=not adapted_layers(self._engine.module),
             load_lr_scheduler_states=False,
         )

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapter_off, load_adapter
+from dpo_dist.model.adapters import adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.objective.token_logps import Statistic
@@ -92,7 +92,11 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEn
 
 
 def load_scored(
-    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None = None
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None = None,
 ) -> ReferenceEngine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
@@ -100,16 +104,16 @@ def load_scored(
         folder: of the model, or of the adapter's base.
         model_config: with its quantization.
         config: of the run.
-        adapter: the folder of an adapter to add; None: none.
+        finish: adds an adapter, or replaces the weights of the model, sharded or not; None: does not.
     """
-    log.info("loading a model to score from %s", adapter or folder)
+    log.info("loading a model to score from %s", folder)
     if model_config.quantization is not None:
         with whole_loading(world):
             model = load_packed(folder, model_config, config.data.max_length, world.device)
-            if adapter is not None:
-                load_adapter(model, adapter)
+            if finish is not None:
+                finish(model)
             return QuantizedReference(model)
-    return _load_sharded(folder, model_config, config, world, adapter)
+    return _load_sharded(folder, model_config, config, world, finish)
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
@@ -124,7 +128,11 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
 
 
 def _load_sharded(
-    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None,
 ) -> FrozenEngine:
     placement = config.reference
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
@@ -134,8 +142,8 @@ def _load_sharded(
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
-        if adapter is not None:
-            load_adapter(model, adapter)
+        if finish is not None:
+            finish(model)
     hidden_size = model.causal_lm.config.hidden_size
     return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
 

@@ -368,7 +368,7 @@ def test_a_steep_part_of_a_loss_that_falls_is_no_sign_of_the_learning_rate() -> 
     history = rows(late={"grad_norm": 80.0}, since=15)
     assert verdict(history, summary()).findings == ()
     for index in (10, 11, 12):  # the loss rises with the gradient, and recovers
-        history[index] |= {"grad_norm": 80.0, "loss": 0.9}
+        history[index] |= {"grad_norm": 80.0, "loss": 0.7}
     assert verdict(history, summary()).findings == ()
 
 
