@@ -46,7 +46,8 @@ def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> Non
             [model("base", None, 0.5), model("new", 3, 0.53)],
             [win("base", "new", 0.47)],
             "No model is clearly better than base: new has the highest score, 0.53, but its win rate over "
-            "base is 53 % [47, 59], which chance explains. More prompts (compare.prompts) make intervals smaller.",
+            "base is 53 % [47, 59], which chance explains. More prompts (compare.prompts) make intervals "
+            "smaller.",
         ),
         (
             [model("base", None, 0.5), model("new", 3, 0.7)],
