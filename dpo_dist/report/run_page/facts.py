@@ -137,4 +137,7 @@ def _yaml_fields(path: Path) -> Fields:
 
 
 def _json_fields(path: Path) -> Fields:
-    return dict(json.loads(path.read_bytes()))
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise TypeError("it is no JSON object")
+    return content

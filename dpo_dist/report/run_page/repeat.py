@@ -38,8 +38,8 @@ _DIGESTS = {
     "reference": "reference model",
 }
 _ADVICE = (
-    "The same command in the same folder gives this run again, if commit, versions and digests are equal. "
-    "A start prints the digests that differ."
+    "From the same folder this command gives the same run, if commit, versions and data are the same; in an "
+    "empty run.dir, as it resumes or completes an existing one."
 )
 
 
@@ -47,10 +47,8 @@ def repeat_section(facts: PageFacts) -> str:
     """Return command, commit, digests and versions of the run; empty without any."""
     command = facts.environment.get("command")
     shown = f"<pre>{inert_html(str(command))}</pre>" if command else ""
-    where = facts.environment.get("working_folder")
-    place = note(f"In the folder {where}. {_ADVICE}") if command and where else ""
     origins = facts_table(_origins(facts))
-    return section("repeat", "Repeat this run", shown, place, origins)
+    return section("repeat", "Repeat this run", shown, note(_ADVICE) if command else "", origins)
 
 
 def _origins(facts: PageFacts) -> Iterator[tuple[str, str]]:
