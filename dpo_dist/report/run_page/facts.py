@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.metrics_log import metrics_by_source, read_rows
 
@@ -31,7 +31,7 @@ class PageFacts:
         environment: of environment.json.
         state: of run_state.json.
         run: metrics rows and summary.
-        evaluation: of evaluation.json, if it is the last evaluation of training.
+        evaluation: of the last evaluation of training, with intervals.
         doctor: of doctor.json.
         price: of a GPU for an hour; None: not known.
     """
@@ -94,7 +94,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     findings = doctor.get("findings") or []
     summary = _read(folder.summary, _json_fields) or {}
     run = RunFacts.of(_read(folder.log_history, read_rows) or [], summary, findings)
-    evaluation = _read(folder.evaluation, _json_fields) or {}
+    evaluation = _read(folder.evaluation_of(LAST_EVALUATION).results, _json_fields) or {}
     if price is None:
         price = (config.get("tracking") or {}).get("price_per_gpu_hour")
     return PageFacts(
@@ -112,7 +112,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
 def _is_last(evaluation: Fields, run: RunFacts) -> bool:
     """Return whether an evaluation has the values of the last one of training.
 
-    `evaluate` may have written the file later, for another model or other pairs.
+    A run that was continued and stopped has the file of an earlier evaluation.
     """
     row, last = evaluation.get("all") or {}, run.evaluations[-1] if run.evaluations else {}
     common = [name for name in ("loss", "rewards/margins", "logps/chosen") if name in last]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from html import escape
 
+from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import facts_table, flat, folded, note, section
 from dpo_dist.report.run_page.facts import Fields, PageFacts
@@ -94,7 +95,7 @@ def files_section(facts: PageFacts) -> str:
         "curves as an image": folder.curves,
         "metrics as a table": folder.metrics_table,
         "report of the doctor": folder.doctor_page,
-        "scores of the last evaluation": folder.evaluation_scores,
+        "scores of every pair in the last evaluation": folder.evaluation_of(LAST_EVALUATION).scores,
         "sampled responses": folder.samples,
     }
     items = "".join(

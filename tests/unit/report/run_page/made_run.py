@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 
 # Seconds of each phase in a step of one second.
@@ -178,8 +178,8 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
     }
     run.environment.write_text(json.dumps(environment))
     run.state.write_text(json.dumps({"identity": {"run_digest": "3fa9c1d2", "eval_data": None}}))
-    run.evaluation.parent.mkdir()
-    run.evaluation.write_text(json.dumps(evaluated(source)))
+    run.evaluation_of(LAST_EVALUATION).path.mkdir(parents=True)
+    run.evaluation_of(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
     run.doctor_report.parent.mkdir()
     finding = {
         "rule": "label_leak",

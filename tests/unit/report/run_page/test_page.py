@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.run_page.page import write_page
 from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
@@ -96,9 +96,10 @@ def test_a_price_replaces_that_of_the_run(tmp_path: Path) -> None:
 
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
-    content = json.loads(run.evaluation.read_text())
+    file = run.evaluation_of(LAST_EVALUATION).results
+    content = json.loads(file.read_text())
     content["all"]["eval_loss"] += 0.1
-    run.evaluation.write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
     text = page_of(run).text
     assert "95 %" not in text
     assert "[0.55, 0.7]" not in text
@@ -174,7 +175,7 @@ def test_the_run_of_an_earlier_version_gets_a_verdict(tmp_path: Path) -> None:
     del content["verdict"], content["settings"]
     content["data"] = content["data"]["train"]  # without a part for evaluation
     run.summary.write_text(json.dumps(content))
-    for file in (run.evaluation, run.state, run.doctor_report):
+    for file in (run.evaluation_of(LAST_EVALUATION).results, run.state, run.doctor_report):
         file.unlink()
     page = page_of(run)
     assert "Verdict" in page.text
