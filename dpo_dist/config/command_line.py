@@ -7,9 +7,14 @@ import signal
 import sys
 import time
 import traceback
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+=======
+from collections.abc import Callable
+from functools import partial
+>>>>>>> main
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +22,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
+<<<<<<< HEAD
 from dpo_dist.config.console_schema import ConsoleStyle
+=======
+from dpo_dist.config.former_run import with_former_run
+>>>>>>> main
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
 from dpo_dist.config.messages import unknown_key
@@ -38,6 +47,7 @@ def run_verb(
     check: Callable[[RunConfig], int] | None = None,
     *,
     needs_model: bool = True,
+    of_run: bool = False,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -48,10 +58,17 @@ def run_verb(
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
         needs_model: whether `model.path` must be given; see `load.resolve`.
+        of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
+            may lack training data.
     """
     errors = _Errors(_asks_for_json(sys.argv[1:]))
     try:
+<<<<<<< HEAD
         exit_code = _run(main, check, needs_model, errors)
+=======
+        resolved = partial(resolve, needs_model=needs_model, needs_training_data=not of_run)
+        exit_code = _run(main, check, resolved, with_former_run if of_run else contextlib.nullcontext)
+>>>>>>> main
         sys.stdout.flush()
     except DpoDistError as error:
         _print(error, errors)
@@ -120,8 +137,13 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
 def _run(
     main: Callable[[RunConfig], int],
     check: Callable[[RunConfig], int] | None,
+<<<<<<< HEAD
     needs_model: bool,
     errors: _Errors,
+=======
+    resolved: Callable[..., RunConfig],
+    completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
+>>>>>>> main
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
@@ -131,11 +153,19 @@ def _run(
     if "--info" in arguments.options:
         _ask_hydra(arguments)
         return ExitCode.completed
+<<<<<<< HEAD
     composed = compose(arguments.overrides, arguments.own_folder)
     if "--cfg" in arguments.options:
         return _show(composed, arguments, needs_model)
     config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
     errors.is_json = config.console.style is ConsoleStyle.json
+=======
+    with completed(arguments) as whole:
+        composed = compose(whole.overrides, whole.own_folder)
+        if "--cfg" in whole.options:
+            return _show(composed, whole, resolved)
+        config = resolved(composed, whole.overrides, whole.own_folder)
+>>>>>>> main
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
@@ -160,10 +190,10 @@ def _answer(arguments: Arguments) -> str | None:
     return None if key is None else usage(command, options, folders)
 
 
-def _show(composed: DictConfig, arguments: Arguments, needs_model: bool) -> int:
+def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., RunConfig]) -> int:
     """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
-        config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
+        config = resolved(composed, arguments.overrides, arguments.own_folder)
         text = to_yaml(config)
     except DpoDistError:
         if _rank() == 0:

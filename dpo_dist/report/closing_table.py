@@ -81,8 +81,7 @@ def _time(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
         parts.append(f"MFU {sum(shares) / len(shares):.0%}")
     if "peak_memory_bytes" in summary:
         processes = summary.get("world_size", 1)
-        where = " of a process" if processes > 1 else ""
-        parts.append(f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB{where}")
+        parts.append(f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB")
         parts += [counted(processes, "process", "processes")] if processes > 1 else []
     return ", ".join(parts)
 

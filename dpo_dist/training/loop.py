@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dpo_dist.config.loss_kinds import BcoDelta
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
@@ -230,7 +230,8 @@ class Loop:
 
         def write() -> None:
             assert evaluation.values is not None
-            write_evaluation(self.config, means, evaluation.values, dataset)
+            model = str(RunFolder.of(self.config).model)
+            write_evaluation(LAST_EVALUATION, model, self.config, means, evaluation.values, dataset)
 
         writing = self.console.heartbeat("computing the intervals of the last evaluation")
         write_on_main(write, RunFolder.of(self.config), self.world, writing)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.config.loss_kinds import LossKind
@@ -47,6 +48,14 @@ def check_start(config: RunConfig) -> None:
         if key != "reference.store" or not folder.is_dir():
             # A read-only store is enough for a run whose log-probs are all in it.
             _check_folder(folder, key)
+
+
+def with_evaluated_pairs(config: RunConfig) -> RunConfig:
+    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`."""
+    data = config.data
+    if config.evaluation.data:
+        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
+    return replace(config, data=replace(data, train=[]) if data.eval else data)
 
 
 @contextlib.contextmanager

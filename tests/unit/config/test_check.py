@@ -91,6 +91,8 @@ IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "data.eval[0].weight": {"data.eval": [{"path": "a", "weight": 0}]},
     "data.train[0].limit": {"data.train": [{"path": "a", "limit": 0}]},
     "data.eval[1].limit": {"data.eval": ["a", {"path": "b", "limit": 0}]},
+    "evaluation.data[0].weight": {"evaluation.data": [{"path": "a", "weight": 0}]},
+    "evaluation.data[0].limit": {"evaluation.data": [{"path": "a", "limit": 0}]},
     "loss.terms[0].weight": {"loss.terms": [{"kind": "sigmoid", "weight": 0.0}]},
     "model.adapter.r": {"model.adapter": {"r": 0}},
     "model.adapter.alpha": {"model.adapter": {"alpha": 0}},
