@@ -15,7 +15,7 @@ from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.metrics_log import read_rows
 from dpo_dist.report.run_page.sample_choice import FAULTS, Judged, choose, judged
-from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, end_notes, side_by_side
+from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, cut, end_notes, excerpt, side_by_side
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
@@ -28,10 +28,6 @@ _OPEN = 2
 # The last is for texts that hardly fit: every character can need 70 bytes of HTML.
 _LONGEST_TEXTS = (6000, 400)
 _SECTION_BYTES = 900_000
-_TITLE_CHARACTERS = 120
-
-_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
-_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 _log = logging.getLogger(__name__)
 
@@ -129,8 +125,8 @@ def _item(
         *_policies(prompt_id, steps, found),
         Response("chosen", _text(last.get("chosen"))),
     ]
-    head = inert_html(_excerpt(prompt)) or "empty prompt"
-    why = inert_html(f"{_cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
+    head = inert_html(excerpt(prompt)) or "empty prompt"
+    why = inert_html(f"{cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
     for longest in _LONGEST_TEXTS:
         texts = side_by_side(prompt, responses, "reference", longest)
         item = (
@@ -165,16 +161,6 @@ def _since(text: str, before: str, step: int) -> str:
         return f"unchanged since step {step}"
     similarity = difference(text[:LONGEST], before[:LONGEST]).similarity
     return f"{100 * (1 - similarity):.0f} % changed since step {step}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _TITLE_CHARACTERS else text[:_TITLE_CHARACTERS] + "\u2026"
-
-
-def _excerpt(prompt: str) -> str:
-    """Return the beginning of a prompt's last turn on one line, without the template's tokens."""
-    turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(prompt)]
-    return _cut(" ".join(next((turn for turn in reversed(turns) if turn), ())))
 
 
 def _sentence(step: int, rows: Sequence[Judged]) -> str:
