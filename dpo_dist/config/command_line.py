@@ -7,14 +7,10 @@ import signal
 import sys
 import time
 import traceback
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-=======
-from collections.abc import Callable
 from functools import partial
->>>>>>> main
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,11 +18,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
-<<<<<<< HEAD
 from dpo_dist.config.console_schema import ConsoleStyle
-=======
 from dpo_dist.config.former_run import with_former_run
->>>>>>> main
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
 from dpo_dist.config.messages import unknown_key
@@ -63,12 +56,9 @@ def run_verb(
     """
     errors = _Errors(_asks_for_json(sys.argv[1:]))
     try:
-<<<<<<< HEAD
-        exit_code = _run(main, check, needs_model, errors)
-=======
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=not of_run)
-        exit_code = _run(main, check, resolved, with_former_run if of_run else contextlib.nullcontext)
->>>>>>> main
+        completed = with_former_run if of_run else contextlib.nullcontext
+        exit_code = _run(main, check, resolved, completed, errors)
         sys.stdout.flush()
     except DpoDistError as error:
         _print(error, errors)
@@ -137,13 +127,9 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
 def _run(
     main: Callable[[RunConfig], int],
     check: Callable[[RunConfig], int] | None,
-<<<<<<< HEAD
-    needs_model: bool,
-    errors: _Errors,
-=======
     resolved: Callable[..., RunConfig],
     completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
->>>>>>> main
+    errors: _Errors,
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
@@ -153,19 +139,12 @@ def _run(
     if "--info" in arguments.options:
         _ask_hydra(arguments)
         return ExitCode.completed
-<<<<<<< HEAD
-    composed = compose(arguments.overrides, arguments.own_folder)
-    if "--cfg" in arguments.options:
-        return _show(composed, arguments, needs_model)
-    config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
-    errors.is_json = config.console.style is ConsoleStyle.json
-=======
     with completed(arguments) as whole:
         composed = compose(whole.overrides, whole.own_folder)
         if "--cfg" in whole.options:
             return _show(composed, whole, resolved)
         config = resolved(composed, whole.overrides, whole.own_folder)
->>>>>>> main
+    errors.is_json = config.console.style is ConsoleStyle.json
     if "--check" not in arguments.options:
         return main(config)
     if check is None:

@@ -13,7 +13,7 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
-from dpo_dist.data.counts_in_words import describe_counts
+from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, count_shared_prompts, remembered_count
 from dpo_dist.data.micro_batches import ComputeCosts
