@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +35,7 @@ def run_verb(
     check: Callable[[RunConfig], int] | None = None,
     *,
     needs_model: bool = True,
+    needs_training_data: bool = True,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -45,9 +46,11 @@ def run_verb(
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
         needs_model: whether `model.path` must be given; see `load.resolve`.
+        needs_training_data: whether `data.train` must be given.
     """
     try:
-        exit_code = _run(main, check, needs_model)
+        needs = {"needs_model": needs_model, "needs_training_data": needs_training_data}
+        exit_code = _run(main, check, needs)
         sys.stdout.flush()
     except DpoDistError as error:
         _print(error)
@@ -89,7 +92,7 @@ def _print(error: DpoDistError) -> None:
 
 
 def _run(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None, needs_model: bool
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None, needs: Mapping[str, bool]
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
@@ -101,8 +104,8 @@ def _run(
         return ExitCode.completed
     composed = compose(arguments.overrides, arguments.own_folder)
     if "--cfg" in arguments.options:
-        return _show(composed, arguments, needs_model)
-    config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
+        return _show(composed, arguments, needs)
+    config = resolve(composed, arguments.overrides, arguments.own_folder, **needs)
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
@@ -127,10 +130,10 @@ def _answer(arguments: Arguments) -> str | None:
     return None if key is None else usage(command, options, folders)
 
 
-def _show(composed: DictConfig, arguments: Arguments, needs_model: bool) -> int:
+def _show(composed: DictConfig, arguments: Arguments, needs: Mapping[str, bool]) -> int:
     """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
-        config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
+        config = resolve(composed, arguments.overrides, arguments.own_folder, **needs)
         text = to_yaml(config)
     except DpoDistError:
         if _rank() == 0:

@@ -55,14 +55,17 @@ def _is_repeated(sources: list[SourceConfig]) -> bool:
     return any(source in bare[:index] for index, source in enumerate(bare))
 
 
+TRAINING_DATA = Rule(
+    "data.train",
+    lambda c: not c.data.train,
+    "no training data is given",
+    "set data.train=[pairs.jsonl], or choose a preset with data=...",
+    "at least one source",
+)
+"""A rule that a verb may not need."""
+
 DATA_RULES = (
-    Rule(
-        "data.train",
-        lambda c: not c.data.train,
-        "no training data is given",
-        "set data.train=[pairs.jsonl], or choose a preset with data=...",
-        "at least one source",
-    ),
+    TRAINING_DATA,
     Rule(
         "data.train",
         lambda c: _is_repeated(c.data.train),

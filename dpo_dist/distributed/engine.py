@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import (
 
 from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.checkpoint_manifest import recorded_writes
+from dpo_dist.distributed.checkpoint_manifest import ENGINE, recorded_writes
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
     describe_batch,
@@ -192,7 +192,7 @@ class PolicyEngine:
         try:
             with recorded_writes(self._engine.checkpoint_engine) as written:
                 options = {"save_latest": False, "exclude_frozen_parameters": True}
-                self._engine.save_checkpoint(folder, tag="engine", **options)
+                self._engine.save_checkpoint(folder, tag=ENGINE, **options)
         except (OSError, RuntimeError) as error:  # a RuntimeError if the disk is full
             # The other ranks wait in the collective calls at the end of DeepSpeed's saving: join them. If the
             # error came from a dead rank, these calls fail again.
@@ -207,7 +207,7 @@ class PolicyEngine:
         """Read the shards that `save_shards` wrote on the same number of ranks."""
         self._engine.load_checkpoint(
             folder,
-            tag="engine",
+            tag=ENGINE,
             load_module_strict=not adapted_layers(self._engine.module),
             load_lr_scheduler_states=False,
         )
