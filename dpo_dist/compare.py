@@ -26,13 +26,15 @@ def main(config: RunConfig) -> int:
     models, folder = check_comparison(config), RunFolder.of(config)
     with open_console(folder) as console:
         from dpo_dist.comparison.compare_models import compare_models  # noqa: PLC0415  (slow, prints)
+        from dpo_dist.report.comparison_page import write_comparison_page  # noqa: PLC0415
         from dpo_dist.report.comparison_table import comparison_table  # noqa: PLC0415
 
         results = compare_models(config, models, console)
         if results is not None:
             for line in comparison_table(results):
                 console.say(line)
-            console.say(f"responses: {folder.comparison_answers}   results: {folder.comparison_results}")
+            write_comparison_page(folder.comparison)
+            console.say(f"page: {folder.comparison_page}   responses: {folder.comparison_answers}")
     return ExitCode.completed
 
 

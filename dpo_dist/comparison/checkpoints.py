@@ -12,14 +12,17 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.digests import content_digest
+from dpo_dist.distributed.checkpoint import open_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST
-from dpo_dist.distributed.checkpoint_weights import whole_weights
+from dpo_dist.distributed.checkpoint_weights import read_weights
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.stages import Stages
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
+
+_PREFIX = "causal_lm."
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -40,12 +43,13 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
     digest = content_digest([checkpoint / MANIFEST])[:16]
     written = folder / f"{checkpoint.parents[1].name}-{checkpoint.name}-{digest}"
 
-    def write() -> None:
-        if not written.is_dir():
-            stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-            _write(checkpoint, written, _config_of_run(checkpoint))
-
-    stages.world.on_main(write, stages.screen.heartbeat(f"writing {written}"))
+    if not stages.world.on_main(written.is_dir):
+        stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
+        open_checkpoint(checkpoint, stages.world)
+        stages.world.on_main(
+            lambda: _write(checkpoint, written, _config_of_run(checkpoint)),
+            stages.screen.heartbeat(f"writing {written}"),
+        )
     return str(written)
 
 
@@ -65,7 +69,7 @@ def _config_of_run(checkpoint: Path) -> RunConfig:
 
 def _write(checkpoint: Path, folder: Path, config: RunConfig) -> None:
     base = model_folder(config.model.path, config.model.revision)
-    weights = whole_weights(checkpoint)
+    weights = read_weights(checkpoint)
     dtype = TORCH_DTYPES[config.model.dtype]
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
@@ -77,7 +81,7 @@ def _write(checkpoint: Path, folder: Path, config: RunConfig) -> None:
     tokenizer = load_tokenizer(base, config.model)
     if config.data.chat_template is not None:
         tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
-    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    cast = {name.removeprefix(_PREFIX): saved.contiguous().to(dtype) for name, saved in weights.items()}
     with staged_folder(folder) as temporary:
         packed.causal_lm.save_pretrained(temporary, state_dict=cast, max_shard_size="5GB")
         tokenizer.save_pretrained(temporary)

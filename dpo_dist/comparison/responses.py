@@ -12,7 +12,7 @@ import torch
 from dpo_dist.comparison.startup import KEY, Compared
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
-from dpo_dist.distributed.engine import whole_loading
+from dpo_dist.distributed.weight_loading import whole_loading
 from dpo_dist.generation.prompts import PromptList
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.parts import Parts

@@ -7,7 +7,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
+from dpo_dist.config.former_run import with_former_run
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
 from dpo_dist.config.messages import unknown_key
@@ -36,6 +38,7 @@ def run_verb(
     *,
     needs_model: bool = True,
     needs_training_data: bool = True,
+    of_run: bool = False,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -47,10 +50,14 @@ def run_verb(
         check: the function of `--check`, called in place of `main`, on the first rank only.
         needs_model: whether `model.path` must be given; see `load.resolve`.
         needs_training_data: whether `data.train` must be given.
+        of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
+            may lack training data.
     """
     try:
-        needs = {"needs_model": needs_model, "needs_training_data": needs_training_data}
-        exit_code = _run(main, check, needs)
+        resolved = partial(
+            resolve, needs_model=needs_model, needs_training_data=needs_training_data and not of_run
+        )
+        exit_code = _run(main, check, resolved, with_former_run if of_run else contextlib.nullcontext)
         sys.stdout.flush()
     except DpoDistError as error:
         _print(error)
@@ -92,7 +99,10 @@ def _print(error: DpoDistError) -> None:
 
 
 def _run(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None, needs: Mapping[str, bool]
+    main: Callable[[RunConfig], int],
+    check: Callable[[RunConfig], int] | None,
+    resolved: Callable[..., RunConfig],
+    completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
@@ -102,10 +112,11 @@ def _run(
     if "--info" in arguments.options:
         _ask_hydra(arguments)
         return ExitCode.completed
-    composed = compose(arguments.overrides, arguments.own_folder)
-    if "--cfg" in arguments.options:
-        return _show(composed, arguments, needs)
-    config = resolve(composed, arguments.overrides, arguments.own_folder, **needs)
+    with completed(arguments) as whole:
+        composed = compose(whole.overrides, whole.own_folder)
+        if "--cfg" in whole.options:
+            return _show(composed, whole, resolved)
+        config = resolved(composed, whole.overrides, whole.own_folder)
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
@@ -130,10 +141,10 @@ def _answer(arguments: Arguments) -> str | None:
     return None if key is None else usage(command, options, folders)
 
 
-def _show(composed: DictConfig, arguments: Arguments, needs: Mapping[str, bool]) -> int:
+def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., RunConfig]) -> int:
     """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
-        config = resolve(composed, arguments.overrides, arguments.own_folder, **needs)
+        config = resolved(composed, arguments.overrides, arguments.own_folder)
         text = to_yaml(config)
     except DpoDistError:
         if _rank() == 0:

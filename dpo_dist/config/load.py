@@ -28,7 +28,7 @@ from dpo_dist.config.messages import composition_error, content_error, is_within
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.rules_data import TRAINING_DATA
+from dpo_dist.config.rules_data import NEEDS_TRAINING_DATA
 from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
@@ -192,9 +192,11 @@ def resolve(
     )
     model = replace(config.model, adapter=_adapter(config.model.adapter))
     loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
-    config = replace(config, data=data, model=model, loss=loss)
+    pairs = _entries("evaluation.data", config.evaluation.data, SourceConfig)
+    evaluation = replace(config.evaluation, data=pairs)
+    config = replace(config, data=data, model=model, loss=loss, evaluation=evaluation)
     config = resolve_reference(config, given_keys(parsed))
-    check(config, (rule for rule in RULES if needs_training_data or rule is not TRAINING_DATA))
+    check(config, (NEEDS_TRAINING_DATA, *RULES) if needs_training_data else RULES)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dpo_dist.config.compare_schema import CompareConfig
+from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.doctor_schema import DoctorConfig
 from dpo_dist.config.evaluation_schema import EvaluationConfig
@@ -270,5 +271,6 @@ class RunConfig:
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
     compare: CompareConfig = section(CompareConfig, free=True, verbs="compare")
+    console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")

@@ -10,7 +10,7 @@ WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Weights & Biases."""
+    """Weights & Biases; the report of the run."""
 
     wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
     project: str = key("dpo_dist", "Project of the run.")
@@ -18,3 +18,8 @@ class TrackingConfig:
     group: str | None = key(None, "Group of the run.")
     tags: list[str] = key([], "Tags of the run.")
     notes: str | None = key(None, "A sentence about the run, shown on its page.")
+    price_per_gpu_hour: float | None = key(
+        None,
+        "Price of one GPU for an hour, in any currency, for the cost in `report.html`; null: no cost.",
+        at_least=0,
+    )

@@ -1,4 +1,4 @@
-"""Checks of a run's training: divergence, learning rate, beta, learning, over-fitting, sampled responses.
+"""Checks of a run's training: divergence, learning rate, beta, learning, over-fitting.
 
 A check returns the fields of its rule's text, or None if the run does not break the rule or the rows lack the
 metric.
@@ -20,6 +20,7 @@ from dpo_dist.diagnostics.run_facts import (
     number,
     values,
 )
+from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
 from dpo_dist.plurals import counted
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -32,7 +33,8 @@ _QUANTITIES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
 }
-"""In the order in which a step computes them: the first one that is not finite is the cause."""
+"""In the order in which a step computes them: the first one that is not finite is named."""
+_DISTANCES = ("kl/", "eval_kl/")
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _MEAN_OF = 3
@@ -43,19 +45,37 @@ _FIRST_SPIKE = 5
 
 def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
     for index, row in enumerate(facts.rows):
-        broken = [key for key in row if not math.isfinite(row[key])]
+        # A divergence from the reference that float32 cannot hold is no fault of a step.
+        broken = [key for key in row if not math.isfinite(row[key]) and not key.startswith(_DISTANCES)]
         if len(broken) < limits["values"]:
             continue
         keys = [key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken]
-        before = [earlier for earlier in facts.rows[:index] if "loss" in earlier]
+        before = facts.before(index)
         return {
+            "cause": _cause_of_divergence(keys[0], row, before),
             "quantity": f"the {_QUANTITIES.get(keys[0], keys[0])}",
             "step": int(row["step"]),
-            "loss": number(last(before, "loss")),
-            "grad_norm": number(last(before, "grad_norm")),
-            "rate": number(row.get("learning_rate", last(before, "learning_rate"))),
+            "loss": number(last(before.steps, "loss")),
+            "grad_norm": number(last(before.steps, "grad_norm")),
+            "rate": number(row.get("learning_rate", last(before.steps, "learning_rate"))),
         }
     return None
+
+
+def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
+    """Return a sentence about the likeliest cause, given the facts before the row that is not finite."""
+    symptom = next(_symptoms_of_rate(before, {**RULES["learning_rate_too_high"].limits, "rows": 1}), None)
+    if symptom is not None:
+        return f"the learning rate is too high: {symptom}"
+    if "loss" not in row:
+        return "the evaluation data have pairs for which the policy gives no finite value"
+    if quantity.startswith("logps/"):
+        if before.steps:
+            return "an update damaged the weights: the learning rate is too high, or its warm-up too short"
+        return "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
+    if quantity == "loss":
+        return "the formula of the loss has no finite value for log-probs that are finite"
+    return "the backward overflows: loss and log-probs are finite, the gradient is not"
 
 
 def _learning_rate_too_high(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -69,79 +89,48 @@ def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
     logged = [row for row in facts.steps if finite(row, "loss") is not None]
     for index in range(_MEAN_OF, len(logged)):
         recent = logged[index + 1 - _MEAN_OF : index + 1]
-        start, mean = logged[0]["loss"], fmean(row["loss"] for row in recent)
+        start, mean = logged[0]["loss"], _mean_loss(recent)
         if mean > limits["loss_rise"] * start > 0 and _pairs(recent) >= limits["pairs"]:
             yield f"the loss rose from {start:.3g} to {mean:.3g} by step {recent[-1]['step']:.0f}"
             break
     logps = values(facts.steps, "logps/chosen_per_token")
-    for step, logp in logps:
-        fall = logps[0][1] - logp
-        if fall > limits["fall"] and step <= limits["steps_share"] * facts.total_steps:
-            yield (
-                f"the log-prob of chosen responses fell by {fall:.2g} nats per token by step {step:.0f} of "
-                f"{facts.total_steps:,}"
-            )
-            break
-    norms = values(facts.steps, "grad_norm")
+    fallen = [(step, logps[0][1] - logp) for step, logp in logps if logps[0][1] - logp > limits["fall"]]
+    if len(fallen) >= limits["rows"] and fallen[0][0] <= limits["steps_share"] * facts.total_steps:
+        step, fall = fallen[0]
+        yield (
+            f"the log-prob of chosen responses fell by {fall:.2g} nats per token by step {step:.0f} of "
+            f"{facts.total_steps:,}"
+        )
+    yield from _jumps_of_gradient(logged, limits)
+
+
+def _jumps_of_gradient(logged: Sequence[Row], limits: Limits) -> Iterator[str]:
+    norms = values(logged, "grad_norm")
+    jumps = []
     for index in range(_FIRST_SPIKE, len(norms)):
         step, norm = norms[index]
         usual = median(value for _, value in norms[:index])
         if norm > max(limits["spike"] * usual, norms[0][1]):
-            yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
-            break
+            jumps.append((step, norm, usual))
+    if len(jumps) < limits["rows"]:
+        return
+    step, norm, usual = jumps[0]
+    before = [row for row in logged if row["step"] < step][-_MEAN_OF:]
+    after = [row for row in logged if row["step"] >= step][-_MEAN_OF:]
+    if _mean_loss(after) > _mean_loss(before):  # not of a loss with steep parts, such as dpop
+        yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
+
+
+def _mean_loss(rows: Sequence[Row]) -> float:
+    return fmean(row["loss"] for row in rows)
 
 
 def _pairs(rows: Sequence[Row]) -> float:
     return sum(row.get("pairs", 0) for row in rows)
 
 
-def _over_optimised(facts: RunFacts, limits: Limits) -> Fields | None:
-    symptoms = []
-    start, end = _ends(facts, "samples/length")
-    if start and end and end / start >= limits["length_ratio"]:
-        symptoms.append(f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)")
-    start, end = _ends(facts, "samples/finished")
-    if start is not None and end is not None:
-        unfinished, rise = 1 - end, start - end
-        if unfinished >= limits["unfinished"] and rise >= limits["unfinished_rise"]:
-            symptoms.append(f"{unfinished:.0%} of them do not end by themselves ({1 - start:.0%} before)")
-    start, end = _ends(facts, "samples/distinct_3")
-    if start and end is not None and end / start <= limits["distinct_fall"]:
-        symptoms.append(f"they repeat themselves (distinct 3-grams {start:.0%} -> {end:.0%})")
-    return _sampled(facts, symptoms)
-
-
-def _samples_degrade(facts: RunFacts, limits: Limits) -> Fields | None:
-    symptoms = []
-    for metric, meaning in (
-        ("samples/empty", "are empty"),
-        ("samples/refusals", "are refusals"),
-        ("samples/language_changed", "are in another language than the prompt"),
-    ):
-        start, end = _ends(facts, metric)
-        if start is not None and end is not None and end - start >= limits["rise"]:
-            symptoms.append(f"{end:.0%} of the sampled responses {meaning} ({start:.0%} before)")
-    return _sampled(facts, symptoms)
-
-
-def _ends(facts: RunFacts, metric: str) -> tuple[float | None, float | None]:
-    """Return the first and the last value of a metric of evaluations."""
-    return first(facts.evaluations, metric), last(facts.evaluations, metric)
-
-
-def _sampled(facts: RunFacts, symptoms: list[str]) -> Fields | None:
-    if not symptoms:
-        return None
-    step = next(row["step"] for row in facts.evaluations if _has_samples(row))
-    return {"symptoms": ", ".join(symptoms), "step": int(step)}
-
-
-def _has_samples(row: Row) -> bool:
-    return any(key.startswith("samples/") for key in row)
-
-
 def _far_from_reference(facts: RunFacts, limits: Limits) -> Fields | None:
-    kl = last(facts.last_rows, "kl/rejected")
+    kl = facts.moved("kl/rejected")
     if kl is None or kl <= limits["kl"]:
         return None
     return {"kl": kl, "beta": number(facts.setting("loss.beta"))}
@@ -168,7 +157,7 @@ def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
     """Return beta, first and last training loss, and the last margin in nats; None if one is unknown."""
-    beta, margin = facts.setting("loss.beta"), last(facts.last_rows, MARGIN)
+    beta, margin = facts.setting("loss.beta"), facts.moved(MARGIN)
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if not beta or margin is None or start is None or end is None:
         return None
@@ -177,7 +166,7 @@ def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
 
 def _learnt_nothing(facts: RunFacts, limits: Limits) -> Fields | None:
     accuracy = facts.accuracy()
-    if accuracy is None or accuracy.pairs < limits["pairs"]:
+    if accuracy is None or accuracy.pairs < limits["pairs"] or not facts.has_ended(limits["steps"]):
         return None
     noise = limits["standard_errors"] * accuracy.noise
     if abs(accuracy.value - 0.5) > noise or accuracy.value >= limits["accuracy"]:
@@ -195,6 +184,8 @@ def _learnt_nothing(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _hardly_trained(facts: RunFacts, limits: Limits) -> Fields | None:
     losses = [loss for _, loss in values(facts.steps, "loss")]
+    if not facts.has_ended(limits["steps"]):
+        return None
     if len(losses) < limits["rows"] or abs(losses[-1] - losses[0]) > limits["fall"] * abs(losses[0]):
         return None
     change = _beta_and_change(facts)
@@ -236,8 +227,6 @@ def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
 TRAINING_CHECKS: dict[str, Check] = {
     "diverged": _diverged,
     "learning_rate_too_high": _learning_rate_too_high,
-    "over_optimised": _over_optimised,
-    "samples_degrade": _samples_degrade,
     "far_from_reference": _far_from_reference,
     "beta_too_large": _beta_too_large,
     "beta_too_small": _beta_too_small,
@@ -256,11 +245,12 @@ def sentence_of_success(facts: RunFacts) -> str:
     if start is None or end is None:
         return "no training step was logged"
     fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
+    found = "no fault found" if facts.total_steps >= FEWEST_STEPS else "too short to be judged"
     if accuracy is None or last(facts.last_rows, ACCURACY) is None:
-        return f"no fault found: {fall}"
+        return f"{found}: {fall}"
     pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, MARGIN))
     learnt = f"{facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"
     if not facts.evaluations:
-        return f"no fault found, but nothing was evaluated (data.eval): {learnt}"
-    return f"no fault found: {learnt}"
+        found += " (nothing was evaluated: data.eval)"
+    return f"{found}: {learnt}"

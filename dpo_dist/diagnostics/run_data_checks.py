@@ -55,26 +55,29 @@ def _evaluation_too_good(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _label_leak(facts: RunFacts, limits: Limits) -> Fields | None:
     within = max(limits["steps"], limits["steps_share"] * facts.total_steps)
-    at_once = [
-        (step, accuracy)
-        for step, accuracy in values(facts.steps, ACCURACY)
-        if step <= within and accuracy >= limits["accuracy"]
-    ]
-    if not at_once:
-        return None
-    evidence = _evidence_of_leak(facts, limits)
-    if evidence is None:
-        return None
-    step, accuracy = at_once[0]
-    return {"accuracy": accuracy, "step": int(step), "evidence": evidence}
+    for source in ("", *(f"/{label}" for label in facts.labels("train"))):
+        at_once = [
+            (step, accuracy)
+            for step, accuracy in values(facts.steps, ACCURACY + source)
+            if step <= within and accuracy >= limits["accuracy"]
+        ]
+        evidence = _evidence_of_leak(facts, source, limits) if at_once else None
+        if evidence is not None:
+            step, accuracy = at_once[0]
+            of_source = f" of {source[1:]}" if source else ""
+            return {"accuracy": accuracy, "step": int(step), "evidence": evidence, "source": of_source}
+    return None
 
 
-def _evidence_of_leak(facts: RunFacts, limits: Limits) -> str | None:
+def _evidence_of_leak(facts: RunFacts, source: str, limits: Limits) -> str | None:
     """Return a clause that names the feature by which the label leaks, or None if none is known."""
-    chosen, rejected = first(facts.steps, "tokens/chosen"), first(facts.steps, "tokens/rejected")
+    rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
+    chosen, rejected = first(rows, f"tokens/chosen{source}"), first(rows, f"tokens/rejected{source}")
     if chosen and rejected and max(chosen / rejected, rejected / chosen) >= limits["length_ratio"]:
         return f"by length: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f}"
     for finding in facts.data_findings:
+        if source and finding.get("source") != source[1:]:
+            continue
         if finding.get("rule") in _LEAKS and finding.get("level") != "note":
             # Not the finding's text, which may quote words of the data.
             share = finding.get("share")

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_dist.errors import RunOutcome
+
 Row = Mapping[str, float]
 _EVALUATION = "eval_"
 _LOSS = "loss"
@@ -72,13 +74,37 @@ class RunFacts:
         """Steps done."""
         return int(self.summary.get("steps") or (self.rows[-1]["step"] if self.rows else 0))
 
+    def has_ended(self, fewest_steps: float) -> bool:
+        """Return whether the run was not stopped before its end and has at least so many steps."""
+        return self.total_steps >= fewest_steps and self.summary.get("exit") != RunOutcome.preempted
+
+    def before(self, index: int) -> "RunFacts":
+        """Return the facts of the rows before `rows[index]`."""
+        summary = {**self.summary, "steps": int(self.rows[index]["step"])}
+        return RunFacts.of(self.rows[:index], summary, self.data_findings)
+
     def setting(self, key: str) -> Any:
         """Return a setting of the run, or None if the summary does not name it."""
         return (self.summary.get("settings") or {}).get(key)
 
+    def moved(self, metric: str) -> float | None:
+        """Return the last value of a metric that starts at 0, or the change of it where it does not.
+
+        It does not if the reference is another model than the policy's start.
+        """
+        end, start = last(self.last_rows, metric), 0.0
+        if self.setting("reference.path") is not None:
+            start = first(self.steps, metric) or 0.0
+        return None if end is None else end - start
+
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
+
+    def labels(self, name: str) -> list[str]:
+        """Return the labels of the sources of `train` or `eval`; empty if unknown."""
+        found = [source.get("label") for source in self.counts(name).get("sources") or ()]
+        return [label for label in found if label is not None]  # older summaries have none
 
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""

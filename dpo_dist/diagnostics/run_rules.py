@@ -25,13 +25,16 @@ class RunRule:
     explains: tuple[str, ...] = ()
 
 
+FEWEST_STEPS = 10
+"""A shorter run has learnt too little to be judged by it."""
+
 RULES: dict[str, RunRule] = {
     "diverged": RunRule(
         "diverged",
         {"values": 1},
         "the number of values of a row that are not finite",
-        "{quantity} was the first value that is not finite, at step {step}; before it the loss was {loss} "
-        "and the gradient norm {grad_norm}, with a learning rate of {rate}",
+        "{cause}; {quantity} was the first value that is not finite, at step {step}; before it the loss was "
+        "{loss} and the gradient norm {grad_norm}, with a learning rate of {rate}",
         "a lower optim.lr, a larger optim.warmup_ratio, model.dtype=fp32 on a small part of the data; look "
         "at the pairs of this step",
         explains=(
@@ -62,7 +65,7 @@ RULES: dict[str, RunRule] = {
     ),
     "evaluation_too_good": RunRule(
         "evaluation better than training",
-        {"difference": 0.05, "standard_errors": 3, "steps": 10},
+        {"difference": 0.05, "standard_errors": 3, "steps": FEWEST_STEPS},
         "the last evaluation accuracy minus the accuracy of the last quarter of at least `steps` steps",
         "evaluation accuracy {accuracy:.2f} on {pairs:,} pairs is above training accuracy {training}: the "
         "evaluation data are easier, or copies of training data",
@@ -71,9 +74,9 @@ RULES: dict[str, RunRule] = {
     "label_leak": RunRule(
         "the label leaks",
         {"accuracy": 0.95, "steps_share": 0.1, "steps": 10, "length_ratio": 1.3},
-        "the training accuracy of a row within the first `steps` or `steps_share` of the run, if the doctor "
-        "found a leak, or one side is `length_ratio` times longer",
-        "accuracy is {accuracy:.2f} at step {step} already, {evidence}",
+        "the training accuracy of a row, also of each source, within the first `steps` or `steps_share` of "
+        "the run, if the doctor found a leak, or one side is `length_ratio` times longer",
+        "accuracy{source} is {accuracy:.2f} at step {step} already, {evidence}",
         "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
         "length-normalised loss",
         explains=("far_from_reference",),
@@ -90,27 +93,37 @@ RULES: dict[str, RunRule] = {
     ),
     "learning_rate_too_high": RunRule(
         "learning rate too high",
-        {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0},
+        {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0, "rows": 2},
         "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
         "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative "
-        "to the median of the rows before it, and above its start",
+        "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
+        "at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),
     ),
     "over_optimised": RunRule(
         "over-optimised",
-        {"length_ratio": 1.5, "unfinished": 0.1, "unfinished_rise": 0.05, "distinct_fall": 0.7},
-        "`eval_samples/length`, `finished` and `distinct_3` of the last evaluation with the first",
-        "{symptoms} compared with step {step}",
+        {
+            "length_ratio": 1.5,
+            "unfinished": 0.1,
+            "unfinished_rise": 0.05,
+            "distinct_fall": 0.7,
+            "responses": 2,
+        },
+        "`eval_samples/length` (if it is also above the chosen responses' `tokens/chosen`), `finished` (a "
+        "change of at least `responses` responses) and `distinct_3` of the last evaluation with those of the "
+        "reference, or of the first evaluation if they are unknown",
+        "{symptoms} compared with {start}",
         "an earlier checkpoint, fewer steps, a larger loss.beta or a lower optim.lr; a length-normalised "
         "loss if responses grow",
     ),
     "samples_degrade": RunRule(
         "sampled responses degrade",
-        {"rise": 0.1},
-        "`eval_samples/empty`, `refusals` and `language_changed` of the last evaluation minus the first",
-        "{symptoms} compared with step {step}",
+        {"rise": 0.1, "responses": 2},
+        "`eval_samples/empty`, `refusals` and `language_changed` of the last evaluation minus those of the "
+        "reference, or of the first evaluation; a change of at least `responses` responses",
+        "{symptoms} compared with {start}",
         "read the samples; look for such responses among the chosen ones",
     ),
     "far_from_reference": RunRule(
@@ -134,9 +147,10 @@ RULES: dict[str, RunRule] = {
     ),
     "learnt_nothing": RunRule(
         "learnt nothing",
-        {"standard_errors": 3, "accuracy": 0.6, "pairs": 30},
+        {"standard_errors": 3, "accuracy": 0.6, "pairs": 30, "steps": FEWEST_STEPS},
         "the last evaluation accuracy (without evaluations, of the last quarter of the steps) of at least "
-        "`pairs` pairs: below `accuracy`, and within so many standard errors of one half",
+        "`pairs` pairs: below `accuracy`, and within so many standard errors of one half; of a run of at "
+        "least `steps` steps that reached its end",
         "{part} accuracy {accuracy:.2f} on {pairs:,} pairs is within its noise of one half ({noise:.2f}); "
         "margin {margin:.2g}, training accuracy {training}",
         "check that the labels are not random; a higher optim.lr or more steps; more evaluation pairs if "
@@ -145,9 +159,10 @@ RULES: dict[str, RunRule] = {
     ),
     "hardly_trained": RunRule(
         "hardly trained",
-        {"fall": 0.01, "rows": 3, "margin": 2.0},
+        {"fall": 0.01, "rows": 3, "margin": 2.0, "steps": FEWEST_STEPS},
         "the training loss of the last row relative to the first, of at least `rows` rows, unless "
-        "`rewards/margins` divided by beta reached `margin` nats",
+        "`rewards/margins` divided by beta reached `margin` nats; of a run of at least `steps` steps that "
+        "reached its end",
         "the training loss stayed at its start, {first:.4g} -> {last:.4g}, in {steps:,} steps with "
         "optim.lr={rate}",
         "a higher optim.lr, or more steps",

@@ -1,6 +1,6 @@
 """The verdict about a run: one sentence and at most five findings, by the rules of `run_rules`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,11 @@ from dpo_dist.diagnostics.run_checks import TRAINING_CHECKS, Fields, sentence_of
 from dpo_dist.diagnostics.run_data_checks import DATA_CHECKS
 from dpo_dist.diagnostics.run_facts import Row, RunFacts
 from dpo_dist.diagnostics.run_rules import RULES
+from dpo_dist.diagnostics.run_sample_checks import SAMPLE_CHECKS
 from dpo_dist.errors import RunOutcome
 
 MOST_FINDINGS = 5
-_CHECKS = TRAINING_CHECKS | DATA_CHECKS
+_CHECKS = TRAINING_CHECKS | SAMPLE_CHECKS | DATA_CHECKS
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def verdict(
         data_findings: `findings` of doctor.json.
     """
     facts = RunFacts.of(rows, summary, data_findings)
-    checked = {name: _CHECKS[name](facts, rule.limits) for name, rule in RULES.items()}
-    broken = {name: fields for name, fields in checked.items() if fields is not None}
+    broken = _broken(facts, RULES)
     explained = {other for name in broken for other in RULES[name].explains}
     findings = [_finding(name, fields) for name, fields in broken.items() if name not in explained]
     if findings:
@@ -72,6 +72,17 @@ def verdict(
     if summary.get("exit") == RunOutcome.preempted:
         sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
     return Verdict(sentence, tuple(findings[:MOST_FINDINGS]))
+
+
+def sample_alarms(rows: Sequence[Row]) -> list[RunFinding]:
+    """Return the faults of the sampled responses by the metrics rows so far: the rules of `SAMPLE_CHECKS`."""
+    return [_finding(name, fields) for name, fields in _broken(RunFacts.of(rows, {}), SAMPLE_CHECKS).items()]
+
+
+def _broken(facts: RunFacts, names: Iterable[str]) -> dict[str, Fields]:
+    """Return the fields of each of these rules that the run breaks."""
+    checked = {name: _CHECKS[name](facts, RULES[name].limits) for name in names}
+    return {name: fields for name, fields in checked.items() if fields is not None}
 
 
 def _finding(name: str, fields: Fields) -> RunFinding:

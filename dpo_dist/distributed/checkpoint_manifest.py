@@ -15,8 +15,6 @@ from dpo_dist.atomic import sync
 from dpo_dist.digests import content_digest
 
 MANIFEST = "manifest.json"
-ENGINE = "engine"
-"""The folder of DeepSpeed's shards in a checkpoint."""
 
 Entries = dict[str, dict[str, Any]]
 

@@ -1,6 +1,7 @@
-"""The frame of the pages: one file without scripts that loads nothing, with their common style sheet.
+"""The frame of the pages: one file that loads nothing, with their common style sheet.
 
-A policy in the page forbids browsers everything but its own style sheet and images inside the file.
+A policy in the page forbids browsers everything but its own style sheet, its own script and images inside
+the file. Style sheet and script are allowed by their digests: markup in a text of data cannot add another.
 """
 
 import base64
@@ -9,29 +10,39 @@ from collections.abc import Iterable
 from html import escape
 
 
-def html_page(title: str, sections: Iterable[str], more_style: str = "") -> str:
+def html_page(title: str, sections: Iterable[str], more_style: str = "", script: str = "") -> str:
     """Return a page.
 
     Args:
         title: plain text.
         sections: HTML; empty ones are omitted.
         more_style: style sheet after the common one.
+        script: of the page, without which it is complete. None by default.
     """
     style = _STYLE + more_style
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     page = _FRAME.format(
-        digest=digest, title=escape(title), style=style, body="\n".join(filter(None, sections))
+        style_digest=_digest(style),
+        script_policy=f"script-src {_digest(script)}; " if script else "",
+        title=escape(title),
+        style=style,
+        body="\n".join(filter(None, sections)),
+        script=f"<script>{script}</script>\n" if script else "",
     )
     # A lone surrogate in a path cannot be encoded.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _digest(text: str) -> str:
+    """Return a source of the page's policy that allows `text` only."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
 
 
 _FRAME = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-{digest}'; \
-img-src data:; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src {style_digest}; \
+{script_policy}img-src data:; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <title>{title}</title>
@@ -41,7 +52,7 @@ img-src data:; base-uri 'none'; form-action 'none'">
 <main>
 {body}
 </main>
-</body>
+{script}</body>
 </html>
 """
 

@@ -20,12 +20,12 @@ from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint
 from dpo_dist.distributed.same_processes import check_same_processes
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
-from dpo_dist.report.page import write_page
+from dpo_dist.report.run_page.page import write_page
 from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
 
 T = TypeVar("T")
@@ -180,7 +180,9 @@ def _check_folder_unused(folder: RunFolder) -> None:
         )
 
 
-def write_on_main(work: Callable[[], T], folder: RunFolder, world: World) -> T:
+def write_on_main(
+    work: Callable[[], T], folder: RunFolder, world: World, while_waiting: WhileWaiting | None = None
+) -> T:
     """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
 
     Raises:
@@ -198,7 +200,7 @@ def write_on_main(work: Callable[[], T], folder: RunFolder, world: World) -> T:
                 remedy="free disk space or correct the permissions; the same command resumes the run",
             ) from error
 
-    return world.on_main(guarded)
+    return world.on_main(guarded, while_waiting)
 
 
 def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:

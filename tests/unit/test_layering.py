@@ -108,7 +108,7 @@ def test_every_folder_is_a_layer() -> None:
         ("config/load.py", "def f():\n    import torch"),
         ("training/loop.py", "import deepspeed.ops"),
         ("model/load.py", "from accelerate import Accelerator"),
-        ("report/page.py", "import wandb"),
+        ("report/run_page/page.py", "import wandb"),
         ("data/encode.py", "from omegaconf import OmegaConf"),
         ("objective/metrics.py", "from torch import distributed"),
         ("training/loop.py", "from benchmarks.setting import SHAPES"),

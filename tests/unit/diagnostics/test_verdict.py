@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.diagnostics.run_rules import RULES
-from dpo_dist.diagnostics.verdict import MOST_FINDINGS, verdict
+from dpo_dist.diagnostics.verdict import MOST_FINDINGS, sample_alarms, verdict
 
 PAGE = Path(__file__).parents[3] / "docs" / "verdict.md"
 STEPS = 20
@@ -44,7 +44,12 @@ def step_row(step: int) -> Row:
 def evaluation_row(step: int) -> Row:
     metrics = {key: value for key, value in step_row(step).items() if key not in ("step", "grad_norm")}
     sampled = {"samples/length": 100.0, "samples/finished": 1.0, "samples/distinct_3": 0.9}
-    shares = {"samples/empty": 0.0, "samples/refusals": 0.02, "samples/language_changed": 0.0}
+    shares = {
+        "samples/empty": 0.0,
+        "samples/refusals": 0.02,
+        "samples/language_changed": 0.0,
+        "samples/prompts": 50.0,
+    }
     return {"step": step} | {
         f"eval_{key}": value for key, value in (metrics | sampled | shares | {"pairs": 400.0}).items()
     }
@@ -96,7 +101,12 @@ CASES: dict[str, Case] = {
         rows(late={"loss": math.nan, "grad_norm": math.inf}, since=12),
         summary(),
         [],
-        ["the loss was the first", "step 12", "before it the loss was 0.558 and the gradient norm 3"],
+        [
+            "the formula of the loss has no finite value for log-probs that are finite",
+            "the loss was the first",
+            "step 12",
+            "before it the loss was 0.558 and the gradient norm 3",
+        ],
     ),
     "labels_swapped": (
         rows(late={"eval_rewards/accuracies": 0.3}),
@@ -119,10 +129,10 @@ CASES: dict[str, Case] = {
     ),
     "beta_too_large": (rows(late={"loss": 1e-5}), with_beta(10.0), [], ["loss.beta=10", "0.08 nats"]),
     "learning_rate_too_high": (
-        rows(late={"grad_norm": 80.0}, since=19),
+        rows(late={"grad_norm": 80.0, "loss": 0.6}, since=18),
         summary(),
         [],
-        ["jumped from 2 to 80 at step 19", "optim.lr=1e-06"],
+        ["jumped from 2 to 80 at step 18", "optim.lr=1e-06"],
     ),
     "over_optimised": (
         rows(late={"eval_samples/length": 230.0, "eval_samples/finished": 0.86}),
@@ -225,6 +235,15 @@ def test_a_perfect_accuracy_at_once_needs_evidence_to_be_a_leak() -> None:
     assert "quoted" not in leak.text
 
 
+def test_a_label_that_leaks_by_length_in_one_source_is_named_with_it() -> None:
+    every = {"rewards/accuracies/a": 0.98, "rewards/accuracies/b": 0.7}
+    longer = {"eval_tokens/chosen/a": 30.0, "eval_tokens/rejected/a": 90.0}
+    assert verdict(rows(every=every), summary()).findings == ()
+    [leak] = verdict(rows(every=every | longer), summary()).findings
+    assert leak.rule == "label_leak"
+    assert "accuracy of a is 0.98 at step 1 already, by length" in leak.text
+
+
 def test_swapped_labels_of_one_source_are_named() -> None:
     swapped = {"eval_rewards/accuracies/a": 0.2, "eval_rewards/accuracies/b": 0.9}
     [finding] = verdict(rows(every=swapped), summary()).findings
@@ -267,7 +286,41 @@ def test_symptoms_of_a_learning_rate_that_is_too_high(changes: dict[str, float],
 )
 def test_the_first_quantity_that_is_not_finite_is_named(value: dict[str, float], quantity: str) -> None:
     [finding] = verdict(rows(late=value, since=20), summary()).findings
-    assert finding.text.startswith(f"{quantity} was the first")
+    assert f"; {quantity} was the first" in finding.text
+
+
+BROKEN = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "value", "since", "cause"),
+    [
+        ({}, BROKEN, 1, "the model gives no finite log-probs from the start"),
+        ({}, BROKEN, 12, "an update damaged the weights"),
+        ({"loss": 2.0}, BROKEN, 20, "the learning rate is too high: the loss rose from 0.678 to 1.06"),
+        ({"grad_norm": 99.0, "loss": 0.6}, {"grad_norm": math.inf}, 11, "the learning rate is too high"),
+        ({}, {"loss": math.nan, "grad_norm": math.nan}, 12, "the formula of the loss"),
+        ({}, {"grad_norm": math.inf}, 12, "the backward overflows"),
+        ({}, {"eval_loss": math.nan}, 10, "the evaluation data have pairs"),
+    ],
+)
+def test_the_cause_of_a_divergence(
+    earlier: dict[str, float], value: dict[str, float], since: int, cause: str
+) -> None:
+    history = rows(late=earlier)
+    spoiled = [
+        row for row in history if row["step"] >= since and ("eval_loss" in row) == ("eval_loss" in value)
+    ]
+    for row in spoiled:
+        row.update(value)
+    judged = verdict(history, summary())
+    assert judged.findings[0].rule == "diverged"
+    assert judged.sentence.startswith(f"diverged: {cause}")
+
+
+def test_a_distance_that_float32_cannot_hold_is_no_divergence() -> None:
+    far = {"kl/chosen": math.inf, "eval_kl/chosen": math.inf}
+    assert verdict(rows(late=far), summary()).findings == ()
 
 
 def test_chance_is_judged_by_the_number_of_pairs() -> None:
@@ -301,10 +354,63 @@ def test_sources_of_few_pairs_are_not_called_noise() -> None:
     assert verdict(rows(every=every), summary(data=data)).findings == ()
 
 
-def test_one_bad_step_is_no_sign_of_the_learning_rate() -> None:
+@pytest.mark.parametrize(
+    "value", [{"loss": 0.95}, {"grad_norm": 900.0, "loss": 0.95}, {"logps/chosen_per_token": -9.0}]
+)
+@pytest.mark.parametrize("index", [2, 6])
+def test_one_bad_step_is_no_sign_of_the_learning_rate(index: int, value: dict[str, float]) -> None:
     history = rows()
-    history[6]["loss"] = 0.95
+    history[index] |= value
     assert verdict(history, summary()).findings == ()
+
+
+def test_a_steep_part_of_a_loss_that_falls_is_no_sign_of_the_learning_rate() -> None:
+    history = rows(late={"grad_norm": 80.0}, since=15)
+    assert verdict(history, summary()).findings == ()
+    for index in (10, 11, 12):  # the loss rises with the gradient, and recovers
+        history[index] |= {"grad_norm": 80.0, "loss": 0.7}
+    assert verdict(history, summary()).findings == ()
+
+
+@pytest.mark.parametrize("ended", [{"exit": "preempted"}, {"steps": 4}])
+def test_a_run_that_is_short_or_stopped_is_not_accused_of_learning_nothing(ended: dict[str, Any]) -> None:
+    every = FLAT | {"rewards/accuracies": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 1e-3}
+    history = [row for row in rows(every=every) if row["step"] <= ended.get("steps", STEPS)]
+    judged = verdict(history, summary(**ended))
+    assert judged.findings == ()
+    assert ("too short to be judged" in judged.sentence) == ("steps" in ended)
+
+
+def test_samples_are_compared_with_the_reference_if_its_responses_are_known() -> None:
+    end = {"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0}
+    [finding] = verdict(rows(every=end), summary()).findings
+    assert "3.0x longer (60 -> 180 tokens) compared with the reference" in finding.text
+
+
+def test_responses_as_long_as_the_chosen_ones_are_no_fault() -> None:
+    as_taught = {"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}
+    assert verdict(rows(late=as_taught), summary()).findings == ()
+
+
+@pytest.mark.parametrize("late", [{"eval_samples/refusals": 0.15}, {"eval_samples/finished": 0.875}])
+def test_a_single_response_is_no_fault(late: dict[str, float]) -> None:
+    assert verdict(rows(late=late, every={"eval_samples/prompts": 8.0}), summary()).findings == ()
+    assert len(verdict(rows(late=late, every={"eval_samples/prompts": 80.0}), summary()).findings) == 1
+
+
+def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
+    other = summary(settings=SETTINGS | {"reference.path": "other"})
+    start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
+    assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["far_from_reference"]
+    assert verdict(rows(every=start), other).findings == ()
+    [finding] = verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings
+    assert "moved 2 nats" in finding.text
+
+
+def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
+    history = rows(late={"eval_samples/empty": 0.5, "eval_samples/length": 400.0, "loss": math.nan})
+    assert sample_alarms(history[:10]) == []
+    assert [alarm.rule for alarm in sample_alarms(history)] == ["over_optimised", "samples_degrade"]
 
 
 def test_a_preempted_run_is_judged_so_far() -> None:
@@ -328,9 +434,7 @@ def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> 
 def test_without_evaluations_the_sentence_says_so() -> None:
     training = [row for row in rows() if "loss" in row]
     sentence = verdict(training, summary()).sentence
-    assert sentence.startswith(
-        "no fault found, but nothing was evaluated (data.eval): training accuracy 0.72"
-    )
+    assert sentence.startswith("no fault found (nothing was evaluated: data.eval): training accuracy 0.72")
 
 
 def test_the_page_has_every_rule() -> None:

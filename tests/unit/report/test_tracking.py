@@ -18,7 +18,8 @@ import wandb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.metrics_log import MetricsLog, plain
+from dpo_dist.report.json_values import plain
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.tracked_values import wandb_names
 from dpo_dist.report.tracking import Tracker, open_tracker
 from dpo_dist.report.wandb_file import read_records, read_rows
@@ -151,7 +152,7 @@ from dpo_dist.report.tracking import open_tracker
 folder, checkpoint, last, wait = RunFolder(Path(sys.argv[1])), *map(int, sys.argv[2:4]), float(sys.argv[4])
 metrics = MetricsLog.open(folder, checkpoint or None)
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))
-recorder = Recorder(metrics, open_tracker(config, folder, lambda: None, rows=metrics.rows))
+recorder = Recorder(metrics, open_tracker(config, folder, lambda: None, rows=metrics.rows), print)
 for step in range(checkpoint + 1, last + 1):
     recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": float("inf" if step == 4 else step)})
     if step % 2 == 0:

@@ -1,0 +1,78 @@
+"""Checks of the responses that the policy gives to held-out prompts: see `run_checks`."""
+
+from dpo_dist.diagnostics.run_checks import Check, Fields, Limits
+from dpo_dist.diagnostics.run_facts import Row, RunFacts, first, last
+
+_SAMPLES = "samples/"
+_REFERENCE = "samples/reference_"
+
+
+def _over_optimised(facts: RunFacts, limits: Limits) -> Fields | None:
+    symptoms = []
+    start, end = _ends(facts, "length")
+    wanted = last(facts.evaluations, "tokens/chosen") or 0.0
+    if start and end and end / start >= limits["length_ratio"] and end > wanted:
+        symptoms.append(f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)")
+    start, end = _ends(facts, "finished")
+    if (
+        start is not None
+        and end is not None
+        and 1 - end >= limits["unfinished"]
+        and _is_enough(facts, start - end, limits["unfinished_rise"], limits)
+    ):
+        symptoms.append(f"{1 - end:.0%} of them do not end by themselves ({1 - start:.0%} before)")
+    start, end = _ends(facts, "distinct_3")
+    if start and end is not None and end / start <= limits["distinct_fall"]:
+        symptoms.append(f"they repeat themselves (distinct 3-grams {start:.0%} -> {end:.0%})")
+    return _sampled(facts, symptoms)
+
+
+def _samples_degrade(facts: RunFacts, limits: Limits) -> Fields | None:
+    symptoms = []
+    for metric, meaning in (
+        ("empty", "are empty"),
+        ("refusals", "are refusals"),
+        ("language_changed", "are in another language than the chosen response"),
+    ):
+        start, end = _ends(facts, metric)
+        if start is None or end is None:
+            continue
+        if _is_enough(facts, end - start, limits["rise"], limits):
+            symptoms.append(f"{end:.0%} of the sampled responses {meaning} ({start:.0%} before)")
+    return _sampled(facts, symptoms)
+
+
+def _ends(facts: RunFacts, name: str) -> tuple[float | None, float | None]:
+    """Return a metric of the reference's responses, or else of the first samples, and of the last ones."""
+    start = first(facts.evaluations, _REFERENCE + name)
+    if start is None:
+        start = first(facts.evaluations, _SAMPLES + name)
+    return start, last(facts.evaluations, _SAMPLES + name)
+
+
+def _is_enough(facts: RunFacts, rise: float, least: float, limits: Limits) -> bool:
+    """Return whether a share rose by `least` and, if their number is known, by enough responses."""
+    prompts = last(facts.evaluations, "samples/prompts")
+    return rise >= least and (prompts is None or round(rise * prompts) >= limits["responses"])
+
+
+def _sampled(facts: RunFacts, symptoms: list[str]) -> Fields | None:
+    if not symptoms:
+        return None
+    row = next(row for row in facts.evaluations if _has_samples(row))
+    is_known = any(key.startswith(_REFERENCE) for key in row)
+    return {
+        "symptoms": ", ".join(symptoms),
+        "start": "the reference" if is_known else f"step {row['step']:.0f}",
+    }
+
+
+def _has_samples(row: Row) -> bool:
+    return any(key.startswith(_SAMPLES) for key in row)
+
+
+SAMPLE_CHECKS: dict[str, Check] = {
+    "over_optimised": _over_optimised,
+    "samples_degrade": _samples_degrade,
+}
+"""By rule."""
