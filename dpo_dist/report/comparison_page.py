@@ -37,14 +37,16 @@ def write_comparison_page(folder: Path) -> None:
         DataError: `comparison.json` cannot be read.
         OSError: a file cannot be read or written.
     """
-    files = RunFolder(folder.parent)
-    results = read_results(files.comparison_results)
+    names = RunFolder(folder)
+    results = read_results(folder / names.comparison_results.name)
     head = [_first_screen(results), *_sections(results)]
     used = sum(len(part.encode("utf-8", "replace")) for part in head)
-    prompts = prompts_section(files.comparison_answers, results, MOST_BYTES - _FRAME_BYTES - used)
+    prompts = prompts_section(
+        folder / names.comparison_answers.name, results, MOST_BYTES - _FRAME_BYTES - used
+    )
     style = _STYLE + SIDE_STYLE + TABLES_STYLE + PARETO_STYLE + PROMPTS_STYLE + prompts.style
     page = html_page("Comparison of models", [*head, prompts.html], style, SCRIPT)
-    atomic.write_text(files.comparison_page, page)
+    atomic.write_text(folder / names.comparison_page.name, page)
 
 
 def _first_screen(results: Results) -> str:
