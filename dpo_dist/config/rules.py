@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from dpo_dist.config.check import Rule
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
-from dpo_dist.config.rules_data import DATA_RULES
+from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.schema import (
     AdapterVariant,
@@ -265,5 +265,13 @@ _DOCTOR = (
     ),
 )
 
-RULES = (*_RUN_AND_MODEL, *DATA_RULES, *_LOSS, *_TRAINING, *REFERENCE_RULES, *_DOCTOR)
+RULES = (
+    *_RUN_AND_MODEL,
+    *DATA_RULES,
+    *_LOSS,
+    *_TRAINING,
+    *REFERENCE_RULES,
+    *EVALUATION_RULES,
+    *_DOCTOR,
+)
 """In the order in which they are checked."""

@@ -36,6 +36,9 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
+SHARDS = "engine"
+"""The folder of the shards in a checkpoint."""
+
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
     """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
@@ -192,7 +195,7 @@ class PolicyEngine:
         try:
             with recorded_writes(self._engine.checkpoint_engine) as written:
                 options = {"save_latest": False, "exclude_frozen_parameters": True}
-                self._engine.save_checkpoint(folder, tag="engine", **options)
+                self._engine.save_checkpoint(folder, tag=SHARDS, **options)
         except (OSError, RuntimeError) as error:  # a RuntimeError if the disk is full
             # The other ranks wait in the collective calls at the end of DeepSpeed's saving: join them. If the
             # error came from a dead rank, these calls fail again.
@@ -207,7 +210,7 @@ class PolicyEngine:
         """Read the shards that `save_shards` wrote on the same number of ranks."""
         self._engine.load_checkpoint(
             folder,
-            tag="engine",
+            tag=SHARDS,
             load_module_strict=not adapted_layers(self._engine.module),
             load_lr_scheduler_states=False,
         )

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.distributed.engine import FrozenEngine, sharded_loading, whole_loading
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.objective.token_logps import Statistic
@@ -74,7 +73,11 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEn
 
 
 def load_scored(
-    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None = None
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None = None,
 ) -> ReferenceEngine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
@@ -82,16 +85,16 @@ def load_scored(
         folder: of the model, or of the adapter's base.
         model_config: with its quantization.
         config: of the run.
-        adapter: the folder of an adapter to add; None: none.
+        finish: adds an adapter, or replaces the weights of the model, sharded or not; None: does not.
     """
-    log.info("loading a model to score from %s", adapter or folder)
+    log.info("loading a model to score from %s", folder)
     if model_config.quantization is not None:
         with whole_loading(world):
             model = load_packed(folder, model_config, config.data.max_length, world.device)
-            if adapter is not None:
-                load_adapter(model, adapter)
+            if finish is not None:
+                finish(model)
             return QuantizedReference(model)
-    return _load_sharded(folder, model_config, config, world, adapter)
+    return _load_sharded(folder, model_config, config, world, finish)
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
@@ -106,7 +109,11 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
 
 
 def _load_sharded(
-    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None,
 ) -> FrozenEngine:
     placement = config.reference
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
@@ -116,8 +123,8 @@ def _load_sharded(
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
-        if adapter is not None:
-            load_adapter(model, adapter)
+        if finish is not None:
+            finish(model)
     hidden_size = model.causal_lm.config.hidden_size
     return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
 

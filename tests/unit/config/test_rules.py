@@ -106,6 +106,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data.trained_roles": ["assistants"]}, "data.trained_roles"),
     ({"data.untrained": ["empty_thought"]}, "data.untrained"),
     ({"data.untrained": ["thoughts", "...</note>"]}, "data.untrained"),
+    ({"evaluation.model": 3}, "evaluation.model"),
+    ({"evaluation.model": ["a", "a"]}, "evaluation.model"),
+    ({"evaluation.model": []}, "evaluation.model"),
+    ({"evaluation.data": ["b", "b"]}, "evaluation.data"),
+    ({"evaluation.data": [{"path": "b", "weight": 2}]}, "evaluation.data"),
     ({"parallelism.offload_parameters": "nvme"}, "parallelism.offload_parameters"),
     ({"parallelism.offload_optimizer": "nvme"}, "parallelism.offload_optimizer"),
 ]

@@ -18,7 +18,8 @@ import wandb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
-from dpo_dist.report.metrics_log import MetricsLog, plain
+from dpo_dist.report.json_values import plain
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.tracked_values import wandb_names
 from dpo_dist.report.tracking import Tracker, open_tracker
 from dpo_dist.report.wandb_file import read_records, read_rows
