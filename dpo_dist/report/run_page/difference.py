@@ -12,7 +12,7 @@ from dpo_dist.report.curves import comparison_charts
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import flat, folded, note, section, table
-from dpo_dist.report.run_page.difference_results import Two, results_section
+from dpo_dist.report.run_page.difference_results import LABELS, Two, results_section
 from dpo_dist.report.run_page.difference_samples import samples_of_both
 from dpo_dist.report.run_page.difference_time import time_section
 from dpo_dist.report.run_page.facts import PageFacts, read_facts
@@ -85,17 +85,17 @@ def _made(make: Callable[[Two], str], two: Two) -> str:
 
 
 def _header(two: Two) -> str:
-    return f"<header><h1>{inert_html(two.names[0])} and {inert_html(two.names[1])}</h1></header>"
+    return f"<header><h1>{' and '.join(map(inert_html, two.names))}</h1></header>"
 
 
 def _verdicts(two: Two) -> str:
     """Return outcome and verdict of both runs side by side."""
     columns = ""
-    for name, color, facts in two.columns:
+    for label, name, color, facts in zip(LABELS, two.names, ("c0", "c1"), two.facts, strict=True):
         outcome = text(facts.summary["exit"]) if facts.summary.get("exit") else "not ended"
         judged = verdict_section(facts).replace(' id="verdict"', "")
         columns += (
-            f'<div><h3 class="name {color}"><b>{inert_html(name)}</b></h3>'
+            f'<div><h3 class="name {color}"><b>{label}: {inert_html(name)}</b></h3>'
             f'<span class="badge {inert_html(outcome)}">{inert_html(outcome)}</span>{judged}</div>'
         )
     return f'<section id="verdicts"><div class="two">{columns}</div></section>'
@@ -112,9 +112,11 @@ def _settings(two: Two) -> str:
         for key in dict.fromkeys([*first, *second])
         if first.get(key, _ABSENT) != second.get(key, _ABSENT)
     ]
-    head = ("setting", *two.names)
-    shown = table(head, (map(inert_html, row) for row in differing if row[0] in defining), "settings")
-    others = table(head, (map(inert_html, row) for row in differing if row[0] not in defining), "settings")
+    head = ("setting", *LABELS)
+    shown = table(head, (tuple(map(inert_html, row)) for row in differing if row[0] in defining), "settings")
+    others = table(
+        head, (tuple(map(inert_html, row)) for row in differing if row[0] not in defining), "settings"
+    )
     return section(
         "settings",
         "Settings",
@@ -136,14 +138,14 @@ def _values(facts: PageFacts) -> dict[str, str]:
 
 def _curves(two: Two) -> str:
     first, second = two.facts
-    shown = comparison_charts({two.names[0]: first.run.rows, two.names[1]: second.run.rows})
+    shown = comparison_charts(dict(zip(LABELS, (first.run.rows, second.run.rows), strict=True)))
     return section("curves", "Curves", note(_CURVES), shown) if shown else ""
 
 
 def _environment(two: Two) -> str:
     """Return versions and hardware that differ, folded."""
     first, second = (dict(flat(facts.environment)) for facts in two.facts)
-    return folded("Environment that differs", table(("", *two.names), _differing(first, second), "settings"))
+    return folded("Environment that differs", table(("", *LABELS), _differing(first, second), "settings"))
 
 
 def _differing(first: dict[str, str], second: dict[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.report.inert import inert_html
@@ -16,23 +18,22 @@ from dpo_dist.report.run_page.wording import short, three
 _Z95 = 1.96
 _ALL = "all"
 _KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
+_DIFFERENCE = "B \u2212 A"
 _INTERVALS = (
     "Brackets: 95 % intervals by bootstrap over prompts. Intervals that do not overlap are a clear "
     "difference; intervals that overlap leave it open, because both runs have the same prompts."
 )
 
 
+LABELS = ("A", "B")
+
+
 @dataclass(frozen=True)
 class Two:
-    """Two runs with their names on the page."""
+    """Two runs, A and B on the page, with their names."""
 
     facts: tuple[PageFacts, PageFacts]
     names: tuple[str, str]
-
-    @property
-    def columns(self) -> Iterator[tuple[str, str, PageFacts]]:
-        """Name, class of the colour in charts, and facts of each run."""
-        yield from zip(self.names, ("c0", "c1"), self.facts, strict=True)
 
 
 def results_section(two: Two) -> str:
@@ -43,15 +44,13 @@ def results_section(two: Two) -> str:
     keys = [key for key in (*PAIR_METRICS, *ENTROPIES, *_samples(rows)) if all(key in row for row in rows)]
     intervals = [_intervals(facts, _ALL) if is_evaluated else {} for facts in two.facts]
     lines = [_line(key, key, rows, intervals) for key in keys]
-    shown = table(("metric", *two.names, "difference", "intervals"), lines)
+    shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines)
     by_source = _by_source(two) if is_evaluated else ""
     return section(
         "results",
         "Results",
         paragraph(*_warnings(two)),
-        note(f"Values of {part}. The difference is that of {two.names[1]} minus {two.names[0]}.")
-        if shown
-        else "",
+        note(f"Values of {part}.") if shown else "",
         shown,
         by_source,
         note(_INTERVALS) if any(intervals) else "",
@@ -84,7 +83,13 @@ def _line(
     ends = [each.get(key) for each in intervals]
     cells = [_cell(value, each) for value, each in zip(values, ends, strict=True)]
     difference = values[1] - values[0]
-    return inert_html(name), *cells, f"{difference:+.3g}" if math.isfinite(difference) else "", _overlap(ends)
+    return inert_html(name), *cells, _signed(difference), _overlap(ends)
+
+
+def _signed(difference: float) -> str:
+    return (
+        f"{difference:+.3g}" if math.isfinite(difference) and difference else "0" if difference == 0 else ""
+    )
 
 
 def _cell(value: float, ends: Sequence[float] | None) -> str:
@@ -108,7 +113,7 @@ def _by_source(two: Two) -> str:
             rows = [{metric: each[label].get(f"eval_{metric}", math.nan)} for each in (first, second)]
             if all(math.isfinite(row[metric]) for row in rows):
                 lines.append(_line(f"{label}: {name}", metric, rows, intervals))
-    shown = table(("source", *two.names, "difference", "intervals"), lines)
+    shown = table(("source", *LABELS, _DIFFERENCE, "intervals"), lines)
     return f"<h3>By source</h3>{shown}" if shown else ""
 
 
@@ -127,7 +132,7 @@ def _warnings(two: Two) -> Iterator[str]:
     betas = [facts.setting("loss.beta") for facts in two.facts]
     if all(betas) and betas[0] != betas[1]:
         values = " and ".join(map(three, betas))
-        yield f"Rewards and margins are multiples of beta, which differs ({values}); the other metrics are not."
+        yield f"Rewards and margins are multiples of beta, which differs ({values}); other metrics are not."
 
 
 def _paired(two: Two) -> str:
@@ -141,15 +146,14 @@ def _paired(two: Two) -> str:
     only_first, only_second = counts[True, False], counts[False, True]
     difference = (only_second - only_first) / pairs
     spread = math.sqrt(max((only_first + only_second) / pairs - difference**2, 0.0) / pairs)
-    first, second = two.names
     lines = (
         ("both", f"{counts[True, True]:,}"),
-        (f"only {inert_html(first)}", f"{only_first:,}"),
-        (f"only {inert_html(second)}", f"{only_second:,}"),
+        ("only A", f"{only_first:,}"),
+        ("only B", f"{only_second:,}"),
         ("neither", f"{counts[False, False]:,}"),
     )
     sentence = (
-        f"Accuracy of {second} minus that of {first}, pair by pair: {difference:+.3g} "
+        f"Accuracy of B minus that of A, pair by pair: {difference:+.3g} "
         f"[{difference - _Z95 * spread:+.3g}, {difference + _Z95 * spread:+.3g}], a 95 % interval that "
         "counts pairs of one prompt as independent. It is narrower than the intervals above, because both "
         "runs have the same pairs."
@@ -164,7 +168,7 @@ def _paired(two: Two) -> str:
 def _agreement(two: Two) -> dict[tuple[bool, bool], int] | None:
     """Return numbers of pairs by whether each run prefers the chosen response; None if the pairs differ."""
     counts = {(first, second): 0 for first in (True, False) for second in (True, False)}
-    files = [json_rows(facts.folder.evaluation_scores) for facts in two.facts]
+    files = [json_rows(_scores(facts.folder)) for facts in two.facts]
     while True:
         first, second = (next(rows, None) for rows in files)
         if first is None and second is None:
@@ -173,6 +177,12 @@ def _agreement(two: Two) -> dict[tuple[bool, bool], int] | None:
             return None
         counts[_is_right(first), _is_right(second)] += 1
     return counts if any(counts.values()) else None
+
+
+def _scores(folder: RunFolder) -> Path:
+    """Return the scores of the last evaluation of training; earlier versions wrote them to another folder."""
+    scores = folder.evaluation_of(LAST_EVALUATION).scores
+    return scores if scores.exists() else folder.evaluation.scores
 
 
 def _key(row: Mapping[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from dpo_dist.plurals import counted
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.run_page.blocks import note, section
-from dpo_dist.report.run_page.difference_results import Two
+from dpo_dist.report.run_page.difference_results import LABELS, Two
 from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, side_by_side
 from dpo_dist.report.word_diff import difference
 
@@ -24,28 +24,26 @@ _TITLE_CHARACTERS = 120
 
 
 def samples_of_both(two: Two) -> str:
-    """Return the last responses of both runs to common prompts, the most different first; empty without any."""
+    """Return the last responses of both runs to common prompts, the most different first."""
     (first_step, first), (second_step, second) = (_last_samples(facts.folder) for facts in two.facts)
     common = [(row, second[name]) for name, row in first.items() if name in second]
     common.sort(key=lambda rows: _similarity(*rows))
     steps = first_step, second_step
-    items = [
-        _item(two, rows, steps, is_open=number < _OPEN) for number, rows in enumerate(common[:_MOST_SHOWN])
-    ]
+    items = [_item(rows, steps, is_open=number < _OPEN) for number, rows in enumerate(common[:_MOST_SHOWN])]
     explained = (
         f"Last responses (steps {first_step:,} and {second_step:,}) to {counted(len(items), 'prompt')} of "
         f"{len(common):,} that both runs answered, those that differ most first. Marked words are not in the "
-        f"response of {two.names[0]}. Texts of data and models can be offensive or private."
+        "response of A. Texts of data and models can be offensive or private."
     )
     return section("samples", "Responses of both", note(explained), *items) if items else ""
 
 
-def _item(two: Two, rows: tuple[Row, Row], steps: tuple[int, int], *, is_open: bool) -> str:
-    prompt, responses = _text(rows[0], "prompt") or "", _responses(two, rows, steps)
+def _item(rows: tuple[Row, Row], steps: tuple[int, int], *, is_open: bool) -> str:
+    prompt, responses = _text(rows[0], "prompt") or "", _responses(rows, steps)
     return (
         f'<details class="sample"{" open" if is_open else ""}>'
         f'<summary dir="auto">{inert_html(_title(rows[0]))}</summary>'
-        f"{side_by_side(prompt, responses, two.names[0], _LONGEST)}</details>"
+        f"{side_by_side(prompt, responses, responses[0].label, _LONGEST)}</details>"
     )
 
 
@@ -74,18 +72,18 @@ def _title(row: Row) -> str:
     return words[:_TITLE_CHARACTERS] + ("\u2026" if len(words) > _TITLE_CHARACTERS else "") or "empty prompt"
 
 
-def _responses(two: Two, rows: tuple[Row, Row], steps: tuple[int, int]) -> list[Response]:
+def _responses(rows: tuple[Row, Row], steps: tuple[int, int]) -> list[Response]:
     """Return both policies' responses, the references' (one if they are equal), and the chosen one."""
     policies = [
-        Response(name, _text(row, "policy"), f"step {step}; {_notes(row, 'policy')}".removesuffix("; "))
-        for name, row, step in zip(two.names, rows, steps, strict=True)
+        Response(f"{label}, step {step}", _text(row, "policy"), _notes(row, "policy"))
+        for label, row, step in zip(LABELS, rows, steps, strict=True)
     ]
     first, second = (_text(row, "reference") for row in rows)
     references = [Response("reference", first, _notes(rows[0], "reference"))]
     if first != second:
         references = [
-            Response(f"reference of {name}", _text(row, "reference"), _notes(row, "reference"))
-            for name, row in zip(two.names, rows, strict=True)
+            Response(f"reference of {label}", _text(row, "reference"), _notes(row, "reference"))
+            for label, row in zip(LABELS, rows, strict=True)
         ]
     return [*policies, *references, Response("chosen", _text(rows[0], "chosen"))]
 

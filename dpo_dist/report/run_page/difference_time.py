@@ -5,13 +5,11 @@ from typing import Any
 
 from dpo_dist.diagnostics.run_facts import last
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import note, section, table
+from dpo_dist.report.run_page.blocks import section, table
 from dpo_dist.report.run_page.cost import cost, seconds_by_work
-from dpo_dist.report.run_page.difference_results import Two
+from dpo_dist.report.run_page.difference_results import LABELS, Two
 from dpo_dist.report.run_page.facts import PageFacts
 from dpo_dist.report.run_page.wording import duration, percent, short, size
-
-_NOTE = "The ratio is that of the second run to the first."
 
 
 def time_section(two: Two) -> str:
@@ -23,8 +21,8 @@ def time_section(two: Two) -> str:
         if before is not None or after is not None:
             cells = ["" if value is None else inert_html(form(value)) for value in (before, after)]
             lines.append((name, *cells, f"{after / before:.3g}" if before and after is not None else ""))
-    shown = table(("", *two.names, "ratio"), lines)
-    return section("time", "Time, memory and cost", shown, note(_NOTE)) if shown else ""
+    shown = table(("", *LABELS, "B / A"), lines)
+    return section("time", "Time, memory and cost", shown) if shown else ""
 
 
 def _amounts(facts: PageFacts) -> dict[str, tuple[Any, Callable[[Any], str]]]:

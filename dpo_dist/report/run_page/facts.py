@@ -12,7 +12,7 @@ import yaml
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
-from dpo_dist.report.metrics_log import metrics_by_source, read_rows
+from dpo_dist.report.metrics_log import metrics_by_source, read_latest_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
@@ -93,8 +93,9 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     doctor = _read(folder.doctor_report, _json_fields) or {}
     findings = doctor.get("findings") or []
     summary = _read(folder.summary, _json_fields) or {}
-    run = RunFacts.of(_read(folder.log_history, read_rows) or [], summary, findings)
-    evaluation = _read(folder.evaluation, _json_fields) or {}
+    rows = _read(folder.log_history, lambda _: read_latest_rows(folder)) or []
+    run = RunFacts.of(rows, summary, findings)
+    evaluation = _read(folder.evaluation.results, _json_fields) or {}
     if price is None:
         price = (config.get("tracking") or {}).get("price_per_gpu_hour")
     return PageFacts(

@@ -96,7 +96,7 @@ def files_section(facts: PageFacts) -> str:
         "curves as an image": folder.curves,
         "metrics as a table": folder.metrics_table,
         "report of the doctor": folder.doctor_page,
-        "scores of the last evaluation": folder.evaluation_scores,
+        "scores of the last evaluation": folder.evaluation.scores,
         "sampled responses": folder.samples,
     }
     items = "".join(
