@@ -34,6 +34,7 @@ _STYLE = """
 .name { border-bottom: 3px solid currentColor; padding-bottom: 2px; overflow-wrap: anywhere; }
 .name b { color: CanvasText; }
 .verdict { margin-top: 10px; }
+.results td:first-child { min-width: 130px; }
 """
 
 _log = logging.getLogger(__name__)

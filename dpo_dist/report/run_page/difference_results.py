@@ -18,6 +18,7 @@ from dpo_dist.report.run_page.wording import short, three
 _Z95 = 1.96
 _ALL = "all"
 _KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
+_TABLE = "numbers results"
 _DIFFERENCE = "B \u2212 A"
 _INTERVALS = (
     "Brackets: 95 % intervals by bootstrap over prompts. Intervals that do not overlap are a clear "
@@ -44,7 +45,7 @@ def results_section(two: Two) -> str:
     keys = [key for key in (*PAIR_METRICS, *ENTROPIES, *_samples(rows)) if all(key in row for row in rows)]
     intervals = [_intervals(facts, _ALL) if is_evaluated else {} for facts in two.facts]
     lines = [_line(key, key, rows, intervals) for key in keys]
-    shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines)
+    shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
     by_source = _by_source(two) if is_evaluated else ""
     return section(
         "results",
@@ -113,7 +114,7 @@ def _by_source(two: Two) -> str:
             rows = [{metric: each[label].get(f"eval_{metric}", math.nan)} for each in (first, second)]
             if all(math.isfinite(row[metric]) for row in rows):
                 lines.append(_line(f"{label}: {name}", metric, rows, intervals))
-    shown = table(("source", *LABELS, _DIFFERENCE, "intervals"), lines)
+    shown = table(("source", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
     return f"<h3>By source</h3>{shown}" if shown else ""
 
 
@@ -160,7 +161,7 @@ def _paired(two: Two) -> str:
     )
     return (
         "<h3>The same pairs</h3>"
-        + table(("the chosen response has the larger reward for", "pairs"), lines)
+        + table(("prefer the chosen response", "pairs"), lines)
         + note(sentence)
     )
 
