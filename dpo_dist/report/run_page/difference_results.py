@@ -159,11 +159,7 @@ def _paired(two: Two) -> str:
         "counts pairs of one prompt as independent. It is narrower than the intervals above, because both "
         "runs have the same pairs."
     )
-    return (
-        "<h3>The same pairs</h3>"
-        + table(("prefer the chosen response", "pairs"), lines)
-        + note(sentence)
-    )
+    return "<h3>The same pairs</h3>" + table(("prefer the chosen response", "pairs"), lines) + note(sentence)
 
 
 def _agreement(two: Two) -> dict[tuple[bool, bool], int] | None:
