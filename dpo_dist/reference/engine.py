@@ -1,10 +1,12 @@
 """The reference model, loaded for scoring: sharded, offloaded or quantized; freed when done."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch, with_nvme
 from dpo_dist.distributed.device_memory import return_memory
-from dpo_dist.distributed.engine import FrozenEngine, sharded_loading, whole_loading
+from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.nvme import own_folder
+from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
+from dpo_dist.model.adapters import adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.objective.token_logps import Statistic
@@ -47,6 +51,21 @@ class QuantizedReference:
         """Return float32 [targets]; with statistics [1 + n, targets]. Not collective."""
         logps: Tensor = self._model(batch, tuple(statistics))
         return logps
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: never."""
+        return False
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
+        with (
+            adapter_off(self._model) if of_base else contextlib.nullcontext(),
+            self._model.unpacked() as causal_lm,
+            torch.no_grad(),
+        ):
+            yield causal_lm
 
     def free(self) -> None:
         """Free its memory."""

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
-from dpo_dist.report.metrics_log import metrics_by_source, read_latest_rows
+from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
 
 _SAME = 1e-6
+_OF_AN_END = frozenset(
+    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second"}
+)
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +35,7 @@ class PageFacts:
         environment: of environment.json.
         state: of run_state.json.
         run: metrics rows and summary.
-        evaluation: of evaluation.json, if it is the last evaluation of training.
+        evaluation: of the last evaluation of training, with intervals.
         doctor: of doctor.json.
         price: of a GPU for an hour; None: not known.
     """
@@ -94,8 +98,8 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     findings = doctor.get("findings") or []
     summary = _read(folder.summary, _json_fields) or {}
     rows = _read(folder.log_history, lambda _: read_latest_rows(folder)) or []
-    run = RunFacts.of(rows, summary, findings)
-    evaluation = _read(folder.evaluation.results, _json_fields) or {}
+    run = RunFacts.of(rows, {**final_and_best(rows), **_still_true(summary, rows)}, findings)
+    evaluation = _read(folder.evaluation_of(LAST_EVALUATION).results, _json_fields) or {}
     if price is None:
         price = (config.get("tracking") or {}).get("price_per_gpu_hour")
     return PageFacts(
@@ -110,10 +114,16 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     )
 
 
+def _still_true(summary: Fields, rows: Sequence[Mapping[str, float]]) -> Fields:
+    """Return the summary; of a run that was continued since, without the results of its earlier end."""
+    is_continued = bool(rows) and rows[-1]["step"] > summary.get("steps", math.inf)
+    return {key: value for key, value in summary.items() if not (is_continued and key in _OF_AN_END)}
+
+
 def _is_last(evaluation: Fields, run: RunFacts) -> bool:
     """Return whether an evaluation has the values of the last one of training.
 
-    `evaluate` may have written the file later, for another model or other pairs.
+    A run that was continued and stopped has the file of an earlier evaluation.
     """
     row, last = evaluation.get("all") or {}, run.evaluations[-1] if run.evaluations else {}
     common = [name for name in ("loss", "rewards/margins", "logps/chosen") if name in last]
@@ -138,4 +148,7 @@ def _yaml_fields(path: Path) -> Fields:
 
 
 def _json_fields(path: Path) -> Fields:
-    return dict(json.loads(path.read_bytes()))
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise TypeError("it is no JSON object")
+    return content

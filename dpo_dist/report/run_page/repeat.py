@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from html import escape
 
+from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import facts_table, flat, folded, note, section
 from dpo_dist.report.run_page.facts import Fields, PageFacts
@@ -38,8 +39,8 @@ _DIGESTS = {
     "reference": "reference model",
 }
 _ADVICE = (
-    "The same command in the same folder gives this run again, if commit, versions and digests are equal. "
-    "A start prints the digests that differ."
+    "From the same folder this command gives the same run, if commit, versions and data are the same; in an "
+    "empty run.dir, as it resumes or completes an existing one."
 )
 
 
@@ -47,10 +48,8 @@ def repeat_section(facts: PageFacts) -> str:
     """Return command, commit, digests and versions of the run; empty without any."""
     command = facts.environment.get("command")
     shown = f"<pre>{inert_html(str(command))}</pre>" if command else ""
-    where = facts.environment.get("working_folder")
-    place = note(f"In the folder {where}. {_ADVICE}") if command and where else ""
     origins = facts_table(_origins(facts))
-    return section("repeat", "Repeat this run", shown, place, origins)
+    return section("repeat", "Repeat this run", shown, note(_ADVICE) if command else "", origins)
 
 
 def _origins(facts: PageFacts) -> Iterator[tuple[str, str]]:
@@ -96,7 +95,7 @@ def files_section(facts: PageFacts) -> str:
         "curves as an image": folder.curves,
         "metrics as a table": folder.metrics_table,
         "report of the doctor": folder.doctor_page,
-        "scores of the last evaluation": folder.evaluation.scores,
+        "scores of every pair in the last evaluation": folder.evaluation_of(LAST_EVALUATION).scores,
         "sampled responses": folder.samples,
     }
     items = "".join(

@@ -152,7 +152,7 @@ from dpo_dist.report.tracking import open_tracker
 folder, checkpoint, last, wait = RunFolder(Path(sys.argv[1])), *map(int, sys.argv[2:4]), float(sys.argv[4])
 metrics = MetricsLog.open(folder, checkpoint or None)
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))
-recorder = Recorder(metrics, open_tracker(config, folder, lambda: None, rows=metrics.rows))
+recorder = Recorder(metrics, open_tracker(config, folder, lambda: None, rows=metrics.rows), print)
 for step in range(checkpoint + 1, last + 1):
     recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": float("inf" if step == 4 else step)})
     if step % 2 == 0:
