@@ -7,6 +7,7 @@ from pathlib import Path
 from dpo_dist import atomic
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.errors import ConfigError
 from dpo_dist.report.chart_script import SCRIPT, STYLE
 from dpo_dist.report.curves import comparison_charts
 from dpo_dist.report.html_page import html_page
@@ -21,6 +22,7 @@ from dpo_dist.report.run_page.style import PAGE_STYLE
 from dpo_dist.report.run_page.verdict import verdict_section
 from dpo_dist.report.run_page.wording import text
 
+_NAME_BYTES = 80
 _ABSENT = "not recorded"
 _SETTINGS = "Settings that define the result and differ. All others that were recorded are equal."
 _SAME_SETTINGS = "All settings that define the result are equal."
@@ -41,15 +43,28 @@ _log = logging.getLogger(__name__)
 
 
 def write_difference(
-    folders: tuple[RunFolder, RunFolder], path: Path, price_per_gpu_hour: float | None = None
-) -> None:
-    """Write the page about two runs. Parts without their file are omitted, with a warning if it is damaged.
+    folders: tuple[RunFolder, RunFolder],
+    price_per_gpu_hour: float | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Write the page about two runs, and return its path.
+
+    Parts whose file is missing or damaged are omitted, with a warning if it is damaged.
 
     Args:
         folders: run directories, which may still be written by training.
-        path: of the page; written whole or not at all.
         price_per_gpu_hour: in place of `tracking.price_per_gpu_hour` of both runs.
+        output: the page; None: `difference-A-B.html` in the working folder, with the names of the runs.
+
+    Raises:
+        ConfigError: both are the same run directory.
     """
+    if folders[0].path.resolve() == folders[1].path.resolve():
+        raise ConfigError(
+            "both are the same run directory",
+            where=str(folders[0].path.resolve()),
+            remedy="name two runs, or one for its own page",
+        )
     first, second = (read_facts(folder, price_per_gpu_hour) for folder in folders)
     two = Two((first, second), names_of(folders))
     makers: tuple[Callable[[Two], str], ...] = (
@@ -64,7 +79,9 @@ def write_difference(
     )
     sections = [_made(make, two) for make in makers]
     title = " and ".join(two.names)
+    path = output or Path("-".join(["difference", *map(_in_file_name, two.names)]) + ".html")
     atomic.write_text(path, html_page(title, sections, PAGE_STYLE + SAMPLES_STYLE + STYLE + _STYLE, SCRIPT))
+    return path
 
 
 def names_of(folders: Sequence[RunFolder]) -> tuple[str, str]:
@@ -75,6 +92,10 @@ def names_of(folders: Sequence[RunFolder]) -> tuple[str, str]:
         count += 1
     first, second = ("/".join(each[-count:]) for each in parts)
     return first, second
+
+
+def _in_file_name(name: str) -> str:
+    return name.replace("/", "-").encode()[-_NAME_BYTES:].decode(errors="ignore")
 
 
 def _made(make: Callable[[Two], str], two: Two) -> str:

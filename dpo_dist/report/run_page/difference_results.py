@@ -46,12 +46,14 @@ def results_section(two: Two) -> str:
     intervals = [_intervals(facts, _ALL) if is_evaluated else {} for facts in two.facts]
     lines = [_line(key, key, rows, intervals) for key in keys]
     shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
+    if not shown:
+        return ""
     by_source = _by_source(two) if is_evaluated else ""
     return section(
         "results",
         "Results",
         paragraph(*_warnings(two)),
-        note(f"Values of {part}.") if shown else "",
+        note(f"Values of {part}."),
         shown,
         by_source,
         note(_INTERVALS) if any(intervals) else "",
@@ -128,6 +130,8 @@ def _warnings(two: Two) -> Iterator[str]:
     references = [each.get("reference") for each in identities]
     if all(references) and references[0] != references[1]:
         yield "Their reference models differ: rewards, margins and accuracies are relative to other models."
+    if not (first.config and second.config):
+        return
     if any(first.setting(key) != second.setting(key) for key in ("loss.kind", "loss.terms")):
         yield "Their losses differ: values of the loss are not comparable."
     betas = [facts.setting("loss.beta") for facts in two.facts]
