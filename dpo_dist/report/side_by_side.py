@@ -18,6 +18,9 @@ LONGEST = 20_000
 _HEAD_SHARE = 0.75
 _CODE = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*|\Z)", re.MULTILINE | re.DOTALL)
 _IS_DIFFERENT, _IS_CODE = 1, 2
+_TITLE_CHARACTERS = 120
+_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,17 @@ def end_notes(tokens: object, is_finished: object) -> str:
     known = isinstance(tokens, int) and not isinstance(tokens, bool)
     notes = [counted(int(str(tokens)), "token")] if known else []
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
+
+
+def excerpt(prompt: str) -> str:
+    """Return the beginning of a prompt's last turn on one line, without the template's tokens."""
+    turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(prompt)]
+    return cut(" ".join(next((turn for turn in reversed(turns) if turn), ())))
+
+
+def cut(text: str) -> str:
+    """Return the first 120 characters of a text, with an ellipsis if it has more."""
+    return text if len(text) <= _TITLE_CHARACTERS else text[:_TITLE_CHARACTERS] + "\u2026"
 
 
 def _has_text(response: Response) -> bool:
