@@ -1,26 +1,27 @@
-"""Recorder of a run on rank 0: writes metrics rows to files and tracker, and the report at the end."""
+"""Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.run_page.page import write_page
-from dpo_dist.report.tracking import Tracker
+from dpo_dist.report.trackers import Trackers
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Metrics files and tracker of one run."""
+    """Metrics files and trackers of one run."""
 
     metrics: MetricsLog
-    tracker: Tracker
+    trackers: Trackers
 
-    def record(self, row: Mapping[str, float]) -> None:
-        """Write and send one metrics row."""
+    def record(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+        """Write and send one metrics row; the margins of its evaluation are only sent."""
         self.metrics.append(row)
-        self.tracker.log(row)
+        self.trackers.log(row, margins)
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""
@@ -29,4 +30,4 @@ class Recorder:
         folder = self.metrics.folder
         draw_curves(self.metrics.rows, folder.curves, folder.path.name)
         write_page(folder)
-        self.tracker.finish(summary["exit"], summary)
+        self.trackers.finish(summary["exit"], summary)
