@@ -41,7 +41,7 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.
     from dpo_dist.diagnostics.diagnosis import diagnose  # noqa: PLC0415
-    from dpo_dist.report.console import Console  # noqa: PLC0415
+    from dpo_dist.report.console import console_on  # noqa: PLC0415
     from dpo_dist.report.doctor.page import (  # noqa: PLC0415
         check_writable,
         write_doctor_page,
@@ -51,7 +51,7 @@ def main(config: RunConfig) -> int:
 
     folder = RunFolder.of(config)
     check_writable(folder)
-    diagnosis = diagnose(config, Console(sys.stderr).counter)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console).counter)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     write_doctor_report(folder, diagnosis, exit_code)
     write_doctor_page(folder, diagnosis, config)

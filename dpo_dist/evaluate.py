@@ -1,25 +1,50 @@
-"""Evaluate on pairs: `accelerate launch -m dpo_dist.evaluate +experiment=qwen7b evaluation.model=DIR`.
+"""Evaluate a run on pairs: `python -m dpo_dist.evaluate run.dir=output/a 'evaluation.data=[hard.jsonl]'`.
 
-Takes the configuration of the training run. A model, an adapter or a checkpoint is scored on `data.eval`;
-reference log-probs come from the store, and missing ones are stored.
+Takes the configuration of the training run, or finds it in `run.dir`. A model, an adapter or a checkpoint is
+scored on `data.eval` or `evaluation.data`; reference log-probs come from the store, and missing ones are
+stored.
 """
+
+import logging
+import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.startup import started
+from dpo_dist.errors import ExitCode
+from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
 
 
 def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code.
 
     Raises:
-        DpoDistError: the model or the data cannot be read.
+        DpoDistError: a model or the data cannot be read.
     """
+    config = with_evaluated_pairs(config)
     with started(config) as console:
-        from dpo_dist.training.evaluate_model import evaluate_model  # noqa: PLC0415  (slow, prints into the log)
+        from dpo_dist.training.evaluate_model import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
-        return evaluate_model(config, console)
+        return evaluate_models(config, console)
+
+
+def check(config: RunConfig) -> int:
+    """Check everything that `main` needs before it uses a GPU; return the exit code.
+
+    Raises:
+        DpoDistError: the first check that fails.
+    """
+    config = with_evaluated_pairs(config)
+    with without_traces(config, of_success=True):
+        check_start(config)
+        logging.disable(logging.WARNING)
+        try:
+            from dpo_dist.training.preflight import rehearse_evaluation  # noqa: PLC0415  (slow)
+
+            sys.stdout.write(rehearse_evaluation(config))
+        finally:
+            logging.disable(logging.NOTSET)
+    return ExitCode.completed
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(main, check, of_run=True)

@@ -29,7 +29,7 @@ def main(config: RunConfig) -> int:
         return run_rounds(config, _say)
     try:
         if needs_this_process(config):
-            with open_console(RunFolder.of(config)) as console:
+            with open_console(RunFolder.of(config), config.console) as console:
                 from dpo_dist.generation.make_pairs import make_pairs  # noqa: PLC0415  (slow, prints)
 
                 make_pairs(config, console)

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
+from dpo_dist.config.former_run import with_former_run
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
 from dpo_dist.config.messages import unknown_key
@@ -35,6 +37,7 @@ def run_verb(
     check: Callable[[RunConfig], int] | None = None,
     *,
     needs_model: bool = True,
+    of_run: bool = False,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -45,9 +48,12 @@ def run_verb(
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
         needs_model: whether `model.path` must be given; see `load.resolve`.
+        of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
+            may lack training data.
     """
     try:
-        exit_code = _run(main, check, needs_model)
+        resolved = partial(resolve, needs_model=needs_model, needs_training_data=not of_run)
+        exit_code = _run(main, check, resolved, with_former_run if of_run else contextlib.nullcontext)
         sys.stdout.flush()
     except DpoDistError as error:
         _print(error)
@@ -89,7 +95,10 @@ def _print(error: DpoDistError) -> None:
 
 
 def _run(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], int] | None, needs_model: bool
+    main: Callable[[RunConfig], int],
+    check: Callable[[RunConfig], int] | None,
+    resolved: Callable[..., RunConfig],
+    completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
@@ -99,10 +108,11 @@ def _run(
     if "--info" in arguments.options:
         _ask_hydra(arguments)
         return ExitCode.completed
-    composed = compose(arguments.overrides, arguments.own_folder)
-    if "--cfg" in arguments.options:
-        return _show(composed, arguments, needs_model)
-    config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
+    with completed(arguments) as whole:
+        composed = compose(whole.overrides, whole.own_folder)
+        if "--cfg" in whole.options:
+            return _show(composed, whole, resolved)
+        config = resolved(composed, whole.overrides, whole.own_folder)
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
@@ -127,10 +137,10 @@ def _answer(arguments: Arguments) -> str | None:
     return None if key is None else usage(command, options, folders)
 
 
-def _show(composed: DictConfig, arguments: Arguments, needs_model: bool) -> int:
+def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., RunConfig]) -> int:
     """Print the resolved configuration; one with wrong values is printed as composed, before its error."""
     try:
-        config = resolve(composed, arguments.overrides, arguments.own_folder, needs_model=needs_model)
+        config = resolved(composed, arguments.overrides, arguments.own_folder)
         text = to_yaml(config)
     except DpoDistError:
         if _rank() == 0:

@@ -28,6 +28,7 @@ from dpo_dist.config.messages import composition_error, content_error, is_within
 from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrides
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
+from dpo_dist.config.rules_data import NEEDS_TRAINING_DATA
 from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
@@ -163,6 +164,7 @@ def resolve(
     own_folder: Path | None = None,
     *,
     needs_model: bool = True,
+    needs_training_data: bool = True,
 ) -> RunConfig:
     """Type and check the composition of `overrides`, and fill in `reference.mode` and `run.dir`.
 
@@ -171,6 +173,7 @@ def resolve(
         overrides: that were composed.
         own_folder: as in `load_run_config`.
         needs_model: whether `model.path` must be given; otherwise `schema.NO_MODEL` takes its place.
+        needs_training_data: whether `data.train` must be given.
 
     Raises:
         ConfigError: as `load_run_config`.
@@ -189,9 +192,11 @@ def resolve(
     )
     model = replace(config.model, adapter=_adapter(config.model.adapter))
     loss = replace(config.loss, terms=_entries("loss.terms", config.loss.terms, LossTermConfig))
-    config = replace(config, data=data, model=model, loss=loss)
+    pairs = _entries("evaluation.data", config.evaluation.data, SourceConfig)
+    evaluation = replace(config.evaluation, data=pairs)
+    config = replace(config, data=data, model=model, loss=loss, evaluation=evaluation)
     config = resolve_reference(config, given_keys(parsed))
-    check(config, RULES)
+    check(config, (NEEDS_TRAINING_DATA, *RULES) if needs_training_data else RULES)
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

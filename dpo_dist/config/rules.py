@@ -8,8 +8,9 @@ from dataclasses import fields
 
 from dpo_dist.config.check import Rule
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
-from dpo_dist.config.rules_data import DATA_RULES
+from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
+from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import (
     AdapterVariant,
     AttentionBackend,
@@ -214,6 +215,15 @@ def _not_on_nvme(option: str) -> Rule:
     )
 
 
+def _unused_without_samples(option: str) -> Rule:
+    return Rule(
+        f"samples.{option} samples.prompts",
+        lambda c: not c.samples.prompts and getattr(c.samples, option) != getattr(SamplesConfig, option),
+        f"samples.{option} has no effect without samples",
+        f"set samples.prompts=16, or remove samples.{option}",
+    )
+
+
 def _needs_eval_data(option: str, off: str) -> Rule:
     return Rule(
         f"trainer.{option} data.eval",
@@ -238,6 +248,13 @@ _TRAINING = (
         lambda c: c.samples.prompts > 0 and not c.data.eval_sources,
         "samples are responses to prompts of the evaluation data, and there are none",
         "set data.eval_share=0.05, data.eval=[held_out.jsonl] or samples.prompts=0",
+    ),
+    *(_unused_without_samples(field.name) for field in fields(SamplesConfig) if field.name != "prompts"),
+    Rule(
+        "samples.every trainer.eval_every",
+        lambda c: c.samples.every != SamplesConfig.every and not c.trainer.eval_every,
+        "the last evaluation is the only one, and it always has samples: samples.every has no effect",
+        "set trainer.eval_every, or remove samples.every",
     ),
     _needs_sharding("offload_parameters", ParallelismKind.zero3),
     _needs_sharding("offload_optimizer", ParallelismKind.zero3, ParallelismKind.zero2),
@@ -265,5 +282,13 @@ _DOCTOR = (
     ),
 )
 
-RULES = (*_RUN_AND_MODEL, *DATA_RULES, *_LOSS, *_TRAINING, *REFERENCE_RULES, *_DOCTOR)
+RULES = (
+    *_RUN_AND_MODEL,
+    *DATA_RULES,
+    *_LOSS,
+    *_TRAINING,
+    *REFERENCE_RULES,
+    *EVALUATION_RULES,
+    *_DOCTOR,
+)
 """In the order in which they are checked."""

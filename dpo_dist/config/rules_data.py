@@ -55,14 +55,16 @@ def _is_repeated(sources: list[SourceConfig]) -> bool:
     return any(source in bare[:index] for index, source in enumerate(bare))
 
 
+NEEDS_TRAINING_DATA = Rule(
+    "data.train",
+    lambda c: not c.data.train,
+    "no training data is given",
+    "set data.train=[pairs.jsonl], or choose a preset with data=...",
+    "at least one source",
+)
+"""Of the verbs that use `data.train`."""
+
 DATA_RULES = (
-    Rule(
-        "data.train",
-        lambda c: not c.data.train,
-        "no training data is given",
-        "set data.train=[pairs.jsonl], or choose a preset with data=...",
-        "at least one source",
-    ),
     Rule(
         "data.train",
         lambda c: _is_repeated(c.data.train),
@@ -154,5 +156,36 @@ DATA_RULES = (
         "data.ranked has no effect: no source has rankings",
         "set data.ranked=whole, or remove the format of the source that has rankings",
         "a source of format ranked or auto",
+    ),
+)
+
+
+def _is_model(model: object) -> bool:
+    """Return whether `evaluation.model` names models: null, a path, or paths that differ."""
+    models = model if isinstance(model, list) else [model]
+    if not all(isinstance(each, str) and each for each in models):
+        return model is None
+    return bool(models) and len(set(models)) == len(models)
+
+
+EVALUATION_RULES = (
+    Rule(
+        "evaluation.model",
+        lambda c: not _is_model(c.evaluation.model),
+        "evaluation.model names no model, or one twice",
+        "write evaluation.model=FOLDER, or 'evaluation.model=[FOLDER,FOLDER]' for several in turn",
+        "null, a path, or a list of paths that differ",
+    ),
+    Rule(
+        "evaluation.data",
+        lambda c: _is_repeated(c.evaluation.data),
+        "a source of evaluation.data is given twice",
+        "remove one of them",
+    ),
+    Rule(
+        "evaluation.data",
+        lambda c: any(source.weight != SourceConfig.weight for source in c.evaluation.data),
+        "a weight has no effect on evaluation data: every pair counts once",
+        "remove the weight, or set limit",
     ),
 )

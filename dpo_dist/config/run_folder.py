@@ -5,6 +5,41 @@ from pathlib import Path
 
 from dpo_dist.config.schema import RunConfig
 
+LAST_EVALUATION = "training"
+"""The name of the last evaluation of training."""
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """The files of one evaluation."""
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        """Metrics of all pairs and of each label, with intervals."""
+        return self.path / "evaluation.json"
+
+    @property
+    def scores(self) -> Path:
+        """Rewards and log-probs of every pair."""
+        return self.path / "scores.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        """Accuracy, margins and calibration as an image."""
+        return self.path / "evaluation.png"
+
+    @property
+    def evaluated(self) -> Path:
+        """The model, the pairs and the reference of the evaluation."""
+        return self.path / "evaluated.json"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return self.evaluated, self.scores, self.picture, self.results
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -119,14 +154,13 @@ class RunFolder:
         return self.samples / "reference.jsonl"
 
     @property
-    def evaluation(self) -> Path:
-        """Metrics of an evaluation, with intervals."""
-        return self.path / "evaluation" / "evaluation.json"
+    def evaluation(self) -> EvaluationFolder:
+        """The folder of all evaluations, with the files of the newest one."""
+        return EvaluationFolder(self.path / "evaluation")
 
-    @property
-    def evaluation_scores(self) -> Path:
-        """Rewards and log-probs of every evaluated pair."""
-        return self.path / "evaluation" / "scores.jsonl"
+    def evaluation_of(self, name: str) -> EvaluationFolder:
+        """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
+        return EvaluationFolder(self.evaluation.path / name)
 
     @property
     def doctor_report(self) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.doctor_schema import DoctorConfig
 from dpo_dist.config.evaluation_schema import EvaluationConfig
@@ -265,5 +266,6 @@ class RunConfig:
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
+    console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")

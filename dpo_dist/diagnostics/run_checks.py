@@ -116,8 +116,8 @@ def _jumps_of_gradient(logged: Sequence[Row], limits: Limits) -> Iterator[str]:
         return
     step, norm, usual = jumps[0]
     before = [row for row in logged if row["step"] < step][-_MEAN_OF:]
-    after = [row for row in logged if row["step"] >= step][:_MEAN_OF]
-    if _mean_loss(after) > _mean_loss(before):  # some losses have steep parts, such as dpop
+    after = [row for row in logged if row["step"] >= step][-_MEAN_OF:]
+    if _mean_loss(after) > _mean_loss(before):  # not of a loss with steep parts, such as dpop
         yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
 
 
@@ -130,7 +130,7 @@ def _pairs(rows: Sequence[Row]) -> float:
 
 
 def _far_from_reference(facts: RunFacts, limits: Limits) -> Fields | None:
-    kl = last(facts.last_rows, "kl/rejected")
+    kl = facts.moved("kl/rejected")
     if kl is None or kl <= limits["kl"]:
         return None
     return {"kl": kl, "beta": number(facts.setting("loss.beta"))}
@@ -157,7 +157,7 @@ def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
     """Return beta, first and last training loss, and the last margin in nats; None if one is unknown."""
-    beta, margin = facts.setting("loss.beta"), last(facts.last_rows, MARGIN)
+    beta, margin = facts.setting("loss.beta"), facts.moved(MARGIN)
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if not beta or margin is None or start is None or end is None:
         return None

@@ -87,6 +87,16 @@ class RunFacts:
         """Return a setting of the run, or None if the summary does not name it."""
         return (self.summary.get("settings") or {}).get(key)
 
+    def moved(self, metric: str) -> float | None:
+        """Return the last value of a metric that starts at 0, or the change of it where it does not.
+
+        It does not if the reference is another model than the policy's start.
+        """
+        end, start = last(self.last_rows, metric), 0.0
+        if self.setting("reference.path") is not None:
+            start = first(self.steps, metric) or 0.0
+        return None if end is None else end - start
+
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}

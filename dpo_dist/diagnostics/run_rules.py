@@ -96,8 +96,8 @@ RULES: dict[str, RunRule] = {
         {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0, "rows": 2},
         "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
         "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative "
-        "to the median of the rows before it, and above its start, while the loss rises; the last two in at "
-        "least `rows` rows",
+        "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
+        "at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),

@@ -11,11 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import (
-    HfDeepSpeedConfig,
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
@@ -36,21 +32,9 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
-
-def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
-    """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
-    return sharded_loading(world, {"zero_optimization": {"stage": 0}})
-
-
-@contextlib.contextmanager
-def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Make transformers shard weights by this configuration inside the block, not by the policy's."""
-    inner = HfDeepSpeedConfig(deepspeed_config)  # a variable, as transformers keeps a weak reference
-    try:
-        yield
-    finally:
-        del inner
-        set_hf_deepspeed_config(world.accelerator.state.deepspeed_plugin.dschf)
+_SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
+SHARDS = "engine"
+"""The folder of the shards in a checkpoint."""
 
 
 class FrozenEngine:
@@ -74,6 +58,25 @@ class FrozenEngine:
     def causal_lm(self) -> Any:
         """Return the transformers model of the engine; its tensors are sharded."""
         return self._engine.module.causal_lm
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: weights are gathered from all ranks."""
+        return dist.get_world_size() > 1 and bool(self._engine.zero_optimization_partition_weights())
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
+        model = self._engine.module
+        if self._engine.zero_optimization_partition_weights():
+            record_gather_orders(self._engine, self._engine.optimizer)
+        with (
+            adapter_off(model) if of_base else contextlib.nullcontext(),
+            explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
+            model.unpacked() as causal_lm,
+            torch.no_grad(),
+        ):
+            yield causal_lm
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
@@ -108,7 +111,8 @@ class PolicyEngine:
         _gather_whole_layers(model)
         self._engine, _ = world.accelerator.prepare(model, optimizer)
         self._backwards, self._current = 0, ("", "")
-        record_gather_orders(self._engine)
+        if self._engine.zero_optimization_partition_weights():
+            record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
@@ -143,11 +147,10 @@ class PolicyEngine:
         """
         model, was_training = self._engine.module, self._engine.training
         self.train(False)
-        remedy = "lower samples.batch_tokens or samples.max_new_tokens"
         try:
             with (
                 adapter_off(model) if of_base else contextlib.nullcontext(),
-                explain_out_of_memory("generating samples", remedy),
+                explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
                 model.unpacked() as causal_lm,
                 torch.no_grad(),
             ):
@@ -192,7 +195,7 @@ class PolicyEngine:
         try:
             with recorded_writes(self._engine.checkpoint_engine) as written:
                 options = {"save_latest": False, "exclude_frozen_parameters": True}
-                self._engine.save_checkpoint(folder, tag="engine", **options)
+                self._engine.save_checkpoint(folder, tag=SHARDS, **options)
         except (OSError, RuntimeError) as error:  # a RuntimeError if the disk is full
             # The other ranks wait in the collective calls at the end of DeepSpeed's saving: join them. If the
             # error came from a dead rank, these calls fail again.
@@ -207,7 +210,7 @@ class PolicyEngine:
         """Read the shards that `save_shards` wrote on the same number of ranks."""
         self._engine.load_checkpoint(
             folder,
-            tag="engine",
+            tag=SHARDS,
             load_module_strict=not adapted_layers(self._engine.module),
             load_lr_scheduler_states=False,
         )

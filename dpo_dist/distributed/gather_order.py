@@ -10,7 +10,7 @@ from dpo_dist.model.adapters import adapted_layers
 _Kind = tuple[bool, bool, bool]
 
 
-def record_gather_orders(engine: Any) -> None:
+def record_gather_orders(engine: Any, offload: Any) -> None:
     """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
 
     DeepSpeed records the order in which one forward and the backward after it use modules, and prefetches
@@ -19,11 +19,9 @@ def record_gather_orders(engine: Any) -> None:
     forwards of different orders: with gradients, without them, without its adapter, and in generation.
 
     Args:
-        engine: of a `PackedCausalLM`; unchanged unless it shards its weights.
+        engine: of a `PackedCausalLM`, that shards its weights.
+        offload: DeepSpeed's part of the engine that gathers weights.
     """
-    if not engine.zero_optimization_partition_weights():
-        return
-    offload = engine.optimizer.parameter_offload
     adapted, unused = adapted_layers(engine.module)[:1], offload.param_coordinator
     coordinators: dict[_Kind, Any] = {}
 

@@ -9,16 +9,13 @@ from dpo_dist.plurals import counted
 _NEW_RUN = "start from the beginning with another run.dir"
 
 
-def check_same_processes(
-    checkpoint: Checkpoint, parallelism: ParallelismConfig, world: World, otherwise: str = _NEW_RUN
-) -> None:
+def check_same_processes(checkpoint: Checkpoint, parallelism: ParallelismConfig, world: World) -> None:
     """Check that the checkpoint has the same number of ranks, sharding and optimizer as this run.
 
     Args:
         checkpoint: to load.
         parallelism: of this start.
         world: of this start.
-        otherwise: the other remedy than equal processes, for the error.
 
     Raises:
         CheckpointError: its shards or optimizer states cannot be loaded by these processes.
@@ -30,7 +27,7 @@ def check_same_processes(
             where=str(checkpoint.folder),
             got=counted(world.size, "process", "processes"),
             expected=f"{saved_ranks}",
-            remedy=f"launch {counted(saved_ranks, 'process', 'processes')}, or {otherwise}",
+            remedy=f"launch {counted(saved_ranks, 'process', 'processes')}, or {_NEW_RUN}",
         )
     for key, value in saved_parallelism(parallelism).items():
         saved = checkpoint.state.get(key, value)
@@ -40,7 +37,7 @@ def check_same_processes(
                 where=str(checkpoint.folder),
                 got=f"{key}={value}",
                 expected=f"{key}={saved}",
-                remedy=f"set {key}={saved}, or {otherwise}",
+                remedy=f"set {key}={saved}, or {_NEW_RUN}",
             )
 
 

@@ -77,7 +77,7 @@ def longest_repeat(words: Sequence[str]) -> int:
 
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
-    """Return the means of facts as metrics `samples/...`; without a measurement a metric is absent.
+    """Return the means of facts by name; without a measurement a name is absent.
 
     Args:
         facts: of responses.
@@ -97,7 +97,7 @@ def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -
         "refusals": _numbers(found.is_refusal for found in facts),
         "empty": _numbers(found.is_empty for found in facts),
     }
-    return {f"samples/{name}": sum(values) / len(values) for name, values in measured.items() if values}
+    return {name: sum(values) / len(values) for name, values in measured.items() if values}
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:

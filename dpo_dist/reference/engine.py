@@ -1,10 +1,12 @@
 """The reference model, loaded for scoring: sharded, offloaded or quantized; freed when done."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import frozen_config, with_layer_prefetch, with_nvme
 from dpo_dist.distributed.device_memory import return_memory
-from dpo_dist.distributed.engine import FrozenEngine, sharded_loading, whole_loading
+from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.nvme import own_folder
+from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.adapters import adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.objective.token_logps import Statistic
@@ -49,6 +52,21 @@ class QuantizedReference:
         logps: Tensor = self._model(batch, tuple(statistics))
         return logps
 
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective: never."""
+        return False
+
+    @contextlib.contextmanager
+    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
+        """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
+        with (
+            adapter_off(self._model) if of_base else contextlib.nullcontext(),
+            self._model.unpacked() as causal_lm,
+            torch.no_grad(),
+        ):
+            yield causal_lm
+
     def free(self) -> None:
         """Free its memory."""
         del self._model
@@ -74,7 +92,11 @@ def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEn
 
 
 def load_scored(
-    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None = None
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None = None,
 ) -> ReferenceEngine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
@@ -82,16 +104,16 @@ def load_scored(
         folder: of the model, or of the adapter's base.
         model_config: with its quantization.
         config: of the run.
-        adapter: the folder of an adapter to add; None: none.
+        finish: adds an adapter, or replaces the weights of the model, sharded or not; None: does not.
     """
-    log.info("loading a model to score from %s", adapter or folder)
+    log.info("loading a model to score from %s", folder)
     if model_config.quantization is not None:
         with whole_loading(world):
             model = load_packed(folder, model_config, config.data.max_length, world.device)
-            if adapter is not None:
-                load_adapter(model, adapter)
+            if finish is not None:
+                finish(model)
             return QuantizedReference(model)
-    return _load_sharded(folder, model_config, config, world, adapter)
+    return _load_sharded(folder, model_config, config, world, finish)
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
@@ -106,7 +128,11 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
 
 
 def _load_sharded(
-    folder: Path, model_config: ModelConfig, config: RunConfig, world: World, adapter: Path | None
+    folder: Path,
+    model_config: ModelConfig,
+    config: RunConfig,
+    world: World,
+    finish: Callable[[PackedCausalLM], None] | None,
 ) -> FrozenEngine:
     placement = config.reference
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
@@ -116,8 +142,8 @@ def _load_sharded(
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
         model = load_packed(folder, model_config, config.data.max_length, world.device)
-        if adapter is not None:
-            load_adapter(model, adapter)
+        if finish is not None:
+            finish(model)
     hidden_size = model.causal_lm.config.hidden_size
     return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
 

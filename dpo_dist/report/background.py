@@ -20,6 +20,9 @@ class RowTracker(Protocol):
     def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Show an alarm."""
+
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Send the summary and close the run."""
 
@@ -56,8 +59,11 @@ class InBackground:
 
     def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
         """Send one metrics row later, in order."""
-        if self._thread.is_alive():
-            self._actions.put(lambda tracker: tracker.log(row, margins))
+        self._do(lambda tracker: tracker.log(row, margins))
+
+    def alert(self, title: str, text: str) -> None:
+        """Show an alarm later, in order."""
+        self._do(lambda tracker: tracker.alert(title, text))
 
     def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
         """Close the run; return after about `seconds` even if a call does not return."""
@@ -74,6 +80,10 @@ class InBackground:
         with contextlib.suppress(Exception):
             self._abandon()
         self._thread.join(_LAST_SECONDS)
+
+    def _do(self, action: Callable[[RowTracker], None]) -> None:
+        if self._thread.is_alive():
+            self._actions.put(action)
 
     def _work(self, start: Callable[[], RowTracker]) -> None:
         try:

@@ -37,7 +37,7 @@ class Axis:
             subs = (1.0, 2.0, 5.0) if is_short else (1.0,)
             found = LogLocator(subs=subs, numticks=_MOST_DECADES).tick_values(self.low, self.high)
         else:
-            locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2)
+            locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
             found = locator.tick_values(self.low, self.high)
         slack = 1e-9 * (self.high - self.low)
         within = [float(tick) for tick in found if self.low - slack <= tick <= self.high + slack]

@@ -1,16 +1,27 @@
 """Style sheet, script and axis switch of the charts of a page."""
 
+LIGHT_COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
+"""Colours of lines on white that colour-blind people can distinguish: after Okabe and Ito
+(https://jfly.uni-koeln.de/color/), darkened to a contrast of 4 to white."""
+_DARK_COLORS = ("#5eb5f0", "#ff9447", "#33cfa3", "#e79bcb", "#e6c24a", "#b3bcc8")
+
 AXIS_SWITCH = (
     '<fieldset class="axis-switch"><legend>Curves over</legend>'
     '<label><input type="radio" name="axis" id="axis-steps" checked> steps</label>'
     '<label><input type="radio" name="axis" id="axis-hours"> hours</label></fieldset>'
 )
 
-STYLE = """
-:root { --c0: #0072b2; --c1: #c85200; --c2: #00805c; --c3: #a3478c; --c4: #8f6a00; --c5: #5b6470; }
-@media (prefers-color-scheme: dark) {
-  :root { --c0: #5eb5f0; --c1: #ff9447; --c2: #33cfa3; --c3: #e79bcb; --c4: #e6c24a; --c5: #b3bcc8; }
-}
+
+def _variables(colors: tuple[str, ...]) -> str:
+    return ":root { " + " ".join(f"--c{index}: {color};" for index, color in enumerate(colors)) + " }"
+
+
+STYLE = (
+    f"""
+{_variables(LIGHT_COLORS)}
+@media (prefers-color-scheme: dark) {{ {_variables(_DARK_COLORS)} }}
+"""
+    + """
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 22px; }
 .curves { margin: 0; min-width: 0; max-width: none; }
 .curves figcaption { display: flex; justify-content: space-between; gap: 12px; font-size: 14px; }
@@ -46,6 +57,7 @@ STYLE = """
 .axis-switch { border: 0; padding: 0; margin: 8px 0 14px; display: flex; gap: 14px; font-size: 14px; }
 .axis-switch legend { float: left; margin-right: 14px; color: var(--quiet); padding: 0; }
 """
+)
 
 SCRIPT = """
 "use strict";

@@ -7,50 +7,82 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
+from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DpoDistError
+from dpo_dist.plurals import duration
+from dpo_dist.report.progress import TrainingStatus, Work, describe_evaluation
+from dpo_dist.report.safe_stream import SafeStream
+from dpo_dist.report.screens import LineScreen, Screen, open_screen
 
-_FIRST_LINE_SECONDS = 5.0
-_LINE_SECONDS = 30.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
-_SHARE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {postfix[0]} [{elapsed}<{remaining}]"
+
+Count = Callable[..., None]
+"""Called with the number of units just done and, if it is known, the share of all work that is done."""
 
 
 class Console:
-    """Screen output, also written to the log; ranks other than 0 print only errors.
+    """Messages and progress on the screen, also written to the log; ranks other than 0 print only errors.
+
+    Printing never raises.
 
     Args:
-        screen: stream of rank 0; None on other ranks.
-        alarms: stream for errors; None prints none.
+        screen: of rank 0; None on other ranks.
+        errors: screen for errors; None: `screen`.
+        seconds: shortest time between two lines about progress in the log.
     """
 
-    def __init__(self, screen: TextIO | None, alarms: TextIO | None = None):
+    def __init__(
+        self, screen: Screen | None, errors: Screen | None = None, seconds: float = ConsoleConfig.seconds
+    ):
         self._screen = screen
-        self._alarms = alarms
+        self._errors = errors or screen
+        self._log = LineScreen(logging.getLogger("dpo_dist").info, seconds)
+        self._shown: list[Screen] = [self._log] if screen is None else [self._log, screen]
+        self._due = [0.0] * len(self._shown)
 
     def say(self, text: str) -> None:
-        """Print one line and log it."""
-        logging.getLogger("dpo_dist").info(text)
-        if self._screen is not None:
-            tqdm.write(text, file=self._screen)
+        """Print one line and log it; a warning starts with "warning: "."""
+        for screen in self._shown:
+            screen.message(text)
 
     def show(self, text: str) -> None:
         """Print one line without logging it: a log file may be readable by others."""
         if self._screen is not None:
-            tqdm.write(text, file=self._screen)
+            self._screen.message(text)
 
     def alarm(self, text: str) -> None:
         """Print and log an error, on any rank and from any thread."""
         logging.getLogger("dpo_dist").error(text)
-        if self._alarms is not None:
-            self._alarms.write(text + "\n")
-            self._alarms.flush()
+        if self._errors is not None:
+            self._errors.error(text)
+
+    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """Print and log a result: `content` is for programs, `lines` for people."""
+        for screen in self._shown:
+            screen.result(kind, content, lines)
+
+    def row(self, row: Mapping[str, float], steps: int) -> None:
+        """Show a metrics row of a run of so many steps; evaluations are always printed."""
+        line = describe_evaluation(row, steps) if any(name.startswith("eval_") for name in row) else ""
+        for screen in self._shown:
+            screen.row(row, line)
+
+    def is_due(self) -> bool:
+        """Return whether it is time for `training`."""
+        return self._screen is not None and time.monotonic() >= min(self._due)
+
+    def training(self, status: TrainingStatus, *, always: bool = False) -> None:
+        """Show the state of the training where it is due, or `always`."""
+        now = time.monotonic()
+        for number, screen in enumerate(self._shown):
+            if always or now >= self._due[number]:
+                self._due[number] = now + screen.line_seconds
+                screen.training(status)
 
     def heartbeat(self, work: str) -> Callable[[float], None]:
         """Return a function that takes the seconds spent on `work` so far and prints them once a minute."""
@@ -60,98 +92,65 @@ class Console:
             nonlocal due
             if seconds >= due:
                 due = seconds + _HEARTBEAT_SECONDS
-                self.say(f"{work}: {seconds:.0f} s so far")
+                self.say(f"{work}: {duration(seconds)} so far")
 
         return beat
 
-    def bar(self, title: str, total: float | None, done: int, unit: str, **options: Any) -> Any:
-        """Return a progress bar, with the remaining time if the total is known; `options` are tqdm's."""
-        return tqdm(
-            desc=title,
-            total=total,
-            initial=done,
-            unit=unit,
-            file=self._screen,
-            disable=self._screen is None,
-            mininterval=0.5,
-            dynamic_ncols=True,
-            **options,
-        )
+    @contextlib.contextmanager
+    def until_end(self) -> Iterator[None]:
+        """End the progress on the screen when the block ends, in error or not."""
+        try:
+            yield
+        finally:
+            for screen in self._shown:
+                screen.end_progress()
 
     @contextlib.contextmanager
     def progress(self, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total, and updates a bar.
+        """Yield a function that takes the number of units done and their total, and shows them.
 
-        The bar appears with its total at the first call; a total of 0 shows none.
+        A total of 0 shows nothing.
         """
-        with contextlib.ExitStack() as stack:
-            bars: list[Any] = []
+        works: list[Work] = []
 
-            def show(done: int, total: int) -> None:
-                if not bars and total:
-                    bars.append(stack.enter_context(self.bar(title, total, done, unit)))
-                for bar in bars:
-                    bar.update(done - bar.n)
+        def show(done: int, total: int) -> None:
+            if total and self._screen is not None:
+                works[:] = works or [Work(title, unit, time.monotonic())]
+                work = works[0]
+                work.done, work.total, work.share = done, total, done / total
+                self._work(work)
 
+        with self.until_end():
             yield show
 
     @contextlib.contextmanager
-    def counter(self, title: str, unit: str) -> Iterator["Count"]:
+    def counter(self, title: str, unit: str) -> Iterator[Count]:
         """Yield a function that takes the number of units just done, and the share of all work that is done.
 
-        The share is from 0 to 1, or None if the total is unknown. Shows a bar on a terminal, elsewhere a line
-        about twice a minute, both with the remaining time; nothing if it is never called.
+        The share is from 0 to 1, or None if the total is unknown. Nothing is shown if it is never called.
         """
-        if self._screen is None or not self._screen.isatty():
-            yield _Tally(self.say, title, unit)
-            return
-        with contextlib.ExitStack() as stack:
-            bars: list[Any] = []
-            done = 0
+        works: list[Work] = []
 
-            def count(more: int, share: float | None = None) -> None:
-                nonlocal done
-                done += more
-                if not bars and share is None:
-                    bars.append(stack.enter_context(self.bar(title, None, 0, unit)))
-                elif not bars:
-                    options = {"bar_format": _SHARE_FORMAT, "postfix": [f"0 {unit}s"]}
-                    bars.append(stack.enter_context(self.bar(title, 1.0, 0, unit, **options)))
-                [bar] = bars
-                seconds = max(bar.format_dict["elapsed"], 1e-3)
-                if bar.total is not None:
-                    bar.postfix = [f"{done:,} {unit}s, {done / seconds:,.0f}/s"]
-                bar.update(more if share is None else share - bar.n)
+        def count(more: int, share: float | None = None) -> None:
+            if self._screen is not None:
+                works[:] = works or [Work(title, unit, time.monotonic())]
+                work = works[0]
+                work.done, work.share = work.done + more, share
+                self._work(work)
 
+        with self.until_end():
             yield count
 
+    def _work(self, work: Work) -> None:
+        for screen in self._shown:
+            screen.work(work)
 
-Count = Callable[..., None]
-"""Called with the number of units just done and, if it is known, the share of all work that is done."""
 
-
-class _Tally:
-    """Counts units; prints the count after a few seconds and then about twice a minute."""
-
-    def __init__(self, say: Callable[[str], None], title: str, unit: str):
-        self._say, self._title, self._unit = say, title, unit
-        self._done = 0
-        self._started: float | None = None
-        self._due = 0.0
-
-    def __call__(self, more: int, share: float | None = None) -> None:
-        now = time.monotonic()
-        if self._started is None:
-            self._started, self._due = now, now + _FIRST_LINE_SECONDS
-            self._say(f"{self._title} ...")
-        self._done += more
-        if now >= self._due:
-            self._due = now + _LINE_SECONDS
-            seconds = now - self._started
-            line = f"{self._done:,} {self._unit}s, {self._done / seconds:,.0f} a second"
-            if share:
-                line = f"{share:.0%}, {line}, {tqdm.format_interval(seconds / share - seconds)} left"
-            self._say(f"{self._title}: {line}")
+def console_on(stream: TextIO, settings: ConsoleConfig | None = None) -> Console:
+    """Return a console that prints to `stream`, and JSON objects to standard output."""
+    settings = settings or ConsoleConfig()
+    screen = open_screen(SafeStream(stream), SafeStream(sys.stdout), settings)
+    return Console(screen, seconds=settings.seconds)
 
 
 class _Once(logging.Filter):
@@ -169,7 +168,7 @@ class _Once(logging.Filter):
 
 
 @contextlib.contextmanager
-def open_console(folder: RunFolder) -> Iterator[Console]:
+def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> Iterator[Console]:
     """Redirect standard output and error of this process, including C libraries, to its log file.
 
     The yielded console prints to the screen. Enter it before heavy imports, to redirect their output too. On
@@ -181,23 +180,16 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
+    settings = settings or ConsoleConfig()
+    objects, messages = (SafeStream.of_descriptor(descriptor) for descriptor in saved)
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        root = logging.getLogger()
-        callers = root.handlers[:], root.level
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-        root.handlers[:] = [handler]
-        root.setLevel(logging.INFO)
-        callers_show = warnings.showwarning
-        logging.captureWarnings(True)
-        is_captured_by_caller = warnings.showwarning is callers_show
-        once, warnings_logger = _Once(), logging.getLogger("py.warnings")
-        warnings_logger.addFilter(once)
-        alarms = os.fdopen(os.dup(saved[1]), "w", buffering=1)
         try:
-            yield Console(alarms if rank == "0" else None, alarms)
+            screen = open_screen(messages, objects, settings)
+            console = Console(screen if rank == "0" else None, screen, settings.seconds)
+            with _logging_to(sys.stderr), console.until_end():
+                yield console
         except BaseException as error:
             block = error.block() + "\n" if isinstance(error, DpoDistError) else ""
             with contextlib.suppress(OSError):
@@ -207,13 +199,33 @@ def open_console(folder: RunFolder) -> Iterator[Console]:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):
                     stream.flush()
-            warnings_logger.removeFilter(once)
-            if not is_captured_by_caller:
-                logging.captureWarnings(False)
-            root.handlers[:] = callers[0]
-            root.setLevel(callers[1])
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
-            alarms.close()
+            messages.close()
+            objects.close()
+
+
+@contextlib.contextmanager
+def _logging_to(stream: TextIO) -> Iterator[None]:
+    """Log to `stream`, warnings too, each of them once; on exit the caller's logging is restored."""
+    root = logging.getLogger()
+    callers = root.handlers[:], root.level
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    callers_show = warnings.showwarning
+    logging.captureWarnings(True)
+    is_captured_by_caller = warnings.showwarning is callers_show
+    once, warnings_logger = _Once(), logging.getLogger("py.warnings")
+    warnings_logger.addFilter(once)
+    try:
+        yield
+    finally:
+        warnings_logger.removeFilter(once)
+        if not is_captured_by_caller:
+            logging.captureWarnings(False)
+        root.handlers[:] = callers[0]
+        root.setLevel(callers[1])

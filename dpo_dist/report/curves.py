@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_dist.report.chart_script import AXIS_SWITCH
+from dpo_dist.report.chart_script import AXIS_SWITCH, LIGHT_COLORS
 from dpo_dist.report.smoothing import smoothed
 from dpo_dist.report.svg_chart import Line, Role, chart
 
 Rows = Sequence[Mapping[str, float]]
 
-MOST_LABELS = 6
+MOST_LABELS = len(LIGHT_COLORS)
 """Curves of a panel; a panel by source with more sources has the first ones, and its title says so."""
 
 _SECONDS = 3600
@@ -30,6 +30,7 @@ class Panel:
         unit: of the values.
         is_log: whether the axis is logarithmic.
         prefix: start of further keys; the rest of such a key is its label.
+        is_smoothed: whether training values have a moving mean.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Panel:
     unit: str = ""
     is_log: bool = False
     prefix: str = ""
+    is_smoothed: bool = True
 
 
 def _sides(key: str) -> tuple[tuple[str, str], ...]:
@@ -51,14 +53,14 @@ PANELS = (
     Panel("Both responses fall", (("share of pairs", "rewards/both_fall"),)),
     Panel("Log-prob per token", _sides("logps/{}_per_token"), "nats"),
     Panel("Log-prob of a response", _sides("logps/{}"), "nats"),
-    Panel("Distance from the reference", _sides("kl/{}"), "nats per token"),
-    Panel("Entropy", _sides("entropy/{}"), "nats per token"),
+    Panel("Distance from the reference", _sides("kl/{}"), "nats/token"),
+    Panel("Entropy", _sides("entropy/{}"), "nats/token"),
     Panel("Accuracy by source", prefix="rewards/accuracies/"),
-    Panel("Accuracy by length", prefix="rewards/accuracies_by_length/", unit="by tokens of a response"),
+    Panel("Accuracy by length", prefix="rewards/accuracies_by_length/", unit="tokens"),
     Panel("Length of generated responses", (("length", "samples/length"),), "tokens"),
     Panel("Generated responses that end", (("share", "samples/finished"),)),
     Panel("Gradient norm", (("norm before clipping", "grad_norm"),), is_log=True),
-    Panel("Learning rate", (("learning rate", "learning_rate"),)),
+    Panel("Learning rate", (("learning rate", "learning_rate"),), is_smoothed=False),
     Panel("Throughput", (("tokens per second", "tokens_per_second"),)),
     Panel(
         "Model FLOPs utilization", (("of the measured peak", "mfu"), ("of the datasheet", "mfu/datasheet"))
@@ -110,17 +112,13 @@ class Curves:
             panel: of `labelled`.
             name: of the run, which is the label instead of the metric's own.
         """
-        return [
-            line
-            for label, key in panel.curves
-            for line in self._lines(name or label, key, with_raw=not panel.prefix)
-        ]
+        return [line for label, key in panel.curves for line in self._lines(panel, name or label, key)]
 
-    def _lines(self, label: str, key: str, *, with_raw: bool) -> Iterator[Line]:
+    def _lines(self, panel: Panel, label: str, key: str) -> Iterator[Line]:
         values = self._values("loss", key, absent=math.nan)
-        mean = _mean(values)
+        mean = _mean(values) if panel.is_smoothed else []
         found: tuple[tuple[list[float | None], Role], ...] = (
-            (values if with_raw or not mean else [], "raw"),
+            ([] if panel.prefix and mean else values, "raw"),
             (mean, "smooth"),
             (self._values(f"{_EVALUATION}loss", _EVALUATION + key, absent=None), "evaluation"),
         )

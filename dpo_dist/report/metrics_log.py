@@ -17,6 +17,7 @@ from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.objective.metrics import GROUP_METRICS, PAIR_METRICS
 from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
+from dpo_dist.report.json_values import plain
 
 Row = dict[str, float]
 
@@ -184,14 +185,3 @@ def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[R
             say(f"warning: metrics up to step {last_step} are lost, their file cannot be read: {error}")
         return []
     return [row for row in rows if row["step"] <= last_step]
-
-
-def plain(value: Any) -> Any:
-    """Return `value` for JSON: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -42,6 +42,9 @@ class AccelerateTracker:
             self._tracker.log(values, step=int(row["step"]))
             self._received = order_of(row)
 
+    def alert(self, title: str, text: str) -> None:
+        """Nothing: these trackers have no alarms."""
+
     def hurry(self) -> None:
         """Nothing: there are only rows."""
 

@@ -1,236 +1,205 @@
-"""Training curves of a run as one image.
+"""Training curves of a run as one image: small multiples, a chart for each panel of `curves`.
 
-A colour has the same meaning in all panels: training, evaluation, chosen, rejected, margin. Bold lines are
-moving means of the faint measured values; rings are evaluations.
+Faint lines are logged values, strong ones their moving mean, rings are evaluations.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from numpy.typing import NDArray
+from matplotlib.lines import Line2D
 
 from dpo_dist import atomic
+from dpo_dist.report.chart_axes import Axis, number, tick_texts, value_axis
+from dpo_dist.report.chart_script import LIGHT_COLORS
+from dpo_dist.report.curves import PANELS, Curves, Panel, Rows
+from dpo_dist.report.smoothing import FloatArray, kept_points
+from dpo_dist.report.svg_chart import Line
 
-FloatArray = NDArray[np.float64]
-Rows = Sequence[Mapping[str, float]]
-
-_TRAIN = "#2f6db3"
-_EVAL = "#e07b00"
-_CHOSEN = "#1a936f"
-_REJECTED = "#c8385a"
-_MARGIN = "#6a4c93"
-_QUIET = "#6b7280"
-
-_MOST_POINTS = 2000
+_INK, _QUIET, _GRID = "#1f2933", "#5b6470", "#e3e6ea"
+_COLUMNS = 4
+_DOTS_PER_INCH = 100
+# Inches; a panel has room for its title and the rows of its legend above the axes.
+_WIDTH, _CHART, _TITLE, _LEGEND_ROW, _BELOW = 16.0, 2.1, 0.32, 0.18, 0.62
+_HEAD, _FOOT, _LEFT, _RIGHT, _BETWEEN = 0.5, 0.25, 0.6, 0.25, 0.7
+_MOST_IN_ONE_COLUMN = 2
+_MOST_POINTS = 1000
 _FEW_POINTS = 30
-_SMOOTHED_SHARE = 0.06
-_NOTE = "faint: logged steps    bold: moving mean, last value beside the name    rings: evaluations"
-
-
-@dataclass(frozen=True)
-class _Panel:
-    title: str
-    keys: tuple[str, ...]
-    draw: Callable[[Axes, Rows], None]
+_MANY_EVALUATIONS = 30
+_SMALL = 8.5
+_NOTE = "faint: logged values    strong: moving mean    rings: evaluations    numbers: last values"
 
 
 def draw_curves(rows: Rows, path: Path, title: str) -> None:
-    """Draw metrics rows to the PNG file `path`, 1600 x 1000 pixels.
+    """Draw metrics rows to the PNG file `path`, 1600 pixels wide.
 
     Args:
-        rows: as in `log_history.json`. Lines and panels without any value are omitted.
+        rows: as in `log_history.json`. Panels without any value are omitted.
         path: written whole or not at all.
         title: one line above the panels.
     """
-    panels = [panel for panel in _PANELS if any(key in row for row in rows for key in panel.keys)]
-    columns = math.ceil(math.sqrt(len(panels)))
-    figure = Figure(figsize=(16, 10), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
+    curves = Curves(rows)
+    panels = [(panel, lines) for panel in map(curves.labelled, PANELS) if (lines := curves.lines(panel))]
+    columns = max(1, min(_COLUMNS, math.ceil(math.sqrt(len(panels)))))
+    rows_of_panels = [panels[first : first + columns] for first in range(0, len(panels), columns)]
+    above = [max(_room_above(lines) for _, lines in row) for row in rows_of_panels]
+    height = _HEAD + sum(above) + len(above) * (_CHART + _BELOW) + _FOOT
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DOTS_PER_INCH)
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=17, fontweight="bold", parse_math=False)
-    figure.supxlabel(_NOTE, x=0.01, ha="left", fontsize=10.5, color=_QUIET)
-    steps = [row["step"] for row in rows]
-    for position, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, position)
-        panel.draw(axes, rows)
-        _dress(axes, panel.title, min(steps), max(steps))
+    top = 1 - 0.14 / height
+    figure.text(0.01, top, title, va="top", fontsize=16, fontweight="bold", color=_INK, parse_math=False)
+    figure.text(0.01, 0.1 / height, _NOTE if panels else "no metrics yet", fontsize=10, color=_QUIET)
+    width = (_WIDTH - _LEFT - _RIGHT - (columns - 1) * _BETWEEN) / columns
+    bottom = height - _HEAD
+    for row, room in zip(rows_of_panels, above, strict=True):
+        bottom -= room + _CHART
+        for column, (panel, lines) in enumerate(row):
+            left = _LEFT + column * (width + _BETWEEN)
+            axes = figure.add_axes((left / _WIDTH, bottom / height, width / _WIDTH, _CHART / height))
+            _draw(axes, panel, lines, np.asarray(curves.steps, dtype=np.float64))
+        bottom -= _BELOW
     with atomic.staged_file(path) as temporary:
         canvas.print_figure(temporary, format="png")
 
 
-def _draw_loss(axes: Axes, rows: Rows) -> None:
-    _draw_line(axes, rows, "loss", "train", _TRAIN)
-    _draw_evaluations(axes, rows, "eval_loss", "eval", _EVAL)
+def _labels(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line.label for line in lines))
 
 
-def _draw_accuracy(axes: Axes, rows: Rows) -> None:
-    axes.axhline(0.5, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    _draw_line(axes, rows, "rewards/accuracies", "train", _TRAIN)
-    _draw_evaluations(axes, rows, "eval_rewards/accuracies", "eval", _EVAL)
-    axes.set_ylim(-0.02, 1.02)
+def _legend_columns(labels: Sequence[str]) -> int:
+    return 1 if len(labels) <= _MOST_IN_ONE_COLUMN else 2
 
 
-def _draw_rewards(axes: Axes, rows: Rows) -> None:
-    axes.axhline(0.0, color=_QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    _draw_pair(axes, rows, "rewards")
-    _draw_line(axes, rows, "rewards/margins", "margin", _MARGIN)
-    _draw_evaluations(axes, rows, "eval_rewards/margins", None, _MARGIN)
+def _room_above(lines: Sequence[Line]) -> float:
+    """Return the inches above the axes for the title and the legend."""
+    labels = _labels(lines)
+    return _TITLE + _LEGEND_ROW * math.ceil(len(labels) / _legend_columns(labels))
 
 
-def _draw_logps(axes: Axes, rows: Rows) -> None:
-    _draw_pair(axes, rows, "logps")
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Line], steps: FloatArray) -> None:
+    labels = _labels(lines)
+    smoothed = {line.label for line in lines if line.role == "smooth"}
+    drawn: list[float] = []
+    gaps = 0
+    for line in lines:
+        at, values = _points(line, steps)
+        shown = np.isfinite(values) & ((values > 0) | (not panel.is_log))
+        drawn += values[shown].tolist()
+        gaps += int((~shown).sum()) * (line.role != "smooth")
+        color = LIGHT_COLORS[labels.index(line.label) % len(LIGHT_COLORS)]
+        is_faint = line.role == "raw" and line.label in smoothed
+        _draw_line(axes, line, at, np.where(shown, values, np.nan), color, is_faint=is_faint)
+    _place_axes(axes, value_axis(drawn, 0.0, 1.0, is_log=panel.is_log), steps)
+    _add_texts(axes, panel, lines, gaps)
 
 
-def _draw_optimizer(axes: Axes, rows: Rows) -> None:
-    _draw_line(axes, rows, "grad_norm", "gradient norm", _TRAIN)
-    _draw_on_the_right(axes, rows, "learning_rate", "learning rate")
+def _points(line: Line, steps: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return steps and values of the points of a line, thinned; both float64 [n]."""
+    is_point = np.array([value is not None for value in line.values], dtype=np.bool_)
+    values = np.array([value for value in line.values if value is not None], dtype=np.float64)
+    kept = kept_points([values], _MOST_POINTS)
+    return steps[is_point][kept], values[kept]
 
 
-def _draw_on_the_right(axes: Axes, rows: Rows, key: str, label: str) -> None:
-    steps, values = _series(rows, key)
-    if len(steps) == 0:
+def _draw_line(
+    axes: Axes, line: Line, steps: FloatArray, values: FloatArray, color: str, *, is_faint: bool
+) -> None:
+    if line.role == "evaluation":
+        axes.plot(
+            steps,
+            values,
+            color=color,
+            linewidth=0.9,
+            linestyle=(0, (3, 3)),
+            marker="o",
+            markersize=5.5 if len(steps) <= _MANY_EVALUATIONS else 3.5,
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            zorder=4,
+        )
         return
-    right = axes.twinx()
-    kept = _thinned(len(steps))
-    dashed = (0, (5, 2))
-    right.plot(
-        steps[kept],
-        values[kept],
-        color=_QUIET,
-        linewidth=1.6,
-        linestyle=dashed,
-        marker=_marker(len(steps)),
-        markersize=4,
-    )
-    axes.plot([], [], color=_QUIET, linewidth=1.6, linestyle=dashed, label=f"{label} (right)")
-    right.set_ylim(0, 1.15 * float(values.max()) or 1.0)
-    right.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.2g}"))
-    right.tick_params(colors=_QUIET, length=0)
-    right.spines[:].set_visible(False)
-
-
-def _draw_throughput(axes: Axes, rows: Rows) -> None:
-    _draw_line(axes, rows, "tokens_per_second", "tokens/s", _TRAIN)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    _draw_on_the_right(axes, rows, "mfu", "share of the matmul peak")
-
-
-_PANELS = (
-    _Panel("Loss", ("loss", "eval_loss"), _draw_loss),
-    _Panel("Reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies"), _draw_accuracy),
-    _Panel("Rewards", ("rewards/chosen", "rewards/margins", "eval_rewards/chosen"), _draw_rewards),
-    _Panel("Log-probs per response", ("logps/chosen", "eval_logps/chosen"), _draw_logps),
-    _Panel("Gradient norm and learning rate", ("grad_norm", "learning_rate"), _draw_optimizer),
-    _Panel("Throughput", ("tokens_per_second", "mfu"), _draw_throughput),
-)
-
-
-def _draw_pair(axes: Axes, rows: Rows, quantity: str) -> None:
-    for side, color in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
-        _draw_line(axes, rows, f"{quantity}/{side}", side, color)
-        _draw_evaluations(axes, rows, f"eval_{quantity}/{side}", None, color)
-
-
-def _draw_line(axes: Axes, rows: Rows, key: str, label: str, color: str) -> None:
-    steps, values = _series(rows, key)
-    if len(steps) == 0:
-        return
-    smooth = _moving_mean(values)
-    kept = _thinned(len(steps))
-    axes.plot(steps[kept], values[kept], color=color, alpha=0.22, linewidth=1, zorder=2)
     axes.plot(
-        steps[kept],
-        smooth[kept],
+        steps,
+        values,
         color=color,
-        linewidth=2.2,
-        marker=_marker(len(steps)),
+        alpha=0.35 if is_faint else 1.0,
+        linewidth=0.9 if is_faint else 2.0,
+        marker="o" if len(steps) <= _FEW_POINTS else "",
         markersize=4,
-        zorder=3,
-        label=f"{label}  {_short(smooth[-1])}",
+        zorder=2 if is_faint else 3,
     )
 
 
-def _draw_evaluations(axes: Axes, rows: Rows, key: str, label: str | None, color: str) -> None:
-    steps, values = _series(rows, key)
-    if len(steps) == 0:
-        return
-    kept = _thinned(len(steps))
-    axes.plot(
-        steps[kept],
-        values[kept],
-        color=color,
-        linewidth=1 if label else 0,
-        marker="o",
-        markersize=6 if len(steps) <= _FEW_POINTS else 3,
-        markerfacecolor="white",
-        markeredgewidth=1.6,
-        zorder=4,
-        label=f"{label}  {_short(values[-1])}" if label else None,
-    )
-
-
-def _dress(axes: Axes, title: str, first_step: float, last_step: float) -> None:
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=28)
-    axes.legend(
-        *axes.get_legend_handles_labels(),
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=3,
-        fontsize=10,
-        frameon=False,
-        borderaxespad=0.3,
-        borderpad=0,
-        handlelength=1.4,
-        columnspacing=1.4,
-    )
-    axes.set_xlabel("optimizer step", color=_QUIET)
-    margin = max(0.02 * (last_step - first_step), 0.5)
-    axes.set_xlim(first_step - margin, last_step + margin)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    axes.grid(color="#e5e7eb", linewidth=0.8)
+def _place_axes(axes: Axes, values: Axis, steps: FloatArray) -> None:
+    axes.set_yscale("log" if values.is_log else "linear")
+    ticks = values.ticks(5)
+    axes.set_yticks(ticks, tick_texts(ticks, is_log=values.is_log))
+    axes.minorticks_off()
+    axes.set_ylim(values.low, values.high)
+    margin = 0.02 * (steps[-1] - steps[0]) or 1.0
+    over = Axis(float(steps[0] - margin), float(steps[-1] + margin), 0.0, 1.0)
+    ticks = over.ticks(5, whole=True)
+    axes.set_xticks(ticks, tick_texts(ticks))
+    axes.set_xlim(over.low, over.high)
+    axes.set_xlabel("step", fontsize=_SMALL, color=_QUIET, labelpad=1, loc="right")
+    axes.tick_params(labelsize=_SMALL, colors=_QUIET, length=0)
+    axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9ca3af")
-    axes.tick_params(colors="#374151", length=0)
 
 
-def _series(rows: Rows, key: str) -> tuple[FloatArray, FloatArray]:
-    """Return steps and finite values of the rows that have `key`, both float64 [n]."""
-    points = [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
-    array = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+def _add_texts(axes: Axes, panel: Panel, lines: Sequence[Line], gaps: int) -> None:
+    labels = _labels(lines)
+    unit = f"  ({panel.unit})" if panel.unit else ""
+    axes.set_title(
+        f"{panel.title}{unit}",
+        loc="left",
+        fontsize=11,
+        fontweight="bold",
+        color=_INK,
+        pad=72 * (_room_above(lines) - _TITLE) + 7,
+    )
+    legend = axes.legend(
+        [Line2D([], [], color=color, linewidth=2.5) for color, _ in zip(LIGHT_COLORS, labels, strict=False)],
+        [f"{label}  {_last_values(lines, label)}" for label in labels],
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=_legend_columns(labels),
+        fontsize=_SMALL,
+        frameon=False,
+        borderaxespad=0.3,
+        borderpad=0,
+        labelspacing=0.25,
+        handlelength=1.3,
+        columnspacing=1.2,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    if gaps:
+        note = f"{gaps:,} missing or not finite"
+        place = (0.99, 0.97)
+        axes.annotate(
+            note, place, xycoords="axes fraction", ha="right", va="top", fontsize=_SMALL, color=_QUIET
+        )
 
 
-def _moving_mean(values: FloatArray) -> FloatArray:
-    """Return a moving mean: two passes of a centered mean over 6 % of the values; float64 [n]."""
-    half = int(_SMOOTHED_SHARE * len(values) / 2)
-    index = np.arange(len(values))
-    first = np.maximum(index - half, 0)
-    end = np.minimum(index + half + 1, len(values))
-    for _ in range(2 if half else 0):
-        sums = np.concatenate([[0.0], np.cumsum(values)])
-        values = (sums[end] - sums[first]) / (end - first)
-    return values
+def _last_values(lines: Sequence[Line], label: str) -> str:
+    """Return the last values of a label: of its moving mean or values, and of its evaluations.
 
-
-def _thinned(length: int) -> NDArray[np.int64]:
-    """Return evenly strided indices into `length` points, always including the last one."""
-    stride = math.ceil(length / _MOST_POINTS)
-    return np.arange(length - 1, -1, -stride, dtype=np.int64)[::-1]
-
-
-def _marker(length: int) -> str:
-    return "o" if length <= _FEW_POINTS else ""
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    Of many labels only one, for the room: that of evaluations.
+    """
+    own = {line.role: line for line in lines if line.label == label}
+    found = {"": own.get("smooth", own.get("raw")), "evaluation ": own.get("evaluation")}
+    texts = []
+    for name, line in found.items():
+        if line is not None:
+            last = [value for value in line.values if value is not None][-1]
+            texts.append(name + (number(last) if math.isfinite(last) else "no value"))
+    return (
+        "   ".join(texts) if _legend_columns(_labels(lines)) == 1 else texts[-1].removeprefix("evaluation ")
+    )

@@ -18,6 +18,9 @@ LONGEST = 20_000
 _HEAD_SHARE = 0.75
 _CODE = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*|\Z)", re.MULTILINE | re.DOTALL)
 _IS_DIFFERENT, _IS_CODE = 1, 2
+_TITLE_CHARACTERS = 120
+_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,17 @@ def end_notes(tokens: object, is_finished: object) -> str:
     known = isinstance(tokens, int) and not isinstance(tokens, bool)
     notes = [counted(int(str(tokens)), "token")] if known else []
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
+
+
+def excerpt(prompt: str) -> str:
+    """Return the beginning of a prompt's last turn on one line, without the template's tokens."""
+    turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(prompt)]
+    return cut(" ".join(next((turn for turn in reversed(turns) if turn), ())))
+
+
+def cut(text: str) -> str:
+    """Return the first 120 characters of a text, with an ellipsis if it has more."""
+    return text if len(text) <= _TITLE_CHARACTERS else text[:_TITLE_CHARACTERS] + "\u2026"
 
 
 def _has_text(response: Response) -> bool:
@@ -183,12 +197,12 @@ SIDE_STYLE = """
 .side-text { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font-size: 14px; }
 .side-text { unicode-bidi: plaintext; text-align: start; }
 .side-text { border: 1px solid var(--line); border-radius: 6px; padding: 8px 10px; }
-.side-text { max-height: 420px; overflow-y: auto; flex: 1; }
+.side-text { max-height: min(420px, 60vh); overflow-y: auto; flex: 1; }
 .side-text code { font: 13px/1.5 ui-monospace, monospace; }
 .side-text mark { background: var(--different); color: inherit; border-radius: 2px; }
 .side-text mark { text-decoration: underline 1px var(--different-line); text-underline-offset: 3px; }
-.side-text .mark { background: var(--control); border-radius: 3px; padding: 0 3px; unicode-bidi: isolate; }
-.side-text .mark { font: 11px ui-monospace, monospace; }
+.mark { background: var(--control); border-radius: 3px; padding: 0 3px; unicode-bidi: isolate; }
+.mark { font: 11px ui-monospace, monospace; }
 .side-gap, .side-empty { color: var(--quiet); font-style: italic; }
 .side-gap { display: block; text-align: center; unicode-bidi: isolate; }
 .side-empty { border: 1px dashed var(--line); border-radius: 6px; padding: 8px 10px; }

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_dist.report.chart_axes import Axis, number, tick_texts, value_axis
+from dpo_dist.report.chart_script import LIGHT_COLORS
 from dpo_dist.report.inert import inert_html, printable
 from dpo_dist.report.smoothing import FloatArray, kept_points
 
@@ -23,7 +24,6 @@ Values = Sequence[float | None]
 
 _MOST_POINTS = 400
 _FEW_POINTS = 30
-_COLORS = 6
 _WIDTH, _HEIGHT = 380, 216
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 364.0, 8.0, 184.0
 _FINE = 10  # paths have whole coordinates in tenths of a pixel
@@ -92,7 +92,7 @@ def chart(
     colors = {label: index for index, label in enumerate(dict.fromkeys(line.label for line in lines))}
     with_mean = {line.label for line in lines if line.role == "smooth"}
     whole = [
-        _drawn(line, f"c{colors[line.label] % _COLORS}", line.label in with_mean, hours, log)
+        _drawn(line, f"c{colors[line.label] % len(LIGHT_COLORS)}", line.label in with_mean, hours, log)
         for line in lines
     ]
     whole = [line for line in whole if line.is_point.any()]

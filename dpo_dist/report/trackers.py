@@ -30,6 +30,11 @@ class Trackers:
         for tracker in self.open:
             tracker.log(row, margins)
 
+    def alert(self, title: str, text: str) -> None:
+        """Show an alarm; does not wait."""
+        for tracker in self.open:
+            tracker.alert(title, text)
+
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close all; waits at most `finish_seconds` for each."""
         for tracker in self.open:

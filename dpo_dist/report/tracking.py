@@ -86,6 +86,10 @@ class Tracker:
         """Send neither tables nor artifacts from now on."""
         self._media.is_wanted = False
 
+    def alert(self, title: str, text: str) -> None:
+        """Raise an alert of wandb, which it shows and can send to its user by mail."""
+        self._act(lambda session: session.run.alert(title=title, text=text))
+
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the run. Data that cannot be uploaded in time stay in the run directory, with a warning.
 

@@ -88,11 +88,11 @@ class RunMedia:
         folder = self.folder
         checkpoints = sorted(folder.checkpoints.glob("step-*"))
         entries = summary.get("reference", {}).get("entries")
-        files = {
+        files: dict[str, list[Path]] = {
             "model": [folder.model],
             "checkpoint": checkpoints[-1:],
             "reference-store": list(Path(entries).glob("*.json")) if entries else [],
-            "report": [folder.report, folder.doctor_report, folder.doctor_page, folder.evaluation],
+            "report": [folder.report, folder.doctor_report, folder.doctor_page, folder.evaluation.results],
         }
         return {kind: [path for path in paths if path.exists()] for kind, paths in files.items()}
 

@@ -1,11 +1,13 @@
 """The files of an evaluation, written from its values: by training for its last one, and by `evaluate`."""
 
 import json
+import os
+import shutil
 from typing import Any
 
 import numpy as np
 
-from dpo_dist.atomic import write_text
+from dpo_dist.atomic import staged_file, write_text
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
@@ -13,17 +15,26 @@ from dpo_dist.evaluation.results import Resampling, results
 from dpo_dist.evaluation.scores import write_scores
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.pair_values import PairValues
-from dpo_dist.report.metrics_log import plain
+from dpo_dist.report.evaluation_plot import draw_evaluation
+from dpo_dist.report.json_values import plain
 
 
 def write_evaluation(
-    config: RunConfig, means: dict[str, float], values: PairValues, dataset: PreferenceDataset
+    name: str,
+    model: str,
+    config: RunConfig,
+    means: dict[str, float],
+    values: PairValues,
+    dataset: PreferenceDataset,
 ) -> dict[str, dict[str, Any]]:
-    """Write scores, then results, each whole or not at all; return the results.
+    """Write the files of an evaluation, each whole or not at all; return its results.
 
-    A label that is the name of the results of all pairs has none of its own, if there are several.
+    They are written into its folder, and become those of the newest evaluation, which are links where the
+    file system has them.
 
     Args:
+        name: of its folder.
+        model: the path of the model.
         config: of the run.
         means: exact means of all metrics of the evaluation.
         values: of every pair.
@@ -39,6 +50,27 @@ def write_evaluation(
         MetricPlan(config.loss, dataset.labels, is_evaluation=True),
         Resampling(config.evaluation.resamples, config.trainer.seed),
     )
-    write_scores(folder.evaluation_scores, values, dataset)
-    write_text(folder.evaluation, json.dumps(plain(found), indent=1) + "\n")
+    own = folder.evaluation_of(name)
+    write_text(own.evaluated, json.dumps(_evaluated(model, config, dataset), indent=1) + "\n")
+    write_scores(own.scores, values, dataset)
+    draw_evaluation(found, own.picture, f"{name} of {folder.path.resolve().name}")
+    write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
+    for file, newest in zip(own.files, folder.evaluation.files, strict=True):
+        with staged_file(newest) as temporary:
+            try:
+                os.link(file, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, temporary)
     return found
+
+
+def _evaluated(model: str, config: RunConfig, dataset: PreferenceDataset) -> dict[str, Any]:
+    """Return the content of evaluated.json."""
+    sources = dataset.counts["sources"]
+    return {
+        "model": model,
+        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
+        "loss": "+".join(config.loss.kinds),
+        "pairs": len(dataset),
+        "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
+    }

@@ -20,7 +20,8 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, RunOutcome
 from dpo_dist.report.console import Console
-from dpo_dist.report.metrics_log import final_and_best, plain
+from dpo_dist.report.json_values import plain
+from dpo_dist.report.metrics_log import final_and_best
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_start import write_on_main

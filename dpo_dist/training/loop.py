@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dpo_dist.config.loss_kinds import BcoDelta
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
@@ -33,6 +33,7 @@ from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
+from dpo_dist.training.progress import Progress
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.step import Evaluation, StepTotals, evaluate, reduce_step, train_step
@@ -104,14 +105,13 @@ class Loop:
         eval_set = self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
             self._record_evaluation(eval_set, position)
+        progress = Progress(self.console, steps, self.peaks, self.world.device)
         with (
-            self.console.bar("train", steps, position.step, "step") as bar,
+            self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             while position.step < steps:
-                postfix, must_stop = self._step(position, ready_steps)
-                bar.set_postfix(postfix, refresh=False)
-                bar.update()
+                must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
                     self._record_window(position)
@@ -131,13 +131,10 @@ class Loop:
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
             yield self.objective.ready_step(rank_batch, self.world.device)
 
-    def _step(self, position: Position, ready_steps: Iterator[ReadyStep]) -> tuple[dict[str, str], bool]:
-        """Train one step and advance `position`.
+    def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
+        """Train one step, advance `position`, and return whether a rank asked to stop.
 
         The host waits for the device only in DeepSpeed's update and in `reduce_step`.
-
-        Returns:
-            Numbers for the progress bar, and whether a rank asked to stop.
         """
         world, clock = self.world, StepClock(self.world.device)
         clock.enter("data")
@@ -171,7 +168,8 @@ class Loop:
         position.train_seconds += measures.seconds
         position.window.add(measures)
         self._check_finite(totals, position)
-        return _postfix(totals.means, rank_batch.pairs / measures.seconds), stop_votes > 0
+        progress.add(position.step, measures)
+        return stop_votes > 0
 
     def _check_finite(self, totals: StepTotals, position: Position) -> None:
         loss, grad_norm = totals.means["loss"], totals.grad_norm
@@ -236,7 +234,8 @@ class Loop:
 
         def write() -> None:
             assert evaluation.values is not None
-            write_evaluation(self.config, means, evaluation.values, dataset)
+            model = str(RunFolder.of(self.config).model)
+            write_evaluation(LAST_EVALUATION, model, self.config, means, evaluation.values, dataset)
 
         writing = self.console.heartbeat("computing the intervals of the last evaluation")
         write_on_main(write, RunFolder.of(self.config), self.world, writing)
@@ -255,6 +254,7 @@ class Loop:
     def _record(self, row: dict[str, float], margins: Histogram | None = None) -> None:
         if self.recorder is not None:
             self.recorder.record(row, margins)
+            self.console.row(row, self.inputs.sampler.steps)
 
     def _save(self, position: Position) -> None:
         if self.recorder is not None:
@@ -265,13 +265,3 @@ class Loop:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _postfix(means: Mapping[str, float], pairs_per_second: float) -> dict[str, str]:
-    """Return the numbers beside the progress bar."""
-    accuracy = means.get("rewards/accuracies")
-    return {
-        "loss": f"{means['loss']:.4f}",
-        **({} if accuracy is None else {"acc": f"{accuracy:.2f}"}),
-        "pairs/s": f"{pairs_per_second:.1f}",
-    }

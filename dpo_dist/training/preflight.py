@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.plurals import counted
 from dpo_dist.reference.vocabulary import check_same_vocabulary
+from dpo_dist.training.evaluate_model import with_stored_reference
+from dpo_dist.training.evaluated import Kind, find_evaluated
 
 _FIRST_RECORDS = 64
 
@@ -40,26 +42,55 @@ def rehearse(config: RunConfig) -> str:
         ConfigError: the model, its tokenizer or a package cannot be used.
         DataError: a source cannot be read, or its first records cannot be trained on.
     """
+    folder, tokenizer, model_type = _described_model(config)
+    run = RunFolder.of(config)
+    has_checkpoints = any(run.checkpoints.glob("step-*"))
+    lines = [
+        ("run.dir", f"{run} ({'has checkpoints: the run resumes' if has_checkpoints else 'new'})"),
+        ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
+        ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
+        ("reference", _reference(config, tokenizer)),
+    ]
+    lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
+    return _passed(lines) + "  python -m dpo_dist.doctor with the same arguments examines all records\n"
+
+
+def rehearse_evaluation(config: RunConfig) -> str:
+    """Load what an evaluation loads before weights, and encode the first records of each source.
+
+    Returns and raises as `rehearse`.
+    """
+    models, config = find_evaluated(config), with_stored_reference(config)
+    folder, tokenizer, model_type = _described_model(config)
+    lines = [
+        ("run.dir", str(RunFolder.of(config))),
+        ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
+    ]
+    for evaluated in models:
+        if evaluated.kind is Kind.model:
+            own = description_folder(evaluated.path, None, "evaluation.model")
+            check_same_vocabulary(own, tokenizer, config.model)
+        lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
+    lines.append(("reference", _reference(config, tokenizer)))
+    return _passed(
+        [*lines, *((key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config))]
+    )
+
+
+def _described_model(config: RunConfig) -> tuple[Path, PreTrainedTokenizerBase, str]:
+    """Return folder, tokenizer and type of the policy's model, after the checks that need no weights."""
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
     count_flops(model_config, config.model.adapter)  # as a run does: checks the adapter's targets
     check_template_keys(config.data, tokenizer)
-    run = RunFolder.of(config)
-    has_checkpoints = any(run.checkpoints.glob("step-*"))
-    lines = [
-        ("run.dir", f"{run} ({'has checkpoints: the run resumes' if has_checkpoints else 'new'})"),
-        ("model.path", f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"),
-        ("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)),
-        ("reference", _reference(config, tokenizer)),
-    ]
-    lines += [(key, _first_records(source, key, config, tokenizer)) for key, source in _sources(config)]
+    return folder, tokenizer, model_config.model_type
+
+
+def _passed(lines: Iterable[tuple[str, str]]) -> str:
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    return (
-        f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
-        "  python -m dpo_dist.doctor with the same arguments examines all records\n"
-    )
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -42,7 +42,7 @@ from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, prepare_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import RunState, check_configuration, check_identity, identify
-from dpo_dist.training.samples_setup import open_samples
+from dpo_dist.training.samples_setup import prepare_samples
 
 
 def train(config: RunConfig, console: Console) -> int:
@@ -64,6 +64,7 @@ def train(config: RunConfig, console: Console) -> int:
             world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
         mark_started(folder, RunState(RunOutcome.started, start.step, identity), world)
 
+        samples = prepare_samples(config, inputs, start.step, world, console)
         reference, policy = _load_models(config, inputs, world, console)
         world.together(inputs.policy_files.check_unchanged)
         objective = Objective(config.loss, reference.provider)
@@ -88,7 +89,7 @@ def train(config: RunConfig, console: Console) -> int:
             checkpoints=checkpoints,
             identity={**identity, **saved_parallelism(config.parallelism)},
             recorder=_open_recorder(config, position.step, world, stop, environment, console),
-            samples=open_samples(config, inputs, policy, position.step, world, console),
+            samples=None if samples is None else samples.open(policy),
             console=console,
             stop=stop,
         )
@@ -230,4 +231,4 @@ def _open_recorder(
     trackers = open_trackers(
         config, folder, stop.ask, rows=metrics.rows, environment=environment, say=console.say
     )
-    return Recorder(metrics, trackers)
+    return Recorder(metrics, trackers, console.say)

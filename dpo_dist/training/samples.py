@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling
 from dpo_dist.generation.sampling.respond import texts_after
-from dpo_dist.generation.sampling.together import generate_together
+from dpo_dist.generation.sampling.together import Generator, generate_together
 from dpo_dist.generation.text_facts import sample_metrics, text_facts
 from dpo_dist.report.console import Console
 from dpo_dist.training.run_start import write_on_main
@@ -40,34 +40,100 @@ class SamplePrompt:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The samples of a run. Methods are collective.
+class SamplePrompts:
+    """The held-out prompts of a run, and how models respond to them.
 
     Attributes:
         config: settings.
         sampling: the same as settings of generation.
         prompts: the same at every evaluation and in every start of the run.
-        reference: responses of the reference, one for each prompt; None: not known.
         stop_ids: tokens that end a response.
         tokenizer: of the policy.
-        policy: generates.
         folder: of the run.
     """
 
     config: SamplesConfig
     sampling: Sampling
     prompts: tuple[SamplePrompt, ...]
-    reference: list[Row] | None
     stop_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
-    policy: PolicyEngine
     world: World
     folder: RunFolder
     console: Console
 
+    def responses(self, model: Generator, *, of_base: bool = False) -> list[Row] | None:
+        """Return the `text`, `tokens` and `finished` of a response to each prompt; collective.
+
+        None, with a warning, if the model's logits are not finite.
+        """
+        requests = [prompt.request for prompt in self.prompts]
+        budget = self.config.batch_tokens
+        try:
+            found = generate_together(
+                model, requests, self.sampling, self.stop_ids, budget, self.world, of_base=of_base
+            )
+        except NotFiniteError:
+            self.console.say("warning: no samples: the model's logits are not finite")
+            return None
+        return [
+            {
+                "text": texts_after(list(sample.ids), request.prompt_ids, self.tokenizer)[0],
+                "tokens": len(sample.ids),
+                "finished": sample.is_finished,
+            }
+            for sample, request in zip(found, requests, strict=True)
+        ]
+
+    def metrics(self, responses: Sequence[Row]) -> dict[str, float]:
+        """Return the metrics of responses by name: see `sample_metrics`."""
+        facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
+        return sample_metrics(facts, [prompt.language for prompt in self.prompts])
+
+    def read_reference(self) -> list[Row] | None:
+        """Return the responses in the reference's file, if they are to the same prompts and settings."""
+        try:
+            text = self.folder.samples_reference.read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.splitlines()]
+            wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+            if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
+                return None
+            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_reference(self, responses: Sequence[Row]) -> None:
+        """Write the reference's responses to its file; collective.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        rows = [
+            {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
+            for prompt, response in zip(self.prompts, responses, strict=True)
+        ]
+        file = self.folder.samples_reference
+        write_on_main(lambda: atomic.write_text(file, lines(rows)), self.folder, self.world)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a run. Methods are collective.
+
+    Attributes:
+        held_out: the prompts.
+        reference: responses of the reference, one for each prompt; None: not known.
+        starts_as_reference: whether they are those of the policy before its first step.
+        policy: generates.
+    """
+
+    held_out: SamplePrompts
+    reference: list[Row] | None
+    starts_as_reference: bool
+    policy: PolicyEngine
+
     def is_due(self, step: int, eval_every: int, *, is_last: bool) -> bool:
         """Return whether the evaluation after `step` has samples; not collective."""
-        return is_last or eval_every == 0 or step // eval_every % self.config.every == 0
+        return is_last or eval_every == 0 or step // eval_every % self.held_out.config.every == 0
 
     def at(self, step: int) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
@@ -77,59 +143,36 @@ class Samples:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        if step == 0 and self.reference is not None:
-            responses = self.reference
-        else:
-            try:
-                responses = respond(self, of_base=False)
-            except NotFiniteError:
-                self.console.say(f"warning: no samples after step {step}: logits are not finite")
-                return {}
-        without = dict.fromkeys(("text", "tokens", "finished"))
-        rows = [
+        held_out = self.held_out
+        is_reference = step == 0 and self.starts_as_reference and self.reference is not None
+        responses = self.reference if is_reference else held_out.responses(self.policy)
+        if responses is None:
+            return {}
+        rows = self._rows(step, responses)
+        file = held_out.folder.samples_file(step)
+        write_on_main(lambda: atomic.write_text(file, lines(rows)), held_out.folder, held_out.world)
+        of_policy = held_out.metrics(responses)
+        of_reference = {} if self.reference is None else held_out.metrics(self.reference)
+        return {
+            "samples/prompts": float(len(responses)),
+            **{f"samples/{name}": value for name, value in of_policy.items()},
+            **{f"samples/reference_{name}": value for name, value in of_reference.items()},
+        }
+
+    def _rows(self, step: int, responses: Sequence[Row]) -> list[Row]:
+        unknown = dict.fromkeys(("text", "tokens", "finished"))
+        reference = self.reference or [unknown] * len(responses)
+        return [
             {
                 **prompt.fields,
                 "step": step,
-                **_named("policy", policy),
-                **_named("reference", reference),
+                **_named("policy", of_policy),
+                **_named("reference", of_reference),
             }
-            for prompt, policy, reference in zip(
-                self.prompts, responses, self.reference or [without] * len(responses), strict=True
+            for prompt, of_policy, of_reference in zip(
+                self.held_out.prompts, responses, reference, strict=True
             )
         ]
-        write_on_main(lambda: _write(self.folder, step, rows), self.folder, self.world)
-        facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        return sample_metrics(facts, [prompt.language for prompt in self.prompts])
-
-
-def respond(samples: Samples, *, of_base: bool) -> list[Row]:
-    """Return the `text`, `tokens` and `finished` of a response to each prompt; collective.
-
-    Raises:
-        NotFiniteError: the model's logits are not finite.
-    """
-    requests = [prompt.request for prompt in samples.prompts]
-    found = generate_together(
-        samples.policy,
-        requests,
-        samples.sampling,
-        samples.stop_ids,
-        samples.config.batch_tokens,
-        samples.world,
-        of_base=of_base,
-    )
-    return [
-        {
-            "text": _text(sample.ids, request, samples.tokenizer),
-            "tokens": len(sample.ids),
-            "finished": sample.is_finished,
-        }
-        for sample, request in zip(found, requests, strict=True)
-    ]
-
-
-def _text(ids: Sequence[int], request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
-    return texts_after(list(ids), request.prompt_ids, tokenizer)[0]
 
 
 def _named(model: str, response: Row) -> Row:
@@ -139,10 +182,6 @@ def _named(model: str, response: Row) -> Row:
         f"{model}_tokens": response["tokens"],
         f"{model}_finished": response["finished"],
     }
-
-
-def _write(folder: RunFolder, step: int, rows: Sequence[Row]) -> None:
-    atomic.write_text(folder.samples_file(step), lines(rows))
 
 
 def lines(rows: Sequence[Row]) -> str:

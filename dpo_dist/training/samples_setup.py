@@ -1,49 +1,111 @@
 """Set up the samples of a run: choose held-out prompts, and get the reference's responses."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.languages import language_of
-from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling
+from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.sampling.responder import find_stop_ids
 from dpo_dist.model.load import load_config
+from dpo_dist.reference.engine import load_digested
 from dpo_dist.report.console import Console
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.run_start import write_on_main
-from dpo_dist.training.samples import Row, SamplePrompt, Samples, lines, respond
+from dpo_dist.training.samples import Row, SamplePrompt, SamplePrompts, Samples
 
 
-def open_samples(
-    config: RunConfig, inputs: Inputs, policy: PolicyEngine, step: int, world: World, console: Console
-) -> Samples | None:
+@dataclass(frozen=True)
+class PreparedSamples:
+    """The samples of a run before its policy is loaded.
+
+    Attributes:
+        held_out: the prompts.
+        reference: responses of the reference; None: the policy gives them, or they are not known.
+        starts_as_reference: whether they are those of the policy before its first step.
+        is_from_policy: whether the policy can give them now, at its start or without its adapter.
+        of_base: whether it does so without its adapter.
+    """
+
+    held_out: SamplePrompts
+    reference: list[Row] | None
+    starts_as_reference: bool
+    is_from_policy: bool
+    of_base: bool
+
+    def open(self, policy: PolicyEngine) -> Samples:
+        """Return the samples of a policy, which responds as the reference where it can; collective.
+
+        Raises:
+            CheckpointError: the reference's responses cannot be written.
+        """
+        responses = self.reference
+        if responses is None and self.is_from_policy:
+            responses = self.held_out.responses(policy, of_base=self.of_base)
+            if responses is not None:
+                self.held_out.write_reference(responses)
+        return Samples(self.held_out, responses, self.starts_as_reference, policy)
+
+
+def prepare_samples(
+    config: RunConfig, inputs: Inputs, step: int, world: World, console: Console
+) -> PreparedSamples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
-    The reference responds once, to a file in the run directory from which a resumed run reads it.
+    The reference responds once, to a file in the run directory from which a resumed run reads it. If the
+    policy cannot give its responses, the reference is loaded for them and freed again: call this before a
+    model is loaded.
 
     Raises:
         CheckpointError: the reference's responses cannot be written.
     """
-    settings, folder = config.samples, RunFolder.of(config)
-    if not settings.prompts or inputs.eval_set is None:
+    folder = RunFolder.of(config)
+    if not config.samples.prompts or inputs.eval_set is None:
         return None
-    model_folder = inputs.policy_files.folder
+    held_out = _held_out(config, inputs, inputs.eval_set, world, console)
+    if not held_out.prompts:
+        return None
+    write_on_main(lambda: _remove_later(folder, step), folder, world)
+    of_base = config.model.adapter is not None
+    is_start = _is_policys_start(config, inputs)
+    is_from_policy = is_start and (step == 0 or of_base)
+    reference = world.on_main(held_out.read_reference)
+    if reference is None and not is_from_policy:
+        console.say("samples: the reference is loaded for its responses")
+        engine = load_digested(inputs.reference_files or inputs.policy_files, config, world)
+        reference = held_out.responses(engine)
+        engine.free()
+        if reference is not None:
+            held_out.write_reference(reference)
+    return PreparedSamples(held_out, reference, is_start, is_from_policy, of_base)
+
+
+def _is_policys_start(config: RunConfig, inputs: Inputs) -> bool:
+    """Return whether the policy starts as the reference, in the same precision."""
+    files = inputs.reference_files
+    if files is None or config.reference.mode is ReferenceMode.adapter:
+        return True
+    is_same = files.digest == inputs.policy_files.digest
+    return is_same and config.reference.quantization is config.model.quantization
+
+
+def _held_out(
+    config: RunConfig, inputs: Inputs, dataset: PreferenceDataset, world: World, console: Console
+) -> SamplePrompts:
+    settings, model_folder = config.samples, inputs.policy_files.folder
     stop_ids = find_stop_ids(inputs.tokenizer, config.data, model_folder)
-    longest = getattr(
-        load_config(model_folder, config.model).get_text_config(), "max_position_embeddings", None
-    )
+    text_config = load_config(model_folder, config.model).get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
     prompts = choose_prompts(
-        inputs.eval_set,
+        dataset,
         inputs.tokenizer,
         stop_ids,
         settings.prompts,
@@ -55,14 +117,9 @@ def open_samples(
             f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
             "are different and leave room for samples.max_new_tokens"
         )
-    if not prompts:
-        return None
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=config.trainer.seed)
-    samples = Samples(
-        settings, sampling, prompts, None, stop_ids, inputs.tokenizer, policy, world, folder, console
-    )
-    write_on_main(lambda: _remove_later(folder, step), folder, world)
-    return replace(samples, reference=_reference(samples, config, inputs, step))
+    folder = RunFolder.of(config)
+    return SamplePrompts(settings, sampling, prompts, stop_ids, inputs.tokenizer, world, folder, console)
 
 
 def choose_prompts(
@@ -111,48 +168,6 @@ def _prompt(
         "chosen": chosen,
     }
     return SamplePrompt(Request(prompt_ids, prompt_id, 0), fields, language_of(chosen))
-
-
-def _reference(samples: Samples, config: RunConfig, inputs: Inputs, step: int) -> list[Row] | None:
-    """Return the reference's responses, from the file of an earlier start or generated now; collective.
-
-    The policy can give them if it starts as the reference: before its first step, or without its adapter.
-    """
-    folder, world, say = samples.folder, samples.world, samples.console.say
-    stored = world.on_main(lambda: _read(samples))
-    if stored is not None:
-        return stored
-    has_adapter = config.model.adapter is not None
-    files = inputs.reference_files
-    is_start = files is None or files.digest == inputs.policy_files.digest
-    if not is_start or (step > 0 and not has_adapter):
-        reason = "it is another model" if not is_start else "the policy has already been trained"
-        say(f"samples: without responses of the reference: {reason}")
-        return None
-    try:
-        responses = respond(samples, of_base=has_adapter)
-    except NotFiniteError:
-        say("warning: samples: without responses of the reference, whose logits are not finite")
-        return None
-    rows = [
-        {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(samples.sampling), **response}
-        for prompt, response in zip(samples.prompts, responses, strict=True)
-    ]
-    write_on_main(lambda: atomic.write_text(folder.samples_reference, lines(rows)), folder, world)
-    return responses
-
-
-def _read(samples: Samples) -> list[Row] | None:
-    """Return the responses in the reference's file, if they are of the same prompts and settings."""
-    try:
-        text = samples.folder.samples_reference.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()]
-        wanted = [(prompt.fields["prompt_id"], asdict(samples.sampling)) for prompt in samples.prompts]
-        if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
-            return None
-        return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _remove_later(folder: RunFolder, step: int) -> None:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.config.loss_kinds import LossKind
@@ -49,6 +50,14 @@ def check_start(config: RunConfig) -> None:
             _check_folder(folder, key)
 
 
+def with_evaluated_pairs(config: RunConfig) -> RunConfig:
+    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`."""
+    data = config.data
+    if config.evaluation.data:
+        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
+    return replace(config, data=replace(data, train=[]) if data.eval else data)
+
+
 @contextlib.contextmanager
 def started(config: RunConfig) -> Iterator[Console]:
     """Check the start, open the console, and remove the folders of a start that fails before its first step.
@@ -58,7 +67,7 @@ def started(config: RunConfig) -> Iterator[Console]:
     """
     with without_traces(config):
         check_start(config)
-        with open_console(RunFolder.of(config)) as console:
+        with open_console(RunFolder.of(config), config.console) as console:
             yield console
 
 

@@ -21,7 +21,8 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.distributed.deepspeed_config import frozen_config
-from dpo_dist.distributed.engine import PolicyEngine, sharded_loading
+from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.weight_loading import sharded_loading
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.logps import sum_by_response

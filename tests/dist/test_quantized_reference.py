@@ -1,7 +1,6 @@
 """A quantized reference is whole on every rank beside a sharded policy, and its entries are its own."""
 
 import importlib.util
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def fill_twice(overrides: list[str], world: World, _folder: Path) -> list[Any]:
     results = []
     for quantization in ("nf4", "null", "nf4"):
         config = load_run_config([*overrides, f"reference.quantization={quantization}"])
-        console = Console(io.StringIO())
+        console = Console(None)
         reference = prepare_reference(config, load_inputs(config, world, console), world, console)
         results.append([reference.report["computed"], reference.is_policys_start])
     return results

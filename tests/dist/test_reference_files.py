@@ -1,7 +1,6 @@
 """Only digested files score: weights replaced while a run starts, and nodes with different files."""
 
 import contextlib
-import io
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +59,7 @@ def while_exchanged(load: Callable[..., Any], folder: Path, other: Path) -> Call
 
 
 def reference_of(overrides: list[str], world: World) -> reference_setup.Reference:
-    config, console = load_run_config(overrides), Console(io.StringIO())
+    config, console = load_run_config(overrides), Console(None)
     return reference_setup.prepare_reference(config, load_inputs(config, world, console), world, console)
 
 
@@ -86,7 +85,7 @@ def train_with_others(overrides: list[str], models: list[Path], world: World, _f
         patch.object(run_module, "_load_policy", policy),
         patch.object(run_module, "_world", lambda *_: joined),
     ):
-        run_module.train(load_run_config(overrides), Console(io.StringIO()))
+        run_module.train(load_run_config(overrides), Console(None))
 
 
 def test_a_policy_replaced_while_it_loads_is_not_trained(

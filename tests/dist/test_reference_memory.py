@@ -1,7 +1,6 @@
 """The reference's memory is freed once the store is filled, wherever its weights were."""
 
 import gc
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def test_a_freed_engine_leaves_no_weights_behind(offload: Offload, assets: Asset
 
 
 def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
-    config, console = load_run_config(overrides), Console(io.StringIO())
+    config, console = load_run_config(overrides), Console(None)
     inputs = load_inputs(config, world, console)
     free, filled = FrozenEngine.free, []
 

@@ -134,9 +134,46 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     assert "(checkpoint)" in ended.output
     assert_equals_the_run(run)
     assert evaluated(run)["all"]["intervals"] == {}
-    ended = run_verb("evaluate", [*command, last], processes=2)
-    assert ended.code != 0
-    assert "launch 1 process, or let the run end" in ended.output
+    ended = run_verb("evaluate", [*command, last], processes=2)  # written by one process
+    assert ended.code == 0, ended.output
+    assert_equals_the_run(run)
+
+    models = f"evaluation.model=[{run}/model,{assets}/model,{run}/checkpoints/step-000002]"
+    others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl]", "evaluation.resamples=10"]
+    ended = run_verb("evaluate", [*others, models])
+    assert ended.code == 0, ended.output
+    assert evaluated(run)["all"]["eval_pairs"] == 4
+    folders = sorted(path for path in (run / "evaluation").iterdir() if path.is_dir())
+    names = [path.name.rpartition("-")[0] or path.name for path in folders]
+    assert names == ["model", "model", "model", "step-000002", "step-000003", "training"]
+    assert_same_evaluation(json.loads((folders[-1] / "evaluation.json").read_text()), of_training)
+    base = next(path for path in folders if model_of(path) == f"{assets}/model")
+    assert json.loads((base / "evaluation.json").read_text())["all"]["eval_rewards/margins"] == 0
+    assert (run / "evaluation" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+    checked = run_verb("evaluate", [*others, models, "--check"])
+    assert checked.code == 0, checked.output
+    assert "check passed" in checked.output
+    assert "step-000002 (checkpoint)" in checked.output
+    assert "more.jsonl, 4 of the first 4 records kept" in checked.output
+
+
+def model_of(folder: Path) -> str:
+    found: str = json.loads((folder / "evaluated.json").read_text())["model"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["zero3", "ddp"])
+def test_a_checkpoint_of_two_processes_is_scored_by_one(
+    kind: str, overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    command = overrides(*ROWS, f"data.eval=[{assets}/eval.jsonl]", f"parallelism={kind}")
+    train(command, processes=2)
+    last = f"evaluation.model={tmp_path}/run/checkpoints/step-000003"
+    ended = run_verb("evaluate", [f"run.dir={tmp_path}/run", "parallelism=zero3", last])
+    assert ended.code == 0, ended.output
+    assert "(checkpoint)" in ended.output
+    assert_equals_the_run(tmp_path / "run")
 
 
 def test_an_adapter_scores_as_in_the_run(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
@@ -148,6 +185,12 @@ def test_an_adapter_scores_as_in_the_run(overrides: Overrides, assets: Path, tmp
     assert "(adapter)" in ended.output
     assert_equals_the_run(tmp_path / "run")
     assert list(evaluated(tmp_path / "run")) == ["all", "eval"]
+    last = f"evaluation.model={tmp_path}/run/checkpoints/step-000003"
+    ended = run_verb("evaluate", [*command, last])
+    assert ended.code == 0, ended.output
+    assert_equals_the_run(tmp_path / "run")
+    ended = run_verb("evaluate", [*command, last, "model.adapter.alpha=16"])
+    assert "the checkpoint is of a run with another adapter" in ended.output
 
 
 def test_a_run_without_a_model_is_refused(overrides: Overrides, assets: Path, tmp_path: Path) -> None:

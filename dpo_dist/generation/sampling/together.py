@@ -1,10 +1,11 @@
 """Generate responses of the policy on all ranks together, whatever its sharding."""
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 
-from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import (
     NotFiniteError,
@@ -16,8 +17,19 @@ from dpo_dist.generation.sampling.generate import (
 )
 
 
+class Generator(Protocol):
+    """A model on all ranks that generates, such as a `PolicyEngine`."""
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether each forward is collective."""
+
+    def generating(self, *, of_base: bool = False) -> AbstractContextManager[Any]:
+        """Return a context with the transformers model; `of_base`: without its adapter."""
+
+
 def generate_together(
-    policy: PolicyEngine,
+    model: Generator,
     requests: Sequence[Request],
     sampling: Sampling,
     stop_ids: Collection[int],
@@ -26,13 +38,13 @@ def generate_together(
     *,
     of_base: bool = False,
 ) -> list[Sample]:
-    """Return the policy's sample for each request, in their order, on all ranks; collective.
+    """Return the model's sample for each request, in their order, on all ranks; collective.
 
     Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
     they generate the same number of batches, and each batch makes as many forwards as the longest of all.
 
     Args:
-        policy: in any mode, to which it returns.
+        model: the policy in any mode, to which it returns, or a model that is only scored.
         requests: the same on all ranks.
         sampling: settings.
         stop_ids: tokens that end a response, at least one.
@@ -44,11 +56,11 @@ def generate_together(
         NotFiniteError: the model's logits are not finite; on all ranks.
     """
     shares = [_batches(requests, rank, world.size, sampling, budget) for rank in range(world.size)]
-    own, synchronised = shares[world.rank], policy.is_synchronised
+    own, synchronised = shares[world.rank], model.is_synchronised
     rounds = max(map(len, shares)) if synchronised else len(own)
     samples: dict[int, Sample] = {}
     broken: Request | None = None
-    with policy.generating(of_base=of_base) as causal_lm:
+    with model.generating(of_base=of_base) as causal_lm:
         for number in range(rounds):
             indices = own[number] if number < len(own) else []
             chosen, settings = [requests[index] for index in indices], sampling

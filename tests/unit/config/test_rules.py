@@ -80,6 +80,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"trainer.eval_every": 10}, "trainer.eval_every, data.eval"),
     ({"trainer.eval_at_start": True}, "trainer.eval_at_start, data.eval"),
     ({"samples.prompts": 4}, "samples.prompts, data.eval"),
+    ({"samples.max_new_tokens": 9}, "samples.max_new_tokens, samples.prompts"),
+    ({"samples.temperature": 0.0}, "samples.temperature, samples.prompts"),
+    ({"samples.every": 2}, "samples.every, samples.prompts"),
+    ({"samples.batch_tokens": 99}, "samples.batch_tokens, samples.prompts"),
+    (
+        {"samples.every": 2, "samples.prompts": 4, "data.eval_share": 0.1},
+        "samples.every, trainer.eval_every",
+    ),
     (
         {"parallelism.kind": "zero2", "parallelism.offload_parameters": "cpu"},
         "parallelism.offload_parameters, parallelism.kind",
@@ -106,6 +114,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"data.trained_roles": ["assistants"]}, "data.trained_roles"),
     ({"data.untrained": ["empty_thought"]}, "data.untrained"),
     ({"data.untrained": ["thoughts", "...</note>"]}, "data.untrained"),
+    ({"evaluation.model": 3}, "evaluation.model"),
+    ({"evaluation.model": ["a", "a"]}, "evaluation.model"),
+    ({"evaluation.model": []}, "evaluation.model"),
+    ({"evaluation.data": ["b", "b"]}, "evaluation.data"),
+    ({"evaluation.data": [{"path": "b", "weight": 2}]}, "evaluation.data"),
     ({"parallelism.offload_parameters": "nvme"}, "parallelism.offload_parameters"),
     ({"parallelism.offload_optimizer": "nvme"}, "parallelism.offload_optimizer"),
 ]

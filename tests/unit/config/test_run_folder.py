@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 
 PACKAGE = Path(__file__).parents[3] / "dpo_dist"
@@ -13,13 +13,15 @@ FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))
 def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
     assert str(FOLDER) == "output/run"
     paths = [value for name in dir(RunFolder) if isinstance(value := getattr(FOLDER, name), Path)]
-    assert {str(path.relative_to("output/run")) for path in [*paths, FOLDER.rank_log(1)]} == {
+    paths += [FOLDER.rank_log(1), *FOLDER.evaluation.files, FOLDER.evaluation_of(LAST_EVALUATION).results]
+    assert {str(path.relative_to("output/run")) for path in paths} == {
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
         *("checkpoints", "model", "wandb/run_id.txt"),
         *("samples", "samples/reference.jsonl"),
-        *("evaluation/evaluation.json", "evaluation/scores.jsonl"),
+        *("evaluation/evaluation.json", "evaluation/scores.jsonl", "evaluation/evaluation.png"),
+        *("evaluation/evaluated.json", "evaluation/training/evaluation.json"),
         *("doctor/doctor.json", "doctor/doctor.html"),
         *("pairs", "pairs/pairs.jsonl", "pairs/samples.jsonl", "pairs/parts"),
         *("pairs/judgements.jsonl", "pairs/agreement.json"),
@@ -30,7 +32,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
 def test_no_other_module_names_a_file_of_the_run_directory() -> None:
     named = {
         path.name for path in (getattr(FOLDER, name) for name in dir(RunFolder)) if isinstance(path, Path)
-    }
+    } | {path.name for path in FOLDER.evaluation.files}
     # Also files of conf/, a configuration group, a verb, a word of counts, a key, a method of pairs,
     # and a field of samples.
     named -= {"config.yaml", "model", "pairs", "rounds", "samples", "policy"}

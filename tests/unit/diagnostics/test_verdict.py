@@ -365,7 +365,11 @@ def test_one_bad_step_is_no_sign_of_the_learning_rate(index: int, value: dict[st
 
 
 def test_a_steep_part_of_a_loss_that_falls_is_no_sign_of_the_learning_rate() -> None:
-    assert verdict(rows(late={"grad_norm": 80.0}, since=15), summary()).findings == ()
+    history = rows(late={"grad_norm": 80.0}, since=15)
+    assert verdict(history, summary()).findings == ()
+    for index in (10, 11, 12):  # the loss rises with the gradient, and recovers
+        history[index] |= {"grad_norm": 80.0, "loss": 0.7}
+    assert verdict(history, summary()).findings == ()
 
 
 @pytest.mark.parametrize("ended", [{"exit": "preempted"}, {"steps": 4}])
@@ -392,6 +396,15 @@ def test_responses_as_long_as_the_chosen_ones_are_no_fault() -> None:
 def test_a_single_response_is_no_fault(late: dict[str, float]) -> None:
     assert verdict(rows(late=late, every={"eval_samples/prompts": 8.0}), summary()).findings == ()
     assert len(verdict(rows(late=late, every={"eval_samples/prompts": 80.0}), summary()).findings) == 1
+
+
+def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
+    other = summary(settings=SETTINGS | {"reference.path": "other"})
+    start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
+    assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["far_from_reference"]
+    assert verdict(rows(every=start), other).findings == ()
+    [finding] = verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings
+    assert "moved 2 nats" in finding.text
 
 
 def test_alarms_are_the_faults_of_the_samples_so_far() -> None:

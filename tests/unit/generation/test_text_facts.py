@@ -49,13 +49,13 @@ def test_metrics_are_means_of_what_is_known() -> None:
     metrics = sample_metrics(facts, ["en", "en", "en", None])
     assert metrics == pytest.approx(
         {
-            "samples/length": 15,
-            "samples/finished": 0.75,
-            "samples/distinct_3": 1.0,
-            "samples/longest_repeat": np.mean([fact.longest_repeat for fact in facts]),
-            "samples/language_changed": 0.5,
-            "samples/refusals": 0.25,
-            "samples/empty": 0.25,
+            "length": 15,
+            "finished": 0.75,
+            "distinct_3": 1.0,
+            "longest_repeat": np.mean([fact.longest_repeat for fact in facts]),
+            "language_changed": 0.5,
+            "refusals": 0.25,
+            "empty": 0.25,
         }
     )
-    assert "samples/language_changed" not in sample_metrics(facts[2:], ["en", None])
+    assert "language_changed" not in sample_metrics(facts[2:], ["en", None])

@@ -1,9 +1,9 @@
-"""Console: readable progress on the screen, and no repeated warnings in the log."""
+"""Console: messages and progress as lines, and no repeated warnings in the log."""
 
 import contextlib
-import io
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -15,8 +15,9 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DataError
-from dpo_dist.report import console as console_module
 from dpo_dist.report.console import Console, open_console
+from dpo_dist.report.progress import TrainingStatus
+from dpo_dist.report.screens import LineScreen
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def test_only_rank_0_prints_but_every_rank_can_print_an_error(
     with opened(tmp_path) as console:
         console.say("good news")
         console.alarm("process lost: rank 0 of 2 died")
-    assert capfd.readouterr().err == "process lost: rank 0 of 2 died\n"
+    assert re.fullmatch(r"\d{4}-\S+ [\d:]{8}  process lost: rank 0 of 2 died\n", capfd.readouterr().err)
     logged = (tmp_path / "logs" / "rank-1.log").read_text()
     assert "good news" in logged
     assert "process lost" in logged
@@ -111,80 +112,108 @@ def test_a_heartbeat_is_printed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -
     beat = console.heartbeat("encoding the data")
     for seconds in range(5, 200, 5):
         beat(float(seconds))
-    assert said == [f"encoding the data: {seconds} s so far" for seconds in (15, 75, 135, 195)]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_counter_on_a_terminal_is_a_bar() -> None:
-    screen = Terminal()
-    with Console(screen).counter("encoding train data", "record") as count:
-        for _ in range(3):
-            count(64)
-    assert "encoding train data" in screen.getvalue()
-    assert "192record" in screen.getvalue()
-
-
-def test_a_counter_with_shares_shows_the_remaining_time() -> None:
-    screen = Terminal()
-    with Console(screen).counter("encoding train data: a.jsonl", "record") as count:
-        for share in (0.25, 0.5, 1.0):
-            count(640, share)
-            time.sleep(0.001)
-    last = screen.getvalue().split("\r")[-1]
-    assert "encoding train data: a.jsonl: 100%|" in last
-    assert "1,920 records, " in last
-    assert "<00:00]" in last
-
-
-def test_a_bar_appears_with_its_total_and_not_at_all_for_a_total_of_zero() -> None:
-    screen = Terminal()
-    with Console(screen).progress("reference", "pair") as show:
-        show(0, 120)
-        assert "0/120" in screen.getvalue()
-        show(120, 120)
-    assert "120/120" in screen.getvalue()
-    idle = Terminal()
-    with Console(idle).progress("reference", "pair") as show:
-        show(0, 0)
-    assert not idle.getvalue()
-
-
-def test_a_counter_without_a_terminal_prints_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen, seconds = io.StringIO(), iter(range(0, 1000, 10))
-    monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(seconds)))
-    with Console(screen).counter("encoding train data", "record") as count:
-        for _ in range(5):
-            count(640)
-    assert screen.getvalue().splitlines() == [
-        "encoding train data ...",
-        "encoding train data: 1,280 records, 128 a second",
-        "encoding train data: 3,200 records, 80 a second",
+    assert said == [
+        f"encoding the data: {spent} so far" for spent in ("15 s", "1 min 15 s", "2 min 15 s", "3 min 15 s")
     ]
 
 
-def test_a_line_of_a_counter_has_the_share_and_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen, seconds = io.StringIO(), iter(range(0, 1000, 10))
-    monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(seconds)))
-    with Console(screen).counter("encoding train data: a.jsonl", "record") as count:
-        for number in range(1, 3):
-            count(640, number / 8)
-    assert screen.getvalue().splitlines() == [
+class Clock:
+    """The monotonic clock, set by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(time, "monotonic", found)
+    return found
+
+
+def lines(seconds: float = 30.0) -> tuple[Console, list[str]]:
+    """Return a console without times and the list of its lines."""
+    printed: list[str] = []
+    return Console(LineScreen(printed.append, seconds)), printed
+
+
+def test_a_counter_prints_lines_now_and_then(clock: Clock) -> None:
+    console, printed = lines()
+    with console.counter("encoding train data: a.jsonl", "record") as count:
+        for number in range(1, 9):
+            count(640, number / 16)
+            clock.now += 10.0
+    assert printed == [
         "encoding train data: a.jsonl ...",
-        "encoding train data: a.jsonl: 25%, 1,280 records, 128 a second, 00:30 left",
+        "encoding train data: a.jsonl: 1,280 records, 12%, 128 a second, 1 min 10 s left",
+        "encoding train data: a.jsonl: 3,200 records, 31%, 80 a second, 1 min 28 s left",
+        "encoding train data: a.jsonl: 5,120 records, 50%, 73 a second, 1 min 10 s left",
     ]
 
 
-@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()])
-def test_a_counter_without_counts_shows_nothing(screen: io.StringIO) -> None:
-    with Console(screen).counter("encoding train data", "record"):
+def test_a_counter_without_shares_shows_amount_and_speed(clock: Clock) -> None:
+    console, printed = lines()
+    for _ in range(2):  # the second source starts anew
+        with console.counter("encoding", "record") as count:
+            count(1)
+            clock.now += 6.0
+            count(59)
+    assert printed == ["encoding ...", "encoding: 60 records, 10 a second"] * 2
+
+
+def test_progress_of_a_known_total_is_shown_and_a_total_of_zero_is_not(clock: Clock) -> None:
+    console, printed = lines()
+    with console.progress("reference log-probs", "pair") as show:
+        show(0, 0)
+        assert not printed
+        show(0, 1200)
+        clock.now += 10.0
+        show(600, 1200)
+    assert printed == [
+        "reference log-probs ...",
+        "reference log-probs: 600 of 1,200 pairs, 50%, 60 a second, 10 s left",
+    ]
+
+
+def test_a_counter_without_counts_shows_nothing() -> None:
+    console, printed = lines()
+    with console.counter("encoding train data", "record"):
         pass
-    assert not screen.getvalue()
+    assert not printed
 
 
-def test_other_ranks_show_no_counter() -> None:
+def test_other_ranks_show_no_progress() -> None:
     with Console(None).counter("encoding train data", "record") as count:
         count(1)
+    assert not Console(None).is_due()
+
+
+def status(step: int, **values: float) -> TrainingStatus:
+    return TrainingStatus(step, 1000, {"loss": 0.5, **values}, seconds_left=90.0)
+
+
+def test_training_is_printed_now_and_then_and_always_on_demand(clock: Clock) -> None:
+    console, printed = lines(30.0)
+    for step in range(1, 11):
+        if console.is_due():
+            console.training(status(step))
+        clock.now += 10.0
+    assert [line.split("/")[0] for line in printed] == ["step 1", "step 4", "step 7", "step 10"]
+    console.training(status(1000), always=True)
+    assert printed[-1] == "step 1,000/1,000  loss 0.5000"
+
+
+def test_an_evaluation_is_always_printed_and_a_row_of_steps_is_not() -> None:
+    console, printed = lines()
+    console.row({"step": 5, "loss": 0.5}, 1000)
+    console.row({"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
+    assert printed == ["step 5/1,000  evaluation: loss 0.2500, accuracy 0.750"]
+
+
+def test_progress_is_logged_whatever_the_screen_shows(tmp_path: Path) -> None:
+    with opened(tmp_path) as console:
+        console.training(status(1), always=True)
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert "dpo_dist INFO step 1/1,000  loss 0.5000  1 min 30 s left" in logged

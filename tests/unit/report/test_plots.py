@@ -1,4 +1,4 @@
-"""Training curves: one image from any rows; long runs are thinned."""
+"""Training curves: one image from any rows."""
 
 import math
 import random
@@ -9,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from dpo_dist.report import plots
+from dpo_dist.report.chart_script import LIGHT_COLORS
 
 
 def training_row(step: int) -> dict[str, float]:
@@ -41,35 +42,38 @@ def evaluation_row(step: int) -> dict[str, float]:
         pytest.param([{"step": step, "loss": 1.0 / step} for step in range(1, 4)], id="loss only"),
         pytest.param([{"step": 5, "loss": math.nan, "grad_norm": math.inf}], id="not finite"),
         pytest.param([evaluation_row(0)], id="evaluation only"),
+        pytest.param([training_row(step) for step in range(5000)], id="long"),
+        pytest.param([{"step": step, "loss": 2.0**step} for step in range(1000)], id="diverged"),
+        pytest.param(
+            [{"step": 1, "loss": 1.0, **{f"rewards/accuracies/a${n}_{{": 0.5 for n in range(9)}}],
+            id="sources with formulas",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("error")
 def test_any_rows_give_one_image(tmp_path: Path, rows: list[dict[str, float]]) -> None:
     path = tmp_path / "training_curves.png"
     plots.draw_curves(rows, path, r"a $run\_{$ <b>")
-    assert imread(path).shape == (1000, 1600, 4)
+    assert imread(path).shape[1:] == (1600, 4)
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("length", [1, 2, 1999, 2000, 2001, 100_000])
-def test_long_runs_are_thinned_and_keep_their_last_point(length: int) -> None:
-    kept = plots._thinned(length)
-    assert kept[-1] == length - 1
-    assert length / 60 <= len(kept) <= 2000 or len(kept) == length
-    assert set(np.diff(kept)) <= {math.ceil(length / 2000)}
+def colored(path: Path) -> set[str]:
+    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    return {f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in np.unique(pixels, axis=0)}
 
 
-def test_the_moving_mean_keeps_levels_and_reduces_noise() -> None:
-    constant = np.full(500, 3.0)
-    np.testing.assert_allclose(plots._moving_mean(constant), constant)
-    noise = np.random.default_rng(0).normal(size=500)
-    assert plots._moving_mean(noise).std() < 0.3 * noise.std()
-    few = np.array([1.0, 5.0, 2.0])
-    np.testing.assert_array_equal(plots._moving_mean(few), few)
+def test_evaluations_are_drawn_in_the_colour_of_their_metric(tmp_path: Path) -> None:
+    rows = [{"step": 1, "eval_loss": 1.0, "eval_rewards/chosen": 1.0, "eval_rewards/rejected": 2.0}]
+    plots.draw_curves(rows, tmp_path / "curves.png", "x")
+    found = colored(tmp_path / "curves.png")
+    assert set(LIGHT_COLORS[:2]) <= found
+    assert not set(LIGHT_COLORS[2:5]) & found
 
 
-def test_values_that_are_not_finite_are_not_plotted() -> None:
-    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": math.nan}, {"step": 3}, {"step": 4, "loss": 4.0}]
-    steps, values = plots._series(rows, "loss")
-    assert steps.tolist() == [1, 4]
-    assert values.tolist() == [1, 4]
+def test_a_value_that_is_not_finite_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    notes = []
+    monkeypatch.setattr(plots.Axes, "annotate", lambda axes, text, *given, **named: notes.append(text))
+    rows = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}, {"step": 3, "eval_loss": 1.0}]
+    plots.draw_curves(rows, tmp_path / "curves.png", "x")
+    assert notes == ["1 missing or not finite"]

@@ -87,6 +87,14 @@ def test_texts_are_inert() -> None:
     assert figure.count("</figure>") == 1
 
 
+def test_the_moving_mean_keeps_levels_and_reduces_noise() -> None:
+    np.testing.assert_allclose(smoothed(np.full(500, 3.0)), np.full(500, 3.0))
+    noise = np.random.default_rng(0).normal(size=500)
+    assert smoothed(noise).std() < 0.3 * noise.std()
+    few = np.array([1.0, 5.0, 2.0])
+    np.testing.assert_array_equal(smoothed(few), few)
+
+
 def test_the_moving_mean_has_no_value_in_a_gap_and_ignores_it_beside() -> None:
     values = np.full(500, 3.0)
     values[100] = math.nan

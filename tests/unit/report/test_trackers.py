@@ -33,6 +33,9 @@ class Stuck:
         assert self.network.wait(60)
         self.sent.append(row["step"])
 
+    def alert(self, title: str, text: str) -> None:
+        raise NotImplementedError
+
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         self.outcome = outcome
 

@@ -20,7 +20,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
 from dpo_dist.report.histogram import Histogram
-from dpo_dist.report.metrics_log import MetricsLog, plain
+from dpo_dist.report.json_values import plain
+from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.tracked_values import wandb_names
 from dpo_dist.report.tracking import Tracker, open_tracker
 from dpo_dist.report.wandb_file import read_records, read_rows
@@ -254,7 +255,7 @@ def steps_on_disk():
 def train(checkpoint, last, end):
     metrics = MetricsLog.open(folder, checkpoint or None)
     options = {"rows": metrics.rows, "environment": {}, "say": lambda text: None}
-    recorder = Recorder(metrics, open_trackers(config, folder, lambda: None, **options))
+    recorder = Recorder(metrics, open_trackers(config, folder, lambda: None, **options), lambda text: None)
     for step in range(checkpoint + 1, last + 1):
         norm = float("inf" if step == 4 else step)
         recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": norm})

@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def recorder_in(folder: RunFolder) -> Recorder:
-    return Recorder(MetricsLog.open(folder, 4), Trackers())
+    return Recorder(MetricsLog.open(folder, 4), Trackers(), print)
 
 
 def test_the_state_is_read_as_it_was_written(folder: RunFolder) -> None:

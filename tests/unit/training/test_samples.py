@@ -12,10 +12,12 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.responder import find_stop_ids
-from dpo_dist.training.samples import SamplePrompt, Samples, lines
-from dpo_dist.training.samples_setup import _read, _remove_later, choose_prompts
+from dpo_dist.report.console import Console
+from dpo_dist.training.samples import SamplePrompt, SamplePrompts, Samples, lines
+from dpo_dist.training.samples_setup import _remove_later, choose_prompts
 from tests.support import tiny
 from tests.support.records import jsonl
 
@@ -67,20 +69,13 @@ def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
     assert prompt.fields["prompt_id"] == prompt.request.key
 
 
-def samples(folder: Path, every: int = 1) -> Samples:
+def held_out(folder: Path, every: int = 1) -> SamplePrompts:
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
-    settings = SamplesConfig(1, every)
-    nothing: list[None] = [None] * 5
-    return Samples(
-        settings,
-        Sampling(4, seed=3),
-        (prompt,),
-        None,
-        STOPS,
-        TOKENIZER,
-        *nothing[:2],  # type: ignore[arg-type]
-        folder=RunFolder(folder),
-        console=None,  # type: ignore[arg-type]
+    console: Console = None  # type: ignore[assignment]
+    world: World = None  # type: ignore[assignment]
+    sampling = Sampling(4, seed=3)
+    return SamplePrompts(
+        SamplesConfig(1, every), sampling, (prompt,), STOPS, TOKENIZER, world, RunFolder(folder), console
     )
 
 
@@ -92,24 +87,24 @@ def test_every_nth_evaluation_and_the_last_have_samples(
     tmp_path: Path, every: int, eval_every: int, due: list[int]
 ) -> None:
     steps = [0, 10, 20, 30, 35] if eval_every else [35]
-    found = samples(tmp_path, every)
+    found = Samples(held_out(tmp_path, every), None, True, None)  # type: ignore[arg-type]
     assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
 
 
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
-    opened = samples(tmp_path)
-    assert _read(opened) is None
+    opened = held_out(tmp_path)
+    assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
     opened.folder.samples.mkdir()
     opened.folder.samples_reference.write_text(
         lines([{"prompt_id": "id", "sampling": sampling, **response}]), encoding="utf-8"
     )
-    assert _read(opened) == [response]
-    assert _read(replace(opened, sampling=Sampling(5, seed=3))) is None
-    assert _read(replace(opened, prompts=opened.prompts * 2)) is None
+    assert opened.read_reference() == [response]
+    assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
+    assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
     opened.folder.samples_reference.write_text("[]\n")
-    assert _read(opened) is None
+    assert opened.read_reference() is None
 
 
 def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:

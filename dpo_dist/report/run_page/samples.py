@@ -1,0 +1,249 @@
+"""Section of a run's page about samples: some prompts with the responses of the reference and the policy."""
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.plurals import counted
+from dpo_dist.report.inert import inert_html
+from dpo_dist.report.json_rows import json_rows
+from dpo_dist.report.metrics_log import read_rows
+from dpo_dist.report.run_page.sample_choice import FAULTS, Judged, choose, judged
+from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, cut, end_notes, excerpt, side_by_side
+from dpo_dist.report.word_diff import difference
+
+Row = Mapping[str, Any]
+
+_MOST_SHOWN = 10
+_MOST_ROWS = 200
+_MOST_BYTES = 128 * 2**20
+_MOST_STEPS = 8
+_OPEN = 2
+# The last is for texts that hardly fit: every character can need 70 bytes of HTML.
+_LONGEST_TEXTS = (6000, 400)
+_SECTION_BYTES = 900_000
+
+_log = logging.getLogger(__name__)
+
+_COLUMNS = {
+    "eval_samples/length": "tokens",
+    "eval_samples/finished": "ended",
+    "eval_samples/distinct_3": "distinct 3-grams",
+    "eval_samples/longest_repeat": "longest repeat",
+    "eval_samples/language_changed": "language changed",
+    "eval_samples/refusals": "refusals",
+    "eval_samples/empty": "empty",
+}
+
+
+def samples_section(folder: RunFolder) -> str:
+    """Return the section about the samples of a run, below 1 MB; empty without samples.
+
+    Pages with it add `SAMPLES_STYLE` to their style sheet.
+    """
+    files = _files(folder)
+    step, damaged = 0, 0
+    rows: list[Judged] = []
+    for step in sorted(files, reverse=True):
+        rows, damaged = _judged(files[step])
+        if rows:
+            break
+    if not rows:
+        return ""
+    chosen = choose(rows, _MOST_SHOWN)
+    steps = _shown_steps(files, step)
+    found = {each: _rows_of(files[each], chosen) for each in steps}
+    items: list[str] = []
+    for prompt_id, reasons in chosen.items():
+        room = _SECTION_BYTES - sum(map(_bytes, items))
+        item = _item(prompt_id, reasons, steps, found, room, is_open=len(items) < _OPEN)
+        items += [item] if item else []
+    return (
+        f'<section id="samples"><h2>Samples</h2><p>{_sentence(step, rows)}</p>{_metrics(folder)}'
+        f'<p class="samples-note">{_note(len(items), len(chosen), len(rows), damaged, files[step])}</p>'
+        f"{''.join(items)}</section>"
+    )
+
+
+def _files(folder: RunFolder) -> dict[int, Path]:
+    """Return the files of samples by step, the first step first."""
+    names = (
+        (re.fullmatch(r"step-(\d{1,18})", file.stem), file) for file in folder.samples.glob("step-*.jsonl")
+    )
+    return dict(sorted((int(name[1]), file) for name, file in names if name))
+
+
+def _judged(file: Path) -> tuple[list[Judged], int]:
+    """Return the facts of the first rows of a file, and the number of damaged lines among them."""
+    rows, damaged = [], 0
+    for row in _rows(file):
+        if row is None or not isinstance(row.get("policy"), str):
+            damaged += 1
+        else:
+            rows.append(judged(row))
+    return rows, damaged
+
+
+def _rows(file: Path) -> Iterator[Row | None]:
+    try:
+        yield from islice(json_rows(file, _MOST_BYTES), _MOST_ROWS)
+    except OSError as error:
+        _log.warning("%s cannot be read and is omitted from the report: %s", file, error)
+
+
+def _rows_of(file: Path, prompt_ids: Collection[str]) -> dict[str, Row]:
+    """Return the rows of some prompts by id."""
+    return {name: row for row in _rows(file) if row and (name := str(row.get("prompt_id"))) in prompt_ids}
+
+
+def _shown_steps(files: Iterable[int], last: int) -> list[int]:
+    """Return the last step, the one before it and the first; step 0, the reference's, only without others."""
+    earlier = [step for step in files if 0 < step < last] or [step for step in files if step < last]
+    return list(dict.fromkeys([last, *earlier[-1:], *earlier[:1]]))
+
+
+def _item(
+    prompt_id: str,
+    reasons: Sequence[str],
+    steps: Sequence[int],
+    found: Mapping[int, Mapping[str, Row]],
+    room: int,
+    *,
+    is_open: bool,
+) -> str:
+    """Return a prompt with its responses, folded; empty if it needs more than `room` bytes."""
+    last = found[steps[0]].get(prompt_id, {})
+    prompt, source = _text(last.get("prompt")) or "", _text(last.get("source")) or "source not known"
+    responses = [
+        _reference(last),
+        *_policies(prompt_id, steps, found),
+        Response("chosen", _text(last.get("chosen"))),
+    ]
+    head = inert_html(excerpt(prompt)) or "empty prompt"
+    why = inert_html(f"{cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
+    for longest in _LONGEST_TEXTS:
+        texts = side_by_side(prompt, responses, "reference", longest)
+        item = (
+            f'<details class="sample"{" open" if is_open else ""}><summary dir="auto">{head} '
+            f"<small>{why}</small></summary>{texts}</details>"
+        )
+        if _bytes(item) <= room:
+            return item
+    return ""
+
+
+def _reference(row: Row) -> Response:
+    notes = end_notes(row.get("reference_tokens"), row.get("reference_finished"))
+    return Response("reference", _text(row.get("reference")), notes)
+
+
+def _policies(
+    prompt_id: str, steps: Sequence[int], found: Mapping[int, Mapping[str, Row]]
+) -> Iterator[Response]:
+    """Yield the policy's responses; the notes of the last one compare it with the one before it."""
+    rows = [found[step].get(prompt_id, {}) for step in steps]
+    texts = [_text(row.get("policy")) for row in rows]
+    for at, (step, row) in enumerate(zip(steps, rows, strict=True)):
+        notes = [end_notes(row.get("policy_tokens"), row.get("policy_finished"))]
+        if at == 0 and len(steps) > 1 and texts[0] and texts[1]:
+            notes.append(_since(texts[0], texts[1], steps[1]))
+        yield Response(f"step {step}", texts[at], "; ".join(filter(None, notes)))
+
+
+def _since(text: str, before: str, step: int) -> str:
+    if text == before:
+        return f"unchanged since step {step}"
+    similarity = difference(text[:LONGEST], before[:LONGEST]).similarity
+    return f"{100 * (1 - similarity):.0f} % changed since step {step}"
+
+
+def _sentence(step: int, rows: Sequence[Judged]) -> str:
+    """Return the number of responses with each fault."""
+    counts = Counter(fault for row in rows for fault in row.faults)
+    phrases = [
+        f"{counts[fault]:,} {one if counts[fault] == 1 else many}"
+        for fault, (one, many) in FAULTS.items()
+        if counts[fault]
+    ]
+    same = sum(row.change == 0 for row in rows)
+    phrases += (
+        [f"{same:,} {'has' if same == 1 else 'have'} the same words as the reference's"] if same else []
+    )
+    found = (
+        "; ".join(phrases)
+        or "none is empty, unfinished, repetitive, a refusal, in another language or of another length"
+    )
+    return f"Responses of the policy after step {step:,} to {counted(len(rows), 'held-out prompt')}: {found}."
+
+
+def _note(shown: int, chosen: int, rows: int, damaged: int, file: Path) -> str:
+    """Return the limits of the choice: its size, rows that are not considered, not readable or too large."""
+    parts = [
+        f"{shown:,} of them {'is' if shown == 1 else 'are'} below, by faults and by change against the "
+        f"reference; all are in samples/{inert_html(file.name)}. Marked words are not in the reference's "
+        "response. Texts of data and models can be offensive or private."
+    ]
+    if rows + damaged >= _MOST_ROWS:
+        parts.append(f"Only the first {counted(_MOST_ROWS, 'row')} of the file are considered.")
+    if damaged:
+        parts.append(f"{counted(damaged, 'line')} of the file cannot be read.")
+    if shown < chosen:
+        parts.append(f"{counted(chosen - shown, 'prompt')} more would make this page too large.")
+    return " ".join(parts)
+
+
+def _metrics(folder: RunFolder) -> str:
+    """Return a table of the metrics of samples over some steps, the first and last among them."""
+    try:
+        rows = [row for row in read_rows(folder.log_history) if any(key in row for key in _COLUMNS)]
+    except (OSError, ValueError):
+        return ""  # the page warns of this file once
+    keys = [key for key in _COLUMNS if any(key in row for row in rows)]
+    most = min(len(rows), _MOST_STEPS)
+    shown = [rows[round(at * (len(rows) - 1) / max(most - 1, 1))] for at in range(most)]
+    head = "".join(f"<th>{_COLUMNS[key]}</th>" for key in keys)
+    lines = "".join(
+        f"<tr><td>{row['step']:,.0f}</td>{''.join(f'<td>{_cell(key, row)}</td>' for key in keys)}</tr>"
+        for row in shown
+    )
+    return (
+        '<div class="samples-metrics"><table class="numbers">'
+        f"<tr><th>step</th>{head}</tr>{lines}</table></div>"
+        if rows
+        else ""
+    )
+
+
+def _cell(key: str, row: Mapping[str, float]) -> str:
+    value = row.get(key, math.nan)
+    if not math.isfinite(value):
+        return ""
+    return f"{value:,.0f}" if key.endswith("/length") else f"{100 * value:.0f} %"
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _bytes(html: str) -> int:
+    return len(html.encode("utf-8", "replace"))
+
+
+SAMPLES_STYLE = (
+    SIDE_STYLE
+    + """
+.samples-metrics { overflow-x: auto; }
+.samples-metrics th, .samples-metrics td { white-space: nowrap; overflow-wrap: normal; }
+.sample { margin: 10px 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; }
+.sample summary { overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.sample summary small { display: block; font-weight: 400; color: var(--quiet); unicode-bidi: isolate; }
+.sample .side { margin-bottom: 8px; }
+.samples-note { color: var(--quiet); font-size: 13px; }
+"""
+)

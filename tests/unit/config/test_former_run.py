@@ -1,0 +1,42 @@
+"""The configuration of a run that exists stands in for a command line that repeats it."""
+
+from pathlib import Path
+
+from dpo_dist.config.former_run import with_former_run
+from dpo_dist.config.load import compose, load_run_config, resolve, to_yaml
+from dpo_dist.config.options import divide
+from dpo_dist.config.schema import RunConfig
+
+RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
+
+
+def evaluated(*arguments: str) -> RunConfig:
+    with with_former_run(divide(arguments)) as whole:
+        return resolve(compose(whole.overrides, whole.own_folder), whole.overrides, whole.own_folder)
+
+
+def write_run(folder: Path, *overrides: str) -> RunConfig:
+    config = load_run_config([*RUN, f"run.dir={folder}", *overrides])
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return config
+
+
+def test_a_run_directory_alone_gives_the_configuration(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", "model.adapter={r: 4}", "reference.mode=adapter")
+    assert evaluated(f"run.dir={tmp_path}/run") == config
+
+
+def test_other_keys_and_presets_of_the_command_win(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    found = evaluated(f"run.dir={tmp_path}/run", "evaluation.data=[hard.jsonl]", "loss.beta=0.5")
+    assert (found.loss.kind, found.loss.beta, found.optim.lr) == ("ipo", 0.5, 1e-5)
+    assert [source.path for source in found.evaluation.data] == ["hard.jsonl"]
+    found = evaluated(f"run.dir={tmp_path}/run", "loss=hinge")
+    assert (found.loss.kind, found.loss.beta) == ("hinge", 0.1)
+
+
+def test_a_command_with_a_model_is_whole(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    found = evaluated(f"run.dir={tmp_path}/run", "model.path=other", "data.train=[b.jsonl]")
+    assert (found.model.path, found.loss.kind) == ("other", "sigmoid")
