@@ -21,6 +21,7 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, RunOutcome
+from dpo_dist.report.closing_table import closing_table
 from dpo_dist.report.console import Console
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
@@ -58,7 +59,6 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     summary = _summary(loop, position, reference)
     if outcome is RunOutcome.preempted:
         _close(loop, state, summary)
-        loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
     tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
@@ -92,7 +92,6 @@ def finish(
             drop_checkpoints(folder.checkpoints)
 
     write_on_main(work, folder, world)
-    console.say(f"model: {folder.model}   report: {folder.report}")
 
 
 def export_model(
@@ -166,12 +165,13 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
 def _close_report(
     recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome, folder: RunFolder, console: Console
 ) -> None:
-    """Write the report of a run with its verdict, and print the verdict."""
+    """Write the report of a run with its verdict, and print the closing table and the verdict."""
+    rows = recorder.metrics.rows
     ended = {**summary, "exit": outcome.value}
-    judged = verdict(recorder.metrics.rows, ended, _data_findings(folder, console))
-    recorder.close({**ended, "verdict": judged.as_dict()})
-    for line in judged.lines():
-        console.say(line)
+    judged = verdict(rows, ended, _data_findings(folder, console))
+    ended["verdict"] = judged.as_dict()
+    recorder.close(ended)
+    console.result("summary", ended, [*closing_table(folder, rows, ended), *judged.lines()])
 
 
 def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
