@@ -133,6 +133,16 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def mlflow_id(self) -> Path:
+        """The id of the MLflow run; a database of MLflow may be beside it."""
+        return self.path / "mlflow" / "run_id.txt"
+
+    @property
     def samples(self) -> Path:
         """The folder of the responses to held-out prompts during training."""
         return self.path / "samples"

@@ -70,11 +70,20 @@ def _sections(results: Results) -> list[str]:
     )
     matrix = win_matrix(results)
     return [
-        _section("Models", models_table(results)),
+        _section("Models", models_table(results) + _kl_note(results)),
         _section("KL and quality", f'<div class="scroll">{picture}</div>{note}' if picture else ""),
         _section("Win rates", matrix + _verdicts(results) if matrix else ""),
         _section("Style", style_table(results)),
     ]
+
+
+def _kl_note(results: Results) -> str:
+    if results.temperature in (None, 1.0):
+        return ""
+    return (
+        f"<p>Sampled at a temperature of {results.temperature:g}: the KL is that of likelier responses. "
+        "Only at 1 it has no bias.</p>"
+    )
 
 
 def _verdicts(results: Results) -> str:
