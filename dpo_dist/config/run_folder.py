@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError
 
 LAST_EVALUATION = "training"
 """The name of the last evaluation of training."""
+
+_MOST_SUGGESTED = 3
 
 
 @dataclass(frozen=True)
@@ -225,3 +228,25 @@ class RunFolder:
     def policy(self) -> Path:
         """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
         return self.path / "policy"
+
+
+def existing_run(path: Path) -> RunFolder:
+    """Return the run directory at `path`, whose run may still be training.
+
+    Raises:
+        ConfigError: `path` is none.
+    """
+    folder = RunFolder(path)
+    if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
+        return folder
+    runs = sorted(file.parent for file in path.glob("*/config.yaml"))[:_MOST_SUGGESTED]
+    found = "a file" if path.is_file() else "a folder without a run's files"
+    raise ConfigError(
+        "this is no run directory",
+        where=str(path),
+        got=found if path.exists() else "no such folder",
+        expected="a folder with config.yaml, which a run writes at its start",
+        remedy=f"name one run, such as {' or '.join(map(str, runs))}"
+        if runs
+        else "name the run.dir of a run",
+    )

@@ -1,5 +1,10 @@
 """Counts of records in words, for people who do not know the names of the counts (docs/data.md)."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_dist.plurals import counted
+
 _WORDS = {
     # Records that are dropped.
     "unparsable": "the line cannot be parsed",
@@ -59,6 +64,10 @@ _WORDS = {
     "prompts_also_in_train": "pairs whose prompt is also in the training data",
 }
 _UNREAD = "unread_"
+_OWN_LINE = "chat_template_not_applied"
+_NO_CHANGES = frozenset(
+    {"label", "path", "read", "kept", "pairs", "dropped", "examples", "details", "sources", _OWN_LINE}
+)
 
 
 def in_words(name: str) -> str:
@@ -68,3 +77,30 @@ def in_words(name: str) -> str:
     if name.startswith(_UNREAD):
         return f"the field {name.removeprefix(_UNREAD)} is not read"
     return name.replace("_", " ")
+
+
+def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
+    """Return lines for the screen: kept, dropped and changed records, of all sources and of each."""
+    lines = [f"{name} data: {_kept(counts)}"]
+    lines += [
+        f"  {number:,} dropped ({reason}): {in_words(reason)}"
+        for reason, number in sorted(counts["dropped"].items())
+    ]
+    changes = sorted(name for name in counts if name not in _NO_CHANGES and counts[name])
+    lines += [f"  {counts[change]:,} {change}: {in_words(change)}" for change in changes]
+    for source in counts["sources"] if len(counts["sources"]) > 1 else []:
+        dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(source["dropped"].items()))
+        lines.append(f"  of {source['label']} ({source['path']}): {_kept(source)}{dropped}")
+    if plain := counts.get(_OWN_LINE):
+        records = counted(counts["kept"], "record")
+        lines.append(
+            f"  {plain:,} of {records} {'is' if plain == 1 else 'are'} plain text, without the chat template "
+            "(data.text_as_messages=true makes their prompts user turns)"
+        )
+    return lines
+
+
+def _kept(counts: Mapping[str, Any]) -> str:
+    kept = f"{counts['kept']:,} of {counted(counts['read'], 'record')} kept"
+    pairs = counts.get("pairs", counts["kept"])
+    return kept if pairs == counts["kept"] else f"{kept}, {counted(pairs, 'example')} made of them"

@@ -114,7 +114,7 @@ SCRIPT = """
     }
     describe(line, x) {
       const point = this.last(line, x);
-      if (!point) return "\\u2013";
+      if (!point) return "none yet";
       const value = point.value === "" ? "no value" : text(point.value);
       return point.x === x ? value : value + " at step " + text(point.step);
     }

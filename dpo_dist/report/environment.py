@@ -40,7 +40,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": package_versions(),
         "command": _command(world_size),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": None if changed is None else len(changed.splitlines()),
@@ -50,6 +50,11 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of this program and of the libraries that decide its results."""
+    return {name: version for name in _PACKAGES if (version := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

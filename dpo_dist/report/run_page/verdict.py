@@ -58,7 +58,7 @@ def _verdict(facts: PageFacts) -> Fields:
 
 
 def _unfinished(facts: PageFacts) -> str:
-    if facts.summary or not facts.run.rows:
+    if facts.summary.get("exit") or not facts.run.rows:
         return ""
     step = facts.run.rows[-1]["step"]
     sentence = f"This run has not ended: its last metrics are of step {step:,.0f}."

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,6 +47,9 @@ class Screen(Console):
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+    def result(self, _kind: str, _content: Any, lines: Sequence[str]) -> None:
+        self.lines += lines
 
 
 def config_in(folder: RunFolder, keep_last: int = 2, resume: Resume = Resume.auto) -> RunConfig:
