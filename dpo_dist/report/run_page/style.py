@@ -21,6 +21,7 @@ p { max-width: 82ch; overflow-wrap: anywhere; }
 .finding li { overflow-wrap: anywhere; }
 .advice { color: var(--quiet); }
 .advice b { color: CanvasText; }
+.tiles div { min-width: 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 .wide table { width: auto; min-width: 50%; }
 .wide th { width: auto; white-space: nowrap; }
