@@ -10,8 +10,7 @@ from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.run_page.blocks import note, section
 from dpo_dist.report.run_page.difference_results import LABELS, Two
-from dpo_dist.report.run_page.samples import excerpt
-from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, side_by_side
+from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, excerpt, side_by_side
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
