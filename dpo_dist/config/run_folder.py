@@ -133,6 +133,16 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def mlflow_id(self) -> Path:
+        """The id of the MLflow run; a database of MLflow may be beside it."""
+        return self.path / "mlflow" / "run_id.txt"
+
+    @property
     def samples(self) -> Path:
         """The folder of the responses to held-out prompts during training."""
         return self.path / "samples"
@@ -154,6 +164,36 @@ class RunFolder:
     def evaluation_of(self, name: str) -> EvaluationFolder:
         """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
+
+    @property
+    def comparison(self) -> Path:
+        """The folder of a comparison of models; the next five are in it."""
+        return self.path / "comparison"
+
+    @property
+    def comparison_answers(self) -> Path:
+        """The responses of all models, prompt by prompt."""
+        return self.comparison / "answers.jsonl"
+
+    @property
+    def comparison_results(self) -> Path:
+        """KL, scores, win rates and style of the models."""
+        return self.comparison / "comparison.json"
+
+    @property
+    def comparison_page(self) -> Path:
+        """The same as a self-contained page."""
+        return self.comparison / "comparison.html"
+
+    @property
+    def comparison_parts(self) -> Path:
+        """Finished parts of the work, by the digest of the settings that define them."""
+        return self.comparison / "parts"
+
+    @property
+    def comparison_models(self) -> Path:
+        """Model folders written from checkpoints."""
+        return self.comparison / "models"
 
     @property
     def doctor_report(self) -> Path:
