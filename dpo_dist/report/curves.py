@@ -1,5 +1,6 @@
 """The charts of a run: panels of metrics, and their values by step from the metrics rows."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ class Curves:
             merged.setdefault(row["step"], {}).update(row)
         self.steps = list(merged)
         self._rows = list(merged.values())
+        self._keys = set().union(*self._rows)
         self.hours = self._hours()
 
     def labelled(self, panel: Panel) -> Panel:
@@ -92,8 +94,7 @@ class Curves:
             return panel
         found = {
             key.removeprefix(start)
-            for row in self._rows
-            for key in row
+            for key in self._keys
             for start in (panel.prefix, _EVALUATION + panel.prefix)
             if key.startswith(start)
         }
@@ -114,6 +115,16 @@ class Curves:
         """
         return [line for label, key in panel.curves for line in self._lines(panel, name or label, key)]
 
+    def over(self, steps: Sequence[float], panel: Panel, name: str) -> list[Line]:
+        """Return the `lines` of a panel with values for each of `steps`, among which are all own ones."""
+        places = {step: place for place, step in enumerate(self.steps)}
+        own = [places.get(step) for step in steps]
+        hours = None if self.hours is None else [math.nan if at is None else self.hours[at] for at in own]
+        return [
+            Line(line.label, [None if at is None else line.values[at] for at in own], line.role, hours)
+            for line in self.lines(panel, name)
+        ]
+
     def _lines(self, panel: Panel, label: str, key: str) -> Iterator[Line]:
         values = self._values("loss", key, absent=math.nan)
         mean = _mean(values) if panel.is_smoothed else []
@@ -128,7 +139,7 @@ class Curves:
 
     def _values(self, mark: str, key: str, absent: float | None) -> list[float | None]:
         """Return a value for each step: None without a row that has `mark`, `absent` if it lacks `key`."""
-        if not any(key in row for row in self._rows):
+        if key not in self._keys:
             return []
         return [row.get(key, absent) if mark in row else None for row in self._rows]
 
@@ -153,6 +164,25 @@ def charts(rows: Rows) -> str:
         chart(panel.title, curves.lines(panel), curves.steps, curves.hours, panel.unit, log=panel.is_log)
         for panel in panels
     ]
+    return chart_grid(figures)
+
+
+def comparison_charts(runs: Mapping[str, Rows]) -> str:
+    """Return the charts of several runs, a colour each, as HTML; a chart has one metric.
+
+    Args:
+        runs: metrics rows by the name of the run.
+    """
+    found = {name: Curves(rows) for name, rows in runs.items()}
+    steps = sorted({step for curves in found.values() for step in curves.steps})
+    figures = []
+    for panel in PANELS:
+        labelled = [curves.labelled(panel).curves for curves in found.values()]
+        for label, key in dict.fromkeys(itertools.chain(*labelled)):
+            single = replace(panel, curves=((label, key),), prefix="")
+            lines = [line for name, curves in found.items() for line in curves.over(steps, single, name)]
+            title = panel.title if len(panel.curves) == 1 else f"{panel.title}: {label}"
+            figures.append(chart(title, lines, steps, None, panel.unit, log=panel.is_log))
     return chart_grid(figures)
 
 

@@ -19,6 +19,8 @@ _HEAD_SHARE = 0.75
 _CODE = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*|\Z)", re.MULTILINE | re.DOTALL)
 _IS_DIFFERENT, _IS_CODE = 1, 2
 _TITLE_CHARACTERS = 120
+# Marks on nearly all words of a text show nothing.
+_FEW_WORDS, _MOST_MARKED = 20, 0.9
 _TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
@@ -56,8 +58,8 @@ def side_by_side(
         prompt: its text.
         responses: in the order of the columns.
         against: label of the response that the others are compared with: words of theirs that it lacks are
-            marked, and the notes give their share. With only one other response its words are marked as well.
-            None, or a response without text: no marks.
+            marked, unless they are nearly all, and the notes give their share. With only one other response
+            its words are marked as well. None, or a response without text: no marks.
         longest: characters of a text that are shown.
     """
     texts = [_shortened(each.text or "", longest) for each in responses]
@@ -114,9 +116,12 @@ def _column(response: Response, shown: _Shown, other: _Shown | None, against: st
     spans: tuple[Span, ...] = ()
     if other is not None:
         found = difference(shown.text, other.text)
-        spans = found.spans
+        is_other = found.words > _FEW_WORDS and found.new > _MOST_MARKED * found.words
+        spans = () if is_other else found.spans
         if response.label != against:
-            notes.append(_difference_note(found, shown, other, against))
+            notes.append(
+                _difference_note(found, shown, other, against) + (", not marked" if is_other else "")
+            )
     text = "; ".join(filter(None, notes))
     small = f" <small>{inert_html(text)}</small>" if text else ""
     return f"<div><h4>{inert_html(response.label)}{small}</h4>{_content(response, shown, spans)}</div>"

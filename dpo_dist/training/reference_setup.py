@@ -124,7 +124,7 @@ def _stored_reference(
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
     filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard)
-    report = _fill(config, inputs, filler, console).as_dict()
+    report = _fill(config, inputs, filler, console).as_dict() | {"entries": str(empty.folder)}
     provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:
         check_complete(provider.store, dataset, indices, world)

@@ -33,7 +33,7 @@ from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.tracking import open_tracker
+from dpo_dist.report.trackers import open_trackers
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
@@ -230,7 +230,7 @@ def _open_recorder(
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
-    tracker = open_tracker(
+    trackers = open_trackers(
         config, folder, stop.ask, rows=metrics.rows, environment=environment, say=console.say
     )
-    return Recorder(metrics, tracker, console.say)
+    return Recorder(metrics, trackers, console.say)

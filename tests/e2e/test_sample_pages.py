@@ -59,7 +59,7 @@ def test_a_comparison(tmp_path: Path, browser: Any, width: int, scheme: str, has
         1, {name: answer(HOSTILE, finished=False) for name in names}, prompt=HOSTILE, source=HOSTILE
     )
     file = write_comparison(tmp_path, betas(), rows)
-    write_comparison_page(tmp_path)
+    write_comparison_page(file.parent)
     watched = opened(browser, file, width, scheme, java_script_enabled=has_script)
     page = watched.page
     assert page.locator(".headline").bounding_box()["y"] < 300

@@ -76,8 +76,9 @@ def row(number: int, responses: dict[str, dict[str, Any]], **others: Any) -> dic
     }
 
 
-def write_comparison(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write both files; return the path of the page that is made of them."""
+def write_comparison(run: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write both files of a run directory; return the path of the page that is made of them."""
+    folder = run / "comparison"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(content))
     (folder / "answers.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))

@@ -19,6 +19,14 @@ _ANSWER = {
     "model": {"bucket": None},
     "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
     "serverInfo": {"features": []},
+    "project": None,
+    "createArtifact": {
+        "artifact": {
+            "id": "1",
+            "state": "COMMITTED",
+            "artifactSequence": {"id": "1", "latestArtifact": {"id": "1", "versionIndex": 0}},
+        }
+    },
     "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
 }
 
@@ -36,6 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/file_stream"):
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
             self.server.history += [json.loads(line) for line in history.get("content", [])]
+        if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
+            self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
         self._answer({"data": _ANSWER, "stopped": True})
 
     def _answer(self, content: dict[str, Any]) -> None:
@@ -51,6 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     history: list[dict[str, Any]]
+    artifacts: list[str]
 
 
 class WandbServer:
@@ -59,6 +70,7 @@ class WandbServer:
     def __init__(self) -> None:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.history = []
+        self._server.artifacts = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
@@ -70,8 +82,16 @@ class WandbServer:
         self._server.server_close()
 
     def history_rows(self) -> list[dict[str, Any]]:
-        """The rows received, without wandb's own keys."""
+        """The rows received, without wandb's own keys, tables and histograms."""
         return [
-            {key: value for key, value in row.items() if not key.startswith("_")}
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith("_") and not isinstance(value, dict)
+            }
             for row in self._server.history
         ]
+
+    def artifact_types(self) -> list[str]:
+        """The types of the artifacts received."""
+        return self._server.artifacts

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_dist.plurals import counted
 from dpo_dist.report.chart_axes import number
-from dpo_dist.report.comparison.results import Results, finite
+from dpo_dist.report.comparison.results import Model, Results, finite
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import Row, json_rows
 from dpo_dist.report.side_by_side import Response, cut, end_notes, excerpt, side_by_side
@@ -19,6 +19,8 @@ _SHORT_TEXT, _MUCH = 200, 0.05
 # HTML per byte of text: marks of words that differ. HTML of a prompt without its texts.
 _GROWTH, _ITEM_BYTES = 1.6, 2000
 _MOST_SOURCES, _MOST_MODELS, _MOST_RANGES = 8, 8, 40
+
+_UNFINISHED, _EMPTY = "a response does not end", "a response is empty"
 
 PROMPTS_STYLE = """
 .switch { position: absolute; opacity: 0; width: 1px; height: 1px; }
@@ -127,7 +129,9 @@ def _survey(file: Path, results: Results, room: int) -> _Survey:
             sizes[longest] += _ITEM_BYTES + _GROWTH * sum(_bytes((text or "")[:longest]) for text in texts)
     longest = next((each for each in _LONGEST_TEXTS if sizes[each] <= room), _LONGEST_TEXTS[-1])
     shown = [label for label, _ in sources.most_common(_MOST_SOURCES)] if len(sources) > 1 else []
-    return _Survey([*shown, *sorted(labels)], longest, rows)
+    compared = [_compared(model, results, sign) for model in results.models for sign in (1, -1)]
+    shown += [label for label in (_UNFINISHED, _EMPTY, *compared) if labels[label]]
+    return _Survey(shown, longest, rows)
 
 
 def _labels(row: Row, results: Results) -> Iterator[str]:
@@ -135,14 +139,18 @@ def _labels(row: Row, results: Results) -> Iterator[str]:
     yield f"source {cut(_text(row.get('source')) or 'not known')}"
     responses = [_response(row, model.name) for model in results.models]
     if any(each.get("finished") is False for each in responses):
-        yield "a response does not end"
+        yield _UNFINISHED
     if any(not (_text(each.get("text")) or "").strip() for each in responses):
-        yield "a response is empty"
+        yield _EMPTY
     base = finite(responses[0].get("score"))
     for model, response in list(zip(results.models, responses, strict=True))[1 : _MOST_MODELS + 1]:
         score = finite(response.get("score"))
         if base is not None and score is not None and base != score:
-            yield f"{cut(model.name)} {'above' if score > base else 'below'} {cut(results.base)}"
+            yield _compared(model, results, score - base)
+
+
+def _compared(model: Model, results: Results, difference: float) -> str:
+    return f"{cut(model.name)} {'above' if difference > 0 else 'below'} {cut(results.base)}"
 
 
 def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, left: int, room: int) -> str:
@@ -156,13 +164,10 @@ def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, le
     )
     small = f" <small>{inert_html('; '.join(_labels(row, results)))}</small></summary>"
     responses = list(_responses(row, results))
-    for longest in (survey.longest, _SHORT_TEXT):
-        item = f"{head}{small}{side_by_side(prompt, responses, results.base, longest)}</details>"
-        if _bytes(item) <= left:
-            return item
-        if _bytes(item) < _MUCH * room:
-            break
-    return ""
+    item = f"{head}{small}{side_by_side(prompt, responses, results.base, survey.longest)}</details>"
+    if _bytes(item) > _MUCH * room:
+        item = f"{head}{small}{side_by_side(prompt, responses, results.base, _SHORT_TEXT)}</details>"
+    return item if _bytes(item) <= left else ""
 
 
 def _responses(row: Row, results: Results) -> Iterator[Response]:
@@ -173,7 +178,7 @@ def _responses(row: Row, results: Results) -> Iterator[Response]:
         if score is not None:
             notes.append(f"score {number(score)}")
         if logp is not None and base is not None and model.name != results.base:
-            notes.append(f"log-ratio {number(logp - base)}")
+            notes.append(f"log-ratio {number(logp - base)} nats")
         yield Response(model.name, _text(response.get("text")), "; ".join(filter(None, notes)))
     if isinstance(row.get("chosen"), str):
         yield Response("chosen in the data", row["chosen"])

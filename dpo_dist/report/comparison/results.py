@@ -69,6 +69,7 @@ class Results:
         models: the base first.
         rates: win rate of the first model over the second one, in both orders.
         notes: other numbers of the comparison, by name.
+        temperature: of sampling; None if it is not known.
     """
 
     base: str
@@ -78,6 +79,7 @@ class Results:
     models: tuple[Model, ...]
     rates: Mapping[tuple[str, str], Estimate]
     notes: Mapping[str, int]
+    temperature: float | None
 
     @property
     def has_scores(self) -> bool:
@@ -148,6 +150,7 @@ def _results(fields: Mapping[str, Any]) -> Results:
         models=tuple(replace(model, win_rate=rates.get((model.name, base))) for model in models),
         rates=rates,
         notes={str(name): int(number) for name, number in (fields.get("counts") or {}).items()},
+        temperature=finite((fields.get("sampling") or {}).get("temperature")),
     )
 
 

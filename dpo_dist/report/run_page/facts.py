@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,15 @@ import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
-from dpo_dist.report.metrics_log import metrics_by_source, read_rows
+from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
 
 _SAME = 1e-6
+_OF_AN_END = frozenset(
+    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second"}
+)
 _log = logging.getLogger(__name__)
 
 
@@ -93,7 +97,8 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     doctor = _read(folder.doctor_report, _json_fields) or {}
     findings = doctor.get("findings") or []
     summary = _read(folder.summary, _json_fields) or {}
-    run = RunFacts.of(_read(folder.log_history, read_rows) or [], summary, findings)
+    rows = _read(folder.log_history, lambda _: read_latest_rows(folder)) or []
+    run = RunFacts.of(rows, {**final_and_best(rows), **_still_true(summary, rows)}, findings)
     evaluation = _read(folder.evaluation_of(LAST_EVALUATION).results, _json_fields) or {}
     if price is None:
         price = (config.get("tracking") or {}).get("price_per_gpu_hour")
@@ -107,6 +112,12 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
         doctor=doctor,
         price=price,
     )
+
+
+def _still_true(summary: Fields, rows: Sequence[Mapping[str, float]]) -> Fields:
+    """Return the summary; of a run that was continued since, without the results of its earlier end."""
+    is_continued = bool(rows) and rows[-1]["step"] > summary.get("steps", math.inf)
+    return {key: value for key, value in summary.items() if not (is_continued and key in _OF_AN_END)}
 
 
 def _is_last(evaluation: Fields, run: RunFacts) -> bool:

@@ -6,6 +6,7 @@ It loads nothing from other addresses, is complete without its script, and every
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
@@ -34,8 +35,10 @@ _CURVES = (
 _log = logging.getLogger(__name__)
 
 
-def write_page(folder: RunFolder, price_per_gpu_hour: float | None = None) -> None:
-    """Write the report page of a run directory.
+def write_page(
+    folder: RunFolder, price_per_gpu_hour: float | None = None, output: Path | None = None
+) -> Path:
+    """Write the report page of a run directory, and return its path.
 
     Sections whose file is missing are omitted; those whose file cannot be read, or has other content than
     this program writes, too, with a warning.
@@ -43,6 +46,7 @@ def write_page(folder: RunFolder, price_per_gpu_hour: float | None = None) -> No
     Args:
         folder: the run directory.
         price_per_gpu_hour: in place of `tracking.price_per_gpu_hour` of the run.
+        output: the page, in place of `report.html` in the run directory.
     """
     facts = read_facts(folder, price_per_gpu_hour)
     main: tuple[Maker, ...] = (header, verdict_section, tiles)
@@ -61,7 +65,9 @@ def write_page(folder: RunFolder, price_per_gpu_hour: float | None = None) -> No
     first, later = ([_made(make, facts) for make in makers] for makers in (main, details))
     style, script = PAGE_STYLE + SAMPLES_STYLE + STYLE, SCRIPT if facts.run.rows else ""
     page = html_page(folder.path.resolve().name, [*first, _contents(later), *later], style, script)
-    atomic.write_text(folder.report, page)
+    path = output or folder.report
+    atomic.write_text(path, page)
+    return path
 
 
 def _made(make: Maker, facts: PageFacts) -> str:

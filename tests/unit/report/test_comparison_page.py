@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.report.comparison.pareto import place_labels
+from dpo_dist.report.comparison.prompts import prompts_section
+from dpo_dist.report.comparison.results import read_results
 from dpo_dist.report.comparison_page import MOST_BYTES, write_comparison_page
 from tests.support.comparison_files import answer, betas, model, results, row, win, write_comparison
 
@@ -15,7 +17,7 @@ NAMES = [each["name"] for each in betas()["models"]]
 
 def page_of(folder: Path, content: dict[str, object], rows: list[dict[str, object]]) -> str:
     file = write_comparison(folder, content, rows)
-    write_comparison_page(folder)
+    write_comparison_page(file.parent)
     return file.read_text(encoding="utf-8")
 
 
@@ -55,12 +57,18 @@ def test_a_judge_that_compares_and_no_judge(tmp_path: Path) -> None:
     assert "<svg" not in page
 
 
+def test_a_biased_kl_is_said(tmp_path: Path) -> None:
+    page = page_of(tmp_path, pair(sampling={"temperature": 0.7}), [row(1, two())])
+    assert "a temperature of 0.7: the KL is that of likelier responses" in page
+    assert "likelier" not in page_of(tmp_path, pair(sampling={"temperature": 1.0}), [row(1, two())])
+
+
 def test_responses_are_side_by_side_with_their_facts(tmp_path: Path) -> None:
     responses = two((0.2, 0.9))
     responses["b"] |= {"finished": False}
     page = page_of(tmp_path, pair(), [row(7, responses)])
     assert "<h4>a <small>2 tokens; score 0.2</small></h4>" in page
-    assert "2 tokens, did not end; score 0.9; log-ratio 5; 50 % of its words not in a" in page
+    assert "2 tokens, did not end; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
     assert "one <mark>dog</mark>" in page
     assert "chosen in the data" in page
 
@@ -73,14 +81,14 @@ def test_filters_need_no_script(tmp_path: Path) -> None:
     ]
     page = page_of(tmp_path, pair(), rows)
     labels = dict(re.findall(r'<label for="filter-(\w+)">(.*?)</label>', page))
-    assert sorted(labels.values()) == [
+    assert list(labels.values()) == [
+        "all (3)",
+        "source qa (2)",
+        "source code (1)",
         "a response does not end (1)",
         "a response is empty (1)",
-        "all (3)",
         "b above a (1)",
         "b below a (1)",
-        "source code (1)",
-        "source qa (2)",
     ]
     [empty] = [name for name, label in labels.items() if label.startswith("a response is empty")]
     assert f"#filter-{empty}:checked ~ .prompts > :not(.{empty}) {{ display: none; }}" in page
@@ -108,19 +116,34 @@ def test_500_prompts_of_six_models_fit_and_the_omitted_ones_are_named(tmp_path: 
     assert "characters not shown" in page
 
 
+def test_prompts_stay_within_their_room(tmp_path: Path) -> None:
+    """A prompt needs about 7 kB; one of them, of invisible characters, is cut to be shown at all."""
+    rows = [row(at, {name: answer(f"{name} {at} word " * 100) for name in "ab"}) for at in range(40)]
+    rows[0] = row(0, {name: answer("\u200b" * 5000) for name in "ab"})
+    content = results([model("a"), model("b", 3)], [])
+    file = write_comparison(tmp_path, content, rows)
+    shown = prompts_section(
+        file.with_name("answers.jsonl"), read_results(file.with_name("comparison.json")), 100_000
+    )
+    items = re.findall(r'<details class="prompt.*?</details>', shown.html, re.DOTALL)
+    assert 80_000 < sum(len(item.encode()) for item in items) <= 100_000
+    assert "Question 0" in items[0]
+    assert "4,800 characters not shown" in items[0]
+
+
 def test_missing_and_damaged_rows(tmp_path: Path) -> None:
     file = write_comparison(
         tmp_path, pair(), [row(1, two()), row(2, {"a": answer("x")}), row(3, {"b": None})]
     )
-    answers = tmp_path / "answers.jsonl"
+    answers = file.parent / "answers.jsonl"
     answers.write_bytes(b'\xff\n{"responses": 3}\n' + answers.read_bytes() + b'{"cut')
-    write_comparison_page(tmp_path)
+    write_comparison_page(file.parent)
     page = file.read_text()
     assert "3 lines of answers.jsonl cannot be read" in page
     assert page.count('<details class="prompt') == 3
     assert "not known" in page
     answers.unlink()
-    write_comparison_page(tmp_path)
+    write_comparison_page(file.parent)
     assert "<h2>Responses" not in file.read_text()
 
 
