@@ -58,6 +58,7 @@ OUT_OF_RANGE = {
     "console.seconds": [0, -1],
     "evaluation.resamples": [-1],
     "tracking.price_per_gpu_hour": [-0.5],
+    "tracking.samples": [-1, 1001],
     "doctor.shown_pairs": [-1],
     "samples.prompts": [-1],
     "samples.every": [0],
