@@ -40,6 +40,7 @@ def run_verb(
     check: Callable[[RunConfig], int] | None = None,
     *,
     needs_model: bool = True,
+    needs_training_data: bool = True,
     of_run: bool = False,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
@@ -51,12 +52,14 @@ def run_verb(
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
         needs_model: whether `model.path` must be given; see `load.resolve`.
+        needs_training_data: whether `data.train` must be given.
         of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
             may lack training data.
     """
     errors = _Errors(_asks_for_json(sys.argv[1:]))
     try:
-        resolved = partial(resolve, needs_model=needs_model, needs_training_data=not of_run)
+        needs_data = needs_training_data and not of_run
+        resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
         completed = with_former_run if of_run else contextlib.nullcontext
         exit_code = _run(main, check, resolved, completed, errors)
         sys.stdout.flush()

@@ -166,6 +166,36 @@ class RunFolder:
         return EvaluationFolder(self.evaluation.path / name)
 
     @property
+    def comparison(self) -> Path:
+        """The folder of a comparison of models; the next five are in it."""
+        return self.path / "comparison"
+
+    @property
+    def comparison_answers(self) -> Path:
+        """The responses of all models, prompt by prompt."""
+        return self.comparison / "answers.jsonl"
+
+    @property
+    def comparison_results(self) -> Path:
+        """KL, scores, win rates and style of the models."""
+        return self.comparison / "comparison.json"
+
+    @property
+    def comparison_page(self) -> Path:
+        """The same as a self-contained page."""
+        return self.comparison / "comparison.html"
+
+    @property
+    def comparison_parts(self) -> Path:
+        """Finished parts of the work, by the digest of the settings that define them."""
+        return self.comparison / "parts"
+
+    @property
+    def comparison_models(self) -> Path:
+        """Model folders written from checkpoints."""
+        return self.comparison / "models"
+
+    @property
     def doctor_report(self) -> Path:
         """The findings of the doctor about the data, as JSON."""
         return self.path / "doctor" / "doctor.json"

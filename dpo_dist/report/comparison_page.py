@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dpo_dist import atomic
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.plurals import counted
 from dpo_dist.report.comparison.findings import headline, warnings
 from dpo_dist.report.comparison.pareto import PARETO_STYLE, pareto
@@ -36,13 +37,16 @@ def write_comparison_page(folder: Path) -> None:
         DataError: `comparison.json` cannot be read.
         OSError: a file cannot be read or written.
     """
-    results = read_results(folder / "comparison.json")
+    names = RunFolder(folder)
+    results = read_results(folder / names.comparison_results.name)
     head = [_first_screen(results), *_sections(results)]
     used = sum(len(part.encode("utf-8", "replace")) for part in head)
-    prompts = prompts_section(folder / "answers.jsonl", results, MOST_BYTES - _FRAME_BYTES - used)
+    prompts = prompts_section(
+        folder / names.comparison_answers.name, results, MOST_BYTES - _FRAME_BYTES - used
+    )
     style = _STYLE + SIDE_STYLE + TABLES_STYLE + PARETO_STYLE + PROMPTS_STYLE + prompts.style
     page = html_page("Comparison of models", [*head, prompts.html], style, SCRIPT)
-    atomic.write_text(folder / "comparison.html", page)
+    atomic.write_text(folder / names.comparison_page.name, page)
 
 
 def _first_screen(results: Results) -> str:

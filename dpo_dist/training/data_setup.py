@@ -214,11 +214,20 @@ def _digest_models(
     return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
-def shared_model_folder(path: str, revision: str | None, key: str, world: World, console: Console) -> Path:
+def shared_model_folder(
+    path: str,
+    revision: str | None,
+    key: str,
+    world: World,
+    console: Console,
+    *,
+    accepts_adapter: bool = False,
+) -> Path:
     """Return `model_folder` on every rank; rank 0 downloads first, for all nodes that share its cache."""
     downloading = console.heartbeat(f"downloading {path}")
-    world.on_main(lambda: model_folder(path, revision, key), downloading)
-    return world.together(lambda: model_folder(path, revision, key), downloading)
+    found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
+    world.on_main(found, downloading)
+    return world.together(found, downloading)
 
 
 def describe_short_run(sampler: BatchSampler) -> list[str]:

@@ -20,6 +20,7 @@ LAYERS = (
     "generation",
     "diagnostics",
     "evaluation",
+    "comparison",
     "report",
     "training",
 )
