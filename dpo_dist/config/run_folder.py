@@ -285,7 +285,7 @@ def existing_run(path: Path) -> RunFolder:
         "this is no run directory",
         where=str(path),
         got=found if path.exists() else "no such folder",
-        expected="a folder with config.yaml, which a run writes at its start",
+        expected="a folder with config.yaml, which a run writes before its first step",
         remedy=f"name one run, such as {' or '.join(map(str, runs))}"
         if runs
         else "name the run.dir of a run",

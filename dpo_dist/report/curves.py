@@ -85,6 +85,7 @@ class Curves:
             merged.setdefault(row["step"], {}).update(row)
         self.steps = list(merged)
         self._rows = list(merged.values())
+        self._keys = set().union(*self._rows)
         self.hours = self._hours()
 
     def labelled(self, panel: Panel) -> Panel:
@@ -93,8 +94,7 @@ class Curves:
             return panel
         found = {
             key.removeprefix(start)
-            for row in self._rows
-            for key in row
+            for key in self._keys
             for start in (panel.prefix, _EVALUATION + panel.prefix)
             if key.startswith(start)
         }
@@ -139,7 +139,7 @@ class Curves:
 
     def _values(self, mark: str, key: str, absent: float | None) -> list[float | None]:
         """Return a value for each step: None without a row that has `mark`, `absent` if it lacks `key`."""
-        if not any(key in row for row in self._rows):
+        if key not in self._keys:
             return []
         return [row.get(key, absent) if mark in row else None for row in self._rows]
 

@@ -36,7 +36,8 @@ _STYLE = """
 .name { border-bottom: 3px solid currentColor; padding-bottom: 2px; overflow-wrap: anywhere; }
 .name b { color: CanvasText; }
 .verdict { margin-top: 10px; }
-.results td:first-child { min-width: 130px; }
+.results td:first-child { min-width: 116px; }
+@media (max-width: 600px) { .results td, .results th { padding-right: 8px; } }
 """
 
 _log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from dpo_dist.report.run_page.wording import short, three
 _Z95 = 1.96
 _ALL = "all"
 _KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
+_OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _TABLE = "numbers results"
 _DIFFERENCE = "B \u2212 A"
 _INTERVALS = (
@@ -67,7 +68,7 @@ def _last(facts: PageFacts, is_evaluated: bool) -> Mapping[str, float]:
 
 
 def _samples(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    return [key for key in rows[0] if key.startswith("samples/")]
+    return [key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY)]
 
 
 def _intervals(facts: PageFacts, label: str) -> Mapping[str, Sequence[float]]:
@@ -158,7 +159,7 @@ def _paired(two: Two) -> str:
         ("neither", f"{counts[False, False]:,}"),
     )
     sentence = (
-        f"Accuracy of B minus that of A, pair by pair: {difference:+.3g} "
+        f"Accuracy of B minus that of A, pair by pair: {_signed(difference)} "
         f"[{difference - _Z95 * spread:+.3g}, {difference + _Z95 * spread:+.3g}], a 95 % interval that "
         "counts pairs of one prompt as independent. It is narrower than the intervals above, because both "
         "runs have the same pairs."

@@ -10,7 +10,7 @@ from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.run_page.blocks import note, section
 from dpo_dist.report.run_page.difference_results import LABELS, Two
-from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, side_by_side
+from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, excerpt, side_by_side
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
@@ -20,7 +20,6 @@ _MOST_ROWS = 200
 _MOST_BYTES = 128 * 2**20
 _OPEN = 2
 _LONGEST = 6000
-_TITLE_CHARACTERS = 120
 
 
 def samples_of_both(two: Two) -> str:
@@ -42,7 +41,7 @@ def _item(rows: tuple[Row, Row], steps: tuple[int, int], *, is_open: bool) -> st
     prompt, responses = _text(rows[0], "prompt") or "", _responses(rows, steps)
     return (
         f'<details class="sample"{" open" if is_open else ""}>'
-        f'<summary dir="auto">{inert_html(_title(rows[0]))}</summary>'
+        f'<summary dir="auto">{inert_html(excerpt(prompt)) or "empty prompt"}</summary>'
         f"{side_by_side(prompt, responses, responses[0].label, _LONGEST)}</details>"
     )
 
@@ -65,11 +64,6 @@ def _rows(folder: RunFolder, step: int) -> Iterator[Row]:
 
 def _similarity(first: Row, second: Row) -> float:
     return difference(str(first["policy"])[:LONGEST], str(second["policy"])[:LONGEST]).similarity
-
-
-def _title(row: Row) -> str:
-    words = " ".join((_text(row, "prompt") or "").split())
-    return words[:_TITLE_CHARACTERS] + ("\u2026" if len(words) > _TITLE_CHARACTERS else "") or "empty prompt"
 
 
 def _responses(rows: tuple[Row, Row], steps: tuple[int, int]) -> list[Response]:

@@ -86,7 +86,7 @@ def test_the_same_pairs_are_counted_by_which_run_is_right(runs: Runs) -> None:
     write_scores(runs[1], [1.0, -1.0, 1.0, None, 1.0])
     same = page_of(*runs).section("The same pairs")
     assert "both 2 only A 1 only B 1 neither 1" in same
-    assert "pair by pair: +0 [-0.554, +0.554]" in same
+    assert "pair by pair: 0 [-0.554, +0.554]" in same
     assert math.isclose(1.96 * math.sqrt(2 / 5 / 5), 0.554, abs_tol=1e-3)
 
 
