@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN, Row, last
 from dpo_dist.objective.metrics import BUCKETS
+from dpo_dist.plurals import counted
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import folded, note, section, table
 from dpo_dist.report.run_page.facts import Fields, PageFacts
@@ -53,10 +54,10 @@ def _by_source(facts: PageFacts) -> str:
     columns = [
         (key, title)
         for key, title in (
-            (ACCURACY, "training accuracy"),
-            (MARGIN, "training margin"),
             (f"eval_{ACCURACY}", "evaluation accuracy"),
             (f"eval_{MARGIN}", "evaluation margin"),
+            (ACCURACY, "training accuracy"),
+            (MARGIN, "training margin"),
         )
         if any(key in row for row in rows.values())
     ]
@@ -67,8 +68,9 @@ def _by_source(facts: PageFacts) -> str:
         of_label = facts.evaluation.get(_ALL if label == "all pairs" else label) or {}
         intervals, pairs = of_label.get("intervals") or {}, of_label.get("eval_pairs")
         cells = [_cell(row.get(key), intervals.get(key), key) for key, _ in columns]
-        lines.append((inert_html(label), *cells, f"{pairs:,}" if pairs is not None else ""))
-    head = ("source", *(title for _, title in columns), "evaluation pairs")
+        size = counted(pairs, "evaluation pair") if pairs else ""
+        lines.append((_name(label, size, intervals.get(f"eval_{ACCURACY}")), *cells))
+    head = ("source", *(title for _, title in columns))
     return "<h3>By source</h3>" + table(head, lines)
 
 
@@ -86,7 +88,8 @@ def _by_length(facts: PageFacts) -> str:
         values = {key: last(facts.run.last_rows, name) for key, name in keys.items()}
         if values[ACCURACY] is not None:
             cells = [_cell(values[key], intervals.get(f"eval_{keys[key]}"), key) for key in keys]
-            lines.append((f"{bucket.rstrip('-')}{' and more' if bucket.endswith('-') else ''}", *cells))
+            name = f"{bucket.rstrip('-')} and more" if bucket.endswith("-") else bucket
+            lines.append((_name(name, "", intervals.get(f"eval_{keys[ACCURACY]}")), *cells))
     part = facts.run.part
     head = ("tokens of the longer response", f"{part} accuracy", f"{part} margin")
     return "<h3>By length</h3>" + table(head, lines) if lines else ""
@@ -99,10 +102,14 @@ def _cell(value: float | None, ends: Sequence[float] | None, key: str) -> str:
         return short(value)
     low, high = ends
     shown = f"{short(value)} <small>[{three(low)}, {three(high)}]</small>"
-    if not key.endswith(ACCURACY):
-        return shown
-    doubt = f" <small>{_GUESSING}</small>" if low <= _HALF <= high else ""
-    return shown + _bar(value, low, high) + doubt
+    return shown + _bar(value, low, high) if key.endswith(ACCURACY) else shown
+
+
+def _name(label: str, size: str, ends: Sequence[float] | None) -> str:
+    """Return the first cell of a row: its group with a remark."""
+    doubt = _GUESSING if ends and ends[0] <= _HALF <= ends[1] else ""
+    remark = ", ".join(filter(None, (size, doubt)))
+    return inert_html(label) + (f" <small>{remark}</small>" if remark else "")
 
 
 def _bar(value: float, low: float, high: float) -> str:

@@ -30,7 +30,7 @@ def paragraph(*sentences: str) -> str:
 
 def note(*sentences: str) -> str:
     """Return an explanation in small letters, of plain text."""
-    return paragraph(*sentences).replace("<p>", '<p class="note">', 1)
+    return paragraph(*sentences).replace("<p>", '<p class="explained">', 1)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:

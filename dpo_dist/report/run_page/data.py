@@ -1,8 +1,6 @@
 """Section about the data: counts of records in words, and the doctor's findings."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from typing import Any
 
 from dpo_dist.data.count_words import in_words
 from dpo_dist.plurals import counted
@@ -13,7 +11,7 @@ from dpo_dist.report.run_page.wording import percent
 
 _PARTS = {"train": "Training data", "eval": "Evaluation data"}
 _NOT_SHOWN = frozenset({"read", "kept", "pairs"})
-_MOST_FINDINGS = 50
+_MOST_FINDINGS = 8
 _SHOWN_EXAMPLES = 5
 _LEVELS = ("error", "warning", "note")
 
@@ -40,7 +38,7 @@ def _counts(title: str, counts: Fields) -> str:
     head += f", as {counted(pairs, 'pair')}." if pairs not in (None, kept) else "."
     rows = [*_dropped(counts.get("dropped") or {}, read), *_changed(counts, kept)]
     return (
-        f"<h3>{title}</h3>{paragraph(head)}{table(('records', 'share', 'meaning', 'count'), rows, 'counts')}"
+        f"<h3>{title}</h3>{paragraph(head)}{table(('records', 'meaning'), rows, 'counts')}"
         f"{_origins(counts)}{folded(f'Sources ({len(sources)})', _sources(sources))}"
     )
 
@@ -58,8 +56,8 @@ def _changed(counts: Fields, kept: int) -> Iterator[tuple[str, ...]]:
 
 
 def _row(count: int, total: int, meaning: str, name: str) -> tuple[str, ...]:
-    share = percent(count / total) if 0 < count <= total else ""
-    return f"{count:,}", share, inert_html(meaning), f"<code>{inert_html(name)}</code>"
+    share = f" ({percent(count / total)})" if 0 < count <= total else ""
+    return f"{count:,}{share}", f"{inert_html(meaning)} <small><code>{inert_html(name)}</code></small>"
 
 
 def _origins(counts: Fields) -> str:
@@ -87,32 +85,45 @@ def _sources(sources: Sequence[Fields]) -> str:
 
 
 def _doctor(report: Fields) -> str:
-    """Return the findings of the doctor, the most serious first."""
+    """Return the findings of the doctor, the most serious first; those that ask for nothing are folded."""
     if not report:
         return ""
     findings: Sequence[Fields] = report.get("findings") or []
-    counts = [
-        counted(number, level)
-        for level in _LEVELS
-        if (number := sum(each.get("level") == level for each in findings))
-    ]
+    by_level = {level: [each for each in findings if each.get("level") == level] for level in _LEVELS}
+    counts = [counted(len(found), level) for level, found in by_level.items() if found]
     head = f"The doctor examined these data: {', '.join(counts) or 'no findings'}."
-    shown = "".join(map(_finding, findings[:_MOST_FINDINGS]))
-    more = len(findings) - _MOST_FINDINGS
-    rest = note(f"{more:,} further findings are in doctor/doctor.html.") if more > 0 else ""
-    return f"<h3>Findings of the doctor</h3>{paragraph(head)}{shown}{rest}"
-
-
-def _finding(finding: Mapping[str, Any]) -> str:
-    level = str(finding.get("level"))
-    level = level if level in _LEVELS else "note"
-    source = finding.get("source")
-    origins = joined_origins([str(each) for each in finding.get("examples") or []], _SHOWN_EXAMPLES)
-    first = f"<p>First: <code>{inert_html(origins)}</code></p>" if origins else ""
-    where = f" <small>{inert_html(str(source))}</small>" if source is not None else ""
-    return (
-        f'<article class="finding {level}"><span class="badge {level}">{level}</span> '
-        f"<b>{escape(str(finding.get('rule')).replace('_', ' '))}</b>{where}"
-        f"<p>{inert_html(str(finding.get('text')))}</p>"
-        f'<p class="advice"><b>Try</b> {inert_html(str(finding.get("remedy")))}</p>{first}</article>'
+    *serious, notes = (
+        "".join(_rule(level, found) for found in _by_rule(by_level[level])) for level in _LEVELS
     )
+    return (
+        f"<h3>Findings of the doctor</h3>{paragraph(head)}{''.join(serious)}"
+        f"{folded(f'Notes ({len(by_level[_LEVELS[-1]])})', notes)}"
+    )
+
+
+def _by_rule(findings: Sequence[Fields]) -> list[list[Fields]]:
+    rules: dict[str, list[Fields]] = {}
+    for finding in findings:
+        rules.setdefault(str(finding.get("rule")), []).append(finding)
+    return list(rules.values())
+
+
+def _rule(level: str, findings: Sequence[Fields]) -> str:
+    """Return the findings of one rule, with the remedy of the first one."""
+    shown = "".join(f"<li>{_finding(finding)}</li>" for finding in findings[:_MOST_FINDINGS])
+    more = len(findings) - _MOST_FINDINGS
+    rest = note(f"{more:,} further ones are in doctor/doctor.html.") if more > 0 else ""
+    rule, remedy = str(findings[0].get("rule")).replace("_", " "), str(findings[0].get("remedy"))
+    return (
+        f'<article class="finding"><span class="badge {level}">{level}</span> <b>{inert_html(rule)}</b>'
+        f"<ul>{shown}</ul>{rest}"
+        f'<div class="advice"><b>Try</b> {inert_html(remedy)}</div></article>'
+    )
+
+
+def _finding(finding: Fields) -> str:
+    source = finding.get("source")
+    where = f"{inert_html(str(source))}: " if source is not None else ""
+    origins = joined_origins([str(each) for each in finding.get("examples") or []], _SHOWN_EXAMPLES)
+    first = f"<br><small>First: <code>{inert_html(origins)}</code></small>" if origins else ""
+    return f"{where}{inert_html(str(finding.get('text')))}{first}"

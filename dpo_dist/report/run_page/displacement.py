@@ -26,20 +26,22 @@ _HELP = (
 
 def displacement_section(facts: PageFacts) -> str:
     """Return the section; empty for a run whose chosen responses did not become less likely."""
-    rows = facts.run.evaluations if len(facts.run.evaluations) > 1 else facts.run.steps
-    chosen, rejected = values(rows, _CHOSEN), values(rows, _REJECTED)
+    chosen, rejected = values(facts.run.steps, _CHOSEN), values(facts.run.steps, _REJECTED)
     if len(chosen) < 2 or chosen[0][1] - chosen[-1][1] < _LEAST_FALL:
         return ""
     (first_step, first), (last_step, final) = chosen[0], chosen[-1]
-    part = "evaluation" if rows is facts.run.evaluations else "training"
     fall = (
-        f"From step {first_step:,.0f} to step {last_step:,.0f} the chosen responses of the {part} data "
-        f"became less likely: {first:.2f} to {final:.2f} nats per token, so that a token is on average "
+        f"From step {first_step:,.0f} to step {last_step:,.0f} the chosen responses of the training "
+        f"data became less likely: {first:.2f} to {final:.2f} nats per token, so that a token is on average "
         f"{percent(math.exp(final - first))} as likely as before."
     )
     other = f"The rejected ones: {rejected[0][1]:.2f} to {rejected[-1][1]:.2f}." if len(rejected) > 1 else ""
     both = last(facts.run.last_rows, "rewards/both_fall")
-    share = f"In {percent(both)} of the pairs both are less likely than under the reference." if both else ""
+    share = (
+        f"In {percent(both)} of the {facts.run.part} pairs both are less likely than under the reference."
+        if both
+        else ""
+    )
     return section(
         "displacement",
         "Chosen responses became less likely",
@@ -51,7 +53,7 @@ def displacement_section(facts: PageFacts) -> str:
 
 def _judgement(fall: float, both: float | None) -> str:
     limits = RULES["displacement"].limits
-    if fall > limits["fall"] and both is not None and both > limits["both_fall"]:
-        return "This is more than the verdict's limits: read the sampled responses before you use the model."
+    if fall >= limits["fall"] and both is not None and both >= limits["both_fall"]:
+        return "Both are beyond the verdict's limits: read the sampled responses before you use the model."
     named = f"{three(limits['fall'])} nats per token and {percent(limits['both_fall'])} of the pairs"
-    return f"The verdict objects when both exceed {named}."
+    return f"The verdict objects when both reach {named}."

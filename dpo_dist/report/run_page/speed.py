@@ -58,10 +58,15 @@ def _phases(rows: Sequence[Row]) -> str:
     seconds = {phase: sum(row[f"time/{phase}"] for row in timed) / len(timed) for phase in PHASES}
     step = sum(seconds.values()) or 1.0
     lines = (
-        (phase, f"{1000 * spent:,.1f} ms", f"{spent / step:.1%}", _meter(spent / step), _PHASES[phase])
+        (
+            f"{phase} <small>{_PHASES[phase]}</small>",
+            f"{1000 * spent:,.1f} ms",
+            f"{spent / step:.1%}",
+            _meter(spent / step),
+        )
         for phase, spent in seconds.items()
     )
-    content = table(("phase", "time", "share", "", ""), lines, "phases")
+    content = table(("phase", "time", "share", ""), lines, "phases")
     return f"<h3>Time of a step by phase</h3>{content}" + note(
         f"Mean of the {len(timed):,} logged steps, on the first process."
     )
@@ -120,5 +125,5 @@ def _cost(facts: PageFacts) -> str:
     unit = "GPU" if facts.has_gpus else "process"
     pairs = facts.summary.get("pairs_seen")
     each = f"That is {1000 * amount / pairs:,.4g} for 1,000 pairs." if pairs else ""
-    total = f"{amount:,.2f}: {hours:,.3g} {unit}-hours at {facts.price:,.4g} each, of the work above."
+    total = f"{amount:,.2f}, for {hours:,.3g} {unit}-hours at {facts.price:,.4g} each, of the work above."
     return f"<h3>Cost</h3>{paragraph(total, each)}"

@@ -40,11 +40,12 @@ def verdict_section(facts: PageFacts) -> str:
     findings = judged.get("findings") or []
     is_diverged = facts.summary.get("exit") == RunOutcome.diverged
     level = "error" if is_diverged else "warning" if findings else "good"
-    items = "".join(f"<li>{_finding(finding)}</li>" for finding in findings)
+    sentence = str(judged["sentence"])
+    items = "".join(f"<li>{_finding(finding, sentence)}</li>" for finding in findings)
     below = f"<ol>{items}</ol>" if items else note(_NO_FAULT)
     return (
         f'<section id="verdict" class="verdict {level}"><h2>Verdict</h2>'
-        f'<p class="sentence">{inert_html(_capital(str(judged["sentence"])))}.</p>{below}</section>'
+        f'<p class="sentence">{inert_html(_capital(sentence))}.</p>{below}</section>'
     )
 
 
@@ -64,12 +65,14 @@ def _unfinished(facts: PageFacts) -> str:
     return f'<section id="verdict" class="verdict warning"><p class="sentence">{sentence}</p></section>'
 
 
-def _finding(finding: Fields) -> str:
+def _finding(finding: Fields, sentence: str) -> str:
+    """Return a finding, without its facts if the verdict's sentence has them."""
     rule = RULES.get(str(finding.get("rule")))
     headline = _capital(rule.headline if rule else str(finding.get("rule")).replace("_", " "))
     fact, _, advice = str(finding.get("text")).partition(_ADVICE)
     tip = f'<div class="advice"><b>Try</b> {_with_code(advice)}.</div>' if advice else ""
-    return f"<b>{inert_html(headline)}</b><div>{_with_code(_capital(fact))}.</div>{tip}"
+    facts = "" if fact in sentence else f"<div>{_with_code(_capital(fact))}.</div>"
+    return f"<b>{inert_html(headline)}</b>{facts}{tip}"
 
 
 def _with_code(sentence: str) -> str:

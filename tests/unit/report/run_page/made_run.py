@@ -65,6 +65,8 @@ def row(step: int, source: str) -> dict[str, float]:
         "rewards/margins": step / 20,
         f"rewards/accuracies/{source}": 0.75,
         f"rewards/margins/{source}": 1.25,
+        "logps/chosen_per_token": -1.0 - step / 100,
+        "logps/rejected_per_token": -1.1 - step / 50,
         "pairs": 64,
         "step_seconds": 1.0,
         "mfu": 0.4,
@@ -87,8 +89,6 @@ def evaluation(step: int, source: str) -> dict[str, float]:
         "eval_rewards/margins_by_length/64-127": 0.9,
         "eval_rewards/both_fall": 0.6,
         "eval_logps/chosen": -50.0 - step,
-        "eval_logps/chosen_per_token": -1.0 - step / 100,
-        "eval_logps/rejected_per_token": -1.1 - step / 50,
         "eval_step_seconds": 2.0,
     }
 
