@@ -164,13 +164,10 @@ def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, le
     )
     small = f" <small>{inert_html('; '.join(_labels(row, results)))}</small></summary>"
     responses = list(_responses(row, results))
-    for longest in (survey.longest, _SHORT_TEXT):
-        item = f"{head}{small}{side_by_side(prompt, responses, results.base, longest)}</details>"
-        if _bytes(item) <= left:
-            return item
-        if _bytes(item) < _MUCH * room:
-            break
-    return ""
+    item = f"{head}{small}{side_by_side(prompt, responses, results.base, survey.longest)}</details>"
+    if _bytes(item) > _MUCH * room:
+        item = f"{head}{small}{side_by_side(prompt, responses, results.base, _SHORT_TEXT)}</details>"
+    return item if _bytes(item) <= left else ""
 
 
 def _responses(row: Row, results: Results) -> Iterator[Response]:

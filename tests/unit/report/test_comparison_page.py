@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.report.comparison.pareto import place_labels
+from dpo_dist.report.comparison.prompts import prompts_section
+from dpo_dist.report.comparison.results import read_results
 from dpo_dist.report.comparison_page import MOST_BYTES, write_comparison_page
 from tests.support.comparison_files import answer, betas, model, results, row, win, write_comparison
 
@@ -112,6 +114,21 @@ def test_500_prompts_of_six_models_fit_and_the_omitted_ones_are_named(tmp_path: 
     assert shown + int(note) == 500
     assert " to 500 of answers.jsonl" in page
     assert "characters not shown" in page
+
+
+def test_prompts_stay_within_their_room(tmp_path: Path) -> None:
+    """A prompt needs about 7 kB; one of them, of invisible characters, is cut to be shown at all."""
+    rows = [row(at, {name: answer(f"{name} {at} word " * 100) for name in "ab"}) for at in range(40)]
+    rows[0] = row(0, {name: answer("\u200b" * 5000) for name in "ab"})
+    content = results([model("a"), model("b", 3)], [])
+    file = write_comparison(tmp_path, content, rows)
+    shown = prompts_section(
+        file.with_name("answers.jsonl"), read_results(file.with_name("comparison.json")), 100_000
+    )
+    items = re.findall(r'<details class="prompt.*?</details>', shown.html, re.DOTALL)
+    assert 80_000 < sum(len(item.encode()) for item in items) <= 100_000
+    assert "Question 0" in items[0]
+    assert "4,800 characters not shown" in items[0]
 
 
 def test_missing_and_damaged_rows(tmp_path: Path) -> None:
