@@ -20,7 +20,7 @@ from dpo_dist.report.json_values import plain
 from dpo_dist.report.progress import Part, TrainingStatus, Work, fitting
 from dpo_dist.report.safe_stream import SafeStream
 
-_REFRESH_SECONDS = 0.25
+_REFRESH_SECONDS = 0.5
 _FIRST_LINE_SECONDS = 5.0
 _BAR_WIDTH = 24
 _MIN_BAR_WIDTH = 8

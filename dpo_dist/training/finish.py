@@ -171,7 +171,8 @@ def _close_report(
     judged = verdict(rows, ended, _data_findings(folder, console))
     ended["verdict"] = judged.as_dict()
     recorder.close(ended)
-    console.result("summary", ended, [*closing_table(folder, rows, ended), *judged.lines()])
+    content = {"run_dir": str(folder.path), **ended}
+    console.result("summary", content, [*closing_table(folder, rows, ended), *judged.lines()])
 
 
 def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:

@@ -168,7 +168,7 @@ class Loop:
         position.train_seconds += measures.seconds
         position.window.add(measures)
         self._check_finite(totals, position)
-        progress.add(position.step, measures)
+        progress.add(position.step, measures, must_stop=stop_votes > 0)
         return stop_votes > 0
 
     def _check_finite(self, totals: StepTotals, position: Position) -> None:
