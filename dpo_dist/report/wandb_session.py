@@ -160,11 +160,15 @@ def _run_id(folder: RunFolder) -> str:
 
 def address(run: "wandb.Run", mode: Mode, folder: RunFolder) -> str:
     """Return the address of the run's page, or the command that uploads it later."""
-    return str(run.url) if mode == "online" else f"offline; upload with: {_upload(folder.wandb_id.parent)}"
+    return str(run.url) if mode == "online" else f"offline; upload with: {upload_command(folder)}"
+
+
+def upload_command(folder: RunFolder) -> str:
+    """Return the command that uploads all starts of a run."""
+    return _upload(folder.wandb_id.parent)
 
 
 def _upload(path: Path | str) -> str:
-    """Return the command that uploads all starts of a run."""
     return f"wandb sync {shlex.quote(str(path))}"
 
 

@@ -385,7 +385,7 @@ def test_online_run_reaches_the_server_and_its_stop_button_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = threading.Event()
-    with WandbServer() as server:
+    with WandbServer(stops_the_run=True) as server:
         tracker = open_online(tmp_path / "run", monkeypatch, server.url, request_stop=stop.set)
         assert tracker.run is not None
         assert not tracker.run.offline
