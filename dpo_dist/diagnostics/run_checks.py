@@ -198,6 +198,15 @@ def _learnt_nothing(facts: RunFacts, limits: Limits) -> Fields | None:
     }
 
 
+def _prefers_rejected(facts: RunFacts, limits: Limits) -> Fields | None:
+    accuracy = facts.training_accuracy()
+    if accuracy is None:
+        return None
+    if accuracy.value >= min(limits["accuracy"], 0.5 - limits["standard_errors"] * accuracy.noise):
+        return None
+    return {"accuracy": accuracy.value, "pairs": accuracy.pairs}
+
+
 def _hardly_trained(facts: RunFacts, limits: Limits) -> Fields | None:
     losses = [loss for _, loss in values(facts.steps, "loss")]
     if not facts.has_ended(limits["steps"]):
@@ -246,6 +255,7 @@ TRAINING_CHECKS: dict[str, Check] = {
     "far_from_reference": _far_from_reference,
     "beta_too_large": _beta_too_large,
     "beta_too_small": _beta_too_small,
+    "prefers_rejected": _prefers_rejected,
     "learnt_nothing": _learnt_nothing,
     "hardly_trained": _hardly_trained,
     "overfit": _overfit,

@@ -18,7 +18,7 @@ def _labels_swapped(facts: RunFacts, limits: Limits) -> Fields | None:
         return None
     training = facts.training_accuracy()
     if training is not None and training.value < limits["accuracy"]:
-        return None  # the policy does not learn the training labels either, such as early with discopop
+        return None  # `prefers_rejected`
     whole = facts.accuracy()
     candidates = {} if whole is None else {"": whole}
     candidates |= {f" of {label}": found for label, found in facts.source_accuracies("eval").items()}

@@ -77,6 +77,14 @@ RULES: dict[str, RunRule] = {
         "(`columns` of a source)",
         explains=("overfit",),
     ),
+    "prefers_rejected": RunRule(
+        "the policy prefers rejected responses",
+        {"accuracy": 0.45, "standard_errors": 3},
+        "the training accuracy of the last quarter of the steps, below `accuracy` by more than chance",
+        "training accuracy is {accuracy:.2f} on {pairs:,} pairs: the loss teaches the opposite of the labels",
+        "loss=sigmoid; discopop has a minimum at small negative margins, a custom loss may have a wrong sign",
+        explains=("learnt_nothing",),
+    ),
     "evaluation_leak": RunRule(
         "evaluation data leaked into training",
         {"share": 0.01},
