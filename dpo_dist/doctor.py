@@ -4,11 +4,13 @@ Takes the configuration of the training run, or `data.train` alone; one process,
 are encoded into `data.cache`, where training finds them. Exit code 1: findings (docs/doctor.md).
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.console_schema import ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.sources import check_source
@@ -51,11 +53,15 @@ def main(config: RunConfig) -> int:
 
     folder = RunFolder.of(config)
     check_writable(folder)
-    diagnosis = diagnose(config, console_on(sys.stderr, config.console).counter)
+    console = console_on(sys.stderr, config.console)
+    diagnosis = diagnose(config, console.counter)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     write_doctor_report(folder, diagnosis, exit_code)
     write_doctor_page(folder, diagnosis, config)
-    print_diagnosis(diagnosis, folder)
+    if config.console.style is ConsoleStyle.json:
+        console.result("diagnosis", json.loads(folder.doctor_report.read_text(encoding="utf-8")), ())
+    else:
+        print_diagnosis(diagnosis, folder)
     return exit_code
 
 

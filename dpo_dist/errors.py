@@ -87,6 +87,18 @@ class DpoDistError(Exception):
         lines = [f"  {label + ':':<10}{text}" for label, text in parts.items() if text]
         return "\n".join([f"{self.title}: {self.message}", *lines])
 
+    def as_dict(self) -> dict[str, str | int]:
+        """Return the error for programs."""
+        return {
+            "title": self.title,
+            "message": self.message,
+            "where": self.where,
+            "got": self.got,
+            "expected": self.expected,
+            "to_do": self.remedy,
+            "exit_code": int(self.exit_code),
+        }
+
     def __str__(self) -> str:
         return self.block()
 

@@ -15,7 +15,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.generation.rounds.run_rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs, needs_this_process
-from dpo_dist.report.console import open_console
+from dpo_dist.report.console import console_on, open_console, print_text
 
 
 def main(config: RunConfig) -> int:
@@ -26,7 +26,7 @@ def main(config: RunConfig) -> int:
     """
     check_pairs(config)
     if config.pairs.rounds:
-        return run_rounds(config, _say)
+        return run_rounds(config, console_on(sys.stdout, config.console).say)
     try:
         if needs_this_process(config):
             with open_console(RunFolder.of(config), config.console) as console:
@@ -37,7 +37,9 @@ def main(config: RunConfig) -> int:
         is_sigint = isinstance(stop, KeyboardInterrupt)
         word = "interrupted" if is_sigint else "terminated"
         if os.environ.get("RANK", "0") == "0":
-            _say(f"{word}: the same command continues after the finished parts")
+            console_on(sys.stderr, config.console).say(
+                f"{word}: the same command continues after the finished parts"
+            )
         return ExitCode.interrupted if is_sigint else 128 + signal.SIGTERM
     return ExitCode.completed
 
@@ -53,15 +55,10 @@ def check(config: RunConfig) -> int:
     try:
         from dpo_dist.generation.preflight import rehearse_pairs  # noqa: PLC0415  (slow)
 
-        _say(rehearse_pairs(config).rstrip())
+        print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console)
     finally:
         logging.disable(logging.NOTSET)
     return ExitCode.completed
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ codes: `dpo_dist.errors.ExitCode`.
 """
 
 import logging
-import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
+from dpo_dist.report.console import print_text
 from dpo_dist.training.startup import check_start, started, without_traces
 
 
@@ -39,7 +39,7 @@ def check(config: RunConfig) -> int:
         try:
             from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (slow)
 
-            sys.stdout.write(rehearse(config))
+            print_text("check", rehearse(config), config.console)
         finally:
             logging.disable(logging.NOTSET)
     return ExitCode.completed

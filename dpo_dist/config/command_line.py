@@ -7,15 +7,18 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
+from dpo_dist.config.console_schema import ConsoleStyle
 from dpo_dist.config.former_run import with_former_run
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
@@ -23,7 +26,7 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
 
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
 """Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
@@ -37,6 +40,7 @@ def run_verb(
     check: Callable[[RunConfig], int] | None = None,
     *,
     needs_model: bool = True,
+    needs_training_data: bool = True,
     of_run: bool = False,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
@@ -48,32 +52,37 @@ def run_verb(
         main: the verb.
         check: the function of `--check`, called in place of `main`, on the first rank only.
         needs_model: whether `model.path` must be given; see `load.resolve`.
+        needs_training_data: whether `data.train` must be given.
         of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
             may lack training data.
     """
+    errors = _Errors(_asks_for_json(sys.argv[1:]))
     try:
-        resolved = partial(resolve, needs_model=needs_model, needs_training_data=not of_run)
-        exit_code = _run(main, check, resolved, with_former_run if of_run else contextlib.nullcontext)
+        needs_data = needs_training_data and not of_run
+        resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
+        completed = with_former_run if of_run else contextlib.nullcontext
+        exit_code = _run(main, check, resolved, completed, errors)
         sys.stdout.flush()
     except DpoDistError as error:
-        _print(error)
+        _print(error, errors)
         exit_code = error.exit_code
     except KeyboardInterrupt:
-        if _rank() == 0:
-            sys.stderr.write("interrupted\n")
         exit_code = ExitCode.interrupted
+        if _rank() == 0:
+            errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
     except BrokenPipeError:  # the reader has closed the pipe: --help | head
         os._exit(ExitCode.completed)
     except Exception as bug:  # any exception: the process must not hang at exit
         error_of_disk = disk_error(bug)
-        if error_of_disk is not None:
-            _print(error_of_disk)
-        else:
-            traceback.print_exc()
         exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        if error_of_disk is not None:
+            _print(error_of_disk, errors)
+        else:
+            message = {"message": first_line(bug), "exit_code": int(exit_code)}
+            errors.print(traceback.format_exc().rstrip(), {"title": "bug", **message})
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     if EXIT_CODES in os.environ:
         with contextlib.suppress(OSError), Path(os.environ[EXIT_CODES]).open("a") as codes:
             codes.write(f"{int(exit_code)}\n")
@@ -81,7 +90,31 @@ def run_verb(
     os._exit(exit_code)
 
 
-def _print(error: DpoDistError) -> None:
+@dataclass
+class _Errors:
+    """Prints errors: as text to standard error, or as JSON objects to standard output."""
+
+    is_json: bool
+
+    def print(self, text: str, content: Mapping[str, Any]) -> None:
+        """Print one error; `content` is for programs. A stream that fails is ignored."""
+        with contextlib.suppress(OSError):
+            if self.is_json:
+                now = datetime.now().astimezone().isoformat(timespec="seconds")
+                sys.stdout.write(json.dumps({"kind": "error", "time": now, **content}) + "\n")
+                sys.stdout.flush()
+            else:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    """Return whether a command line that has not been read yet asks for JSON."""
+    styles = [text.lstrip("+") for text in arguments if text.lstrip("+").startswith("console.style=")]
+    return bool(styles) and styles[-1] == f"console.style={ConsoleStyle.json}"
+
+
+def _print(error: DpoDistError, errors: _Errors) -> None:
     """Print `error` if this process is the one that reports it.
 
     Before the processes have joined, most errors occur in all of them. The launcher ends the others when
@@ -91,7 +124,7 @@ def _print(error: DpoDistError) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
     if error.reporting_rank in (None, _rank()):
-        sys.stderr.write(error.block() + "\n")
+        errors.print(error.block(), error.as_dict())
 
 
 def _run(
@@ -99,6 +132,7 @@ def _run(
     check: Callable[[RunConfig], int] | None,
     resolved: Callable[..., RunConfig],
     completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
+    errors: _Errors,
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
@@ -113,6 +147,7 @@ def _run(
         if "--cfg" in whole.options:
             return _show(composed, whole, resolved)
         config = resolved(composed, whole.overrides, whole.own_folder)
+    errors.is_json = config.console.style is ConsoleStyle.json
     if "--check" not in arguments.options:
         return main(config)
     if check is None:

@@ -59,6 +59,9 @@ class SourceConfig:
     )
 
 
+_EVALUATED = "train precompute evaluate compare doctor"
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Preference data, and the limits within which they are encoded."""
@@ -66,15 +69,18 @@ class DataConfig:
     train: list[Any] = key(
         [], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig, verbs=EVERY_VERB
     )
-    eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig)
+    eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig, verbs=_EVALUATED)
     eval_share: float = key(
         0.0,
         "Share of the prompts of `train` reserved as evaluation data, by a hash of the prompt; 0: none.",
         added=True,
         at_least=0,
         below=1,
+        verbs=_EVALUATED,
     )
-    eval_seed: int = key(0, "Another seed reserves other prompts.", added=True, at_least=0, below=2**63)
+    eval_seed: int = key(
+        0, "Another seed reserves other prompts.", added=True, at_least=0, below=2**63, verbs=_EVALUATED
+    )
     drop_eval_prompts: bool = key(
         False, "Keep records whose prompt is in `eval` out of the training data.", added=True
     )

@@ -13,7 +13,7 @@ class EvaluationConfig:
 
     model: Any = key(
         None,
-        "Folder or hub name of a model, folder of an adapter on `model.path` or of a checkpoint of this "
+        "Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this "
         "configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`.",
         accepts="a path, or a list of paths",
     )

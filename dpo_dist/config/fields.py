@@ -6,7 +6,7 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 _METADATA = "declared"
-EVERY_VERB = "train precompute evaluate doctor pairs"
+EVERY_VERB = "train precompute evaluate compare doctor pairs"
 """The programs with a configuration, for `verbs`."""
 
 

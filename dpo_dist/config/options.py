@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dpo_dist.config.aliases import KEY_ALIASES, REMEDIES, alias_of
 from dpo_dist.config.keys import run_keys
 from dpo_dist.config.messages import assignment, unknown_key
-from dpo_dist.config.overrides import COMMAND_LINE
+from dpo_dist.config.overrides import COMMAND_LINE, with_quoted_names
 from dpo_dist.config.spelling import likely
 from dpo_dist.errors import ConfigError
 
@@ -61,7 +61,7 @@ def divide(arguments: Sequence[str]) -> Arguments:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("-"):
-            overrides.append(argument)
+            overrides.append(with_quoted_names(argument))
             continue
         name, equals, value = argument.partition("=")
         option = _LONG.get(name, name)

@@ -127,6 +127,15 @@ def _with_yaml_punctuation(value: str) -> str:
     return re.sub(r"""(["'])\s+(["'])""", r"\1,\2", value)
 
 
+def with_quoted_names(line: str) -> str:
+    """Return an override with quotes around entries NAME=VALUE of a list, as Hydra needs them."""
+    key, _, value = line.partition("=")
+    if not re.fullmatch(r"\[[^\[\]{}\"']*=[^\[\]{}\"']*\]", value) or _is_readable(line):
+        return line
+    quoted = f"{key}={_quoted(value)}"
+    return quoted if _is_readable(quoted) else line
+
+
 def _quoted(value: str) -> str:
     """Return `value` in quotes; for a flat list, with quotes around the entries that need them."""
     if value.startswith("[") and value.endswith("]") and not set(value[1:-1]) & set("[]{}\"'"):

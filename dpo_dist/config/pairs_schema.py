@@ -12,6 +12,9 @@ DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
 RoundReference = StrEnum("RoundReference", ["first", "previous"])
 Verdicts = StrEnum("Verdicts", ["compare", "grade"])
 
+JUDGING = "compare pairs"
+"""The verbs that use a judge."""
+
 
 @dataclass(frozen=True)
 class EndpointConfig:
@@ -117,10 +120,15 @@ class PairsConfig:
         64, "Prompts of one part: after an interruption, finished parts are not repeated.", at_least=1
     )
     reward_model: str | None = key(
-        None, "Judge: folder or hub name of a sequence classification model with one output.", filled=True
+        None,
+        "Judge: folder or hub name of a sequence classification model with one output.",
+        filled=True,
+        verbs=JUDGING,
     )
-    function: str | None = key(None, "Judge: your own function, as `module:function`.", filled=True)
-    endpoint: EndpointConfig = section(EndpointConfig)
+    function: str | None = key(
+        None, "Judge: your own function, as `module:function`.", filled=True, verbs=JUDGING
+    )
+    endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
     people: PeopleConfig = section(PeopleConfig)
     prompt_parts: int = key(
         1,

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError
 
 LAST_EVALUATION = "training"
 """The name of the last evaluation of training."""
+
+_MOST_SUGGESTED = 3
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,16 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def mlflow_id(self) -> Path:
+        """The id of the MLflow run; a database of MLflow may be beside it."""
+        return self.path / "mlflow" / "run_id.txt"
+
+    @property
     def samples(self) -> Path:
         """The folder of the responses to held-out prompts during training."""
         return self.path / "samples"
@@ -151,6 +164,36 @@ class RunFolder:
     def evaluation_of(self, name: str) -> EvaluationFolder:
         """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
+
+    @property
+    def comparison(self) -> Path:
+        """The folder of a comparison of models; the next five are in it."""
+        return self.path / "comparison"
+
+    @property
+    def comparison_answers(self) -> Path:
+        """The responses of all models, prompt by prompt."""
+        return self.comparison / "answers.jsonl"
+
+    @property
+    def comparison_results(self) -> Path:
+        """KL, scores, win rates and style of the models."""
+        return self.comparison / "comparison.json"
+
+    @property
+    def comparison_page(self) -> Path:
+        """The same as a self-contained page."""
+        return self.comparison / "comparison.html"
+
+    @property
+    def comparison_parts(self) -> Path:
+        """Finished parts of the work, by the digest of the settings that define them."""
+        return self.comparison / "parts"
+
+    @property
+    def comparison_models(self) -> Path:
+        """Model folders written from checkpoints."""
+        return self.comparison / "models"
 
     @property
     def doctor_report(self) -> Path:
@@ -225,3 +268,25 @@ class RunFolder:
     def policy(self) -> Path:
         """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
         return self.path / "policy"
+
+
+def existing_run(path: Path) -> RunFolder:
+    """Return the run directory at `path`, whose run may still be training.
+
+    Raises:
+        ConfigError: `path` is none.
+    """
+    folder = RunFolder(path)
+    if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
+        return folder
+    runs = sorted(file.parent for file in path.glob("*/config.yaml"))[:_MOST_SUGGESTED]
+    found = "a file" if path.is_file() else "a folder without a run's files"
+    raise ConfigError(
+        "this is no run directory",
+        where=str(path),
+        got=found if path.exists() else "no such folder",
+        expected="a folder with config.yaml, which a run writes before its first step",
+        remedy=f"name one run, such as {' or '.join(map(str, runs))}"
+        if runs
+        else "name the run.dir of a run",
+    )

@@ -1,8 +1,8 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `samples`, `tracking`, `evaluation`, `doctor` and `pairs` are in `*_schema`, those of
-`loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not define the run's result
-(hardware, placement, how often something is written): it is not part of the digest that names the run
+The keys of `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs` are in `*_schema`, those
+of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not define the run's
+result (hardware, placement, how often something is written): it is not part of the digest that names the run
 directory.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dpo_dist.config.compare_schema import CompareConfig
 from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.doctor_schema import DoctorConfig
@@ -80,7 +81,7 @@ class ModelConfig:
         AttentionBackend.auto,
         "Attention kernel; `auto`: the fastest.",
         free=True,
-        verbs="train precompute evaluate",
+        verbs="train precompute evaluate compare",
     )
     gradient_checkpointing: bool | int | str = key(  # bool: accepted here, refused with a remedy by the rules
         "none",
@@ -107,7 +108,7 @@ class ModelConfig:
     quantization: Quantization | None = key(
         None,
         "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra).",
-        verbs="train precompute evaluate pairs",
+        verbs="train precompute evaluate compare pairs",
     )
     trust_remote_code: bool = key(False, "Run Python code from the model's repository.")
 
@@ -173,7 +174,10 @@ class ParallelismConfig:
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
     timeout_seconds: int = key(
-        600, "Most seconds to wait for another process.", at_least=1, verbs="train precompute evaluate pairs"
+        600,
+        "Most seconds to wait for another process.",
+        at_least=1,
+        verbs="train precompute evaluate compare pairs",
     )
 
 
@@ -266,6 +270,7 @@ class RunConfig:
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
+    compare: CompareConfig = section(CompareConfig, free=True, verbs="compare")
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")

@@ -1,4 +1,4 @@
-"""The keys of `tracking`: where metrics of a run are shown besides its directory; see `schema`."""
+"""The keys of `tracking`: programs that show the metrics of a run; see `schema`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,6 +6,7 @@ from enum import StrEnum
 from dpo_dist.config.fields import key
 
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
+OtherTracker = StrEnum("OtherTracker", ["tensorboard", "mlflow"])
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,10 @@ class TrackingConfig:
         "Price of one GPU for an hour, in any currency, for the cost in `report.html`; null: no cost.",
         at_least=0,
     )
+    samples: int = key(
+        8,
+        "Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent.",
+        at_least=0,
+        at_most=1000,
+    )
+    also: list[OtherTracker] = key([], "Further programs that get the metrics: `tensorboard`, `mlflow`.")

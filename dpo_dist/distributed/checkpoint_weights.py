@@ -34,7 +34,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
     saved: dict[str, Any] = {}
 
     def read() -> None:
-        saved.update(_read(folder))
+        saved.update(read_weights(folder))
         _check_shapes(trained, saved, folder)
 
     world.on_main(read)
@@ -47,8 +47,15 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
             weight.copy_(world.on_main(lambda name=name: saved[name].contiguous()))  # type: ignore[misc]
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """Return the float32 weights by name; their method `contiguous` gives the tensor."""
+def read_weights(folder: Path) -> dict[str, Any]:
+    """Return the trained float32 weights of a checkpoint by name; their method `contiguous` gives the tensor.
+
+    Args:
+        folder: the checkpoint, whose files have been checked.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
     try:
         found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
             str(folder), tag=SHARDS, exclude_frozen_parameters=True, lazy_mode=True

@@ -1,15 +1,14 @@
 """Pairs from models' responses: generate, score, choose. Every stage is resumable and shared by processes."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from dpo_dist.config.pairs_schema import Engine, PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.device_memory import explain_out_of_memory, return_memory
+from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.judging.judge import Judge
 from dpo_dist.generation.judging.score import describe_judge, open_judge, score
@@ -17,35 +16,17 @@ from dpo_dist.generation.prompts import PromptList, open_prompts, write_prompts
 from dpo_dist.generation.results import Results, pairs_of, samples_of, samples_of_part, usable
 from dpo_dist.generation.sampling.engine import Generator, chosen_engine, open_generator
 from dpo_dist.generation.sampling.generate import Sampling
-from dpo_dist.generation.sampling.parts import Parts, work_on
+from dpo_dist.generation.sampling.parts import Parts
 from dpo_dist.generation.sampling.respond import Numbers, respond
-from dpo_dist.generation.sampling.responder import ModelSource, Responder, find_model, open_responder
+from dpo_dist.generation.sampling.responder import ModelSource, Responder, open_responder
+from dpo_dist.generation.stages import Screen, Stages
 from dpo_dist.generation.startup import output_file, responding_models
 from dpo_dist.generation.summary import check_output, write_results, write_samples
 
-_REMEDY = (
+MEMORY_REMEDY = (
     "lower pairs.batch_tokens or pairs.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot respond or judge"
 )
-
-
-class Screen(Protocol):
-    """The part of `report.console.Console` that is used here; it prints on rank 0."""
-
-    def say(self, text: str) -> None:
-        """Print one line and log it."""
-
-    def show(self, text: str) -> None:
-        """Print one line without logging it."""
-
-    def alarm(self, text: str) -> None:
-        """Print and log an error."""
-
-    def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that prints the seconds spent on `work`, once a minute."""
-
-    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total."""
 
 
 @dataclass(frozen=True)
@@ -56,44 +37,27 @@ class _Work:
     sampling: Sampling
     engine: Engine
     prompts: PromptList
-    world: World
-    screen: Screen
+    stages: Stages
 
     @property
     def count(self) -> int:
         """Samples of each model to a prompt."""
         return 1 if self.config.pairs.method is PairsMethod.delta else self.config.pairs.samples
 
-    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> None:
-        """Finish all parts of a stage, with a progress bar; collective."""
 
-        def guarded(index: int) -> list[dict[str, Any]]:
-            with explain_out_of_memory(title, _REMEDY):
-                return work(index)
-
-        unfinished = self.world.on_main(parts.open, self.screen.heartbeat(f"{title}: looking for parts"))
-        with self.screen.progress(title, "part") as show:
-
-            def beat(_seconds: float) -> None:
-                if self.world.is_main and unfinished:
-                    show(parts.finished(), parts.count)
-
-            work_on(parts, unfinished, self.world, guarded, beat)
-            beat(0)
-
-
-def pairs_from_models(config: RunConfig, world: World, screen: Screen) -> None:
+def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective.
 
     Raises:
         DpoDistError: data, a model or the judge cannot be used, or no pair can be made.
     """
+    world, screen = stages.world, stages.screen
     prompts = _prompts(config, world, screen)
     pairs = config.pairs
     sampling = Sampling(pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, pairs.seed)
     engine = chosen_engine(pairs.engine, quantized=config.model.quantization is not None)
-    work = _Work(config, sampling, engine, prompts, world, screen)
-    models = [_found(name, work) for name in responding_models(config)]
+    work = _Work(config, sampling, engine, prompts, stages)
+    models = [stages.found(name, config) for name in responding_models(config)]
     judge: dict[str, Any] = {}
     if pairs.method is PairsMethod.samples:
         judge = world.on_main(lambda: describe_judge(config), screen.heartbeat("looking for the judge"))
@@ -124,13 +88,6 @@ def _prompts(config: RunConfig, world: World, screen: Screen) -> PromptList:
         lambda: open_prompts(write_prompts(folder, config, screen.say), config.pairs.part_prompts),
         screen.heartbeat("reading prompts"),
     )
-
-
-def _found(name: str, work: _Work) -> ModelSource:
-    """Return the files of a model on every rank; rank 0 downloads first. Collective."""
-    searching = work.screen.heartbeat(f"reading the files of {name} to identify it")
-    work.world.on_main(lambda: find_model(name, work.config), searching)
-    return work.world.together(lambda: find_model(name, work.config), searching)
 
 
 def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +149,7 @@ class _Opened:
     @cached_property
     def generator(self) -> Generator:
         work = self._work
-        return open_generator(self.responder, work.engine, work.config, work.world.device)
+        return open_generator(self.responder, work.engine, work.config, work.stages.world.device)
 
 
 def _responses(source: ModelSource, index: int, work: _Work) -> Parts:
@@ -216,7 +173,7 @@ def _responses(source: ModelSource, index: int, work: _Work) -> Parts:
         records = work.prompts.part(index)
         return respond(records, opened.responder, opened.generator, work.sampling, numbers)
 
-    work.finish(f"responses of {source.name}", parts, part)
+    work.stages.finish(f"responses of {source.name}", parts, part)
     return parts
 
 
@@ -233,9 +190,9 @@ def _scores(responses: Sequence[Parts], judge: dict[str, Any], work: _Work) -> P
 
     def part(index: int) -> list[dict[str, Any]]:
         if not opened:
-            opened.append(open_judge(work.config, work.world.device, work.world.size))
+            opened.append(open_judge(work.config, work.stages.world.device, work.stages.world.size))
         samples = [usable(own, pairs)[0] for own in samples_of_part(responses, index)[0]]
         return score(work.prompts.part(index), samples, opened[0])
 
-    work.finish("scores", parts, part)
+    work.stages.finish("scores", parts, part)
     return parts

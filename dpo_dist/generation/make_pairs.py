@@ -1,18 +1,17 @@
 """Make the preference records of `pairs.method`: the only module that connects the parts of this room."""
 
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.generation.from_scores import pairs_from_scores
 from dpo_dist.generation.labelling.people import label_pairs
 from dpo_dist.generation.lock import locked
 
 if TYPE_CHECKING:
-    from dpo_dist.generation.from_models import Screen
+    from dpo_dist.generation.stages import Screen
 
 
 def make_pairs(config: RunConfig, screen: "Screen") -> None:
@@ -33,21 +32,12 @@ def make_pairs(config: RunConfig, screen: "Screen") -> None:
 
 def _from_models(config: RunConfig, screen: "Screen") -> None:
     """Join the processes, each of which loads whole models."""
-    from dpo_dist.distributed.deepspeed_config import policy_config  # noqa: PLC0415  (slow)
-    from dpo_dist.distributed.joined import joined  # noqa: PLC0415
-    from dpo_dist.generation.from_models import pairs_from_models  # noqa: PLC0415
+    from dpo_dist.generation.from_models import MEMORY_REMEDY, pairs_from_models  # noqa: PLC0415  (slow)
+    from dpo_dist.generation.stages import joined_stages  # noqa: PLC0415
 
-    whole = replace(
-        config.parallelism,
-        kind=ParallelismKind.ddp,
-        offload_parameters=Offload.none,
-        offload_optimizer=Offload.none,
-    )
-    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    timeout = config.parallelism.timeout_seconds
-    with ExitStack() as held, joined(deepspeed_config, timeout, screen.alarm) as world:
-        world.on_main(lambda: held.enter_context(_only_start(config)))
-        pairs_from_models(config, world, screen)
+    with ExitStack() as held, joined_stages(config, screen, MEMORY_REMEDY) as stages:
+        stages.world.on_main(lambda: held.enter_context(_only_start(config)))
+        pairs_from_models(config, stages)
 
 
 def _only_start(config: RunConfig) -> AbstractContextManager[int]:

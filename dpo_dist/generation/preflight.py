@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -44,8 +44,8 @@ def rehearse_pairs(config: RunConfig) -> str:
     pairs, file = config.pairs, output_file(config)
     if pairs.rounds:
         check_rounds(config)
-    _check_writable(file.parent, "pairs.output" if pairs.output else "run.dir")
-    _check_writable(RunFolder.of(config).path, "run.dir")
+    check_writable(file.parent, "pairs.output" if pairs.output else "run.dir")
+    check_writable(RunFolder.of(config).path, "run.dir")
     lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
     faults: dict[str, Fault] = {}
     match pairs.method:
@@ -58,34 +58,43 @@ def rehearse_pairs(config: RunConfig) -> str:
             lines.append(("engine", str(engine)))
             for name in responding_models(config):
                 responder = open_responder(find_description(name, config), config)
-                lines.append(("model", _described(responder)))
-                faults[f"{name}: "] = _fault_of(responder, config)
+                lines.append(("model", describe_responder(responder)))
+                faults[f"{name}: "] = fault_of(responder, config.data, pairs.max_new_tokens)
     if pairs.method is PairsMethod.samples:
-        lines.append(("judge", _judge(config)))
+        lines.append(("judge", ask_judge(config)))
+    read = read_prompts if pairs.method in (PairsMethod.samples, PairsMethod.delta) else read_records
     for index, source in enumerate(config.data.train):
         lines += [
-            (f"data.train[{index}]", f"{whose}{_first_records(source, config, fault)}")
+            (f"data.train[{index}]", whose + first_records(read(pinned(source, None)), source.path, fault))
             for whose, fault in faults.items()
         ]
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
     return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
 
 
-def _described(responder: Responder) -> str:
+def describe_responder(responder: Responder) -> str:
+    """Return folder, vocabulary and stop tokens of a model as one line."""
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     folder = responder.source.adapter or responder.source.folder
     return f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}"
 
 
-def _fault_of(responder: Responder, config: RunConfig) -> Fault:
+def fault_of(responder: Responder, data: DataConfig, new_tokens: int) -> Fault:
+    """Return a function that returns why a model cannot be asked a prompt, or None."""
+
     def fault(record: PreferenceRecord) -> str | None:
-        prompt = usable_prompt(as_asked(record, config.data), responder, config.pairs.max_new_tokens)
+        prompt = usable_prompt(as_asked(record, data), responder, new_tokens)
         return prompt if isinstance(prompt, str) else None
 
     return fault
 
 
-def _judge(config: RunConfig) -> str:
+def ask_judge(config: RunConfig) -> str:
+    """Check the judge without its weights; ask an endpoint once. Return its description.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     pairs = config.pairs
     if pairs.reward_model is not None:
         return check_reward_model(pairs.reward_model, config.model)
@@ -95,12 +104,12 @@ def _judge(config: RunConfig) -> str:
     return f"{pairs.endpoint.model} at {pairs.endpoint.url} replies"
 
 
-def _first_records(source: SourceConfig, config: RunConfig, fault: Fault) -> str:
-    """Read and check the first records of a source; return their counts as one line."""
-    of_models = config.pairs.method in (PairsMethod.samples, PairsMethod.delta)
-    records: Iterable[PreferenceRecord | BadRecord] = (read_prompts if of_models else read_records)(
-        pinned(source, None)
-    )
+def first_records(records: Iterable[PreferenceRecord | BadRecord], path: str, fault: Fault) -> str:
+    """Check the first records of the source `path`; return their counts as one line.
+
+    Raises:
+        DataError: none of them can be used.
+    """
     counts = Counter(
         record.reason if isinstance(record, BadRecord) else fault(record)
         for record in islice(records, _FIRST_RECORDS)
@@ -110,15 +119,20 @@ def _first_records(source: SourceConfig, config: RunConfig, fault: Fault) -> str
     if not usable:
         raise DataError(
             "none of the first records can be used",
-            where=source.path,
+            where=path,
             got=dropped or "no records",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
-    found = f"{source.path}, {usable} of the first {read} records can be used"
+    found = f"{path}, {usable} of the first {read} records can be used"
     return found + (f", {dropped}" if dropped else "")
 
 
-def _check_writable(folder: Path, key: str) -> None:
+def check_writable(folder: Path, key: str) -> None:
+    """Check that a folder exists, or can be created, without creating it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(

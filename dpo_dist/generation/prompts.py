@@ -53,7 +53,7 @@ class PromptList:
         """Return the prompts of a part."""
         with self.file.open("rb") as lines:
             lines.seek(self.starts[index])
-            return [_parsed(line) for line in islice(lines, self.part_prompts)]
+            return [parse_line(line) for line in islice(lines, self.part_prompts)]
 
 
 def open_prompts(file: Path, part_prompts: int) -> PromptList:
@@ -91,7 +91,7 @@ def write_prompts(
                 counts["repeated"] += 1
                 continue
             seen.add(key)
-            yield _line(record)
+            yield json.dumps(prompt_line(record)) + "\n"
 
     collect_abandoned(folder)
     temporary = folder / "prompts.jsonl"
@@ -151,12 +151,13 @@ def _content(record: PreferenceRecord) -> dict[str, Any]:
     return {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
 
 
-def _line(record: PreferenceRecord) -> str:
-    origin = [record.origin.source, record.origin.line]
-    return json.dumps(_content(record) | {"origin": origin}) + "\n"
+def prompt_line(record: PreferenceRecord) -> dict[str, Any]:
+    """Return the line of a prompt in a file of prompts; further fields may be added to it."""
+    return _content(record) | {"origin": [record.origin.source, record.origin.line]}
 
 
-def _parsed(line: bytes) -> PreferenceRecord:
+def parse_line(line: bytes) -> PreferenceRecord:
+    """Return the prompt of a line in a file of prompts."""
     fields = json.loads(line)
     prompt: Prompt
     match fields["prompt"]:

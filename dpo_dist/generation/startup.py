@@ -114,7 +114,7 @@ def _check_keys(config: RunConfig) -> None:
     if pairs.method in (PairsMethod.samples, PairsMethod.delta):
         _check_models(config)
     if pairs.method is PairsMethod.samples:
-        _check_judge(pairs)
+        check_judge(pairs)
 
 
 def _check_effects(pairs: PairsConfig) -> None:
@@ -227,20 +227,25 @@ def _check_reward_model(name: str) -> None:
         )
 
 
-def _check_judge(pairs: PairsConfig) -> None:
+def check_judge(pairs: PairsConfig, *, is_needed: bool = True) -> None:
+    """Check that there is one judge, or at most one if none is needed.
+
+    Raises:
+        ConfigError: there is another number, or the judge cannot be used.
+    """
     judges = {
         "pairs.reward_model": pairs.reward_model,
         "pairs.function": pairs.function,
         "pairs.endpoint.url": pairs.endpoint.url,
     }
     given = [key for key, value in judges.items() if value is not None]
-    if len(given) != 1:
+    if len(given) > 1 or (is_needed and not given):
         raise ConfigError(
-            "samples need one judge",
+            "samples need one judge" if is_needed else "a comparison has one judge",
             where=", ".join(given or judges),
             got=", ".join(given) or "none",
             expected=f"one of {', '.join(judges)}",
-            remedy="set one of them; pairs.method=delta needs no judge",
+            remedy="set one of them" + ("; pairs.method=delta needs no judge" if is_needed else " only"),
         )
     if pairs.function is not None:
         user_function(pairs.function, "pairs.function")

@@ -20,6 +20,8 @@ _REFUSAL_CHARACTERS = 200
 # A letter of a script without spaces (kana, Chinese) is a word of its own.
 _WORD = re.compile(r"[^\W_\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]|_")
 _GRAM = 3
+_LIST_ITEM = re.compile(r"^\s*([-*+\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
+_MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\]\n]+\]\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class TextFacts:
         is_empty: whether it has no text.
         is_refusal: whether it starts like a refusal.
         language: ISO 639-1 code; None if it is not clear.
+        words: of letters or digits; a letter of a script without spaces is one.
+        has_list: whether two of its lines are items of a list.
+        has_markdown: whether it has a heading, bold text, code, a table or a link of Markdown.
     """
 
     tokens: int
@@ -45,6 +50,9 @@ class TextFacts:
     is_empty: bool
     is_refusal: bool
     language: str | None
+    words: int
+    has_list: bool
+    has_markdown: bool
 
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
@@ -59,6 +67,9 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
         is_empty=not text.strip(),
         is_refusal=is_refusal(text),
         language=language_of(text),
+        words=sum(word[0].isalnum() for word in words),
+        has_list=len(_LIST_ITEM.findall(text)) > 1,
+        has_markdown=_MARKDOWN.search(text) is not None,
     )
 
 

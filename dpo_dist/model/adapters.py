@@ -55,12 +55,13 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int) -> None:
     model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
 
-def load_adapter(model: PackedCausalLM, folder: Path) -> None:
+def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
     """Add the LoRA adapter that training or peft wrote into `folder`, to be scored.
 
     Args:
         model: its base, from `load_packed`, sharded or not, before it is in an engine.
         folder: with adapter_config.json and the adapter's weights.
+        key: the configuration key to name in an error.
 
     Raises:
         ConfigError: the adapter cannot be read, is not LoRA, or belongs to another model.
@@ -74,19 +75,19 @@ def load_adapter(model: PackedCausalLM, folder: Path) -> None:
         loaded = set_peft_model_state_dict(causal_lm, weights)
     except Exception as error:  # peft can raise anything
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}") from error
+        raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
     own = [name for name in loaded.missing_keys if ".lora_" in name]
     if unread := [*loaded.unexpected_keys, *own]:
-        raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)")
+        raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
 
 
-def _foreign_adapter(folder: Path, got: str) -> ConfigError:
+def _foreign_adapter(folder: Path, got: str, key: str) -> ConfigError:
     return ConfigError(
         "the adapter cannot be added to the model",
-        where="evaluation.model",
+        where=key,
         got=f"{folder}: {got}",
-        expected="a LoRA adapter of model.path, with adapter_config.json and adapter_model.safetensors",
-        remedy="set model.path to the adapter's base",
+        expected="a LoRA adapter of this model, with adapter_config.json and adapter_model.safetensors",
+        remedy="name the model that the adapter was trained on as its base",
     )
 
 

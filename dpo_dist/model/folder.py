@@ -20,21 +20,27 @@ _DISTRIBUTED_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.saf
 _ANY_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
-def model_folder(path: str, revision: str | None, key: str = "model.path") -> Path:
+def model_folder(
+    path: str, revision: str | None, key: str = "model.path", *, accepts_adapter: bool = False
+) -> Path:
     """Return the local folder of a model: `path` itself, or its snapshot from the hub, downloaded if needed.
 
     Args:
         path: a folder or a hub name.
         revision: of the hub name.
         key: the configuration key to name in an error.
+        accepts_adapter: whether it may be an adapter in place of a model.
 
     Raises:
         ConfigError: the model does not exist, has no weights, or has an adapter beside them.
     """
+    if accepts_adapter and is_adapter(local := Path(path).expanduser()):
+        return local
     folder = local_model_folder(path, revision, key)
     if folder is None:
         folder = _snapshot(path, revision, key)
-        _check_files(folder, key)
+        if not (accepts_adapter and is_adapter(folder)):
+            _check_files(folder, key)
     return folder
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 
 from dpo_dist.config.schema import Quantization
+from dpo_dist.config.tracking_schema import OtherTracker
 from dpo_dist.errors import ConfigError
 
 
@@ -33,11 +34,20 @@ def check_flash_attn() -> None:
     _check_installed("flash-attn", "flash-attn", "model.attention", "flash_attention_2", instead="auto")
 
 
+def check_tracker(tracker: OtherTracker) -> None:
+    """Check that the package of a tracker is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    _check_installed(tracker.value, tracker.value, "tracking.also", tracker.value, instead="[]")
+
+
 def _check_installed(package: str, extra: str, key: str, value: str, instead: str) -> None:
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         raise ConfigError(
             f"{package} is not installed",
             where=key,
             got=value,
-            remedy=f"install dpo-dist[{extra}], or set {key}={instead}",
+            remedy=f"pip install 'dpo-dist[{extra}]', or set {key}={instead}",
         )

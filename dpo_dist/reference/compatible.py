@@ -20,6 +20,7 @@ from dpo_dist.reference.maintenance.info import fingerprint_folders
 from dpo_dist.reference.store import LogpStore
 
 Profile = dict[str, str]
+OWN_NUMERICS = "own"
 
 Visited = Sequence[tuple[PreferenceDataset, Indices]]
 """Datasets, each with the indices of the pairs that a run uses."""
@@ -118,7 +119,7 @@ class Reused:
     """Entries that a run uses, by their numerics.
 
     Attributes:
-        entries: number of distinct responses, by difference of their numerics; "own" for none.
+        entries: number of distinct responses, by difference of their numerics; `OWN_NUMERICS` for none.
         audited: index of a dataset in `visited`, and its pairs with compatible entries; None if none has.
     """
 
@@ -138,5 +139,5 @@ def count_reused(store: LogpStore, visited: Visited) -> Reused:
         if audited is None and len(of_compatible):
             audited = number, of_compatible
     own, *compatible = store.fingerprints
-    names = ["own", *(difference(own, other) for other in compatible)]
+    names = [OWN_NUMERICS, *(difference(own, other) for other in compatible)]
     return Reused({name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited)

@@ -26,6 +26,7 @@ STYLE = (
 .curves { margin: 0; min-width: 0; max-width: none; }
 .curves figcaption { display: flex; justify-content: space-between; gap: 12px; font-size: 14px; }
 .curves small, .curves .place { color: var(--quiet); font-weight: 400; font-size: 12px; }
+.curves .place { white-space: nowrap; }
 .curves svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 .curves:focus-visible { outline: 2px solid var(--c0); outline-offset: 4px; border-radius: 4px; }
 .curves text { font-size: 11px; fill: var(--quiet); }
@@ -114,7 +115,7 @@ SCRIPT = """
     }
     describe(line, x) {
       const point = this.last(line, x);
-      if (!point) return "\\u2013";
+      if (!point) return "none yet";
       const value = point.value === "" ? "no value" : text(point.value);
       return point.x === x ? value : value + " at step " + text(point.step);
     }

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from dpo_dist.config.console_schema import ConsoleConfig
+from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DpoDistError
 from dpo_dist.plurals import duration
@@ -146,11 +146,20 @@ class Console:
             screen.work(work)
 
 
-def console_on(stream: TextIO, settings: ConsoleConfig | None = None) -> Console:
+def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
     """Return a console that prints to `stream`, and JSON objects to standard output."""
-    settings = settings or ConsoleConfig()
     screen = open_screen(SafeStream(stream), SafeStream(sys.stdout), settings)
     return Console(screen, seconds=settings.seconds)
+
+
+def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
+    """Print a text to standard output as it is, or as the field `text` of a JSON object."""
+    if settings.style is ConsoleStyle.json:
+        console_on(sys.stdout, settings).result(kind, {"text": text}, ())
+    else:
+        stream = SafeStream(sys.stdout)
+        stream.write(text)
+        stream.flush()
 
 
 class _Once(logging.Filter):

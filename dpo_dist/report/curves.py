@@ -1,5 +1,6 @@
 """The charts of a run: panels of metrics, and their values by step from the metrics rows."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ class Panel:
         is_log: whether the axis is logarithmic.
         prefix: start of further keys; the rest of such a key is its label.
         is_smoothed: whether training values have a moving mean.
+        size: of the unit in that of the metric.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Panel:
     is_log: bool = False
     prefix: str = ""
     is_smoothed: bool = True
+    size: float = 1.0
 
 
 def _sides(key: str) -> tuple[tuple[str, str], ...]:
@@ -63,6 +66,13 @@ PANELS = (
     Panel("Learning rate", (("learning rate", "learning_rate"),), is_smoothed=False),
     Panel("Throughput", (("tokens per second", "tokens_per_second"),)),
     Panel(
+        "Peak memory of the first GPU",
+        (("tensors", "memory/peak_allocated_bytes"),),
+        "GiB",
+        is_smoothed=False,
+        size=2**30,
+    ),
+    Panel(
         "Model FLOPs utilization", (("of the measured peak", "mfu"), ("of the datasheet", "mfu/datasheet"))
     ),
 )
@@ -84,6 +94,7 @@ class Curves:
             merged.setdefault(row["step"], {}).update(row)
         self.steps = list(merged)
         self._rows = list(merged.values())
+        self._keys = set().union(*self._rows)
         self.hours = self._hours()
 
     def labelled(self, panel: Panel) -> Panel:
@@ -92,8 +103,7 @@ class Curves:
             return panel
         found = {
             key.removeprefix(start)
-            for row in self._rows
-            for key in row
+            for key in self._keys
             for start in (panel.prefix, _EVALUATION + panel.prefix)
             if key.startswith(start)
         }
@@ -114,23 +124,34 @@ class Curves:
         """
         return [line for label, key in panel.curves for line in self._lines(panel, name or label, key)]
 
+    def over(self, steps: Sequence[float], panel: Panel, name: str) -> list[Line]:
+        """Return the `lines` of a panel with values for each of `steps`, among which are all own ones."""
+        places = {step: place for place, step in enumerate(self.steps)}
+        own = [places.get(step) for step in steps]
+        hours = None if self.hours is None else [math.nan if at is None else self.hours[at] for at in own]
+        return [
+            Line(line.label, [None if at is None else line.values[at] for at in own], line.role, hours)
+            for line in self.lines(panel, name)
+        ]
+
     def _lines(self, panel: Panel, label: str, key: str) -> Iterator[Line]:
-        values = self._values("loss", key, absent=math.nan)
+        values = self._values(panel, "loss", key, absent=math.nan)
         mean = _mean(values) if panel.is_smoothed else []
         found: tuple[tuple[list[float | None], Role], ...] = (
             ([] if panel.prefix and mean else values, "raw"),
             (mean, "smooth"),
-            (self._values(f"{_EVALUATION}loss", _EVALUATION + key, absent=None), "evaluation"),
+            (self._values(panel, f"{_EVALUATION}loss", _EVALUATION + key, absent=None), "evaluation"),
         )
         for points, role in found:
             if any(value is not None for value in points):
                 yield Line(label, points, role, self.hours)
 
-    def _values(self, mark: str, key: str, absent: float | None) -> list[float | None]:
+    def _values(self, panel: Panel, mark: str, key: str, absent: float | None) -> list[float | None]:
         """Return a value for each step: None without a row that has `mark`, `absent` if it lacks `key`."""
-        if not any(key in row for row in self._rows):
+        if key not in self._keys:
             return []
-        return [row.get(key, absent) if mark in row else None for row in self._rows]
+        values = [row.get(key, absent) if mark in row else None for row in self._rows]
+        return values if panel.size == 1 else [None if each is None else each / panel.size for each in values]
 
     def _hours(self) -> list[float] | None:
         """Return the sums of the seconds of the steps; a row without them adds none."""
@@ -153,6 +174,25 @@ def charts(rows: Rows) -> str:
         chart(panel.title, curves.lines(panel), curves.steps, curves.hours, panel.unit, log=panel.is_log)
         for panel in panels
     ]
+    return chart_grid(figures)
+
+
+def comparison_charts(runs: Mapping[str, Rows]) -> str:
+    """Return the charts of several runs, a colour each, as HTML; a chart has one metric.
+
+    Args:
+        runs: metrics rows by the name of the run.
+    """
+    found = {name: Curves(rows) for name, rows in runs.items()}
+    steps = sorted({step for curves in found.values() for step in curves.steps})
+    figures = []
+    for panel in PANELS:
+        labelled = [curves.labelled(panel).curves for curves in found.values()]
+        for label, key in dict.fromkeys(itertools.chain(*labelled)):
+            single = replace(panel, curves=((label, key),), prefix="")
+            lines = [line for name, curves in found.items() for line in curves.over(steps, single, name)]
+            title = panel.title if len(panel.curves) == 1 else f"{panel.title}: {label}"
+            figures.append(chart(title, lines, steps, None, panel.unit, log=panel.is_log))
     return chart_grid(figures)
 
 

@@ -2,12 +2,16 @@
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from dpo_dist.report.tracked_values import without_secrets
 
 _PACKAGES = (
     "dpo-dist",
@@ -22,22 +26,35 @@ _PACKAGES = (
     "flash-attn",
     "liger-kernel",
 )
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """Return versions, git commit and hardware; no environment variables, because they can be secret."""
+    """Return command, versions, git commit and hardware, without secrets.
+
+    Environment variables can be secret, so there are none. `git_commit` and `git_changed_files`, the number
+    of tracked files that differ from it, are of the current folder; null outside a git checkout.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
-        "git_commit": _git_commit(),
+        "packages": package_versions(),
+        "command": _command(world_size),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": None if changed is None else len(changed.splitlines()),
         "world_size": world_size,
         "cpus": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,
         "cuda": torch.version.cuda,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of this program and of the libraries that decide its results."""
+    return {name: version for name in _PACKAGES if (version := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:
@@ -47,16 +64,28 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    """Return the commit of the current folder; None outside a git checkout."""
+def _command(world_size: int) -> str | None:
+    """Return the command line for a shell, without secrets; None if another program uses this package."""
+    program = Path(sys.argv[0])
+    if program.resolve().parent != _PACKAGE_FOLDER:
+        return None
+    launcher = ["python"]
+    if world_size > 1:
+        launcher = ["accelerate", "launch", "--num_processes", str(world_size)]
+    command = [*launcher, "-m", f"{_PACKAGE_FOLDER.name}.{program.stem}", *sys.argv[1:]]
+    return str(without_secrets(shlex.join(command)))
+
+
+def _git(*arguments: str) -> str | None:
+    """Return the output of git in the current folder; None outside a checkout."""
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
+        result = subprocess.run(  # noqa: S603
+            ["git", *arguments],  # noqa: S607
             capture_output=True,
             text=True,
             timeout=10,
-            check=False,
+            check=True,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return result.stdout.strip()

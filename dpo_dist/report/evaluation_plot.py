@@ -21,23 +21,24 @@ _MOST_LABELS = 24
 _ACCURACY = "eval_rewards/accuracies"
 _MARGIN = "eval_rewards/margins"
 _PANELS = ((_ACCURACY, "accuracy", 0.5), (_MARGIN, "reward margin", 0.0))
+_OF_ONE_RESPONSE = (("eval_logps/chosen_per_token", "log-prob of a token, nats", None),)
 
 
 def draw_evaluation(results: Results, path: Path, title: str) -> None:
     """Draw the results of an evaluation to the PNG file `path`.
 
     Args:
-        results: of `evaluation.results`. Panels without any value are omitted: a loss of one response has no
-            accuracy, margin or calibration.
+        results: of `evaluation.results`. A loss of one response has log-probs in place of accuracy, margin
+            and calibration.
         path: written whole or not at all.
         title: one line above the panels.
     """
     whole = next(iter(results.values()))
-    panels = [panel for panel in _PANELS if panel[0] in whole]
+    panels = _PANELS if _ACCURACY in whole else _OF_ONE_RESPONSE
     bins = whole.get("calibration", {}).get("bins", [])
     rows = [(name, row, "") for name, row in list(results.items())[: _MOST_LABELS + 1]]
     rows += [(f"{bucket} tokens", whole, f"_by_length/{bucket}") for bucket in BUCKETS]
-    rows = [each for each in rows if _ACCURACY + each[2] in each[1]]
+    rows = [each for each in rows if panels[0][0] + each[2] in each[1]]
     height = max(4.5, 1.6 + 0.34 * len(rows))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(15 if bins else 10, height), dpi=100, layout=layout)
@@ -61,12 +62,13 @@ def _draw_intervals(
     rows: Sequence[tuple[str, Mapping[str, Any], str]],
     key: str,
     label: str,
-    chance: float,
+    chance: float | None,
     *,
     names: bool,
 ) -> None:
     """Draw a point with its interval for each row, the first one on top."""
-    axes.axvline(chance, color=_QUIET, linewidth=1, linestyle=":")
+    if chance is not None:
+        axes.axvline(chance, color=_QUIET, linewidth=1, linestyle=":")
     for position, (_, row, suffix) in enumerate(rows):
         value, ends = row[key + suffix], row["intervals"].get(key + suffix)
         color = _ORANGE if suffix else _BLUE

@@ -177,6 +177,35 @@ def read_rows(path: Path) -> list[Row]:
     return restored
 
 
+def read_latest_rows(folder: RunFolder) -> list[Row]:
+    """Read the metrics rows of a run, also those that are only in the CSV file, which grows during the run.
+
+    Raises:
+        OSError: a file cannot be read; FileNotFoundError: there is neither.
+        ValueError: `log_history.json` has other content.
+    """
+    rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    try:
+        table = _read_table(folder.metrics_table)
+    except FileNotFoundError:
+        if rows:
+            return rows
+        raise
+    except (ValueError, AttributeError) as error:  # a line with more fields has a list
+        _log.warning("%s cannot be read and is ignored: %s", folder.metrics_table, error)
+        return rows
+    return rows + table[len(rows) :]
+
+
+def _read_table(path: Path) -> list[Row]:
+    """Read the rows of the CSV file; an unfinished last line is ignored, as it is being written."""
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [
+        {key: int(value) if value.isdecimal() else float(value) for key, value in line.items() if value}
+        for line in csv.DictReader(io.StringIO(whole, newline=""))
+    ]
+
+
 def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:
     try:
         rows = read_rows(path)

@@ -20,13 +20,13 @@ class SafeStream:
     def of_descriptor(cls, descriptor: int) -> "SafeStream":
         """Return a stream on a copy of a file descriptor."""
         # A line at a time: lines of several processes do not mix.
-        return cls(os.fdopen(os.dup(descriptor), "w", buffering=1, errors="backslashreplace"))
+        return cls(os.fdopen(os.dup(descriptor), "w", buffering=1))
 
     def write(self, text: str) -> int:
         """Write `text` if the stream takes it."""
         if self._is_open:
             try:
-                self._stream.write(text)
+                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
             except (OSError, ValueError):  # closed pipe, full disk, lost terminal; closed stream
                 self._is_open = False
         return len(text)

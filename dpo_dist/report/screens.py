@@ -20,7 +20,7 @@ from dpo_dist.report.json_values import plain
 from dpo_dist.report.progress import Part, TrainingStatus, Work, fitting
 from dpo_dist.report.safe_stream import SafeStream
 
-_REFRESH_SECONDS = 0.25
+_REFRESH_SECONDS = 0.5
 _FIRST_LINE_SECONDS = 5.0
 _BAR_WIDTH = 24
 _MIN_BAR_WIDTH = 8
@@ -60,11 +60,18 @@ class LineScreen:
     Args:
         print_line: prints one line, given without its end.
         seconds: shortest time between two lines about progress.
+        print_result: prints a line of a result; None: `print_line`.
     """
 
-    def __init__(self, print_line: Callable[[str], None], seconds: float):
+    def __init__(
+        self,
+        print_line: Callable[[str], None],
+        seconds: float,
+        print_result: Callable[[str], None] | None = None,
+    ):
         self.line_seconds = seconds
         self._print = print_line
+        self._print_result = print_result or print_line
         self._work_due: float | None = None
 
     def message(self, text: str) -> None:
@@ -96,7 +103,7 @@ class LineScreen:
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the lines."""
         for line in lines:
-            self.message(line)
+            self._print_result(one_per_line(line))
 
     def end_progress(self) -> None:
         """Start anew with the next work."""
@@ -266,16 +273,6 @@ def one_per_line(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
-def timed_lines(stream: SafeStream) -> Callable[[str], None]:
-    """Return a function that prints a line with date and time in front of it."""
-
-    def print_line(line: str) -> None:
-        stream.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {line}\n")
-        stream.flush()
-
-    return print_line
-
-
 def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> Screen:
     """Return the screen that `settings` asks for.
 
@@ -290,4 +287,12 @@ def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConf
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
-    return LineScreen(timed_lines(messages), settings.seconds)
+
+    def print_line(line: str) -> None:
+        messages.write(line + "\n")
+        messages.flush()
+
+    def print_timed(line: str) -> None:
+        print_line(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  {line}")
+
+    return LineScreen(print_timed, settings.seconds, print_line)

@@ -18,6 +18,11 @@ LONGEST = 20_000
 _HEAD_SHARE = 0.75
 _CODE = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*|\Z)", re.MULTILINE | re.DOTALL)
 _IS_DIFFERENT, _IS_CODE = 1, 2
+_TITLE_CHARACTERS = 120
+# Marks on nearly all words of a text show nothing.
+_FEW_WORDS, _MOST_MARKED = 20, 0.9
+_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ def side_by_side(
         prompt: its text.
         responses: in the order of the columns.
         against: label of the response that the others are compared with: words of theirs that it lacks are
-            marked, and the notes give their share. With only one other response its words are marked as well.
-            None, or a response without text: no marks.
+            marked, unless they are nearly all, and the notes give their share. With only one other response
+            its words are marked as well. None, or a response without text: no marks.
         longest: characters of a text that are shown.
     """
     texts = [_shortened(each.text or "", longest) for each in responses]
@@ -79,6 +84,17 @@ def end_notes(tokens: object, is_finished: object) -> str:
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
 
 
+def excerpt(prompt: str) -> str:
+    """Return the beginning of a prompt's last turn on one line, without the template's tokens."""
+    turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(prompt)]
+    return cut(" ".join(next((turn for turn in reversed(turns) if turn), ())))
+
+
+def cut(text: str) -> str:
+    """Return the first 120 characters of a text, with an ellipsis if it has more."""
+    return text if len(text) <= _TITLE_CHARACTERS else text[:_TITLE_CHARACTERS] + "\u2026"
+
+
 def _has_text(response: Response) -> bool:
     return bool(response.text and response.text.strip())
 
@@ -100,9 +116,12 @@ def _column(response: Response, shown: _Shown, other: _Shown | None, against: st
     spans: tuple[Span, ...] = ()
     if other is not None:
         found = difference(shown.text, other.text)
-        spans = found.spans
+        is_other = found.words > _FEW_WORDS and found.new > _MOST_MARKED * found.words
+        spans = () if is_other else found.spans
         if response.label != against:
-            notes.append(_difference_note(found, shown, other, against))
+            notes.append(
+                _difference_note(found, shown, other, against) + (", not marked" if is_other else "")
+            )
     text = "; ".join(filter(None, notes))
     small = f" <small>{inert_html(text)}</small>" if text else ""
     return f"<div><h4>{inert_html(response.label)}{small}</h4>{_content(response, shown, spans)}</div>"

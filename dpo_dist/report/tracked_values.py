@@ -15,6 +15,11 @@ BEST = {
 }
 """Metrics whose best value is in the run's summary beside the last one."""
 
+MARGINS = "eval/margins_histogram"
+"""Histogram of the margins of an evaluation's pairs."""
+SAMPLES = "eval/samples_table"
+"""Table of an evaluation's samples."""
+
 HIDDEN = "***"
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
 _SECRET_LENGTH = 8

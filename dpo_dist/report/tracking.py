@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import WandbMode
+from dpo_dist.errors import first_line
+from dpo_dist.report.histogram import Histogram
+from dpo_dist.report.wandb_media import RunMedia, staged_in
 from dpo_dist.report.wandb_session import Mode, Session, address, close, set_up, start_run, tear_down
 
 if TYPE_CHECKING:
@@ -36,35 +39,52 @@ class Tracker:
 
     Args:
         start: starts or resumes the run; None: no tracking.
+        media: tables, histograms and artifacts of the run.
         rows: metrics rows of earlier starts; those that wandb does not have are sent.
+        notes: of the user, shown on the run's page before the verdict.
         say: called with what a user should know.
     """
 
     def __init__(
         self,
         start: Callable[[], Session] | None,
+        media: RunMedia,
         rows: Sequence[Mapping[str, float]] = (),
+        notes: str | None = None,
         say: Callable[[str], None] = _silent,
     ):
         self._session = start() if start else None
         self._restart = start
         self._say = say
+        self._media = media
+        self._notes = notes
         self._rows = list(rows)
         known = rows[-1]["step"] if rows else 0
         if self._session is not None and self._session.received.step > known:
             say(f"wandb has the rows up to step {self._session.received.step}; they are not sent again")
-        self._act(lambda session: session.send(self._rows))
+        self._act(self._send)
 
     @property
     def run(self) -> "wandb.Run | None":
         """The wandb run; None if tracking is off, has failed or is finished."""
         return self._session.run if self._session else None
 
-    def log(self, row: Mapping[str, float]) -> None:
-        """Send one metrics row under the names of `wandb_names`, unless wandb has a row of this step."""
+    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+        """Send one metrics row under the names of `wandb_names`, unless wandb has a row of this step.
+
+        Args:
+            row: the row.
+            margins: of the pairs of its evaluation.
+        """
         if self._session is not None:
+            if margins is not None:
+                self._media.margins[len(self._rows)] = margins
             self._rows.append(row)
-        self._act(lambda session: session.send(self._rows))
+        self._act(self._send)
+
+    def hurry(self) -> None:
+        """Send neither tables nor artifacts from now on."""
+        self._media.is_wanted = False
 
     def alert(self, title: str, text: str) -> None:
         """Raise an alert of wandb, which it shows and can send to its user by mail."""
@@ -77,12 +97,20 @@ class Tracker:
             outcome: `completed`, `preempted`, `diverged` or `failed`.
             summary: as in `summary.json`.
         """
-        self._act(
-            lambda session: close(session.run, outcome, summary, functools.partial(_warn, say=self._say))
-        )
+
+        def end(session: Session) -> None:
+            log_files = functools.partial(self._media.log_artifacts, session.run, summary)
+            warn = functools.partial(_warn, say=self._say)
+            close(session.run, outcome, summary, self._notes, warn, log_files)
+
+        self._act(end)
         if self._session is not None:
             self._session = None
             tear_down()
+
+    def _send(self, session: Session) -> None:
+        with staged_in(self._media.staging):
+            session.send(self._rows, self._media.of_row)
 
     def _act(self, action: Callable[[Session], None]) -> None:
         if self._session is None:
@@ -97,10 +125,10 @@ class Tracker:
                 if self._restart is None:
                     raise
                 self._session, self._restart = self._restart(), None
-                self._session.send(self._rows)
+                self._send(self._session)
                 action(self._session)
         except Exception as error:
-            _warn(f"wandb tracking stops, training continues: {_one_line(error)}", self._say)
+            _warn(f"wandb tracking stops, training continues: {first_line(error)}", self._say)
             self._session = None
             tear_down()
 
@@ -139,15 +167,16 @@ def open_tracker(
     for mode in _modes_to_try(wanted, say):
         try:
             start = functools.partial(start_run, config, folder, mode, environment, settings)
-            tracker = Tracker(start, rows, say)
+            media = RunMedia(folder, config.tracking.samples)
+            tracker = Tracker(start, media, rows, config.tracking.notes, say)
         except Exception as error:
-            _warn(f"wandb cannot start {mode}: {_one_line(error)}", say)
+            _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
             tear_down()
             continue
         if tracker.run is not None:
             say(f"wandb: {address(tracker.run, mode, folder)}")
         return tracker
-    return Tracker(None)
+    return Tracker(None, RunMedia(folder, 0))
 
 
 def _warn(text: str, say: Callable[[str], None]) -> None:
@@ -163,14 +192,10 @@ def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:
     try:
         has_key = set_up("online").login(prompt=False, verify=False)
     except Exception as error:
-        _warn(f"wandb cannot log in: {_one_line(error)}", say)
+        _warn(f"wandb cannot log in: {first_line(error)}", say)
         has_key = False
     if has_key:
         return ["online", "offline"]
     if wanted is WandbMode.online:
         _warn("wandb has no usable key, the run is tracked offline; `wandb login` stores a key", say)
     return ["offline"]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

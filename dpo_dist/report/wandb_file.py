@@ -7,7 +7,7 @@ header of 7 bytes: blocks of 32 KiB, in which every chunk has a checksum (4 byte
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,24 @@ def read_records(path: Path) -> Iterator[Any]:
 def read_rows(folder: Path, run_id: str) -> list[dict[str, Any]]:
     """Return the rows of a run in all files of its starts, oldest first, with wandb's own keys (`_step`)."""
     return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        _row(record.history.item)
         for path in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_start_time)
         for record in read_records(path)
         if record.WhichOneof("record_type") == "history"
     ]
+
+
+def _row(items: Iterable[Any]) -> dict[str, Any]:
+    """Return a row, with the fields of a table or a histogram as a mapping."""
+    row: dict[str, Any] = {}
+    for item in items:
+        name, *field = [item.key] if item.key else item.nested_key
+        value = json.loads(item.value_json)
+        if field:
+            row.setdefault(name, {})["/".join(field)] = value
+        else:
+            row[name] = value
+    return row
 
 
 def drop_empty(folder: Path, run_id: str) -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
+
 from dpo_dist import atomic
 from dpo_dist.config.identity import title
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ExitCode, RunOutcome
+from dpo_dist.errors import ExitCode, RunOutcome, first_line
 from dpo_dist.report.tracked_values import (
     BEST,
     EVALUATED_AT,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     import wandb
 
 Mode = Literal["online", "offline"]
+MediaOf = Callable[[int, Mapping[str, float]], Mapping[str, Any]]
+"""Tables and histograms of a row, from its index among the tracker's rows and the row."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,14 +55,25 @@ class Session:
     row_number: int
     looked_at: int = 0
 
-    def send(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Send the rows that wandb does not have yet."""
-        for row in rows[self.looked_at :]:
+    def send(self, rows: Sequence[Mapping[str, float]], media: MediaOf) -> None:
+        """Send the rows that wandb does not have yet, with their media."""
+        for index, row in enumerate(rows[self.looked_at :], self.looked_at):
             if order_of(row) > self.received:
-                self.run.log(wandb_names(row), step=self.row_number, commit=True)
+                self._log(wandb_names(row), media(index, row))
                 self.row_number += 1
                 self.received = order_of(row)
-        self.looked_at = len(rows)
+            self.looked_at = index + 1
+
+    def _log(self, values: Mapping[str, float], media: Mapping[str, Any]) -> None:
+        try:
+            self.run.log({**values, **media}, step=self.row_number, commit=True)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not media:
+                raise
+            _log.warning("wandb does not take %s: %s", ", ".join(media), first_line(error))
+            self.run.log(dict(values), step=self.row_number, commit=True)
 
 
 def start_run(
@@ -145,19 +160,43 @@ def _run_id(folder: RunFolder) -> str:
 
 def address(run: "wandb.Run", mode: Mode, folder: RunFolder) -> str:
     """Return the address of the run's page, or the command that uploads it later."""
-    return str(run.url) if mode == "online" else f"offline; upload with: {_upload(folder.wandb_id.parent)}"
+    return str(run.url) if mode == "online" else f"offline; upload with: {upload_command(folder)}"
+
+
+def upload_command(folder: RunFolder) -> str:
+    """Return the command that uploads all starts of a run."""
+    return _upload(folder.wandb_id.parent)
 
 
 def _upload(path: Path | str) -> str:
-    """Return the command that uploads all starts of a run."""
     return f"wandb sync {shlex.quote(str(path))}"
 
 
-def close(run: "wandb.Run", outcome: str, summary: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-    """Write the summary and the outcome, and wait for uploads."""
+def close(
+    run: "wandb.Run",
+    outcome: str,
+    summary: Mapping[str, Any],
+    notes: str | None,
+    warn: Callable[[str], None],
+    log_files: Callable[[], None],
+) -> None:
+    """Write the summary, the verdict and the outcome, and wait for uploads.
+
+    Args:
+        run: the wandb run.
+        outcome: of the run.
+        summary: the content of summary.json.
+        notes: of the user; the verdict follows them on the run's page.
+        warn: called if not everything could be uploaded.
+        log_files: logs the artifacts.
+    """
     run.summary.update(without_secrets(summary))
+    sentence = summary.get("verdict", {}).get("sentence")
+    if sentence is not None:
+        run.notes = "\n\n".join(without_secrets([*([notes] if notes else []), f"Verdict: {sentence}"]))
     if outcome == RunOutcome.preempted:
         run.mark_preempting()
+    log_files()
     try:
         run.finish(exit_code=ExitCode[outcome])
     except TimeoutError:
@@ -171,3 +210,11 @@ def tear_down() -> None:
         import wandb  # noqa: PLC0415
 
         wandb.teardown()
+
+
+def kill_service() -> None:
+    """Kill wandb's service, so that a call that waits for it returns; its file has all rows."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith("wandb-core"):
+                child.kill()

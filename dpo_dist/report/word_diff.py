@@ -7,11 +7,9 @@ from itertools import pairwise
 
 import regex
 
-# A letter of a script without spaces is a word of its own; marks belong to their letter.
+# A letter of a script without spaces is a word of its own, with its marks (\X is a grapheme).
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(
-    rf"[{_UNSPACED}]\p{{M}}*|[[\w\p{{M}}]--[{_UNSPACED}]]+(?:['\u2019]\w+)*|(?!\s)\X", regex.VERSION1
-)
+_WORD = regex.compile(rf"[[\w\p{{M}}]--[{_UNSPACED}]]+(?:['\u2019]\w+)*|(?!\s)\X", regex.VERSION1)
 
 Span = tuple[int, int]
 """First index and end of a passage, in characters or words."""

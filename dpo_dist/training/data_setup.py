@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
+from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, count_shared_prompts, remembered_count
 from dpo_dist.data.micro_batches import ComputeCosts
@@ -24,13 +24,10 @@ from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
+from dpo_dist.plurals import counted
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.console import Console, Count
 
-_OWN_LINE = "chat_template_not_applied"
-_NO_CHANGES = frozenset(
-    {"label", "path", "read", "kept", "dropped", "examples", "details", "sources", _OWN_LINE}
-)
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 
@@ -162,7 +159,7 @@ def _encode(
     """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
 
     def progress(source: str) -> AbstractContextManager[Count]:
-        return console.counter(f"encoding {name} data: {source}", "record")
+        return console.counter(f"encoding the {name} data: {source}", "record")
 
     encoded = world.on_main(
         lambda: prepare_dataset(
@@ -217,26 +214,20 @@ def _digest_models(
     return policy_files, digest(folder, loads_whole=reference_is_whole)
 
 
-def shared_model_folder(path: str, revision: str | None, key: str, world: World, console: Console) -> Path:
+def shared_model_folder(
+    path: str,
+    revision: str | None,
+    key: str,
+    world: World,
+    console: Console,
+    *,
+    accepts_adapter: bool = False,
+) -> Path:
     """Return `model_folder` on every rank; rank 0 downloads first, for all nodes that share its cache."""
     downloading = console.heartbeat(f"downloading {path}")
-    world.on_main(lambda: model_folder(path, revision, key), downloading)
-    return world.together(lambda: model_folder(path, revision, key), downloading)
-
-
-def describe_counts(name: str, counts: dict[str, Any]) -> list[str]:
-    """Return lines for the log: kept, dropped and changed records, of all sources and of each."""
-    lines = [f"{name} data: {_described(counts)}"]
-    sources = counts["sources"] if len(counts["sources"]) > 1 else []
-    lines += [
-        f"{name} data: {source['label']} ({source['path']}): {_described(source)}" for source in sources
-    ]
-    if plain := counts.get(_OWN_LINE):
-        lines.append(
-            f"{name} data: {plain} of {counts['kept']} records are plain text, without the chat template "
-            "(data.text_as_messages=true makes their prompts user turns)"
-        )
-    return lines
+    found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
+    world.on_main(found, downloading)
+    return world.together(found, downloading)
 
 
 def describe_short_run(sampler: BatchSampler) -> list[str]:
@@ -245,21 +236,12 @@ def describe_short_run(sampler: BatchSampler) -> list[str]:
     times = -(-min(batch, sampler.total_pairs) // pairs)
     if times > 1:
         return [
-            f"an epoch has {pairs} pairs and trainer.global_batch_pairs is {batch}: "
-            f"each pair occurs up to {times} times in one step"
+            f"warning: an epoch has {counted(pairs, 'pair')} and trainer.global_batch_pairs is {batch:,}: "
+            f"each pair occurs up to {times:,} times in one step"
         ]
     if sampler.steps == 1:
         return [
-            f"the whole run is 1 step: {sampler.total_pairs} pairs with trainer.global_batch_pairs={batch}; "
-            "lower it or raise trainer.epochs"
+            f"warning: the whole run is 1 step: {counted(sampler.total_pairs, 'pair')} with "
+            f"trainer.global_batch_pairs={batch}; lower it or raise trainer.epochs"
         ]
     return []
-
-
-def _described(counts: dict[str, Any]) -> str:
-    """Return the counts as one line."""
-    parts = [f"{counts['kept']} of {counts['read']} records kept"]
-    parts += [f"{number} dropped ({reason})" for reason, number in sorted(counts["dropped"].items())]
-    changes = sorted(name for name in counts if name not in _NO_CHANGES and counts[name])
-    parts += [f"{counts[name]} {name.replace('_', ' ')}" for name in changes]
-    return ", ".join(parts)

@@ -44,8 +44,8 @@ def evaluate_models(config: RunConfig, console: Console) -> int:
             for evaluated in models
         }
         if len(found) > 1 and world.is_main:
-            for line in evaluation_table({path: results[ALL] for path, results in found.items()}):
-                console.say(line)
+            of_all = {path: results[ALL] for path, results in found.items()}
+            console.result("comparison", of_all, evaluation_table(of_all))
     return ExitCode.completed
 
 
@@ -98,8 +98,7 @@ def _evaluate(
         assert evaluation.values is not None
         name = evaluated.name(config, inputs)
         found.update(write_evaluation(name, evaluated.path, config, means, evaluation.values, dataset))
-        for line in evaluation_table(found):
-            console.say(line)
+        console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
         folder = RunFolder.of(config)
         console.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
 

@@ -26,7 +26,8 @@ from dpo_dist.report.console import Console
 from dpo_dist.training.batch_loss import ScoredModel
 from dpo_dist.training.data_setup import EvaluationInputs, shared_model_folder
 
-Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
+Kind = StrEnum("Kind", ["model", "adapter", "checkpoint", "hub"])
+"""`hub`: a model or an adapter, which only its files show."""
 
 
 class FreeableModel(ScoredModel, Protocol):
@@ -88,8 +89,8 @@ def _find(named: str | None, run: RunFolder) -> Evaluated:
         return Evaluated(path, Kind.checkpoint)
     if is_adapter(folder):
         return Evaluated(path, Kind.adapter)
-    local_model_folder(path, None, "evaluation.model")
-    return Evaluated(path, Kind.model)
+    is_local = local_model_folder(path, None, "evaluation.model") is not None
+    return Evaluated(path, Kind.model if is_local else Kind.hub)
 
 
 def load_evaluated(
@@ -103,19 +104,20 @@ def load_evaluated(
         CheckpointError: the checkpoint is damaged, or is not of this model.
         ConfigError: the model or the adapter cannot be loaded.
     """
-    folder, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
-    finish = None
+    base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
+    folder, finish = base, None
     if evaluated.kind is Kind.checkpoint:
         state = _checked_state(Path(evaluated.path), config, inputs, world)
         running = RunningMeans(**state["running"])
         finish = partial(_load_trained, folder=Path(evaluated.path), config=config, world=world)
-    elif evaluated.kind is Kind.adapter:
-        finish = partial(load_adapter, folder=Path(evaluated.path))
     else:
-        base = folder
-        folder = shared_model_folder(evaluated.path, None, "evaluation.model", world, console)
-        world.on_main(partial(check_same_vocabulary, folder, inputs.tokenizer, config.model))
-        bits = bits if folder.resolve() == base.resolve() else None
+        key = "evaluation.model"
+        found = shared_model_folder(evaluated.path, None, key, world, console, accepts_adapter=True)
+        if is_adapter(found):
+            finish = partial(load_adapter, folder=found)
+        else:
+            folder, bits = found, bits if found.resolve() == base.resolve() else None
+            world.on_main(partial(check_same_vocabulary, found, inputs.tokenizer, config.model, key))
     placement = replace(
         config.reference, offload=config.parallelism.offload_parameters, nvme_path=None, quantization=bits
     )

@@ -11,7 +11,7 @@ from dpo_dist.atomic import staged_file, write_text
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.evaluation.results import Resampling, results
+from dpo_dist.evaluation.results import Mask, Resampling, results
 from dpo_dist.evaluation.scores import write_scores
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.pair_values import PairValues
@@ -41,11 +41,10 @@ def write_evaluation(
         dataset: the evaluated pairs.
     """
     folder = RunFolder.of(config)
-    sources = np.repeat(dataset.source_labels, dataset.source_pairs)
     found = results(
         means,
         values,
-        {label: sources == label for label in dict.fromkeys(dataset.source_labels)},
+        _members(dataset),
         np.asarray(dataset.prompts[:], dtype=np.uint64),
         MetricPlan(config.loss, dataset.labels, is_evaluation=True),
         Resampling(config.evaluation.resamples, config.trainer.seed),
@@ -61,6 +60,16 @@ def write_evaluation(
                 os.link(file, temporary)
             except OSError:  # a file system without links
                 shutil.copyfile(file, temporary)
+    return found
+
+
+def _members(dataset: PreferenceDataset) -> dict[str, Mask]:
+    """Return for each label whether a pair has it, [pairs]."""
+    found: dict[str, Mask] = {}
+    start = 0
+    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
+        found.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
+        start += pairs
     return found
 
 

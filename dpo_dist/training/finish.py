@@ -1,7 +1,9 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.atomic import staged_folder
 from dpo_dist.config.identity import settings
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.diagnostics.verdict import verdict
@@ -19,9 +21,12 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, RunOutcome
+from dpo_dist.report.closing_table import closing_table
 from dpo_dist.report.console import Console
+from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.metrics_log import final_and_best
+from dpo_dist.report.model_card import model_card
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_start import write_on_main
@@ -54,13 +59,13 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     summary = _summary(loop, position, reference)
     if outcome is RunOutcome.preempted:
         _close(loop, state, summary)
-        loop.console.say(f"stopped after step {position.step}; the same command resumes from there")
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
     tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
     if template is not None:
         tokenizer = with_chosen_template(tokenizer, template)
-    export_model(loop.policy, tokenizer, folder.model, loop.world, writing)
+    card = partial(_card, loop, summary)
+    export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
     exported = replace(state, outcome=RunOutcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
@@ -87,7 +92,6 @@ def finish(
             drop_checkpoints(folder.checkpoints)
 
     write_on_main(work, folder, world)
-    console.say(f"model: {folder.model}   report: {folder.report}")
 
 
 def export_model(
@@ -96,8 +100,17 @@ def export_model(
     folder: Path,
     world: World,
     while_waiting: WhileWaiting | None = None,
+    card: Callable[[], str] | None = None,
 ) -> None:
     """Write the trained model as a folder that transformers loads; collective.
+
+    Args:
+        policy: the model.
+        tokenizer: written beside it.
+        folder: its final name.
+        world: of the run.
+        while_waiting: called on rank 0 while it writes.
+        card: returns the content of README.md, on rank 0; None: there is none.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -109,6 +122,8 @@ def export_model(
             with staged_folder(folder) as temporary:
                 policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
                 tokenizer.save_pretrained(temporary)
+                if card is not None:
+                    (temporary / "README.md").write_text(card(), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 "the trained model cannot be written",
@@ -118,6 +133,21 @@ def export_model(
             ) from error
 
     world.on_main(write, while_waiting)
+
+
+def _card(loop: Loop, summary: dict[str, Any]) -> str:
+    """Return the model card of a run that has done its last step; on rank 0."""
+    assert loop.recorder is not None
+    folder, rows = RunFolder.of(loop.config), loop.recorder.metrics.rows
+    ended = {**summary, "exit": RunOutcome.completed.value}
+    judged = verdict(rows, ended, _data_findings(folder, loop.console))
+    results = folder.evaluation_of(LAST_EVALUATION).results
+    evaluation = None
+    if loop.inputs.eval_set is not None and results.is_file():  # an earlier version did not write it
+        evaluation = json.loads(results.read_text(encoding="utf-8"))
+    return model_card(
+        loop.config, {**ended, "verdict": judged.as_dict()}, rows, evaluation, package_versions()
+    )
 
 
 def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
@@ -135,12 +165,14 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
 def _close_report(
     recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome, folder: RunFolder, console: Console
 ) -> None:
-    """Write the report of a run with its verdict, and print the verdict."""
+    """Write the report of a run with its verdict, and print the closing table and the verdict."""
+    rows = recorder.metrics.rows
     ended = {**summary, "exit": outcome.value}
-    judged = verdict(recorder.metrics.rows, ended, _data_findings(folder, console))
-    recorder.close({**ended, "verdict": judged.as_dict()})
-    for line in judged.lines():
-        console.say(line)
+    judged = verdict(rows, ended, _data_findings(folder, console))
+    ended["verdict"] = judged.as_dict()
+    recorder.close(ended)
+    content = {"run_dir": str(folder.path), **ended}
+    console.result("summary", content, [*closing_table(folder, rows, ended), *judged.lines()])
 
 
 def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:

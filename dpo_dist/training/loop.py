@@ -26,6 +26,7 @@ from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.prefetch import prefetch
 from dpo_dist.report.console import Console
+from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.data_setup import Inputs
@@ -103,7 +104,7 @@ class Loop:
         trainer, steps = self.config.trainer, self.inputs.sampler.steps
         eval_set = self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
-            self._record(self._evaluate(eval_set, position))
+            self._record_evaluation(eval_set, position)
         progress = Progress(self.console, steps, self.peaks, self.world.device)
         with (
             self.console.until_end(),
@@ -115,7 +116,7 @@ class Loop:
                 if done == steps or _is_due(done, trainer.log_every):
                     self._record_window(position)
                 if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
-                    self._record(self._evaluate(eval_set, position))
+                    self._record_evaluation(eval_set, position)
                 if done == steps or must_stop or _is_due(done, trainer.save_every):
                     self._save(position)
                 if must_stop and done < steps:
@@ -167,7 +168,7 @@ class Loop:
         position.train_seconds += measures.seconds
         position.window.add(measures)
         self._check_finite(totals, position)
-        progress.add(position.step, measures)
+        progress.add(position.step, measures, must_stop=stop_votes > 0)
         return stop_votes > 0
 
     def _check_finite(self, totals: StepTotals, position: Position) -> None:
@@ -201,8 +202,8 @@ class Loop:
         rank, size, costs = self.world.rank, self.world.size, self.inputs.costs
         return shard_batch(dataset, indices, rank, size, budget, costs, only_chosen)
 
-    def _evaluate(self, dataset: PreferenceDataset, position: Position) -> dict[str, float]:
-        """Return one metrics row over the evaluation dataset, whole on rank 0 only; collective."""
+    def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
+        """Record one metrics row over the evaluation dataset; collective."""
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
@@ -212,13 +213,16 @@ class Loop:
         trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
         if is_last:
             self._write_evaluation(dataset, evaluation, metrics)
+        margins = None
         if evaluation.values is not None and not self.config.loss.is_one_sided:
             metrics |= evaluation.values.margin_percentiles()
+            margins = Histogram.of(evaluation.values.margin)
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
             measured |= samples.at(position.step)
-        return {**self._row_start(position), **{f"eval_{name}": value for name, value in measured.items()}}
+        named = {f"eval_{name}": value for name, value in measured.items()}
+        self._record({**self._row_start(position), **named}, margins)
 
     def _write_evaluation(
         self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]
@@ -247,9 +251,9 @@ class Loop:
     def _row_start(self, position: Position) -> dict[str, float]:
         return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
-    def _record(self, row: dict[str, float]) -> None:
+    def _record(self, row: dict[str, float], margins: Histogram | None = None) -> None:
         if self.recorder is not None:
-            self.recorder.record(row)
+            self.recorder.record(row, margins)
             self.console.row(row, self.inputs.sampler.steps)
 
     def _save(self, position: Position) -> None:

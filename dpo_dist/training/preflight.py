@@ -18,7 +18,7 @@ from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.model.flops import count_flops
-from dpo_dist.model.folder import description_folder
+from dpo_dist.model.folder import description_folder, is_adapter
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported
 from dpo_dist.objective.custom_loss import check_custom_loss
@@ -67,9 +67,11 @@ def rehearse_evaluation(config: RunConfig) -> str:
         ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
     ]
     for evaluated in models:
-        if evaluated.kind is Kind.model:
-            own = description_folder(evaluated.path, None, "evaluation.model")
-            check_same_vocabulary(own, tokenizer, config.model)
+        if evaluated.kind in (Kind.model, Kind.hub):
+            key = "evaluation.model"
+            own = description_folder(evaluated.path, None, key)
+            if not is_adapter(own):
+                check_same_vocabulary(own, tokenizer, config.model, key)
         lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
     lines.append(("reference", _reference(config, tokenizer)))
     return _passed(

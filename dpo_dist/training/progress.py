@@ -29,9 +29,9 @@ class Progress:
         self._window = LogWindow()
         self._first: tuple[int, float] | None = None
 
-    def add(self, step: int, measures: StepMeasures) -> None:
-        """Add a step that is done; the first and the last one are always shown."""
-        is_first, is_last = self._first is None, step == self._steps
+    def add(self, step: int, measures: StepMeasures, *, must_stop: bool) -> None:
+        """Add a step that is done; the first and the last one of a start are always shown."""
+        is_first, is_last = self._first is None, must_stop or step == self._steps
         if self._first is None:
             # Without the first step, which compiles kernels and allocates memory.
             self._first = step, time.monotonic()

@@ -16,6 +16,7 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.objective.losses import BatchFacts
+from dpo_dist.plurals import counted
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.training.batch_loss import Objective, ScoredPairs
 
@@ -102,9 +103,12 @@ def check_drift(
 
 
 def describe_drift(drift: dict[str, Any]) -> str:
-    """Return the report of `check_drift` as a sentence for the screen."""
+    """Return the report of `check_drift` as the end of a sentence: "the log-probs are ..."."""
+    responses = counted(drift["responses"], "response")
+    if not drift["largest_token_drift"]:
+        return f"equal on a sample of {responses}"
     return (
-        f"{drift['responses']:,} reference log-probs re-scored: they differ by "
+        f"equal within rounding on a sample of {responses}: they differ by "
         f"{drift['mean_token_drift']:.2g} nats per token on average, by at most "
         f"{drift['largest_token_drift']:.2g} in a token and by at most "
         f"{drift['largest_response_drift']:.2g} in a response"

@@ -12,7 +12,15 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.numerics import numerics_of
-from dpo_dist.reference.compatible import agree_on_numerics, count_reused, count_unused, find_compatible
+from dpo_dist.plurals import counted, duration
+from dpo_dist.reference.compatible import (
+    OWN_NUMERICS,
+    Reused,
+    agree_on_numerics,
+    count_reused,
+    count_unused,
+    find_compatible,
+)
 from dpo_dist.reference.digest import ModelFiles, model_label
 from dpo_dist.reference.engine import ReferenceEngine, load_digested, scored_model, scoring_tokens
 from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete
@@ -116,7 +124,7 @@ def _stored_reference(
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
     filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard)
-    report = _fill(config, inputs, filler, console).as_dict()
+    report = _fill(config, inputs, filler, console).as_dict() | {"entries": str(empty.folder)}
     provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:
         check_complete(provider.store, dataset, indices, world)
@@ -124,15 +132,14 @@ def _stored_reference(
     if compatible:
         reused = world.on_main(lambda: count_reused(provider.store, inputs.visited))
         report["served"] = reused.entries
-        counts = "; ".join(f"{count:,} of {numerics}" for numerics, count in reused.entries.items())
-        console.say(f"reference: log-probs used by numerics: {counts}")
+        console.say(f"reference: {_describe_reused(reused)}")
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
     if config.reference.audit_pairs and must_score:
         objective = Objective(config.loss, provider)
         report["drift"] = check_drift(load_scorer(), objective, *audited, inputs.costs, config, world)
-        console.say(f"reference: {describe_drift(report['drift'])}")
+        console.say(f"reference: log-probs used and computed again are {describe_drift(report['drift'])}")
     for engine in engines:
         engine.free()
     if engines:
@@ -176,10 +183,28 @@ def _fill(
 ) -> FillReport:
     """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
-    for dataset, indices in inputs.visited:
-        with console.progress("reference", "pair") as progress:
+    several = len(inputs.visited) > 1
+    for number, (dataset, indices) in enumerate(inputs.visited, 1):
+        of_all = f", dataset {number} of {len(inputs.visited)}" if several else ""
+        with console.progress(f"reference: scoring responses{of_all}", "pair") as progress:
             filled += filler.fill(dataset, indices, progress)
-    console.say(f"reference: {filled.computed:,} log-probs computed, {filled.hits:,} reused")
+    console.say(describe_fill(filled))
     for name in sorted(filled.damaged):
-        console.say(f"reference: damaged or foreign file ignored: {config.reference.store}/{name}")
+        console.say(f"warning: reference: damaged or foreign file ignored: {config.reference.store}/{name}")
     return filled
+
+
+def describe_fill(filled: FillReport) -> str:
+    """Return the number of log-probs computed and reused in words."""
+    text = f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused"
+    return f"{text}, in {duration(filled.seconds)}" if filled.computed else text
+
+
+def _describe_reused(reused: Reused) -> str:
+    """Return the number of log-probs used of each numerics, in words."""
+    return ", ".join(
+        f"{counted(count, 'log-prob')} of this run's own numerics"
+        if numerics == OWN_NUMERICS
+        else f"{counted(count, 'log-prob')} computed with {numerics}"
+        for numerics, count in reused.entries.items()
+    )

@@ -33,7 +33,7 @@ from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.tracking import open_tracker
+from dpo_dist.report.trackers import open_trackers
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
@@ -123,7 +123,8 @@ def _complete(
         environment = describe_run(config, folder, world)
         recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
-    console.say(f"{folder} is complete; change the configuration or run.dir to train again")
+    console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    console.say("change the configuration or run.dir to train again")
     return ExitCode.completed
 
 
@@ -152,10 +153,11 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
 def _resume(checkpoint: Checkpoint, sharded: Sequence[Sharded], world: World, console: Console) -> Position:
     """Load a checkpoint into the engines and return its position; collective."""
     load_checkpoint(checkpoint, sharded, world)
-    console.say(f"resuming from {checkpoint.folder}")
+    position = Position.of(checkpoint.state)
+    console.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:
         console.say(f"warning: checkpoint {name} is damaged and not used")
-    return Position.of(checkpoint.state)
+    return position
 
 
 def _check_start(
@@ -172,7 +174,7 @@ def _check_start(
         return {}
     policy.train(False)
     drift = check_drift(policy.token_logps, objective, *reference.audited, inputs.costs, config, world)
-    console.say(f"step-0 check passed: {describe_drift(drift)}")
+    console.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
     return {"drift": drift}
 
 
@@ -228,7 +230,7 @@ def _open_recorder(
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
-    tracker = open_tracker(
+    trackers = open_trackers(
         config, folder, stop.ask, rows=metrics.rows, environment=environment, say=console.say
     )
-    return Recorder(metrics, tracker, console.say)
+    return Recorder(metrics, trackers, console.say)

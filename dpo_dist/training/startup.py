@@ -18,7 +18,7 @@ from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
-from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel
+from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel, check_tracker
 from dpo_dist.report.console import Console, open_console
 
 # Processes of one start begin within this time of each other.
@@ -181,6 +181,8 @@ def _check_packages(config: RunConfig) -> None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
     if config.model.liger:
         check_liger_kernel()
+    for tracker in config.tracking.also:
+        check_tracker(tracker)
 
 
 def _check_models(config: RunConfig) -> None:

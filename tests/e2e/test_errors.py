@@ -72,7 +72,7 @@ def test_a_broken_line_is_dropped_counted_and_shown(
     ended = run_verb("train", overrides(*data, "trainer.max_steps=1", "trainer.global_batch_pairs=22"))
     assert ended.code == 0, ended.output
     assert "1 dropped (unparsable)" in ended.output
-    assert "22 also in train" in ended.output
+    assert "22 also_in_train: pairs with the same tokens as a training pair" in ended.output
     assert "the whole run is 1 step" in ended.output
     data_summary = json.loads((tmp_path / "run/dpo_metrics/summary.json").read_text())["data"]
     assert data_summary["eval"]["also_in_train"] == 22

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
 from tests.e2e.conftest import Overrides
@@ -91,6 +92,17 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     train(command)
     assert_equals_the_run(run)
     of_training, scores_of_training = evaluated(run), scores(run)
+    card = ModelCard.load(run / "model" / "README.md")
+    accuracies = {
+        result.dataset_name: result.metric_value
+        for result in card.data.eval_results
+        if result.metric_type == "accuracy"
+    }
+    assert accuracies == {
+        label: pytest.approx(of_training[label]["eval_rewards/accuracies"], abs=1e-4)
+        for label in ("eval", "more")
+    }
+    assert str(assets) not in card.content
     ended = run_verb("evaluate", command)
     assert ended.code == 0, ended.output
     assert_same_evaluation(evaluated(run), of_training)

@@ -76,8 +76,9 @@ def test_a_stopped_run_in_bf16_resumes_exactly(
     assert run_state(tmp_path / "run")["outcome"] == "preempted"
     train(overrides(*steps), processes=2)
     assert history(tmp_path / "run") == history(tmp_path / "whole")
-    written = [tmp_path / name / "model" / "model.safetensors" for name in ("run", "whole")]
-    assert written[0].read_bytes() == written[1].read_bytes()
+    for file in ("model.safetensors", "README.md"):
+        written = [tmp_path / name / "model" / file for name in ("run", "whole")]
+        assert written[0].read_bytes() == written[1].read_bytes(), file
 
 
 @pytest.mark.parametrize("loss", [["loss=beta_dpo"], ["loss=bco_pair", "loss.bco_delta=running_mean"]])

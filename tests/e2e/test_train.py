@@ -197,7 +197,7 @@ def test_evaluation_data_can_be_split_off_the_training_data(
     assert held_out > 0
     assert data["train"]["held_out_for_eval"] == held_out
     assert (data["eval"]["prompts_also_in_train"], data["eval"]["also_in_train"]) == (0, 0)
-    assert f"{held_out} held out for eval" in screen
+    assert f"{held_out} held_out_for_eval" in screen
     assert any("eval_loss" in row for row in history(tmp_path / "run"))
     other = tmp_path / "other"
     train(

@@ -1,4 +1,4 @@
-"""Read back what wandb wrote: the rows of ``run-*.wandb`` files."""
+"""Read back what wandb wrote: rows, tables and histograms of ``run-*.wandb`` files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,18 @@ from dpo_dist.report.wandb_file import read_rows
 
 
 def history_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The logged rows of all starts of a run, oldest first, without wandb's own keys."""
+    """The logged numbers of all starts of a run, oldest first, without wandb's own keys."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
+        for row in _rows(run_dir)
+    ]
+
+
+def media_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The tables and histograms of the same rows."""
+    return [{key: value for key, value in row.items() if isinstance(value, dict)} for row in _rows(run_dir)]
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
     id_file = RunFolder(run_dir).wandb_id
-    rows = read_rows(id_file.parent, id_file.read_text().strip())
-    return [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
+    return read_rows(id_file.parent, id_file.read_text().strip())

@@ -3,6 +3,7 @@
 import gzip
 import json
 import threading
+from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -19,8 +20,20 @@ _ANSWER = {
     "model": {"bucket": None},
     "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
     "serverInfo": {"features": []},
+    "project": None,
+    "createArtifact": {
+        "artifact": {
+            "id": "1",
+            "state": "COMMITTED",
+            "artifactSequence": {"id": "1", "latestArtifact": {"id": "1", "versionIndex": 0}},
+        }
+    },
     "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
 }
+
+
+Fault = StrEnum("Fault", ["silent", "error", "cut"])
+"""It never replies; it replies 500; it closes every connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -36,9 +49,22 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/file_stream"):
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
             self.server.history += [json.loads(line) for line in history.get("content", [])]
-        self._answer({"data": _ANSWER, "stopped": True})
+        if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
+            self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
+        self._answer({"data": _ANSWER, "stopped": self.server.stops_the_run})
 
     def _answer(self, content: dict[str, Any]) -> None:
+        match self.server.fault:
+            case Fault.silent:
+                self.server.is_over.wait()
+            case Fault.error:
+                self.send_error(500)
+            case Fault.cut:
+                self.connection.close()
+            case _:
+                self._reply(content)
+
+    def _reply(self, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -50,15 +76,25 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    fault: "Fault | None"
+    is_over: threading.Event
+    stops_the_run: bool
     history: list[dict[str, Any]]
+    artifacts: list[str]
 
 
 class WandbServer:
-    """A server on a free local port, for the time of a `with` block."""
+    """A server on a free local port, for the time of a `with` block; it stops the run if that is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stops_the_run: bool = False) -> None:
         self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.fault = None
+        self._server.is_over = threading.Event()
+        self._server.stops_the_run = stops_the_run
         self._server.history = []
+        self._server.artifacts = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
@@ -66,12 +102,25 @@ class WandbServer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._server.is_over.set()
         self._server.shutdown()
         self._server.server_close()
 
+    def fail(self, fault: Fault | None) -> None:
+        """Fail from now on; None: work again."""
+        self._server.fault = fault
+
     def history_rows(self) -> list[dict[str, Any]]:
-        """The rows received, without wandb's own keys."""
+        """The rows received, without wandb's own keys, tables and histograms."""
         return [
-            {key: value for key, value in row.items() if not key.startswith("_")}
+            {
+                key: value
+                for key, value in row.items()
+                if not key.startswith("_") and not isinstance(value, dict)
+            }
             for row in self._server.history
         ]
+
+    def artifact_types(self) -> list[str]:
+        """The types of the artifacts received."""
+        return self._server.artifacts

@@ -20,13 +20,14 @@ LAYERS = (
     "generation",
     "diagnostics",
     "evaluation",
+    "comparison",
     "report",
     "training",
 )
 ROOMS = {
     "accelerate": ("distributed/",),
     "deepspeed": ("distributed/",),
-    "wandb": ("report/tracking.py", "report/wandb_session.py", "report/wandb_file.py"),
+    "wandb": ("report/tracking.py", "report/wandb_"),
 }
 VERB_ENGINES = ("hydra", "omegaconf")
 OUTSIDE = ("benchmarks", "examples", "scripts", "tests")

@@ -80,7 +80,7 @@ def _do_rounds(rounds: "_Rounds") -> tuple[list[RoundResult], int]:
 
 
 def _report(results: list[RoundResult], config: RunConfig, say: Say) -> None:
-    say(results_table(results))
+    say(f"results of the rounds:\n{results_table(results)}")
     for hint in hints(results):
         say(f"hint: {hint}")
     trained = [one.number for one in results if one.training is not None]

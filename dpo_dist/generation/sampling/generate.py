@@ -59,16 +59,18 @@ class Sample:
     Attributes:
         ids: its tokens without the one that ended it.
         is_finished: whether it ended by itself, within `max_new_tokens`.
+        end: the token that ended it.
     """
 
     ids: list[int]
     is_finished: bool
+    end: int | None = None
 
     @classmethod
     def of(cls, ids: list[int], stop_ids: Collection[int]) -> "Sample":
         """Return the sample in generated tokens, which may continue after its end."""
         end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-        return cls(ids[:end], end is not None)
+        return cls(ids[:end], end is not None, None if end is None else ids[end])
 
 
 class NotFiniteError(Exception):

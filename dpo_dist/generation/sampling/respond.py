@@ -39,8 +39,18 @@ def respond(
     generator: Generator,
     sampling: Sampling,
     numbers: Numbers,
+    *,
+    keeps_ids: bool = False,
 ) -> list[dict[str, Any]]:
     """Return a row for each prompt, in their order.
+
+    Args:
+        records: prompts.
+        responder: encodes and decodes.
+        generator: its weights.
+        sampling: settings.
+        numbers: of the samples.
+        keeps_ids: add token ids: `prompt_ids` to rows and, with the token that ended them, `ids` to samples.
 
     Returns:
         `{"key": ..., "samples": [{"number", "content", "tokens", "finished", "same_ids"}]}`; a prompt that
@@ -68,9 +78,10 @@ def respond(
             row["dropped"] = prompt
         else:
             row["samples"] = [
-                _described(next(samples), number, record, prompt, responder)
+                _described(next(samples), number, record, prompt, responder, keeps_ids)
                 for number in range(numbers.first, numbers.first + numbers.count)
             ]
+            row |= {"prompt_ids": prompt.tolist()} if keeps_ids else {}
         rows.append(row)
     return rows
 
@@ -99,9 +110,15 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
 
 
 def _described(
-    sample: Sample, number: int, record: PreferenceRecord, prompt: TokenIds, responder: Responder
+    sample: Sample,
+    number: int,
+    record: PreferenceRecord,
+    prompt: TokenIds,
+    responder: Responder,
+    keeps_ids: bool,
 ) -> dict[str, Any]:
     ids, finished = sample.ids, sample.is_finished
+    ends = [] if sample.end is None else [sample.end]
     response, same = decode(ids, record, prompt, responder)
     if isinstance(response, Message):
         text, fields = response.content, dict(response.fields)
@@ -109,16 +126,17 @@ def _described(
         text, fields = response, {}
     if isinstance(record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
         # The model speaks for the other side too: its response ends before that turn.
-        text, finished = text[: turn.start()], True
+        text, finished, ends = text[: turn.start()], True, []
         ids = _ids_of(text, record, prompt, responder) or []
         same = ids == sample.ids[: len(ids)]
-    return {
+    row = {
         "number": number,
         "content": text,
         "tokens": len(ids),
         "finished": finished,
         "same_ids": same,
-    } | ({"fields": fields} if fields else {})
+    }
+    return row | ({"fields": fields} if fields else {}) | ({"ids": ids + ends} if keeps_ids else {})
 
 
 def decode(
@@ -158,7 +176,10 @@ def _messages_of(
         ids = _ids_of(Message("assistant", _CONTENT, fields), record, prompt, responder)
         if ids is None:
             continue
-        first, *between, last = _PROBES.split(texts_after(ids, prompt, responder.tokenizer)[0])
+        around = _PROBES.split(texts_after(ids, prompt, responder.tokenizer)[0])
+        if len(around) < 2:  # a tokenizer that does not decode to the text that it encoded
+            continue
+        first, *between, last = around
         rest = text.removeprefix(first).removesuffix(last)
         if not between:
             yield rest

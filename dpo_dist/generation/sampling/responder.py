@@ -26,6 +26,8 @@ from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 
 _ADAPTER_CONFIG = "adapter_config.json"
+KEY = "pairs.models"
+"""The configuration key that errors name, unless a caller has another."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,18 @@ class ModelSource:
         return {"name": self.name, "revision": self.revision, "digest": self.digest}
 
 
-def find_model(name: str, config: RunConfig) -> ModelSource:
+def find_model(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
     """Return the files of a model; downloads a hub model.
 
     Args:
         name: a folder, that of an adapter too, or a hub name; `model.revision` counts for `model.path` only.
         config: of the run.
+        key: the configuration key to name in an error.
 
     Raises:
         ConfigError: the model or the base of an adapter does not exist, or is incomplete.
     """
-    source = _located(name, config, model_folder)
+    source = _located(name, config, model_folder, key)
     store = Path(config.reference.store)
     files = digest_model(source.folder, store, remote_code=config.model.trust_remote_code)
     added = [] if source.adapter is None else sorted(source.adapter.glob("adapter_*"))
@@ -74,16 +77,18 @@ def find_model(name: str, config: RunConfig) -> ModelSource:
     return replace(source, digest=text_digest(" ".join(parts)))
 
 
-def find_description(name: str, config: RunConfig) -> ModelSource:
+def find_description(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
     """Return the same as `find_model`, without a digest, and without downloading weights from the hub."""
-    return _located(name, config, description_folder)
+    return _located(name, config, description_folder, key)
 
 
-def _located(name: str, config: RunConfig, find: Callable[[str, str | None, str], Path]) -> ModelSource:
+def _located(
+    name: str, config: RunConfig, find: Callable[[str, str | None, str], Path], key: str
+) -> ModelSource:
     revision = config.model.revision if name == config.model.path else None
     adapter = _adapter_folder(name)
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
-    return ModelSource(name, find(base, base_revision, "pairs.models"), adapter, revision, "")
+    return ModelSource(name, find(base, base_revision, key), adapter, revision, "")
 
 
 def _adapter_folder(name: str) -> Path | None:
@@ -125,21 +130,21 @@ class Responder:
     longest: int | None
 
 
-def open_responder(source: ModelSource, config: RunConfig) -> Responder:
+def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Responder:
     """Return a model's tokenizer and the tokens that end its responses, without weights.
 
     Raises:
         ConfigError: it has no tokenizer, or no token ends a response.
     """
     tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
-    stop_ids = find_stop_ids(tokenizer, config.data, source.folder)
+    stop_ids = find_stop_ids(tokenizer, config.data, source.folder, key)
     model_config = load_config(source.folder, config.model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
     return Responder(source, tokenizer, config.data, stop_ids, longest)
 
 
 def find_stop_ids(
-    tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path | None = None
+    tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path | None = None, key: str = KEY
 ) -> frozenset[int]:
     """Return every token that ends a response: of the chat template, the tokenizer and the model's folder.
 
@@ -157,7 +162,7 @@ def find_stop_ids(
     if not found:
         raise ConfigError(
             "the tokenizer has no token that ends a response",
-            where="pairs.models",
+            where=key,
             got=str(folder),
             remedy="set eos_token in tokenizer_config.json",
         )
@@ -171,14 +176,14 @@ def load_responder(source: ModelSource, config: ModelConfig, device: torch.devic
         ConfigError: they cannot be loaded.
     """
     model_config = load_config(source.folder, config)
-    causal_lm = load_weights(source.folder, model_config, config, device, key="pairs.models")
+    causal_lm = load_weights(source.folder, model_config, config, device, key=KEY)
     if source.adapter is not None:
         try:
             causal_lm = PeftModel.from_pretrained(causal_lm, str(source.adapter))
         except (OSError, ValueError, RuntimeError, KeyError) as fault:
             raise ConfigError(
                 "the adapter cannot be loaded on its base model",
-                where="pairs.models",
+                where=KEY,
                 got=f"{source.adapter}: {(str(fault).splitlines() or [''])[0][:200]}",
                 remedy="check base_model_name_or_path in its adapter_config.json",
             ) from fault

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.metrics_log import read_rows
 from dpo_dist.report.run_page.sample_choice import FAULTS, Judged, choose, judged
-from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, end_notes, side_by_side
+from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, cut, end_notes, excerpt, side_by_side
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
@@ -28,10 +28,6 @@ _OPEN = 2
 # The last is for texts that hardly fit: every character can need 70 bytes of HTML.
 _LONGEST_TEXTS = (6000, 400)
 _SECTION_BYTES = 900_000
-_TITLE_CHARACTERS = 120
-
-_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
-_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +57,8 @@ def samples_section(folder: RunFolder) -> str:
     if not rows:
         return ""
     chosen = choose(rows, _MOST_SHOWN)
-    steps = _shown_steps(files, step)
-    found = {each: _rows_of(files[each], chosen) for each in steps}
+    found = _shown_rows(files, step, chosen)
+    steps = list(found)
     items: list[str] = []
     for prompt_id, reasons in chosen.items():
         room = _SECTION_BYTES - sum(map(_bytes, items))
@@ -106,10 +102,19 @@ def _rows_of(file: Path, prompt_ids: Collection[str]) -> dict[str, Row]:
     return {name: row for row in _rows(file) if row and (name := str(row.get("prompt_id"))) in prompt_ids}
 
 
-def _shown_steps(files: Iterable[int], last: int) -> list[int]:
-    """Return the last step, the one before it and the first; step 0, the reference's, only without others."""
-    earlier = [step for step in files if 0 < step < last] or [step for step in files if step < last]
-    return list(dict.fromkeys([last, *earlier[-1:], *earlier[:1]]))
+def _shown_rows(
+    files: Mapping[int, Path], last: int, prompt_ids: Collection[str]
+) -> dict[int, dict[str, Row]]:
+    """Return the rows of the last step, the one before it and the first, by step.
+
+    Step 0 is not shown beside others if its responses are the reference's.
+    """
+    earlier = [step for step in files if step < last]
+    start = _rows_of(files[0], prompt_ids) if 0 in earlier else {}
+    if len(earlier) > 1 and all(row.get("policy") == row.get("reference") for row in start.values()):
+        earlier = [step for step in earlier if step > 0]
+    steps = dict.fromkeys([last, *earlier[-1:], *earlier[:1]])
+    return {step: start if step == 0 else _rows_of(files[step], prompt_ids) for step in steps}
 
 
 def _item(
@@ -129,8 +134,8 @@ def _item(
         *_policies(prompt_id, steps, found),
         Response("chosen", _text(last.get("chosen"))),
     ]
-    head = inert_html(_excerpt(prompt)) or "empty prompt"
-    why = inert_html(f"{_cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
+    head = inert_html(excerpt(prompt)) or "empty prompt"
+    why = inert_html(f"{cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
     for longest in _LONGEST_TEXTS:
         texts = side_by_side(prompt, responses, "reference", longest)
         item = (
@@ -165,16 +170,6 @@ def _since(text: str, before: str, step: int) -> str:
         return f"unchanged since step {step}"
     similarity = difference(text[:LONGEST], before[:LONGEST]).similarity
     return f"{100 * (1 - similarity):.0f} % changed since step {step}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _TITLE_CHARACTERS else text[:_TITLE_CHARACTERS] + "\u2026"
-
-
-def _excerpt(prompt: str) -> str:
-    """Return the beginning of a prompt's last turn on one line, without the template's tokens."""
-    turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(prompt)]
-    return _cut(" ".join(next((turn for turn in reversed(turns) if turn), ())))
 
 
 def _sentence(step: int, rows: Sequence[Judged]) -> str:
@@ -222,10 +217,8 @@ def _metrics(folder: RunFolder) -> str:
     most = min(len(rows), _MOST_STEPS)
     shown = [rows[round(at * (len(rows) - 1) / max(most - 1, 1))] for at in range(most)]
     head = "".join(f"<th>{_COLUMNS[key]}</th>" for key in keys)
-    lines = "".join(
-        f"<tr><td>{row['step']:,.0f}</td>{''.join(f'<td>{_cell(key, row)}</td>' for key in keys)}</tr>"
-        for row in shown
-    )
+    lines = _row("reference", [_cell(_of_reference(key), rows[-1]) for key in keys]) if rows else ""
+    lines += "".join(_row(f"{row['step']:,.0f}", [_cell(key, row) for key in keys]) for row in shown)
     return (
         '<div class="samples-metrics"><table class="numbers">'
         f"<tr><th>step</th>{head}</tr>{lines}</table></div>"
@@ -234,11 +227,20 @@ def _metrics(folder: RunFolder) -> str:
     )
 
 
+def _row(name: str, cells: Sequence[str]) -> str:
+    """Return a row of the table; empty without a value."""
+    return f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" if any(cells) else ""
+
+
+def _of_reference(key: str) -> str:
+    return key.replace("/", "/reference_")
+
+
 def _cell(key: str, row: Mapping[str, float]) -> str:
     value = row.get(key, math.nan)
     if not math.isfinite(value):
         return ""
-    return f"{value:,.0f}" if key.endswith("/length") else f"{100 * value:.0f} %"
+    return f"{value:,.0f}" if key.endswith("length") else f"{100 * value:.0f} %"
 
 
 def _text(value: object) -> str | None:

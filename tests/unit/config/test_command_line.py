@@ -106,11 +106,11 @@ def test_a_rank_whose_error_is_its_own_prints_it(
     monkeypatch.setattr(command_line.time, "sleep", waited.append)
     monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
     error = ConfigError("no such folder", where="model.path")
-    command_line._print(error)
+    command_line._print(error, command_line._Errors(is_json=False))
     assert capsys.readouterr().err == error.block() + "\n"
     assert len(waited) == 1
     error.reporting_rank = 0
-    command_line._print(error)
+    command_line._print(error, command_line._Errors(is_json=False))
     assert (capsys.readouterr().err, len(waited)) == ("", 1), "another rank prints it"
 
 

@@ -51,17 +51,17 @@ def test_the_facts_of_some_keys() -> None:
 @pytest.mark.parametrize(
     ("key", "verbs"),
     [
-        ("model.path", "train, precompute, evaluate, doctor, pairs"),
+        ("model.path", "train, precompute, evaluate, compare, doctor, pairs"),
         ("model.gradient_checkpointing", "train"),
-        ("data.train.columns", "train, precompute, evaluate, doctor, pairs"),
+        ("data.train.columns", "train, precompute, evaluate, compare, doctor, pairs"),
         ("data.train.weight", "train, precompute"),
-        ("data.eval.path", "train, precompute, evaluate, doctor"),
+        ("data.eval.path", "train, precompute, evaluate, compare, doctor"),
         ("optim.lr", "train"),
         ("trainer.seed", "train, precompute, evaluate"),
-        ("reference.store", "train, precompute, evaluate, doctor, pairs"),
+        ("reference.store", "train, precompute, evaluate, compare, doctor, pairs"),
         ("evaluation.model", "evaluate"),
         ("doctor.fail_on", "doctor"),
-        ("pairs.endpoint.url", "pairs"),
+        ("pairs.endpoint.url", "compare, pairs"),
     ],
 )
 def test_the_verbs_that_use_a_key(key: str, verbs: str) -> None:

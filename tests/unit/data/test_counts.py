@@ -10,11 +10,12 @@ import pytest
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.build_dataset import prepare_dataset
+from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, remembered_count
 from dpo_dist.data.sampler import Span, make_sampler
 from dpo_dist.errors import DataError
-from dpo_dist.training.data_setup import describe_counts, describe_short_run
+from dpo_dist.training.data_setup import describe_short_run
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl
 
@@ -39,9 +40,13 @@ def test_unread_fields_are_counted_by_name(tmp_path: Path) -> None:
     assert counts["dropped"] == {"unread_content": 2}
     assert (counts["unread_documents"], counts["unread_images"]) == (2, 1)
     assert "documents" in counts["details"]["unread_content"]
-    [line, plain] = describe_counts("train", counts)
-    assert "2 dropped (unread_content)" in line
-    assert "2 unread documents" in line
+    lines = describe_counts("train", counts)
+    assert lines[:2] == [
+        "train data: 40 of 42 records kept",
+        "  2 dropped (unread_content): a field that the responses may depend on is not read",
+    ]
+    assert "  2 unread_documents: the field documents is not read" in lines
+    plain = lines[-1]
     assert "40 of 40 records are plain text" in plain
     assert "data.text_as_messages=true" in plain
 
@@ -63,10 +68,9 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     ]
     lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
-    assert lines[1:3] == [
-        f"train data: one-records ({first}): 40 of 40 records kept, 40 pairs",
-        f"train data: two-records ({second}): 3 of 4 records kept, 1 dropped (missing_field), 3 pairs",
-    ]
+    assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
+    assert f"  of one-records ({first}): 40 of 40 records kept" in lines
+    assert f"  of two-records ({second}): 3 of 4 records kept, 1 missing_field" in lines
     json.dumps(counts)
 
 

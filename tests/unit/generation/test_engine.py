@@ -81,7 +81,7 @@ def test_the_arguments_for_vllm(tmp_path: Path, adapter: Path, monkeypatch: pyte
     config = configured(tmp_path, adapter.parent / "base")
     responder = open_responder(find_model(str(adapter), config), config)
     generator = open_generator(responder, Engine.vllm, config, torch.device("cpu"))
-    assert generator.generate([REQUEST], Sampling(9, 0.7, 0.9, seed=2)) == [Sample([5, 6], True)]
+    assert generator.generate([REQUEST], Sampling(9, 0.7, 0.9, seed=2)) == [Sample([5, 6], True, 2)]
     assert (seen["model"]["model"], seen["model"]["dtype"]) == (str(adapter.parent / "base"), "float32")
     assert seen["model"]["enable_lora"]
     assert seen["lora"] == ("adapter", 1, str(adapter))

@@ -33,8 +33,10 @@ def test_facts_of_a_loop() -> None:
 
 def test_facts_of_usual_empty_and_refusing_responses() -> None:
     usual = text_facts(ENGLISH, 20, is_finished=True)
-    assert usual == TextFacts(20, True, 1.0, 1 / 19, False, False, "en")
-    assert text_facts(" \n", 1, is_finished=True) == TextFacts(1, True, None, 0.0, True, False, None)
+    assert usual == TextFacts(20, True, 1.0, 1 / 19, False, False, "en", 17, False, False)
+    assert text_facts(" \n", 1, is_finished=True) == TextFacts(
+        1, True, None, 0.0, True, False, None, 0, False, False
+    )
     assert text_facts("I'm sorry, but I cannot help.", 9, is_finished=True).is_refusal
     assert text_facts("\u5929\u6c14\u5929\u6c14\u5929\u6c14", 3, is_finished=True).distinct_3 == 2 / 4
 
@@ -59,3 +61,26 @@ def test_metrics_are_means_of_what_is_known() -> None:
         }
     )
     assert "language_changed" not in sample_metrics(facts[2:], ["en", None])
+
+
+@pytest.mark.parametrize(
+    ("text", "has_list", "has_markdown"),
+    [
+        ("Buy:\n- milk\n- bread", True, False),
+        ("1. first\n2) second", True, False),
+        ("- one item only", False, False),
+        ("It costs 3.5 - not\n4.5 - a lot.", False, False),
+        ("# Title\ntext", False, True),
+        ("a **bold** word", False, True),
+        ("```\ncode\n```", False, True),
+        ("see [this](https://example.org)", False, True),
+        ("2 * 3 ** 2 and a#b", False, False),
+    ],
+)
+def test_lists_and_markdown(text: str, has_list: bool, has_markdown: bool) -> None:
+    facts = text_facts(text, 9, is_finished=True)
+    assert (facts.has_list, facts.has_markdown) == (has_list, has_markdown)
+
+
+def test_words_are_counted_without_punctuation() -> None:
+    assert text_facts("It is 5 o'clock, \u5929\u6c14.", 9, is_finished=True).words == 7

@@ -100,3 +100,14 @@ def test_a_mistyped_folder_with_one_slash_is_named(tmp_path: Path, monkeypatch: 
         with pytest.raises(ConfigError) as raised:
             model_folder(path, None)
         assert raised.value.remedy.startswith(remedy)
+
+
+def test_an_adapter_is_a_model_only_where_it_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("dpo_dist.model.folder._snapshot", lambda *_: tmp_path)
+    for path in (str(tmp_path), "org/adapter"):
+        assert model_folder(path, None, accepts_adapter=True) == tmp_path
+        with pytest.raises(ConfigError, match=r"no config\.json"):
+            model_folder(path, None)

@@ -46,5 +46,8 @@ def test_other_tokens_for_the_same_ids_are_an_error(tmp_path: Path) -> None:
             other.write_text(other.read_text().replace("<|im_end|>", "<|fin|>"))
     with pytest.raises(ConfigError, match="other ids for the same tokens") as caught:
         check_same_vocabulary(folder, tiny.qwen(), CONFIG)
+    assert caught.value.where == "reference.path"
+    with pytest.raises(ConfigError, match=r"tokenizer of evaluation\.model has other ids") as caught:
+        check_same_vocabulary(folder, tiny.qwen(), CONFIG, "evaluation.model")
     assert "1 of" in str(caught.value.got)
     assert "<|im_end|>" in str(caught.value.got)

@@ -82,6 +82,13 @@ def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -
     assert "1 held-out prompt: none is empty" in html
 
 
+def test_step_0_is_shown_if_the_policy_did_not_start_as_the_reference(tmp_path: Path) -> None:
+    for step, word in ((0, "one"), (100, "four"), (200, "five"), (300, "six")):
+        write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
+    labels = re.findall(r"<h4>(step [^<]+)", section(tmp_path))
+    assert [label.strip() for label in labels] == ["step 300", "step 200", "step 0"]
+
+
 def test_faults_of_all_prompts_are_counted(tmp_path: Path) -> None:
     rows = [sample(number) for number in range(6)]
     rows += [sample(7, ""), sample(8, policy_finished=False), sample(9, policy_finished=False)]
@@ -121,7 +128,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
 
 
 def test_its_size_is_bounded(tmp_path: Path) -> None:
-    huge = "\u202e" * 300_000
+    huge = "\u202e" * 30_000
     rows = [sample(number, huge, prompt=huge, chosen=huge, source=huge) for number in range(12)]
     for step in (100, 200, 300):
         write_samples(tmp_path, step, rows)
@@ -159,13 +166,14 @@ def test_metrics_over_steps(tmp_path: Path) -> None:
         {"step": step, "eval_samples/length": 100.0 + step, "eval_samples/finished": 0.5}
         for step in range(0, 1001, 10)
     ]
-    log.write_text(json.dumps([*rows, {"step": 1010, "eval_samples/length": None}]))
+    rows.append({"step": 1010, "eval_samples/length": None, "eval_samples/reference_length": 30})
+    log.write_text(json.dumps(rows))
     html = section(tmp_path)
     table = re.search("<table.*?</table>", html)
     assert table is not None
     cells = re.findall("<td>(.*?)</td>", table[0])
     assert len(cells) == 8 * 3
-    assert cells[:3] == ["0", "100", "50 %"]
-    assert cells[-3:] == ["1,010", "", ""]
+    assert cells[:6] == ["reference", "30", "", "0", "100", "50 %"]
+    assert cells[-3:] == ["870", "970", "50 %"]
     log.write_text("{")
     assert "<table" not in section(tmp_path)

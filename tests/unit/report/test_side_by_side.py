@@ -26,6 +26,13 @@ def test_of_two_responses_both_are_marked() -> None:
     assert re.findall("<mark>(.*?)</mark>", shown) == ["cat", "dog"]
 
 
+def test_a_text_with_hardly_a_common_word_is_not_marked() -> None:
+    ours, theirs = (" ".join(f"{side}{number}" for number in range(30)) for side in "ab")
+    shown = side_by_side("Who?", [Response("a", ours), Response("b", f"{theirs} a29")], against="a")
+    assert "<mark>" not in shown
+    assert "97 % of its words not in a, not marked" in shown
+
+
 def test_without_a_response_to_compare_nothing_is_marked() -> None:
     texts = [Response("a", "one cat"), Response("b", "one dog")]
     for against in (None, "missing"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import wandb
@@ -18,12 +19,13 @@ import wandb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
+from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.tracked_values import wandb_names
 from dpo_dist.report.tracking import Tracker, open_tracker
 from dpo_dist.report.wandb_file import read_records, read_rows
-from tests.support.wandb_file import history_rows
+from tests.support.wandb_file import history_rows, media_rows
 from tests.support.wandb_server import WandbServer
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
@@ -107,6 +109,98 @@ def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path:
     assert [record.exit_code for record in records_of(run_dir, "exit")] == [0]
 
 
+def sample(**changed: Any) -> dict[str, Any]:
+    row = {"prompt": "a prompt", "prompt_id": "1", "source": "a", "step": 2, "chosen": "c", "reference": None}
+    return {**row, "policy": "p" * 5000, "policy_tokens": 3, "policy_finished": True, **changed}
+
+
+def with_results(run_dir: Path, samples: list[dict[str, Any]]) -> RunFolder:
+    """A run directory with the files that wandb gets."""
+    folder = RunFolder(run_dir)
+    files = {
+        folder.model / "model.safetensors": "w" * 100,
+        folder.checkpoints / "step-000001" / "old.pt": "old",
+        folder.checkpoints / "step-000002" / "rank" / "new.pt": "new",
+        folder.report: "<p>a page</p>",
+        folder.doctor_report: "{}",
+        run_dir / "store" / "space.json": "{}",
+        folder.samples_file(2): "".join(json.dumps(row) + "\n" for row in samples),
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def log_and_finish(folder: RunFolder, tracking: TrackingConfig) -> None:
+    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
+    tracker = open_tracker(config, folder, lambda: None)
+    tracker.log({"step": 1, "loss": 0.7})
+    margins = Histogram.of(np.array([0.0, 1.0, 1.0], dtype=np.float32))
+    tracker.log({"step": 2, "eval_loss": 0.6, "eval_samples/length": 3.0}, margins)
+    summary = {"steps": 2, "reference": {"entries": str(folder.path / "store")}}
+    verdict = {"sentence": "learnt little", "findings": [{"rule": "a", "text": "b"}]}
+    tracker.finish("completed", {**summary, "verdict": verdict})
+
+
+def test_a_run_has_tables_histograms_its_verdict_and_its_files_by_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    folder = with_results(tmp_path, [sample(reference=f"by hf_{SECRET}"), sample(), sample()])
+    tracking = TrackingConfig(wandb=WandbMode.offline, samples=2, notes="a note")
+    log_and_finish(folder, tracking)
+
+    steps, evaluation = media_rows(tmp_path)
+    assert steps == {}
+    histogram = evaluation["eval/margins_histogram"]
+    assert (sum(histogram["values"]), histogram["bins"][0], histogram["bins"][-1]) == (3, 0.0, 1.0)
+    (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
+    content = json.loads(table.read_text())
+    assert len(content["data"]) == 2
+    shown = dict(zip(content["columns"], content["data"][0], strict=True))
+    assert (shown["prompt"], shown["reference"]) == ("a prompt", "by ***")
+    assert len(shown["policy"]) < 4100
+
+    assert [run.notes for run in records_of(tmp_path, "run")][-1] == "a note\n\nVerdict: learnt little"
+    updates = [str(record) for record in records_of(tmp_path, "summary")]
+    assert any("learnt little" in update for update in updates)
+
+    artifacts = {record.type: record for record in records_of(tmp_path, "artifact")}
+    files = {
+        kind: {
+            entry.path: entry.ref.removeprefix(folder.path.as_uri()) for entry in artifact.manifest.contents
+        }
+        for kind, artifact in artifacts.items()
+    }
+    del files["run_table"]
+    assert files == {
+        "model": {"model/model.safetensors": "/model/model.safetensors"},
+        "checkpoint": {"step-000002/rank/new.pt": "/checkpoints/step-000002/rank/new.pt"},
+        "reference-store": {"space.json": "/store/space.json"},
+        "report": {"report.html": "", "doctor.json": "/doctor/doctor.json"},
+    }
+    staged = [entry.local_path for artifact in artifacts.values() for entry in artifact.manifest.contents]
+    assert all(Path(path).is_relative_to(tmp_path) for path in staged if path)
+
+
+def test_no_text_is_sent_with_samples_0(tmp_path: Path) -> None:
+    log_and_finish(with_results(tmp_path, [sample()]), TrackingConfig(wandb=WandbMode.offline, samples=0))
+    assert [list(media) for media in media_rows(tmp_path)] == [[], ["eval/margins_histogram"]]
+    entries = [entry for record in records_of(tmp_path, "artifact") for entry in record.manifest.contents]
+    assert all(entry.ref for entry in entries)
+    assert not list(tmp_path.glob("wandb/staging/**/*.html"))
+
+
+def test_a_damaged_file_of_samples_loses_its_table_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_and_finish(with_results(tmp_path, [{"no": "sample"}]), TrackingConfig(wandb=WandbMode.offline))
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
+    (warning,) = warnings(caplog)
+    assert "no table of samples" in warning
+
+
 @pytest.mark.parametrize(("outcome", "code"), [("preempted", 75), ("diverged", 3), ("failed", 1)])
 def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -> None:
     open_in(tmp_path, WandbMode.offline).finish(outcome, {})
@@ -139,40 +233,54 @@ def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, sys, time
+import json, os, sys, time
 from pathlib import Path
 import psutil
+import wandb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.tracking import open_tracker
+from dpo_dist.report.trackers import open_trackers
+from dpo_dist.report.wandb_file import read_rows
 
-folder, checkpoint, last, wait = RunFolder(Path(sys.argv[1])), *map(int, sys.argv[2:4]), float(sys.argv[4])
-metrics = MetricsLog.open(folder, checkpoint or None)
+folder = RunFolder(Path(sys.argv[1]))
 config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))
-recorder = Recorder(metrics, open_tracker(config, folder, lambda: None, rows=metrics.rows), print)
-for step in range(checkpoint + 1, last + 1):
-    recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": float("inf" if step == 4 else step)})
-    if step % 2 == 0:
-        recorder.record({"step": step, "eval_loss": 2 / 3**step})
-    if step % 4 == 0:
-        metrics.save()
-if wait < 0:
-    recorder.metrics.save()
-    recorder.tracker.finish("completed", {"steps": last})
-    sys.exit()
-time.sleep(wait)
-for process in (*psutil.Process().children(recursive=True), psutil.Process()):
-    process.kill()
+
+def steps_on_disk():
+    rows = read_rows(folder.wandb_id.parent, folder.wandb_id.read_text())
+    return [row["train/global_step"] for row in rows]
+
+def train(checkpoint, last, end):
+    metrics = MetricsLog.open(folder, checkpoint or None)
+    options = {"rows": metrics.rows, "environment": {}, "say": lambda text: None}
+    recorder = Recorder(metrics, open_trackers(config, folder, lambda: None, **options), lambda text: None)
+    for step in range(checkpoint + 1, last + 1):
+        norm = float("inf" if step == 4 else step)
+        recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": norm})
+        if step % 2 == 0:
+            recorder.record({"step": step, "eval_loss": 2 / 3**step})
+        if step % 4 == 0:
+            metrics.save()
+    if end == "well":
+        recorder.metrics.save()
+        recorder.trackers.finish("completed", {"steps": last})
+        os._exit(0)
+    while end == "kept" and last not in steps_on_disk():
+        time.sleep(0.1)
+    for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+        process.kill()
+
+for start in json.loads(sys.argv[2]):  # forked, so that modules are imported once
+    began = int(time.time())
+    child = os.fork()
+    if child == 0:
+        train(*start)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    while int(time.time()) == began:  # wandb names its folders by the second
+        time.sleep(0.05)
 """
-
-
-def train_until(run_dir: Path, checkpoint: int, last: int, wait: float) -> int:
-    """Record the steps after a checkpoint, then die `wait` seconds later; < 0: end well."""
-    command = [sys.executable, "-c", KILLED, str(run_dir), *map(str, (checkpoint, last, wait))]
-    return subprocess.run(command, check=False, capture_output=True).returncode
 
 
 def test_a_run_killed_three_times_is_one_run_with_every_row_once_and_uploads_by_one_command(
@@ -180,10 +288,10 @@ def test_a_run_killed_three_times_is_one_run_with_every_row_once_and_uploads_by_
 ) -> None:
     run_dir = tmp_path / "run of a user"
     (run_dir / "dpo_metrics").mkdir(parents=True)
-    assert train_until(run_dir, 0, 6, 2.0) == -9  # its rows are on the disk
-    assert train_until(run_dir, 4, 10, 0.0) == -9  # its rows are lost
-    assert train_until(run_dir, 8, 11, 2.0) == -9
-    assert train_until(run_dir, 8, 13, -1) == 0
+    starts = [(0, 6, "kept"), (4, 10, "lost"), (8, 11, "kept"), (8, 13, "well")]
+    command = [sys.executable, "-c", KILLED, str(run_dir), json.dumps(starts)]
+    outcome = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert outcome.stdout.split() == ["-9", "-9", "-9", "0"]
 
     rows = [dict(row) for row in MetricsLog.open(RunFolder(run_dir), 13).rows]
     sent = history_rows(run_dir)
@@ -277,7 +385,7 @@ def test_online_run_reaches_the_server_and_its_stop_button_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = threading.Event()
-    with WandbServer() as server:
+    with WandbServer(stops_the_run=True) as server:
         tracker = open_online(tmp_path / "run", monkeypatch, server.url, request_stop=stop.set)
         assert tracker.run is not None
         assert not tracker.run.offline

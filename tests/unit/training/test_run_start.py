@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +22,7 @@ from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.tracking import Tracker
+from dpo_dist.report.trackers import Trackers
 from dpo_dist.training.finish import finish
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import (
@@ -47,6 +48,9 @@ class Screen(Console):
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def result(self, _kind: str, _content: Any, lines: Sequence[str]) -> None:
+        self.lines += lines
+
 
 def config_in(folder: RunFolder, keep_last: int = 2, resume: Resume = Resume.auto) -> RunConfig:
     return replace(
@@ -70,7 +74,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def recorder_in(folder: RunFolder) -> Recorder:
-    return Recorder(MetricsLog.open(folder, 4), Tracker(None), print)
+    return Recorder(MetricsLog.open(folder, 4), Trackers(), print)
 
 
 def test_the_state_is_read_as_it_was_written(folder: RunFolder) -> None:

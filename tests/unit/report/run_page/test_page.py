@@ -1,148 +1,138 @@
-"""The report page shows a run's configuration, results and cost, and needs no other file."""
+"""The report page of a run: complete, self-contained, inert, without sections of missing files."""
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
-from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.run_page.page import write_page
-
-# Seconds of each phase in the last step, which takes one second.
-SHARES = {
-    "data": 0.001,
-    "reference": 0.0,
-    "forward": 0.24,
-    "backward": 0.5,
-    "optimizer": 0.25,
-    "checkpoint": 0.0,
-    "other": 0.009,
-}
-VOID = {"meta", "img"}
+from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
 
 
-class Page(HTMLParser):
-    """Visible text, tags and addresses of a page; fails if tags do not match."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.tags, self.open = "", [], []
-        self.addresses: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "style")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text += data + "\n"
+def page_of(run: RunFolder, price: float | None = None) -> Page:
+    write_page(run, price)
+    return Page(run.report.read_text(encoding="utf-8"))
 
 
-def finished_run(folder: Path) -> Path:
-    run_dir = folder / "qwen-sigmoid-3fa9c1d2"
-    history = MetricsLog.open(RunFolder(run_dir), None)
-    for step in range(1, 31):
-        times = {f"time/{phase}": share * step / 30 for phase, share in SHARES.items()}
-        history.append({"step": step, "loss": 0.7 - step / 100, **times})
-        history.append({"step": step, "eval_loss": 0.71 - step / 100, "eval_rewards/accuracies": 0.625})
-    history.save()
-    history.write_summary(
-        {
-            **final_and_best(history.rows),
-            "steps": 30,
-            "pairs_seen": 1920,
-            "train_seconds": 4210.4,
-            "peak_memory_bytes": 3 * 2**30,
-            "reference": {"mode": "cached", "hits": 3840, "computed": 0, "seconds": 1.25},
-            "data": {"read": 2000, "kept": 1920, "dropped": {"chosen equals rejected": 80}, "truncated": 17},
-            "exit": "preempted",
-        }
+def test_the_verdict_comes_first(tmp_path: Path) -> None:
+    text = page_of(made_run(tmp_path)).section("qwen-sigmoid-3fa9c1d2")
+    order = (
+        "completed",
+        "Both responses become less likely: plain.",
+        "Plain fell.",
+        "Try",
+        "final loss",
+        "Samples",
     )
-    draw_curves(history.rows, history.folder.curves, "qwen")
-    config = {
-        "model": {"path": "org/model", "revision": None},
-        "data": {"train": [{"path": "<script>alert(1)</script>", "weight": 2.0, "split": None}, "b & c"]},
-        "loss": {"kind": "sigmoid", "beta": 0.1},
-    }
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-    (run_dir / "environment.json").write_text(json.dumps({"versions": {"torch": "2.13.0"}}))
-    return run_dir
+    places = [
+        text.index(part) for part in (*order, "Curves over", "By source", "Training data", "Time by work")
+    ]
+    assert places == sorted(places)
 
 
-def test_the_page_shows_configuration_and_results(tmp_path: Path) -> None:
-    run_dir = finished_run(tmp_path)
-    write_page(RunFolder(run_dir))
-    page = Page((run_dir / "report.html").read_text())
-    for shown in (
-        "qwen-sigmoid-3fa9c1d2",
-        "preempted",
-        "best 0.4100 at step 30",
-        "best 0.6250 at step 1",
-        "1,920 pairs",
-        "1 h 10 min",
-        "3.0 GiB",
-        "loss.beta\n0.1",
-        "hits\n3840",
-        "dropped.chosen equals rejected\n80",
-        "truncated\n17",
-        "versions.torch\n2.13.0",
-        "The last 20 of 30.",
-        "\n30\n0.4100",
-        "forward\n124.0 ms\n24.0%",
-        "data\n0.5 ms\n0.1%",
-        "Mean of the 30 logged steps",
-    ):
-        assert shown in page.text, shown
-    assert "\n10\n0.6100" not in page.text
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [
+        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-06; 1,920 training pairs"),
+        ("final loss", "0.4000"),
+        ("eval accuracy", "0.6250 95 %: 0.5500 to 0.7000; best 0.6250 at step 1"),
+        ("steps", "30 1,920 pairs"),
+        ("training time", "1 h 10 min"),
+        ("peak memory", "3.0 GiB"),
+        ("cost", "6.05"),  # 2 GPUs, 4210.4 + 60 + 84 seconds, 2.5 an hour
+        ("By length", "64-127 0.7000 [0.6, 0.8]"),
+        (
+            "By source",
+            "all pairs 100 evaluation pairs 0.6250 [0.55, 0.7] 0.625, between 0.550 and 0.700 0.5000",
+        ),
+        (
+            "By source",
+            "math 40 evaluation pairs, not better than guessing 0.5500 [0.45, 0.65] 0.550, between",
+        ),
+        ("Evaluations (30)", "The last 20 of 30."),
+        (
+            "Chosen responses became less likely",
+            "-1.01 to -1.30 nats per token, so that a token is on average 75 %",
+        ),
+        ("Chosen responses became less likely", "In 60 % of the evaluation pairs both are less likely"),
+        ("Chosen responses became less likely", "Both are beyond the verdict's limits"),
+        (
+            "Training data",
+            "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are the same",
+        ),
+        ("Training data", "17 (0.89 %) the end of a response is cut, and with it"),
+        ("Findings of the doctor", "The doctor examined these data: 1 error."),
+        ("Time by work", "training steps 1 h 10 min 97 %"),
+        ("Time by work", "evaluations 1 min 00 s"),
+        ("Time of a step by phase", "forward the policy's log-probs, and the loss 124.0 ms 24.0%"),
+        ("Memory", "needed 3.0 GiB at its peak"),
+        ("Model FLOPs utilization (MFU)", "40 % of the measured peak, 30 % of the data sheet's; 64.00 pairs"),
+        ("Cost", "6.05, for 2.42 GPU-hours at 2.5 each"),
+        (
+            "Reference model",
+            "840 log-probs computed in 1 min 24 s, 3,000 reused. Reuse saved about 5 min 00 s",
+        ),
+        ("Reference model", "differ from the stored ones by 2e-09 nats per token on average"),
+        ("Reference model", "That is rounding."),
+        ("Repeat this run", "python -m dpo_dist.train plain"),
+        ("Repeat this run", "abc123, with 2 changed files digest of the configuration 3fa9c1d2"),
+        ("Repeat this run", "torch 2.13.0"),
+        ("Complete configuration", "loss.beta 0.1"),
+        ("Environment", "packages.torch 2.13.0"),
+    ],
+)
+def test_the_page_says(page: Page, heading: str, expected: str) -> None:
+    assert expected in page.section(heading)
 
 
-def test_the_page_has_the_last_metrics_of_each_source(tmp_path: Path) -> None:
-    run_dir = finished_run(tmp_path)
-    history = MetricsLog.open(RunFolder(run_dir), 30)
-    history.append({"step": 31, "rewards/accuracies/math": 0.25, "rewards/margins/math": 1.5})
-    history.append({"step": 32, "rewards/accuracies/math": 0.75, "rewards/accuracies/a&b": 0.5})
-    history.append({"step": 32, "eval_loss": 0.1, "eval_rewards/accuracies/math": 0.625})
-    history.save()
-    write_page(RunFolder(run_dir))
-    page = Page((run_dir / "report.html").read_text())
-    table = page.text[page.text.index("Sources\n") :]
-    assert table.startswith("Sources\nsource\naccuracy\nmargin\neval accuracy\na&b\n0.5000\n")
-    assert "\nmath\n0.7500\n1.500\n0.6250\n" in table
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(made_run(tmp_path_factory.mktemp("page")))
 
 
-def test_the_page_is_self_contained_and_escapes_texts(tmp_path: Path) -> None:
-    run_dir = finished_run(tmp_path)
-    write_page(RunFolder(run_dir))
-    html = (run_dir / "report.html").read_text()
-    page = Page(html)
-    assert "script" not in page.tags
-    assert "link" not in page.tags
-    assert "<script>alert(1)</script>" in page.text
+def test_only_the_last_evaluations_have_a_line(page: Page) -> None:
+    table = page.section("Evaluations (30)")
+    assert " 30 0.4100 " in table
+    assert " 10 0.6100 " not in table
+
+
+def test_a_price_replaces_that_of_the_run(tmp_path: Path) -> None:
+    assert "at 5 each" in page_of(made_run(tmp_path), price=5.0).text
+
+
+def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    file = run.evaluation_of(LAST_EVALUATION).results
+    content = json.loads(file.read_text())
+    content["all"]["eval_loss"] += 0.1
+    file.write_text(json.dumps(content))
+    text = page_of(run).text
+    assert "95 %" not in text
+    assert "[0.55, 0.7]" not in text
+
+
+def test_texts_add_no_element(tmp_path: Path) -> None:
+    plain, page = page_of(made_run(tmp_path / "plain")), page_of(made_run(tmp_path / "hostile", HOSTILE))
+    tags = [[tag for tag in each.tags if tag not in ("i", "mark")] for each in (plain, page)]
+    assert tags[0] == tags[1]
+    assert page.tags.count("script") == 1
+    assert not {"img", "link", "iframe"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "style")]
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    html = (tmp_path / "hostile" / "qwen-sigmoid-3fa9c1d2" / "report.html").read_text()
     assert "default-src 'none'" in html
-    assert '<meta name="referrer" content="no-referrer">' in html
-    assert "://" not in html.replace("data:image/png;base64,", "").split("base64,")[0]
-    (picture,) = page.addresses
-    assert picture.startswith("data:image/png;base64,")
+    assert "\u202e" not in html
+    assert "\x1b" not in html
     assert "url(" not in html
-    assert "@import" not in html
 
 
 def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
     write_page(RunFolder(tmp_path))
     page = Page((tmp_path / "report.html").read_text())
     assert tmp_path.name in page.text
-    assert not {"h2", "table", "img", "details"} & set(page.tags)
+    assert not {"h2", "table", "svg", "details", "script"} & set(page.tags)
 
 
 @pytest.mark.parametrize(
@@ -150,20 +140,55 @@ def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
     [
         ("config.yaml", "a: [", "Complete configuration"),
         ("environment.json", "{", "Environment"),
-        ("dpo_metrics/summary.json", "7", "Reference log-probs"),
-        ("dpo_metrics/log_history.json", "{}", "Evaluations"),
+        ("dpo_metrics/summary.json", "7", "Reference model"),
+        ("dpo_metrics/log_history.json", "{}", "Evaluations (30)"),
+        ("doctor/doctor.json", "[]", "Findings of the doctor"),
     ],
 )
 def test_an_unreadable_file_omits_only_its_section(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: str, heading: str
 ) -> None:
-    run_dir = finished_run(tmp_path)
-    (run_dir / name).write_text(content)
-    write_page(RunFolder(run_dir))
-    text = Page((run_dir / "report.html").read_text()).text
-    headings = {"Complete configuration", "Environment", "Reference log-probs", "Evaluations"}
-    assert {shown for shown in headings if shown in text} == headings - {heading}
+    run = made_run(tmp_path)
+    (run.path / name).write_text(content)
+    text = page_of(run).text
+    headings = {
+        *("Complete configuration", "Environment", "Reference model", "Evaluations (30)"),
+        "Findings of the doctor",
+    }
+    assert {shown for shown in headings if f"{shown}\n" in text} == headings - {heading}
     assert Path(name).name in caplog.text
+
+
+def test_other_content_of_a_file_omits_only_its_section(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made_run(tmp_path)
+    content = json.loads(run.summary.read_text())
+    run.summary.write_text(json.dumps({**content, "reference": {"mode": "cached", "hits": "many"}}))
+    text = page_of(run).text
+    assert "Reference model\n" not in text
+    assert "Training data\n" in text
+    assert "reference_section of the report is omitted" in caplog.text
+
+
+def test_a_run_that_has_not_ended_says_so(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    run.summary.unlink()
+    assert "This run has not ended: its last metrics are of step 30." in page_of(run).text
+
+
+def test_the_run_of_an_earlier_version_gets_a_verdict(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    content = json.loads(run.summary.read_text())
+    del content["verdict"], content["settings"]
+    content["data"] = content["data"]["train"]  # without a part for evaluation
+    run.summary.write_text(json.dumps(content))
+    for file in (run.evaluation_of(LAST_EVALUATION).results, run.state, run.doctor_report):
+        file.unlink()
+    page = page_of(run)
+    assert "Verdict" in page.text
+    assert "1,920 of 2,000 records kept" in page.text
+    assert "The doctor has not examined these data." in page.text
 
 
 def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
@@ -171,5 +196,6 @@ def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> Non
     history.append({"step": 1, "loss": float("nan"), "eval_loss": float("inf")})
     history.save()
     history.write_summary({**final_and_best(history.rows), "exit": "diverged"})
-    write_page(RunFolder(tmp_path))
-    assert "diverged" in Page((tmp_path / "report.html").read_text()).text
+    page = page_of(RunFolder(tmp_path))
+    assert "diverged" in page.text
+    assert "not finite" in page.text

@@ -1,0 +1,58 @@
+"""Compare models: `python -m dpo_dist.compare 'compare.models=[base=./base,output/a]' data.eval=[FILE]`.
+
+The same held-out prompts through every model: responses side by side, style, KL to the first model, and with
+a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and win rates. `accelerate launch
+-m dpo_dist.compare ...` shares the work among processes. The same command again continues after the finished
+parts. docs/compare.md explains the files.
+"""
+
+import logging
+
+from dpo_dist.comparison.startup import check_comparison
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ExitCode
+from dpo_dist.report.console import open_console, print_text
+
+
+def main(config: RunConfig) -> int:
+    """Write the comparison of `compare.models`; return the exit code.
+
+    Raises:
+        DpoDistError: data, a model or the judge cannot be used.
+    """
+    models, folder = check_comparison(config), RunFolder.of(config)
+    with open_console(folder, config.console) as console:
+        from dpo_dist.comparison.compare_models import compare_models  # noqa: PLC0415  (slow, prints)
+        from dpo_dist.report.comparison_page import write_comparison_page  # noqa: PLC0415
+        from dpo_dist.report.comparison_table import comparison_table  # noqa: PLC0415
+
+        results = compare_models(config, models, console)
+        if results is not None:
+            for line in comparison_table(results):
+                console.say(line)
+            write_comparison_page(folder.comparison)
+            console.say(f"page: {folder.comparison_page}   responses: {folder.comparison_answers}")
+    return ExitCode.completed
+
+
+def check(config: RunConfig) -> int:
+    """Check everything that needs no weights and no GPU; return the exit code.
+
+    Raises:
+        DpoDistError: the first check that fails.
+    """
+    models = check_comparison(config)
+    logging.disable(logging.WARNING)
+    try:
+        from dpo_dist.comparison.preflight import rehearse_comparison  # noqa: PLC0415  (slow)
+
+        print_text("check", rehearse_comparison(config, models), config.console)
+    finally:
+        logging.disable(logging.NOTSET)
+    return ExitCode.completed
+
+
+if __name__ == "__main__":
+    run_verb(main, check, needs_model=False, needs_training_data=False)

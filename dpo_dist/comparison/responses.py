@@ -1,0 +1,185 @@
+"""Responses of a model, and log-probs of responses under it; its weights are loaded once."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.comparison.startup import KEY, Compared
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.packing import PackedBatch, Sequences, pack
+from dpo_dist.distributed.weight_loading import whole_loading
+from dpo_dist.generation.prompts import PromptList
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.generation.sampling.parts import Parts
+from dpo_dist.generation.sampling.respond import Numbers, respond
+from dpo_dist.generation.sampling.responder import ModelSource, Responder, open_responder
+from dpo_dist.generation.stages import Stages
+from dpo_dist.model.adapters import load_adapter
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import load_packed
+
+Row = dict[str, Any]
+
+
+class Speaker:
+    """A model of the comparison; its weights are loaded when a process has its first part to do.
+
+    Args:
+        compared: its name and place.
+        source: its files.
+        config: of the comparison.
+        stages: the processes.
+        folder: of the finished parts.
+        prompts: of all models.
+    """
+
+    def __init__(
+        self,
+        compared: Compared,
+        source: ModelSource,
+        config: RunConfig,
+        stages: Stages,
+        folder: Path,
+        prompts: PromptList,
+    ):
+        self.compared, self.source = compared, source
+        self._config, self._stages, self._folder, self._prompts = config, stages, folder, prompts
+        settings = config.compare
+        self._sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+
+    @cached_property
+    def responder(self) -> Responder:
+        """Its tokenizer and stop tokens."""
+        return open_responder(self.source, self._config, KEY)
+
+    @cached_property
+    def _packed(self) -> PackedCausalLM:
+        model_config = replace(
+            self._config.model, gradient_checkpointing="none", adapter=None, compile=False, liger=False
+        )
+        longest = self._config.data.max_length + self._sampling.max_new_tokens
+        if self.responder.longest is not None:
+            longest = min(longest, self.responder.longest)
+        world = self._stages.world
+        with whole_loading(world):
+            packed = load_packed(self.source.folder, model_config, longest, world.device)
+            if self.source.adapter is not None:
+                load_adapter(packed, self.source.adapter, KEY)
+        return packed.eval()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+        """Return a sample for each request, in their order."""
+        with self._packed.unpacked() as causal_lm:
+            budget = self._config.compare.batch_tokens
+            return generate(causal_lm, requests, sampling, self.responder.stop_ids, budget)
+
+    def responses(self) -> Parts:
+        """Return the finished responses of this model; collective.
+
+        Each row is of `respond`, with token ids. Models share the random numbers of a prompt.
+        """
+        prompts, data, model = self._prompts, self._config.data, self._config.model
+        settings = {
+            "prompts": prompts.digest,
+            "part_prompts": prompts.part_prompts,
+            "max_length": data.max_length,
+            "template": [str(data.template), data.template_date, data.chat_template, data.template_arguments],
+            "model": self.source.digest,
+            **asdict(self._sampling),
+            "numerics": [str(model.dtype), None if model.quantization is None else str(model.quantization)],
+        }
+        parts = Parts.of(self._folder, "responses", settings, prompts.parts)
+
+        def part(index: int) -> list[Row]:
+            records = prompts.part(index)
+            return respond(records, self.responder, self, self._sampling, Numbers(0, 1), keeps_ids=True)
+
+        self._stages.finish(f"responses of {self.compared.name}", parts, part)
+        return parts
+
+    def logps(self, responses: Parts, of: str) -> Parts:
+        """Return the finished log-probs of the model `of`'s responses under this model; collective.
+
+        Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
+        """
+        model = self._config.model
+        settings = {
+            "responses": responses.folder.name,
+            "model": self.source.digest,
+            "attention": str(model.attention),
+        }
+        parts = Parts.of(self._folder, "logps", settings, self._prompts.parts)
+
+        def part(index: int) -> list[Row]:
+            rows = responses.read(index)
+            found = response_logps(
+                self._packed, rows, self._config.compare.batch_tokens, self._stages.world.device
+            )
+            return [{"logp": logp} for logp in found]
+
+        name = self.compared.name
+        title = f"log-probs of {name}" if of == name else f"log-probs of {of}'s responses under {name}"
+        self._stages.finish(title, parts, part)
+        return parts
+
+    def has_tokens_of(self, other: "Speaker") -> bool:
+        """Return whether every token of the other model is the same token of this one."""
+        own, tokens = self.responder.tokenizer.get_vocab(), other.responder.tokenizer.get_vocab()
+        return all(own.get(token) == number for token, number in tokens.items())
+
+    def free(self) -> None:
+        """Forget the weights."""
+        vars(self).pop("_packed", None)
+
+
+@torch.inference_mode()
+def response_logps(
+    packed: PackedCausalLM, rows: Sequence[Row], budget: int, device: torch.device
+) -> list[float | None]:
+    """Return the sum of the log-probs of each row's response, in nats; None without a response.
+
+    Args:
+        packed: the model that scores.
+        rows: of `respond`, with token ids; one sample each, or none.
+        budget: most tokens of a batch; a longer sequence is a batch of its own.
+        device: of the forward.
+    """
+    sequences = {
+        index: Sequences(_ids(row["prompt_ids"]), (_ids(row["samples"][0]["ids"]),))
+        for index, row in enumerate(rows)
+        if row["samples"]
+    }
+    # A response without tokens has probability 1.
+    sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
+    for batch in _batches({at: one for at, one in sequences.items() if at not in sums}, budget):
+        packed_batch = _packed([sequences[at] for at in batch])
+        logps = packed(packed_batch.to(device)).double().cpu()
+        parts = logps.split(packed_batch.response_tokens.tolist())
+        sums |= {at: float(part.sum()) for at, part in zip(batch, parts, strict=True)}
+    return [sums.get(index) for index in range(len(rows))]
+
+
+def _batches(sequences: dict[int, Sequences], budget: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room = 0
+    for at, one in sequences.items():
+        tokens = len(one.prompt_ids) + len(one.responses[0])
+        if not batches or tokens > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(at)
+        room -= tokens
+    return batches
+
+
+def _packed(sequences: Sequence[Sequences]) -> PackedBatch:
+    return pack(sequences, np.zeros((len(sequences), 2), dtype=np.uint64))
+
+
+def _ids(numbers: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(numbers, dtype=np.int32)

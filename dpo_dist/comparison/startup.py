@@ -1,0 +1,153 @@
+"""Checks of `compare` before torch is imported and processes join: models, data, judge."""
+
+import re
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+
+from dpo_dist.config.check import as_written
+from dpo_dist.config.fields import declaration
+from dpo_dist.config.pairs_schema import JUDGING, PairsConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.sources import check_source
+from dpo_dist.data.tokenization.chat_template import check_template_file
+from dpo_dist.errors import ConfigError
+from dpo_dist.generation.startup import check_judge
+from dpo_dist.model.folder import is_adapter, local_model_folder
+
+KEY = "compare.models"
+Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
+_NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
+_CHECKPOINT = re.compile(r"step-\d+")
+# Names of folders that say nothing without the folder above.
+_USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model of the comparison.
+
+    Attributes:
+        name: unique; as given, or from the path.
+        path: as given.
+        location: folder or hub name of the model itself: of a run directory, its trained model.
+        kind: of the location.
+    """
+
+    name: str
+    path: str
+    location: str
+    kind: Kind
+
+
+def check_comparison(config: RunConfig) -> list[Compared]:
+    """Check everything that needs no torch, network or other processes; return the models.
+
+    Raises:
+        ConfigError: there are no two models or no held-out prompts, a model is missing or has another's name,
+            there are several judges, or a key has no effect.
+        DataError: a local source is missing.
+    """
+    models = compared_models(config.compare.models)
+    if not config.data.eval_sources:
+        raise ConfigError(
+            "there are no held-out prompts to compare the models on",
+            where="data.eval",
+            got="no source",
+            expected="evaluation data, with responses or without",
+            remedy="set data.eval=[held_out.jsonl], or data.eval_share as in the training runs",
+        )
+    for source in config.data.eval_sources:
+        check_source(source, needs_pairs=False)
+    check_template_file(config.data.chat_template)
+    _check_pairs_keys(config.pairs)
+    check_judge(config.pairs, is_needed=False)
+    return models
+
+
+def compared_models(written: list[str]) -> list[Compared]:
+    """Return the models of `compare.models`.
+
+    Raises:
+        ConfigError: there are fewer than two, one does not exist, or two have the same name.
+    """
+    if len(written) < 2:
+        raise ConfigError(
+            "a comparison needs two models",
+            where=KEY,
+            got=as_written(written),
+            expected="the base and at least one other model",
+            remedy="write 'compare.models=[base=./base,output/a,beta05=output/b]'",
+        )
+    models = [_compared(entry.strip()) for entry in written]
+    names = [model.name for model in models]
+    twice = next((model for model in models if names.count(model.name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            "two models have the same name",
+            where=KEY,
+            got=f"{twice.name}: {', '.join(model.path for model in models if model.name == twice.name)}",
+            remedy="name them: 'compare.models=[first=PATH,second=PATH]'",
+        )
+    return models
+
+
+def _compared(entry: str) -> Compared:
+    named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
+    name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
+    if not path:
+        raise ConfigError("a model has no path", where=KEY, got=repr(entry), expected="PATH or NAME=PATH")
+    location, kind = _located(path)
+    return Compared(name or _short_name(path), path, location, kind)
+
+
+def _located(path: str) -> tuple[str, Kind]:
+    folder = Path(path).expanduser()
+    run = RunFolder(folder)
+    if run.config.is_file() and not (folder / "config.json").is_file():
+        if not run.model.is_dir():
+            raise _without_model(run)
+        folder = run.model
+    elif _CHECKPOINT.fullmatch(folder.name) and (folder / "state.json").is_file():
+        return str(folder), Kind.checkpoint
+    location = str(folder) if folder.is_dir() else path
+    if is_adapter(folder):
+        return location, Kind.adapter
+    local_model_folder(location, None, KEY)
+    return location, Kind.model
+
+
+def _without_model(run: RunFolder) -> ConfigError:
+    checkpoints = sorted(run.checkpoints.glob("step-*"))
+    named = f"name its checkpoint {checkpoints[-1]}" if checkpoints else "name another model"
+    return ConfigError(
+        "this run directory has no model",
+        where=KEY,
+        got=str(run.path),
+        expected=f"{run.model}, which a run writes when it completes",
+        remedy=f"let the run complete, or {named}",
+    )
+
+
+def _short_name(path: str) -> str:
+    """Return the last folder of a path, with the run of a checkpoint before it."""
+    parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
+    if not Path(path).expanduser().exists():  # a hub name
+        return path.rpartition("/")[2]
+    return "/".join(parts[-2:]) if _CHECKPOINT.fullmatch(parts[-1]) else parts[-1]
+
+
+def _check_pairs_keys(pairs: PairsConfig) -> None:
+    """Refuse keys of `pairs` that are not those of a judge."""
+    for field in fields(PairsConfig):
+        is_of_judge = declaration(field).verbs == tuple(JUDGING.split())
+        if not is_of_judge and getattr(pairs, field.name) != getattr(PairsConfig(), field.name):
+            key = f"pairs.{field.name}"
+            raise ConfigError(
+                f"{key} has no effect on a comparison",
+                where=key,
+                got=as_written(getattr(pairs, field.name)),
+                expected="of pairs only the judge: pairs.reward_model, pairs.function or pairs.endpoint",
+                remedy=f"remove {key}; --help compare lists the keys of a comparison",
+            )

@@ -1,0 +1,59 @@
+"""Write the report page of a run again, or a page about the difference of two runs, from their files."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.config.run_folder import existing_run
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.report.run_page.difference import write_difference
+from dpo_dist.report.run_page.page import write_page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        run = existing_run(given.run)
+        if given.other is None:
+            path = write_page(run, given.price, given.output)
+        else:
+            path = write_difference((run, existing_run(given.other)), given.price, given.output)
+    except DpoDistError as error:
+        fault = error
+    except OSError as error:
+        fault = ConfigError(
+            "the page cannot be written",
+            where=str(given.output or given.run),
+            got=str(error),
+            remedy="check permissions and free space, or write it elsewhere: --output page.html",
+        )
+    else:
+        sys.stdout.write(f"report: {path}\n")
+        return ExitCode.completed
+    sys.stderr.write(fault.block() + "\n")
+    return fault.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, also of a run that is training")
+    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="run to compare it with")
+    output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    price = "price of a GPU for an hour, in place of tracking.price_per_gpu_hour"
+    parser.add_argument("--price", type=_price, metavar="NUMBER", help=price)
+    return parser
+
+
+def _price(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

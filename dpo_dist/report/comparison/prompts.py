@@ -1,0 +1,243 @@
+"""Prompts of a comparison with the models' responses side by side, and a filter that needs no script."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.plurals import counted
+from dpo_dist.report.chart_axes import number
+from dpo_dist.report.comparison.results import Model, Results, finite
+from dpo_dist.report.inert import inert_html
+from dpo_dist.report.json_rows import Row, json_rows
+from dpo_dist.report.side_by_side import Response, cut, end_notes, excerpt, side_by_side
+
+_LONGEST_TEXTS = (6000, 3000, 1500)
+# Of a prompt that alone would need much of the page: a character can need 70 bytes of HTML.
+_SHORT_TEXT, _MUCH = 200, 0.05
+# HTML per byte of text: marks of words that differ. HTML of a prompt without its texts.
+_GROWTH, _ITEM_BYTES = 1.6, 2000
+_MOST_SOURCES, _MOST_MODELS, _MOST_RANGES = 8, 8, 40
+
+_UNFINISHED, _EMPTY = "a response does not end", "a response is empty"
+
+PROMPTS_STYLE = """
+.switch { position: absolute; opacity: 0; width: 1px; height: 1px; }
+.filters { display: flex; flex-wrap: wrap; gap: 6px; margin: 8px 0; }
+.filters label, .filters input { border: 1px solid var(--line); border-radius: 6px; padding: 3px 12px; }
+.filters label { cursor: pointer; font-size: 13px; background: var(--tile); overflow-wrap: anywhere; }
+.filters input { font: inherit; font-size: 14px; flex: 1 1 220px; min-width: 0; max-width: 420px; }
+[hidden] { display: none !important; }
+.prompt { margin: 10px 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; }
+.prompt summary { overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.prompt summary small { display: block; font-weight: 400; color: var(--quiet); unicode-bidi: isolate; }
+.quiet { color: var(--quiet); font-size: 13px; }
+"""
+
+SCRIPT = """
+const search = document.getElementById("search"), found = document.getElementById("found");
+if (search) {
+  const items = [...document.querySelectorAll(".prompt")];
+  const texts = new Map();
+  const update = () => {
+    const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    let shown = 0;
+    for (const item of items) {
+      if (words.length && !texts.has(item)) texts.set(item, item.textContent.toLowerCase());
+      item.hidden = !words.every((word) => texts.get(item).includes(word));
+      if (getComputedStyle(item).display !== "none") shown += 1;
+    }
+    found.textContent = shown + " of " + items.length + " prompts";
+  };
+  search.hidden = found.hidden = false;
+  search.addEventListener("input", update);
+  for (const input of document.querySelectorAll("input.switch")) input.addEventListener("change", update);
+  update();
+}
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The section and the style sheet of its filters."""
+
+    html: str
+    style: str
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """The rows of the file before any is shown: labels of filters, characters that a text may have."""
+
+    labels: Sequence[str]
+    longest: int
+    rows: int
+
+
+def prompts_section(file: Path, results: Results, room: int) -> Section:
+    """Return the prompts of `answers.jsonl` in at most about `room` bytes of HTML.
+
+    Prompts without room are omitted, and the section says which.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    survey = _survey(file, results, room)
+    items: list[str] = []
+    counts = Counter[str]()
+    omitted: list[int] = []
+    damaged, used = 0, 0
+    for line, row in enumerate(json_rows(file), start=1):
+        if row is None or not isinstance(row.get("responses"), dict):
+            damaged += 1
+            continue
+        labels = [label for label in _labels(row, results) if label in survey.labels]
+        item = _item(row, labels, survey, results, room - used, room)
+        if not item:
+            omitted.append(line)
+            continue
+        counts.update(labels)
+        items.append(item)
+        used += _bytes(item)
+    notes = _notes(omitted, damaged, survey)
+    if not items:
+        return Section(f"<section><h2>Responses</h2>{notes}</section>" if notes else "", "")
+    switches, buttons, style = _filters(survey.labels, counts, len(items))
+    html = (
+        f'<section><h2>Responses</h2><p class="quiet">Marked words are not in the response of '
+        f"{inert_html(results.base)}. Texts of data and models can be offensive or private.</p>{notes}"
+        f'{switches}{buttons}<div class="prompts">{"".join(items)}</div></section>'
+    )
+    return Section(html, style)
+
+
+def _survey(file: Path, results: Results, room: int) -> _Survey:
+    labels, sources = Counter[str](), Counter[str]()
+    sizes = dict.fromkeys(_LONGEST_TEXTS, 0.0)
+    rows = 0
+    for row in json_rows(file):
+        if row is None or not isinstance(row.get("responses"), dict):
+            continue
+        rows += 1
+        source, *others = _labels(row, results)
+        sources[source] += 1
+        labels.update(others)
+        texts = [_text(row.get("prompt")), _text(row.get("chosen"))]
+        texts += [_text(_response(row, model.name).get("text")) for model in results.models]
+        for longest in sizes:
+            sizes[longest] += _ITEM_BYTES + _GROWTH * sum(_bytes((text or "")[:longest]) for text in texts)
+    longest = next((each for each in _LONGEST_TEXTS if sizes[each] <= room), _LONGEST_TEXTS[-1])
+    shown = [label for label, _ in sources.most_common(_MOST_SOURCES)] if len(sources) > 1 else []
+    compared = [_compared(model, results, sign) for model in results.models for sign in (1, -1)]
+    shown += [label for label in (_UNFINISHED, _EMPTY, *compared) if labels[label]]
+    return _Survey(shown, longest, rows)
+
+
+def _labels(row: Row, results: Results) -> Iterator[str]:
+    """Yield the labels of the filters that show this prompt, that of its source first."""
+    yield f"source {cut(_text(row.get('source')) or 'not known')}"
+    responses = [_response(row, model.name) for model in results.models]
+    if any(each.get("finished") is False for each in responses):
+        yield _UNFINISHED
+    if any(not (_text(each.get("text")) or "").strip() for each in responses):
+        yield _EMPTY
+    base = finite(responses[0].get("score"))
+    for model, response in list(zip(results.models, responses, strict=True))[1 : _MOST_MODELS + 1]:
+        score = finite(response.get("score"))
+        if base is not None and score is not None and base != score:
+            yield _compared(model, results, score - base)
+
+
+def _compared(model: Model, results: Results, difference: float) -> str:
+    return f"{cut(model.name)} {'above' if difference > 0 else 'below'} {cut(results.base)}"
+
+
+def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, left: int, room: int) -> str:
+    """Return a prompt with its responses, folded; empty without room."""
+    if left < _ITEM_BYTES:
+        return ""
+    kinds = " ".join(f"f{survey.labels.index(label)}" for label in labels)
+    prompt = _text(row.get("prompt")) or ""
+    head = (
+        f'<details class="prompt {kinds}"><summary dir="auto">{inert_html(excerpt(prompt)) or "empty prompt"}'
+    )
+    small = f" <small>{inert_html('; '.join(_labels(row, results)))}</small></summary>"
+    responses = list(_responses(row, results))
+    item = f"{head}{small}{side_by_side(prompt, responses, results.base, survey.longest)}</details>"
+    if _bytes(item) > _MUCH * room:
+        item = f"{head}{small}{side_by_side(prompt, responses, results.base, _SHORT_TEXT)}</details>"
+    return item if _bytes(item) <= left else ""
+
+
+def _responses(row: Row, results: Results) -> Iterator[Response]:
+    for model in results.models:
+        response = _response(row, model.name)
+        notes = [end_notes(response.get("tokens"), response.get("finished"))]
+        score, logp, base = (finite(response.get(name)) for name in ("score", "logp", "base_logp"))
+        if score is not None:
+            notes.append(f"score {number(score)}")
+        if logp is not None and base is not None and model.name != results.base:
+            notes.append(f"log-ratio {number(logp - base)} nats")
+        yield Response(model.name, _text(response.get("text")), "; ".join(filter(None, notes)))
+    if isinstance(row.get("chosen"), str):
+        yield Response("chosen in the data", row["chosen"])
+
+
+def _filters(labels: Sequence[str], counts: Mapping[str, int], items: int) -> tuple[str, str, str]:
+    """Return the switches, their buttons and the style sheet that makes them work without script."""
+    shown = [("all", f"all ({items:,})")]
+    shown += [(f"f{at}", f"{label} ({counts[label]:,})") for at, label in enumerate(labels) if counts[label]]
+    switches, buttons, style = [], [], []
+    for name, text in shown:
+        is_on = " checked" if name == "all" else ""
+        switches.append(f'<input type="radio" class="switch" name="filter" id="filter-{name}"{is_on}>')
+        buttons.append(f'<label for="filter-{name}">{inert_html(text)}</label>')
+        button = f"~ .filters label[for=filter-{name}]"
+        style.append(f"#filter-{name}:checked {button} {{ border-color: var(--best); font-weight: 600; }}")
+        style.append(f"#filter-{name}:focus-visible {button} {{ outline: 2px solid var(--best); }}")
+        if name != "all":
+            style.append(f"#filter-{name}:checked ~ .prompts > :not(.{name}) {{ display: none; }}")
+    search = '<input type="search" id="search" placeholder="words of a prompt or response" hidden '
+    search += 'aria-label="words of a prompt or response"><span id="found" class="quiet" hidden></span>'
+    return "".join(switches), f'<div class="filters">{"".join(buttons)}{search}</div>', "\n".join(style)
+
+
+def _notes(omitted: Sequence[int], damaged: int, survey: _Survey) -> str:
+    notes = []
+    if omitted:
+        notes.append(
+            f"{len(omitted):,} of {counted(survey.rows, 'prompt')} are not on this page, which would be too "
+            f"large: {_ranges(omitted)} of answers.jsonl."
+        )
+    if damaged:
+        notes.append(f"{counted(damaged, 'line')} of answers.jsonl cannot be read.")
+    return f"<p>{' '.join(notes)}</p>" if notes else ""
+
+
+def _ranges(lines: Sequence[int]) -> str:
+    """Return "lines 3, 5 to 9"; of many ranges the first ones."""
+    ranges: list[list[int]] = []
+    for line in lines:
+        if ranges and ranges[-1][1] == line - 1:
+            ranges[-1][1] = line
+        else:
+            ranges.append([line, line])
+    texts = [
+        f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in ranges[:_MOST_RANGES]
+    ]
+    texts += ["and others"] if len(ranges) > _MOST_RANGES else []
+    return f"{'line' if len(lines) == 1 else 'lines'} {', '.join(texts)}"
+
+
+def _response(row: Row, name: str) -> Mapping[str, Any]:
+    found = row["responses"].get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _bytes(html: str) -> int:
+    return len(html.encode("utf-8", "replace"))

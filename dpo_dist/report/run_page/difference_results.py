@@ -1,0 +1,196 @@
+"""Section of two runs about their results: metrics side by side, pairs that one of them gets right."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
+from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
+from dpo_dist.report.inert import inert_html
+from dpo_dist.report.json_rows import json_rows
+from dpo_dist.report.run_page.blocks import note, paragraph, section, table
+from dpo_dist.report.run_page.facts import Fields, PageFacts
+from dpo_dist.report.run_page.wording import short, three
+
+_Z95 = 1.96
+_ALL = "all"
+_KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
+_OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
+_TABLE = "numbers results"
+_DIFFERENCE = "B \u2212 A"
+_INTERVALS = (
+    "Brackets: 95 % intervals by bootstrap over prompts. Intervals that do not overlap are a clear "
+    "difference; intervals that overlap leave it open, because both runs have the same prompts."
+)
+
+
+LABELS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Two:
+    """Two runs, A and B on the page, with their names."""
+
+    facts: tuple[PageFacts, PageFacts]
+    names: tuple[str, str]
+
+
+def results_section(two: Two) -> str:
+    """Return the last metrics of both runs with their differences; empty without a common metric."""
+    is_evaluated = all(facts.run.evaluations for facts in two.facts)
+    part = "the last evaluation" if is_evaluated else "the last logged steps"
+    rows = [_last(facts, is_evaluated) for facts in two.facts]
+    keys = [key for key in (*PAIR_METRICS, *ENTROPIES, *_samples(rows)) if all(key in row for row in rows)]
+    intervals = [_intervals(facts, _ALL) if is_evaluated else {} for facts in two.facts]
+    lines = [_line(key, key, rows, intervals) for key in keys]
+    shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
+    if not shown:
+        return ""
+    by_source = _by_source(two) if is_evaluated else ""
+    return section(
+        "results",
+        "Results",
+        paragraph(*_warnings(two)),
+        note(f"Values of {part}."),
+        shown,
+        by_source,
+        note(_INTERVALS) if any(intervals) else "",
+        _paired(two),
+    )
+
+
+def _last(facts: PageFacts, is_evaluated: bool) -> Mapping[str, float]:
+    rows = facts.run.evaluations if is_evaluated else facts.run.steps
+    return rows[-1] if rows else {}
+
+
+def _samples(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    return [key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY)]
+
+
+def _intervals(facts: PageFacts, label: str) -> Mapping[str, Sequence[float]]:
+    """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
+    found = (facts.evaluation.get(label) or {}).get("intervals") or {}
+    return {key.removeprefix("eval_"): ends for key, ends in found.items()}
+
+
+def _line(
+    name: str,
+    key: str,
+    rows: Sequence[Mapping[str, float]],
+    intervals: Sequence[Mapping[str, Sequence[float]]],
+) -> tuple[str, ...]:
+    values = [row[key] for row in rows]
+    ends = [each.get(key) for each in intervals]
+    cells = [_cell(value, each) for value, each in zip(values, ends, strict=True)]
+    difference = values[1] - values[0]
+    return inert_html(name), *cells, _signed(difference), _overlap(ends)
+
+
+def _signed(difference: float) -> str:
+    return (
+        f"{difference:+.3g}" if math.isfinite(difference) and difference else "0" if difference == 0 else ""
+    )
+
+
+def _cell(value: float, ends: Sequence[float] | None) -> str:
+    return short(value) + (f" <small>[{three(ends[0])}, {three(ends[1])}]</small>" if ends else "")
+
+
+def _overlap(ends: Sequence[Sequence[float] | None]) -> str:
+    first, second = ends
+    if not first or not second:
+        return ""
+    return "overlap" if max(first[0], second[0]) <= min(first[1], second[1]) else "<b>do not overlap</b>"
+
+
+def _by_source(two: Two) -> str:
+    """Return accuracy and margin of each source that both runs have."""
+    first, second = (facts.by_source for facts in two.facts)
+    lines = []
+    for label in sorted(first.keys() & second.keys()):
+        intervals = [_intervals(facts, label) for facts in two.facts]
+        for metric, name in ((ACCURACY, "accuracy"), (MARGIN, "margin")):
+            rows = [{metric: each[label].get(f"eval_{metric}", math.nan)} for each in (first, second)]
+            if all(math.isfinite(row[metric]) for row in rows):
+                lines.append(_line(f"{label}: {name}", metric, rows, intervals))
+    shown = table(("source", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
+    return f"<h3>By source</h3>{shown}" if shown else ""
+
+
+def _warnings(two: Two) -> Iterator[str]:
+    """Yield the reasons for which values of the two runs are not comparable."""
+    first, second = two.facts
+    identities: list[Fields] = [facts.state.get("identity") or {} for facts in two.facts]
+    evaluated = [each.get("eval_data") for each in identities]
+    if all(evaluated) and evaluated[0] != evaluated[1]:
+        yield "The runs were evaluated on different data: their metrics are not comparable."
+    references = [each.get("reference") for each in identities]
+    if all(references) and references[0] != references[1]:
+        yield "Their reference models differ: rewards, margins and accuracies are relative to other models."
+    if not (first.config and second.config):
+        return
+    if any(first.setting(key) != second.setting(key) for key in ("loss.kind", "loss.terms")):
+        yield "Their losses differ: values of the loss are not comparable."
+    betas = [facts.setting("loss.beta") for facts in two.facts]
+    if all(betas) and betas[0] != betas[1]:
+        values = " and ".join(map(three, betas))
+        yield f"Rewards and margins are multiples of beta, which differs ({values}); other metrics are not."
+
+
+def _paired(two: Two) -> str:
+    """Return the numbers of evaluation pairs that each run gets right; empty if the pairs differ."""
+    if not all(facts.evaluation for facts in two.facts):
+        return ""
+    counts = _agreement(two)
+    if counts is None:
+        return ""
+    pairs = sum(counts.values())
+    only_first, only_second = counts[True, False], counts[False, True]
+    difference = (only_second - only_first) / pairs
+    spread = math.sqrt(max((only_first + only_second) / pairs - difference**2, 0.0) / pairs)
+    lines = (
+        ("both", f"{counts[True, True]:,}"),
+        ("only A", f"{only_first:,}"),
+        ("only B", f"{only_second:,}"),
+        ("neither", f"{counts[False, False]:,}"),
+    )
+    sentence = (
+        f"Accuracy of B minus that of A, pair by pair: {_signed(difference)} "
+        f"[{difference - _Z95 * spread:+.3g}, {difference + _Z95 * spread:+.3g}], a 95 % interval that "
+        "counts pairs of one prompt as independent. It is narrower than the intervals above, because both "
+        "runs have the same pairs."
+    )
+    return "<h3>The same pairs</h3>" + table(("prefer the chosen response", "pairs"), lines) + note(sentence)
+
+
+def _agreement(two: Two) -> dict[tuple[bool, bool], int] | None:
+    """Return numbers of pairs by whether each run prefers the chosen response; None if the pairs differ."""
+    counts = {(first, second): 0 for first in (True, False) for second in (True, False)}
+    files = [json_rows(_scores(facts.folder)) for facts in two.facts]
+    while True:
+        first, second = (next(rows, None) for rows in files)
+        if first is None and second is None:
+            break
+        if first is None or second is None or _key(first) != _key(second):
+            return None
+        counts[_is_right(first), _is_right(second)] += 1
+    return counts if any(counts.values()) else None
+
+
+def _scores(folder: RunFolder) -> Path:
+    """Return the scores of the last evaluation of training; earlier versions wrote them to another folder."""
+    scores = folder.evaluation_of(LAST_EVALUATION).scores
+    return scores if scores.exists() else folder.evaluation.scores
+
+
+def _key(row: Mapping[str, Any]) -> list[Any]:
+    return [row.get(name) for name in _KEY]
+
+
+def _is_right(row: Mapping[str, Any]) -> bool:
+    margin = row.get("margin")
+    return margin is not None and margin > 0

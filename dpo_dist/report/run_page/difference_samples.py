@@ -1,0 +1,91 @@
+"""Section of two runs about their responses to the same held-out prompts."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.plurals import counted
+from dpo_dist.report.inert import inert_html
+from dpo_dist.report.json_rows import json_rows
+from dpo_dist.report.run_page.blocks import note, section
+from dpo_dist.report.run_page.difference_results import LABELS, Two
+from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, excerpt, side_by_side
+from dpo_dist.report.word_diff import difference
+
+Row = Mapping[str, Any]
+
+_MOST_SHOWN = 8
+_MOST_ROWS = 200
+_MOST_BYTES = 128 * 2**20
+_OPEN = 2
+_LONGEST = 6000
+
+
+def samples_of_both(two: Two) -> str:
+    """Return the last responses of both runs to common prompts, the most different first."""
+    (first_step, first), (second_step, second) = (_last_samples(facts.folder) for facts in two.facts)
+    common = [(row, second[name]) for name, row in first.items() if name in second]
+    common.sort(key=lambda rows: _similarity(*rows))
+    steps = first_step, second_step
+    items = [_item(rows, steps, is_open=number < _OPEN) for number, rows in enumerate(common[:_MOST_SHOWN])]
+    explained = (
+        f"Last responses (steps {first_step:,} and {second_step:,}) to {counted(len(items), 'prompt')} of "
+        f"{len(common):,} that both runs answered, those that differ most first. Marked words are not in the "
+        "response of A. Texts of data and models can be offensive or private."
+    )
+    return section("samples", "Responses of both", note(explained), *items) if items else ""
+
+
+def _item(rows: tuple[Row, Row], steps: tuple[int, int], *, is_open: bool) -> str:
+    prompt, responses = _text(rows[0], "prompt") or "", _responses(rows, steps)
+    return (
+        f'<details class="sample"{" open" if is_open else ""}>'
+        f'<summary dir="auto">{inert_html(excerpt(prompt)) or "empty prompt"}</summary>'
+        f"{side_by_side(prompt, responses, responses[0].label, _LONGEST)}</details>"
+    )
+
+
+def _last_samples(folder: RunFolder) -> tuple[int, dict[str, Row]]:
+    """Return the last step with samples and its rows by prompt."""
+    steps = [int(file.stem.removeprefix("step-")) for file in folder.samples.glob("step-[0-9]*.jsonl")]
+    for step in sorted(steps, reverse=True):
+        rows = {str(row.get("prompt_id")): row for row in _rows(folder, step)}
+        if rows:
+            return step, rows
+    return 0, {}
+
+
+def _rows(folder: RunFolder, step: int) -> Iterator[Row]:
+    for row in islice(json_rows(folder.samples_file(step), _MOST_BYTES), _MOST_ROWS):
+        if row is not None and isinstance(row.get("policy"), str):
+            yield row
+
+
+def _similarity(first: Row, second: Row) -> float:
+    return difference(str(first["policy"])[:LONGEST], str(second["policy"])[:LONGEST]).similarity
+
+
+def _responses(rows: tuple[Row, Row], steps: tuple[int, int]) -> list[Response]:
+    """Return both policies' responses, the references' (one if they are equal), and the chosen one."""
+    policies = [
+        Response(f"{label}, step {step}", _text(row, "policy"), _notes(row, "policy"))
+        for label, row, step in zip(LABELS, rows, steps, strict=True)
+    ]
+    first, second = (_text(row, "reference") for row in rows)
+    references = [Response("reference", first, _notes(rows[0], "reference"))]
+    if first != second:
+        references = [
+            Response(f"reference of {label}", _text(row, "reference"), _notes(row, "reference"))
+            for label, row in zip(LABELS, rows, strict=True)
+        ]
+    return [*policies, *references, Response("chosen", _text(rows[0], "chosen"))]
+
+
+def _notes(row: Row, model: str) -> str:
+    return end_notes(row.get(f"{model}_tokens"), row.get(f"{model}_finished"))
+
+
+def _text(row: Row, name: str) -> str | None:
+    value = row.get(name)
+    return value if isinstance(value, str) else None

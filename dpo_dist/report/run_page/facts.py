@@ -1,0 +1,154 @@
+"""Facts about a run that its page shows: the files of its directory, each read once."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.diagnostics.run_facts import RunFacts
+from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+
+Fields = Mapping[str, Any]
+Content = TypeVar("Content")
+
+_SAME = 1e-6
+_OF_AN_END = frozenset(
+    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second"}
+)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """The content of a run directory; empty where a file is missing or cannot be read.
+
+    Attributes:
+        folder: the run directory.
+        config: of config.yaml.
+        environment: of environment.json.
+        state: of run_state.json.
+        run: metrics rows and summary.
+        evaluation: of the last evaluation of training, with intervals.
+        doctor: of doctor.json.
+        price: of a GPU for an hour; None: not known.
+    """
+
+    folder: RunFolder
+    config: Fields
+    environment: Fields
+    state: Fields
+    run: RunFacts
+    evaluation: Fields
+    doctor: Fields
+    price: float | None
+
+    @property
+    def summary(self) -> Fields:
+        """Content of summary.json."""
+        return self.run.summary
+
+    @cached_property
+    def by_source(self) -> dict[str, dict[str, float]]:
+        """The last metrics of each source, see `metrics_by_source`."""
+        return metrics_by_source(self.run.rows)
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a key of the configuration; None if it is not known."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+    def section(self, name: str) -> Fields:
+        """Return a section of summary.json; empty if it is missing."""
+        return self.summary.get(name) or {}
+
+    @property
+    def devices(self) -> int:
+        """Number of processes, each with a GPU if there are any."""
+        return int(self.summary.get("world_size") or self.environment.get("world_size") or 1)
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether the run used GPUs."""
+        return bool(self.environment.get("gpus"))
+
+    @cached_property
+    def evaluation_seconds(self) -> float:
+        """Seconds of all evaluations, without generated responses."""
+        return sum(row.get("step_seconds", 0.0) for row in self.run.evaluations)
+
+
+def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
+    """Read the files of a run directory; a warning names each that cannot be read.
+
+    Args:
+        folder: the run directory.
+        price: in place of `tracking.price_per_gpu_hour`.
+    """
+    config = _read(folder.config, _yaml_fields) or {}
+    doctor = _read(folder.doctor_report, _json_fields) or {}
+    findings = doctor.get("findings") or []
+    summary = _read(folder.summary, _json_fields) or {}
+    rows = _read(folder.log_history, lambda _: read_latest_rows(folder)) or []
+    run = RunFacts.of(rows, {**final_and_best(rows), **_still_true(summary, rows)}, findings)
+    evaluation = _read(folder.evaluation_of(LAST_EVALUATION).results, _json_fields) or {}
+    if price is None:
+        price = (config.get("tracking") or {}).get("price_per_gpu_hour")
+    return PageFacts(
+        folder=folder,
+        config=config,
+        environment=_read(folder.environment, _json_fields) or {},
+        state=_read(folder.state, _json_fields) or {},
+        run=run,
+        evaluation=evaluation if _is_last(evaluation, run) else {},
+        doctor=doctor,
+        price=price,
+    )
+
+
+def _still_true(summary: Fields, rows: Sequence[Mapping[str, float]]) -> Fields:
+    """Return the summary; of a run that was continued since, without the results of its earlier end."""
+    is_continued = bool(rows) and rows[-1]["step"] > summary.get("steps", math.inf)
+    return {key: value for key, value in summary.items() if not (is_continued and key in _OF_AN_END)}
+
+
+def _is_last(evaluation: Fields, run: RunFacts) -> bool:
+    """Return whether an evaluation has the values of the last one of training.
+
+    A run that was continued and stopped has the file of an earlier evaluation.
+    """
+    row, last = evaluation.get("all") or {}, run.evaluations[-1] if run.evaluations else {}
+    common = [name for name in ("loss", "rewards/margins", "logps/chosen") if name in last]
+    return bool(common) and all(
+        abs(row.get(f"eval_{name}", float("nan")) - last[name]) <= _SAME * max(1.0, abs(last[name]))
+        for name in common
+    )
+
+
+def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
+    try:
+        return parse(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        _log.warning("%s cannot be read and is omitted from the report: %s", path, error)
+        return None
+
+
+def _yaml_fields(path: Path) -> Fields:
+    return dict(yaml.safe_load(path.read_bytes()))
+
+
+def _json_fields(path: Path) -> Fields:
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise TypeError("it is no JSON object")
+    return content

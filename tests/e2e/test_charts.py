@@ -1,0 +1,147 @@
+"""Charts of pages in a real browser: hover, keyboard, touch, switch of the axis, narrow, without script."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.report.chart_script import AXIS_SWITCH, SCRIPT, STYLE
+from dpo_dist.report.html_page import html_page
+from dpo_dist.report.run_page.difference import write_difference
+from dpo_dist.report.svg_chart import Line, chart
+from tests.support.browser import Watched, chromium
+from tests.unit.report.run_page.made_run import made_run
+
+HOSTILE = "</figure><script>alert(1)</script><img src=x onerror=alert(2)>'\""
+STEPS = list(range(10, 1010, 10))
+HOURS = [step**2 / 1e6 for step in STEPS]  # steps become slower
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory) -> Path:
+    loss: list[float | None] = [1 / step for step in STEPS]
+    loss[50] = math.nan
+    lines = [
+        Line("train", loss, "raw"),
+        Line("train", [0.123456789] * len(STEPS), "smooth"),
+        Line("evaluation", [0.5 if step % 250 == 0 else None for step in STEPS], "evaluation"),
+    ]
+    figures = [
+        chart("Loss", lines, STEPS, HOURS),
+        chart(HOSTILE, [Line(HOSTILE, [1e7 + step for step in STEPS], "raw")], STEPS, HOURS, HOSTILE),
+        chart("Gradient norm", [Line("norm", [10.0**-step for step in range(100)], "raw")], STEPS, log=True),
+    ]
+    file = tmp_path_factory.mktemp("page") / "charts.html"
+    body = f'{AXIS_SWITCH}<div class="charts">{"".join(figures)}</div>'
+    file.write_text(html_page(HOSTILE, [body], STYLE, SCRIPT))
+    return file
+
+
+def opened(browser: Any, file: Path, **context: Any) -> Watched:
+    watched = Watched(browser, **{"viewport": {"width": 1200, "height": 900}, **context})
+    watched.page.goto(file.as_uri())
+    return watched
+
+
+def texts(watched: Watched, number: int = 0) -> list[str]:
+    figure = watched.page.locator("figure").nth(number)
+    return [figure.locator(".place").inner_text(), *figure.locator(".legend li").all_inner_texts()]
+
+
+def hover(watched: Watched, share: float, number: int = 0) -> None:
+    """Move the mouse to a share of the horizontal axis."""
+    box = watched.page.locator("figure svg").nth(number).bounding_box()
+    left, right = (place / 380 * box["width"] for place in (50, 364))
+    watched.page.mouse.move(box["x"] + left + share * (right - left), box["y"] + box["height"] / 2)
+
+
+LAST = ["step 1,000", "train 0.001 · mean 0.1235", "evaluation 0.5"]
+
+
+def test_hover_shows_the_values_at_a_step_in_all_charts(browser: Any, page_file: Path) -> None:
+    watched = opened(browser, page_file)
+    assert texts(watched) == LAST
+    hover(watched, 0.0)
+    assert texts(watched) == ["step 10", "train 0.1 · mean 0.1235", "evaluation none yet"]
+    assert texts(watched, 2)[1] == "norm 1"
+    hover(watched, (510 - 10) / 990)
+    assert texts(watched) == ["step 510", "train no value · mean 0.1235", "evaluation 0.5 at step 500"]
+    assert texts(watched, 1)[1] == f"{HOSTILE} 1e7"
+    assert watched.page.locator(".cursor line").count() == 3
+    watched.page.mouse.move(0, 0)
+    assert texts(watched) == LAST
+    assert watched.page.locator(".cursor line").count() == 0
+    assert watched.errors == []
+    assert watched.requests == [page_file.as_uri()]
+
+
+def test_the_switch_shows_hours_in_all_charts_that_have_them(browser: Any, page_file: Path) -> None:
+    watched = opened(browser, page_file)
+    visible = watched.page.locator(".at-hours:visible"), watched.page.locator(".at-steps:visible")
+    assert [found.count() for found in visible] == [0, 3]
+    watched.page.get_by_label("hours").check()
+    assert [found.count() for found in visible] == [2, 1]
+    hover(watched, 0.25)
+    assert texts(watched)[0] == "step 500 · 0.25 h"
+    assert texts(watched, 2)[0] == "step 1,000"
+    watched.page.get_by_label("steps").check()
+    assert texts(watched) == LAST
+    assert watched.errors == []
+
+
+def test_the_keyboard_moves_from_step_to_step(browser: Any, page_file: Path) -> None:
+    watched = opened(browser, page_file)
+    watched.page.locator("figure").first.focus()
+    for key, step in (("ArrowLeft", "990"), ("ArrowRight", "1,000"), ("Home", "10"), ("PageDown", "110")):
+        watched.page.keyboard.press(key)
+        assert texts(watched)[0] == f"step {step}"
+    watched.page.keyboard.press("Escape")
+    assert texts(watched) == LAST
+    assert watched.errors == []
+
+
+def test_touch_shows_the_values_and_keeps_them(browser: Any, page_file: Path) -> None:
+    phone = opened(browser, page_file, viewport={"width": 400, "height": 800}, has_touch=True)
+    box = phone.page.locator("figure svg").first.bounding_box()
+    phone.page.touchscreen.tap(box["x"] + 52 / 380 * box["width"], box["y"] + 50)
+    assert texts(phone)[0] in ("step 10", "step 20")
+    assert phone.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_page_is_not_wider_than_the_screen(browser: Any, page_file: Path, scheme: str) -> None:
+    watched = opened(browser, page_file, viewport={"width": 400, "height": 800}, color_scheme=scheme)
+    assert watched.page.evaluate("document.documentElement.scrollWidth") == 400
+    sizes = watched.page.evaluate(
+        "[...document.querySelectorAll('svg text')].filter(text => text.getBoundingClientRect().height)"
+        ".map(text => text.getBoundingClientRect().height)"
+    )
+    assert min(sizes) >= 10
+
+
+def test_without_script_the_charts_are_complete(browser: Any, page_file: Path) -> None:
+    watched = opened(browser, page_file, java_script_enabled=False)
+    assert texts(watched) == LAST
+    watched.page.get_by_label("hours").check()
+    assert watched.page.locator(".at-hours:visible").count() == 2
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
+def test_the_page_about_two_runs_works(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    runs = made_run(tmp_path / "a<img src=x>", HOSTILE), made_run(tmp_path / "b<img src=y>", HOSTILE)
+    file = write_difference(runs, None, tmp_path / "page.html")
+    watched = opened(browser, file, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert watched.page.evaluate("document.documentElement.scrollWidth") == width
+    assert watched.page.locator("h1").inner_text().startswith("a<img src=x>/qwen")
+    watched.page.locator("figure").first.focus()
+    watched.page.keyboard.press("Home")
+    assert texts(watched)[:2] == ["step 1", "A 0.69"]
+    assert (watched.errors, watched.requests) == ([], [file.as_uri()])

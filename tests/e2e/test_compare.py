@@ -1,0 +1,118 @@
+"""`compare`: three models on one process and on two, resumed, with a judge that fails at first."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Overrides
+from tests.support import tiny
+from tests.support.launch import Finished, run_verb, train
+from tests.support.records import assistant, user
+from tests.support.tiny_model import write_model
+
+RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
+BROKEN = "def score(prompt, responses):\n    if '13' in prompt[0]['content']:\n        raise ValueError\n"
+SOME = "def score(prompt, texts):\n    return [None if '7' in prompt[0]['content'] else 1.0] * len(texts)\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    write_model(folder / "base")
+    write_model(folder / "other", seed=1)
+    records = [
+        {
+            "prompt": [user(f"question {n}")],
+            "chosen": [assistant(f"good {n}")],
+            "rejected": [assistant("bad")],
+        }
+        for n in range(18)
+    ]
+    (folder / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, text in (("rule", RULE), ("broken", BROKEN + RULE.splitlines()[1] + "\n"), ("some", SOME)):
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
+    base = ["compare.models=[base=./base, ./other,twin=base]", "data.eval=[held.jsonl]", "model.dtype=fp32"]
+    limits = ["compare.max_new_tokens=8", "compare.part_prompts=4", "compare.prompts=14", f"run.dir={run}"]
+    return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place)
+
+
+def rows(place: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / run / "comparison/answers.jsonl").read_text().splitlines()]
+
+
+def results(place: Path, run: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((place / run / "comparison/comparison.json").read_text())
+    return content
+
+
+def test_two_processes_write_what_one_does_and_equal_models_respond_equally(place: Path) -> None:
+    for run, processes in (("alone", 1), ("together", 2)):
+        ended = compare(place, run, "pairs.function=rule:score", processes=processes)
+        assert ended.code == 0, ended.output
+        assert "comparison on 14 held-out prompts, judged by function rule:score" in ended.output
+    assert rows(place, "alone") == rows(place, "together")
+    assert results(place, "alone") == results(place, "together")
+    found = rows(place, "alone")
+    assert len(found) == 14
+    for row in found:
+        number = int(row["prompt"].split()[1])
+        assert (row["chosen"], row["source"]) == (f"good {number}", "held")
+        responses = row["responses"]
+        assert responses["twin"] == responses["base"] != responses["other"]
+        assert responses["base"]["logp"] == responses["base"]["base_logp"] < 0
+        assert responses["other"]["score"] in (len(responses["other"]["text"]), None)
+    base, other, twin = results(place, "alone")["models"]
+    assert other["kl"] > 0.1 > base["kl"] == twin["kl"] == 0
+    wins = {(win["first"], win["second"]): win for win in results(place, "alone")["wins"]}
+    assert wins["base", "twin"]["ties"] == wins["base", "twin"]["identical"] == 14
+    assert wins["base", "other"]["rate"] == pytest.approx(1 - wins["other", "twin"]["rate"])
+
+
+def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(place: Path) -> None:
+    failed = compare(place, "again", "pairs.function=broken:score", "compare.prompts=18")
+    assert failed.code == 2
+    assert "the judge raises an exception" in failed.output
+    parts = place / "again/comparison/parts"
+    written = {file: file.stat().st_mtime_ns for file in parts.glob("*/0*.jsonl")}
+    judged = [file for file in written if file.parent.name.startswith("judgements")]
+    assert 0 < len(judged) < 5
+    assert compare(place, "again", "pairs.function=some:score", "compare.prompts=18").code == 0
+    assert all(file.stat().st_mtime_ns == before for file, before in written.items())
+    found = results(place, "again")
+    assert found["not_judged"]["base and other"] == 2
+    assert sum(row["responses"]["other"]["score"] is None for row in rows(place, "again")) == 2
+
+
+def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
+    assets: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    short = ("trainer.max_steps=2", "optim.lr=1e-2")
+    train(overrides(*short, f"run.dir={tmp_path}/full"), processes=2)
+    lora = ("model.adapter={r: 4}", "parallelism=ddp", "optim.lr=1e-1", f"run.dir={tmp_path}/lora")
+    train(overrides(*short, *lora))
+    write_model(tmp_path / "foreign", tiny.zephyr())
+    models = [f"base={assets}/model", "full", "full/checkpoints/step-000002", "lora"]
+    models += ["lora/checkpoints/step-000002", "foreign"]
+    limits = ["model.dtype=fp32", "compare.max_new_tokens=6", "compare.temperature=0", "run.dir=compared"]
+    command = [f"compare.models=[{','.join(models)}]", f"data.eval=[{assets}/eval.jsonl]", *limits]
+    ended = run_verb("compare", command, cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    assert "foreign: no KL to base, which has other token ids" in ended.output
+    assert "foreign encodes 5 prompts as other tokens than base" in ended.output
+    found = {model["name"]: model for model in results(tmp_path, "compared")["models"]}
+    for row in rows(tmp_path, "compared"):
+        responses = row["responses"]
+        for run in ("full", "lora"):
+            written, checkpoint = responses[run], responses[f"{run}/step-000002"]
+            assert written["text"] == checkpoint["text"]
+            assert written["logp"] == pytest.approx(checkpoint["logp"], abs=1e-4)
+        assert responses["foreign"]["base_logp"] is None
+    assert found["full"]["kl"] != 0 != found["lora"]["kl"]
+    assert found["foreign"]["kl"] is None
+    assert (tmp_path / "compared/comparison/comparison.html").is_file()

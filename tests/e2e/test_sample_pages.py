@@ -1,0 +1,82 @@
+"""Pages with responses side by side in a browser: a run's samples, a comparison."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.report.comparison_page import write_comparison_page
+from dpo_dist.report.html_page import html_page
+from dpo_dist.report.run_page.samples import SAMPLES_STYLE, samples_section
+from tests.support.browser import Watched, chromium
+from tests.support.comparison_files import answer, betas, row, write_comparison
+from tests.support.sample_files import sample, write_samples
+
+HOSTILE = (
+    "</script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)></svg></details>"
+    "<a href='javascript:alert(3)'>x</a> \u202egnp.exe\u202c \u200b\x07 " + "unbroken" * 40
+)
+SIZES = [(400, "dark"), (1200, "light")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+def opened(browser: Any, file: Path, width: int, scheme: str, **context: Any) -> Watched:
+    watched = Watched(browser, viewport={"width": width, "height": 900}, color_scheme=scheme, **context)
+    watched.page.goto(f"file://{file}")
+    return watched
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_samples_of_a_run(tmp_path: Path, browser: Any, width: int, scheme: str) -> None:
+    write_samples(tmp_path, 100, [sample(1, "Hello."), sample(2)])
+    write_samples(tmp_path, 200, [sample(1, HOSTILE, prompt=HOSTILE, chosen=HOSTILE), sample(2, "")])
+    file = tmp_path / "page.html"
+    file.write_text(html_page("x", [samples_section(RunFolder(tmp_path))], SAMPLES_STYLE))
+    watched = opened(browser, file, width, scheme)
+    page = watched.page
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".mark", has_text="U+202E").first.is_visible()
+    assert page.locator("main a, main img, main script").count() == 0
+    boxes = [each.bounding_box() for each in page.locator(".side-columns").first.locator("> div").all()]
+    assert len({round(box["y"]) for box in boxes[:3]}) == (3 if width == 400 else 1)
+    assert (watched.errors, [url for url in watched.requests if not url.startswith("file:")]) == ([], [])
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+@pytest.mark.parametrize("has_script", [True, False])
+def test_a_comparison(tmp_path: Path, browser: Any, width: int, scheme: str, has_script: bool) -> None:
+    names = [each["name"] for each in betas()["models"]]
+    rows = [row(at, {name: answer(f"text {at}", at % 2) for name in names}) for at in range(6)]
+    rows[1] = row(
+        1, {name: answer(HOSTILE, finished=False) for name in names}, prompt=HOSTILE, source=HOSTILE
+    )
+    file = write_comparison(tmp_path, betas(), rows)
+    write_comparison_page(file.parent)
+    watched = opened(browser, file, width, scheme, java_script_enabled=has_script)
+    page = watched.page
+    assert page.locator(".headline").bounding_box()["y"] < 300
+    prompts = page.locator(".prompt:visible")
+    assert prompts.count() == 6
+    page.get_by_text("a response does not end (1)").click()
+    assert prompts.count() == 1
+    prompts.first.locator("summary").click()
+    assert page.locator(".mark", has_text="U+202E").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("main a, main img, main script").count() == 0
+    search = page.get_by_label("words of a prompt or response")
+    assert search.is_visible() == has_script
+    if has_script:
+        assert page.locator("#found").inner_text() == "1 of 6 prompts"
+        page.get_by_text("all (6)").click()
+        search.fill("Question 3?")
+        assert prompts.count() == 1
+        assert "Question 3" in prompts.first.inner_text()
+    assert (watched.errors, [url for url in watched.requests if not url.startswith("file:")]) == ([], [])

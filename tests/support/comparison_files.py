@@ -1,0 +1,109 @@
+"""Files of a comparison as `dpo_dist.compare` writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+STYLE = {"length": 100.0, "finished": 1.0, "refusals": 0.02, "lists": 0.2, "empty": 0.0}
+
+
+def model(name: str, kl: float | None = None, score: float | None = None, **style: float) -> dict[str, Any]:
+    """A model of `comparison.json`; intervals are 10 % of the KL, 0.03 of the score, 5 % of the style."""
+    own = STYLE | style
+    return {
+        "name": name,
+        "path": f"output/{name}/model",
+        "kl": kl,
+        "kl_interval": None if kl is None else [0.9 * kl, 1.1 * kl],
+        "kl_per_token": None,
+        "score": score,
+        "score_interval": None if score is None else [score - 0.03, score + 0.03],
+        "style": own,
+        "style_intervals": {metric: [0.95 * value, 1.05 * value] for metric, value in own.items()},
+    }
+
+
+def win(first: str, second: str, rate: float, half: float | None = 0.06) -> dict[str, Any]:
+    """The win rate of `first` over `second`, with an interval of `half` on both sides."""
+    interval = None if half is None else [rate - half, rate + half]
+    return {
+        "first": first,
+        "second": second,
+        "wins": 1,
+        "ties": 0,
+        "losses": 1,
+        "rate": rate,
+        "interval": interval,
+    }
+
+
+def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    """The content of `comparison.json`; the first model is the base."""
+    return {
+        "base": models[0]["name"],
+        "prompts": 100,
+        "judge": "reward model helpfulness" if wins else None,
+        "judge_compares": False,
+        "models": models,
+        "wins": wins,
+        "counts": {},
+        **others,
+    }
+
+
+def answer(text: str, score: float | None = None, **others: Any) -> dict[str, Any]:
+    """The response of one model in `answers.jsonl`."""
+    return {
+        "text": text,
+        "tokens": len(text.split()),
+        "finished": True,
+        "logp": -20.0,
+        "base_logp": -25.0,
+        "score": score,
+        **others,
+    }
+
+
+def row(number: int, responses: dict[str, dict[str, Any]], **others: Any) -> dict[str, Any]:
+    """A row of `answers.jsonl`."""
+    return {
+        "prompt_id": f"{number:016x}",
+        "prompt": f"Question {number}?",
+        "source": "qa",
+        "chosen": f"The chosen response {number}.",
+        "responses": responses,
+        **others,
+    }
+
+
+def write_comparison(run: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write both files of a run directory; return the path of the page that is made of them."""
+    folder = run / "comparison"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps(content))
+    (folder / "answers.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return folder / "comparison.html"
+
+
+def betas() -> dict[str, Any]:
+    """A comparison of four betas with the base: 0.1 is the best, 0.3 as good, 0.01 too far."""
+    models = [
+        model("base", None, 0.41),
+        model("beta 0.5", 3.0, 0.52),
+        model("beta 0.3", 6.5, 0.6, length=120),
+        model("beta 0.1", 14.0, 0.62, length=160),
+        model("beta 0.01", 60.0, 0.45, length=260, finished=0.84, refusals=0.1),
+    ]
+    wins = [
+        win("base", "beta 0.5", 0.38),
+        win("base", "beta 0.3", 0.31),
+        win("base", "beta 0.1", 0.29),
+        win("base", "beta 0.01", 0.49),
+        win("beta 0.5", "beta 0.3", 0.42),
+        win("beta 0.5", "beta 0.1", 0.4),
+        win("beta 0.5", "beta 0.01", 0.58),
+        win("beta 0.3", "beta 0.1", 0.48),
+        win("beta 0.3", "beta 0.01", 0.64),
+        win("beta 0.1", "beta 0.01", 0.66),
+    ]
+    return results(models, wins, counts={"position_disagreements": 31})

@@ -1,0 +1,116 @@
+"""Means, intervals and win rates of a comparison, from the rows of answers.jsonl."""
+
+from typing import Any
+
+import pytest
+
+from dpo_dist.comparison.results import Tally, comparison
+from dpo_dist.evaluation.results import Resampling
+from dpo_dist.report.comparison_table import comparison_table
+
+Row = dict[str, Any]
+
+
+def response(text: str, ratio: float | None = 0.0, score: float | None = None, tokens: int = 4) -> Row:
+    logp = {"logp": -5.0, "base_logp": None if ratio is None else -5.0 - ratio, "logp_tokens": tokens}
+    return {"text": text, "tokens": tokens, "finished": True, "score": score, **logp}
+
+
+def results(
+    rows: list[dict[str, Row]], verdicts: list[list[float | None]] | None = None, judged: bool = True
+) -> Row:
+    tally = Tally(list(rows[0]))
+    for index, row in enumerate(rows):
+        tally.add(row, verdicts[index] if verdicts else None, has_judge=judged)
+    return comparison(tally, Resampling(200, 0))
+
+
+def test_kl_per_response_and_per_token() -> None:
+    rows = [
+        {"base": response("x"), "a": response("long", 6.0, tokens=10)},
+        {"base": response("x"), "a": response("short", 1.0, tokens=2)},
+        {"base": response("x"), "a": response("none", None, tokens=50)},
+    ] * 5
+    base, model = results(rows, judged=False)["models"]
+    assert (base["kl"], base["kl_per_token"], base["kl_interval"]) == (0.0, 0.0, [0.0, 0.0])
+    assert model["kl"] == 3.5
+    assert model["kl_per_token"] == 7 / 12
+    low, high = model["kl_interval"]
+    assert 1.0 <= low < 3.5 < high <= 6.0
+    assert model["score"] is None
+    assert results(rows, judged=False)["wins"] == []
+
+
+def test_style() -> None:
+    listed = "Some things:\n- **one** thing\n- two things"
+    rows = [{"base": response(""), "a": response(listed)}, {"base": response("hi"), "a": response("hi")}]
+    base, model = results(rows, judged=False)["models"]
+    assert (base["style"]["empty"], base["style"]["lists"]) == (0.5, 0.0)
+    assert (model["style"]["lists"], model["style"]["markdown"], model["style"]["words"]) == (0.5, 0.5, 3.5)
+    assert model["style"]["length"] == 4
+    assert set(model["style_intervals"]) <= set(model["style"])
+
+
+def test_scores_decide_wins_and_ties_count_half() -> None:
+    scores = [(1.0, 2.0), (3.0, 2.0), (2.0, 2.0), (5.0, None)]
+    rows = [{"base": response("x", score=one), "a": response("y", score=two)} for one, two in scores]
+    found = results(rows)
+    (win,) = found["wins"]
+    assert {name: win[name] for name in ("wins", "ties", "losses", "identical", "not_judged")} == {
+        **{"wins": 1, "ties": 1, "losses": 1},
+        **{"identical": 0, "not_judged": 1},
+    }
+    assert win["rate"] == 0.5
+    assert found["not_judged"] == {"base and a": 1}
+    assert found["models"][0]["score"] == 2.75
+    assert found["models"][1]["score"] == 2.0
+
+
+def test_verdicts_of_three_models_in_pairs() -> None:
+    rows = [{name: response(name) for name in ("base", "a", "b")}] * 4
+    verdicts: list[list[float | None]] = [[1, 0, 0.5], [1, 0, 0], [0, 0, None], [0.5, 0, 1]]
+    found = results(rows, verdicts)
+    rates = {(win["first"], win["second"]): win["rate"] for win in found["wins"]}
+    assert rates == {("base", "a"): 2.5 / 4, ("base", "b"): 0.0, ("a", "b"): 0.5}
+    assert all(model["score"] is None for model in found["models"])
+
+
+def shown(found: Row, temperature: float = 1.0, differing: int = 0) -> str:
+    models = [{**model, "prompts_encoded_differently": differing} for model in found["models"]]
+    more = {"base": "base", "prompts": 4, "judge": "function f", "sampling": {"temperature": temperature}}
+    return "\n".join(comparison_table({**found, **more, "models": models}))
+
+
+def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
+    rows = [
+        {"base": response("x", score=1.0), "a": response("y", 2.0, 3.0), "b": response("x", 1.0, 1.0)}
+        for _ in range(4)
+    ]
+    table = shown(results(rows))
+    lines = table.splitlines()
+    assert lines[0] == "comparison on 4 held-out prompts, judged by function f"
+    assert lines[1].split("  ")[0] == "model"
+    assert lines[3].startswith("a ")
+    assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [1.000, 1.000]" in lines[3]
+    assert lines[5] == "b over a: 0.000 [0.000, 0.000]"
+    assert "win rates count 4 ties as half" in table
+    assert "note" not in table
+    assert "temperature 0.7" in shown(results(rows), 0.7)
+    assert "a encodes 3 prompts as other tokens than base" in shown(results(rows), differing=3)
+
+
+def test_many_models_have_a_short_table() -> None:
+    rows = [{name: response(name, score=1.0) for name in ("base", "a", "b", "c", "d", "e")}]
+    lines = shown(results(rows)).splitlines()
+    assert "10 more win rates, of models without base, are on the page" in lines
+    assert not [line for line in lines if line.startswith("b over a")]
+
+
+def test_the_table_without_judge_and_kl() -> None:
+    rows = [{"base": response("x"), "a": response("y", None)}]
+    found = results(rows, judged=False)
+    assert pytest.approx(0) == found["models"][0]["kl"]
+    lines = shown(found).splitlines()
+    assert "score" not in lines[1]
+    assert "wins" not in lines[1]
+    assert lines[3].endswith("  -")

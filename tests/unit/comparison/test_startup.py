@@ -1,0 +1,106 @@
+"""Models, data and judge of a comparison are checked before torch is imported."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.comparison.startup import Kind, check_comparison, compared_models
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.options import divide
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError, DataError
+from tests.support.records import TEXT, jsonl
+
+
+def folder(path: Path, *files: str) -> Path:
+    for name in files:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("{}")
+    return path
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    weights = ("config.json", "model.safetensors")
+    folder(tmp_path / "base", *weights)
+    run = folder(tmp_path / "run", "config.yaml", *(f"model/{name}" for name in weights))
+    folder(run / "checkpoints" / "step-000100", "state.json")
+    folder(tmp_path / "lora" / "model", "adapter_config.json")
+    folder(tmp_path / "open", "config.yaml", "checkpoints/step-000002/state.json")
+    return tmp_path
+
+
+def config(tmp_path: Path, models: str, *overrides: str) -> RunConfig:
+    data = f"data.eval=[{jsonl(tmp_path, TEXT)}]"
+    return load_run_config(["model.path=x", "data.train=[x.jsonl]", models, data, *overrides])
+
+
+def test_runs_checkpoints_adapters_and_models_are_found_by_path(models: Path) -> None:
+    paths = ("base", "run", "run/model", "run/checkpoints/step-000100", "lora/model")
+    names = ("", "beta=", "same=", "", "lora 2=")
+    found = compared_models([f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)])
+    assert [model.name for model in found] == ["base", "beta", "same", "run/step-000100", "lora 2"]
+    assert [model.kind for model in found] == [
+        *(Kind.model, Kind.model, Kind.model),
+        *(Kind.checkpoint, Kind.adapter),
+    ]
+    assert found[1].location == found[2].location == f"{models}/run/model"
+    assert found[1].path == f"{models}/run"
+
+
+def test_hub_names_are_models(models: Path) -> None:
+    first, second = compared_models(["org/small", "big=org/large"])
+    assert (first.name, first.location, second.name, second.location) == (
+        *("small", "org/small"),
+        *("big", "org/large"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "message", "remedy"),
+    [
+        (["{0}/base"], "needs two models", "compare.models="),
+        (["{0}/base", "{0}/open"], "this run directory has no model", "step-000002"),
+        (["a={0}/base", "a={0}/run"], "two models have the same name", "first=PATH"),
+        (["{0}/base", "{0}/basis"], "does not exist", "did you mean"),
+    ],
+)
+def test_models_that_cannot_be_compared(models: Path, written: list[str], message: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        compared_models([entry.format(models) for entry in written])
+    assert remedy in error.value.block()
+    assert "compare.models" in error.value.block()
+
+
+def test_names_in_a_list_need_no_quotes_on_the_command_line(models: Path) -> None:
+    (line,) = divide([f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"]).overrides
+    found = check_comparison(config(models, line))
+    assert [model.name for model in found] == ["a", "run", "b c"]
+    assert divide(["data.train=[{path: a=b}]", "loss.beta=0.2"]).overrides == [
+        "data.train=[{path: a=b}]",
+        "loss.beta=0.2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("pairs.samples=3",), "pairs.samples has no effect on a comparison"),
+        (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
+        (("pairs.endpoint.criterion=short",), "options of an endpoint have no effect"),
+        (("pairs.function=json:nothing",), "nothing"),
+        (("data.eval=[]",), "no held-out prompts"),
+    ],
+)
+def test_keys_that_contradict_each_other(models: Path, overrides: tuple[str, ...], message: str) -> None:
+    two = f"compare.models=[{models}/base,{models}/run]"
+    check_comparison(config(models, two))
+    check_comparison(config(models, two, "pairs.function=json:dumps"))
+    with pytest.raises(ConfigError, match=message):
+        check_comparison(config(models, two, *overrides))
+
+
+def test_a_missing_source_is_a_data_error(models: Path) -> None:
+    two = f"compare.models=[{models}/base,{models}/run]"
+    with pytest.raises(DataError):
+        check_comparison(config(models, two, "data.eval=[missing.jsonl]"))

@@ -1,0 +1,135 @@
+"""The sentences at the top of a comparison, rule by rule; its frontier."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.errors import DataError
+from dpo_dist.report.comparison.findings import headline, warnings
+from dpo_dist.report.comparison.results import Results, read_results
+from tests.support.comparison_files import betas, model, results, win
+
+
+def read(folder: Path, content: dict[str, Any]) -> Results:
+    file = folder / "comparison.json"
+    file.write_text(json.dumps(content))
+    return read_results(file)
+
+
+def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> None:
+    found = read(tmp_path, betas())
+    assert headline(found) == (
+        "beta 0.1 has the highest score, 0.62 at a KL of 14 nats; its win rate over base is 71 % [65, 77]. "
+        "beta 0.3 cannot be distinguished from it (win rate 48 % [42, 54]) with 46 % of its KL."
+    )
+    assert warnings(found) == [
+        "beta 0.01 has a score that another model reaches with less KL.",
+        "beta 0.1: responses are 1.6 times as long as those of base; many judges prefer length.",
+        "beta 0.01: responses are 2.6 times as long as those of base; many judges prefer length.",
+        "beta 0.01: 16 % of responses do not end (base: 0 %).",
+        "beta 0.01: 10 % of responses are refusals (base: 2 %).",
+    ]
+    assert [each.name for each in found.frontier()] == ["base", "beta 0.5", "beta 0.3", "beta 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("models", "wins", "sentence"),
+    [
+        (
+            [model("base", None, 0.5), model("new", 3, 0.4)],
+            [win("base", "new", 0.6)],
+            "No model does better than base on average.",
+        ),
+        (
+            [model("base", None, 0.5), model("new", 3, 0.53)],
+            [win("base", "new", 0.47)],
+            "No model is clearly better than base: new has the highest score, 0.53, but its win rate over "
+            "base is 53 % [47, 59], which chance explains. More prompts (compare.prompts) make intervals "
+            "smaller.",
+        ),
+        (
+            [model("base", None, 0.5), model("new", 3, 0.7)],
+            [win("base", "new", 0.3, half=None)],
+            "new has the highest score, 0.7 at a KL of 3 nats; its win rate over base is 70 %, without an "
+            "interval.",
+        ),
+        # The base has the higher mean and loses most prompts.
+        (
+            [model("base", None, 0.5), model("new", 3, 0.4)],
+            [win("base", "new", 0.4)],
+            "No model does better than base on average. But new wins over it on 60 % [54, 66] of the "
+            "prompts.",
+        ),
+        # A judge that compares gives no scores; without a KL there is none in the sentence.
+        (
+            [model("base"), model("new")],
+            [win("base", "new", 0.3)],
+            "new has the highest win rate over base; its win rate over base is 70 % [64, 76].",
+        ),
+        (
+            [model("base"), model("near", 2), model("far", 20)],
+            [],
+            "Without a judge the models can be compared by KL and style only. far is farthest from base: "
+            "20 nats per response.",
+        ),
+        (
+            [model("base"), model("other tokens")],
+            [],
+            "Without a judge the models can be compared by KL and style only.",
+        ),
+        # A model that is clearly worse than the best one is no alternative.
+        (
+            [model("base", None, 0.1), model("a", 5, 0.4), model("b", 9, 0.8)],
+            [win("base", "a", 0.3), win("base", "b", 0.1), win("a", "b", 0.2)],
+            "b has the highest score, 0.8 at a KL of 9 nats; its win rate over base is 90 % [84, 96].",
+        ),
+    ],
+)
+def test_the_headline(
+    tmp_path: Path, models: list[dict[str, Any]], wins: list[dict[str, Any]], sentence: str
+) -> None:
+    assert headline(read(tmp_path, results(models, wins))) == sentence
+
+
+def test_without_faults_there_is_no_warning(tmp_path: Path) -> None:
+    content = results([model("base", None, 0.5), model("new", 3, 0.7)], [win("base", "new", 0.3)])
+    assert warnings(read(tmp_path, content)) == []
+
+
+def test_a_model_worse_than_the_base_and_short_responses_are_warnings(tmp_path: Path) -> None:
+    content = results([model("base", None, 0.5), model("new", 3, 0.3, length=40)], [win("base", "new", 0.7)])
+    assert warnings(read(tmp_path, content)) == [
+        "new has a score that another model reaches with less KL.",
+        "new is worse than base: win rate 30 % [24, 36].",
+        "new: responses have 40 % of the length of those of base.",
+    ]
+
+
+def test_responses_that_are_cut_off_are_a_warning(tmp_path: Path) -> None:
+    models = [model("base", None, 0.5, finished=0.4), model("new", 3, 0.7, finished=0.4)]
+    assert warnings(read(tmp_path, results(models, [win("base", "new", 0.3)]))) == [
+        "60 % of the responses of base do not end within compare.max_new_tokens: the models are compared by "
+        "beginnings of responses."
+    ]
+
+
+def test_numbers_that_are_none_are_not_known(tmp_path: Path) -> None:
+    content = results([model("base", None, 0.5), model("new", 3, 0.7)], [win("base", "new", 0.3)])
+    content["models"][1] |= {"kl": 10**400, "score": "high", "style": {"length": None, "finished": True}}
+    content["wins"][0]["interval"] = [None, 0.4]
+    found = read(tmp_path, content)
+    assert (found.models[1].kl, found.models[1].score, dict(found.models[1].style)) == (None, None, {})
+    assert found.rates["base", "new"].low is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"base": "a", "models": [1], "prompts": 2}', "[" * 100_000]
+)
+def test_a_damaged_file_is_an_error_of_data(tmp_path: Path, text: str) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(DataError, match=r"comparison\.json"):
+        read_results(tmp_path / "comparison.json")
+    with pytest.raises(DataError):
+        read_results(tmp_path / "missing.json")

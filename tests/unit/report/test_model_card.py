@@ -1,0 +1,172 @@
+"""The model card: valid for the hub, complete, without paths of this machine, inert."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.report.markdown import code, inert, table
+from dpo_dist.report.model_card import hub_name, model_card
+
+COUNTS = {"read": 1200, "kept": 1190, "pairs": 1190, "dropped": {"too_long": 4, "empty_response": 6}}
+VERSIONS = {"dpo-dist": "0.1.0", "torch": "2.13.0"}
+OF_ALL = {
+    "eval_pairs": 40,
+    "eval_rewards/accuracies": 0.75,
+    "eval_rewards/margins": 1.25,
+    "eval_loss": 0.5,
+    "intervals": {"eval_rewards/accuracies": [0.7, 0.8]},
+    "calibration": {"expected_calibration_error": 0.05},
+}
+
+
+def rows(evaluations: int) -> list[dict[str, float]]:
+    accuracies = [{"step": step, "eval_loss": 0.7 - 0.001 * step} for step in range(evaluations)]
+    return [{"step": 1, "loss": 0.69}, *accuracies]
+
+
+def summary(train: list[str], evaluated: list[str], **verdict: Any) -> dict[str, Any]:
+    data = {
+        name: {"sources": [{"label": label, **COUNTS} for label in labels]}
+        for name, labels in (("train", train), ("eval", evaluated))
+        if labels
+    }
+    judged = {"sentence": "learnt: accuracy 0.75", "findings": []} | verdict
+    return {"pairs_seen": 2380, "steps": 38, "data": data, "verdict": judged}
+
+
+def card(overrides: list[str], content: dict[str, Any], evaluation: dict[str, Any] | None) -> ModelCard:
+    """The card as the hub reads it; errors in its metadata raise."""
+    text = model_card(load_run_config(overrides), content, rows(30), evaluation, VERSIONS)
+    found = ModelCard(text)
+    assert ModelCardData(**found.data.to_dict()).to_dict() == found.data.to_dict()
+    return found
+
+
+def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
+    overrides = ["model.path=org/base-7B", "loss.beta=0.3", "optim.lr=2e-6"]
+    overrides += [
+        "data.train=[org/pairs, local.jsonl]",
+        "data.eval=[{path: org/pairs, split: test, label: held}]",
+    ]
+    found = card(overrides, summary(["pairs", "local"], ["held"]), {"all": OF_ALL, "held": OF_ALL})
+    data = found.data
+    assert (data.base_model, data["base_model_relation"]) == ("org/base-7B", "finetune")
+    assert (data.library_name, data.pipeline_tag, data.datasets) == (
+        "transformers",
+        "text-generation",
+        ["org/pairs"],
+    )
+    assert "dpo" in data.tags
+    assert data.license is None
+    assert data.model_name == "base-7B-sigmoid"
+    results = {result.metric_type: result for result in data.eval_results}
+    assert {kind: result.metric_value for kind, result in results.items()} == {
+        "accuracy": 0.75,
+        "margin": 1.25,
+        "loss": 0.5,
+    }
+    accuracy = results["accuracy"]
+    assert (accuracy.dataset_type, accuracy.dataset_name, accuracy.dataset_split) == (
+        "org/pairs",
+        "held",
+        "test",
+    )
+    for part in (
+        *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
+        *("| `held` | 40 | 0.75 [0.7, 0.8] | 1.25 | 0.5 | 0.05 |", "4 too\\_long", "1,190"),
+        *("| `loss.beta` | `0.3` |", "| `optim.lr` | `2e-06` |", "| `torch` | `2.13.0` |"),
+        *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
+    ):
+        assert part in found.text, part
+    curve = found.text.partition("## Curve")[2].partition("## Data")[0]
+    assert "\n| 0 | 0.7 |" in curve
+    assert "\n| 29 | 0.671 |" in curve
+    assert curve.count("\n|") == 22, "thinned"
+
+
+def test_an_adapter_is_loaded_by_peft() -> None:
+    overrides = [
+        "model.path=org/base",
+        "data.train=[a.jsonl]",
+        "model.adapter={r: 8}",
+        "reference.mode=adapter",
+    ]
+    found = card(overrides, summary(["a"], []), None)
+    assert (found.data.library_name, found.data["base_model_relation"]) == ("peft", "adapter")
+    assert found.data.eval_results is None
+    assert "AutoPeftModelForCausalLM" in found.text
+    assert "`org/base`" in found.text
+    assert "Evaluation" not in found.text
+
+
+def test_a_loss_of_one_response_has_no_rewards() -> None:
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "loss=sft"]
+    of_all = {"eval_pairs": 40, "eval_loss": 2.5, "intervals": {}}
+    found = card(overrides, summary(["a"], ["b"]), {"all": of_all, "b": of_all})
+    assert [(result.metric_type, result.metric_value) for result in found.data.eval_results] == [
+        ("loss", 2.5)
+    ]
+    assert "| `b` | 40 | 2.5 |" in found.text
+    assert "A reward" not in found.text
+    assert "calibration" not in found.text
+
+
+def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:
+    home = tmp_path / "home" / "alice"
+    base, reference = home / "my-base", home / "sft"
+    for folder in (base, reference):
+        folder.mkdir(parents=True)
+    (home / "chat.jinja").write_text("x")
+    overrides = [f"model.path={base}", f"reference.path={reference}", f"data.train=[{home}/a.jsonl]"]
+    overrides += [
+        f"data.eval=[{home}/b.jsonl]",
+        f"data.chat_template={home}/chat.jinja",
+        f"run.dir={home}/run",
+    ]
+    found = card(overrides, summary(["a"], ["b"]), {"all": OF_ALL, "b": OF_ALL})
+    assert "alice" not in found.content
+    assert str(tmp_path) not in found.content
+    assert found.data.base_model is None, "no model of the hub"
+    for name in ("`my-base`", "`sft`", "`chat.jinja`"):
+        assert name in found.text
+    assert found.data.eval_results[0].dataset_type == "b"
+
+
+def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--base-7B" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    assert hub_name(str(snapshot)) == "org/base-7B"
+    assert hub_name(str(tmp_path)) is None
+    assert hub_name("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["a: [b", "---", "x\n---\nlicense: mit", "`|<img src=x>|``", "yes", "- *b*"])
+def test_names_and_texts_are_inert(name: str, tmp_path: Path) -> None:
+    base = tmp_path / name
+    base.mkdir()
+    overrides = ["data.train=[a.jsonl]", "data.eval=[b.jsonl]"]
+    config = load_run_config(["model.path=placeholder", *overrides])
+    object.__setattr__(config.model, "path", str(base))
+    content = summary(
+        ["a"], ["b"], sentence=f"<script> {name}", findings=[{"rule": "x", "text": f"[a](b) {name}"}]
+    )
+    evaluation = {"all": OF_ALL, "b": OF_ALL}
+    text = model_card(config, content, rows(3), evaluation, VERSIONS)
+    found = ModelCard(text)
+    assert found.data.license is None
+    assert found.data.library_name == "transformers"
+    assert found.data.model_name == f"{name}-sigmoid"
+    assert "<script>" not in text.replace("\\<script>", "")
+    assert "\n## How to load it\n" in found.text
+    assert found.text.count("\n---\n") == 0
+
+
+def test_code_spans_end_where_their_text_ends() -> None:
+    assert code("a`b") == "``a`b``"
+    assert code("`a") == "`` `a ``"
+    assert code("a|b\nc") == "`a\\|b c`"
+    assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"
+    assert table([["a"], ["b"]]) == "| a |\n| --- |\n| b |"

@@ -1,0 +1,89 @@
+"""The models of an evaluation: their kinds, their names, and the weights of which precision is used."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.training import evaluated
+from dpo_dist.training.evaluated import Evaluated, Kind, find_evaluated, load_evaluated
+from tests.support import tiny
+from tests.support.tiny_model import write_model
+
+ALONE = SimpleNamespace(on_main=lambda work, *_: work(), together=lambda work, *_: work())
+QUIET = SimpleNamespace(heartbeat=lambda _: None)
+
+
+def configured(folder: Path, *overrides: str) -> RunConfig:
+    paths = [
+        f"run.dir={folder}/run",
+        f"model.path={folder}/base",
+        "data.train=[a.jsonl]",
+        "data.eval=[b.jsonl]",
+    ]
+    return load_run_config([*paths, *overrides])
+
+
+def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
+    for name, file in (
+        ("base", "config.json"),
+        ("lora", "adapter_config.json"),
+        ("step-000003", "state.json"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_text("")
+    names = "base", "lora", "step-000003"
+    several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in names)},org/name]"
+    found = find_evaluated(configured(tmp_path, several))
+    assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
+    with pytest.raises(ConfigError, match="this run directory has no model"):
+        find_evaluated(configured(tmp_path))
+
+
+def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Path) -> None:
+    def name(place: str = "step-000003", pairs: str = "1", reference: str = "r", beta: float = 0.1) -> str:
+        inputs: Any = SimpleNamespace(
+            eval_set=SimpleNamespace(fingerprint=pairs), reference_files=SimpleNamespace(digest=reference)
+        )
+        config = configured(tmp_path, f"loss.beta={beta}")
+        return Evaluated(str(tmp_path / place), Kind.checkpoint).name(config, inputs)
+
+    for place in ("step-000003", "other/step-000003"):
+        (tmp_path / place).mkdir(parents=True)
+    names = [name(), name("other/step-000003"), name(pairs="2"), name(reference="s"), name(beta=0.2)]
+    assert len(set(names)) == 5
+    assert all(each.startswith("step-000003-") for each in names)
+    assert name() == names[0]
+
+
+def test_only_the_base_of_a_quantized_run_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("base", "other"):
+        write_model(tmp_path / place)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    qlora = ("model.adapter={r: 4}", "model.quantization=nf4", "reference.mode=adapter", "parallelism=ddp")
+    config = configured(tmp_path, *qlora)
+    inputs: Any = SimpleNamespace(
+        policy_files=SimpleNamespace(folder=tmp_path / "base"), tokenizer=tiny.qwen()
+    )
+    monkeypatch.setattr(
+        evaluated, "load_scored", lambda folder, model, *_: (folder.resolve().name, model.quantization)
+    )
+
+    def loaded(name: str, kind: Kind) -> Any:
+        world: Any = ALONE
+        console: Any = QUIET
+        return load_evaluated(Evaluated(str(tmp_path / name), kind), config, inputs, world, console)[0]
+
+    assert loaded("base", Kind.model) == ("base", "nf4")
+    assert loaded("link", Kind.model) == ("base", "nf4")
+    assert loaded("lora", Kind.adapter) == ("base", "nf4")
+    assert loaded("other", Kind.model) == ("other", None)
