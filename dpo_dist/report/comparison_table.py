@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+_MOST_RATES = 6
+"""Win rates without the base that are printed; those of more models are on the page only."""
 
 
 def comparison_table(results: Row) -> list[str]:
@@ -33,7 +35,10 @@ def comparison_table(results: Row) -> list[str]:
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *_aligned(rows)]
     others = [win for win in results["wins"] if win["first"] != base]
-    lines += [f"{win['second']} over {win['first']}: {_over_base(win)}" for win in others]
+    if len(others) <= _MOST_RATES:
+        lines += [f"{win['second']} over {win['first']}: {_over_base(win)}" for win in others]
+    else:
+        lines.append(f"{len(others)} more win rates, of models without {base}, are on the page")
     return lines + _notes(results)
 
 
