@@ -7,14 +7,13 @@ parts. docs/compare.md explains the files.
 """
 
 import logging
-import sys
 
 from dpo_dist.comparison.startup import check_comparison
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import open_console
+from dpo_dist.report.console import open_console, print_text
 
 
 def main(config: RunConfig) -> int:
@@ -24,7 +23,7 @@ def main(config: RunConfig) -> int:
         DpoDistError: data, a model or the judge cannot be used.
     """
     models, folder = check_comparison(config), RunFolder.of(config)
-    with open_console(folder) as console:
+    with open_console(folder, config.console) as console:
         from dpo_dist.comparison.compare_models import compare_models  # noqa: PLC0415  (slow, prints)
         from dpo_dist.report.comparison_page import write_comparison_page  # noqa: PLC0415
         from dpo_dist.report.comparison_table import comparison_table  # noqa: PLC0415
@@ -49,7 +48,7 @@ def check(config: RunConfig) -> int:
     try:
         from dpo_dist.comparison.preflight import rehearse_comparison  # noqa: PLC0415  (slow)
 
-        sys.stdout.write(rehearse_comparison(config, models))
+        print_text("check", rehearse_comparison(config, models), config.console)
     finally:
         logging.disable(logging.NOTSET)
     return ExitCode.completed

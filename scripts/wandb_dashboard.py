@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.report.dashboard import COMPARED, RESULTS, SECTIONS, Panel
-from dpo_dist.report.tracked_values import STEP_AXIS
+from dpo_dist.report.tracked_values import SAMPLES, STEP_AXIS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +53,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
     from wandb_workspaces import workspaces as ws
 
     sections = [
-        ws.Section(name=title, panels=[line_plot(panel) for panel in panels], is_open=True)
-        for title, panels in SECTIONS.items()
+        ws.Section(name=title, panels=_panels(title), is_open=True) for title in ("Verdict", *SECTIONS)
     ]
     settings = ws.WorkspaceSettings(x_axis=STEP_AXIS)
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections, settings=settings)
@@ -71,7 +70,6 @@ def sweep_report(entity: str, project: str, title: str, group: str) -> Any:
     compared = [
         wr.ParallelCoordinatesPlot(columns=columns, title="Settings and results"),
         wr.ParameterImportancePlot(with_respect_to=RESULTS[0]),
-        wr.RunComparer(diff_only="split"),
     ]
 
     def grid(panels: Sequence[Any]) -> Any:
@@ -79,9 +77,19 @@ def sweep_report(entity: str, project: str, title: str, group: str) -> Any:
         return wr.PanelGrid(runsets=[runs], panels=list(panels))
 
     blocks = [wr.H1(f"Runs of {group}"), grid(compared)]
-    for section, panels in SECTIONS.items():
-        blocks += [wr.H1(section), grid([line_plot(panel) for panel in panels])]
+    for section in ("Verdict", *SECTIONS):
+        blocks += [wr.H1(section), grid(_panels(section))]
     return wr.Report(entity=entity, project=project, title=title, blocks=blocks)
+
+
+def _panels(section: str) -> list[Any]:
+    """The panels of a section; the verdicts of runs are compared as values of their summaries."""
+    from wandb_workspaces.reports import v2 as wr
+
+    if section == "Verdict":
+        return [wr.RunComparer(diff_only="split")]
+    tables = [wr.WeavePanelSummaryTable(table_name=SAMPLES)] if section == "Samples" else []
+    return [*(line_plot(panel) for panel in SECTIONS[section]), *tables]
 
 
 def line_plot(panel: Panel) -> Any:

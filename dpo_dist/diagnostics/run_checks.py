@@ -37,6 +37,8 @@ _QUANTITIES = {
 _DISTANCES = ("kl/", "eval_kl/")
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
+_LOWERS_CHOSEN = ("apo_down",)
+"""Losses that make chosen responses less likely by design."""
 _MEAN_OF = 3
 """Rows of a mean: the loss of few pairs is noisy."""
 _FIRST_SPIKE = 5
@@ -86,13 +88,7 @@ def _learning_rate_too_high(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
-    logged = [row for row in facts.steps if finite(row, "loss") is not None]
-    for index in range(_MEAN_OF, len(logged)):
-        recent = logged[index + 1 - _MEAN_OF : index + 1]
-        start, mean = logged[0]["loss"], _mean_loss(recent)
-        if mean > limits["loss_rise"] * start > 0 and _pairs(recent) >= limits["pairs"]:
-            yield f"the loss rose from {start:.3g} to {mean:.3g} by step {recent[-1]['step']:.0f}"
-            break
+    yield from _rise_of_loss(facts.steps, limits)
     logps = values(facts.steps, "logps/chosen_per_token")
     fallen = [(step, logps[0][1] - logp) for step, logp in logps if logps[0][1] - logp > limits["fall"]]
     if len(fallen) >= limits["rows"] and fallen[0][0] <= limits["steps_share"] * facts.total_steps:
@@ -101,10 +97,21 @@ def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
             f"the log-prob of chosen responses fell by {fall:.2g} nats per token by step {step:.0f} of "
             f"{facts.total_steps:,}"
         )
-    yield from _jumps_of_gradient(logged, limits)
+    yield from _jumps_of_gradient(facts.steps, limits)
 
 
-def _jumps_of_gradient(logged: Sequence[Row], limits: Limits) -> Iterator[str]:
+def _rise_of_loss(steps: Sequence[Row], limits: Limits) -> Iterator[str]:
+    logged = [row for row in steps if finite(row, "loss") is not None]
+    for index in range(_MEAN_OF, len(logged)):
+        recent = logged[index + 1 - _MEAN_OF : index + 1]
+        start, mean = logged[0]["loss"], _mean_loss(recent)
+        if mean > limits["loss_rise"] * start > 0 and _pairs(recent) >= limits["pairs"]:
+            yield f"the loss rose from {start:.3g} to {mean:.3g} by step {recent[-1]['step']:.0f}"
+            break
+
+
+def _jumps_of_gradient(steps: Sequence[Row], limits: Limits) -> Iterator[str]:
+    logged = [row for row in steps if finite(row, "loss") is not None]
     norms = values(logged, "grad_norm")
     jumps = []
     for index in range(_FIRST_SPIKE, len(norms)):
@@ -140,10 +147,19 @@ def _beta_too_large(facts: RunFacts, limits: Limits) -> Fields | None:
     found = _beta_and_change(facts)
     if found is None or facts.setting("loss.kind") not in _LOGISTIC or found["beta"] < limits["beta"]:
         return None
-    start = max(found["first"], math.log(2))
-    if found["last"] > limits["loss_share"] * start or found["margin"] > limits["margin"]:
+    if abs(found["margin"]) > limits["margin"]:
         return None
-    return {**found, "beta": number(found["beta"])}
+    change = f"the log-prob of chosen minus rejected changed by only {found['margin']:.2g} nats"
+    logps = [logp for _, logp in values(facts.steps, "logps/chosen_per_token")]
+    rise = next(_rise_of_loss(facts.steps, RULES["learning_rate_too_high"].limits), None)
+    if found["last"] <= limits["loss_share"] * max(found["first"], math.log(2)):
+        loss = f"{found['first']:.2g} -> {found['last']:.2g}"
+        symptom = f"the loss is used up ({loss}) after {change}: later steps teach nothing"
+    elif rise is not None and logps and logps[0] - min(logps) <= limits["fall"]:
+        symptom = f"{rise}, although {change}: every small difference decides a pair"
+    else:
+        return None
+    return {"beta": number(found["beta"]), "symptom": symptom}
 
 
 def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -182,6 +198,15 @@ def _learnt_nothing(facts: RunFacts, limits: Limits) -> Fields | None:
     }
 
 
+def _prefers_rejected(facts: RunFacts, limits: Limits) -> Fields | None:
+    accuracy = facts.training_accuracy()
+    if accuracy is None:
+        return None
+    if accuracy.value >= min(limits["accuracy"], 0.5 - limits["standard_errors"] * accuracy.noise):
+        return None
+    return {"accuracy": accuracy.value, "pairs": accuracy.pairs}
+
+
 def _hardly_trained(facts: RunFacts, limits: Limits) -> Fields | None:
     losses = [loss for _, loss in values(facts.steps, "loss")]
     if not facts.has_ended(limits["steps"]):
@@ -217,7 +242,7 @@ def _overfit(facts: RunFacts, limits: Limits) -> Fields | None:
 def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
     share = last(facts.last_rows, "rewards/both_fall")
     start, end = first(facts.steps, "logps/chosen_per_token"), last(facts.steps, "logps/chosen_per_token")
-    if share is None or start is None or end is None:
+    if share is None or start is None or end is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
         return None
     if share < limits["both_fall"] or start - end < limits["fall"]:
         return None
@@ -230,6 +255,7 @@ TRAINING_CHECKS: dict[str, Check] = {
     "far_from_reference": _far_from_reference,
     "beta_too_large": _beta_too_large,
     "beta_too_small": _beta_too_small,
+    "prefers_rejected": _prefers_rejected,
     "learnt_nothing": _learnt_nothing,
     "hardly_trained": _hardly_trained,
     "overfit": _overfit,

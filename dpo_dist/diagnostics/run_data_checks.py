@@ -17,6 +17,8 @@ def _labels_swapped(facts: RunFacts, limits: Limits) -> Fields | None:
     if not facts.evaluations:
         return None
     training = facts.training_accuracy()
+    if training is not None and training.value < limits["accuracy"]:
+        return None  # `prefers_rejected`
     whole = facts.accuracy()
     candidates = {} if whole is None else {"": whole}
     candidates |= {f" of {label}": found for label, found in facts.source_accuracies("eval").items()}

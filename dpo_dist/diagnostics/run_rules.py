@@ -45,15 +45,45 @@ RULES: dict[str, RunRule] = {
             "learnt_nothing",
         ),
     ),
+    "beta_too_large": RunRule(
+        "beta too large",
+        {"loss_share": 0.01, "margin": 5.0, "beta": 1.0, "fall": 1.0},
+        "with a logistic loss and a beta of at least `beta`, while `rewards/margins` divided by beta is at "
+        "most `margin` nats: the last loss as a share of the first; or the rise of the loss as for "
+        "`learning_rate_too_high`, while `logps/chosen_per_token` fell by at most `fall` nats",
+        "with loss.beta={beta} {symptom}",
+        "loss.beta between 0.01 and 0.5",
+        explains=("learning_rate_too_high", "overfit"),
+    ),
+    "learning_rate_too_high": RunRule(
+        "learning rate too high",
+        {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0, "rows": 2},
+        "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
+        "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative "
+        "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
+        "at least `rows` rows",
+        "{symptom}, with optim.lr={rate}",
+        "optim.lr ten times lower; a larger optim.warmup_ratio",
+        explains=("far_from_reference",),
+    ),
     "labels_swapped": RunRule(
         "labels look swapped",
         {"accuracy": 0.45, "standard_errors": 3},
-        "the last evaluation accuracy, also of each source, which is below `accuracy` by more than chance",
+        "the last evaluation accuracy, also of each source, which is below `accuracy` by more than chance, "
+        "while the training accuracy is not",
         "evaluation accuracy is {accuracy:.2f} on {pairs:,} pairs{source}, clearly below one half, while "
         "training accuracy is {training}: the policy learns the opposite of these labels",
         "compare chosen and rejected of some records of both files; swap the fields of the wrong one "
         "(`columns` of a source)",
         explains=("overfit",),
+    ),
+    "prefers_rejected": RunRule(
+        "the policy prefers rejected responses",
+        {"accuracy": 0.45, "standard_errors": 3},
+        "the training accuracy of the last quarter of the steps, below `accuracy` by more than chance",
+        "training accuracy is {accuracy:.2f} on {pairs:,} pairs: the loss teaches the opposite of the labels",
+        "loss=sigmoid; discopop has a minimum at small negative margins, a custom loss may have a wrong sign",
+        explains=("learnt_nothing",),
     ),
     "evaluation_leak": RunRule(
         "evaluation data leaked into training",
@@ -79,27 +109,6 @@ RULES: dict[str, RunRule] = {
         "accuracy{source} is {accuracy:.2f} at step {step} already, {evidence}",
         "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
         "length-normalised loss",
-        explains=("far_from_reference",),
-    ),
-    "beta_too_large": RunRule(
-        "beta too large",
-        {"loss_share": 0.01, "margin": 5.0, "beta": 1.0},
-        "with a logistic loss and a beta of at least `beta`: the last loss as a share of the first, and "
-        "`rewards/margins` divided by beta, in nats",
-        "with loss.beta={beta} the loss is used up ({first:.2g} -> {last:.2g}) after the log-prob of chosen "
-        "minus rejected changed by only {margin:.2g} nats: later steps teach nothing",
-        "loss.beta between 0.01 and 0.5",
-        explains=("learning_rate_too_high", "overfit"),
-    ),
-    "learning_rate_too_high": RunRule(
-        "learning rate too high",
-        {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0, "rows": 2},
-        "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
-        "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative "
-        "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
-        "at least `rows` rows",
-        "{symptom}, with optim.lr={rate}",
-        "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),
     ),
     "over_optimised": RunRule(

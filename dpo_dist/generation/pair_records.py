@@ -20,6 +20,7 @@ _MESSAGE_TYPES = {
     "loss_weight": pyarrow.int8(),
 }
 _MESSAGES = pyarrow.list_(pyarrow.struct(_MESSAGE_TYPES))
+_ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _IN_JSON = ("tools", "chat_template_kwargs", "provenance")
 """Columns whose values have other fields in each record: a table would fill them up with nulls."""
 
@@ -112,11 +113,14 @@ def write_pairs(
 
 
 def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line; return their number."""
+    """Write one JSON object per line; return their number.
+
+    Line ends in texts are escaped, also those that only Unicode knows.
+    """
     number = 0
     with file.open("w", encoding="utf-8") as stream:
         for number, record in enumerate(records, start=1):  # noqa: B007  (the last number is the result)
-            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n")
     return number
 
 

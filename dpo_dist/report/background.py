@@ -35,8 +35,9 @@ class InBackground:
 
     Args:
         name: for messages.
-        start: opens the tracker.
-        say: called, also from the thread, with the reason if the tracker fails.
+        start: opens the tracker; takes a function for what a user should know.
+        say: called, also from the thread, with that, and with the reason if the tracker fails.
+        remedy: advice if the tracker has to be ended.
         abandon: ends a call of the tracker that does not return.
         first_wait: seconds to wait for `start`, so that its messages come in order if it is fast.
     """
@@ -44,12 +45,14 @@ class InBackground:
     def __init__(
         self,
         name: str,
-        start: Callable[[], RowTracker],
+        start: Callable[[Callable[[str], None]], RowTracker],
         say: Callable[[str], None],
+        remedy: str = "",
         abandon: Callable[[], None] = lambda: None,
         first_wait: float = 0.0,
     ):
-        self._name, self._say, self._abandon = name, say, abandon
+        self._name, self._tell, self._remedy, self._abandon = name, say, remedy, abandon
+        self._is_abandoned = False
         self._tracker: RowTracker | None = None
         self._actions: queue.SimpleQueue[Callable[[RowTracker], None] | None] = queue.SimpleQueue()
         self._is_open = threading.Event()
@@ -76,7 +79,8 @@ class InBackground:
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if not self._thread.is_alive():
             return
-        self._warn(f"{self._name} has not finished after {seconds:.0f} s and is ended")
+        self._warn(f"{self._name} has not finished after {seconds:.0f} s and is ended{self._remedy}")
+        self._is_abandoned = True
         with contextlib.suppress(Exception):
             self._abandon()
         self._thread.join(_LAST_SECONDS)
@@ -85,9 +89,9 @@ class InBackground:
         if self._thread.is_alive():
             self._actions.put(action)
 
-    def _work(self, start: Callable[[], RowTracker]) -> None:
+    def _work(self, start: Callable[[Callable[[str], None]], RowTracker]) -> None:
         try:
-            self._tracker = start()
+            self._tracker = start(self._say)
             self._is_open.set()
             while (action := self._actions.get()) is not None:
                 action(self._tracker)
@@ -95,6 +99,10 @@ class InBackground:
             self._warn(f"{self._name} tracking stops, training continues: {first_line(error)}")
         finally:
             self._is_open.set()
+
+    def _say(self, text: str) -> None:
+        if not self._is_abandoned:
+            self._tell(text)
 
     def _warn(self, text: str) -> None:
         _log.warning(text)

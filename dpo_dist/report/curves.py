@@ -32,6 +32,7 @@ class Panel:
         is_log: whether the axis is logarithmic.
         prefix: start of further keys; the rest of such a key is its label.
         is_smoothed: whether training values have a moving mean.
+        size: of the unit in that of the metric.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Panel:
     is_log: bool = False
     prefix: str = ""
     is_smoothed: bool = True
+    size: float = 1.0
 
 
 def _sides(key: str) -> tuple[tuple[str, str], ...]:
@@ -63,6 +65,13 @@ PANELS = (
     Panel("Gradient norm", (("norm before clipping", "grad_norm"),), is_log=True),
     Panel("Learning rate", (("learning rate", "learning_rate"),), is_smoothed=False),
     Panel("Throughput", (("tokens per second", "tokens_per_second"),)),
+    Panel(
+        "Peak memory of the first GPU",
+        (("tensors", "memory/peak_allocated_bytes"),),
+        "GiB",
+        is_smoothed=False,
+        size=2**30,
+    ),
     Panel(
         "Model FLOPs utilization", (("of the measured peak", "mfu"), ("of the datasheet", "mfu/datasheet"))
     ),
@@ -126,22 +135,23 @@ class Curves:
         ]
 
     def _lines(self, panel: Panel, label: str, key: str) -> Iterator[Line]:
-        values = self._values("loss", key, absent=math.nan)
+        values = self._values(panel, "loss", key, absent=math.nan)
         mean = _mean(values) if panel.is_smoothed else []
         found: tuple[tuple[list[float | None], Role], ...] = (
             ([] if panel.prefix and mean else values, "raw"),
             (mean, "smooth"),
-            (self._values(f"{_EVALUATION}loss", _EVALUATION + key, absent=None), "evaluation"),
+            (self._values(panel, f"{_EVALUATION}loss", _EVALUATION + key, absent=None), "evaluation"),
         )
         for points, role in found:
             if any(value is not None for value in points):
                 yield Line(label, points, role, self.hours)
 
-    def _values(self, mark: str, key: str, absent: float | None) -> list[float | None]:
+    def _values(self, panel: Panel, mark: str, key: str, absent: float | None) -> list[float | None]:
         """Return a value for each step: None without a row that has `mark`, `absent` if it lacks `key`."""
         if key not in self._keys:
             return []
-        return [row.get(key, absent) if mark in row else None for row in self._rows]
+        values = [row.get(key, absent) if mark in row else None for row in self._rows]
+        return values if panel.size == 1 else [None if each is None else each / panel.size for each in values]
 
     def _hours(self) -> list[float] | None:
         """Return the sums of the seconds of the steps; a row without them adds none."""

@@ -200,14 +200,16 @@ def _python(imports: str, load: str) -> str:
 
 
 def _evaluation(evaluation: Mapping[str, Row]) -> str:
-    shown = {
-        key: name for key, (_, name) in _METRICS.items() if any(key in row for row in evaluation.values())
-    }
-    lines = [["pairs of", "pairs", *shown.values(), "calibration error"]]
-    for label, row in list(evaluation.items())[: _MOST_LABELS + 1]:
-        error = row.get("calibration", {}).get("expected_calibration_error")
-        cells = [_with_interval(row, key) for key in shown]
-        lines.append([code(label), f"{row['eval_pairs']:,}", *cells, "" if error is None else f"{error:.3f}"])
+    rows = list(evaluation.items())[: _MOST_LABELS + 1]
+    shown = {key: name for key, (_, name) in _METRICS.items() if any(key in row for _, row in rows)}
+    lines = [["pairs of", "pairs", *shown.values()]]
+    for label, row in rows:
+        lines.append([code(label), f"{row['eval_pairs']:,}", *(_with_interval(row, key) for key in shown)])
+    if not any("calibration" in row for _, row in rows):  # a loss of one response
+        return table(lines)
+    lines[0].append("calibration error")
+    for line, (_, row) in zip(lines[1:], rows, strict=True):
+        line.append(_number(row.get("calibration", {}).get("expected_calibration_error")))
     return f"{table(lines)}\n\n{_REWARDS}"
 
 

@@ -56,7 +56,7 @@ class AccelerateTracker:
 
 def start_of(
     kind: OtherTracker, config: RunConfig, folder: RunFolder, rows: Sequence[Row]
-) -> Callable[[], AccelerateTracker]:
+) -> Callable[[Callable[[str], None]], AccelerateTracker]:
     """Return a function that starts or resumes a tracker.
 
     Args:
@@ -67,9 +67,9 @@ def start_of(
     """
     match kind:
         case OtherTracker.tensorboard:
-            return lambda: _tensorboard(config, folder, rows)
+            return lambda _say: _tensorboard(config, folder, rows)
         case OtherTracker.mlflow:
-            return lambda: _mlflow(config, folder, rows)
+            return lambda _say: _mlflow(config, folder, rows)
 
 
 def _tensorboard(config: RunConfig, folder: RunFolder, rows: Sequence[Row]) -> AccelerateTracker:

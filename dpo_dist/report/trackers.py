@@ -1,6 +1,5 @@
 """The trackers of a run: each gets every metrics row, in a thread of its own."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import WandbMode
-from dpo_dist.report.background import InBackground
+from dpo_dist.report.background import InBackground, RowTracker
 from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.other_trackers import start_of
 from dpo_dist.report.tracking import open_tracker
-from dpo_dist.report.wandb_session import kill_service
+from dpo_dist.report.wandb_session import kill_service, upload_command
 
 _FIRST_WAIT_SECONDS = 10.0
 _FINISH_SECONDS = 30.0
@@ -62,10 +61,14 @@ def open_trackers(
     """
     trackers = []
     if config.tracking.wandb is not WandbMode.off:
-        start = functools.partial(
-            open_tracker, config, folder, request_stop, rows=list(rows), environment=environment, say=say
-        )
-        trackers.append(InBackground("wandb", start, say, kill_service, _FIRST_WAIT_SECONDS))
+        remedy = f"; later: {upload_command(folder)}"
+
+        def start(say: Callable[[str], None]) -> RowTracker:
+            return open_tracker(
+                config, folder, request_stop, rows=list(rows), environment=environment, say=say
+            )
+
+        trackers.append(InBackground("wandb", start, say, remedy, kill_service, _FIRST_WAIT_SECONDS))
     for kind in config.tracking.also:
         trackers.append(InBackground(kind.value, start_of(kind, config, folder, list(rows)), say))
     return Trackers(tuple(trackers))

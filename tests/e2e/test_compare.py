@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import Finished, run_verb
+from tests.e2e.conftest import Overrides
+from tests.support import tiny
+from tests.support.launch import Finished, run_verb, train
 from tests.support.records import assistant, user
 from tests.support.tiny_model import write_model
 
@@ -85,3 +87,32 @@ def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(pl
     found = results(place, "again")
     assert found["not_judged"]["base and other"] == 2
     assert sum(row["responses"]["other"]["score"] is None for row in rows(place, "again")) == 2
+
+
+def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
+    assets: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    short = ("trainer.max_steps=2", "optim.lr=1e-2")
+    train(overrides(*short, f"run.dir={tmp_path}/full"), processes=2)
+    lora = ("model.adapter={r: 4}", "parallelism=ddp", "optim.lr=1e-1", f"run.dir={tmp_path}/lora")
+    train(overrides(*short, *lora))
+    write_model(tmp_path / "foreign", tiny.zephyr())
+    models = [f"base={assets}/model", "full", "full/checkpoints/step-000002", "lora"]
+    models += ["lora/checkpoints/step-000002", "foreign"]
+    limits = ["model.dtype=fp32", "compare.max_new_tokens=6", "compare.temperature=0", "run.dir=compared"]
+    command = [f"compare.models=[{','.join(models)}]", f"data.eval=[{assets}/eval.jsonl]", *limits]
+    ended = run_verb("compare", command, cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    assert "foreign: no KL to base, which has other token ids" in ended.output
+    assert "foreign encodes 5 prompts as other tokens than base" in ended.output
+    found = {model["name"]: model for model in results(tmp_path, "compared")["models"]}
+    for row in rows(tmp_path, "compared"):
+        responses = row["responses"]
+        for run in ("full", "lora"):
+            written, checkpoint = responses[run], responses[f"{run}/step-000002"]
+            assert written["text"] == checkpoint["text"]
+            assert written["logp"] == pytest.approx(checkpoint["logp"], abs=1e-4)
+        assert responses["foreign"]["base_logp"] is None
+    assert found["full"]["kl"] != 0 != found["lora"]["kl"]
+    assert found["foreign"]["kl"] is None
+    assert (tmp_path / "compared/comparison/comparison.html").is_file()

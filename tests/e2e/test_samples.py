@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import TIMINGS, history, run_verb, train
+from tests.support.launch import TIMINGS, history, kill_one_rank, run_verb, train
+from tests.support.tiny_model import write_model
 
 SAMPLES = ["samples.prompts=3", "samples.max_new_tokens=8", "samples.temperature=0"]
 
@@ -69,3 +70,47 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
     assert [row["step"] for row in evaluations if "eval_samples/length" in row] == [0, 2, 4]
     assert evaluations[-1]["eval_samples/length"] == sum(row["policy_tokens"] for row in end) / 3
     assert evaluations[-1]["eval_samples/finished"] == sum(row["policy_finished"] for row in end) / 3
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_the_reference_responds_also_if_the_policy_cannot(
+    is_other: bool, overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """The policy has been trained when samples begin, or starts as another model than the reference."""
+    other = tmp_path / "other"
+    write_model(other, seed=1)
+    reference = [f"reference.path={other}"] if is_other else []
+    usual = overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "optim.lr=1e-2", *reference)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train([*usual, *SAMPLES, "trainer.eval_at_start=true", f"run.dir={whole}"])
+    stopped = run_verb("train", [*usual, "trainer.stop_after_steps=2"], processes=2)
+    assert "stopped after step 2" in stopped.output, stopped.output
+    resumed = train([*usual, *SAMPLES], processes=2)
+    assert "samples: the reference is loaded for its responses" in resumed.output
+    for name in ("reference.jsonl", "step-000004.jsonl"):
+        assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()
+    start = rows(whole, 0)
+    assert all((row["policy"] != row["reference"]) == is_other for row in start)
+    assert "eval_samples/reference_length" in history(run)[-1]
+
+
+def test_a_kill_while_samples_are_generated_changes_no_sample(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    long = ["samples.prompts=3", "samples.max_new_tokens=300", "samples.temperature=1.5"]
+    usual = overrides(
+        f"data.eval=[{assets}/eval.jsonl]",
+        "trainer.eval_every=2",
+        "trainer.eval_at_start=true",
+        "trainer.save_every=1",
+        *long,
+    )
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train([*usual, f"run.dir={whole}"])
+    # Steps take milliseconds after the first file, generation takes seconds.
+    killed = kill_one_rank(usual, 1, (run / "checkpoints" / "step-000001").exists)
+    assert killed.code != 0
+    assert not (run / "samples" / "step-000004.jsonl").exists()
+    train(usual, processes=2)
+    for name in ("reference.jsonl", *(f"step-{step:06d}.jsonl" for step in (0, 2, 4))):
+        assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()

@@ -19,3 +19,8 @@ def test_the_verdict_names_the_faults_of_a_run(overrides: Overrides, assets: Pat
     lines = screen[screen.index("verdict: ") :].splitlines()
     assert lines[0] == f"verdict: {judged['sentence']}"
     assert [line.removeprefix("  - ") for line in lines[1 : len(texts) + 1]] == list(texts.values())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert '<p class="sentence">Evaluation data leaked into training: ' in page
+    for section in ("curves", "accuracy", "data", "speed", "reference", "repeat", "files"):
+        assert f'<section id="{section}">' in page, section
+    assert "of the report is omitted" not in (tmp_path / "run" / "logs" / "rank-0.log").read_text()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import threading
+from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -14,9 +15,9 @@ _BUCKET = {
     "historyLineCount": 0,
     "project": {"id": "1", "name": "project", "entity": {"id": "1", "name": "entity"}},
 }
+_NO_RUN: dict[str, Any] = {"model": {"bucket": None}}
 _ANSWER = {
     "upsertBucket": {"bucket": _BUCKET, "inserted": True},
-    "model": {"bucket": None},
     "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
     "serverInfo": {"features": []},
     "project": None,
@@ -29,6 +30,10 @@ _ANSWER = {
     },
     "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
 }
+
+
+Fault = StrEnum("Fault", ["silent", "error", "cut"])
+"""It never replies; it replies 500; it closes every connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -46,9 +51,39 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.history += [json.loads(line) for line in history.get("content", [])]
         if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
             self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
-        self._answer({"data": _ANSWER, "stopped": True})
+        data = {**_ANSWER, **self._known_run()}
+        self._answer({"data": data, "stopped": self.server.stops_the_run})
+
+    def _known_run(self) -> dict[str, Any]:
+        """The run as a resumed one asks for it, from the rows received."""
+        history = self.server.history
+        if not history:
+            return _NO_RUN
+        bucket = {
+            **_BUCKET,
+            "summaryMetrics": json.dumps({name: value for row in history for name, value in row.items()}),
+            "historyLineCount": len(history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps([json.dumps(history[-1])]),
+            "eventsTail": "[]",
+            "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }
+        return {"model": {"bucket": bucket, "entity": {"id": "1", "name": "entity"}}}
 
     def _answer(self, content: dict[str, Any]) -> None:
+        match self.server.fault:
+            case Fault.silent:
+                self.server.is_over.wait()
+            case Fault.error:
+                self.send_error(500)
+            case Fault.cut:
+                self.connection.close()
+            case _:
+                self._reply(content)
+
+    def _reply(self, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -60,15 +95,23 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    fault: "Fault | None"
+    is_over: threading.Event
+    stops_the_run: bool
     history: list[dict[str, Any]]
     artifacts: list[str]
 
 
 class WandbServer:
-    """A server on a free local port, for the time of a `with` block."""
+    """A server on a free local port, for the time of a `with` block; it stops the run if that is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stops_the_run: bool = False) -> None:
         self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.fault = None
+        self._server.is_over = threading.Event()
+        self._server.stops_the_run = stops_the_run
         self._server.history = []
         self._server.artifacts = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -78,8 +121,13 @@ class WandbServer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._server.is_over.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def fail(self, fault: Fault | None) -> None:
+        """Fail from now on; None: work again."""
+        self._server.fault = fault
 
     def history_rows(self) -> list[dict[str, Any]]:
         """The rows received, without wandb's own keys, tables and histograms."""

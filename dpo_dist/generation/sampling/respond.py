@@ -176,7 +176,10 @@ def _messages_of(
         ids = _ids_of(Message("assistant", _CONTENT, fields), record, prompt, responder)
         if ids is None:
             continue
-        first, *between, last = _PROBES.split(texts_after(ids, prompt, responder.tokenizer)[0])
+        around = _PROBES.split(texts_after(ids, prompt, responder.tokenizer)[0])
+        if len(around) < 2:  # a tokenizer that does not decode to the text that it encoded
+            continue
+        first, *between, last = around
         rest = text.removeprefix(first).removesuffix(last)
         if not between:
             yield rest

@@ -10,6 +10,8 @@ LONGER = 1.5
 """Length of a model's responses over that of the base, from which a finding warns; also its inverse."""
 SHARE = 0.05
 """Change of a share of responses from which a finding warns."""
+CUT_OFF = 0.5
+"""Share of the base's responses that do not end, from which a finding warns."""
 
 _FAULTS = {
     "unfinished": "do not end",
@@ -25,9 +27,9 @@ def headline(results: Results) -> str:
     if not ranked:
         return _without_judge(results)
     best = ranked[0]
-    measure = _measure(results, best)
     if best.name == results.base:
-        return f"No model does better than {results.base}, which has the highest {measure}."
+        return " ".join([f"No model does better than {results.base} on average.", *_winners(results)])
+    measure = _measure(results, best)
     over_base = best.win_rate
     if over_base is None:
         return f"{best.name} has the highest {measure}{_at_kl(best)}."
@@ -48,6 +50,7 @@ def warnings(results: Results) -> list[str]:
     found = [*_dominated(results), *_worse(results)]
     base = next((model for model in results.models if model.name == results.base), None)
     if base is not None:
+        found += _cut_off(base)
         found += [text for model in results.models if model is not base for text in _style(model, base)]
     return found[:_MOST_WARNINGS]
 
@@ -90,6 +93,13 @@ def _cheaper(results: Results, ranked: list[Model]) -> Iterator[str]:
             f"{name} cannot be distinguished from it (win rate {rate_text(rate)}) with {100 * share:.0f} % "
             "of its KL."
         )
+
+
+def _winners(results: Results) -> Iterator[str]:
+    """Yield the models that win more prompts than they lose against a base of the highest mean."""
+    for model in results.models:
+        if model.win_rate and model.win_rate.is_above(0.5):
+            yield f"But {model.name} wins over it on {rate_text(model.win_rate)} of the prompts."
 
 
 def _has_less_kl(model: Model, best: Model) -> bool:
@@ -139,6 +149,15 @@ def _style(model: Model, base: Model) -> Iterator[str]:
         share, other = _share(model, fault), _share(base, fault)
         if share is not None and other is not None and share - other >= SHARE:
             yield f"{model.name}: {100 * share:.0f} % of responses {text} ({base.name}: {100 * other:.0f} %)."
+
+
+def _cut_off(base: Model) -> Iterator[str]:
+    share = _share(base, "unfinished")
+    if share is not None and share >= CUT_OFF:
+        yield (
+            f"{100 * share:.0f} % of the responses of {base.name} do not end within compare.max_new_tokens: "
+            "the models are compared by beginnings of responses."
+        )
 
 
 def _share(model: Model, fault: str) -> float | None:

@@ -99,6 +99,13 @@ def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
     assert "a encodes 3 prompts as other tokens than base" in shown(results(rows), differing=3)
 
 
+def test_many_models_have_a_short_table() -> None:
+    rows = [{name: response(name, score=1.0) for name in ("base", "a", "b", "c", "d", "e")}]
+    lines = shown(results(rows)).splitlines()
+    assert "10 more win rates, of models without base, are on the page" in lines
+    assert not [line for line in lines if line.startswith("b over a")]
+
+
 def test_the_table_without_judge_and_kl() -> None:
     rows = [{"base": response("x"), "a": response("y", None)}]
     found = results(rows, judged=False)

@@ -65,6 +65,7 @@ OUT_OF_RANGE = {
     "compare.part_prompts": [0],
     "compare.resamples": [-1],
     "tracking.price_per_gpu_hour": [-0.5],
+    "tracking.samples": [-1, 1001],
     "doctor.shown_pairs": [-1],
     "samples.prompts": [-1],
     "samples.every": [0],

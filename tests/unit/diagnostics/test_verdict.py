@@ -108,11 +108,24 @@ CASES: dict[str, Case] = {
             "before it the loss was 0.558 and the gradient norm 3",
         ],
     ),
+    "beta_too_large": (rows(late={"loss": 1e-5}), with_beta(10.0), [], ["loss.beta=10", "0.08 nats"]),
+    "learning_rate_too_high": (
+        rows(late={"grad_norm": 80.0, "loss": 0.6}, since=18),
+        summary(),
+        [],
+        ["jumped from 2 to 80 at step 18", "optim.lr=1e-06"],
+    ),
     "labels_swapped": (
         rows(late={"eval_rewards/accuracies": 0.3}),
         summary(),
         [],
         ["0.30 on 400 pairs", "training accuracy is 0.725"],
+    ),
+    "prefers_rejected": (
+        rows(every={"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}),
+        summary(),
+        [],
+        ["training accuracy is 0.20 on 320 pairs"],
     ),
     "evaluation_leak": (
         rows(),
@@ -126,13 +139,6 @@ CASES: dict[str, Case] = {
         summary(),
         [],
         ["0.99 at step 1", "by length", "300 tokens, rejected ones 100"],
-    ),
-    "beta_too_large": (rows(late={"loss": 1e-5}), with_beta(10.0), [], ["loss.beta=10", "0.08 nats"]),
-    "learning_rate_too_high": (
-        rows(late={"grad_norm": 80.0, "loss": 0.6}, since=18),
-        summary(),
-        [],
-        ["jumped from 2 to 80 at step 18", "optim.lr=1e-06"],
     ),
     "over_optimised": (
         rows(late={"eval_samples/length": 230.0, "eval_samples/finished": 0.86}),
@@ -249,6 +255,11 @@ def test_swapped_labels_of_one_source_are_named() -> None:
     [finding] = verdict(rows(every=swapped), summary()).findings
     assert finding.rule == "labels_swapped"
     assert "0.20 on 200 pairs of a" in finding.text
+
+
+def test_what_a_loss_does_by_design_is_no_fault() -> None:
+    lowered = rows(late={"eval_rewards/both_fall": 0.9, "logps/chosen_per_token": -1.4})
+    assert verdict(lowered, summary(settings=SETTINGS | {"loss.kind": "apo_down"})).findings == ()
 
 
 def test_noise_of_a_training_source_is_found_without_evaluations() -> None:
@@ -407,6 +418,16 @@ def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() 
     assert "moved 2 nats" in finding.text
 
 
+def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:
+    risen = {"loss": 6.0, "eval_rewards/margins": 0.08}
+    [finding] = verdict(rows(late=risen), with_beta(10.0)).findings
+    assert finding.rule == "beta_too_large"
+    assert "the loss rose from 0.678 to" in finding.text
+    assert "changed by only 0.008 nats" in finding.text
+    collapsed = verdict(rows(late=risen | {"logps/chosen_per_token": -7.0}), with_beta(10.0))
+    assert collapsed.findings[0].rule == "learning_rate_too_high"
+
+
 def test_alarms_are_the_faults_of_the_samples_so_far() -> None:
     history = rows(late={"eval_samples/empty": 0.5, "eval_samples/length": 400.0, "loss": math.nan})
     assert sample_alarms(history[:10]) == []
@@ -472,6 +493,7 @@ def test_every_limit_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         verdict(history, ended, data_findings)
     for late in ({"logps/chosen_per_token": -3.5}, {"loss": 1.2}):
         verdict(rows(late=late, since=4), summary())
+    verdict(rows(late={"loss": 6.0}), with_beta(10.0))
     assert {name: limits.names for name, limits in used.items()} == {
         name: set(rule.limits) for name, rule in RULES.items()
     }

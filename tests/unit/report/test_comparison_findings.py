@@ -40,7 +40,7 @@ def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> Non
         (
             [model("base", None, 0.5), model("new", 3, 0.4)],
             [win("base", "new", 0.6)],
-            "No model does better than base, which has the highest score, 0.5.",
+            "No model does better than base on average.",
         ),
         (
             [model("base", None, 0.5), model("new", 3, 0.53)],
@@ -54,6 +54,13 @@ def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> Non
             [win("base", "new", 0.3, half=None)],
             "new has the highest score, 0.7 at a KL of 3 nats; its win rate over base is 70 %, without an "
             "interval.",
+        ),
+        # The base has the higher mean and loses most prompts.
+        (
+            [model("base", None, 0.5), model("new", 3, 0.4)],
+            [win("base", "new", 0.4)],
+            "No model does better than base on average. But new wins over it on 60 % [54, 66] of the "
+            "prompts.",
         ),
         # A judge that compares gives no scores; without a KL there is none in the sentence.
         (
@@ -97,6 +104,14 @@ def test_a_model_worse_than_the_base_and_short_responses_are_warnings(tmp_path: 
         "new has a score that another model reaches with less KL.",
         "new is worse than base: win rate 30 % [24, 36].",
         "new: responses have 40 % of the length of those of base.",
+    ]
+
+
+def test_responses_that_are_cut_off_are_a_warning(tmp_path: Path) -> None:
+    models = [model("base", None, 0.5, finished=0.4), model("new", 3, 0.7, finished=0.4)]
+    assert warnings(read(tmp_path, results(models, [win("base", "new", 0.3)]))) == [
+        "60 % of the responses of base do not end within compare.max_new_tokens: the models are compared by "
+        "beginnings of responses."
     ]
 
 

@@ -62,6 +62,13 @@ def test_hours_are_those_of_training_steps() -> None:
     assert Curves([{"step": 10, "loss": 1.0}]).hours is None
 
 
+def test_memory_is_in_gibibytes() -> None:
+    rows = [{"step": step, "loss": 0.5, "memory/peak_allocated_bytes": 3 * 2**29} for step in (1, 2)]
+    (panel,) = [each for each in PANELS if each.unit == "GiB"]
+    (line,) = Curves(rows).lines(panel)
+    assert line.values == [1.5, 1.5]
+
+
 def test_labels_of_lengths_are_in_order_and_too_many_sources_are_named_in_the_title() -> None:
     lengths = {f"eval_rewards/accuracies_by_length/{label}": 0.5 for label in ("1024-", "1-63", "128-255")}
     panel = Panel("By length", prefix="rewards/accuracies_by_length/")

@@ -10,7 +10,7 @@ from dpo_dist.generation import text_facts
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.report.dashboard import COMPARED, RESULTS, SECTIONS, Panel
 from dpo_dist.report.metrics_log import COLUMNS
-from dpo_dist.report.tracked_values import BEST, STEP_AXIS, wandb_names
+from dpo_dist.report.tracked_values import BEST, SAMPLES, STEP_AXIS, wandb_names
 from scripts import wandb_dashboard
 
 PANELS = [panel for panels in SECTIONS.values() for panel in panels]
@@ -59,8 +59,17 @@ def test_the_workspace_has_every_panel_on_the_axis_of_steps() -> None:
     pytest.importorskip("wandb_workspaces")
     view = wandb_dashboard.workspace("entity", "project", "a name")._to_model()
     sections = view.spec.section.panel_bank_config.sections
-    assert [section.name for section in sections][: len(SECTIONS)] == list(SECTIONS)
-    configs = [panel.config for section in sections for panel in section.panels]
+    assert [section.name for section in sections][: len(SECTIONS) + 1] == ["Verdict", *SECTIONS]
+    kinds = [panel.view_type for section in sections for panel in section.panels]
+    assert (kinds.count("Run Comparer"), kinds.count("Weave")) == (1, 1)
+    tables = [panel for section in sections for panel in section.panels if panel.view_type == "Weave"]
+    assert SAMPLES in str(tables[0].config)
+    configs = [
+        panel.config
+        for section in sections
+        for panel in section.panels
+        if panel.view_type == "Run History Line Plot"
+    ]
     assert [config.chart_title for config in configs] == [panel.title for panel in PANELS]
     assert {config.x_axis for config in configs} == {STEP_AXIS}
     assert [config.metrics or [] for config in configs] == [list(panel.metrics) for panel in PANELS]
@@ -70,7 +79,7 @@ def test_the_report_of_a_sweep_has_every_panel_and_the_runs_of_the_group() -> No
     pytest.importorskip("wandb_workspaces")
     page = wandb_dashboard.sweep_report("entity", "project", "a title", "my sweep")
     grids = [block for block in page.blocks if hasattr(block, "panels")]
-    plots = [panel.title for grid in grids[1:] for panel in grid.panels]
+    plots = [panel.title for grid in grids[1:] for panel in grid.panels if hasattr(panel, "title")]
     assert plots == [panel.title for panel in PANELS]
     assert all("my sweep" in str(runs.filters) for grid in grids for runs in grid.runsets)
     assert len(grids[0].panels[0].columns) == len(COMPARED) + len(RESULTS)

@@ -76,7 +76,7 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     )
     for part in (
         *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
-        *("| `held` | 40 | 0.75 [0.7, 0.8] | 1.25 | 0.5 | 0.050 |", "4 too\\_long", "1,190"),
+        *("| `held` | 40 | 0.75 [0.7, 0.8] | 1.25 | 0.5 | 0.05 |", "4 too\\_long", "1,190"),
         *("| `loss.beta` | `0.3` |", "| `optim.lr` | `2e-06` |", "| `torch` | `2.13.0` |"),
         *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
     ):
@@ -100,6 +100,18 @@ def test_an_adapter_is_loaded_by_peft() -> None:
     assert "AutoPeftModelForCausalLM" in found.text
     assert "`org/base`" in found.text
     assert "Evaluation" not in found.text
+
+
+def test_a_loss_of_one_response_has_no_rewards() -> None:
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]", "data.eval=[b.jsonl]", "loss=sft"]
+    of_all = {"eval_pairs": 40, "eval_loss": 2.5, "intervals": {}}
+    found = card(overrides, summary(["a"], ["b"]), {"all": of_all, "b": of_all})
+    assert [(result.metric_type, result.metric_value) for result in found.data.eval_results] == [
+        ("loss", 2.5)
+    ]
+    assert "| `b` | 40 | 2.5 |" in found.text
+    assert "A reward" not in found.text
+    assert "calibration" not in found.text
 
 
 def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:

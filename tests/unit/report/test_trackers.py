@@ -1,7 +1,7 @@
 """Trackers run in threads of their own; TensorBoard and MLflow get every row once over all starts."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Stuck:
 
 def test_rows_wait_for_a_dead_network_and_the_caller_does_not() -> None:
     stuck = Stuck(threading.Event())
-    tracker = InBackground("a name", lambda: stuck, print)
+    tracker = InBackground("a name", lambda say: stuck, print)
     for step in range(1000):
         tracker.log({"step": step})
     assert stuck.sent == []
@@ -57,7 +57,7 @@ def test_rows_wait_for_a_dead_network_and_the_caller_does_not() -> None:
 
 def test_a_short_end_sends_rows_and_no_more() -> None:
     stuck = Stuck(threading.Event())
-    tracker = InBackground("a name", lambda: stuck, print)
+    tracker = InBackground("a name", lambda say: stuck, print)
     tracker.log({"step": 1})
     tracker.finish("completed", {}, seconds=1)
     assert stuck.is_hurried
@@ -67,17 +67,15 @@ def test_a_short_end_sends_rows_and_no_more() -> None:
 def test_a_call_that_never_returns_is_ended() -> None:
     network, said = threading.Event(), []
 
-    def start() -> Stuck:
+    def start(say: Callable[[str], None]) -> Stuck:
         network.wait(60)
+        say("said too late")
         raise ConnectionError("ended")
 
-    tracker = InBackground("a name", start, said.append, abandon=network.set)
+    tracker = InBackground("a name", start, said.append, "; advice", abandon=network.set)
     tracker.log({"step": 1})
     tracker.finish("completed", {}, seconds=0.1)
-    assert said == [
-        "a name has not finished after 0 s and is ended",
-        "a name tracking stops, training continues: ConnectionError: ended",
-    ]
+    assert said == ["a name has not finished after 0 s and is ended; advice"]
 
 
 def test_a_histogram_counts_finite_values() -> None:
