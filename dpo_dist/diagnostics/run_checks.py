@@ -18,6 +18,7 @@ from dpo_dist.diagnostics.run_facts import (
     first,
     last,
     number,
+    pooled,
     values,
 )
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
@@ -89,8 +90,7 @@ def _learning_rate_too_high(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
     yield from _rise_of_loss(facts.steps, limits)
-    logps = values(facts.steps, "logps/chosen_per_token")
-    fallen = [(step, logps[0][1] - logp) for step, logp in logps if logps[0][1] - logp > limits["fall"]]
+    fallen = [(step, fall) for step, fall in _falls_of_chosen(facts, limits) if fall > limits["fall"]]
     if len(fallen) >= limits["rows"] and fallen[0][0] <= limits["steps_share"] * facts.total_steps:
         step, fall = fallen[0]
         yield (
@@ -98,6 +98,18 @@ def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
             f"{facts.total_steps:,}"
         )
     yield from _jumps_of_gradient(facts.steps, limits)
+
+
+def _falls_of_chosen(facts: RunFacts, limits: Limits) -> list[tuple[float, float]]:
+    """Return step and fall of the log-prob of chosen responses during training, in nats per token.
+
+    Relative to the reference, or to the first rows if that is not known; these have other responses.
+    """
+    falls = facts.falls_of_chosen(facts.steps)
+    if falls is None:
+        logps = pooled(facts.steps, "logps/chosen_per_token", limits["pairs"])
+        falls = [(step, logps[0][1] - logp) for step, logp in logps]
+    return falls
 
 
 def _rise_of_loss(steps: Sequence[Row], limits: Limits) -> Iterator[str]:
@@ -150,12 +162,13 @@ def _beta_too_large(facts: RunFacts, limits: Limits) -> Fields | None:
     if abs(found["margin"]) > limits["margin"]:
         return None
     change = f"the log-prob of chosen minus rejected changed by only {found['margin']:.2g} nats"
-    logps = [logp for _, logp in values(facts.steps, "logps/chosen_per_token")]
-    rise = next(_rise_of_loss(facts.steps, RULES["learning_rate_too_high"].limits), None)
+    of_rate = RULES["learning_rate_too_high"].limits
+    falls = [fall for _, fall in _falls_of_chosen(facts, of_rate)]
+    rise = next(_rise_of_loss(facts.steps, of_rate), None)
     if found["last"] <= limits["loss_share"] * max(found["first"], math.log(2)):
         loss = f"{found['first']:.2g} -> {found['last']:.2g}"
         symptom = f"the loss is used up ({loss}) after {change}: later steps teach nothing"
-    elif rise is not None and logps and logps[0] - min(logps) <= limits["fall"]:
+    elif rise is not None and falls and max(falls) <= limits["fall"]:
         symptom = f"{rise}, although {change}: every small difference decides a pair"
     else:
         return None
@@ -166,9 +179,21 @@ def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
     found = _beta_and_change(facts)
     if found is None or facts.setting("loss.kind") not in _LOGISTIC or found["margin"] < limits["margin"]:
         return None
-    if abs(found["first"] - found["last"]) > limits["fall"] * abs(found["first"]):
+    losses = _loss_that_stayed(facts, limits)
+    return None if losses is None else {**found, **losses, "beta": number(found["beta"])}
+
+
+def _loss_that_stayed(facts: RunFacts, limits: Limits) -> dict[str, float] | None:
+    """Return the `first` loss and the mean over the `last` quarter of the steps if they are alike, or None.
+
+    A single row of a run that learns may have the loss of its start by chance.
+    """
+    losses = values(facts.steps, "loss")
+    recent = [loss for step, loss in losses if step > 0.75 * facts.total_steps]
+    if not recent:
         return None
-    return {**found, "beta": number(found["beta"])}
+    start, mean = losses[0][1], fmean(recent)
+    return {"first": start, "last": mean} if abs(mean - start) <= limits["fall"] * abs(start) else None
 
 
 def _beta_and_change(facts: RunFacts) -> dict[str, float] | None:
@@ -208,16 +233,16 @@ def _prefers_rejected(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _hardly_trained(facts: RunFacts, limits: Limits) -> Fields | None:
-    losses = [loss for _, loss in values(facts.steps, "loss")]
-    if not facts.has_ended(limits["steps"]):
+    losses = _loss_that_stayed(facts, limits)
+    if losses is None or not facts.has_ended(limits["steps"]):
         return None
-    if len(losses) < limits["rows"] or abs(losses[-1] - losses[0]) > limits["fall"] * abs(losses[0]):
+    if len(values(facts.steps, "loss")) < limits["rows"]:
         return None
     change = _beta_and_change(facts)
     if change is not None and change["margin"] >= limits["margin"]:
         return None  # a loss with a large constant part, such as sppo_hard with a small beta
     rate = number(facts.setting("optim.lr"))
-    return {"first": losses[0], "last": losses[-1], "steps": facts.total_steps, "rate": rate}
+    return {**losses, "steps": facts.total_steps, "rate": rate}
 
 
 def _overfit(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -240,10 +265,13 @@ def _overfit(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
-    share = last(facts.last_rows, "rewards/both_fall")
-    start, end = first(facts.steps, "logps/chosen_per_token"), last(facts.steps, "logps/chosen_per_token")
+    share, known = last(facts.last_rows, "rewards/both_fall"), facts.falls_of_chosen(facts.last_rows)
+    rows = facts.steps if known is None else facts.last_rows
+    start, end = first(rows, "logps/chosen_per_token"), last(rows, "logps/chosen_per_token")
     if share is None or start is None or end is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
         return None
+    if known is not None:
+        start = end + known[-1][1]  # of the reference
     if share < limits["both_fall"] or start - end < limits["fall"]:
         return None
     return {"first": start, "last": end, "share": share}

@@ -7,7 +7,7 @@ unknown.
 import math
 
 from dpo_dist.diagnostics.run_checks import Check, Fields, Limits
-from dpo_dist.diagnostics.run_facts import ACCURACY, Accuracy, RunFacts, first, number, values
+from dpo_dist.diagnostics.run_facts import ACCURACY, Accuracy, RunFacts, mean, number, pooled
 
 _LEAKS = ("label_leak", "length_bias", "style_bias", "one_sided_form")
 """Rules of the doctor that name a feature which reveals the chosen response."""
@@ -57,10 +57,12 @@ def _evaluation_too_good(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _label_leak(facts: RunFacts, limits: Limits) -> Fields | None:
     within = max(limits["steps"], limits["steps_share"] * facts.total_steps)
-    for source in ("", *(f"/{label}" for label in facts.labels("train"))):
+    pairs = facts.counts("train").get("pairs") or 1
+    shares = {f"/{label}": own / pairs for label, own in facts.pairs_of_labels("train").items()}
+    for source, share in {"": 1.0, **shares}.items():
         at_once = [
             (step, accuracy)
-            for step, accuracy in values(facts.steps, ACCURACY + source)
+            for step, accuracy in pooled(facts.steps, ACCURACY + source, limits["pairs"], share)
             if step <= within and accuracy >= limits["accuracy"]
         ]
         evidence = _evidence_of_leak(facts, source, limits) if at_once else None
@@ -74,7 +76,7 @@ def _label_leak(facts: RunFacts, limits: Limits) -> Fields | None:
 def _evidence_of_leak(facts: RunFacts, source: str, limits: Limits) -> str | None:
     """Return a clause that names the feature by which the label leaks, or None if none is known."""
     rows = facts.evaluations if source else facts.steps  # steps have no lengths by source
-    chosen, rejected = first(rows, f"tokens/chosen{source}"), first(rows, f"tokens/rejected{source}")
+    chosen, rejected = mean(rows, f"tokens/chosen{source}"), mean(rows, f"tokens/rejected{source}")
     if chosen and rejected and max(chosen / rejected, rejected / chosen) >= limits["length_ratio"]:
         return f"by length: chosen responses have {chosen:.0f} tokens, rejected ones {rejected:.0f}"
     for finding in facts.data_findings:

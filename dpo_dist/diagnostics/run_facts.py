@@ -75,8 +75,9 @@ class RunFacts:
         return int(self.summary.get("steps") or (self.rows[-1]["step"] if self.rows else 0))
 
     def has_ended(self, fewest_steps: float) -> bool:
-        """Return whether the run was not stopped before its end and has at least so many steps."""
-        return self.total_steps >= fewest_steps and self.summary.get("exit") != RunOutcome.preempted
+        """Return whether the run reached its last step and has at least so many steps."""
+        is_cut = self.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
+        return self.total_steps >= fewest_steps and not is_cut
 
     def before(self, index: int) -> "RunFacts":
         """Return the facts of the rows before `rows[index]`."""
@@ -97,14 +98,36 @@ class RunFacts:
             start = first(self.steps, metric) or 0.0
         return None if end is None else end - start
 
+    def falls_of_chosen(self, rows: Sequence[Row]) -> list[tuple[float, float]] | None:
+        """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
+
+        Both models score the same responses. None if the policy does not start as the reference, or if the
+        rewards are not beta times a log-ratio.
+        """
+        beta = self.setting("loss.beta")
+        if not beta or self.setting("reference.path") is not None:
+            return None
+        if not any("rewards/both_fall" in row for row in self.rows):  # of a run with a reference only
+            return None
+        tokens = dict(values(rows, "tokens/chosen"))
+        return [
+            (step, -reward / beta / tokens[step])
+            for step, reward in values(rows, "rewards/chosen")
+            if tokens.get(step)
+        ] or None
+
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
 
-    def labels(self, name: str) -> list[str]:
-        """Return the labels of the sources of `train` or `eval`; empty if unknown."""
-        found = [source.get("label") for source in self.counts(name).get("sources") or ()]
-        return [label for label in found if label is not None]  # older summaries have none
+    def pairs_of_labels(self, name: str) -> dict[str, int]:
+        """Return the pairs of each label of the sources of `train` or `eval`; empty if unknown."""
+        found: dict[str, int] = {}
+        for source in self.counts(name).get("sources") or ():
+            label = source.get("label")
+            if label is not None:  # older summaries have none
+                found[label] = found.get(label, 0) + source.get("pairs", 0)
+        return found
 
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
@@ -128,10 +151,8 @@ class RunFacts:
 
         The number of pairs of a training source is its share of the records.
         """
-        counts = self.counts(name)
         found = {}
-        for source in counts.get("sources") or ():
-            label, pairs = source.get("label"), source.get("pairs", 0)  # older summaries have no labels
+        for label, pairs in self.pairs_of_labels(name).items():
             metric = f"{ACCURACY}/{label}"
             if name == "eval":
                 value = last(self.evaluations, metric)
@@ -139,9 +160,9 @@ class RunFacts:
             else:
                 accuracy = self.training_accuracy(metric)
                 if accuracy is not None:
-                    share = pairs / (counts.get("pairs") or 1)
+                    share = pairs / (self.counts(name).get("pairs") or 1)
                     accuracy = Accuracy(accuracy.value, int(accuracy.pairs * share))
-            if label is not None and accuracy is not None and accuracy.pairs:
+            if accuracy is not None and accuracy.pairs:
                 found[label] = accuracy
         return found
 
@@ -150,6 +171,31 @@ def finite(row: Row, key: str) -> float | None:
     """Return the value of a row, or None if it is missing or not finite."""
     value = row.get(key)
     return value if value is not None and math.isfinite(value) else None
+
+
+def pooled(
+    rows: Iterable[Row], key: str, fewest_pairs: float, share: float = 1.0
+) -> list[tuple[float, float]]:
+    """Return the means of `key` over successive rows with at least so many pairs, with the last row's step.
+
+    The value of a few pairs is noise.
+
+    Args:
+        rows: of training steps.
+        key: of a mean over pairs; rows without a finite value are not counted.
+        fewest_pairs: of each mean; a rest with fewer is not returned.
+        share: of the pairs of a row that the metric is about.
+    """
+    found, total, pairs = [], 0.0, 0.0
+    for row in rows:
+        if finite(row, key) is None:
+            continue
+        total += row[key] * row.get("pairs", 0)
+        pairs += row.get("pairs", 0)
+        if pairs and share * pairs >= fewest_pairs:
+            found.append((row["step"], total / pairs))
+            total, pairs = 0.0, 0.0
+    return found
 
 
 def values(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
@@ -167,6 +213,13 @@ def last(rows: Sequence[Row], key: str) -> float | None:
     """Return the last finite value of `key`, or None."""
     found = values(rows, key)
     return found[-1][1] if found else None
+
+
+def mean(rows: Iterable[Row], key: str) -> float | None:
+    """Return the mean of the finite values of `key` over the pairs of the rows, or None."""
+    found = [(row[key], row.get("pairs", 0)) for row in rows if finite(row, key) is not None]
+    pairs = sum(weight for _, weight in found)
+    return sum(value * weight for value, weight in found) / pairs if pairs else None
 
 
 def number(value: float | None) -> str:

@@ -59,7 +59,8 @@ RULES: dict[str, RunRule] = {
         "learning rate too high",
         {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0, "rows": 2},
         "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
-        "`logps/chosen_per_token` within the first `steps_share` of the run, in nats; `grad_norm` relative "
+        "`logps/chosen_per_token` below the reference's (if that is not known, of rows with at least `pairs` "
+        "pairs since the first) within the first `steps_share` of the run, in nats; `grad_norm` relative "
         "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
         "at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
@@ -103,9 +104,10 @@ RULES: dict[str, RunRule] = {
     ),
     "label_leak": RunRule(
         "the label leaks",
-        {"accuracy": 0.95, "steps_share": 0.1, "steps": 10, "length_ratio": 1.3},
-        "the training accuracy of a row, also of each source, within the first `steps` or `steps_share` of "
-        "the run, if the doctor found a leak, or one side is `length_ratio` times longer",
+        {"accuracy": 0.95, "pairs": 30, "steps_share": 0.1, "steps": 10, "length_ratio": 1.3},
+        "the training accuracy of rows with at least `pairs` pairs, also of each source, within the first "
+        "`steps` or `steps_share` of the run, if the doctor found a leak, or one side is `length_ratio` "
+        "times longer",
         "accuracy{source} is {accuracy:.2f} at step {step} already, {evidence}",
         "python -m dpo_dist.doctor names the feature; make both sides alike in it, or use a "
         "length-normalised loss",
@@ -119,19 +121,21 @@ RULES: dict[str, RunRule] = {
             "unfinished_rise": 0.05,
             "distinct_fall": 0.7,
             "responses": 2,
+            "standard_errors": 2,
         },
         "`eval_samples/length` (if it is also above the chosen responses' `tokens/chosen`), `finished` (a "
-        "change of at least `responses` responses) and `distinct_3` of the last evaluation with those of the "
-        "reference, or of the first evaluation if they are unknown",
+        "change of at least `responses` responses, and by more than chance) and `distinct_3` of the last "
+        "evaluation with those of the reference, or of the first evaluation if they are unknown",
         "{symptoms} compared with {start}",
         "an earlier checkpoint, fewer steps, a larger loss.beta or a lower optim.lr; a length-normalised "
         "loss if responses grow",
     ),
     "samples_degrade": RunRule(
         "sampled responses degrade",
-        {"rise": 0.1, "responses": 2},
+        {"rise": 0.1, "responses": 2, "standard_errors": 2},
         "`eval_samples/empty`, `refusals` and `language_changed` of the last evaluation minus those of the "
-        "reference, or of the first evaluation; a change of at least `responses` responses",
+        "reference, or of the first evaluation; a change of at least `responses` responses, and by more than "
+        "chance",
         "{symptoms} compared with {start}",
         "read the samples; look for such responses among the chosen ones",
     ),
@@ -147,8 +151,8 @@ RULES: dict[str, RunRule] = {
     "beta_too_small": RunRule(
         "beta too small",
         {"fall": 0.01, "margin": 2.0},
-        "with a logistic loss: the training loss of the last row relative to the first, and "
-        "`rewards/margins` divided by beta, in nats",
+        "with a logistic loss: the training loss of the last quarter of the steps relative to the first row, "
+        "and `rewards/margins` divided by beta, in nats",
         "with loss.beta={beta} the loss stays at its start ({first:.4g} -> {last:.4g}) although the log-prob "
         "of chosen minus rejected changed by {margin:.2g} nats: nothing keeps the policy near the reference",
         "loss.beta between 0.01 and 0.5",
@@ -169,9 +173,9 @@ RULES: dict[str, RunRule] = {
     "hardly_trained": RunRule(
         "hardly trained",
         {"fall": 0.01, "rows": 3, "margin": 2.0, "steps": FEWEST_STEPS},
-        "the training loss of the last row relative to the first, of at least `rows` rows, unless "
-        "`rewards/margins` divided by beta reached `margin` nats; of a run of at least `steps` steps that "
-        "reached its end",
+        "the training loss of the last quarter of the steps relative to the first row, of at least `rows` "
+        "rows, unless `rewards/margins` divided by beta reached `margin` nats; of a run of at least `steps` "
+        "steps that reached its end",
         "the training loss stayed at its start, {first:.4g} -> {last:.4g}, in {steps:,} steps with "
         "optim.lr={rate}",
         "a higher optim.lr, or more steps",
@@ -198,7 +202,8 @@ RULES: dict[str, RunRule] = {
     "displacement": RunRule(
         "both responses become less likely",
         {"both_fall": 0.5, "fall": 0.1},
-        "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token`, in nats",
+        "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token` below the reference's (if "
+        "that is not known, since the first step), in nats",
         "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share:.0%} "
         "of the pairs both responses did (likelihood displacement): probability moves to texts that are "
         "neither",

@@ -1,5 +1,7 @@
 """Checks of the responses that the policy gives to held-out prompts: see `run_checks`."""
 
+import math
+
 from dpo_dist.diagnostics.run_checks import Check, Fields, Limits
 from dpo_dist.diagnostics.run_facts import Row, RunFacts, first, last
 
@@ -18,7 +20,7 @@ def _over_optimised(facts: RunFacts, limits: Limits) -> Fields | None:
         start is not None
         and end is not None
         and 1 - end >= limits["unfinished"]
-        and _is_enough(facts, start - end, limits["unfinished_rise"], limits)
+        and _is_enough(facts, 1 - start, 1 - end, limits["unfinished_rise"], limits)
     ):
         symptoms.append(f"{1 - end:.0%} of them do not end by themselves ({1 - start:.0%} before)")
     start, end = _ends(facts, "distinct_3")
@@ -37,30 +39,34 @@ def _samples_degrade(facts: RunFacts, limits: Limits) -> Fields | None:
         start, end = _ends(facts, metric)
         if start is None or end is None:
             continue
-        if _is_enough(facts, end - start, limits["rise"], limits):
+        if _is_enough(facts, start, end, limits["rise"], limits):
             symptoms.append(f"{end:.0%} of the sampled responses {meaning} ({start:.0%} before)")
     return _sampled(facts, symptoms)
 
 
 def _ends(facts: RunFacts, name: str) -> tuple[float | None, float | None]:
     """Return a metric of the reference's responses, or else of the first samples, and of the last ones."""
-    start = first(facts.evaluations, _REFERENCE + name)
+    # The last ones: settings of samples may change when a run is resumed, and the reference responds again.
+    start = last(facts.evaluations, _REFERENCE + name)
     if start is None:
         start = first(facts.evaluations, _SAMPLES + name)
     return start, last(facts.evaluations, _SAMPLES + name)
 
 
-def _is_enough(facts: RunFacts, rise: float, least: float, limits: Limits) -> bool:
-    """Return whether a share rose by `least` and, if their number is known, by enough responses."""
-    prompts = last(facts.evaluations, "samples/prompts")
-    return rise >= least and (prompts is None or round(rise * prompts) >= limits["responses"])
+def _is_enough(facts: RunFacts, start: float, end: float, least: float, limits: Limits) -> bool:
+    """Return whether a share rose by `least` and, if their number is known, by more than chance."""
+    rise, prompts = end - start, last(facts.evaluations, "samples/prompts")
+    if prompts is None or rise < least:
+        return rise >= least
+    noise = math.sqrt((start * (1 - start) + end * (1 - end)) / prompts)
+    return round(rise * prompts) >= limits["responses"] and rise > limits["standard_errors"] * noise
 
 
 def _sampled(facts: RunFacts, symptoms: list[str]) -> Fields | None:
     if not symptoms:
         return None
     row = next(row for row in facts.evaluations if _has_samples(row))
-    is_known = any(key.startswith(_REFERENCE) for key in row)
+    is_known = any(key.startswith(_REFERENCE) for one in facts.evaluations for key in one)
     return {
         "symptoms": ", ".join(symptoms),
         "start": "the reference" if is_known else f"step {row['step']:.0f}",

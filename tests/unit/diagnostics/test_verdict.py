@@ -409,6 +409,85 @@ def test_a_single_response_is_no_fault(late: dict[str, float]) -> None:
     assert len(verdict(rows(late=late, every={"eval_samples/prompts": 80.0}), summary()).findings) == 1
 
 
+def test_a_change_of_samples_within_chance_is_no_fault() -> None:
+    few = {"eval_samples/prompts": 16.0, "eval_samples/reference_finished": 10 / 16}
+    few["eval_samples/reference_refusals"] = 2 / 16
+    for finished, refusals, rules in (
+        (8 / 16, 4 / 16, []),
+        (3 / 16, 2 / 16, ["over_optimised"]),
+        (10 / 16, 9 / 16, ["samples_degrade"]),
+    ):
+        late = {"eval_samples/finished": finished, "eval_samples/refusals": refusals}
+        judged = verdict(rows(every=few, late=late), summary())
+        assert [finding.rule for finding in judged.findings] == rules
+
+
+def test_samples_are_compared_with_the_reference_under_their_own_settings() -> None:
+    """A resumed run may have shorter samples: then the reference has responded again."""
+    long = {"eval_samples/reference_finished": 1.0}
+    short = {"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}
+    assert verdict(rows(every=long, late=short), summary()).findings == ()
+    [finding] = verdict(rows(late={**short, "eval_samples/reference_finished": 1.0}), summary()).findings
+    assert "compared with the reference" in finding.text
+
+
+def test_an_accuracy_of_few_pairs_is_no_leak() -> None:
+    longer = {"tokens/chosen": 300.0}
+    for pairs, rules in ((2.0, []), (64.0, ["label_leak"])):
+        history = rows(every=longer | {"pairs": pairs})
+        history[1] |= {"rewards/accuracies": 1.0}
+        assert [one.rule for one in verdict(history, summary()).findings] == rules
+
+
+def test_lengths_of_one_row_are_no_evidence_of_a_leak() -> None:
+    history = rows(every=AT_ONCE)
+    history[0] |= {"tokens/chosen": 300.0}
+    assert verdict(history, summary()).findings == ()
+
+
+def test_chosen_log_probs_are_compared_on_the_same_responses() -> None:
+    """The rows of other batches have other responses."""
+    late = {
+        "eval_rewards/both_fall": 0.6,
+        "eval_logps/chosen_per_token": -1.4,
+        "logps/chosen_per_token": -3.0,
+    }
+    for fall, rules in ((0.02, []), (0.4, ["displacement"])):
+        of_rewards = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -fall * 110.0 * 0.1)
+        judged = verdict(rows(late=late | of_rewards, since=4), summary())
+        assert [finding.rule for finding in judged.findings] == rules
+    assert "-1.00 -> -1.40 nats per token" in judged.findings[0].text
+    collapsed = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -2.0 * 110.0 * 0.1)
+    [finding, *_] = verdict(rows(late=late | collapsed, since=4), summary()).findings
+    assert finding.rule == "learning_rate_too_high"
+    assert "fell by 2 nats per token by step 4 of 20" in finding.text
+
+
+def test_log_probs_of_few_pairs_are_no_sign_of_the_learning_rate() -> None:
+    history = rows(every={"pairs": 4.0})
+    for index in (2, 4):
+        history[index] |= {"logps/chosen_per_token": -3.0}
+    assert verdict(history, summary()).findings == ()
+
+
+def test_a_run_that_diverged_is_not_told_to_raise_the_learning_rate() -> None:
+    history = rows(every=FLAT | {"eval_rewards/margins": 1e-3})
+    history[-2] |= {"loss": math.nan, "grad_norm": math.inf}
+    assert [one.rule for one in verdict(history, summary(exit="diverged")).findings] == ["diverged"]
+
+
+def test_a_last_row_with_the_loss_of_the_first_is_chance() -> None:
+    history = rows(late={"loss": 0.679}, since=20)
+    assert verdict(history, with_beta(0.02)).findings == ()
+
+
+def test_sources_with_one_label_are_counted_together() -> None:
+    sources = [{"label": "a", "pairs": 150}, {"label": "a", "pairs": 50}, {"label": "b", "pairs": 200}]
+    every = {"eval_rewards/accuracies/a": 0.5, "eval_rewards/accuracies/b": 0.8}
+    [finding] = verdict(rows(every=every), summary(data={"eval": counts(sources=sources)})).findings
+    assert "accuracy of a is 0.50 on 200 pairs" in finding.text
+
+
 def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() -> None:
     other = summary(settings=SETTINGS | {"reference.path": "other"})
     start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}

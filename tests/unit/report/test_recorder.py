@@ -6,13 +6,14 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.tracking import Tracker
+from dpo_dist.report.wandb_media import RunMedia
 
 
 class Alerts(Tracker):
     """A tracker that keeps its alerts."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(None, RunMedia(folder, most_samples=0))
         self.titles: list[str] = []
 
     def alert(self, title: str, text: str) -> None:
@@ -25,7 +26,7 @@ def sampled(step: int, **values: float) -> dict[str, float]:
 
 
 def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> None:
-    tracker, said = Alerts(), []
+    tracker, said = Alerts(RunFolder(tmp_path)), []
     recorder = Recorder(MetricsLog.open(RunFolder(tmp_path), None, print), tracker, said.append)
     recorder.record({"step": 1, "loss": 0.6})
     recorder.record(sampled(2))
