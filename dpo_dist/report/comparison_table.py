@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_dist.plurals import counted
+
 Row = Mapping[str, Any]
 _MOST_RATES = 6
 """Win rates without the base that are printed; those of more models are on the page only."""
@@ -57,9 +59,11 @@ def _notes(results: Row) -> list[str]:
             )
     if results["wins"]:
         ties = sum(win["ties"] for win in results["wins"])
-        notes.append(f"win rates count {ties:,} ties as half" if ties else "win rates: no ties")
+        notes.append(f"win rates count {counted(ties, 'tie')} as half" if ties else "win rates: no ties")
     left = sum(results["not_judged"].values())
-    return notes + ([f"note: {left:,} comparisons have no verdict and are not counted"] if left else [])
+    return notes + (
+        [f"note: not counted, because without a verdict: {counted(left, 'comparison')}"] if left else []
+    )
 
 
 def _over_base(win: Row | None) -> str:

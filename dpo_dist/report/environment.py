@@ -35,7 +35,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
     Environment variables can be secret, so there are none. `git_commit` and `git_changed_files`, the number
     of tracked files that differ from it, are of the current folder; null outside a git checkout.
     """
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": sys.version.split()[0],

@@ -6,6 +6,7 @@ chart, and `SCRIPT`. Charts side by side are in an element of class "charts".
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -255,11 +256,10 @@ def _place(step: float) -> str:
 
 def _gaps(lines: Sequence[_Drawn], log: bool) -> str:
     """Return a note that counts the values that are not drawn."""
-    counts = {
-        each.line.label: int((each.is_point & ~each.is_shown).sum())
-        for each in lines
-        if each.line.role != "smooth"
-    }
+    counts: Counter[str] = Counter()
+    for each in lines:
+        if each.line.role != "smooth":
+            counts[each.line.label] += int((each.is_point & ~each.is_shown).sum())
     missing = [f"{inert_html(label)} {count:,}" for label, count in counts.items() if count]
     reason = "missing, not finite or not positive" if log else "missing or not finite"
     return (

@@ -46,13 +46,14 @@ class Session:
     Attributes:
         run: the wandb run.
         received: place of the last row that wandb has.
-        row_number: wandb's number of the next row; continues over all starts.
+        row_number: wandb's number of the next row, which continues over all starts of an offline run; None:
+            wandb counts, from the server's number of rows (`run.step` of a resumed run is 0 before a row).
         looked_at: rows of the tracker that were sent or found to be there.
     """
 
     run: "wandb.Run"
     received: RowOrder
-    row_number: int
+    row_number: int | None
     looked_at: int = 0
 
     def send(self, rows: Sequence[Mapping[str, float]], media: MediaOf) -> None:
@@ -60,7 +61,8 @@ class Session:
         for index, row in enumerate(rows[self.looked_at :], self.looked_at):
             if order_of(row) > self.received:
                 self._log(wandb_names(row), media(index, row))
-                self.row_number += 1
+                if self.row_number is not None:
+                    self.row_number += 1
                 self.received = order_of(row)
             self.looked_at = index + 1
 
@@ -126,7 +128,7 @@ def start_run(
     _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
     if written:
         return Session(run, order_of_sent(written[-1]), written[-1]["_step"] + 1)
-    return Session(run, order_of_sent(_known(run)), run.step)
+    return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0)
 
 
 def _known(run: "wandb.Run") -> dict[str, Any]:

@@ -15,9 +15,9 @@ _BUCKET = {
     "historyLineCount": 0,
     "project": {"id": "1", "name": "project", "entity": {"id": "1", "name": "entity"}},
 }
+_NO_RUN: dict[str, Any] = {"model": {"bucket": None}}
 _ANSWER = {
     "upsertBucket": {"bucket": _BUCKET, "inserted": True},
-    "model": {"bucket": None},
     "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
     "serverInfo": {"features": []},
     "project": None,
@@ -51,7 +51,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.history += [json.loads(line) for line in history.get("content", [])]
         if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
             self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
-        self._answer({"data": _ANSWER, "stopped": self.server.stops_the_run})
+        data = {**_ANSWER, **self._known_run()}
+        self._answer({"data": data, "stopped": self.server.stops_the_run})
+
+    def _known_run(self) -> dict[str, Any]:
+        """The run as a resumed one asks for it, from the rows received."""
+        history = self.server.history
+        if not history:
+            return _NO_RUN
+        bucket = {
+            **_BUCKET,
+            "summaryMetrics": json.dumps({name: value for row in history for name, value in row.items()}),
+            "historyLineCount": len(history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps([json.dumps(history[-1])]),
+            "eventsTail": "[]",
+            "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }
+        return {"model": {"bucket": bucket, "entity": {"id": "1", "name": "entity"}}}
 
     def _answer(self, content: dict[str, Any]) -> None:
         match self.server.fault:

@@ -44,6 +44,8 @@ def test_a_value_that_is_not_finite_is_a_counted_gap_and_a_step_without_point_is
     gap = chart("x", [Line("a", [1, math.nan, 3, math.inf, 5], "raw")], [1, 2, 3, 4, 5])
     assert paths(gap, "raw")[0].count("M") == 3
     assert "Gaps: values that are missing or not finite: a 2." in gap
+    both = [Line("a", [1, math.nan], "raw"), Line("a", [None, 1], "evaluation")]
+    assert "a 1." in chart("x", both, [1, 2])
     over = chart("x", [Line("a", [1, None, 3, None, 5], "raw")], [1, 2, 3, 4, 5])
     assert paths(over, "raw")[0].count("M") == 1
     assert "Gaps" not in over

@@ -418,6 +418,22 @@ def test_an_online_run_sends_the_rows_that_it_recorded_offline(
         assert [row["train/loss"] for row in server.history_rows()] == [0.7, 0.6]
 
 
+def test_a_resumed_online_run_sends_only_the_rows_that_the_server_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_loss": 0.6}]
+    more = [{"step": 3, "loss": 0.5}, {"step": 4, "loss": 0.4}]
+    with WandbServer() as server:
+        for known, computed in (([], rows), (rows[:1], [*rows[1:], *more])):
+            online = open_online(
+                tmp_path / "run", monkeypatch, server.url, request_stop=lambda: None, rows=known
+            )
+            for row in computed:
+                online.log(row)
+            online.finish("preempted", {})
+        assert server.history_rows() == [wandb_names(row) for row in [*rows, *more]]
+
+
 def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
