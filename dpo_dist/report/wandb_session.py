@@ -112,6 +112,7 @@ def start_run(
         allow_val_change=True,
         settings=client.Settings(
             silent=True,
+            reinit="create_new",  # a run that the caller has open stays the caller's
             console="off",
             save_code=False,
             disable_git=True,
@@ -205,13 +206,18 @@ def close(
         warn(f"wandb has not uploaded everything; later: {_upload(run.settings.sync_dir)}")
 
 
-def tear_down() -> None:
-    """End wandb's service, so that it releases the run id and prints nothing when the program ends."""
+def tear_down(*, is_dead: bool = False) -> None:
+    """End wandb's service, so that it releases the run id and prints nothing when the program ends.
+
+    Args:
+        is_dead: the service has ended already; else a service that also has a run of the caller is kept.
+    """
     # wandb raises SystemExit if its service ended with an error.
     with contextlib.suppress(Exception, SystemExit):
         import wandb  # noqa: PLC0415
 
-        wandb.teardown()
+        if is_dead or wandb.run is None:
+            wandb.teardown()
 
 
 def kill_service() -> None:

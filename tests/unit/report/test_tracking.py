@@ -208,6 +208,21 @@ def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -
     assert len(records_of(tmp_path, "preempting")) == (outcome == "preempted")
 
 
+def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> None:
+    callers = wandb.init(project="other", mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
+    tracker = open_in(tmp_path / "run", WandbMode.offline)
+    assert tracker.run is not None
+    assert tracker.run.id == (tmp_path / "run" / "wandb" / "run_id.txt").read_text()
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    assert wandb.run is callers
+    callers.log({"own": 1})
+    callers.finish()
+    wandb.teardown()  # writes its file
+    assert history_rows(tmp_path / "run") == [{"train/global_step": 1, "train/loss": 0.7}]
+    assert [row["own"] for row in read_rows(tmp_path / "wandb", callers.id)] == [1]
+
+
 def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     first = open_in(tmp_path, WandbMode.offline)
     assert first.run is not None
