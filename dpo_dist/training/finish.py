@@ -137,9 +137,10 @@ def export_model(
 
 def _card(loop: Loop, summary: dict[str, Any]) -> str:
     """Return the model card of a run that has done its last step; "" if that fails. On rank 0."""
+    text = ""
     with spared("the model card", loop.console.say):
-        return _whole_card(loop, summary)
-    return ""
+        text = _whole_card(loop, summary)
+    return text
 
 
 def _whole_card(loop: Loop, summary: dict[str, Any]) -> str:
