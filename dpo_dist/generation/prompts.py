@@ -142,6 +142,22 @@ def encode_prompt(
     return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
 
 
+def rendering(data: DataConfig) -> dict[str, Any]:
+    """Return the settings that decide the token ids of prompts; a chat template in a file by its content."""
+    chat_template = data.chat_template
+    if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
+        chat_template = content_digest([file])
+    return {
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "text_as_messages": data.text_as_messages,
+        "template": str(data.template),
+        "template_date": data.template_date,
+        "chat_template": chat_template,
+        "template_arguments": data.template_arguments,
+    }
+
+
 def _content(record: PreferenceRecord) -> dict[str, Any]:
     prompt: Any = record.prompt
     if isinstance(prompt, Dialogue):
