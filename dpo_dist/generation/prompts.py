@@ -3,7 +3,7 @@
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -93,14 +93,20 @@ def write_prompts(
             seen.add(key)
             yield json.dumps(prompt_line(record)) + "\n"
 
+    file = write_named_by_content(folder, lines())
+    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
+    say(f"prompts: {len(seen):,} different ones{skipped}")
+    return file
+
+
+def write_named_by_content(folder: Path, lines: Iterable[str]) -> Path:
+    """Write lines to `prompts-DIGEST.jsonl` in a folder, and return its path."""
     collect_abandoned(folder)
     temporary = folder / "prompts.jsonl"
     with staged_file(temporary) as staged, staged.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines())
+        stream.writelines(lines)
     file = folder / f"prompts-{content_digest([temporary])}.jsonl"
     temporary.replace(file)
-    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {len(seen):,} different ones{skipped}")
     return file
 
 
