@@ -111,7 +111,7 @@ class InBackground:
 
     def _warn(self, text: str) -> None:
         _log.warning(text)
-        self._say(text)
+        self._say(f"warning: {text}")
 
 
 _LAST_SECONDS = 2.0

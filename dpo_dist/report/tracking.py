@@ -181,7 +181,7 @@ def open_tracker(
 
 def _warn(text: str, say: Callable[[str], None]) -> None:
     _log.warning(text)
-    say(text)
+    say(f"warning: {text}")
 
 
 def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:

@@ -75,7 +75,7 @@ def test_a_call_that_never_returns_is_ended() -> None:
     tracker = InBackground("a name", start, said.append, "; advice", abandon=network.set)
     tracker.log({"step": 1})
     tracker.finish("completed", {}, seconds=0.1)
-    assert said == ["a name has not finished after 0 s and is ended; advice"]
+    assert said == ["warning: a name has not finished after 0 s and is ended; advice"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])

@@ -486,7 +486,7 @@ def test_malformed_key_leaves_an_offline_run(
     monkeypatch.setenv("WANDB_API_KEY", "short")
     said: list[str] = []
     tracker = open_in(tmp_path / "run", WandbMode.online, say=said.append)
-    assert [line.split(":")[0] for line in said] == [
+    assert [line.removeprefix("warning: ").split(":")[0] for line in said] == [
         "wandb cannot log in",
         "wandb has no usable key, the run is tracked offline; `wandb login` stores a key",
         "wandb",
