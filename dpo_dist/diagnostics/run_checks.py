@@ -5,8 +5,8 @@ metric.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import fmean, median
+from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from dpo_dist.diagnostics.run_facts import (
@@ -14,13 +14,12 @@ from dpo_dist.diagnostics.run_facts import (
     MARGIN,
     Row,
     RunFacts,
-    finite,
     first,
     last,
     number,
-    pooled,
     values,
 )
+from dpo_dist.diagnostics.run_rate_symptoms import LOGISTIC, falls_of_chosen, rise_of_loss, symptoms_of_rate
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
 from dpo_dist.plurals import counted
 
@@ -36,14 +35,8 @@ _QUANTITIES = {
 }
 """In the order in which a step computes them: the first one that is not finite is named."""
 _DISTANCES = ("kl/", "eval_kl/")
-_LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
-"""Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _LOWERS_CHOSEN = ("apo_down",)
 """Losses that make chosen responses less likely by design."""
-_MEAN_OF = 3
-"""Rows of a mean: the loss of few pairs is noisy."""
-_FIRST_SPIKE = 5
-"""Rows before which a gradient norm has no usual value."""
 
 
 def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -67,7 +60,7 @@ def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
     """Return a sentence about the likeliest cause, given the facts before the row that is not finite."""
-    symptom = next(_symptoms_of_rate(before, {**RULES["learning_rate_too_high"].limits, "rows": 1}), None)
+    symptom = next(symptoms_of_rate(before, {**RULES["learning_rate_too_high"].limits, "rows": 1}), None)
     if symptom is not None:
         return f"the learning rate is too high: {symptom}"
     if "loss" not in row:
@@ -82,70 +75,10 @@ def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
 
 
 def _learning_rate_too_high(facts: RunFacts, limits: Limits) -> Fields | None:
-    symptom = next(_symptoms_of_rate(facts, limits), None)
+    symptom = next(symptoms_of_rate(facts, limits), None)
     if symptom is None:
         return None
     return {"symptom": symptom, "rate": number(facts.setting("optim.lr"))}
-
-
-def _symptoms_of_rate(facts: RunFacts, limits: Limits) -> Iterator[str]:
-    yield from _rise_of_loss(facts.steps, limits)
-    fallen = [(step, fall) for step, fall in _falls_of_chosen(facts, limits) if fall > limits["fall"]]
-    if len(fallen) >= limits["rows"] and fallen[0][0] <= limits["steps_share"] * facts.total_steps:
-        step, fall = fallen[0]
-        yield (
-            f"the log-prob of chosen responses fell by {fall:.2g} nats per token by step {step:.0f} of "
-            f"{facts.total_steps:,}"
-        )
-    yield from _jumps_of_gradient(facts.steps, limits)
-
-
-def _falls_of_chosen(facts: RunFacts, limits: Limits) -> list[tuple[float, float]]:
-    """Return step and fall of the log-prob of chosen responses during training, in nats per token.
-
-    Relative to the reference, or to the first rows if that is not known; these have other responses.
-    """
-    falls = facts.falls_of_chosen(facts.steps)
-    if falls is None:
-        logps = pooled(facts.steps, "logps/chosen_per_token", limits["pairs"])
-        falls = [(step, logps[0][1] - logp) for step, logp in logps]
-    return falls
-
-
-def _rise_of_loss(steps: Sequence[Row], limits: Limits) -> Iterator[str]:
-    logged = [row for row in steps if finite(row, "loss") is not None]
-    for index in range(_MEAN_OF, len(logged)):
-        recent = logged[index + 1 - _MEAN_OF : index + 1]
-        start, mean = logged[0]["loss"], _mean_loss(recent)
-        if mean > limits["loss_rise"] * start > 0 and _pairs(recent) >= limits["pairs"]:
-            yield f"the loss rose from {start:.3g} to {mean:.3g} by step {recent[-1]['step']:.0f}"
-            break
-
-
-def _jumps_of_gradient(steps: Sequence[Row], limits: Limits) -> Iterator[str]:
-    logged = [row for row in steps if finite(row, "loss") is not None]
-    norms = values(logged, "grad_norm")
-    jumps = []
-    for index in range(_FIRST_SPIKE, len(norms)):
-        step, norm = norms[index]
-        usual = median(value for _, value in norms[:index])
-        if norm > max(limits["spike"] * usual, norms[0][1]):
-            jumps.append((step, norm, usual))
-    if len(jumps) < limits["rows"]:
-        return
-    step, norm, usual = jumps[0]
-    before = [row for row in logged if row["step"] < step][-_MEAN_OF:]
-    after = [row for row in logged if row["step"] >= step][-_MEAN_OF:]
-    if _mean_loss(after) > _mean_loss(before):  # not of a loss with steep parts, such as dpop
-        yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
-
-
-def _mean_loss(rows: Sequence[Row]) -> float:
-    return fmean(row["loss"] for row in rows)
-
-
-def _pairs(rows: Sequence[Row]) -> float:
-    return sum(row.get("pairs", 0) for row in rows)
 
 
 def _far_from_reference(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -157,14 +90,14 @@ def _far_from_reference(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _beta_too_large(facts: RunFacts, limits: Limits) -> Fields | None:
     found = _beta_and_change(facts)
-    if found is None or facts.setting("loss.kind") not in _LOGISTIC or found["beta"] < limits["beta"]:
+    if found is None or facts.setting("loss.kind") not in LOGISTIC or found["beta"] < limits["beta"]:
         return None
     if abs(found["margin"]) > limits["margin"]:
         return None
     change = f"the log-prob of chosen minus rejected changed by only {found['margin']:.2g} nats"
     of_rate = RULES["learning_rate_too_high"].limits
-    falls = [fall for _, fall in _falls_of_chosen(facts, of_rate)]
-    rise = next(_rise_of_loss(facts.steps, of_rate), None)
+    falls = [fall for _, fall in falls_of_chosen(facts, of_rate)]
+    rise = next(rise_of_loss(facts, of_rate), None)
     if found["last"] <= limits["loss_share"] * max(found["first"], math.log(2)):
         loss = f"{found['first']:.2g} -> {found['last']:.2g}"
         symptom = f"the loss is used up ({loss}) after {change}: later steps teach nothing"
@@ -177,7 +110,7 @@ def _beta_too_large(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _beta_too_small(facts: RunFacts, limits: Limits) -> Fields | None:
     found = _beta_and_change(facts)
-    if found is None or facts.setting("loss.kind") not in _LOGISTIC or found["margin"] < limits["margin"]:
+    if found is None or facts.setting("loss.kind") not in LOGISTIC or found["margin"] < limits["margin"]:
         return None
     losses = _loss_that_stayed(facts, limits)
     return None if losses is None else {**found, **losses, "beta": number(found["beta"])}

@@ -57,8 +57,17 @@ RULES: dict[str, RunRule] = {
     ),
     "learning_rate_too_high": RunRule(
         "learning rate too high",
-        {"loss_rise": 1.2, "pairs": 50, "fall": 1.0, "steps_share": 0.25, "spike": 10.0, "rows": 2},
-        "the mean loss of three rows with at least `pairs` pairs relative to the first row; the fall of "
+        {
+            "loss_rise": 1.2,
+            "pairs": 50,
+            "varied_pairs": 200,
+            "fall": 1.0,
+            "steps_share": 0.25,
+            "spike": 10.0,
+            "rows": 2,
+        },
+        "the mean loss of three rows with at least `pairs` pairs relative to the first row (if that is not "
+        "the same for all pairs, of rows with at least `varied_pairs` pairs); the fall of "
         "`logps/chosen_per_token` below the reference's (if that is not known, of rows with at least `pairs` "
         "pairs since the first) within the first `steps_share` of the run, in nats; `grad_norm` relative "
         "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "

@@ -470,6 +470,17 @@ def test_log_probs_of_few_pairs_are_no_sign_of_the_learning_rate() -> None:
     assert verdict(history, summary()).findings == ()
 
 
+def test_a_loss_that_differs_among_pairs_is_compared_over_more_of_them() -> None:
+    """Without a reference the first row is a sample too."""
+    simpo = summary(settings=SETTINGS | {"loss.kind": "simpo"})
+    history = rows()
+    history[0] |= {"loss": 0.5}
+    assert verdict(history, simpo).findings == ()
+    assert [one.rule for one in verdict(history, summary()).findings] == ["learning_rate_too_high"]
+    [finding] = verdict(rows(late={"loss": 1.2}, since=9), simpo).findings
+    assert "the loss rose from 0.66 to " in finding.text
+
+
 def test_a_run_that_diverged_is_not_told_to_raise_the_learning_rate() -> None:
     history = rows(every=FLAT | {"eval_rewards/margins": 1e-3})
     history[-2] |= {"loss": math.nan, "grad_norm": math.inf}
@@ -573,6 +584,7 @@ def test_every_limit_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for late in ({"logps/chosen_per_token": -3.5}, {"loss": 1.2}):
         verdict(rows(late=late, since=4), summary())
     verdict(rows(late={"loss": 6.0}), with_beta(10.0))
+    verdict(rows(), summary(settings={"loss.kind": "simpo"}))
     assert {name: limits.names for name, limits in used.items()} == {
         name: set(rule.limits) for name, rule in RULES.items()
     }
