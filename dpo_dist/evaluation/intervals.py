@@ -13,8 +13,8 @@ Column = npt.NDArray[np.float64]
 
 LEVEL = 0.95
 FEWEST_PROMPTS = 6
-"""Prompts that an interval needs. Of fewer, all have the same outcome by an even chance in 2 * 0.5**5 = 6 %, and
-their interval would have no width."""
+"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
+and an interval of one outcome has no width."""
 _MOST_PROMPTS = 1 << 17
 """Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
 
