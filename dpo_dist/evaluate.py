@@ -6,11 +6,11 @@ stored.
 """
 
 import logging
-import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
+from dpo_dist.report.console import print_text
 from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
 
 
@@ -40,7 +40,7 @@ def check(config: RunConfig) -> int:
         try:
             from dpo_dist.training.preflight import rehearse_evaluation  # noqa: PLC0415  (slow)
 
-            sys.stdout.write(rehearse_evaluation(config))
+            print_text("check", rehearse_evaluation(config), config.console)
         finally:
             logging.disable(logging.NOTSET)
     return ExitCode.completed

@@ -19,6 +19,7 @@ from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.errors import DataError
 from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.prompts import as_asked, prompt_key, prompt_line
+from dpo_dist.plurals import counted
 
 
 def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
@@ -50,7 +51,7 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
             remedy="check the counts above, or raise data.eval_share",
         )
     fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
-    say(f"prompts: {len(chosen):,} of {len(seen):,} different ones{fewer}")
+    say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
     collect_abandoned(folder)
     temporary = folder / "prompts.jsonl"
     with staged_file(temporary) as staged:
