@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dpo_dist.diagnostics.run_rules import RULES
@@ -51,10 +52,21 @@ class Recorder:
         self.trackers.log(row, margins)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""
+        """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         self.metrics.save()
         self.metrics.write_summary(summary)
         folder = self.metrics.folder
-        draw_curves(self.metrics.rows, folder.curves, folder.path.name)
-        write_page(folder)
+        self._write(folder.curves, lambda: draw_curves(self.metrics.rows, folder.curves, folder.path.name))
+        self._write(folder.report, lambda: write_page(folder))
         self.trackers.finish(summary["exit"], summary)
+
+    def _write(self, file: Path, write: Callable[[], object]) -> None:
+        """Write a file about the run; values that it cannot show are a warning, as no run may fail by it."""
+        try:
+            write()
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            self.say(f"warning: {file} cannot be written: {type(error).__name__}: {error}")

@@ -1,22 +1,28 @@
 """Alarms about sampled responses: once on the screen and in W&B, and counted in the row."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.tracking import Tracker
+from dpo_dist.report.trackers import Trackers
 
 
-class Alerts(Tracker):
-    """A tracker that keeps its alerts."""
+@dataclass(frozen=True)
+class Seen(Trackers):
+    """Trackers that keep alerts and the outcome."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.titles: list[str] = []
+    titles: list[str] = field(default_factory=list)
+    outcomes: list[str] = field(default_factory=list)
 
     def alert(self, title: str, text: str) -> None:
         self.titles.append(title)
+
+    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+        self.outcomes.append(outcome)
 
 
 def sampled(step: int, **values: float) -> dict[str, float]:
@@ -25,7 +31,7 @@ def sampled(step: int, **values: float) -> dict[str, float]:
 
 
 def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> None:
-    tracker, said = Alerts(), []
+    tracker, said = Seen(), []
     recorder = Recorder(MetricsLog.open(RunFolder(tmp_path), None, print), tracker, said.append)
     recorder.record({"step": 1, "loss": 0.6})
     recorder.record(sampled(2))
@@ -40,3 +46,23 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
     assert tracker.titles == ["over-optimised"] * 2
     alarms = [row.get("eval_samples/alarms") for row in recorder.metrics.rows]
     assert alarms == [None, 0, 1, 1, 0, 1]
+
+
+def test_values_that_no_picture_can_show_do_not_end_the_run(tmp_path: Path) -> None:
+    tracker, said, run = Seen(), [], RunFolder(tmp_path / "run")
+    recorder = Recorder(MetricsLog.open(run, None, print), tracker, said.append)
+    recorder.record({"step": 1, "loss": 1e308, "grad_norm": 1e308})
+    recorder.record({"step": 2, "loss": -1e308, "grad_norm": 1e-320})
+    recorder.close({"exit": "completed", "steps": 2})
+    assert [line.split(" cannot ")[0] for line in said] == [f"warning: {run.curves}"]
+    assert run.report.exists()
+    assert tracker.outcomes == ["completed"]
+
+
+def test_a_name_without_an_encoding_is_drawn(tmp_path: Path) -> None:
+    said, run = [], RunFolder(tmp_path / "run\udcff")
+    recorder = Recorder(MetricsLog.open(run, None, print), Seen(), said.append)
+    recorder.record({"step": 1, "loss": 0.5, "grad_norm": 1.0})
+    recorder.close({"exit": "completed", "steps": 1})
+    assert said == []
+    assert run.curves.exists()
