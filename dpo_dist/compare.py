@@ -6,14 +6,12 @@ a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and 
 parts. docs/compare.md explains the files.
 """
 
-import logging
-
 from dpo_dist.comparison.startup import check_comparison
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import open_console, print_text
+from dpo_dist.report.console import open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -44,13 +42,10 @@ def check(config: RunConfig) -> int:
         DpoDistError: the first check that fails.
     """
     models = check_comparison(config)
-    logging.disable(logging.WARNING)
-    try:
+    with warnings_off():
         from dpo_dist.comparison.preflight import rehearse_comparison  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_comparison(config, models), config.console)
-    finally:
-        logging.disable(logging.NOTSET)
     return ExitCode.completed
 
 

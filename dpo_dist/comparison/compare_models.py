@@ -148,13 +148,13 @@ class _Comparison:
         collect_abandoned(folder.comparison)
         with staged_file(folder.comparison_answers) as temporary:
             write_lines(temporary, answers(finished, self._prompts, tally, counts))
-        if not tally.prompts:
-            raise DataError(
-                "no prompt can be used with every model",
-                where="data.eval",
-                got=_listed(counts),
-                remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
-            )
+            if not tally.prompts:  # the files of an earlier comparison stay
+                raise DataError(
+                    "no prompt can be used with every model",
+                    where="data.eval",
+                    got=_listed(counts),
+                    remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
+                )
         found = comparison(tally, Resampling(config.compare.resamples, config.compare.seed))
         of_models = zip(self._speakers, found["models"], strict=True)
         base = self._speakers[0]

@@ -162,6 +162,16 @@ def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
         stream.flush()
 
 
+@contextlib.contextmanager
+def warnings_off() -> Iterator[None]:
+    """Log nothing below an error in the block."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 class _Once(logging.Filter):
     """Passes each distinct message once: some libraries repeat a warning at every step."""
 

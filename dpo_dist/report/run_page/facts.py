@@ -155,4 +155,4 @@ def _json_fields(path: Path) -> Fields:
 def _fields(content: Any) -> Fields:
     if not isinstance(content, dict):
         raise TypeError("it has no fields")
-    return dict(without_secrets(content))
+    return dict(without_secrets(content))  # a page is made to be shared
