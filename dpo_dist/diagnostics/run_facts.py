@@ -170,6 +170,19 @@ def last(rows: Sequence[Row], key: str) -> float | None:
     return found[-1][1] if found else None
 
 
+def mean_over_time(rows: Iterable[Row], key: str) -> float | None:
+    """Return the mean of a rate, such as pairs per second, over the time of the training steps, or None."""
+    total, seconds, before = 0.0, 0.0, 0.0
+    for row in rows:
+        if "step_seconds" not in row:  # an evaluation
+            continue
+        value, spent = finite(row, key), row["step_seconds"] * (row["step"] - before)
+        before = row["step"]
+        if value is not None:
+            total, seconds = total + value * spent, seconds + spent
+    return total / seconds if seconds else None
+
+
 def number(value: float | None) -> str:
     """Return three digits of a number for people; "unknown" of None."""
     return "unknown" if value is None else f"{value:.3g}"
