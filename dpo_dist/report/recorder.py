@@ -1,16 +1,22 @@
 """Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_dist.diagnostics.run_rules import RULES
 from dpo_dist.diagnostics.verdict import sample_alarms
+from dpo_dist.errors import first_line
 from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.trackers import Trackers
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 _SAMPLED = "eval_samples/prompts"
 
@@ -20,7 +26,7 @@ class Recorder:
     """Metrics files and trackers of one run.
 
     Attributes:
-        say: called with alarms about sampled responses.
+        say: called with alarms about sampled responses, and with warnings.
     """
 
     metrics: MetricsLog
@@ -55,6 +61,26 @@ class Recorder:
         self.metrics.save()
         self.metrics.write_summary(summary)
         folder = self.metrics.folder
-        draw_curves(self.metrics.rows, folder.curves, folder.path.name)
-        write_page(folder)
+        rows, name = self.metrics.rows, folder.path.name
+        self.described(lambda: draw_curves(rows, folder.curves, name), folder.curves.name)
+        self.described(lambda: write_page(folder), folder.report.name)
         self.trackers.finish(summary["exit"], summary)
+
+    def described(self, write: Callable[[], T], name: str) -> T | None:
+        """Return the result of `write`, or None after a warning: a description must not end the run.
+
+        Args:
+            write: makes the description.
+            name: of its file, for the warning.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        try:
+            return write()
+        except OSError:
+            raise
+        except Exception as error:
+            _log.warning("%s cannot be written", name, exc_info=True)
+            self.say(f"warning: {name} cannot be written: {type(error).__name__}: {first_line(error)}")
+            return None

@@ -64,8 +64,7 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
     if template is not None:
         tokenizer = with_chosen_template(tokenizer, template)
-    card = partial(_card, loop, summary)
-    export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
+    export_model(loop.policy, tokenizer, folder.model, loop.world, writing, partial(_card, loop, summary))
     exported = replace(state, outcome=RunOutcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
@@ -100,7 +99,7 @@ def export_model(
     folder: Path,
     world: World,
     while_waiting: WhileWaiting | None = None,
-    card: Callable[[], str] | None = None,
+    card: Callable[[], str | None] | None = None,
 ) -> None:
     """Write the trained model as a folder that transformers loads; collective.
 
@@ -110,7 +109,7 @@ def export_model(
         folder: its final name.
         world: of the run.
         while_waiting: called on rank 0 while it writes.
-        card: returns the content of README.md, on rank 0; None: there is none.
+        card: returns the content of README.md or None, on rank 0; None: there is none.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -122,8 +121,8 @@ def export_model(
             with staged_folder(folder) as temporary:
                 policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
                 tokenizer.save_pretrained(temporary)
-                if card is not None:
-                    (temporary / "README.md").write_text(card(), encoding="utf-8")
+                if card is not None and (text := card()) is not None:
+                    (temporary / "README.md").write_text(text, encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 "the trained model cannot be written",
@@ -135,10 +134,15 @@ def export_model(
     world.on_main(write, while_waiting)
 
 
-def _card(loop: Loop, summary: dict[str, Any]) -> str:
-    """Return the model card of a run that has done its last step; on rank 0."""
-    assert loop.recorder is not None
-    folder, rows = RunFolder.of(loop.config), loop.recorder.metrics.rows
+def _card(loop: Loop, summary: dict[str, Any]) -> str | None:
+    """Return the model card of a run that has done its last step, None if it cannot be made; on rank 0."""
+    recorder = loop.recorder
+    assert recorder is not None
+    return recorder.described(lambda: _card_of(loop, recorder, summary), "README.md of the model")
+
+
+def _card_of(loop: Loop, recorder: Recorder, summary: dict[str, Any]) -> str:
+    folder, rows = RunFolder.of(loop.config), recorder.metrics.rows
     ended = {**summary, "exit": RunOutcome.completed.value}
     judged = verdict(rows, ended, _data_findings(folder, loop.console))
     results = folder.evaluation_of(LAST_EVALUATION).results

@@ -1,19 +1,23 @@
 """Alarms about sampled responses: once on the screen and in W&B, and counted in the row."""
 
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.report import recorder as recorder_module
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.tracking import Tracker
+from dpo_dist.report.trackers import Trackers
 
 
-class Alerts(Tracker):
-    """A tracker that keeps its alerts."""
+@dataclass(frozen=True)
+class Alerts(Trackers):
+    """Trackers that keep their alerts."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.titles: list[str] = []
+    titles: list[str] = field(default_factory=list)
 
     def alert(self, title: str, text: str) -> None:
         self.titles.append(title)
@@ -40,3 +44,33 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
     assert tracker.titles == ["over-optimised"] * 2
     alarms = [row.get("eval_samples/alarms") for row in recorder.metrics.rows]
     assert alarms == [None, 0, 1, 1, 0, 1]
+
+
+def test_a_fault_of_a_page_or_picture_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("eval_loss")
+
+    monkeypatch.setattr(recorder_module, "draw_curves", faulty)
+    monkeypatch.setattr(recorder_module, "write_page", faulty)
+    said: list[str] = []
+    folder = RunFolder(tmp_path)
+    recorder = Recorder(MetricsLog.open(folder, None, print), Alerts(), said.append)
+    recorder.record({"step": 1, "loss": 0.6})
+    recorder.close({"exit": "completed"})
+    assert json.loads(folder.summary.read_text())["exit"] == "completed"
+    assert [line.split(":")[1] for line in said] == [
+        " training_curves.png cannot be written",
+        " report.html cannot be written",
+    ]
+    assert recorder.described(lambda: 1, "x") == 1
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError("no space left")
+
+    recorder = Recorder(MetricsLog.open(RunFolder(tmp_path), None, print), Alerts(), print)
+    with pytest.raises(OSError, match="no space"):
+        recorder.described(full, "report.html")
