@@ -6,14 +6,12 @@ a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and 
 parts. docs/compare.md explains the files.
 """
 
-import logging
-
 from dpo_dist.comparison.startup import check_comparison
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import open_console, print_text
+from dpo_dist.report.console import open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -30,8 +28,7 @@ def main(config: RunConfig) -> int:
 
         results = compare_models(config, models, console)
         if results is not None:
-            for line in comparison_table(results):
-                console.say(line)
+            console.result("comparison", results, comparison_table(results))
             write_comparison_page(folder.comparison)
             console.say(f"page: {folder.comparison_page}   responses: {folder.comparison_answers}")
     return ExitCode.completed
@@ -44,13 +41,10 @@ def check(config: RunConfig) -> int:
         DpoDistError: the first check that fails.
     """
     models = check_comparison(config)
-    logging.disable(logging.WARNING)
-    try:
+    with warnings_off():
         from dpo_dist.comparison.preflight import rehearse_comparison  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_comparison(config, models), config.console)
-    finally:
-        logging.disable(logging.NOTSET)
     return ExitCode.completed
 
 

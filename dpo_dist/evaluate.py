@@ -5,12 +5,10 @@ scored on `data.eval` or `evaluation.data`; reference log-probs come from the st
 stored.
 """
 
-import logging
-import sys
-
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
+from dpo_dist.report.console import print_text, warnings_off
 from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
 
 
@@ -36,13 +34,10 @@ def check(config: RunConfig) -> int:
     config = with_evaluated_pairs(config)
     with without_traces(config, of_success=True):
         check_start(config)
-        logging.disable(logging.WARNING)
-        try:
+        with warnings_off():
             from dpo_dist.training.preflight import rehearse_evaluation  # noqa: PLC0415  (slow)
 
-            sys.stdout.write(rehearse_evaluation(config))
-        finally:
-            logging.disable(logging.NOTSET)
+            print_text("check", rehearse_evaluation(config), config.console)
     return ExitCode.completed
 
 

@@ -4,7 +4,6 @@
 after the finished parts. docs/pairs.md has a command for each method.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.generation.rounds.run_rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs, needs_this_process
-from dpo_dist.report.console import console_on, open_console, print_text
+from dpo_dist.report.console import console_on, open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -51,13 +50,10 @@ def check(config: RunConfig) -> int:
         DpoDistError: the first check that fails.
     """
     check_pairs(config)
-    logging.disable(logging.WARNING)
-    try:
+    with warnings_off():
         from dpo_dist.generation.preflight import rehearse_pairs  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console)
-    finally:
-        logging.disable(logging.NOTSET)
     return ExitCode.completed
 
 

@@ -4,12 +4,10 @@ The same command again resumes the run; `--check` checks that it can start; `--h
 codes: `dpo_dist.errors.ExitCode`.
 """
 
-import logging
-
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import print_text
+from dpo_dist.report.console import print_text, warnings_off
 from dpo_dist.training.startup import check_start, started, without_traces
 
 
@@ -35,13 +33,10 @@ def check(config: RunConfig) -> int:
     """
     with without_traces(config, of_success=True):
         check_start(config)
-        logging.disable(logging.WARNING)
-        try:
+        with warnings_off():
             from dpo_dist.training.preflight import rehearse  # noqa: PLC0415  (slow)
 
             print_text("check", rehearse(config), config.console)
-        finally:
-            logging.disable(logging.NOTSET)
     return ExitCode.completed
 
 

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpo_dist.atomic import collect_abandoned, staged_file
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.fields.dataset_info import resolved
@@ -15,10 +14,11 @@ from dpo_dist.data.prompts import parse_prompt
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response
 from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import pinned, raw_records
-from dpo_dist.digests import content_digest, text_digest
+from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 from dpo_dist.generation.counted import good_records
-from dpo_dist.generation.prompts import as_asked, prompt_key, prompt_line
+from dpo_dist.generation.prompts import as_asked, prompt_key, prompt_line, write_named_by_content
+from dpo_dist.plurals import counted
 
 
 def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
@@ -50,15 +50,9 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
             remedy="check the counts above, or raise data.eval_share",
         )
     fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
-    say(f"prompts: {len(chosen):,} of {len(seen):,} different ones{fewer}")
-    collect_abandoned(folder)
-    temporary = folder / "prompts.jsonl"
-    with staged_file(temporary) as staged:
-        lines = (line + "\n" for _, _, line in sorted(chosen, key=lambda entry: entry[1]))
-        staged.write_text("".join(lines), encoding="utf-8")
-    file = folder / f"prompts-{content_digest([temporary])}.jsonl"
-    temporary.replace(file)
-    return file
+    say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
+    lines = (line + "\n" for _, _, line in sorted(chosen, key=lambda entry: entry[1]))
+    return write_named_by_content(folder, lines)
 
 
 def held_out_facts(line: bytes) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ from dpo_dist.comparison.startup import KEY, Compared
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
 from dpo_dist.distributed.weight_loading import whole_loading
-from dpo_dist.generation.prompts import PromptList
+from dpo_dist.generation.prompts import PromptList, rendering
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.parts import Parts
 from dpo_dist.generation.sampling.respond import Numbers, respond
@@ -83,12 +83,11 @@ class Speaker:
 
         Each row is of `respond`, with token ids. Models share the random numbers of a prompt.
         """
-        prompts, data, model = self._prompts, self._config.data, self._config.model
+        prompts, model = self._prompts, self._config.model
         settings = {
             "prompts": prompts.digest,
             "part_prompts": prompts.part_prompts,
-            "max_length": data.max_length,
-            "template": [str(data.template), data.template_date, data.chat_template, data.template_arguments],
+            **rendering(self._config.data),
             "model": self.source.digest,
             **asdict(self._sampling),
             "numerics": [str(model.dtype), None if model.quantization is None else str(model.quantization)],

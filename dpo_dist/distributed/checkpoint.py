@@ -162,6 +162,12 @@ def is_checkpoint(folder: Path) -> bool:
     return _NAME.fullmatch(folder.name) is not None and (folder / _STATE).is_file()
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint, whose files are not checked; not collective."""
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    return state
+
+
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     """Return the checkpoint in a folder; collective.
 
@@ -185,8 +191,7 @@ def _damage(folder: Path, world: World) -> list[str]:
 
 
 def _state(folder: Path, world: World) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(world.on_main((folder / _STATE).read_text))
-    return state
+    return world.on_main(lambda: read_state(folder))
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:

@@ -67,15 +67,9 @@ class FrozenEngine:
     @contextlib.contextmanager
     def generating(self, *, of_base: bool = False) -> Iterator[Any]:
         """Yield the transformers model in a state in which it generates; see `PolicyEngine.generating`."""
-        model = self._engine.module
         if self._engine.zero_optimization_partition_weights():
             record_gather_orders(self._engine, self._engine.optimizer)
-        with (
-            adapter_off(model) if of_base else contextlib.nullcontext(),
-            explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
-            model.unpacked() as causal_lm,
-            torch.no_grad(),
-        ):
+        with _generating(self._engine.module, of_base=of_base) as causal_lm:
             yield causal_lm
 
     def free(self) -> None:
@@ -145,15 +139,10 @@ class PolicyEngine:
         Args:
             of_base: generate without the adapter.
         """
-        model, was_training = self._engine.module, self._engine.training
+        was_training = self._engine.training
         self.train(False)
         try:
-            with (
-                adapter_off(model) if of_base else contextlib.nullcontext(),
-                explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
-                model.unpacked() as causal_lm,
-                torch.no_grad(),
-            ):
+            with _generating(self._engine.module, of_base=of_base) as causal_lm:
                 yield causal_lm
         finally:
             self.train(was_training)
@@ -239,6 +228,17 @@ class PolicyEngine:
         _empty_module(self._engine.module)
         del self._engine
         return_memory()
+
+
+@contextlib.contextmanager
+def _generating(model: PackedCausalLM, *, of_base: bool) -> Iterator[Any]:
+    with (
+        adapter_off(model) if of_base else contextlib.nullcontext(),
+        explain_out_of_memory("generating samples", _SAMPLES_REMEDY),
+        model.unpacked() as causal_lm,
+        torch.no_grad(),
+    ):
+        yield causal_lm
 
 
 def _empty_module(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.judging.judge import Judge
 from dpo_dist.generation.judging.score import describe_judge, open_judge, score
-from dpo_dist.generation.prompts import PromptList, open_prompts, write_prompts
+from dpo_dist.generation.prompts import PromptList, open_prompts, rendering, write_prompts
 from dpo_dist.generation.results import Results, pairs_of, samples_of, samples_of_part, usable
 from dpo_dist.generation.sampling.engine import Generator, chosen_engine, open_generator
 from dpo_dist.generation.sampling.generate import Sampling
@@ -97,7 +97,7 @@ def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any])
     return {
         "method": str(pairs.method),
         "prompts": work.prompts.digest,
-        **_rendering(work.config),
+        **rendering(work.config.data),
         "models": [model.described() for model in models],
         "samples": work.count,
         **asdict(work.sampling),
@@ -107,20 +107,6 @@ def _settings(work: _Work, models: Sequence[ModelSource], judge: dict[str, Any])
         **_usable(pairs),
         **chosen,
         "judge": judge,
-    }
-
-
-def _rendering(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide the token ids of prompts."""
-    data = config.data
-    return {
-        "max_length": data.max_length,
-        "max_prompt_length": data.max_prompt_length,
-        "text_as_messages": data.text_as_messages,
-        "template": str(data.template),
-        "template_date": data.template_date,
-        "chat_template": data.chat_template,
-        "template_arguments": data.template_arguments,
     }
 
 
@@ -158,7 +144,7 @@ def _responses(source: ModelSource, index: int, work: _Work) -> Parts:
     settings = {
         "prompts": work.prompts.digest,
         "part_prompts": work.prompts.part_prompts,
-        **_rendering(work.config),
+        **rendering(work.config.data),
         "model": source.digest,
         "numbers": asdict(numbers),
         **asdict(work.sampling),

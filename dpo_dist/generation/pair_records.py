@@ -112,15 +112,17 @@ def write_pairs(
     return number
 
 
-def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line; return their number.
+def json_line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line; line ends in texts are escaped, also those that only Unicode knows."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
 
-    Line ends in texts are escaped, also those that only Unicode knows.
-    """
+
+def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object per line; return their number."""
     number = 0
     with file.open("w", encoding="utf-8") as stream:
         for number, record in enumerate(records, start=1):  # noqa: B007  (the last number is the result)
-            stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n")
+            stream.write(json_line(record))
     return number
 
 

@@ -3,7 +3,7 @@
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, Preferen
 from dpo_dist.data.sources import pinned
 from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.generation.counted import good_records
+from dpo_dist.plurals import counted
 
 UNLIMITED = 2**30
 # Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.
@@ -93,14 +94,20 @@ def write_prompts(
             seen.add(key)
             yield json.dumps(prompt_line(record)) + "\n"
 
+    file = write_named_by_content(folder, lines())
+    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
+    say(f"prompts: {counted(len(seen), 'different one')}{skipped}")
+    return file
+
+
+def write_named_by_content(folder: Path, lines: Iterable[str]) -> Path:
+    """Write lines to `prompts-DIGEST.jsonl` in a folder, and return its path."""
     collect_abandoned(folder)
     temporary = folder / "prompts.jsonl"
     with staged_file(temporary) as staged, staged.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines())
+        stream.writelines(lines)
     file = folder / f"prompts-{content_digest([temporary])}.jsonl"
     temporary.replace(file)
-    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {len(seen):,} different ones{skipped}")
     return file
 
 
@@ -140,6 +147,22 @@ def encode_prompt(
     limits = replace(data, max_length=UNLIMITED, truncation=Truncation.drop)
     encoded = encode_pair(replace(record, responses=(_PLACEHOLDER,)), tokenizer, limits)
     return encoded if isinstance(encoded, BadRecord) else encoded.prompt_ids
+
+
+def rendering(data: DataConfig) -> dict[str, Any]:
+    """Return the settings that decide the token ids of prompts; a chat template in a file by its content."""
+    chat_template = data.chat_template
+    if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
+        chat_template = content_digest([file])
+    return {
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "text_as_messages": data.text_as_messages,
+        "template": str(data.template),
+        "template_date": data.template_date,
+        "chat_template": chat_template,
+        "template_arguments": data.template_arguments,
+    }
 
 
 def _content(record: PreferenceRecord) -> dict[str, Any]:

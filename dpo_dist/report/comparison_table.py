@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_dist.plurals import counted
+from dpo_dist.report.text_table import aligned, with_interval
 
 Row = Mapping[str, Any]
 _MOST_RATES = 6
@@ -28,14 +29,14 @@ def comparison_table(results: Row) -> list[str]:
             f"{style['length']:.0f}",
             *map(_percent, (style["finished"], style["refusals"])),
         ]
-        cells += [_percent(style["lists"]), _with_interval(model["kl"], model["kl_interval"], ".2f")]
+        cells += [_percent(style["lists"]), _or_dash(model["kl"], model["kl_interval"], ".2f")]
         if has_scores:
-            cells.append(_with_interval(model["score"], model["score_interval"], ".3f"))
+            cells.append(_or_dash(model["score"], model["score_interval"], ".3f"))
         if rates:
             cells.append(_over_base(rates.get(model["name"])))
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
-    lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *_aligned(rows)]
+    lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
     others = [win for win in results["wins"] if win["first"] != base]
     if len(others) <= _MOST_RATES:
         lines += [f"{win['second']} over {win['first']}: {_over_base(win)}" for win in others]
@@ -71,21 +72,12 @@ def _over_base(win: Row | None) -> str:
     if win is None:
         return ""
     ends = win["interval"]
-    return _with_interval(1 - win["rate"], None if ends is None else [1 - ends[1], 1 - ends[0]], ".3f")
+    return _or_dash(1 - win["rate"], None if ends is None else [1 - ends[1], 1 - ends[0]], ".3f")
 
 
-def _with_interval(value: float | None, ends: Sequence[float] | None, form: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+def _or_dash(value: float | None, ends: Sequence[float] | None, form: str) -> str:
+    return "-" if value is None else with_interval(value, ends, form)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_dist.report.text_table import aligned, with_interval
+
 _COLUMNS = {
     "accuracy": "eval_rewards/accuracies",
     "margin": "eval_rewards/margins",
@@ -23,14 +25,8 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         error = row.get("calibration", {}).get("expected_calibration_error")
         cells = [_cell(row, key) for key in shown.values()]
         rows.append([name, f"{row['eval_pairs']:,}", *cells, "" if error is None else f"{error:.3f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return aligned(rows)
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    if key not in row:
-        return ""
-    ends = row["intervals"].get(key)
-    return f"{row[key]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+    return with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else ""

@@ -19,6 +19,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
 from dpo_dist.report.markdown import code, inert, table
+from dpo_dist.report.tracked_values import without_secrets
 
 Row = Mapping[str, Any]
 
@@ -248,7 +249,7 @@ def _data(config: RunConfig, summary: Row) -> str:
 
 
 def _training(config: RunConfig) -> str:
-    found = {key: value for key, value in settings(config).items() if key not in _PATHS}
+    found = {key: value for key, value in without_secrets(settings(config)).items() if key not in _PATHS}
     if config.reference.path is not None:
         found["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:

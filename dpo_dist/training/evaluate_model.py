@@ -1,6 +1,7 @@
 """Evaluate models, adapters or checkpoints on pairs, one after the other: load, score, write the results."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from dpo_dist.report.console import Console
 from dpo_dist.report.evaluation_table import evaluation_table
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import EvaluationInputs, load_evaluation_inputs
-from dpo_dist.training.evaluated import Evaluated, find_evaluated, load_evaluated
+from dpo_dist.training.evaluated import Evaluated, check_origin, find_evaluated, load_evaluated
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.run import open_world
@@ -37,6 +38,8 @@ def evaluate_models(config: RunConfig, console: Console) -> int:
     with open_world(config, console) as world:
         inputs = load_evaluation_inputs(config, world, console)
         world.on_main(lambda: check_labels(inputs.eval_set))
+        for evaluated in models:
+            world.on_main(partial(check_origin, evaluated, config, inputs))
         reference = prepare_reference(config, inputs, world, console)
         objective = Objective(config.loss, reference.provider)
         found = {

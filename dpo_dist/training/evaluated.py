@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.digests import text_digest
-from dpo_dist.distributed.checkpoint import is_checkpoint, open_checkpoint
+from dpo_dist.distributed.checkpoint import is_checkpoint, open_checkpoint, read_state
 from dpo_dist.distributed.checkpoint_weights import load_checkpoint_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError, ConfigError
@@ -46,14 +46,18 @@ class Evaluated:
     kind: Kind
 
     def name(self, config: RunConfig, inputs: EvaluationInputs) -> str:
-        """Return a name for the results: other models, pairs, references and losses have other names.
+        """Return a name for the results: another model, base, precision, reference or loss, other pairs or
+        labels have another name.
 
         Example: `step-000100-1a2b3c4d`.
         """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
         reference = inputs.reference_files.digest if inputs.reference_files is not None else None
-        facts = [place, inputs.eval_set.fingerprint, reference, plain(config.loss)]
+        data, model = inputs.eval_set, config.model
+        precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
+        own = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
+        facts = [*own, data.fingerprint, list(data.source_labels)]
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
@@ -101,13 +105,13 @@ def load_evaluated(
     The base of an adapter is quantized as `model.quantization` says, and so is `model.path` itself.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or is not of this model.
+        CheckpointError: the checkpoint is damaged.
         ConfigError: the model or the adapter cannot be loaded.
     """
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
     folder, finish = base, None
     if evaluated.kind is Kind.checkpoint:
-        state = _checked_state(Path(evaluated.path), config, inputs, world)
+        state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
         finish = partial(_load_trained, folder=Path(evaluated.path), config=config, world=world)
     else:
@@ -126,22 +130,27 @@ def load_evaluated(
     return load_scored(folder, model_config, placed, world, finish), running
 
 
-def _checked_state(folder: Path, config: RunConfig, inputs: EvaluationInputs, world: World) -> dict[str, Any]:
-    """Return the state of a checkpoint of this configuration; collective.
+def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
+    """Check that a checkpoint is of this configuration, before the reference is computed for another.
 
     Raises:
-        CheckpointError: it is damaged, or started from another model or with another adapter.
+        CheckpointError: its run started from another model or with another adapter.
     """
-    state = open_checkpoint(folder, world).state
-    former, digest = state.get("model"), inputs.policy_files.digest
+    if evaluated.kind is not Kind.checkpoint:
+        return
+    folder, digest = Path(evaluated.path), inputs.policy_files.digest
+    try:
+        former = read_state(folder).get("model")
+    except (OSError, ValueError):
+        return  # `open_checkpoint` says what is damaged
     own_config = RunFolder(folder.resolve().parent.parent).config
-    adapters = world.on_main(lambda: changed_keys(own_config, config)).get("model.adapter")
+    adapters = changed_keys(own_config, config).get("model.adapter")
     if former != digest:
         what, got, expected = "model", f"{config.model.path}, digest {digest}", f"digest {former}"
     elif adapters is not None:
         what, got, expected = "adapter", str(adapters[1]), str(adapters[0])
     else:
-        return state
+        return
     raise CheckpointError(
         f"the checkpoint is of a run with another {what}",
         where=str(folder),

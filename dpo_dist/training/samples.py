@@ -12,6 +12,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
+from dpo_dist.generation.pair_records import json_line
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling
 from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.sampling.together import Generator, generate_together
@@ -20,8 +21,6 @@ from dpo_dist.report.console import Console
 from dpo_dist.training.run_start import write_on_main
 
 Row = dict[str, Any]
-
-_ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -185,6 +184,5 @@ def _named(model: str, response: Row) -> Row:
 
 
 def lines(rows: Sequence[Row]) -> str:
-    """Return rows as JSON lines; line ends in texts are escaped, also those that only Unicode knows."""
-    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return whole.translate(_ESCAPED)
+    """Return rows as JSON lines."""
+    return "".join(map(json_line, rows))

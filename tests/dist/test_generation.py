@@ -73,7 +73,8 @@ def train(
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
         clock, ready = StepClock(world.device), objective.ready_step(plan, world.device)
         norm = train_step(policy, objective, ready, 1e-2, world, clock, RunningMeans())[1]
-        scores.append(evaluate(policy, objective, plan, world, RunningMeans()).values.tolist())
+        values = evaluate(policy, objective, plan, world, RunningMeans()).values
+        scores.append(None if values is None else values.logp_chosen.tolist())
         return norm.item()
 
     def speak(sampling: Sampling, of_base: bool = False) -> list[Any]:

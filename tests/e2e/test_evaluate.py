@@ -168,6 +168,8 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     assert "check passed" in checked.output
     assert "step-000002 (checkpoint)" in checked.output
     assert "more.jsonl, 4 of the first 4 records kept" in checked.output
+    as_json = run_verb("evaluate", [*others, models, "--check", "console.style=json"])
+    assert json.loads(as_json.output.splitlines()[-1])["kind"] == "check"
 
 
 def model_of(folder: Path) -> str:

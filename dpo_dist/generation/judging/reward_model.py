@@ -160,8 +160,9 @@ def describe_reward_model(name: str, config: ModelConfig, store: Path) -> dict[s
         store: folder with remembered digests of model files.
 
     Raises:
-        ConfigError: the model does not exist.
+        ConfigError: the model does not exist, or is no reward model: known before a response is generated.
     """
+    check_reward_model(name, config)
     folder = model_folder(name, None, KEY)
     files = digest_model(folder, store, remote_code=config.trust_remote_code)
     digest = text_digest(f"{files.digest} {tokenizer_digest(folder)}")

@@ -74,6 +74,7 @@ def find_model(name: str, config: RunConfig, key: str = KEY) -> ModelSource:
     files = digest_model(source.folder, store, remote_code=config.model.trust_remote_code)
     added = [] if source.adapter is None else sorted(source.adapter.glob("adapter_*"))
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    parts += [f"ends with {token}" for token in sorted(_given_stops(source.folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
 
 
@@ -155,9 +156,8 @@ def find_stop_ids(
     facts = tokenizer_facts(tokenizer, data)
     if facts.chat is not None:
         stops.add(tokenizer.convert_tokens_to_ids(facts.end_of_turn))
-    if folder is not None and (folder / "generation_config.json").is_file():
-        given = GenerationConfig.from_pretrained(folder).eos_token_id
-        stops |= set(given) if isinstance(given, list) else {given}
+    if folder is not None:
+        stops |= _given_stops(folder)
     found = frozenset(stop for stop in stops if stop is not None and stop != tokenizer.unk_token_id)
     if not found:
         raise ConfigError(
@@ -167,6 +167,14 @@ def find_stop_ids(
             remedy="set eos_token in tokenizer_config.json",
         )
     return found
+
+
+def _given_stops(folder: Path) -> set[int]:
+    """Return the tokens that end a response by the generation_config.json of a model folder."""
+    if not (folder / "generation_config.json").is_file():
+        return set()
+    given = GenerationConfig.from_pretrained(folder).eos_token_id
+    return set() if given is None else set(given) if isinstance(given, list) else {given}
 
 
 def load_responder(source: ModelSource, config: ModelConfig, device: torch.device) -> Any:

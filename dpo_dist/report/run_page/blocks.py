@@ -1,7 +1,9 @@
 """Blocks of the page: sections, tables, folded parts; cells and contents are HTML already."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
+from typing import TypeVar
 
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.facts import Fields
@@ -9,6 +11,27 @@ from dpo_dist.report.run_page.wording import text
 
 MOST_ROWS = 200
 """Rows of a table; the number of further ones is written below it."""
+
+Subject = TypeVar("Subject")
+
+_log = logging.getLogger(__name__)
+
+
+def made(make: Callable[[Subject], str], subject: Subject, page: str) -> str:
+    """Return the section from `make`; empty, with a warning, if a file has other content than expected.
+
+    No run may fail because of its report.
+
+    Args:
+        make: function that returns a section.
+        subject: of the page.
+        page: its name in the warning.
+    """
+    try:
+        return make(subject)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        _log.warning("%s of the %s is omitted: %s: %s", make.__name__, page, type(error).__name__, error)
+        return ""
 
 
 def section(name: str, title: str, *contents: str) -> str:

@@ -1,6 +1,5 @@
 """The page about two runs: verdicts, settings that differ, results, curves, time and responses of both."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from dpo_dist.report.chart_script import SCRIPT, STYLE
 from dpo_dist.report.curves import comparison_charts
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import flat, folded, note, section, table
+from dpo_dist.report.run_page.blocks import flat, folded, made, note, section, table
 from dpo_dist.report.run_page.difference_results import LABELS, Two, results_section
 from dpo_dist.report.run_page.difference_samples import samples_of_both
 from dpo_dist.report.run_page.difference_time import time_section
@@ -39,8 +38,6 @@ _STYLE = """
 .results td:first-child { min-width: 116px; }
 @media (max-width: 600px) { .results td, .results th { padding-right: 8px; } }
 """
-
-_log = logging.getLogger(__name__)
 
 
 def write_difference(
@@ -78,7 +75,7 @@ def write_difference(
         samples_of_both,
         _environment,
     )
-    sections = [_made(make, two) for make in makers]
+    sections = [made(make, two, "comparison") for make in makers]
     title = " and ".join(two.names)
     path = output or Path("-".join(["difference", *map(_in_file_name, two.names)]) + ".html")
     atomic.write_text(path, html_page(title, sections, PAGE_STYLE + SAMPLES_STYLE + STYLE + _STYLE, SCRIPT))
@@ -97,14 +94,6 @@ def names_of(folders: Sequence[RunFolder]) -> tuple[str, str]:
 
 def _in_file_name(name: str) -> str:
     return name.replace("/", "-").encode()[-_NAME_BYTES:].decode(errors="ignore")
-
-
-def _made(make: Callable[[Two], str], two: Two) -> str:
-    try:
-        return make(two)
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        _log.warning("%s of the comparison is omitted: %s: %s", make.__name__, type(error).__name__, error)
-        return ""
 
 
 def _header(two: Two) -> str:
@@ -130,16 +119,9 @@ def _settings(two: Two) -> str:
     if not first or not second:
         return ""
     defining = {name for name, key in all_keys().items() if key.defines_result}
-    differing = [
-        (key, first.get(key, _ABSENT), second.get(key, _ABSENT))
-        for key in dict.fromkeys([*first, *second])
-        if first.get(key, _ABSENT) != second.get(key, _ABSENT)
-    ]
-    head = ("setting", *LABELS)
-    shown = table(head, (tuple(map(inert_html, row)) for row in differing if row[0] in defining), "settings")
-    others = table(
-        head, (tuple(map(inert_html, row)) for row in differing if row[0] not in defining), "settings"
-    )
+    differing, head = list(_differing(first, second)), ("setting", *LABELS)
+    shown = table(head, (row for row in differing if row[0] in defining), "settings")
+    others = table(head, (row for row in differing if row[0] not in defining), "settings")
     return section(
         "settings",
         "Settings",
@@ -172,6 +154,7 @@ def _environment(two: Two) -> str:
 
 
 def _differing(first: dict[str, str], second: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the keys with different values, as cells of a table."""
     for key in dict.fromkeys([*first, *second]):
         values = first.get(key, _ABSENT), second.get(key, _ABSENT)
         if values[0] != values[1]:

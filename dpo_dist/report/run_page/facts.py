@@ -14,6 +14,7 @@ import yaml
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+from dpo_dist.report.tracked_values import without_secrets
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
@@ -93,7 +94,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
         folder: the run directory.
         price: in place of `tracking.price_per_gpu_hour`.
     """
-    config = _read(folder.config, _yaml_fields) or {}
+    config = without_secrets(_read(folder.config, _yaml_fields) or {})  # a page is made to be shared
     doctor = _read(folder.doctor_report, _json_fields) or {}
     findings = doctor.get("findings") or []
     summary = _read(folder.summary, _json_fields) or {}

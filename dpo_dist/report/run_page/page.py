@@ -3,7 +3,6 @@
 It loads nothing from other addresses, is complete without its script, and every text in it is inert.
 """
 
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from dpo_dist.report.chart_script import SCRIPT, STYLE
 from dpo_dist.report.curves import charts
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.run_page.accuracy import accuracy_section
-from dpo_dist.report.run_page.blocks import note, section
+from dpo_dist.report.run_page.blocks import made, note, section
 from dpo_dist.report.run_page.data import data_section
 from dpo_dist.report.run_page.displacement import displacement_section
 from dpo_dist.report.run_page.facts import PageFacts, read_facts
@@ -32,7 +31,6 @@ _CURVES = (
     "Light lines: means of the steps between two metrics rows; bold lines: their moving mean; rings: "
     "evaluations. Hours are those of optimizer steps."
 )
-_log = logging.getLogger(__name__)
 
 
 def write_page(
@@ -62,21 +60,12 @@ def write_page(
         files_section,
         settings_sections,
     )
-    first, later = ([_made(make, facts) for make in makers] for makers in (main, details))
+    first, later = ([made(make, facts, "report") for make in makers] for makers in (main, details))
     style, script = PAGE_STYLE + SAMPLES_STYLE + STYLE, SCRIPT if facts.run.rows else ""
     page = html_page(folder.path.resolve().name, [*first, _contents(later), *later], style, script)
     path = output or folder.report
     atomic.write_text(path, page)
     return path
-
-
-def _made(make: Maker, facts: PageFacts) -> str:
-    """Return a section; empty if a file has other content than expected, as no run may fail by its report."""
-    try:
-        return make(facts)
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        _log.warning("%s of the report is omitted: %s: %s", make.__name__, type(error).__name__, error)
-        return ""
 
 
 def _contents(sections: list[str]) -> str:

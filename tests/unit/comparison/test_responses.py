@@ -1,14 +1,20 @@
 """Log-probs of generated responses are those of a plain forward of transformers."""
 
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.comparison.responses import response_logps
+from dpo_dist.comparison.responses import Speaker, response_logps
+from dpo_dist.comparison.startup import compared_models
+from dpo_dist.config.load import compose, resolve
 from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.generation.prompts import PromptList
+from dpo_dist.generation.sampling.responder import find_model
 from dpo_dist.model.load import load_packed
 from tests.support.tiny_model import write_model
 
@@ -42,3 +48,34 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
             logps = plain(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         expected = sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(ids))
         assert logp == pytest.approx(expected, abs=1e-4)
+
+
+def responses_folder(tmp_path: Path, *overrides: str) -> str:
+    """The name of the folder of a model's finished responses."""
+    lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
+    config = resolve(compose(lines), lines, needs_model=False, needs_training_data=False)
+    model = compared_models([f"{name}={tmp_path}/model" for name in "ab"])[0]
+    prompts = PromptList(tmp_path / "prompts.jsonl", 1, 16, "digest", array("q", [0]))
+    stages: Any = SimpleNamespace(finish=lambda *_: None)
+    source = find_model(model.location, config)
+    return Speaker(model, source, config, stages, tmp_path, prompts).responses().folder.name
+
+
+def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    template = tmp_path / "template.jinja"
+    template.write_text("one")
+    keys = [
+        *("compare.max_new_tokens=9", "compare.temperature=0.5", "compare.seed=1", "model.dtype=fp32"),
+        *("data.max_length=99", "data.max_prompt_length=9", "data.template=literal"),
+        *(
+            "data.template_date=2020-01-01",
+            "data.template_arguments={a: 1}",
+            f"data.chat_template={template}",
+        ),
+    ]
+    names = [responses_folder(tmp_path), *(responses_folder(tmp_path, key) for key in keys)]
+    template.write_text("two")
+    names.append(responses_folder(tmp_path, keys[-1]))
+    assert len(set(names)) == len(names)
+    assert responses_folder(tmp_path, "compare.batch_tokens=9", "compare.resamples=0") == names[0]

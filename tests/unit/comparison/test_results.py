@@ -84,7 +84,7 @@ def shown(found: Row, temperature: float = 1.0, differing: int = 0) -> str:
 def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
     rows = [
         {"base": response("x", score=1.0), "a": response("y", 2.0, 3.0), "b": response("x", 1.0, 1.0)}
-        for _ in range(4)
+        for _ in range(8)
     ]
     table = shown(results(rows))
     lines = table.splitlines()
@@ -93,10 +93,19 @@ def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
     assert lines[3].startswith("a ")
     assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [1.000, 1.000]" in lines[3]
     assert lines[5] == "b over a: 0.000 [0.000, 0.000]"
-    assert "win rates count 4 ties as half" in table
+    assert "win rates count 8 ties as half" in table
     assert "note" not in table
     assert "temperature 0.7" in shown(results(rows), 0.7)
     assert "a encodes 3 prompts as other tokens than base" in shown(results(rows), differing=3)
+
+
+@pytest.mark.parametrize(("prompts", "has_interval"), [(1, False), (5, False), (6, True)])
+def test_a_rate_of_too_few_verdicts_has_no_interval(prompts: int, has_interval: bool) -> None:
+    """Five wins of five happen by chance, and the page would call the model better."""
+    rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * prompts
+    rows += [{"base": response("x"), "a": response("y")}] * 9  # without a verdict
+    (win,) = results(rows)["wins"]
+    assert (win["rate"], win["interval"]) == (0.0, [0.0, 0.0] if has_interval else None)
 
 
 def test_many_models_have_a_short_table() -> None:

@@ -220,7 +220,10 @@ def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
     text = judged.findings[0].text
     assert [word for word in words if word not in text] == []
     assert judged.sentence.startswith(f"{RULES[rule].headline}: ")
-    assert ". Try: " in text
+    said, _, advice = text.partition(". Try: ")
+    shown = judged.lines()
+    assert shown[:2] == [f"verdict: {judged.sentence}", f"  try: {advice}"]
+    assert "\n".join(shown).count(said) == 1
 
 
 def test_a_healthy_run_has_no_finding() -> None:

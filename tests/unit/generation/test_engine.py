@@ -1,5 +1,6 @@
 """Arguments for vLLM (a stub), models with adapters, and a function as judge."""
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,6 +59,16 @@ def test_an_adapter_responds_on_its_base(tmp_path: Path, adapter: Path) -> None:
         digests.append(source.digest)
     assert samples[0] != samples[1]
     assert digests[0] != digests[1]
+
+
+def test_a_model_whose_responses_end_with_other_tokens_has_another_digest(tmp_path: Path) -> None:
+    """Otherwise responses of before would be used again."""
+    folder = write_model(tmp_path / "model")
+    config = configured(tmp_path, folder)
+    before = find_model(str(folder), config).digest
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 5]}))
+    assert find_model(str(folder), config).digest != before
 
 
 def test_the_arguments_for_vllm(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

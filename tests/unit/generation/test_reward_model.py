@@ -105,6 +105,13 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     assert "score.weight" in caught.value.got or "outputs" in caught.value.got
 
 
+def test_a_model_with_several_outputs_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """It is loaded after the last response."""
+    folder = write_reward_model(tmp_path / "classes", outputs=3)
+    with pytest.raises(ConfigError, match="no reward model"):
+        describe_reward_model(str(folder), FP32, tmp_path)
+
+
 def test_the_digest_is_that_of_the_files(tmp_path: Path) -> None:
     folder = write_reward_model(tmp_path / "reward")
     first = describe_reward_model(str(folder), FP32, tmp_path)

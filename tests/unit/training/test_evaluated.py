@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.training import evaluated
-from dpo_dist.training.evaluated import Evaluated, Kind, find_evaluated, load_evaluated
+from dpo_dist.training.evaluated import Evaluated, Kind, check_origin, find_evaluated, load_evaluated
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -46,17 +46,28 @@ def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
 
 
 def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Path) -> None:
-    def name(place: str = "step-000003", pairs: str = "1", reference: str = "r", beta: float = 0.1) -> str:
+    def name(
+        place: str = "step-000003",
+        *overrides: str,
+        pairs: str = "1",
+        label: str = "b",
+        base: str = "m",
+        reference: str = "r",
+    ) -> str:
         inputs: Any = SimpleNamespace(
-            eval_set=SimpleNamespace(fingerprint=pairs), reference_files=SimpleNamespace(digest=reference)
+            eval_set=SimpleNamespace(fingerprint=pairs, source_labels=[label]),
+            policy_files=SimpleNamespace(digest=base),
+            reference_files=SimpleNamespace(digest=reference),
         )
-        config = configured(tmp_path, f"loss.beta={beta}")
+        config = configured(tmp_path, *overrides)
         return Evaluated(str(tmp_path / place), Kind.checkpoint).name(config, inputs)
 
     for place in ("step-000003", "other/step-000003"):
         (tmp_path / place).mkdir(parents=True)
-    names = [name(), name("other/step-000003"), name(pairs="2"), name(reference="s"), name(beta=0.2)]
-    assert len(set(names)) == 5
+    changed = [{"pairs": "2"}, {"label": "c"}, {"base": "n"}, {"reference": "s"}]
+    names = [name(), name("other/step-000003"), *(name(**change) for change in changed)]
+    names += [name("step-000003", key) for key in ("loss.beta=0.2", "model.dtype=fp32")]
+    assert len(set(names)) == len(names) == 8
     assert all(each.startswith("step-000003-") for each in names)
     assert name() == names[0]
 
@@ -87,3 +98,20 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
     assert loaded("link", Kind.model) == ("base", "nf4")
     assert loaded("lora", Kind.adapter) == ("base", "nf4")
     assert loaded("other", Kind.model) == ("other", None)
+
+
+@pytest.mark.parametrize(("base", "adapter", "fault"), [("n", "", "model"), ("m", "{r: 4}", "adapter")])
+def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
+    tmp_path: Path, base: str, adapter: str, fault: str
+) -> None:
+    """The log-probs of the reference, computed in between, would take hours."""
+    folder = tmp_path / "run" / "checkpoints" / "step-000003"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"model": "m"}')
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(configured(tmp_path)))
+    config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
+    inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
+    with pytest.raises(CheckpointError, match=f"of a run with another {fault}"):
+        check_origin(Evaluated(str(folder), Kind.checkpoint), config, inputs)
+    inputs.policy_files.digest = "m"
+    check_origin(Evaluated(str(folder), Kind.checkpoint), configured(tmp_path), inputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import precompute
+from dpo_dist import evaluate, precompute
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -273,3 +273,12 @@ def test_a_missing_file_of_a_chat_template_is_found_before_the_tokenizer_is_load
     with pytest.raises(ConfigError, match="chat template does not exist"):
         check_start(run_of(assets, tmp_path, "data.chat_template=nowhere.jinja"))
     check_start(run_of(assets, tmp_path, "data.chat_template=tool_use"))
+
+
+def test_a_check_of_an_evaluation_is_one_json_object_for_programs(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dpo_dist.training.preflight.rehearse_evaluation", lambda _: "check passed\n")
+    data = f"evaluation.data=[{assets}/train.jsonl]"
+    assert evaluate.check(run_of(assets, tmp_path, data, "console.style=json")) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "check passed\n"

@@ -199,3 +199,11 @@ def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> Non
     page = page_of(RunFolder(tmp_path))
     assert "diverged" in page.text
     assert "not finite" in page.text
+
+
+def test_the_page_has_no_secrets(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    notes = "tracking: {notes: 'pushed to https://me:hidden-word@host/repository'}\n"
+    run.config.write_text(run.config.read_text() + notes)
+    assert "pushed to https://***@host/repository" in page_of(run).text
+    assert "hidden-word" not in run.report.read_text()
