@@ -21,6 +21,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.errors import DataError
 from dpo_dist.evaluation.results import Resampling
+from dpo_dist.generation.count_words import describe_counts
 from dpo_dist.generation.judging.judge import Judge
 from dpo_dist.generation.judging.score import describe_judge, open_judge
 from dpo_dist.generation.lock import locked
@@ -167,7 +168,7 @@ class _Comparison:
                 raise DataError(
                     "no prompt can be used with every model",
                     where="data.eval",
-                    got=_listed(counts),
+                    got="; ".join(line.strip() for line in describe_counts(counts)),
                     remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
                 )
         found = comparison(tally, Resampling(config.compare.resamples, config.compare.seed))
@@ -197,11 +198,6 @@ class _Comparison:
             "version": dpo_dist.__version__,
         }
         write_text(folder.comparison_results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        if counts:
-            self._screen.say(f"counts: {_listed(counts)}")
+        for line in describe_counts(counts + Counter(prompts=tally.prompts)) if +counts else []:
+            self._screen.say(line)
         return results
-
-
-def _listed(counts: Counter[str]) -> str:
-    parts = [f"{number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()) if number]
-    return ", ".join(parts) or "none"

@@ -68,14 +68,19 @@ class InBackground:
         """Show an alarm later, in order."""
         self._do(lambda tracker: tracker.alert(title, text))
 
+    def hurry(self) -> None:
+        """Send nothing but rows and the summary from now on."""
+        if self._tracker is not None:
+            self._tracker.hurry()
+
     def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
         """Close the run; return after about `seconds` even if a call does not return."""
         self._actions.put(lambda tracker: tracker.finish(outcome, summary))
         self._actions.put(None)
         deadline = time.monotonic() + seconds
         self._thread.join(seconds / 2)
-        if self._thread.is_alive() and self._tracker is not None:
-            self._tracker.hurry()
+        if self._thread.is_alive():
+            self.hurry()
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if not self._thread.is_alive():
             return
@@ -106,7 +111,7 @@ class InBackground:
 
     def _warn(self, text: str) -> None:
         _log.warning(text)
-        self._say(text)
+        self._say(f"warning: {text}")
 
 
 _LAST_SECONDS = 2.0

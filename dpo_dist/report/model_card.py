@@ -1,7 +1,7 @@
 """The model card in `model/README.md`: metadata as the Hugging Face Hub reads it, then text.
 
 It names folders and files of this machine by their last part only, and has nothing that a clock decides: a
-run that was killed and resumed has the same card.
+run that was killed and resumed has the same card. Secrets in settings and labels are hidden.
 """
 
 import math
@@ -18,6 +18,7 @@ from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
 from dpo_dist.report.markdown import code, inert, table
+from dpo_dist.report.tracked_values import without_secrets
 
 Row = Mapping[str, Any]
 
@@ -76,7 +77,7 @@ def model_card(
     ]
     metadata = _metadata(config, summary, evaluation).to_yaml()
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{metadata}\n---\n\n{body}\n"
+    return f"---\n{metadata}\n---\n\n{without_secrets(body)}\n"
 
 
 def hub_name(path: str) -> str | None:
@@ -141,18 +142,18 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
     for counts, source in _sources(config, summary, "eval") if evaluation else ():
         first.setdefault(counts["label"], source)
     for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
-        dataset = _hub_dataset(first[label])
-        for key, (kind, name) in _METRICS.items():
+        dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
+        for key, (kind, title) in _METRICS.items():
             value = row.get(key)
             if value is None or not math.isfinite(value):
                 continue
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=dataset or label,
-                dataset_name=label,
+                dataset_type=dataset or name,
+                dataset_name=name,
                 dataset_split=first[label].split if dataset else None,
                 metric_type=kind,
-                metric_name=name,
+                metric_name=title,
                 metric_value=round(float(value), 4),
             )
 

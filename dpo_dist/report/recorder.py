@@ -1,11 +1,14 @@
 """Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.diagnostics.run_rules import RULES
-from dpo_dist.diagnostics.verdict import sample_alarms
+from dpo_dist.diagnostics.verdict import RunFinding, sample_alarms
+from dpo_dist.errors import DpoDistError, first_line
 from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.plots import draw_curves
@@ -13,6 +16,23 @@ from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.trackers import Trackers
 
 _SAMPLED = "eval_samples/prompts"
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def spared(missing: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Turn a bug in the block into a warning that `missing` is missing: no report is worth a run.
+
+    Errors of files and of users are raised: the same command continues once they are corrected.
+    """
+    try:
+        yield
+    except (OSError, DpoDistError):
+        raise
+    except Exception as bug:
+        _log.exception("%s is missing", missing)
+        say(f"warning: {missing} is missing because of a bug, see logs/rank-0.log: {first_line(bug)}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +57,11 @@ class Recorder:
         if _SAMPLED not in row:
             self._add(row, margins)
             return
-        known = {alarm.rule for alarm in sample_alarms(self.metrics.rows)}
-        alarms = sample_alarms([*self.metrics.rows, row])
+        known: set[str] = set()
+        alarms: list[RunFinding] = []
+        with spared("the comparison of samples with those before", self.say):
+            known = {alarm.rule for alarm in sample_alarms(self.metrics.rows)}
+            alarms = sample_alarms([*self.metrics.rows, row])
         self._add({**row, "eval_samples/alarms": float(len(alarms))}, margins)
         for alarm in alarms:
             if alarm.rule not in known:
@@ -55,6 +78,8 @@ class Recorder:
         self.metrics.save()
         self.metrics.write_summary(summary)
         folder = self.metrics.folder
-        draw_curves(self.metrics.rows, folder.curves, folder.path.name)
-        write_page(folder)
+        with spared(folder.curves.name, self.say):
+            draw_curves(self.metrics.rows, folder.curves, folder.path.name)
+        with spared(folder.report.name, self.say):
+            write_page(folder)
         self.trackers.finish(summary["exit"], summary)

@@ -1,6 +1,7 @@
 """The trackers of a run: each gets every metrics row, in a thread of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpo_dist.report.wandb_session import kill_service, upload_command
 
 _FIRST_WAIT_SECONDS = 10.0
 _FINISH_SECONDS = 30.0
+_ERROR_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Trackers:
         """Close all; waits at most `finish_seconds` for each."""
         for tracker in self.open:
             tracker.finish(outcome, summary, self.finish_seconds)
+
+    @contextlib.contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """If the block ends in error or is interrupted, close all in a few seconds, with all rows so far."""
+        try:
+            yield
+        except BaseException:
+            for tracker in self.open:
+                tracker.hurry()
+                tracker.finish("failed", {}, _ERROR_SECONDS)
+            raise
 
 
 def open_trackers(

@@ -121,7 +121,7 @@ class Tracker:
             except ConnectionError:
                 # The signal of a preemption also kills wandb's service, which is a process of its own, while
                 # rows are still to be sent.
-                tear_down()
+                tear_down(is_dead=True)
                 if self._restart is None:
                     raise
                 self._session, self._restart = self._restart(), None
@@ -181,7 +181,7 @@ def open_tracker(
 
 def _warn(text: str, say: Callable[[str], None]) -> None:
     _log.warning(text)
-    say(text)
+    say(f"warning: {text}")
 
 
 def _modes_to_try(wanted: WandbMode, say: Callable[[str], None]) -> list[Mode]:

@@ -5,12 +5,14 @@ header of 7 bytes: blocks of 32 KiB, in which every chunk has a checksum (4 byte
 (1: whole, 2 to 4: first, middle and last part of a record).
 """
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from wandb.proto import wandb_internal_pb2
 
 _BLOCK_BYTES = 32 * 1024
@@ -39,14 +41,16 @@ def read_records(path: Path) -> Iterator[Any]:
             parts = b""
 
 
-def read_rows(folder: Path, run_id: str) -> list[dict[str, Any]]:
-    """Return the rows of a run in all files of its starts, oldest first, with wandb's own keys (`_step`)."""
-    return [
-        _row(record.history.item)
-        for path in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_start_time)
-        for record in read_records(path)
-        if record.WhichOneof("record_type") == "history"
-    ]
+def read_rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run in all files of its starts, oldest first, with wandb's own keys (`_step`).
+
+    Of a damaged file, as a full disk or a crash of the node leaves it, these are the rows before the damage.
+    """
+    for path in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_start_time):
+        with contextlib.suppress(DecodeError, ValueError):
+            for record in read_records(path):
+                if record.WhichOneof("record_type") == "history":
+                    yield _row(record.history.item)
 
 
 def _row(items: Iterable[Any]) -> dict[str, Any]:

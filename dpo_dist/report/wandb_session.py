@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def start_run(
     """
     client = set_up(mode)
     run_id = _run_id(folder)
-    written = _written(folder.wandb_id.parent, run_id) if mode == "offline" else []
+    last = _last_written(folder.wandb_id.parent, run_id) if mode == "offline" else None
     run: wandb.Run = client.init(
         project=config.tracking.project,
         entity=config.tracking.entity,
@@ -112,6 +113,7 @@ def start_run(
         allow_val_change=True,
         settings=client.Settings(
             silent=True,
+            reinit="create_new",  # a run that the caller has open stays the caller's
             console="off",
             save_code=False,
             disable_git=True,
@@ -126,8 +128,8 @@ def start_run(
     for name, best in BEST.items():
         run.define_metric(name, step_metric=STEP_AXIS, summary=f"{best},last")
     _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
-    if written:
-        return Session(run, order_of_sent(written[-1]), written[-1]["_step"] + 1)
+    if last is not None:
+        return Session(run, order_of_sent(last), last["_step"] + 1)
     return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0)
 
 
@@ -137,12 +139,12 @@ def _known(run: "wandb.Run") -> dict[str, Any]:
     return {name: summary[name] for name in (STEP_AXIS, EVALUATED_AT) if name in summary.keys()}  # noqa: SIM118
 
 
-def _written(folder: Path, run_id: str) -> list[dict[str, Any]]:
-    """Return the rows that earlier starts wrote; wandb itself does not read them when it resumes offline."""
+def _last_written(folder: Path, run_id: str) -> dict[str, Any] | None:
+    """Return the last row of earlier starts; wandb itself does not read it when it resumes offline."""
     from dpo_dist.report.wandb_file import drop_empty, read_rows  # noqa: PLC0415 (imports wandb)
 
     drop_empty(folder, run_id)
-    return read_rows(folder, run_id)
+    return next(iter(deque(read_rows(folder, run_id), maxlen=1)), None)
 
 
 def set_up(mode: Mode) -> Any:
@@ -205,13 +207,18 @@ def close(
         warn(f"wandb has not uploaded everything; later: {_upload(run.settings.sync_dir)}")
 
 
-def tear_down() -> None:
-    """End wandb's service, so that it releases the run id and prints nothing when the program ends."""
+def tear_down(*, is_dead: bool = False) -> None:
+    """End wandb's service, so that it releases the run id and prints nothing when the program ends.
+
+    Args:
+        is_dead: the service has ended already; else a service that also has a run of the caller is kept.
+    """
     # wandb raises SystemExit if its service ended with an error.
     with contextlib.suppress(Exception, SystemExit):
         import wandb  # noqa: PLC0415
 
-        wandb.teardown()
+        if is_dead or wandb.run is None:
+            wandb.teardown()
 
 
 def kill_service() -> None:

@@ -27,7 +27,7 @@ from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.metrics_log import final_and_best
 from dpo_dist.report.model_card import model_card
-from dpo_dist.report.recorder import Recorder
+from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state
@@ -91,7 +91,7 @@ def finish(
         if config.trainer.keep_last == 0:
             drop_checkpoints(folder.checkpoints)
 
-    write_on_main(work, folder, world)
+    write_on_main(work, folder, world, console.heartbeat("writing the report"))
 
 
 def export_model(
@@ -110,7 +110,7 @@ def export_model(
         folder: its final name.
         world: of the run.
         while_waiting: called on rank 0 while it writes.
-        card: returns the content of README.md, on rank 0; None: there is none.
+        card: returns the content of README.md, on rank 0; None or "": there is none.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -122,8 +122,8 @@ def export_model(
             with staged_folder(folder) as temporary:
                 policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
                 tokenizer.save_pretrained(temporary)
-                if card is not None:
-                    (temporary / "README.md").write_text(card(), encoding="utf-8")
+                if card is not None and (text := card()):
+                    (temporary / "README.md").write_text(text, encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 "the trained model cannot be written",
@@ -136,7 +136,14 @@ def export_model(
 
 
 def _card(loop: Loop, summary: dict[str, Any]) -> str:
-    """Return the model card of a run that has done its last step; on rank 0."""
+    """Return the model card of a run that has done its last step; "" if that fails. On rank 0."""
+    text = ""
+    with spared("the model card", loop.console.say):
+        text = _whole_card(loop, summary)
+    return text  # noqa: RET504 (a bug ends the block before)
+
+
+def _whole_card(loop: Loop, summary: dict[str, Any]) -> str:
     assert loop.recorder is not None
     folder, rows = RunFolder.of(loop.config), loop.recorder.metrics.rows
     ended = {**summary, "exit": RunOutcome.completed.value}
@@ -159,7 +166,7 @@ def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
         _close_report(loop.recorder, summary, state.outcome, folder, loop.console)
         write_state(folder, state)
 
-    write_on_main(work, folder, loop.world)
+    write_on_main(work, folder, loop.world, loop.console.heartbeat("writing the report"))
 
 
 def _close_report(
@@ -168,11 +175,15 @@ def _close_report(
     """Write the report of a run with its verdict, and print the closing table and the verdict."""
     rows = recorder.metrics.rows
     ended = {**summary, "exit": outcome.value}
-    judged = verdict(rows, ended, _data_findings(folder, console))
-    ended["verdict"] = judged.as_dict()
+    lines: list[str] = []
+    with spared("the verdict", console.say):
+        judged = verdict(rows, ended, _data_findings(folder, console))
+        ended["verdict"] = judged.as_dict()
+        lines = judged.lines()
     recorder.close(ended)
-    content = {"run_dir": str(folder.path), **ended}
-    console.result("summary", content, [*closing_table(folder, rows, ended), *judged.lines()])
+    with spared("the closing table", console.say):
+        lines = [*closing_table(folder, rows, ended), *lines]
+    console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
 
 
 def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:

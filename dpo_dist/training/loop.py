@@ -27,7 +27,7 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.prefetch import prefetch
 from dpo_dist.report.console import Console
 from dpo_dist.report.histogram import Histogram
-from dpo_dist.report.recorder import Recorder
+from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
@@ -235,7 +235,8 @@ class Loop:
         def write() -> None:
             assert evaluation.values is not None
             model = str(RunFolder.of(self.config).model)
-            write_evaluation(LAST_EVALUATION, model, self.config, means, evaluation.values, dataset)
+            with spared("the last evaluation's folder", self.console.say):
+                write_evaluation(LAST_EVALUATION, model, self.config, means, evaluation.values, dataset)
 
         writing = self.console.heartbeat("computing the intervals of the last evaluation")
         write_on_main(write, RunFolder.of(self.config), self.world, writing)

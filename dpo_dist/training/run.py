@@ -88,12 +88,13 @@ def train(config: RunConfig, console: Console) -> int:
             peaks=_peak_flops(config, world),
             checkpoints=checkpoints,
             identity={**identity, **saved_parallelism(config.parallelism)},
-            recorder=_open_recorder(config, position.step, world, stop, environment, console),
             samples=None if samples is None else samples.open(policy),
+            recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
             stop=stop,
         )
-        exit_code = run_to_its_end(loop, position, identity, report)
+        with contextlib.nullcontext() if loop.recorder is None else loop.recorder.trackers.ended_by_errors():
+            exit_code = run_to_its_end(loop, position, identity, report)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         policy.free()

@@ -14,6 +14,7 @@ import yaml
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+from dpo_dist.report.tracked_values import without_secrets
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PageFacts:
-    """The content of a run directory; empty where a file is missing or cannot be read.
+    """The content of a run directory, without secrets; empty where a file is missing or cannot be read.
 
     Attributes:
         folder: the run directory.
@@ -144,11 +145,14 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
 
 
 def _yaml_fields(path: Path) -> Fields:
-    return dict(yaml.safe_load(path.read_bytes()))
+    return _fields(yaml.safe_load(path.read_bytes()))
 
 
 def _json_fields(path: Path) -> Fields:
-    content = json.loads(path.read_bytes())
+    return _fields(json.loads(path.read_bytes()))
+
+
+def _fields(content: Any) -> Fields:
     if not isinstance(content, dict):
-        raise TypeError("it is no JSON object")
-    return content
+        raise TypeError("it has no fields")
+    return dict(without_secrets(content))  # a page is made to be shared

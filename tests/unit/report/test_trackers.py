@@ -75,7 +75,18 @@ def test_a_call_that_never_returns_is_ended() -> None:
     tracker = InBackground("a name", start, said.append, "; advice", abandon=network.set)
     tracker.log({"step": 1})
     tracker.finish("completed", {}, seconds=0.1)
-    assert said == ["a name has not finished after 0 s and is ended; advice"]
+    assert said == ["warning: a name has not finished after 0 s and is ended; advice"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_an_error_closes_the_trackers_with_their_rows(error: type[BaseException]) -> None:
+    stuck = Stuck(threading.Event())
+    trackers = Trackers((InBackground("a name", lambda say: stuck, print, first_wait=10),))
+    trackers.log({"step": 1})
+    with pytest.raises(error), trackers.ended_by_errors():
+        raise error
+    assert stuck.is_hurried
+    assert (stuck.sent, stuck.outcome) == ([1], "failed")
 
 
 def test_a_histogram_counts_finite_values() -> None:

@@ -208,6 +208,38 @@ def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -
     assert len(records_of(tmp_path, "preempting")) == (outcome == "preempted")
 
 
+def test_a_run_goes_on_after_the_undamaged_rows_of_its_file(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    first = open_in(tmp_path, WandbMode.offline)
+    for row in rows:
+        first.log(row)
+    first.finish("preempted", {})
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    value = content.rindex(b"0.3333333333333333")
+    path.write_bytes(content[: value - 60] + bytes(100) + content[value + 40 :])
+
+    time.sleep(1.0)  # wandb names its folders by the second
+    second = open_in(tmp_path, WandbMode.offline, rows=rows)
+    second.finish("completed", {})
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> None:
+    callers = wandb.init(project="other", mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
+    tracker = open_in(tmp_path / "run", WandbMode.offline)
+    assert tracker.run is not None
+    assert tracker.run.id == (tmp_path / "run" / "wandb" / "run_id.txt").read_text()
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    assert wandb.run is callers
+    callers.log({"own": 1})
+    callers.finish()
+    wandb.teardown()  # writes its file
+    assert history_rows(tmp_path / "run") == [{"train/global_step": 1, "train/loss": 0.7}]
+    assert [row["own"] for row in read_rows(tmp_path / "wandb", callers.id)] == [1]
+
+
 def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     first = open_in(tmp_path, WandbMode.offline)
     assert first.run is not None
@@ -454,7 +486,7 @@ def test_malformed_key_leaves_an_offline_run(
     monkeypatch.setenv("WANDB_API_KEY", "short")
     said: list[str] = []
     tracker = open_in(tmp_path / "run", WandbMode.online, say=said.append)
-    assert [line.split(":")[0] for line in said] == [
+    assert [line.removeprefix("warning: ").split(":")[0] for line in said] == [
         "wandb cannot log in",
         "wandb has no usable key, the run is tracked offline; `wandb login` stores a key",
         "wandb",

@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.run_page.page import write_page
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
+from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row
 
 
 def page_of(run: RunFolder, price: float | None = None) -> Page:
@@ -113,6 +113,26 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     assert "[0.55, 0.7]" not in text
 
 
+def test_secrets_of_settings_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "3f6c1be2a9")
+    run = made_run(tmp_path, "https://me:pass-word@host/x?token=abcdef 3f6c1be2a9")
+    run.samples_file(30).unlink()
+    page_of(run)
+    html = run.report.read_text()
+    assert "https://***@host" in html
+    assert [text for text in ("pass-word", "abcdef", "3f6c1be2a9") if text in html] == []
+
+
+def test_steps_count_alike_in_the_time_by_phase(tmp_path: Path) -> None:
+    history = MetricsLog.open(RunFolder(tmp_path), None)
+    history.append({**row(9, "math"), "time/forward": 0.1})
+    history.append({**row(10, "math"), "time/forward": 1.1})
+    history.save()
+    shown = page_of(RunFolder(tmp_path)).section("Time of a step by phase")
+    assert "the policy's log-probs, and the loss 200.0 ms" in shown
+    assert "Mean of 10 steps, on the first process." in shown
+
+
 def test_texts_add_no_element(tmp_path: Path) -> None:
     plain, page = page_of(made_run(tmp_path / "plain")), page_of(made_run(tmp_path / "hostile", HOSTILE))
     tags = [[tag for tag in each.tags if tag not in ("i", "mark")] for each in (plain, page)]
@@ -199,3 +219,11 @@ def test_values_that_are_not_finite_do_not_break_the_page(tmp_path: Path) -> Non
     page = page_of(RunFolder(tmp_path))
     assert "diverged" in page.text
     assert "not finite" in page.text
+
+
+def test_the_page_has_no_secrets(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    notes = "tracking: {notes: 'pushed to https://me:hidden-word@host/repository'}\n"
+    run.config.write_text(run.config.read_text() + notes)
+    assert "pushed to https://***@host/repository" in page_of(run).text
+    assert "hidden-word" not in run.report.read_text()
