@@ -28,8 +28,7 @@ def main(config: RunConfig) -> int:
 
         results = compare_models(config, models, console)
         if results is not None:
-            for line in comparison_table(results):
-                console.say(line)
+            console.result("comparison", results, comparison_table(results))
             write_comparison_page(folder.comparison)
             console.say(f"page: {folder.comparison_page}   responses: {folder.comparison_answers}")
     return ExitCode.completed

@@ -13,6 +13,7 @@ from dpo_dist.plurals import counted
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
+from dpo_dist.report.safe_stream import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,14 +60,18 @@ def _parser() -> argparse.ArgumentParser:
 def _info(given: argparse.Namespace) -> int:
     found = take_inventory(given.folder)
     if given.json:
-        print(json.dumps([info.as_dict() for info in found], indent=1))
+        print_line(json.dumps([info.as_dict() for info in found], indent=1))
         return ExitCode.completed
     for info in found:
-        print(_line(info))
+        print_line(_line(info))
         if info.fingerprint is not None:
-            print("    " + ", ".join(f"{name} {value}" for name, value in info.fingerprint.profile.items()))
+            print_line(
+                "    " + ", ".join(f"{name} {value}" for name, value in info.fingerprint.profile.items())
+            )
     total = sum(info.entries for info in found), sum(info.bytes for info in found)
-    print(f"{counted(len(found), 'fingerprint')}, {counted(total[0], 'entry', 'entries')}, {_size(total[1])}")
+    print_line(
+        f"{counted(len(found), 'fingerprint')}, {counted(total[0], 'entry', 'entries')}, {_size(total[1])}"
+    )
     return ExitCode.completed
 
 
@@ -74,43 +79,45 @@ def _verify(given: argparse.Namespace) -> int:
     found = verify_store(given.folder)
     unrepaired = 0
     for damage in found.damage:
-        print(f"damaged: {damage.file}: {damage.fault}")
+        print_line(f"damaged: {damage.file}: {damage.fault}")
         if given.repair:
             is_repaired, result = repair(damage)
             unrepaired += not is_repaired
-            print(f"    {result}")
+            print_line(f"    {result}")
     for kind, files in (
         ("not part of the store, ignored", found.foreign),
         ("temporary, of a running or dead writer", found.leftovers),
         ("of another version, not used", found.outdated),
     ):
         for file in files:
-            print(f"{kind}: {file}")
-    print(
+            print_line(f"{kind}: {file}")
+    print_line(
         f"{counted(found.shards, 'shard')}, {counted(found.entries, 'valid entry', 'valid entries')}, "
         f"{found.duplicates:,} of them duplicates, {counted(len(found.damage), 'damaged file')}"
     )
     if found.damage and not given.repair:
-        print("runs compute damaged entries again when they need them; --repair keeps the valid entries only")
+        print_line(
+            "runs compute damaged entries again when they need them; --repair keeps the valid entries only"
+        )
     return ExitCode.invalid if (unrepaired if given.repair else found.damage) else ExitCode.completed
 
 
 def _gc(given: argparse.Namespace) -> int:
     garbage = find_garbage(given.folder, given.drop, given.keep, given.unused_days)
     for info in garbage.fingerprints:
-        print(f"drop: {_line(info)}")
+        print_line(f"drop: {_line(info)}")
     for path in garbage.leftovers:
-        print(f"remove: {path}")
+        print_line(f"remove: {path}")
     size = _size(sum(info.bytes for info in garbage.fingerprints))
     fingerprints = counted(len(garbage.fingerprints), "fingerprint")
     found = f"{fingerprints} ({size}) and {counted(len(garbage.leftovers), 'temporary file')}"
     if given.yes:
         remove(garbage)
-        print(f"{found} removed")
+        print_line(f"{found} removed")
     elif garbage.fingerprints or garbage.leftovers:
-        print(f"nothing is removed yet; --yes removes {found}")
+        print_line(f"nothing is removed yet; --yes removes {found}")
     else:
-        print("nothing to remove")
+        print_line("nothing to remove")
     return ExitCode.completed
 
 

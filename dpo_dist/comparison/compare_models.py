@@ -21,6 +21,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.distributed.device_memory import return_memory
 from dpo_dist.errors import DataError
 from dpo_dist.evaluation.results import Resampling
+from dpo_dist.generation.count_words import describe_counts
 from dpo_dist.generation.judging.judge import Judge
 from dpo_dist.generation.judging.score import describe_judge, open_judge
 from dpo_dist.generation.lock import locked
@@ -43,6 +44,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     """
     with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
         stages.world.on_main(lambda: held.enter_context(_only_start(config)))
+        stages.world.on_main(lambda: announce_replaced(RunFolder.of(config), models, screen))
         return _Comparison(config, models, stages).run()
 
 
@@ -51,6 +53,20 @@ def _only_start(config: RunConfig) -> Any:
     folder = RunFolder.of(config)
     remedy = "wait until it ends, or set another run.dir"
     return locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
+
+
+def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Screen) -> None:
+    """Say that the results of a former comparison of other models will be replaced."""
+    try:
+        former = json.loads(folder.comparison_results.read_bytes())["models"]
+        paths = {f"{model['name']}={model['path']}" for model in former}
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if paths != {f"{model.name}={model.path}" for model in models}:
+        screen.say(
+            f"warning: replaces the comparison of {', '.join(sorted(paths))} in {folder.comparison}; "
+            "to keep it, set another run.dir"
+        )
 
 
 class _Comparison:
@@ -152,7 +168,7 @@ class _Comparison:
                 raise DataError(
                     "no prompt can be used with every model",
                     where="data.eval",
-                    got=_listed(counts),
+                    got="; ".join(line.strip() for line in describe_counts(counts)),
                     remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
                 )
         found = comparison(tally, Resampling(config.compare.resamples, config.compare.seed))
@@ -182,11 +198,6 @@ class _Comparison:
             "version": dpo_dist.__version__,
         }
         write_text(folder.comparison_results, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        if counts:
-            self._screen.say(f"counts: {_listed(counts)}")
+        for line in describe_counts(counts + Counter(prompts=tally.prompts)) if +counts else []:
+            self._screen.say(line)
         return results
-
-
-def _listed(counts: Counter[str]) -> str:
-    parts = [f"{number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()) if number]
-    return ", ".join(parts) or "none"

@@ -18,6 +18,7 @@ from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.prompts import as_asked, prompt_key, prompt_line, write_named_by_content
+from dpo_dist.plurals import counted
 
 
 def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:
@@ -49,7 +50,7 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
             remedy="check the counts above, or raise data.eval_share",
         )
     fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
-    say(f"prompts: {len(chosen):,} of {len(seen):,} different ones{fewer}")
+    say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
     lines = (line + "\n" for _, _, line in sorted(chosen, key=lambda entry: entry[1]))
     return write_named_by_content(folder, lines)
 

@@ -82,10 +82,7 @@ def in_words(name: str) -> str:
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records, of all sources and of each."""
     lines = [f"{name} data: {_kept(counts)}"]
-    lines += [
-        f"  {number:,} dropped ({reason}): {in_words(reason)}"
-        for reason, number in sorted(counts["dropped"].items())
-    ]
+    lines += describe_dropped(counts["dropped"])
     changes = sorted(name for name in counts if name not in _NO_CHANGES and counts[name])
     lines += [f"  {counts[change]:,} {change}: {in_words(change)}" for change in changes]
     for source in counts["sources"] if len(counts["sources"]) > 1 else []:
@@ -98,6 +95,13 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
             "(data.text_as_messages=true makes their prompts user turns)"
         )
     return lines
+
+
+def describe_dropped(dropped: Mapping[str, int]) -> list[str]:
+    """Return lines about dropped records, by reason."""
+    return [
+        f"  {number:,} dropped ({reason}): {in_words(reason)}" for reason, number in sorted(dropped.items())
+    ]
 
 
 def _kept(counts: Mapping[str, Any]) -> str:

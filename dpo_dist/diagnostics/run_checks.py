@@ -264,12 +264,15 @@ TRAINING_CHECKS: dict[str, Check] = {
 """By rule."""
 
 
+NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
+
+
 def sentence_of_success(facts: RunFacts) -> str:
     """Return the verdict of a run without a finding."""
     accuracy = facts.accuracy()
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if start is None or end is None:
-        return "no training step was logged"
+        return NOTHING_TO_JUDGE
     fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
     found = "no fault found" if facts.total_steps >= FEWEST_STEPS else "too short to be judged"
     if accuracy is None or last(facts.last_rows, ACCURACY) is None:

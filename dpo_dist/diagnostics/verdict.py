@@ -12,6 +12,7 @@ from dpo_dist.diagnostics.run_sample_checks import SAMPLE_CHECKS
 from dpo_dist.errors import RunOutcome
 
 MOST_FINDINGS = 5
+_ADVICE = ". Try: "
 _CHECKS = TRAINING_CHECKS | SAMPLE_CHECKS | DATA_CHECKS
 
 
@@ -46,8 +47,13 @@ class Verdict:
         return {"sentence": self.sentence, "findings": findings}
 
     def lines(self) -> list[str]:
-        """Return the verdict for a screen, at most six lines."""
-        return [f"verdict: {self.sentence}", *(f"  - {finding.text}" for finding in self.findings)]
+        """Return the verdict for a screen, at most six lines; the sentence is not repeated by its finding."""
+        lines = [f"verdict: {self.sentence}"]
+        for finding in self.findings:
+            text, _, advice = finding.text.rpartition(_ADVICE)
+            is_said = text != "" and self.sentence.endswith(text)
+            lines.append(f"  try: {advice}" if is_said else f"  - {finding.text}")
+        return lines
 
 
 def verdict(
@@ -87,4 +93,4 @@ def _broken(facts: RunFacts, names: Iterable[str]) -> dict[str, Fields]:
 
 def _finding(name: str, fields: Fields) -> RunFinding:
     rule = RULES[name]
-    return RunFinding(name, f"{rule.text.format_map(fields)}. Try: {rule.remedy}")
+    return RunFinding(name, f"{rule.text.format_map(fields)}{_ADVICE}{rule.remedy}")

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.data.count_words import describe_dropped
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
 from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.plurals import counted
 
 
 def good_records(
@@ -40,5 +42,6 @@ def good_records(
     details = {record.reason: record.detail for record in reversed(bad) if record.detail}
     counts = DataCounts.of(outcomes, examples, details)
     check_counts(counts, source.path, data)
-    dropped = "".join(f", {number:,} {reason}" for reason, number in sorted(counts.dropped.items()))
-    say(f"{source.path}: {counts.kept:,} of {counts.read:,} records kept{dropped}")
+    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
+    for line in describe_dropped(counts.dropped):
+        say(line)

@@ -20,6 +20,7 @@ from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, Preferen
 from dpo_dist.data.sources import pinned
 from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.generation.counted import good_records
+from dpo_dist.plurals import counted
 
 UNLIMITED = 2**30
 # Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.
@@ -95,7 +96,7 @@ def write_prompts(
 
     file = write_named_by_content(folder, lines())
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {len(seen):,} different ones{skipped}")
+    say(f"prompts: {counted(len(seen), 'different one')}{skipped}")
     return file
 
 

@@ -10,7 +10,9 @@ import dpo_dist
 from dpo_dist.atomic import collect_abandoned, staged_file, write_text
 from dpo_dist.config.check import as_written
 from dpo_dist.errors import ConfigError
+from dpo_dist.generation.count_words import describe_counts
 from dpo_dist.generation.pair_records import write_lines, write_pairs
+from dpo_dist.plurals import counted
 
 
 def summary_file(file: Path) -> Path:
@@ -87,6 +89,6 @@ def write_results(
     try:
         number = write_pairs(file, records, summarise)
     finally:
-        parts = [f"{times:,} {name.replace('_', ' ')}" for name, times in sorted(counts.items()) if times]
-        say(f"counts: {', '.join(parts) or 'none'}")
-    say(f"{file}: {number:,} pairs")
+        for line in describe_counts(counts):
+            say(line)
+    say(f"{counted(number, 'pair')}: {file}")

@@ -10,6 +10,7 @@ from dpo_dist.config.run_folder import existing_run
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.report.run_page.difference import write_difference
 from dpo_dist.report.run_page.page import write_page
+from dpo_dist.report.safe_stream import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             remedy="check permissions and free space, or write it elsewhere: --output page.html",
         )
     else:
-        sys.stdout.write(f"report: {path}\n")
+        print_line(f"report: {path}")
         return ExitCode.completed
     sys.stderr.write(fault.block() + "\n")
     return fault.exit_code

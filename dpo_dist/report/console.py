@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ class Console:
         self._log = LineScreen(logging.getLogger("dpo_dist").info, seconds)
         self._shown: list[Screen] = [self._log] if screen is None else [self._log, screen]
         self._due = [0.0] * len(self._shown)
+        self._worked = -math.inf
 
     def say(self, text: str) -> None:
         """Print one line and log it; a warning starts with "warning: "."""
@@ -85,12 +87,15 @@ class Console:
                 screen.training(status)
 
     def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that takes the seconds spent on `work` so far and prints them once a minute."""
+        """Return a function that takes the seconds spent on `work` so far and prints them once a minute.
+
+        It is silent beside progress that is shown.
+        """
         due = _FIRST_HEARTBEAT_SECONDS
 
         def beat(seconds: float) -> None:
             nonlocal due
-            if seconds >= due:
+            if seconds >= due and time.monotonic() >= self._worked + _FIRST_HEARTBEAT_SECONDS:
                 due = seconds + _HEARTBEAT_SECONDS
                 self.say(f"{work}: {duration(seconds)} so far")
 
@@ -142,6 +147,7 @@ class Console:
             yield count
 
     def _work(self, work: Work) -> None:
+        self._worked = time.monotonic()
         for screen in self._shown:
             screen.work(work)
 

@@ -1,7 +1,7 @@
 """The model card in `model/README.md`: metadata as the Hugging Face Hub reads it, then text.
 
 It names folders and files of this machine by their last part only, and has nothing that a clock decides: a
-run that was killed and resumed has the same card.
+run that was killed and resumed has the same card. Secrets in settings and labels are hidden.
 """
 
 import math
@@ -77,7 +77,7 @@ def model_card(
     ]
     metadata = _metadata(config, summary, evaluation).to_yaml()
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{metadata}\n---\n\n{body}\n"
+    return f"---\n{metadata}\n---\n\n{without_secrets(body)}\n"
 
 
 def hub_name(path: str) -> str | None:
@@ -142,18 +142,18 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
     for counts, source in _sources(config, summary, "eval") if evaluation else ():
         first.setdefault(counts["label"], source)
     for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
-        dataset = _hub_dataset(first[label])
-        for key, (kind, name) in _METRICS.items():
+        dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
+        for key, (kind, title) in _METRICS.items():
             value = row.get(key)
             if value is None or not math.isfinite(value):
                 continue
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=dataset or label,
-                dataset_name=label,
+                dataset_type=dataset or name,
+                dataset_name=name,
                 dataset_split=first[label].split if dataset else None,
                 metric_type=kind,
-                metric_name=name,
+                metric_name=title,
                 metric_value=round(float(value), 4),
             )
 
@@ -246,7 +246,7 @@ def _data(config: RunConfig, summary: Row) -> str:
 
 
 def _training(config: RunConfig) -> str:
-    found = {key: value for key, value in without_secrets(settings(config)).items() if key not in _PATHS}
+    found = {key: value for key, value in settings(config).items() if key not in _PATHS}
     if config.reference.path is not None:
         found["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:

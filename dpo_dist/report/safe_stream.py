@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from typing import TextIO
 
 
@@ -9,11 +10,15 @@ class SafeStream:
     """Writes to `stream` until that fails once; then it writes nothing.
 
     Characters that the stream's encoding lacks are written as escapes.
+
+    Attributes:
+        is_open: whether no write has failed yet.
+        encoding: of the stream.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._is_open = True
+        self.is_open = True
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     @classmethod
@@ -24,24 +29,24 @@ class SafeStream:
 
     def write(self, text: str) -> int:
         """Write `text` if the stream takes it."""
-        if self._is_open:
+        if self.is_open:
             try:
                 self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
             except (OSError, ValueError):  # closed pipe, full disk, lost terminal; closed stream
-                self._is_open = False
+                self.is_open = False
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream if that is possible."""
-        if self._is_open:
+        if self.is_open:
             try:
                 self._stream.flush()
             except (OSError, ValueError):
-                self._is_open = False
+                self.is_open = False
 
     def isatty(self) -> bool:
         """Return whether the stream is a terminal."""
-        return self._is_open and self._stream.isatty()
+        return self.is_open and self._stream.isatty()
 
     def fileno(self) -> int:
         """Return the file descriptor.
@@ -53,6 +58,16 @@ class SafeStream:
 
     def close(self) -> None:
         """Close the stream; text that cannot be written is lost."""
-        self._is_open = False
+        self.is_open = False
         with contextlib.suppress(OSError, ValueError):
             self._stream.close()
+
+
+def print_line(text: str) -> None:
+    """Print a line to standard output; a reader that has gone away (`| head`) is no error."""
+    stream = SafeStream(sys.stdout)
+    stream.write(text + "\n")
+    stream.flush()
+    if not stream.is_open:  # Python would flush what is left at its end, fail and exit with 120
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -139,7 +139,8 @@ def _stored_reference(
     if config.reference.audit_pairs and must_score:
         objective = Objective(config.loss, provider)
         report["drift"] = check_drift(load_scorer(), objective, *audited, inputs.costs, config, world)
-        console.say(f"reference: log-probs used and computed again are {describe_drift(report['drift'])}")
+        drift = describe_drift(report["drift"])
+        console.say(f"reference check passed: stored and newly computed log-probs are {drift}")
     for engine in engines:
         engine.free()
     if engines:

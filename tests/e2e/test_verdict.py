@@ -18,7 +18,9 @@ def test_the_verdict_names_the_faults_of_a_run(overrides: Overrides, assets: Pat
     assert judged["sentence"].startswith("evaluation data leaked into training: ")
     lines = screen[screen.index("verdict: ") :].splitlines()
     assert lines[0] == f"verdict: {judged['sentence']}"
-    assert [line.removeprefix("  - ") for line in lines[1 : len(texts) + 1]] == list(texts.values())
+    first, *others = texts.values()
+    assert lines[1] == f"  try: {first.partition('. Try: ')[2]}"
+    assert lines[2 : len(texts) + 1] == [f"  - {text}" for text in others]
     page = (tmp_path / "run" / "report.html").read_text()
     assert '<p class="sentence">Evaluation data leaked into training: ' in page
     for section in ("curves", "accuracy", "data", "speed", "reference", "repeat", "files"):

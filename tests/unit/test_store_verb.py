@@ -322,3 +322,22 @@ def test_it_starts_without_torch() -> None:
 def test_a_copy_of_a_store_has_the_same_entries(run: Run, shards: list[Path], tmp_path: Path) -> None:
     shutil.copytree(shards[0].parents[0], tmp_path / "copy" / shards[0].parent.name)
     assert entries_of(tmp_path / "copy", FIRST) == ENTRIES
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_error(unbuffered: str, tmp_path: Path, shards: list[Path]) -> None:
+    assert shards
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "dpo_dist.store", "info", str(tmp_path)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")

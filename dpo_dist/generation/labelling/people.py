@@ -18,6 +18,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.errors import DataError
+from dpo_dist.generation.count_words import describe_totals
 from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.labelling.agreement import Undecided, agreement, agreement_table, outcome
 from dpo_dist.generation.labelling.events import Judgement, Verdict
@@ -29,6 +30,7 @@ from dpo_dist.generation.labelling.state import Labelling, Plan
 from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.startup import output_file
 from dpo_dist.generation.summary import check_output, write_results
+from dpo_dist.plurals import counted
 
 Say: TypeAlias = Callable[[str], None]
 
@@ -88,7 +90,10 @@ def _draw(config: RunConfig, say: Say) -> list[Item]:
     )
     items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.pairs.seed, counts)
     rest = _listed((reason, number) for reason, number in counts.most_common() if reason != "read")
-    say(f"{len(items):,} comparisons of {counts['read']:,} records" + (f" ({rest})" if rest else ""))
+    say(
+        f"{counted(len(items), 'comparison')} of {counted(counts['read'], 'record')}"
+        + (f" ({rest})" if rest else "")
+    )
     if not items:
         raise DataError(
             "there is nothing to compare",
@@ -159,7 +164,7 @@ def _write(
     if records:
         write_results(output_file(config), records, settings, named, say)
     else:
-        say(f"no pair is decided yet: {_listed(named.items())}")
+        say(f"no pair is decided yet: {describe_totals(named)}")
 
 
 def _listed(counts: Iterable[tuple[str, int]]) -> str:

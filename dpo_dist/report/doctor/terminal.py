@@ -1,5 +1,6 @@
 """Print the doctor's report: a table of sources, findings by severity, and the address of the page."""
 
+import sys
 from collections.abc import Iterator
 
 from rich import box
@@ -13,6 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Finding, Level, SourceReport
 from dpo_dist.report.inert import joined_origins, printable
+from dpo_dist.report.safe_stream import SafeStream
 
 _COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
 _SHOWN_EXAMPLES = 3
@@ -23,7 +25,7 @@ _FILE_WIDTH = 110
 
 def print_diagnosis(diagnosis: Diagnosis, folder: RunFolder, screen: Screen | None = None) -> None:
     """Print a summary on `screen` (default: standard output); plain text where that is no terminal."""
-    screen = screen or Screen(highlight=False, soft_wrap=False)
+    screen = screen or Screen(file=SafeStream(sys.stdout), highlight=False, soft_wrap=False)  # type: ignore[arg-type]
     if not screen.is_terminal:
         screen.width = _FILE_WIDTH
     for part in _parts(diagnosis, screen.width):

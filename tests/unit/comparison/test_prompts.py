@@ -65,8 +65,9 @@ def test_fewer_prompts_than_wanted_are_said_and_bad_records_counted(tmp_path: Pa
     records = [*RECORDS, {"no": "prompt"}]
     found, said = chosen(tmp_path, records)
     assert len(found) == 30
-    assert said[0].endswith("40 of 41 records kept, 1 unknown_format")
-    assert said[1] == "prompts: 30 of 30 different ones, fewer than compare.prompts=128"
+    assert said[0].endswith("40 of 41 records kept")
+    assert said[1].startswith("  1 dropped (unknown_format): ")
+    assert said[2] == "prompts: 30 of 30 different ones, fewer than compare.prompts=128"
 
 
 def test_prompts_without_responses_are_enough(tmp_path: Path) -> None:

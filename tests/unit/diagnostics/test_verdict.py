@@ -220,7 +220,10 @@ def test_a_rule_finds_its_fault_and_no_other_rule_does(rule: str) -> None:
     text = judged.findings[0].text
     assert [word for word in words if word not in text] == []
     assert judged.sentence.startswith(f"{RULES[rule].headline}: ")
-    assert ". Try: " in text
+    said, _, advice = text.partition(". Try: ")
+    shown = judged.lines()
+    assert shown[:2] == [f"verdict: {judged.sentence}", f"  try: {advice}"]
+    assert "\n".join(shown).count(said) == 1
 
 
 def test_a_healthy_run_has_no_finding() -> None:
@@ -414,8 +417,16 @@ def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() 
     start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
     assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["far_from_reference"]
     assert verdict(rows(every=start), other).findings == ()
-    [finding] = verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings
+    assert verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings == (), "other pairs"
+    [finding] = verdict(rows(every=start, late={"kl/rejected": 5.0}), other).findings
     assert "moved 2 nats" in finding.text
+
+
+def test_other_pairs_of_the_evaluation_are_no_change_of_the_margin() -> None:
+    """Relative to another model, training and evaluation start with different margins."""
+    other = summary(settings=SETTINGS | {"reference.path": "other"})
+    still = {"loss": 0.69, "rewards/margins": 0.1, "eval_rewards/margins": 0.9}
+    assert [one.rule for one in verdict(rows(every=still), other).findings] == ["hardly_trained"]
 
 
 def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:

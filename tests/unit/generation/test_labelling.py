@@ -403,4 +403,5 @@ def test_the_last_words_count_comparisons(tmp_path, monkeypatch) -> None:
     with opened_log(tmp_path / "run/pairs/judgements.jsonl") as log:
         log.append(judgement(Slot(first.key)))
     label_pairs(config, said.append, print)
-    assert "counts: 1 comparisons decided, 1 comparisons not judged" in said
+    assert "1 comparison decided, 1 comparison not judged" in said
+    assert said[-1].startswith("1 pair: ")

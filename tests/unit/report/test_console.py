@@ -106,6 +106,18 @@ def test_a_full_disk_does_not_hide_an_error(
     output.flush()
 
 
+def test_a_heartbeat_is_silent_beside_progress(clock: "Clock") -> None:
+    console, printed = lines()
+    beat = console.heartbeat("preparing the data")
+    with console.counter("encoding the data", "record") as count:
+        count(1, 0.1)
+        beat(16.0)
+        assert printed == ["encoding the data ..."]
+        clock.now += 16
+        beat(32.0)
+        assert printed[1:] == ["preparing the data: 32 s so far"]
+
+
 def test_a_heartbeat_is_printed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     console, said = Console(None), []
     monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))

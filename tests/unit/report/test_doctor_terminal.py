@@ -1,6 +1,8 @@
 """The doctor's report on a terminal: plain text without a terminal, readable at any width."""
 
+import contextlib
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,13 @@ def test_texts_cannot_act_on_the_terminal() -> None:
         shown = printed(markup)
         assert not {"\x1b", "\u202e", "\u200b"} & set(shown)
     assert "[bold]x[/bold]" in printed("[bold]x[/bold]")
+
+
+def test_a_reader_that_goes_away_does_not_change_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich would exit with 1, the code of findings."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w", buffering=1) as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        print_diagnosis(diagnosis("data.jsonl"), RunFolder(Path("out/run")))
+        monkeypatch.undo()

@@ -17,6 +17,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
+from dpo_dist.diagnostics.run_checks import NOTHING_TO_JUDGE
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.report.console import Console
@@ -183,7 +184,7 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
     config, screen = config_in(folder, keep_last), Screen()
     finish(config, state_of(RunOutcome.exported), recorder_in(folder), ALONE, screen)
     summary = json.loads(folder.summary.read_text())
-    assert summary.pop("verdict") == {"sentence": "no training step was logged", "findings": []}
+    assert summary.pop("verdict") == {"sentence": NOTHING_TO_JUDGE, "findings": []}
     assert summary == {**SUMMARY, "exit": "completed"}
     assert folder.report.is_file()
     state = read_state(folder)
@@ -199,8 +200,8 @@ def test_the_report_of_a_run_that_was_killed_before_it_is_written(keep_last: int
     ("report", "sentence", "warns"),
     [
         ('{"findings": [{"rule": "doubled_bos", "level": "error"}]}', "faults in the data", False),
-        ("{}", "no training step was logged", True),
-        ("", "no training step was logged", True),
+        ("{}", NOTHING_TO_JUDGE, True),
+        ("", NOTHING_TO_JUDGE, True),
     ],
 )
 def test_the_verdict_reads_the_findings_of_the_doctor(

@@ -122,6 +122,14 @@ def test_time_and_cost_are_side_by_side(runs: Runs) -> None:
     assert "cost 6.05 11.90 1.97" in times
 
 
+def test_speeds_are_means_over_time(runs: Runs) -> None:
+    rows = json.loads(runs[1].log_history.read_text())
+    rows[-2] |= {"tokens_per_second": 64000.0, "mfu": 0.9}
+    runs[1].log_history.write_text(json.dumps(rows))
+    times = page_of(*runs).section("Time, memory and cost")
+    assert "tokens per second 6,400 8,320 1.3 MFU of the measured peak 40 % 42 %" in times
+
+
 def test_runs_have_the_names_that_distinguish_them() -> None:
     assert names_of([RunFolder(Path("/x/a")), RunFolder(Path("/x/b"))]) == ("a", "b")
     assert names_of([RunFolder(Path("/x/a")), RunFolder(Path("/y/a"))]) == ("x/a", "y/a")
