@@ -140,7 +140,10 @@ def _warnings(two: Two) -> Iterator[str]:
     betas = [facts.setting("loss.beta") for facts in two.facts]
     if all(betas) and betas[0] != betas[1]:
         values = " and ".join(map(three, betas))
-        yield f"Rewards and margins are multiples of beta, which differs ({values}); other metrics are not."
+        yield (
+            f"Rewards and margins are multiples of beta, which differs ({values}), and the loss depends "
+            "on it: compare accuracies, log-probs and KL."
+        )
 
 
 def _paired(two: Two) -> str:

@@ -69,7 +69,7 @@ def test_values_that_are_not_comparable_are_said(runs: Runs) -> None:
     assert "evaluated on different data: their metrics are not comparable." in text
     assert "Their reference models differ" in text
     assert "Their losses differ" in text
-    assert "multiples of beta, which differs (0.1 and 0.5)" in text
+    assert "multiples of beta, which differs (0.1 and 0.5), and the loss depends on it" in text
 
 
 def write_scores(run: RunFolder, margins: list[float | None], first_line: int = 1) -> None:
