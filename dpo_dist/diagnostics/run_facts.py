@@ -90,12 +90,13 @@ class RunFacts:
     def moved(self, metric: str) -> float | None:
         """Return the last value of a metric that starts at 0, or the change of it where it does not.
 
-        It does not if the reference is another model than the policy's start.
+        It does not if the reference is another model than the policy's start. Then the change is that over
+        training steps: an evaluation has other pairs, of which the first value can differ by more.
         """
-        end, start = last(self.last_rows, metric), 0.0
-        if self.setting("reference.path") is not None:
-            start = first(self.steps, metric) or 0.0
-        return None if end is None else end - start
+        if self.setting("reference.path") is None:
+            return last(self.last_rows, metric)
+        start, end = first(self.steps, metric), last(self.steps, metric)
+        return None if start is None or end is None else end - start
 
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
@@ -167,6 +168,19 @@ def last(rows: Sequence[Row], key: str) -> float | None:
     """Return the last finite value of `key`, or None."""
     found = values(rows, key)
     return found[-1][1] if found else None
+
+
+def mean_over_time(rows: Iterable[Row], key: str) -> float | None:
+    """Return the mean of a rate, such as pairs per second, over the time of the training steps, or None."""
+    total, seconds, before = 0.0, 0.0, 0.0
+    for row in rows:
+        if "step_seconds" not in row:  # an evaluation
+            continue
+        value, spent = finite(row, key), row["step_seconds"] * (row["step"] - before)
+        before = row["step"]
+        if value is not None:
+            total, seconds = total + value * spent, seconds + spent
+    return total / seconds if seconds else None
 
 
 def number(value: float | None) -> str:

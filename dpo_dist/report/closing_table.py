@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.diagnostics.run_facts import mean_over_time
 from dpo_dist.errors import RunOutcome
 from dpo_dist.plurals import counted, duration
 
@@ -76,9 +77,9 @@ def _time(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     if "pairs_per_second" in summary:
         speed = f"{summary['pairs_per_second']:,.1f} pairs/s"
         parts.append(f"{counted(summary.get('pairs_seen', 0), 'pair')}, {speed}")
-    shares = [row["mfu"] for row in rows if "mfu" in row]
-    if shares:
-        parts.append(f"MFU {sum(shares) / len(shares):.0%}")
+    share = mean_over_time(rows, "mfu")
+    if share is not None:
+        parts.append(f"MFU {share:.0%}")
     if "peak_memory_bytes" in summary:
         processes = summary.get("world_size", 1)
         parts.append(f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB")

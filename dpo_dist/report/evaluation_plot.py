@@ -11,6 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from dpo_dist import atomic
 from dpo_dist.objective.metrics import BUCKETS
+from dpo_dist.report.inert import printable
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -36,7 +37,7 @@ def draw_evaluation(results: Results, path: Path, title: str) -> None:
     whole = next(iter(results.values()))
     panels = _PANELS if _ACCURACY in whole else _OF_ONE_RESPONSE
     bins = whole.get("calibration", {}).get("bins", [])
-    rows = [(name, row, "") for name, row in list(results.items())[: _MOST_LABELS + 1]]
+    rows = [(printable(name), row, "") for name, row in list(results.items())[: _MOST_LABELS + 1]]
     rows += [(f"{bucket} tokens", whole, f"_by_length/{bucket}") for bucket in BUCKETS]
     rows = [each for each in rows if panels[0][0] + each[2] in each[1]]
     height = max(4.5, 1.6 + 0.34 * len(rows))
@@ -45,7 +46,9 @@ def draw_evaluation(results: Results, path: Path, title: str) -> None:
     canvas = FigureCanvasAgg(figure)
     hidden = len(results) - 1 - _MOST_LABELS
     note = f"; {hidden} more labels are in evaluation.json" if hidden > 0 else ""
-    figure.suptitle(f"{title}: {whole['eval_pairs']:,} pairs, 95 % intervals{note}", parse_math=False)
+    figure.suptitle(
+        f"{printable(title)}: {whole['eval_pairs']:,} pairs, 95 % intervals{note}", parse_math=False
+    )
     columns = len(panels) + bool(bins)
     for position, (key, label, chance) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, columns, position)

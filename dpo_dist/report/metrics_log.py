@@ -6,6 +6,7 @@ run.
 
 import csv
 import io
+import itertools
 import json
 import logging
 import math
@@ -145,14 +146,16 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
         By label of the source: the values by name of the metric, those of evaluations with `eval_`; empty if
         the run has one source.
     """
+    last: Row = {}
+    for row in rows:
+        last.update(row)
     found: dict[str, Row] = {}
     for prefix in ("", "eval_"):
         percentiles = {prefix + key for key in MARGIN_PERCENTILES}
         for metric in _grouped(prefix):
-            for row in rows:
-                for key, value in row.items():
-                    if key.startswith(metric) and key not in percentiles:
-                        found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
+            for key, value in last.items():
+                if key.startswith(metric) and key not in percentiles:
+                    found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
     return found
 
 
@@ -186,24 +189,36 @@ def read_latest_rows(folder: RunFolder) -> list[Row]:
     """
     rows = read_rows(folder.log_history) if folder.log_history.exists() else []
     try:
-        table = _read_table(folder.metrics_table)
+        newer = _read_table(folder.metrics_table, len(rows))
     except FileNotFoundError:
         if rows:
             return rows
         raise
-    except (ValueError, AttributeError) as error:  # a line with more fields has a list
+    except (ValueError, csv.Error) as error:
         _log.warning("%s cannot be read and is ignored: %s", folder.metrics_table, error)
         return rows
-    return rows + table[len(rows) :]
+    return rows + newer
 
 
-def _read_table(path: Path) -> list[Row]:
-    """Read the rows of the CSV file; an unfinished last line is ignored, as it is being written."""
+def _read_table(path: Path, first: int) -> list[Row]:
+    """Read the rows of the CSV file from index `first` on, without an unfinished last line."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [
-        {key: int(value) if value.isdecimal() else float(value) for key, value in line.items() if value}
-        for line in csv.DictReader(io.StringIO(whole, newline=""))
-    ]
+    lines = csv.reader(io.StringIO(whole, newline=""))
+    columns = next(lines, [])
+    return [_table_row(columns, line) for line in itertools.islice(filter(None, lines), first, None)]
+
+
+def _table_row(columns: Sequence[str], line: Sequence[str]) -> Row:
+    if len(line) > len(columns):
+        raise ValueError("a line has more values than columns")
+    row: Row = {
+        key: int(value) if value.isdecimal() else float(value)
+        for key, value in zip(columns, line, strict=False)
+        if value
+    }
+    if "step" not in row:
+        raise ValueError("a line has no step")
+    return row
 
 
 def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:

@@ -1,7 +1,7 @@
 """The model card in `model/README.md`: metadata as the Hugging Face Hub reads it, then text.
 
 It names folders and files of this machine by their last part only, and has nothing that a clock decides: a
-run that was killed and resumed has the same card.
+run that was killed and resumed has the same card. Secrets in settings and labels are hidden.
 """
 
 import math
@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.identity import settings
 from dpo_dist.config.loss_kinds import KINDS, LossKind
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
 from dpo_dist.report.markdown import code, inert, table
@@ -77,7 +78,7 @@ def model_card(
     ]
     metadata = _metadata(config, summary, evaluation).to_yaml()
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{metadata}\n---\n\n{body}\n"
+    return f"---\n{metadata}\n---\n\n{without_secrets(body)}\n"
 
 
 def hub_name(path: str) -> str | None:
@@ -92,8 +93,10 @@ def hub_name(path: str) -> str | None:
 
 
 def _model_name(path: str) -> str:
-    """Return the hub name of a model, or the name of its folder without the folders above."""
-    return hub_name(path) or Path(path).expanduser().resolve().name
+    """Return the hub name of a model, or the name of its folder; of a run's model, the run directory's."""
+    folder = Path(path).expanduser().resolve()
+    run = RunFolder(folder.parent)
+    return hub_name(path) or (run.path.name if folder == run.model and run.config.is_file() else folder.name)
 
 
 def _hub_dataset(source: SourceConfig) -> str | None:
@@ -142,18 +145,18 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
     for counts, source in _sources(config, summary, "eval") if evaluation else ():
         first.setdefault(counts["label"], source)
     for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
-        dataset = _hub_dataset(first[label])
-        for key, (kind, name) in _METRICS.items():
+        dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
+        for key, (kind, title) in _METRICS.items():
             value = row.get(key)
             if value is None or not math.isfinite(value):
                 continue
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=dataset or label,
-                dataset_name=label,
+                dataset_type=dataset or name,
+                dataset_name=name,
                 dataset_split=first[label].split if dataset else None,
                 metric_type=kind,
-                metric_name=name,
+                metric_name=title,
                 metric_value=round(float(value), 4),
             )
 
@@ -246,7 +249,7 @@ def _data(config: RunConfig, summary: Row) -> str:
 
 
 def _training(config: RunConfig) -> str:
-    found = {key: value for key, value in without_secrets(settings(config)).items() if key not in _PATHS}
+    found = {key: value for key, value in settings(config).items() if key not in _PATHS}
     if config.reference.path is not None:
         found["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:

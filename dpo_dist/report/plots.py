@@ -17,6 +17,7 @@ from dpo_dist import atomic
 from dpo_dist.report.chart_axes import Axis, number, tick_texts, value_axis
 from dpo_dist.report.chart_script import LIGHT_COLORS
 from dpo_dist.report.curves import PANELS, Curves, Panel, Rows
+from dpo_dist.report.inert import printable
 from dpo_dist.report.smoothing import FloatArray, kept_points
 from dpo_dist.report.svg_chart import Line
 
@@ -51,7 +52,9 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     figure = Figure(figsize=(_WIDTH, height), dpi=_DOTS_PER_INCH)
     canvas = FigureCanvasAgg(figure)
     top = 1 - 0.14 / height
-    figure.text(0.01, top, title, va="top", fontsize=16, fontweight="bold", color=_INK, parse_math=False)
+    figure.text(
+        0.01, top, printable(title), va="top", fontsize=16, fontweight="bold", color=_INK, parse_math=False
+    )
     figure.text(0.01, 0.1 / height, _NOTE if panels else "no metrics yet", fontsize=10, color=_QUIET)
     width = (_WIDTH - _LEFT - _RIGHT - (columns - 1) * _BETWEEN) / columns
     bottom = height - _HEAD
@@ -166,7 +169,7 @@ def _add_texts(axes: Axes, panel: Panel, lines: Sequence[Line], gaps: int) -> No
     )
     legend = axes.legend(
         [Line2D([], [], color=color, linewidth=2.5) for color, _ in zip(LIGHT_COLORS, labels, strict=False)],
-        [f"{label}  {_last_values(lines, label)}" for label in labels],
+        [f"{printable(label)}  {_last_values(lines, label)}" for label in labels],
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=_legend_columns(labels),

@@ -99,10 +99,10 @@ def chart(
     whole = [line for line in whole if line.is_point.any()]
     if not whole:
         return ""
-    extremes = [each.values for each in whole if each.line.role != "smooth"] or [
-        each.values for each in whole
-    ]
-    kept = kept_points(extremes, _MOST_POINTS)
+    with_raw = {each.line.label for each in whole if each.line.role == "raw"}
+    shapes = [each for each in whole if each.line.role != "smooth" or each.line.label not in with_raw]
+    ends = [int(np.flatnonzero(each.is_point)[-1]) for each in whole]
+    kept = np.union1d(kept_points([each.values for each in shapes], _MOST_POINTS), ends)
     drawn = [_at(each, kept) for each in whole]
     x = np.asarray(steps, dtype=np.float64)[kept]
     shown = [float(value) for each in drawn for value in each.values[each.is_shown]]

@@ -38,7 +38,7 @@ def test_samples_of_a_run(tmp_path: Path, browser: Any, width: int, scheme: str)
     write_samples(tmp_path, 100, [sample(1, "Hello."), sample(2)])
     write_samples(tmp_path, 200, [sample(1, HOSTILE, prompt=HOSTILE, chosen=HOSTILE), sample(2, "")])
     file = tmp_path / "page.html"
-    file.write_text(html_page("x", [samples_section(RunFolder(tmp_path))], SAMPLES_STYLE))
+    file.write_text(html_page("x", [samples_section(RunFolder(tmp_path), ())], SAMPLES_STYLE))
     watched = opened(browser, file, width, scheme)
     page = watched.page
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")

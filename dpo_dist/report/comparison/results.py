@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import DataError
+from dpo_dist.report.tracked_values import without_secrets
 
 SHARES = ("finished", "refusals", "lists", "markdown", "distinct_3", "longest_repeat", "empty")
 """Metrics of style that are shares; the others are numbers."""
@@ -145,7 +146,7 @@ def _results(fields: Mapping[str, Any]) -> Results:
     return Results(
         base=base,
         prompts=int(fields["prompts"]),
-        judge=None if judge is None else str(judge),
+        judge=None if judge is None else str(without_secrets(str(judge))),
         compares=bool(fields.get("judge_compares")),
         models=tuple(replace(model, win_rate=rates.get((model.name, base))) for model in models),
         rates=rates,
@@ -164,7 +165,8 @@ def _model(fields: Mapping[str, Any], base: str) -> Model:
     }
     kl = Estimate(0.0) if name == base else _estimate(fields.get("kl"), fields.get("kl_interval"))
     score = _estimate(fields.get("score"), fields.get("score_interval"))
-    return Model(name, str(fields.get("path", "")), kl, score, None, style)
+    path = str(without_secrets(str(fields.get("path", ""))))
+    return Model(name, path, kl, score, None, style)
 
 
 def _estimate(value: object, interval: object) -> Estimate | None:

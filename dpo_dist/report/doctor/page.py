@@ -25,6 +25,7 @@ from dpo_dist.report.doctor.style import DOCTOR_STYLE
 from dpo_dist.report.doctor.texts import pairs_section
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html, joined_origins
+from dpo_dist.report.tracked_values import without_secrets
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -159,4 +160,8 @@ def _settings(config: RunConfig, diagnosis: Diagnosis) -> str:
         *keys,
         ("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"),
     ]
-    return table(("key", "value"), ((escape(key), inert_html(str(value))) for key, value in rows), "facts")
+    return table(
+        ("key", "value"),
+        ((escape(key), inert_html(str(without_secrets(str(value))))) for key, value in rows),
+        "facts",
+    )

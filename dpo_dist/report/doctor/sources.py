@@ -6,6 +6,7 @@ from html import escape
 from dpo_dist.diagnostics.findings import Distribution, LeakTest, SideReport, SourceReport
 from dpo_dist.report.charts import histogram, number, share_bar
 from dpo_dist.report.inert import inert_html, joined_origins
+from dpo_dist.report.tracked_values import without_secrets
 
 _MAX_ROWS = 12
 _SHOWN_EXAMPLES = 5
@@ -51,7 +52,7 @@ def source_section(source: SourceReport, max_length: int) -> str:
     )
     shown = "".join(f"<h3>{title}</h3>{content}" for title, content in parts if content)
     title = f"{inert_html(source.label)} <small>{source.kept:,} of {source.read:,} records kept</small>"
-    path = f"<p><code>{inert_html(source.path)}</code></p>"
+    path = f"<p><code>{inert_html(str(without_secrets(source.path)))}</code></p>"
     return f"<details open><summary>{title}</summary>{path}{shown}</details>"
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from dpo_dist.diagnostics.run_facts import last
+from dpo_dist.diagnostics.run_facts import mean_over_time
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import section, table
 from dpo_dist.report.run_page.cost import cost, seconds_by_work
 from dpo_dist.report.run_page.difference_results import LABELS, Two
 from dpo_dist.report.run_page.facts import PageFacts
-from dpo_dist.report.run_page.wording import duration, percent, short, size
+from dpo_dist.report.run_page.wording import duration, money, percent, short, size
 
 
 def time_section(two: Two) -> str:
@@ -37,8 +37,8 @@ def _amounts(facts: PageFacts) -> dict[str, tuple[Any, Callable[[Any], str]]]:
             for name in ("training steps", "evaluations", "reference log-probs")
         },
         "pairs per second": (summary.get("pairs_per_second"), short),
-        "tokens per second": (last(steps, "tokens_per_second"), short),
-        "MFU of the measured peak": (last(steps, "mfu"), percent),
+        "tokens per second": (mean_over_time(steps, "tokens_per_second"), short),
+        "MFU of the measured peak": (mean_over_time(steps, "mfu"), percent),
         "peak memory of a process": (summary.get("peak_memory_bytes"), size),
-        "cost": (cost(facts), lambda value: f"{value:,.2f}"),
+        "cost": (cost(facts), money),
     }

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PageFacts:
-    """The content of a run directory; empty where a file is missing or cannot be read.
+    """The content of a run directory, without secrets; empty where a file is missing or cannot be read.
 
     Attributes:
         folder: the run directory.
@@ -94,7 +94,7 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
         folder: the run directory.
         price: in place of `tracking.price_per_gpu_hour`.
     """
-    config = without_secrets(_read(folder.config, _yaml_fields) or {})  # a page is made to be shared
+    config = _read(folder.config, _yaml_fields) or {}
     doctor = _read(folder.doctor_report, _json_fields) or {}
     findings = doctor.get("findings") or []
     summary = _read(folder.summary, _json_fields) or {}
@@ -145,11 +145,14 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
 
 
 def _yaml_fields(path: Path) -> Fields:
-    return dict(yaml.safe_load(path.read_bytes()))
+    return _fields(yaml.safe_load(path.read_bytes()))
 
 
 def _json_fields(path: Path) -> Fields:
-    content = json.loads(path.read_bytes())
+    return _fields(json.loads(path.read_bytes()))
+
+
+def _fields(content: Any) -> Fields:
     if not isinstance(content, dict):
-        raise TypeError("it is no JSON object")
-    return content
+        raise TypeError("it has no fields")
+    return dict(without_secrets(content))  # a page is made to be shared

@@ -76,7 +76,7 @@ def _contents(sections: list[str]) -> str:
 
 
 def _samples(facts: PageFacts) -> str:
-    return samples_section(facts.folder)
+    return samples_section(facts.folder, facts.run.rows)
 
 
 def _curves(facts: PageFacts) -> str:

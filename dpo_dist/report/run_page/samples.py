@@ -13,7 +13,6 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.plurals import counted
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
-from dpo_dist.report.metrics_log import read_rows
 from dpo_dist.report.run_page.sample_choice import FAULTS, Judged, choose, judged
 from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, cut, end_notes, excerpt, side_by_side
 from dpo_dist.report.word_diff import difference
@@ -42,10 +41,14 @@ _COLUMNS = {
 }
 
 
-def samples_section(folder: RunFolder) -> str:
+def samples_section(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -> str:
     """Return the section about the samples of a run, below 1 MB; empty without samples.
 
     Pages with it add `SAMPLES_STYLE` to their style sheet.
+
+    Args:
+        folder: the run directory.
+        metrics: metrics rows of the run.
     """
     files = _files(folder)
     step, damaged = 0, 0
@@ -65,7 +68,7 @@ def samples_section(folder: RunFolder) -> str:
         item = _item(prompt_id, reasons, steps, found, room, is_open=len(items) < _OPEN)
         items += [item] if item else []
     return (
-        f'<section id="samples"><h2>Samples</h2><p>{_sentence(step, rows)}</p>{_metrics(folder)}'
+        f'<section id="samples"><h2>Samples</h2><p>{_sentence(step, rows)}</p>{_metrics(metrics)}'
         f'<p class="samples-note">{_note(len(items), len(chosen), len(rows), damaged, files[step])}</p>'
         f"{''.join(items)}</section>"
     )
@@ -207,12 +210,9 @@ def _note(shown: int, chosen: int, rows: int, damaged: int, file: Path) -> str:
     return " ".join(parts)
 
 
-def _metrics(folder: RunFolder) -> str:
+def _metrics(metrics: Sequence[Mapping[str, float]]) -> str:
     """Return a table of the metrics of samples over some steps, the first and last among them."""
-    try:
-        rows = [row for row in read_rows(folder.log_history) if any(key in row for key in _COLUMNS)]
-    except (OSError, ValueError):
-        return ""  # the page warns of this file once
+    rows = [row for row in metrics if any(key in row for key in _COLUMNS)]
     keys = [key for key in _COLUMNS if any(key in row for row in rows)]
     most = min(len(rows), _MOST_STEPS)
     shown = [rows[round(at * (len(rows) - 1) / max(most - 1, 1))] for at in range(most)]

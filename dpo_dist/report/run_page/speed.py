@@ -1,13 +1,15 @@
 """Section about time, memory, utilization and cost."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from dpo_dist.diagnostics.run_facts import Row, finite, last
+from dpo_dist.diagnostics.run_facts import Row, last, mean_over_time
+from dpo_dist.plurals import counted
 from dpo_dist.report.metrics_log import PHASES, Phase
 from dpo_dist.report.run_page.blocks import note, paragraph, section, table
 from dpo_dist.report.run_page.cost import cost, seconds_by_work
 from dpo_dist.report.run_page.facts import PageFacts
-from dpo_dist.report.run_page.wording import duration, percent, short, size
+from dpo_dist.report.run_page.wording import duration, money, percent, short, size
 
 _PHASES: dict[Phase, str] = {
     "data": "waiting for the next batch",
@@ -51,11 +53,16 @@ def _work(facts: PageFacts) -> str:
 
 
 def _phases(rows: Sequence[Row]) -> str:
-    """Return each phase's mean seconds over the logged steps, and its share of a step."""
+    """Return each phase's mean seconds over all logged steps, and its share of a step."""
     timed = [row for row in rows if all(f"time/{phase}" in row for phase in PHASES)]
     if not timed:
         return ""
-    seconds = {phase: sum(row[f"time/{phase}"] for row in timed) / len(timed) for phase in PHASES}
+    counts = [after - before for before, after in pairwise([0, *(row["step"] for row in timed)])]
+    seconds = {
+        phase: sum(row[f"time/{phase}"] * count for row, count in zip(timed, counts, strict=True))
+        / sum(counts)
+        for phase in PHASES
+    }
     step = sum(seconds.values()) or 1.0
     lines = (
         (
@@ -68,7 +75,7 @@ def _phases(rows: Sequence[Row]) -> str:
     )
     content = table(("phase", "time", "share", ""), lines, "phases")
     return f"<h3>Time of a step by phase</h3>{content}" + note(
-        f"Mean of the {len(timed):,} logged steps, on the first process."
+        f"Mean of {counted(int(sum(counts)), 'step')}, on the first process."
     )
 
 
@@ -89,7 +96,7 @@ def _memory(facts: PageFacts) -> str:
 
 
 def _utilization(facts: PageFacts) -> str:
-    measured, datasheet = (_mean(facts.run.steps, key) for key in ("mfu", "mfu/datasheet"))
+    measured, datasheet = (mean_over_time(facts.run.steps, key) for key in ("mfu", "mfu/datasheet"))
     if measured is None:
         return ""
     amounts = [percent(measured) + " of the measured peak"]
@@ -98,23 +105,12 @@ def _utilization(facts: PageFacts) -> str:
     speed = [
         f"{short(value)} {unit} per second"
         for key, unit in (("pairs_per_second", "pairs"), ("tokens_per_second", "tokens"))
-        if (value := _mean(facts.run.steps, key)) is not None
+        if (value := mean_over_time(facts.run.steps, key)) is not None
     ]
     sentence = f"{', '.join(amounts)}; {', '.join(speed)}."
     return f"<h3>Model FLOPs utilization (MFU)</h3>{paragraph(sentence)}" + (
         note(_MEASURED, _DATASHEET if datasheet is not None else "", _USEFUL)
     )
-
-
-def _mean(rows: Sequence[Row], key: str) -> float | None:
-    """Return the mean of a rate over the time of the steps."""
-    total, seconds, before = 0.0, 0.0, 0.0
-    for row in rows:
-        value, spent = finite(row, key), row.get("step_seconds", 0.0) * (row["step"] - before)
-        before = row["step"]
-        if value is not None:
-            total, seconds = total + value * spent, seconds + spent
-    return total / seconds if seconds else None
 
 
 def _cost(facts: PageFacts) -> str:
@@ -125,5 +121,5 @@ def _cost(facts: PageFacts) -> str:
     unit = "GPU" if facts.has_gpus else "process"
     pairs = facts.summary.get("pairs_seen")
     each = f"That is {1000 * amount / pairs:,.4g} for 1,000 pairs." if pairs else ""
-    total = f"{amount:,.2f}, for {hours:,.3g} {unit}-hours at {facts.price:,.4g} each, of the work above."
+    total = f"{money(amount)}, for {hours:,.3g} {unit}-hours at {facts.price:,.4g} each, of the work above."
     return f"<h3>Cost</h3>{paragraph(total, each)}"

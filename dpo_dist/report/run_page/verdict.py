@@ -14,7 +14,7 @@ from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import note
 from dpo_dist.report.run_page.cost import cost
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import duration, percent, short, size, text, three
+from dpo_dist.report.run_page.wording import duration, money, percent, short, size, text, three
 
 _ADVICE = ". Try: "
 _NAME = re.compile("`([^`]+)`")
@@ -139,7 +139,7 @@ def tiles(facts: PageFacts) -> str:
         ("pairs per second", summary.get("pairs_per_second"), short, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, "of the process with the most"),
         ("processes", summary.get("world_size"), short, _hardware(facts)),
-        ("cost", cost(facts), _money, "see time, memory and cost"),
+        ("cost", cost(facts), money, "see time, memory and cost"),
     )
     found = [_tile(*tile) for tile in shown if tile[1] is not None]
     return f'<div class="tiles">{"".join(found)}</div>' if found else ""
@@ -148,10 +148,6 @@ def tiles(facts: PageFacts) -> str:
 def _tile(label: str, value: Any, form: Callable[[Any], str], below: str) -> str:
     small = f"<small>{inert_html(below)}</small>" if below else ""
     return f"<div><span>{label}</span><b>{escape(form(value))}</b>{small}</div>"
-
-
-def _money(value: float) -> str:
-    return f"{value:,.2f}"
 
 
 def _hardware(facts: PageFacts) -> str:

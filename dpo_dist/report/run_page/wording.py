@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping
 
+from dpo_dist.plurals import duration as in_units
+
 _KIBI = 1024
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 _FEW_SECONDS = 10
+_SMALL_AMOUNT = 0.1
 
 
 def short(value: float) -> str:
@@ -26,14 +29,13 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return 3 h 20 min, 2 min 05 s, 12 s or 0.4 s."""
-    if 0 < seconds < _FEW_SECONDS:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    """Return 0.4 s, and from 10 s on what the terminal shows: 12 s, 2 min 05 s, 3 h 20 min."""
+    return f"{seconds:.2g} s" if 0 < seconds < _FEW_SECONDS else in_units(seconds)
+
+
+def money(amount: float) -> str:
+    """Return an amount with two decimals, a small one with two digits."""
+    return f"{amount:.2g}" if 0 < amount < _SMALL_AMOUNT else f"{amount:,.2f}"
 
 
 def size(count: float) -> str:

@@ -10,9 +10,23 @@ from dpo_dist.report.closing_table import closing_table
 
 FOLDER = RunFolder(Path("out/run"))
 ROWS = [
-    {"step": 5, "loss": 0.6931, "rewards/accuracies": 0.5, "rewards/margins": 0.0, "mfu": 0.4},
+    {
+        "step": 5,
+        "loss": 0.6931,
+        "rewards/accuracies": 0.5,
+        "rewards/margins": 0.0,
+        "mfu": 0.4,
+        "step_seconds": 2.0,
+    },
     {"step": 5, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75},
-    {"step": 60, "loss": 0.04123, "rewards/accuracies": 0.98, "rewards/margins": 3.4, "mfu": 0.5},
+    {
+        "step": 60,
+        "loss": 0.04123,
+        "rewards/accuracies": 0.98,
+        "rewards/margins": 3.4,
+        "mfu": 0.5,
+        "step_seconds": 1.0,
+    },
     {"step": 60, "eval_loss": 0.7, "eval_rewards/accuracies": 0.75},
 ]
 SUMMARY: dict[str, Any] = {
@@ -41,7 +55,7 @@ evaluation loss      0.6000  0.7000  0.6000 at step 5
 evaluation accuracy   0.750   0.750
 
 run        completed 60 steps
-time       5 min 03 s of training, 3,840 pairs, 12.7 pairs/s, MFU 45%, peak memory 3.0 GiB, 2 processes
+time       5 min 03 s of training, 3,840 pairs, 12.7 pairs/s, MFU 48%, peak memory 3.0 GiB, 2 processes
 data       train: 6,403 of 6,410 records kept, eval: 1 of 1 record kept
 reference  cached: 6,403 log-probs computed, 0 reused
 model      out/run/model

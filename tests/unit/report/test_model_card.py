@@ -45,6 +45,17 @@ def card(overrides: list[str], content: dict[str, Any], evaluation: dict[str, An
     return found
 
 
+def test_a_card_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUB_TOKEN", "3f6c1be2a9")
+    label = "hf_0123456789abcdef"
+    overrides = ["model.path=org/base", f"data.train=[{{path: local.jsonl, label: {label}}}]"]
+    overrides.append("reference.path=other/3f6c1be2a9")
+    overrides += [f"data.eval=[{{path: held.jsonl, label: {label}}}]"]
+    found = card(overrides, summary([label], [label]), {"all": OF_ALL, label: OF_ALL})
+    assert found.data.eval_results[0].dataset_name == "***"
+    assert [text for text in ("hf_0123", "3f6c1be2a9") if text in str(found)] == []
+
+
 def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     overrides = ["model.path=org/base-7B", "loss.beta=0.3", "optim.lr=2e-6"]
     overrides += [
@@ -141,6 +152,17 @@ def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path: Path) -> N
     assert hub_name(str(snapshot)) == "org/base-7B"
     assert hub_name(str(tmp_path)) is None
     assert hub_name("gpt2") == "gpt2"
+
+
+def test_the_model_of_a_run_has_the_name_of_its_run_directory(tmp_path: Path) -> None:
+    base = tmp_path / "warmup" / "model"
+    base.mkdir(parents=True)
+    overrides = [f"model.path={base}", "data.train=[a.jsonl]"]
+    assert "# model-sigmoid" in card(overrides, summary(["a"], []), None).text, "a folder called model"
+    (tmp_path / "warmup" / "config.yaml").touch()
+    text = card(overrides, summary(["a"], []), None).text
+    assert "# warmup-sigmoid" in text
+    assert "`warmup`" in text
 
 
 @pytest.mark.parametrize("name", ["a: [b", "---", "x\n---\nlicense: mit", "`|<img src=x>|``", "yes", "- *b*"])

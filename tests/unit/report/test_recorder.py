@@ -81,3 +81,12 @@ def test_a_full_disk_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     recorder = Recorder(MetricsLog.open(RunFolder(tmp_path), None, print), Kept(), print)
     with pytest.raises(OSError, match="No space"):
         recorder.close({"exit": "completed"})
+
+
+def test_a_name_without_an_encoding_is_drawn(tmp_path: Path) -> None:
+    said, run = list[str](), RunFolder(tmp_path / "run\udcff")
+    recorder = Recorder(MetricsLog.open(run, None, print), Kept(), said.append)
+    recorder.record({"step": 1, "loss": 0.5, "grad_norm": 1.0})
+    recorder.close({"exit": "completed", "steps": 1})
+    assert said == []
+    assert run.curves.exists()

@@ -1,7 +1,8 @@
 """The samples section of a run's page: its choice of prompts, limits, damaged and hostile files."""
 
-import json
+import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ FRENCH = "La capitale de la France est Paris, une ville sur la Seine avec enviro
 BABBLE = "the same again and " * 60
 
 
-def section(run: Path) -> str:
-    return samples_section(RunFolder(run))
+def section(run: Path, metrics: Sequence[Mapping[str, float]] = ()) -> str:
+    return samples_section(RunFolder(run), metrics)
 
 
 def shown_prompts(html: str) -> list[str]:
@@ -159,21 +160,17 @@ def test_texts_are_inert(tmp_path: Path) -> None:
 
 def test_metrics_over_steps(tmp_path: Path) -> None:
     write_samples(tmp_path, 100, [sample(1)])
-    log = RunFolder(tmp_path).log_history
-    log.parent.mkdir()
-    rows = [{"step": step, "eval_loss": 1.0} for step in range(5)]
+    rows: list[dict[str, float]] = [{"step": step, "eval_loss": 1.0} for step in range(5)]
     rows += [
         {"step": step, "eval_samples/length": 100.0 + step, "eval_samples/finished": 0.5}
         for step in range(0, 1001, 10)
     ]
-    rows.append({"step": 1010, "eval_samples/length": None, "eval_samples/reference_length": 30})
-    log.write_text(json.dumps(rows))
-    html = section(tmp_path)
+    rows.append({"step": 1010, "eval_samples/length": math.nan, "eval_samples/reference_length": 30})
+    html = section(tmp_path, rows)
     table = re.search("<table.*?</table>", html)
     assert table is not None
     cells = re.findall("<td>(.*?)</td>", table[0])
     assert len(cells) == 8 * 3
     assert cells[:6] == ["reference", "30", "", "0", "100", "50 %"]
     assert cells[-3:] == ["870", "970", "50 %"]
-    log.write_text("{")
     assert "<table" not in section(tmp_path)

@@ -75,6 +75,27 @@ def test_long_lines_keep_their_extremes() -> None:
     assert len(figure) < 20_000
 
 
+def test_a_long_mean_without_values_keeps_its_shape_beside_few_evaluations() -> None:
+    steps = list(range(10_000))
+    wave: list[float | None] = [math.sin(step / 500) for step in steps]
+    at_times = [0.5 if step % 1000 == 0 else None for step in steps]
+    figure = chart("x", [Line("a", wave, "smooth"), Line("a", at_times, "evaluation")], steps)
+    drawn = [value for value in data_of(figure)["lines"][0]["values"] if value is not None]
+    assert len(drawn) > 150
+    assert (min(drawn), max(drawn)) == pytest.approx((-1, 1), abs=1e-3)
+
+
+def test_the_last_value_of_a_long_line_is_shown_wherever_it_is() -> None:
+    steps = list(range(2000))
+    evaluations: list[float | None] = [None] * 2000
+    evaluations[1510:1513] = [9.0, 0.1, 0.5]
+    unknown = [math.nan if step == 1511 else None for step in steps]
+    lines = [Line("a", [*map(float, steps)], "raw"), Line("b", evaluations, "evaluation")]
+    figure = chart("x", [*lines, Line("c", unknown, "evaluation")], steps)
+    assert "b <b>0.5 at step 1,512</b>" in figure
+    assert "c <b>no value at step 1,511</b>" in figure
+
+
 def test_hours_are_a_second_axis_and_lines_may_have_their_own() -> None:
     figure = chart("x", [Line("a", [1, 2], "raw"), Line("b", [1, 2], "raw", hours=[5, 6])], [1, 2], [0.5, 1])
     assert 'class="curves timed"' in figure

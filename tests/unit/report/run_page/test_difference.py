@@ -69,7 +69,7 @@ def test_values_that_are_not_comparable_are_said(runs: Runs) -> None:
     assert "evaluated on different data: their metrics are not comparable." in text
     assert "Their reference models differ" in text
     assert "Their losses differ" in text
-    assert "multiples of beta, which differs (0.1 and 0.5)" in text
+    assert "multiples of beta, which differs (0.1 and 0.5), and the loss depends on it" in text
 
 
 def write_scores(run: RunFolder, margins: list[float | None], first_line: int = 1) -> None:
@@ -88,6 +88,16 @@ def test_the_same_pairs_are_counted_by_which_run_is_right(runs: Runs) -> None:
     assert "both 2 only A 1 only B 1 neither 1" in same
     assert "pair by pair: 0 [-0.554, +0.554]" in same
     assert math.isclose(1.96 * math.sqrt(2 / 5 / 5), 0.554, abs_tol=1e-3)
+
+
+def test_a_tie_counts_half_as_in_the_accuracy(runs: Runs) -> None:
+    """An untrained run has an accuracy of one half, not of 0."""
+    write_scores(runs[0], [0.0, 0.0, 0.0, 0.0])
+    write_scores(runs[1], [1.0, 1.0, 1.0, -1.0])
+    same = page_of(*runs).section("The same pairs")
+    assert "counted as half 4" in same
+    assert "pair by pair: +0.25 [-0.174, +0.674]" in same
+    assert math.isclose(1.96 * math.sqrt((0.25 - 0.25**2) / 4), 0.424, abs_tol=1e-3)
 
 
 @pytest.mark.parametrize("other", [([1.0], 1), ([1.0, 1.0], 2), ([], 1)])
@@ -120,6 +130,14 @@ def test_time_and_cost_are_side_by_side(runs: Runs) -> None:
     times = page_of(*runs).section("Time, memory and cost")
     assert "time: training steps 1 h 10 min 2 h 20 min 2 " in times
     assert "cost 6.05 11.90 1.97" in times
+
+
+def test_speeds_are_means_over_time(runs: Runs) -> None:
+    rows = json.loads(runs[1].log_history.read_text())
+    rows[-2] |= {"tokens_per_second": 64000.0, "mfu": 0.9}
+    runs[1].log_history.write_text(json.dumps(rows))
+    times = page_of(*runs).section("Time, memory and cost")
+    assert "tokens per second 6,400 8,320 1.3 MFU of the measured peak 40 % 42 %" in times
 
 
 def test_runs_have_the_names_that_distinguish_them() -> None:

@@ -8,7 +8,7 @@ import pytest
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.run_page.page import write_page
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run
+from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row
 
 
 def page_of(run: RunFolder, price: float | None = None) -> Page:
@@ -111,6 +111,26 @@ def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     text = page_of(run).text
     assert "95 %" not in text
     assert "[0.55, 0.7]" not in text
+
+
+def test_secrets_of_settings_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "3f6c1be2a9")
+    run = made_run(tmp_path, "https://me:pass-word@host/x?token=abcdef 3f6c1be2a9")
+    run.samples_file(30).unlink()
+    page_of(run)
+    html = run.report.read_text()
+    assert "https://***@host" in html
+    assert [text for text in ("pass-word", "abcdef", "3f6c1be2a9") if text in html] == []
+
+
+def test_steps_count_alike_in_the_time_by_phase(tmp_path: Path) -> None:
+    history = MetricsLog.open(RunFolder(tmp_path), None)
+    history.append({**row(9, "math"), "time/forward": 0.1})
+    history.append({**row(10, "math"), "time/forward": 1.1})
+    history.save()
+    shown = page_of(RunFolder(tmp_path)).section("Time of a step by phase")
+    assert "the policy's log-probs, and the loss 200.0 ms" in shown
+    assert "Mean of 10 steps, on the first process." in shown
 
 
 def test_texts_add_no_element(tmp_path: Path) -> None:
