@@ -133,7 +133,12 @@ CASES: dict[str, Case] = {
         [],
         ["100 of 400", "25%"],
     ),
-    "evaluation_too_good": (rows(late={"eval_rewards/accuracies": 0.95}), summary(), [], ["0.95", "0.725"]),
+    "evaluation_too_good": (
+        rows(late={"eval_rewards/accuracies": 0.95}),
+        summary(),
+        [],
+        ["0.95", "0.725", "noise"],
+    ),
     "label_leak": (
         rows(every=AT_ONCE | {"tokens/chosen": 300.0}),
         summary(),
