@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
 """A folder of the hub's cache."""
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
@@ -87,7 +87,7 @@ def hub_name(path: str) -> str | None:
         return path if _HUB_MODEL.fullmatch(path) else None
     for part in folder.resolve().parts:
         if found := _SNAPSHOT.fullmatch(part):
-            return f"{found[1]}/{found[2]}"
+            return f"{found[1]}/{found[2]}" if found[1] else found[2]
     return None
 
 
