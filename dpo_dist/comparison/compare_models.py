@@ -44,6 +44,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     """
     with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
         stages.world.on_main(lambda: held.enter_context(_only_start(config)))
+        stages.world.on_main(lambda: announce_replaced(RunFolder.of(config), models, screen))
         return _Comparison(config, models, stages).run()
 
 
@@ -52,6 +53,20 @@ def _only_start(config: RunConfig) -> Any:
     folder = RunFolder.of(config)
     remedy = "wait until it ends, or set another run.dir"
     return locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
+
+
+def announce_replaced(folder: RunFolder, models: Sequence[Compared], screen: Screen) -> None:
+    """Say that the results of a former comparison of other models will be replaced."""
+    try:
+        former = json.loads(folder.comparison_results.read_bytes())["models"]
+        paths = {f"{model['name']}={model['path']}" for model in former}
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if paths != {f"{model.name}={model.path}" for model in models}:
+        screen.say(
+            f"warning: replaces the comparison of {', '.join(sorted(paths))} in {folder.comparison}; "
+            "to keep it, set another run.dir"
+        )
 
 
 class _Comparison:

@@ -18,10 +18,6 @@ Measured = tuple[float, float]
 """A value and its count: a mean is the sum of values divided by the sum of counts."""
 _NOTHING = (0.0, 0.0)
 _RATE = "rate"
-_FEWEST_VERDICTS = 6
-"""Fewest verdicts of a win rate with an interval: with 5, the same side wins all of them in 1 of 16 cases by
-chance, and their bootstrap interval has no width.
-"""
 
 
 @dataclass
@@ -113,10 +109,7 @@ def _model(name: str, means: Mapping[str, tuple[float, list[float] | None]]) -> 
 def _win(pair: tuple[str, str], counts: Counter[str], mean: tuple[float, list[float] | None]) -> Row:
     names = ("wins", "ties", "losses", "identical", "not_judged")
     numbers = {name: counts[name] for name in names}
-    rate, interval = mean
-    if counts["wins"] + counts["ties"] + counts["losses"] < _FEWEST_VERDICTS:
-        interval = None
-    return {"first": pair[0], "second": pair[1], **numbers, "rate": rate, "interval": interval}
+    return {"first": pair[0], "second": pair[1], **numbers, "rate": mean[0], "interval": mean[1]}
 
 
 _STYLE = (

@@ -62,6 +62,7 @@ def check_comparison(config: RunConfig) -> list[Compared]:
         check_source(source, needs_pairs=False)
     check_template_file(config.data.chat_template)
     _check_pairs_keys(config.pairs)
+    _check_revision(config, models)
     check_judge(config.pairs, is_needed=False)
     return models
 
@@ -136,6 +137,18 @@ def _short_name(path: str) -> str:
     if not Path(path).expanduser().exists():  # a hub name
         return path.rpartition("/")[2]
     return "/".join(parts[-2:]) if _CHECKPOINT.fullmatch(parts[-1]) else parts[-1]
+
+
+def _check_revision(config: RunConfig, models: list[Compared]) -> None:
+    revision = config.model.revision
+    if revision is not None and config.model.path not in [model.location for model in models]:
+        raise ConfigError(
+            "model.revision has no effect on a comparison without model.path",
+            where="model.revision",
+            got=revision,
+            expected="the hub name that model.path has too, among the models",
+            remedy="set model.revision=null; a revision of another model: download it and name its folder",
+        )
 
 
 def _check_pairs_keys(pairs: PairsConfig) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo_dist.config.options import Arguments
 from dpo_dist.config.overrides import parse_overrides
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import existing_run
 
 _CHOICES = ("experiment", "model", "model.path")
 _NAME = "of_run_dir"
@@ -23,11 +23,15 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
 
     Args:
         arguments: of a verb that evaluates a run, such as `run.dir=output/a evaluation.data=[hard.jsonl]`.
+
+    Raises:
+        ConfigError: `run.dir` is no run directory.
     """
     values = {override.key_or_group: override.value() for override in parse_overrides(arguments.overrides)}
-    file = RunFolder(Path(str(values.get("run.dir"))).expanduser()).config
     is_whole = any(choice in values for choice in _CHOICES) or arguments.own_folder is not None
-    if "run.dir" not in values or is_whole or not file.is_file():
+    named = None if is_whole else values.get("run.dir")
+    file = None if named is None else existing_run(Path(str(named)).expanduser()).config
+    if file is None or not file.is_file():
         yield arguments
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -67,7 +67,7 @@ _MARGIN = _PAIR | _uses("divergence")
 KINDS: dict[LossKind, KindFacts] = {
     LossKind.sigmoid: KindFacts(
         "-(1-e) ls(b h) - e ls(-b h)",
-        "DPO, arXiv 2305.18290; e > 0: conservative DPO (Mitchell)",
+        "DPO, arXiv 2305.18290; with label smoothing: conservative DPO (Mitchell)",
         _MARGIN | _uses("label_smoothing"),
     ),
     LossKind.robust: KindFacts(

@@ -222,17 +222,19 @@ def content_error(
 def _wrong_value(key: str, error: ValidationError, kind: type, where: str) -> ConfigError:
     declared, _, index = (error.full_key or "").partition("[")
     hint, value = key_types(kind).get(declared), error.value
+    in_list = bool(index) and get_origin(hint) is list
+    hint = get_args(hint)[0] if in_list else hint
     got = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
     if choices(hint):
         best_first = nearest(got, choices(hint))
         found = likely(got, best_first)
-        remedy = f"did you mean {key}={found[0]}?" if found else f"set {key} to one of these"
+        remedy = f"set {key} to one of these"
+        if found:
+            remedy = f"did you mean {found[0]}?" if in_list else f"did you mean {key}={found[0]}?"
         if isinstance(value, bool) and not where.startswith("command line"):
             remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
         expected = "one of " + ", ".join(best_first) + (" or null" if type(None) in get_args(hint) else "")
         return ConfigError(f"{key} has no such value", where=where, got=got, expected=expected, remedy=remedy)
-    if index and get_origin(hint) is list:
-        hint = get_args(hint)[0]
     remedy = f"set {key} to {describe_type(hint)}"
     if get_origin(hint) is list:
         remedy = f"write {assignment(key, got, hint)}"

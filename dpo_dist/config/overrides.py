@@ -92,6 +92,8 @@ def _add_value(line: str) -> str:
     key, _, value = line.partition(":")
     if line.endswith((".yaml", ".yml", ".json")):
         return "--config-dir DIR +experiment=NAME reads DIR/experiment/NAME.yaml"
+    if Path(line).expanduser().exists():
+        return f"write its key: run.dir={line}, model.path={line} or 'data.train=[{line}]'"
     if key not in run_keys() and not likely(key, run_keys()):
         return "every argument is key=value; one with spaces, commas or brackets needs quotes: 'key=[a, b]'"
     return f"write {key}={value or 'VALUE'}; a value with spaces, commas or brackets needs quotes"

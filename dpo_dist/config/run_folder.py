@@ -1,6 +1,7 @@
 """`RunFolder`: every path of a run directory, in one place."""
 
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from dpo_dist.config.schema import RunConfig
@@ -279,7 +280,9 @@ def existing_run(path: Path) -> RunFolder:
     folder = RunFolder(path)
     if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
         return folder
-    runs = sorted(file.parent for file in path.glob("*/config.yaml"))[:_MOST_SUGGESTED]
+    above = path if path.is_dir() else path.parent
+    runs = sorted(file.parent for file in above.glob("*/config.yaml"))
+    runs = sorted(runs, key=lambda run: -SequenceMatcher(None, run.name, path.name).ratio())[:_MOST_SUGGESTED]
     found = "a file" if path.is_file() else "a folder without a run's files"
     raise ConfigError(
         "this is no run directory",

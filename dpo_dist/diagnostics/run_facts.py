@@ -90,12 +90,13 @@ class RunFacts:
     def moved(self, metric: str) -> float | None:
         """Return the last value of a metric that starts at 0, or the change of it where it does not.
 
-        It does not if the reference is another model than the policy's start.
+        It does not if the reference is another model than the policy's start. Then the change is that over
+        training steps: an evaluation has other pairs, of which the first value can differ by more.
         """
-        end, start = last(self.last_rows, metric), 0.0
-        if self.setting("reference.path") is not None:
-            start = first(self.steps, metric) or 0.0
-        return None if end is None else end - start
+        if self.setting("reference.path") is None:
+            return last(self.last_rows, metric)
+        start, end = first(self.steps, metric), last(self.steps, metric)
+        return None if start is None or end is None else end - start
 
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""

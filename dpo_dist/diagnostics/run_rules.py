@@ -98,8 +98,9 @@ RULES: dict[str, RunRule] = {
         {"difference": 0.05, "standard_errors": 3, "steps": FEWEST_STEPS},
         "the last evaluation accuracy minus the accuracy of the last quarter of at least `steps` steps",
         "evaluation accuracy {accuracy:.2f} on {pairs:,} pairs is above training accuracy {training}: the "
-        "evaluation data are easier, or copies of training data",
-        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data",
+        "evaluation data are easier, or copies of training data, or some training labels are noise",
+        "python -m dpo_dist.doctor, which also finds near copies; evaluate on other data; read pairs of the "
+        "training source with the lowest accuracy",
     ),
     "label_leak": RunRule(
         "the label leaks",

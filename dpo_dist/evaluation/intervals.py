@@ -12,6 +12,9 @@ import numpy.typing as npt
 Column = npt.NDArray[np.float64]
 
 LEVEL = 0.95
+FEWEST_PROMPTS = 6
+"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
+and an interval of one outcome has no width."""
 _MOST_PROMPTS = 1 << 17
 """Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
 
@@ -32,7 +35,7 @@ def bootstrap_intervals(
         resamples: their number; 0: no intervals.
 
     Returns:
-        By name; a metric that has no count in some resample is absent.
+        By name; a metric is absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample.
     """
     if not measured or not len(prompts) or not resamples:
         return {}
@@ -47,10 +50,11 @@ def bootstrap_intervals(
         drawn = np.bincount(generator.integers(0, number, number), minlength=number)
         totals[resample] = drawn @ table
     values, counts = totals[:, ::2], totals[:, 1::2]
+    counted = np.count_nonzero(table[:, 1::2], axis=0)
     outside = (1 - LEVEL) / 2
     found = {}
     for index, name in enumerate(measured):
-        if (counts[:, index] > 0).all():
+        if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
             found[name] = float(low), float(high)
     return found

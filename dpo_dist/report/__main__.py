@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, also of a run that is training")
-    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="run to compare it with")
+    parser.add_argument("run", type=_run, metavar="RUN", help="run directory, also of a run that is training")
+    parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
     output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     price = "price of a GPU for an hour, in place of tracking.price_per_gpu_hour"
@@ -49,10 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(text: str) -> Path:
+    return Path(text.removeprefix("run.dir=")).expanduser()
+
+
 def _price(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
     return value
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.identity import settings
 from dpo_dist.config.loss_kinds import KINDS, LossKind
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
 from dpo_dist.report.markdown import code, inert, table
@@ -92,8 +93,10 @@ def hub_name(path: str) -> str | None:
 
 
 def _model_name(path: str) -> str:
-    """Return the hub name of a model, or the name of its folder without the folders above."""
-    return hub_name(path) or Path(path).expanduser().resolve().name
+    """Return the hub name of a model, or the name of its folder; of a run's model, the run directory's."""
+    folder = Path(path).expanduser().resolve()
+    run = RunFolder(folder.parent)
+    return hub_name(path) or (run.path.name if folder == run.model and run.config.is_file() else folder.name)
 
 
 def _hub_dataset(source: SourceConfig) -> str | None:

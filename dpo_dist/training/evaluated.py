@@ -17,7 +17,7 @@ from dpo_dist.distributed.checkpoint_weights import load_checkpoint_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.model.adapters import add_adapter, load_adapter
-from dpo_dist.model.folder import is_adapter, local_model_folder
+from dpo_dist.model.folder import is_adapter, local_model_folder, read_model_json
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_scored, scored_model
@@ -118,6 +118,8 @@ def load_evaluated(
         key = "evaluation.model"
         found = shared_model_folder(evaluated.path, None, key, world, console, accepts_adapter=True)
         if is_adapter(found):
+            if named := foreign_base(found, base, config):
+                console.say(f"warning: {evaluated.path} names {named} as its base, not {config.model.path}")
             finish = partial(load_adapter, folder=found)
         else:
             folder, bits = found, bits if found.resolve() == base.resolve() else None
@@ -128,6 +130,14 @@ def load_evaluated(
     model_config = replace(scored_model(config), quantization=bits)
     placed = replace(config, reference=placement)
     return load_scored(folder, model_config, placed, world, finish), running
+
+
+def foreign_base(adapter: Path, base: Path, config: RunConfig) -> str | None:
+    """Return the base that an adapter names, unless it is `model.path` or is not named."""
+    named = read_model_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str) or named in ("", config.model.path):
+        return None
+    return None if Path(named).expanduser().resolve() == base.resolve() else named
 
 
 def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:

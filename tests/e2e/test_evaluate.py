@@ -85,7 +85,7 @@ def forget_the_end(run: Path) -> None:
 def test_a_model_and_a_checkpoint_score_as_in_the_run(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    write_pairs(tmp_path / "more.jsonl", 4, seed=5)
+    write_pairs(tmp_path / "more.jsonl", 6, seed=5)
     sources = f"{{path: {assets}/eval.jsonl, label: eval}}, {{path: {tmp_path}/more.jsonl, label: more}}"
     command = overrides(*ROWS, f"data.eval=[{sources}]")
     run = tmp_path / "run"
@@ -109,7 +109,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     for got, expected in zip(scores(run), scores_of_training, strict=True):
         assert got == pytest.approx(expected, abs=1e-4)
     assert "log-probs computed" in ended.output
-    assert "reference: 0 log-probs computed, 18 reused" in ended.output
+    assert "reference: 0 log-probs computed, 22 reused" in ended.output
     assert "accuracy" in ended.output
     assert_equals_the_run(run)
     alone, pairs = evaluated(run), scores(run)
@@ -119,12 +119,14 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
         for metric in ("loss", "rewards/accuracies", "kl/rejected"):
             key = f"eval_{metric}"
             assert alone[label][key] == pytest.approx(row[f"{key}/{label}"], abs=1e-5), key
+    for label in ("all", "more"):
         low, high = alone[label]["intervals"]["eval_rewards/margins"]
         assert low <= alone[label]["eval_rewards/margins"] <= high
-    assert sum(one["pairs"] for one in alone["all"]["calibration"]["bins"]) == 9
+    assert alone["eval"]["intervals"] == {}, "of five prompts"
+    assert sum(one["pairs"] for one in alone["all"]["calibration"]["bins"]) == 11
     assert [(pair["source"], pair["line"]) for pair in pairs] == [
         *(("eval", line) for line in range(1, 6)),
-        *(("more", line) for line in range(1, 5)),
+        *(("more", line) for line in range(1, 7)),
     ]
     for pair in pairs:
         difference = pair["logp_chosen"] - pair["reference_logp_chosen"]
@@ -132,7 +134,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
         assert pair["margin"] == pytest.approx(pair["reward_chosen"] - pair["reward_rejected"], abs=1e-5)
         assert pair["tokens_chosen"] > 0
     margins = [pair["margin"] for pair in pairs]
-    assert alone["all"]["eval_rewards/margins"] == pytest.approx(math.fsum(margins) / 9, abs=1e-6)
+    assert alone["all"]["eval_rewards/margins"] == pytest.approx(math.fsum(margins) / 11, abs=1e-6)
 
     ended = run_verb("evaluate", command, processes=2)
     assert ended.code == 0, ended.output
@@ -154,7 +156,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl]", "evaluation.resamples=10"]
     ended = run_verb("evaluate", [*others, models])
     assert ended.code == 0, ended.output
-    assert evaluated(run)["all"]["eval_pairs"] == 4
+    assert evaluated(run)["all"]["eval_pairs"] == 6
     folders = sorted(path for path in (run / "evaluation").iterdir() if path.is_dir())
     names = [path.name.rpartition("-")[0] or path.name for path in folders]
     assert names == ["model", "model", "model", "step-000002", "step-000003", "training"]
@@ -167,7 +169,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     assert checked.code == 0, checked.output
     assert "check passed" in checked.output
     assert "step-000002 (checkpoint)" in checked.output
-    assert "more.jsonl, 4 of the first 4 records kept" in checked.output
+    assert "more.jsonl, 6 of the first 6 records kept" in checked.output
     as_json = run_verb("evaluate", [*others, models, "--check", "console.style=json"])
     assert json.loads(as_json.output.splitlines()[-1])["kind"] == "check"
 

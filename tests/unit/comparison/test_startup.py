@@ -1,12 +1,17 @@
 """Models, data and judge of a comparison are checked before torch is imported."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from dpo_dist.comparison.compare_models import announce_replaced
 from dpo_dist.comparison.startup import Kind, check_comparison, compared_models
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.options import divide
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError
 from tests.support.records import TEXT, jsonl
@@ -104,3 +109,26 @@ def test_a_missing_source_is_a_data_error(models: Path) -> None:
     two = f"compare.models=[{models}/base,{models}/run]"
     with pytest.raises(DataError):
         check_comparison(config(models, two, "data.eval=[missing.jsonl]"))
+
+
+def test_a_revision_without_its_model_is_refused(models: Path) -> None:
+    named = f"compare.models=[{models}/base,{models}/run]"
+    with pytest.raises(ConfigError, match=r"model\.revision has no effect"):
+        check_comparison(config(models, named, "model.revision=abc"))
+    hub = f"compare.models=[org/name,{models}/run]"
+    assert check_comparison(config(models, hub, "model.revision=abc", "model.path=org/name"))
+
+
+def test_a_comparison_of_other_models_is_announced_before_it_replaces_one(models: Path) -> None:
+    said: list[str] = []
+    screen: Any = SimpleNamespace(say=said.append)
+    place = RunFolder(models / "compared")
+    found = compared_models([f"a={models}/base", f"b={models}/run"])
+    announce_replaced(place, found, screen)
+    place.comparison.mkdir(parents=True)
+    rows = [{"name": model.name, "path": model.path} for model in found]
+    place.comparison_results.write_text(json.dumps({"models": rows}))
+    announce_replaced(place, found, screen)
+    assert not said
+    announce_replaced(place, compared_models([f"a={models}/base", f"c={models}/run"]), screen)
+    assert f"replaces the comparison of a={models}/base, b={models}/run" in said[0]

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from dpo_dist.config.former_run import with_former_run
 from dpo_dist.config.load import compose, load_run_config, resolve, to_yaml
 from dpo_dist.config.options import divide
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ConfigError
 
 RUN = ("model.path=m", "data.train=[{path: a.jsonl, limit: 3}]", "loss=ipo", "loss.beta=0.3", "optim.lr=1e-5")
 
@@ -40,3 +43,14 @@ def test_a_command_with_a_model_is_whole(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     found = evaluated(f"run.dir={tmp_path}/run", "model.path=other", "data.train=[b.jsonl]")
     assert (found.model.path, found.loss.kind) == ("other", "sigmoid")
+
+
+def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Path) -> None:
+    for name in ("beta01", "beta05", "warmup", "zero"):
+        write_run(tmp_path / name)
+    with pytest.raises(ConfigError) as found:
+        evaluated(f"run.dir={tmp_path}/bta05")
+    assert "no run directory" in str(found.value)
+    assert found.value.where == f"{tmp_path}/bta05"
+    assert found.value.remedy.startswith(f"name one run, such as {tmp_path}/beta05 or")
+    assert evaluated(f"run.dir={tmp_path}/new", *RUN[:2]).run.dir == f"{tmp_path}/new", "a whole command"

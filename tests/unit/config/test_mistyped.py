@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +25,8 @@ MISTYPED = [
     ("loss=[dpo,nll]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
     ("data=[hh_rlhf,ultrafeedback]", "data.train="),
     ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
+    ("tracking.also=[tensorbord]", "did you mean tensorboard?"),
+    ("tracking.also=[wandb]", "one of tensorboard, mlflow"),
     ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
     ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
     ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),
@@ -206,3 +209,9 @@ def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
     assert arguments.options == {"--config-dir": ".", "--cfg": "job"}
     config = load_run_config([*RUN, *arguments.overrides, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
+
+
+def test_a_path_without_its_key_gets_the_keys_of_paths(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as found:
+        load_run_config([*RUN, str(tmp_path)])
+    assert f"run.dir={tmp_path}, " in found.value.block()

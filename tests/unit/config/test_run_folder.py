@@ -18,7 +18,7 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
         *("config.yaml", "environment.json", "run_state.json", ".lock", "logs", "logs/rank-1.log"),
         *("dpo_metrics", "dpo_metrics/log_history.json", "dpo_metrics/training_metrics.csv"),
         *("dpo_metrics/summary.json", "dpo_metrics/training_curves.png", "report.html"),
-        *("checkpoints", "model", "wandb/run_id.txt"),
+        *("checkpoints", "model", "wandb/run_id.txt", "mlflow/run_id.txt", "tensorboard"),
         *("samples", "samples/reference.jsonl"),
         *("comparison", "comparison/answers.jsonl", "comparison/comparison.json"),
         *("comparison/comparison.html", "comparison/parts", "comparison/models"),
@@ -36,8 +36,9 @@ def test_no_other_module_names_a_file_of_the_run_directory() -> None:
         path.name for path in (getattr(FOLDER, name) for name in dir(RunFolder)) if isinstance(path, Path)
     } | {path.name for path in FOLDER.evaluation.files}
     # Also files of conf/, a configuration group, a verb, a word of counts, a key, a method of pairs,
-    # and a field of samples or of a comparison.
+    # a field of samples or of a comparison, a tracker, and a kind of results.
     named -= {"config.yaml", "model", "models", "pairs", "rounds", "samples", "policy"}
+    named -= {"tensorboard", "comparison"}
     for file in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "config" / "run_folder.py"}):
         constants = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
         assert not named & {node.value for node in constants if isinstance(node.value, str)}, file

@@ -133,7 +133,12 @@ CASES: dict[str, Case] = {
         [],
         ["100 of 400", "25%"],
     ),
-    "evaluation_too_good": (rows(late={"eval_rewards/accuracies": 0.95}), summary(), [], ["0.95", "0.725"]),
+    "evaluation_too_good": (
+        rows(late={"eval_rewards/accuracies": 0.95}),
+        summary(),
+        [],
+        ["0.95", "0.725", "noise"],
+    ),
     "label_leak": (
         rows(every=AT_ONCE | {"tokens/chosen": 300.0}),
         summary(),
@@ -417,8 +422,16 @@ def test_a_policy_that_starts_far_from_another_reference_is_not_accused_of_it() 
     start = {"kl/rejected": 3.0, "eval_kl/rejected": 3.5}
     assert [one.rule for one in verdict(rows(every=start), summary()).findings] == ["far_from_reference"]
     assert verdict(rows(every=start), other).findings == ()
-    [finding] = verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings
+    assert verdict(rows(every=start | {"eval_kl/rejected": 5.0}), other).findings == (), "other pairs"
+    [finding] = verdict(rows(every=start, late={"kl/rejected": 5.0}), other).findings
     assert "moved 2 nats" in finding.text
+
+
+def test_other_pairs_of_the_evaluation_are_no_change_of_the_margin() -> None:
+    """Relative to another model, training and evaluation start with different margins."""
+    other = summary(settings=SETTINGS | {"reference.path": "other"})
+    still = {"loss": 0.69, "rewards/margins": 0.1, "eval_rewards/margins": 0.9}
+    assert [one.rule for one in verdict(rows(every=still), other).findings] == ["hardly_trained"]
 
 
 def test_a_loss_that_rises_by_a_large_beta_is_not_blamed_on_the_learning_rate() -> None:

@@ -50,7 +50,15 @@ def test_the_seed_decides() -> None:
 
 
 def test_a_metric_without_a_count_has_no_interval() -> None:
-    ones = np.ones(3)
-    counted = {"m": (ones, ones), "rare": (ones, np.array([0.0, 0, 1])), "none": (ones, 0 * ones)}
-    assert bootstrap_intervals(counted, each(3)).keys() == {"m"}
+    ones = np.ones(8)
+    counted = {"m": (ones, ones), "rare": (ones, ones * (each(8) == 2)), "none": (ones, 0 * ones)}
+    assert bootstrap_intervals(counted, each(8)).keys() == {"m"}
     assert bootstrap_intervals(counted, each(0)) == {}
+
+
+def test_a_few_prompts_have_no_interval() -> None:
+    """Five wins of five prompts would have the interval [1, 1], which excludes chance."""
+    wins = np.ones(12)
+    assert bootstrap_intervals({"m": (wins, wins)}, each(12) % 5) == {}
+    assert bootstrap_intervals({"m": (wins, 1.0 * (each(12) < 5))}, each(12)) == {}
+    assert bootstrap_intervals({"m": (wins, wins)}, each(12) % 6) == {"m": (1, 1)}

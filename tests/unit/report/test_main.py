@@ -96,3 +96,11 @@ def test_damaged_files_are_left_aside_with_a_warning(
     assert main([str(first), str(second), "--output", str(page)]) == 0
     assert "cannot be read" in caplog.text
     assert "Verdict" in page.read_text()
+
+
+def test_a_run_may_be_written_as_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path)
+    assert main([f"run.dir={run}"]) == 0
+    with pytest.raises(SystemExit):
+        main([str(run), "--price", "cheap"])
+    assert "'cheap' is no number of at least 0" in capsys.readouterr().err

@@ -157,6 +157,17 @@ def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path: Path) -> N
     assert hub_name("gpt2") == "gpt2"
 
 
+def test_the_model_of_a_run_has_the_name_of_its_run_directory(tmp_path: Path) -> None:
+    base = tmp_path / "warmup" / "model"
+    base.mkdir(parents=True)
+    overrides = [f"model.path={base}", "data.train=[a.jsonl]"]
+    assert "# model-sigmoid" in card(overrides, summary(["a"], []), None).text, "a folder called model"
+    (tmp_path / "warmup" / "config.yaml").touch()
+    text = card(overrides, summary(["a"], []), None).text
+    assert "# warmup-sigmoid" in text
+    assert "`warmup`" in text
+
+
 @pytest.mark.parametrize("name", ["a: [b", "---", "x\n---\nlicense: mit", "`|<img src=x>|``", "yes", "- *b*"])
 def test_names_and_texts_are_inert(name: str, tmp_path: Path) -> None:
     base = tmp_path / name

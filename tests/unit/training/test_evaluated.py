@@ -1,5 +1,6 @@
 """The models of an evaluation: their kinds, their names, and the weights of which precision is used."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,14 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError, ConfigError
 from dpo_dist.training import evaluated
-from dpo_dist.training.evaluated import Evaluated, Kind, check_origin, find_evaluated, load_evaluated
+from dpo_dist.training.evaluated import (
+    Evaluated,
+    Kind,
+    check_origin,
+    find_evaluated,
+    foreign_base,
+    load_evaluated,
+)
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -115,3 +123,17 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
         check_origin(Evaluated(str(folder), Kind.checkpoint), config, inputs)
     inputs.policy_files.digest = "m"
     check_origin(Evaluated(str(folder), Kind.checkpoint), configured(tmp_path), inputs)
+
+
+def test_an_adapter_of_another_base_is_noticed(tmp_path: Path) -> None:
+    """It loads on any model of the same shape, and its numbers would be wrong without a word."""
+    config, base = configured(tmp_path), tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "link").symlink_to(base)
+
+    def named(path: object) -> str | None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": path}))
+        return foreign_base(tmp_path, base, config)
+
+    assert named(f"{tmp_path}/other") == f"{tmp_path}/other"
+    assert [named(path) for path in (None, "", str(base), f"{tmp_path}/link")] == [None] * 4
