@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,16 @@ from dpo_dist.report.metrics_log import PHASES
 from dpo_dist.report.tracked_values import wandb_names
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
-from tests.support.launch import history, run_verb, summary, train
+from tests.support.launch import ROOT, history, run_verb, summary, train
 from tests.support.tiny_model import write_model
 from tests.support.wandb_file import history_rows
+
+
+def beginnings(text: str) -> set[str]:
+    """Return the words of each indented line that come before a number, a path or a result."""
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    timeless = [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", line) for line in lines]
+    return {re.split(r"\d|/|output| are equal|(?<=verdict:)", line)[0].rstrip() for line in timeless}
 
 
 def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
@@ -44,6 +53,14 @@ def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Pa
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert "FutureWarning" not in screen
+    optional = {
+        "",
+        "encoding the train data:",
+        "encoding the eval data:",
+    }  # other tests may have encoded them
+    documented = beginnings((ROOT / "docs/console.md").read_text().partition("## The live line")[0])
+    assert len(documented) > 20
+    assert documented - optional <= beginnings(textwrap.indent(screen, "    "))
     assert "FutureWarning" in (run / "logs/rank-0.log").read_text()
 
     rows = history(run)

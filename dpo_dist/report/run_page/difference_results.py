@@ -1,6 +1,7 @@
 """Section of two runs about their results: metrics side by side, pairs that one of them gets right."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo_dist.report.run_page.facts import Fields, PageFacts
 from dpo_dist.report.run_page.wording import short, three
 
 _Z95 = 1.96
+_TIE = 0.5
 _ALL = "all"
 _KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
@@ -152,14 +154,16 @@ def _paired(two: Two) -> str:
     if counts is None:
         return ""
     pairs = sum(counts.values())
-    only_first, only_second = counts[True, False], counts[False, True]
-    difference = (only_second - only_first) / pairs
-    spread = math.sqrt(max((only_first + only_second) / pairs - difference**2, 0.0) / pairs)
+    difference = sum((second - first) * each for (first, second), each in counts.items()) / pairs
+    squares = sum((second - first) ** 2 * each for (first, second), each in counts.items()) / pairs
+    spread = math.sqrt(max(squares - difference**2, 0.0) / pairs)
+    ties = sum(each for both, each in counts.items() if _TIE in both)
     lines = (
-        ("both", f"{counts[True, True]:,}"),
-        ("only A", f"{only_first:,}"),
-        ("only B", f"{only_second:,}"),
-        ("neither", f"{counts[False, False]:,}"),
+        ("both", f"{counts[1.0, 1.0]:,}"),
+        ("only A", f"{counts[1.0, 0.0]:,}"),
+        ("only B", f"{counts[0.0, 1.0]:,}"),
+        ("neither", f"{counts[0.0, 0.0]:,}"),
+        *([("equal rewards in one of them, counted as half", f"{ties:,}")] if ties else []),
     )
     sentence = (
         f"Accuracy of B minus that of A, pair by pair: {_signed(difference)} "
@@ -170,9 +174,12 @@ def _paired(two: Two) -> str:
     return "<h3>The same pairs</h3>" + table(("prefer the chosen response", "pairs"), lines) + note(sentence)
 
 
-def _agreement(two: Two) -> dict[tuple[bool, bool], int] | None:
-    """Return numbers of pairs by whether each run prefers the chosen response; None if the pairs differ."""
-    counts = {(first, second): 0 for first in (True, False) for second in (True, False)}
+def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
+    """Return numbers of pairs by the credit of each run: 1 if it prefers the chosen response, of a tie half.
+
+    None if the pairs differ.
+    """
+    counts = Counter[tuple[float, float]]()
     files = [json_rows(_scores(facts.folder)) for facts in two.facts]
     while True:
         first, second = (next(rows, None) for rows in files)
@@ -180,8 +187,8 @@ def _agreement(two: Two) -> dict[tuple[bool, bool], int] | None:
             break
         if first is None or second is None or _key(first) != _key(second):
             return None
-        counts[_is_right(first), _is_right(second)] += 1
-    return counts if any(counts.values()) else None
+        counts[_credit(first), _credit(second)] += 1
+    return counts or None
 
 
 def _scores(folder: RunFolder) -> Path:
@@ -194,6 +201,8 @@ def _key(row: Mapping[str, Any]) -> list[Any]:
     return [row.get(name) for name in _KEY]
 
 
-def _is_right(row: Mapping[str, Any]) -> bool:
+def _credit(row: Mapping[str, Any]) -> float:
     margin = row.get("margin")
-    return margin is not None and margin > 0
+    if margin == 0:
+        return _TIE
+    return float(margin is not None and margin > 0)

@@ -90,6 +90,16 @@ def test_the_same_pairs_are_counted_by_which_run_is_right(runs: Runs) -> None:
     assert math.isclose(1.96 * math.sqrt(2 / 5 / 5), 0.554, abs_tol=1e-3)
 
 
+def test_a_tie_counts_half_as_in_the_accuracy(runs: Runs) -> None:
+    """An untrained run has an accuracy of one half, not of 0."""
+    write_scores(runs[0], [0.0, 0.0, 0.0, 0.0])
+    write_scores(runs[1], [1.0, 1.0, 1.0, -1.0])
+    same = page_of(*runs).section("The same pairs")
+    assert "counted as half 4" in same
+    assert "pair by pair: +0.25 [-0.174, +0.674]" in same
+    assert math.isclose(1.96 * math.sqrt((0.25 - 0.25**2) / 4), 0.424, abs_tol=1e-3)
+
+
 @pytest.mark.parametrize("other", [([1.0], 1), ([1.0, 1.0], 2), ([], 1)])
 def test_other_pairs_are_not_compared(runs: Runs, other: tuple[list[float | None], int]) -> None:
     write_scores(runs[0], [1.0, 1.0])
