@@ -19,6 +19,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
 from dpo_dist.report.markdown import code, inert, table
+from dpo_dist.report.smoothing import evenly
 from dpo_dist.report.tracked_values import without_secrets
 
 Row = Mapping[str, Any]
@@ -230,9 +231,10 @@ def _curve(rows: Sequence[Row]) -> str:
     """Return a table of evaluations, evenly thinned, with the first and the last."""
     found = [row for row in rows if "eval_loss" in row]
     shown = {key: name for key, name in _CURVES.items() if any(key in row for row in found)}
-    last, parts = len(found) - 1, min(len(found), _MOST_EVALUATIONS) - 1
-    chosen = [found[round(index * last / parts)] for index in range(parts + 1)] if parts else found
-    lines = [[f"{row['step']:,}", *(_number(row.get(key)) for key in shown)] for row in chosen]
+    lines = [
+        [f"{row['step']:,}", *(_number(row.get(key)) for key in shown)]
+        for row in evenly(found, _MOST_EVALUATIONS)
+    ]
     return table([["step", *shown.values()], *lines])
 
 
