@@ -44,9 +44,9 @@ def histogram(values: Distribution, title: str, limit: float | None = None) -> s
     )
 
 
-def share_bar(share: float, title: str, low: float = 0.0, high: float = 1.0) -> str:
-    """Return a bar from `low` to `share` on an axis from `low` to `high`."""
-    width = 120 * min(max((share - low) / (high - low), 0.0), 1.0)
+def share_bar(share: float, title: str, low: float = 0.0) -> str:
+    """Return a bar from `low` to `share` on an axis from `low` to 1."""
+    width = 120 * min(max((share - low) / (1 - low), 0.0), 1.0)
     return (
         f'<svg class="bar" viewBox="0 0 120 10" role="img" aria-label="{escape(title)}">'
         f'<rect class="track" width="120" height="10" rx="3"/>{_rect(0, 0, width, 10, title)}</svg>'

@@ -32,6 +32,11 @@ def html_page(title: str, sections: Iterable[str], more_style: str = "", script:
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
+def html_bytes(html: str) -> int:
+    """Return the number of bytes that a part needs in a page."""
+    return len(html.encode("utf-8", "replace"))
+
+
 def _digest(text: str) -> str:
     """Return a source of the page's policy that allows `text` only."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
@@ -57,17 +62,26 @@ _FRAME = """<!doctype html>
 """
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #d9dde3; --quiet: #6b7280; --tile: #f5f7fa; }
-@media (prefers-color-scheme: dark) { :root { --line: #3a4150; --quiet: #9aa3b2; --tile: #1f2430; } }
+:root { color-scheme: light dark; --line: #d9dde3; --quiet: #6b7280; --tile: #f5f7fa; --mark: #ffe9a8; }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3a4150; --quiet: #9aa3b2; --tile: #1f2430; --mark: #6b5310; }
+}
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 24px; }
 header { display: flex; align-items: center; gap: 14px; flex-wrap: wrap; }
 h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 32px 0 8px; }
+h3 { font-size: 15px; margin: 20px 0 6px; }
+a { color: inherit; }
+code { font-size: 13px; overflow-wrap: anywhere; }
+.mark { background: var(--mark); border-radius: 3px; padding: 0 3px; unicode-bidi: isolate; }
+.mark { font: 11px ui-monospace, monospace; }
 .badge { padding: 2px 12px; border-radius: 99px; color: #fff; background: #6b7280; font-size: 14px; }
 .badge.completed { background: #1a7f5a; }
 .badge.preempted { background: #b45f06; }
-.badge.diverged { background: #b3264a; }
+.badge.diverged, .badge.error { background: #b3264a; }
+.badge.warning { background: #a85b06; }
+.badge.note { background: #4b6a9b; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; }
 .tiles { margin: 20px 0; }
 .tiles div { background: var(--tile); border-radius: 8px; padding: 12px 14px; }
@@ -75,7 +89,8 @@ h2 { font-size: 17px; margin: 32px 0 8px; }
 .tiles span, .tiles small { display: block; color: var(--quiet); font-size: 13px; }
 img { width: 100%; border: 1px solid var(--line); border-radius: 8px; background: #fff; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-section, details { overflow-x: auto; }
+section, details, .wide { overflow-x: auto; }
+.wide th { width: auto; white-space: nowrap; }
 th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; }
 th, td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--quiet); width: 240px; }

@@ -1,7 +1,7 @@
 """Read the rows of a JSON lines file that may be large or damaged, one at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ def json_rows(file: Path, most_bytes: int | None = None) -> Iterator[Row | None]
                 yield None
             if most_bytes is not None and read > most_bytes:
                 return
+
+
+def text_of(row: Mapping[str, Any], name: str) -> str | None:
+    """Return a field of a row; None if it is missing or no text."""
+    value = row.get(name)
+    return value if isinstance(value, str) else None
 
 
 def _row(line: bytes) -> Row | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dpo_dist.report.inert import printable
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//))")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
 
 
 def inert(text: str) -> str:

@@ -19,13 +19,14 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
 from dpo_dist.report.markdown import code, inert, table
+from dpo_dist.report.smoothing import evenly
 from dpo_dist.report.tracked_values import without_secrets
 
 Row = Mapping[str, Any]
 
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
 """A folder of the hub's cache."""
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
@@ -88,7 +89,7 @@ def hub_name(path: str) -> str | None:
         return path if _HUB_MODEL.fullmatch(path) else None
     for part in folder.resolve().parts:
         if found := _SNAPSHOT.fullmatch(part):
-            return f"{found[1]}/{found[2]}"
+            return f"{found[1]}/{found[2]}" if found[1] else found[2]
     return None
 
 
@@ -230,9 +231,10 @@ def _curve(rows: Sequence[Row]) -> str:
     """Return a table of evaluations, evenly thinned, with the first and the last."""
     found = [row for row in rows if "eval_loss" in row]
     shown = {key: name for key, name in _CURVES.items() if any(key in row for row in found)}
-    last, parts = len(found) - 1, min(len(found), _MOST_EVALUATIONS) - 1
-    chosen = [found[round(index * last / parts)] for index in range(parts + 1)] if parts else found
-    lines = [[f"{row['step']:,}", *(_number(row.get(key)) for key in shown)] for row in chosen]
+    lines = [
+        [f"{row['step']:,}", *(_number(row.get(key)) for key in shown)]
+        for row in evenly(found, _MOST_EVALUATIONS)
+    ]
     return table([["step", *shown.values()], *lines])
 
 

@@ -84,6 +84,11 @@ def end_notes(tokens: object, is_finished: object) -> str:
     return ", ".join([*notes, "did not end"] if is_finished is False else notes)
 
 
+def prompt_title(prompt: str) -> str:
+    """Return the `excerpt` of a prompt as HTML."""
+    return inert_html(excerpt(prompt)) or "empty prompt"
+
+
 def excerpt(prompt: str) -> str:
     """Return the beginning of a prompt's last turn on one line, without the template's tokens."""
     turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(prompt)]
@@ -190,10 +195,12 @@ def _pieces(text: str, flags: bytearray, start: int, stop: int) -> str:
 
 
 SIDE_STYLE = """
-:root { --different: #cfe6ff; --different-line: #1f6fc4; --control: #ffe9a8; }
-@media (prefers-color-scheme: dark) {
-  :root { --different: #163a5f; --different-line: #7db7f5; --control: #6b5310; }
-}
+:root { --different: #cfe6ff; --different-line: #1f6fc4; }
+@media (prefers-color-scheme: dark) { :root { --different: #163a5f; --different-line: #7db7f5; } }
+.sample, .prompt { margin: 10px 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; }
+.sample summary, .prompt summary { overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.sample summary small, .prompt summary small { display: block; font-weight: 400; color: var(--quiet); }
+.sample summary small, .prompt summary small { unicode-bidi: isolate; }
 .side h4 { font-size: 13px; font-weight: 600; margin: 12px 0 4px; overflow-wrap: anywhere; }
 .side h4 small { font-weight: 400; color: var(--quiet); font-size: 13px; }
 .side-columns { display: grid; gap: 0 12px; }
@@ -206,8 +213,6 @@ SIDE_STYLE = """
 .side-text code { font: 13px/1.5 ui-monospace, monospace; }
 .side-text mark { background: var(--different); color: inherit; border-radius: 2px; }
 .side-text mark { text-decoration: underline 1px var(--different-line); text-underline-offset: 3px; }
-.mark { background: var(--control); border-radius: 3px; padding: 0 3px; unicode-bidi: isolate; }
-.mark { font: 11px ui-monospace, monospace; }
 .side-gap, .side-empty { color: var(--quiet); font-style: italic; }
 .side-gap { display: block; text-align: center; unicode-bidi: isolate; }
 .side-empty { border: 1px dashed var(--line); border-radius: 6px; padding: 8px 10px; }

@@ -1,11 +1,14 @@
 """Smooth and thin the values of curves, for pictures and pages alike."""
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
+Item = TypeVar("Item")
 
 _SMOOTHED_SHARE = 0.06
 
@@ -36,6 +39,12 @@ def smoothed(values: FloatArray) -> FloatArray:
 def _window_sums(values: FloatArray, first: NDArray[np.int64], end: NDArray[np.int64]) -> FloatArray:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return np.asarray(sums[end] - sums[first], dtype=np.float64)
+
+
+def evenly(rows: Sequence[Item], most: int) -> list[Item]:
+    """Return at most `most` rows at equal distances, the first and the last among them."""
+    count = min(len(rows), most)
+    return [rows[round(at * (len(rows) - 1) / max(count - 1, 1))] for at in range(count)]
 
 
 def kept_points(lines: list[FloatArray], most: int) -> NDArray[np.int64]:

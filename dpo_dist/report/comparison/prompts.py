@@ -9,9 +9,10 @@ from typing import Any
 from dpo_dist.plurals import counted
 from dpo_dist.report.chart_axes import number
 from dpo_dist.report.comparison.results import Model, Results, finite
+from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.json_rows import Row, json_rows
-from dpo_dist.report.side_by_side import Response, cut, end_notes, excerpt, side_by_side
+from dpo_dist.report.json_rows import Row, json_rows, text_of
+from dpo_dist.report.side_by_side import Response, cut, end_notes, prompt_title, side_by_side
 
 _LONGEST_TEXTS = (6000, 3000, 1500)
 # Of a prompt that alone would need much of the page: a character can need 70 bytes of HTML.
@@ -29,9 +30,6 @@ PROMPTS_STYLE = """
 .filters label { cursor: pointer; font-size: 13px; background: var(--tile); overflow-wrap: anywhere; }
 .filters input { font: inherit; font-size: 14px; flex: 1 1 220px; min-width: 0; max-width: 420px; }
 [hidden] { display: none !important; }
-.prompt { margin: 10px 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; }
-.prompt summary { overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.prompt summary small { display: block; font-weight: 400; color: var(--quiet); unicode-bidi: isolate; }
 .quiet { color: var(--quiet); font-size: 13px; }
 """
 
@@ -99,7 +97,7 @@ def prompts_section(file: Path, results: Results, room: int) -> Section:
             continue
         counts.update(labels)
         items.append(item)
-        used += _bytes(item)
+        used += html_bytes(item)
     notes = _notes(omitted, damaged, survey)
     if not items:
         return Section(f"<section><h2>Responses</h2>{notes}</section>" if notes else "", "")
@@ -123,10 +121,12 @@ def _survey(file: Path, results: Results, room: int) -> _Survey:
         source, *others = _labels(row, results)
         sources[source] += 1
         labels.update(others)
-        texts = [_text(row.get("prompt")), _text(row.get("chosen"))]
-        texts += [_text(_response(row, model.name).get("text")) for model in results.models]
+        texts = [text_of(row, "prompt"), text_of(row, "chosen")]
+        texts += [text_of(_response(row, model.name), "text") for model in results.models]
         for longest in sizes:
-            sizes[longest] += _ITEM_BYTES + _GROWTH * sum(_bytes((text or "")[:longest]) for text in texts)
+            sizes[longest] += _ITEM_BYTES + _GROWTH * sum(
+                html_bytes((text or "")[:longest]) for text in texts
+            )
     longest = next((each for each in _LONGEST_TEXTS if sizes[each] <= room), _LONGEST_TEXTS[-1])
     shown = [label for label, _ in sources.most_common(_MOST_SOURCES)] if len(sources) > 1 else []
     compared = [_compared(model, results, sign) for model in results.models for sign in (1, -1)]
@@ -136,11 +136,11 @@ def _survey(file: Path, results: Results, room: int) -> _Survey:
 
 def _labels(row: Row, results: Results) -> Iterator[str]:
     """Yield the labels of the filters that show this prompt, that of its source first."""
-    yield f"source {cut(_text(row.get('source')) or 'not known')}"
+    yield f"source {cut(text_of(row, 'source') or 'not known')}"
     responses = [_response(row, model.name) for model in results.models]
     if any(each.get("finished") is False for each in responses):
         yield _UNFINISHED
-    if any(not (_text(each.get("text")) or "").strip() for each in responses):
+    if any(not (text_of(each, "text") or "").strip() for each in responses):
         yield _EMPTY
     base = finite(responses[0].get("score"))
     for model, response in list(zip(results.models, responses, strict=True))[1 : _MOST_MODELS + 1]:
@@ -158,16 +158,14 @@ def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, le
     if left < _ITEM_BYTES:
         return ""
     kinds = " ".join(f"f{survey.labels.index(label)}" for label in labels)
-    prompt = _text(row.get("prompt")) or ""
-    head = (
-        f'<details class="prompt {kinds}"><summary dir="auto">{inert_html(excerpt(prompt)) or "empty prompt"}'
-    )
+    prompt = text_of(row, "prompt") or ""
+    head = f'<details class="prompt {kinds}"><summary dir="auto">{prompt_title(prompt)}'
     small = f" <small>{inert_html('; '.join(_labels(row, results)))}</small></summary>"
     responses = list(_responses(row, results))
     item = f"{head}{small}{side_by_side(prompt, responses, results.base, survey.longest)}</details>"
-    if _bytes(item) > _MUCH * room:
+    if html_bytes(item) > _MUCH * room:
         item = f"{head}{small}{side_by_side(prompt, responses, results.base, _SHORT_TEXT)}</details>"
-    return item if _bytes(item) <= left else ""
+    return item if html_bytes(item) <= left else ""
 
 
 def _responses(row: Row, results: Results) -> Iterator[Response]:
@@ -179,7 +177,7 @@ def _responses(row: Row, results: Results) -> Iterator[Response]:
             notes.append(f"score {number(score)}")
         if logp is not None and base is not None and model.name != results.base:
             notes.append(f"log-ratio {number(logp - base)} nats")
-        yield Response(model.name, _text(response.get("text")), "; ".join(filter(None, notes)))
+        yield Response(model.name, text_of(response, "text"), "; ".join(filter(None, notes)))
     if isinstance(row.get("chosen"), str):
         yield Response("chosen in the data", row["chosen"])
 
@@ -233,11 +231,3 @@ def _ranges(lines: Sequence[int]) -> str:
 def _response(row: Row, name: str) -> Mapping[str, Any]:
     found = row["responses"].get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _bytes(html: str) -> int:
-    return len(html.encode("utf-8", "replace"))

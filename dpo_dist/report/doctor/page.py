@@ -25,6 +25,7 @@ from dpo_dist.report.doctor.style import DOCTOR_STYLE
 from dpo_dist.report.doctor.texts import pairs_section
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html, joined_origins
+from dpo_dist.report.run_page.blocks import section
 from dpo_dist.report.tracked_values import without_secrets
 
 FORMAT = 1
@@ -64,13 +65,13 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
     report = diagnosis.report
     sections = (
         _header(diagnosis),
-        _section("findings", "Findings", "".join(map(_finding, report.findings)) or "<p>None.</p>"),
-        _section("sources", "Sources", overview(report.sources)),
+        section("findings", "Findings", "".join(map(_finding, report.findings)) or "<p>None.</p>"),
+        section("sources", "Sources", overview(report.sources)),
         "".join(source_section(source, config.data.max_length) for source in report.sources),
-        _section("reference", "Margins of the reference model", _reference(diagnosis.store)),
-        _section("copies", "Copies and leakage, over all sources", _across(report.across)),
+        section("reference", "Margins of the reference model", _reference(diagnosis.store)),
+        section("copies", "Copies and leakage, over all sources", _across(report.across)),
         pairs_section(diagnosis.shown),
-        _section("settings", "Settings", _settings(config, diagnosis)),
+        section("settings", "Settings", _settings(config, diagnosis)),
     )
     title = f"Data doctor: {folder.path.resolve().name}"
     atomic.write_text(folder.doctor_page, html_page(title, sections, DOCTOR_STYLE))
@@ -100,10 +101,6 @@ def _header(diagnosis: Diagnosis) -> str:
         f"<header><h1>Data doctor</h1>{badges}</header>"
         f"<p>{kept:,} of {records:,} records can be used.</p>{without}<nav>{links}</nav>"
     )
-
-
-def _section(name: str, title: str, content: str) -> str:
-    return f'<section id="{name}"><h2>{title}</h2>{content}</section>' if content else ""
 
 
 def _finding(finding: Finding) -> str:
@@ -151,9 +148,9 @@ def _reference(use: StoreUse | None) -> str:
 
 def _settings(config: RunConfig, diagnosis: Diagnosis) -> str:
     keys = [
-        (f"{name}.{field.name}", plain(getattr(section, field.name)))
-        for name, section in (("data", config.data), ("doctor", config.doctor))
-        for field in fields(section)
+        (f"{name}.{field.name}", plain(getattr(content, field.name)))
+        for name, content in (("data", config.data), ("doctor", config.doctor))
+        for field in fields(content)
     ]
     rows = [
         ("model", diagnosis.model or "none"),

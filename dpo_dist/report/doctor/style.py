@@ -2,18 +2,13 @@
 
 DOCTOR_STYLE = """
 :root { --error: #b3264a; --warning: #a85b06; --note: #4b6a9b; --fill: #4c78a8; --trained: #d5efe0; }
-:root { --special: #e4e0f7; --cut: #f6dede; --mark: #ffe9a8; }
+:root { --special: #e4e0f7; --cut: #f6dede; }
 @media (prefers-color-scheme: dark) {
-  :root { --fill: #7aa6d8; --trained: #17402c; --special: #352f5c; --cut: #552a2f; --mark: #6b5310; }
+  :root { --fill: #7aa6d8; --trained: #17402c; --special: #352f5c; --cut: #552a2f; }
 }
 nav a { margin-right: 14px; }
-a { color: inherit; }
-h3 { font-size: 15px; margin: 20px 0 6px; }
 h4 { font-size: 13px; font-weight: 600; color: var(--quiet); margin: 12px 0 4px; }
 .badge { font-size: 13px; padding: 1px 10px; }
-.badge.error { background: var(--error); }
-.badge.warning { background: var(--warning); }
-.badge.note { background: var(--note); }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; margin: 10px 0; }
 article p { margin: 6px 0; overflow-wrap: anywhere; }
 .finding { border-left: 4px solid var(--note); }
@@ -21,9 +16,6 @@ article p { margin: 6px 0; overflow-wrap: anywhere; }
 .finding.warning { border-left-color: var(--warning); }
 .head { display: flex; gap: 8px; align-items: center; flex-wrap: wrap; }
 .head small, summary small { color: var(--quiet); font-weight: 400; overflow-wrap: anywhere; }
-code { font-size: 13px; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-.wide th { width: auto; white-space: nowrap; }
 .wide td { overflow-wrap: normal; min-width: 60px; }
 .wide .facts td { overflow-wrap: anywhere; }
 .numbers td:first-child, .numbers th:first-child { text-align: left; }
@@ -54,6 +46,5 @@ figure small { color: var(--quiet); font-size: 12px; }
 .special { background: var(--special); border-radius: 4px; font: 12px ui-monospace, monospace; }
 .cut { background: var(--cut); text-decoration: line-through; }
 .omitted { color: var(--quiet); font-style: italic; display: block; }
-.mark { background: var(--mark); border-radius: 3px; font: 11px ui-monospace, monospace; padding: 0 3px; }
 @media (max-width: 640px) { main { padding: 14px; } h1 { font-size: 22px; } }
 """

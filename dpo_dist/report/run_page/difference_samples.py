@@ -1,23 +1,20 @@
 """Section of two runs about their responses to the same held-out prompts."""
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.plurals import counted
-from dpo_dist.report.inert import inert_html
-from dpo_dist.report.json_rows import json_rows
+from dpo_dist.report.json_rows import text_of
 from dpo_dist.report.run_page.blocks import note, section
 from dpo_dist.report.run_page.difference_results import LABELS, Two
-from dpo_dist.report.side_by_side import LONGEST, Response, end_notes, excerpt, side_by_side
+from dpo_dist.report.run_page.samples import model_notes, sample_files, sample_rows
+from dpo_dist.report.side_by_side import LONGEST, Response, prompt_title, side_by_side
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
 
 _MOST_SHOWN = 8
-_MOST_ROWS = 200
-_MOST_BYTES = 128 * 2**20
 _OPEN = 2
 _LONGEST = 6000
 
@@ -38,28 +35,22 @@ def samples_of_both(two: Two) -> str:
 
 
 def _item(rows: tuple[Row, Row], steps: tuple[int, int], *, is_open: bool) -> str:
-    prompt, responses = _text(rows[0], "prompt") or "", _responses(rows, steps)
+    prompt, responses = text_of(rows[0], "prompt") or "", _responses(rows, steps)
     return (
         f'<details class="sample"{" open" if is_open else ""}>'
-        f'<summary dir="auto">{inert_html(excerpt(prompt)) or "empty prompt"}</summary>'
+        f'<summary dir="auto">{prompt_title(prompt)}</summary>'
         f"{side_by_side(prompt, responses, responses[0].label, _LONGEST)}</details>"
     )
 
 
 def _last_samples(folder: RunFolder) -> tuple[int, dict[str, Row]]:
     """Return the last step with samples and its rows by prompt."""
-    steps = [int(file.stem.removeprefix("step-")) for file in folder.samples.glob("step-[0-9]*.jsonl")]
-    for step in sorted(steps, reverse=True):
-        rows = {str(row.get("prompt_id")): row for row in _rows(folder, step)}
+    for step, file in sorted(sample_files(folder).items(), reverse=True):
+        found = (row for row in sample_rows(file) if row is not None and isinstance(row.get("policy"), str))
+        rows = {str(row.get("prompt_id")): row for row in found}
         if rows:
             return step, rows
     return 0, {}
-
-
-def _rows(folder: RunFolder, step: int) -> Iterator[Row]:
-    for row in islice(json_rows(folder.samples_file(step), _MOST_BYTES), _MOST_ROWS):
-        if row is not None and isinstance(row.get("policy"), str):
-            yield row
 
 
 def _similarity(first: Row, second: Row) -> float:
@@ -69,23 +60,14 @@ def _similarity(first: Row, second: Row) -> float:
 def _responses(rows: tuple[Row, Row], steps: tuple[int, int]) -> list[Response]:
     """Return both policies' responses, the references' (one if they are equal), and the chosen one."""
     policies = [
-        Response(f"{label}, step {step}", _text(row, "policy"), _notes(row, "policy"))
+        Response(f"{label}, step {step}", text_of(row, "policy"), model_notes(row, "policy"))
         for label, row, step in zip(LABELS, rows, steps, strict=True)
     ]
-    first, second = (_text(row, "reference") for row in rows)
-    references = [Response("reference", first, _notes(rows[0], "reference"))]
+    first, second = (text_of(row, "reference") for row in rows)
+    references = [Response("reference", first, model_notes(rows[0], "reference"))]
     if first != second:
         references = [
-            Response(f"reference of {label}", _text(row, "reference"), _notes(row, "reference"))
+            Response(f"reference of {label}", text_of(row, "reference"), model_notes(row, "reference"))
             for label, row in zip(LABELS, rows, strict=True)
         ]
-    return [*policies, *references, Response("chosen", _text(rows[0], "chosen"))]
-
-
-def _notes(row: Row, model: str) -> str:
-    return end_notes(row.get(f"{model}_tokens"), row.get(f"{model}_finished"))
-
-
-def _text(row: Row, name: str) -> str | None:
-    value = row.get(name)
-    return value if isinstance(value, str) else None
+    return [*policies, *references, Response("chosen", text_of(rows[0], "chosen"))]

@@ -47,7 +47,7 @@ def _entries(facts: PageFacts, report: Fields) -> Iterator[str]:
         return
     seconds = report.get("seconds") or 0.0
     spent = f" in {duration(seconds)}" if computed and seconds else ""
-    yield f"{counted(computed, 'log-prob')} computed{spent}, {hits:,} reused."
+    yield f"In the last start: {counted(computed, 'log-prob')} computed{spent}, {hits:,} reused."
     if hits and computed and seconds:
         yield f"Reuse saved about {duration(hits * seconds / computed)}, at the speed of the computed ones."
     elif hits and (each := _forward_seconds(facts)) is not None:

@@ -11,10 +11,21 @@ from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.plurals import counted
+from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.json_rows import json_rows
+from dpo_dist.report.json_rows import json_rows, text_of
+from dpo_dist.report.run_page.blocks import section, table
 from dpo_dist.report.run_page.sample_choice import FAULTS, Judged, choose, judged
-from dpo_dist.report.side_by_side import LONGEST, SIDE_STYLE, Response, cut, end_notes, excerpt, side_by_side
+from dpo_dist.report.side_by_side import (
+    LONGEST,
+    SIDE_STYLE,
+    Response,
+    cut,
+    end_notes,
+    prompt_title,
+    side_by_side,
+)
+from dpo_dist.report.smoothing import evenly
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
@@ -50,7 +61,7 @@ def samples_section(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -
         folder: the run directory.
         metrics: metrics rows of the run.
     """
-    files = _files(folder)
+    files = sample_files(folder)
     step, damaged = 0, 0
     rows: list[Judged] = []
     for step in sorted(files, reverse=True):
@@ -64,17 +75,19 @@ def samples_section(folder: RunFolder, metrics: Sequence[Mapping[str, float]]) -
     steps = list(found)
     items: list[str] = []
     for prompt_id, reasons in chosen.items():
-        room = _SECTION_BYTES - sum(map(_bytes, items))
+        room = _SECTION_BYTES - sum(map(html_bytes, items))
         item = _item(prompt_id, reasons, steps, found, room, is_open=len(items) < _OPEN)
         items += [item] if item else []
-    return (
-        f'<section id="samples"><h2>Samples</h2><p>{_sentence(step, rows)}</p>{_metrics(metrics)}'
-        f'<p class="samples-note">{_note(len(items), len(chosen), len(rows), damaged, files[step])}</p>'
-        f"{''.join(items)}</section>"
+    return section(
+        "samples",
+        "Samples",
+        f"<p>{_sentence(step, rows)}</p>{_metrics(metrics)}",
+        f'<p class="explained">{_note(len(items), len(chosen), len(rows), damaged, files[step])}</p>',
+        *items,
     )
 
 
-def _files(folder: RunFolder) -> dict[int, Path]:
+def sample_files(folder: RunFolder) -> dict[int, Path]:
     """Return the files of samples by step, the first step first."""
     names = (
         (re.fullmatch(r"step-(\d{1,18})", file.stem), file) for file in folder.samples.glob("step-*.jsonl")
@@ -85,7 +98,7 @@ def _files(folder: RunFolder) -> dict[int, Path]:
 def _judged(file: Path) -> tuple[list[Judged], int]:
     """Return the facts of the first rows of a file, and the number of damaged lines among them."""
     rows, damaged = [], 0
-    for row in _rows(file):
+    for row in sample_rows(file):
         if row is None or not isinstance(row.get("policy"), str):
             damaged += 1
         else:
@@ -93,7 +106,8 @@ def _judged(file: Path) -> tuple[list[Judged], int]:
     return rows, damaged
 
 
-def _rows(file: Path) -> Iterator[Row | None]:
+def sample_rows(file: Path) -> Iterator[Row | None]:
+    """Yield the first rows of a file, None for a damaged one; a file that cannot be read ends them."""
     try:
         yield from islice(json_rows(file, _MOST_BYTES), _MOST_ROWS)
     except OSError as error:
@@ -102,7 +116,8 @@ def _rows(file: Path) -> Iterator[Row | None]:
 
 def _rows_of(file: Path, prompt_ids: Collection[str]) -> dict[str, Row]:
     """Return the rows of some prompts by id."""
-    return {name: row for row in _rows(file) if row and (name := str(row.get("prompt_id"))) in prompt_ids}
+    rows = filter(None, sample_rows(file))
+    return {name: row for row in rows if (name := str(row.get("prompt_id"))) in prompt_ids}
 
 
 def _shown_rows(
@@ -131,28 +146,27 @@ def _item(
 ) -> str:
     """Return a prompt with its responses, folded; empty if it needs more than `room` bytes."""
     last = found[steps[0]].get(prompt_id, {})
-    prompt, source = _text(last.get("prompt")) or "", _text(last.get("source")) or "source not known"
+    prompt, source = text_of(last, "prompt") or "", text_of(last, "source") or "source not known"
     responses = [
-        _reference(last),
+        Response("reference", text_of(last, "reference"), model_notes(last, "reference")),
         *_policies(prompt_id, steps, found),
-        Response("chosen", _text(last.get("chosen"))),
+        Response("chosen", text_of(last, "chosen")),
     ]
-    head = inert_html(excerpt(prompt)) or "empty prompt"
     why = inert_html(f"{cut(source)}: the response after step {steps[0]:,} {', '.join(reasons)}")
     for longest in _LONGEST_TEXTS:
         texts = side_by_side(prompt, responses, "reference", longest)
         item = (
-            f'<details class="sample"{" open" if is_open else ""}><summary dir="auto">{head} '
+            f'<details class="sample"{" open" if is_open else ""}><summary dir="auto">{prompt_title(prompt)} '
             f"<small>{why}</small></summary>{texts}</details>"
         )
-        if _bytes(item) <= room:
+        if html_bytes(item) <= room:
             return item
     return ""
 
 
-def _reference(row: Row) -> Response:
-    notes = end_notes(row.get("reference_tokens"), row.get("reference_finished"))
-    return Response("reference", _text(row.get("reference")), notes)
+def model_notes(row: Row, model: str) -> str:
+    """Return the notes on the response of "policy" or "reference" in a row."""
+    return end_notes(row.get(f"{model}_tokens"), row.get(f"{model}_finished"))
 
 
 def _policies(
@@ -160,9 +174,9 @@ def _policies(
 ) -> Iterator[Response]:
     """Yield the policy's responses; the notes of the last one compare it with the one before it."""
     rows = [found[step].get(prompt_id, {}) for step in steps]
-    texts = [_text(row.get("policy")) for row in rows]
+    texts = [text_of(row, "policy") for row in rows]
     for at, (step, row) in enumerate(zip(steps, rows, strict=True)):
-        notes = [end_notes(row.get("policy_tokens"), row.get("policy_finished"))]
+        notes = [model_notes(row, "policy")]
         if at == 0 and len(steps) > 1 and texts[0] and texts[1]:
             notes.append(_since(texts[0], texts[1], steps[1]))
         yield Response(f"step {step}", texts[at], "; ".join(filter(None, notes)))
@@ -214,22 +228,11 @@ def _metrics(metrics: Sequence[Mapping[str, float]]) -> str:
     """Return a table of the metrics of samples over some steps, the first and last among them."""
     rows = [row for row in metrics if any(key in row for key in _COLUMNS)]
     keys = [key for key in _COLUMNS if any(key in row for row in rows)]
-    most = min(len(rows), _MOST_STEPS)
-    shown = [rows[round(at * (len(rows) - 1) / max(most - 1, 1))] for at in range(most)]
-    head = "".join(f"<th>{_COLUMNS[key]}</th>" for key in keys)
-    lines = _row("reference", [_cell(_of_reference(key), rows[-1]) for key in keys]) if rows else ""
-    lines += "".join(_row(f"{row['step']:,.0f}", [_cell(key, row) for key in keys]) for row in shown)
-    return (
-        '<div class="samples-metrics"><table class="numbers">'
-        f"<tr><th>step</th>{head}</tr>{lines}</table></div>"
-        if rows
-        else ""
-    )
-
-
-def _row(name: str, cells: Sequence[str]) -> str:
-    """Return a row of the table; empty without a value."""
-    return f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" if any(cells) else ""
+    lines = [["reference", *(_cell(_of_reference(key), rows[-1]) for key in keys)]] if rows else []
+    lines += [
+        [f"{row['step']:,.0f}", *(_cell(key, row) for key in keys)] for row in evenly(rows, _MOST_STEPS)
+    ]
+    return table(("step", *(_COLUMNS[key] for key in keys)), [line for line in lines if any(line[1:])])
 
 
 def _of_reference(key: str) -> str:
@@ -243,23 +246,9 @@ def _cell(key: str, row: Mapping[str, float]) -> str:
     return f"{value:,.0f}" if key.endswith("length") else f"{100 * value:.0f} %"
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _bytes(html: str) -> int:
-    return len(html.encode("utf-8", "replace"))
-
-
 SAMPLES_STYLE = (
     SIDE_STYLE
     + """
-.samples-metrics { overflow-x: auto; }
-.samples-metrics th, .samples-metrics td { white-space: nowrap; overflow-wrap: normal; }
-.sample { margin: 10px 0; border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; }
-.sample summary { overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.sample summary small { display: block; font-weight: 400; color: var(--quiet); unicode-bidi: isolate; }
 .sample .side { margin-bottom: 8px; }
-.samples-note { color: var(--quiet); font-size: 13px; }
 """
 )

@@ -4,8 +4,6 @@ PAGE_STYLE = """
 :root { --error: #b3264a; --warning: #a85b06; --good: #1a7f5a; --note: #4b6a9b; --fill: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --fill: #5eb5f0; --note: #8fb0e0; } }
 nav { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 14px; margin: 12px 0; }
-a { color: inherit; }
-h3 { font-size: 15px; margin: 20px 0 6px; }
 p { max-width: 82ch; overflow-wrap: anywhere; }
 .explained { color: var(--quiet); font-size: 13px; margin: 6px 0; }
 .verdict { border: 1px solid var(--line); border-left: 6px solid var(--note); border-radius: 8px; }
@@ -22,9 +20,7 @@ p { max-width: 82ch; overflow-wrap: anywhere; }
 .advice { color: var(--quiet); }
 .advice b { color: CanvasText; }
 .tiles div { min-width: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
 .wide table { width: auto; min-width: 50%; }
-.wide th { width: auto; white-space: nowrap; }
 .wide td { overflow-wrap: normal; }
 .wide td small { color: var(--quiet); }
 .numbers td:first-child, .numbers th:first-child { text-align: left; overflow-wrap: anywhere; }
@@ -42,13 +38,9 @@ p { max-width: 82ch; overflow-wrap: anywhere; }
 .interval .half { stroke: var(--quiet); stroke-width: 1; stroke-dasharray: 2 2; }
 .interval path.fill { stroke: var(--fill); stroke-width: 4; }
 .interval circle.fill { fill: var(--fill); }
-.badge.error { background: #b3264a; }
-.badge.warning { background: #a85b06; }
-.badge.note { background: #4b6a9b; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; margin: 10px 0; }
 article p { margin: 6px 0; }
 article .badge { font-size: 13px; padding: 1px 10px; }
-code { font-size: 13px; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--tile); border-radius: 8px; }
 pre { padding: 12px 14px; font-size: 13px; }
 section details, details details { margin-top: 10px; }

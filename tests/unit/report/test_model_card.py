@@ -150,6 +150,9 @@ def test_a_folder_of_the_hubs_cache_has_its_name_on_the_hub(tmp_path: Path) -> N
     snapshot = tmp_path / "models--org--base-7B" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     assert hub_name(str(snapshot)) == "org/base-7B"
+    without_owner = tmp_path / "models--gpt2" / "snapshots" / "0123abc"
+    without_owner.mkdir(parents=True)
+    assert hub_name(str(without_owner)) == "gpt2"
     assert hub_name(str(tmp_path)) is None
     assert hub_name("gpt2") == "gpt2"
 
@@ -190,5 +193,6 @@ def test_code_spans_end_where_their_text_ends() -> None:
     assert code("a`b") == "``a`b``"
     assert code("`a") == "`` `a ``"
     assert code("a|b\nc") == "`a\\|b c`"
+    assert inert("www.d.org") == "www\\.d.org"
     assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"
     assert table([["a"], ["b"]]) == "| a |\n| --- |\n| b |"

@@ -72,7 +72,7 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
         ("Cost", "6.05, for 2.42 GPU-hours at 2.5 each"),
         (
             "Reference model",
-            "840 log-probs computed in 1 min 24 s, 3,000 reused. Reuse saved about 5 min 00 s",
+            "In the last start: 840 log-probs computed in 1 min 24 s, 3,000 reused. Reuse saved about 5 min",
         ),
         ("Reference model", "differ from the stored ones by 2e-09 nats per token on average"),
         ("Reference model", "That is rounding."),
