@@ -98,7 +98,9 @@ def _compared(entry: str) -> Compared:
     named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
     name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
     if not path:
-        raise ConfigError("a model has no path", where=KEY, got=repr(entry), expected="PATH or NAME=PATH")
+        raise ConfigError(
+            "a model has no path", where=KEY, got=repr(entry), remedy="write the entry as PATH or NAME=PATH"
+        )
     location, kind = _located(path)
     return Compared(name or _short_name(path), path, location, kind)
 

@@ -60,7 +60,7 @@ def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
         "ranks": [1, 2],
         "responses": 3,
     }
-    assert "1 prompts below margin" in " ".join(said)
+    assert "1 prompts_below_margin: prompts without a pair" in " ".join(said)
 
 
 def test_texts_stay_texts(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_files_of_two_kinds_have_each_a_summary(tmp_path: Path) -> None:
 
 def test_records_without_scores_are_counted(tmp_path: Path) -> None:
     _, said = make(tmp_path, SCORED, {"prompt": "p", "chosen": "a", "rejected": "b"})
-    assert "1 without scores" in " ".join(said)
+    assert "1 without_scores: records without scores" in " ".join(said)
 
 
 def test_without_a_pair_no_file_is_written(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Trackers run in threads of their own; TensorBoard and MLflow get every row once over all starts."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, RunConfig
@@ -104,8 +105,15 @@ ROWS = [
 ]
 
 
+@pytest.fixture
+def accelerate_state() -> Iterator[None]:
+    """The state of the processes, which a run has; the next test in this process starts without it."""
+    PartialState(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def open_one(run_dir: Path, tracker: OtherTracker, rows: list[dict[str, float]]) -> Trackers:
-    PartialState(cpu=True)  # a run has one
     tracking = TrackingConfig(wandb=WandbMode.off, also=[tracker])
     config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
     options: dict[str, Any] = {"rows": rows, "environment": {}, "say": pytest.fail}
@@ -134,6 +142,7 @@ def expected() -> dict[str, list[tuple[int, float]]]:
     return values
 
 
+@pytest.mark.usefixtures("accelerate_state")
 def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train_in_two_starts(tmp_path, OtherTracker.tensorboard)
@@ -145,6 +154,7 @@ def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/global_step")] == [1, 2, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("accelerate_state")
 def test_mlflow_has_one_run_with_every_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
