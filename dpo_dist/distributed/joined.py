@@ -80,6 +80,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():  # a state without a group is of another library in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
@@ -41,6 +42,12 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="without DeepSpeed") as found:
         start_world({}, 60)
     assert "cpu_2.yaml" in str(found.value)
+
+
+def test_accelerate_may_have_been_used_in_this_process_before() -> None:
+    PartialState(cpu=True)
+    with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, print) as world:
+        assert world.gather("here") == ["here"]
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
