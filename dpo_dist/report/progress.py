@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from dpo_dist.plurals import counted, duration
 
+GAP = "  "
+"""Between the parts of a line."""
+
 _EVALUATED = {
     "eval_loss": "loss {:.4f}",
     "eval_rewards/accuracies": "accuracy {:.3f}",
@@ -100,10 +103,10 @@ class Work:
         return f"{self.done:,} of {counted(total, self.unit)}"
 
 
-def fitting(parts: list[Part], width: int, separator: str = "  ") -> list[str]:
+def fitting(parts: list[Part], width: int) -> list[str]:
     """Return the texts of the parts that fit into `width` columns; the first part is always among them."""
     kept = sorted(parts, key=lambda part: part.rank)
-    while len(kept) > 1 and len(separator.join(part.text for part in kept)) > width:
+    while len(kept) > 1 and len(GAP.join(part.text for part in kept)) > width:
         kept.pop()
     return [part.text for part in parts if part in kept]
 

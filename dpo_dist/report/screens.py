@@ -17,7 +17,7 @@ from rich.text import Text
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.report.inert import printable
 from dpo_dist.report.json_values import plain
-from dpo_dist.report.progress import Part, TrainingStatus, Work, fitting
+from dpo_dist.report.progress import GAP, Part, TrainingStatus, Work, fitting
 from dpo_dist.report.safe_stream import SafeStream
 
 _REFRESH_SECONDS = 0.5
@@ -84,7 +84,7 @@ class LineScreen:
 
     def training(self, status: TrainingStatus) -> None:
         """Print the state of the training."""
-        self.message("  ".join(part.text for part in status.parts()))
+        self.message(GAP.join(part.text for part in status.parts()))
 
     def row(self, row: Mapping[str, float], line: str) -> None:  # noqa: ARG002
         """Print an evaluation."""
@@ -238,7 +238,7 @@ class _LiveLine:
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
         # Some terminals wrap a line that has all their columns.
         width = max(options.max_width - 1, 1)
-        text = "  ".join(fitting(self._parts, width))
+        text = GAP.join(fitting(self._parts, width))
         room = min(width - len(text) - 2, _BAR_WIDTH)
         if self._share is None or room < _MIN_BAR_WIDTH:
             yield Text(text, no_wrap=True, overflow="crop", end="")
