@@ -22,8 +22,6 @@ from dpo_dist.model.folder import model_folder
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
 
-_PREFIX = "causal_lm."
-
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective.
@@ -81,7 +79,7 @@ def _write(checkpoint: Path, folder: Path, config: RunConfig) -> None:
     tokenizer = load_tokenizer(base, config.model)
     if config.data.chat_template is not None:
         tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
-    cast = {name.removeprefix(_PREFIX): saved.contiguous().to(dtype) for name, saved in weights.items()}
+    cast = {name: weights.whole(name).to(dtype) for name in weights.shapes}
     with staged_folder(folder) as temporary:
         packed.causal_lm.save_pretrained(temporary, state_dict=cast, max_shard_size="5GB")
         tokenizer.save_pretrained(temporary)

@@ -6,10 +6,8 @@ match a manifest are loaded. Training continues while the files are flushed to d
 """
 
 import contextlib
-import io
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
-import torch
 
 from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
 from dpo_dist.distributed.checkpoint_manifest import (
@@ -29,6 +24,7 @@ from dpo_dist.distributed.checkpoint_manifest import (
     has_all_files,
     write_manifest,
 )
+from dpo_dist.distributed.random_states import load_random_states, save_random_states
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
 
@@ -40,18 +36,22 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 class Sharded(Protocol):
-    """Weights that training changes, saved by shards: the policy, and a reference updated from it."""
+    """Weights that training changes, saved in slices: the policy, and a reference updated from it."""
 
-    def save_shards(self, folder: str) -> list[Path]:
-        """Write this rank's shards below `folder` and return their files; collective.
+    def save_shards(self, folder: Path) -> list[Path]:
+        """Write this rank's slices below `folder` and return their files; not collective.
 
         Raises:
             OSError: the files cannot be written.
         """
         ...
 
-    def load_shards(self, folder: str) -> None:
-        """Read the shards that `save_shards` wrote on the same number of ranks; collective."""
+    def load_shards(self, folder: Path) -> None:
+        """Read what `save_shards` wrote on any number of ranks; collective.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not of this model.
+        """
         ...
 
 
@@ -195,16 +195,15 @@ def _state(folder: Path, world: World) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
-    """Restore weights, optimizer and random states on the processes that saved them; collective."""
+    """Restore weights, optimizer and random states on any number of ranks; collective.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is not of this model.
+    """
     for part in parts:
-        part.load_shards(str(checkpoint.folder))
-    # Written by this program and checked against the manifest, so unpickling is safe.
-    states = torch.load(checkpoint.folder / _random_file(world), weights_only=False)
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if world.device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
-        torch.cuda.set_rng_state(states["cuda"])
+        part.load_shards(checkpoint.folder)
+    saved_ranks = checkpoint.state["world_size"]
+    world.together(lambda: load_random_states(checkpoint.folder, world.rank, saved_ranks, world.device))
 
 
 def drop_checkpoints(root: Path) -> None:
@@ -228,24 +227,12 @@ def _create(folder: Path) -> str:
 def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world: World) -> list[Path]:
     """Write this rank's files and return them."""
     with _disk_errors(folder):
-        written = [file for part in parts for file in part.save_shards(str(folder))]
-        content = io.BytesIO()  # torch.save to a file would not raise an OSError if the disk is full
-        torch.save(_random_states(world), content)
-        written.append(folder / _random_file(world))
-        written[-1].write_bytes(content.getvalue())
+        written = [file for part in parts for file in part.save_shards(folder)]
+        written.append(save_random_states(folder, world.rank, world.device))
         if world.is_main:
             written.append(folder / _STATE)
             written[-1].write_text(json.dumps({**state, "world_size": world.size}, indent=1))
     return written
-
-
-def _random_states(world: World) -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if world.device.type == "cuda" else None,
-    }
 
 
 @contextlib.contextmanager
@@ -260,10 +247,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             got=str(error),
             remedy="make room and run the same command again: it resumes from the last checkpoint",
         ) from error
-
-
-def _random_file(world: World) -> str:
-    return f"random_states_{world.rank}.pt"
 
 
 def _described(files: Sequence[Path], folder: Path) -> Entries:

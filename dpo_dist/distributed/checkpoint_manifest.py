@@ -4,10 +4,9 @@ No directory is listed to write or check it: on a network file system a listing 
 node has just written.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,6 @@ from dpo_dist.digests import content_digest
 MANIFEST = "manifest.json"
 
 Entries = dict[str, dict[str, Any]]
-
-
-@contextlib.contextmanager
-def recorded_writes(checkpoint_engine: Any) -> Iterator[list[Path]]:
-    """Yield a list of the files that DeepSpeed writes with `checkpoint_engine` inside the block."""
-    save, written = checkpoint_engine.save, []
-
-    def recorded(state_dict: Any, path: str) -> None:
-        written.append(Path(path))
-        save(state_dict, path)
-
-    checkpoint_engine.save = recorded
-    try:
-        yield written
-    finally:
-        checkpoint_engine.save = save
 
 
 def describe_files(files: Iterable[Path], folder: Path) -> Entries:

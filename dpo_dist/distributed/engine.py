@@ -15,7 +15,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_dist.config.schema import OptimConfig
 from dpo_dist.data.packing import PackedBatch
-from dpo_dist.distributed.checkpoint_manifest import recorded_writes
 from dpo_dist.distributed.deepspeed_config import policy_communication
 from dpo_dist.distributed.device_memory import (
     describe_batch,
@@ -26,15 +25,17 @@ from dpo_dist.distributed.device_memory import (
 )
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
+from dpo_dist.distributed.slice_files import SavedSlices, write_slices
+from dpo_dist.distributed.slices import OptimizerSlices
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapted_layers, adapter_off
+from dpo_dist.model.adapters import adapter_off
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import decoder_layers
 from dpo_dist.objective.token_logps import Statistic
 
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
 SHARDS = "engine"
-"""The folder of the shards in a checkpoint."""
+"""The folder of the policy's slices in a checkpoint."""
 
 
 class FrozenEngine:
@@ -175,34 +176,33 @@ class PolicyEngine:
         norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
         return torch.as_tensor(norm, device=self._world.device)
 
-    def save_shards(self, folder: str) -> list[Path]:
-        """Write this rank's shards of weights, master weights and optimizer states; return their files.
+    def save_shards(self, folder: Path) -> list[Path]:
+        """Write this rank's slices of master weights and optimizer states; return their files.
+
+        Not collective.
 
         Raises:
-            OSError: this rank cannot write its shards; the other ranks continue.
+            OSError: this rank cannot write its slices.
         """
-        try:
-            with recorded_writes(self._engine.checkpoint_engine) as written:
-                options = {"save_latest": False, "exclude_frozen_parameters": True}
-                self._engine.save_checkpoint(folder, tag=SHARDS, **options)
-        except (OSError, RuntimeError) as error:  # a RuntimeError if the disk is full
-            # The other ranks wait in the collective calls at the end of DeepSpeed's saving: join them. If the
-            # error came from a dead rank, these calls fail again.
-            if hasattr(self._engine.optimizer, "checkpoint_event_epilogue"):
-                self._engine.optimizer.checkpoint_event_epilogue()
-            dist.barrier()
-            raise OSError(str(error)) from error
-        scripts = Path(folder).glob("*.py") if self._world.is_main else ()  # DeepSpeed's converter of shards
-        return [*written, *scripts]
+        slices = self._slices()
+        return write_slices(slices, folder / SHARDS, self._world.rank, slices.step)
 
-    def load_shards(self, folder: str) -> None:
-        """Read the shards that `save_shards` wrote on the same number of ranks."""
-        self._engine.load_checkpoint(
-            folder,
-            tag=SHARDS,
-            load_module_strict=not adapted_layers(self._engine.module),
-            load_lr_scheduler_states=False,
-        )
+    def load_shards(self, folder: Path) -> None:
+        """Read what `save_shards` wrote on any number of ranks, with any kind of parallelism.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not of this model.
+        """
+        saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
+        slices = self._slices()
+        slices.create_states(saved.parts, saved.step)
+        self._world.together(lambda: saved.load_into(slices))
+        slices.write_to_model()
+
+    def _slices(self) -> OptimizerSlices:
+        named = self._engine.module.causal_lm.named_parameters()
+        names = {weight: name for name, weight in named if weight.requires_grad}
+        return OptimizerSlices(self._engine, names, self._world.rank)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Return all trained weights by transformers name, in host memory, on rank 0; None on other ranks."""

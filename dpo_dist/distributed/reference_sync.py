@@ -5,21 +5,23 @@ equal length, the last one padded. A ZeRO-3 policy has the same slice on this ra
 whole weight.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_dist.config.loss_kinds import SyncReferenceConfig
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.slice_files import SavedSlices, write_slices
+from dpo_dist.distributed.slices import Slice, frozen_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 
 _CHUNK_ELEMENTS = 2**24
+_SHARDS = "reference"
 
 
 class ReferenceSync:
@@ -55,30 +57,28 @@ class ReferenceSync:
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
             _release_gathered(reference)
 
-    def save_shards(self, folder: str) -> list[Path]:
-        """Write this rank's shards of the reference and return their file.
+    def save_shards(self, folder: Path) -> list[Path]:
+        """Write this rank's slices of the reference and return their files; not collective.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: a file cannot be written.
         """
-        try:
-            save_file(
-                {name: weight.ds_tensor.data for name, weight in self._reference.items()}, self._file(folder)
-            )
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        return [self._file(folder)]
+        return write_slices(self._slices(), folder / _SHARDS, self._world.rank)
 
     @torch.no_grad()
-    def load_shards(self, folder: str) -> None:
-        """Read the shards that `save_shards` wrote on the same number of ranks."""
-        saved = load_file(self._file(folder))
-        for name, weight in self._reference.items():
-            weight.ds_tensor.copy_(saved[name])
+    def load_shards(self, folder: Path) -> None:
+        """Read what `save_shards` wrote on any number of ranks; collective.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not of this model.
+        """
+        saved = self._world.on_main(lambda: SavedSlices.find(folder, _SHARDS))
+        self._world.together(lambda: saved.load_into(self._slices()))
+        for weight in self._reference.values():
             _release_gathered(weight)
 
-    def _file(self, folder: str) -> Path:
-        return Path(folder) / f"reference_{self._world.rank}.safetensors"
+    def _slices(self) -> Iterator[Slice]:
+        return frozen_slices(self._reference, self._world.rank)
 
 
 def _own_slice(weight: Any, reference: Any, rank: int) -> Tensor:

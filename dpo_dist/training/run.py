@@ -20,7 +20,6 @@ from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.joined import joined
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.same_processes import saved_parallelism
 from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
@@ -87,7 +86,7 @@ def train(config: RunConfig, console: Console) -> int:
             reference_sync=reference_sync,
             peaks=_peak_flops(config, world),
             checkpoints=checkpoints,
-            identity={**identity, **saved_parallelism(config.parallelism)},
+            identity=identity,
             samples=None if samples is None else samples.open(policy),
             recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,

@@ -19,7 +19,6 @@ from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint
-from dpo_dist.distributed.same_processes import check_same_processes
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss
@@ -121,8 +120,8 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
     """Return the point to continue from, according to `run.resume`; collective.
 
     Raises:
-        CheckpointError: `run.resume` cannot be obeyed, the directory belongs to another configuration, every
-            checkpoint is damaged, or another number of processes wrote them.
+        CheckpointError: `run.resume` cannot be obeyed, the directory belongs to another configuration, or
+            every checkpoint is damaged.
     """
     if config.run.resume is Resume.never:
         world.on_main(partial(_check_folder_unused, folder))
@@ -136,7 +135,6 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
         _check_fresh_start(config.run.resume, folder, is_finished, has_model)
         return Start()
     world.on_main(partial(check_configuration, checkpoint.state, config, folder))
-    check_same_processes(checkpoint, config.parallelism, world)
     return Start(checkpoint)
 
 

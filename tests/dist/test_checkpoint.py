@@ -21,7 +21,8 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, Paralle
 from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
-from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.engine import SHARDS, PolicyEngine
+from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapters import add_adapter
@@ -144,11 +145,9 @@ def test_a_checkpoint_of_an_adapter_is_exact_and_without_the_base(
     adapter = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
     root = tmp_path / "checkpoints"
     demand_exact(partial(save_go_on_and_return, assets, root, adapter, dtype), kind, dtype, tmp_path)
-    for file in root.rglob("*model_states.pt"):
-        content = torch.load(file, weights_only=False)
-        assert {name.rpartition(".lora_")[1] for name in content["module"]} == {".lora_"}
-        assert not content.get("frozen_param_fragments")
-    written = sum(file.stat().st_size for file in root.rglob("*_states.pt"))
+    saved = SavedSlices.find(root / "step-000002", SHARDS)
+    assert {name.rpartition(".lora_")[1] for name in saved.shapes} == {".lora_"}
+    written = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
     assert written < (assets.policy / "model.safetensors").stat().st_size
 
 
@@ -255,7 +254,8 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
     trainer = Trainer(assets, world)
     trainer.save(root, 1)
     if world.rank == dying:
-        trainer.policy._engine.checkpoint_engine.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        mock.patch("dpo_dist.distributed.slice_files.save_file", kill).start()
     trainer.save(root, 2)
 
 
@@ -300,4 +300,65 @@ def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Asset
     newest = root / "step-000005"
     files = {str(file.relative_to(newest)) for file in newest.rglob("*") if file.is_file()}
     assert files == {*read_manifest(newest), MANIFEST}
-    assert len(files) > 2 * 3
+    assert len(files) == 2 * 2 + 2  # weights and random states of each rank, state and manifest
+
+
+def train_and_save(
+    assets: Assets, root: Path, adapter: AdapterConfig | None, dtype: Dtype, world: World, _folder: Path
+) -> float:
+    """Train two steps and save; return the gradient norm of a third."""
+    trainer = Trainer(assets, world, adapter, dtype)
+    trainer.step([0, 1, 2])
+    trainer.step([3, 4, 5])
+    trainer.save(root, 2)
+    return trainer.step([6, 7])
+
+
+def load_and_save(
+    assets: Assets, root: Path, adapter: AdapterConfig | None, dtype: Dtype, world: World, _folder: Path
+) -> float:
+    """Load the checkpoint, save it again as step 3 and return the gradient norm of the next step."""
+    trainer = Trainer(assets, world, adapter, dtype)
+    found = latest_checkpoint(root, world)
+    assert found is not None
+    load_checkpoint(found, [trainer.policy], world)
+    trainer.save(root, 3)
+    return trainer.step([6, 7])
+
+
+WORLDS = [
+    (2, ParallelismKind.zero3, 3, ParallelismKind.zero3),
+    (3, ParallelismKind.zero3, 2, ParallelismKind.zero2),
+    (2, ParallelismKind.zero3, 1, ParallelismKind.ddp),
+    (1, ParallelismKind.ddp, 3, ParallelismKind.zero3),
+    (3, ParallelismKind.ddp, 2, ParallelismKind.zero3),
+    (1, ParallelismKind.zero2, 3, ParallelismKind.zero2),
+]
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize(("ranks", "kind", "other_ranks", "other_kind"), WORLDS)
+def test_another_world_reads_the_same_weights_and_states(
+    ranks: int,
+    kind: ParallelismKind,
+    other_ranks: int,
+    other_kind: ParallelismKind,
+    dtype: Dtype,
+    assets: Assets,
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "checkpoints"
+    adapter = AdapterConfig(r=2, alpha=4) if ranks == 1 else None
+    saving = partial(train_and_save, assets, root, adapter, dtype)
+    norms = run_ranks(saving, ranks, tmp_path / "ranks", kind, dtype)
+    loading = partial(load_and_save, assets, root, adapter, dtype)
+    others = run_ranks(loading, other_ranks, tmp_path / "others", other_kind, dtype)
+    first, second = (SavedSlices.find(root / f"step-00000{step}", SHARDS) for step in (2, 3))
+    assert (first.step, first.shapes) == (second.step, second.shapes)
+    assert first.step == 2
+    assert {*first.parts} == {*second.parts} == {"weight", "exp_avg", "exp_avg_sq"}
+    for name in first.shapes:
+        for part in first.parts:
+            assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
+    tolerance = 1e-5 if dtype is Dtype.fp32 else 2e-2
+    assert others == pytest.approx([norms[0]] * other_ranks, rel=tolerance)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.config.schema import Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     drop_checkpoints,
@@ -17,11 +16,8 @@ from dpo_dist.distributed.checkpoint import (
     load_checkpoint,
 )
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
-from dpo_dist.distributed.same_processes import check_same_processes, saved_parallelism
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
-
-ZERO2 = ParallelismConfig(ParallelismKind.zero2)
 
 
 @dataclass
@@ -30,14 +26,14 @@ class Weights:
 
     value: int = 0
 
-    def save_shards(self, folder: str) -> list[Path]:
-        file = Path(folder) / "engine" / "weights"
+    def save_shards(self, folder: Path) -> list[Path]:
+        file = folder / "engine" / "weights"
         file.parent.mkdir()
         file.write_text(str(self.value))
         return [file]
 
-    def load_shards(self, folder: str) -> None:
-        self.value = int((Path(folder) / "engine" / "weights").read_text())
+    def load_shards(self, folder: Path) -> None:
+        self.value = int((folder / "engine" / "weights").read_text())
 
 
 @dataclass
@@ -46,7 +42,6 @@ class Run:
 
     root: Path
     keep_last: int = 2
-    parallelism: ParallelismConfig = ZERO2
 
     def start(self) -> int:
         """Resume; returns the step, 0 for a fresh start."""
@@ -57,7 +52,6 @@ class Run:
         self.weights = weights
         if found is None:
             return 0
-        check_same_processes(found, self.parallelism, ALONE)
         load_checkpoint(found, [weights], ALONE)
         assert weights.value == found.state["step"]
         return weights.value
@@ -65,7 +59,7 @@ class Run:
     def save(self, *steps: int) -> None:
         for step in steps:
             self.weights.value = step
-            self.saver.save(step, {"step": step, **saved_parallelism(self.parallelism)})
+            self.saver.save(step, {"step": step})
             self.saver.commit()
 
     def left(self) -> list[str]:
@@ -168,28 +162,6 @@ def test_the_manifest_lists_every_written_file(tmp_path: Path) -> None:
     folder = tmp_path / "step-000003"
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert files == {*read_manifest(folder), MANIFEST}
-
-
-@pytest.mark.parametrize(
-    ("other", "remedy"),
-    [
-        (ParallelismConfig(ParallelismKind.zero3), "set parallelism.kind=zero2"),
-        (
-            ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu),
-            "set parallelism.offload_optimizer=none",
-        ),
-    ],
-)
-def test_another_sharding_or_optimizer_is_refused_with_a_remedy(
-    other: ParallelismConfig, remedy: str, tmp_path: Path
-) -> None:
-    run = Run(tmp_path)
-    run.start()
-    run.save(1)
-    run.parallelism = other
-    with pytest.raises(CheckpointError) as caught:
-        run.start()
-    assert remedy in caught.value.remedy
 
 
 def test_random_states_are_restored(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""States of the random number generators of one rank, in a file from which no code can be run."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.errors import CheckpointError, first_line
+
+
+def save_random_states(folder: Path, rank: int, device: torch.device) -> Path:
+    """Write the states of this rank and return the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    numpy_name, numpy_key, *numpy_rest = np.random.get_state(legacy=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": [numpy_name, np.asarray(numpy_key).tolist(), *numpy_rest],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": _hex(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
+    }
+    file = _file(folder, rank)
+    file.write_text(json.dumps(states))
+    return file
+
+
+def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.device) -> None:
+    """Restore the states of this rank.
+
+    A rank that did not exist when they were saved gets a state of its own, which depends on the saved ones.
+
+    Args:
+        folder: the checkpoint.
+        rank: of this process.
+        saved_ranks: number of ranks that saved their states.
+        device: of this process.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    file = _file(folder, rank % saved_ranks)
+    try:
+        states = json.loads(file.read_bytes())
+        if rank >= saved_ranks:
+            _seed(f"{rank} {states['torch']}")
+            return
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(states["numpy"]))
+        torch.set_rng_state(_tensor(states["torch"]))
+        if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
+            torch.cuda.set_rng_state(_tensor(states["cuda"]))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            "the random states of the checkpoint cannot be read",
+            where=str(file),
+            got=first_line(error),
+            remedy="restore the file, or resume from another checkpoint",
+        ) from error
+
+
+def _seed(text: str) -> None:
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _hex(state: torch.Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _tensor(state: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"random_states_{rank}.json"

@@ -1,0 +1,161 @@
+"""Slices of weights and optimizer states: what one rank has of a model that ZeRO shards (arXiv:1910.02054).
+
+Every kind of parallelism flattens each weight and gives each rank a range of its elements, possibly none. A
+checkpoint consists of these ranges, so that any number of ranks with any kind of parallelism can read it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+WEIGHT = "weight"
+"""The part of a slice that is the weight itself, for a trained one its float32 master weight."""
+_STEP = "step"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of the elements of one flattened weight.
+
+    Attributes:
+        name: of the weight.
+        shape: of the whole weight.
+        start: index of the first element of the range.
+        parts: weight and optimizer states by name, flat tensors of equal length; views, not copies.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """A flat tensor of master weights, with the ranges of the weights that it consists of."""
+
+    tensor: Tensor
+    ranges: list[
+        tuple[nn.Parameter, int, int, int]
+    ]  # weight, start in the tensor, start in the weight, length
+
+
+class OptimizerSlices:
+    """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states."""
+
+    def __init__(self, engine: Any, names: Mapping[nn.Parameter, str], rank: int):
+        self._optimizer, self._names, self._rank = engine.optimizer, names, rank
+
+    def __iter__(self) -> Iterator[Slice]:
+        """Yield the slices; optimizer states exist after the first step, or `create_states`."""
+        for flat in self._flats():
+            states = {
+                name: state
+                for name, state in self._states(flat).items()
+                if isinstance(state, Tensor) and state.shape == flat.tensor.shape
+            }
+            tensors = {WEIGHT: flat.tensor.detach(), **states}
+            for weight, start, start_in_weight, length in flat.ranges:
+                parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
+                yield Slice(self._names[weight], _whole_shape(weight), start_in_weight, parts)
+
+    @property
+    def step(self) -> int:
+        """Return the number of updates that the optimizer states are of."""
+        return max((int(self._states(flat).get(_STEP, 0)) for flat in self._flats()), default=0)
+
+    def create_states(self, parts: Sequence[str], step: int) -> None:
+        """Create optimizer states that do not exist yet, to be filled, and set the number of updates.
+
+        Args:
+            parts: of slices; those without a state are ignored.
+            step: number of updates.
+        """
+        inner = self._optimizer.optimizer
+        for flat in self._flats():
+            states = self._states(flat)
+            for part in parts:
+                if part != WEIGHT and part not in states:
+                    states[part] = torch.zeros_like(flat.tensor, requires_grad=False)
+            if len(parts) > 1:
+                counts_by_tensor = not isinstance(inner, DeepSpeedCPUAdam)
+                device = flat.tensor.device
+                states[_STEP] = torch.tensor(float(step), device=device) if counts_by_tensor else step
+
+    def write_to_model(self) -> None:
+        """Replace the model's weights by the master weights; collective."""
+        if not isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._optimizer.update_lp_params()
+            return
+        self._optimizer.checkpoint_event_prologue()
+        for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self._optimizer.checkpoint_event_epilogue()
+
+    def _states(self, flat: _Flat) -> dict[str, Any]:
+        states: dict[str, Any] = self._optimizer.optimizer.state[flat.tensor]
+        return states
+
+    def _flats(self) -> Iterator[_Flat]:
+        optimizer = self._optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            for tensor, weights in zip(
+                optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
+            ):
+                yield _Flat(tensor, self._ranges_of_stage_3(weights))
+        elif isinstance(optimizer, BF16_Optimizer):
+            for tensor, weights in zip(
+                optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True
+            ):
+                yield _Flat(tensor, _ranges_of_mapping(weights))
+        else:
+            for tensor, weights in zip(
+                optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
+            ):
+                yield _Flat(tensor, _ranges_of_mapping(weights))
+
+    def _ranges_of_stage_3(self, weights: Sequence[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
+        """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""
+        ranges, start = [], 0
+        for weight in weights:
+            first, length = _own_range(weight, self._rank)
+            if length:
+                ranges.append((weight, start, first, length))
+            start += weight.partition_numel()
+        return ranges
+
+
+def frozen_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
+    """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
+    for name, weight in weights.items():
+        first, length = _own_range(weight, rank)
+        if length:
+            part = weight.ds_tensor.detach().view(-1)[:length]
+            yield Slice(name, _whole_shape(weight), first, {WEIGHT: part})
+
+
+def _own_range(weight: Any, rank: int) -> tuple[int, int]:
+    """Return first element and length of this rank's slice of a weight that ZeRO-3 shards."""
+    size = weight.partition_numel()
+    first = min(rank * size, weight.ds_numel)
+    return first, min(size, weight.ds_numel - first)
+
+
+def _ranges_of_mapping(weights: Sequence[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
+    """Stages 1 and 2 cut all weights together, laid end to end, into one slice for each rank."""
+    ranges = []
+    for weight in weights:
+        if weight._hp_mapping is not None:  # None: no element of it is in this rank's slice
+            master, own = weight._hp_mapping.hp_fragment_address, weight._hp_mapping.lp_fragment_address
+            ranges.append((weight, master.start, own.start, own.numel))
+    return ranges
+
+
+def _whole_shape(weight: Any) -> tuple[int, ...]:
+    return tuple(getattr(weight, "ds_shape", weight.shape))
