@@ -96,9 +96,11 @@ class SavedSlices:
         """
         found = cls(folder, {}, [], 0, {})
         with _reading_errors(folder):
-            files = [file for file in sorted(read_manifest(folder)) if file.startswith(f"{name}/")]
+            files = [
+                file for file in sorted(read_manifest(folder)) if Path(file).match(f"{name}/*.safetensors")
+            ]
             if not files:
-                raise ValueError(f"it has no {name}/ that this version can read")
+                raise ValueError(f"it has no {name}/*.safetensors: another version of the program wrote it")
             parts: dict[str, None] = {}
             steps = [found._add(file, parts) for file in files]
             found._check_complete()

@@ -212,7 +212,7 @@ def save_continue_and_restore(
     again = trainer.steps(3)
     same.append(all(map(torch.equal, end, trainer.shards())))
     moved = not all(map(torch.equal, saved, end))
-    files = sorted(file.name for file in found.folder.glob("reference_*"))
+    files = sorted(file.name for file in found.folder.glob("reference/*"))
     return {"same": same, "moved": moved, "continued": continued == again, "files": files}
 
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_restores_the_reference(
             "same": [True, True],
             "moved": True,
             "continued": True,
-            "files": ["reference_0.safetensors", "reference_1.safetensors"],
+            "files": ["rank-00000-00000.safetensors", "rank-00001-00000.safetensors"],
         }
 
 
