@@ -13,7 +13,7 @@ from dpo_dist.plurals import counted
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
-from dpo_dist.report.safe_stream import print_line
+from dpo_dist.report.terminal.safe_stream import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

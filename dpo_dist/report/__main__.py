@@ -10,7 +10,7 @@ from dpo_dist.config.run_folder import existing_run
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.report.run_page.difference import write_difference
 from dpo_dist.report.run_page.page import write_page
-from dpo_dist.report.safe_stream import print_line
+from dpo_dist.report.terminal.safe_stream import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
