@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, size
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
@@ -70,7 +70,7 @@ def _info(given: argparse.Namespace) -> int:
             )
     total = sum(info.entries for info in found), sum(info.bytes for info in found)
     print_line(
-        f"{counted(len(found), 'fingerprint')}, {counted(total[0], 'entry', 'entries')}, {_size(total[1])}"
+        f"{counted(len(found), 'fingerprint')}, {counted(total[0], 'entry', 'entries')}, {size(total[1])}"
     )
     return ExitCode.completed
 
@@ -108,9 +108,9 @@ def _gc(given: argparse.Namespace) -> int:
         print_line(f"drop: {_line(info)}")
     for path in garbage.leftovers:
         print_line(f"remove: {path}")
-    size = _size(sum(info.bytes for info in garbage.fingerprints))
+    freed = size(sum(info.bytes for info in garbage.fingerprints))
     fingerprints = counted(len(garbage.fingerprints), "fingerprint")
-    found = f"{fingerprints} ({size}) and {counted(len(garbage.leftovers), 'temporary file')}"
+    found = f"{fingerprints} ({freed}) and {counted(len(garbage.leftovers), 'temporary file')}"
     if given.yes:
         remove(garbage)
         print_line(f"{found} removed")
@@ -126,18 +126,10 @@ def _line(info: FingerprintInfo) -> str:
     damaged = f", {info.damaged} damaged" if info.damaged else ""
     return (
         f"{info.label}   reference {reference}   fingerprint {info.name}   "
-        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {_size(info.bytes)}, "
+        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {size(info.bytes)}, "
         f"{counted(info.shards, 'shard')}{damaged}, "
         f"used {info.last_used:%Y-%m-%d %H:%M}"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 if __name__ == "__main__":
