@@ -46,7 +46,10 @@ _ENGLISH = (
     r"\bagainst my (?:guidelines|programming|principles|policy|policies|values)\b",
     r"\b(?:not|isn\W?t) something (?:that )?I(?: can|\W?m able to| am able to| will)\b",
 )
-_CANNOT_ZH = "(?:\u4e0d\u80fd|\u4e0d\u4f1a|\u4e0d\u4fbf|\u4e0d\u53ef\u4ee5|\u65e0\u6cd5|\u62d2\u7edd|\u6ca1\u6709?\u529e\u6cd5)"
+_CANNOT_ZH = (
+    "(?:\u4e0d\u80fd|\u4e0d\u4f1a|\u4e0d\u4fbf|\u4e0d\u53ef\u4ee5|"
+    "\u65e0\u6cd5|\u62d2\u7edd|\u6ca1\u6709?\u529e\u6cd5)"
+)
 _CHINESE = (
     # An apology, not "sorry to hear", with a clause of inability.
     f"(?:\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u4e0d\u597d\u610f\u601d|\u9057\u61be)(?!\u542c\u5230|\u5f97\u77e5)[^\u3002\uff01\uff1f\n]{{0,20}}?{_CANNOT_ZH}",
