@@ -17,8 +17,8 @@ import pytest
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.report.console import Console
 from dpo_dist.report.progress import TrainingStatus, Work, fitting
-from dpo_dist.report.safe_stream import SafeStream
 from dpo_dist.report.screens import JsonScreen, LineScreen, LiveScreen, Screen, Terminal, open_screen
+from dpo_dist.safe_stream import SafeStream
 
 VALUES = {
     "loss": 0.51234,
