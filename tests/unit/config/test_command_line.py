@@ -242,7 +242,7 @@ def test_a_pipe_that_is_not_the_output_is_a_bug(
 def test_a_configuration_that_cannot_be_printed_is_an_error(
     verb: Verb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open("/dev/full", "w", encoding="utf-8") as full:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         ended = verb("--cfg", "job", *RUN)
     assert ended.code == 2
