@@ -16,8 +16,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DpoDistError
 from dpo_dist.number_text import duration
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, describe_evaluation
-from dpo_dist.report.terminal.safe_stream import SafeStream
 from dpo_dist.report.terminal.screens import LineScreen, Screen, open_screen
+from dpo_dist.safe_stream import SafeStream
 
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0

@@ -18,7 +18,7 @@ from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.report.inert import printable
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.terminal.progress import GAP, Part, TrainingStatus, Work, fitting
-from dpo_dist.report.terminal.safe_stream import SafeStream
+from dpo_dist.safe_stream import SafeStream
 
 _REFRESH_SECONDS = 0.5
 _FIRST_LINE_SECONDS = 5.0

@@ -17,8 +17,8 @@ import pytest
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, fitting
-from dpo_dist.report.terminal.safe_stream import SafeStream
 from dpo_dist.report.terminal.screens import JsonScreen, LineScreen, LiveScreen, Screen, Terminal, open_screen
+from dpo_dist.safe_stream import SafeStream
 
 VALUES = {
     "loss": 0.51234,
