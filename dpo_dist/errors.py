@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     """The configuration, the data, a file or a device cannot be used."""
     diverged = 3
     preempted = 75
-    """Stopped with a checkpoint: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+    """Stopped by a signal or limit, after saving: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
     interrupted = 130
     """Stopped by SIGINT (Ctrl-C), as shells number it."""
 
@@ -138,6 +138,13 @@ class DivergedError(DpoDistError):
 
     exit_code: int = ExitCode.diverged
     title = "diverged"
+
+
+class StoppedError(DpoDistError):
+    """The run was asked to stop where it has no steps to save."""
+
+    exit_code: int = ExitCode.preempted
+    title = "stopped"
 
 
 class DeviceMemoryError(DpoDistError):

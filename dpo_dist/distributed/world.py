@@ -24,7 +24,7 @@ from dpo_dist.distributed.peers import (
     report_error,
     timeout_error,
 )
-from dpo_dist.distributed.signals import raise_terminated
+from dpo_dist.distributed.signals import ForcedStop, raise_terminated
 from dpo_dist.errors import DpoDistError, ExitCode, disk_error, first_line
 
 T = TypeVar("T")
@@ -167,6 +167,14 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    def agree(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank, without use of the device."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor(float(flag))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(tensor.item())
+
     @contextlib.contextmanager
     def watch(self, show: Callable[[str], None] = print) -> Iterator[None]:
         """End all processes if one of them ends inside the block; exactly one prints the error.
@@ -181,7 +189,9 @@ class World:
         neighbours = Neighbours(self.peers, self.rank)  # first: a process may die while this one connects
         record = FailureRecord(self.size)
         monitor = Monitor(neighbours, self.rank, record, show)
-        previous = signal.signal(signal.SIGTERM, raise_terminated)
+        previous = signal.getsignal(signal.SIGTERM)
+        if previous is signal.SIG_DFL:  # a verb may have its own handler
+            signal.signal(signal.SIGTERM, raise_terminated)
         if self.size > 1:
             monitor.start()
         try:
@@ -193,6 +203,9 @@ class World:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             monitor.stop()
+            if isinstance(failure, ForcedStop):
+                record.report(128 + signal.SIGTERM)
+                raise
             error = _user_error(failure)
             if error is not None:
                 report_error(error, self.rank, record)

@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -44,13 +45,17 @@ _STEPS_AHEAD = 2
 
 @dataclass
 class Position:
-    """The progress of a run; part of every checkpoint."""
+    """The progress of a run; part of every checkpoint.
+
+    `owes_evaluation`: the run was stopped before the evaluation of its last step was complete.
+    """
 
     step: int = 0
     pairs_seen: int = 0
     train_seconds: float = 0.0
     running: RunningMeans = field(default_factory=RunningMeans)
     window: LogWindow = field(default_factory=LogWindow)
+    owes_evaluation: bool = False
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
@@ -61,7 +66,12 @@ class Position:
             train_seconds=state["train_seconds"],
             running=RunningMeans(**state["running"]),
             window=LogWindow.of(state["window"]),
+            owes_evaluation=state.get("owes_evaluation", False),
         )
+
+
+class _GivenWay(Exception):  # noqa: N818  (no error)
+    """An evaluation was ended because the run must stop."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +114,56 @@ class Loop:
         trainer, steps = self.config.trainer, self.inputs.sampler.steps
         eval_set = self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
-            self._record_evaluation(eval_set, position)
+            position.owes_evaluation = True
+        must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
         with (
+            self.stop.deferred(),
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            while position.step < steps:
+            self._evaluate(position)
+            while position.step < steps and not must_stop and not position.owes_evaluation:
                 must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
                     self._record_window(position)
                 if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
-                    self._record_evaluation(eval_set, position)
-                if done == steps or must_stop or _is_due(done, trainer.save_every):
+                    position.owes_evaluation = True
+                    self._evaluate(position)
+                if must_stop or position.owes_evaluation:
+                    self._say_why(position)
+                if (
+                    done == steps
+                    or must_stop
+                    or position.owes_evaluation
+                    or _is_due(done, trainer.save_every)
+                ):
                     self._save(position)
-                if must_stop and done < steps:
-                    break
         self.checkpoints.commit()
-        return position.step == steps
+        return position.step == steps and not position.owes_evaluation
+
+    def _evaluate(self, position: Position) -> None:
+        """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
+        if not position.owes_evaluation:
+            return
+        assert self.inputs.eval_set is not None
+        with contextlib.suppress(_GivenWay):
+            self._record_evaluation(self.inputs.eval_set, position)
+            position.owes_evaluation = False
+
+    def _give_way(self) -> None:
+        """End an evaluation if a rank cannot wait for it; collective.
+
+        Raises:
+            _GivenWay: on all ranks.
+        """
+        if self.world.agree(self.stop.is_urgent):
+            raise _GivenWay
+
+    def _say_why(self, position: Position) -> None:
+        reasons = ", ".join(sorted({reason for reason in self.world.gather(self.stop.reason) if reason}))
+        self.console.say(f"stopping after step {position.step}, with a checkpoint: {reasons}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Yield every step from `first` on; runs in the prefetch thread."""
@@ -144,7 +185,7 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stop.vote(world.is_main), self.checkpoints.is_ready]
+        votes = [self.stop.vote(), self.checkpoints.is_ready]
         totals = reduce_step(sums, votes, norm, world)
         stop_votes, commit_votes = totals.votes
         if commit_votes == world.size:
@@ -207,7 +248,9 @@ class Loop:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
-        evaluation = evaluate(self.policy, self.objective, rank_batch, self.world, position.running)
+        evaluation = evaluate(
+            self.policy, self.objective, rank_batch, self.world, position.running, self._give_way
+        )
         metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
         seconds = time.monotonic() - started
         trainer, is_last = self.config.trainer, position.step == self.inputs.sampler.steps
@@ -220,7 +263,7 @@ class Loop:
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
-            measured |= samples.at(position.step)
+            measured |= samples.at(position.step, self._give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
 

@@ -48,7 +48,7 @@ def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; return the exit code."""
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     folder = RunFolder.of(config)
-    with open_world(config, console) as world, locked(folder, world, console):
+    with stop.listening(), open_world(config, console) as world, locked(folder, world, console):
         console.say(f"run directory: {folder}")
         start = find_start(config, folder, world)
         if start.finished is not None:
@@ -231,6 +231,11 @@ def _open_recorder(
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
     trackers = open_trackers(
-        config, folder, stop.ask, rows=metrics.rows, environment=environment, say=console.say
+        config,
+        folder,
+        partial(stop.ask, "the tracker"),
+        rows=metrics.rows,
+        environment=environment,
+        say=console.say,
     )
     return Recorder(metrics, trackers, console.say)

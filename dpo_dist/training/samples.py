@@ -1,7 +1,7 @@
 """Responses of the policy to held-out prompts at evaluations, beside those of the reference."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,8 +60,12 @@ class SamplePrompts:
     folder: RunFolder
     console: Console
 
-    def responses(self, model: Generator, *, of_base: bool = False) -> list[Row] | None:
+    def responses(
+        self, model: Generator, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
+    ) -> list[Row] | None:
         """Return the `text`, `tokens` and `finished` of a response to each prompt; collective.
+
+        `give_way` is called before each batch, and may raise.
 
         None, with a warning, if the model's logits are not finite.
         """
@@ -69,7 +73,14 @@ class SamplePrompts:
         budget = self.config.batch_tokens
         try:
             found = generate_together(
-                model, requests, self.sampling, self.stop_ids, budget, self.world, of_base=of_base
+                model,
+                requests,
+                self.sampling,
+                self.stop_ids,
+                budget,
+                self.world,
+                of_base=of_base,
+                give_way=give_way,
             )
         except NotFiniteError:
             self.console.say("warning: no samples: the model's logits are not finite")
@@ -134,8 +145,10 @@ class Samples:
         """Return whether the evaluation after `step` has samples; not collective."""
         return is_last or eval_every == 0 or step // eval_every % self.held_out.config.every == 0
 
-    def at(self, step: int) -> dict[str, float]:
+    def at(self, step: int, give_way: Callable[[], None]) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
+
+        `give_way` is called before each batch of prompts, and may raise.
 
         They are without metrics and a file if the model's logits are not finite.
 
@@ -144,7 +157,7 @@ class Samples:
         """
         held_out = self.held_out
         is_reference = step == 0 and self.starts_as_reference and self.reference is not None
-        responses = self.reference if is_reference else held_out.responses(self.policy)
+        responses = self.reference if is_reference else held_out.responses(self.policy, give_way=give_way)
         if responses is None:
             return {}
         file, text = held_out.folder.samples_file(step), lines(self._rows(step, responses))

@@ -10,7 +10,7 @@ after the last micro-batch
   -> metrics                 one all-reduce of sums and counts
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,18 +115,25 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: ScoredModel, objective: Objective, rank_batch: RankBatch, world: World, running: RunningMeans
+    model: ScoredModel,
+    objective: Objective,
+    rank_batch: RankBatch,
+    world: World,
+    running: RunningMeans,
+    give_way: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Return metrics and pair values of a dataset, which is one global batch; collective.
 
     Args:
         model: not in training mode.
+        give_way: called before each micro-batch, of which all ranks have the same number; may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums, scored = objective.no_sums(rank_batch, world.device, is_evaluation=True), []
     values: list[Tensor] = []
     with objective.prefetched(rank_batch, world.device) as batches:
         for host_batch in batches:
+            give_way()
             batch = host_batch.to(world.device)
             reference = objective.reference.token_logps(batch)
             pairs = objective.score(model, batch, reference, facts, is_evaluation=True)

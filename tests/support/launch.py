@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.command_line import EXIT_CODES
 from dpo_dist.report.metrics_log import PHASES
 from tests.support.warm import launcher_variables, run_warm
 
@@ -89,10 +90,31 @@ def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Fi
 
 def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Finished:
     """Start two processes, kill -9 one of them as soon as `when()` is true, and wait for the end."""
+    return signal_run(overrides, signal.SIGKILL, [rank], when)
+
+
+def signal_run(
+    overrides: list[str],
+    number: signal.Signals,
+    ranks: list[int],
+    when: Callable[[], bool],
+    processes: int = 2,
+    codes: Path | None = None,
+) -> Finished:
+    """Start a training, send a signal as soon as `when()` is true, and wait for the end.
+
+    Args:
+        overrides: of the command line.
+        number: of the signal.
+        ranks: that get it; none: the launcher.
+        when: called often.
+        processes: of the training.
+        codes: file to which the processes add their exit codes.
+    """
     with subprocess.Popen(
-        command("train", overrides, 2),
+        command("train", overrides, processes),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), **({} if codes is None else {EXIT_CODES: str(codes)})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,7 +124,8 @@ def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> 
             assert launcher.poll() is None, launcher.stdout.read() if launcher.stdout else ""
             assert time.monotonic() < deadline, "the run did not get to where it was to be killed"
             time.sleep(0.02)
-        os.kill(_process_of_rank(launcher.pid, rank), signal.SIGKILL)
+        for process in [_process_of_rank(launcher.pid, rank) for rank in ranks] or [launcher.pid]:
+            os.kill(process, number)
         output, _ = launcher.communicate(timeout=60)
     return Finished(launcher.returncode, output)
 

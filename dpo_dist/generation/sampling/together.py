@@ -1,6 +1,6 @@
 """Generate responses of the policy on all ranks together, whatever its sharding."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ def generate_together(
     world: World,
     *,
     of_base: bool = False,
+    give_way: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Return the model's sample for each request, in their order, on all ranks; collective.
 
@@ -51,17 +52,20 @@ def generate_together(
         budget: most tokens of a batch.
         world: the processes.
         of_base: generate without the adapter.
+        give_way: called before each batch, as often on all ranks; may raise.
 
     Raises:
         NotFiniteError: the model's logits are not finite; on all ranks.
     """
     shares = [_batches(requests, rank, world.size, sampling, budget) for rank in range(world.size)]
     own, synchronised = shares[world.rank], model.is_synchronised
-    rounds = max(map(len, shares)) if synchronised else len(own)
     samples: dict[int, Sample] = {}
     broken: Request | None = None
     with model.generating(of_base=of_base) as causal_lm:
-        for number in range(rounds):
+        for number in range(max(map(len, shares))):
+            give_way()
+            if number >= len(own) and not synchronised:
+                continue
             indices = own[number] if number < len(own) else []
             chosen, settings = [requests[index] for index in indices], sampling
             if not chosen:  # a rank without work takes part in the forwards of the others

@@ -8,6 +8,7 @@ from typing import Any
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import WandbMode
+from dpo_dist.errors import RunOutcome, StoppedError
 from dpo_dist.report.trackers.background import InBackground, RowTracker
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.other_trackers import start_of
@@ -46,10 +47,11 @@ class Trackers:
         """If the block ends in error or is interrupted, close all in a few seconds, with all rows so far."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            outcome = RunOutcome.preempted if isinstance(error, StoppedError) else "failed"
             for tracker in self.open:
                 tracker.hurry()
-                tracker.finish("failed", {}, _ERROR_SECONDS)
+                tracker.finish(outcome, {}, _ERROR_SECONDS)
             raise
 
 
