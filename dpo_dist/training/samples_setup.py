@@ -66,9 +66,9 @@ def prepare_samples(
 ) -> PreparedSamples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
-    Files of later steps, of a start that was killed, are removed in either case. The reference responds once, to a file in the run directory from which a resumed run reads it. If the
-    policy cannot give its responses, the reference is loaded for them and freed again: call this before a
-    model is loaded.
+    Files of later steps, of a start that was killed, are removed in either case. The reference responds once,
+    to a file in the run directory from which a resumed run reads it. If the policy cannot give its responses,
+    the reference is loaded for them and freed again: call this before a model is loaded.
 
     Raises:
         CheckpointError: the reference's responses cannot be written.
