@@ -18,9 +18,9 @@ from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.plurals import counted
+from dpo_dist.report.charts.smoothing import evenly
 from dpo_dist.report.markdown import code, inert, table
-from dpo_dist.report.smoothing import evenly
-from dpo_dist.report.tracked_values import without_secrets
+from dpo_dist.report.trackers.tracked_values import without_secrets
 
 Row = Mapping[str, Any]
 

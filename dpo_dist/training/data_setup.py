@@ -26,7 +26,7 @@ from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.plurals import counted
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.report.console import Console, Count
+from dpo_dist.report.terminal.console import Console, Count
 
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 

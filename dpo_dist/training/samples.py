@@ -17,7 +17,7 @@ from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampl
 from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.sampling.together import Generator, generate_together
 from dpo_dist.generation.text_facts import sample_metrics, text_facts
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.run_start import write_on_main
 
 Row = dict[str, Any]

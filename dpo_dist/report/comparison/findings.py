@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from dpo_dist.report.chart_axes import number
+from dpo_dist.report.charts.axes import number
 from dpo_dist.report.comparison.results import Estimate, Model, Results
 
 LONGER = 1.5

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.plurals import counted
-from dpo_dist.report.chart_axes import number
+from dpo_dist.report.charts.axes import number
 from dpo_dist.report.comparison.results import Model, Results, finite
 from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html

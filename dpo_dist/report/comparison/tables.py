@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dpo_dist.report.chart_axes import number
+from dpo_dist.report.charts.axes import number
 from dpo_dist.report.comparison.findings import rate_text
 from dpo_dist.report.comparison.results import SHARES, Estimate, Model, Results
 from dpo_dist.report.inert import inert_html

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from dpo_dist.diagnostics.findings import Distribution, LeakTest, SideReport, SourceReport
-from dpo_dist.report.charts import histogram, number, share_bar
+from dpo_dist.report.charts.bars import histogram, number, share_bar
 from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.report.tracked_values import without_secrets
+from dpo_dist.report.trackers.tracked_values import without_secrets
 
 _MAX_ROWS = 12
 _SHOWN_EXAMPLES = 5

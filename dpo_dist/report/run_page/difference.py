@@ -7,8 +7,8 @@ from dpo_dist import atomic
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import ConfigError
-from dpo_dist.report.chart_script import SCRIPT, STYLE
-from dpo_dist.report.curves import comparison_charts
+from dpo_dist.report.charts.curves import comparison_charts
+from dpo_dist.report.charts.script import SCRIPT, STYLE
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.blocks import flat, folded, made, note, section, table

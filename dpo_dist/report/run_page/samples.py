@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.plurals import counted
+from dpo_dist.report.charts.smoothing import evenly
 from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows, text_of
@@ -25,7 +26,6 @@ from dpo_dist.report.side_by_side import (
     prompt_title,
     side_by_side,
 )
-from dpo_dist.report.smoothing import evenly
 from dpo_dist.report.word_diff import difference
 
 Row = Mapping[str, Any]
