@@ -11,15 +11,15 @@ _PROBE_BYTES = 2**16
 
 
 class FileGrowth:
-    """Whether a file grows after rows are sent.
+    """Whether wandb's file of a run grows after rows are sent.
 
     Args:
-        file: wandb's file of the run.
+        folder: of the file.
         seconds: in which a row that was sent has to be in the file.
     """
 
-    def __init__(self, file: Path, seconds: float = _SECONDS):
-        self._file, self._seconds = file, seconds
+    def __init__(self, folder: Path, seconds: float = _SECONDS):
+        self._folder, self._seconds = folder, seconds
         self._size = self._bytes()
         self._sent_at: float | None = None
         self._is_reported = False
@@ -39,19 +39,22 @@ class FileGrowth:
         if self._is_reported or waited is None or (waited < self._seconds and not is_closed):
             return None
         before, self._size, self._sent_at = self._size, self._bytes(), None
-        if self._size > before:
+        is_grown = self._size > before
+        # A file that is closed may have grown before the disk was full.
+        why = _error_of_writing(self._folder) if is_closed or not is_grown else None
+        if is_grown and why is None:
             return None
         self._is_reported = True
-        return f"wandb does not write to {self._file.parent}: {_why(self._file.parent)}"
+        return f"wandb does not write to {self._folder}: {why or 'its file does not grow'}"
 
     def _bytes(self) -> int:
         with contextlib.suppress(OSError):
-            return self._file.stat().st_size
+            return sum(file.stat().st_size for file in self._folder.glob("run-*.wandb"))
         return 0
 
 
-def _why(folder: Path) -> str:
-    """Return the error of writing to a folder."""
+def _error_of_writing(folder: Path) -> str | None:
+    """Return the error of writing a small file to a folder; None if there is none."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_PROBE_BYTES))
@@ -59,4 +62,4 @@ def _why(folder: Path) -> str:
             os.fsync(file.fileno())
     except OSError as error:
         return error.strerror or str(error)
-    return "its file does not grow"
+    return None

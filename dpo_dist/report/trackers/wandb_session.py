@@ -143,7 +143,7 @@ def start_run(
     for name, best in BEST.items():
         run.define_metric(name, step_metric=STEP_AXIS, summary=f"{best},last")
     _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
-    growth = FileGrowth(Path(run.settings.sync_file))
+    growth = FileGrowth(Path(run.sync_dir))
     if last is not None:
         return Session(run, order_of_sent(last), last["_step"] + 1, growth)
     return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0, growth)
@@ -220,11 +220,13 @@ def close(
     try:
         run.finish(exit_code=ExitCode[outcome])
     except TimeoutError:
-        warn(f"wandb has not uploaded everything; later: {_upload(run.settings.sync_dir)}")
+        warn(f"wandb has not uploaded everything; later: {_upload(run.sync_dir)}")
 
 
-def tear_down(*, is_dead: bool = False) -> None:
+def tear_down(*, is_dead: bool = False) -> bool:
     """End wandb's service, so that it releases the run id and prints nothing when the program ends.
+
+    Returns whether it has ended, so that its files are complete.
 
     Args:
         is_dead: the service has ended already; else a service that also has a run of the caller is kept.
@@ -235,6 +237,8 @@ def tear_down(*, is_dead: bool = False) -> None:
 
         if is_dead or wandb.run is None:
             wandb.teardown()
+            return True
+    return False
 
 
 def kill_service() -> None:

@@ -101,12 +101,11 @@ class Tracker:
             warn = functools.partial(_warn, say=self._say)
             session.growth.note_sent()
             close(session.run, outcome, summary, self._notes, warn, log_files)
-            self._warn_of(session.growth.fault(is_closed=True))
 
         self._act(end)
-        if self._session is not None:
-            self._session = None
-            tear_down()
+        session, self._session = self._session, None
+        if session is not None and tear_down():
+            self._warn_of(session.growth.fault(is_closed=True))
 
     def _send(self, session: Session) -> None:
         with staged_in(self._media.staging):
