@@ -46,7 +46,7 @@ def rendered(width: int, encoding: str = "utf-8") -> str:
 def test_a_wide_line_shows_everything() -> None:
     line = rendered(140)
     assert line.startswith(
-        "step 120/1,000  loss 0.5123  accuracy 0.78  margin 0.412  1,234.5 pairs/s  MFU 41%  61.2 GiB"
+        "step 120/1,000  loss 0.5123  accuracy 0.78  margin 0.412  1,234.5 pairs/s  MFU 41 %  61.2 GiB"
         "  2 h 00 min left  "
     )
     assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in line
@@ -206,7 +206,7 @@ def test_the_live_line_on_a_terminal() -> None:
     screen.training(STATUS)
     shown = terminal.shown()
     assert shown.startswith("\r\x1b[2K")
-    assert "MFU 41%" in shown
+    assert "MFU 41 %" in shown
     assert "\n" not in shown
     screen.message("a message")
     shown = terminal.shown()
