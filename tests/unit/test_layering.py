@@ -158,7 +158,7 @@ def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
     """Torch takes seconds to import: a wrong path is an error at once."""
     seen, to_read = set(), [f"dpo_dist.{verb}"]
     while to_read:
-        file = PACKAGE.parent / Path(*to_read.pop().split(".")).with_suffix(".py")
+        file = PACKAGE.parent / f"{to_read.pop().replace('.', '/')}.py"
         if file.is_file() and file not in seen:
             seen.add(file)
             names = list(imported_at_once(file.read_text(), file))
