@@ -89,7 +89,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     from benchmarks.ablation import ABLATIONS, removed
     from dpo_dist.config.load import load_run_config
     from dpo_dist.config.run_folder import RunFolder
-    from dpo_dist.report.console import open_console
+    from dpo_dist.report.terminal.console import open_console
 
     folder = Path(run.folder)
     ablation = ABLATIONS[run.variant]

@@ -11,7 +11,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import open_console, print_text, warnings_off
+from dpo_dist.report.terminal.console import open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -23,8 +23,8 @@ def main(config: RunConfig) -> int:
     models, folder = check_comparison(config), RunFolder.of(config)
     with open_console(folder, config.console) as console:
         from dpo_dist.comparison.compare_models import compare_models  # noqa: PLC0415  (slow, prints)
-        from dpo_dist.report.comparison_page import write_comparison_page  # noqa: PLC0415
-        from dpo_dist.report.comparison_table import comparison_table  # noqa: PLC0415
+        from dpo_dist.report.comparison.page import write_comparison_page  # noqa: PLC0415
+        from dpo_dist.report.terminal.comparison_table import comparison_table  # noqa: PLC0415
 
         results = compare_models(config, models, console)
         if results is not None:

@@ -43,13 +43,13 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.
     from dpo_dist.diagnostics.diagnosis import diagnose  # noqa: PLC0415
-    from dpo_dist.report.console import console_on  # noqa: PLC0415
     from dpo_dist.report.doctor.page import (  # noqa: PLC0415
         check_writable,
         write_doctor_page,
         write_doctor_report,
     )
     from dpo_dist.report.doctor.terminal import print_diagnosis  # noqa: PLC0415
+    from dpo_dist.report.terminal.console import console_on  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder)

@@ -8,7 +8,7 @@ stored.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import print_text, warnings_off
+from dpo_dist.report.terminal.console import print_text, warnings_off
 from dpo_dist.training.evaluated import find_evaluated
 from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
 

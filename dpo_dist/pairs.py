@@ -14,7 +14,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.generation.rounds.run_rounds import run_rounds
 from dpo_dist.generation.startup import check_pairs, needs_this_process
-from dpo_dist.report.console import console_on, open_console, print_text, warnings_off
+from dpo_dist.report.terminal.console import console_on, open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:

@@ -9,15 +9,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, size
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
-from dpo_dist.report.safe_stream import print_line
+from dpo_dist.safe_stream import open_closed_streams, print_line, print_result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    open_closed_streams()
     given = _parser().parse_args(arguments)
     try:
         return int(given.run(given))
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             got=str(error),
             remedy="check the path, its permissions and the free space",
         )
-    sys.stderr.write(fault.block() + "\n")
+    print_line(fault.block(), sys.stderr)
     return fault.exit_code
 
 
@@ -60,18 +61,19 @@ def _parser() -> argparse.ArgumentParser:
 def _info(given: argparse.Namespace) -> int:
     found = take_inventory(given.folder)
     if given.json:
-        print_line(json.dumps([info.as_dict() for info in found], indent=1))
+        print_result(json.dumps([info.as_dict() for info in found], indent=1) + "\n")
         return ExitCode.completed
+    lines = []
     for info in found:
-        print_line(_line(info))
+        lines.append(_line(info))
         if info.fingerprint is not None:
-            print_line(
-                "    " + ", ".join(f"{name} {value}" for name, value in info.fingerprint.profile.items())
-            )
-    total = sum(info.entries for info in found), sum(info.bytes for info in found)
-    print_line(
-        f"{counted(len(found), 'fingerprint')}, {counted(total[0], 'entry', 'entries')}, {_size(total[1])}"
+            profile = info.fingerprint.profile.items()
+            lines.append("    " + ", ".join(f"{name} {value}" for name, value in profile))
+    entries, stored = sum(info.entries for info in found), sum(info.bytes for info in found)
+    lines.append(
+        f"{counted(len(found), 'fingerprint')}, {counted(entries, 'entry', 'entries')}, {size(stored)}"
     )
+    print_result("\n".join(lines) + "\n")
     return ExitCode.completed
 
 
@@ -108,9 +110,9 @@ def _gc(given: argparse.Namespace) -> int:
         print_line(f"drop: {_line(info)}")
     for path in garbage.leftovers:
         print_line(f"remove: {path}")
-    size = _size(sum(info.bytes for info in garbage.fingerprints))
+    freed = size(sum(info.bytes for info in garbage.fingerprints))
     fingerprints = counted(len(garbage.fingerprints), "fingerprint")
-    found = f"{fingerprints} ({size}) and {counted(len(garbage.leftovers), 'temporary file')}"
+    found = f"{fingerprints} ({freed}) and {counted(len(garbage.leftovers), 'temporary file')}"
     if given.yes:
         remove(garbage)
         print_line(f"{found} removed")
@@ -126,18 +128,10 @@ def _line(info: FingerprintInfo) -> str:
     damaged = f", {info.damaged} damaged" if info.damaged else ""
     return (
         f"{info.label}   reference {reference}   fingerprint {info.name}   "
-        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {_size(info.bytes)}, "
+        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {size(info.bytes)}, "
         f"{counted(info.shards, 'shard')}{damaged}, "
         f"used {info.last_used:%Y-%m-%d %H:%M}"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ codes: `dpo_dist.errors.ExitCode`.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
-from dpo_dist.report.console import print_text, warnings_off
+from dpo_dist.report.terminal.console import print_text, warnings_off
 from dpo_dist.training.startup import check_start, started, without_traces
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.report.dashboard import COMPARED, RESULTS, SECTIONS, Panel
-from dpo_dist.report.tracked_values import SAMPLES, STEP_AXIS
+from dpo_dist.report.trackers.tracked_values import SAMPLES, STEP_AXIS
+from dpo_dist.report.trackers.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Run a verb with the configuration of its command line; Hydra only composes."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.safe_stream import open_closed_streams, print_result
 
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
 """Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
@@ -56,13 +58,13 @@ def run_verb(
         of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
             may lack training data.
     """
+    open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
     try:
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
         completed = with_former_run if of_run else contextlib.nullcontext
         exit_code = _run(main, check, resolved, completed, errors)
-        sys.stdout.flush()
     except DpoDistError as error:
         _print(error, errors)
         exit_code = error.exit_code
@@ -70,8 +72,6 @@ def run_verb(
         exit_code = ExitCode.interrupted
         if _rank() == 0:
             errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
-    except BrokenPipeError:  # the reader has closed the pipe: --help | head
-        os._exit(ExitCode.completed)
     except Exception as bug:  # any exception: the process must not hang at exit
         error_of_disk = disk_error(bug)
         exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
@@ -137,7 +137,7 @@ def _run(
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments)) is not None:
         if _rank() == 0:
-            sys.stdout.write(text)
+            print_result(text)
         return ExitCode.completed
     if "--info" in arguments.options:
         _ask_hydra(arguments)
@@ -179,11 +179,10 @@ def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., Ru
         text = to_yaml(config)
     except DpoDistError:
         if _rank() == 0:
-            sys.stdout.write(OmegaConf.to_yaml(composed))
-            sys.stdout.flush()
+            print_result(OmegaConf.to_yaml(composed))
         raise
     if _rank() == 0:
-        sys.stdout.write(_part(text, arguments.options.get("--package")))
+        print_result(_part(text, arguments.options.get("--package")))
     return ExitCode.completed
 
 
@@ -203,8 +202,16 @@ def _ask_hydra(arguments: Arguments) -> None:
     parse_overrides(arguments.overrides)
     options = [text for name, value in arguments.options.items() for text in (name, value) if text]
     sys.argv[1:] = [*arguments.overrides, *options]
-    if _rank() == 0:
-        hydra.main(version_base=HYDRA_VERSION, config_path=str(config_dir()), config_name="config")(print)()
+    if _rank() > 0:
+        return
+    answer = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(answer):
+            hydra.main(version_base=HYDRA_VERSION, config_path=str(config_dir()), config_name="config")(
+                print
+            )()
+    finally:
+        print_result(answer.getvalue())
 
 
 def _rank() -> int:

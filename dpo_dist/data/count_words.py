@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 _WORDS = {
     # Records that are dropped.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Counter = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
-"""From a title and a unit to a context with a progress function: `report.console.Console.counter`."""
+"""From a title and a unit to a context with a progress function: `Console.counter` of the report."""
 
 _SEVERITY = (Level.note, Level.warning, Level.error)
 # These rules already say that training would refuse the data.

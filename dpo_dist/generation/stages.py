@@ -15,7 +15,7 @@ from dpo_dist.generation.sampling.responder import KEY, ModelSource, find_model
 
 
 class Screen(Protocol):
-    """The part of `report.console.Console` that is used here; it prints on rank 0."""
+    """The part of `report.terminal.console.Console` that is used here; it prints on rank 0."""
 
     def say(self, text: str) -> None:
         """Print one line and log it."""

@@ -1,24 +1,13 @@
 """Facts of generated responses: length, end, repetition, language, refusal; their means as metrics."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from dpo_dist.generation.languages import language_of
+from dpo_dist.generation.refusals import is_refusal
+from dpo_dist.generation.words import WORD
 
-_REFUSAL = re.compile(
-    r"\bI(\W{0,2}m| am)( very| really| truly)? sorry\b"
-    r"|\bI (can ?not|can\W?t|won\W?t|will not|am unable|\W?m unable)\b"
-    r"|\bI\W{0,2}m not (able|comfortable|going) |\bI (do not|don\W?t) feel comfortable\b"
-    r"|\bunable to (help|assist|provide)\b"
-    "|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u65e0\u6cd5(\u63d0\u4f9b|\u56de\u7b54|\u6ee1\u8db3|\u534f\u52a9)",
-    re.IGNORECASE,
-)
-_REFUSAL_CHARACTERS = 200
-
-# A letter of a script without spaces (kana, Chinese) is a word of its own.
-_WORD = re.compile(r"[^\W_\u3040-\u30ff\u3400-\u9fff]+|[\u3040-\u30ff\u3400-\u9fff]|[^\w\s]|_")
 _GRAM = 3
 _LIST_ITEM = re.compile(r"^\s*([-*+\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
 _MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\]\n]+\]\(", re.MULTILINE)
@@ -38,7 +27,7 @@ class TextFacts:
         is_empty: whether it has no text.
         is_refusal: whether it starts like a refusal.
         language: ISO 639-1 code; None if it is not clear.
-        words: of letters or digits; a letter of a script without spaces is one.
+        words: with letters or digits; a letter of a script without spaces is one, with its marks.
         has_list: whether two of its lines are items of a list.
         has_markdown: whether it has a heading, bold text, code, a table or a link of Markdown.
     """
@@ -57,7 +46,7 @@ class TextFacts:
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     """Return the facts of a response."""
-    words = _WORD.findall(text.casefold())
+    words = WORD.findall(text.casefold())
     grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
     return TextFacts(
         tokens=tokens,
@@ -67,24 +56,43 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
         is_empty=not text.strip(),
         is_refusal=is_refusal(text),
         language=language_of(text),
-        words=sum(word[0].isalnum() for word in words),
+        words=sum(any(map(str.isalnum, word)) for word in words),
         has_list=len(_LIST_ITEM.findall(text)) > 1,
         has_markdown=_MARKDOWN.search(text) is not None,
     )
 
 
 def longest_repeat(words: Sequence[str]) -> int:
-    """Return the most consecutive words that occur at two places, which may overlap; 0 if none do."""
+    """Return the most consecutive words that occur at two places, which may overlap; 0 if none do.
+
+    Time grows with n log n: passages of 1, 2, 4, ... words get numbers, equal ones the same (Karp, Miller and
+    Rosenberg 1972, doi 10.1145/800152.804905).
+    """
+    numbers, length = _numbered(words), 1
+    if not _has_equal(numbers):
+        return 0
+    while _has_equal(doubled := _numbered(zip(numbers, numbers[length:], strict=False))):
+        numbers, length = doubled, 2 * length
     # A passage that occurs twice has shorter ones that do: bisect its length.
-    low, high = 0, max(len(words) - 1, 0)
+    low, high = length, 2 * length - 1
     while low < high:
-        length = (low + high + 1) // 2
-        passages = [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
-        if len(set(passages)) < len(passages):
-            low = length
+        middle = (low + high + 1) // 2
+        # Two numbered passages, which may overlap, are one of `middle` words.
+        if _has_equal(list(zip(numbers, numbers[middle - length :], strict=False))):
+            low = middle
         else:
-            high = length - 1
+            high = middle - 1
     return low
+
+
+def _numbered(passages: Iterable[Hashable]) -> list[int]:
+    """Return a number for each passage, the same for equal ones."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(passage, len(numbers)) for passage in passages]
+
+
+def _has_equal(passages: Sequence[Hashable]) -> bool:
+    return len(set(passages)) < len(passages)
 
 
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
@@ -113,9 +121,3 @@ def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
     return [float(value) for value in values if value is not None]
-
-
-@lru_cache(maxsize=8)  # a response is asked about twice
-def is_refusal(response: str) -> bool:
-    """Return whether a response starts like a refusal (English and Chinese phrases)."""
-    return _REFUSAL.search(response[:_REFUSAL_CHARACTERS]) is not None

@@ -10,11 +10,12 @@ from dpo_dist.config.existing_run import existing_run
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.report.run_page.difference import write_difference
 from dpo_dist.report.run_page.page import write_page
-from dpo_dist.report.safe_stream import print_line
+from dpo_dist.safe_stream import open_closed_streams, print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    open_closed_streams()
     given = _parser().parse_args(arguments)
     try:
         run = existing_run(given.run)
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print_line(f"report: {path}")
         return ExitCode.completed
-    sys.stderr.write(fault.block() + "\n")
+    print_line(fault.block(), sys.stderr)
     return fault.exit_code
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from dpo_dist.diagnostics.run_rules import RULES
 from dpo_dist.diagnostics.verdict import RunFinding, sample_alarms
 from dpo_dist.errors import DpoDistError, first_line
-from dpo_dist.report.histogram import Histogram
+from dpo_dist.report.charts.plots import draw_curves
 from dpo_dist.report.metrics_log import MetricsLog
-from dpo_dist.report.plots import draw_curves
 from dpo_dist.report.run_page.page import write_page
-from dpo_dist.report.trackers import Trackers
+from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.report.trackers.run_trackers import Trackers
 
 _SAMPLED = "eval_samples/prompts"
 

@@ -5,11 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import regex
-
-# A letter of a script without spaces is a word of its own, with its marks (\X is a grapheme).
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(rf"[[\w\p{{M}}]--[{_UNSPACED}]]+(?:['\u2019]\w+)*|(?!\s)\X", regex.VERSION1)
+from dpo_dist.generation.words import WORD
 
 Span = tuple[int, int]
 """First index and end of a passage, in characters or words."""
@@ -42,7 +38,7 @@ def difference(text: str, other: str) -> Difference:
         other: the text that it is compared with. Time and memory grow with the product of both numbers of
             words, divided by 64.
     """
-    found, others = list(_WORD.finditer(text)), _WORD.findall(other)
+    found, others = list(WORD.finditer(text)), WORD.findall(other)
     words = [each.group() for each in found]
     common = _without_chance(_common_runs(words, others), words, len(others))
     kept = sum(stop - start for start, stop in common)

@@ -15,8 +15,8 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError, ExitCode
 from dpo_dist.evaluation.results import ALL
 from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.report.console import Console
-from dpo_dist.report.evaluation_table import evaluation_table
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.terminal.evaluation_table import evaluation_table
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import EvaluationInputs, load_evaluation_inputs
 from dpo_dist.training.evaluated import Evaluated

@@ -21,13 +21,13 @@ from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, RunOutcome
-from dpo_dist.report.closing_table import closing_table
-from dpo_dist.report.console import Console
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.metrics_log import final_and_best
 from dpo_dist.report.model_card import model_card
 from dpo_dist.report.recorder import Recorder, spared
+from dpo_dist.report.terminal.closing_table import closing_table
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state

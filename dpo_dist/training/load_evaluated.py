@@ -18,7 +18,7 @@ from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.reference.vocabulary import check_same_vocabulary
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.batch_loss import ScoredModel
 from dpo_dist.training.data_setup import EvaluationInputs, shared_model_folder
 from dpo_dist.training.evaluated import KEY, Evaluated, Kind

@@ -25,9 +25,9 @@ from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.prefetch import prefetch
-from dpo_dist.report.console import Console
-from dpo_dist.report.histogram import Histogram
 from dpo_dist.report.recorder import Recorder, spared
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation

@@ -22,8 +22,8 @@ from dpo_dist.model.flops import count_flops
 from dpo_dist.model.folder import description_folder, is_adapter
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported
+from dpo_dist.number_text import counted
 from dpo_dist.objective.custom_loss import check_custom_loss
-from dpo_dist.plurals import counted
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.training.evaluate_model import with_stored_reference
 from dpo_dist.training.evaluated import Evaluated, Kind

@@ -6,8 +6,8 @@ import torch
 
 from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.report.console import Console
-from dpo_dist.report.progress import TrainingStatus
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.terminal.progress import TrainingStatus
 from dpo_dist.training.log_window import LogWindow, StepMeasures
 
 

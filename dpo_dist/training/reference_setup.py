@@ -12,7 +12,7 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.numerics import numerics_of
-from dpo_dist.plurals import counted, duration
+from dpo_dist.number_text import counted, duration
 from dpo_dist.reference.compatible import (
     OWN_NUMERICS,
     Reused,
@@ -35,7 +35,7 @@ from dpo_dist.reference.providers import (
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.reference.store import LogpStore
 from dpo_dist.reference.vocabulary import check_same_vocabulary
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import EvaluationInputs, Inputs
 from dpo_dist.training.reference_check import check_drift, describe_drift

@@ -30,10 +30,10 @@ from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.model.optional_packages import check_bitsandbytes
 from dpo_dist.reference.providers import LiveReference, ReferenceProvider
-from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.trackers import open_trackers
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.trackers.run_trackers import open_trackers
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end

@@ -23,9 +23,9 @@ from dpo_dist.distributed.same_processes import check_same_processes
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss
-from dpo_dist.report.console import Console
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.run_page.page import write_page
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
 
 T = TypeVar("T")

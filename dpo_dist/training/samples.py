@@ -17,7 +17,7 @@ from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampl
 from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.sampling.together import Generator, generate_together
 from dpo_dist.generation.text_facts import sample_metrics, text_facts
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.run_start import write_on_main
 
 Row = dict[str, Any]
@@ -147,11 +147,17 @@ class Samples:
         responses = self.reference if is_reference else held_out.responses(self.policy)
         if responses is None:
             return {}
-        rows = self._rows(step, responses)
-        file = held_out.folder.samples_file(step)
-        write_on_main(lambda: atomic.write_text(file, lines(rows)), held_out.folder, held_out.world)
-        of_policy = held_out.metrics(responses)
-        of_reference = {} if self.reference is None else held_out.metrics(self.reference)
+        file, text = held_out.folder.samples_file(step), lines(self._rows(step, responses))
+
+        def write() -> dict[str, float]:
+            atomic.write_text(file, text)
+            return self._metrics(responses)
+
+        return write_on_main(write, held_out.folder, held_out.world)
+
+    def _metrics(self, responses: Sequence[Row]) -> dict[str, float]:
+        of_policy = self.held_out.metrics(responses)
+        of_reference = {} if self.reference is None else self.held_out.metrics(self.reference)
         return {
             "samples/prompts": float(len(responses)),
             **{f"samples/{name}": value for name, value in of_policy.items()},

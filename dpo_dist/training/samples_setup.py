@@ -17,7 +17,7 @@ from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.sampling.responder import find_stop_ids
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_digested
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Row, SamplePrompt, SamplePrompts, Samples

@@ -19,7 +19,7 @@ from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import ConfigError, DataError
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel, check_tracker
-from dpo_dist.report.console import Console, open_console
+from dpo_dist.report.terminal.console import Console, open_console
 
 # Processes of one start begin within this time of each other.
 _START_SECONDS = 60.0

@@ -15,7 +15,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.distributed.world import Peer, World
 from dpo_dist.reference import engine
 from dpo_dist.reference.digest import digest_on_every_node
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training import reference_setup
 from dpo_dist.training import run as run_module
 from dpo_dist.training.data_setup import load_inputs

@@ -16,7 +16,7 @@ from dpo_dist.data.collate import shard_batch
 from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import load_inputs
 from dpo_dist.training.reference_setup import prepare_reference
 from tests.dist.scenario import Assets

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.comparison_page import write_comparison_page
+from dpo_dist.report.comparison.page import write_comparison_page
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.run_page.samples import SAMPLES_STYLE, samples_section
 from tests.support.browser import Watched, chromium

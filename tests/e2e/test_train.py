@@ -18,9 +18,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.reference.fingerprint import read_fingerprint
 from dpo_dist.reference.shard import open_shard
 from dpo_dist.reference.store import LogpStore
-from dpo_dist.report.dashboard import SECTIONS
 from dpo_dist.report.metrics_log import PHASES
-from dpo_dist.report.tracked_values import wandb_names
+from dpo_dist.report.trackers.tracked_values import wandb_names
+from dpo_dist.report.trackers.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import ROOT, history, run_verb, summary, train

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from dpo_dist.diagnostics.measures.texts import names_model
 from dpo_dist.diagnostics.measures.words import words_of
-from dpo_dist.generation.text_facts import is_refusal
+from dpo_dist.generation.refusals import is_refusal
 
 EDGE_WORDS = 3
 _HEAD_CHARACTERS = 400

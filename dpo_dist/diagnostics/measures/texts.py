@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
-from dpo_dist.generation.text_facts import is_refusal
+from dpo_dist.generation.refusals import is_refusal
 
 _SHORT_CHARACTERS = 3
 _THOUGHTS = ("reasoning_content", "thinking")

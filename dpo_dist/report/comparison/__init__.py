@@ -1,1 +1,1 @@
-"""Parts of `comparison.html`."""
+"""`comparison.html` from the results of a comparison."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from dpo_dist.report.chart_axes import number
+from dpo_dist.number_text import number, percent
 from dpo_dist.report.comparison.results import Estimate, Model, Results
 
 LONGER = 1.5
@@ -68,7 +68,7 @@ def warnings(results: Results) -> list[str]:
 def rate_text(rate: Estimate) -> str:
     """Return "62 % [55, 69]"."""
     ends = "" if rate.low is None or rate.high is None else f" [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
-    return f"{100 * rate.value:.0f} %{ends}"
+    return f"{percent(rate.value)}{ends}"
 
 
 def _ranked(results: Results) -> list[Model]:
@@ -131,7 +131,7 @@ def _not_distinguished(results: Results, ranked: Sequence[Model], tops: Sequence
         of_nearest = rate_text(open_ones.pop(nearest.name))
         yield (
             f"{nearest.name} cannot be distinguished from {it} (win rate {of_nearest}) with "
-            f"{100 * _kl_share(nearest, best):.0f} % of its KL."
+            f"{percent(_kl_share(nearest, best))} of its KL."
         )
     for model in ranked:
         rate = results.rates.get((model.name, best.name))
@@ -217,12 +217,12 @@ def _style(results: Results, model: Model, base: Model) -> Iterator[str]:
                 "prefer length."
             )
         elif ratio <= 1 / LONGER:
-            yield f"{model.name}: responses have {100 * ratio:.0f} % of the length of those of {base.name}."
+            yield f"{model.name}: responses have {percent(ratio)} of the length of those of {base.name}."
     for metric, (is_lack, text) in _FAULTS.items():
         share, other = _share(model, metric, is_lack), _share(base, metric, is_lack)
         if share is None or other is None or share - other < SHARE or not _differs(results, model, metric):
             continue
-        yield f"{model.name}: {100 * share:.0f} % of responses {text} ({base.name}: {100 * other:.0f} %)."
+        yield f"{model.name}: {percent(share)} of responses {text} ({base.name}: {percent(other)})."
 
 
 def _differs(results: Results, model: Model, metric: str) -> bool:
@@ -238,7 +238,7 @@ def _cut_off(base: Model) -> Iterator[str]:
     share = _share(base, "finished", is_lack=True)
     if share is not None and share >= CUT_OFF:
         yield (
-            f"{100 * share:.0f} % of the responses of {base.name} do not end within compare.max_new_tokens: "
+            f"{percent(share)} of the responses of {base.name} do not end within compare.max_new_tokens: "
             "the models are compared by beginnings of responses."
         )
 

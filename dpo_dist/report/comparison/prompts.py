@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.plurals import counted
-from dpo_dist.report.chart_axes import number
+from dpo_dist.number_text import counted, number
 from dpo_dist.report.comparison.results import Results, finite, response_of
 from dpo_dist.report.comparison.verdicts import Places, all_labels, order_style, verdict_labels
 from dpo_dist.report.html_page import html_bytes

@@ -14,7 +14,7 @@ import yaml
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
-from dpo_dist.report.tracked_values import without_secrets
+from dpo_dist.report.trackers.tracked_values import without_secrets
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_dist.generation.languages import language_of
-from dpo_dist.generation.text_facts import is_refusal, text_facts
+from dpo_dist.generation.refusals import is_refusal
+from dpo_dist.generation.text_facts import text_facts
 from dpo_dist.report.word_diff import difference
 
 LONGER, SHORTER, REPEATED, DISTINCT = 2.0, 0.5, 0.5, 0.5

@@ -7,7 +7,7 @@ import pytest
 from dpo_dist.comparison.judging import all_credits
 from dpo_dist.comparison.results import Tally, comparison
 from dpo_dist.evaluation.results import Resampling
-from dpo_dist.report.comparison_table import comparison_table
+from dpo_dist.report.terminal.comparison_table import comparison_table
 
 Row = dict[str, Any]
 

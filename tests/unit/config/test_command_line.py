@@ -226,6 +226,29 @@ def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> No
             assert process.stderr.read() == ""
 
 
+def test_a_pipe_that_is_not_the_output_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_to_a_dead_process(_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "argv", ["tiny_verb.py", *RUN])
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        run_verb(write_to_a_dead_process)
+    assert "BrokenPipeError" in capsys.readouterr().err
+
+
+def test_a_configuration_that_cannot_be_printed_is_an_error(
+    verb: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        ended = verb("--cfg", "job", *RUN)
+    assert ended.code == 2
+    assert "the output cannot be written" in ended.err
+
+
 def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
     ended = verb("--check", *RUN)
     assert ended.code == 2

@@ -16,8 +16,8 @@ from dpo_dist.evaluation.results import Resampling, results
 from dpo_dist.evaluation.scores import write_scores
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.pair_values import PairValues
-from dpo_dist.report.evaluation_plot import draw_evaluation
-from dpo_dist.report.evaluation_table import evaluation_table
+from dpo_dist.report.charts.evaluation_plot import draw_evaluation
+from dpo_dist.report.terminal.evaluation_table import evaluation_table
 from tests.support import tiny
 from tests.support.records import jsonl
 

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_dist.generation.text_facts import TextFacts, longest_repeat, sample_metrics, text_facts
 
@@ -21,6 +23,14 @@ def test_the_longest_repeat_is_that_of_a_search_through_all_passages() -> None:
     for letters, length in itertools.product((1, 2, 4), (0, 1, 2, 3, 7, 16)):
         words = [str(letter) for letter in random.integers(0, letters, length)]
         assert longest_repeat(words) == slow_repeat(words), words
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=40))
+def test_the_longest_repeat_of_any_words(words: list[str]) -> None:
+    found = longest_repeat(words)
+    for length, occurs in ((found, found > 0), (found + 1, False)):
+        passages = [tuple(words[at : at + length]) for at in range(len(words) - length + 1)]
+        assert (len(set(passages)) < len(passages)) == occurs or length == 0
 
 
 def test_facts_of_a_loop() -> None:
@@ -82,5 +92,19 @@ def test_lists_and_markdown(text: str, has_list: bool, has_markdown: bool) -> No
     assert (facts.has_list, facts.has_markdown) == (has_list, has_markdown)
 
 
-def test_words_are_counted_without_punctuation() -> None:
-    assert text_facts("It is 5 o'clock, \u5929\u6c14.", 9, is_finished=True).words == 7
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("It is 5 o'clock, \u5929\u6c14.", 6),
+        ("\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e!", 2),  # Devanagari
+        ("\u0e19\u0e49\u0e33 \u0e17\u0e35\u0e48", 2),  # Thai: letters with marks
+        ("e\u0301te\u0301 _ ...", 1),
+    ],
+)
+def test_words_are_counted_with_their_marks_and_without_punctuation(text: str, words: int) -> None:
+    assert text_facts(text, 9, is_finished=True).words == words
+
+
+def test_a_loop_in_a_script_with_marks_is_seen() -> None:
+    loop = "\u0e19\u0e49\u0e33\u0e17\u0e35\u0e48" * 10
+    assert text_facts(loop, 9, is_finished=False).longest_repeat == pytest.approx(18 / 20, abs=0.11)

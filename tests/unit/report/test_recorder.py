@@ -11,7 +11,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.report import recorder as recorder_module
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.trackers import Trackers
+from dpo_dist.report.trackers.run_trackers import Trackers
 
 
 @dataclass(frozen=True)

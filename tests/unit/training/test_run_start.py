@@ -20,10 +20,10 @@ from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig,
 from dpo_dist.diagnostics.run_checks import NOTHING_TO_JUDGE
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
-from dpo_dist.report.console import Console
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
-from dpo_dist.report.trackers import Trackers
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.trackers.run_trackers import Trackers
 from dpo_dist.training.finish import finish
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import (

@@ -15,7 +15,7 @@ from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.responder import find_stop_ids
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.samples import SamplePrompt, SamplePrompts, Samples, lines
 from dpo_dist.training.samples_setup import _remove_later, choose_prompts
 from tests.support import tiny

@@ -13,7 +13,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model import optional_packages
-from dpo_dist.report.console import Console
+from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.preflight import rehearse
 from dpo_dist.training.run_start import locked
 from dpo_dist.training.startup import check_start, without_traces

@@ -1,0 +1,87 @@
+"""The trackers of a run: each gets every metrics row, in a thread of its own."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking_schema import WandbMode
+from dpo_dist.report.trackers.background import InBackground, RowTracker
+from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.report.trackers.other_trackers import start_of
+from dpo_dist.report.trackers.wandb_session import kill_service, upload_command
+from dpo_dist.report.trackers.wandb_tracker import open_tracker
+
+_FIRST_WAIT_SECONDS = 10.0
+_FINISH_SECONDS = 30.0
+_ERROR_SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """The trackers of a run; none if tracking is off."""
+
+    open: tuple[InBackground, ...] = ()
+    finish_seconds: float = _FINISH_SECONDS
+
+    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+        """Send one metrics row, and the margins of its evaluation; does not wait."""
+        for tracker in self.open:
+            tracker.log(row, margins)
+
+    def alert(self, title: str, text: str) -> None:
+        """Show an alarm; does not wait."""
+        for tracker in self.open:
+            tracker.alert(title, text)
+
+    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+        """Close all; waits at most `finish_seconds` for each."""
+        for tracker in self.open:
+            tracker.finish(outcome, summary, self.finish_seconds)
+
+    @contextlib.contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """If the block ends in error or is interrupted, close all in a few seconds, with all rows so far."""
+        try:
+            yield
+        except BaseException:
+            for tracker in self.open:
+                tracker.hurry()
+                tracker.finish("failed", {}, _ERROR_SECONDS)
+            raise
+
+
+def open_trackers(
+    config: RunConfig,
+    folder: RunFolder,
+    request_stop: Callable[[], None],
+    *,
+    rows: Sequence[Mapping[str, float]],
+    environment: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Trackers:
+    """Start or resume the trackers of a run; never raises, and does not wait for a server that is slow.
+
+    Args:
+        config: of the run.
+        folder: the run directory.
+        request_stop: called from another thread if someone stops the run on its W&B page.
+        rows: metrics rows up to the checkpoint that training resumes from.
+        environment: content of `environment.json`.
+        say: called, also from other threads, with what a user should know.
+    """
+    trackers = []
+    if config.tracking.wandb is not WandbMode.off:
+        remedy = f"; later: {upload_command(folder)}"
+
+        def start(say: Callable[[str], None]) -> RowTracker:
+            return open_tracker(
+                config, folder, request_stop, rows=list(rows), environment=environment, say=say
+            )
+
+        trackers.append(InBackground("wandb", start, say, remedy, kill_service, _FIRST_WAIT_SECONDS))
+    for kind in config.tracking.also:
+        trackers.append(InBackground(kind.value, start_of(kind, config, folder, list(rows)), say))
+    return Trackers(tuple(trackers))

@@ -1,0 +1,175 @@
+"""The doctor's page and JSON: complete, self-contained, and inert whatever the data are."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.diagnostics.diagnosis import Diagnosis
+from dpo_dist.diagnostics.findings import (
+    Across,
+    Distribution,
+    DoctorReport,
+    Finding,
+    LeakTest,
+    Level,
+    Occurrences,
+    PrefixSharing,
+    SideReport,
+    SourceReport,
+)
+from dpo_dist.diagnostics.shown_pairs import Kind, Part, Segment, ShownPair
+from dpo_dist.diagnostics.stored_margins import StoreUse
+from dpo_dist.errors import ConfigError
+from dpo_dist.report.doctor.page import check_writable, write_doctor_page, write_doctor_report
+from tests.support.read_only import read_only
+
+HOSTILE = (
+    "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u200b\x1b[2J"
+    '"><a href="javascript:alert(3)">x</a><!-- <b onclick=\'x\'>'
+)
+LENGTHS = Distribution(4, 7.0, 0, 30, {50: 3.0, 95: 30.0}, (0.0, 10.0, 20.0, 30.0), (3, 0, 1))
+
+
+def diagnosis(text: str = HOSTILE) -> Diagnosis:
+    """A diagnosis with `text` wherever data, paths and labels of a user can occur."""
+    source = SourceReport(
+        label=text,
+        path=text,
+        is_eval=False,
+        read=10,
+        kept=8,
+        pairs=8,
+        dropped={"empty_response": Occurrences(2, (f"{text}:1", f"{text}:2"))},
+        changed={"prompt_truncated": 3},
+        sides={name: SideReport(LENGTHS, LENGTHS, 1, 20) for name in ("prompt", "chosen", "rejected")},
+        prefix=PrefixSharing(100, 60),
+        shares={"refusal_chosen": 0.5},
+        languages={"en": 0.9, "fr": 0.1},
+        scores={"ties": 3.0},
+        margins={"prefers_chosen": 0.75},
+        leaks=(LeakTest("first_word", 0.9, 0.8, 0.95, 100, 1.0, 90, text),),
+        notes=(text,),
+    )
+    findings = tuple(
+        Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
+        for level in (Level.error, Level.warning, Level.note)
+    )
+    part = Part(
+        "chosen", (Segment(text, Kind.text, True), Segment(text, Kind.special), Segment(text, is_cut=True))
+    )
+    pair = ShownPair(f"{text}:1", ("rule",), text, (part, Part("prompt", (Segment("9", Kind.omitted),))))
+    store = StoreUse(Path(text), 10, 4, (text,), ((text, LENGTHS),))
+    report = DoctorReport((source,), Across(duplicates=5, clusters=(3, 2)), findings)
+    return Diagnosis(report, (pair,), Path(text), store)
+
+
+def written(folder: Path, found: Diagnosis) -> str:
+    config = RunConfig(
+        run=FolderConfig(str(folder / "run")), data=DataConfig(train=[SourceConfig(HOSTILE, name=HOSTILE)])
+    )
+    write_doctor_page(RunFolder.of(config), found, config)
+    return RunFolder.of(config).doctor_page.read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Names and attributes of all elements, and the text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, text: str) -> None:
+        self.text += text
+
+
+def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -> None:
+    page, plain = written(tmp_path, diagnosis()), written(tmp_path, diagnosis("plain"))
+    tags = [tag for tag, _ in Elements(page).elements if (tag, "mark") != ("i", "mark")]
+    assert [tag for tag in tags if tag != "i"] == [tag for tag, _ in Elements(plain).elements if tag != "i"]
+    assert not {"script", "a href", "img", "iframe"} & set(tags)
+    names = {name for _, attributes in Elements(page).elements for name in attributes}
+    assert not {name for name in names if name.startswith("on") or name in ("src", "style")}
+    links = {attributes["href"] for tag, attributes in Elements(page).elements if "href" in attributes}
+    assert all(str(link).startswith("#") for link in links)
+    assert not re.search("[\u202e\u200b\x1b]", page)
+    assert "U+202E" in Elements(page).text
+
+
+def test_the_policy_allows_the_own_style_only(tmp_path: Path) -> None:
+    page = written(tmp_path, diagnosis())
+    [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    allowed = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+    assert policy == allowed + "base-uri 'none'; form-action 'none'"
+    assert not re.search(r"url\(|@import|https?://", page.replace(Elements(page).text, ""))
+
+
+def test_the_page_says_everything(tmp_path: Path) -> None:
+    text = Elements(written(tmp_path, diagnosis("plain"))).text
+    for expected in (
+        *("1 error", "1 warning", "1 note", "8 of 10 records can be used", "rule_error", "To do: plain"),
+        *("empty_response", "prompt truncated", "1 cut", "saves 40 % of the tokens", "first word", "90 %"),
+        *("4 of 10 pairs in the store", "Largest groups of nearly equal records: 3, 2", "Show all 1 texts"),
+        *("dropped: plain", "9 not shown", "doctor.shown_pairs", "nats per token"),
+    ):
+        assert expected in text, expected
+
+
+def test_sections_without_content_are_missing(tmp_path: Path) -> None:
+    empty = SourceReport("a", "a", False, 0, 0, 0)
+    page = written(tmp_path, Diagnosis(DoctorReport((empty,), Across(), ()), (), None))
+    text = Elements(page).text
+    assert "no findings" in text
+    assert "Without a model" in text
+    assert 'id="pairs"' not in page
+    assert 'id="reference"' not in page
+
+
+def test_a_lone_surrogate_is_written(tmp_path: Path) -> None:
+    assert "U+D800" in written(tmp_path, diagnosis("\ud800"))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    check_writable(RunFolder(tmp_path / "new" / "run"))
+    assert not list(tmp_path.iterdir()), "nothing is created"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(RunFolder(tmp_path / "file" / "run"))
+    with read_only(tmp_path), pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(RunFolder(tmp_path / "new" / "run"))
+
+
+def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    found = diagnosis("plain")
+    write_doctor_report(folder, found, 1)
+    content: dict[str, Any] = json.loads(folder.doctor_report.read_text())
+    assert content["format"] == 1
+    assert content["exit_code"] == 1
+    assert content["versions"].keys() == {"dpo_dist", "python"}
+    assert [finding["level"] for finding in content["findings"]] == ["error", "warning", "note"]
+    assert content["findings"][0].keys() == {
+        *("rule", "level", "text", "source", "count", "share", "examples", "remedy")
+    }
+    assert content["sources"][0]["dropped"] == {
+        "empty_response": {"count": 2, "examples": ["plain:1", "plain:2"]}
+    }
+    assert content["store"]["stored"] == 4
+    assert content["across"]["duplicates"] == 5
+    assert "shown" not in content

@@ -1,0 +1,81 @@
+"""The closing table of a run: it shows what rows and summary have."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.report.terminal.closing_table import closing_table
+
+FOLDER = RunFolder(Path("out/run"))
+ROWS = [
+    {
+        "step": 5,
+        "loss": 0.6931,
+        "rewards/accuracies": 0.5,
+        "rewards/margins": 0.0,
+        "mfu": 0.4,
+        "step_seconds": 2.0,
+    },
+    {"step": 5, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75},
+    {
+        "step": 60,
+        "loss": 0.04123,
+        "rewards/accuracies": 0.98,
+        "rewards/margins": 3.4,
+        "mfu": 0.5,
+        "step_seconds": 1.0,
+    },
+    {"step": 60, "eval_loss": 0.7, "eval_rewards/accuracies": 0.75},
+]
+SUMMARY: dict[str, Any] = {
+    "exit": "completed",
+    "best": {"eval_loss": {"value": 0.6, "step": 5}},
+    "steps": 60,
+    "pairs_seen": 3840,
+    "train_seconds": 303.0,
+    "pairs_per_second": 12.67,
+    "peak_memory_bytes": 3 * 2**30,
+    "world_size": 2,
+    "data": {"train": {"kept": 6403, "read": 6410}, "eval": {"kept": 1, "read": 1}},
+    "reference": {"mode": "cached", "computed": 6403, "hits": 0},
+}
+
+
+def test_the_table_of_a_complete_run() -> None:
+    assert (
+        "\n".join(closing_table(FOLDER, ROWS, SUMMARY))
+        == """
+                      first    last  best
+training loss        0.6931  0.0412
+training accuracy     0.500   0.980
+training margin       0.000   3.400
+evaluation loss      0.6000  0.7000  0.6000 at step 5
+evaluation accuracy   0.750   0.750
+
+run        completed 60 steps
+time       5 min 03 s of training, 3,840 pairs, 12.7 pairs/s, MFU 48 %, peak memory 3.0 GiB, 2 processes
+data       train: 6,403 of 6,410 records kept, eval: 1 of 1 record kept
+reference  cached: 6,403 log-probs computed, 0 reused
+model      out/run/model
+report     out/run/report.html
+metrics    out/run/dpo_metrics"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcome", "beginning"),
+    [
+        ("preempted", "stopped after 1 step; the same command resumes from there"),
+        ("diverged", "diverged after 1 step"),
+    ],
+)
+def test_a_run_that_ends_early_has_no_model(outcome: str, beginning: str) -> None:
+    lines = closing_table(FOLDER, [], {"exit": outcome, "steps": 1})
+    assert lines == [
+        "",
+        f"run        {beginning}",
+        "report     out/run/report.html",
+        "metrics    out/run/dpo_metrics",
+    ]

@@ -1,0 +1,231 @@
+"""Console: messages and progress as lines, and no repeated warnings in the log."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.errors import DataError
+from dpo_dist.report.terminal.console import Console, open_console
+from dpo_dist.report.terminal.progress import TrainingStatus
+from dpo_dist.report.terminal.screens import LineScreen
+
+
+@contextlib.contextmanager
+def opened(run_dir: Path) -> Iterator[Console]:
+    """Open a console with descriptor 2 as standard error, as in a process without pytest."""
+    stderr = mock.patch.object(sys, "stderr", os.fdopen(2, "w", buffering=1, closefd=False))
+    with stderr, open_console(RunFolder(run_dir)) as console:
+        yield console
+
+
+def warn(text: str) -> None:
+    """Warn like some libraries: reset all filters first."""
+    warnings.simplefilter("always")
+    warnings.warn(text, FutureWarning, stacklevel=1)
+
+
+def test_a_repeated_warning_is_logged_once(tmp_path: Path) -> None:
+    with warnings.catch_warnings(), opened(tmp_path):
+        for _ in range(3):
+            warn("a feature is deprecated")
+            warn("another one is deprecated")
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert logged.count("FutureWarning: a feature is deprecated") == 1
+    assert logged.count("FutureWarning: another one is deprecated") == 1
+    assert logging.getLogger("py.warnings").filters == []
+
+
+def test_the_callers_logging_is_restored(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    with opened(tmp_path):
+        assert root.level == logging.INFO != before[1]
+    assert (root.handlers, root.level) == before
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_callers_warnings_are_shown_as_before(captured: bool, tmp_path: Path) -> None:
+    logging.captureWarnings(captured)
+    try:
+        before = warnings.showwarning
+        with opened(tmp_path):
+            pass
+        assert warnings.showwarning is before
+    finally:
+        logging.captureWarnings(False)
+
+
+def test_only_rank_0_prints_but_every_rank_can_print_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with opened(tmp_path) as console:
+        console.say("good news")
+        console.alarm("process lost: rank 0 of 2 died")
+    assert re.fullmatch(r"\d{4}-\S+ [\d:]{8}  process lost: rank 0 of 2 died\n", capfd.readouterr().err)
+    logged = (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "good news" in logged
+    assert "process lost" in logged
+
+
+def test_the_log_has_an_errors_traceback_and_ends_with_its_block(tmp_path: Path) -> None:
+    with pytest.raises(DataError), opened(tmp_path):
+        raise DataError("no pair", where="a.jsonl:3")
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert "Traceback" in logged
+    assert logged.endswith("\ndata error: no pair\n  where:    a.jsonl:3\n")
+
+
+def test_a_full_disk_does_not_hide_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log cannot be written: the error stays the same, and the screen is restored for it."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0.log").symlink_to("/dev/full")
+    output = os.fdopen(1, "w", closefd=False)
+    monkeypatch.setattr(sys, "stdout", output)
+
+    def fail() -> None:
+        output.write("of a library\n")
+        raise DataError("no pair", where="a.jsonl:3")
+
+    with pytest.raises(DataError), opened(tmp_path):
+        fail()
+    os.write(2, b"printed")
+    assert capfd.readouterr().err == "printed"
+    output.flush()
+
+
+def test_a_heartbeat_is_silent_beside_progress(clock: "Clock") -> None:
+    console, printed = lines()
+    beat = console.heartbeat("preparing the data")
+    with console.counter("encoding the data", "record") as count:
+        count(1, 0.1)
+        beat(16.0)
+        assert printed == ["encoding the data ..."]
+        clock.now += 16
+        beat(32.0)
+        assert printed[1:] == ["preparing the data: 32 s so far"]
+
+
+def test_a_heartbeat_is_printed_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, said = Console(None), []
+    monkeypatch.setattr(Console, "say", lambda _self, text: said.append(text))
+    beat = console.heartbeat("encoding the data")
+    for seconds in range(5, 200, 5):
+        beat(float(seconds))
+    assert said == [
+        f"encoding the data: {spent} so far" for spent in ("15 s", "1 min 15 s", "2 min 15 s", "3 min 15 s")
+    ]
+
+
+class Clock:
+    """The monotonic clock, set by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(time, "monotonic", found)
+    return found
+
+
+def lines(seconds: float = 30.0) -> tuple[Console, list[str]]:
+    """Return a console without times and the list of its lines."""
+    printed: list[str] = []
+    return Console(LineScreen(printed.append, seconds)), printed
+
+
+def test_a_counter_prints_lines_now_and_then(clock: Clock) -> None:
+    console, printed = lines()
+    with console.counter("encoding train data: a.jsonl", "record") as count:
+        for number in range(1, 9):
+            count(640, number / 16)
+            clock.now += 10.0
+    assert printed == [
+        "encoding train data: a.jsonl ...",
+        "encoding train data: a.jsonl: 1,280 records, 12 %, 128 a second, 1 min 10 s left",
+        "encoding train data: a.jsonl: 3,200 records, 31 %, 80 a second, 1 min 28 s left",
+        "encoding train data: a.jsonl: 5,120 records, 50 %, 73 a second, 1 min 10 s left",
+    ]
+
+
+def test_a_counter_without_shares_shows_amount_and_speed(clock: Clock) -> None:
+    console, printed = lines()
+    for _ in range(2):  # the second source starts anew
+        with console.counter("encoding", "record") as count:
+            count(1)
+            clock.now += 6.0
+            count(59)
+    assert printed == ["encoding ...", "encoding: 60 records, 10 a second"] * 2
+
+
+def test_progress_of_a_known_total_is_shown_and_a_total_of_zero_is_not(clock: Clock) -> None:
+    console, printed = lines()
+    with console.progress("reference log-probs", "pair") as show:
+        show(0, 0)
+        assert not printed
+        show(0, 1200)
+        clock.now += 10.0
+        show(600, 1200)
+    assert printed == [
+        "reference log-probs ...",
+        "reference log-probs: 600 of 1,200 pairs, 50 %, 60 a second, 10 s left",
+    ]
+
+
+def test_a_counter_without_counts_shows_nothing() -> None:
+    console, printed = lines()
+    with console.counter("encoding train data", "record"):
+        pass
+    assert not printed
+
+
+def test_other_ranks_show_no_progress() -> None:
+    with Console(None).counter("encoding train data", "record") as count:
+        count(1)
+    assert not Console(None).is_due()
+
+
+def status(step: int, **values: float) -> TrainingStatus:
+    return TrainingStatus(step, 1000, {"loss": 0.5, **values}, seconds_left=90.0)
+
+
+def test_training_is_printed_now_and_then_and_always_on_demand(clock: Clock) -> None:
+    console, printed = lines(30.0)
+    for step in range(1, 11):
+        if console.is_due():
+            console.training(status(step))
+        clock.now += 10.0
+    assert [line.split("/")[0] for line in printed] == ["step 1", "step 4", "step 7", "step 10"]
+    console.training(status(1000), always=True)
+    assert printed[-1] == "step 1,000/1,000  loss 0.5000"
+
+
+def test_an_evaluation_is_always_printed_and_a_row_of_steps_is_not() -> None:
+    console, printed = lines()
+    console.row({"step": 5, "loss": 0.5}, 1000)
+    console.row({"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
+    assert printed == ["step 5/1,000  evaluation: loss 0.2500, accuracy 0.750"]
+
+
+def test_progress_is_logged_whatever_the_screen_shows(tmp_path: Path) -> None:
+    with opened(tmp_path) as console:
+        console.training(status(1), always=True)
+    logged = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert "dpo_dist INFO step 1/1,000  loss 0.5000  1 min 30 s left" in logged

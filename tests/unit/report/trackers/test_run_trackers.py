@@ -1,0 +1,183 @@
+"""Trackers run in threads of their own; TensorBoard and MLflow get every row once over all starts."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.tracking_schema import OtherTracker, TrackingConfig, WandbMode
+from dpo_dist.errors import ConfigError
+from dpo_dist.model import optional_packages
+from dpo_dist.report.trackers.background import InBackground
+from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.report.trackers.run_trackers import Trackers, open_trackers
+from dpo_dist.report.trackers.tracked_values import wandb_names
+
+
+class Stuck:
+    """A tracker whose calls return when `network` is up."""
+
+    def __init__(self, network: threading.Event):
+        self.network = network
+        self.sent: list[float] = []
+        self.outcome = ""
+        self.is_hurried = False
+
+    def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
+        assert self.network.wait(60)
+        self.sent.append(row["step"])
+
+    def alert(self, title: str, text: str) -> None:
+        raise NotImplementedError
+
+    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+        self.outcome = outcome
+
+    def hurry(self) -> None:
+        self.is_hurried = True
+        self.network.set()
+
+
+def test_rows_wait_for_a_dead_network_and_the_caller_does_not() -> None:
+    stuck = Stuck(threading.Event())
+    tracker = InBackground("a name", lambda say: stuck, print)
+    for step in range(1000):
+        tracker.log({"step": step})
+    assert stuck.sent == []
+    stuck.network.set()
+    tracker.finish("completed", {}, seconds=60)
+    assert (stuck.sent, stuck.outcome) == (list(range(1000)), "completed")
+
+
+def test_a_short_end_sends_rows_and_no_more() -> None:
+    stuck = Stuck(threading.Event())
+    tracker = InBackground("a name", lambda say: stuck, print)
+    tracker.log({"step": 1})
+    tracker.finish("completed", {}, seconds=1)
+    assert stuck.is_hurried
+    assert (stuck.sent, stuck.outcome) == ([1], "completed")
+
+
+def test_a_call_that_never_returns_is_ended() -> None:
+    network, said = threading.Event(), []
+
+    def start(say: Callable[[str], None]) -> Stuck:
+        network.wait(60)
+        say("said too late")
+        raise ConnectionError("ended")
+
+    tracker = InBackground("a name", start, said.append, "; advice", abandon=network.set)
+    tracker.log({"step": 1})
+    tracker.finish("completed", {}, seconds=0.1)
+    assert said == ["warning: a name has not finished after 0 s and is ended; advice"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_an_error_closes_the_trackers_with_their_rows(error: type[BaseException]) -> None:
+    stuck = Stuck(threading.Event())
+    trackers = Trackers((InBackground("a name", lambda say: stuck, print, first_wait=10),))
+    trackers.log({"step": 1})
+    with pytest.raises(error), trackers.ended_by_errors():
+        raise error
+    assert stuck.is_hurried
+    assert (stuck.sent, stuck.outcome) == ([1], "failed")
+
+
+def test_a_histogram_counts_finite_values() -> None:
+    histogram = Histogram.of(np.array([0.0, 1.0, 1.0, np.nan, np.inf], dtype=np.float32))
+    assert histogram is not None
+    assert (histogram.counts.sum(), histogram.edges[0], histogram.edges[-1]) == (3, 0.0, 1.0)
+    assert Histogram.of(np.array([np.nan], dtype=np.float32)) is None
+
+
+ROWS = [
+    {"step": 1, "loss": 0.7, "rewards/margins/a (b)": 1.0},
+    {"step": 2, "loss": 0.6},
+    {"step": 2, "eval_loss": 0.6},
+    {"step": 3, "loss": 0.5},
+]
+
+
+@pytest.fixture
+def accelerate_state() -> Iterator[None]:
+    """The state of the processes, which a run has; the next test in this process starts without it."""
+    PartialState(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def open_one(run_dir: Path, tracker: OtherTracker, rows: list[dict[str, float]]) -> Trackers:
+    tracking = TrackingConfig(wandb=WandbMode.off, also=[tracker])
+    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
+    options: dict[str, Any] = {"rows": rows, "environment": {}, "say": pytest.fail}
+    return open_trackers(config, RunFolder(run_dir), lambda: None, **options)
+
+
+def train_in_two_starts(run_dir: Path, tracker: OtherTracker) -> None:
+    """Record three steps, then resume from step 1."""
+    first = open_one(run_dir, tracker, [])
+    for row in ROWS:
+        first.log(row)
+    first.finish("preempted", {})
+    second = open_one(run_dir, tracker, ROWS[:1])
+    for row in [*ROWS[1:], {"step": 4, "loss": 0.4}]:
+        second.log(row)
+    second.finish("completed", {})
+
+
+def expected() -> dict[str, list[tuple[int, float]]]:
+    """The values of each metric with their steps."""
+    values: dict[str, list[tuple[int, float]]] = {}
+    for row in [*ROWS, {"step": 4, "loss": 0.4}]:
+        for name, value in wandb_names(row).items():
+            if name != "train/global_step":
+                values.setdefault(name, []).append((int(row["step"]), pytest.approx(value)))
+    return values
+
+
+@pytest.mark.usefixtures("accelerate_state")
+def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train_in_two_starts(tmp_path, OtherTracker.tensorboard)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    names = set(events.Tags()["scalars"]) - {"train/global_step"}
+    read = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+    assert read == expected()
+    assert [event.step for event in events.Scalars("train/global_step")] == [1, 2, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("accelerate_state")
+def test_mlflow_has_one_run_with_every_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    train_in_two_starts(tmp_path, OtherTracker.mlflow)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'dpo_dist'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == (tmp_path / "mlflow" / "run_id.txt").read_text()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["loss.beta"] == "0.1"
+    read = {
+        name: [(value.step, value.value) for value in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+        if name != "train/global_step"
+    }
+    assert read == {name.replace("(", "_").replace(")", "_"): values for name, values in expected().items()}
+
+
+@pytest.mark.parametrize("tracker", OtherTracker)
+def test_a_missing_package_is_an_error_with_the_command(
+    tracker: OtherTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="is not installed") as caught:
+        optional_packages.check_tracker(tracker)
+    assert f"pip install 'dpo-dist[{tracker.value}]'" in str(caught.value)

@@ -1,0 +1,541 @@
+"""Tracking sends rows to wandb, online or offline, and never stops or prompts a run."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import wandb
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
+from dpo_dist.report.json_values import plain
+from dpo_dist.report.metrics_log import MetricsLog
+from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.report.trackers.tracked_values import wandb_names
+from dpo_dist.report.trackers.wandb_file import read_records, read_rows
+from dpo_dist.report.trackers.wandb_tracker import Tracker, open_tracker
+from tests.support.wandb_file import history_rows, media_rows
+from tests.support.wandb_server import WandbServer
+
+SECRET = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture(autouse=True)
+def _own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Hide the credentials of the person who runs the tests; leave no service for the next test."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    yield
+    wandb.teardown()
+
+
+def config_of(mode: WandbMode) -> RunConfig:
+    return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, tags=["a tag"]))
+
+
+def open_in(run_dir: Path, mode: WandbMode, **options: Any) -> Tracker:
+    run_dir.mkdir(exist_ok=True)
+    return open_tracker(config_of(mode), RunFolder(run_dir), lambda: None, **options)
+
+
+def records_of(run_dir: Path, kind: str) -> list[Any]:
+    paths = sorted(run_dir.glob("wandb/*run-*/run-*.wandb"))
+    records = [record for path in paths for record in read_records(path)]
+    return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings of the package; users do not see those of wandb."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("dpo_dist") and record.levelno >= logging.WARNING
+    ]
+
+
+def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a-run-12345678"
+    said: list[str] = []
+    tracker = open_in(run_dir, WandbMode.offline, environment={"torch": "2.13.0"}, say=said.append)
+    (line,) = said
+    assert f"upload with: wandb sync {run_dir / 'wandb'}" in line
+    rows = [
+        {"step": 1, "epoch": 0.1, "loss": 0.69, "rewards/margins": 0.0},
+        {"step": 2, "epoch": 0.2, "loss": 0.65, "rewards/margins": 0.2},
+        {"step": 2, "epoch": 0.2, "eval_loss": 0.66},
+    ]
+    for row in rows:
+        tracker.log(row)
+    tracker.finish("completed", {"steps": 2, "reference": {"mode": "cached", "hits": 7}})
+
+    assert history_rows(run_dir) == [
+        {"train/global_step": 1, "train/epoch": 0.1, "train/loss": 0.69, "train/rewards/margins": 0.0},
+        {"train/global_step": 2, "train/epoch": 0.2, "train/loss": 0.65, "train/rewards/margins": 0.2},
+        {"train/global_step": 2, "train/epoch": 0.2, "eval/loss": 0.66, "eval/global_step": 2},
+    ]
+    (run,) = records_of(run_dir, "run")[:1]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"]["path"] == "org/model"
+    assert config["tracking"]["wandb"] == "offline"
+    assert config["environment"] == {"torch": "2.13.0"}
+    assert run.display_name == "a-run-12345678 sigmoid beta=0.1 lr=1e-06"
+    assert list(run.tags) == ["a tag"]
+    metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
+    axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
+    assert axes == {"train/global_step"}
+    assert {"train/*", "eval/*"} < metrics.keys()
+    assert metrics["eval/loss"].summary.min
+    assert metrics["eval/rewards/accuracies"].summary.max
+    summary = {
+        item.key or item.nested_key[0]: item.value_json
+        for record in records_of(run_dir, "summary")
+        for item in record.update
+    }
+    assert json.loads(summary["steps"]) == 2
+    assert "cached" in summary["reference"]
+    assert [record.exit_code for record in records_of(run_dir, "exit")] == [0]
+
+
+def sample(**changed: Any) -> dict[str, Any]:
+    row = {"prompt": "a prompt", "prompt_id": "1", "source": "a", "step": 2, "chosen": "c", "reference": None}
+    return {**row, "policy": "p" * 5000, "policy_tokens": 3, "policy_finished": True, **changed}
+
+
+def with_results(run_dir: Path, samples: list[dict[str, Any]]) -> RunFolder:
+    """A run directory with the files that wandb gets."""
+    folder = RunFolder(run_dir)
+    files = {
+        folder.model / "model.safetensors": "w" * 100,
+        folder.checkpoints / "step-999999" / "old.pt": "old",
+        folder.checkpoints / "step-1000000" / "rank" / "new.pt": "new",
+        folder.report: "<p>a page</p>",
+        folder.doctor_report: "{}",
+        run_dir / "store" / "space.json": "{}",
+        folder.samples_file(2): "".join(json.dumps(row) + "\n" for row in samples),
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def log_and_finish(folder: RunFolder, tracking: TrackingConfig) -> None:
+    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
+    tracker = open_tracker(config, folder, lambda: None)
+    tracker.log({"step": 1, "loss": 0.7})
+    margins = Histogram.of(np.array([0.0, 1.0, 1.0], dtype=np.float32))
+    tracker.log({"step": 2, "eval_loss": 0.6, "eval_samples/length": 3.0}, margins)
+    summary = {"steps": 2, "reference": {"entries": str(folder.path / "store")}}
+    verdict = {"sentence": "learnt little", "findings": [{"rule": "a", "text": "b"}]}
+    tracker.finish("completed", {**summary, "verdict": verdict})
+
+
+def test_a_run_has_tables_histograms_its_verdict_and_its_files_by_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    folder = with_results(tmp_path, [sample(reference=f"by hf_{SECRET}"), sample(), sample()])
+    tracking = TrackingConfig(wandb=WandbMode.offline, samples=2, notes="a note")
+    log_and_finish(folder, tracking)
+
+    steps, evaluation = media_rows(tmp_path)
+    assert steps == {}
+    histogram = evaluation["eval/margins_histogram"]
+    assert (sum(histogram["values"]), histogram["bins"][0], histogram["bins"][-1]) == (3, 0.0, 1.0)
+    (table,) = tmp_path.glob(f"wandb/latest-run/files/{evaluation['eval/samples_table']['path']}")
+    content = json.loads(table.read_text())
+    assert len(content["data"]) == 2
+    shown = dict(zip(content["columns"], content["data"][0], strict=True))
+    assert (shown["prompt"], shown["reference"]) == ("a prompt", "by ***")
+    assert len(shown["policy"]) < 4100
+
+    assert [run.notes for run in records_of(tmp_path, "run")][-1] == "a note\n\nVerdict: learnt little"
+    updates = [str(record) for record in records_of(tmp_path, "summary")]
+    assert any("learnt little" in update for update in updates)
+
+    artifacts = {record.type: record for record in records_of(tmp_path, "artifact")}
+    files = {
+        kind: {
+            entry.path: entry.ref.removeprefix(folder.path.as_uri()) for entry in artifact.manifest.contents
+        }
+        for kind, artifact in artifacts.items()
+    }
+    del files["run_table"]
+    assert files == {
+        "model": {"model/model.safetensors": "/model/model.safetensors"},
+        "checkpoint": {"step-1000000/rank/new.pt": "/checkpoints/step-1000000/rank/new.pt"},
+        "reference-store": {"space.json": "/store/space.json"},
+        "report": {"report.html": "", "doctor.json": "/doctor/doctor.json"},
+    }
+    staged = [entry.local_path for artifact in artifacts.values() for entry in artifact.manifest.contents]
+    assert all(Path(path).is_relative_to(tmp_path) for path in staged if path)
+
+
+def test_no_text_is_sent_with_samples_0(tmp_path: Path) -> None:
+    log_and_finish(with_results(tmp_path, [sample()]), TrackingConfig(wandb=WandbMode.offline, samples=0))
+    assert [list(media) for media in media_rows(tmp_path)] == [[], ["eval/margins_histogram"]]
+    entries = [entry for record in records_of(tmp_path, "artifact") for entry in record.manifest.contents]
+    assert all(entry.ref for entry in entries)
+    assert not list(tmp_path.glob("wandb/staging/**/*.html"))
+
+
+def test_a_damaged_file_of_samples_loses_its_table_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_and_finish(with_results(tmp_path, [{"no": "sample"}]), TrackingConfig(wandb=WandbMode.offline))
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
+    (warning,) = warnings(caplog)
+    assert "no table of samples" in warning
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("preempted", 75), ("diverged", 3), ("failed", 1)])
+def test_the_outcome_is_the_exit_code(tmp_path: Path, outcome: str, code: int) -> None:
+    open_in(tmp_path, WandbMode.offline).finish(outcome, {})
+    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [code]
+    assert len(records_of(tmp_path, "preempting")) == (outcome == "preempted")
+
+
+def test_a_run_goes_on_after_the_undamaged_rows_of_its_file(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    first = open_in(tmp_path, WandbMode.offline)
+    for row in rows:
+        first.log(row)
+    first.finish("preempted", {})
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    value = content.rindex(b"0.3333333333333333")
+    path.write_bytes(content[: value - 60] + bytes(100) + content[value + 40 :])
+
+    time.sleep(1.0)  # wandb names its folders by the second
+    second = open_in(tmp_path, WandbMode.offline, rows=rows)
+    second.finish("completed", {})
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> None:
+    callers = wandb.init(project="other", mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
+    tracker = open_in(tmp_path / "run", WandbMode.offline)
+    assert tracker.run is not None
+    assert tracker.run.id == (tmp_path / "run" / "wandb" / "run_id.txt").read_text()
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    assert wandb.run is callers
+    callers.log({"own": 1})
+    callers.finish()
+    wandb.teardown()  # writes its file
+    assert history_rows(tmp_path / "run") == [{"train/global_step": 1, "train/loss": 0.7}]
+    assert [row["own"] for row in read_rows(tmp_path / "wandb", callers.id)] == [1]
+
+
+def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
+    first = open_in(tmp_path, WandbMode.offline)
+    assert first.run is not None
+    run_id = first.run.id
+    first.log({"step": 1, "loss": 0.7})
+    first.log({"step": 2, "loss": 0.6})
+    first.finish("preempted", {})
+    assert (tmp_path / "wandb" / "run_id.txt").read_text() == run_id
+
+    time.sleep(1.0)  # wandb names its folders by the second
+    said: list[str] = []
+    second = open_in(tmp_path, WandbMode.offline, rows=[{"step": 1, "loss": 0.7}], say=said.append)
+    assert second.run is not None
+    assert second.run.id == run_id
+    assert "wandb has the rows up to step 2" in said[0]
+    second.log({"step": 2, "loss": 0.6})
+    second.log({"step": 2, "eval_loss": 0.6})
+    second.log({"step": 3, "loss": 0.5})
+    second.finish("completed", {})
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
+    assert [row["_step"] for row in read_rows(tmp_path / "wandb", run_id)] == [0, 1, 2, 3]
+    assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}
+
+
+KILLED = """
+import json, sys, time
+from pathlib import Path
+import psutil
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
+from dpo_dist.report.metrics_log import MetricsLog
+from dpo_dist.report.recorder import Recorder
+from dpo_dist.report.trackers.run_trackers import open_trackers
+from dpo_dist.report.trackers.wandb_file import read_rows
+
+folder = RunFolder(Path(sys.argv[1]))
+config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.offline))
+
+def steps_on_disk():
+    rows = read_rows(folder.wandb_id.parent, folder.wandb_id.read_text())
+    return [row["train/global_step"] for row in rows]
+
+def train(checkpoint, last, end):
+    said = []
+    metrics = MetricsLog.open(folder, checkpoint or None)
+    options = {"rows": metrics.rows, "environment": {}, "say": said.append}
+    recorder = Recorder(metrics, open_trackers(config, folder, lambda: None, **options), said.append)
+    for step in range(checkpoint + 1, last + 1):
+        norm = float("inf" if step == 4 else step)
+        recorder.record({"step": step, "loss": 1 / 3**step, "grad_norm": norm})
+        if step % 2 == 0:
+            recorder.record({"step": step, "eval_loss": 2 / 3**step})
+        if step % 4 == 0:
+            metrics.save()
+    if end == "well":
+        recorder.metrics.save()
+        recorder.trackers.finish("completed", {"steps": last})
+        return
+    deadline = time.monotonic() + 120
+    while end == "kept" and last not in steps_on_disk():
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
+    for process in (*psutil.Process().children(recursive=True), psutil.Process()):
+        process.kill()
+
+train(*json.loads(sys.argv[2]))
+"""
+
+
+def test_a_run_killed_three_times_is_one_run_with_every_row_once_and_uploads_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run of a user"
+    (run_dir / "dpo_metrics").mkdir(parents=True)
+    starts = [(0, 6, "kept"), (4, 10, "lost"), (8, 11, "kept"), (8, 13, "well")]
+    for start in starts:  # each in a process of its own: wandb has threads, which a fork does not survive
+        command = [sys.executable, "-c", KILLED, str(run_dir), json.dumps(start)]
+        outcome = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert outcome.returncode == (0 if start[-1] == "well" else -9), outcome.stderr
+
+    rows = [dict(row) for row in MetricsLog.open(RunFolder(run_dir), 13).rows]
+    sent = history_rows(run_dir)
+    assert [(row["train/global_step"], "eval/loss" in row) for row in sent] == [
+        (row["step"], "eval_loss" in row) for row in rows
+    ]
+    expected = [wandb_names(row) for row in rows]
+    assert [plain(row) for row in sent] == [plain(row) for row in expected]
+    (run_id,) = {run.run_id for run in records_of(run_dir, "run")}
+    numbers = [row["_step"] for row in read_rows(run_dir / "wandb", run_id)]
+    assert numbers == list(range(len(rows)))
+
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        program = Path(sys.executable).with_name("wandb")
+        subprocess.run([program, "sync", "wandb"], cwd=run_dir, check=True, capture_output=True)
+        assert server.history_rows() == sent
+
+
+def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig, WandbMode
+from dpo_dist.report.trackers.wandb_tracker import open_tracker
+config = RunConfig(tracking=TrackingConfig(wandb=WandbMode.off))
+tracker = open_tracker(config, RunFolder(Path({str(tmp_path / "run")!r})), lambda: None)
+tracker.log({{"step": 1}})
+tracker.finish("completed", {{}})
+assert "wandb" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [WandbMode.auto, WandbMode.online])
+def test_without_a_key_the_run_is_offline_without_a_prompt(
+    tmp_path: Path, mode: WandbMode, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path / "run", mode)
+    assert tracker.run is not None
+    assert tracker.run.offline
+    tracker.finish("completed", {})
+    assert ("no usable key" in caplog.text) == (mode is WandbMode.online)
+
+
+@pytest.mark.parametrize(("value", "tracked"), [("disabled", False), ("offline", True)])
+def test_auto_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, tracked: bool
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_MODE", value)
+    tracker = open_in(tmp_path / "run", WandbMode.auto)
+    assert (tracker.run is not None) == tracked
+    tracker.finish("completed", {})
+
+
+def test_unreachable_server_leaves_an_offline_run_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    run_dir = tmp_path / "run"
+    said: list[str] = []
+    tracker = open_in(run_dir, WandbMode.auto, init_seconds=2.0, say=said.append)
+    assert tracker.run is not None
+    assert tracker.run.offline
+    why, where = said
+    assert "cannot start online" in why
+    assert "wandb sync" in where
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    assert history_rows(run_dir) == [{"train/global_step": 1, "train/loss": 0.7}]
+    assert "cannot start online" in caplog.text
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def open_online(run_dir: Path, monkeypatch: pytest.MonkeyPatch, server_url: str, **options: Any) -> Tracker:
+    monkeypatch.setenv("WANDB_BASE_URL", server_url)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    run_dir.mkdir(exist_ok=True)
+    return open_tracker(config_of(WandbMode.auto), RunFolder(run_dir), **options)
+
+
+def test_online_run_reaches_the_server_and_its_stop_button_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = threading.Event()
+    with WandbServer(stops_the_run=True) as server:
+        tracker = open_online(tmp_path / "run", monkeypatch, server.url, request_stop=stop.set)
+        assert tracker.run is not None
+        assert not tracker.run.offline
+        assert stop.wait(timeout=60)
+        tracker.log({"step": 1, "loss": 0.7})
+        tracker.log({"step": 1, "eval_loss": 0.6})
+        tracker.finish("completed", {})
+        assert server.history_rows() == [
+            {"train/global_step": 1, "train/loss": 0.7},
+            {"train/global_step": 1, "eval/loss": 0.6, "eval/global_step": 1},
+        ]
+
+
+def test_an_online_run_sends_the_rows_that_it_recorded_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = open_in(tmp_path / "run", WandbMode.offline)
+    offline.log({"step": 1, "loss": 0.7})
+    offline.finish("preempted", {})
+    with WandbServer() as server:
+        online = open_online(
+            tmp_path / "run",
+            monkeypatch,
+            server.url,
+            request_stop=lambda: None,
+            rows=[{"step": 1, "loss": 0.7}],
+        )
+        online.log({"step": 2, "loss": 0.6})
+        online.finish("completed", {})
+        assert [row["train/loss"] for row in server.history_rows()] == [0.7, 0.6]
+
+
+def test_a_resumed_online_run_sends_only_the_rows_that_the_server_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_loss": 0.6}]
+    more = [{"step": 3, "loss": 0.5}, {"step": 4, "loss": 0.4}]
+    with WandbServer() as server:
+        for known, computed in (([], rows), (rows[:1], [*rows[1:], *more])):
+            online = open_online(
+                tmp_path / "run", monkeypatch, server.url, request_stop=lambda: None, rows=known
+            )
+            for row in computed:
+                online.log(row)
+            online.finish("preempted", {})
+        assert server.history_rows() == [wandb_names(row) for row in [*rows, *more]]
+
+
+def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with WandbServer() as server:
+        tracker = open_online(
+            tmp_path / "run", monkeypatch, server.url, request_stop=lambda: None, finish_seconds=1.0
+        )
+    tracker.log({"step": 1, "loss": 0.7})
+    tracker.finish("completed", {})
+    (warning,) = warnings(caplog)
+    assert f"wandb sync {tmp_path / 'run' / 'wandb'}" in warning
+    assert history_rows(tmp_path / "run") == [{"train/global_step": 1, "train/loss": 0.7}]
+
+
+def test_malformed_key_leaves_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    said: list[str] = []
+    tracker = open_in(tmp_path / "run", WandbMode.online, say=said.append)
+    assert [line.removeprefix("warning: ").split(":")[0] for line in said] == [
+        "wandb cannot log in",
+        "wandb has no usable key, the run is tracked offline; `wandb login` stores a key",
+        "wandb",
+    ]
+    assert tracker.run is not None
+    assert tracker.run.offline
+    tracker.finish("completed", {})
+    assert "cannot log in" in caplog.text
+
+
+def services() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+
+
+def kill_service() -> None:
+    (service,) = services()
+    service.terminate()
+    psutil.wait_procs([service], timeout=10)
+
+
+def test_a_service_killed_by_a_preemption_loses_no_later_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_in(tmp_path, WandbMode.offline)
+    tracker.log({"step": 1, "loss": 0.7})
+    time.sleep(1.0)
+    kill_service()
+    tracker.log({"step": 2, "loss": 0.6})
+    tracker.finish("preempted", {"steps": 2})
+    assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2]
+    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75]
+    assert warnings(caplog) == []
+    assert services() == []
+
+
+def test_failing_tracking_prints_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = open_in(tmp_path, WandbMode.offline)
+    for step in range(1, 5):
+        if step in (2, 3):
+            kill_service()
+        tracker.log({"step": step})
+    tracker.finish("completed", {})
+    (warning,) = warnings(caplog)
+    assert "training continues" in warning
+    assert services() == []
+
+
+def test_a_run_directory_that_cannot_be_written_ends_only_tracking(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wandb").write_text("a file in the way")
+    tracker = open_in(tmp_path, WandbMode.offline)
+    assert tracker.run is None
+    tracker.log({"step": 1})
+    tracker.finish("completed", {})
+    assert "cannot start offline" in caplog.text

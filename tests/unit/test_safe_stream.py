@@ -1,0 +1,54 @@
+"""Standard streams that are closed, full or without a reader."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WRITER = """
+import os, sys
+from dpo_dist.errors import ConfigError
+from dpo_dist.safe_stream import open_closed_streams, print_line, print_result
+open_closed_streams()
+file = open("file", "w")
+assert file.fileno() > 2
+try:
+    {call}
+except ConfigError as error:
+    print_line(error.block(), sys.stderr)
+    sys.exit(2)
+os.write(1, b"")
+"""
+
+
+def ended(call: str, redirection: str, folder: Path) -> tuple[int, str]:
+    """Return the exit code of a program that prints, and what it has printed on the streams that are left."""
+    command = f'"$0" -c "$1" {redirection}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}", sys.executable, WRITER.format(call=call)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (folder / "file").read_text() == ""
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("call", ['print_line("na\\xefve")', 'print_result("na\\xefve")'])
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&- <&-", "| true"])
+def test_an_output_that_is_closed_is_no_error(call: str, redirection: str, tmp_path: Path) -> None:
+    assert ended(call, redirection, tmp_path) == (0, "")
+
+
+def test_a_full_disk_is_an_error_of_a_result_alone(tmp_path: Path) -> None:
+    assert ended('print_line("text")', ">/dev/full", tmp_path) == (0, "")
+    code, printed = ended('print_result("text")', ">/dev/full", tmp_path)
+    assert code == 2
+    assert "the output cannot be written" in printed
+    assert ended('print_result("text")', ">/dev/full 2>&1", tmp_path) == (2, "")
