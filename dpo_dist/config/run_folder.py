@@ -136,7 +136,7 @@ class RunFolder:
     @property
     def system_metrics(self) -> Path:
         """The folder of the newest system metrics of every rank; W&B gets them from there."""
-        return self.path / "wandb" / "system"
+        return self.path / "wandb" / "system_metrics"
 
     @property
     def tensorboard(self) -> Path:
