@@ -111,6 +111,7 @@ def precompute(config: RunConfig, console: Console) -> int:
         console.say(f"run directory: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         prepare_reference(config, inputs, world, console)
+        console.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
     return ExitCode.completed
 
 
