@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_dist.errors import DpoDistError, ExitCode, ReferenceModelError
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, size
 from dpo_dist.reference.maintenance.garbage import find_garbage, remove
 from dpo_dist.reference.maintenance.info import FingerprintInfo, take_inventory
 from dpo_dist.reference.maintenance.verify import repair, verify_store
@@ -69,9 +69,9 @@ def _info(given: argparse.Namespace) -> int:
         if info.fingerprint is not None:
             profile = info.fingerprint.profile.items()
             lines.append("    " + ", ".join(f"{name} {value}" for name, value in profile))
-    entries, size = sum(info.entries for info in found), sum(info.bytes for info in found)
+    entries, stored = sum(info.entries for info in found), sum(info.bytes for info in found)
     lines.append(
-        f"{counted(len(found), 'fingerprint')}, {counted(entries, 'entry', 'entries')}, {_size(size)}"
+        f"{counted(len(found), 'fingerprint')}, {counted(entries, 'entry', 'entries')}, {size(stored)}"
     )
     print_result("\n".join(lines) + "\n")
     return ExitCode.completed
@@ -110,9 +110,9 @@ def _gc(given: argparse.Namespace) -> int:
         print_line(f"drop: {_line(info)}")
     for path in garbage.leftovers:
         print_line(f"remove: {path}")
-    size = _size(sum(info.bytes for info in garbage.fingerprints))
+    freed = size(sum(info.bytes for info in garbage.fingerprints))
     fingerprints = counted(len(garbage.fingerprints), "fingerprint")
-    found = f"{fingerprints} ({size}) and {counted(len(garbage.leftovers), 'temporary file')}"
+    found = f"{fingerprints} ({freed}) and {counted(len(garbage.leftovers), 'temporary file')}"
     if given.yes:
         remove(garbage)
         print_line(f"{found} removed")
@@ -128,18 +128,10 @@ def _line(info: FingerprintInfo) -> str:
     damaged = f", {info.damaged} damaged" if info.damaged else ""
     return (
         f"{info.label}   reference {reference}   fingerprint {info.name}   "
-        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {_size(info.bytes)}, "
+        f"{counted(info.entries, 'entry', 'entries')}, {counted(info.tokens, 'token')}, {size(info.bytes)}, "
         f"{counted(info.shards, 'shard')}{damaged}, "
         f"used {info.last_used:%Y-%m-%d %H:%M}"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 if __name__ == "__main__":

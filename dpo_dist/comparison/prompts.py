@@ -18,7 +18,7 @@ from dpo_dist.digests import text_digest
 from dpo_dist.errors import DataError
 from dpo_dist.generation.counted import good_records
 from dpo_dist.generation.prompts import as_asked, prompt_key, prompt_line, write_named_by_content
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 
 def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path:

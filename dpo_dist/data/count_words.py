@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 _WORDS = {
     # Records that are dropped.
@@ -77,6 +77,14 @@ def in_words(name: str) -> str:
     if name.startswith(_UNREAD):
         return f"the field {name.removeprefix(_UNREAD)} is not read"
     return name.replace("_", " ")
+
+
+def in_one_line(counts: Mapping[str, int]) -> str:
+    """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty without any."""
+    named = sorted((name, number) for name, number in counts.items() if number)
+    return ", ".join(
+        f"{number:,} {name}" + (f" ({in_words(name)})" if name in _WORDS else "") for name, number in named
+    )
 
 
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:

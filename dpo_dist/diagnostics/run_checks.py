@@ -21,7 +21,7 @@ from dpo_dist.diagnostics.run_facts import (
 )
 from dpo_dist.diagnostics.run_rate_symptoms import LOGISTIC, falls_of_chosen, rise_of_loss, symptoms_of_rate
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 Fields: TypeAlias = Mapping[str, Any]
 Limits: TypeAlias = Mapping[str, float]

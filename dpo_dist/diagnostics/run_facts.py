@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_dist import number_text
 from dpo_dist.errors import RunOutcome
 
 Row = Mapping[str, float]
@@ -247,4 +248,4 @@ def mean_over_time(rows: Iterable[Row], key: str) -> float | None:
 
 def number(value: float | None) -> str:
     """Return three digits of a number for people; "unknown" of None."""
-    return "unknown" if value is None else f"{value:.3g}"
+    return "unknown" if value is None else number_text.number(value, 3)

@@ -4,7 +4,7 @@ from dpo_dist.config.schema import ParallelismConfig
 from dpo_dist.distributed.checkpoint import Checkpoint
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 _NEW_RUN = "start from the beginning with another run.dir"
 

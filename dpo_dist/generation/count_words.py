@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dpo_dist.data.count_words import in_words
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 _TOTALS = {
     "prompts": ("prompt", "prompts"),

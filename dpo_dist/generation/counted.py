@@ -7,7 +7,7 @@ from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.data.count_words import describe_dropped
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
 from dpo_dist.data.records import BadRecord, PreferenceRecord
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 
 def good_records(

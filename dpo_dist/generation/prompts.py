@@ -20,7 +20,7 @@ from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, Preferen
 from dpo_dist.data.sources import pinned
 from dpo_dist.digests import content_digest, text_digest
 from dpo_dist.generation.counted import good_records
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 UNLIMITED = 2**30
 # Ends a thought, so that one which the template opens in the prompt is kept: the model continues it.

@@ -12,7 +12,7 @@ from dpo_dist.config.check import as_written
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.count_words import describe_counts
 from dpo_dist.generation.pair_records import write_lines, write_pairs
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 
 def summary_file(file: Path) -> Path:

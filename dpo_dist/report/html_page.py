@@ -98,6 +98,7 @@ th { font-weight: 500; color: var(--quiet); width: 240px; }
 .phases td { text-align: right; }
 .phases meter { width: 320px; }
 .numbers th, .numbers td { text-align: right; width: auto; }
+.explained { color: var(--quiet); font-size: 13px; margin: 6px 0; }
 details { margin-top: 32px; }
 summary { cursor: pointer; font-weight: 600; }
 """

@@ -17,7 +17,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, number
 from dpo_dist.report.charts.smoothing import evenly
 from dpo_dist.report.markdown import code, inert, table
 from dpo_dist.report.trackers.tracked_values import without_secrets
@@ -224,7 +224,7 @@ def _with_interval(row: Row, key: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    return "" if value is None or not math.isfinite(value) else number(value)
 
 
 def _curve(rows: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, percent
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.word_diff import Difference, Span, difference
 
@@ -149,14 +149,7 @@ def _difference_note(found: Difference, shown: _Shown, other: _Shown, name: str)
         return f"the same words as {name}{part}, other white space"
     if not found.new:
         return f"no words that {name} lacks{part}"
-    return f"{_percent(found.new / found.words)} of its words not in {name}{part}"
-
-
-def _percent(share: float) -> str:
-    """Return "12 %"; only 0 and 1 are "0 %" and "100 %"."""
-    if 0 < share < 0.01:
-        return "under 1 %"
-    return "over 99 %" if 0.99 < share < 1 else f"{100 * share:.0f} %"
+    return f"{percent(found.new / found.words)} of its words not in {name}{part}"
 
 
 def _shortened(text: str, longest: int) -> _Shown:

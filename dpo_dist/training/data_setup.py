@@ -24,7 +24,7 @@ from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
 from dpo_dist.model.supported import check_supported, training_notes
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
 

@@ -15,8 +15,8 @@ from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
+from dpo_dist.number_text import counted
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.plurals import counted
 from dpo_dist.reference.scoring import Scorer
 from dpo_dist.training.batch_loss import Objective, ScoredPairs
 

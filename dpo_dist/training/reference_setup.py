@@ -12,7 +12,7 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.numerics import numerics_of
-from dpo_dist.plurals import counted, duration
+from dpo_dist.number_text import counted, duration
 from dpo_dist.reference.compatible import (
     OWN_NUMERICS,
     Reused,

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_dist.generation.labelling.events import Judgement, Slot, Verdict
+from dpo_dist.number_text import percent
 
 _LABELS = [Verdict.first, Verdict.second, Verdict.tie]
 
@@ -122,7 +123,7 @@ def agreement_table(found: dict[str, Any], width: int = 100) -> str:
             Text(name),
             *counts,
             _number(one["median_seconds"], ".1f"),
-            _number(one["left_share"], ".0%"),
+            _share(one["left_share"]),
             *_cells(one["self"]),
         )
     for one in found["between"]:
@@ -134,11 +135,15 @@ def agreement_table(found: dict[str, Any], width: int = 100) -> str:
 
 
 def _cells(compared: dict[str, Any]) -> tuple[str, ...]:
-    return str(compared["items"]), _number(compared["agreed"], ".0%"), _number(compared["kappa"], ".2f")
+    return str(compared["items"]), _share(compared["agreed"]), _number(compared["kappa"], ".2f")
 
 
 def _number(value: float | None, format_: str) -> str:
     return "-" if value is None else format(value, format_)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else percent(value)
 
 
 def _kappa(first: Sequence[Verdict], second: Sequence[Verdict]) -> float | None:

@@ -30,7 +30,7 @@ from dpo_dist.generation.labelling.state import Labelling, Plan
 from dpo_dist.generation.pair_records import pair_fields
 from dpo_dist.generation.startup import output_file
 from dpo_dist.generation.summary import check_output, write_results
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
 
 Say: TypeAlias = Callable[[str], None]
 

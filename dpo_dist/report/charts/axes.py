@@ -1,10 +1,12 @@
-"""Axes of the charts of pages: places of values, ticks, and numbers as text."""
+"""Axes of the charts of pages: places of values, and ticks."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from matplotlib.ticker import LogLocator, MaxNLocator
+
+from dpo_dist.number_text import number
 
 _PADDING = 0.05
 _MOST_DECADES = 6
@@ -69,12 +71,3 @@ def tick_texts(ticks: list[float], *, is_log: bool = False) -> list[str]:
         ):
             break
     return [f"{text}{suffix}" if float(text) else "0" for text in texts]
-
-
-def number(value: float) -> str:
-    """Return a number with four significant digits, as the script of the charts writes it."""
-    size = abs(value)
-    if size >= 1e6 or 0 < size < 1e-3:
-        digits, _, exponent = f"{value:.2e}".partition("e")
-        return f"{float(digits):g}e{int(exponent)}"
-    return f"{value:,.0f}" if size >= 1000 else f"{float(f'{value:.4g}'):.6g}"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from html import escape
 
 from dpo_dist.diagnostics.findings import Distribution
+from dpo_dist.number_text import number
 from dpo_dist.report.inert import printable
 
 _WIDTH, _HEIGHT, _AXIS = 360.0, 92.0, 18.0
@@ -30,12 +31,12 @@ def histogram(values: Distribution, title: str, limit: float | None = None) -> s
         if count:
             x, height = scale(start), max(1.0, count / largest * _HEIGHT)
             width = max(1.0, scale(stop) - x - 0.5)
-            label = f"{number(start)} to {number(stop)}: {count:,}"
+            label = f"{number(start, 3)} to {number(stop, 3)}: {count:,}"
             bars.append(_rect(x, _HEIGHT - height, width, height, label))
     line = ""
     if limit is not None and low <= limit <= high:
         x = scale(limit)
-        name = f"<title>{number(limit)}</title>"
+        name = f"<title>{number(limit, 3)}</title>"
         line = f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}">{name}</line>'
     axis = f'<line class="axis" x1="0" x2="{_WIDTH}" y1="{_HEIGHT}" y2="{_HEIGHT}"/>{_ticks(values, scale)}'
     return (
@@ -82,10 +83,5 @@ def _ticks(values: Distribution, scale: Scale) -> str:
         if all(abs(x - other) > _LABEL_WIDTH for other in places):
             places.append(x)
             anchor = "start" if x < _LABEL_WIDTH / 2 else "end" if x > _WIDTH - _LABEL_WIDTH / 2 else "middle"
-            labels += f'<text x="{x:.1f}" y="{_HEIGHT + 13}" text-anchor="{anchor}">{number(value)}</text>'
+            labels += f'<text x="{x:.1f}" y="{_HEIGHT + 13}" text-anchor="{anchor}">{number(value, 3)}</text>'
     return labels
-
-
-def number(value: float) -> str:
-    """Return a number for people: 1,234 or 0.125."""
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dpo_dist import atomic
-from dpo_dist.report.charts.axes import Axis, number, tick_texts, value_axis
+from dpo_dist.number_text import number
+from dpo_dist.report.charts.axes import Axis, tick_texts, value_axis
 from dpo_dist.report.charts.curves import PANELS, Curves, Panel, Rows
 from dpo_dist.report.charts.script import LIGHT_COLORS
 from dpo_dist.report.charts.smoothing import FloatArray, kept_points

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_dist.report.charts.axes import Axis, number, tick_texts, value_axis
+from dpo_dist.number_text import number
+from dpo_dist.report.charts.axes import Axis, tick_texts, value_axis
 from dpo_dist.report.charts.script import LIGHT_COLORS
 from dpo_dist.report.charts.smoothing import FloatArray, kept_points
 from dpo_dist.report.inert import inert_html, printable

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from dpo_dist.report.charts.axes import number
+from dpo_dist.number_text import number, percent
 from dpo_dist.report.comparison.results import Estimate, Model, Results
 
 LONGER = 1.5
@@ -58,7 +58,7 @@ def warnings(results: Results) -> list[str]:
 def rate_text(rate: Estimate) -> str:
     """Return "62 % [55, 69]"."""
     ends = "" if rate.low is None or rate.high is None else f" [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
-    return f"{100 * rate.value:.0f} %{ends}"
+    return f"{percent(rate.value)}{ends}"
 
 
 def _ranked(results: Results) -> list[Model]:
@@ -90,7 +90,7 @@ def _cheaper(results: Results, ranked: list[Model]) -> Iterator[str]:
     if candidates:
         share, name, rate = min(candidates, key=lambda each: each[:2])
         yield (
-            f"{name} cannot be distinguished from it (win rate {rate_text(rate)}) with {100 * share:.0f} % "
+            f"{name} cannot be distinguished from it (win rate {rate_text(rate)}) with {percent(share)} "
             "of its KL."
         )
 
@@ -144,18 +144,18 @@ def _style(model: Model, base: Model) -> Iterator[str]:
                 "prefer length."
             )
         elif ratio <= 1 / LONGER:
-            yield f"{model.name}: responses have {100 * ratio:.0f} % of the length of those of {base.name}."
+            yield f"{model.name}: responses have {percent(ratio)} of the length of those of {base.name}."
     for fault, text in _FAULTS.items():
         share, other = _share(model, fault), _share(base, fault)
         if share is not None and other is not None and share - other >= SHARE:
-            yield f"{model.name}: {100 * share:.0f} % of responses {text} ({base.name}: {100 * other:.0f} %)."
+            yield f"{model.name}: {percent(share)} of responses {text} ({base.name}: {percent(other)})."
 
 
 def _cut_off(base: Model) -> Iterator[str]:
     share = _share(base, "unfinished")
     if share is not None and share >= CUT_OFF:
         yield (
-            f"{100 * share:.0f} % of the responses of {base.name} do not end within compare.max_new_tokens: "
+            f"{percent(share)} of the responses of {base.name} do not end within compare.max_new_tokens: "
             "the models are compared by beginnings of responses."
         )
 

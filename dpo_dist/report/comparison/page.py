@@ -4,7 +4,8 @@ from pathlib import Path
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
+from dpo_dist.report.blocks import section
 from dpo_dist.report.comparison.findings import headline, warnings
 from dpo_dist.report.comparison.pareto import PARETO_STYLE, pareto
 from dpo_dist.report.comparison.prompts import PROMPTS_STYLE, SCRIPT, prompts_section
@@ -70,10 +71,10 @@ def _sections(results: Results) -> list[str]:
     )
     matrix = win_matrix(results)
     return [
-        _section("Models", models_table(results) + _kl_note(results)),
-        _section("KL and quality", f'<div class="scroll">{picture}</div>{note}' if picture else ""),
-        _section("Win rates", matrix + _verdicts(results) if matrix else ""),
-        _section("Style", style_table(results)),
+        section("models", "Models", models_table(results) + _kl_note(results)),
+        section("kl", "KL and quality", f'<div class="wide">{picture}</div>{note}' if picture else ""),
+        section("wins", "Win rates", matrix + _verdicts(results) if matrix else ""),
+        section("style", "Style", style_table(results)),
     ]
 
 
@@ -96,7 +97,3 @@ def _verdicts(results: Results) -> str:
     )
     counts = "; ".join(f"{name.replace('_', ' ')}: {number:,}" for name, number in results.notes.items())
     return f"<p>{text}{f' Counts: {inert_html(counts)}.' if counts else ''}</p>"
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>" if content else ""

@@ -6,7 +6,8 @@ from html import escape
 from itertools import pairwise
 from typing import NamedTuple
 
-from dpo_dist.report.charts.axes import Axis, number, tick_texts, value_axis
+from dpo_dist.number_text import number
+from dpo_dist.report.charts.axes import Axis, tick_texts, value_axis
 from dpo_dist.report.comparison.results import Estimate, Model, Results
 from dpo_dist.report.inert import printable
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.plurals import counted
-from dpo_dist.report.charts.axes import number
+from dpo_dist.number_text import counted, number
 from dpo_dist.report.comparison.results import Model, Results, finite
 from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html

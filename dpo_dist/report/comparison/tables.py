@@ -1,8 +1,7 @@
 """Tables of a comparison: quality and style of the models, win rates of every two."""
 
-from collections.abc import Sequence
-
-from dpo_dist.report.charts.axes import number
+from dpo_dist.number_text import number
+from dpo_dist.report.blocks import table
 from dpo_dist.report.comparison.findings import rate_text
 from dpo_dist.report.comparison.results import SHARES, Estimate, Model, Results
 from dpo_dist.report.inert import inert_html
@@ -22,7 +21,6 @@ _STYLE_TITLES = {
 }
 
 TABLES_STYLE = """
-.scroll { overflow-x: auto; }
 .models th, .models td { width: auto; white-space: nowrap; overflow-wrap: normal; text-align: right; }
 .models th:first-child, .models td:first-child { text-align: left; white-space: normal; }
 .models td:first-child { min-width: 130px; overflow-wrap: anywhere; }
@@ -53,7 +51,7 @@ def models_table(results: Results) -> str:
         )
         shown = [cell for cell, is_shown in zip(cells, columns.values(), strict=True) if is_shown]
         rows.append([_name(model), *shown])
-    return _table(["model", *(title for title, is_shown in columns.items() if is_shown)], rows)
+    return table(["model", *(title for title, is_shown in columns.items() if is_shown)], rows, "models")
 
 
 def style_table(results: Results) -> str:
@@ -66,7 +64,9 @@ def style_table(results: Results) -> str:
         for model in results.models
     ]
     return (
-        _table(["model", *(_STYLE_TITLES.get(metric, metric) for metric in metrics)], rows) if metrics else ""
+        table(["model", *(_STYLE_TITLES.get(metric, metric) for metric in metrics)], rows, "models")
+        if metrics
+        else ""
     )
 
 
@@ -82,7 +82,7 @@ def win_matrix(results: Results) -> str:
     omitted = len(results.models) - len(models)
     note = f" Only the first {len(models)} models are in this table." if omitted else ""
     return (
-        f"{_table(['wins of', *(model.name for model in models)], rows)}"
+        f"{table(['wins of', *(model.name for model in models)], rows, 'models')}"
         "<p>Share of prompts that the model of the row wins over that of the column, with 95 % intervals "
         f"over prompts; a tie is half a win. Coloured cells: 50 % is outside the interval.{note}</p>"
     )
@@ -123,9 +123,3 @@ def _estimate(estimate: Estimate | None, *, is_share: bool) -> str:
         else f"{number(estimate.low)}, {number(estimate.high)}"
     )
     return f"{number(estimate.value)}<small>[{ends}]</small>" if ends else number(estimate.value)
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{inert_html(title)}</th>" for title in titles)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="models"><tr>{head}</tr>{body}</table></div>'

@@ -19,13 +19,14 @@ from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Across, Finding, Level
 from dpo_dist.diagnostics.stored_margins import StoreUse
 from dpo_dist.errors import ConfigError
-from dpo_dist.report.charts.bars import histogram, number
-from dpo_dist.report.doctor.sources import overview, source_section, table
+from dpo_dist.number_text import number
+from dpo_dist.report.blocks import section, table
+from dpo_dist.report.charts.bars import histogram
+from dpo_dist.report.doctor.sources import overview, source_section
 from dpo_dist.report.doctor.style import DOCTOR_STYLE
 from dpo_dist.report.doctor.texts import pairs_section
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.report.run_page.blocks import section
 from dpo_dist.report.trackers.tracked_values import without_secrets
 
 FORMAT = 1
@@ -138,7 +139,7 @@ def _reference(use: StoreUse | None) -> str:
     pictures = "".join(
         f"<figure><figcaption>{inert_html(label)}, nats per token</figcaption>"
         f"{histogram(margins, f'margins of {label}', 0.0)}"
-        f"<small>{number(margins.count)} pairs, median {margins.percentiles[50]:.3g}; below 0 the reference "
+        f"<small>{margins.count:,} pairs, median {number(margins.percentiles[50], 3)}; below 0 the reference "
         "prefers the rejected response</small></figure>"
         for label, margins in use.margins
     )

@@ -1,24 +1,17 @@
 """Sections of the doctor's page about each source: counts, lengths, leaks, scores, languages."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from dpo_dist.diagnostics.findings import Distribution, LeakTest, SideReport, SourceReport
-from dpo_dist.report.charts.bars import histogram, number, share_bar
+from dpo_dist.number_text import number, percent
+from dpo_dist.report.blocks import table
+from dpo_dist.report.charts.bars import histogram, share_bar
 from dpo_dist.report.inert import inert_html, joined_origins
 from dpo_dist.report.trackers.tracked_values import without_secrets
 
 _MAX_ROWS = 12
 _SHOWN_EXAMPLES = 5
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Return a table of cells that are HTML already; empty without rows."""
-    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    if not lines:
-        return ""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    return f'<div class="wide"><table class="{kind}"><tr>{titles}</tr>{"".join(lines)}</table></div>'
 
 
 def overview(sources: Sequence[SourceReport]) -> str:
@@ -57,7 +50,7 @@ def source_section(source: SourceReport, max_length: int) -> str:
 
 
 def _row(source: SourceReport) -> tuple[str, ...]:
-    sharing = f"{source.prefix.share:.0%} of tokens" if source.prefix is not None else ""
+    sharing = f"{percent(source.prefix.share)} of tokens" if source.prefix is not None else ""
     return (
         inert_html(source.label),
         "evaluation" if source.is_eval else "<br>".join(source.parts or ["training"]),
@@ -75,7 +68,7 @@ def _median(side: SideReport | None) -> str:
     if side is None:
         return ""
     values, unit = (side.characters, "characters") if side.tokens is None else (side.tokens, "tokens")
-    return f"{number(values.percentiles[50])} {unit}"
+    return f"{number(values.percentiles[50], 3)} {unit}"
 
 
 def _dropped(source: SourceReport) -> str:
@@ -108,7 +101,7 @@ def _lengths(source: SourceReport, max_length: int) -> str:
     gain = ""
     if source.prefix is not None:
         gain = (
-            f"<p>Computing each prompt once saves {source.prefix.share:.0%} of the tokens "
+            f"<p>Computing each prompt once saves {percent(source.prefix.share)} of the tokens "
             f"({source.prefix.expected_gain:.2f} times fewer).</p>"
         )
     return f'<div class="figures">{"".join(figures)}</div>{gain}' if figures else ""
@@ -124,10 +117,10 @@ def _leaks(leaks: Sequence[LeakTest]) -> str:
     rows = (
         (
             inert_html(test.feature.replace("_", " ")),
-            f"{test.accuracy:.0%}",
-            share_bar(test.accuracy, f"{test.accuracy:.0%}", 0.5),
-            f"{test.low:.0%} to {test.high:.0%}",
-            f"{test.differs:.0%}",
+            percent(test.accuracy),
+            share_bar(test.accuracy, percent(test.accuracy), 0.5),
+            f"{percent(test.low)} to {percent(test.high)}",
+            percent(test.differs),
             inert_html(test.detail),
         )
         for test in leaks[:_MAX_ROWS]
@@ -142,7 +135,7 @@ def _values(values: Mapping[str, float]) -> str:
 
 def _shares(shares: Mapping[str, float]) -> str:
     rows = (
-        (inert_html(name.replace("_", " ")), f"{share:.1%}", share_bar(share, f"{share:.1%}"))
+        (inert_html(name.replace("_", " ")), percent(share), share_bar(share, percent(share)))
         for name, share in sorted(shares.items(), key=lambda item: -item[1])[:_MAX_ROWS]
         if share
     )

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN, Row, last
+from dpo_dist.number_text import counted, number
 from dpo_dist.objective.metrics import BUCKETS
-from dpo_dist.plurals import counted
+from dpo_dist.report.blocks import folded, note, section, table
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import folded, note, section, table
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import short, three
 
 _ALL = "all"
 _HALF = 0.5
@@ -99,9 +98,9 @@ def _cell(value: float | None, ends: Sequence[float] | None, key: str) -> str:
     if value is None:
         return ""
     if not ends:
-        return short(value)
+        return number(value)
     low, high = ends
-    shown = f"{short(value)} <small>[{three(low)}, {three(high)}]</small>"
+    shown = f"{number(value)} <small>[{number(low, 3)}, {number(high, 3)}]</small>"
     return shown + _bar(value, low, high) if key.endswith(ACCURACY) else shown
 
 
@@ -130,8 +129,8 @@ def _calibration(facts: PageFacts) -> str:
     if error is None:
         return ""
     return (
-        f"Calibration: the probability that the margins imply differs from the accuracy by {three(error)} on "
-        "average (expected calibration error)."
+        "Calibration: the probability that the margins imply differs from the accuracy by "
+        f"{number(error, 3)} on average (expected calibration error)."
     )
 
 
@@ -139,7 +138,7 @@ def _evaluations(evaluations: Sequence[Mapping[str, float]]) -> str:
     """Return the last evaluations as a table."""
     shown = evaluations[-_MOST_EVALUATIONS:]
     keys = [key for key in _EVALUATION_COLUMNS if any(key in row for row in shown)]
-    rows: Iterable[list[str]] = ([short(row[key]) if key in row else "" for key in keys] for row in shown)
+    rows: Iterable[list[str]] = ([number(row[key]) if key in row else "" for key in keys] for row in shown)
     more = note(f"The last {len(shown)} of {len(evaluations):,}.") if len(shown) < len(evaluations) else ""
     content = table([_EVALUATION_COLUMNS[key] for key in keys], rows)
     return folded(f"Evaluations ({len(evaluations):,})", content + more) if shown else ""

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from dpo_dist.data.count_words import in_words
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, percent
+from dpo_dist.report.blocks import facts_table, folded, note, paragraph, section, table
 from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.report.run_page.blocks import facts_table, folded, note, paragraph, section, table
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import percent
 
 _PARTS = {"train": "Training data", "eval": "Evaluation data"}
 _NOT_SHOWN = frozenset({"read", "kept", "pairs"})

@@ -7,11 +7,11 @@ from dpo_dist import atomic
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import ConfigError
+from dpo_dist.report.blocks import flat, folded, made, note, section, table, text
 from dpo_dist.report.charts.curves import comparison_charts
 from dpo_dist.report.charts.script import SCRIPT, STYLE
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import flat, folded, made, note, section, table
 from dpo_dist.report.run_page.difference_results import LABELS, Two, results_section
 from dpo_dist.report.run_page.difference_samples import samples_of_both
 from dpo_dist.report.run_page.difference_time import time_section
@@ -19,7 +19,6 @@ from dpo_dist.report.run_page.facts import PageFacts, read_facts
 from dpo_dist.report.run_page.samples import SAMPLES_STYLE
 from dpo_dist.report.run_page.style import PAGE_STYLE
 from dpo_dist.report.run_page.verdict import verdict_section
-from dpo_dist.report.run_page.wording import text
 
 _NAME_BYTES = 80
 _ABSENT = "not recorded"

@@ -8,12 +8,12 @@ from typing import Any
 
 from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
+from dpo_dist.number_text import number
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
+from dpo_dist.report.blocks import note, paragraph, section, table
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows
-from dpo_dist.report.run_page.blocks import note, paragraph, section, table
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import short, three
 
 _Z95 = 1.96
 _TIE = 0.5
@@ -98,7 +98,7 @@ def _signed(difference: float) -> str:
 
 
 def _cell(value: float, ends: Sequence[float] | None) -> str:
-    return short(value) + (f" <small>[{three(ends[0])}, {three(ends[1])}]</small>" if ends else "")
+    return number(value) + (f" <small>[{number(ends[0], 3)}, {number(ends[1], 3)}]</small>" if ends else "")
 
 
 def _overlap(ends: Sequence[Sequence[float] | None]) -> str:
@@ -138,7 +138,7 @@ def _warnings(two: Two) -> Iterator[str]:
         yield "Their losses differ: values of the loss are not comparable."
     betas = [facts.setting("loss.beta") for facts in two.facts]
     if all(betas) and betas[0] != betas[1]:
-        values = " and ".join(map(three, betas))
+        values = " and ".join(number(beta, 3) for beta in betas)
         yield (
             f"Rewards and margins are multiples of beta, which differs ({values}), and the loss depends "
             "on it: compare accuracies, log-probs and KL."

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted
+from dpo_dist.report.blocks import note, section
 from dpo_dist.report.json_rows import text_of
-from dpo_dist.report.run_page.blocks import note, section
 from dpo_dist.report.run_page.difference_results import LABELS, Two
 from dpo_dist.report.run_page.samples import model_notes, sample_files, sample_rows
 from dpo_dist.report.side_by_side import LONGEST, Response, prompt_title, side_by_side

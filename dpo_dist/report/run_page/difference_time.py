@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_dist.diagnostics.run_facts import mean_over_time
+from dpo_dist.number_text import duration, money, number, percent, size
+from dpo_dist.report.blocks import section, table
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import section, table
 from dpo_dist.report.run_page.cost import cost, seconds_by_work
 from dpo_dist.report.run_page.difference_results import LABELS, Two
 from dpo_dist.report.run_page.facts import PageFacts
-from dpo_dist.report.run_page.wording import duration, money, percent, short, size
 
 
 def time_section(two: Two) -> str:
@@ -20,7 +20,7 @@ def time_section(two: Two) -> str:
         after = second[name][0]
         if before is not None or after is not None:
             cells = ["" if value is None else inert_html(form(value)) for value in (before, after)]
-            lines.append((name, *cells, f"{after / before:.3g}" if before and after is not None else ""))
+            lines.append((name, *cells, number(after / before, 3) if before and after is not None else ""))
     shown = table(("", *LABELS, "B / A"), lines)
     return section("time", "Time, memory and cost", shown) if shown else ""
 
@@ -29,15 +29,15 @@ def _amounts(facts: PageFacts) -> dict[str, tuple[Any, Callable[[Any], str]]]:
     """Return each amount, None if it was not measured, with the function that writes it."""
     summary, steps, spent = facts.summary, facts.run.steps, seconds_by_work(facts)
     return {
-        "steps": (summary.get("steps") or (int(steps[-1]["step"]) if steps else None), short),
-        "training pairs seen": (summary.get("pairs_seen"), short),
-        "processes": (summary.get("world_size") or facts.environment.get("world_size"), short),
+        "steps": (summary.get("steps") or (int(steps[-1]["step"]) if steps else None), number),
+        "training pairs seen": (summary.get("pairs_seen"), number),
+        "processes": (summary.get("world_size") or facts.environment.get("world_size"), number),
         **{
             f"time: {name}": (spent.get(name), duration)
             for name in ("training steps", "evaluations", "reference log-probs")
         },
-        "pairs per second": (summary.get("pairs_per_second"), short),
-        "tokens per second": (mean_over_time(steps, "tokens_per_second"), short),
+        "pairs per second": (summary.get("pairs_per_second"), number),
+        "tokens per second": (mean_over_time(steps, "tokens_per_second"), number),
         "MFU of the measured peak": (mean_over_time(steps, "mfu"), percent),
         "peak memory of a process": (summary.get("peak_memory_bytes"), size),
         "cost": (cost(facts), money),

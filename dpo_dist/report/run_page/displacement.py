@@ -4,9 +4,9 @@ import math
 
 from dpo_dist.diagnostics.run_facts import last, values
 from dpo_dist.diagnostics.run_rules import RULES
-from dpo_dist.report.run_page.blocks import paragraph, section
+from dpo_dist.number_text import number, percent
+from dpo_dist.report.blocks import paragraph, section
 from dpo_dist.report.run_page.facts import PageFacts
-from dpo_dist.report.run_page.wording import percent, three
 
 _CHOSEN, _REJECTED = "logps/chosen_per_token", "logps/rejected_per_token"
 _LEAST_FALL = 0.05
@@ -55,5 +55,5 @@ def _judgement(fall: float, both: float | None) -> str:
     limits = RULES["displacement"].limits
     if fall >= limits["fall"] and both is not None and both >= limits["both_fall"]:
         return "Both are beyond the verdict's limits: read the sampled responses before you use the model."
-    named = f"{three(limits['fall'])} nats per token and {percent(limits['both_fall'])} of the pairs"
+    named = f"{number(limits['fall'], 3)} nats per token and {percent(limits['both_fall'])} of the pairs"
     return f"The verdict objects when both reach {named}."

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dpo_dist import atomic
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.report.blocks import made, note, section
 from dpo_dist.report.charts.curves import charts
 from dpo_dist.report.charts.script import SCRIPT, STYLE
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.run_page.accuracy import accuracy_section
-from dpo_dist.report.run_page.blocks import made, note, section
 from dpo_dist.report.run_page.data import data_section
 from dpo_dist.report.run_page.displacement import displacement_section
 from dpo_dist.report.run_page.facts import PageFacts, read_facts

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 from dpo_dist.diagnostics.run_facts import finite
 from dpo_dist.diagnostics.run_rules import RULES
-from dpo_dist.plurals import counted
-from dpo_dist.report.run_page.blocks import facts_table, flat, folded, paragraph, section
+from dpo_dist.number_text import counted, duration, number, size
+from dpo_dist.report.blocks import facts_table, flat, folded, paragraph, section
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import duration, size, three
 
 _MODES = {
     "cached": "Reference log-probs come from the store; the reference model is not loaded beside the policy.",
@@ -75,12 +74,12 @@ def _drift(drift: Fields) -> Iterator[str]:
     mean, limit = drift.get("mean_token_drift") or 0.0, RULES["reference_drift"].limits["drift"]
     yield (
         f"Before the first step {counted(drift.get('responses') or 0, 'log-prob')} were computed again: they "
-        f"differ from the stored ones by {three(mean)} nats per token on average, by at most "
-        f"{three(drift.get('largest_token_drift') or 0.0)} in a token and by at most "
-        f"{three(drift.get('largest_response_drift') or 0.0)} in a response."
+        f"differ from the stored ones by {number(mean, 3)} nats per token on average, by at most "
+        f"{number(drift.get('largest_token_drift') or 0.0, 3)} in a token and by at most "
+        f"{number(drift.get('largest_response_drift') or 0.0, 3)} in a response."
     )
     yield (
-        f"That is above {three(limit)} nats: margins of this size are noise."
+        f"That is above {number(limit, 3)} nats: margins of this size are noise."
         if mean > limit
         else "That is rounding."
         if mean < limit / 10

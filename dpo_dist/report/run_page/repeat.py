@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from html import escape
 
 from dpo_dist.config.run_folder import LAST_EVALUATION
+from dpo_dist.report.blocks import facts_table, flat, folded, note, section, text
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import facts_table, flat, folded, note, section
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import text
 
 _HIGHLIGHTS = (
     "model.path",

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, percent
+from dpo_dist.report.blocks import section, table
 from dpo_dist.report.charts.smoothing import evenly
 from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import json_rows, text_of
-from dpo_dist.report.run_page.blocks import section, table
 from dpo_dist.report.run_page.sample_choice import FAULTS, Judged, choose, judged
 from dpo_dist.report.side_by_side import (
     LONGEST,
@@ -186,7 +186,7 @@ def _since(text: str, before: str, step: int) -> str:
     if text == before:
         return f"unchanged since step {step}"
     similarity = difference(text[:LONGEST], before[:LONGEST]).similarity
-    return f"{100 * (1 - similarity):.0f} % changed since step {step}"
+    return f"{percent(1 - similarity)} changed since step {step}"
 
 
 def _sentence(step: int, rows: Sequence[Judged]) -> str:
@@ -243,7 +243,7 @@ def _cell(key: str, row: Mapping[str, float]) -> str:
     value = row.get(key, math.nan)
     if not math.isfinite(value):
         return ""
-    return f"{value:,.0f}" if key.endswith("length") else f"{100 * value:.0f} %"
+    return f"{value:,.0f}" if key.endswith("length") else percent(value)
 
 
 SAMPLES_STYLE = (

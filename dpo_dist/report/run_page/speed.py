@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from dpo_dist.diagnostics.run_facts import Row, last, mean_over_time
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, duration, money, number, percent, size
+from dpo_dist.report.blocks import note, paragraph, section, table
 from dpo_dist.report.metrics_log import PHASES, Phase
-from dpo_dist.report.run_page.blocks import note, paragraph, section, table
 from dpo_dist.report.run_page.cost import cost, seconds_by_work
 from dpo_dist.report.run_page.facts import PageFacts
-from dpo_dist.report.run_page.wording import duration, money, percent, short, size
 
 _PHASES: dict[Phase, str] = {
     "data": "waiting for the next batch",
@@ -68,7 +67,7 @@ def _phases(rows: Sequence[Row]) -> str:
         (
             f"{phase} <small>{_PHASES[phase]}</small>",
             f"{1000 * spent:,.1f} ms",
-            f"{spent / step:.1%}",
+            percent(spent / step),
             _meter(spent / step),
         )
         for phase, spent in seconds.items()
@@ -103,7 +102,7 @@ def _utilization(facts: PageFacts) -> str:
     if datasheet is not None:
         amounts.append(percent(datasheet) + " of the data sheet's")
     speed = [
-        f"{short(value)} {unit} per second"
+        f"{number(value)} {unit} per second"
         for key, unit in (("pairs_per_second", "pairs"), ("tokens_per_second", "tokens"))
         if (value := mean_over_time(facts.run.steps, key)) is not None
     ]
@@ -115,11 +114,12 @@ def _utilization(facts: PageFacts) -> str:
 
 def _cost(facts: PageFacts) -> str:
     amount = cost(facts)
-    if amount is None:
+    if amount is None or facts.price is None:
         return ""
     hours = facts.devices * sum(seconds_by_work(facts).values()) / 3600
     unit = "GPU" if facts.has_gpus else "process"
     pairs = facts.summary.get("pairs_seen")
-    each = f"That is {1000 * amount / pairs:,.4g} for 1,000 pairs." if pairs else ""
-    total = f"{money(amount)}, for {hours:,.3g} {unit}-hours at {facts.price:,.4g} each, of the work above."
+    each = f"That is {money(1000 * amount / pairs)} for 1,000 pairs." if pairs else ""
+    spent = f"{number(hours, 3)} {unit}-hours at {money(facts.price)} each"
+    total = f"{money(amount)}, for {spent}, of the work above."
     return f"<h3>Cost</h3>{paragraph(total, each)}"

@@ -5,7 +5,6 @@ PAGE_STYLE = """
 @media (prefers-color-scheme: dark) { :root { --fill: #5eb5f0; --note: #8fb0e0; } }
 nav { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 14px; margin: 12px 0; }
 p { max-width: 82ch; overflow-wrap: anywhere; }
-.explained { color: var(--quiet); font-size: 13px; margin: 6px 0; }
 .verdict { border: 1px solid var(--line); border-left: 6px solid var(--note); border-radius: 8px; }
 .verdict { padding: 4px 20px 12px; margin: 20px 0; }
 .verdict h2 { margin: 12px 0 0; font-size: 14px; color: var(--quiet); font-weight: 500; }

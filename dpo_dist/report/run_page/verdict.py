@@ -9,12 +9,11 @@ from dpo_dist.diagnostics.run_facts import last
 from dpo_dist.diagnostics.run_rules import RULES
 from dpo_dist.diagnostics.verdict import verdict
 from dpo_dist.errors import RunOutcome
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, duration, money, number, percent, size
+from dpo_dist.report.blocks import note
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.blocks import note
 from dpo_dist.report.run_page.cost import cost
 from dpo_dist.report.run_page.facts import Fields, PageFacts
-from dpo_dist.report.run_page.wording import duration, money, percent, short, size, text, three
 
 _ADVICE = ". Try: "
 _NAME = re.compile("`([^`]+)`")
@@ -93,11 +92,11 @@ def _about(facts: PageFacts) -> str:
     terms = facts.setting("loss.terms")
     loss = " + ".join(str(term.get("kind")) for term in terms) if terms else str(facts.setting("loss.kind"))
     settings = facts.section("settings")
-    beta = f" with beta {three(settings['loss.beta'])}" if settings.get("loss.beta") is not None else ""
+    beta = f" with beta {number(settings['loss.beta'], 3)}" if settings.get("loss.beta") is not None else ""
     parts = [
         f"{facts.setting('model.path')} ({weights}, {facts.setting('model.dtype')})",
         f"loss {loss}{beta}",
-        f"learning rate {three(facts.setting('optim.lr') or 0)}",
+        f"learning rate {number(facts.setting('optim.lr') or 0, 3)}",
         *_sizes(facts),
         counted(facts.devices, "GPU" if facts.has_gpus else "process", "" if facts.has_gpus else "processes"),
     ]
@@ -119,26 +118,26 @@ def tiles(facts: PageFacts) -> str:
     pairs = summary.get("pairs_seen")
     finished = last(facts.run.evaluations, "samples/finished")
     shown = (
-        ("final loss", final.get("loss"), short, "training, mean of the last logged steps"),
-        ("eval loss", final.get("eval_loss"), short, _best(best.get("eval_loss"))),
+        ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
+        ("eval loss", final.get("eval_loss"), number, _best(best.get("eval_loss"))),
         (
             "eval accuracy",
             final.get("eval_rewards/accuracies"),
-            short,
+            number,
             _joined(_interval(facts, "rewards/accuracies"), _best(best.get("eval_rewards/accuracies"))),
         ),
         (
             "eval margin",
             final.get("eval_rewards/margins"),
-            short,
+            number,
             _interval(facts, "rewards/margins") or "reward of chosen minus rejected",
         ),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
-        ("steps", summary.get("steps"), short, "" if pairs is None else f"{short(pairs)} pairs"),
+        ("steps", summary.get("steps"), number, "" if pairs is None else f"{number(pairs)} pairs"),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
-        ("pairs per second", summary.get("pairs_per_second"), short, ""),
+        ("pairs per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, "of the process with the most"),
-        ("processes", summary.get("world_size"), short, _hardware(facts)),
+        ("processes", summary.get("world_size"), number, _hardware(facts)),
         ("cost", cost(facts), money, "see time, memory and cost"),
     )
     found = [_tile(*tile) for tile in shown if tile[1] is not None]
@@ -157,11 +156,11 @@ def _hardware(facts: PageFacts) -> str:
 
 def _interval(facts: PageFacts, metric: str) -> str:
     ends = ((facts.evaluation.get("all") or {}).get("intervals") or {}).get(f"eval_{metric}")
-    return f"95 %: {short(ends[0])} to {short(ends[1])}" if ends else ""
+    return f"95 %: {number(ends[0])} to {number(ends[1])}" if ends else ""
 
 
 def _best(best: Fields | None) -> str:
-    return f"best {text(short(best['value']))} at step {short(best['step'])}" if best else ""
+    return f"best {number(best['value'])} at step {number(int(best['step']))}" if best else ""
 
 
 def _joined(*texts: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.diagnostics.run_facts import mean_over_time
 from dpo_dist.errors import RunOutcome
-from dpo_dist.plurals import counted, duration
+from dpo_dist.number_text import counted, duration, percent, size
 
 Row = Mapping[str, float]
 
@@ -79,10 +79,10 @@ def _time(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
         parts.append(f"{counted(summary.get('pairs_seen', 0), 'pair')}, {speed}")
     share = mean_over_time(rows, "mfu")
     if share is not None:
-        parts.append(f"MFU {share:.0%}")
+        parts.append(f"MFU {percent(share)}")
     if "peak_memory_bytes" in summary:
         processes = summary.get("world_size", 1)
-        parts.append(f"peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB")
+        parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
         parts += [counted(processes, "process", "processes")] if processes > 1 else []
     return ", ".join(parts)
 

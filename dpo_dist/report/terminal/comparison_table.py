@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_dist.plurals import counted
+from dpo_dist.number_text import counted, percent
 from dpo_dist.report.terminal.text_table import aligned, with_interval
 
 Row = Mapping[str, Any]
@@ -27,9 +27,9 @@ def comparison_table(results: Row) -> list[str]:
         cells = [
             model["name"],
             f"{style['length']:.0f}",
-            *map(_percent, (style["finished"], style["refusals"])),
+            *map(percent, (style["finished"], style["refusals"])),
         ]
-        cells += [_percent(style["lists"]), _or_dash(model["kl"], model["kl_interval"], ".2f")]
+        cells += [percent(style["lists"]), _or_dash(model["kl"], model["kl_interval"], ".2f")]
         if has_scores:
             cells.append(_or_dash(model["score"], model["score_interval"], ".3f"))
         if rates:
@@ -77,7 +77,3 @@ def _over_base(win: Row | None) -> str:
 
 def _or_dash(value: float | None, ends: Sequence[float] | None, form: str) -> str:
     return "-" if value is None else with_interval(value, ends, form)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DpoDistError
-from dpo_dist.plurals import duration
+from dpo_dist.number_text import duration
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, describe_evaluation
 from dpo_dist.report.terminal.screens import LineScreen, Screen, open_screen
 from dpo_dist.safe_stream import SafeStream

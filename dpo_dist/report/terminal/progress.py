@@ -1,21 +1,21 @@
 """Progress of a run in words: of the training steps, and of other work such as encoding."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dpo_dist.plurals import counted, duration
+from dpo_dist.number_text import counted, duration, percent, size
 
 GAP = "  "
 """Between the parts of a line."""
 
-_EVALUATED = {
-    "eval_loss": "loss {:.4f}",
-    "eval_rewards/accuracies": "accuracy {:.3f}",
-    "eval_rewards/margins": "margin {:.3f}",
-    "eval_pairs_per_second": "{:,.1f} pairs/s",
-    "eval_samples/length": "samples of {:,.0f} tokens",
-    "eval_samples/finished": "{:.0%} of them finished",
+_EVALUATED: Mapping[str, Callable[[float], str]] = {
+    "eval_loss": "loss {:.4f}".format,
+    "eval_rewards/accuracies": "accuracy {:.3f}".format,
+    "eval_rewards/margins": "margin {:.3f}".format,
+    "eval_pairs_per_second": "{:,.1f} pairs/s".format,
+    "eval_samples/length": "samples of {:,.0f} tokens".format,
+    "eval_samples/finished": lambda share: f"{percent(share)} of them finished",
 }
 
 
@@ -50,17 +50,17 @@ class TrainingStatus:
 
     def parts(self) -> list[Part]:
         """Return the parts of the line."""
-        shown = (
-            ("loss", "loss {:.4f}", 1),
-            ("rewards/accuracies", "accuracy {:.2f}", 2),
-            ("rewards/margins", "margin {:.3f}", 4),
-            ("pairs_per_second", "{:,.1f} pairs/s", 5),
-            ("mfu", "MFU {:.0%}", 6),
+        shown: tuple[tuple[str, Callable[[float], str], int], ...] = (
+            ("loss", "loss {:.4f}".format, 1),
+            ("rewards/accuracies", "accuracy {:.2f}".format, 2),
+            ("rewards/margins", "margin {:.3f}".format, 4),
+            ("pairs_per_second", "{:,.1f} pairs/s".format, 5),
+            ("mfu", lambda share: f"MFU {percent(share)}", 6),
         )
         values = self.values
-        found = [Part(form.format(values[name]), rank) for name, form, rank in shown if name in values]
+        found = [Part(words(values[name]), rank) for name, words, rank in shown if name in values]
         if (peak := values.get("memory/peak_bytes")) is not None:
-            found.append(Part(f"{peak / 2**30:.1f} GiB", 7))
+            found.append(Part(size(peak), 7))
         if self.seconds_left is not None and self.step < self.steps:
             found.append(Part(f"{duration(self.seconds_left)} left", 3))
         return [Part(f"step {self.step:,}/{self.steps:,}", 0), *found]
@@ -92,7 +92,7 @@ class Work:
         amount = counted(self.done, self.unit) if self.total is None else self._of_total(self.total)
         found = [Part(f"{self.title}: {amount}", 0)]
         if self.share is not None:
-            found.append(Part(f"{self.share:.0%}", 2))
+            found.append(Part(percent(self.share), 2))
         if self.done > seconds >= 1:
             found.append(Part(f"{self.done / seconds:,.0f} a second", 3))
         if self.share and self.share < 1 and seconds >= 1:
@@ -113,5 +113,5 @@ def fitting(parts: list[Part], width: int) -> list[str]:
 
 def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
     """Return the line about a metrics row of an evaluation: "step 100/1,000  evaluation: loss 0.6, ..."."""
-    parts = [form.format(row[name]) for name, form in _EVALUATED.items() if name in row]
+    parts = [words(row[name]) for name, words in _EVALUATED.items() if name in row]
     return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"

@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
         rows(late={"grad_norm": 80.0, "loss": 0.6}, since=18),
         summary(),
         [],
-        ["jumped from 2 to 80 at step 18", "optim.lr=1e-06"],
+        ["jumped from 2 to 80 at step 18", "optim.lr=1e-6"],
     ),
     "labels_swapped": (
         rows(late={"eval_rewards/accuracies": 0.3}),
@@ -159,7 +159,7 @@ CASES: dict[str, Case] = {
         ["30% of the", "2% before"],
     ),
     "far_from_reference": (rows(late={"eval_kl/rejected": 1.5}), summary(), [], ["1.5 nats"]),
-    "beta_too_small": (rows(every=FLAT), with_beta(1e-4), [], ["loss.beta=0.0001", "8e+03 nats"]),
+    "beta_too_small": (rows(every=FLAT), with_beta(1e-4), [], ["loss.beta=1e-4", "8e+03 nats"]),
     "learnt_nothing": (
         rows(
             every={"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01}
@@ -172,7 +172,7 @@ CASES: dict[str, Case] = {
         rows(every=FLAT | {"eval_rewards/margins": 1e-3}),
         summary(),
         [],
-        ["0.693 -> 0.693", "optim.lr=1e-06"],
+        ["0.693 -> 0.693", "optim.lr=1e-6"],
     ),
     "overfit": (
         rows(late={"eval_loss": 0.9}, since=15),

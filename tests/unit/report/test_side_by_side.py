@@ -96,4 +96,4 @@ def test_a_long_text_is_cut_and_says_so() -> None:
 def test_almost_all_is_not_all() -> None:
     words = [f"w{number}" for number in range(300)]
     shown = side_by_side("q", [Response("a", " ".join(words)), Response("b", " ".join([*words, "new"]))], "a")
-    assert "under 1 % of its words" in shown
+    assert "0.33 % of its words" in shown

@@ -47,15 +47,15 @@ def test_settings_that_differ_are_named_and_equal_ones_are_not(runs: Runs) -> No
 
 def test_metrics_are_side_by_side_and_say_whether_intervals_overlap(runs: Runs) -> None:
     results = page_of(*runs).section("Results")
-    assert "rewards/accuracies 0.6250 [0.55, 0.7] 0.6250 [0.55, 0.7] 0 overlap" in results
+    assert "rewards/accuracies 0.625 [0.55, 0.7] 0.625 [0.55, 0.7] 0 overlap" in results
     rows = json.loads(runs[1].log_history.read_text())
     rows[-1]["eval_rewards/accuracies"] = 0.9
     runs[1].log_history.write_text(json.dumps(rows))
     training = runs[1].evaluation_of(LAST_EVALUATION).results
     change(training, "all", "intervals", "eval_rewards/accuracies", value=[0.85, 0.95])
     results = page_of(*runs).section("Results")
-    assert "rewards/accuracies 0.6250 [0.55, 0.7] 0.9000 [0.85, 0.95] +0.275 do not overlap" in results
-    assert "math: accuracy 0.5500 [0.45, 0.65] 0.5500 [0.45, 0.65] 0 overlap" in results
+    assert "rewards/accuracies 0.625 [0.55, 0.7] 0.9 [0.85, 0.95] +0.275 do not overlap" in results
+    assert "math: accuracy 0.55 [0.45, 0.65] 0.55 [0.45, 0.65] 0 overlap" in results
 
 
 def test_values_that_are_not_comparable_are_said(runs: Runs) -> None:

@@ -35,21 +35,21 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("heading", "expected"),
     [
-        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-06; 1,920 training pairs"),
-        ("final loss", "0.4000"),
-        ("eval accuracy", "0.6250 95 %: 0.5500 to 0.7000; best 0.6250 at step 1"),
+        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
+        ("final loss", "0.4"),
+        ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
         ("steps", "30 1,920 pairs"),
         ("training time", "1 h 10 min"),
         ("peak memory", "3.0 GiB"),
         ("cost", "6.05"),  # 2 GPUs, 4210.4 + 60 + 84 seconds, 2.5 an hour
-        ("By length", "64-127 0.7000 [0.6, 0.8]"),
+        ("By length", "64-127 0.7 [0.6, 0.8]"),
         (
             "By source",
-            "all pairs 100 evaluation pairs 0.6250 [0.55, 0.7] 0.625, between 0.550 and 0.700 0.5000",
+            "all pairs 100 evaluation pairs 0.625 [0.55, 0.7] 0.625, between 0.550 and 0.700 0.5",
         ),
         (
             "By source",
-            "math 40 evaluation pairs, not better than guessing 0.5500 [0.45, 0.65] 0.550, between",
+            "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65] 0.550, between",
         ),
         ("Evaluations (30)", "The last 20 of 30."),
         (
@@ -66,15 +66,15 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
         ("Findings of the doctor", "The doctor examined these data: 1 error."),
         ("Time by work", "training steps 1 h 10 min 97 %"),
         ("Time by work", "evaluations 1 min 00 s"),
-        ("Time of a step by phase", "forward the policy's log-probs, and the loss 124.0 ms 24.0%"),
+        ("Time of a step by phase", "forward the policy's log-probs, and the loss 124.0 ms 24 %"),
         ("Memory", "needed 3.0 GiB at its peak"),
-        ("Model FLOPs utilization (MFU)", "40 % of the measured peak, 30 % of the data sheet's; 64.00 pairs"),
-        ("Cost", "6.05, for 2.42 GPU-hours at 2.5 each"),
+        ("Model FLOPs utilization (MFU)", "40 % of the measured peak, 30 % of the data sheet's; 64 pairs"),
+        ("Cost", "6.05, for 2.42 GPU-hours at 2.50 each"),
         (
             "Reference model",
             "In the last start: 840 log-probs computed in 1 min 24 s, 3,000 reused. Reuse saved about 5 min",
         ),
-        ("Reference model", "differ from the stored ones by 2e-09 nats per token on average"),
+        ("Reference model", "differ from the stored ones by 2e-9 nats per token on average"),
         ("Reference model", "That is rounding."),
         ("Repeat this run", "python -m dpo_dist.train plain"),
         ("Repeat this run", "abc123, with 2 changed files digest of the configuration 3fa9c1d2"),
@@ -94,12 +94,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_only_the_last_evaluations_have_a_line(page: Page) -> None:
     table = page.section("Evaluations (30)")
-    assert " 30 0.4100 " in table
-    assert " 10 0.6100 " not in table
+    assert " 30 0.41 " in table
+    assert " 10 0.61 " not in table
 
 
 def test_a_price_replaces_that_of_the_run(tmp_path: Path) -> None:
-    assert "at 5 each" in page_of(made_run(tmp_path), price=5.0).text
+    assert "at 5.00 each" in page_of(made_run(tmp_path), price=5.0).text
 
 
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:

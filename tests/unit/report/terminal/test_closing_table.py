@@ -55,7 +55,7 @@ evaluation loss      0.6000  0.7000  0.6000 at step 5
 evaluation accuracy   0.750   0.750
 
 run        completed 60 steps
-time       5 min 03 s of training, 3,840 pairs, 12.7 pairs/s, MFU 48%, peak memory 3.0 GiB, 2 processes
+time       5 min 03 s of training, 3,840 pairs, 12.7 pairs/s, MFU 48 %, peak memory 3.0 GiB, 2 processes
 data       train: 6,403 of 6,410 records kept, eval: 1 of 1 record kept
 reference  cached: 6,403 log-probs computed, 0 reused
 model      out/run/model

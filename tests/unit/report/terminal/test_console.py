@@ -159,9 +159,9 @@ def test_a_counter_prints_lines_now_and_then(clock: Clock) -> None:
             clock.now += 10.0
     assert printed == [
         "encoding train data: a.jsonl ...",
-        "encoding train data: a.jsonl: 1,280 records, 12%, 128 a second, 1 min 10 s left",
-        "encoding train data: a.jsonl: 3,200 records, 31%, 80 a second, 1 min 28 s left",
-        "encoding train data: a.jsonl: 5,120 records, 50%, 73 a second, 1 min 10 s left",
+        "encoding train data: a.jsonl: 1,280 records, 12 %, 128 a second, 1 min 10 s left",
+        "encoding train data: a.jsonl: 3,200 records, 31 %, 80 a second, 1 min 28 s left",
+        "encoding train data: a.jsonl: 5,120 records, 50 %, 73 a second, 1 min 10 s left",
     ]
 
 
@@ -185,7 +185,7 @@ def test_progress_of_a_known_total_is_shown_and_a_total_of_zero_is_not(clock: Cl
         show(600, 1200)
     assert printed == [
         "reference log-probs ...",
-        "reference log-probs: 600 of 1,200 pairs, 50%, 60 a second, 10 s left",
+        "reference log-probs: 600 of 1,200 pairs, 50 %, 60 a second, 10 s left",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Blocks of the page: sections, tables, folded parts; cells and contents are HTML already."""
+"""Blocks of pages: sections, tables, folded parts; cells and contents are HTML already."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -6,8 +6,6 @@ from html import escape
 from typing import TypeVar
 
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.facts import Fields
-from dpo_dist.report.run_page.wording import text
 
 MOST_ROWS = 200
 """Rows of a table; the number of further ones is written below it."""
@@ -57,11 +55,11 @@ def note(*sentences: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """Return a table with plain titles; empty without rows."""
+    """Return a table with titles of plain text; empty without rows."""
     lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     if not lines:
         return ""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    titles = "".join(f"<th>{inert_html(title)}</th>" for title in head)
     more = note(f"{len(lines) - MOST_ROWS:,} further rows are not shown.") if len(lines) > MOST_ROWS else ""
     body = "".join(lines[:MOST_ROWS])
     return f'<div class="wide"><table class="{kind}"><tr>{titles}</tr>{body}</table></div>{more}'
@@ -73,10 +71,23 @@ def facts_table(pairs: Iterable[tuple[str, str]]) -> str:
     return f'<table class="facts">{"".join(lines)}</table>' if lines else ""
 
 
-def flat(fields: Fields, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield nested fields as dotted keys with the text of their values."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", text(value)
+
+
+def text(value: object) -> str:
+    """Return the text of a value of a configuration."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list | tuple):
+        return "; ".join(map(text, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)

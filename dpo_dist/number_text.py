@@ -1,0 +1,75 @@
+"""Numbers as people read them, the same everywhere: counts, values, shares, durations, sizes."""
+
+import math
+
+_KIBI = 1024
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_FEW_SECONDS = 10
+_SMALL_AMOUNT = 0.1
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return "1 pair", "0 pairs", "2,000 pairs".
+
+    Args:
+        count: 0 or more.
+        noun: in the singular.
+        plural: of a noun that takes more than an s: "entries".
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Return 0.25, 1,234, 2e-6 or 1.2e7; an integer, or one from 1,000 to 1,000,000, with all of its digits.
+
+    The script of the charts writes numbers with four digits in the same way.
+
+    Args:
+        value: any number.
+        digits: significant ones.
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    size = abs(value)
+    if isinstance(value, int) or 1000 <= size < 1e6:
+        return f"{value:,.0f}"
+    if size >= 1e6 or 0 < size < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{float(f'{value:.{digits}g}'):.6g}"
+
+
+def percent(share: float) -> str:
+    """Return a share as 41 %, near 0 and 1 with more digits: 0.34 %, 99.6 %; 0 % and 100 % are exact."""
+    if 0 < share < 0.1:
+        return f"{100 * share:.2g} %" if share >= 1e-4 else "under 0.01 %"
+    if 0.99 < share < 1:
+        return f"{math.floor(1000 * share) / 10:g} %"
+    return f"{100 * share:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return "0.4 s", "42 s", "5 min 03 s", "3 h 05 min" or "2 d 04 h"."""
+    whole = max(0, round(seconds))
+    if 0 < seconds < _FEW_SECONDS:
+        return f"{seconds:.2g} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def money(amount: float) -> str:
+    """Return an amount with two decimals, a small one with two digits."""
+    return f"{amount:.2g}" if 0 < amount < _SMALL_AMOUNT else f"{amount:,.2f}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as 64 B, 0.5 KiB or 12.3 GiB."""
+    unit = 0
+    while abs(count) >= _KIBI / 10 and unit < len(_UNITS) - 1:
+        count, unit = count / _KIBI, unit + 1
+    return f"{count:,.1f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
