@@ -131,6 +131,11 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def system_metrics(self) -> Path:
+        """The folder of the newest system metrics of every rank; W&B gets them from there."""
+        return self.path / "wandb" / "system_metrics"
+
+    @property
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"

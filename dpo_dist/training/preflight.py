@@ -14,6 +14,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.acceptance import check_fits_loss
 from dpo_dist.data.build_dataset import check_template_keys
+from dpo_dist.data.count_words import in_one_line
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
@@ -129,7 +130,7 @@ def _first_records(
     examples = [f"{bad.origin} {bad.reason}" for _, bad in chunk.bad]
     details = {bad.reason: bad.detail for _, bad in reversed(chunk.bad) if bad.detail}
     counts = DataCounts.of(Counter(chunk.outcomes), examples, details)
-    dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
+    dropped = in_one_line(counts.dropped)
     where = f"{key}: {source.path}"
     if len(records) < _FIRST_RECORDS or not counts.kept:
         check_counts(counts, where, config.data)
@@ -146,11 +147,10 @@ def _first_records(
     )
     name = f" ({source.name})" if source.name else ""
     found = [f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept"]
-    found += [f"{dropped} dropped"] if dropped else []
+    found += [f"dropped: {dropped}"] if dropped else []
     if counts.read - counts.kept > config.data.max_bad_share * counts.read:
         found.append("more than data.max_bad_share: training refuses a source with so many")
-    found += [
-        f"{number} {name.replace('_', ' ')}" for name, number in sorted(counts.changed.items()) if number
-    ]
+    changed = in_one_line(counts.changed)
+    found += [f"changed or particular: {changed}"] if changed else []
     found.append(f"{chunk.piece_tokens.sum() / len(chunk.pair_pieces):.0f} tokens per example")
-    return ", ".join(found)
+    return "; ".join(found)

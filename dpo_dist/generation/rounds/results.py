@@ -178,9 +178,9 @@ def hints(results: Sequence[RoundResult]) -> list[str]:
     return found
 
 
-def results_table(results: Sequence[RoundResult], width: int = 100) -> str:
+def results_table(results: Sequence[RoundResult], width: int = 79) -> str:
     """Return the rounds as a table for the terminal; scores are those before a round's training."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in ("round", "responses", "mean score", "pairs", "steps", "accuracy", "reference", "seconds"):
         table.add_column(heading, justify="right")
     for one in results:

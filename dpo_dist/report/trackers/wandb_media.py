@@ -1,7 +1,6 @@
 """Tables, histograms and artifacts of a wandb run."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import first_line
+from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.tracked_values import MARGINS, SAMPLES, without_secrets
 
@@ -130,11 +130,13 @@ def _samples_table(path: Path, most: int) -> dict[str, Any]:
     import wandb  # noqa: PLC0415
 
     try:
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in islice(lines, most)]
+        rows = [row for row in islice(json_rows(path), most) if row is not None]
         data = [[_cell(row[name]) for name in _COLUMNS] for row in rows]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, KeyError) as error:
         _log.warning("no table of samples: %s: %s", path, first_line(error))
+        return {}
+    if not data:
+        _log.warning("no table of samples: %s has none", path)
         return {}
     return {SAMPLES: wandb.Table(columns=list(_COLUMNS), data=data, allow_mixed_types=True)}
 

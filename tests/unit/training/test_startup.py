@@ -247,8 +247,9 @@ def test_a_check_shows_that_more_records_are_dropped_than_training_accepts(
     assets: Path, tmp_path: Path
 ) -> None:
     file = write_records(tmp_path / "data.jsonl", *[PAIR] * 60, *[UNKNOWN] * 40)
-    assert "4 unknown_format dropped, more than data.max_bad_share" in rehearse(
-        run_of(assets, tmp_path, f"data.train=[{file}]")
+    assert (
+        "dropped: 4 unknown_format (the fields are of no known format); more than data.max_bad_share"
+        in rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
     )
     accepted = run_of(assets, tmp_path, f"data.train=[{file}]", "data.max_bad_share=0.1")
     assert "data.max_bad_share" not in rehearse(accepted)

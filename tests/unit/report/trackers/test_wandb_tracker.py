@@ -2,12 +2,10 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,7 @@ from tests.support.wandb_server import WandbServer
 SECRET = "0123456789abcdef" * 2 + "01234567"
 
 
-@pytest.fixture(autouse=True)
-def _own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Hide the credentials of the person who runs the tests; leave no service for the next test."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    yield
-    wandb.teardown()
+pytestmark = pytest.mark.usefixtures("own_wandb")
 
 
 def config_of(mode: WandbMode) -> RunConfig:
