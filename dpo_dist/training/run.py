@@ -42,7 +42,7 @@ from dpo_dist.training.loop import Loop, Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
-from dpo_dist.training.run_state import RunState, check_configuration, check_identity, identify
+from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
 
@@ -98,16 +98,21 @@ def train(config: RunConfig, console: Console) -> int:
             clock=clock,
             stop=stop,
         )
-        trackers = None if loop.recorder is None else loop.recorder.trackers
-        with (
-            contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
-            sampled_system(config, world, trackers),
-        ):
-            exit_code = run_to_its_end(loop, position, identity)
+        exit_code = _run_tracked(loop, position, identity)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         policy.free()
         return exit_code
+
+
+def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
+    """Train to the end of the run with its trackers, and return the exit code; collective."""
+    trackers = None if loop.recorder is None else loop.recorder.trackers
+    with (
+        contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
+        sampled_system(loop.config, loop.world, trackers),
+    ):
+        return run_to_its_end(loop, position, identity)
 
 
 def precompute(config: RunConfig, console: Console) -> int:
