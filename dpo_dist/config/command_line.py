@@ -120,6 +120,8 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
     Before the processes have joined, most errors occur in all of them. The launcher ends the others when
     rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not have.
     """
+    if error.is_printed:
+        return
     if error.reporting_rank is None and _rank() > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)

@@ -139,34 +139,43 @@ class RunFacts:
         pairs = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
         return None if value is None else Accuracy(value, int(pairs))
 
-    def training_accuracy(self, metric: str = ACCURACY) -> Accuracy | None:
+    def training_accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last quarter of the steps, or None if it was not measured."""
-        measured = [row for row in self.steps if finite(row, metric) is not None]
+        measured = [row for row in self.steps if finite(row, ACCURACY) is not None]
         recent = [row for row in measured if row["step"] > 0.75 * self.total_steps] or measured[-1:]
-        pairs = sum(row.get("pairs", 0) for row in recent)
-        if not pairs:
-            return None
-        return Accuracy(sum(row[metric] * row.get("pairs", 0) for row in recent) / pairs, int(pairs))
+        return _accuracy_of(recent, ACCURACY, 1.0)
 
-    def source_accuracies(self, name: str) -> dict[str, Accuracy]:
-        """Return the last accuracy of each source of `eval` or `train`; empty if there is only one.
-
-        The number of pairs of a training source is its share of the records.
-        """
+    def evaluated_sources(self) -> dict[str, Accuracy]:
+        """Return the last evaluation accuracy of each source; empty if there is only one."""
         found = {}
-        for label, pairs in self.pairs_of_labels(name).items():
-            metric = f"{ACCURACY}/{label}"
-            if name == "eval":
-                value = last(self.evaluations, metric)
-                accuracy = None if value is None else Accuracy(value, pairs)
-            else:
-                accuracy = self.training_accuracy(metric)
-                if accuracy is not None:
-                    share = pairs / (self.counts(name).get("pairs") or 1)
-                    accuracy = Accuracy(accuracy.value, int(accuracy.pairs * share))
+        for label, pairs in self.pairs_of_labels("eval").items():
+            value = last(self.evaluations, f"{ACCURACY}/{label}")
+            if value is not None and pairs:
+                found[label] = Accuracy(value, pairs)
+        return found
+
+    def unseen_sources(self) -> dict[str, Accuracy]:
+        """Return the training accuracy of each source in the second half of the first epoch.
+
+        Later the policy has seen the pairs, and fits noise too. The number of pairs is the source's share.
+        """
+        first_epoch = [row for row in self.steps if row.get("epoch", 0.0) < 1]
+        late = [row for row in first_epoch if row["step"] > first_epoch[-1]["step"] / 2]
+        whole = self.counts("train").get("pairs") or 1
+        found = {}
+        for label, pairs in self.pairs_of_labels("train").items():
+            accuracy = _accuracy_of(late, f"{ACCURACY}/{label}", pairs / whole)
             if accuracy is not None and accuracy.pairs:
                 found[label] = accuracy
         return found
+
+
+def _accuracy_of(rows: Iterable[Row], metric: str, share: float) -> Accuracy | None:
+    """Return the mean of rows, of a share of their pairs; None if it was not measured."""
+    measured = [row for row in rows if finite(row, metric) is not None]
+    pairs = sum(row.get("pairs", 0) for row in measured)
+    value = mean(measured, metric)
+    return None if value is None else Accuracy(value, int(pairs * share))
 
 
 def finite(row: Row, key: str) -> float | None:

@@ -156,7 +156,11 @@ def _reading_findings(
         yield from (replace(finding, remedy=remedy) for finding in found)
     elif dropped > max_bad_share * tally.read:
         yield from judge.value(
-            "too_many_dropped", dropped / tally.read, dropped, tally.label, f"{dropped} of {tally.read}"
+            "too_many_dropped",
+            dropped / tally.read,
+            dropped,
+            tally.label,
+            f"{dropped} of {tally.read} records",
         )
     for reason, count in reasons:
         detail = tally.details.get(reason, "")

@@ -51,7 +51,10 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     folder = RunFolder.of(loop.config)
     try:
         outcome = RunOutcome.completed if loop.run(position) else RunOutcome.preempted
-    except DivergedError:
+    except DivergedError as error:
+        # Above the closing table: the advice about it is part of the verdict, the last words of a run.
+        loop.console.result("error", error.as_dict(), [f"{error.title}: {error.message}: {error.got}"])
+        error.is_printed = True
         state = RunState(RunOutcome.diverged, position.step, identity)
         _close(loop, state, _summary(loop, position, reference))
         raise

@@ -33,7 +33,7 @@ from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.run_trackers import open_trackers
+from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
@@ -93,7 +93,11 @@ def train(config: RunConfig, console: Console) -> int:
             console=console,
             stop=stop,
         )
-        with contextlib.nullcontext() if loop.recorder is None else loop.recorder.trackers.ended_by_errors():
+        trackers = None if loop.recorder is None else loop.recorder.trackers
+        with (
+            contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
+            sampled_system(config, world, trackers),
+        ):
             exit_code = run_to_its_end(loop, position, identity, report)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
@@ -107,6 +111,7 @@ def precompute(config: RunConfig, console: Console) -> int:
         console.say(f"run directory: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         prepare_reference(config, inputs, world, console)
+        console.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
     return ExitCode.completed
 
 

@@ -52,6 +52,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
             self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
         data = {**_ANSWER, **self._known_run()}
+        if self.path.endswith("/graphql") and (name := (json.loads(body).get("variables") or {}).get("name")):
+            data["upsertBucket"] = {"bucket": {**_BUCKET, "name": name}, "inserted": True}
         self._answer({"data": data, "stopped": self.server.stops_the_run})
 
     def _known_run(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def compared(first: Sequence[Verdict], second: Sequence[Verdict]) -> dict[str, A
 
 def agreement_table(found: dict[str, Any]) -> str:
     """Return the result of `agreement` as a table for the terminal."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in (
         "annotator",
         "judged",

@@ -179,7 +179,7 @@ def hints(results: Sequence[RoundResult]) -> list[str]:
 
 def results_table(results: Sequence[RoundResult]) -> str:
     """Return the rounds as a table for the terminal; scores are those before a round's training."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in ("round", "responses", "mean score", "pairs", "steps", "accuracy", "reference", "seconds"):
         table.add_column(heading, justify="right")
     for one in results:
