@@ -35,7 +35,7 @@ class FreeableModel(ScoredModel, Protocol):
 def load_evaluated(
     evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs, world: World, console: Console
 ) -> tuple[FreeableModel, RunningMeans, str | None]:
-    """Return the model, ready to score, the running means of its training if known, and its commit on the hub.
+    """Return the model, ready to score, running means of its training if known, and its commit on the hub.
 
     Collective. `model.revision` counts for `model.path` only.
 
