@@ -132,8 +132,7 @@ class _Comparison:
         return_memory()
         names = [speaker.compared.name for speaker in self._speakers]
         in_order = [responses[name] for name in names]
-        judged, has_verdicts = self._judged(in_order), compares(self._config.pairs)
-        return Finished(in_order, [own[name] for name in names], under_base, judged, has_verdicts)
+        return Finished(in_order, [own[name] for name in names], under_base, self._judged(in_order))
 
     def _judged(self, responses: Sequence[Parts]) -> Parts | None:
         """Return the finished judgements."""
