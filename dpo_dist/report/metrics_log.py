@@ -26,6 +26,10 @@ Row = dict[str, float]
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
+# Kinds of work of a run, with the key `work.seconds.<work>` in summary.json.
+Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
+WORKS: tuple[Work, ...] = get_args(Work)
+
 _COST = (
     "grad_norm",
     "learning_rate",

@@ -13,6 +13,7 @@ import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
+from dpo_dist.report.charts.curves import seconds_of_steps
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.report.trackers.tracked_values import without_secrets
 
@@ -21,7 +22,7 @@ Content = TypeVar("Content")
 
 _SAME = 1e-6
 _OF_AN_END = frozenset(
-    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second"}
+    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second", "work"}
 )
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,12 @@ class PageFacts:
     def has_gpus(self) -> bool:
         """Whether the run used GPUs."""
         return bool(self.environment.get("gpus"))
+
+    @cached_property
+    def training_seconds(self) -> float:
+        """Seconds of the optimizer steps; those of the logged ones if the run has not ended."""
+        seconds = self.summary.get("train_seconds")
+        return float(seconds) if seconds is not None else sum(seconds_of_steps(self.run.rows))
 
     @cached_property
     def evaluation_seconds(self) -> float:

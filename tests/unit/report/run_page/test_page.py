@@ -102,6 +102,65 @@ def test_a_price_replaces_that_of_the_run(tmp_path: Path) -> None:
     assert "at 5.00 each" in page_of(made_run(tmp_path), price=5.0).text
 
 
+WORK = {
+    "seconds": {"starting": 100.0, "reference": 90.0, "training": 4210.4, "samples": 50.0, "other": 0.0},
+    "device_seconds": 14400.0,
+    "since_step": 0,
+}
+
+
+def with_work(folder: Path, **changes: object) -> Page:
+    run = made_run(folder)
+    content = json.loads(run.summary.read_text())
+    run.summary.write_text(json.dumps({**content, "work": {**WORK, **changes}}))
+    return page_of(run)
+
+
+def test_time_and_cost_are_those_of_all_starts(tmp_path: Path) -> None:
+    """Also if a start had another number of processes: 4 GPU-hours, not those of 2 GPUs all the time."""
+    page = with_work(tmp_path)
+    work = page.section("Time by work").split("Time of a step")[0]
+    assert "starting 1 min 40 s 2.2 %" in work
+    assert "generating samples 50 s" in work
+    assert "the rest" not in work
+    assert "All work of all starts" in work
+    assert "10.00, for 4 GPU-hours at 2.50 each" in page.section("Cost")
+    assert "In this run: 840 log-probs computed" in page.section("Reference model")
+
+
+def test_steps_of_an_earlier_version_are_named(tmp_path: Path) -> None:
+    page = with_work(tmp_path, since_step=1200)
+    assert "Of the work up to step 1,200 only training steps were measured." in page.section("Time by work")
+    assert "Since step 1,200: 840 log-probs computed" in page.section("Reference model")
+
+
+def test_time_of_a_run_that_has_not_ended_is_that_of_its_rows(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    run.summary.unlink()
+    page = page_of(run)
+    assert "training steps 30 s 33 %" in page.section("Time by work")
+
+
+def test_displacement_compares_the_same_responses(tmp_path: Path) -> None:
+    """The verdict's comparison: under the reference and under the policy, not among training rows."""
+    run = made_run(tmp_path)
+    rows = json.loads(run.log_history.read_text())
+    for each in rows:
+        each["rewards/both_fall"] = 0.6
+        if "eval_loss" in each:
+            each |= {"eval_logps/chosen_per_token": -1.2, "eval_logps/rejected_per_token": -1.5}
+            each |= {"eval_tokens/chosen": 50.0, "eval_tokens/rejected": 40.0}
+            each |= {"eval_rewards/chosen": -0.1 * 50 * 0.04, "eval_rewards/rejected": -0.1 * 40 * 0.3}
+    run.log_history.write_text(json.dumps(rows))
+    assert "Chosen responses became less likely" not in page_of(run).text  # training rows: a fall of 0.29
+    rows[-1]["eval_rewards/chosen"] = -0.1 * 50 * 0.2
+    run.log_history.write_text(json.dumps(rows))
+    shown = page_of(run).section("Chosen responses became less likely")
+    assert "-1.00 to -1.20 nats per token, so that a token is on average 82 %" in shown
+    assert "The rejected ones: -1.20 to -1.50." in shown
+    assert "evaluation pairs of the last metrics row" in shown
+
+
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     file = run.evaluation_of(LAST_EVALUATION).results
