@@ -14,6 +14,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import WandbMode
 from dpo_dist.errors import first_line
 from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.report.trackers.tracked_values import order_of
 from dpo_dist.report.trackers.wandb_environment import notes_of, wanted_mode, warn_of_unused
 from dpo_dist.report.trackers.wandb_media import RunMedia, staged_in
 from dpo_dist.report.trackers.wandb_session import Mode, Session, address, close, set_up, start_run, tear_down
@@ -53,6 +54,7 @@ class Tracker:
         self._media = media
         self._notes = notes
         self._rows = list(rows)
+        self._has_row = False  # wandb had the last row before it was logged here
         known = rows[-1]["step"] if rows else 0
         if self._session is not None and self._session.received.step > known:
             say(f"wandb has the rows up to step {self._session.received.step}; they are not sent again")
@@ -71,6 +73,7 @@ class Tracker:
             margins: of the pairs of its evaluation.
         """
         if self._session is not None:
+            self._has_row = order_of(row) <= self._session.received
             if margins is not None:
                 self._media.margins[len(self._rows)] = margins
             self._rows.append(row)
@@ -85,8 +88,12 @@ class Tracker:
         self._media.is_wanted = False
 
     def alert(self, title: str, text: str) -> None:
-        """Raise an alert of wandb, which it shows and can send to its user by mail."""
-        self._act(lambda session: session.run.alert(title=title, text=text))
+        """Raise an alert of wandb, which it shows and can send to its user by mail.
+
+        None about a row that an earlier start sent: that start raised it.
+        """
+        if not self._has_row:
+            self._act(lambda session: session.run.alert(title=title, text=text))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the run. Data that cannot be uploaded in time stay in the run directory, with a warning.

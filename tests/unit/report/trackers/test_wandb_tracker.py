@@ -236,6 +236,7 @@ def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     run_id = first.run.id
     first.log({"step": 1, "loss": 0.7})
     first.log({"step": 2, "loss": 0.6})
+    first.alert("empty", "of step 2")
     first.finish("preempted", {})
     assert (tmp_path / "wandb" / "run_id.txt").read_text() == run_id
 
@@ -246,9 +247,12 @@ def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     assert second.run.id == run_id
     assert "wandb has the rows up to step 2" in said[0]
     second.log({"step": 2, "loss": 0.6})
+    second.alert("empty", "of step 2")
     second.log({"step": 2, "eval_loss": 0.6})
     second.log({"step": 3, "loss": 0.5})
+    second.alert("long", "of step 3")
     second.finish("completed", {})
+    assert [alert.text for alert in records_of(tmp_path, "alert")] == ["of step 2", "of step 3"]
     assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
     assert [row["_step"] for row in read_rows(tmp_path / "wandb", run_id)] == [0, 1, 2, 3]
     assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}
