@@ -18,6 +18,7 @@ Measured = tuple[float, float]
 """A value and its count: a mean is the sum of values divided by the sum of counts."""
 _NOTHING = (0.0, 0.0)
 _RATE = "rate"
+_SHARES = frozenset({_RATE, "finished", "refusals", "lists", "markdown", "empty"})
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Tally:
         """Return the mean of every metric that has a count, with its interval or None."""
         columns = {name: _columns(values) for name, values in self._values.items()}
         prompts = np.arange(self.prompts, dtype=np.uint64)
-        ends = bootstrap_intervals(columns, prompts, resampling.seed, resampling.resamples)
+        shares = {name for name in columns if name.rpartition("\n")[2] in _SHARES}
+        ends = bootstrap_intervals(columns, prompts, resampling.seed, resampling.resamples, shares)
         return {
             name: (float(values.sum() / counts.sum()), list(ends[name]) if name in ends else None)
             for name, (values, counts) in columns.items()
