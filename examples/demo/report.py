@@ -115,7 +115,8 @@ def report(prompts: list[Messages], before: list[str], after: list[str], accurac
         for answers in (before, after)
     ]
     lines.append(
-        f"Answers that follow the rule ({len(prompts)} held-out prompts): {percent(shares[0])} -> {percent(shares[1])}"
+        f"Answers that follow the rule ({len(prompts)} held-out prompts): "
+        f"{percent(shares[0])} -> {percent(shares[1])}"
     )
     if accuracy is not None:
         lines.append(f"Held-out reward accuracy: {percent(accuracy)}")

@@ -92,7 +92,7 @@ def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
     assert lines[1].split("  ")[0] == "model"
     assert lines[3].startswith("a ")
     assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [0.676, 1.000]" in lines[3]
-    assert lines[5] == "b over a: 0.000 [0.000, 0.000]"
+    assert lines[5] == "b over a: 0.000 [0.000, 0.324]"
     assert "win rates count 8 ties as half" in table
     assert "note" not in table
     assert "temperature 0.7" in shown(results(rows), 0.7)
