@@ -211,16 +211,12 @@ def _overfit(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
-    share, known = last(facts.last_rows, "rewards/both_fall"), facts.falls_of_chosen(facts.last_rows)
-    rows = facts.steps if known is None else facts.last_rows
-    start, end = first(rows, "logps/chosen_per_token"), last(rows, "logps/chosen_per_token")
-    if share is None or start is None or end is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
+    share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
+    if share is None or chosen is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
         return None
-    if known is not None:
-        start = end + known[-1][1]  # of the reference
-    if share < limits["both_fall"] or start - end < limits["fall"]:
+    if share < limits["both_fall"] or chosen.start - chosen.end < limits["fall"]:
         return None
-    return {"first": start, "last": end, "share": percent(share)}
+    return {"first": chosen.start, "last": chosen.end, "share": percent(share)}
 
 
 TRAINING_CHECKS: dict[str, Check] = {

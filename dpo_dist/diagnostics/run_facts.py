@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dpo_dist import number_text
 from dpo_dist.errors import RunOutcome
 
 Row = Mapping[str, float]
+Side = Literal["chosen", "rejected"]
 _EVALUATION = "eval_"
 _LOSS = "loss"
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
@@ -25,6 +26,20 @@ class Accuracy:
     def noise(self) -> float:
         """Standard error of an accuracy of one half."""
         return 0.5 / math.sqrt(self.pairs) if self.pairs else math.inf
+
+
+@dataclass(frozen=True)
+class MovedLogps:
+    """Log-probs of responses in nats per token, at the start and at the end.
+
+    Attributes:
+        is_of_same: whether they are of the same responses, those of the last row, under the reference and
+            under the policy. Otherwise they are those of the first and the last training row.
+    """
+
+    start: float
+    end: float
+    is_of_same: bool
 
 
 @dataclass(frozen=True)
@@ -100,23 +115,39 @@ class RunFacts:
         start, end = first(self.steps, metric), last(self.steps, metric)
         return None if start is None or end is None else end - start
 
-    def falls_of_chosen(self, rows: Sequence[Row]) -> list[tuple[float, float]] | None:
-        """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
+    def falls(self, rows: Sequence[Row], side: Side = "chosen") -> list[tuple[float, float]] | None:
+        """Return step and fall of the log-prob of responses below the reference's, in nats per token.
 
         Both models score the same responses. None if the policy does not start as the reference, or if the
         rewards are not beta times a log-ratio.
+
+        Args:
+            rows: of training steps, or evaluations.
+            side: the responses.
         """
         beta = self.setting("loss.beta")
         if not beta or self.setting("reference.path") is not None:
             return None
         if not any("rewards/both_fall" in row for row in self.rows):  # of a run with a reference only
             return None
-        tokens = dict(values(rows, "tokens/chosen"))
+        tokens = dict(values(rows, f"tokens/{side}"))
         return [
             (step, -reward / beta / tokens[step])
-            for step, reward in values(rows, "rewards/chosen")
+            for step, reward in values(rows, f"rewards/{side}")
             if tokens.get(step)
         ] or None
+
+    def moved_logps(self, side: Side) -> MovedLogps | None:
+        """Return the log-probs of the chosen or the rejected responses before and after training.
+
+        None if they were not measured.
+        """
+        metric, falls = f"logps/{side}_per_token", self.falls(self.last_rows, side)
+        rows = self.steps if falls is None else self.last_rows
+        start, end = first(rows, metric), last(rows, metric)
+        if start is None or end is None:
+            return None
+        return MovedLogps(start if falls is None else end + falls[-1][1], end, falls is not None)
 
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""

@@ -43,7 +43,7 @@ def falls_of_chosen(facts: RunFacts, limits: Mapping[str, float]) -> list[tuple[
 
     Relative to the reference, or to the first rows if that is not known; these have other responses.
     """
-    falls = facts.falls_of_chosen(facts.steps)
+    falls = facts.falls(facts.steps)
     if falls is None:
         logps = pooled(facts.steps, "logps/chosen_per_token", limits["pairs"])
         falls = [(step, logps[0][1] - logp) for step, logp in logps]
