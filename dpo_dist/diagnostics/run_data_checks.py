@@ -21,7 +21,7 @@ def _labels_swapped(facts: RunFacts, limits: Limits) -> Fields | None:
         return None  # `prefers_rejected`
     whole = facts.accuracy()
     candidates = {} if whole is None else {"": whole}
-    candidates |= {f" of {label}": found for label, found in facts.source_accuracies("eval").items()}
+    candidates |= {f" of {label}": found for label, found in facts.evaluated_sources().items()}
     for source, accuracy in candidates.items():
         by_chance = 0.5 - limits["standard_errors"] * accuracy.noise
         if accuracy.value < min(limits["accuracy"], by_chance):
@@ -91,8 +91,8 @@ def _evidence_of_leak(facts: RunFacts, source: str, limits: Limits) -> str | Non
 
 
 def _noisy_source(facts: RunFacts, limits: Limits) -> Fields | None:
-    for name, part in (("eval", "evaluation"), ("train", "training")):
-        found = facts.source_accuracies(name)
+    parts = (("evaluation", facts.evaluated_sources()), ("training", facts.unseen_sources()))
+    for part, found in parts:
         accuracies = {label: one for label, one in found.items() if one.pairs >= limits["pairs"]}
         noisy = {label: one for label, one in accuracies.items() if _is_chance(one, limits)}
         if not noisy or len(noisy) == len(accuracies):
@@ -115,7 +115,7 @@ def _noisy_source(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _is_chance(accuracy: Accuracy, limits: Limits) -> bool:
     noise = limits["standard_errors"] * accuracy.noise
-    return abs(accuracy.value - 0.5) <= noise and accuracy.value < limits["accuracy"]
+    return abs(accuracy.value - 0.5) <= noise and accuracy.value + noise < limits["accuracy"]
 
 
 def _responses_cut(facts: RunFacts, limits: Limits) -> Fields | None:

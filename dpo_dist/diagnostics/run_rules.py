@@ -65,13 +65,15 @@ RULES: dict[str, RunRule] = {
             "steps_share": 0.25,
             "spike": 10.0,
             "rows": 2,
+            "chance": 0.01,
         },
-        "the mean loss of three rows with at least `pairs` pairs relative to the first row (if that is not "
-        "the same for all pairs, of rows with at least `varied_pairs` pairs); the fall of "
+        "the mean loss of 3, 6, 12, ... rows with at least `pairs` pairs relative to the first row (if that "
+        "is not the same for all pairs, to the first rows with `varied_pairs` pairs), by more than rows "
+        "differ by chance in a share of `chance` of the runs; the fall of "
         "`logps/chosen_per_token` below the reference's (if that is not known, of rows with at least `pairs` "
         "pairs since the first) within the first `steps_share` of the run, in nats; `grad_norm` relative "
-        "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
-        "at least `rows` rows",
+        "to the median of the rows before it, and above its start, if the loss ends higher by more than "
+        "chance; the last two in at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),
@@ -152,9 +154,10 @@ RULES: dict[str, RunRule] = {
     "far_from_reference": RunRule(
         "far from the reference",
         {"kl": 1.0},
-        "the last `kl/rejected` (of an evaluation if there is one), in nats per token; `kl/chosen` also "
-        "grows where the policy learns texts that the reference did not expect",
-        "the policy moved {kl:.2g} nats per token away from the reference on the rejected responses, with "
+        "`kl/rejected` of the last evaluation, else the median of the last quarter of the rows, in nats per "
+        "token; `kl/chosen` also grows where the policy learns texts that the reference did not "
+        "expect",
+        "the policy moved {distance} per token away from the reference on the rejected responses, with "
         "loss.beta={beta}: beta restrains it too little",
         "a larger loss.beta, a lower optim.lr or fewer steps",
     ),
@@ -202,12 +205,14 @@ RULES: dict[str, RunRule] = {
     "noisy_source": RunRule(
         "a source of noise",
         {"standard_errors": 2, "accuracy": 0.6, "others": 0.65, "pairs": 50},
-        "the accuracy of each source of at least `pairs` pairs with one half, while another source is above "
-        "`others`",
+        "the accuracy of each source of at least `pairs` pairs, of the last evaluation, else of training in "
+        "the second half of the first epoch: not distinguishable from one half and below `accuracy` by more "
+        "than chance, while another source is above `others`",
         "{part} accuracy of {sources} is {accuracy:.2f} on {pairs:,} pairs, as for random labels, while "
         "{other} reaches {best:.2f}",
         "read some of its pairs: its labels are noise, or of another preference; remove it or lower its "
         "`weight`",
+        explains=("evaluation_too_good",),
     ),
     "displacement": RunRule(
         "both responses become less likely",

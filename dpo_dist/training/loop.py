@@ -38,19 +38,27 @@ from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.step import Evaluation, StepTotals, evaluate, reduce_step, train_step
 from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.work_clock import WorkClock, WorkTime
 
 _STEPS_AHEAD = 2
 
 
 @dataclass
 class Position:
-    """The progress of a run; part of every checkpoint."""
+    """The progress of a run; part of every checkpoint.
+
+    Attributes:
+        reference_report: the section `reference` of summary.json, of all starts.
+        work: time of all starts.
+    """
 
     step: int = 0
     pairs_seen: int = 0
     train_seconds: float = 0.0
     running: RunningMeans = field(default_factory=RunningMeans)
     window: LogWindow = field(default_factory=LogWindow)
+    reference_report: dict[str, Any] = field(default_factory=dict)
+    work: WorkTime = field(default_factory=WorkTime)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
@@ -61,6 +69,8 @@ class Position:
             train_seconds=state["train_seconds"],
             running=RunningMeans(**state["running"]),
             window=LogWindow.of(state["window"]),
+            reference_report=state.get("reference_report", {}),  # older ones have none
+            work=WorkTime.of(state),
         )
 
 
@@ -75,6 +85,7 @@ class Loop:
         identity: digests of the run's inputs, written to every checkpoint.
         recorder: on rank 0; None on the others.
         samples: at evaluations; None: none.
+        clock: time by kind of work.
         stop: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
@@ -90,6 +101,7 @@ class Loop:
     recorder: Recorder | None
     samples: Samples | None
     console: Console
+    clock: WorkClock
     stop: StopRequest
 
     def run(self, position: Position) -> bool:
@@ -101,6 +113,7 @@ class Loop:
         Raises:
             DivergedError: loss or gradient is not finite.
         """
+        self.clock.enter("other")
         trainer, steps = self.config.trainer, self.inputs.sampler.steps
         eval_set = self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
@@ -111,7 +124,8 @@ class Loop:
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             while position.step < steps:
-                must_stop = self._step(position, ready_steps, progress)
+                with self.clock.of("training"):
+                    must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
                     self._record_window(position)
@@ -121,7 +135,8 @@ class Loop:
                     self._save(position)
                 if must_stop and done < steps:
                     break
-        self.checkpoints.commit()
+        with self.clock.of("saving"):
+            self.checkpoints.commit()
         return position.step == steps
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
@@ -204,6 +219,10 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
+        with self.clock.of("evaluation"):
+            self._record_timed_evaluation(dataset, position)
+
+    def _record_timed_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
@@ -220,7 +239,8 @@ class Loop:
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
-            measured |= samples.at(position.step)
+            with self.clock.of("samples"):
+                measured |= samples.at(position.step)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
 
@@ -258,10 +278,12 @@ class Loop:
             self.console.row(row, self.inputs.sampler.steps)
 
     def _save(self, position: Position) -> None:
-        if self.recorder is not None:
-            self.recorder.metrics.save()
-        state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
-        self.checkpoints.save(position.step, state)
+        with self.clock.of("saving"):
+            if self.recorder is not None:
+                self.recorder.metrics.save()
+            position.work = self.clock.read()
+            state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
+            self.checkpoints.save(position.step, state)
 
 
 def _is_due(step: int, every: int) -> bool:

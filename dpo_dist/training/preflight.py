@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
@@ -26,7 +27,7 @@ from dpo_dist.number_text import counted
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.training.evaluate_model import with_stored_reference
-from dpo_dist.training.evaluated import Kind, find_evaluated
+from dpo_dist.training.evaluated import Evaluated, Kind
 
 _FIRST_RECORDS = 64
 
@@ -45,7 +46,7 @@ def rehearse(config: RunConfig) -> str:
     """
     folder, tokenizer, model_type = _described_model(config)
     run = RunFolder.of(config)
-    has_checkpoints = any(run.checkpoints.glob("step-*"))
+    has_checkpoints = bool(checkpoint_folders(run.checkpoints))
     lines = [
         ("run.dir", f"{run} ({'has checkpoints: the run resumes' if has_checkpoints else 'new'})"),
         ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
@@ -56,12 +57,12 @@ def rehearse(config: RunConfig) -> str:
     return _passed(lines) + "  python -m dpo_dist.doctor with the same arguments examines all records\n"
 
 
-def rehearse_evaluation(config: RunConfig) -> str:
+def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
     """Load what an evaluation loads before weights, and encode the first records of each source.
 
     Returns and raises as `rehearse`.
     """
-    models, config = find_evaluated(config), with_stored_reference(config)
+    config = with_stored_reference(config)
     folder, tokenizer, model_type = _described_model(config)
     lines = [
         ("run.dir", str(RunFolder.of(config))),
@@ -70,7 +71,8 @@ def rehearse_evaluation(config: RunConfig) -> str:
     for evaluated in models:
         if evaluated.kind in (Kind.model, Kind.hub):
             key = "evaluation.model"
-            own = description_folder(evaluated.path, None, key)
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            own = description_folder(evaluated.path, revision, key)
             if not is_adapter(own):
                 check_same_vocabulary(own, tokenizer, config.model, key)
         lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))

@@ -4,10 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
 from dpo_dist.number_text import number
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
@@ -180,7 +179,7 @@ def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
     None if the pairs differ.
     """
     counts = Counter[tuple[float, float]]()
-    files = [json_rows(_scores(facts.folder)) for facts in two.facts]
+    files = [json_rows(facts.folder.evaluation_of(LAST_EVALUATION).scores) for facts in two.facts]
     while True:
         first, second = (next(rows, None) for rows in files)
         if first is None and second is None:
@@ -189,12 +188,6 @@ def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
             return None
         counts[_credit(first), _credit(second)] += 1
     return counts or None
-
-
-def _scores(folder: RunFolder) -> Path:
-    """Return the scores of the last evaluation of training; earlier versions wrote them to another folder."""
-    scores = folder.evaluation_of(LAST_EVALUATION).scores
-    return scores if scores.exists() else folder.evaluation.scores
 
 
 def _key(row: Mapping[str, Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import first_line
 from dpo_dist.report.json_rows import json_rows
@@ -86,11 +87,11 @@ class RunMedia:
     def _files(self, summary: Mapping[str, Any]) -> dict[str, list[Path]]:
         """Return the existing files and folders by the type of their artifact."""
         folder = self.folder
-        checkpoints = sorted(folder.checkpoints.glob("step-*"))
+        checkpoints = checkpoint_folders(folder.checkpoints)
         entries = summary.get("reference", {}).get("entries")
         files: dict[str, list[Path]] = {
             "model": [folder.model],
-            "checkpoint": checkpoints[-1:],
+            "checkpoint": checkpoints[:1],
             "reference-store": list(Path(entries).glob("*.json")) if entries else [],
             "report": [folder.report, folder.doctor_report, folder.doctor_page, folder.evaluation.results],
         }

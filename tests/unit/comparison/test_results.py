@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.comparison.judging import all_credits
 from dpo_dist.comparison.results import Tally, comparison
 from dpo_dist.evaluation.results import Resampling
 from dpo_dist.report.terminal.comparison_table import comparison_table
@@ -21,7 +22,9 @@ def results(
 ) -> Row:
     tally = Tally(list(rows[0]))
     for index, row in enumerate(rows):
-        tally.add(row, verdicts[index] if verdicts else None, has_judge=judged)
+        texts, scores = ([response[name] for response in row.values()] for name in ("text", "score"))
+        own = all_credits(texts, scores, verdicts[index] if verdicts else None)
+        tally.add(row, own if judged else None)
     return comparison(tally, Resampling(200, 0))
 
 
@@ -73,6 +76,44 @@ def test_verdicts_of_three_models_in_pairs() -> None:
     rates = {(win["first"], win["second"]): win["rate"] for win in found["wins"]}
     assert rates == {("base", "a"): 2.5 / 4, ("base", "b"): 0.0, ("a", "b"): 0.5}
     assert all(model["score"] is None for model in found["models"])
+
+
+def test_differences_are_paired_over_prompts() -> None:
+    """Scores vary much from prompt to prompt; the second model is better by 1 on each one."""
+    levels = [float(3 * at % 11) for at in range(12)]
+    rows = [
+        {"base": response("x", score=level), "a": response("xy", 1.0 + at % 2, score=level + 1, tokens=6)}
+        for at, level in enumerate(levels)
+    ]
+    rows.append({"base": response("x", score=1.0), "a": response("refused", None)})
+    found = results(rows)
+    (difference,) = found["differences"]
+    assert (difference["first"], difference["second"]) == ("base", "a")
+    assert (difference["score"], difference["score_interval"]) == (1.0, [1.0, 1.0])
+    assert found["models"][0]["score_interval"][1] - found["models"][0]["score_interval"][0] > 2
+    assert difference["kl"] == 1.5
+    assert 1.0 <= difference["kl_interval"][0] < 1.5 < difference["kl_interval"][1] <= 2.0
+    assert difference["refusals"] == 0
+    few = results(rows[:5])["differences"][0]
+    assert (few["score"], few["score_interval"]) == (1.0, None)
+    assert not {"score", "kl"} & set(
+        results([{"base": response("x"), "a": response("y", None)}])["differences"][0]
+    )
+
+
+def test_an_empty_response_has_the_lowest_score() -> None:
+    """A model that is silent when it would be bad must not have a better mean for it."""
+    rows = [
+        {"base": response("x", score=5.0), "a": response("y", score=6.0)},
+        {"base": response("x", score=2.0), "a": response("", score=None)},
+        {"base": response("x", score=4.0), "a": response("not read", score=None)},
+    ]
+    found = results(rows)
+    assert [model["score"] for model in found["models"]] == [pytest.approx(11 / 3), 4.0]
+    assert found["empty_score"] == 2.0
+    assert found["differences"][0]["score"] == 0.5
+    assert results(rows, judged=False)["models"][1]["style"]["empty"] == pytest.approx(1 / 3)
+    assert results([{"base": response(""), "a": response("")}])["empty_score"] is None
 
 
 def shown(found: Row, temperature: float = 1.0, differing: int = 0) -> str:

@@ -279,7 +279,7 @@ def test_a_missing_file_of_a_chat_template_is_found_before_the_tokenizer_is_load
 def test_a_check_of_an_evaluation_is_one_json_object_for_programs(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dpo_dist.training.preflight.rehearse_evaluation", lambda _: "check passed\n")
+    monkeypatch.setattr("dpo_dist.training.preflight.rehearse_evaluation", lambda *_: "check passed\n")
     data = f"evaluation.data=[{assets}/train.jsonl]"
-    assert evaluate.check(run_of(assets, tmp_path, data, "console.style=json")) == 0
+    assert evaluate.check(run_of(assets, tmp_path, data, "evaluation.model=org/m", "console.style=json")) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "check passed\n"

@@ -109,8 +109,8 @@ def with_results(run_dir: Path, samples: list[dict[str, Any]]) -> RunFolder:
     folder = RunFolder(run_dir)
     files = {
         folder.model / "model.safetensors": "w" * 100,
-        folder.checkpoints / "step-000001" / "old.pt": "old",
-        folder.checkpoints / "step-000002" / "rank" / "new.pt": "new",
+        folder.checkpoints / "step-999999" / "old.pt": "old",
+        folder.checkpoints / "step-1000000" / "rank" / "new.pt": "new",
         folder.report: "<p>a page</p>",
         folder.doctor_report: "{}",
         run_dir / "store" / "space.json": "{}",
@@ -166,7 +166,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_its_files_by_reference(
     del files["run_table"]
     assert files == {
         "model": {"model/model.safetensors": "/model/model.safetensors"},
-        "checkpoint": {"step-000002/rank/new.pt": "/checkpoints/step-000002/rank/new.pt"},
+        "checkpoint": {"step-1000000/rank/new.pt": "/checkpoints/step-1000000/rank/new.pt"},
         "reference-store": {"space.json": "/store/space.json"},
         "report": {"report.html": "", "doctor.json": "/doctor/doctor.json"},
     }
