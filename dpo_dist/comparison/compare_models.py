@@ -29,6 +29,7 @@ from dpo_dist.generation.pair_records import write_lines
 from dpo_dist.generation.prompts import PromptList, open_prompts
 from dpo_dist.generation.sampling.parts import Parts
 from dpo_dist.generation.stages import Screen, Stages, joined_stages
+from dpo_dist.model.folder import hub_commit
 
 _REMEDY = (
     "lower compare.batch_tokens or compare.max_new_tokens; each process loads whole models onto its GPU: "
@@ -184,6 +185,7 @@ class _Comparison:
                 | {
                     "path": speaker.compared.path,
                     "digest": speaker.source.digest,
+                    "revision": hub_commit(speaker.source.folder),
                     "prompts_encoded_differently": counts.pop(f"{DIFFERING}{row['name']}", 0),
                 }
                 for speaker, row in of_models

@@ -91,7 +91,7 @@ def _evaluate(
 ) -> Results:
     """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
     console.say(f"evaluating {evaluated.path} ({evaluated.kind})")
-    model, running = load_evaluated(evaluated, config, inputs, world, console)
+    model, running, commit = load_evaluated(evaluated, config, inputs, world, console)
     dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
     every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
     rank_batch = shard_batch(dataset, every, world.rank, world.size, budget, inputs.costs, one_sided)
@@ -102,7 +102,8 @@ def _evaluate(
     def write() -> None:
         assert evaluation.values is not None
         name = evaluated.name(config, inputs)
-        found.update(write_evaluation(name, evaluated.path, config, means, evaluation.values, dataset))
+        values = evaluation.values
+        found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
         console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
         folder = RunFolder.of(config)
         console.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")

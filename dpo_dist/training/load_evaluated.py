@@ -13,7 +13,7 @@ from dpo_dist.distributed.checkpoint_weights import load_checkpoint_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapters import add_adapter, load_adapter
-from dpo_dist.model.folder import is_adapter, read_model_json
+from dpo_dist.model.folder import hub_commit, is_adapter, read_model_json
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.reference.engine import load_scored, scored_model
@@ -34,8 +34,10 @@ class FreeableModel(ScoredModel, Protocol):
 
 def load_evaluated(
     evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs, world: World, console: Console
-) -> tuple[FreeableModel, RunningMeans]:
-    """Return the model, ready to score, and the running means of its training if known; collective.
+) -> tuple[FreeableModel, RunningMeans, str | None]:
+    """Return the model, ready to score, running means of its training if known, and its commit on the hub.
+
+    Collective. `model.revision` counts for `model.path` only.
 
     The base of an adapter is quantized as `model.quantization` says, and so is `model.path` itself.
 
@@ -44,13 +46,15 @@ def load_evaluated(
         ConfigError: the model or the adapter cannot be loaded.
     """
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
-    folder, finish = base, None
+    folder, finish, commit = base, None, None
     if evaluated.kind is Kind.checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
         finish = partial(_load_trained, folder=Path(evaluated.path), config=config, world=world)
     else:
-        found = shared_model_folder(evaluated.path, None, KEY, world, console, accepts_adapter=True)
+        revision = config.model.revision if evaluated.path == config.model.path else None
+        found = shared_model_folder(evaluated.path, revision, KEY, world, console, accepts_adapter=True)
+        commit = hub_commit(found)
         if is_adapter(found):
             if named := foreign_base(found, base, config):
                 console.say(f"warning: {evaluated.path} names {named} as its base, not {config.model.path}")
@@ -63,7 +67,7 @@ def load_evaluated(
     )
     model_config = replace(scored_model(config), quantization=bits)
     placed = replace(config, reference=placement)
-    return load_scored(folder, model_config, placed, world, finish), running
+    return load_scored(folder, model_config, placed, world, finish), running, commit
 
 
 def foreign_base(adapter: Path, base: Path, config: RunConfig) -> str | None:

@@ -71,7 +71,8 @@ def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
     for evaluated in models:
         if evaluated.kind in (Kind.model, Kind.hub):
             key = "evaluation.model"
-            own = description_folder(evaluated.path, None, key)
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            own = description_folder(evaluated.path, revision, key)
             if not is_adapter(own):
                 check_same_vocabulary(own, tokenizer, config.model, key)
         lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))

@@ -1,14 +1,16 @@
 """The report page of a run: complete, self-contained, inert, without sections of missing files."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.run_page.page import write_page
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row
+from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row, summary
 
 
 def page_of(run: RunFolder, price: float | None = None) -> Page:
@@ -220,7 +222,6 @@ def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
         ("config.yaml", "a: [", "Complete configuration"),
         ("environment.json", "{", "Environment"),
         ("dpo_metrics/summary.json", "7", "Reference model"),
-        ("dpo_metrics/log_history.json", "{}", "Evaluations (30)"),
         ("doctor/doctor.json", "[]", "Findings of the doctor"),
     ],
 )
@@ -231,7 +232,7 @@ def test_an_unreadable_file_omits_only_its_section(
     (run.path / name).write_text(content)
     text = page_of(run).text
     headings = {
-        *("Complete configuration", "Environment", "Reference model", "Evaluations (30)"),
+        *("Complete configuration", "Environment", "Reference model"),
         "Findings of the doctor",
     }
     assert {shown for shown in headings if f"{shown}\n" in text} == headings - {heading}
@@ -248,6 +249,53 @@ def test_other_content_of_a_file_omits_only_its_section(
     assert "Reference model\n" not in text
     assert "Training data\n" in text
     assert "reference_section of the report is omitted" in caplog.text
+
+
+ODD: tuple[object, ...] = ("many", [1], {"a": [None]}, None, True, -1e308)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dpo_metrics/summary.json", (*summary("a"), "work", "final", "best")),
+        ("doctor/doctor.json", ("findings", "sources")),
+        ("evaluation/training/evaluation.json", ("all", "math")),
+        ("environment.json", ("gpus", "world_size", "packages")),
+        ("run_state.json", ("identity",)),
+    ],
+)
+def test_a_field_of_another_type_leaves_a_page(tmp_path: Path, name: str, fields: tuple[str, ...]) -> None:
+    run = made_run(tmp_path)
+    if name.startswith("evaluation"):
+        name = str(run.evaluation_of(LAST_EVALUATION).results.relative_to(run.path))
+    content = json.loads((run.path / name).read_text())
+    for field, value in product(fields, ODD):
+        (run.path / name).write_text(json.dumps({**content, field: value}))
+        text = page_of(run).text
+        assert "Curves\n" in text, (field, value)
+        assert "Repeat this run\n" in text, (field, value)
+
+
+@pytest.mark.parametrize("tracking", ["text", ["a"], {"price_per_gpu_hour": "cheap"}])
+def test_a_price_of_another_type_is_no_price(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tracking: object
+) -> None:
+    run = made_run(tmp_path)
+    run.config.write_text(yaml.safe_dump({"tracking": tracking}))
+    assert "GPU-hours at" not in page_of(run).text
+    assert "config.yaml: omitted from the report, of another type than expected: " in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["{}", "[null]", '[{"step": "one"}]', '[{"step": 1, "loss": 0.5},'])
+def test_rows_of_a_damaged_file_are_those_of_the_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    run = made_run(tmp_path)
+    run.log_history.write_text(damaged)
+    with run.metrics_table.open("a") as table:
+        table.write("31,0.")  # a line that a kill cut
+    assert "Evaluations (30)\n" in page_of(run).text
+    assert "log_history.json cannot be read and is ignored" in caplog.text
 
 
 def test_a_run_that_has_not_ended_says_so(tmp_path: Path) -> None:
