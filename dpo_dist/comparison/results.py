@@ -22,6 +22,7 @@ DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals; a count of theirs is 0 or 1."""
 _NOTHING = (0.0, 0.0)
 _RATE = "rate"
+_SHARES = frozenset({_RATE, "finished", "refusals", "lists", "markdown", "empty"})
 
 
 @dataclass
@@ -75,7 +76,8 @@ class Tally:
         columns |= self._with_empty_scores(columns)
         columns |= dict(self._differences(columns))
         prompts = np.arange(self.prompts, dtype=np.uint64)
-        ends = bootstrap_intervals(columns, prompts, resampling.seed, resampling.resamples)
+        shares = {name for name in columns if name.rpartition("\n")[2] in _SHARES}
+        ends = bootstrap_intervals(columns, prompts, resampling.seed, resampling.resamples, shares)
         return {
             name: (float(values.sum() / counts.sum()), list(ends[name]) if name in ends else None)
             for name, (values, counts) in columns.items()

@@ -21,7 +21,7 @@ from dpo_dist.diagnostics.run_facts import (
 )
 from dpo_dist.diagnostics.run_rate_symptoms import LOGISTIC, falls_of_chosen, rise_of_loss, symptoms_of_rate
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
-from dpo_dist.number_text import counted
+from dpo_dist.number_text import counted, percent
 
 Fields: TypeAlias = Mapping[str, Any]
 Limits: TypeAlias = Mapping[str, float]
@@ -216,7 +216,7 @@ def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
         return None
     if share < limits["both_fall"] or chosen.start - chosen.end < limits["fall"]:
         return None
-    return {"first": chosen.start, "last": chosen.end, "share": share}
+    return {"first": chosen.start, "last": chosen.end, "share": percent(share)}
 
 
 TRAINING_CHECKS: dict[str, Check] = {

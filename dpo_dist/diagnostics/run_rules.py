@@ -101,7 +101,7 @@ RULES: dict[str, RunRule] = {
         "evaluation data leaked into training",
         {"share": 0.01},
         "the share of evaluation pairs whose prompt is in the training data too (`prompts_also_in_train`)",
-        "{count:,} of {pairs:,} evaluation pairs ({share:.0%}) have a prompt that is also in the training "
+        "{count:,} of {pairs:,} evaluation pairs ({share}) have a prompt that is also in the training "
         "data: the evaluation measures memory",
         "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
     ),
@@ -219,7 +219,7 @@ RULES: dict[str, RunRule] = {
         {"both_fall": 0.5, "fall": 0.1},
         "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token` below the reference's (if "
         "that is not known, since the first step), in nats",
-        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share:.0%} "
+        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share} "
         "of the pairs both responses did (likelihood displacement): probability moves to texts that are "
         "neither",
         "a lower optim.lr, a larger loss.beta, loss=sigmoid_sft or loss=dpop; see docs/metrics.md",
@@ -228,7 +228,7 @@ RULES: dict[str, RunRule] = {
         "responses are cut",
         {"share": 0.05},
         "`response_truncated` of the data as a share of the kept records",
-        "{count:,} of {kept:,} {name} records ({share:.0%}) have a response whose end data.max_length cuts: "
+        "{count:,} of {kept:,} {name} records ({share}) have a response whose end data.max_length cuts: "
         "the policy does not learn to end",
         "a larger data.max_length, or data.truncation=keep_end or drop",
     ),
@@ -244,8 +244,7 @@ RULES: dict[str, RunRule] = {
         "the reference disagrees with the labels",
         {"share": 0.2},
         "the share of the doctor's finding `reference_disagrees`",
-        "the reference prefers the rejected response by far in {share:.0%} of {source}: labels may "
-        "be swapped",
+        "the reference prefers the rejected response by far in {share} of {source}: labels may be swapped",
         "read the records that doctor.html lists",
     ),
     "doctor_errors": RunRule(

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
+from dpo_dist.evaluation.results import ALL, results_name
 from dpo_dist.number_text import number
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.report.blocks import note, paragraph, section, table
@@ -17,7 +18,6 @@ from dpo_dist.report.run_page.facts import Fields, PageFacts
 
 _Z95 = 1.96
 _TIE = 0.5
-_ALL = "all"
 _KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _TABLE = "numbers results"
@@ -45,7 +45,7 @@ def results_section(two: Two) -> str:
     part = "the last evaluation" if is_evaluated else "the last logged steps"
     rows = [_last(facts, is_evaluated) for facts in two.facts]
     keys = [key for key in (*PAIR_METRICS, *ENTROPIES, *_samples(rows)) if all(key in row for row in rows)]
-    intervals = [_intervals(facts, _ALL) if is_evaluated else {} for facts in two.facts]
+    intervals = [_intervals(facts, ALL) if is_evaluated else {} for facts in two.facts]
     lines = [_line(key, key, rows, intervals) for key in keys]
     shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
     if not shown:
@@ -72,9 +72,9 @@ def _samples(rows: Sequence[Mapping[str, float]]) -> list[str]:
     return [key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY)]
 
 
-def _intervals(facts: PageFacts, label: str) -> Mapping[str, Sequence[float]]:
+def _intervals(facts: PageFacts, name: str) -> Mapping[str, Sequence[float]]:
     """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
-    found = (facts.evaluation.get(label) or {}).get("intervals") or {}
+    found = (facts.evaluation.get(name) or {}).get("intervals") or {}
     return {key.removeprefix("eval_"): ends for key, ends in found.items()}
 
 
@@ -113,7 +113,7 @@ def _by_source(two: Two) -> str:
     first, second = (facts.by_source for facts in two.facts)
     lines = []
     for label in sorted(first.keys() & second.keys()):
-        intervals = [_intervals(facts, label) for facts in two.facts]
+        intervals = [_intervals(facts, results_name(label)) for facts in two.facts]
         for metric, name in ((ACCURACY, "accuracy"), (MARGIN, "margin")):
             rows = [{metric: each[label].get(f"eval_{metric}", math.nan)} for each in (first, second)]
             if all(math.isfinite(row[metric]) for row in rows):

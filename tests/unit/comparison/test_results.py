@@ -132,8 +132,8 @@ def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
     assert lines[0] == "comparison on 4 held-out prompts, judged by function f"
     assert lines[1].split("  ")[0] == "model"
     assert lines[3].startswith("a ")
-    assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [1.000, 1.000]" in lines[3]
-    assert lines[5] == "b over a: 0.000 [0.000, 0.000]"
+    assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [0.676, 1.000]" in lines[3]
+    assert lines[5] == "b over a: 0.000 [0.000, 0.324]"
     assert "win rates count 8 ties as half" in table
     assert "note" not in table
     assert "temperature 0.7" in shown(results(rows), 0.7)
@@ -146,7 +146,10 @@ def test_a_rate_of_too_few_verdicts_has_no_interval(prompts: int, has_interval: 
     rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * prompts
     rows += [{"base": response("x"), "a": response("y")}] * 9  # without a verdict
     (win,) = results(rows)["wins"]
-    assert (win["rate"], win["interval"]) == (0.0, [0.0, 0.0] if has_interval else None)
+    assert (win["rate"], win["interval"]) == (
+        0.0,
+        [0.0, pytest.approx(0.390, abs=1e-3)] if has_interval else None,
+    )
 
 
 def test_many_models_have_a_short_table() -> None:
@@ -164,3 +167,13 @@ def test_the_table_without_judge_and_kl() -> None:
     assert "score" not in lines[1]
     assert "wins" not in lines[1]
     assert lines[3].endswith("  -")
+
+
+def test_ten_wins_of_ten_are_not_certain() -> None:
+    rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * 10
+    (win,) = results(rows)["wins"]
+    assert win["rate"] == 0.0
+    assert win["interval"] == [0.0, pytest.approx(0.2775, abs=1e-4)]
+    style = results(rows)["models"][0]["style_intervals"]
+    assert style["finished"] == [pytest.approx(0.7225, abs=1e-4), 1.0]
+    assert style["length"] == [4.0, 4.0]

@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
         rows(),
         summary(data={"train": counts(), "eval": counts(prompts_also_in_train=100)}),
         [],
-        ["100 of 400", "25%"],
+        ["100 of 400", "25 %"],
     ),
     "evaluation_too_good": (
         rows(late={"eval_rewards/accuracies": 0.95}),
@@ -150,13 +150,13 @@ CASES: dict[str, Case] = {
         rows(late={"eval_samples/length": 230.0, "eval_samples/finished": 0.86}),
         summary(),
         [],
-        ["2.3x longer", "14% of them do not end", "step 5"],
+        ["2.3x longer", "14 % of them do not end", "step 5"],
     ),
     "samples_degrade": (
         rows(late={"eval_samples/refusals": 0.3}),
         summary(),
         [],
-        ["30% of the", "2% before"],
+        ["30 % of the", "2 % before"],
     ),
     "far_from_reference": (rows(late={"eval_kl/rejected": 1.5}), summary(), [], ["1.5 nats"]),
     "beta_too_small": (rows(every=FLAT), with_beta(1e-4), [], ["loss.beta=1e-4", "8e+03 nats"]),
@@ -190,13 +190,13 @@ CASES: dict[str, Case] = {
         rows(late={"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4}),
         summary(),
         [],
-        ["-1.00 -> -1.40", "60% of the pairs", "likelihood displacement"],
+        ["-1.00 -> -1.40", "60 % of the pairs", "likelihood displacement"],
     ),
     "responses_cut": (
         rows(),
         summary(data={"train": counts(response_truncated=80), "eval": counts()}),
         [],
-        ["80 of 400 training records (20%)"],
+        ["80 of 400 training records (20 %)"],
     ),
     "reference_drift": (
         rows(),
@@ -204,7 +204,7 @@ CASES: dict[str, Case] = {
         [],
         ["0.03 nats per token"],
     ),
-    "reference_disagrees": (rows(), summary(), [DISAGREES], ["40% of a"]),
+    "reference_disagrees": (rows(), summary(), [DISAGREES], ["40 % of a"]),
     "doctor_errors": (
         rows(),
         summary(),
@@ -246,7 +246,7 @@ def test_a_perfect_accuracy_at_once_needs_evidence_to_be_a_leak() -> None:
     assert verdict(rows(every=AT_ONCE), summary()).findings == ()
     [leak, _] = verdict(rows(every=AT_ONCE), summary(), [LEAK]).findings
     assert leak.rule == "label_leak"
-    assert "by form: the doctor found label_leak, which alone guesses 93%" in leak.text
+    assert "by form: the doctor found label_leak, which alone guesses 93 %" in leak.text
     assert "quoted" not in leak.text
 
 
