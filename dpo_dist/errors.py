@@ -76,6 +76,8 @@ class DpoDistError(Exception):
         self.remedy = remedy
         self.reporting_rank: int | None = None
         """The rank that prints the error; None before the processes have joined."""
+        self.is_printed = False
+        """Whether it is on the screen already, above results that follow from it."""
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle every field, so that one rank's error can be raised on all."""

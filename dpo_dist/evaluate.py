@@ -9,6 +9,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.report.terminal.console import print_text, warnings_off
+from dpo_dist.training.evaluated import find_evaluated
 from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
 
 
@@ -19,10 +20,11 @@ def main(config: RunConfig) -> int:
         DpoDistError: a model or the data cannot be read.
     """
     config = with_evaluated_pairs(config)
+    models = find_evaluated(config)
     with started(config) as console:
         from dpo_dist.training.evaluate_model import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
-        return evaluate_models(config, console)
+        return evaluate_models(config, models, console)
 
 
 def check(config: RunConfig) -> int:
@@ -32,12 +34,13 @@ def check(config: RunConfig) -> int:
         DpoDistError: the first check that fails.
     """
     config = with_evaluated_pairs(config)
+    models = find_evaluated(config)
     with without_traces(config, of_success=True):
         check_start(config)
         with warnings_off():
             from dpo_dist.training.preflight import rehearse_evaluation  # noqa: PLC0415  (slow)
 
-            print_text("check", rehearse_evaluation(config), config.console)
+            print_text("check", rehearse_evaluation(config, models), config.console)
     return ExitCode.completed
 
 

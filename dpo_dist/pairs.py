@@ -25,7 +25,7 @@ def main(config: RunConfig) -> int:
     """
     check_pairs(config)
     if config.pairs.rounds:
-        return run_rounds(config, console_on(sys.stdout, config.console).say)
+        return run_rounds(config, console_on(sys.stderr, config.console).say)
     try:
         if needs_this_process(config):
             with open_console(RunFolder.of(config), config.console) as console:

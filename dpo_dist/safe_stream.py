@@ -7,6 +7,8 @@ from typing import TextIO
 
 from dpo_dist.errors import ConfigError
 
+_reserved: TextIO | None = None
+
 
 class SafeStream:
     """Writes to `stream` until that fails once; then it writes nothing.
@@ -112,6 +114,28 @@ def open_closed_streams() -> None:
             os.set_inheritable(descriptor, True)
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def reserve_output() -> None:
+    """Keep standard output for the JSON objects of this process: whatever else is printed is an error output.
+
+    Libraries, functions of the user and child processes print to standard output, too.
+    """
+    global _reserved  # noqa: PLW0603 (as standard output itself, one for the process)
+    with contextlib.suppress(OSError, ValueError):  # replaced by a stream without a descriptor
+        if _reserved is None and sys.stdout.fileno() == 1:
+            _reserved = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+            os.dup2(2, 1)
+
+
+def output_of_objects() -> TextIO:
+    """Return the stream for JSON objects."""
+    return _reserved or sys.stdout
+
+
+def output_descriptor() -> int:
+    """Return the file descriptor of `output_of_objects`."""
+    return 1 if _reserved is None else _reserved.fileno()
 
 
 def _encoding(stream: TextIO) -> str:

@@ -98,7 +98,7 @@ def line_plot(panel: Panel) -> Any:
 
     return wr.LinePlot(
         title=panel.title,
-        x=STEP_AXIS,
+        x=panel.axis,
         y=list(panel.metrics),
         metric_regex=panel.pattern or None,
         plot_type="stacked-area" if panel.is_stacked else "line",

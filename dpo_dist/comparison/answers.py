@@ -1,10 +1,12 @@
 """`answers.jsonl`: the responses of all models prompt by prompt, from the finished parts of all stages."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_dist.comparison.judging import all_credits
 from dpo_dist.comparison.prompts import held_out_facts, shown_prompt
 from dpo_dist.comparison.results import Tally
 from dpo_dist.data.records import PreferenceRecord
@@ -25,14 +27,12 @@ class Finished:
         logps: of each model's responses under itself.
         base_logps: the same under the base; None for a model with other tokens.
         judged: of the judge; None without one.
-        has_verdicts: whether the judge compares responses, and does not score them.
     """
 
     responses: Sequence[Parts]
     logps: Sequence[Parts]
     base_logps: Sequence[Parts | None]
     judged: Parts | None
-    has_verdicts: bool
 
 
 def answers(finished: Finished, prompts: PromptList, tally: Tally, counts: Counter[str]) -> Iterator[Row]:
@@ -52,9 +52,9 @@ def answers(finished: Finished, prompts: PromptList, tally: Tally, counts: Count
                     continue
                 _count_differing(own.responses, tally.models, counts)
                 responses = _responses(own, tally.models)
-                verdicts = own.judged["credits"] if finished.judged and finished.has_verdicts else None
-                tally.add(responses, verdicts, has_judge=finished.judged is not None)
-                yield _answers(record, chosen, source, responses)
+                own_credits = None if finished.judged is None else _credits(own, responses)
+                tally.add(responses, own_credits)
+                yield _answers(record, chosen, source, responses) | _verdicts(tally.models, own_credits)
 
 
 def texts_of(rows: Sequence[Row]) -> list[str]:
@@ -71,6 +71,20 @@ def _responses(own: "_OfPrompt", names: Sequence[str]) -> dict[str, Row]:
     scores = own.judged.get("scores", [None] * len(names))
     rows = zip(names, own.responses, own.logps, own.base_logps, scores, strict=True)
     return {name: _response(*facts) for name, *facts in rows}
+
+
+def _credits(own: "_OfPrompt", responses: Mapping[str, Row]) -> list[float | None]:
+    texts = [response["text"] for response in responses.values()]
+    scores = [response["score"] for response in responses.values()]
+    return all_credits(texts, scores, own.judged.get("credits"))
+
+
+def _verdicts(names: Sequence[str], own_credits: Sequence[float | None] | None) -> Row:
+    """Return the verdicts on every two responses; without a judge nothing."""
+    if own_credits is None:
+        return {}
+    pairs = zip(itertools.combinations(names, 2), own_credits, strict=True)
+    return {"verdicts": [{"first": one, "second": two, "credit": credit} for (one, two), credit in pairs]}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dpo_dist.generation.pair_records import write_lines
 from dpo_dist.generation.prompts import PromptList, open_prompts
 from dpo_dist.generation.sampling.parts import Parts
 from dpo_dist.generation.stages import Screen, Stages, joined_stages
+from dpo_dist.model.folder import hub_commit
 
 _REMEDY = (
     "lower compare.batch_tokens or compare.max_new_tokens; each process loads whole models onto its GPU: "
@@ -132,8 +133,7 @@ class _Comparison:
         return_memory()
         names = [speaker.compared.name for speaker in self._speakers]
         in_order = [responses[name] for name in names]
-        judged, has_verdicts = self._judged(in_order), compares(self._config.pairs)
-        return Finished(in_order, [own[name] for name in names], under_base, judged, has_verdicts)
+        return Finished(in_order, [own[name] for name in names], under_base, self._judged(in_order))
 
     def _judged(self, responses: Sequence[Parts]) -> Parts | None:
         """Return the finished judgements."""
@@ -185,6 +185,7 @@ class _Comparison:
                 | {
                     "path": speaker.compared.path,
                     "digest": speaker.source.digest,
+                    "revision": hub_commit(speaker.source.folder),
                     "prompts_encoded_differently": counts.pop(f"{DIFFERING}{row['name']}", 0),
                 }
                 for speaker, row in of_models

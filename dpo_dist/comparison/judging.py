@@ -105,6 +105,22 @@ def credit(first: str | None, second: str | None, scores: tuple[float | None, fl
     return TIE if one == other else WIN if one > other else LOSS
 
 
+def all_credits(
+    texts: Sequence[str], scores: Sequence[float | None], verdicts: Sequence[float | None] | None
+) -> list[float | None]:
+    """Return the credit of the first of every two models, in the order of `itertools.combinations`.
+
+    Args:
+        texts: the models' responses to one prompt.
+        scores: of each.
+        verdicts: of a judge that compares, in the same order; None: scores decide.
+    """
+    if verdicts is not None:
+        return list(verdicts)
+    pairs = itertools.combinations(zip(texts, scores, strict=True), 2)
+    return [credit(first, second, (one, other)) for (first, one), (second, other) in pairs]
+
+
 def _has_text(text: str | None) -> bool:
     return text is not None and bool(text.strip())
 

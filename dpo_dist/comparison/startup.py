@@ -6,11 +6,13 @@ from enum import StrEnum
 from pathlib import Path
 
 from dpo_dist.config.check import as_written
+from dpo_dist.config.checkpoint_folders import is_checkpoint, step_of
+from dpo_dist.config.existing_run import without_model
 from dpo_dist.config.fields import declaration
 from dpo_dist.config.pairs_schema import JUDGING, PairsConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.sources import check_source
+from dpo_dist.data.sources import check_has_evaluation_data, check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.startup import check_judge
@@ -19,7 +21,6 @@ from dpo_dist.model.folder import is_adapter, local_model_folder
 KEY = "compare.models"
 Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
-_CHECKPOINT = re.compile(r"step-\d+")
 # Names of folders that say nothing without the folder above.
 _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
 
@@ -50,14 +51,7 @@ def check_comparison(config: RunConfig) -> list[Compared]:
         DataError: a local source is missing.
     """
     models = compared_models(config.compare.models)
-    if not config.data.eval_sources:
-        raise ConfigError(
-            "there are no held-out prompts to compare the models on",
-            where="data.eval",
-            got="no source",
-            expected="evaluation data, with responses or without",
-            remedy="set data.eval=[held_out.jsonl], or data.eval_share as in the training runs",
-        )
+    check_has_evaluation_data(config.data, "compare models on", "with responses or without")
     for source in config.data.eval_sources:
         check_source(source, needs_pairs=False)
     check_template_file(config.data.chat_template)
@@ -110,9 +104,9 @@ def _located(path: str) -> tuple[str, Kind]:
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():
         if not run.model.is_dir():
-            raise _without_model(run)
+            raise without_model(run, KEY, "let the run complete")
         folder = run.model
-    elif _CHECKPOINT.fullmatch(folder.name) and (folder / "state.json").is_file():
+    elif is_checkpoint(folder):
         return str(folder), Kind.checkpoint
     location = str(folder) if folder.is_dir() else path
     if is_adapter(folder):
@@ -121,24 +115,12 @@ def _located(path: str) -> tuple[str, Kind]:
     return location, Kind.model
 
 
-def _without_model(run: RunFolder) -> ConfigError:
-    checkpoints = sorted(run.checkpoints.glob("step-*"))
-    named = f"name its checkpoint {checkpoints[-1]}" if checkpoints else "name another model"
-    return ConfigError(
-        "this run directory has no model",
-        where=KEY,
-        got=str(run.path),
-        expected=f"{run.model}, which a run writes when it completes",
-        remedy=f"let the run complete, or {named}",
-    )
-
-
 def _short_name(path: str) -> str:
     """Return the last folder of a path, with the run of a checkpoint before it."""
     parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
     if not Path(path).expanduser().exists():  # a hub name
         return path.rpartition("/")[2]
-    return "/".join(parts[-2:]) if _CHECKPOINT.fullmatch(parts[-1]) else parts[-1]
+    return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
 
 
 def _check_revision(config: RunConfig, models: list[Compared]) -> None:

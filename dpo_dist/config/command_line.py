@@ -28,7 +28,7 @@ from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
-from dpo_dist.safe_stream import open_closed_streams, print_result
+from dpo_dist.safe_stream import open_closed_streams, output_of_objects, print_result, reserve_output
 
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
 """Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
@@ -101,8 +101,9 @@ class _Errors:
         with contextlib.suppress(OSError):
             if self.is_json:
                 now = datetime.now().astimezone().isoformat(timespec="seconds")
-                sys.stdout.write(json.dumps({"kind": "error", "time": now, **content}) + "\n")
-                sys.stdout.flush()
+                output = output_of_objects()
+                output.write(json.dumps({"kind": "error", "time": now, **content}) + "\n")
+                output.flush()
             else:
                 sys.stderr.write(text + "\n")
                 sys.stderr.flush()
@@ -120,6 +121,8 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
     Before the processes have joined, most errors occur in all of them. The launcher ends the others when
     rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not have.
     """
+    if error.is_printed:
+        return
     if error.reporting_rank is None and _rank() > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
@@ -148,6 +151,8 @@ def _run(
             return _show(composed, whole, resolved)
         config = resolved(composed, whole.overrides, whole.own_folder)
     errors.is_json = config.console.style is ConsoleStyle.json
+    if errors.is_json:
+        reserve_output()
     if "--check" not in arguments.options:
         return main(config)
     if check is None:

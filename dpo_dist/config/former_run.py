@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.options import Arguments
 from dpo_dist.config.overrides import parse_overrides
-from dpo_dist.config.run_folder import existing_run
 
 _CHOICES = ("experiment", "model", "model.path")
 _NAME = "of_run_dir"

@@ -1,16 +1,13 @@
 """`RunFolder`: every path of a run directory, in one place."""
 
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
+from dpo_dist.config.checkpoint_folders import checkpoint_name
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError
 
 LAST_EVALUATION = "training"
 """The name of the last evaluation of training."""
-
-_MOST_SUGGESTED = 3
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,11 @@ class RunFolder:
         return self.path / "wandb" / "run_id.txt"
 
     @property
+    def system_metrics(self) -> Path:
+        """The folder of the newest system metrics of every rank; W&B gets them from there."""
+        return self.path / "wandb" / "system_metrics"
+
+    @property
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"
@@ -150,7 +152,7 @@ class RunFolder:
 
     def samples_file(self, step: int) -> Path:
         """Return the file of the policy's responses after a step."""
-        return self.samples / f"step-{step:06d}.jsonl"
+        return self.samples / f"{checkpoint_name(step)}.jsonl"
 
     @property
     def samples_reference(self) -> Path:
@@ -269,27 +271,3 @@ class RunFolder:
     def policy(self) -> Path:
         """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
         return self.path / "policy"
-
-
-def existing_run(path: Path) -> RunFolder:
-    """Return the run directory at `path`, whose run may still be training.
-
-    Raises:
-        ConfigError: `path` is none.
-    """
-    folder = RunFolder(path)
-    if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
-        return folder
-    above = path if path.is_dir() else path.parent
-    runs = sorted(file.parent for file in above.glob("*/config.yaml"))
-    runs = sorted(runs, key=lambda run: -SequenceMatcher(None, run.name, path.name).ratio())[:_MOST_SUGGESTED]
-    found = "a file" if path.is_file() else "a folder without a run's files"
-    raise ConfigError(
-        "this is no run directory",
-        where=str(path),
-        got=found if path.exists() else "no such folder",
-        expected="a folder with config.yaml, which a run writes before its first step",
-        remedy=f"name one run, such as {' or '.join(map(str, runs))}"
-        if runs
-        else "name the run.dir of a run",
-    )

@@ -79,6 +79,14 @@ def in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def in_one_line(counts: Mapping[str, int]) -> str:
+    """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty without any."""
+    named = sorted((name, number) for name, number in counts.items() if number)
+    return ", ".join(
+        f"{number:,} {name}" + (f" ({in_words(name)})" if name in _WORDS else "") for name, number in named
+    )
+
+
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records, of all sources and of each."""
     lines = [f"{name} data: {_kept(counts)}"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.data.counts import UNPAIRED_REMEDY, no_records
 from dpo_dist.data.fields.columns import check_columns, check_first_columns, with_columns
 from dpo_dist.data.fields.dataset_info import resolved
@@ -51,6 +51,27 @@ def _written(source: SourceConfig, meter: Meter) -> Iterator[RawRecord]:
     if len(files) == 1 and local.is_file():
         return read_file(local, source.path, meter)
     return itertools.chain.from_iterable(read_file(file, str(file), meter) for file in files)
+
+
+def check_has_evaluation_data(data: DataConfig, use: str, form: str = "with both responses") -> None:
+    """Check that there is a source of evaluation data.
+
+    Args:
+        data: the keys of `data`.
+        use: of the data, such as "compare models on".
+        form: of their records.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not data.eval_sources:
+        raise ConfigError(
+            f"there is no evaluation data to {use}",
+            where="data.eval",
+            got="no source",
+            expected=f"held-out records, {form}",
+            remedy="set 'data.eval=[held_out.jsonl]', or data.train and data.eval_share as in training",
+        )
 
 
 def check_source(source: SourceConfig, *, needs_pairs: bool = True) -> None:

@@ -28,6 +28,9 @@ from dpo_dist.diagnostics.templates import template_findings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SEED = 0
+"""Of the samples of records."""
+
 
 def examine(
     config: DataConfig,
@@ -35,7 +38,6 @@ def examine(
     *,
     thresholds: Mapping[str, float] | None = None,
     benchmarks: Sequence[Path] = (),
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> DoctorReport:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
@@ -45,7 +47,6 @@ def examine(
         tokenizer: of the policy; None: nothing is counted in tokens, and no check needs token ids.
         thresholds: other thresholds of rules, by name of the rule.
         benchmarks: files of benchmark prompts, .jsonl, .csv or .txt.
-        seed: of the samples.
         progress: called for each source.
 
     Returns:
@@ -63,7 +64,7 @@ def examine(
     findings: list[Finding] = []
     with closing(AllRecords(config.eval_share > 0, config.drop_eval_prompts)) as records:
         for source, label, is_eval in _sources(config):
-            tally = SourceTally(label, source.path, is_eval, seed)
+            tally = SourceTally(label, source.path, is_eval, _SEED)
             records.start_source(label, is_eval)
             meter, done = Meter(), 0
             read = _chunks(pinned(source, Path(config.cache)), tally, meter)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from dpo_dist.diagnostics.findings import Finding, Level, Measure, Rule
 from dpo_dist.diagnostics.rules import RULES
 from dpo_dist.errors import ConfigError
+from dpo_dist.number_text import percent
 
 _LEVELS = tuple(reversed(Level))
 _MAX_EXAMPLES = 20
@@ -52,7 +53,9 @@ class Judge:
         if not count or (rule.measure is Measure.value and count <= rule.threshold * of):
             return []
         level = rule.level if count > rule.threshold * of else Level.note
-        text = f"{count} of {of} {records} ({count / of:.1%}) {rule.text}{f': {detail}' if detail else ''}"
+        text = (
+            f"{count} of {of} {records} ({percent(count / of)}) {rule.text}{f': {detail}' if detail else ''}"
+        )
         shown = tuple(examples[:_MAX_EXAMPLES])
         return [Finding(name, level, text, source, count, count / of, shown, rule.remedy)]
 

@@ -10,7 +10,7 @@ READING = {
     "too_many_dropped": Rule(
         _ERROR,
         0,
-        "cannot be used, more than data.max_bad_share: training would refuse the source",
+        "more records than data.max_bad_share allows cannot be used: training would refuse the source",
         "correct the records, or raise data.max_bad_share if dropping them is intended",
         _VALUE,
     ),

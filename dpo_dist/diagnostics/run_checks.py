@@ -6,7 +6,7 @@ metric.
 
 import math
 from collections.abc import Callable, Mapping
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, TypeAlias
 
 from dpo_dist.diagnostics.run_facts import (
@@ -21,7 +21,7 @@ from dpo_dist.diagnostics.run_facts import (
 )
 from dpo_dist.diagnostics.run_rate_symptoms import LOGISTIC, falls_of_chosen, rise_of_loss, symptoms_of_rate
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
-from dpo_dist.number_text import counted
+from dpo_dist.number_text import counted, percent
 
 Fields: TypeAlias = Mapping[str, Any]
 Limits: TypeAlias = Mapping[str, float]
@@ -35,6 +35,9 @@ _QUANTITIES = {
 }
 """In the order in which a step computes them: the first one that is not finite is named."""
 _DISTANCES = ("kl/", "eval_kl/")
+_DISTANCE = "kl/rejected"
+_TYPICAL_ROWS = 3
+"""Fewest rows of steps whose median is compared."""
 _LOWERS_CHOSEN = ("apo_down",)
 """Losses that make chosen responses less likely by design."""
 
@@ -60,7 +63,8 @@ def _diverged(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _cause_of_divergence(quantity: str, row: Row, before: RunFacts) -> str:
     """Return a sentence about the likeliest cause, given the facts before the row that is not finite."""
-    symptom = next(symptoms_of_rate(before, {**RULES["learning_rate_too_high"].limits, "rows": 1}), None)
+    weaker = {"rows": 1, "chance": 0.5}  # something did happen
+    symptom = next(symptoms_of_rate(before, {**RULES["learning_rate_too_high"].limits, **weaker}), None)
     if symptom is not None:
         return f"the learning rate is too high: {symptom}"
     if "loss" not in row:
@@ -82,10 +86,19 @@ def _learning_rate_too_high(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _far_from_reference(facts: RunFacts, limits: Limits) -> Fields | None:
-    kl = facts.moved("kl/rejected")
-    if kl is None or kl <= limits["kl"]:
+    is_other = facts.setting("reference.path") is not None  # the policy does not start as the reference
+    # An evaluation has other pairs than the first steps.
+    rows = facts.steps if is_other else facts.last_rows
+    distances = [row[_DISTANCE] for row in rows if not math.isnan(row.get(_DISTANCE, math.nan))]
+    if not distances:
         return None
-    return {"kl": kl, "beta": number(facts.setting("loss.beta"))}
+    # Infinite: beyond float32. Evaluations have the same pairs; of steps some tokens can decide one row.
+    typical = 1 if rows is facts.evaluations else max(_TYPICAL_ROWS, len(distances) // 4)
+    kl = median(distances[-typical:]) - (median(distances[:_TYPICAL_ROWS]) if is_other else 0.0)
+    if not kl > limits["kl"]:
+        return None
+    distance = f"{kl:.2g} nats" if math.isfinite(kl) else "more nats than float32 can express"
+    return {"distance": distance, "beta": number(facts.setting("loss.beta"))}
 
 
 def _beta_too_large(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -198,16 +211,12 @@ def _overfit(facts: RunFacts, limits: Limits) -> Fields | None:
 
 
 def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
-    share, known = last(facts.last_rows, "rewards/both_fall"), facts.falls_of_chosen(facts.last_rows)
-    rows = facts.steps if known is None else facts.last_rows
-    start, end = first(rows, "logps/chosen_per_token"), last(rows, "logps/chosen_per_token")
-    if share is None or start is None or end is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
+    share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps("chosen")
+    if share is None or chosen is None or facts.setting("loss.kind") in _LOWERS_CHOSEN:
         return None
-    if known is not None:
-        start = end + known[-1][1]  # of the reference
-    if share < limits["both_fall"] or start - end < limits["fall"]:
+    if share < limits["both_fall"] or chosen.start - chosen.end < limits["fall"]:
         return None
-    return {"first": start, "last": end, "share": share}
+    return {"first": chosen.start, "last": chosen.end, "share": percent(share)}
 
 
 TRAINING_CHECKS: dict[str, Check] = {

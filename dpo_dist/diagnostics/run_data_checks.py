@@ -8,6 +8,7 @@ import math
 
 from dpo_dist.diagnostics.run_checks import Check, Fields, Limits
 from dpo_dist.diagnostics.run_facts import ACCURACY, Accuracy, RunFacts, mean, number, pooled
+from dpo_dist.number_text import percent
 
 _LEAKS = ("label_leak", "length_bias", "style_bias", "one_sided_form")
 """Rules of the doctor that name a feature which reveals the chosen response."""
@@ -21,7 +22,7 @@ def _labels_swapped(facts: RunFacts, limits: Limits) -> Fields | None:
         return None  # `prefers_rejected`
     whole = facts.accuracy()
     candidates = {} if whole is None else {"": whole}
-    candidates |= {f" of {label}": found for label, found in facts.source_accuracies("eval").items()}
+    candidates |= {f" of {label}": found for label, found in facts.evaluated_sources().items()}
     for source, accuracy in candidates.items():
         by_chance = 0.5 - limits["standard_errors"] * accuracy.noise
         if accuracy.value < min(limits["accuracy"], by_chance):
@@ -39,7 +40,7 @@ def _evaluation_leak(facts: RunFacts, limits: Limits) -> Fields | None:
     count, pairs = counts.get("prompts_also_in_train", 0), counts.get("pairs", 0)
     if not pairs or count <= limits["share"] * pairs:
         return None
-    return {"count": count, "pairs": pairs, "share": count / pairs}
+    return {"count": count, "pairs": pairs, "share": percent(count / pairs)}
 
 
 def _evaluation_too_good(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -85,14 +86,14 @@ def _evidence_of_leak(facts: RunFacts, source: str, limits: Limits) -> str | Non
         if finding.get("rule") in _LEAKS and finding.get("level") != "note":
             # Not the finding's text, which may quote words of the data.
             share = finding.get("share")
-            found = "" if share is None else f", which alone guesses {share:.0%} of the pairs right"
+            found = "" if share is None else f", which alone guesses {percent(share)} of the pairs right"
             return f"by form: the doctor found {finding['rule']}{found}"
     return None
 
 
 def _noisy_source(facts: RunFacts, limits: Limits) -> Fields | None:
-    for name, part in (("eval", "evaluation"), ("train", "training")):
-        found = facts.source_accuracies(name)
+    parts = (("evaluation", facts.evaluated_sources()), ("training", facts.unseen_sources()))
+    for part, found in parts:
         accuracies = {label: one for label, one in found.items() if one.pairs >= limits["pairs"]}
         noisy = {label: one for label, one in accuracies.items() if _is_chance(one, limits)}
         if not noisy or len(noisy) == len(accuracies):
@@ -115,7 +116,7 @@ def _noisy_source(facts: RunFacts, limits: Limits) -> Fields | None:
 
 def _is_chance(accuracy: Accuracy, limits: Limits) -> bool:
     noise = limits["standard_errors"] * accuracy.noise
-    return abs(accuracy.value - 0.5) <= noise and accuracy.value < limits["accuracy"]
+    return abs(accuracy.value - 0.5) <= noise and accuracy.value + noise < limits["accuracy"]
 
 
 def _responses_cut(facts: RunFacts, limits: Limits) -> Fields | None:
@@ -123,7 +124,7 @@ def _responses_cut(facts: RunFacts, limits: Limits) -> Fields | None:
         counts = facts.counts(name)
         count, kept = counts.get("response_truncated", 0), counts.get("kept", 0)
         if kept and count > limits["share"] * kept:
-            return {"count": count, "kept": kept, "name": noun, "share": count / kept}
+            return {"count": count, "kept": kept, "name": noun, "share": percent(count / kept)}
     return None
 
 
@@ -136,7 +137,7 @@ def _reference_disagrees(facts: RunFacts, limits: Limits) -> Fields | None:
     for finding in facts.data_findings:
         share = finding.get("share") or 0.0
         if finding.get("rule") == "reference_disagrees" and share > limits["share"]:
-            return {"share": share, "source": finding.get("source") or "the data"}
+            return {"share": percent(share), "source": finding.get("source") or "the data"}
     return None
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dpo_dist import number_text
 from dpo_dist.errors import RunOutcome
 
 Row = Mapping[str, float]
+Side = Literal["chosen", "rejected"]
 _EVALUATION = "eval_"
 _LOSS = "loss"
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
@@ -25,6 +26,20 @@ class Accuracy:
     def noise(self) -> float:
         """Standard error of an accuracy of one half."""
         return 0.5 / math.sqrt(self.pairs) if self.pairs else math.inf
+
+
+@dataclass(frozen=True)
+class MovedLogps:
+    """Log-probs of responses in nats per token, at the start and at the end.
+
+    Attributes:
+        is_of_same: whether they are of the same responses, those of the last row, under the reference and
+            under the policy. Otherwise they are those of the first and the last training row.
+    """
+
+    start: float
+    end: float
+    is_of_same: bool
 
 
 @dataclass(frozen=True)
@@ -100,23 +115,39 @@ class RunFacts:
         start, end = first(self.steps, metric), last(self.steps, metric)
         return None if start is None or end is None else end - start
 
-    def falls_of_chosen(self, rows: Sequence[Row]) -> list[tuple[float, float]] | None:
-        """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
+    def falls(self, rows: Sequence[Row], side: Side = "chosen") -> list[tuple[float, float]] | None:
+        """Return step and fall of the log-prob of responses below the reference's, in nats per token.
 
         Both models score the same responses. None if the policy does not start as the reference, or if the
         rewards are not beta times a log-ratio.
+
+        Args:
+            rows: of training steps, or evaluations.
+            side: the responses.
         """
         beta = self.setting("loss.beta")
         if not beta or self.setting("reference.path") is not None:
             return None
         if not any("rewards/both_fall" in row for row in self.rows):  # of a run with a reference only
             return None
-        tokens = dict(values(rows, "tokens/chosen"))
+        tokens = dict(values(rows, f"tokens/{side}"))
         return [
             (step, -reward / beta / tokens[step])
-            for step, reward in values(rows, "rewards/chosen")
+            for step, reward in values(rows, f"rewards/{side}")
             if tokens.get(step)
         ] or None
+
+    def moved_logps(self, side: Side) -> MovedLogps | None:
+        """Return the log-probs of the chosen or the rejected responses before and after training.
+
+        None if they were not measured.
+        """
+        metric, falls = f"logps/{side}_per_token", self.falls(self.last_rows, side)
+        rows = self.steps if falls is None else self.last_rows
+        start, end = first(rows, metric), last(rows, metric)
+        if start is None or end is None:
+            return None
+        return MovedLogps(start if falls is None else end + falls[-1][1], end, falls is not None)
 
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
@@ -139,34 +170,43 @@ class RunFacts:
         pairs = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
         return None if value is None else Accuracy(value, int(pairs))
 
-    def training_accuracy(self, metric: str = ACCURACY) -> Accuracy | None:
+    def training_accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last quarter of the steps, or None if it was not measured."""
-        measured = [row for row in self.steps if finite(row, metric) is not None]
+        measured = [row for row in self.steps if finite(row, ACCURACY) is not None]
         recent = [row for row in measured if row["step"] > 0.75 * self.total_steps] or measured[-1:]
-        pairs = sum(row.get("pairs", 0) for row in recent)
-        if not pairs:
-            return None
-        return Accuracy(sum(row[metric] * row.get("pairs", 0) for row in recent) / pairs, int(pairs))
+        return _accuracy_of(recent, ACCURACY, 1.0)
 
-    def source_accuracies(self, name: str) -> dict[str, Accuracy]:
-        """Return the last accuracy of each source of `eval` or `train`; empty if there is only one.
-
-        The number of pairs of a training source is its share of the records.
-        """
+    def evaluated_sources(self) -> dict[str, Accuracy]:
+        """Return the last evaluation accuracy of each source; empty if there is only one."""
         found = {}
-        for label, pairs in self.pairs_of_labels(name).items():
-            metric = f"{ACCURACY}/{label}"
-            if name == "eval":
-                value = last(self.evaluations, metric)
-                accuracy = None if value is None else Accuracy(value, pairs)
-            else:
-                accuracy = self.training_accuracy(metric)
-                if accuracy is not None:
-                    share = pairs / (self.counts(name).get("pairs") or 1)
-                    accuracy = Accuracy(accuracy.value, int(accuracy.pairs * share))
+        for label, pairs in self.pairs_of_labels("eval").items():
+            value = last(self.evaluations, f"{ACCURACY}/{label}")
+            if value is not None and pairs:
+                found[label] = Accuracy(value, pairs)
+        return found
+
+    def unseen_sources(self) -> dict[str, Accuracy]:
+        """Return the training accuracy of each source in the second half of the first epoch.
+
+        Later the policy has seen the pairs, and fits noise too. The number of pairs is the source's share.
+        """
+        first_epoch = [row for row in self.steps if row.get("epoch", 0.0) < 1]
+        late = [row for row in first_epoch if row["step"] > first_epoch[-1]["step"] / 2]
+        whole = self.counts("train").get("pairs") or 1
+        found = {}
+        for label, pairs in self.pairs_of_labels("train").items():
+            accuracy = _accuracy_of(late, f"{ACCURACY}/{label}", pairs / whole)
             if accuracy is not None and accuracy.pairs:
                 found[label] = accuracy
         return found
+
+
+def _accuracy_of(rows: Iterable[Row], metric: str, share: float) -> Accuracy | None:
+    """Return the mean of rows, of a share of their pairs; None if it was not measured."""
+    measured = [row for row in rows if finite(row, metric) is not None]
+    pairs = sum(row.get("pairs", 0) for row in measured)
+    value = mean(measured, metric)
+    return None if value is None else Accuracy(value, int(pairs * share))
 
 
 def finite(row: Row, key: str) -> float | None:

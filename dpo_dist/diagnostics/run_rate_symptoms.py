@@ -1,14 +1,26 @@
 """Signs of a learning rate that is too high in the rows of a run: see `run_checks`."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean, median
+from dataclasses import dataclass
+from statistics import NormalDist, median
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from dpo_dist.diagnostics.run_facts import Row, RunFacts, finite, pooled, values
+
+Column: TypeAlias = npt.NDArray[np.float64]
 
 LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _MEAN_OF = 3
-"""Rows of a mean: the loss of few pairs is noisy."""
+"""Fewest rows of a mean: the loss of few pairs is noisy."""
+_DISTANCES = 8
+"""Fewest distances between successive rows that give their noise."""
+_FROM_MEAN, _FROM_MEDIAN = math.sqrt(math.pi) / 2, 1.0484
+"""Standard deviation of normal values over the mean, or the median, of the distances of two of them."""
 _FIRST_SPIKE = 5
 """Rows before which a gradient norm has no usual value."""
 
@@ -31,7 +43,7 @@ def falls_of_chosen(facts: RunFacts, limits: Mapping[str, float]) -> list[tuple[
 
     Relative to the reference, or to the first rows if that is not known; these have other responses.
     """
-    falls = facts.falls_of_chosen(facts.steps)
+    falls = facts.falls(facts.steps)
     if falls is None:
         logps = pooled(facts.steps, "logps/chosen_per_token", limits["pairs"])
         falls = [(step, logps[0][1] - logp) for step, logp in logps]
@@ -39,31 +51,59 @@ def falls_of_chosen(facts: RunFacts, limits: Mapping[str, float]) -> list[tuple[
 
 
 def rise_of_loss(facts: RunFacts, limits: Mapping[str, float]) -> Iterator[str]:
-    """Yield a clause if the loss rose; `limits` are those of `learning_rate_too_high`."""
-    means = _means_of_loss(facts, limits)
-    if not means:
+    """Yield a clause if the loss rose; `limits` are those of `learning_rate_too_high`.
+
+    Means over 3, 6, 12, ... successive rows are compared with the start, by more than their noise.
+    """
+    rows = _with_loss(facts.steps)
+    start = _start(facts, rows, limits)
+    if start is None or start.mean <= 0:
         return
-    start = means[0][1]
-    for step, mean in means[1:]:
-        if mean > limits["loss_rise"] * start > 0:
-            yield f"the loss rose from {start:.3g} to {mean:.3g} by step {step:.0f}"
-            break
+    losses, pairs = _column(rows, "loss"), _column(rows, "pairs")
+    quantile = NormalDist().inv_cdf(1 - limits["chance"] / len(rows))  # the largest of so many means
+    found = []
+    size = _MEAN_OF
+    while size <= len(rows) - start.rows:
+        means = np.convolve(losses[start.rows :], np.ones(size) / size, "valid")
+        many = np.convolve(pairs[start.rows :], np.ones(size), "valid") >= start.fewest_pairs
+        noise = quantile * np.hypot(_errors(losses, start.rows, size), limits["loss_rise"] * start.error)
+        risen = np.flatnonzero(many & (means - noise > limits["loss_rise"] * start.mean))
+        if len(risen):
+            found.append((rows[start.rows + risen[0] + size - 1]["step"], means[risen[0]]))
+        size *= 2
+    if found:
+        step, mean = min(found)
+        yield f"the loss rose from {start.mean:.3g} to {mean:.3g} by step {step:.0f}"
 
 
-def _means_of_loss(facts: RunFacts, limits: Mapping[str, float]) -> list[tuple[float, float]]:
-    """Return step and loss of the start and of the rows after it, as means over enough pairs."""
-    if facts.setting("loss.kind") not in LOGISTIC or facts.setting("reference.path") is not None:
-        return pooled(facts.steps, "loss", limits["varied_pairs"])
-    logged = [
-        row for row in facts.steps if finite(row, "loss") is not None
-    ]  # the first: the same for all pairs
-    recent = [logged[index + 1 - _MEAN_OF : index + 1] for index in range(_MEAN_OF, len(logged))]
-    means = [(rows[-1]["step"], _mean_loss(rows)) for rows in recent if _pairs(rows) >= limits["pairs"]]
-    return [(logged[0]["step"], logged[0]["loss"]), *means] if logged else []
+@dataclass(frozen=True)
+class _Start:
+    """The loss of the start: its mean over the first `rows`, with a standard error."""
+
+    mean: float
+    error: float
+    rows: int
+    fewest_pairs: float
+
+
+def _start(facts: RunFacts, rows: Sequence[Row], limits: Mapping[str, float]) -> _Start | None:
+    """Return the start of the loss, or None if it is not known.
+
+    Before the first update a logistic loss is the same for all pairs, if the policy is the reference.
+    """
+    losses, pairs = _column(rows, "loss"), _column(rows, "pairs")
+    if facts.setting("loss.kind") in LOGISTIC and facts.setting("reference.path") is None:
+        return _Start(float(losses[0]), 0.0, 1, limits["pairs"]) if len(losses) else None
+    fewest = limits["varied_pairs"]
+    count = int(np.searchsorted(np.cumsum(pairs), fewest)) + 1
+    if count > len(losses):
+        return None
+    error = _noise_of_rows(losses) / math.sqrt(count)
+    return _Start(float(losses[:count].mean()), error, count, fewest)
 
 
 def _jumps_of_gradient(steps: Sequence[Row], limits: Mapping[str, float]) -> Iterator[str]:
-    logged = [row for row in steps if finite(row, "loss") is not None]
+    logged = _with_loss(steps)
     norms = values(logged, "grad_norm")
     jumps = []
     for index in range(_FIRST_SPIKE, len(norms)):
@@ -74,15 +114,43 @@ def _jumps_of_gradient(steps: Sequence[Row], limits: Mapping[str, float]) -> Ite
     if len(jumps) < limits["rows"]:
         return
     step, norm, usual = jumps[0]
-    before = [row for row in logged if row["step"] < step][-_MEAN_OF:]
-    after = [row for row in logged if row["step"] >= step][-_MEAN_OF:]
-    if _mean_loss(after) > _mean_loss(before):  # not of a loss with steep parts, such as dpop
+    at = sum(row["step"] < step for row in logged)
+    if _ends_higher(_column(logged, "loss"), at, limits):  # not of a loss with steep parts, such as dpop
         yield f"the gradient norm jumped from {usual:.2g} to {norm:.2g} at step {step:.0f}"
 
 
-def _mean_loss(rows: Sequence[Row]) -> float:
-    return fmean(row["loss"] for row in rows)
+def _ends_higher(losses: Column, at: int, limits: Mapping[str, float]) -> bool:
+    """Return whether the last losses are above those before row `at`, by more than their noise."""
+    size = max(_MEAN_OF, len(losses) // 10)
+    before, after = losses[:at][-size:], losses[at:][-size:]
+    noise = max(_noise_of_rows(losses), _FROM_MEAN * float(np.abs(np.diff(after, prepend=after[:1])).mean()))
+    noise *= math.sqrt(1 / len(before) + 1 / len(after))
+    return bool(after.mean() - before.mean() > NormalDist().inv_cdf(1 - limits["chance"]) * noise)
 
 
-def _pairs(rows: Sequence[Row]) -> float:
-    return sum(row.get("pairs", 0) for row in rows)
+def _errors(losses: Column, start: int, size: int) -> Column:
+    """Return the standard error of the mean of every `size` successive rows from row `start`.
+
+    Their own noise and that of some rows before them, as losses of a confident policy differ more.
+    """
+    total = np.concatenate(([0.0], np.cumsum(np.abs(np.diff(losses)))))
+    ends = np.arange(start + size - 1, len(losses))
+    begins = np.maximum(ends - max(size - 1, _DISTANCES), start)
+    own = _FROM_MEAN * (total[ends] - total[begins]) / (ends - begins)
+    return np.maximum(own, _noise_of_rows(losses)) / math.sqrt(size)
+
+
+def _noise_of_rows(losses: Column) -> float:
+    """Return the standard deviation of a row's loss, by the differences of successive rows.
+
+    A trend or a single jump is no noise: the median of the differences.
+    """
+    return _FROM_MEDIAN * float(np.median(np.abs(np.diff(losses)))) if len(losses) > 1 else 0.0
+
+
+def _with_loss(steps: Sequence[Row]) -> list[Row]:
+    return [row for row in steps if finite(row, "loss") is not None]
+
+
+def _column(rows: Sequence[Row], key: str) -> Column:
+    return np.array([row.get(key, 0.0) for row in rows], dtype=np.float64)

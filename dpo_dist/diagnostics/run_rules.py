@@ -65,13 +65,15 @@ RULES: dict[str, RunRule] = {
             "steps_share": 0.25,
             "spike": 10.0,
             "rows": 2,
+            "chance": 0.01,
         },
-        "the mean loss of three rows with at least `pairs` pairs relative to the first row (if that is not "
-        "the same for all pairs, of rows with at least `varied_pairs` pairs); the fall of "
+        "the mean loss of 3, 6, 12, ... rows with at least `pairs` pairs relative to the first row (if that "
+        "is not the same for all pairs, to the first rows with `varied_pairs` pairs), by more than rows "
+        "differ by chance in a share of `chance` of the runs; the fall of "
         "`logps/chosen_per_token` below the reference's (if that is not known, of rows with at least `pairs` "
         "pairs since the first) within the first `steps_share` of the run, in nats; `grad_norm` relative "
-        "to the median of the rows before it, and above its start, if the loss ends higher; the last two in "
-        "at least `rows` rows",
+        "to the median of the rows before it, and above its start, if the loss ends higher by more than "
+        "chance; the last two in at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
         explains=("far_from_reference",),
@@ -99,7 +101,7 @@ RULES: dict[str, RunRule] = {
         "evaluation data leaked into training",
         {"share": 0.01},
         "the share of evaluation pairs whose prompt is in the training data too (`prompts_also_in_train`)",
-        "{count:,} of {pairs:,} evaluation pairs ({share:.0%}) have a prompt that is also in the training "
+        "{count:,} of {pairs:,} evaluation pairs ({share}) have a prompt that is also in the training "
         "data: the evaluation measures memory",
         "data.drop_eval_prompts=true, or data.eval_share for a split by prompt",
     ),
@@ -152,9 +154,10 @@ RULES: dict[str, RunRule] = {
     "far_from_reference": RunRule(
         "far from the reference",
         {"kl": 1.0},
-        "the last `kl/rejected` (of an evaluation if there is one), in nats per token; `kl/chosen` also "
-        "grows where the policy learns texts that the reference did not expect",
-        "the policy moved {kl:.2g} nats per token away from the reference on the rejected responses, with "
+        "`kl/rejected` of the last evaluation, else the median of the last quarter of the rows, in nats per "
+        "token; `kl/chosen` also grows where the policy learns texts that the reference did not "
+        "expect",
+        "the policy moved {distance} per token away from the reference on the rejected responses, with "
         "loss.beta={beta}: beta restrains it too little",
         "a larger loss.beta, a lower optim.lr or fewer steps",
     ),
@@ -202,19 +205,21 @@ RULES: dict[str, RunRule] = {
     "noisy_source": RunRule(
         "a source of noise",
         {"standard_errors": 2, "accuracy": 0.6, "others": 0.65, "pairs": 50},
-        "the accuracy of each source of at least `pairs` pairs with one half, while another source is above "
-        "`others`",
+        "the accuracy of each source of at least `pairs` pairs, of the last evaluation, else of training in "
+        "the second half of the first epoch: not distinguishable from one half and below `accuracy` by more "
+        "than chance, while another source is above `others`",
         "{part} accuracy of {sources} is {accuracy:.2f} on {pairs:,} pairs, as for random labels, while "
         "{other} reaches {best:.2f}",
         "read some of its pairs: its labels are noise, or of another preference; remove it or lower its "
         "`weight`",
+        explains=("evaluation_too_good",),
     ),
     "displacement": RunRule(
         "both responses become less likely",
         {"both_fall": 0.5, "fall": 0.1},
         "the last `rewards/both_fall`, and the fall of `logps/chosen_per_token` below the reference's (if "
         "that is not known, since the first step), in nats",
-        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share:.0%} "
+        "chosen responses became less likely, {first:.2f} -> {last:.2f} nats per token, and in {share} "
         "of the pairs both responses did (likelihood displacement): probability moves to texts that are "
         "neither",
         "a lower optim.lr, a larger loss.beta, loss=sigmoid_sft or loss=dpop; see docs/metrics.md",
@@ -223,7 +228,7 @@ RULES: dict[str, RunRule] = {
         "responses are cut",
         {"share": 0.05},
         "`response_truncated` of the data as a share of the kept records",
-        "{count:,} of {kept:,} {name} records ({share:.0%}) have a response whose end data.max_length cuts: "
+        "{count:,} of {kept:,} {name} records ({share}) have a response whose end data.max_length cuts: "
         "the policy does not learn to end",
         "a larger data.max_length, or data.truncation=keep_end or drop",
     ),
@@ -239,8 +244,7 @@ RULES: dict[str, RunRule] = {
         "the reference disagrees with the labels",
         {"share": 0.2},
         "the share of the doctor's finding `reference_disagrees`",
-        "the reference prefers the rejected response by far in {share:.0%} of {source}: labels may "
-        "be swapped",
+        "the reference prefers the rejected response by far in {share} of {source}: labels may be swapped",
         "read the records that doctor.html lists",
     ),
     "doctor_errors": RunRule(

@@ -4,6 +4,7 @@ import math
 
 from dpo_dist.diagnostics.run_checks import Check, Fields, Limits
 from dpo_dist.diagnostics.run_facts import Row, RunFacts, first, last
+from dpo_dist.number_text import percent
 
 _SAMPLES = "samples/"
 _REFERENCE = "samples/reference_"
@@ -22,10 +23,10 @@ def _over_optimised(facts: RunFacts, limits: Limits) -> Fields | None:
         and 1 - end >= limits["unfinished"]
         and _is_enough(facts, 1 - start, 1 - end, limits["unfinished_rise"], limits)
     ):
-        symptoms.append(f"{1 - end:.0%} of them do not end by themselves ({1 - start:.0%} before)")
+        symptoms.append(f"{percent(1 - end)} of them do not end by themselves ({percent(1 - start)} before)")
     start, end = _ends(facts, "distinct_3")
     if start and end is not None and end / start <= limits["distinct_fall"]:
-        symptoms.append(f"they repeat themselves (distinct 3-grams {start:.0%} -> {end:.0%})")
+        symptoms.append(f"they repeat themselves (distinct 3-grams {percent(start)} -> {percent(end)})")
     return _sampled(facts, symptoms)
 
 
@@ -40,7 +41,7 @@ def _samples_degrade(facts: RunFacts, limits: Limits) -> Fields | None:
         if start is None or end is None:
             continue
         if _is_enough(facts, start, end, limits["rise"], limits):
-            symptoms.append(f"{end:.0%} of the sampled responses {meaning} ({start:.0%} before)")
+            symptoms.append(f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)")
     return _sampled(facts, symptoms)
 
 

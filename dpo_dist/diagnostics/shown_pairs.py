@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SAMPLED_RECORDS = 2000
 """The sample of a source is drawn from this number of its first records."""
 
+_SEED = 0
 _EXAMPLES_OF_A_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS = 2000
@@ -92,7 +93,6 @@ def show_pairs(
     tokenizer: "PreTrainedTokenizerBase | None",
     findings: Sequence[Finding],
     count: int,
-    seed: int = 0,
 ) -> list[ShownPair]:
     """Return examples of the findings, and of each source a sample of `count` records.
 
@@ -101,7 +101,6 @@ def show_pairs(
         tokenizer: of the policy; None: texts are shown as they are in the record.
         findings: their examples name the records.
         count: size of the sample of each source.
-        seed: of the sample.
     """
     rules: dict[str, list[str]] = {}
     for finding in findings:
@@ -109,7 +108,7 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
-        chosen = _chosen(pinned(source, Path(config.cache)), rules, count, np.random.default_rng(seed))
+        chosen = _chosen(pinned(source, Path(config.cache)), rules, count, np.random.default_rng(_SEED))
         for record in sorted(chosen, key=lambda record: str(record.origin) not in rules):
             names = tuple(dict.fromkeys(rules.get(str(record.origin), ())))
             shown.append(_shown(record, names, config, tokenizer))

@@ -10,6 +10,7 @@ from dpo_dist.diagnostics.label_leaks import ALL, LENGTH, MIN_DIFFERS, SIDE, int
 from dpo_dist.diagnostics.measures.features import GROUPS
 from dpo_dist.diagnostics.rules import LEAKS, RULES, SCORES
 from dpo_dist.diagnostics.tally import SourceTally
+from dpo_dist.number_text import percent
 
 # A group of features has to add so much accuracy to the length; else it only follows the length.
 _ADDS = 0.03
@@ -57,7 +58,7 @@ def leak_findings(tests: Iterable[LeakTest], judge: Judge, source: str) -> Itera
     has_bias = _is_leak(length, judge, "length_bias")
     if has_bias:
         side = "shorter" if length.detail.endswith("less") else "longer"
-        detail = f"the {side} one is chosen in {length.accuracy:.1%} of the pairs"
+        detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
         yield from judge.value("length_bias", length.accuracy, length.pairs, source, detail)
     found: list[Finding] = []
     for name in _GROUPS:
@@ -85,7 +86,7 @@ def _leak(
     detail = test.detail
     if name in _MEMBERS:
         best = max((by_name[member] for member in _MEMBERS[name]), key=lambda one: one.accuracy)
-        detail = f"{best.feature}, {best.detail}, {best.accuracy:.1%}"
+        detail = f"{best.feature}, {best.detail}, {percent(best.accuracy)}"
     text = f"by {name}, {_shown(test)} of held-out pairs are guessed ({detail})"
     yield from judge.value(_rule_of(name), test.accuracy, test.pairs, source, text)
 
@@ -98,7 +99,7 @@ def _joint_leak(
     if whole is None or whole.accuracy <= explained + _ADDS or not _is_leak(whole, judge, "style_bias"):
         return
     groups = sorted((by_name[name] for name in _GROUPS if name in by_name), key=lambda test: -test.accuracy)
-    names = " and ".join(f"{test.feature} ({test.accuracy:.1%})" for test in groups[:2])
+    names = " and ".join(f"{test.feature} ({percent(test.accuracy)})" for test in groups[:2])
     text = f"by several features, {_shown(whole)} of held-out pairs are guessed; mostly {names}"
     yield from judge.value("style_bias", whole.accuracy, whole.pairs, source, text)
 
@@ -115,7 +116,7 @@ def _one_sided_forms(by_name: Mapping[str, LeakTest], judge: Judge, source: str)
     if not found:
         return
     shown = [
-        f"{test.feature} ({test.detail} in {share:.1%} of the {differing} pairs that differ in it)"
+        f"{test.feature} ({test.detail} in {percent(share)} of the {differing} pairs that differ in it)"
         for differing, share, test in sorted(found, key=lambda form: -form[0])[:_SHOWN_FORMS]
     ]
     more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
@@ -133,7 +134,7 @@ def _one_sided_share(test: LeakTest, differing: int) -> float:
 
 
 def _shown(test: LeakTest) -> str:
-    return f"{test.accuracy:.1%} [{test.low:.1%}, {test.high:.1%}]"
+    return f"{percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}]"
 
 
 def _rule_of(group: str) -> str:
@@ -156,7 +157,11 @@ def _reading_findings(
         yield from (replace(finding, remedy=remedy) for finding in found)
     elif dropped > max_bad_share * tally.read:
         yield from judge.value(
-            "too_many_dropped", dropped / tally.read, dropped, tally.label, f"{dropped} of {tally.read}"
+            "too_many_dropped",
+            dropped / tally.read,
+            dropped,
+            tally.label,
+            f"{dropped} of {tally.read} records",
         )
     for reason, count in reasons:
         detail = tally.details.get(reason, "")

@@ -8,7 +8,6 @@ match a manifest are loaded. Training continues while the files are flushed to d
 import contextlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
+from dpo_dist.config.checkpoint_folders import STATE, checkpoint_folders, checkpoint_name
 from dpo_dist.distributed.checkpoint_manifest import (
     Entries,
     describe_files,
@@ -30,9 +30,7 @@ from dpo_dist.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.json"
 _LATEST = "latest"
-_NAME = re.compile(r"step-(\d+)")
 
 
 class Sharded(Protocol):
@@ -106,7 +104,7 @@ class CheckpointSaver:
             CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
-        world, folder = self._world, self._root / f"step-{step:06d}"
+        world, folder = self._world, self._root / checkpoint_name(step)
         temporary = Path(world.on_main(lambda: _create(temporary_name(folder))))
         written = world.together(lambda: _write(temporary, self._parts, state, world))
         entries = self._disk.submit(_described, written, temporary)
@@ -139,7 +137,7 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     Raises:
         CheckpointError: all checkpoints are damaged.
     """
-    folders = world.on_main(lambda: _committed(root))
+    folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
         damage = _damage(folder, world)
@@ -157,14 +155,9 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder has the name and the state of a committed checkpoint."""
-    return _NAME.fullmatch(folder.name) is not None and (folder / _STATE).is_file()
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the state in a checkpoint, whose files are not checked; not collective."""
-    state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 
 
@@ -209,7 +202,7 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
 def drop_checkpoints(root: Path) -> None:
     """Delete every checkpoint below `root`; on one rank."""
     unfinished = [folder for folder in root.glob("step-*") if is_temporary(folder)]
-    for folder in [*_committed(root), *unfinished]:
+    for folder in [*checkpoint_folders(root), *unfinished]:
         shutil.rmtree(folder, ignore_errors=True)
     (root / _LATEST).unlink(missing_ok=True)
 
@@ -230,7 +223,7 @@ def _write(folder: Path, parts: Sequence[Sharded], state: dict[str, Any], world:
         written = [file for part in parts for file in part.save_shards(folder)]
         written.append(save_random_states(folder, world.rank, world.device))
         if world.is_main:
-            written.append(folder / _STATE)
+            written.append(folder / STATE)
             written[-1].write_text(json.dumps({**state, "world_size": world.size}, indent=1))
     return written
 
@@ -263,17 +256,7 @@ def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
 
 def _delete_old(committed: Path, keep_last: int, damaged: set[str]) -> None:
     """Delete all checkpoints but `committed` and the newest complete ones, checked by file size only."""
-    others = [folder for folder in _committed(committed.parent) if folder != committed]
+    others = [folder for folder in checkpoint_folders(committed.parent) if folder != committed]
     complete = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
     for folder in set(others) - set(complete[: keep_last - 1]):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _committed(root: Path) -> list[Path]:
-    """Return the folders of checkpoints, newest first, damaged or not."""
-    steps = {
-        folder: int(match[1])
-        for folder in root.glob("step-*")
-        if (match := _NAME.fullmatch(folder.name)) and folder.is_dir()
-    }
-    return sorted(steps, key=lambda folder: steps[folder], reverse=True)

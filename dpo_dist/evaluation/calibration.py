@@ -21,8 +21,12 @@ def calibration(margins: npt.NDArray[np.float32]) -> dict[str, Any]:
     Returns:
         `bins`: of equal width in confidence; those with pairs, each with `low`, `high`, `pairs`, mean
         `confidence` and `accuracy`, the share of pairs whose chosen response the model prefers; a tie counts
-        half. `expected_calibration_error`: mean of abs(accuracy - confidence) of the bins, weighted by pairs.
+        half. `expected_calibration_error`: mean of abs(accuracy - confidence) of the bins, weighted by pairs;
+        None without pairs in them. `not_a_number`: pairs whose margin is nan; they are in no bin.
     """
+    is_number = ~np.isnan(margins)
+    undefined = int(len(margins) - is_number.sum())
+    margins = margins[is_number]
     values = np.abs(margins.astype(np.float64))
     confidence = 1 / (1 + np.exp(-values))
     right = (margins > 0) + 0.5 * (margins == 0)
@@ -38,4 +42,8 @@ def calibration(margins: npt.NDArray[np.float32]) -> dict[str, Any]:
         bins.append(
             {"low": low, "high": high, "pairs": int(of_bin.sum()), "confidence": mean, "accuracy": accuracy}
         )
-    return {"bins": bins, "expected_calibration_error": float(error)}
+    return {
+        "bins": bins,
+        "expected_calibration_error": float(error) if bins else None,
+        "not_a_number": undefined,
+    }

@@ -1,10 +1,12 @@
 """Confidence intervals of means over pairs, by bootstrap over prompts.
 
 Pairs of one prompt are not independent: they are drawn together (cluster bootstrap, Cameron, Gelbach and
-Miller 2008, doi 10.1162/rest.90.3.414; percentile intervals, Efron 1979).
+Miller 2008, doi 10.1162/rest.90.3.414; percentile intervals, Efron 1979). Resamples of equal outcomes are
+equal: a share of 0 or 1 has Wilson's interval (1927, doi 10.1080/01621459.1927.10502953) of so many prompts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ def bootstrap_intervals(
     prompts: npt.NDArray[np.uint64],
     seed: int = 0,
     resamples: int = 1000,
+    shares: Collection[str] = (),
 ) -> dict[str, tuple[float, float]]:
     """Return the lower and upper end of the interval of every metric.
 
@@ -33,6 +36,7 @@ def bootstrap_intervals(
         prompts: [pairs], equal for pairs of the same prompt.
         seed: of the resamples.
         resamples: their number; 0: no intervals.
+        shares: names of metrics whose values are outcomes from 0 to 1.
 
     Returns:
         By name; a metric is absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample.
@@ -57,4 +61,13 @@ def bootstrap_intervals(
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
             found[name] = float(low), float(high)
+            if name in shares and low == high and low in (0, 1):
+                found[name] = _of_equal_outcomes(low, int(counted[index]))
     return found
+
+
+def _of_equal_outcomes(share: float, prompts: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share of 0 or 1."""
+    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    width = squared / (prompts + squared)
+    return (0.0, width) if share == 0 else (1 - width, 1.0)

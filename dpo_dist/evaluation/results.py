@@ -14,6 +14,7 @@ from dpo_dist.objective.pair_values import PairValues
 
 ALL = "all"
 """The name of the results of all pairs."""
+_SHARES = ("rewards/accuracies", "rewards/both_fall")
 Mask = npt.NDArray[np.bool_]
 
 
@@ -25,6 +26,11 @@ class Resampling:
     seed: int
 
 
+def results_name(label: str) -> str:
+    """Return the name of a label's results: the label, but not the name of the results of all pairs."""
+    return f"{ALL} (source)" if label == ALL else label
+
+
 def results(
     means: Mapping[str, float],
     values: PairValues,
@@ -33,7 +39,7 @@ def results(
     plan: MetricPlan,
     resampling: Resampling,
 ) -> dict[str, dict[str, Any]]:
-    """Return the results of all pairs under `all`, and of each label under its name.
+    """Return the results of all pairs under `all`, and of each label under its `results_name`.
 
     Args:
         means: exact means of all metrics of `plan`.
@@ -53,12 +59,11 @@ def results(
     divided = {f"{name}/{label}" for name in plan.of_sources for label in plan.labels}
     found[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
-        if label == ALL:  # the only label
-            continue
-        found[label] = _of_group(members, values, prompts, plan, resampling)
+        name = results_name(label)
+        found[name] = _of_group(members, values, prompts, plan, resampling)
         suffix = f"/{label}" if plan.labels else ""
-        found[label] |= {
-            f"eval_{name}": means[name + suffix] for name in plan.of_sources if name + suffix in means
+        found[name] |= {
+            f"eval_{metric}": means[metric + suffix] for metric in plan.of_sources if metric + suffix in means
         }
     return found
 
@@ -78,7 +83,8 @@ def _of_group(
         for name, (column, counts) in measured.items()
         if counts.sum()
     }
-    intervals = bootstrap_intervals(measured, prompts[members], resampling.seed, resampling.resamples)
+    shares = {name for name in measured if name.startswith(_SHARES)}
+    intervals = bootstrap_intervals(measured, prompts[members], resampling.seed, resampling.resamples, shares)
     found: dict[str, Any] = {
         **row,
         "eval_pairs": len(own),

@@ -11,6 +11,7 @@ from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.pairs_schema import PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.count_words import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.prompts import read_prompts
 from dpo_dist.data.records import BadRecord, PreferenceRecord
@@ -110,12 +111,12 @@ def first_records(records: Iterable[PreferenceRecord | BadRecord], path: str, fa
     Raises:
         DataError: none of them can be used.
     """
-    counts = Counter(
+    faults = [
         record.reason if isinstance(record, BadRecord) else fault(record)
         for record in islice(records, _FIRST_RECORDS)
-    )
-    read, usable = counts.total(), counts.pop(None, 0)
-    dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items(), key=str))
+    ]
+    usable = faults.count(None)
+    dropped = in_one_line(Counter(reason for reason in faults if reason is not None))
     if not usable:
         raise DataError(
             "none of the first records can be used",
@@ -123,8 +124,8 @@ def first_records(records: Iterable[PreferenceRecord | BadRecord], path: str, fa
             got=dropped or "no records",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
-    found = f"{path}, {usable} of the first {read} records can be used"
-    return found + (f", {dropped}" if dropped else "")
+    found = f"{path}, {usable} of the first {len(faults)} records can be used"
+    return found + (f"; not used: {dropped}" if dropped else "")
 
 
 def check_writable(folder: Path, key: str) -> None:

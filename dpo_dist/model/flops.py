@@ -23,8 +23,9 @@ _FORWARD_AND_INPUT_GRADIENT = 4
 # the times of 10 micro-batches of very different shapes are predicted within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
-_PEAK_TRIALS = 5
-_PEAK_SIDE = {"cuda": 8192, "cpu": 1024}
+# On a CPU, many products of a few milliseconds: one of them runs uninterrupted also on a busy machine.
+_PEAK_TRIALS = {"cuda": 5, "cpu": 20}
+_PEAK_SIDE = {"cuda": 8192, "cpu": 512}
 # TFLOP/s of dense matrix products by the makers' data sheets: bf16, and float32 without TF32. The first entry
 # whose name is part of PyTorch's name of the device is used.
 _DATASHEET_TFLOPS = (
@@ -154,7 +155,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
-    fastest = min(_seconds(left, right, product) for _ in range(_PEAK_TRIALS))
+    fastest = min(_seconds(left, right, product) for _ in range(_PEAK_TRIALS[device.type]))
     return 2 * side**3 / fastest
 
 

@@ -17,6 +17,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _DISTRIBUTED_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ANY_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
@@ -89,6 +90,12 @@ def local_model_folder(
         )
     _check_files(folder, key, needs_weights)
     return folder
+
+
+def hub_commit(folder: Path) -> str | None:
+    """Return the commit of a snapshot in the cache of the Hugging Face Hub; None for another folder."""
+    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return folder.name if is_snapshot else None
 
 
 def is_adapter(folder: Path) -> bool:

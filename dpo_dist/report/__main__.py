@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import existing_run
+from dpo_dist.config.existing_run import existing_run
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.report.run_page.difference import write_difference
 from dpo_dist.report.run_page.page import write_page

@@ -26,6 +26,10 @@ Row = dict[str, float]
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
+# Kinds of work of a run, with the key `work.seconds.<work>` in summary.json.
+Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
+WORKS: tuple[Work, ...] = get_args(Work)
+
 _COST = (
     "grad_norm",
     "learning_rate",
@@ -183,11 +187,16 @@ def read_rows(path: Path) -> list[Row]:
 def read_latest_rows(folder: RunFolder) -> list[Row]:
     """Read the metrics rows of a run, also those that are only in the CSV file, which grows during the run.
 
+    The CSV file also has the rows of a `log_history.json` that is damaged, which a warning names.
+
     Raises:
         OSError: a file cannot be read; FileNotFoundError: there is neither.
-        ValueError: `log_history.json` has other content.
     """
-    rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    rows: list[Row] = []
+    try:
+        rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    except (ValueError, RecursionError) as error:
+        _log.warning("%s cannot be read and is ignored: %s", folder.log_history, error)
     try:
         newer = _read_table(folder.metrics_table, len(rows))
     except FileNotFoundError:

@@ -66,7 +66,7 @@ class Recorder:
         for alarm in alarms:
             if alarm.rule not in known:
                 headline = RULES[alarm.rule].headline
-                self.say(f"warning: {headline} after step {row['step']:.0f}: {alarm.text}")
+                self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.text}")
                 self.trackers.alert(headline, alarm.text)
 
     def _add(self, row: Mapping[str, float], margins: Histogram | None) -> None:

@@ -1,5 +1,6 @@
 """Evaluate models, adapters or checkpoints on pairs, one after the other: load, score, write the results."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.terminal.evaluation_table import evaluation_table
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import EvaluationInputs, load_evaluation_inputs
-from dpo_dist.training.evaluated import Evaluated, check_origin, find_evaluated, load_evaluated
+from dpo_dist.training.evaluated import Evaluated
 from dpo_dist.training.evaluation_files import write_evaluation
+from dpo_dist.training.load_evaluated import check_origin, load_evaluated
 from dpo_dist.training.reference_setup import prepare_reference
 from dpo_dist.training.run import open_world
 from dpo_dist.training.step import evaluate
@@ -27,14 +29,14 @@ from dpo_dist.training.step import evaluate
 Results = dict[str, dict[str, Any]]
 
 
-def evaluate_models(config: RunConfig, console: Console) -> int:
-    """Evaluate the models of `evaluation.model` and write their results; return the exit code.
+def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
+    """Evaluate models and write their results; return the exit code.
 
     Raises:
         ConfigError: a model or its adapter cannot be loaded.
         CheckpointError: a checkpoint is damaged, or is not of this model.
     """
-    models, config = find_evaluated(config), with_stored_reference(config)
+    config = with_stored_reference(config)
     with open_world(config, console) as world:
         inputs = load_evaluation_inputs(config, world, console)
         world.on_main(lambda: check_labels(inputs.eval_set))
@@ -89,7 +91,7 @@ def _evaluate(
 ) -> Results:
     """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
     console.say(f"evaluating {evaluated.path} ({evaluated.kind})")
-    model, running = load_evaluated(evaluated, config, inputs, world, console)
+    model, running, commit = load_evaluated(evaluated, config, inputs, world, console)
     dataset, budget = inputs.eval_set, config.trainer.micro_batch_tokens
     every, one_sided = np.arange(len(dataset), dtype=np.int64), config.loss.is_one_sided
     rank_batch = shard_batch(dataset, every, world.rank, world.size, budget, inputs.costs, one_sided)
@@ -100,7 +102,8 @@ def _evaluate(
     def write() -> None:
         assert evaluation.values is not None
         name = evaluated.name(config, inputs)
-        found.update(write_evaluation(name, evaluated.path, config, means, evaluation.values, dataset))
+        values = evaluation.values
+        found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
         console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
         folder = RunFolder.of(config)
         console.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")

@@ -26,6 +26,7 @@ def write_evaluation(
     means: dict[str, float],
     values: PairValues,
     dataset: PreferenceDataset,
+    revision: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write the files of an evaluation, each whole or not at all; return its results.
 
@@ -39,6 +40,7 @@ def write_evaluation(
         means: exact means of all metrics of the evaluation.
         values: of every pair.
         dataset: the evaluated pairs.
+        revision: the commit of a model from the hub.
     """
     folder = RunFolder.of(config)
     found = results(
@@ -50,7 +52,7 @@ def write_evaluation(
         Resampling(config.evaluation.resamples, config.trainer.seed),
     )
     own = folder.evaluation_of(name)
-    write_text(own.evaluated, json.dumps(_evaluated(model, config, dataset), indent=1) + "\n")
+    write_text(own.evaluated, json.dumps(_evaluated(model, revision, config, dataset), indent=1) + "\n")
     write_scores(own.scores, values, dataset)
     draw_evaluation(found, own.picture, f"{name} of {folder.path.resolve().name}")
     write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
@@ -73,11 +75,14 @@ def _members(dataset: PreferenceDataset) -> dict[str, Mask]:
     return found
 
 
-def _evaluated(model: str, config: RunConfig, dataset: PreferenceDataset) -> dict[str, Any]:
+def _evaluated(
+    model: str, revision: str | None, config: RunConfig, dataset: PreferenceDataset
+) -> dict[str, Any]:
     """Return the content of evaluated.json."""
     sources = dataset.counts["sources"]
     return {
         "model": model,
+        "revision": revision,
         "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
         "loss": "+".join(config.loss.kinds),
         "pairs": len(dataset),

@@ -28,12 +28,13 @@ from dpo_dist.report.model_card import model_card
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.closing_table import closing_table
 from dpo_dist.report.terminal.console import Console
-from dpo_dist.training.loop import Loop, Position
+from dpo_dist.training.loop import Loop
+from dpo_dist.training.position import Position
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.run_state import Identity, RunState, write_state
 
 
-def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference: dict[str, Any]) -> int:
+def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
     """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
 
     A kill between two of these files loses nothing: the same command writes the missing ones.
@@ -42,7 +43,6 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
         loop: the run.
         position: its progress; advanced.
         identity: digests of its inputs.
-        reference: the section `reference` of summary.json.
 
     Raises:
         DivergedError: loss or gradient stopped being finite.
@@ -51,12 +51,15 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     folder = RunFolder.of(loop.config)
     try:
         outcome = RunOutcome.completed if loop.run(position) else RunOutcome.preempted
-    except DivergedError:
+    except DivergedError as error:
+        # Above the closing table: the advice about it is part of the verdict, the last words of a run.
+        loop.console.result("error", error.as_dict(), [f"{error.title}: {error.message}: {error.got}"])
+        error.is_printed = True
         state = RunState(RunOutcome.diverged, position.step, identity)
-        _close(loop, state, _summary(loop, position, reference))
+        _close(loop, state, _summary(loop, position))
         raise
     state = RunState(outcome, position.step, identity)
-    summary = _summary(loop, position, reference)
+    summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
         _close(loop, state, summary)
         return ExitCode.preempted
@@ -65,7 +68,9 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity, reference
     if template is not None:
         tokenizer = with_chosen_template(tokenizer, template)
     card = partial(_card, loop, summary)
-    export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
+    with loop.clock.of("saving"):
+        export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
+    summary["work"] = loop.clock.read().as_dict()
     exported = replace(state, outcome=RunOutcome.exported, summary=plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
@@ -198,7 +203,7 @@ def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
     return found
 
 
-def _summary(loop: Loop, position: Position, reference: dict[str, Any]) -> dict[str, Any]:
+def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     """Return the content of summary.json without `exit`; collective."""
     peak_bytes = max(loop.world.gather(peak_memory_bytes(loop.world.device)))
     seconds = position.train_seconds
@@ -209,7 +214,8 @@ def _summary(loop: Loop, position: Position, reference: dict[str, Any]) -> dict[
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
-        "reference": reference,
+        "reference": position.reference_report,
+        "work": loop.clock.read().as_dict(),
         "world_size": loop.world.size,
         "settings": settings(loop.config),
         "data": {name: dataset.counts for name, dataset in loop.inputs.named.items()},

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
-from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.prefetch import prefetch
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
@@ -34,40 +33,15 @@ from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
+from dpo_dist.training.position import Position
 from dpo_dist.training.progress import Progress
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.step import Evaluation, StepTotals, evaluate, reduce_step, train_step
 from dpo_dist.training.step_timer import StepClock
+from dpo_dist.training.work_clock import WorkClock
 
 _STEPS_AHEAD = 2
-
-
-@dataclass
-class Position:
-    """The progress of a run; part of every checkpoint.
-
-    `owes_evaluation`: the run was stopped before the evaluation of its last step was complete.
-    """
-
-    step: int = 0
-    pairs_seen: int = 0
-    train_seconds: float = 0.0
-    running: RunningMeans = field(default_factory=RunningMeans)
-    window: LogWindow = field(default_factory=LogWindow)
-    owes_evaluation: bool = False
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Position":
-        """Return the position in a checkpoint's state."""
-        return cls(
-            step=state["step"],
-            pairs_seen=state["pairs_seen"],
-            train_seconds=state["train_seconds"],
-            running=RunningMeans(**state["running"]),
-            window=LogWindow.of(state["window"]),
-            owes_evaluation=state.get("owes_evaluation", False),
-        )
 
 
 class _GivenWay(Exception):  # noqa: N818  (no error)
@@ -85,6 +59,7 @@ class Loop:
         identity: digests of the run's inputs, written to every checkpoint.
         recorder: on rank 0; None on the others.
         samples: at evaluations; None: none.
+        clock: time by kind of work.
         stop: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
@@ -100,6 +75,7 @@ class Loop:
     recorder: Recorder | None
     samples: Samples | None
     console: Console
+    clock: WorkClock
     stop: StopRequest
 
     def run(self, position: Position) -> bool:
@@ -111,6 +87,7 @@ class Loop:
         Raises:
             DivergedError: loss or gradient is not finite.
         """
+        self.clock.enter("other")
         trainer, steps = self.config.trainer, self.inputs.sampler.steps
         eval_set = self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
@@ -124,14 +101,15 @@ class Loop:
         ):
             self._evaluate(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
-                must_stop = self._step(position, ready_steps, progress)
+                with self.clock.of("training"):
+                    must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
                     self._record_window(position)
                 if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
                     position.owes_evaluation = True
                     self._evaluate(position)
-                if must_stop or position.owes_evaluation:
+                if position.owes_evaluation or (must_stop and done < steps):
                     self._say_why(position)
                 if (
                     done == steps
@@ -140,8 +118,10 @@ class Loop:
                     or _is_due(done, trainer.save_every)
                 ):
                     self._save(position)
-        self.checkpoints.commit()
-        return position.step == steps and not position.owes_evaluation
+        with self.clock.of("saving"):
+            self.checkpoints.commit()
+        is_done = position.step == steps and not position.owes_evaluation
+        return is_done and not self.world.agree(self.stop.is_urgent)
 
     def _evaluate(self, position: Position) -> None:
         """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
@@ -245,6 +225,10 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
+        with self.clock.of("evaluation"):
+            self._record_timed_evaluation(dataset, position)
+
+    def _record_timed_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
@@ -301,10 +285,12 @@ class Loop:
             self.console.row(row, self.inputs.sampler.steps)
 
     def _save(self, position: Position) -> None:
-        if self.recorder is not None:
-            self.recorder.metrics.save()
-        state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
-        self.checkpoints.save(position.step, state)
+        with self.clock.of("saving"):
+            if self.recorder is not None:
+                self.recorder.metrics.save()
+            position.work = self.clock.read()
+            state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
+            self.checkpoints.save(position.step, state)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -2,17 +2,19 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.acceptance import check_fits_loss
 from dpo_dist.data.build_dataset import check_template_keys
+from dpo_dist.data.count_words import in_one_line
 from dpo_dist.data.counts import DataCounts, check_counts, check_templated
 from dpo_dist.data.encode_chunk import encode_chunk
 from dpo_dist.data.formats import read_records
@@ -25,7 +27,7 @@ from dpo_dist.number_text import counted
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.reference.vocabulary import check_same_vocabulary
 from dpo_dist.training.evaluate_model import with_stored_reference
-from dpo_dist.training.evaluated import Kind, find_evaluated
+from dpo_dist.training.evaluated import Evaluated, Kind
 
 _FIRST_RECORDS = 64
 
@@ -44,7 +46,7 @@ def rehearse(config: RunConfig) -> str:
     """
     folder, tokenizer, model_type = _described_model(config)
     run = RunFolder.of(config)
-    has_checkpoints = any(run.checkpoints.glob("step-*"))
+    has_checkpoints = bool(checkpoint_folders(run.checkpoints))
     lines = [
         ("run.dir", f"{run} ({'has checkpoints: the run resumes' if has_checkpoints else 'new'})"),
         ("model.path", f"{folder}, {model_type}, {len(tokenizer):,} tokens"),
@@ -55,12 +57,12 @@ def rehearse(config: RunConfig) -> str:
     return _passed(lines) + "  python -m dpo_dist.doctor with the same arguments examines all records\n"
 
 
-def rehearse_evaluation(config: RunConfig) -> str:
+def rehearse_evaluation(config: RunConfig, models: Sequence[Evaluated]) -> str:
     """Load what an evaluation loads before weights, and encode the first records of each source.
 
     Returns and raises as `rehearse`.
     """
-    models, config = find_evaluated(config), with_stored_reference(config)
+    config = with_stored_reference(config)
     folder, tokenizer, model_type = _described_model(config)
     lines = [
         ("run.dir", str(RunFolder.of(config))),
@@ -69,7 +71,8 @@ def rehearse_evaluation(config: RunConfig) -> str:
     for evaluated in models:
         if evaluated.kind in (Kind.model, Kind.hub):
             key = "evaluation.model"
-            own = description_folder(evaluated.path, None, key)
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            own = description_folder(evaluated.path, revision, key)
             if not is_adapter(own):
                 check_same_vocabulary(own, tokenizer, config.model, key)
         lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
@@ -128,7 +131,7 @@ def _first_records(
     examples = [f"{bad.origin} {bad.reason}" for _, bad in chunk.bad]
     details = {bad.reason: bad.detail for _, bad in reversed(chunk.bad) if bad.detail}
     counts = DataCounts.of(Counter(chunk.outcomes), examples, details)
-    dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.dropped.items()))
+    dropped = in_one_line(counts.dropped)
     where = f"{key}: {source.path}"
     if len(records) < _FIRST_RECORDS or not counts.kept:
         check_counts(counts, where, config.data)
@@ -145,11 +148,10 @@ def _first_records(
     )
     name = f" ({source.name})" if source.name else ""
     found = [f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept"]
-    found += [f"{dropped} dropped"] if dropped else []
+    found += [f"dropped: {dropped}"] if dropped else []
     if counts.read - counts.kept > config.data.max_bad_share * counts.read:
         found.append("more than data.max_bad_share: training refuses a source with so many")
-    found += [
-        f"{number} {name.replace('_', ' ')}" for name, number in sorted(counts.changed.items()) if number
-    ]
+    changed = in_one_line(counts.changed)
+    found += [f"changed or particular: {changed}"] if changed else []
     found.append(f"{chunk.piece_tokens.sum() / len(chunk.pair_pieces):.0f} tokens per example")
-    return ", ".join(found)
+    return "; ".join(found)

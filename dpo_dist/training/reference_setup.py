@@ -1,5 +1,6 @@
 """The reference of a run: its provider, and in mode `cached` the store filled and checked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,30 @@ def prepare_reference(
 def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
     """Return the reference in mode `adapter`: the policy with its adapter switched off."""
     return _reference(AdapterReference(policy), True, ReferenceMode.adapter, inputs)
+
+
+def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of a resumed run: what all starts computed, and what the first one found.
+
+    A later start finds what the first one computed, and makes no step-0 check.
+
+    Args:
+        former: of the starts before; empty: not known.
+        report: of this start.
+    """
+    if not former:
+        return dict(report)
+    peaks = [part["peak_memory_bytes"] for part in (former, report) if "peak_memory_bytes" in part]
+    return {
+        **former,
+        **report,
+        "hits": former["hits"],
+        "computed": former["computed"] + report["computed"],
+        "seconds": round(former["seconds"] + report["seconds"], 3),
+        "damaged": sorted({*former["damaged"], *report["damaged"]}),
+        **({"drift": former["drift"]} if "drift" in former else {}),
+        **({"peak_memory_bytes": max(peaks)} if peaks else {}),
+    }
 
 
 def _reference(

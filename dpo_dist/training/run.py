@@ -1,6 +1,7 @@
 """Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -32,24 +33,28 @@ from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.run_trackers import open_trackers
+from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
-from dpo_dist.training.loop import Loop, Position
+from dpo_dist.training.loop import Loop
+from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
-from dpo_dist.training.reference_setup import Reference, adapter_reference, prepare_reference
+from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
-from dpo_dist.training.run_state import RunState, check_configuration, check_identity, identify
+from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
+from dpo_dist.training.work_clock import WorkClock
 
 
 def train(config: RunConfig, console: Console) -> int:
     """Train as `config` says, from the last checkpoint if there is one; return the exit code."""
+    began = time.monotonic()
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     folder = RunFolder.of(config)
     with stop.listening(), open_world(config, console) as world, locked(folder, world, console):
         console.say(f"run directory: {folder}")
+        clock = WorkClock(world.size, began)
         start = find_start(config, folder, world)
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
@@ -63,20 +68,20 @@ def train(config: RunConfig, console: Console) -> int:
             world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
         mark_started(folder, RunState(RunOutcome.started, start.step, identity), world)
 
-        samples = prepare_samples(config, inputs, start.step, world, console)
-        reference, policy = _load_models(config, inputs, world, console)
+        with clock.of("samples"):
+            samples = prepare_samples(config, inputs, start.step, world, console)
+        reference, policy = _load_models(config, inputs, world, clock, console)
         world.together(inputs.policy_files.check_unchanged)
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
         damaged = () if start.checkpoint is None else start.checkpoint.damaged
         checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
-        report = reference.report
         if start.checkpoint is not None:
-            position = _resume(start.checkpoint, sharded, world, console)
+            position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         else:
-            position = Position()
-            report = report | _check_start(config, inputs, policy, reference, objective, world, console)
+            checked = _check_start(config, inputs, policy, reference, objective, world, console)
+            position = Position(reference_report=reference.report | checked)
         loop = Loop(
             config=config,
             world=world,
@@ -87,17 +92,27 @@ def train(config: RunConfig, console: Console) -> int:
             peaks=_peak_flops(config, world),
             checkpoints=checkpoints,
             identity=identity,
-            samples=None if samples is None else samples.open(policy),
+            samples=None if samples is None else samples.open(policy, clock),
             recorder=_open_recorder(config, position.step, world, stop, environment, console),
             console=console,
+            clock=clock,
             stop=stop,
         )
-        with contextlib.nullcontext() if loop.recorder is None else loop.recorder.trackers.ended_by_errors():
-            exit_code = run_to_its_end(loop, position, identity, report)
+        exit_code = _run_tracked(loop, position, identity)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         policy.free()
         return exit_code
+
+
+def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
+    """Train to the end of the run with its trackers, and return the exit code; collective."""
+    trackers = None if loop.recorder is None else loop.recorder.trackers
+    with (
+        contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
+        sampled_system(loop.config, loop.world, trackers),
+    ):
+        return run_to_its_end(loop, position, identity)
 
 
 def precompute(config: RunConfig, console: Console) -> int:
@@ -106,6 +121,7 @@ def precompute(config: RunConfig, console: Console) -> int:
         console.say(f"run directory: {config.run.dir}")
         inputs = load_inputs(config, world, console)
         prepare_reference(config, inputs, world, console)
+        console.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
     return ExitCode.completed
 
 
@@ -129,7 +145,7 @@ def _complete(
 
 
 def _load_models(
-    config: RunConfig, inputs: Inputs, world: World, console: Console
+    config: RunConfig, inputs: Inputs, world: World, clock: WorkClock, console: Console
 ) -> tuple[Reference, PolicyEngine]:
     """Load the reference, then the policy: a model that filled the store is freed before. Collective.
 
@@ -138,7 +154,8 @@ def _load_models(
     if config.reference.mode is ReferenceMode.adapter:
         policy = load_policy(config, inputs, world)
         return adapter_reference(policy, inputs), policy
-    reference = prepare_reference(config, inputs, world, console)
+    with clock.of("reference"):
+        reference = prepare_reference(config, inputs, world, console)
     return reference, load_policy(config, inputs, world)
 
 
@@ -150,10 +167,24 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     return PolicyEngine(model, config.optim, world)
 
 
-def _resume(checkpoint: Checkpoint, sharded: Sequence[Sharded], world: World, console: Console) -> Position:
-    """Load a checkpoint into the engines and return its position; collective."""
+def _resume(
+    checkpoint: Checkpoint,
+    sharded: Sequence[Sharded],
+    report: dict[str, Any],
+    clock: WorkClock,
+    world: World,
+    console: Console,
+) -> Position:
+    """Load a checkpoint into the engines and return its position; collective.
+
+    Args:
+        report: of this start's reference; added to that of the starts before.
+        clock: of this start; continues the time of the starts before.
+    """
     load_checkpoint(checkpoint, sharded, world)
     position = Position.of(checkpoint.state)
+    position.reference_report = over_starts(position.reference_report, report)
+    clock.resume(position.work)
     console.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:
         console.say(f"warning: checkpoint {name} is damaged and not used")

@@ -21,6 +21,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Row, SamplePrompt, SamplePrompts, Samples
+from dpo_dist.training.work_clock import WorkClock
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,22 @@ class PreparedSamples:
     is_from_policy: bool
     of_base: bool
 
-    def open(self, policy: PolicyEngine) -> Samples:
+    def open(self, policy: PolicyEngine, clock: WorkClock) -> Samples:
         """Return the samples of a policy, which responds as the reference where it can; collective.
+
+        Args:
+            policy: generates.
+            clock: of the run.
 
         Raises:
             CheckpointError: the reference's responses cannot be written.
         """
         responses = self.reference
         if responses is None and self.is_from_policy:
-            responses = self.held_out.responses(policy, of_base=self.of_base)
-            if responses is not None:
-                self.held_out.write_reference(responses)
+            with clock.of("samples"):
+                responses = self.held_out.responses(policy, of_base=self.of_base)
+                if responses is not None:
+                    self.held_out.write_reference(responses)
         return Samples(self.held_out, responses, self.starts_as_reference, policy)
 
 
@@ -60,20 +66,20 @@ def prepare_samples(
 ) -> PreparedSamples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
-    The reference responds once, to a file in the run directory from which a resumed run reads it. If the
-    policy cannot give its responses, the reference is loaded for them and freed again: call this before a
-    model is loaded.
+    Files of later steps, of a start that was killed, are removed in either case. The reference responds once,
+    to a file in the run directory from which a resumed run reads it. If the policy cannot give its responses,
+    the reference is loaded for them and freed again: call this before a model is loaded.
 
     Raises:
         CheckpointError: the reference's responses cannot be written.
     """
     folder = RunFolder.of(config)
+    write_on_main(lambda: _remove_later(folder, step), folder, world)
     if not config.samples.prompts or inputs.eval_set is None:
         return None
     held_out = _held_out(config, inputs, inputs.eval_set, world, console)
     if not held_out.prompts:
         return None
-    write_on_main(lambda: _remove_later(folder, step), folder, world)
     of_base = config.model.adapter is not None
     is_start = _is_policys_start(config, inputs)
     is_from_policy = is_start and (step == 0 or of_base)
@@ -171,8 +177,7 @@ def _prompt(
 
 
 def _remove_later(folder: RunFolder, step: int) -> None:
-    """Create the folder of samples; remove files of steps that are computed again."""
-    folder.samples.mkdir(parents=True, exist_ok=True)
+    """Remove files of steps that are computed again."""
     kept = folder.samples_file(step).name
     for file in folder.samples.glob("step-*.jsonl"):
         if (len(file.name), file.name) > (len(kept), kept):

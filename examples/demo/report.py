@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_dist.errors import ConfigError, DpoDistError
+from dpo_dist.number_text import percent
 from examples.demo.grammar import follows_rule
 
 PROMPTS = 200
@@ -114,10 +115,11 @@ def report(prompts: list[Messages], before: list[str], after: list[str], accurac
         for answers in (before, after)
     ]
     lines.append(
-        f"Answers that follow the rule ({len(prompts)} held-out prompts): {shares[0]:.1%} -> {shares[1]:.1%}"
+        f"Answers that follow the rule ({len(prompts)} held-out prompts): "
+        f"{percent(shares[0])} -> {percent(shares[1])}"
     )
     if accuracy is not None:
-        lines.append(f"Held-out reward accuracy: {accuracy:.1%}")
+        lines.append(f"Held-out reward accuracy: {percent(accuracy)}")
     return "\n".join(lines)
 
 

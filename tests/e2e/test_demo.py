@@ -128,8 +128,8 @@ def test_report_has_shares_and_last_accuracy(demo, tmp_path):
     history.parent.mkdir()
     history.write_text('[{"eval_rewards/accuracies": 0.5}, {"loss": 1.0}, {"eval_rewards/accuracies": 0.75}]')
     text = report([row["prompt"] for row in rows], [*bad[:3], good[3]], good, reward_accuracy(tmp_path))
-    assert "25.0% -> 100.0%" in text
-    assert "accuracy: 75.0%" in text
+    assert "25 % -> 100 %" in text
+    assert "accuracy: 75 %" in text
 
 
 def test_report_of_a_missing_model_says_what_to_do(demo, tmp_path):

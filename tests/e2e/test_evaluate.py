@@ -217,4 +217,4 @@ def test_a_run_without_a_model_is_refused(overrides: Overrides, assets: Path, tm
     ended = run_verb("evaluate", overrides(f"data.eval=[{assets}/eval.jsonl]", "evaluation.model=./absent"))
     assert "this model folder does not exist" in ended.output
     assert "reference:" not in ended.output, "before anything is computed"
-    assert "there are no pairs to evaluate on" in run_verb("evaluate", overrides()).output
+    assert "there is no evaluation data to evaluate models on" in run_verb("evaluate", overrides()).output

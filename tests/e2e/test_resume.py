@@ -1,10 +1,13 @@
 """A run that was killed or stopped resumes bit for bit (law L4)."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
+from dpo_dist.distributed.checkpoint_manifest import describe_files, read_manifest, write_manifest
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, kill_one_rank, run_state, run_verb, summary, train
 from tests.support.tiny_model import write_model
@@ -45,6 +48,60 @@ def test_a_killed_rank_is_named_and_the_same_command_resumes_exactly(
     assert "resuming from" in train(command, processes=2).output
     assert history(run) == uninterrupted
     assert summary(run)["exit"] == "completed"
+
+
+def test_the_reference_and_the_time_of_a_run_are_those_of_all_starts(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """Two starts on two processes, of which the first is killed, and a third that resumes again.
+
+    A fourth run finds the store full at its first start.
+    """
+    run = tmp_path / "run"
+    evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
+    command = overrides(*STEPS, *evaluated, "samples.max_new_tokens=4")
+    kill_one_rank(command, 1, when=(run / "checkpoints/step-000004").is_dir)
+    (folder,) = sorted(run.glob("checkpoints/step-*"))[-1:]
+    saved = json.loads((folder / "state.json").read_text())
+    first, before = saved["reference_report"], saved["work"]
+    assert first["computed"] > 0
+    assert first["seconds"] > 0.0
+    assert first["drift"]["responses"] > 0
+    assert run_verb("train", [*command, "trainer.stop_after_steps=2"], processes=2).code == 1
+    stopped = summary(run)
+    train(command, processes=2)
+    ended = summary(run)
+    assert stopped["reference"] == ended["reference"] == first
+    works = ("starting", "reference", "training", "evaluation", "samples", "saving")
+    for work in works:
+        assert ended["work"]["seconds"][work] > before["seconds"][work] > 0.0, work
+    total = sum(ended["work"]["seconds"].values())
+    assert math.isclose(ended["work"]["device_seconds"], 2 * total, abs_tol=0.1)
+    assert math.isclose(ended["work"]["seconds"]["training"], ended["train_seconds"], rel_tol=0.2)
+    assert ended["work"]["since_step"] == 0
+
+    full = [*command, f"run.dir={tmp_path}/other"]
+    assert run_verb("train", [*full, "trainer.stop_after_steps=2"], processes=2).code == 1
+    train(full, processes=2)
+    reused = summary(tmp_path / "other")["reference"]
+    assert (reused["hits"], reused["computed"]) == (first["hits"] + first["computed"], 0)
+    assert reused["drift"]["responses"] > 0
+
+
+def test_the_checkpoint_of_an_earlier_version_resumes(overrides: Overrides, tmp_path: Path) -> None:
+    """Its state has no time by work, and no report of the reference."""
+    command = overrides("trainer.epochs=2", "trainer.save_every=2")
+    assert run_verb("train", [*command, "trainer.stop_after_steps=2"]).code == 75
+    folder = tmp_path / "run/checkpoints/step-000002"
+    state = json.loads((folder / "state.json").read_text())
+    del state["work"], state["reference_report"]
+    (folder / "state.json").write_text(json.dumps(state))
+    write_manifest(folder, describe_files([folder / name for name in read_manifest(folder)], folder))
+    assert "resuming from" in train(command).output
+    ended = summary(tmp_path / "run")
+    assert ended["work"]["since_step"] == 2
+    assert ended["reference"]["computed"] == 0
+    assert ended["work"]["seconds"]["training"] > state["train_seconds"]
 
 
 def test_a_stopped_run_ends_with_75_and_resumes_exactly(

@@ -201,7 +201,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp
     ended_summary = summary(tmp_path / "run")
     assert ended_summary["exit"] == "diverged"
     assert [finding["rule"] for finding in ended_summary["verdict"]["findings"]][:1] == ["diverged"]
-    assert f"verdict: {ended_summary['verdict']['sentence']}" in ended.output
+    sentence = f"verdict: {ended_summary['verdict']['sentence']}"
+    assert ended.output.index("diverged: loss or gradient is not finite") < ended.output.index(sentence)
+    assert ended.output.count("loss or gradient is not finite") == 1
     assert json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
 
 

@@ -13,7 +13,7 @@ def test_the_verdict_names_the_faults_of_a_run(overrides: Overrides, assets: Pat
     screen = train(overrides(leaked, *cut, "data.max_bad_share=1")).output
     judged = summary(tmp_path / "run")["verdict"]
     texts = {finding["rule"]: finding["text"] for finding in judged["findings"]}
-    assert "(100%) have a prompt that is also in the training data" in texts["evaluation_leak"]
+    assert "(100 %) have a prompt that is also in the training data" in texts["evaluation_leak"]
     assert "have a response whose end data.max_length cuts" in texts["responses_cut"]
     assert judged["sentence"].startswith("evaluation data leaked into training: ")
     lines = screen[screen.index("verdict: ") :].splitlines()

@@ -28,9 +28,24 @@ _ANSWER = {
             "artifactSequence": {"id": "1", "latestArtifact": {"id": "1", "versionIndex": 0}},
         }
     },
+    "models": {
+        "pageInfo": {"hasNextPage": False, "endCursor": None},
+        "edges": [
+            {
+                "node": {
+                    **{"__typename": "Project", "id": "1", "name": "project", "entityName": "entity"},
+                    **{"createdAt": "", "isBenchmark": False, "user": None},
+                }
+            }
+        ],
+    },
     "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
 }
 
+
+_PROJECT = {"id": "1", "internalId": "1", "name": "project", "entityName": "entity"}
+_TIME = "2026-01-02T03:04:05Z"
+_VIEW = {"project": _PROJECT, "createdAt": _TIME, "updatedAt": _TIME, "user": None}
 
 Fault = StrEnum("Fault", ["silent", "error", "cut"])
 """It never replies; it replies 500; it closes every connection."""
@@ -52,6 +67,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/graphql") and "createArtifact(" in (query := json.loads(body))["query"]:
             self.server.artifacts.append(query["variables"]["input"]["artifactTypeName"])
         data = {**_ANSWER, **self._known_run()}
+        variables = (json.loads(body).get("variables") or {}) if self.path.endswith("/graphql") else {}
+        if name := variables.get("name"):
+            data["upsertBucket"] = {"bucket": {**_BUCKET, "name": name}, "inserted": True}
+        if "spec" in variables:
+            self.server.views.append(variables)
+            data |= {"upsertView": {"view": {**_VIEW, **variables, "id": "1"}, "inserted": True}}
+        if "spec" in variables or b"internalId" in body:
+            data |= {"project": _PROJECT}
         self._answer({"data": data, "stopped": self.server.stops_the_run})
 
     def _known_run(self) -> dict[str, Any]:
@@ -102,6 +125,7 @@ class _Server(ThreadingHTTPServer):
     stops_the_run: bool
     history: list[dict[str, Any]]
     artifacts: list[str]
+    views: list[dict[str, Any]]
 
 
 class WandbServer:
@@ -114,6 +138,7 @@ class WandbServer:
         self._server.stops_the_run = stops_the_run
         self._server.history = []
         self._server.artifacts = []
+        self._server.views = []
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
@@ -139,6 +164,10 @@ class WandbServer:
             }
             for row in self._server.history
         ]
+
+    def views(self) -> list[dict[str, Any]]:
+        """The dashboards and reports received."""
+        return self._server.views
 
     def artifact_types(self) -> list[str]:
         """The types of the artifacts received."""

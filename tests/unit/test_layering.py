@@ -153,6 +153,20 @@ def cycle(sources: Mapping[str, str]) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize("verb", ["compare", "doctor", "evaluate", "pairs", "precompute", "train"])
+def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
+    """Torch takes seconds to import: a wrong path is an error at once."""
+    seen, to_read = set(), [f"dpo_dist.{verb}"]
+    while to_read:
+        file = PACKAGE.parent / f"{to_read.pop().replace('.', '/')}.py"
+        if file.is_file() and file not in seen:
+            seen.add(file)
+            names = list(imported_at_once(file.read_text(), file))
+            assert not [name for name in names if name.split(".")[0] in ("torch", "transformers")], file
+            to_read += [*names, *(name.rpartition(".")[0] for name in names)]
+    assert len(seen) > 20
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     names = {
         module: ".".join(("dpo_dist", *module.with_suffix("").parts)).removesuffix(".__init__")

@@ -46,6 +46,19 @@ def test_an_output_that_is_closed_is_no_error(call: str, redirection: str, tmp_p
     assert ended(call, redirection, tmp_path) == (0, "")
 
 
+def test_standard_output_can_be_reserved_for_objects(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from dpo_dist.safe_stream import *; reserve_output(); reserve_output(); "
+        "print('chatter'); os.system('echo of a child'); print('{}', file=output_of_objects()); "
+        "os.write(output_descriptor(), b'[]')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n[]"
+    assert sorted(done.stderr.splitlines()) == ["chatter", "of a child"]
+
+
 def test_a_full_disk_is_an_error_of_a_result_alone(tmp_path: Path) -> None:
     assert ended('print_line("text")', ">/dev/full", tmp_path) == (0, "")
     code, printed = ended('print_result("text")', ">/dev/full", tmp_path)

@@ -1,6 +1,5 @@
 """Outcome of an item's judgements; agreement of annotators with themselves and with each other."""
 
-import io
 import itertools
 import math
 import statistics
@@ -10,11 +9,11 @@ from enum import StrEnum
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dpo_dist.generation.labelling.events import Judgement, Slot, Verdict
+from dpo_dist.generation.text_table import table_text
 from dpo_dist.number_text import percent
 
 _LABELS = [Verdict.first, Verdict.second, Verdict.tie]
@@ -102,9 +101,9 @@ def compared(first: Sequence[Verdict], second: Sequence[Verdict]) -> dict[str, A
     return {"items": items, "agreed": agreed, "kappa": _kappa(first, second)}
 
 
-def agreement_table(found: dict[str, Any], width: int = 100) -> str:
+def agreement_table(found: dict[str, Any]) -> str:
     """Return the result of `agreement` as a table for the terminal."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in (
         "annotator",
         "judged",
@@ -129,9 +128,7 @@ def agreement_table(found: dict[str, Any], width: int = 100) -> str:
     for one in found["between"]:
         if one["items"]:
             table.add_row(Text(" and ".join(one["annotators"])), *[""] * 5, *_cells(one))
-    screen = io.StringIO()
-    Console(file=screen, width=width, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in screen.getvalue().strip("\n").splitlines())
+    return table_text(table)
 
 
 def _cells(compared: dict[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from dpo_dist.config.command_line import EXIT_CODES
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, ExitCode
+from dpo_dist.safe_stream import output_descriptor
 
 _EXPERIMENT = "round"
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
@@ -92,6 +93,7 @@ def _started(command: list[str], codes: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(  # noqa: S603  (the user's own launcher)
             command,
             env={**os.environ, EXIT_CODES: str(codes.resolve())},
+            stdout=output_descriptor(),
             # Ctrl-C reaches this process alone, which passes it on once.
             start_new_session=True,
         )

@@ -1,6 +1,5 @@
 """Results of the rounds: scores of the samples, size and outcome of each training; table and hints."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from dpo_dist.atomic import write_text
 from dpo_dist.data.tokenization.rendered_parts import THOUGHT_FIELDS
 from dpo_dist.errors import DataError
+from dpo_dist.generation.text_table import table_text
 
 
 @dataclass(frozen=True)
@@ -178,9 +177,9 @@ def hints(results: Sequence[RoundResult]) -> list[str]:
     return found
 
 
-def results_table(results: Sequence[RoundResult], width: int = 100) -> str:
+def results_table(results: Sequence[RoundResult]) -> str:
     """Return the rounds as a table for the terminal; scores are those before a round's training."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in ("round", "responses", "mean score", "pairs", "steps", "accuracy", "reference", "seconds"):
         table.add_column(heading, justify="right")
     for one in results:
@@ -206,9 +205,7 @@ def results_table(results: Sequence[RoundResult], width: int = 100) -> str:
                 )
             ),
         )
-    screen = io.StringIO()
-    Console(file=screen, width=width, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in screen.getvalue().strip("\n").splitlines())
+    return table_text(table)
 
 
 def _cell(value: float | None, format_: str = "") -> str:

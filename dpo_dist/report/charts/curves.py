@@ -154,16 +154,19 @@ class Curves:
         return values if panel.size == 1 else [None if each is None else each / panel.size for each in values]
 
     def _hours(self) -> list[float] | None:
-        """Return the sums of the seconds of the steps; a row without them adds none."""
+        """Return the sums of the seconds of the steps; None if no row has them."""
         if not any("step_seconds" in row for row in self._rows):
             return None
-        hours, total, before = [], 0.0, 0.0
-        for step, row in zip(self.steps, self._rows, strict=True):
-            if "step_seconds" in row:
-                total += row["step_seconds"] * (step - before) / _SECONDS
-                before = step
-            hours.append(total)
-        return hours
+        return [seconds / _SECONDS for seconds in itertools.accumulate(seconds_of_steps(self._rows))]
+
+
+def seconds_of_steps(rows: Rows) -> list[float]:
+    """Return the seconds of the optimizer steps of each row; 0 for a row without them."""
+    seconds, before = [], 0.0
+    for row in rows:
+        seconds.append(row["step_seconds"] * (row["step"] - before) if "step_seconds" in row else 0.0)
+        before = row["step"] if "step_seconds" in row else before
+    return seconds
 
 
 def charts(rows: Rows) -> str:

@@ -10,7 +10,13 @@ from dpo_dist.report.comparison.findings import headline, warnings
 from dpo_dist.report.comparison.pareto import PARETO_STYLE, pareto
 from dpo_dist.report.comparison.prompts import PROMPTS_STYLE, SCRIPT, prompts_section
 from dpo_dist.report.comparison.results import Results, read_results
-from dpo_dist.report.comparison.tables import TABLES_STYLE, models_table, style_table, win_matrix
+from dpo_dist.report.comparison.tables import (
+    TABLES_STYLE,
+    differences_table,
+    models_table,
+    style_table,
+    win_matrix,
+)
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.side_by_side import SIDE_STYLE
@@ -67,13 +73,15 @@ def _sections(results: Results) -> list[str]:
     picture = pareto(results)
     note = (
         f"<p>Bars: 95 % intervals over prompts. Dashed: the frontier, the best {measure} within a KL. "
-        "Hollow: another model reaches at least this with less KL.</p>"
+        "Hollow: by the means, another model reaches at least this with less KL; "
+        "the table of differences has the intervals.</p>"
     )
     matrix = win_matrix(results)
     return [
         section("models", "Models", models_table(results) + _kl_note(results)),
         section("kl", "KL and quality", f'<div class="wide">{picture}</div>{note}' if picture else ""),
         section("wins", "Win rates", matrix + _verdicts(results) if matrix else ""),
+        section("differences", "Differences", differences_table(results)),
         section("style", "Style", style_table(results)),
     ]
 

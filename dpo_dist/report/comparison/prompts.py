@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpo_dist.number_text import counted, number
-from dpo_dist.report.comparison.results import Model, Results, finite
+from dpo_dist.report.comparison.results import Results, finite, response_of
+from dpo_dist.report.comparison.verdicts import Places, all_labels, order_style, verdict_labels
 from dpo_dist.report.html_page import html_bytes
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.json_rows import Row, json_rows, text_of
@@ -18,7 +18,7 @@ _LONGEST_TEXTS = (6000, 3000, 1500)
 _SHORT_TEXT, _MUCH = 200, 0.05
 # HTML per byte of text: marks of words that differ. HTML of a prompt without its texts.
 _GROWTH, _ITEM_BYTES = 1.6, 2000
-_MOST_SOURCES, _MOST_MODELS, _MOST_RANGES = 8, 8, 40
+_MOST_SOURCES, _MOST_RANGES = 8, 40
 
 _UNFINISHED, _EMPTY = "a response does not end", "a response is empty"
 
@@ -65,11 +65,19 @@ class Section:
 
 @dataclass(frozen=True)
 class _Survey:
-    """The rows of the file before any is shown: labels of filters, characters that a text may have."""
+    """The rows of the file before any is shown.
+
+    Attributes:
+        labels: of filters.
+        longest: characters that a text may have.
+        rows: their number.
+        ranks: by line, classes of the places by differences of scores.
+    """
 
     labels: Sequence[str]
     longest: int
     rows: int
+    ranks: Mapping[int, Sequence[str]]
 
 
 def prompts_section(file: Path, results: Results, room: int) -> Section:
@@ -90,7 +98,8 @@ def prompts_section(file: Path, results: Results, room: int) -> Section:
             damaged += 1
             continue
         labels = [label for label in _labels(row, results) if label in survey.labels]
-        item = _item(row, labels, survey, results, room - used, room)
+        kinds = [*(f"f{survey.labels.index(label)}" for label in labels), *survey.ranks.get(line, ())]
+        item = _item(row, kinds, survey, results, room - used, room)
         if not item:
             omitted.append(line)
             continue
@@ -101,6 +110,7 @@ def prompts_section(file: Path, results: Results, room: int) -> Section:
     if not items:
         return Section(f"<section><h2>Responses</h2>{notes}</section>" if notes else "", "")
     switches, buttons, style = _filters(survey.labels, counts, len(items))
+    style += order_style(survey.labels, survey.ranks.values(), results)
     html = (
         f'<section><h2>Responses</h2><p class="quiet">Marked words are not in the response of '
         f"{inert_html(results.base)}. Texts of data and models can be offensive or private.</p>{notes}"
@@ -113,52 +123,44 @@ def _survey(file: Path, results: Results, room: int) -> _Survey:
     labels, sources = Counter[str](), Counter[str]()
     sizes = dict.fromkeys(_LONGEST_TEXTS, 0.0)
     rows = 0
-    for row in json_rows(file):
+    places = Places(results)
+    for line, row in enumerate(json_rows(file), start=1):
         if row is None or not isinstance(row.get("responses"), dict):
             continue
         rows += 1
         source, *others = _labels(row, results)
         sources[source] += 1
         labels.update(others)
+        places.add(line, row)
         texts = [text_of(row, "prompt"), text_of(row, "chosen")]
-        texts += [text_of(_response(row, model.name), "text") for model in results.models]
+        texts += [text_of(response_of(row, model.name), "text") for model in results.models]
         for longest in sizes:
             sizes[longest] += _ITEM_BYTES + _GROWTH * sum(
                 html_bytes((text or "")[:longest]) for text in texts
             )
     longest = next((each for each in _LONGEST_TEXTS if sizes[each] <= room), _LONGEST_TEXTS[-1])
     shown = [label for label, _ in sources.most_common(_MOST_SOURCES)] if len(sources) > 1 else []
-    compared = [_compared(model, results, sign) for model in results.models for sign in (1, -1)]
-    shown += [label for label in (_UNFINISHED, _EMPTY, *compared) if labels[label]]
-    return _Survey(shown, longest, rows)
+    shown += [label for label in (_UNFINISHED, _EMPTY, *all_labels(results)) if labels[label]]
+    return _Survey(shown, longest, rows, places.classes())
 
 
 def _labels(row: Row, results: Results) -> Iterator[str]:
     """Yield the labels of the filters that show this prompt, that of its source first."""
     yield f"source {cut(text_of(row, 'source') or 'not known')}"
-    responses = [_response(row, model.name) for model in results.models]
+    responses = [response_of(row, model.name) for model in results.models]
     if any(each.get("finished") is False for each in responses):
         yield _UNFINISHED
     if any(not (text_of(each, "text") or "").strip() for each in responses):
         yield _EMPTY
-    base = finite(responses[0].get("score"))
-    for model, response in list(zip(results.models, responses, strict=True))[1 : _MOST_MODELS + 1]:
-        score = finite(response.get("score"))
-        if base is not None and score is not None and base != score:
-            yield _compared(model, results, score - base)
+    yield from verdict_labels(row, results)
 
 
-def _compared(model: Model, results: Results, difference: float) -> str:
-    return f"{cut(model.name)} {'above' if difference > 0 else 'below'} {cut(results.base)}"
-
-
-def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, left: int, room: int) -> str:
+def _item(row: Row, kinds: Sequence[str], survey: _Survey, results: Results, left: int, room: int) -> str:
     """Return a prompt with its responses, folded; empty without room."""
     if left < _ITEM_BYTES:
         return ""
-    kinds = " ".join(f"f{survey.labels.index(label)}" for label in labels)
     prompt = text_of(row, "prompt") or ""
-    head = f'<details class="prompt {kinds}"><summary dir="auto">{prompt_title(prompt)}'
+    head = f'<details class="prompt {" ".join(kinds)}"><summary dir="auto">{prompt_title(prompt)}'
     small = f" <small>{inert_html('; '.join(_labels(row, results)))}</small></summary>"
     responses = list(_responses(row, results))
     item = f"{head}{small}{side_by_side(prompt, responses, results.base, survey.longest)}</details>"
@@ -169,7 +171,7 @@ def _item(row: Row, labels: Sequence[str], survey: _Survey, results: Results, le
 
 def _responses(row: Row, results: Results) -> Iterator[Response]:
     for model in results.models:
-        response = _response(row, model.name)
+        response = response_of(row, model.name)
         notes = [end_notes(response.get("tokens"), response.get("finished"))]
         score, logp, base = (finite(response.get(name)) for name in ("score", "logp", "base_logp"))
         if score is not None:
@@ -225,8 +227,3 @@ def _ranges(lines: Sequence[int]) -> str:
     ]
     texts += ["and others"] if len(ranges) > _MOST_RANGES else []
     return f"{'line' if len(lines) == 1 else 'lines'} {', '.join(texts)}"
-
-
-def _response(row: Row, name: str) -> Mapping[str, Any]:
-    found = row["responses"].get(name)
-    return found if isinstance(found, dict) else {}

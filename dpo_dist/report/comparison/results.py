@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,13 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+    @property
+    def negative(self) -> "Estimate":
+        """The difference in the other order."""
+        if self.low is None or self.high is None:
+            return Estimate(-self.value)
+        return Estimate(-self.value, -self.high, -self.low)
 
     @property
     def complement(self) -> "Estimate":
@@ -57,6 +64,11 @@ class Model:
     win_rate: Estimate | None
     style: Mapping[str, Estimate]
 
+    def estimate(self, metric: str) -> Estimate | None:
+        """Return a mean by its name in `comparison.json`."""
+        own = {"kl": self.kl, "score": self.score}
+        return own[metric] if metric in own else self.style.get(metric)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -69,6 +81,8 @@ class Results:
         compares: whether the judge compares two responses, in both positions, and gives no scores.
         models: the base first.
         rates: win rate of the first model over the second one, in both orders.
+        differences: of the second model minus the first one, by metric, in both orders; empty in files of
+            versions before them.
         notes: other numbers of the comparison, by name.
         temperature: of sampling; None if it is not known.
     """
@@ -79,6 +93,7 @@ class Results:
     compares: bool
     models: tuple[Model, ...]
     rates: Mapping[tuple[str, str], Estimate]
+    differences: Mapping[tuple[str, str], Mapping[str, Estimate]]
     notes: Mapping[str, int]
     temperature: float | None
 
@@ -94,6 +109,38 @@ class Results:
         if model.name == self.base:
             return Estimate(0.5) if self.rates else None
         return model.win_rate
+
+    def difference(self, first: Model, second: Model, metric: str) -> Estimate | None:
+        """Return the second model's mean minus the first one's; None if it is not known.
+
+        Without a paired interval it has that of two independent means, which is wider: the ends of one minus
+        the opposite ends of the other.
+        """
+        found = self.differences.get((first.name, second.name), {}).get(metric)
+        one, other = self._mean(first, metric), self._mean(second, metric)
+        if found is not None or one is None or other is None:
+            return found
+        difference = other.value - one.value
+        if one.low is None or one.high is None or other.low is None or other.high is None:
+            return Estimate(difference)
+        return Estimate(difference, other.low - one.high, other.high - one.low)
+
+    def _mean(self, model: Model, metric: str) -> Estimate | None:
+        is_zero = metric == "kl" and model.name == self.base
+        return Estimate(0.0, 0.0, 0.0) if is_zero else model.estimate(metric)
+
+    def has_less_kl(self, model: Model, other: Model) -> bool:
+        """Return whether the interval of the difference of KL shows that a model has less than another."""
+        found = self.difference(model, other, "kl")
+        return found is not None and found.is_above(0)
+
+    def is_better(self, model: Model, other: Model) -> bool:
+        """Return whether the interval of the score, or without scores of the win rate, is above another's."""
+        if self.has_scores:
+            found = self.difference(other, model, "score")
+            return found is not None and found.is_above(0)
+        rate = self.rates.get((model.name, other.name))
+        return rate is not None and rate.is_above(0.5)
 
     def frontier(self) -> list[Model]:
         """Return the models that none exceeds in quality with at most their KL, by KL (Pareto)."""
@@ -150,9 +197,22 @@ def _results(fields: Mapping[str, Any]) -> Results:
         compares=bool(fields.get("judge_compares")),
         models=tuple(replace(model, win_rate=rates.get((model.name, base))) for model in models),
         rates=rates,
+        differences=dict(_differences(fields.get("differences") or ())),
         notes={str(name): int(number) for name, number in (fields.get("counts") or {}).items()},
         temperature=finite((fields.get("sampling") or {}).get("temperature")),
     )
+
+
+def _differences(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], dict[str, Estimate]]]:
+    for row in rows:
+        first, second = str(row["first"]), str(row["second"])
+        of_second = {
+            metric: found
+            for metric, value in row.items()
+            if (found := _estimate(value, row.get(f"{metric}_interval"))) is not None
+        }
+        yield (first, second), of_second
+        yield (second, first), {metric: found.negative for metric, found in of_second.items()}
 
 
 def _model(fields: Mapping[str, Any], base: str) -> Model:
@@ -186,3 +246,9 @@ def finite(value: object) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def response_of(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a model's response in a row of `answers.jsonl`; empty if it is damaged."""
+    found = row["responses"].get(name)
+    return found if isinstance(found, dict) else {}

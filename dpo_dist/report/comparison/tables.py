@@ -1,5 +1,8 @@
 """Tables of a comparison: quality and style of the models, win rates of every two."""
 
+import itertools
+from collections.abc import Mapping
+
 from dpo_dist.number_text import number
 from dpo_dist.report.blocks import table
 from dpo_dist.report.comparison.findings import rate_text
@@ -7,6 +10,7 @@ from dpo_dist.report.comparison.results import SHARES, Estimate, Model, Results
 from dpo_dist.report.inert import inert_html
 
 MOST_IN_MATRIX = 20
+_MOST_PAIRS = 15
 
 _STYLE_TITLES = {
     "length": "tokens",
@@ -20,14 +24,25 @@ _STYLE_TITLES = {
     "empty": "empty",
 }
 
+_DIFFERENCE_TITLES = {
+    "score": "score",
+    "kl": "KL, nats per response",
+    "length": "tokens",
+    "finished": "ended",
+    "refusals": "refusals",
+    "empty": "empty",
+}
+
 TABLES_STYLE = """
 .models th, .models td { width: auto; white-space: nowrap; overflow-wrap: normal; text-align: right; }
 .models th:first-child, .models td:first-child { text-align: left; white-space: normal; }
 .models td:first-child { min-width: 130px; overflow-wrap: anywhere; }
 .models small { display: block; color: var(--quiet); font-size: 12px; }
-.models .better, .models .worse { display: inline-block; border-radius: 4px; padding: 1px 6px; }
+.models .better, .models .worse, .models .clear
+{ display: inline-block; border-radius: 4px; padding: 1px 6px; }
 .models .better { background: var(--better); }
 .models .worse { background: var(--worse); }
+.models .clear { background: var(--tile); font-weight: 600; }
 .models .diagonal { color: var(--quiet); }
 """
 
@@ -68,6 +83,55 @@ def style_table(results: Results) -> str:
         if metrics
         else ""
     )
+
+
+def differences_table(results: Results) -> str:
+    """Return a table of the differences of every two models, of many those from the base; or nothing."""
+    pairs = [
+        (first, second)
+        for first, second in itertools.combinations(results.models, 2)
+        if (first.name, second.name) in results.differences
+    ]
+    shown = pairs if len(pairs) <= _MOST_PAIRS else [pair for pair in pairs if pair[0] is results.models[0]]
+    known = {metric for pair in shown for metric in _differences(results, pair)}
+    metrics = [metric for metric in _DIFFERENCE_TITLES if metric in known]
+    rows = [
+        [
+            f"{inert_html(second.name)}<small>minus {inert_html(first.name)}</small>",
+            *(
+                _difference_cell(_differences(results, (first, second)).get(metric), metric)
+                for metric in metrics
+            ),
+        ]
+        for first, second in shown
+    ]
+    if not rows:
+        return ""
+    omitted = "" if shown == pairs else " Those between the other models are in comparison.json."
+    return (
+        f"{table(['model', *(_DIFFERENCE_TITLES[metric] for metric in metrics)], rows, 'models')}"
+        "<p>Means over the prompts where both models have a value, with 95 % intervals over prompts; shares "
+        f"in points. Marked cells: 0 is outside the interval.{omitted}</p>"
+    )
+
+
+def _differences(results: Results, pair: tuple[Model, Model]) -> Mapping[str, Estimate]:
+    return results.differences.get((pair[0].name, pair[1].name), {})
+
+
+def _difference_cell(found: Estimate | None, metric: str) -> str:
+    if found is None:
+        return ""
+    scale = 100 if metric in SHARES else 1
+    value, ends = _signed(scale * found.value), ""
+    if found.low is not None and found.high is not None:
+        ends = f"<small>[{_signed(scale * found.low)}, {_signed(scale * found.high)}]</small>"
+    kind = "clear" if found.is_above(0) or found.is_below(0) else "open"
+    return f'<span class="{kind}">{value}{ends}</span>'
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def win_matrix(results: Results) -> str:

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN, Row, last
+from dpo_dist.evaluation.results import ALL, results_name
 from dpo_dist.number_text import counted, number
 from dpo_dist.objective.metrics import BUCKETS
 from dpo_dist.report.blocks import folded, note, section, table
 from dpo_dist.report.inert import inert_html
 from dpo_dist.report.run_page.facts import Fields, PageFacts
 
-_ALL = "all"
+_ALL_PAIRS = "all pairs"
 _HALF = 0.5
 _EVALUATION_COLUMNS = {
     "step": "step",
@@ -28,8 +29,9 @@ _MEANING = (
     "policy and reference."
 )
 _INTERVALS = (
-    "Brackets: 95 % intervals, by bootstrap over prompts. They are the uncertainty of this choice of "
-    "prompts, not of another training seed. Bars: the same on an axis from 0 to 1, with a line at 0.5."
+    "Brackets: 95 % intervals, by bootstrap over prompts (Wilson's where all agree). They are the "
+    "uncertainty of this choice of prompts, not of another training seed. Bars: the same on an axis from 0 "
+    "to 1, with a line at 0.5."
 )
 _GUESSING = "not better than guessing"
 
@@ -49,7 +51,8 @@ def _by_source(facts: PageFacts) -> str:
         **_present(facts.run.steps, ""),
         **_present(facts.run.evaluations, "eval_"),
     }
-    rows = {"all pairs": whole, **dict(sorted(facts.by_source.items()))}
+    rows = [(_ALL_PAIRS, ALL, whole)]
+    rows += [(label, results_name(label), row) for label, row in sorted(facts.by_source.items())]
     columns = [
         (key, title)
         for key, title in (
@@ -58,13 +61,13 @@ def _by_source(facts: PageFacts) -> str:
             (ACCURACY, "training accuracy"),
             (MARGIN, "training margin"),
         )
-        if any(key in row for row in rows.values())
+        if any(key in row for _, _, row in rows)
     ]
     if not columns:
         return ""
     lines = []
-    for label, row in rows.items():
-        of_label = facts.evaluation.get(_ALL if label == "all pairs" else label) or {}
+    for label, results, row in rows:
+        of_label = facts.evaluation.get(results) or {}
         intervals, pairs = of_label.get("intervals") or {}, of_label.get("eval_pairs")
         cells = [_cell(row.get(key), intervals.get(key), key) for key, _ in columns]
         size = counted(pairs, "evaluation pair") if pairs else ""
@@ -80,7 +83,7 @@ def _present(rows: Sequence[Row], prefix: str) -> dict[str, float]:
 
 def _by_length(facts: PageFacts) -> str:
     """Return a row for each bucket of lengths: of the evaluation, or of training without one."""
-    intervals = (facts.evaluation.get(_ALL) or {}).get("intervals") or {}
+    intervals = (facts.evaluation.get(ALL) or {}).get("intervals") or {}
     lines = []
     for bucket in BUCKETS:
         keys = {key: f"{key}_by_length/{bucket}" for key in (ACCURACY, MARGIN)}
@@ -124,13 +127,15 @@ def _bar(value: float, low: float, high: float) -> str:
 
 
 def _calibration(facts: PageFacts) -> str:
-    found: Fields = (facts.evaluation.get(_ALL) or {}).get("calibration") or {}
+    found: Fields = (facts.evaluation.get(ALL) or {}).get("calibration") or {}
     error = found.get("expected_calibration_error")
+    undefined = found.get("not_a_number") or 0
+    uncounted = f" Without {counted(undefined, 'pair')} whose margin is not a number." if undefined else ""
     if error is None:
-        return ""
+        return uncounted
     return (
         "Calibration: the probability that the margins imply differs from the accuracy by "
-        f"{number(error, 3)} on average (expected calibration error)."
+        f"{number(error, 3)} on average (expected calibration error).{uncounted}"
     )
 
 

@@ -4,11 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.diagnostics.run_facts import ACCURACY, MARGIN
+from dpo_dist.evaluation.results import ALL, results_name
 from dpo_dist.number_text import number
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.report.blocks import note, paragraph, section, table
@@ -18,7 +18,6 @@ from dpo_dist.report.run_page.facts import Fields, PageFacts
 
 _Z95 = 1.96
 _TIE = 0.5
-_ALL = "all"
 _KEY = ("source", "line", "tokens_chosen", "tokens_rejected")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _TABLE = "numbers results"
@@ -46,7 +45,7 @@ def results_section(two: Two) -> str:
     part = "the last evaluation" if is_evaluated else "the last logged steps"
     rows = [_last(facts, is_evaluated) for facts in two.facts]
     keys = [key for key in (*PAIR_METRICS, *ENTROPIES, *_samples(rows)) if all(key in row for row in rows)]
-    intervals = [_intervals(facts, _ALL) if is_evaluated else {} for facts in two.facts]
+    intervals = [_intervals(facts, ALL) if is_evaluated else {} for facts in two.facts]
     lines = [_line(key, key, rows, intervals) for key in keys]
     shown = table(("metric", *LABELS, _DIFFERENCE, "intervals"), lines, _TABLE)
     if not shown:
@@ -73,9 +72,9 @@ def _samples(rows: Sequence[Mapping[str, float]]) -> list[str]:
     return [key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY)]
 
 
-def _intervals(facts: PageFacts, label: str) -> Mapping[str, Sequence[float]]:
+def _intervals(facts: PageFacts, name: str) -> Mapping[str, Sequence[float]]:
     """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
-    found = (facts.evaluation.get(label) or {}).get("intervals") or {}
+    found = (facts.evaluation.get(name) or {}).get("intervals") or {}
     return {key.removeprefix("eval_"): ends for key, ends in found.items()}
 
 
@@ -114,7 +113,7 @@ def _by_source(two: Two) -> str:
     first, second = (facts.by_source for facts in two.facts)
     lines = []
     for label in sorted(first.keys() & second.keys()):
-        intervals = [_intervals(facts, label) for facts in two.facts]
+        intervals = [_intervals(facts, results_name(label)) for facts in two.facts]
         for metric, name in ((ACCURACY, "accuracy"), (MARGIN, "margin")):
             rows = [{metric: each[label].get(f"eval_{metric}", math.nan)} for each in (first, second)]
             if all(math.isfinite(row[metric]) for row in rows):
@@ -180,7 +179,7 @@ def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
     None if the pairs differ.
     """
     counts = Counter[tuple[float, float]]()
-    files = [json_rows(_scores(facts.folder)) for facts in two.facts]
+    files = [json_rows(facts.folder.evaluation_of(LAST_EVALUATION).scores) for facts in two.facts]
     while True:
         first, second = (next(rows, None) for rows in files)
         if first is None and second is None:
@@ -189,12 +188,6 @@ def _agreement(two: Two) -> Counter[tuple[float, float]] | None:
             return None
         counts[_credit(first), _credit(second)] += 1
     return counts or None
-
-
-def _scores(folder: RunFolder) -> Path:
-    """Return the scores of the last evaluation of training; earlier versions wrote them to another folder."""
-    scores = folder.evaluation_of(LAST_EVALUATION).scores
-    return scores if scores.exists() else folder.evaluation.scores
 
 
 def _key(row: Mapping[str, Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from dpo_dist.diagnostics.run_facts import mean_over_time
 from dpo_dist.number_text import duration, money, number, percent, size
 from dpo_dist.report.blocks import section, table
 from dpo_dist.report.inert import inert_html
-from dpo_dist.report.run_page.cost import cost, seconds_by_work
+from dpo_dist.report.run_page.cost import NAMES, cost, seconds_by_work
 from dpo_dist.report.run_page.difference_results import LABELS, Two
 from dpo_dist.report.run_page.facts import PageFacts
 
@@ -32,10 +32,7 @@ def _amounts(facts: PageFacts) -> dict[str, tuple[Any, Callable[[Any], str]]]:
         "steps": (summary.get("steps") or (int(steps[-1]["step"]) if steps else None), number),
         "training pairs seen": (summary.get("pairs_seen"), number),
         "processes": (summary.get("world_size") or facts.environment.get("world_size"), number),
-        **{
-            f"time: {name}": (spent.get(name), duration)
-            for name in ("training steps", "evaluations", "reference log-probs")
-        },
+        **{f"time: {name}": (spent.get(name), duration) for name in NAMES.values()},
         "pairs per second": (summary.get("pairs_per_second"), number),
         "tokens per second": (mean_over_time(steps, "tokens_per_second"), number),
         "MFU of the measured peak": (mean_over_time(steps, "mfu"), percent),

@@ -2,13 +2,12 @@
 
 import math
 
-from dpo_dist.diagnostics.run_facts import last, values
+from dpo_dist.diagnostics.run_facts import MovedLogps, last
 from dpo_dist.diagnostics.run_rules import RULES
 from dpo_dist.number_text import number, percent
 from dpo_dist.report.blocks import paragraph, section
 from dpo_dist.report.run_page.facts import PageFacts
 
-_CHOSEN, _REJECTED = "logps/chosen_per_token", "logps/rejected_per_token"
 _LEAST_FALL = 0.05
 """Nats per token; a smaller fall is usual and has no section."""
 _WHY = (
@@ -26,16 +25,19 @@ _HELP = (
 
 def displacement_section(facts: PageFacts) -> str:
     """Return the section; empty for a run whose chosen responses did not become less likely."""
-    chosen, rejected = values(facts.run.steps, _CHOSEN), values(facts.run.steps, _REJECTED)
-    if len(chosen) < 2 or chosen[0][1] - chosen[-1][1] < _LEAST_FALL:
+    chosen, rejected = facts.run.moved_logps("chosen"), facts.run.moved_logps("rejected")
+    if chosen is None or chosen.start - chosen.end < _LEAST_FALL:
         return ""
-    (first_step, first), (last_step, final) = chosen[0], chosen[-1]
     fall = (
-        f"From step {first_step:,.0f} to step {last_step:,.0f} the chosen responses of the training "
-        f"data became less likely: {first:.2f} to {final:.2f} nats per token, so that a token is on average "
-        f"{percent(math.exp(final - first))} as likely as before."
+        f"The chosen responses became less likely: {_nats(chosen)} nats per token, so that a token is on "
+        f"average {percent(math.exp(chosen.end - chosen.start))} as likely as before."
     )
-    other = f"The rejected ones: {rejected[0][1]:.2f} to {rejected[-1][1]:.2f}." if len(rejected) > 1 else ""
+    other = f"The rejected ones: {_nats(rejected)}." if rejected is not None else ""
+    origin = (
+        f"These are the {facts.run.part} pairs of the last metrics row, under reference and policy."
+        if chosen.is_of_same
+        else "These are the pairs of the first and of the last logged steps: a small change is noise."
+    )
     both = last(facts.run.last_rows, "rewards/both_fall")
     share = (
         f"In {percent(both)} of the {facts.run.part} pairs both are less likely than under the reference."
@@ -45,10 +47,14 @@ def displacement_section(facts: PageFacts) -> str:
     return section(
         "displacement",
         "Chosen responses became less likely",
-        paragraph(fall, other, share, _judgement(first - final, both)),
+        paragraph(fall, other, origin, share, _judgement(chosen.start - chosen.end, both)),
         paragraph(_WHY),
         paragraph(_HELP),
     )
+
+
+def _nats(logps: MovedLogps) -> str:
+    return f"{logps.start:.2f} to {logps.end:.2f}"
 
 
 def _judgement(fall: float, both: float | None) -> str:

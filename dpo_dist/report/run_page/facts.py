@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
+from dpo_dist.report.charts.curves import seconds_of_steps
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.report.trackers.tracked_values import without_secrets
 
@@ -21,8 +21,31 @@ Content = TypeVar("Content")
 
 _SAME = 1e-6
 _OF_AN_END = frozenset(
-    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second"}
+    {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second", "work"}
 )
+_MAPPINGS = (
+    "final",
+    "best",
+    "reference",
+    "work",
+    "settings",
+    "verdict",
+    "all",
+    "tracking",
+    "identity",
+    "packages",
+)
+_NUMBERS = (
+    *("steps", "pairs_seen", "train_seconds", "pairs_per_second", "peak_memory_bytes", "world_size"),
+    "price_per_gpu_hour",
+)
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(_MAPPINGS, dict),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(("findings", "gpus"), list),
+    "exit": str,
+}
+"""Types of fields that several sections of the page read."""
 _log = logging.getLogger(__name__)
 
 
@@ -82,6 +105,12 @@ class PageFacts:
         return bool(self.environment.get("gpus"))
 
     @cached_property
+    def training_seconds(self) -> float:
+        """Seconds of the optimizer steps; those of the logged ones if the run has not ended."""
+        seconds = self.summary.get("train_seconds")
+        return float(seconds) if seconds is not None else sum(seconds_of_steps(self.run.rows))
+
+    @cached_property
     def evaluation_seconds(self) -> float:
         """Seconds of all evaluations, without generated responses."""
         return sum(row.get("step_seconds", 0.0) for row in self.run.evaluations)
@@ -96,13 +125,13 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
     """
     config = _read(folder.config, _yaml_fields) or {}
     doctor = _read(folder.doctor_report, _json_fields) or {}
-    findings = doctor.get("findings") or []
+    findings = [finding for finding in doctor.get("findings") or [] if isinstance(finding, Mapping)]
     summary = _read(folder.summary, _json_fields) or {}
     rows = _read(folder.log_history, lambda _: read_latest_rows(folder)) or []
     run = RunFacts.of(rows, {**final_and_best(rows), **_still_true(summary, rows)}, findings)
     evaluation = _read(folder.evaluation_of(LAST_EVALUATION).results, _json_fields) or {}
     if price is None:
-        price = (config.get("tracking") or {}).get("price_per_gpu_hour")
+        price = _fields_of_types(folder.config, config.get("tracking") or {}).get("price_per_gpu_hour")
     return PageFacts(
         folder=folder,
         config=config,
@@ -117,7 +146,8 @@ def read_facts(folder: RunFolder, price: float | None) -> PageFacts:
 
 def _still_true(summary: Fields, rows: Sequence[Mapping[str, float]]) -> Fields:
     """Return the summary; of a run that was continued since, without the results of its earlier end."""
-    is_continued = bool(rows) and rows[-1]["step"] > summary.get("steps", math.inf)
+    steps = summary.get("steps")
+    is_continued = bool(rows) and steps is not None and rows[-1]["step"] > steps
     return {key: value for key, value in summary.items() if not (is_continued and key in _OF_AN_END)}
 
 
@@ -128,10 +158,11 @@ def _is_last(evaluation: Fields, run: RunFacts) -> bool:
     """
     row, last = evaluation.get("all") or {}, run.evaluations[-1] if run.evaluations else {}
     common = [name for name in ("loss", "rewards/margins", "logps/chosen") if name in last]
-    return bool(common) and all(
-        abs(row.get(f"eval_{name}", float("nan")) - last[name]) <= _SAME * max(1.0, abs(last[name]))
-        for name in common
-    )
+    return bool(common) and all(_is_same(row.get(f"eval_{name}"), last[name]) for name in common)
+
+
+def _is_same(value: object, other: float) -> bool:
+    return isinstance(value, int | float) and abs(value - other) <= _SAME * max(1.0, abs(other))
 
 
 def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
@@ -139,20 +170,32 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
         return parse(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         _log.warning("%s cannot be read and is omitted from the report: %s", path, error)
         return None
 
 
 def _yaml_fields(path: Path) -> Fields:
-    return _fields(yaml.safe_load(path.read_bytes()))
+    return _fields(path, yaml.safe_load(path.read_bytes()))
 
 
 def _json_fields(path: Path) -> Fields:
-    return _fields(json.loads(path.read_bytes()))
+    return _fields(path, json.loads(path.read_bytes()))
 
 
-def _fields(content: Any) -> Fields:
+def _fields(path: Path, content: Any) -> Fields:
     if not isinstance(content, dict):
         raise TypeError("it has no fields")
-    return dict(without_secrets(content))  # a page is made to be shared
+    return _fields_of_types(path, dict(without_secrets(content)))  # a page is made to be shared
+
+
+def _fields_of_types(path: Path, fields: Fields) -> Fields:
+    """Return the fields without those of a type that this program does not write; a warning names them."""
+    odd = [
+        name
+        for name, expected in _TYPES.items()
+        if fields.get(name) is not None and not isinstance(fields[name], expected)
+    ]
+    if odd:
+        _log.warning("%s: omitted from the report, of another type than expected: %s", path, ", ".join(odd))
+    return {name: value for name, value in fields.items() if name not in odd}

@@ -6,6 +6,7 @@ from dpo_dist.diagnostics.run_facts import finite
 from dpo_dist.diagnostics.run_rules import RULES
 from dpo_dist.number_text import counted, duration, number, size
 from dpo_dist.report.blocks import facts_table, flat, folded, paragraph, section
+from dpo_dist.report.run_page.cost import first_measured_step
 from dpo_dist.report.run_page.facts import Fields, PageFacts
 
 _MODES = {
@@ -46,7 +47,9 @@ def _entries(facts: PageFacts, report: Fields) -> Iterator[str]:
         return
     seconds = report.get("seconds") or 0.0
     spent = f" in {duration(seconds)}" if computed and seconds else ""
-    yield f"In the last start: {counted(computed, 'log-prob')} computed{spent}, {hits:,} reused."
+    since = first_measured_step(facts)
+    part = "In the last start" if since is None else f"Since step {since:,}" if since else "In this run"
+    yield f"{part}: {counted(computed, 'log-prob')} computed{spent}, {hits:,} reused."
     if hits and computed and seconds:
         yield f"Reuse saved about {duration(hits * seconds / computed)}, at the speed of the computed ones."
     elif hits and (each := _forward_seconds(facts)) is not None:

@@ -7,7 +7,7 @@ from dpo_dist.diagnostics.run_facts import Row, last, mean_over_time
 from dpo_dist.number_text import counted, duration, money, number, percent, size
 from dpo_dist.report.blocks import note, paragraph, section, table
 from dpo_dist.report.metrics_log import PHASES, Phase
-from dpo_dist.report.run_page.cost import cost, seconds_by_work
+from dpo_dist.report.run_page.cost import cost, device_hours, first_measured_step, seconds_by_work
 from dpo_dist.report.run_page.facts import PageFacts
 
 _PHASES: dict[Phase, str] = {
@@ -44,11 +44,22 @@ def _work(facts: PageFacts) -> str:
         for name, seconds in spent.items()
     )
     content = table(("work", "time", "share", ""), rows, "phases")
-    explained = note(
-        "Not measured: starting, loading, encoding, saving, generating samples. Reference log-probs: of the "
-        "last start only."
+    return f"<h3>Time by work</h3>{content}{note(_extent(facts))}" if content else ""
+
+
+def _extent(facts: PageFacts) -> str:
+    """Return a sentence about the work that the table contains."""
+    since = first_measured_step(facts)
+    if since is None:
+        return (
+            "Not measured: starting, loading, encoding, saving, generating samples. Reference log-probs: of "
+            "the last start only."
+        )
+    earlier = f" Of the work up to step {since:,} only training steps were measured." if since else ""
+    return (
+        "All work of all starts, from joining the processes to the written model; of a start that was "
+        f"killed, up to its last checkpoint.{earlier}"
     )
-    return f"<h3>Time by work</h3>{content}{explained}" if content else ""
 
 
 def _phases(rows: Sequence[Row]) -> str:
@@ -116,7 +127,7 @@ def _cost(facts: PageFacts) -> str:
     amount = cost(facts)
     if amount is None or facts.price is None:
         return ""
-    hours = facts.devices * sum(seconds_by_work(facts).values()) / 3600
+    hours = device_hours(facts)
     unit = "GPU" if facts.has_gpus else "process"
     pairs = facts.summary.get("pairs_seen")
     each = f"That is {money(1000 * amount / pairs)} for 1,000 pairs." if pairs else ""

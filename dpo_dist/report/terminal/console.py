@@ -17,7 +17,7 @@ from dpo_dist.errors import DpoDistError
 from dpo_dist.number_text import duration
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, describe_evaluation
 from dpo_dist.report.terminal.screens import LineScreen, Screen, open_screen
-from dpo_dist.safe_stream import SafeStream
+from dpo_dist.safe_stream import SafeStream, output_descriptor, output_of_objects
 
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
@@ -154,7 +154,7 @@ class Console:
 
 def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
     """Return a console that prints to `stream`, and JSON objects to standard output."""
-    screen = open_screen(SafeStream(stream), SafeStream(sys.stdout), settings)
+    screen = open_screen(SafeStream(stream), SafeStream(output_of_objects()), settings)
     return Console(screen, seconds=settings.seconds)
 
 
@@ -206,7 +206,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     settings = settings or ConsoleConfig()
-    objects, messages = (SafeStream.of_descriptor(descriptor) for descriptor in saved)
+    objects, messages = (SafeStream.of_descriptor(number) for number in (output_descriptor(), 2))
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

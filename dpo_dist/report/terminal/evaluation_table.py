@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_dist.number_text import counted
 from dpo_dist.report.terminal.text_table import aligned, with_interval
 
 _COLUMNS = {
@@ -25,7 +26,18 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         error = row.get("calibration", {}).get("expected_calibration_error")
         cells = [_cell(row, key) for key in shown.values()]
         rows.append([name, f"{row['eval_pairs']:,}", *cells, "" if error is None else f"{error:.3f}"])
-    return aligned(rows)
+    return [*aligned(rows), *_not_a_number(results)]
+
+
+def _not_a_number(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a warning about pairs without a margin, if there are any."""
+    undefined = next(iter(results.values())).get("calibration", {}).get("not_a_number")
+    if not undefined:
+        return []
+    pairs = counted(undefined, "pair")
+    return [
+        f"warning: the margin of {pairs} is not a number: counted as wrong, and in no bin of the calibration"
+    ]
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:

@@ -18,6 +18,7 @@ from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.report.inert import printable
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.terminal.progress import GAP, Part, TrainingStatus, Work, fitting
+from dpo_dist.report.terminal.text_table import wrapped
 from dpo_dist.safe_stream import SafeStream
 
 _REFRESH_SECONDS = 0.5
@@ -135,17 +136,8 @@ class JsonScreen:
 
     def training(self, status: TrainingStatus) -> None:
         """Print steps done and time left."""
-        self._print(
-            "progress",
-            {
-                "work": "training",
-                "done": status.step,
-                "total": status.steps,
-                "unit": "step",
-                "share": status.share,
-                "seconds_left": status.seconds_left,
-            },
-        )
+        left = {"seconds_left": status.seconds_left}
+        self._progress(Work("training", "step", 0.0, status.step, status.share, status.steps), left)
 
     def row(self, row: Mapping[str, float], line: str) -> None:
         """Print all metrics."""
@@ -155,16 +147,7 @@ class JsonScreen:
         """Print the progress now and then."""
         if time.monotonic() >= self._work_due:
             self._work_due = time.monotonic() + self.line_seconds
-            self._print(
-                "progress",
-                {
-                    "work": work.title,
-                    "done": work.done,
-                    "total": work.total,
-                    "unit": work.unit,
-                    "share": work.share,
-                },
-            )
+            self._progress(work, {})
 
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the content."""
@@ -173,6 +156,10 @@ class JsonScreen:
     def end_progress(self) -> None:
         """Start anew with the next work."""
         self._work_due = 0.0
+
+    def _progress(self, work: Work, more: Mapping[str, Any]) -> None:
+        done = {"work": work.title, "done": work.done, "total": work.total, "unit": work.unit}
+        self._print("progress", {**done, "share": work.share, **more})
 
     def _print(self, kind: str, content: Mapping[str, Any]) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -184,7 +171,7 @@ class LiveScreen(LineScreen):
     """Messages above one live line on a terminal; without a step or work, there is no live line."""
 
     def __init__(self, terminal: RichConsole):
-        super().__init__(self._print_above, _REFRESH_SECONDS)
+        super().__init__(self._print_above, _REFRESH_SECONDS, self._print_wrapped)
         self._terminal = terminal
         self._live: Live | None = None
 
@@ -213,6 +200,11 @@ class LiveScreen(LineScreen):
     def _print_above(self, line: str) -> None:
         style = "yellow" if line.startswith(WARNING) else ""
         self._terminal.print(Text(line, style), soft_wrap=True)
+
+    def _print_wrapped(self, line: str) -> None:
+        # Messages have commands to copy: the terminal wraps them without a line end.
+        for part in wrapped(line, self._terminal.width - 1):
+            self._print_above(part)
 
     def _show(self, line: "_LiveLine", *, stays: bool) -> None:
         if self._live is None:

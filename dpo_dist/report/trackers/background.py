@@ -20,6 +20,9 @@ class RowTracker(Protocol):
     def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation."""
 
+    def system(self, values: Mapping[str, float]) -> None:
+        """Send system metrics of ranks, by name and rank."""
+
     def alert(self, title: str, text: str) -> None:
         """Show an alarm."""
 
@@ -63,6 +66,10 @@ class InBackground:
     def log(self, row: Mapping[str, float], margins: Histogram | None = None) -> None:
         """Send one metrics row later, in order."""
         self._do(lambda tracker: tracker.log(row, margins))
+
+    def system(self, values: Mapping[str, float]) -> None:
+        """Send system metrics of ranks later, in order."""
+        self._do(lambda tracker: tracker.system(values))
 
     def alert(self, title: str, text: str) -> None:
         """Show an alarm later, in order."""

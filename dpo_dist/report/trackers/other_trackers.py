@@ -8,7 +8,7 @@ from dpo_dist import atomic
 from dpo_dist.config.identity import settings, title
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.config.tracking_schema import OtherTracker
+from dpo_dist.config.tracking_schema import DEFAULT_PROJECT, OtherTracker
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.tracked_values import (
     RowOrder,
@@ -47,6 +47,9 @@ class AccelerateTracker:
             values = {self._named(name): value for name, value in wandb_names(row).items()}
             self._tracker.log(values, step=int(row["step"]))
             self._received = order_of(row)
+
+    def system(self, values: Mapping[str, float]) -> None:
+        """Nothing: only W&B gets system metrics."""
 
     def alert(self, title: str, text: str) -> None:
         """Nothing: these trackers have no alarms."""
@@ -94,7 +97,8 @@ def _mlflow(config: RunConfig, folder: RunFolder, rows: Sequence[Row]) -> Accele
 
     path = folder.mlflow_id
     run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
-    tracker = open_mlflow(config.tracking.project, title(config, folder.path), run_id, path.parent)
+    project = config.tracking.project or DEFAULT_PROJECT
+    tracker = open_mlflow(project, title(config, folder.path), run_id, path.parent)
     if run_id is None:
         atomic.write_text(path, str(tracker.tracker.info.run_id))
         tracker.store_init_configuration(without_secrets(settings(config)))

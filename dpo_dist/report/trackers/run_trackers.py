@@ -8,10 +8,13 @@ from typing import Any
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import WandbMode
+from dpo_dist.distributed.world import World
 from dpo_dist.errors import RunOutcome, StoppedError
 from dpo_dist.report.trackers.background import InBackground, RowTracker
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.other_trackers import start_of
+from dpo_dist.report.trackers.system_metrics import system_metrics
+from dpo_dist.report.trackers.wandb_environment import wanted_mode
 from dpo_dist.report.trackers.wandb_session import kill_service, upload_command
 from dpo_dist.report.trackers.wandb_tracker import open_tracker
 
@@ -31,6 +34,11 @@ class Trackers:
         """Send one metrics row, and the margins of its evaluation; does not wait."""
         for tracker in self.open:
             tracker.log(row, margins)
+
+    def system(self, values: Mapping[str, float]) -> None:
+        """Send system metrics of ranks, by name and rank; does not wait."""
+        for tracker in self.open:
+            tracker.system(values)
 
     def alert(self, title: str, text: str) -> None:
         """Show an alarm; does not wait."""
@@ -53,6 +61,16 @@ class Trackers:
                 tracker.hurry()
                 tracker.finish(outcome, {}, _ERROR_SECONDS)
             raise
+
+
+def sampled_system(
+    config: RunConfig, world: World, trackers: Trackers | None
+) -> contextlib.AbstractContextManager[None]:
+    """Return a block in which this rank samples its system metrics for W&B, if that is on; not collective."""
+    if wanted_mode(config) is WandbMode.off:
+        return contextlib.nullcontext()
+    send = None if trackers is None else trackers.system
+    return system_metrics(RunFolder.of(config).system_metrics, world, send)
 
 
 def open_trackers(

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_dist.report.metrics_log import PHASES
+from dpo_dist.report.trackers.tracked_values import MARGINS, STEP_AXIS
 
 Needs = Literal["", "reference", "evaluations", "samples", "gpu", "sources"]
+TIME_AXIS = "_absolute_runtime"
+"""W&B's seconds since the start of a run, the axis of its system metrics."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over `train/global_step`.
+    """Curves over `train/global_step`; of a histogram, W&B shows its counts by color.
 
     Attributes:
         title: above the curves.
@@ -20,6 +23,7 @@ class Panel:
         pattern: regular expression of further names, for metrics by source or length.
         needs: part of a run without which the panel is empty.
         is_stacked: areas on top of each other instead of lines.
+        axis: of the curves.
     """
 
     title: str
@@ -27,6 +31,7 @@ class Panel:
     pattern: str = ""
     needs: Needs = ""
     is_stacked: bool = False
+    axis: str = STEP_AXIS
 
     def missing(self, logged: Collection[str]) -> list[str]:
         """Return its metrics and pattern that a run with these W&B names does not fill."""
@@ -44,6 +49,11 @@ def _sides(name: str, where: str = "train") -> tuple[str, str]:
     return f"{where}/{name.format('chosen')}", f"{where}/{name.format('rejected')}"
 
 
+def _system(title: str, name: str, needs: Needs = "") -> Panel:
+    """Return the panel of a system metric of all ranks, whose names W&B begins with `system/`."""
+    return Panel(title, pattern=f"^system/{name}/l:rank-", needs=needs, axis=TIME_AXIS)
+
+
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Preference": (
         Panel("Loss", _both("loss")),
@@ -55,6 +65,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             "Accuracy by length", pattern="^eval/rewards/accuracies_by_length/[0-9]+-", needs="evaluations"
         ),
         Panel("Accuracy by source", pattern="^eval/rewards/accuracies/.", needs="sources"),
+        Panel("Margins of the pairs of an evaluation", (MARGINS,), needs="evaluations"),
         Panel(
             "Margin by percentile", pattern="^eval/rewards/margins/p(05|25|50|75|95)$", needs="evaluations"
         ),
@@ -92,6 +103,14 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Pairs of a step", ("train/pairs",)),
         Panel("Epoch", ("train/epoch",)),
         Panel("Margin by source", pattern="^train/rewards/margins/.", needs="sources"),
+    ),
+    "System": (
+        _system("Load of the GPU of a rank, %", r"gpu\.[0-9]+\.gpu", "gpu"),
+        _system("Memory of a rank on its GPU, bytes", r"gpu\.process\.[0-9]+\.memoryAllocatedBytes", "gpu"),
+        _system("Power of the GPU of a rank, W", r"gpu\.[0-9]+\.powerWatts", "gpu"),
+        _system("Memory of the process of a rank, MB", r"proc\.memory\.rssMB"),
+        _system("Free memory of the node of a rank, MB", r"proc\.memory\.availableMB"),
+        _system("Share of the node's cores that a rank uses, %", "cpu"),
     ),
 }
 """Panels by section, in the order of the page."""

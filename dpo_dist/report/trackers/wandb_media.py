@@ -1,7 +1,6 @@
 """Tables, histograms and artifacts of a wandb run."""
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -10,8 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import first_line
+from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.report.trackers.tracked_values import MARGINS, SAMPLES, without_secrets
 
@@ -86,11 +87,11 @@ class RunMedia:
     def _files(self, summary: Mapping[str, Any]) -> dict[str, list[Path]]:
         """Return the existing files and folders by the type of their artifact."""
         folder = self.folder
-        checkpoints = sorted(folder.checkpoints.glob("step-*"))
+        checkpoints = checkpoint_folders(folder.checkpoints)
         entries = summary.get("reference", {}).get("entries")
         files: dict[str, list[Path]] = {
             "model": [folder.model],
-            "checkpoint": checkpoints[-1:],
+            "checkpoint": checkpoints[:1],
             "reference-store": list(Path(entries).glob("*.json")) if entries else [],
             "report": [folder.report, folder.doctor_report, folder.doctor_page, folder.evaluation.results],
         }
@@ -129,11 +130,13 @@ def _samples_table(path: Path, most: int) -> dict[str, Any]:
     import wandb  # noqa: PLC0415
 
     try:
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in islice(lines, most)]
+        rows = [row for row in islice(json_rows(path), most) if row is not None]
         data = [[_cell(row[name]) for name in _COLUMNS] for row in rows]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, KeyError) as error:
         _log.warning("no table of samples: %s: %s", path, first_line(error))
+        return {}
+    if not data:
+        _log.warning("no table of samples: %s has none", path)
         return {}
     return {SAMPLES: wandb.Table(columns=list(_COLUMNS), data=data, allow_mixed_types=True)}
 

@@ -29,6 +29,8 @@ from dpo_dist.report.trackers.tracked_values import (
     wandb_names,
     without_secrets,
 )
+from dpo_dist.report.trackers.wandb_disk import FileGrowth
+from dpo_dist.report.trackers.wandb_environment import run_settings
 
 if TYPE_CHECKING:
     import wandb
@@ -50,22 +52,40 @@ class Session:
         row_number: wandb's number of the next row, which continues over all starts of an offline run; None:
             wandb counts, from the server's number of rows (`run.step` of a resumed run is 0 before a row).
         looked_at: rows of the tracker that were sent or found to be there.
+        growth: of wandb's file.
+        takes_system: False once wandb has shown that it takes no system metrics.
     """
 
     run: "wandb.Run"
     received: RowOrder
     row_number: int | None
+    growth: FileGrowth
     looked_at: int = 0
+    takes_system: bool = True
 
     def send(self, rows: Sequence[Mapping[str, float]], media: MediaOf) -> None:
         """Send the rows that wandb does not have yet, with their media."""
         for index, row in enumerate(rows[self.looked_at :], self.looked_at):
             if order_of(row) > self.received:
                 self._log(wandb_names(row), media(index, row))
+                self.growth.note_sent()
                 if self.row_number is not None:
                     self.row_number += 1
                 self.received = order_of(row)
             self.looked_at = index + 1
+
+    def send_system(self, values: Mapping[str, float]) -> None:
+        """Send system metrics as wandb does its own, with the time of now; they are no rows."""
+        # No public function does so. Shared mode, wandb's way to system metrics of several nodes, numbers no
+        # rows, so that they come twice after a kill, and needs a server.
+        run: Any = self.run
+        try:
+            run._interface.publish_stats(dict(values))
+            self.growth.note_sent()
+        except AttributeError:
+            if self.takes_system:
+                _log.warning("this version of wandb takes no system metrics of ranks")
+            self.takes_system = False
 
     def _log(self, values: Mapping[str, float], media: Mapping[str, Any]) -> None:
         try:
@@ -99,12 +119,7 @@ def start_run(
     run_id = _run_id(folder)
     last = _last_written(folder.wandb_id.parent, run_id) if mode == "offline" else None
     run: wandb.Run = client.init(
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        group=config.tracking.group,
-        tags=config.tracking.tags,
-        notes=config.tracking.notes,
-        name=title(config, folder.path),
+        **run_settings(config, title(config, folder.path)),
         id=run_id,
         resume="allow",
         dir=folder.path,
@@ -128,9 +143,10 @@ def start_run(
     for name, best in BEST.items():
         run.define_metric(name, step_metric=STEP_AXIS, summary=f"{best},last")
     _log.info("wandb run %s: %s", run.id, address(run, mode, folder))
+    growth = FileGrowth(Path(run.sync_dir))
     if last is not None:
-        return Session(run, order_of_sent(last), last["_step"] + 1)
-    return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0)
+        return Session(run, order_of_sent(last), last["_step"] + 1, growth)
+    return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0, growth)
 
 
 def _known(run: "wandb.Run") -> dict[str, Any]:
@@ -204,11 +220,13 @@ def close(
     try:
         run.finish(exit_code=ExitCode[outcome])
     except TimeoutError:
-        warn(f"wandb has not uploaded everything; later: {_upload(run.settings.sync_dir)}")
+        warn(f"wandb has not uploaded everything; later: {_upload(run.sync_dir)}")
 
 
-def tear_down(*, is_dead: bool = False) -> None:
+def tear_down(*, is_dead: bool = False) -> bool:
     """End wandb's service, so that it releases the run id and prints nothing when the program ends.
+
+    Returns whether it has ended, so that its files are complete.
 
     Args:
         is_dead: the service has ended already; else a service that also has a run of the caller is kept.
@@ -219,6 +237,8 @@ def tear_down(*, is_dead: bool = False) -> None:
 
         if is_dead or wandb.run is None:
             wandb.teardown()
+            return True
+    return False
 
 
 def kill_service() -> None:

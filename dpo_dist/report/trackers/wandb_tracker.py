@@ -6,7 +6,6 @@ tracking is off and training continues.
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,13 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.tracking_schema import WandbMode
 from dpo_dist.errors import first_line
 from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.report.trackers.tracked_values import order_of
+from dpo_dist.report.trackers.wandb_environment import notes_of, wanted_mode, warn_of_unused
 from dpo_dist.report.trackers.wandb_media import RunMedia, staged_in
 from dpo_dist.report.trackers.wandb_session import Mode, Session, address, close, set_up, start_run, tear_down
 
 if TYPE_CHECKING:
     import wandb
-
-_MODE_BY_ENVIRONMENT = {
-    "online": WandbMode.online,
-    "offline": WandbMode.offline,
-    "disabled": WandbMode.off,
-}
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +54,7 @@ class Tracker:
         self._media = media
         self._notes = notes
         self._rows = list(rows)
+        self._has_row = False  # wandb had the last row before it was logged here
         known = rows[-1]["step"] if rows else 0
         if self._session is not None and self._session.received.step > known:
             say(f"wandb has the rows up to step {self._session.received.step}; they are not sent again")
@@ -77,18 +73,27 @@ class Tracker:
             margins: of the pairs of its evaluation.
         """
         if self._session is not None:
+            self._has_row = order_of(row) <= self._session.received
             if margins is not None:
                 self._media.margins[len(self._rows)] = margins
             self._rows.append(row)
         self._act(self._send)
+
+    def system(self, values: Mapping[str, float]) -> None:
+        """Send system metrics of ranks into W&B's own, which have the time as their axis, not the step."""
+        self._act(lambda session: session.send_system(values))
 
     def hurry(self) -> None:
         """Send neither tables nor artifacts from now on."""
         self._media.is_wanted = False
 
     def alert(self, title: str, text: str) -> None:
-        """Raise an alert of wandb, which it shows and can send to its user by mail."""
-        self._act(lambda session: session.run.alert(title=title, text=text))
+        """Raise an alert of wandb, which it shows and can send to its user by mail.
+
+        None about a row that an earlier start sent: that start raised it.
+        """
+        if not self._has_row:
+            self._act(lambda session: session.run.alert(title=title, text=text))
 
     def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
         """Close the run. Data that cannot be uploaded in time stay in the run directory, with a warning.
@@ -101,12 +106,13 @@ class Tracker:
         def end(session: Session) -> None:
             log_files = functools.partial(self._media.log_artifacts, session.run, summary)
             warn = functools.partial(_warn, say=self._say)
+            session.growth.note_sent()
             close(session.run, outcome, summary, self._notes, warn, log_files)
 
         self._act(end)
-        if self._session is not None:
-            self._session = None
-            tear_down()
+        session, self._session = self._session, None
+        if session is not None and tear_down():
+            self._warn_of(session.growth.fault(is_closed=True))
 
     def _send(self, session: Session) -> None:
         with staged_in(self._media.staging):
@@ -118,6 +124,7 @@ class Tracker:
         try:
             try:
                 action(self._session)
+                self._warn_of(self._session.growth.fault())
             except ConnectionError:
                 # The signal of a preemption also kills wandb's service, which is a process of its own, while
                 # rows are still to be sent.
@@ -131,6 +138,10 @@ class Tracker:
             _warn(f"wandb tracking stops, training continues: {first_line(error)}", self._say)
             self._session = None
             tear_down()
+
+    def _warn_of(self, fault: str | None) -> None:
+        if fault is not None:
+            _warn(f"{fault}; training continues, {self._media.folder.log_history} has all rows", self._say)
 
 
 def open_tracker(
@@ -160,15 +171,15 @@ def open_tracker(
         init_seconds: timeout for the server at the start.
         finish_seconds: timeout for uploads at the end; a preempted job has little time.
     """
-    wanted = config.tracking.wandb
-    if wanted is WandbMode.auto:
-        wanted = _MODE_BY_ENVIRONMENT.get(os.environ.get("WANDB_MODE", ""), wanted)
+    wanted = wanted_mode(config)
+    if config.tracking.wandb is not WandbMode.off:
+        warn_of_unused(config, functools.partial(_warn, say=say))
     settings = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "stop_fn": request_stop}
     for mode in _modes_to_try(wanted, say):
         try:
             start = functools.partial(start_run, config, folder, mode, environment, settings)
             media = RunMedia(folder, config.tracking.samples)
-            tracker = Tracker(start, media, rows, config.tracking.notes, say)
+            tracker = Tracker(start, media, rows, notes_of(config.tracking), say)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
             tear_down()

@@ -35,7 +35,7 @@ def test_models_and_prompts_are_checked_without_weights(tmp_path: Path) -> None:
     assert f"base: {tmp_path}/base, 431 tokens, a response ends with <|im_end|>" in report
     assert "judge:    function tests.support.own_judge:letter_shares" in report
     assert "base: " in report
-    assert report.count("3 of the first 4 records can be used, 1 prompt_fills_max_length") == 2
+    assert report.count("3 of the first 4 records can be used; not used: 1 prompt_fills_max_length") == 2
     assert "none: no scores, no win rates" in rehearsed(tmp_path)
     with pytest.raises(DataError, match="none of the first records"):
         rehearsed(tmp_path, "compare.max_new_tokens=4000")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.comparison.judging import all_credits
 from dpo_dist.comparison.results import Tally, comparison
 from dpo_dist.evaluation.results import Resampling
 from dpo_dist.report.terminal.comparison_table import comparison_table
@@ -21,7 +22,9 @@ def results(
 ) -> Row:
     tally = Tally(list(rows[0]))
     for index, row in enumerate(rows):
-        tally.add(row, verdicts[index] if verdicts else None, has_judge=judged)
+        texts, scores = ([response[name] for response in row.values()] for name in ("text", "score"))
+        own = all_credits(texts, scores, verdicts[index] if verdicts else None)
+        tally.add(row, own if judged else None)
     return comparison(tally, Resampling(200, 0))
 
 
@@ -75,6 +78,44 @@ def test_verdicts_of_three_models_in_pairs() -> None:
     assert all(model["score"] is None for model in found["models"])
 
 
+def test_differences_are_paired_over_prompts() -> None:
+    """Scores vary much from prompt to prompt; the second model is better by 1 on each one."""
+    levels = [float(3 * at % 11) for at in range(12)]
+    rows = [
+        {"base": response("x", score=level), "a": response("xy", 1.0 + at % 2, score=level + 1, tokens=6)}
+        for at, level in enumerate(levels)
+    ]
+    rows.append({"base": response("x", score=1.0), "a": response("refused", None)})
+    found = results(rows)
+    (difference,) = found["differences"]
+    assert (difference["first"], difference["second"]) == ("base", "a")
+    assert (difference["score"], difference["score_interval"]) == (1.0, [1.0, 1.0])
+    assert found["models"][0]["score_interval"][1] - found["models"][0]["score_interval"][0] > 2
+    assert difference["kl"] == 1.5
+    assert 1.0 <= difference["kl_interval"][0] < 1.5 < difference["kl_interval"][1] <= 2.0
+    assert difference["refusals"] == 0
+    few = results(rows[:5])["differences"][0]
+    assert (few["score"], few["score_interval"]) == (1.0, None)
+    assert not {"score", "kl"} & set(
+        results([{"base": response("x"), "a": response("y", None)}])["differences"][0]
+    )
+
+
+def test_an_empty_response_has_the_lowest_score() -> None:
+    """A model that is silent when it would be bad must not have a better mean for it."""
+    rows = [
+        {"base": response("x", score=5.0), "a": response("y", score=6.0)},
+        {"base": response("x", score=2.0), "a": response("", score=None)},
+        {"base": response("x", score=4.0), "a": response("not read", score=None)},
+    ]
+    found = results(rows)
+    assert [model["score"] for model in found["models"]] == [pytest.approx(11 / 3), 4.0]
+    assert found["empty_score"] == 2.0
+    assert found["differences"][0]["score"] == 0.5
+    assert results(rows, judged=False)["models"][1]["style"]["empty"] == pytest.approx(1 / 3)
+    assert results([{"base": response(""), "a": response("")}])["empty_score"] is None
+
+
 def shown(found: Row, temperature: float = 1.0, differing: int = 0) -> str:
     models = [{**model, "prompts_encoded_differently": differing} for model in found["models"]]
     more = {"base": "base", "prompts": 4, "judge": "function f", "sampling": {"temperature": temperature}}
@@ -91,8 +132,8 @@ def test_the_table_has_the_rate_of_each_model_over_the_base() -> None:
     assert lines[0] == "comparison on 4 held-out prompts, judged by function f"
     assert lines[1].split("  ")[0] == "model"
     assert lines[3].startswith("a ")
-    assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [1.000, 1.000]" in lines[3]
-    assert lines[5] == "b over a: 0.000 [0.000, 0.000]"
+    assert "2.00 [2.00, 2.00]  3.000 [3.000, 3.000]  1.000 [0.676, 1.000]" in lines[3]
+    assert lines[5] == "b over a: 0.000 [0.000, 0.324]"
     assert "win rates count 8 ties as half" in table
     assert "note" not in table
     assert "temperature 0.7" in shown(results(rows), 0.7)
@@ -105,7 +146,10 @@ def test_a_rate_of_too_few_verdicts_has_no_interval(prompts: int, has_interval: 
     rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * prompts
     rows += [{"base": response("x"), "a": response("y")}] * 9  # without a verdict
     (win,) = results(rows)["wins"]
-    assert (win["rate"], win["interval"]) == (0.0, [0.0, 0.0] if has_interval else None)
+    assert (win["rate"], win["interval"]) == (
+        0.0,
+        [0.0, pytest.approx(0.390, abs=1e-3)] if has_interval else None,
+    )
 
 
 def test_many_models_have_a_short_table() -> None:
@@ -123,3 +167,13 @@ def test_the_table_without_judge_and_kl() -> None:
     assert "score" not in lines[1]
     assert "wins" not in lines[1]
     assert lines[3].endswith("  -")
+
+
+def test_ten_wins_of_ten_are_not_certain() -> None:
+    rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * 10
+    (win,) = results(rows)["wins"]
+    assert win["rate"] == 0.0
+    assert win["interval"] == [0.0, pytest.approx(0.2775, abs=1e-4)]
+    style = results(rows)["models"][0]["style_intervals"]
+    assert style["finished"] == [pytest.approx(0.7225, abs=1e-4), 1.0]
+    assert style["length"] == [4.0, 4.0]

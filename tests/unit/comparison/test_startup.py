@@ -31,7 +31,11 @@ def models(tmp_path: Path) -> Path:
     run = folder(tmp_path / "run", "config.yaml", *(f"model/{name}" for name in weights))
     folder(run / "checkpoints" / "step-000100", "state.json")
     folder(tmp_path / "lora" / "model", "adapter_config.json")
-    folder(tmp_path / "open", "config.yaml", "checkpoints/step-000002/state.json")
+    folder(
+        tmp_path / "open",
+        "config.yaml",
+        *(f"checkpoints/step-{n}/state.json" for n in ("000002", "1000000", "999999")),
+    )
     return tmp_path
 
 
@@ -65,7 +69,7 @@ def test_hub_names_are_models(models: Path) -> None:
     ("written", "message", "remedy"),
     [
         (["{0}/base"], "needs two models", "compare.models="),
-        (["{0}/base", "{0}/open"], "this run directory has no model", "step-000002"),
+        (["{0}/base", "{0}/open"], "this run directory has no model", "step-1000000"),
         (["a={0}/base", "a={0}/run"], "two models have the same name", "first=PATH"),
         (["{0}/base", "{0}/basis"], "does not exist", "did you mean"),
     ],
@@ -94,7 +98,7 @@ def test_names_in_a_list_need_no_quotes_on_the_command_line(models: Path) -> Non
         (("pairs.function=json:dumps", "pairs.reward_model=org/rm"), "a comparison has one judge"),
         (("pairs.endpoint.criterion=short",), "options of an endpoint have no effect"),
         (("pairs.function=json:nothing",), "nothing"),
-        (("data.eval=[]",), "no held-out prompts"),
+        (("data.eval=[]",), "no evaluation data to compare"),
     ],
 )
 def test_keys_that_contradict_each_other(models: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -226,6 +226,14 @@ def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> No
             assert process.stderr.read() == ""
 
 
+def test_an_output_of_json_has_objects_alone(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [*TINY, *RUN, "console.style=json"]
+    ended = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    run_dir = f"{load_run_config(RUN).run.dir}\n"
+    assert (ended.stdout, ended.stderr) == ("", run_dir), "the verb prints, as a library does"
+
+
 def test_a_pipe_that_is_not_the_output_is_a_bug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,11 +41,12 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     """A launcher passes on the signal that the process has got from the terminal."""
     monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.2)
     stop = StopRequest()
-    with pytest.raises(ForcedStop) as caught, stop.listening(), stop.deferred():
+    with stop.listening(), stop.deferred():
         send(signal.SIGINT)
         send(signal.SIGTERM)
         time.sleep(0.2)
-        send(signal.SIGINT)
+        with pytest.raises(ForcedStop) as caught:
+            send(signal.SIGINT)
     assert caught.value.code == 130
     assert stop.reason == "SIGINT"
 

@@ -62,3 +62,16 @@ def test_a_few_prompts_have_no_interval() -> None:
     assert bootstrap_intervals({"m": (wins, wins)}, each(12) % 5) == {}
     assert bootstrap_intervals({"m": (wins, 1.0 * (each(12) < 5))}, each(12)) == {}
     assert bootstrap_intervals({"m": (wins, wins)}, each(12) % 6) == {"m": (1, 1)}
+
+
+@pytest.mark.parametrize(("outcome", "ends"), [(1.0, (0.7225, 1.0)), (0.0, (0.0, 0.2775))])
+def test_equal_outcomes_have_the_interval_of_wilson(outcome: float, ends: tuple[float, float]) -> None:
+    """Of ten prompts; pairs of one prompt add nothing. A mean that is no share keeps its resamples."""
+    values, prompts = np.full(20, outcome), np.repeat(each(10), 2)
+    measured = {"share": (values, np.ones(20)), "mean": (values, np.ones(20))}
+    found = bootstrap_intervals(measured, prompts, shares={"share"})
+    assert found["share"] == pytest.approx(ends, abs=1e-4)
+    assert found["mean"] == (outcome, outcome)
+    most = np.concatenate((values[:18], 1 - values[18:]))
+    low, high = bootstrap_intervals({"share": (most, np.ones(20))}, prompts, shares={"share"})["share"]
+    assert high - low >= ends[1] - ends[0], "nine of ten are no more certain"

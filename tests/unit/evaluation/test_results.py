@@ -98,6 +98,34 @@ def test_calibration_compares_confidence_with_accuracy() -> None:
     assert calibration(np.full(3, 1e4, dtype=np.float32))["expected_calibration_error"] == 0
 
 
+def test_margins_that_are_not_a_number_are_counted_and_said() -> None:
+    values = invented()
+    values.margin[:3] = np.nan
+    plan = MetricPlan(LossConfig(), (), is_evaluation=True)
+    prompts = np.arange(PAIRS, dtype=np.uint64)
+    found = results({}, values, {}, prompts, plan, Resampling(0, 0))
+    calibrated = found["all"]["calibration"]
+    assert calibrated["not_a_number"] == 3
+    assert sum(one["pairs"] for one in calibrated["bins"]) == PAIRS - 3
+    assert calibrated | {"not_a_number": 0} == calibration(values.margin[3:])
+    assert "the margin of 3 pairs is not a number" in evaluation_table(found)[-1]
+    assert calibration(np.full(2, np.nan, dtype=np.float32))["expected_calibration_error"] is None
+
+
+def test_a_source_labelled_all_has_its_own_results() -> None:
+    plan = MetricPlan(LossConfig(), ("all", "b"), is_evaluation=True)
+    first = np.arange(PAIRS) < 25
+    prompts = np.arange(PAIRS, dtype=np.uint64)
+    means = {"loss": 0.5, "loss/all": 0.4, "loss/b": 0.7}
+    found = results(means, invented(), {"all": first, "b": ~first}, prompts, plan, Resampling(20, 0))
+    assert {name: row["eval_pairs"] for name, row in found.items()} == {
+        "all": 40,
+        "all (source)": 25,
+        "b": 15,
+    }
+    assert (found["all"]["eval_loss"], found["all (source)"]["eval_loss"]) == (0.5, 0.4)
+
+
 def test_scores_name_source_and_line(tmp_path: Path) -> None:
     rows = [{"prompt": f"q {n}", "chosen": "yes", "rejected": "no"} for n in range(3)]
     (tmp_path / "more").mkdir()

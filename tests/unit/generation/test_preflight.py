@@ -43,7 +43,11 @@ def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path, model: Path
     assert len(server.bodies) == 1
     assert f"judge at {server.url} replies" in report
     assert f"{model}, 431 tokens, a response ends with <|im_end|>" in report
-    assert "3 of the first 5 records can be used, 1 prompt_fills_max_length, 1 unknown_format" in report
+    assert (
+        "3 of the first 5 records can be used; not used: 1 prompt_fills_max_length (the prompt fills"
+        in report
+    )
+    assert "), 1 unknown_format (the fields are of no known format)" in report
 
 
 def test_an_endpoint_that_refuses_is_an_error(tmp_path: Path, model: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dpo_dist.errors import ConfigError
-from dpo_dist.model.folder import model_folder, weight_files
+from dpo_dist.model.folder import hub_commit, model_folder, weight_files
 
 CONTENT = {
     "model.safetensors.index.json": {
@@ -111,3 +111,10 @@ def test_an_adapter_is_a_model_only_where_it_is_accepted(
         assert model_folder(path, None, accepts_adapter=True) == tmp_path
         with pytest.raises(ConfigError, match=r"no config\.json"):
             model_folder(path, None)
+
+
+def test_the_commit_of_a_cached_model_is_known(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert hub_commit(tmp_path / "models--org--m" / "snapshots" / commit) == commit
+    assert hub_commit(tmp_path / commit) is None
+    assert hub_commit(tmp_path / "snapshots" / "mine") is None

@@ -293,6 +293,23 @@ def test_policy_equal_to_reference_has_the_loss_at_margin_zero(kind: LossKind) -
     assert losses.tolist() == pytest.approx([expected] * 2)
 
 
+@pytest.mark.parametrize(("tau", "is_downhill"), [(0.05, False), (0.2, True)])
+def test_discopop_falls_to_both_sides_only_with_a_small_tau(tau: float, is_downhill: bool) -> None:
+    """docs/losses.md: at its default a run starts uphill, beside a minimum at b h = -0.12."""
+    margins = torch.linspace(-2, 4, 601)
+    zeros = torch.zeros_like(margins)
+    policy = replace(
+        logps([], []), chosen=margins, rejected=zeros, chosen_tokens=zeros + 1, rejected_tokens=zeros + 1
+    )
+    start = replace(policy, chosen=zeros)
+    losses = preference_loss(policy, start, LossConfig(LossKind.discopop, 1.0, discopop_tau=tau))
+    slopes = torch.diff(losses)
+    assert bool((slopes < 0).all()) == is_downhill
+    at = {margin: losses[(margins - margin).abs().argmin()] for margin in (-0.3, -0.12, 0.0, 0.07, 1.0)}
+    if not is_downhill:
+        assert at[-0.3] > at[-0.12] < at[0.0] < at[0.07] > at[1.0]
+
+
 def test_every_kind_is_worked_out_by_hand() -> None:
     assert {config.kind for config, _ in BY_HAND} == set(LossKind)
 

@@ -10,15 +10,9 @@ import pytest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError, ConfigError
-from dpo_dist.training import evaluated
-from dpo_dist.training.evaluated import (
-    Evaluated,
-    Kind,
-    check_origin,
-    find_evaluated,
-    foreign_base,
-    load_evaluated,
-)
+from dpo_dist.training import load_evaluated as loading
+from dpo_dist.training.evaluated import Evaluated, Kind, find_evaluated
+from dpo_dist.training.load_evaluated import check_origin, foreign_base, load_evaluated
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -94,7 +88,7 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
         policy_files=SimpleNamespace(folder=tmp_path / "base"), tokenizer=tiny.qwen()
     )
     monkeypatch.setattr(
-        evaluated, "load_scored", lambda folder, model, *_: (folder.resolve().name, model.quantization)
+        loading, "load_scored", lambda folder, model, *_: (folder.resolve().name, model.quantization)
     )
 
     def loaded(name: str, kind: Kind) -> Any:

@@ -10,15 +10,18 @@ import pytest
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.samples_schema import SamplesConfig
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.responder import find_stop_ids
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.samples import SamplePrompt, SamplePrompts, Samples, lines
-from dpo_dist.training.samples_setup import _remove_later, choose_prompts
+from dpo_dist.training.samples_setup import choose_prompts, prepare_samples
 from tests.support import tiny
+from tests.support.alone import ALONE
 from tests.support.records import jsonl
 
 TOKENIZER = tiny.qwen()
@@ -108,12 +111,16 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
 
 
 def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:
+    """Also if it is resumed without samples."""
     folder = RunFolder(tmp_path)
-    _remove_later(folder, 0)
+    folder.samples.mkdir()
     for step in (0, 20, 100, 1_000_000):
         folder.samples_file(step).write_text(json.dumps({}))
     folder.samples_reference.write_text("")
-    _remove_later(folder, 20)
+    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
+    inputs: Inputs = None  # type: ignore[assignment]
+    console: Console = None  # type: ignore[assignment]
+    assert prepare_samples(config, inputs, 20, ALONE, console) is None
     assert sorted(path.name for path in folder.samples.iterdir()) == [
         "reference.jsonl",
         "step-000000.jsonl",

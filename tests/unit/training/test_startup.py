@@ -247,8 +247,9 @@ def test_a_check_shows_that_more_records_are_dropped_than_training_accepts(
     assets: Path, tmp_path: Path
 ) -> None:
     file = write_records(tmp_path / "data.jsonl", *[PAIR] * 60, *[UNKNOWN] * 40)
-    assert "4 unknown_format dropped, more than data.max_bad_share" in rehearse(
-        run_of(assets, tmp_path, f"data.train=[{file}]")
+    assert (
+        "dropped: 4 unknown_format (the fields are of no known format); more than data.max_bad_share"
+        in rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
     )
     accepted = run_of(assets, tmp_path, f"data.train=[{file}]", "data.max_bad_share=0.1")
     assert "data.max_bad_share" not in rehearse(accepted)
@@ -278,7 +279,7 @@ def test_a_missing_file_of_a_chat_template_is_found_before_the_tokenizer_is_load
 def test_a_check_of_an_evaluation_is_one_json_object_for_programs(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dpo_dist.training.preflight.rehearse_evaluation", lambda _: "check passed\n")
+    monkeypatch.setattr("dpo_dist.training.preflight.rehearse_evaluation", lambda *_: "check passed\n")
     data = f"evaluation.data=[{assets}/train.jsonl]"
-    assert evaluate.check(run_of(assets, tmp_path, data, "console.style=json")) == 0
+    assert evaluate.check(run_of(assets, tmp_path, data, "evaluation.model=org/m", "console.style=json")) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "check passed\n"

@@ -9,7 +9,7 @@ import pytest
 from dpo_dist.errors import DataError
 from dpo_dist.report.comparison.findings import headline, warnings
 from dpo_dist.report.comparison.results import Results, read_results
-from tests.support.comparison_files import betas, model, results, win
+from tests.support.comparison_files import betas, differing, model, results, win
 
 
 def read(folder: Path, content: dict[str, Any]) -> Results:
@@ -25,7 +25,7 @@ def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> Non
         "beta 0.3 cannot be distinguished from it (win rate 48 % [42, 54]) with 46 % of its KL."
     )
     assert warnings(found) == [
-        "beta 0.01 has a score that another model reaches with less KL.",
+        "beta 0.01 has a lower score than beta 0.1 and more KL.",
         "beta 0.1: responses are 1.6 times as long as those of base; many judges prefer length.",
         "beta 0.01: responses are 2.6 times as long as those of base; many judges prefer length.",
         "beta 0.01: 16 % of responses do not end (base: 0 %).",
@@ -45,9 +45,9 @@ def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> Non
         (
             [model("base", None, 0.5), model("new", 3, 0.53)],
             [win("base", "new", 0.47)],
-            "No model is clearly better than base: new has the highest score, 0.53, but its win rate over "
-            "base is 53 % [47, 59], which chance explains. More prompts (compare.prompts) make intervals "
-            "smaller.",
+            "No model is clearly better than base: new has the highest score, 0.53 at a KL of 3 nats, but "
+            "its win rate over base is 53 % [47, 59], which chance explains. More prompts "
+            "(compare.prompts) make intervals smaller.",
         ),
         (
             [model("base", None, 0.5), model("new", 3, 0.7)],
@@ -59,7 +59,7 @@ def test_the_best_model_and_a_cheaper_one_that_is_as_good(tmp_path: Path) -> Non
         (
             [model("base", None, 0.5), model("new", 3, 0.4)],
             [win("base", "new", 0.4)],
-            "No model does better than base on average. But new wins over it on 60 % [54, 66] of the "
+            "No model does better than base on average. But new wins over base on 60 % [54, 66] of the "
             "prompts.",
         ),
         # A judge that compares gives no scores; without a KL there is none in the sentence.
@@ -93,6 +93,70 @@ def test_the_headline(
     assert headline(read(tmp_path, results(models, wins))) == sentence
 
 
+def test_equal_scores_are_called_equal(tmp_path: Path) -> None:
+    models = [model("base", None, 0.3), model("a", 3, 0.9), model("b", 2, 0.9), model("c", 2.1, 0.9)]
+    wins = [*(win("base", name, 0.2) for name in "abc"), win("a", "b", 0.5), win("b", "c", 0.5)]
+    assert headline(read(tmp_path, results(models, wins))) == (
+        "b, c and a have the same highest score, 0.9; their win rates over base are all 80 % [74, 86]."
+    )
+    less = [differing("b", other, kl=(0.1, 0.9)) for other in "ac"]
+    assert headline(read(tmp_path, results(models, wins, differences=less))).endswith(
+        " b has the least KL of them."
+    )
+    models[0]["score"] = 0.9
+    assert headline(read(tmp_path, results(models, [win("base", name, 0.5) for name in "abc"]))) == (
+        "b, c, a and base have the same highest score, 0.9."
+    )
+
+
+def test_less_kl_needs_an_interval(tmp_path: Path) -> None:
+    """The intervals of both KLs overlap; that of their difference over the same prompts is clear."""
+    models = [model("base", None, 0.3), model("near", 8, 0.5), model("far", 9, 0.6), model("last", 9.5, 0.1)]
+    wins = [*(win("base", name, 0.2) for name in ("near", "far", "last")), win("near", "far", 0.48)]
+    start = "far has the highest score, 0.6 at a KL of 9 nats; its win rate over base is 80 % [74, 86]."
+    found = read(tmp_path, results(models, wins))
+    assert headline(found) == f"{start} near cannot be distinguished from it."
+    assert warnings(found) == ["last has a lower score than base and more KL."]
+    paired = [
+        differing("near", "far", kl=(0.5, 1.5)),
+        differing("last", "far", kl=(-1, -0.1), score=(0.4, 0.6)),
+    ]
+    found = read(tmp_path, results(models, wins, differences=paired))
+    assert headline(found) == (
+        f"{start} near cannot be distinguished from it (win rate 48 % [42, 54]) with 89 % of its KL."
+    )
+    assert warnings(found) == ["last has a lower score than far and more KL."]
+
+
+def test_a_model_that_wins_over_the_one_with_the_highest_mean_is_named(tmp_path: Path) -> None:
+    models = [model("base", None, 0.3), model("a", 3, 0.5), model("b", 3, 0.6)]
+    wins = [win("base", "a", 0.3), win("base", "b", 0.5), win("a", "b", 0.6)]
+    assert headline(read(tmp_path, results(models, wins))) == (
+        "b has the highest score, 0.6 at a KL of 3 nats, but its win rate over base is 50 % [44, 56], which "
+        "chance explains. But a wins over base on 70 % [64, 76] of the prompts."
+    )
+    wins[1] = win("base", "b", 0.4)
+    assert headline(read(tmp_path, results(models, wins))).endswith(
+        "But a wins over it on 60 % [54, 66] of the prompts."
+    )
+
+
+def test_models_about_as_far_from_the_base(tmp_path: Path) -> None:
+    models = [model("base"), model("a", 20), model("b", 19.5), model("c", 2)]
+    assert headline(read(tmp_path, results(models, []))) == (
+        "Without a judge the models can be compared by KL and style only. a and b are farthest from base: 20 "
+        "and 19.5 nats per response, a difference that chance explains."
+    )
+
+
+def test_a_change_of_style_within_chance_is_no_warning(tmp_path: Path) -> None:
+    models = [model("base", None, 0.5), model("new", 3, 0.7, refusals=0.1)]
+    content = results(models, [win("base", "new", 0.3)])
+    assert warnings(read(tmp_path, content)) == ["new: 10 % of responses are refusals (base: 2 %)."]
+    content["differences"] = [differing("base", "new", refusals=(-0.02, 0.18))]
+    assert warnings(read(tmp_path, content)) == []
+
+
 def test_without_faults_there_is_no_warning(tmp_path: Path) -> None:
     content = results([model("base", None, 0.5), model("new", 3, 0.7)], [win("base", "new", 0.3)])
     assert warnings(read(tmp_path, content)) == []
@@ -101,7 +165,7 @@ def test_without_faults_there_is_no_warning(tmp_path: Path) -> None:
 def test_a_model_worse_than_the_base_and_short_responses_are_warnings(tmp_path: Path) -> None:
     content = results([model("base", None, 0.5), model("new", 3, 0.3, length=40)], [win("base", "new", 0.7)])
     assert warnings(read(tmp_path, content)) == [
-        "new has a score that another model reaches with less KL.",
+        "new has a lower score than base and more KL.",
         "new is worse than base: win rate 30 % [24, 36].",
         "new: responses have 40 % of the length of those of base.",
     ]

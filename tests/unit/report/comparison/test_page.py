@@ -10,7 +10,16 @@ from dpo_dist.report.comparison.page import MOST_BYTES, write_comparison_page
 from dpo_dist.report.comparison.pareto import place_labels
 from dpo_dist.report.comparison.prompts import prompts_section
 from dpo_dist.report.comparison.results import read_results
-from tests.support.comparison_files import answer, betas, model, results, row, win, write_comparison
+from tests.support.comparison_files import (
+    answer,
+    betas,
+    differing,
+    model,
+    results,
+    row,
+    win,
+    write_comparison,
+)
 
 NAMES = [each["name"] for each in betas()["models"]]
 
@@ -87,13 +96,43 @@ def test_filters_need_no_script(tmp_path: Path) -> None:
         "source code (1)",
         "a response does not end (1)",
         "a response is empty (1)",
-        "b above a (1)",
-        "b below a (1)",
+        "b wins over a (1)",
+        "b ties with a (1)",
+        "b loses to a (1)",
     ]
     [empty] = [name for name, label in labels.items() if label.startswith("a response is empty")]
     assert f"#filter-{empty}:checked ~ .prompts > :not(.{empty}) {{ display: none; }}" in page
     [kinds] = re.findall(r'<details class="prompt ([^"]*)"><summary dir="auto">Question 3', page)
     assert empty in kinds.split()
+
+
+def test_verdicts_of_a_judge_that_compares_are_filters(tmp_path: Path) -> None:
+    rows = [
+        row(at, two(), verdicts=[{"first": "a", "second": "b", "credit": credit}])
+        for at, credit in enumerate((1.0, 0.0, 0.0, 0.5, None))
+    ]
+    page = page_of(tmp_path, pair(judge_compares=True), rows)
+    for label in ("b wins over a (2)", "b ties with a (1)", "b loses to a (1)"):
+        assert f">{label}</label>" in page
+
+
+def test_filters_by_verdict_show_the_largest_differences_first(tmp_path: Path) -> None:
+    scores = [(0.5, 0.6), (0.1, 0.9), (0.9, 0.2), (0.5, 0.5)]
+    page = page_of(tmp_path, pair(), [row(at, two(each)) for at, each in enumerate(scores)])
+    kinds = [each.split() for each in re.findall(r'<details class="prompt ([^"]*)"', page)]
+    assert [[kind for kind in each if kind.startswith("m")] for each in kinds] == [
+        *(["m0p2"], ["m0p0"], ["m0p1"], [])
+    ]
+    assert ".m0p1 { --order0: 1; }" in page
+    assert ":checked ~ .prompts > * { order: var(--order0, 50); }" in page
+
+
+def test_differences_are_a_table(tmp_path: Path) -> None:
+    differences = [differing("a", "b", score=(0.1, 0.3), refusals=(-0.02, 0.06))]
+    page = page_of(tmp_path, pair(differences=differences), [row(1, two())])
+    assert '<span class="clear">+0.2<small>[+0.1, +0.3]</small></span>' in page
+    assert '<span class="open">+2<small>[-2, +6]</small></span>' in page
+    assert "<h2>Differences" not in page_of(tmp_path, pair(), [row(1, two())])
 
 
 def test_500_prompts_of_six_models_fit_and_the_omitted_ones_are_named(tmp_path: Path) -> None:

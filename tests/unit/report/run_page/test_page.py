@@ -1,14 +1,16 @@
 """The report page of a run: complete, self-contained, inert, without sections of missing files."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.report.metrics_log import MetricsLog, final_and_best
 from dpo_dist.report.run_page.page import write_page
-from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row
+from tests.unit.report.run_page.made_run import HOSTILE, Page, made_run, row, summary
 
 
 def page_of(run: RunFolder, price: float | None = None) -> Page:
@@ -102,6 +104,65 @@ def test_a_price_replaces_that_of_the_run(tmp_path: Path) -> None:
     assert "at 5.00 each" in page_of(made_run(tmp_path), price=5.0).text
 
 
+WORK = {
+    "seconds": {"starting": 100.0, "reference": 90.0, "training": 4210.4, "samples": 50.0, "other": 0.0},
+    "device_seconds": 14400.0,
+    "since_step": 0,
+}
+
+
+def with_work(folder: Path, **changes: object) -> Page:
+    run = made_run(folder)
+    content = json.loads(run.summary.read_text())
+    run.summary.write_text(json.dumps({**content, "work": {**WORK, **changes}}))
+    return page_of(run)
+
+
+def test_time_and_cost_are_those_of_all_starts(tmp_path: Path) -> None:
+    """Also if a start had another number of processes: 4 GPU-hours, not those of 2 GPUs all the time."""
+    page = with_work(tmp_path)
+    work = page.section("Time by work").split("Time of a step")[0]
+    assert "starting 1 min 40 s 2.2 %" in work
+    assert "generating samples 50 s" in work
+    assert "the rest" not in work
+    assert "All work of all starts" in work
+    assert "10.00, for 4 GPU-hours at 2.50 each" in page.section("Cost")
+    assert "In this run: 840 log-probs computed" in page.section("Reference model")
+
+
+def test_steps_of_an_earlier_version_are_named(tmp_path: Path) -> None:
+    page = with_work(tmp_path, since_step=1200)
+    assert "Of the work up to step 1,200 only training steps were measured." in page.section("Time by work")
+    assert "Since step 1,200: 840 log-probs computed" in page.section("Reference model")
+
+
+def test_time_of_a_run_that_has_not_ended_is_that_of_its_rows(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    run.summary.unlink()
+    page = page_of(run)
+    assert "training steps 30 s 33 %" in page.section("Time by work")
+
+
+def test_displacement_compares_the_same_responses(tmp_path: Path) -> None:
+    """The verdict's comparison: under the reference and under the policy, not among training rows."""
+    run = made_run(tmp_path)
+    rows = json.loads(run.log_history.read_text())
+    for each in rows:
+        each["rewards/both_fall"] = 0.6
+        if "eval_loss" in each:
+            each |= {"eval_logps/chosen_per_token": -1.2, "eval_logps/rejected_per_token": -1.5}
+            each |= {"eval_tokens/chosen": 50.0, "eval_tokens/rejected": 40.0}
+            each |= {"eval_rewards/chosen": -0.1 * 50 * 0.04, "eval_rewards/rejected": -0.1 * 40 * 0.3}
+    run.log_history.write_text(json.dumps(rows))
+    assert "Chosen responses became less likely" not in page_of(run).text  # training rows: a fall of 0.29
+    rows[-1]["eval_rewards/chosen"] = -0.1 * 50 * 0.2
+    run.log_history.write_text(json.dumps(rows))
+    shown = page_of(run).section("Chosen responses became less likely")
+    assert "-1.00 to -1.20 nats per token, so that a token is on average 82 %" in shown
+    assert "The rejected ones: -1.20 to -1.50." in shown
+    assert "evaluation pairs of the last metrics row" in shown
+
+
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     run = made_run(tmp_path)
     file = run.evaluation_of(LAST_EVALUATION).results
@@ -161,7 +222,6 @@ def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
         ("config.yaml", "a: [", "Complete configuration"),
         ("environment.json", "{", "Environment"),
         ("dpo_metrics/summary.json", "7", "Reference model"),
-        ("dpo_metrics/log_history.json", "{}", "Evaluations (30)"),
         ("doctor/doctor.json", "[]", "Findings of the doctor"),
     ],
 )
@@ -172,7 +232,7 @@ def test_an_unreadable_file_omits_only_its_section(
     (run.path / name).write_text(content)
     text = page_of(run).text
     headings = {
-        *("Complete configuration", "Environment", "Reference model", "Evaluations (30)"),
+        *("Complete configuration", "Environment", "Reference model"),
         "Findings of the doctor",
     }
     assert {shown for shown in headings if f"{shown}\n" in text} == headings - {heading}
@@ -189,6 +249,53 @@ def test_other_content_of_a_file_omits_only_its_section(
     assert "Reference model\n" not in text
     assert "Training data\n" in text
     assert "reference_section of the report is omitted" in caplog.text
+
+
+ODD: tuple[object, ...] = ("many", [1], {"a": [None]}, None, True, -1e308)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dpo_metrics/summary.json", (*summary("a"), "work", "final", "best")),
+        ("doctor/doctor.json", ("findings", "sources")),
+        ("evaluation/training/evaluation.json", ("all", "math")),
+        ("environment.json", ("gpus", "world_size", "packages")),
+        ("run_state.json", ("identity",)),
+    ],
+)
+def test_a_field_of_another_type_leaves_a_page(tmp_path: Path, name: str, fields: tuple[str, ...]) -> None:
+    run = made_run(tmp_path)
+    if name.startswith("evaluation"):
+        name = str(run.evaluation_of(LAST_EVALUATION).results.relative_to(run.path))
+    content = json.loads((run.path / name).read_text())
+    for field, value in product(fields, ODD):
+        (run.path / name).write_text(json.dumps({**content, field: value}))
+        text = page_of(run).text
+        assert "Curves\n" in text, (field, value)
+        assert "Repeat this run\n" in text, (field, value)
+
+
+@pytest.mark.parametrize("tracking", ["text", ["a"], {"price_per_gpu_hour": "cheap"}])
+def test_a_price_of_another_type_is_no_price(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tracking: object
+) -> None:
+    run = made_run(tmp_path)
+    run.config.write_text(yaml.safe_dump({"tracking": tracking}))
+    assert "GPU-hours at" not in page_of(run).text
+    assert "config.yaml: omitted from the report, of another type than expected: " in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["{}", "[null]", '[{"step": "one"}]', '[{"step": 1, "loss": 0.5},'])
+def test_rows_of_a_damaged_file_are_those_of_the_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    run = made_run(tmp_path)
+    run.log_history.write_text(damaged)
+    with run.metrics_table.open("a") as table:
+        table.write("31,0.")  # a line that a kill cut
+    assert "Evaluations (30)\n" in page_of(run).text
+    assert "log_history.json cannot be read and is ignored" in caplog.text
 
 
 def test_a_run_that_has_not_ended_says_so(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, fitting
 from dpo_dist.report.terminal.screens import JsonScreen, LineScreen, LiveScreen, Screen, Terminal, open_screen
+from dpo_dist.report.terminal.text_table import wrapped
 from dpo_dist.safe_stream import SafeStream
 
 VALUES = {
@@ -137,6 +138,30 @@ def test_characters_that_a_stream_lacks_are_escaped() -> None:
     text = io.TextIOWrapper(binary, encoding="ascii", write_through=True)
     SafeStream(text).write("na\xefve\n")
     assert binary.getvalue() == b"na\\xefve\n"
+
+
+def test_results_are_broken_between_words() -> None:
+    line = "time       1 min 00 s of training, 3,840 pairs, peak memory 0.9 GiB"
+    assert wrapped(line, 40) == [
+        "time       1 min 00 s of training, 3,840",
+        " " * 11 + "pairs, peak memory 0.9 GiB",
+    ]
+    assert wrapped("verdict: training loss 0.671 -> 0.64 in 8 steps", 32) == [
+        "verdict: training loss 0.671 ->",
+        "    0.64 in 8 steps",
+    ]
+    path = "/a/long-path/" + 30 * "x"
+    assert wrapped(f"model      {path}", 20)[-1].strip() == path
+    assert wrapped("", 20) == [""]
+
+
+@pytest.mark.usefixtures("terminal_name")
+def test_a_terminal_breaks_results_and_leaves_messages_whole() -> None:
+    terminal = OnTerminal(30)
+    terminal.screen.result("summary", {}, ["verdict: no fault found: accuracy 1.00"])
+    assert "verdict: no fault found:\r\n    accuracy 1.00" in terminal.shown()
+    terminal.screen.message("to upload it: wandb sync output/wandb/offline-run")
+    assert "wandb sync output/wandb/offline-run" in terminal.shown()
 
 
 def test_plain_lines_have_no_control_characters() -> None:

@@ -1,17 +1,21 @@
 """The dashboard as data, and as wandb-workspaces sends it."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.generation import text_facts
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.report.metrics_log import COLUMNS
-from dpo_dist.report.trackers.tracked_values import BEST, SAMPLES, STEP_AXIS, wandb_names
+from dpo_dist.report.trackers.system_metrics import _gpu, _label
+from dpo_dist.report.trackers.tracked_values import BEST, MARGINS, SAMPLES, wandb_names
 from dpo_dist.report.trackers.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 from scripts import wandb_dashboard
+from tests.support.wandb_server import WandbServer
 
 PANELS = [panel for panels in SECTIONS.values() for panel in panels]
 PERCENTILES = [f"rewards/margins/p{percent}" for percent in ("05", "25", "50", "75", "95")]
@@ -21,7 +25,17 @@ def known_names() -> set[str]:
     steps = [*COLUMNS, *MetricPlan(LossConfig(), ("a", "b")).names]
     evaluations = [*MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True).names, *PERCENTILES]
     row = dict.fromkeys([*steps, *(f"eval_{name}" for name in evaluations)], 0.0)
-    return set(wandb_names(row))
+    system = ("cpu", "proc.memory.rssMB", "proc.memory.availableMB")
+    gpu = ("gpu.0.gpu", "gpu.0.powerWatts", "gpu.process.0.memoryAllocatedBytes")
+    return {*wandb_names(row), MARGINS, *(f"system/{_label(name, 3)}" for name in (*system, *gpu))}
+
+
+def test_the_names_of_system_metrics_are_those_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {name for name in known_names() if name.startswith("system/gpu")}
+    for function in ("memory_reserved", "utilization", "power_draw"):
+        monkeypatch.setattr(torch.cuda, function, lambda device: 1000)
+    sampled = {f"system/{_label(name, 3)}" for name in _gpu(torch.device("cuda", 0))}
+    assert names <= sampled
 
 
 def test_metrics_of_panels_and_of_best_values_exist() -> None:
@@ -71,7 +85,7 @@ def test_the_workspace_has_every_panel_on_the_axis_of_steps() -> None:
         if panel.view_type == "Run History Line Plot"
     ]
     assert [config.chart_title for config in configs] == [panel.title for panel in PANELS]
-    assert {config.x_axis for config in configs} == {STEP_AXIS}
+    assert [config.x_axis for config in configs] == [panel.axis for panel in PANELS]
     assert [config.metrics or [] for config in configs] == [list(panel.metrics) for panel in PANELS]
 
 
@@ -83,3 +97,27 @@ def test_the_report_of_a_sweep_has_every_panel_and_the_runs_of_the_group() -> No
     assert plots == [panel.title for panel in PANELS]
     assert all("my sweep" in str(runs.filters) for grid in grids for runs in grid.runsets)
     assert len(grids[0].panels[0].columns) == len(COMPARED) + len(RESULTS)
+
+
+@pytest.mark.usefixtures("own_wandb")
+@pytest.mark.parametrize("report", [False, True])
+def test_a_server_gets_a_page_that_wandb_workspaces_reads_back(
+    report: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    from wandb_workspaces.reports.v2 import internal as reports
+    from wandb_workspaces.workspaces import internal as workspaces
+
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        group = ["--report", "my sweep"] if report else []
+        assert wandb_dashboard.main(["entity/project", *group]) == 0
+        (view,) = server.views()
+    assert server.url in capsys.readouterr().out
+    assert (view["entityName"], view["projectName"]) == ("entity", "project")
+    model = reports.Spec if report else workspaces.WorkspaceViewspec
+    read = model.model_validate_json(view["spec"])
+    assert read.model_dump_json(by_alias=True).count("panels") >= len(SECTIONS)
+    titles = [json.dumps(panel.title) for panel in PANELS]
+    assert all(title in view["spec"] for title in titles)

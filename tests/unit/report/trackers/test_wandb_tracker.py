@@ -2,12 +2,10 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,7 @@ from tests.support.wandb_server import WandbServer
 SECRET = "0123456789abcdef" * 2 + "01234567"
 
 
-@pytest.fixture(autouse=True)
-def _own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Hide the credentials of the person who runs the tests; leave no service for the next test."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    yield
-    wandb.teardown()
+pytestmark = pytest.mark.usefixtures("own_wandb")
 
 
 def config_of(mode: WandbMode) -> RunConfig:
@@ -119,8 +109,8 @@ def with_results(run_dir: Path, samples: list[dict[str, Any]]) -> RunFolder:
     folder = RunFolder(run_dir)
     files = {
         folder.model / "model.safetensors": "w" * 100,
-        folder.checkpoints / "step-000001" / "old.pt": "old",
-        folder.checkpoints / "step-000002" / "rank" / "new.pt": "new",
+        folder.checkpoints / "step-999999" / "old.pt": "old",
+        folder.checkpoints / "step-1000000" / "rank" / "new.pt": "new",
         folder.report: "<p>a page</p>",
         folder.doctor_report: "{}",
         run_dir / "store" / "space.json": "{}",
@@ -176,7 +166,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_its_files_by_reference(
     del files["run_table"]
     assert files == {
         "model": {"model/model.safetensors": "/model/model.safetensors"},
-        "checkpoint": {"step-000002/rank/new.pt": "/checkpoints/step-000002/rank/new.pt"},
+        "checkpoint": {"step-1000000/rank/new.pt": "/checkpoints/step-1000000/rank/new.pt"},
         "reference-store": {"space.json": "/store/space.json"},
         "report": {"report.html": "", "doctor.json": "/doctor/doctor.json"},
     }
@@ -246,6 +236,7 @@ def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     run_id = first.run.id
     first.log({"step": 1, "loss": 0.7})
     first.log({"step": 2, "loss": 0.6})
+    first.alert("empty", "of step 2")
     first.finish("preempted", {})
     assert (tmp_path / "wandb" / "run_id.txt").read_text() == run_id
 
@@ -256,9 +247,12 @@ def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     assert second.run.id == run_id
     assert "wandb has the rows up to step 2" in said[0]
     second.log({"step": 2, "loss": 0.6})
+    second.alert("empty", "of step 2")
     second.log({"step": 2, "eval_loss": 0.6})
     second.log({"step": 3, "loss": 0.5})
+    second.alert("long", "of step 3")
     second.finish("completed", {})
+    assert [alert.text for alert in records_of(tmp_path, "alert")] == ["of step 2", "of step 3"]
     assert [row["train/global_step"] for row in history_rows(tmp_path)] == [1, 2, 2, 3]
     assert [row["_step"] for row in read_rows(tmp_path / "wandb", run_id)] == [0, 1, 2, 3]
     assert {run.run_id for run in records_of(tmp_path, "run")} == {run_id}

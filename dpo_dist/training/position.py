@@ -1,0 +1,43 @@
+"""The progress of a run, which every checkpoint has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_dist.objective.running_stats import RunningMeans
+from dpo_dist.training.log_window import LogWindow
+from dpo_dist.training.work_clock import WorkTime
+
+
+@dataclass
+class Position:
+    """The progress of a run; part of every checkpoint.
+
+    Attributes:
+        reference_report: the section `reference` of summary.json, of all starts.
+        work: time of all starts.
+        owes_evaluation: the run was stopped before the evaluation of its last step was complete.
+    """
+
+    step: int = 0
+    pairs_seen: int = 0
+    train_seconds: float = 0.0
+    running: RunningMeans = field(default_factory=RunningMeans)
+    window: LogWindow = field(default_factory=LogWindow)
+    reference_report: dict[str, Any] = field(default_factory=dict)
+    work: WorkTime = field(default_factory=WorkTime)
+    owes_evaluation: bool = False
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Position":
+        """Return the position in a checkpoint's state."""
+        return cls(
+            step=state["step"],
+            pairs_seen=state["pairs_seen"],
+            train_seconds=state["train_seconds"],
+            running=RunningMeans(**state["running"]),
+            window=LogWindow.of(state["window"]),
+            reference_report=state.get("reference_report", {}),  # older ones have none
+            work=WorkTime.of(state),
+            owes_evaluation=state.get("owes_evaluation", False),
+        )
