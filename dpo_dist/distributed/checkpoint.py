@@ -27,6 +27,7 @@ from dpo_dist.distributed.checkpoint_manifest import (
 from dpo_dist.distributed.random_states import load_random_states, save_random_states
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
+from dpo_dist.progress_file import note_progress
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +253,7 @@ def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
         write_manifest(temporary, entries)
         commit_folder(temporary, folder)
         write_text(folder.parent / _LATEST, folder.name)
+    note_progress(str(folder))
 
 
 def _delete_old(committed: Path, keep_last: int, damaged: set[str]) -> None:

@@ -19,6 +19,7 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.prefetch import prefetch
+from dpo_dist.progress_file import note_progress
 from dpo_dist.reference.scoring import Round, Scorer, Work, plan_round, score_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
@@ -182,6 +183,7 @@ class _ShardWriter:
 
     def _write(self, keys: Keys, entries: list[Values]) -> dict[str, int]:
         name = self._store.write(keys, entries)
+        note_progress(name)
         return {name: (self._store.root / name).stat().st_size}
 
 
