@@ -57,7 +57,7 @@ def test_the_time_of_a_response_that_repeats_a_sign_grows_with_its_length(unit: 
     text_facts(unit * 100_000, 1, is_finished=False)
 
 
-def test_lists_and_markdown() -> None:
+def test_lists_after_empty_lines_and_links_in_brackets() -> None:
     """Empty lines and indents are no matter; a link may have brackets before it."""
     lists = [text_facts(text, 1, is_finished=True).has_list for text in ("\n\n - a\n\n  2) b", "- a\nb - c")]
     links = [text_facts(text, 1, is_finished=True).has_markdown for text in ("[[1](a.b)", "see [1] (a.b)")]
