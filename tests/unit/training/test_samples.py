@@ -115,7 +115,7 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
 class Answering(SamplePrompts):
     """Prompts to which the policy responds "of the policy"."""
 
-    def responses(self, model: Generator, *, of_base: bool = False) -> list[Row] | None:  # noqa: ARG002
+    def responses(self, model: Generator, *, of_base: bool = False) -> list[Row] | None:
         return [{"text": "of the policy", "tokens": 3, "finished": True}]
 
 
