@@ -24,6 +24,7 @@ from dpo_dist.report.trackers.tracked_values import (
     EVALUATED_AT,
     STEP_AXIS,
     RowOrder,
+    last_and_best,
     order_of,
     order_of_sent,
     wandb_names,
@@ -196,6 +197,7 @@ def close(
     run: "wandb.Run",
     outcome: str,
     summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, float]],
     notes: str | None,
     warn: Callable[[str], None],
     log_files: Callable[[], None],
@@ -206,11 +208,12 @@ def close(
         run: the wandb run.
         outcome: of the run.
         summary: the content of summary.json.
+        rows: metrics rows of all starts.
         notes: of the user; the verdict follows them on the run's page.
         warn: called if not everything could be uploaded.
         log_files: logs the artifacts.
     """
-    run.summary.update(without_secrets(summary))
+    run.summary.update({**last_and_best(rows), **without_secrets(summary)})
     sentence = summary.get("verdict", {}).get("sentence")
     if sentence is not None:
         run.notes = "\n\n".join(without_secrets([*([notes] if notes else []), f"Verdict: {sentence}"]))

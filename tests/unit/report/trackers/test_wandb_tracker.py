@@ -230,6 +230,25 @@ def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> Non
     assert [row["own"] for row in read_rows(tmp_path / "wandb", callers.id)] == [1]
 
 
+def test_the_summary_of_a_resumed_run_is_that_of_all_its_starts(tmp_path: Path) -> None:
+    first = [{"step": 1, "loss": 0.2}, {"step": 1, "eval_loss": 0.3, "eval_rewards/margins": 4.0}]
+    later = [{"step": 2, "loss": 0.9}, {"step": 3, "loss": float("nan")}]
+    for known, computed in (([], first), (first, later)):
+        tracker = open_in(tmp_path, WandbMode.offline, rows=known)
+        for row in computed:
+            tracker.log(row)
+        tracker.finish("preempted", {})
+        time.sleep(1.0)  # wandb names its folders by the second
+    (_, newest) = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    updates = [record.summary.update for record in read_records(newest) if record.HasField("summary")]
+    items = [item for update in updates for item in update]
+    summary = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+    assert summary["train/loss"]["min"] == 0.2
+    assert summary["eval/loss"] == {"min": 0.3, "last": 0.3}
+    assert summary["eval/rewards/margins"] == {"max": 4.0, "last": 4.0}
+    assert summary["train/global_step"] == 3
+
+
 def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     first = open_in(tmp_path, WandbMode.offline)
     assert first.run is not None
