@@ -353,6 +353,40 @@ def test_a_run_killed_three_times_is_one_run_with_every_row_once_and_uploads_by_
         assert server.history_rows() == sent
 
 
+def test_a_clock_that_is_set_back_brings_no_row_twice(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    rows = [{"step": step, "loss": 0.7} for step in (1, 2, 3)]
+    for known, row in enumerate(rows):
+        tracker = open_in(run_dir, WandbMode.offline, rows=rows[:known])
+        tracker.log(row)
+        tracker.finish("preempted", {})
+        if known == 0:
+            (first,) = run_dir.glob("wandb/offline-run-*")
+            first.rename(first.with_name(f"offline-run-20990102_030405-{first.name.rpartition('-')[2]}"))
+    sent = read_rows(run_dir / "wandb", (run_dir / "wandb/run_id.txt").read_text())
+    assert sorted((row["_step"], row["train/global_step"]) for row in sent) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B adds the command line itself."""
+    monkeypatch.setenv("MY_PASSWORD", SECRET)
+    monkeypatch.setattr(
+        sys, "argv", ["train", f"tracking.notes={SECRET}", "data.train=[ftp://me:word@host/a]"]
+    )
+    typed = list(sys.argv)
+    tracking = TrackingConfig(wandb=WandbMode.offline, notes=SECRET, group=f"of {SECRET}", tags=[SECRET])
+    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
+    tracker = open_tracker(config, RunFolder(tmp_path), lambda: None)
+    tracker.finish("completed", {})
+    (environment,) = records_of(tmp_path, "environment")[:1]
+    assert environment.args == ["tracking.notes=***", "data.train=[ftp://***@host/a]"]
+    assert sys.argv == typed
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
 def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
     program = f"""
 import sys
