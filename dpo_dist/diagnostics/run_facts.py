@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_dist import number_text
+from dpo_dist.config.loss_kinds import KINDS
 from dpo_dist.errors import RunOutcome
 
 Row = Mapping[str, float]
@@ -104,13 +105,23 @@ class RunFacts:
         """Return a setting of the run, or None if the summary does not name it."""
         return (self.summary.get("settings") or {}).get(key)
 
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether rewards and margins start at 0: there is a reference, which is the policy's start."""
+        kinds = [term.get("kind") for term in self.setting("loss.terms") or ()] or [self.setting("loss.kind")]
+        has_reference = any(kind not in KINDS or KINDS[kind].needs_reference for kind in kinds)
+        return (
+            has_reference and not self.setting("loss.reference_free") and not self.setting("reference.path")
+        )
+
     def moved(self, metric: str) -> float | None:
         """Return the last value of a metric that starts at 0, or the change of it where it does not.
 
-        It does not if the reference is another model than the policy's start. Then the change is that over
-        training steps: an evaluation has other pairs, of which the first value can differ by more.
+        It does not without a reference, or if that is another model than the policy's start. Then the change
+        is that over training steps: an evaluation has other pairs, of which the first value can differ by
+        more.
         """
-        if self.setting("reference.path") is None:
+        if self.starts_as_reference:
             return last(self.last_rows, metric)
         start, end = first(self.steps, metric), last(self.steps, metric)
         return None if start is None or end is None else end - start

@@ -9,12 +9,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.config.loss_kinds import Weighting
 from dpo_dist.diagnostics.run_facts import Row, RunFacts, finite, pooled, values
 
 Column: TypeAlias = npt.NDArray[np.float64]
 
 LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
+_SAME_AT_START = ("sigmoid", "robust", "dpop", "sigmoid_norm", "hinge", "ipo", "sppo_hard")
+"""Losses that are the same for all pairs while the policy is the reference."""
 _MEAN_OF = 3
 """Fewest rows of a mean: the loss of few pairs is noisy."""
 _DISTANCES = 8
@@ -89,10 +92,11 @@ class _Start:
 def _start(facts: RunFacts, rows: Sequence[Row], limits: Mapping[str, float]) -> _Start | None:
     """Return the start of the loss, or None if it is not known.
 
-    Before the first update a logistic loss is the same for all pairs, if the policy is the reference.
+    Before the first update many losses are the same for all pairs, if the policy is the reference.
     """
     losses, pairs = _column(rows, "loss"), _column(rows, "pairs")
-    if facts.setting("loss.kind") in LOGISTIC and facts.setting("reference.path") is None:
+    is_weighted = facts.setting("loss.weighting") not in (None, Weighting.none)
+    if facts.starts_as_reference and facts.setting("loss.kind") in _SAME_AT_START and not is_weighted:
         return _Start(float(losses[0]), 0.0, 1, limits["pairs"]) if len(losses) else None
     fewest = limits["varied_pairs"]
     count = int(np.searchsorted(np.cumsum(pairs), fewest)) + 1

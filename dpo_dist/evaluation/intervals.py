@@ -39,8 +39,10 @@ def bootstrap_intervals(
         shares: names of metrics whose values are outcomes from 0 to 1.
 
     Returns:
-        By name; a metric is absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample.
+        By name; a metric is absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample, or
+        if a value is not finite.
     """
+    measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
     if not measured or not len(prompts) or not resamples:
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)

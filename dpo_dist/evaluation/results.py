@@ -127,6 +127,7 @@ def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, C
     }
     for name in plan.of_lengths:
         for number, bucket in enumerate(BUCKETS):
-            inside = (buckets == number).astype(np.float64)
-            found[f"{name}_by_length/{bucket}"] = found[name][0] * inside, inside
+            inside = buckets == number
+            own = np.where(inside, found[name][0], 0.0)  # a value that is not finite is of its bucket only
+            found[f"{name}_by_length/{bucket}"] = own, inside.astype(np.float64)
     return found

@@ -17,6 +17,7 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.loss_kinds import KINDS, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.evaluation.results import results_name
 from dpo_dist.number_text import counted, number
 from dpo_dist.report.charts.smoothing import evenly
 from dpo_dist.report.markdown import code, inert, table
@@ -144,7 +145,7 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
     """Yield the metrics of each label; of a label of several sources, the hub gets the first one's name."""
     first: dict[str, SourceConfig] = {}
     for counts, source in _sources(config, summary, "eval") if evaluation else ():
-        first.setdefault(counts["label"], source)
+        first.setdefault(results_name(counts["label"]), source)
     for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
         dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
         for key, (kind, title) in _METRICS.items():

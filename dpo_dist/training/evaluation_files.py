@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.atomic import staged_file, write_text
+from dpo_dist.atomic import collect_abandoned, staged_file, write_text
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
@@ -52,6 +52,8 @@ def write_evaluation(
         Resampling(config.evaluation.resamples, config.trainer.seed),
     )
     own = folder.evaluation_of(name)
+    for written in (own.path, folder.evaluation.path):
+        collect_abandoned(written)
     write_text(own.evaluated, json.dumps(_evaluated(model, revision, config, dataset), indent=1) + "\n")
     write_scores(own.scores, values, dataset)
     draw_evaluation(found, own.picture, f"{name} of {folder.path.resolve().name}")

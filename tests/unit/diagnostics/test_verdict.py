@@ -556,6 +556,41 @@ def test_a_noisy_source_explains_a_better_evaluation() -> None:
     assert [one.rule for one in verdict(rows(every=noisy), summary()).findings] == ["noisy_source"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "has_start"),
+    [
+        ({}, True),
+        ({"loss.kind": "ipo"}, True),
+        ({"loss.weighting": "none"}, True),
+        ({"loss.kind": "odpo"}, False),
+        ({"loss.weighting": "wpo"}, False),
+        ({"loss.reference_free": True}, False),
+        ({"reference.path": "other"}, False),
+    ],
+)
+def test_the_first_loss_is_the_start_only_if_it_is_the_same_for_all_pairs(
+    settings: dict[str, Any], has_start: bool
+) -> None:
+    """The first row of few pairs is below the others by chance, or the loss rose in the second one."""
+    history = [row | {"pairs": 20.0} for row in rows(late={"loss": 0.9}, since=2)]
+    judged = verdict(history, summary(settings=SETTINGS | settings)).findings
+    assert ("learning_rate_too_high" in [finding.rule for finding in judged]) is has_start
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss.reference_free": True, "loss.beta": 0.05},
+        {"loss.kind": "cpo"},
+        {"loss.kind": None, "loss.terms": [{"kind": "simpo", "weight": 1.0}, {"kind": "sft", "weight": 1.0}]},
+    ],
+)
+def test_without_a_reference_a_margin_at_the_start_is_no_change(settings: dict[str, Any]) -> None:
+    still = {"loss": 0.69, "rewards/margins": 3.0, "eval_rewards/margins": 3.0}
+    judged = verdict(rows(every=still), summary(settings=SETTINGS | settings)).findings
+    assert [finding.rule for finding in judged] == ["hardly_trained"]
+
+
 @pytest.mark.parametrize(("rows_of_run", "pairs"), [(20, 16), (200, 8), (600, 4)])
 def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate(rows_of_run: int, pairs: int) -> None:
     """Of 60 healthy runs at most one is accused; of 60 whose margins get wild, most are found."""

@@ -56,6 +56,14 @@ def test_a_metric_without_a_count_has_no_interval() -> None:
     assert bootstrap_intervals(counted, each(0)) == {}
 
 
+def test_a_value_that_is_not_finite_leaves_a_metric_without_interval() -> None:
+    """Its ends would be nan, which a file of results cannot have."""
+    values = {name: np.arange(8.0) for name in ("m", "none", "beyond")}
+    values["none"][2], values["beyond"][2] = np.nan, np.inf
+    measured = {name: (each_value, np.ones(8)) for name, each_value in values.items()}
+    assert bootstrap_intervals(measured, each(8)).keys() == {"m"}
+
+
 def test_a_few_prompts_have_no_interval() -> None:
     """Five wins of five prompts would have the interval [1, 1], which excludes chance."""
     wins = np.ones(12)

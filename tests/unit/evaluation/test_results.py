@@ -112,6 +112,22 @@ def test_margins_that_are_not_a_number_are_counted_and_said() -> None:
     assert calibration(np.full(2, np.nan, dtype=np.float32))["expected_calibration_error"] is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_margin_that_is_not_a_number_is_of_its_length_only() -> None:
+    values = invented()
+    values.tokens_chosen[:] = values.tokens_rejected[:] = 10
+    values.tokens_chosen[:3] = 1000
+    values.margin[0] = np.nan
+    plan = MetricPlan(LossConfig(), (), is_evaluation=True)
+    prompts = np.arange(PAIRS, dtype=np.uint64)
+    found = results({}, values, {}, prompts, plan, Resampling(20, 0))["all"]
+    margins = {name: value for name, value in found.items() if name.startswith("eval_rewards/margins_by_")}
+    assert len(margins) == 2
+    assert sorted(map(np.isnan, margins.values())) == [False, True]
+    known = {name for name in found["intervals"] if name.startswith("eval_rewards/margins")}
+    assert known == {name for name, value in margins.items() if not np.isnan(value)}
+
+
 def test_a_source_labelled_all_has_its_own_results() -> None:
     plan = MetricPlan(LossConfig(), ("all", "b"), is_evaluation=True)
     first = np.arange(PAIRS) < 25

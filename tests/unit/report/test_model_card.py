@@ -98,6 +98,19 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     assert curve.count("\n|") == 22, "thinned"
 
 
+def test_a_source_labelled_as_the_results_of_all_pairs_has_its_own() -> None:
+    overrides = ["model.path=org/base", "data.train=[a.jsonl]"]
+    overrides.append("data.eval=[{path: b.jsonl, label: all}, {path: org/pairs, label: c}]")
+    of_label = OF_ALL | {"eval_rewards/accuracies": 0.5}
+    evaluation = {"all": OF_ALL, "all (source)": of_label, "c": OF_ALL}
+    found = card(overrides, summary(["a"], ["all", "c"]), evaluation)
+    accuracies = [each for each in found.data.eval_results if each.metric_type == "accuracy"]
+    assert [(each.dataset_type, each.metric_value) for each in accuracies] == [
+        ("all (source)", 0.5),
+        ("org/pairs", 0.75),
+    ]
+
+
 def test_an_adapter_is_loaded_by_peft() -> None:
     overrides = [
         "model.path=org/base",
