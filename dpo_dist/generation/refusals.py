@@ -36,7 +36,8 @@ _OF_SPEAKER = (
     rf" refuse to {_SERVE}",
     r"(?:\W?d| would) (?:rather not|prefer not to)\b",
 )
-_AS_MODEL = r"(?:(?:but|however|as an? [\w ]{1,20}),? )*"
+# At most three: of more, a text that repeats "as a" could be divided in too many ways to try them all.
+_AS_MODEL = r"(?:(?:but|however|as an? [\w ]{1,20}),? ){0,3}"
 _ENGLISH = (
     rf"\bI(?:{'|'.join(_OF_SPEAKER)})",
     r"^\W{0,3}(?:(?:I(?:\W?m| am)(?: very| so| really| truly)? )?sorry|I apologi[sz]e|unfortunately)\W+"

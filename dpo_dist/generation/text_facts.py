@@ -9,8 +9,9 @@ from dpo_dist.generation.refusals import is_refusal
 from dpo_dist.generation.words import WORD
 
 _GRAM = 3
-_LIST_ITEM = re.compile(r"^\s*([-*+\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
-_MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\]\n]+\]\(", re.MULTILINE)
+# The time of each grows with the length of a text, also of one that repeats a line end or a bracket.
+_LIST_ITEM = re.compile(r"^[^\S\n]*([-*+\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
+_MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\[\]\n]+\]\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def train(config: RunConfig, console: Console) -> int:
         if start.checkpoint is not None:
             former = start.checkpoint
             world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
-        mark_started(folder, RunState(RunOutcome.started, start.step, identity), world)
+        mark_started(folder, RunState(RunOutcome.started, start.step, identity), world, console)
 
         with clock.of("samples"):
             samples = prepare_samples(config, inputs, start.step, world, console)

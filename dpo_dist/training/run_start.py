@@ -24,6 +24,7 @@ from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.report.environment import describe_environment
+from dpo_dist.report.recorder import spared
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
@@ -61,7 +62,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     if warning:
         console.say(warning)
     try:
-        for written in (folder.path, folder.metrics):
+        for written in (folder.path, folder.metrics, folder.samples):
             world.on_main(partial(collect_abandoned, written))
         yield
     finally:
@@ -240,7 +241,7 @@ def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str
     return write_on_main(write, folder, world)
 
 
-def mark_started(folder: RunFolder, state: RunState, world: World) -> None:
+def mark_started(folder: RunFolder, state: RunState, world: World, console: Console) -> None:
     """Record that a run trains, and remove the summary of an earlier start; collective."""
 
     def work() -> None:
@@ -250,6 +251,7 @@ def mark_started(folder: RunFolder, state: RunState, world: World) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
-            write_page(folder)
+            with spared(folder.report.name, console.say):
+                write_page(folder)
 
     write_on_main(work, folder, world)

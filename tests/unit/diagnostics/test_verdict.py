@@ -264,6 +264,8 @@ def test_swapped_labels_of_one_source_are_named() -> None:
     [finding] = verdict(rows(every=swapped), summary()).findings
     assert finding.rule == "labels_swapped"
     assert "0.20 on 200 pairs of a" in finding.text
+    first_steps = [row for row in rows(every=swapped) if row["step"] <= 5]
+    assert verdict(first_steps, summary(steps=5)).findings == ()
 
 
 def test_what_a_loss_does_by_design_is_no_fault() -> None:

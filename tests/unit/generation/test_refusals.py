@@ -188,3 +188,10 @@ def test_no_refusal(text: str) -> None:
 
 def test_only_the_start_of_a_response_counts() -> None:
     assert not is_refusal("The sea is blue. " * 20 + "I cannot help you with that.")
+
+
+@pytest.mark.parametrize("repeated", ["as a ", "but ", "however, as an ", "really ", "I can't "])
+def test_a_start_that_repeats_itself_takes_no_time(repeated: str) -> None:
+    """A model that collapses writes such texts; each took seconds when a pattern had many ways to fail."""
+    for number in range(200):
+        assert not is_refusal(f"Sorry, {repeated * 40}{number}")

@@ -51,6 +51,19 @@ def test_facts_of_usual_empty_and_refusing_responses() -> None:
     assert text_facts("\u5929\u6c14\u5929\u6c14\u5929\u6c14", 3, is_finished=True).distinct_3 == 2 / 4
 
 
+@pytest.mark.parametrize("unit", ["\n", "[", "|\n", "- "])
+def test_the_time_of_a_response_that_repeats_a_sign_grows_with_its_length(unit: str) -> None:
+    """With time that grows with the square of the length, this takes minutes."""
+    text_facts(unit * 100_000, 1, is_finished=False)
+
+
+def test_lists_after_empty_lines_and_links_in_brackets() -> None:
+    """Empty lines and indents are no matter; a link may have brackets before it."""
+    lists = [text_facts(text, 1, is_finished=True).has_list for text in ("\n\n - a\n\n  2) b", "- a\nb - c")]
+    links = [text_facts(text, 1, is_finished=True).has_markdown for text in ("[[1](a.b)", "see [1] (a.b)")]
+    assert (lists, links) == ([True, False], [True, False])
+
+
 def test_metrics_are_means_of_what_is_known() -> None:
     facts = [
         text_facts(ENGLISH, 30, is_finished=True),

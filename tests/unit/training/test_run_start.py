@@ -24,6 +24,7 @@ from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import Trackers
+from dpo_dist.training import run_start
 from dpo_dist.training.finish import finish
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import (
@@ -171,11 +172,24 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
     assert ">preempted<" in folder.report.read_text()
     (folder.path / "model.tmp-0123456789ab").mkdir()
-    mark_started(folder, state_of(RunOutcome.started), ALONE)
+    mark_started(folder, state_of(RunOutcome.started), ALONE, Screen())
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
     assert not list(folder.path.glob("model.*"))
+
+
+def test_a_bug_in_the_report_stops_no_resumed_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_folder: RunFolder) -> None:
+        raise RuntimeError("a bug")
+
+    recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
+    monkeypatch.setattr(run_start, "write_page", broken)
+    screen = Screen()
+    mark_started(folder, state_of(RunOutcome.started), ALONE, screen)
+    assert read_state(folder) == state_of(RunOutcome.started)
+    [warning] = screen.lines
+    assert warning.startswith("warning: report.html is missing because of a bug")
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
@@ -273,11 +287,13 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
 
 def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
     """A start that was killed while it wrote a single file."""
-    folder.metrics.mkdir(parents=True)
-    own = [temporary_name(folder.state), temporary_name(folder.summary)]
+    files = folder.state, folder.summary, folder.samples_file(2)
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    own = [temporary_name(file) for file in files]
     of_killed = [file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-")) for file in own]
     for file in (*own, *of_killed):
         file.touch()
     with locked(folder, ALONE, Screen()):
-        assert [file.exists() for file in own] == [True, True], "this process still writes them"
-        assert [file.exists() for file in of_killed] == [False, False]
+        assert [file.exists() for file in own] == [True] * 3, "this process still writes them"
+        assert [file.exists() for file in of_killed] == [False] * 3

@@ -19,6 +19,7 @@ from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.responder import find_stop_ids
 from dpo_dist.generation.sampling.together import Generator
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.training import samples
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.samples import Row, SamplePrompt, SamplePrompts, Samples, lines
 from dpo_dist.training.samples_setup import choose_prompts, prepare_samples
@@ -94,6 +95,22 @@ def test_every_nth_evaluation_and_the_last_have_samples(
     steps = [0, 10, 20, 30, 35] if eval_every else [35]
     found = Samples(held_out(tmp_path, every), None, True, None)  # type: ignore[arg-type]
     assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
+
+
+def test_a_bug_in_the_metrics_of_samples_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    said: list[str] = []
+    console = Console(None)
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(samples, "text_facts", broken)
+    reference = [{"text": "a", "tokens": 1, "finished": True}]
+    opened = replace(held_out(tmp_path), world=ALONE, console=console)
+    assert Samples(opened, reference, True, None).at(0) == {}  # type: ignore[arg-type]
+    assert json.loads(opened.folder.samples_file(0).read_text())["policy"] == "a"
+    [warning] = said
+    assert warning.startswith("warning: the row of metrics of samples is missing because of a bug")
 
 
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
