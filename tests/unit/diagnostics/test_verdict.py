@@ -433,6 +433,15 @@ def test_a_change_of_samples_within_chance_is_no_fault() -> None:
         assert [finding.rule for finding in judged.findings] == rules
 
 
+@pytest.mark.parametrize(
+    ("prompts", "length", "is_found"), [(8, 190.0, False), (8, 230.0, True), (64, 190.0, True)]
+)
+def test_a_few_responses_are_longer_by_chance(prompts: float, length: float, is_found: bool) -> None:
+    """Twice sampled from one model, 8 responses of usual spread are in 3 to 8 % of cases 1.5 times longer."""
+    history = rows(every={"eval_samples/prompts": prompts}, late={"eval_samples/length": length})
+    assert [one.rule for one in verdict(history, summary()).findings] == ["over_optimised"] * is_found
+
+
 def test_samples_are_compared_with_the_reference_under_their_own_settings() -> None:
     """A resumed run may have shorter samples: then the reference has responded again."""
     long = {"eval_samples/reference_finished": 1.0}
