@@ -44,6 +44,7 @@ def run_verb(
     needs_model: bool = True,
     needs_training_data: bool = True,
     of_run: bool = False,
+    about: str | None = None,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -57,6 +58,7 @@ def run_verb(
         needs_training_data: whether `data.train` must be given.
         of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
             may lack training data.
+        about: the docstring of the verb's module, which `--help` prints.
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
@@ -64,7 +66,7 @@ def run_verb(
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
         completed = with_former_run if of_run else contextlib.nullcontext
-        exit_code = _run(main, check, resolved, completed, errors)
+        exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
         exit_code = error.exit_code
@@ -136,9 +138,10 @@ def _run(
     resolved: Callable[..., RunConfig],
     completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
     errors: _Errors,
+    about: str,
 ) -> int:
     arguments = divide(sys.argv[1:])
-    if (text := _answer(arguments)) is not None:
+    if (text := _answer(arguments, about)) is not None:
         if _rank() == 0:
             print_result(text)
         return ExitCode.completed
@@ -160,7 +163,7 @@ def _run(
     return check(config) if _rank() == 0 else ExitCode.completed
 
 
-def _answer(arguments: Arguments) -> str | None:
+def _answer(arguments: Arguments, about: str) -> str | None:
     """Return the text of --help or --version; None without these options."""
     if "--version" in arguments.options:
         return f"dpo_dist {dpo_dist.__version__}\n"
@@ -174,7 +177,7 @@ def _answer(arguments: Arguments) -> str | None:
     }
     verb = Path(sys.argv[0]).stem
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
-    return None if key is None else usage(command, options, folders)
+    return None if key is None else usage(command, about, options, folders)
 
 
 def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., RunConfig]) -> int:

@@ -80,9 +80,10 @@ RULES: dict[str, RunRule] = {
     ),
     "labels_swapped": RunRule(
         "labels look swapped",
-        {"accuracy": 0.45, "standard_errors": 3},
+        {"accuracy": 0.45, "standard_errors": 3, "steps": FEWEST_STEPS},
         "the last evaluation accuracy, also of each source, which is below `accuracy` by more than chance, "
-        "while the training accuracy is not",
+        "while the training accuracy is not, in a run of at least `steps` steps: one step moves all pairs of "
+        "a source together",
         "evaluation accuracy is {accuracy:.2f} on {pairs:,} pairs{source}, clearly below one half, while "
         "training accuracy is {training}: the policy learns the opposite of these labels",
         "compare chosen and rejected of some records of both files; swap the fields of the wrong one "
