@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dpo_dist.number_text import number
 from dpo_dist.report.charts.axes import Axis, tick_texts, value_axis
 from dpo_dist.report.comparison.results import Estimate, Model, Results
-from dpo_dist.report.inert import printable
+from dpo_dist.safe_stream import printable
 
 _WIDTH, _HEIGHT = 720.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 704.0, 14.0, 346.0
