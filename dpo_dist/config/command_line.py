@@ -28,7 +28,13 @@ from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
-from dpo_dist.safe_stream import open_closed_streams, output_of_objects, print_result, reserve_output
+from dpo_dist.safe_stream import (
+    open_closed_streams,
+    output_of_objects,
+    print_result,
+    printable_lines,
+    reserve_output,
+)
 
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
 """Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
@@ -107,7 +113,7 @@ class _Errors:
                 output.write(json.dumps({"kind": "error", "time": now, **content}) + "\n")
                 output.flush()
             else:
-                sys.stderr.write(text + "\n")
+                sys.stderr.write(printable_lines(text) + "\n")
                 sys.stderr.flush()
 
 

@@ -97,6 +97,12 @@ def test_verdicts_of_three_models_in_pairs() -> None:
     assert all(model["score"] is None for model in found["models"])
 
 
+def test_a_share_without_a_difference_may_differ_in_both_directions() -> None:
+    rows = [{"base": response("x"), "a": response("x")}] * 20
+    low, high = results(rows)["differences"][0]["empty_interval"]
+    assert low == -high < 0
+
+
 def test_differences_are_paired_over_prompts() -> None:
     """Scores vary much from prompt to prompt; the second model is better by 1 on each one."""
     levels = [float(3 * at % 11) for at in range(12)]
