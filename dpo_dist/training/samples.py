@@ -146,17 +146,13 @@ class Samples:
         """Return whether the evaluation after `step` has samples; not collective."""
         return is_last or eval_every == 0 or step // eval_every % self.held_out.config.every == 0
 
-    def at(self, step: int, give_way: Callable[[], None]) -> dict[str, float]:
+    def at(self, step: int, give_way: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
-<<<<<<< HEAD
         `give_way` is called before each batch of prompts, and may raise.
 
-        They are without metrics and a file if the model's logits are not finite.
-=======
         They are without metrics and a file if the model's logits are not finite, and without metrics, with a
         warning, after a bug in these.
->>>>>>> main
 
         Raises:
             CheckpointError: the file cannot be written.
