@@ -1,6 +1,7 @@
 """Choice of the prompts of samples, and the evaluations that have them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
 class Answering(SamplePrompts):
     """Prompts to which the policy responds "of the policy"."""
 
-    def responses(self, model: Generator, *, of_base: bool = False) -> list[Row] | None:
+    def responses(
+        self, model: Generator, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
+    ) -> list[Row] | None:
         return [{"text": "of the policy", "tokens": 3, "finished": True}]
 
 
