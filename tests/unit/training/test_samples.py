@@ -78,7 +78,7 @@ def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
 
 def held_out(folder: Path, every: int = 1) -> SamplePrompts:
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
-    console: Console = None  # type: ignore[assignment]
+    console = Console(None)
     world: World = None  # type: ignore[assignment]
     sampling = Sampling(4, seed=3)
     return SamplePrompts(
