@@ -360,9 +360,10 @@ def test_a_clock_that_is_set_back_brings_no_row_twice(tmp_path: Path) -> None:
         tracker = open_in(run_dir, WandbMode.offline, rows=rows[:known])
         tracker.log(row)
         tracker.finish("preempted", {})
-        if known == 0:
-            (first,) = run_dir.glob("wandb/offline-run-*")
-            first.rename(first.with_name(f"offline-run-20990102_030405-{first.name.rpartition('-')[2]}"))
+        # The next start would get the name of this one within the same second.
+        (folder,) = run_dir.glob("wandb/offline-run-20[0-8]*")
+        of_run = folder.name.rpartition("-")[2]
+        folder.rename(folder.with_name(f"offline-run-209{9 - known}0102_030405-{of_run}"))
     sent = read_rows(run_dir / "wandb", (run_dir / "wandb/run_id.txt").read_text())
     assert sorted((row["_step"], row["train/global_step"]) for row in sent) == [(0, 1), (1, 2), (2, 3)]
 
