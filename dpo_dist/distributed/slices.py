@@ -38,12 +38,15 @@ class Slice:
 
 @dataclass(frozen=True)
 class _Flat:
-    """A flat tensor of master weights, with the ranges of the weights that it consists of."""
+    """A flat tensor of master weights, with the ranges of the weights that it consists of.
+
+    Attributes:
+        tensor: this rank's part of a group of weights.
+        ranges: weight, start in the tensor, start in the weight, and length of each.
+    """
 
     tensor: Tensor
-    ranges: list[
-        tuple[nn.Parameter, int, int, int]
-    ]  # weight, start in the tensor, start in the weight, length
+    ranges: list[tuple[nn.Parameter, int, int, int]]
 
 
 class OptimizerSlices:
@@ -103,22 +106,16 @@ class OptimizerSlices:
         return states
 
     def _flats(self) -> Iterator[_Flat]:
-        optimizer = self._optimizer
+        optimizer, ranges_of = self._optimizer, _ranges_of_mapping
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            for tensor, weights in zip(
-                optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
-            ):
-                yield _Flat(tensor, self._ranges_of_stage_3(weights))
+            tensors, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
+            ranges_of = self._ranges_of_stage_3
         elif isinstance(optimizer, BF16_Optimizer):
-            for tensor, weights in zip(
-                optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True
-            ):
-                yield _Flat(tensor, _ranges_of_mapping(weights))
+            tensors, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
         else:
-            for tensor, weights in zip(
-                optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True
-            ):
-                yield _Flat(tensor, _ranges_of_mapping(weights))
+            tensors, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        for tensor, weights in zip(tensors, groups, strict=True):
+            yield _Flat(tensor, ranges_of(weights))
 
     def _ranges_of_stage_3(self, weights: Sequence[Any]) -> list[tuple[nn.Parameter, int, int, int]]:
         """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""

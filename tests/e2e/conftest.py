@@ -20,23 +20,25 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small_run(assets: Path, folder: Path) -> list[str]:
+    """The command line of a small run in `folder`/run, with its own store."""
+    return [
+        f"model.path={assets}/model",
+        "model.dtype=fp32",
+        f"data.train=[{assets}/train.jsonl]",
+        f"data.cache={assets}/encoded",
+        f"reference.store={folder}/store",
+        f"run.dir={folder}/run",
+        "trainer.global_batch_pairs=6",
+        "tracking.wandb=off",
+    ]
+
+
 @pytest.fixture
 def overrides(assets: Path, tmp_path: Path) -> Overrides:
     """The command line of a small run in `tmp_path`/run, with its own store, and whatever is added."""
 
     def make(*extra: str) -> list[str]:
-        return [
-            f"model.path={assets}/model",
-            "model.dtype=fp32",
-            f"data.train=[{assets}/train.jsonl]",
-            f"data.cache={assets}/encoded",
-            f"reference.store={tmp_path}/store",
-            f"run.dir={tmp_path}/run",
-            "optim.lr=1e-4",
-            "trainer.global_batch_pairs=6",
-            "trainer.save_every=0",
-            "tracking.wandb=off",
-            *extra,
-        ]
+        return [*small_run(assets, tmp_path), "optim.lr=1e-4", "trainer.save_every=0", *extra]
 
     return make

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Overrides
+from tests.e2e.conftest import Overrides, small_run
 from tests.support.launch import history, run_state, signal_run, summary, train
 
 STEPS = ["trainer.epochs=16", "optim.lr=1e-3", "trainer.save_every=4"]
@@ -14,20 +14,7 @@ STEPS = ["trainer.epochs=16", "optim.lr=1e-3", "trainer.save_every=4"]
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(
-        [
-            f"model.path={assets}/model",
-            "model.dtype=fp32",
-            f"data.train=[{assets}/train.jsonl]",
-            f"data.cache={assets}/encoded",
-            f"reference.store={folder}/store",
-            f"run.dir={folder}/run",
-            "trainer.global_batch_pairs=6",
-            "tracking.wandb=off",
-            *STEPS,
-        ],
-        processes=2,
-    )
+    train([*small_run(assets, folder), *STEPS], processes=2)
     return history(folder / "run")
 
 

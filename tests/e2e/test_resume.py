@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.distributed.checkpoint_manifest import describe_files, read_manifest, write_manifest
-from tests.e2e.conftest import Overrides
+from tests.e2e.conftest import Overrides, small_run
 from tests.support.launch import history, kill_one_rank, run_state, run_verb, summary, train
 from tests.support.tiny_model import write_model
 
@@ -18,20 +18,7 @@ STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "opt
 @pytest.fixture(scope="module")
 def uninterrupted(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(
-        [
-            f"model.path={assets}/model",
-            "model.dtype=fp32",
-            f"data.train=[{assets}/train.jsonl]",
-            f"data.cache={assets}/encoded",
-            f"reference.store={folder}/store",
-            f"run.dir={folder}/run",
-            "trainer.global_batch_pairs=6",
-            "tracking.wandb=off",
-            *STEPS,
-        ],
-        processes=2,
-    )
+    train([*small_run(assets, folder), *STEPS], processes=2)
     return history(folder / "run")
 
 
