@@ -28,6 +28,7 @@ from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.launch_environment import check_launch, this_rank
 from dpo_dist.safe_stream import (
     open_closed_streams,
     output_of_objects,
@@ -78,7 +79,7 @@ def run_verb(
         exit_code = error.exit_code
     except KeyboardInterrupt:
         exit_code = ExitCode.interrupted
-        if _rank() == 0:
+        if this_rank() == 0:
             errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
     except Exception as bug:  # any exception: the process must not hang at exit
         error_of_disk = disk_error(bug)
@@ -131,10 +132,10 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
     """
     if error.is_printed:
         return
-    if error.reporting_rank is None and _rank() > 0:
+    if error.reporting_rank is None and this_rank() > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
-    if error.reporting_rank in (None, _rank()):
+    if error.reporting_rank in (None, this_rank()):
         errors.print(error.block(), error.as_dict())
 
 
@@ -148,7 +149,7 @@ def _run(
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments, about)) is not None:
-        if _rank() == 0:
+        if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
     if "--info" in arguments.options:
@@ -162,11 +163,12 @@ def _run(
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
+    check_launch(os.environ, config.model.dtype)
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
-    return check(config) if _rank() == 0 else ExitCode.completed
+    return check(config) if this_rank() == 0 else ExitCode.completed
 
 
 def _answer(arguments: Arguments, about: str) -> str | None:
@@ -192,10 +194,10 @@ def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., Ru
         config = resolved(composed, arguments.overrides, arguments.own_folder)
         text = to_yaml(config)
     except DpoDistError:
-        if _rank() == 0:
+        if this_rank() == 0:
             print_result(OmegaConf.to_yaml(composed))
         raise
-    if _rank() == 0:
+    if this_rank() == 0:
         print_result(_part(text, arguments.options.get("--package")))
     return ExitCode.completed
 
@@ -216,7 +218,7 @@ def _ask_hydra(arguments: Arguments) -> None:
     parse_overrides(arguments.overrides)
     options = [text for name, value in arguments.options.items() for text in (name, value) if text]
     sys.argv[1:] = [*arguments.overrides, *options]
-    if _rank() > 0:
+    if this_rank() > 0:
         return
     answer = io.StringIO()
     try:
@@ -226,7 +228,3 @@ def _ask_hydra(arguments: Arguments) -> None:
             )()
     finally:
         print_result(answer.getvalue())
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

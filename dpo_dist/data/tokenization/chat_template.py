@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,9 +132,21 @@ def argument_names(template: str) -> frozenset[str]:
     """Return the names of the arguments that a template may get besides messages and tools.
 
     Names that the template sets before it reads them are no arguments.
+
+    Raises:
+        ConfigError: the template cannot be parsed.
     """
     source = _GENERATION.sub("", template)
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(source)  # noqa: S701
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
+    try:
+        tree = environment.parse(source)
+    except TemplateError as fault:
+        raise ConfigError(
+            "the chat template is not valid Jinja",
+            where="data.chat_template (null: the tokenizer's own)",
+            got=first_line(fault),
+            remedy="correct the template, or name another one: data.chat_template=FILE",
+        ) from fault
     return frozenset(_read_unset(tree, set()) & find_undeclared_variables(tree)) - _OWN_VARIABLES
 
 
@@ -197,7 +209,7 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
             tokenize=False,
             add_generation_prompt=True,
         )
-    except TemplateError:
+    except Exception:  # what its expressions raise, too; every record is rendered again
         return set()
     found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(str(rendered)))
     others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
