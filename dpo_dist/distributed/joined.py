@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
+from dpo_dist.signals import answered_at_once
 
 _ALONE = {
     "RANK": "0",
@@ -41,7 +42,8 @@ def joined(
         timeout_seconds: timeout of a collective call.
         show: prints an error on the screen, on any rank.
     """
-    world = start_world(deepspeed_config, timeout_seconds)
+    with answered_at_once():
+        world = start_world(deepspeed_config, timeout_seconds)
     try:
         with world.watch(show):
             yield world

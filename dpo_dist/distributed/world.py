@@ -24,8 +24,8 @@ from dpo_dist.distributed.peers import (
     report_error,
     timeout_error,
 )
-from dpo_dist.distributed.signals import ForcedStop, raise_terminated
-from dpo_dist.errors import DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.signals import last_words, raise_terminated
 
 T = TypeVar("T")
 
@@ -197,17 +197,18 @@ class World:
         try:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
             self.barrier()
+            last_words.append(record.report)
             yield
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             monitor.stop()
-            if isinstance(failure, ForcedStop):
-                record.report(128 + signal.SIGTERM)
-                raise
             error = _user_error(failure)
-            if error is not None:
+            if isinstance(failure, StoppedError) and (record.exit_code() is not None or neighbours.lost()):
+                # The launcher has sent SIGTERM because another process failed.
+                error = self._consequence(failure, neighbours, record)
+            elif error is not None:
                 report_error(error, self.rank, record)
             elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
                 error = self._consequence(failure, neighbours, record)
@@ -219,6 +220,8 @@ class World:
             if error is None or error is failure:
                 raise
             raise error from failure
+        finally:
+            last_words.clear()
         monitor.stop()
         signal.signal(signal.SIGTERM, previous)
 

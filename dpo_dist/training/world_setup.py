@@ -1,0 +1,31 @@
+"""Join the processes of a launch, set up as the configuration says."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from dpo_dist.config.schema import Offload, RunConfig
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.nvme import check_async_io
+from dpo_dist.distributed.world import World
+from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.model.optional_packages import check_bitsandbytes
+from dpo_dist.report.terminal.console import Console
+
+
+@contextlib.contextmanager
+def open_world(config: RunConfig, console: Console) -> Iterator[World]:
+    """Yield the world of this process's launch, set up as `config` says; collective."""
+    if config.reference.offload is Offload.nvme:
+        check_async_io()
+    if config.reference.quantization is not None:
+        check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    with (
+        deterministic_kernels(config.trainer.deterministic),
+        joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world,
+    ):
+        torch.manual_seed(config.trainer.seed)
+        yield world
