@@ -12,7 +12,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.digests import content_digest
-from dpo_dist.distributed.checkpoint import open_checkpoint
+from dpo_dist.distributed.checkpoint_loading import open_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST
 from dpo_dist.distributed.checkpoint_weights import read_weights
 from dpo_dist.errors import ConfigError

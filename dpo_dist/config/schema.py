@@ -227,6 +227,12 @@ class TrainerConfig:
         free=True,
         verbs="train",
     )
+    save_behind: bool = key(
+        True,
+        "Copy a checkpoint to host memory, if it has room, and write it while training continues.",
+        free=True,
+        verbs="train",
+    )
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",

@@ -10,18 +10,15 @@ import torch
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import (
-    Checkpoint,
-    CheckpointSaver,
-    Sharded,
-    load_checkpoint,
-)
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.joined import joined
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
@@ -76,7 +73,15 @@ def train(config: RunConfig, console: Console) -> int:
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
         damaged = () if start.checkpoint is None else start.checkpoint.damaged
-        checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
+        checkpoints = CheckpointSaver(
+            folder.checkpoints,
+            config.trainer.keep_last,
+            sharded,
+            world,
+            damaged,
+            behind=config.trainer.save_behind,
+            say=console.say,
+        )
         if start.checkpoint is not None:
             position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         else:
@@ -98,7 +103,8 @@ def train(config: RunConfig, console: Console) -> int:
             clock=clock,
             stop=stop,
         )
-        exit_code = _run_tracked(loop, position, identity)
+        with contextlib.closing(checkpoints):
+            exit_code = _run_tracked(loop, position, identity)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         policy.free()
