@@ -38,7 +38,7 @@ from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
-from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
+from dpo_dist.training.run_start import Start, describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
@@ -72,16 +72,7 @@ def train(config: RunConfig, console: Console) -> int:
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-        damaged = () if start.checkpoint is None else start.checkpoint.damaged
-        checkpoints = CheckpointSaver(
-            folder.checkpoints,
-            config.trainer.keep_last,
-            sharded,
-            world,
-            damaged,
-            behind=config.trainer.save_behind,
-            say=console.say,
-        )
+        checkpoints = _checkpoint_saver(config, start, sharded, world, console)
         if start.checkpoint is not None:
             position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         else:
@@ -171,6 +162,20 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
     return PolicyEngine(model, config.optim, world)
+
+
+def _checkpoint_saver(
+    config: RunConfig, start: Start, sharded: Sequence[Sharded], world: World, console: Console
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        RunFolder.of(config).checkpoints,
+        config.trainer.keep_last,
+        sharded,
+        world,
+        () if start.checkpoint is None else start.checkpoint.damaged,
+        behind=config.trainer.save_behind,
+        say=console.say,
+    )
 
 
 def _resume(
