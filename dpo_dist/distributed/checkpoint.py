@@ -19,6 +19,7 @@ from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_t
 from dpo_dist.config.checkpoint_folders import STATE, checkpoint_folders, checkpoint_name
 from dpo_dist.distributed.checkpoint_manifest import (
     Entries,
+    damaged_checkpoint,
     describe_files,
     find_faults,
     has_all_files,
@@ -169,12 +170,7 @@ def open_checkpoint(folder: Path, world: World) -> Checkpoint:
         CheckpointError: its files do not match its manifest.
     """
     if damage := _damage(folder, world):
-        raise CheckpointError(
-            "the checkpoint is damaged",
-            where=str(folder),
-            got="; ".join(damage[:5]),
-            remedy="restore its files, or name another checkpoint",
-        )
+        raise damaged_checkpoint(folder, damage)
     return Checkpoint(folder, _state(folder, world))
 
 

@@ -289,7 +289,8 @@ class Loop:
             if self.recorder is not None:
                 self.recorder.metrics.save()
             position.work = self.clock.read()
-            state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
+            facts = {"steps": self.inputs.sampler.steps, "counts": self.inputs.counts}
+            state = {**asdict(position), **self.identity, **facts}
             self.checkpoints.save(position.step, state)
 
 
