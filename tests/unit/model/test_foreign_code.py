@@ -38,6 +38,8 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     folder, trace = poisoned(tmp_path)
     own = {"AutoTokenizer": ["own.Own", None]}
     change(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map=own)
+    change(folder / "config.json", model_type="own")
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
     with pytest.raises(ConfigError, match="names Python code, which is not run") as raised:
         load_tokenizer(folder, FP32, "pairs.reward_model")
     assert "tokenizer_config.json: auto_map AutoTokenizer" in raised.value.got
