@@ -66,4 +66,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, needs_model=False)
+    run_verb(main, needs_model=False, about=__doc__)

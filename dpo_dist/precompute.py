@@ -41,4 +41,4 @@ def _check_mode(config: RunConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, check)
+    run_verb(main, check, about=__doc__)

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or without a reader: they must not end a run."""
+"""Standard streams that are closed, full or without a reader do not end a run; text without control codes."""
 
 import contextlib
 import os
@@ -67,11 +67,26 @@ class SafeStream:
             self._stream.close()
 
 
+def printable(text: str) -> str:
+    """Return `text` as one line for a terminal, with escapes in place of control and invisible characters."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else _escaped(each) for each in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` with escapes in place of control characters, except line ends."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def print_line(text: str, to: TextIO | None = None) -> None:
-    """Print a line to a standard stream (default: output); a stream that takes nothing is no error."""
+    """Print a line to a standard stream (default: output), with escapes in place of control characters.
+
+    A stream that takes nothing is no error.
+    """
     to = to or sys.stdout
     stream = SafeStream(to)
-    stream.write(text + "\n")
+    stream.write(printable_lines(text) + "\n")
     stream.flush()
     if not stream.is_open:
         _discard(to)
@@ -152,3 +167,7 @@ def _discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

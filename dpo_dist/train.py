@@ -41,4 +41,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check)
+    run_verb(main, check, about=__doc__)

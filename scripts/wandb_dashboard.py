@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dpo_dist.errors import ExitCode
 from dpo_dist.report.trackers.tracked_values import SAMPLES, STEP_AXIS
 from dpo_dist.report.trackers.wandb_dashboard import COMPARED, RESULTS, SECTIONS, Panel
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_panels()
         return 0
     try:
+        import wandb
         import wandb_workspaces
     except ImportError:
         parser.error(
@@ -43,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = sweep_report(entity, project, options.name, options.report)
     else:
         page = workspace(entity, project, options.name)
-    page.save()
+    try:
+        page.save()
+    except wandb.Error as error:  # no API key, no such project, or no server
+        print(f"wandb_dashboard.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return int(ExitCode.invalid)
     print(page.url)
     return 0
 

@@ -74,10 +74,15 @@ class Tally:
         """
         columns = {name: _columns(values) for name, values in self._values.items()}
         columns |= self._with_empty_scores(columns)
-        columns |= dict(self._differences(columns))
+        differences = dict(self._differences(columns))
         prompts = np.arange(self.prompts, dtype=np.uint64)
-        shares = {name for name in columns if name.rpartition("\n")[2] in _SHARES}
-        ends = bootstrap_intervals(columns, prompts, resampling.seed, resampling.resamples, shares)
+        shares, differing = (
+            {name for name in names if name.rpartition("\n")[2] in _SHARES}
+            for names in (columns, differences)
+        )
+        columns |= differences
+        seed, resamples = resampling.seed, resampling.resamples
+        ends = bootstrap_intervals(columns, prompts, seed, resamples, shares, differing)
         return {
             name: (float(values.sum() / counts.sum()), list(ends[name]) if name in ends else None)
             for name, (values, counts) in columns.items()

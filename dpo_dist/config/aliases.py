@@ -143,6 +143,10 @@ REMEDIES = _by_name(
             "adapter_name_or_path"
         ),
         "write +experiment=NAME": "exp experiments",
+        "set pairs.reward_model, pairs.function=module:function or pairs.endpoint": (
+            "judge judge_model reward_model reward_model_path"
+        ),
+        "set samples.prompts=16": "generate_during_eval predict_with_generate",
         "set tracking.wandb=auto, online, offline or off": "report_to use_wandb wandb",
         "log files are in run.dir": "logging_dir",
         "AdamW is the optimizer; its options are in optim": "optim_type optimizer",

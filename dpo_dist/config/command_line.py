@@ -28,7 +28,13 @@ from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
-from dpo_dist.safe_stream import open_closed_streams, output_of_objects, print_result, reserve_output
+from dpo_dist.safe_stream import (
+    open_closed_streams,
+    output_of_objects,
+    print_result,
+    printable_lines,
+    reserve_output,
+)
 
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
 """Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
@@ -44,6 +50,7 @@ def run_verb(
     needs_model: bool = True,
     needs_training_data: bool = True,
     of_run: bool = False,
+    about: str | None = None,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -57,6 +64,7 @@ def run_verb(
         needs_training_data: whether `data.train` must be given.
         of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
             may lack training data.
+        about: the docstring of the verb's module, which `--help` prints.
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
@@ -64,7 +72,7 @@ def run_verb(
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
         completed = with_former_run if of_run else contextlib.nullcontext
-        exit_code = _run(main, check, resolved, completed, errors)
+        exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
         exit_code = error.exit_code
@@ -105,7 +113,7 @@ class _Errors:
                 output.write(json.dumps({"kind": "error", "time": now, **content}) + "\n")
                 output.flush()
             else:
-                sys.stderr.write(text + "\n")
+                sys.stderr.write(printable_lines(text) + "\n")
                 sys.stderr.flush()
 
 
@@ -136,9 +144,10 @@ def _run(
     resolved: Callable[..., RunConfig],
     completed: Callable[[Arguments], contextlib.AbstractContextManager[Arguments]],
     errors: _Errors,
+    about: str,
 ) -> int:
     arguments = divide(sys.argv[1:])
-    if (text := _answer(arguments)) is not None:
+    if (text := _answer(arguments, about)) is not None:
         if _rank() == 0:
             print_result(text)
         return ExitCode.completed
@@ -160,7 +169,7 @@ def _run(
     return check(config) if _rank() == 0 else ExitCode.completed
 
 
-def _answer(arguments: Arguments) -> str | None:
+def _answer(arguments: Arguments, about: str) -> str | None:
     """Return the text of --help or --version; None without these options."""
     if "--version" in arguments.options:
         return f"dpo_dist {dpo_dist.__version__}\n"
@@ -174,7 +183,7 @@ def _answer(arguments: Arguments) -> str | None:
     }
     verb = Path(sys.argv[0]).stem
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
-    return None if key is None else usage(command, options, folders)
+    return None if key is None else usage(command, about, options, folders)
 
 
 def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., RunConfig]) -> int:

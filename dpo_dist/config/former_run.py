@@ -1,14 +1,16 @@
 """The configuration of a run that exists, in place of a command line that repeats it."""
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.options import Arguments
 from dpo_dist.config.overrides import parse_overrides
+from dpo_dist.errors import ConfigError, first_line
 
 _CHOICES = ("experiment", "model", "model.path")
 _NAME = "of_run_dir"
@@ -25,7 +27,7 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
         arguments: of a verb that evaluates a run, such as `run.dir=output/a evaluation.data=[hard.jsonl]`.
 
     Raises:
-        ConfigError: `run.dir` is no run directory.
+        ConfigError: `run.dir` is no run directory, or its config.yaml cannot be read.
     """
     values = {override.key_or_group: override.value() for override in parse_overrides(arguments.overrides)}
     is_whole = any(choice in values for choice in _CHOICES) or arguments.own_folder is not None
@@ -34,9 +36,30 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
     if file is None or not file.is_file():
         yield arguments
         return
+    text = _configuration(file)
     with tempfile.TemporaryDirectory() as folder:
         preset = Path(folder) / "experiment" / f"{_NAME}.yaml"
         preset.parent.mkdir()
-        shutil.copyfile(file, preset)
+        preset.write_text(f"# @package _global_\n{text}", encoding="utf-8")
         overrides = [f"+experiment={_NAME}", *arguments.overrides]
         yield Arguments(arguments.options | {"--config-dir": folder}, overrides)
+
+
+def _configuration(file: Path) -> str:
+    """Return the content of a config.yaml, which another program may have written again without comments.
+
+    Raises:
+        ConfigError: it has no keys or cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if not isinstance(yaml.safe_load(text), dict):
+            raise ValueError("it has no keys")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "the configuration of this run cannot be read",
+            where=str(file),
+            got=first_line(error),
+            remedy="restore the file, or write the command of the run: model.path=... and its other keys",
+        ) from error
+    return text

@@ -9,11 +9,12 @@ from dpo_dist.config.loss_kinds import KINDS, LossKind, kinds_using
 from dpo_dist.config.messages import is_within, preset_names, unknown_key, unknown_name
 
 
-def usage(command: str, options: Mapping[str, str], folders: Sequence[Path]) -> str:
+def usage(command: str, about: str, options: Mapping[str, str], folders: Sequence[Path]) -> str:
     """Return the text of `--help`.
 
     Args:
         command: the beginning of the command line: `accelerate launch -m dpo_dist.train`.
+        about: text about the verb, with an example.
         options: each option with its meaning.
         folders: the folders of configuration groups.
     """
@@ -22,7 +23,7 @@ def usage(command: str, options: Mapping[str, str], folders: Sequence[Path]) -> 
     return "\n".join(
         [
             f"usage: {command} [KEY=VALUE ...] [GROUP=PRESET ...] [+experiment=NAME] [OPTION ...]",
-            f"example: {command} +experiment=qwen7b loss=ipo loss.beta=0.2",
+            *([f"\n{about.strip()}"] if about else []),
             "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
             *_columns({name: text for name, text in section_meanings().items() if "." not in name}),
             "\npresets (GROUP=PRESET, +experiment=NAME):",

@@ -93,7 +93,8 @@ def _add_value(line: str) -> str:
     if line.endswith((".yaml", ".yml", ".json")):
         return "--config-dir DIR +experiment=NAME reads DIR/experiment/NAME.yaml"
     if Path(line).expanduser().exists():
-        return f"write its key: run.dir={line}, model.path={line} or 'data.train=[{line}]'"
+        keys = f"run.dir={line}, model.path={line}, 'compare.models=[{line},...]' or 'data.train=[{line}]'"
+        return f"write its key: {keys}"
     if key not in run_keys() and not likely(key, run_keys()):
         return "every argument is key=value; one with spaces, commas or brackets needs quotes: 'key=[a, b]'"
     return f"write {key}={value or 'VALUE'}; a value with spaces, commas or brackets needs quotes"

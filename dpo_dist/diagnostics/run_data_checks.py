@@ -15,7 +15,7 @@ _LEAKS = ("label_leak", "length_bias", "style_bias", "one_sided_form")
 
 
 def _labels_swapped(facts: RunFacts, limits: Limits) -> Fields | None:
-    if not facts.evaluations:
+    if not facts.evaluations or facts.total_steps < limits["steps"]:
         return None
     training = facts.training_accuracy()
     if training is not None and training.value < limits["accuracy"]:

@@ -1,9 +1,10 @@
 """Signs of a learning rate that is too high in the rows of a run: see `run_checks`."""
 
 import math
+from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, median
+from statistics import NormalDist
 from typing import TypeAlias
 
 import numpy as np
@@ -67,8 +68,8 @@ def rise_of_loss(facts: RunFacts, limits: Mapping[str, float]) -> Iterator[str]:
     found = []
     size = _MEAN_OF
     while size <= len(rows) - start.rows:
-        means = np.convolve(losses[start.rows :], np.ones(size) / size, "valid")
-        many = np.convolve(pairs[start.rows :], np.ones(size), "valid") >= start.fewest_pairs
+        means = _sums(losses[start.rows :], size) / size
+        many = _sums(pairs[start.rows :], size) >= start.fewest_pairs
         noise = quantile * np.hypot(_errors(losses, start.rows, size), limits["loss_rise"] * start.error)
         risen = np.flatnonzero(many & (means - noise > limits["loss_rise"] * start.mean))
         if len(risen):
@@ -110,11 +111,13 @@ def _jumps_of_gradient(steps: Sequence[Row], limits: Mapping[str, float]) -> Ite
     logged = _with_loss(steps)
     norms = values(logged, "grad_norm")
     jumps = []
-    for index in range(_FIRST_SPIKE, len(norms)):
-        step, norm = norms[index]
-        usual = median(value for _, value in norms[:index])
-        if norm > max(limits["spike"] * usual, norms[0][1]):
-            jumps.append((step, norm, usual))
+    before: list[float] = []  # in order: a median of every row's own would take hours for a long run
+    for step, norm in norms:
+        if len(before) >= _FIRST_SPIKE:
+            usual = (before[(len(before) - 1) // 2] + before[len(before) // 2]) / 2
+            if norm > max(limits["spike"] * usual, norms[0][1]):
+                jumps.append((step, norm, usual))
+        insort(before, norm)
     if len(jumps) < limits["rows"]:
         return
     step, norm, usual = jumps[0]
@@ -150,6 +153,12 @@ def _noise_of_rows(losses: Column) -> float:
     A trend or a single jump is no noise: the median of the differences.
     """
     return _FROM_MEDIAN * float(np.median(np.abs(np.diff(losses)))) if len(losses) > 1 else 0.0
+
+
+def _sums(column: Column, size: int) -> Column:
+    """Return the sum of every `size` successive values."""
+    total = np.concatenate(([0.0], np.cumsum(column)))
+    return total[size:] - total[:-size]
 
 
 def _with_loss(steps: Sequence[Row]) -> list[Row]:

@@ -80,9 +80,10 @@ RULES: dict[str, RunRule] = {
     ),
     "labels_swapped": RunRule(
         "labels look swapped",
-        {"accuracy": 0.45, "standard_errors": 3},
+        {"accuracy": 0.45, "standard_errors": 3, "steps": FEWEST_STEPS},
         "the last evaluation accuracy, also of each source, which is below `accuracy` by more than chance, "
-        "while the training accuracy is not",
+        "while the training accuracy is not, in a run of at least `steps` steps: one step moves all pairs of "
+        "a source together",
         "evaluation accuracy is {accuracy:.2f} on {pairs:,} pairs{source}, clearly below one half, while "
         "training accuracy is {training}: the policy learns the opposite of these labels",
         "compare chosen and rejected of some records of both files; swap the fields of the wrong one "
@@ -129,13 +130,15 @@ RULES: dict[str, RunRule] = {
         "over-optimised",
         {
             "length_ratio": 1.5,
+            "length_spread": 0.7,
             "unfinished": 0.1,
             "unfinished_rise": 0.05,
             "distinct_fall": 0.7,
             "responses": 2,
             "standard_errors": 2,
         },
-        "`eval_samples/length` (if it is also above the chosen responses' `tokens/chosen`), `finished` (a "
+        "`eval_samples/length` (if it is also above the chosen responses' `tokens/chosen`, and above chance "
+        "if lengths of responses to a prompt differ by a factor of exp(`length_spread`)), `finished` (a "
         "change of at least `responses` responses, and by more than chance) and `distinct_3` of the last "
         "evaluation with those of the reference, or of the first evaluation if they are unknown",
         "{symptoms} compared with {start}",

@@ -14,7 +14,7 @@ def _over_optimised(facts: RunFacts, limits: Limits) -> Fields | None:
     symptoms = []
     start, end = _ends(facts, "length")
     wanted = last(facts.evaluations, "tokens/chosen") or 0.0
-    if start and end and end / start >= limits["length_ratio"] and end > wanted:
+    if start and end and end / start >= _least_ratio(facts, limits) and end > wanted:
         symptoms.append(f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)")
     start, end = _ends(facts, "finished")
     if (
@@ -52,6 +52,16 @@ def _ends(facts: RunFacts, name: str) -> tuple[float | None, float | None]:
     if start is None:
         start = first(facts.evaluations, _SAMPLES + name)
     return start, last(facts.evaluations, _SAMPLES + name)
+
+
+def _least_ratio(facts: RunFacts, limits: Limits) -> float:
+    """Return the ratio of mean lengths that is no chance; without the number of prompts the limit."""
+    prompts = last(facts.evaluations, "samples/prompts")
+    if not prompts:
+        return limits["length_ratio"]
+    # Of two responses to one prompt, as of a model that has not changed.
+    noise = limits["standard_errors"] * limits["length_spread"] * math.sqrt(2 / prompts)
+    return max(limits["length_ratio"], math.exp(noise))
 
 
 def _is_enough(facts: RunFacts, start: float, end: float, least: float, limits: Limits) -> bool:

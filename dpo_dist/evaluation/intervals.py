@@ -27,6 +27,7 @@ def bootstrap_intervals(
     seed: int = 0,
     resamples: int = 1000,
     shares: Collection[str] = (),
+    differences: Collection[str] = (),
 ) -> dict[str, tuple[float, float]]:
     """Return the lower and upper end of the interval of every metric.
 
@@ -37,6 +38,7 @@ def bootstrap_intervals(
         seed: of the resamples.
         resamples: their number; 0: no intervals.
         shares: names of metrics whose values are outcomes from 0 to 1.
+        differences: names of metrics whose values are differences of two such outcomes.
 
     Returns:
         By name; a metric is absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample, or
@@ -63,13 +65,14 @@ def bootstrap_intervals(
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
             found[name] = float(low), float(high)
-            if name in shares and low == high and low in (0, 1):
-                found[name] = _of_equal_outcomes(low, int(counted[index]))
+            if (name in shares or name in differences) and low == high and low in (-1, 0, 1):
+                lowest = -1.0 if name in differences else 0.0
+                found[name] = _of_equal_outcomes(float(low), lowest, int(counted[index]))
     return found
 
 
-def _of_equal_outcomes(share: float, prompts: int) -> tuple[float, float]:
-    """Return Wilson's interval of a share of 0 or 1."""
+def _of_equal_outcomes(share: float, lowest: float, prompts: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share of 0 or 1; of a difference, on both sides within -1 and 1."""
     squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
     width = squared / (prompts + squared)
-    return (0.0, width) if share == 0 else (1 - width, 1.0)
+    return max(share - width, lowest), min(share + width, 1.0)

@@ -9,6 +9,8 @@ from dpo_dist.generation.refusals import is_refusal
 from dpo_dist.generation.words import WORD
 
 _GRAM = 3
+_LONGEST_WORD = 40
+"""Letters of a word; a longer one is no word but a loop without spaces, an address or a code."""
 # The time of each grows with the length of a text, also of one that repeats a line end or a bracket.
 _LIST_ITEM = re.compile(r"^[^\S\n]*([-*+\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
 _MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\[\]\n]+\]\(", re.MULTILINE)
@@ -47,7 +49,8 @@ class TextFacts:
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     """Return the facts of a response."""
-    words = WORD.findall(text.casefold())
+    whole = WORD.findall(text.casefold())
+    words = [part for word in whole for part in _parts(word)]
     grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
     return TextFacts(
         tokens=tokens,
@@ -57,10 +60,15 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
         is_empty=not text.strip(),
         is_refusal=is_refusal(text),
         language=language_of(text),
-        words=sum(any(map(str.isalnum, word)) for word in words),
+        words=sum(any(map(str.isalnum, word)) for word in whole),
         has_list=len(_LIST_ITEM.findall(text)) > 1,
         has_markdown=_MARKDOWN.search(text) is not None,
     )
+
+
+def _parts(word: str) -> Sequence[str]:
+    """Return a word, or the letters of one that is too long, in which repetition is to be seen."""
+    return word if len(word) > _LONGEST_WORD else (word,)
 
 
 def longest_repeat(words: Sequence[str]) -> int:

@@ -193,7 +193,8 @@ def _check_files(folder: Path, key: str, needs_weights: bool = True) -> None:
             expected="a transformers model: config.json, weights, tokenizer",
             remedy="merge the adapter into its base model and name the result"
             if has_adapter
-            else "name the folder that save_pretrained wrote or that was downloaded from the hub",
+            else _below(folder)
+            or "name the folder that save_pretrained wrote or that was downloaded from the hub",
         )
     if needs_weights and not weight_files(folder):
         raise ConfigError(
@@ -228,6 +229,12 @@ def _near(folder: Path) -> str:
     names = [below.name for below in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, names, n=3)
     return f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else ""
+
+
+def _below(folder: Path) -> str:
+    """Return a question after the models in a folder such as a run directory; empty without any."""
+    found = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}"))
+    return f"did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def _snapshot(path: str, revision: str | None, key: str, ignored: list[str] | None = None) -> Path:

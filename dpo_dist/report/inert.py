@@ -1,4 +1,4 @@
-"""Show text of data inert: as HTML without markup, and on a terminal without control codes."""
+"""Text of data as inert HTML, without markup; origins of records in few words."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -25,13 +25,6 @@ def inert_html(text: str) -> str:
     return "".join(_mark(each) if is_invisible(each) else escape(each) for each in text)
 
 
-def printable(text: str) -> str:
-    """Return `text` as one line for a terminal, with escapes in place of control and invisible characters."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else _escaped(each) for each in text)
-
-
 def joined_origins(examples: Sequence[str], most: int) -> str:
     """Return the first origins, with a file named once: "data.jsonl:3, :9 (with :2); other.jsonl:1".
 
@@ -56,7 +49,3 @@ def _mark(character: str) -> str:
     code = f"U+{ord(character):04X}"
     name = escape(unicodedata.name(character, code))
     return f'<i class="mark" title="{name}">{_NAMES.get(character, code)}</i>'
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from dpo_dist.report.inert import printable
+from dpo_dist.safe_stream import printable
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
 

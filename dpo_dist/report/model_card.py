@@ -172,13 +172,20 @@ def _introduction(config: RunConfig, summary: Row) -> str:
     what = "A LoRA adapter of" if config.model.adapter is not None else "A fine-tuned"
     link = f"[{inert(base)}](https://huggingface.co/{base})" if hub_name(config.model.path) else code(base)
     bits = f" (trained on its {quantized} weights)" if quantized is not None else ""
-    pairs, steps = f"{summary['pairs_seen']:,}", counted(summary["steps"], "step")
+    pairs, steps = _pairs(summary), counted(summary["steps"], "step")
     verdict = summary["verdict"]
     findings = "\n".join(f"- {inert(finding['text'])}" for finding in verdict["findings"])
     return (
-        f"{what} {link}{bits}, trained on {pairs} pairs in {steps} with the loss {kinds} by dpo_dist.\n\n"
+        f"{what} {link}{bits}, trained on {pairs} in {steps} with the loss {kinds} by dpo_dist.\n\n"
         f"**Verdict:** {inert(verdict['sentence'])}" + (f"\n\n{findings}" if findings else "")
     )
+
+
+def _pairs(summary: Row) -> str:
+    """Return the pairs of the training data; with their repetitions if training repeated some."""
+    seen = summary["pairs_seen"]
+    pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
+    return counted(seen, "pair") if seen <= pairs else f"{counted(pairs, 'pair')} ({seen:,} with repetitions)"
 
 
 def _loading(config: RunConfig) -> str:

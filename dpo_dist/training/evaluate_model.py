@@ -10,9 +10,8 @@ import numpy as np
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError, ExitCode
+from dpo_dist.errors import ExitCode
 from dpo_dist.evaluation.results import ALL
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.report.terminal.console import Console
@@ -39,7 +38,6 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
     config = with_stored_reference(config)
     with open_world(config, console) as world:
         inputs = load_evaluation_inputs(config, world, console)
-        world.on_main(lambda: check_labels(inputs.eval_set))
         for evaluated in models:
             world.on_main(partial(check_origin, evaluated, config, inputs))
         reference = prepare_reference(config, inputs, world, console)
@@ -64,21 +62,6 @@ def with_stored_reference(config: RunConfig) -> RunConfig:
         return config
     bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
     return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
-
-
-def check_labels(dataset: PreferenceDataset) -> None:
-    """Check that no label is the name of the results of all pairs.
-
-    Raises:
-        ConfigError: one of several is.
-    """
-    if ALL in dataset.labels:
-        raise ConfigError(
-            "a label is the name of the results of all pairs",
-            where="data.eval",
-            got=f"label: {ALL}",
-            remedy="give this source another label",
-        )
 
 
 def _evaluate(

@@ -1,14 +1,18 @@
 """The files of an evaluation, written from its values: by training for its last one, and by `evaluate`."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpo_dist.atomic import staged_file, write_text
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.atomic import collect_abandoned, staged_file, write_text
+from dpo_dist.config.run_folder import EvaluationFolder, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.evaluation.results import Mask, Resampling, results
@@ -52,17 +56,37 @@ def write_evaluation(
         Resampling(config.evaluation.resamples, config.trainer.seed),
     )
     own = folder.evaluation_of(name)
+    for written in (own.path, folder.evaluation.path):
+        collect_abandoned(written)
     write_text(own.evaluated, json.dumps(_evaluated(model, revision, config, dataset), indent=1) + "\n")
     write_scores(own.scores, values, dataset)
     draw_evaluation(found, own.picture, f"{name} of {folder.path.resolve().name}")
     write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
-    for file, newest in zip(own.files, folder.evaluation.files, strict=True):
-        with staged_file(newest) as temporary:
-            try:
-                os.link(file, temporary)
-            except OSError:  # a file system without links
-                shutil.copyfile(file, temporary)
+    make_newest(own, folder.evaluation)
     return found
+
+
+def make_newest(own: EvaluationFolder, newest: EvaluationFolder) -> None:
+    """Make the files of an evaluation those of the newest one, not mixed with those of a second process."""
+    with _locked(newest.path):
+        for file, target in zip(own.files, newest.files, strict=True):
+            with staged_file(target) as temporary:
+                try:
+                    os.link(file, temporary)
+                except OSError:  # a file system without links
+                    shutil.copyfile(file, temporary)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for the lock of a folder; nothing on a file system that cannot lock one."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _members(dataset: PreferenceDataset) -> dict[str, Mask]:

@@ -61,7 +61,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     if warning:
         console.say(warning)
     try:
-        for written in (folder.path, folder.metrics):
+        for written in (folder.path, folder.metrics, folder.samples):
             world.on_main(partial(collect_abandoned, written))
         yield
     finally:

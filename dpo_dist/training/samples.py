@@ -17,6 +17,7 @@ from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampl
 from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.sampling.together import Generator, generate_together
 from dpo_dist.generation.text_facts import sample_metrics, text_facts
+from dpo_dist.report.recorder import spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.run_start import write_on_main
 
@@ -145,12 +146,13 @@ class Samples:
         """Return whether the evaluation after `step` has samples; not collective."""
         return is_last or eval_every == 0 or step // eval_every % self.held_out.config.every == 0
 
-    def at(self, step: int, give_way: Callable[[], None]) -> dict[str, float]:
+    def at(self, step: int, give_way: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
         `give_way` is called before each batch of prompts, and may raise.
 
-        They are without metrics and a file if the model's logits are not finite.
+        They are without metrics and a file if the model's logits are not finite, and without metrics, with a
+        warning, after a bug in these.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -163,8 +165,11 @@ class Samples:
         file, text = held_out.folder.samples_file(step), lines(self._rows(step, responses))
 
         def write() -> dict[str, float]:
+            metrics: dict[str, float] = {}
             atomic.write_text(file, text)
-            return self._metrics(responses)
+            with spared("the row of metrics of samples", held_out.console.say):
+                metrics = self._metrics(responses)
+            return metrics  # noqa: RET504 (a bug ends the block before)
 
         return write_on_main(write, held_out.folder, held_out.world)
 

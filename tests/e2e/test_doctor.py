@@ -147,6 +147,7 @@ def test_help_names_the_command() -> None:
     ended = run_verb("doctor", ["--help"])
     assert ended.code == 0
     assert ended.output.startswith("usage: python -m dpo_dist.doctor ")
+    assert "\nExamine the data of a run" in ended.output
 
 
 def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def last_evaluation(run: Path) -> dict[str, float]:
 def assert_equals_the_run(run: Path) -> None:
     row, found = last_evaluation(run), evaluated(run)["all"]
     compared = [
-        key for key in row if key.startswith("eval_") and not key.endswith(("/eval", "/more", "_tokens"))
+        key for key in row if key.startswith("eval_") and not key.endswith(("/all", "/more", "_tokens"))
     ]
     wanted = {"rewards/accuracies", "rewards/margins", "kl/chosen", *MARGIN_PERCENTILES}
     assert {f"eval_{name}" for name in wanted} <= set(compared)
@@ -85,8 +85,10 @@ def forget_the_end(run: Path) -> None:
 def test_a_model_and_a_checkpoint_score_as_in_the_run(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
+    """Also if the label of a source is the name of the results of all pairs."""
     write_pairs(tmp_path / "more.jsonl", 6, seed=5)
-    sources = f"{{path: {assets}/eval.jsonl, label: eval}}, {{path: {tmp_path}/more.jsonl, label: more}}"
+    sources = f"{{path: {assets}/eval.jsonl, label: all}}, {{path: {tmp_path}/more.jsonl, label: more}}"
+    names = {"all": "all (source)", "more": "more"}
     command = overrides(*ROWS, f"data.eval=[{sources}]")
     run = tmp_path / "run"
     train(command)
@@ -99,8 +101,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
         if result.metric_type == "accuracy"
     }
     assert accuracies == {
-        label: pytest.approx(of_training[label]["eval_rewards/accuracies"], abs=1e-4)
-        for label in ("eval", "more")
+        name: pytest.approx(of_training[name]["eval_rewards/accuracies"], abs=1e-4) for name in names.values()
     }
     assert str(assets) not in card.content
     ended = run_verb("evaluate", command)
@@ -113,19 +114,19 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     assert "accuracy" in ended.output
     assert_equals_the_run(run)
     alone, pairs = evaluated(run), scores(run)
-    assert list(alone) == ["all", "eval", "more"]
+    assert list(alone) == ["all", *names.values()]
     row = last_evaluation(run)
-    for label in ("eval", "more"):
+    for label, name in names.items():
         for metric in ("loss", "rewards/accuracies", "kl/rejected"):
             key = f"eval_{metric}"
-            assert alone[label][key] == pytest.approx(row[f"{key}/{label}"], abs=1e-5), key
+            assert alone[name][key] == pytest.approx(row[f"{key}/{label}"], abs=1e-5), key
     for label in ("all", "more"):
         low, high = alone[label]["intervals"]["eval_rewards/margins"]
         assert low <= alone[label]["eval_rewards/margins"] <= high
-    assert alone["eval"]["intervals"] == {}, "of five prompts"
+    assert alone["all (source)"]["intervals"] == {}, "of five prompts"
     assert sum(one["pairs"] for one in alone["all"]["calibration"]["bins"]) == 11
     assert [(pair["source"], pair["line"]) for pair in pairs] == [
-        *(("eval", line) for line in range(1, 6)),
+        *(("all", line) for line in range(1, 6)),
         *(("more", line) for line in range(1, 7)),
     ]
     for pair in pairs:

@@ -16,7 +16,7 @@ def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tm
     stopped = run_verb("train", overrides(*SYNC, "trainer.stop_after_steps=3"), processes=2)
     assert summary(tmp_path / "run")["exit"] == "preempted", stopped.output
     [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
-    assert '"reference_1.safetensors"' in (checkpoint / "manifest.json").read_text()
+    assert '"reference/rank-00001-00000.safetensors"' in (checkpoint / "manifest.json").read_text()
     train(overrides(*SYNC), processes=2)
     assert history(tmp_path / "run") == whole
 

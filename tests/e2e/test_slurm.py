@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import history, run_state, summary
+from tests.support.launch import history, run_state, run_verb, summary, train
 from tests.support.records import TEXT, jsonl
 from tests.support.shared_data import shared_cluster_dir
 from tests.support.tiny_model import write_model
@@ -59,7 +59,7 @@ def submit(cluster: dict[str, str], tmp_path: Path) -> Callable[..., "Job"]:
         "tracking=off",
     ]
 
-    def make(*overrides: str, run: str = "run", **variables: str) -> Job:
+    def make(*overrides: str, **variables: str) -> Job:
         environment = cluster | {
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -68,16 +68,11 @@ def submit(cluster: dict[str, str], tmp_path: Path) -> Callable[..., "Job"]:
             "JOB_FILES": str(tmp_path),
             **variables,
         }
-        options = [
-            "--parsable",
-            "--nodes=2",
-            "--cpus-per-task=1",
-            "--time=20",
-            f"--output={tmp_path}/{run}.out",
-        ]
-        command = ["sbatch", *options, str(SBATCH), *base, f"run.dir={tmp_path / run}", *overrides]
+        screen, arguments = tmp_path / "job.out", [*base, f"run.dir={tmp_path / 'run'}", *overrides]
+        options = ["--parsable", "--nodes=2", "--cpus-per-task=1", "--time=20", f"--output={screen}"]
+        command = ["sbatch", *options, str(SBATCH), *arguments]
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        return Job(ended.stdout.strip(), cluster, tmp_path / run, tmp_path / f"{run}.out")
+        return Job(ended.stdout.strip(), cluster, tmp_path / "run", screen, arguments)
 
     return make
 
@@ -85,8 +80,11 @@ def submit(cluster: dict[str, str], tmp_path: Path) -> Callable[..., "Job"]:
 class Job:
     """A submitted job."""
 
-    def __init__(self, number: str, environment: dict[str, str], run: Path, screen: Path):
+    def __init__(
+        self, number: str, environment: dict[str, str], run: Path, screen: Path, arguments: list[str]
+    ):
         self.number, self.environment, self.run, self.screen = number, environment, run, screen
+        self.arguments = arguments
 
     def shown(self, field: str) -> str:
         """A field of the job, as SLURM shows it."""
@@ -117,8 +115,6 @@ class Job:
 
 def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(submit: Callable[..., Job]) -> None:
     steps = ("trainer.epochs=12", "trainer.save_every=5", "optim.lr=1e-3")
-    whole = submit(*steps, run="whole")
-    assert whole.ended() == "COMPLETED", whole.screen.read_text()
     job = submit(*steps)
     job.wait_for((job.run / "checkpoints" / "step-000005").is_dir)
     job.send("--batch", "--signal=USR1")  # as SLURM does before the time limit
@@ -130,7 +126,9 @@ def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(submit: Calla
     assert "process lost" not in screen
     assert summary(job.run)["exit"] == "completed"
     assert summary(job.run)["world_size"] == 2
-    assert history(job.run) == history(whole.run)
+    whole = job.run.with_name("whole")
+    train([*job.arguments, f"run.dir={whole}"], processes=2)
+    assert history(job.run) == history(whole)
     assert not list(job.run.parent.glob("dpo_dist-*")), "files of the job are left"
 
 
@@ -140,9 +138,8 @@ def test_a_cancelled_job_leaves_a_run_that_resumes(submit: Callable[..., Job]) -
     job.send()
     assert job.ended() == "CANCELLED"
     job.wait_for(lambda: run_state(job.run)["outcome"] == "preempted", 60)
-    again = submit("trainer.epochs=40", "trainer.save_every=5", "trainer.stop_after_steps=1")
-    again.wait_for(lambda: "resuming from" in again.screen.read_text())
-    again.send("--full")
+    again = run_verb("train", [*job.arguments, "trainer.stop_after_steps=1"], processes=2)
+    assert "resuming from" in again.output
 
 
 def test_starts_without_progress_end_the_job(submit: Callable[..., Job], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from html import escape
 
 from dpo_dist.diagnostics.findings import Distribution
 from dpo_dist.number_text import number
-from dpo_dist.report.inert import printable
+from dpo_dist.safe_stream import printable
 
 _WIDTH, _HEIGHT, _AXIS = 360.0, 92.0, 18.0
 _LABEL_WIDTH = 44.0

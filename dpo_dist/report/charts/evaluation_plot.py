@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from dpo_dist import atomic
 from dpo_dist.objective.metrics import BUCKETS
-from dpo_dist.report.inert import printable
+from dpo_dist.safe_stream import printable
 
 Results = Mapping[str, Mapping[str, Any]]
 

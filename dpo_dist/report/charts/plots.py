@@ -20,7 +20,7 @@ from dpo_dist.report.charts.curves import PANELS, Curves, Panel, Rows
 from dpo_dist.report.charts.script import LIGHT_COLORS
 from dpo_dist.report.charts.smoothing import FloatArray, kept_points
 from dpo_dist.report.charts.svg_chart import Line
-from dpo_dist.report.inert import printable
+from dpo_dist.safe_stream import printable
 
 _INK, _QUIET, _GRID = "#1f2933", "#5b6470", "#e3e6ea"
 _COLUMNS = 4

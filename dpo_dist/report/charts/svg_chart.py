@@ -19,7 +19,8 @@ from dpo_dist.number_text import number
 from dpo_dist.report.charts.axes import Axis, tick_texts, value_axis
 from dpo_dist.report.charts.script import LIGHT_COLORS
 from dpo_dist.report.charts.smoothing import FloatArray, kept_points
-from dpo_dist.report.inert import inert_html, printable
+from dpo_dist.report.inert import inert_html
+from dpo_dist.safe_stream import printable
 
 Role = Literal["raw", "smooth", "evaluation"]
 Values = Sequence[float | None]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dpo_dist.number_text import number
 from dpo_dist.report.charts.axes import Axis, tick_texts, value_axis
 from dpo_dist.report.comparison.results import Estimate, Model, Results
-from dpo_dist.report.inert import printable
+from dpo_dist.safe_stream import printable
 
 _WIDTH, _HEIGHT = 720.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 704.0, 14.0, 346.0
@@ -100,7 +100,13 @@ def place_labels(
     found: list[Box | None] = [None] * len(points)
     for index in sorted(range(len(points)), key=lambda at: points[at]):
         x, y = points[index]
-        inside = [box for box in _candidates(x, y, widths[index]) if _is_inside(box)]
+        near = [
+            other - x
+            for other, height in points
+            if abs(height - y) < _LINE and abs(other - x) < widths[index]
+        ]
+        leftward = max(near) > 0 == min(near)  # its label beyond the neighbour's would cross that one's line
+        inside = [box for box in _candidates(x, y, widths[index], leftward=leftward) if _is_inside(box)]
         free = [box for box in inside if not any(map(box.overlaps, taken))]
         clear = (box for box in free if not any(map(box.overlaps, lines)))
         found[index] = box = next(clear, free[0] if free else None)
@@ -112,14 +118,17 @@ def _is_inside(box: Box) -> bool:
     return box.left >= _LEFT and box.right <= _WIDTH and box.top >= 0 and box.bottom <= _BOTTOM
 
 
-def _candidates(x: float, y: float, width: float) -> list[Box]:
-    """Return places of a label, the nearest first: right, left, above and below its point, also diagonal."""
+def _candidates(x: float, y: float, width: float, *, leftward: bool) -> list[Box]:
+    """Return places of a label, the nearest first: right, left, above and below its point, also diagonal.
+
+    Args:
+        leftward: whether left is before right.
+    """
     boxes = []
     for away in _AWAY:
         lifts = (0.0,) if away == _AWAY[0] else (0.0, -away, away)
-        for lift in lifts:
-            boxes.append(_box(x + away, y + lift - _LINE / 2, width))
-            boxes.append(_box(x - away - width, y + lift - _LINE / 2, width))
+        sides = (x - away - width, x + away) if leftward else (x + away, x - away - width)
+        boxes += [_box(left, y + lift - _LINE / 2, width) for lift in lifts for left in sides]
         boxes.append(_box(x - width / 2, y - away - _LINE, width))
         boxes.append(_box(x - width / 2, y + away, width))
     return boxes

@@ -13,8 +13,8 @@ from rich.text import Text
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import Finding, Level, SourceReport
-from dpo_dist.report.inert import joined_origins, printable
-from dpo_dist.safe_stream import SafeStream
+from dpo_dist.report.inert import joined_origins
+from dpo_dist.safe_stream import SafeStream, printable
 
 _COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
 _SHOWN_EXAMPLES = 3

@@ -155,7 +155,6 @@ def _paired(two: Two) -> str:
     pairs = sum(counts.values())
     difference = sum((second - first) * each for (first, second), each in counts.items()) / pairs
     squares = sum((second - first) ** 2 * each for (first, second), each in counts.items()) / pairs
-    spread = math.sqrt(max(squares - difference**2, 0.0) / pairs)
     ties = sum(each for both, each in counts.items() if _TIE in both)
     lines = (
         ("both", f"{counts[1.0, 1.0]:,}"),
@@ -164,13 +163,28 @@ def _paired(two: Two) -> str:
         ("neither", f"{counts[0.0, 0.0]:,}"),
         *([("equal rewards in one of them, counted as half", f"{ties:,}")] if ties else []),
     )
-    sentence = (
-        f"Accuracy of B minus that of A, pair by pair: {_signed(difference)} "
-        f"[{difference - _Z95 * spread:+.3g}, {difference + _Z95 * spread:+.3g}], a 95 % interval that "
-        "counts pairs of one prompt as independent. It is narrower than the intervals above, because both "
+    shown = table(("prefer the chosen response", "pairs"), lines)
+    return "<h3>The same pairs</h3>" + shown + note(_paired_sentence(difference, squares, pairs))
+
+
+def _paired_sentence(difference: float, squares: float, pairs: int) -> str:
+    """Return the difference of accuracies with its interval; equal outcomes of all pairs have none.
+
+    Args:
+        difference: mean over the pairs.
+        squares: mean of the squares.
+        pairs: their number.
+    """
+    said = f"Accuracy of B minus that of A, pair by pair: {_signed(difference)}"
+    spread = math.sqrt(max(squares - difference**2, 0.0) / pairs)
+    if not spread:
+        return f"{said}, the same for every pair, so that it has no interval."
+    low, high = difference - _Z95 * spread, difference + _Z95 * spread
+    return (
+        f"{said} [{low:+.3g}, {high:+.3g}], a 95 % interval that "
+        "counts pairs of one prompt as independent. It says more than the two intervals above, because both "
         "runs have the same pairs."
     )
-    return "<h3>The same pairs</h3>" + table(("prefer the chosen response", "pairs"), lines) + note(sentence)
 
 
 def _agreement(two: Two) -> Counter[tuple[float, float]] | None:

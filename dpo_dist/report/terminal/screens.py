@@ -15,11 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
-from dpo_dist.report.inert import printable
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.terminal.progress import GAP, Part, TrainingStatus, Work, fitting
 from dpo_dist.report.terminal.text_table import wrapped
-from dpo_dist.safe_stream import SafeStream
+from dpo_dist.safe_stream import SafeStream, printable_lines
 
 _REFRESH_SECONDS = 0.5
 _FIRST_LINE_SECONDS = 5.0
@@ -77,7 +76,7 @@ class LineScreen:
 
     def message(self, text: str) -> None:
         """Print a message."""
-        self._print(one_per_line(text))
+        self._print(printable_lines(text))
 
     def error(self, text: str) -> None:
         """Print an error."""
@@ -104,7 +103,7 @@ class LineScreen:
     def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the lines."""
         for line in lines:
-            self._print_result(one_per_line(line))
+            self._print_result(printable_lines(line))
 
     def end_progress(self) -> None:
         """Start anew with the next work."""
@@ -258,11 +257,6 @@ class Terminal(RichConsole):
     def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002
         """Leave the cursor visible: a killed process could not show it again."""
         return False
-
-
-def one_per_line(text: str) -> str:
-    """Return `text` with escapes in place of control characters, except line ends."""
-    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> Screen:

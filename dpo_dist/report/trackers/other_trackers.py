@@ -98,7 +98,8 @@ def _mlflow(config: RunConfig, folder: RunFolder, rows: Sequence[Row]) -> Accele
     path = folder.mlflow_id
     run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
     project = config.tracking.project or DEFAULT_PROJECT
-    tracker = open_mlflow(project, title(config, folder.path), run_id, path.parent)
+    name = without_secrets(title(config, folder.path))
+    tracker = open_mlflow(project, name, run_id, path.parent)
     if run_id is None:
         atomic.write_text(path, str(tracker.tracker.info.run_id))
         tracker.store_init_configuration(without_secrets(settings(config)))

@@ -1,5 +1,6 @@
 """Names of metrics in W&B, and the configuration without secrets."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,23 @@ def wandb_names(row: Mapping[str, float]) -> dict[str, float]:
     if order_of(row).is_evaluation:
         named[EVALUATED_AT] = row["step"]
     return named
+
+
+def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the summary's values of the metrics of all `rows`: wandb knows those of the last start only.
+
+    Each is the last one; of a metric of `BEST` it is that and the best finite one, as wandb writes them. The
+    axes are absent: wandb can be ahead of `rows`, and their values are its own.
+    """
+    named = [wandb_names(row) for row in rows]
+    found: dict[str, Any] = {name: value for values in named for name, value in values.items()}
+    for axis in (STEP_AXIS, EVALUATED_AT):
+        found.pop(axis, None)
+    for name, best in BEST.items():
+        finite = [values[name] for values in named if math.isfinite(values.get(name, math.nan))]
+        if finite:
+            found[name] = {best: min(finite) if best == "min" else max(finite), "last": found[name]}
+    return found
 
 
 def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:

@@ -5,9 +5,9 @@ import dataclasses
 import logging
 import os
 import shlex
+import sys
 import uuid
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from dpo_dist.report.trackers.tracked_values import (
     EVALUATED_AT,
     STEP_AXIS,
     RowOrder,
+    last_and_best,
     order_of,
     order_of_sent,
     wandb_names,
@@ -118,25 +119,26 @@ def start_run(
     client = set_up(mode)
     run_id = _run_id(folder)
     last = _last_written(folder.wandb_id.parent, run_id) if mode == "offline" else None
-    run: wandb.Run = client.init(
-        **run_settings(config, title(config, folder.path)),
-        id=run_id,
-        resume="allow",
-        dir=folder.path,
-        mode=mode,
-        config=without_secrets({**dataclasses.asdict(config), "environment": dict(environment or {})}),
-        allow_val_change=True,
-        settings=client.Settings(
-            silent=True,
-            reinit="create_new",  # a run that the caller has open stays the caller's
-            console="off",
-            save_code=False,
-            disable_git=True,
-            finish_timeout_raises=True,
-            x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
-            **settings,
-        ),
-    )
+    with _hidden_secrets_of_command_line():
+        run: wandb.Run = client.init(
+            **without_secrets(run_settings(config, title(config, folder.path))),
+            id=run_id,
+            resume="allow",
+            dir=folder.path,
+            mode=mode,
+            config=without_secrets({**dataclasses.asdict(config), "environment": dict(environment or {})}),
+            allow_val_change=True,
+            settings=client.Settings(
+                silent=True,
+                reinit="create_new",  # a run that the caller has open stays the caller's
+                console="off",
+                save_code=False,
+                disable_git=True,
+                finish_timeout_raises=True,
+                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
+                **settings,
+            ),
+        )
     run.define_metric(STEP_AXIS)
     for names in ("train/*", "eval/*"):
         run.define_metric(names, step_metric=STEP_AXIS)
@@ -149,6 +151,17 @@ def start_run(
     return Session(run, order_of_sent(_known(run)), None if mode == "online" else 0, growth)
 
 
+@contextlib.contextmanager
+def _hidden_secrets_of_command_line() -> Iterator[None]:
+    """Hide secrets in `sys.argv`, which wandb sends with the run and has no setting for, in the block."""
+    typed = sys.argv
+    sys.argv = without_secrets(typed)
+    try:
+        yield
+    finally:
+        sys.argv = typed
+
+
 def _known(run: "wandb.Run") -> dict[str, Any]:
     """Return the summary's values that the server has for the last row."""
     summary: Any = run.summary
@@ -156,11 +169,14 @@ def _known(run: "wandb.Run") -> dict[str, Any]:
 
 
 def _last_written(folder: Path, run_id: str) -> dict[str, Any] | None:
-    """Return the last row of earlier starts; wandb itself does not read it when it resumes offline."""
+    """Return the last row of earlier starts by its number: the clocks of two nodes may differ.
+
+    wandb itself does not read it when it resumes offline.
+    """
     from dpo_dist.report.trackers.wandb_file import drop_empty, read_rows  # noqa: PLC0415 (imports wandb)
 
     drop_empty(folder, run_id)
-    return next(iter(deque(read_rows(folder, run_id), maxlen=1)), None)
+    return max(read_rows(folder, run_id), key=lambda row: row["_step"], default=None)
 
 
 def set_up(mode: Mode) -> Any:
@@ -196,6 +212,7 @@ def close(
     run: "wandb.Run",
     outcome: str,
     summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, float]],
     notes: str | None,
     warn: Callable[[str], None],
     log_files: Callable[[], None],
@@ -206,11 +223,12 @@ def close(
         run: the wandb run.
         outcome: of the run.
         summary: the content of summary.json.
+        rows: metrics rows of all starts.
         notes: of the user; the verdict follows them on the run's page.
         warn: called if not everything could be uploaded.
         log_files: logs the artifacts.
     """
-    run.summary.update(without_secrets(summary))
+    run.summary.update({**last_and_best(rows), **without_secrets(summary)})
     sentence = summary.get("verdict", {}).get("sentence")
     if sentence is not None:
         run.notes = "\n\n".join(without_secrets([*([notes] if notes else []), f"Verdict: {sentence}"]))

@@ -107,7 +107,7 @@ class Tracker:
             log_files = functools.partial(self._media.log_artifacts, session.run, summary)
             warn = functools.partial(_warn, say=self._say)
             session.growth.note_sent()
-            close(session.run, outcome, summary, self._notes, warn, log_files)
+            close(session.run, outcome, summary, self._rows, self._notes, warn, log_files)
 
         self._act(end)
         session, self._session = self._session, None

@@ -69,6 +69,25 @@ def test_scores_decide_wins_and_ties_count_half() -> None:
     assert found["models"][1]["score"] == 2.0
 
 
+def test_equal_responses_and_those_without_a_verdict_are_counted() -> None:
+    texts = [("same", "same", "other"), ("same", "same", "same"), ("x", "y", "z"), ("x", "y", "y")]
+    rows = [dict(zip(("base", "a", "b"), map(response, own), strict=True)) for own in texts]
+    verdicts: list[list[float | None]] = [[0.5, 1, None], [0.5, 0.5, 0.5], [1, None, None], [0, 0, 0.5]]
+    found = results(rows, verdicts)
+    counted = {
+        (win["first"], win["second"]): tuple(
+            win[name] for name in ("wins", "ties", "losses", "identical", "not_judged")
+        )
+        for win in found["wins"]
+    }
+    assert counted == {
+        ("base", "a"): (1, 2, 1, 2, 0),
+        ("base", "b"): (1, 1, 1, 1, 1),
+        ("a", "b"): (0, 2, 0, 2, 2),
+    }
+    assert found["not_judged"] == {"base and b": 1, "a and b": 2}
+
+
 def test_verdicts_of_three_models_in_pairs() -> None:
     rows = [{name: response(name) for name in ("base", "a", "b")}] * 4
     verdicts: list[list[float | None]] = [[1, 0, 0.5], [1, 0, 0], [0, 0, None], [0.5, 0, 1]]
@@ -76,6 +95,12 @@ def test_verdicts_of_three_models_in_pairs() -> None:
     rates = {(win["first"], win["second"]): win["rate"] for win in found["wins"]}
     assert rates == {("base", "a"): 2.5 / 4, ("base", "b"): 0.0, ("a", "b"): 0.5}
     assert all(model["score"] is None for model in found["models"])
+
+
+def test_a_share_without_a_difference_may_differ_in_both_directions() -> None:
+    rows = [{"base": response("x"), "a": response("x")}] * 20
+    low, high = results(rows)["differences"][0]["empty_interval"]
+    assert low == -high < 0
 
 
 def test_differences_are_paired_over_prompts() -> None:

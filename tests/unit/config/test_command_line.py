@@ -59,6 +59,13 @@ def verb(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return run
 
 
+def test_an_error_has_escapes_in_place_of_the_control_characters_of_a_name(verb: Verb) -> None:
+    ended = verb("model.path=m", "data.train='a\x1b[31m\x07.jsonl'")
+    assert ended.code == 2
+    assert "\\x1b[31m\\x07" in ended.err
+    assert not set("\x1b\x07") & set(ended.err)
+
+
 def test_a_verb_has_the_same_run_directory_in_every_process(
     verb: Verb, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

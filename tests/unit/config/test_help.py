@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
+from dpo_dist import compare
 from dpo_dist.config.fields import EVERY_VERB
-from dpo_dist.config.help import explain
+from dpo_dist.config.help import explain, usage
 from dpo_dist.config.keys import all_keys, section_meanings
 from dpo_dist.config.load import group_folders
 from dpo_dist.config.loss_kinds import KINDS
@@ -73,6 +74,15 @@ def test_the_verbs_are_the_programs_with_a_configuration() -> None:
     programs = {module.stem for module in modules if "run_verb(main" in module.read_text()}
     assert set(EVERY_VERB.split()) == programs
     assert {verb for row in all_keys().values() for verb in row.verbs} == programs
+
+
+def test_the_help_of_a_verb_begins_with_the_verb() -> None:
+    text = usage(
+        "python -m dpo_dist.compare", compare.__doc__ or "", {"--help": "this text"}, group_folders()
+    )
+    assert text.startswith("usage: python -m dpo_dist.compare ")
+    assert "\nCompare models: `python -m dpo_dist.compare 'compare.models=[" in text
+    assert "+experiment=qwen7b" not in text, "an example of another verb"
 
 
 def test_every_kind_of_loss_has_a_line() -> None:

@@ -50,6 +50,8 @@ MISTYPED = [
     ("logging_steps=5", "write trainer.log_every=5"),
     ("batch_size=4", "write trainer.global_batch_pairs=4"),
     ("per_device_train_batch_size=1", "trainer.global_batch_pairs"),
+    ("compare.judge=org/model", "set pairs.reward_model"),
+    ("generate_during_eval=true", "set samples.prompts=16"),
     ("report_to=wandb", "tracking.wandb=auto"),
     ("deepspeed=ds.json", "parallelism=zero3"),
     ("lora_rank=8", "model.adapter={r: 16"),

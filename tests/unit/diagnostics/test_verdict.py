@@ -264,6 +264,8 @@ def test_swapped_labels_of_one_source_are_named() -> None:
     [finding] = verdict(rows(every=swapped), summary()).findings
     assert finding.rule == "labels_swapped"
     assert "0.20 on 200 pairs of a" in finding.text
+    first_steps = [row for row in rows(every=swapped) if row["step"] <= 5]
+    assert verdict(first_steps, summary(steps=5)).findings == ()
 
 
 def test_what_a_loss_does_by_design_is_no_fault() -> None:
@@ -429,6 +431,15 @@ def test_a_change_of_samples_within_chance_is_no_fault() -> None:
         late = {"eval_samples/finished": finished, "eval_samples/refusals": refusals}
         judged = verdict(rows(every=few, late=late), summary())
         assert [finding.rule for finding in judged.findings] == rules
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length", "is_found"), [(8, 190.0, False), (8, 230.0, True), (64, 190.0, True)]
+)
+def test_a_few_responses_are_longer_by_chance(prompts: float, length: float, is_found: bool) -> None:
+    """Twice sampled from one model, 8 responses of usual spread are in 3 to 8 % of cases 1.5 times longer."""
+    history = rows(every={"eval_samples/prompts": prompts}, late={"eval_samples/length": length})
+    assert [one.rule for one in verdict(history, summary()).findings] == ["over_optimised"] * is_found
 
 
 def test_samples_are_compared_with_the_reference_under_their_own_settings() -> None:
@@ -611,6 +622,36 @@ def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate(rows_of_run: int, pa
             accused[kind] += "learning_rate_too_high" in [finding.rule for finding in found]
     assert accused["healthy"] <= 1
     assert accused["wild"] >= 48
+
+
+def rate_findings(losses: list[float], norms: list[float] | None = None, pairs: float = 64.0) -> list[str]:
+    """The texts about the learning rate of a run with these losses and gradient norms."""
+    history: list[Row] = [
+        {"step": step, "loss": loss, "grad_norm": 1.0 if norms is None else norms[step - 1], "pairs": pairs}
+        for step, loss in enumerate(losses, 1)
+    ]
+    found = verdict(history, {"steps": len(losses), "settings": SETTINGS}).findings
+    return [finding.text for finding in found if finding.rule == "learning_rate_too_high"]
+
+
+def test_a_loss_that_rose_for_few_pairs_only_is_not_accused() -> None:
+    losses = [0.69] * 9 + [1.2] * 11
+    assert rate_findings(losses, pairs=4.0) == []
+    assert len(rate_findings(losses, pairs=20.0)) == 1
+
+
+def test_a_small_rise_of_a_noisy_loss_is_found_over_many_rows() -> None:
+    losses = [0.69, *(1.1 + 0.3 * (-1) ** step for step in range(200))]
+    assert rate_findings(losses[:50]) == []
+    assert len(rate_findings(losses)) == 1
+
+
+def test_a_jump_of_the_gradient_is_above_the_usual_one_and_the_start() -> None:
+    losses = [0.69] * 12 + [0.75] * 8
+    norms = [3.0, 1.0, 1.0, 2.0, 4.0, 2.0, 1.0, 4.0, 1.0, 3.0, 4.0, 4.0, 90.0, 90.0, *[2.0] * 6]
+    [text] = rate_findings(losses, norms)
+    assert "jumped from 2.5 to 90 at step 13" in text
+    assert rate_findings(losses, [100.0, *norms[1:]]) == []
 
 
 def test_other_pairs_of_the_evaluation_are_no_change_of_the_margin() -> None:

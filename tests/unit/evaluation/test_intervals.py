@@ -83,3 +83,11 @@ def test_equal_outcomes_have_the_interval_of_wilson(outcome: float, ends: tuple[
     most = np.concatenate((values[:18], 1 - values[18:]))
     low, high = bootstrap_intervals({"share": (most, np.ones(20))}, prompts, shares={"share"})["share"]
     assert high - low >= ends[1] - ends[0], "nine of ten are no more certain"
+
+
+@pytest.mark.parametrize(("value", "sides"), [(0, (-1, 1)), (1, (-1, 0)), (-1, (0, 1))])
+def test_a_difference_of_equal_outcomes_has_both_signs(value: float, sides: tuple[int, int]) -> None:
+    measured = {"m": (np.full(48, float(value)), np.ones(48))}
+    found = bootstrap_intervals(measured, each(48), differences={"m"})["m"]
+    width = bootstrap_intervals({"m": (np.zeros(48), np.ones(48))}, each(48), shares={"m"})["m"][1]
+    assert found == pytest.approx((value + sides[0] * width, value + sides[1] * width))

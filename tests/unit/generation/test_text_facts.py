@@ -121,3 +121,17 @@ def test_words_are_counted_with_their_marks_and_without_punctuation(text: str, w
 def test_a_loop_in_a_script_with_marks_is_seen() -> None:
     loop = "\u0e19\u0e49\u0e33\u0e17\u0e35\u0e48" * 10
     assert text_facts(loop, 9, is_finished=False).longest_repeat == pytest.approx(18 / 20, abs=0.11)
+
+
+@pytest.mark.parametrize("loop", ["ha", "_", "0", "fi\u00df"])
+def test_a_loop_without_spaces_is_seen(loop: str) -> None:
+    facts = text_facts(loop * 60, 60, is_finished=False)
+    assert facts.longest_repeat > 0.9
+    assert facts.distinct_3 is not None
+    assert facts.distinct_3 < 0.1
+    assert facts.words == (loop != "_")
+
+
+def test_a_long_word_repeats_nothing() -> None:
+    facts = text_facts("Donaudampfschifffahrtsgesellschaft is a word", 9, is_finished=True)
+    assert (facts.longest_repeat, facts.distinct_3, facts.words) == (0.0, 1.0, 4)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpo_dist.report.inert import inert_html, joined_origins, printable
+from dpo_dist.report.inert import inert_html, joined_origins
+from dpo_dist.safe_stream import printable
 
 
 @pytest.mark.parametrize(

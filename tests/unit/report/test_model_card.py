@@ -209,3 +209,8 @@ def test_code_spans_end_where_their_text_ends() -> None:
     assert inert("www.d.org") == "www\\.d.org"
     assert inert("*a* [b](c) http://d") == "\\*a\\* \\[b\\]\\(c\\) http\\://d"
     assert table([["a"], ["b"]]) == "| a |\n| --- |\n| b |"
+
+
+def test_pairs_that_training_repeats_are_not_counted_as_more_data() -> None:
+    found = card(["model.path=org/base", "data.train=[org/pairs]"], summary(["pairs"], []), None)
+    assert "trained on 1,190 pairs (2,380 with repetitions) in 38 steps" in found.text

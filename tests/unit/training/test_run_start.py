@@ -287,11 +287,13 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
 
 def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
     """A start that was killed while it wrote a single file."""
-    folder.metrics.mkdir(parents=True)
-    own = [temporary_name(folder.state), temporary_name(folder.summary)]
+    files = folder.state, folder.summary, folder.samples_file(2)
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    own = [temporary_name(file) for file in files]
     of_killed = [file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-")) for file in own]
     for file in (*own, *of_killed):
         file.touch()
     with locked(folder, ALONE, Screen()):
-        assert [file.exists() for file in own] == [True, True], "this process still writes them"
-        assert [file.exists() for file in of_killed] == [False, False]
+        assert [file.exists() for file in own] == [True] * 3, "this process still writes them"
+        assert [file.exists() for file in of_killed] == [False] * 3

@@ -1,6 +1,7 @@
 """Choice of the prompts of samples, and the evaluations that have them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.responder import find_stop_ids
+from dpo_dist.generation.sampling.together import Generator
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.training import samples
 from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.samples import SamplePrompt, SamplePrompts, Samples, lines
+from dpo_dist.training.samples import Row, SamplePrompt, SamplePrompts, Samples, lines
 from dpo_dist.training.samples_setup import choose_prompts, prepare_samples
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -74,7 +78,7 @@ def test_rows_have_texts_of_prompt_and_chosen_response(tmp_path: Path) -> None:
 
 def held_out(folder: Path, every: int = 1) -> SamplePrompts:
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
-    console: Console = None  # type: ignore[assignment]
+    console = Console(None)
     world: World = None  # type: ignore[assignment]
     sampling = Sampling(4, seed=3)
     return SamplePrompts(
@@ -94,6 +98,22 @@ def test_every_nth_evaluation_and_the_last_have_samples(
     assert [step for step in steps if found.is_due(step, eval_every, is_last=step == 35)] == due
 
 
+def test_a_bug_in_the_metrics_of_samples_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    said: list[str] = []
+    console = Console(None)
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(samples, "text_facts", broken)
+    reference = [{"text": "a", "tokens": 1, "finished": True}]
+    opened = replace(held_out(tmp_path), world=ALONE, console=console)
+    assert Samples(opened, reference, True, None).at(0) == {}  # type: ignore[arg-type]
+    assert json.loads(opened.folder.samples_file(0).read_text())["policy"] == "a"
+    [warning] = said
+    assert warning.startswith("warning: the row of metrics of samples is missing because of a bug")
+
+
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
     opened = held_out(tmp_path)
     assert opened.read_reference() is None
@@ -108,6 +128,34 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
     opened.folder.samples_reference.write_text("[]\n")
     assert opened.read_reference() is None
+
+
+class Answering(SamplePrompts):
+    """Prompts to which the policy responds "of the policy"."""
+
+    def responses(
+        self, model: Generator, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
+    ) -> list[Row] | None:
+        return [{"text": "of the policy", "tokens": 3, "finished": True}]
+
+
+@pytest.mark.parametrize(
+    ("step", "starts_as_reference", "shown"),
+    [(0, True, "of the reference"), (0, False, "of the policy"), (10, True, "of the policy")],
+)
+def test_the_policy_responds_itself_unless_it_is_the_reference(
+    tmp_path: Path, step: int, starts_as_reference: bool, shown: str
+) -> None:
+    """Only before its first step, and only if it starts as the reference."""
+    prompts = Answering(**{**vars(held_out(tmp_path)), "world": ALONE})
+    prompts.folder.samples.mkdir()
+    reference = [{"text": "of the reference", "tokens": 5, "finished": False}]
+    policy: PolicyEngine = None  # type: ignore[assignment]
+    measured = Samples(prompts, reference, starts_as_reference, policy).at(step)
+    row = json.loads(prompts.folder.samples_file(step).read_text())
+    assert (row["step"], row["policy"], row["reference"]) == (step, shown, "of the reference")
+    assert measured["samples/length"] == (5 if shown == "of the reference" else 3)
+    assert measured["samples/reference_length"] == 5
 
 
 def test_a_resumed_run_has_no_samples_of_later_steps(tmp_path: Path) -> None:

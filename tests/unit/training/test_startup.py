@@ -49,6 +49,7 @@ def refused(config: RunConfig) -> DpoDistError:
         ("model.path={assets}/modle", "did you mean {assets}/model?"),
         ("model.path={assets}/train.jsonl", "the model is a file"),
         ("model.path={assets}", "no config.json"),
+        ("model.path={assets}", "did you mean {assets}/model?"),
         ("model.revision=main", "a revision has no effect on a local folder"),
         ("reference.path={assets}/modle", "reference.path"),
         ("data.train=[{assets}/trian.jsonl]", "train.jsonl"),

@@ -128,6 +128,30 @@ def test_less_kl_needs_an_interval(tmp_path: Path) -> None:
     assert warnings(found) == ["last has a lower score than far and more KL."]
 
 
+def test_models_of_equal_kl_have_not_less_of_it(tmp_path: Path) -> None:
+    """Two names of one model: every difference is 0, and so are the ends of its interval."""
+    models = [model("base", None, 0.3), model("a", 5, 0.5), model("twin", 5, 0.6)]
+    wins = [win("base", "a", 0.2), win("base", "twin", 0.2), win("a", "twin", 0.5)]
+    same = [differing("a", "twin", kl=(0.0, 0.0), score=(0.05, 0.15))]
+    found = read(tmp_path, results(models, wins, differences=same))
+    assert not found.has_less_kl(found.models[1], found.models[2])
+    assert headline(found).endswith(" a cannot be distinguished from it.")
+    assert warnings(found) == []
+
+
+def test_at_most_five_warnings_those_about_quality_first(tmp_path: Path) -> None:
+    bad = {"length": 300, "finished": 0.5, "refusals": 0.4, "empty": 0.3}
+    models = [model("base", None, 0.5), model("a", 3, 0.3, **bad), model("b", 4, 0.2, **bad)]
+    found = warnings(read(tmp_path, results(models, [win("base", "a", 0.7), win("base", "b", 0.8)])))
+    assert len(found) == 5
+    assert found[:4] == [
+        "a has a lower score than base and more KL.",
+        "b has a lower score than base and more KL.",
+        "a is worse than base: win rate 30 % [24, 36].",
+        "b is worse than base: win rate 20 % [14, 26].",
+    ]
+
+
 def test_a_model_that_wins_over_the_one_with_the_highest_mean_is_named(tmp_path: Path) -> None:
     models = [model("base", None, 0.3), model("a", 3, 0.5), model("b", 3, 0.6)]
     wins = [win("base", "a", 0.3), win("base", "b", 0.5), win("a", "b", 0.6)]

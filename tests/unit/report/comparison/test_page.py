@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.report.comparison.page import MOST_BYTES, write_comparison_page
-from dpo_dist.report.comparison.pareto import place_labels
+from dpo_dist.report.comparison.pareto import Box, place_labels
 from dpo_dist.report.comparison.prompts import prompts_section
 from dpo_dist.report.comparison.results import read_results
 from tests.support.comparison_files import (
@@ -220,6 +220,14 @@ def test_labels_overlap_neither_each_other_nor_points(seed: int) -> None:
     assert len(placed) >= len(points) - 1
     assert not any(one.overlaps(other) for at, one in enumerate(placed) for other in placed[:at])
     assert not any(box.left < x < box.right and box.top < y < box.bottom for box in placed for x, y in points)
+
+
+def test_labels_of_close_points_are_in_the_order_of_the_points() -> None:
+    lines = [Box(200, 199, 600, 201), Box(299, 100, 301, 300), Box(311, 100, 313, 300)]
+    right, left = place_labels([55, 50], [(312, 200), (300, 200)], lines)
+    assert left is not None
+    assert right is not None
+    assert left.right < right.left, "their lines would cross"
 
 
 def test_a_label_avoids_a_line_if_it_can() -> None:

@@ -90,6 +90,13 @@ def test_the_same_pairs_are_counted_by_which_run_is_right(runs: Runs) -> None:
     assert math.isclose(1.96 * math.sqrt(2 / 5 / 5), 0.554, abs_tol=1e-3)
 
 
+def test_outcomes_that_are_equal_for_every_pair_have_no_interval(runs: Runs) -> None:
+    for run in runs:
+        write_scores(run, [1.0, -1.0, 1.0])
+    same = page_of(*runs).section("The same pairs")
+    assert "pair by pair: 0, the same for every pair, so that it has no interval." in same
+
+
 def test_a_tie_counts_half_as_in_the_accuracy(runs: Runs) -> None:
     """An untrained run has an accuracy of one half, not of 0."""
     write_scores(runs[0], [0.0, 0.0, 0.0, 0.0])

@@ -161,6 +161,11 @@ def test_displacement_compares_the_same_responses(tmp_path: Path) -> None:
     assert "-1.00 to -1.20 nats per token, so that a token is on average 82 %" in shown
     assert "The rejected ones: -1.20 to -1.50." in shown
     assert "evaluation pairs of the last metrics row" in shown
+    assert "Both are beyond the verdict's limits" in shown
+    rows[-1]["eval_rewards/chosen"] = -0.1 * 50 * 0.09
+    run.log_history.write_text(json.dumps(rows))
+    shown = page_of(run).section("Chosen responses became less likely")
+    assert "The verdict objects when both reach 0.1 nats per token and 50 % of the pairs." in shown
 
 
 def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:

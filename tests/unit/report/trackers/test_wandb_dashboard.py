@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from dpo_dist.config.keys import all_keys
 from dpo_dist.config.loss_kinds import LossConfig
@@ -67,6 +69,19 @@ def test_a_project_without_entity_is_an_error(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         wandb_dashboard.main(["project"])
     assert "expected ENTITY/PROJECT" in capsys.readouterr().err
+
+
+def test_a_missing_key_is_an_error_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(page: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(pytest.importorskip("wandb_workspaces.workspaces").Workspace, "save", save)
+    assert wandb_dashboard.main(["entity/project"]) == 2
+    assert capsys.readouterr().err == (
+        "wandb_dashboard.py: error: No API key configured. Use `wandb login` to log in.\n"
+    )
 
 
 def test_the_workspace_has_every_panel_on_the_axis_of_steps() -> None:

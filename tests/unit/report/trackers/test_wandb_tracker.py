@@ -230,6 +230,25 @@ def test_a_run_that_the_caller_has_open_stays_the_callers(tmp_path: Path) -> Non
     assert [row["own"] for row in read_rows(tmp_path / "wandb", callers.id)] == [1]
 
 
+def test_the_summary_of_a_resumed_run_is_that_of_all_its_starts(tmp_path: Path) -> None:
+    first = [{"step": 1, "loss": 0.2}, {"step": 1, "eval_loss": 0.3, "eval_rewards/margins": 4.0}]
+    later = [{"step": 2, "loss": 0.9}, {"step": 3, "loss": float("nan")}]
+    for known, computed in (([], first), (first, later)):
+        tracker = open_in(tmp_path, WandbMode.offline, rows=known)
+        for row in computed:
+            tracker.log(row)
+        tracker.finish("preempted", {})
+        time.sleep(1.0)  # wandb names its folders by the second
+    (_, newest) = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    updates = [record.summary.update for record in read_records(newest) if record.HasField("summary")]
+    items = [item for update in updates for item in update]
+    summary = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+    assert summary["train/loss"]["min"] == 0.2
+    assert summary["eval/loss"] == {"min": 0.3, "last": 0.3}
+    assert summary["eval/rewards/margins"] == {"max": 4.0, "last": 4.0}
+    assert summary["train/global_step"] == 3
+
+
 def test_a_resumed_job_continues_the_same_run(tmp_path: Path) -> None:
     first = open_in(tmp_path, WandbMode.offline)
     assert first.run is not None
@@ -332,6 +351,41 @@ def test_a_run_killed_three_times_is_one_run_with_every_row_once_and_uploads_by_
         program = Path(sys.executable).with_name("wandb")
         subprocess.run([program, "sync", "wandb"], cwd=run_dir, check=True, capture_output=True)
         assert server.history_rows() == sent
+
+
+def test_a_clock_that_is_set_back_brings_no_row_twice(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    rows = [{"step": step, "loss": 0.7} for step in (1, 2, 3)]
+    for known, row in enumerate(rows):
+        tracker = open_in(run_dir, WandbMode.offline, rows=rows[:known])
+        tracker.log(row)
+        tracker.finish("preempted", {})
+        # The next start would get the name of this one within the same second.
+        (folder,) = run_dir.glob("wandb/offline-run-20[0-8]*")
+        of_run = folder.name.rpartition("-")[2]
+        folder.rename(folder.with_name(f"offline-run-209{9 - known}0102_030405-{of_run}"))
+    sent = read_rows(run_dir / "wandb", (run_dir / "wandb/run_id.txt").read_text())
+    assert sorted((row["_step"], row["train/global_step"]) for row in sent) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_wandb_gets_no_secret_of_the_command_line_or_of_its_own_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B adds the command line itself."""
+    monkeypatch.setenv("MY_PASSWORD", SECRET)
+    monkeypatch.setattr(
+        sys, "argv", ["train", f"tracking.notes={SECRET}", "data.train=[ftp://me:word@host/a]"]
+    )
+    typed = list(sys.argv)
+    tracking = TrackingConfig(wandb=WandbMode.offline, notes=SECRET, group=f"of {SECRET}", tags=[SECRET])
+    config = RunConfig(model=ModelConfig(path="org/model"), tracking=tracking)
+    tracker = open_tracker(config, RunFolder(tmp_path), lambda: None)
+    tracker.finish("completed", {})
+    (environment,) = records_of(tmp_path, "environment")[:1]
+    assert environment.args == ["tracking.notes=***", "data.train=[ftp://***@host/a]"]
+    assert sys.argv == typed
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
 def test_off_neither_writes_nor_imports_wandb(tmp_path: Path) -> None:
