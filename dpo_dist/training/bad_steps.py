@@ -15,9 +15,14 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.errors import DivergedError
 
 
-def never_finite_if_not(loss: Tensor) -> Tensor:
-    """Return `loss`, whose gradient is not finite if the loss is not, so that no rank applies the update."""
-    return loss * where(loss.detach().isfinite(), 1.0, nan)
+def never_finite_if_not(loss: Tensor, logps: Tensor) -> Tensor:
+    """Return `loss`, whose gradient is not finite if the loss is not, so that no rank applies the update.
+
+    Args:
+        loss: of a micro-batch; a pair whose loss is infinite may have no gradient of its own.
+        logps: of its responses, through which the gradient flows; [n].
+    """
+    return loss + where(loss.detach().isfinite(), 0.0, nan) * logps.sum()
 
 
 def is_bad(loss: float, grad_norm: float) -> bool:

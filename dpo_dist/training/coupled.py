@@ -48,7 +48,10 @@ def accumulate_coupled(
     leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
     loss, sums = objective.measure(pairs)
     slopes = torch.autograd.grad(
-        never_finite_if_not(loss) / rank_batch.pairs, leaves, allow_unused=True, materialize_grads=True
+        never_finite_if_not(loss, pairs.policy.chosen) / rank_batch.pairs,
+        leaves,
+        allow_unused=True,
+        materialize_grads=True,
     )
 
     policy.train()

@@ -65,7 +65,10 @@ def train_step(
             loss, batch_sums = objective.measure(pairs)
             sums += batch_sums
             clock.enter("backward")
-            policy.backward(never_finite_if_not(loss) / pairs_in_batch, is_last=number == len(step.batches))
+            policy.backward(
+                never_finite_if_not(loss, pairs.policy.chosen) / pairs_in_batch,
+                is_last=number == len(step.batches),
+            )
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
