@@ -1,5 +1,6 @@
 """A checkpoint as a model or adapter folder, so that it responds as any other model does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.comparison.startup import KEY, Compared, Kind
@@ -41,9 +42,11 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
 
 def _config_of_run(checkpoint: Path) -> RunConfig:
+    """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
     run = RunFolder(checkpoint.parents[1])
     try:
-        return from_yaml(run.config.read_text(encoding="utf-8"))
+        found = from_yaml(run.config.read_text(encoding="utf-8"))
+        return replace(found, model=replace(found.model, trust_remote_code=False))
     except OSError as fault:
         raise ConfigError(
             "the run of this checkpoint has no configuration",

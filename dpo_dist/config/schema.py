@@ -244,6 +244,13 @@ class TrainerConfig:
         free=True,
         verbs="train precompute evaluate",
     )
+    max_bad_steps: int = key(
+        3,
+        "Steps whose loss or gradient is not finite that are skipped; one more ends the run with code 3.",
+        at_least=0,
+        added=True,
+        verbs="train",
+    )
     stop_after_steps: int | None = key(
         None,
         "Steps of this start after which the run saves and exits with code 75.",
