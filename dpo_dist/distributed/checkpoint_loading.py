@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.checkpoint_folders import STATE, checkpoint_folders
-from dpo_dist.distributed.checkpoint_manifest import find_faults
+from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
 from dpo_dist.distributed.random_states import load_random_states
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
@@ -69,12 +69,7 @@ def open_checkpoint(folder: Path, world: World) -> Checkpoint:
         CheckpointError: its files do not match its manifest.
     """
     if damage := _damage(folder, world):
-        raise CheckpointError(
-            "the checkpoint is damaged",
-            where=str(folder),
-            got="; ".join(damage[:5]),
-            remedy="restore its files, or name another checkpoint",
-        )
+        raise damaged_checkpoint(folder, damage)
     return Checkpoint(folder, _state(folder, world))
 
 
