@@ -104,7 +104,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
         from dpo_dist.reference.engine import load_digested
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.signals import StopRequest
-from dpo_dist.training import finish, loop, reference_setup
+        from dpo_dist.training import finish, loop, reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
 

@@ -6,24 +6,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import (
-    Checkpoint,
-    CheckpointSaver,
-    Sharded,
-    load_checkpoint,
-)
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.load import load_packed
 from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
@@ -42,7 +36,7 @@ from dpo_dist.training.run_start import Start, describe_run, find_start, locked,
 from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
-from dpo_dist.training.world_setup import open_world
+from dpo_dist.training.world_setup import open_world, peak_flops
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
@@ -67,7 +61,8 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
         with stop.deferred():
             with recorded_stop(folder, state, stops):
                 loop, position = _set_up(config, start, inputs, environment, stops, clock, console)
-            exit_code = _run_tracked(loop, position, state.identity)
+            with contextlib.closing(loop.checkpoints):
+                exit_code = _run_tracked(loop, position, state.identity)
         if isinstance(loop.objective.reference, LiveReference):
             loop.objective.reference.engine.free()
         loop.policy.free()
@@ -111,7 +106,7 @@ def _set_up(
     Raises:
         StoppedError: a rank was asked to stop.
     """
-    world, folder = stops.world, RunFolder.of(config)
+    world = stops.world
     with clock.of("samples"):
         samples = prepare_samples(config, inputs, start.step, world, console)
     reference, policy = _load_models(config, inputs, stops, clock, console)
@@ -120,8 +115,7 @@ def _set_up(
     objective = Objective(config.loss, reference.provider)
     reference_sync = _reference_sync(config, reference.provider, policy, world)
     sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-    damaged = () if start.checkpoint is None else start.checkpoint.damaged
-    checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
+    checkpoints = _checkpoint_saver(config, start, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
     else:
@@ -135,7 +129,7 @@ def _set_up(
         policy=policy,
         objective=objective,
         reference_sync=reference_sync,
-        peaks=_peak_flops(config, world),
+        peaks=peak_flops(config, world),
         checkpoints=checkpoints,
         identity=identify(config, inputs),
         samples=None if samples is None else samples.open(policy, clock),
@@ -204,6 +198,20 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     return PolicyEngine(model, config.optim, world)
 
 
+def _checkpoint_saver(
+    config: RunConfig, start: Start, sharded: Sequence[Sharded], world: World, console: Console
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        RunFolder.of(config).checkpoints,
+        config.trainer.keep_last,
+        sharded,
+        world,
+        () if start.checkpoint is None else start.checkpoint.damaged,
+        behind=config.trainer.save_behind,
+        say=console.say,
+    )
+
+
 def _resume(
     checkpoint: Checkpoint,
     sharded: Sequence[Sharded],
@@ -256,17 +264,6 @@ def _reference_sync(
     assert isinstance(reference, LiveReference)
     assert isinstance(reference.engine, FrozenEngine)
     return ReferenceSync(reference.engine, policy, sync, world)
-
-
-def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
-    """Return the peak of all devices, measured while all of them are busy; collective."""
-    dtype = TORCH_DTYPES[config.model.dtype]
-    is_cuda = world.device.type == "cuda"
-    datasheet = datasheet_peak(torch.cuda.get_device_name(world.device), dtype) if is_cuda else None
-    world.barrier()
-    peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
-    sheets = [sheet for _, sheet in peaks if sheet is not None]
-    return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)
 
 
 def _open_recorder(
