@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
+from dpo_dist.data.tokenization.template_limits import limited
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,6 +101,21 @@ def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
             got=f"{file}: {fault}",
             remedy="name a readable file in UTF-8",
         ) from fault
+
+
+def place_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
+    """Return the place of a template for an error: a file of the tokenizer, or `data.chat_template`.
+
+    Args:
+        tokenizer: of the policy.
+        template: that is used.
+    """
+    own, folder = tokenizer.chat_template, Path(str(tokenizer.name_or_path))
+    templates = own.values() if isinstance(own, dict) else [own]
+    if not any(isinstance(text, str) and template.endswith(text) for text in templates):
+        return "data.chat_template"
+    file = folder / "chat_template.jinja"
+    return str(file if file.is_file() or not folder.is_dir() else folder / "tokenizer_config.json")
 
 
 def check_template_file(choice: str | None) -> None:
@@ -191,15 +207,20 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
         return set()
     turns = [("user", "probe question"), ("assistant", "probe answer"), ("user", "another question")]
     try:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
+        rendered = limited(
+            lambda: str(
+                tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in turns],
+                    chat_template=chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            ),
+            place_of(tokenizer, chat_template),
         )
     except TemplateError:
         return set()
-    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(str(rendered)))
+    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
     others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
     return set(filter(_has_delimiters, found - others))
 
