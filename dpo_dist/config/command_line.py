@@ -41,7 +41,7 @@ EXIT_CODES = "DPO_DIST_EXIT_CODES"
 """Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
 _RANK_0_SECONDS = 60
 _ABSENT = object()
-_OF_ONE_PROCESS = ("doctor",)
+_OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(

@@ -129,6 +129,10 @@ class RunFolder:
         """The trained model."""
         return self.path / "model"
 
+    def exported(self, checkpoint: str) -> Path:
+        """Return the model folder that `export` writes from a checkpoint."""
+        return self.path / "exported" / checkpoint
+
     @property
     def wandb_id(self) -> Path:
         """The id of the W&B run; the other files in its folder are wandb's own."""
