@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.data.tokenization.template_limits import limited
+from dpo_dist.data.tokenization.template_limits import limited, place_of
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,21 +101,6 @@ def _read_template(file: Path, _changed_ns: int, _bytes: int) -> str:
             got=f"{file}: {fault}",
             remedy="name a readable file in UTF-8",
         ) from fault
-
-
-def place_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
-    """Return the place of a template for an error: a file of the tokenizer, or `data.chat_template`.
-
-    Args:
-        tokenizer: of the policy.
-        template: that is used.
-    """
-    own, folder = tokenizer.chat_template, Path(str(tokenizer.name_or_path))
-    templates = own.values() if isinstance(own, dict) else [own]
-    if not any(isinstance(text, str) and template.endswith(text) for text in templates):
-        return "data.chat_template"
-    file = folder / "chat_template.jinja"
-    return str(file if file.is_file() or not folder.is_dir() else folder / "tokenizer_config.json")
 
 
 def check_template_file(choice: str | None) -> None:

@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from dpo_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SECONDS = 20.0
 """CPU time of one text; real templates take less than a millisecond."""
@@ -52,6 +56,21 @@ def limited(render: Callable[[], str], template: str) -> str:
     if len(text) > CHARACTERS:
         raise _too_much(template, f"a text of {len(text):,} characters")
     return text
+
+
+def place_of(tokenizer: "PreTrainedTokenizerBase", template: str) -> str:
+    """Return the place of a template for an error: a file of the tokenizer, or `data.chat_template`.
+
+    Args:
+        tokenizer: of the policy.
+        template: that is used.
+    """
+    own, folder = tokenizer.chat_template, Path(str(tokenizer.name_or_path))
+    templates = own.values() if isinstance(own, dict) else [own]
+    if not any(isinstance(text, str) and template.endswith(text) for text in templates):
+        return "data.chat_template"
+    file = folder / "chat_template.jinja"
+    return str(file if file.is_file() or not folder.is_dir() else folder / "tokenizer_config.json")
 
 
 def forget_size() -> None:

@@ -13,6 +13,7 @@ from dpo_dist.data.sources import check_source
 from dpo_dist.errors import DataError, DpoDistError
 from tests.support.records import TEXT
 
+SHARD = "data-00000-of-00001.arrow"
 OUTSIDE = "names a file outside its folder"
 ESCAPES = ["../outside.jsonl", "{}/outside.jsonl", "a/../../outside.jsonl", "file://{}/outside.jsonl"]
 
@@ -54,9 +55,7 @@ def test_a_dataset_with_a_script_runs_nothing(outside: Path, monkeypatch: pytest
     assert not (outside / "trace").exists()
 
 
-@pytest.mark.parametrize(
-    "escape", ["../other/data-00000-of-00001.arrow", "{}/other/data-00000-of-00001.arrow"]
-)
+@pytest.mark.parametrize("escape", [f"../other/{SHARD}", f"{{}}/other/{SHARD}"])
 def test_a_saved_dataset_names_files_of_its_folder(escape: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "mine")
     saved(tmp_path / "other")
@@ -91,12 +90,8 @@ def test_an_entry_of_a_registry_names_files_of_its_folder(key: str, escape: str,
     folder = outside / "data"
     folder.mkdir()
     columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-    entry = (
-        {"ranking": True, "columns": columns, "hf_hub_url": "org/set"}
-        if key == "folder"
-        else {"ranking": True}
-    )
-    entry = {**entry, "columns": columns, key: escape.format(outside)}
+    place = {"hf_hub_url": "org/set", key: escape.format(outside)}
+    entry = {"ranking": True, "columns": columns, **(place if key == "folder" else {key: place[key]})}
     (folder / "dataset_info.json").write_text(json.dumps({"mine": entry}))
     with pytest.raises(DpoDistError, match=f"{OUTSIDE}|no name of a Hub dataset"):
         check_source(SourceConfig(path=str(folder), name="mine"))
