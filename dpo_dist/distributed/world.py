@@ -63,10 +63,14 @@ class World:
         return self.rank == 0
 
     @property
+    def host(self) -> str:
+        """Return the name of this rank's host; not collective."""
+        return self.peers[self.rank].host
+
+    @property
     def is_first_of_host(self) -> bool:
         """Return whether this is the lowest rank of its host; not collective."""
-        here = [peer.host for peer in self.peers if peer.rank == self.rank]
-        return not any(peer.host in here for peer in self.peers[: self.rank])
+        return not any(peer.host == self.host for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
         """Wait for every rank."""

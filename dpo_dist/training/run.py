@@ -11,12 +11,8 @@ import torch
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import (
-    Checkpoint,
-    CheckpointSaver,
-    Sharded,
-    load_checkpoint,
-)
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.joined import joined
@@ -24,6 +20,7 @@ from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
@@ -43,7 +40,7 @@ from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
-from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
+from dpo_dist.training.run_start import Start, describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
@@ -77,8 +74,7 @@ def train(config: RunConfig, console: Console) -> int:
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-        damaged = () if start.checkpoint is None else start.checkpoint.damaged
-        checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
+        checkpoints = _checkpoint_saver(config, start, sharded, world, console)
         if start.checkpoint is not None:
             position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         else:
@@ -100,7 +96,8 @@ def train(config: RunConfig, console: Console) -> int:
             clock=clock,
             stop=stop,
         )
-        exit_code = _run_tracked(loop, position, identity)
+        with contextlib.closing(checkpoints):
+            exit_code = _run_tracked(loop, position, identity)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         policy.free()
@@ -168,6 +165,20 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
     return PolicyEngine(model, config.optim, world)
+
+
+def _checkpoint_saver(
+    config: RunConfig, start: Start, sharded: Sequence[Sharded], world: World, console: Console
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        RunFolder.of(config).checkpoints,
+        config.trainer.keep_last,
+        sharded,
+        world,
+        () if start.checkpoint is None else start.checkpoint.damaged,
+        behind=config.trainer.save_behind,
+        say=console.say,
+    )
 
 
 def _resume(
