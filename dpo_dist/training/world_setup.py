@@ -1,13 +1,16 @@
 """Join the processes of a launch, set up as the configuration says, and measure their devices."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
@@ -25,9 +28,11 @@ def open_world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
     with (
         deterministic_kernels(config.trainer.deterministic),
-        joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world,
+        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
         torch.manual_seed(config.trainer.seed)
         yield world
