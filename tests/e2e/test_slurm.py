@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import store
 from tests.e2e.conftest import small_run
 from tests.support.launch import assert_same_history, history, run_state, summary, train
 from tests.support.slurm import Cluster, missing, started
@@ -89,33 +88,3 @@ def test_a_job_survives_its_time_limit_and_a_node(cluster: Cluster, assets: Path
     assert history(run)[:reached] == history(whole)[:reached]
     assert_same_history(history(run), history(whole), 1e-4)
     assert not list(tmp_path.glob("dpo_dist-*")), "files of the job are left"
-
-
-def test_an_array_fills_one_store(cluster: Cluster, assets: Path, tmp_path: Path) -> None:
-    """Two jobs score at the same time; then one is preempted, and the other one cancelled."""
-    command = [*small_run(assets, tmp_path), *STEPS, "reference.rows_per_shard=2"]
-    base = [argument for argument in command if not argument.startswith("run.dir=")]
-    each = [f"run.dir={tmp_path}/run{number}" for number in range(2)]
-    array = submit(cluster, tmp_path, ["--nodes=1", "--array=0-1"], base, EACH=" ".join(each))
-    preempted, cancelled = (
-        Job(cluster, f"{array.number}_{number}", tmp_path / f"{array.number}_{number}.out")
-        for number in range(2)
-    )
-    for number, job in enumerate((preempted, cancelled)):
-        job.wait_for((tmp_path / f"run{number}" / "checkpoints" / "step-000005").is_dir)
-    cluster.output("scontrol", "requeue", preempted.number)
-    cancelled.cancel()
-    assert cancelled.ended()[0::2] == ("CANCELLED", "0"), cancelled.text()
-    assert preempted.ended() == ("COMPLETED", "0:0", "1"), preempted.text()
-
-    assert store.main(["verify", str(tmp_path / "store")]) == 0
-    alone = tmp_path / "alone"
-    train([*base, f"run.dir={alone}", f"reference.store={tmp_path / 'another store'}"])
-    train([*base, each[1]])
-    for number in range(2):
-        run = tmp_path / f"run{number}"
-        assert steps_of(run) == steps_of(alone)
-        assert_same_history(history(run), history(alone), 1e-4)
-    responses = summary(alone)["reference"]["computed"]
-    reports = [summary(tmp_path / f"run{number}")["reference"] for number in range(2)]
-    print(reports, responses)
