@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
 from dpo_dist.config.console_schema import ConsoleStyle
+from dpo_dist.config.foreign_code import open_doors
 from dpo_dist.config.former_run import with_former_run
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
@@ -43,7 +44,7 @@ A process that ends because another one is lost adds none.
 """
 _RANK_0_SECONDS = 60
 _ABSENT = object()
-_OF_ONE_PROCESS = ("doctor",)
+_OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(
@@ -166,6 +167,8 @@ def _run(
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
+    if _rank() == 0:
+        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in open_doors(config)))
     if "--check" not in arguments.options:
         return main(config)
     if check is None:

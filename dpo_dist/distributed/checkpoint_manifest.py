@@ -6,12 +6,13 @@ node has just written.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.atomic import sync
 from dpo_dist.digests import content_digest
+from dpo_dist.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
@@ -76,6 +77,16 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror}")
     return faults
+
+
+def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
+    """Return the error of a named checkpoint with `faults`."""
+    return CheckpointError(
+        "the checkpoint is damaged",
+        where=str(folder),
+        got="; ".join(faults[:5]),
+        remedy="restore its files, or name another checkpoint",
+    )
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -1,16 +1,14 @@
 """The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks."""
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_dist.config.loss_kinds import BcoDelta
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
@@ -21,13 +19,13 @@ from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
+from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.prefetch import prefetch
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.training.bad_steps import diverged, is_bad, write_bad_step
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
@@ -85,7 +83,7 @@ class Loop:
             True after the last step; False if the run was stopped, with a checkpoint saved.
 
         Raises:
-            DivergedError: loss or gradient is not finite.
+            DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
         trainer, steps = self.config.trainer, self.inputs.sampler.steps
@@ -111,13 +109,9 @@ class Loop:
                     self._evaluate(position)
                 if position.owes_evaluation or (must_stop and done < steps):
                     self._say_why(position)
-                if (
-                    done == steps
-                    or must_stop
-                    or position.owes_evaluation
-                    or _is_due(done, trainer.save_every)
-                ):
-                    self._save(position)
+                is_last = done == steps or must_stop or position.owes_evaluation
+                if is_last or _is_due(done, trainer.save_every):
+                    self._save(position, is_last=is_last)
         with self.clock.of("saving"):
             self.checkpoints.commit()
         is_done = position.step == steps and not position.owes_evaluation
@@ -165,58 +159,58 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stop.vote(), self.checkpoints.is_ready]
+        votes = [self.stop.vote(), *self.checkpoints.votes]
         totals = reduce_step(sums, votes, norm, world)
-        stop_votes, commit_votes = totals.votes
-        if commit_votes == world.size:
+        stop_votes, *checkpoint_votes = totals.votes
+        if self.checkpoints.must_commit(checkpoint_votes):
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        running = self._running_values(totals.means, position, rank_batch.pairs)
+        bad = is_bad(totals.means["loss"], totals.grad_norm)
+        pairs = rank_batch.pairs
+        running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = StepMeasures(
             sums=totals.sums,
             counts=totals.counts,
             values={**running, "grad_norm": totals.grad_norm, **times},
             learning_rate=rate,
-            pairs=rank_batch.pairs,
+            pairs=pairs,
             tokens=rank_batch.tokens,
             flops=self.inputs.flops.of(rank_batch.tokens, rank_batch.targets, rank_batch.attended),
             seconds=sum(times.values()),
         )
         position.step += 1
-        position.pairs_seen += rank_batch.pairs
+        position.pairs_seen += pairs
         position.train_seconds += measures.seconds
-        position.window.add(measures)
-        self._check_finite(totals, position)
-        progress.add(position.step, measures, must_stop=stop_votes > 0)
+        if bad:
+            self._skip(totals, measures, position)
+        else:
+            position.window.add(measures)
+            progress.add(position.step, measures, must_stop=stop_votes > 0)
         return stop_votes > 0
 
-    def _check_finite(self, totals: StepTotals, position: Position) -> None:
-        loss, grad_norm = totals.means["loss"], totals.grad_norm
-        if math.isfinite(grad_norm) and math.isfinite(loss):
-            return
-        self._record_window(position)
-        self.checkpoints.commit()
-        raise DivergedError(
-            f"loss or gradient is not finite at step {position.step}; this update was not applied",
-            got=f"loss {loss}, gradient norm {grad_norm}",
-            remedy="lower optim.lr or raise optim.warmup_ratio, and look at the pairs of this step; "
-            "the checkpoints before it are complete",
-        )
+    def _skip(self, totals: StepTotals, measures: StepMeasures, position: Position) -> None:
+        """Count a step that was not applied because it was not finite; collective.
 
-    def _running_values(self, means: Mapping[str, float], position: Position, pairs: int) -> dict[str, float]:
-        """Return the loss parameters that depend on the steps before; add this step to `position.running`."""
-        loss, before = self.config.loss, position.running
-        row = {}
-        if BATCH_MARGIN in means:
-            row["loss/beta"] = before.batch_beta(loss, means[BATCH_MARGIN])
-        if loss.bco_delta is BcoDelta.running_mean:
-            row["loss/delta"] = before.reward
-        if row:
-            margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
-            position.running = before.after(loss, margin, reward, pairs)
-        return row
+        Raises:
+            DivergedError: there were too many.
+        """
+        loss, norm, step = totals.means["loss"], totals.grad_norm, position.step
+        folder, dataset = RunFolder.of(self.config), self.inputs.train_set
+        pairs = self.inputs.sampler.indices(step - 1)
+        write_on_main(lambda: write_bad_step(folder, step, loss, norm, dataset, pairs), folder, self.world)
+        position.bad_steps += 1
+        if position.bad_steps > self.config.trainer.max_bad_steps:
+            position.window.add(measures)
+            self._record_window(position)
+            self.checkpoints.commit()
+            raise diverged(step, loss, norm, position.bad_steps, folder)
+        self.console.say(
+            f"warning: step {step} was skipped, loss {loss}, gradient norm {norm}; its pairs: "
+            f"{folder.bad_step(step)} (bad step {position.bad_steps} of trainer.max_bad_steps="
+            f"{self.config.trainer.max_bad_steps})"
+        )
 
     def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
@@ -269,10 +263,14 @@ class Loop:
         write_on_main(write, RunFolder.of(self.config), self.world, writing)
 
     def _record_window(self, position: Position) -> None:
-        """Record one metrics row of the steps since the last one."""
+        """Record one metrics row of the steps since the last one, if one of them was applied."""
+        if not position.window.steps:
+            return
         row = {**self._row_start(position), **position.window.row(self.peaks)}
         if self.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        if position.bad_steps:
+            row["bad_steps"] = position.bad_steps
         self._record(row)
         position.window = LogWindow()
 
@@ -284,13 +282,14 @@ class Loop:
             self.recorder.record(row, margins)
             self.console.row(row, self.inputs.sampler.steps)
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: Position, *, is_last: bool) -> None:
         with self.clock.of("saving"):
             if self.recorder is not None:
                 self.recorder.metrics.save()
             position.work = self.clock.read()
-            state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
-            self.checkpoints.save(position.step, state)
+            facts = {"steps": self.inputs.sampler.steps, "counts": self.inputs.counts}
+            state = {**asdict(position), **self.identity, **facts}
+            self.checkpoints.save(position.step, state, is_last=is_last)
 
 
 def _is_due(step: int, every: int) -> bool:
