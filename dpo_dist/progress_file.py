@@ -7,7 +7,10 @@ from pathlib import Path
 PROGRESS = "DPO_DIST_PROGRESS"
 """Environment variable: a file to which a line is added whenever the run has saved something."""
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
-"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
+"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs.
+
+A process that ends because another one is lost adds none.
+"""
 
 
 def note_progress(saved: str) -> None:

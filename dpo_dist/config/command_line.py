@@ -28,7 +28,15 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.errors import (
+    ConfigError,
+    DpoDistError,
+    ExitCode,
+    PeerLostError,
+    StoppedError,
+    disk_error,
+    first_line,
+)
 from dpo_dist.progress_file import note_exit_code
 from dpo_dist.safe_stream import (
     open_closed_streams,
@@ -69,6 +77,7 @@ def run_verb(
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
+    has_own_reason = True
     try:
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
@@ -76,7 +85,7 @@ def run_verb(
         exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
-        exit_code = error.exit_code
+        exit_code, has_own_reason = error.exit_code, not isinstance(error, PeerLostError)
     except KeyboardInterrupt:
         exit_code = ExitCode.interrupted
         if _rank() == 0:
@@ -97,7 +106,8 @@ def run_verb(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    note_exit_code(exit_code)
+    if has_own_reason:
+        note_exit_code(exit_code)
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 
