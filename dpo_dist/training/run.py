@@ -1,6 +1,7 @@
 """Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
@@ -51,7 +53,7 @@ def train(config: RunConfig, console: Console) -> int:
     folder = RunFolder.of(config)
     with stop.listening(), open_world(config, console) as world, locked(folder, world, console):
         console.say(f"run directory: {folder}")
-        clock = WorkClock(world.size, began)
+        clock = WorkClock(world.size, began, world.activity.enter)
         start = find_start(config, folder, world)
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
@@ -104,6 +106,7 @@ def train(config: RunConfig, console: Console) -> int:
 
 def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
     """Train to the end of the run with its trackers, and return the exit code; collective."""
+    loop.world.activity.steps_done = lambda: position.step
     trackers = None if loop.recorder is None else loop.recorder.trackers
     with (
         contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
@@ -251,9 +254,11 @@ def open_world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
     with (
         deterministic_kernels(config.trainer.deterministic),
-        joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world,
+        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
         torch.manual_seed(config.trainer.seed)
         yield world
