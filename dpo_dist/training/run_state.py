@@ -63,7 +63,7 @@ def read_state(folder: RunFolder) -> RunState | None:
         return state
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             "the state of this run cannot be read",
             where=str(file),
