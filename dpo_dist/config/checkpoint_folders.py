@@ -5,6 +5,8 @@ from pathlib import Path
 
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
+BEST = "best"
+"""The file beside the checkpoints with the names of the best ones by `trainer.keep_best`, the best first."""
 _NAME = re.compile(r"step-(\d{1,18})")
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 _METADATA = "declared"
 _LARGEST_WHOLE = 2**63 - 1
-EVERY_VERB = "train precompute evaluate compare doctor pairs"
+VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
+"""The programs that read preference records, for `verbs`."""
+EVERY_VERB = f"{VERBS_WITH_DATA} export"
 """The programs with a configuration, for `verbs`."""
 
 

@@ -1,9 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs` are in `*_schema`, those
-of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not define the run's
-result (hardware, placement, how often something is written): it is not part of the digest that names the run
-directory.
+The keys of `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs`, `export` are in
+`*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not
+define the run's result (hardware, placement, how often something is written): it is not part of the digest
+that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.doctor_schema import DoctorConfig
 from dpo_dist.config.evaluation_schema import EvaluationConfig
-from dpo_dist.config.fields import EVERY_VERB, key, section
+from dpo_dist.config.export_schema import ExportConfig
+from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, key, section
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
 from dpo_dist.config.samples_schema import SamplesConfig
@@ -148,7 +149,7 @@ class ReferenceConfig:
         "Folder of stored log-probs, shared by runs.",
         free=True,
         filled=True,
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     micro_batch_tokens: int | None = key(
         None,
@@ -227,6 +228,12 @@ class TrainerConfig:
         free=True,
         verbs="train",
     )
+    save_behind: bool = key(
+        True,
+        "Copy a checkpoint to host memory, if it has room, and write it while training continues.",
+        free=True,
+        verbs="train",
+    )
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
@@ -242,6 +249,13 @@ class TrainerConfig:
         "Deterministic kernels only, and an error where there is none; slower on GPUs.",
         free=True,
         verbs="train precompute evaluate",
+    )
+    max_bad_steps: int = key(
+        3,
+        "Steps whose loss or gradient is not finite that are skipped; one more ends the run with code 3.",
+        at_least=0,
+        added=True,
+        verbs="train",
     )
     stop_after_steps: int | None = key(
         None,
@@ -274,3 +288,4 @@ class RunConfig:
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
+    export: ExportConfig = section(ExportConfig, free=True, verbs="export")

@@ -4,7 +4,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.atomic import is_temporary
@@ -14,7 +14,7 @@ from tests.support.warm import ENVIRONMENT, reserve_port, run_warm_apart
 RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking.wandb=off"
 """A run that trains; a case adds its mistake."""
 
-_SECONDS = 60
+_SECONDS = 240
 _CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
 """Encoded data, digests of files, the store."""
 _CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
@@ -40,7 +40,7 @@ class Case:
         code: exit code.
         joins: whether it is found after the processes have joined. Otherwise the command runs as rank 0 of 2
             without a rank 1, for which it would wait.
-        variables: of the environment, added.
+        place: variables in place of those of rank 0 of 2.
         leaves: regular expressions of paths that may be there afterwards; with `joins` also complete files
             that are addressed by content.
     """
@@ -57,7 +57,7 @@ class Case:
     run: str = RUN
     code: int = 2
     joins: bool = False
-    variables: Mapping[str, str] = field(default_factory=dict)
+    place: Mapping[str, str] | None = None
     leaves: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ def run_case(case: Case, folder: Path, assets: Path) -> Ended:
         case.before(folder)
     existing = _content(folder)
     arguments = shlex.split(f"{case.run} {case.typed}".replace("FOLDER", str(folder)))
-    variables = {**environment(), **ENVIRONMENT, **_alone(case), **case.variables}
+    variables = {**environment(), **ENVIRONMENT, **_place(case)}
     code, output, errors = run_warm_apart(case.verb, arguments, variables, folder, _SECONDS)
     content = _content(folder)
     left = tuple(name for name in sorted(content.keys() - existing.keys()))
@@ -91,8 +91,10 @@ def run_case(case: Case, folder: Path, assets: Path) -> Ended:
     return Ended(code, output, errors, left, changed)
 
 
-def _alone(case: Case) -> dict[str, str]:
-    """Return the environment of rank 0 of 2 without a rank 1; nothing for one process."""
+def _place(case: Case) -> Mapping[str, str]:
+    """Return the variables of rank 0 of 2 without a rank 1; nothing for one process."""
+    if case.place is not None:
+        return case.place
     if case.joins:
         return {}
     world = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}

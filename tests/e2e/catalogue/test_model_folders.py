@@ -91,6 +91,13 @@ def unmapped(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text("{}")
 
 
+def pickled(model: Path) -> None:
+    """Weights as a pickle."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(tensors, model / "pytorch_model.bin")
+
+
 def truncated(model: Path) -> None:
     """Weights of which the end is missing."""
     content = (model / "model.safetensors").read_bytes()
@@ -141,6 +148,8 @@ CASES = [
     Case("adapter as model", BROKEN, "no config.json", "model.path", "an adapter", to_do="merge the adapter",
          before=adapter_folder),
     Case("no weights", BROKEN, "no weights", "model.path", "broken", before=without("*.safetensors")),
+    Case("pickle weights", BROKEN, "the weights are pickled", "model.path", "pytorch_model.bin",
+         "weights in safetensors", "convert them once", before=changed(pickled)),
     Case("missing shard", BROKEN, "shard", "model.path", "model-00002-of-00002.safetensors",
          before=changed(sharded)),
     Case("index without weight map", BROKEN, "no weight_map", "model.safetensors.index.json",
