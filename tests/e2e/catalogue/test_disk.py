@@ -106,7 +106,7 @@ READ_ONLY = [
     Case(
         "read-only working folder for pairs",
         "run.dir=locked/pairs pairs.method=scores data.train=[train.jsonl]",
-        "run.dir cannot be written",
+        "a file cannot be written or read",
         "run.dir",
         "Read-only",
         verb="pairs",
@@ -117,7 +117,7 @@ READ_ONLY = [
         "run.dir=locked/doctor data.train=[train.jsonl]",
         "",
         "run.dir",
-        "Read-only",
+        "locked/doctor",
         verb="doctor",
         run="",
     ),
