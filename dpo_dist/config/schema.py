@@ -33,6 +33,7 @@ ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
 Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
+Direction = StrEnum("Direction", ["highest", "lowest"])
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 
 NO_MODEL = "-"
@@ -227,6 +228,18 @@ class TrainerConfig:
         at_least=0,
         free=True,
         verbs="train",
+    )
+    keep_best: str | None = key(
+        None,
+        "Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best "
+        "value, and the best are kept beside `keep_last`; null: none.",
+        filled=True,
+        free=True,
+        verbs="train",
+    )
+    keep_best_count: int = key(1, "Best checkpoints to keep.", at_least=1, free=True, verbs="train")
+    keep_best_direction: Direction | None = key(
+        None, "Values of `keep_best` that are the best; null: as known of it.", free=True, verbs="train"
     )
     log_every: int = key(
         1,

@@ -1,8 +1,9 @@
 """Save, find and load checkpoints that are complete or absent (law L4).
 
 All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests. Then
-the folder is renamed, `latest` is updated, and after that older checkpoints are deleted. Only files that
-match a manifest are loaded. Training continues while the files are flushed to disk in the background.
+the folder is renamed, `latest` and `best` are updated, and after that older checkpoints are deleted. Only
+files that match a manifest are loaded. Training continues while the files are flushed to disk in the
+background.
 """
 
 import contextlib
@@ -16,7 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_dist.atomic import commit_folder, is_temporary, temporary_name, write_text
-from dpo_dist.config.checkpoint_folders import STATE, checkpoint_folders, checkpoint_name
+from dpo_dist.config.checkpoint_folders import (
+    BEST,
+    STATE,
+    best_checkpoints,
+    checkpoint_folders,
+    checkpoint_name,
+)
 from dpo_dist.distributed.checkpoint_manifest import (
     Entries,
     damaged_checkpoint,
@@ -98,6 +105,7 @@ class CheckpointSaver:
         self._damaged = set(damaged)
         self._disk = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
+        self._best: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
@@ -106,6 +114,7 @@ class CheckpointSaver:
             CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
+        self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
         world, folder = self._world, self._root / checkpoint_name(step)
         temporary = Path(world.on_main(lambda: _create(temporary_name(folder))))
         written = world.together(lambda: _write(temporary, self._parts, state, world))
@@ -130,7 +139,9 @@ class CheckpointSaver:
         entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
         self._world.on_main(lambda: _commit(pending.temporary, pending.folder, entries))
         self._damaged.discard(pending.folder.name)
-        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged))
+        self._world.on_main(lambda: _mark_best(self._root, self._best))
+        kept = self._best
+        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
 
 
 def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
@@ -197,11 +208,14 @@ def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: Wor
 
 
 def drop_checkpoints(root: Path) -> None:
-    """Delete every checkpoint below `root`; on one rank."""
+    """Delete every checkpoint below `root` but the best ones; on one rank."""
     unfinished = [folder for folder in root.glob("step-*") if is_temporary(folder)]
-    for folder in [*checkpoint_folders(root), *unfinished]:
+    best = best_checkpoints(root)
+    others = [folder for folder in checkpoint_folders(root) if folder.name not in best]
+    for folder in [*others, *unfinished]:
         shutil.rmtree(folder, ignore_errors=True)
-    (root / _LATEST).unlink(missing_ok=True)
+    if not best:
+        (root / _LATEST).unlink(missing_ok=True)
 
 
 def _create(folder: Path) -> str:
@@ -252,9 +266,18 @@ def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
     note_progress(str(folder))
 
 
-def _delete_old(committed: Path, keep_last: int, damaged: set[str]) -> None:
-    """Delete all checkpoints but `committed` and the newest complete ones, checked by file size only."""
+def _mark_best(root: Path, best: Sequence[str]) -> None:
+    with _disk_errors(root):
+        if best:
+            write_text(root / BEST, "".join(f"{name}\n" for name in best))
+        else:
+            (root / BEST).unlink(missing_ok=True)
+
+
+def _delete_old(committed: Path, keep_last: int, damaged: set[str], best: Sequence[str]) -> None:
+    """Delete all checkpoints but `committed`, the best and the newest complete ones, checked by size only."""
     others = [folder for folder in checkpoint_folders(committed.parent) if folder != committed]
     complete = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
-    for folder in set(others) - set(complete[: keep_last - 1]):
+    kept = {*complete[: keep_last - 1], *(folder for folder in complete if folder.name in best)}
+    for folder in set(others) - kept:
         shutil.rmtree(folder, ignore_errors=True)

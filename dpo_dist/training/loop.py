@@ -27,6 +27,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.training.bad_steps import diverged, is_bad, write_bad_step
 from dpo_dist.training.batch_loss import Objective, ReadyStep
+from dpo_dist.training.best_checkpoints import best_after
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
@@ -86,8 +87,7 @@ class Loop:
             DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
-        trainer, steps = self.config.trainer, self.inputs.sampler.steps
-        eval_set = self.inputs.eval_set
+        trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
@@ -97,7 +97,8 @@ class Loop:
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self._evaluate(position)
+            if self._evaluate(position) and position.is_best:
+                self._save(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
                 with self.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
@@ -113,6 +114,7 @@ class Loop:
                     done == steps
                     or must_stop
                     or position.owes_evaluation
+                    or position.is_best
                     or _is_due(done, trainer.save_every)
                 ):
                     self._save(position)
@@ -121,14 +123,15 @@ class Loop:
         is_done = position.step == steps and not position.owes_evaluation
         return is_done and not self.world.agree(self.stop.is_urgent)
 
-    def _evaluate(self, position: Position) -> None:
-        """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
+    def _evaluate(self, position: Position) -> bool:
+        """Do the evaluation that `position` owes; still owed if a rank asks to stop; return if it is done."""
         if not position.owes_evaluation:
-            return
+            return False
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(_GivenWay):
+        with contextlib.suppress(_GivenWay), self.clock.of("evaluation"):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
+        return not position.owes_evaluation
 
     def _give_way(self) -> None:
         """End an evaluation if a rank cannot wait for it; collective.
@@ -223,10 +226,6 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
-        with self.clock.of("evaluation"):
-            self._record_timed_evaluation(dataset, position)
-
-    def _record_timed_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
@@ -248,6 +247,7 @@ class Loop:
             measured |= samples.at(position.step, self._give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
+        position.best = self.world.on_main(lambda: best_after(trainer, position.best, position.step, named))
 
     def _write_evaluation(
         self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]

@@ -35,8 +35,10 @@ from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.best_checkpoints import check_keep_best
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.length import describe_change
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
@@ -62,10 +64,14 @@ def train(config: RunConfig, console: Console) -> int:
         if "loss_function" in environment:
             console.say(f"loss: {environment['loss_function']}")
         inputs = load_inputs(config, world, console)
+        if inputs.eval_set is not None:
+            check_keep_best(config, inputs.eval_set.labels)
         identity = identify(config, inputs)
         if start.checkpoint is not None:
             former = start.checkpoint
             world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
+            if change := describe_change(former.state, config, inputs.sampler.steps):
+                console.say(change)
         mark_started(folder, RunState(RunOutcome.started, start.step, identity), world, console)
 
         with clock.of("samples"):
@@ -140,6 +146,7 @@ def _complete(
         recorder = _open_recorder(config, finished.step, world, stop, environment, console)
     finish(config, finished, recorder, world, console)
     console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    console.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     console.say("change the configuration or run.dir to train again")
     return ExitCode.completed
 
