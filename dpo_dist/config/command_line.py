@@ -28,7 +28,7 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, disk_error, first_line
 from dpo_dist.safe_stream import (
     open_closed_streams,
     output_of_objects,
@@ -38,7 +38,10 @@ from dpo_dist.safe_stream import (
 )
 
 EXIT_CODES = "DPO_DIST_EXIT_CODES"
-"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
+"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs.
+
+A process that ends because another one is lost adds none.
+"""
 _RANK_0_SECONDS = 60
 _ABSENT = object()
 _OF_ONE_PROCESS = ("doctor", "export")
@@ -69,6 +72,7 @@ def run_verb(
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
+    has_own_reason = True
     try:
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
@@ -76,7 +80,7 @@ def run_verb(
         exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
-        exit_code = error.exit_code
+        exit_code, has_own_reason = error.exit_code, not isinstance(error, PeerLostError)
     except KeyboardInterrupt:
         exit_code = ExitCode.interrupted
         if _rank() == 0:
@@ -92,7 +96,7 @@ def run_verb(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if EXIT_CODES in os.environ:
+    if has_own_reason and EXIT_CODES in os.environ:
         with contextlib.suppress(OSError), Path(os.environ[EXIT_CODES]).open("a") as codes:
             codes.write(f"{int(exit_code)}\n")
     # At interpreter exit, threads of communication libraries could still abort the process.

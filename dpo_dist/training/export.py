@@ -9,8 +9,8 @@ from dpo_dist.config.checkpoint_folders import step_of
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.checkpoint import read_state
 from dpo_dist.distributed.checkpoint_export import export_checkpoint
+from dpo_dist.distributed.checkpoint_loading import read_state
 from dpo_dist.errors import RunOutcome
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.metrics_log import read_latest_rows

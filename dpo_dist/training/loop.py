@@ -98,7 +98,7 @@ class Loop:
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             if self._evaluate(position) and position.is_best:
-                self._save(position)
+                self._save(position, is_last=False)
             while position.step < steps and not must_stop and not position.owes_evaluation:
                 with self.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
@@ -110,14 +110,9 @@ class Loop:
                     self._evaluate(position)
                 if position.owes_evaluation or (must_stop and done < steps):
                     self._say_why(position)
-                if (
-                    done == steps
-                    or must_stop
-                    or position.owes_evaluation
-                    or position.is_best
-                    or _is_due(done, trainer.save_every)
-                ):
-                    self._save(position)
+                is_last = done == steps or must_stop or position.owes_evaluation
+                if is_last or position.is_best or _is_due(done, trainer.save_every):
+                    self._save(position, is_last=is_last)
         with self.clock.of("saving"):
             self.checkpoints.commit()
         is_done = position.step == steps and not position.owes_evaluation
@@ -166,10 +161,10 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stop.vote(), self.checkpoints.is_ready]
+        votes = [self.stop.vote(), *self.checkpoints.votes]
         totals = reduce_step(sums, votes, norm, world)
-        stop_votes, commit_votes = totals.votes
-        if commit_votes == world.size:
+        stop_votes, *checkpoint_votes = totals.votes
+        if self.checkpoints.must_commit(checkpoint_votes):
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
@@ -286,14 +281,14 @@ class Loop:
             self.recorder.record(row, margins)
             self.console.row(row, self.inputs.sampler.steps)
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: Position, *, is_last: bool) -> None:
         with self.clock.of("saving"):
             if self.recorder is not None:
                 self.recorder.metrics.save()
             position.work = self.clock.read()
             facts = {"steps": self.inputs.sampler.steps, "counts": self.inputs.counts}
             state = {**asdict(position), **self.identity, **facts}
-            self.checkpoints.save(position.step, state)
+            self.checkpoints.save(position.step, state, is_last=is_last)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,6 +1,7 @@
 """Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,18 +11,16 @@ import torch
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import (
-    Checkpoint,
-    CheckpointSaver,
-    Sharded,
-    load_checkpoint,
-)
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
@@ -43,7 +42,7 @@ from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
-from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
+from dpo_dist.training.run_start import Start, describe_run, find_start, locked, mark_started
 from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
@@ -56,7 +55,7 @@ def train(config: RunConfig, console: Console) -> int:
     folder = RunFolder.of(config)
     with stop.listening(), open_world(config, console) as world, locked(folder, world, console):
         console.say(f"run directory: {folder}")
-        clock = WorkClock(world.size, began)
+        clock = WorkClock(world.size, began, world.activity.enter)
         start = find_start(config, folder, world)
         if start.finished is not None:
             return _complete(config, start.finished, stop, world, console)
@@ -81,8 +80,7 @@ def train(config: RunConfig, console: Console) -> int:
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-        damaged = () if start.checkpoint is None else start.checkpoint.damaged
-        checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
+        checkpoints = _checkpoint_saver(config, start, sharded, world, console)
         if start.checkpoint is not None:
             position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         else:
@@ -104,7 +102,8 @@ def train(config: RunConfig, console: Console) -> int:
             clock=clock,
             stop=stop,
         )
-        exit_code = _run_tracked(loop, position, identity)
+        with contextlib.closing(checkpoints):
+            exit_code = _run_tracked(loop, position, identity)
         if isinstance(reference.provider, LiveReference):
             reference.provider.engine.free()
         policy.free()
@@ -113,6 +112,7 @@ def train(config: RunConfig, console: Console) -> int:
 
 def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
     """Train to the end of the run with its trackers, and return the exit code; collective."""
+    loop.world.activity.steps_done = lambda: position.step
     trackers = None if loop.recorder is None else loop.recorder.trackers
     with (
         contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
@@ -172,6 +172,20 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
     return PolicyEngine(model, config.optim, world)
+
+
+def _checkpoint_saver(
+    config: RunConfig, start: Start, sharded: Sequence[Sharded], world: World, console: Console
+) -> CheckpointSaver:
+    return CheckpointSaver(
+        RunFolder.of(config).checkpoints,
+        config.trainer.keep_last,
+        sharded,
+        world,
+        () if start.checkpoint is None else start.checkpoint.damaged,
+        behind=config.trainer.save_behind,
+        say=console.say,
+    )
 
 
 def _resume(
@@ -247,9 +261,11 @@ def open_world(config: RunConfig, console: Console) -> Iterator[World]:
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
     with (
         deterministic_kernels(config.trainer.deterministic),
-        joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world,
+        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
         torch.manual_seed(config.trainer.seed)
         yield world

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from dpo_dist.atomic import collect_abandoned, is_temporary, recover_folder, write_text
+from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
-from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint
+from dpo_dist.distributed.checkpoint import remove_unfinished
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint
 from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.objective.custom_loss import check_custom_loss
@@ -64,6 +66,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     try:
         for written in (folder.path, folder.metrics, folder.samples):
             world.on_main(partial(collect_abandoned, written))
+        world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
     finally:
         for file in files:

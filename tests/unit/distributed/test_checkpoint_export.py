@@ -16,7 +16,7 @@ from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, RunConfig
 from dpo_dist.distributed.checkpoint_export import export_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
 from dpo_dist.distributed.slice_files import SavedSlices, write_slices
-from dpo_dist.distributed.slices import Slice
+from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
@@ -44,8 +44,11 @@ def cut(weights: dict[str, Tensor], rank: int) -> Iterator[Slice]:
 
 
 def checkpoint_of(weights: dict[str, Tensor], folder: Path) -> Path:
+    folder.mkdir()
     files = [
-        file for rank in range(RANKS) for file in write_slices(cut(weights, rank), folder / "engine", rank)
+        file
+        for rank in range(RANKS)
+        for file in write_slices(ModelSlices("engine", list(cut(weights, rank))), folder, rank)
     ]
     write_manifest(folder, describe_files(files, folder))
     return folder

@@ -12,11 +12,12 @@ from typing import Any, TextIO
 import pytest
 
 from dpo_dist.atomic import temporary_name, write_text
+from dpo_dist.config.folder_schema import FolderConfig, Resume
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig, TrainerConfig
 from dpo_dist.diagnostics.run_checks import NOTHING_TO_JUDGE
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
