@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.data.tokenization.chat_template import argument_names, chosen_template
+from dpo_dist.data.tokenization.chat_template import chosen_template
+from dpo_dist.data.tokenization.template_arguments import argument_names
 from dpo_dist.diagnostics.findings import Finding
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.tally import SourceTally

@@ -107,7 +107,7 @@ READ_ONLY = [
         "read-only working folder for pairs",
         "run.dir=locked/pairs pairs.method=scores data.train=[train.jsonl]",
         "a file cannot be written or read",
-        "run.dir",
+        "locked/pairs",
         "Read-only",
         verb="pairs",
         run="",
