@@ -1,7 +1,7 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
+        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
         "reference": position.reference_report,
         "work": loop.clock.read().as_dict(),
         "world_size": loop.world.size,

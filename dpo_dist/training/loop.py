@@ -27,6 +27,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.training.bad_steps import diverged, is_bad, write_bad_step
 from dpo_dist.training.batch_loss import Objective, ReadyStep
+from dpo_dist.training.best_checkpoints import best_after
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
@@ -82,8 +83,7 @@ class Loop:
             DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
-        trainer, steps = self.config.trainer, self.inputs.sampler.steps
-        eval_set = self.inputs.eval_set
+        trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
@@ -93,7 +93,8 @@ class Loop:
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self._evaluate(position)
+            if self._evaluate(position) and position.is_best:
+                self._save(position, is_last=False)
             if position.owes_evaluation:
                 self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
@@ -108,7 +109,7 @@ class Loop:
                 if position.owes_evaluation or (must_stop and done < steps):
                     self._say_why(position)
                 is_last = done == steps or must_stop or position.owes_evaluation
-                if is_last or _is_due(done, trainer.save_every):
+                if is_last or position.is_best or _is_due(done, trainer.save_every):
                     self._save(position, is_last=is_last)
         with self.clock.of("saving"):
             self.checkpoints.commit()
@@ -118,14 +119,15 @@ class Loop:
             return False
         return is_done
 
-    def _evaluate(self, position: Position) -> None:
-        """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
+    def _evaluate(self, position: Position) -> bool:
+        """Do the evaluation that `position` owes; still owed if a rank asks to stop; return if it is done."""
         if not position.owes_evaluation:
-            return
+            return False
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(GivenWay):
+        with contextlib.suppress(GivenWay), self.clock.of("evaluation"):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
+        return not position.owes_evaluation
 
     def _say_why(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
@@ -211,10 +213,6 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
-        with self.clock.of("evaluation"):
-            self._record_timed_evaluation(dataset, position)
-
-    def _record_timed_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
@@ -236,6 +234,7 @@ class Loop:
             measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
+        position.best = self.world.on_main(lambda: best_after(trainer, position.best, position.step, named))
 
     def _write_evaluation(
         self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]
