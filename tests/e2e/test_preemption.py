@@ -72,7 +72,7 @@ def assert_stopped(stopped: Signalled, text: str) -> None:
 def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     overrides: Overrides, tmp_path: Path
 ) -> None:
-    write_pairs(tmp_path / "many.jsonl", 1500, seed=3)
+    write_pairs(tmp_path / "many.jsonl", 600, seed=3)
     command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
     store = tmp_path / "store"
     stopped = signalled(
@@ -87,6 +87,6 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     assert 0 < stored < wanted
     state = run_state(tmp_path / "run")
     assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
-    again = run_verb("precompute", command)
+    again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
     assert again.code == 0, again.output
     assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output
