@@ -13,6 +13,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.mapped_files import MappedFiles
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
@@ -145,9 +146,17 @@ class Loop:
         self.console.say(f"stopping after step {position.step}, with a checkpoint: {reasons}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
-        """Yield every step from `first` on; runs in the prefetch thread."""
+        """Yield every step from `first` on; runs in the prefetch thread.
+
+        Raises:
+            DataError: files of the data or of the reference were changed in place.
+        """
         sampler = self.inputs.sampler
+        arrays = MappedFiles(self.inputs.mapped_files)
+        shards = MappedFiles(self.objective.reference.mapped_files())
         for step in range(first, sampler.steps):
+            arrays.check()
+            shards.check()
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
             yield self.objective.ready_step(rank_batch, self.world.device)
 
