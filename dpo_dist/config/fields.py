@@ -6,7 +6,9 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 _METADATA = "declared"
-EVERY_VERB = "train precompute evaluate compare doctor pairs"
+VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
+"""The programs that read preference records, for `verbs`."""
+EVERY_VERB = f"{VERBS_WITH_DATA} export"
 """The programs with a configuration, for `verbs`."""
 
 

@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.foreign_code import written_values
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_kinds import LossTermConfig
@@ -212,8 +213,9 @@ def from_yaml(text: str) -> RunConfig:
         ConfigError: as `load_run_config`.
     """
     try:
+        written_values(text)
         loaded = cast(DictConfig, OmegaConf.create(text))
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise composition_error(error, (), group_folders()) from error
     return resolve(loaded)
 

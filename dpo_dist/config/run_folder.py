@@ -93,6 +93,10 @@ class RunFolder:
         """Return the log file of a rank."""
         return self.logs / f"rank-{rank}.log"
 
+    def rank_stacks(self, rank: int | str) -> Path:
+        """Return the file with the stacks of a rank's threads, written if a run hangs."""
+        return self.logs / f"rank-{rank}.stacks.txt"
+
     @property
     def metrics(self) -> Path:
         """The folder of the next four files."""
@@ -132,6 +136,10 @@ class RunFolder:
     def model(self) -> Path:
         """The trained model."""
         return self.path / "model"
+
+    def exported(self, checkpoint: str) -> Path:
+        """Return the model folder that `export` writes from a checkpoint."""
+        return self.path / "exported" / checkpoint
 
     @property
     def wandb_id(self) -> Path:

@@ -16,6 +16,7 @@ from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.folder import check_tokenizer_files, weight_files
+from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
@@ -29,8 +30,13 @@ _NOISES = ("drop", "jitter", "noise")
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
 
-def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder.
+
+    Args:
+        folder: of the model.
+        config: whether code of the folder may run.
+        key: the configuration key to name in an error.
 
     Raises:
         ConfigError: the folder has no tokenizer, or it cannot be loaded.
@@ -42,9 +48,10 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
             folder, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ConfigError(
+        refused = None if config.trust_remote_code else own_code_error(folder, key, TOKENIZER_CONFIG)
+        raise refused or ConfigError(
             "the model folder's tokenizer cannot be loaded",
-            where="model.path",
+            where=key,
             got=f"{folder}: {first_line(error)}",
             remedy="put the tokenizer's files beside config.json",
         ) from error
@@ -114,6 +121,7 @@ def load_weights(
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
             **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything
@@ -164,10 +172,8 @@ def _unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
 def _tensor_names(file: Path) -> list[str]:
     if file.suffix == ".json":  # an index
         return []
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as content:
-            return list(content.keys())
-    return list(torch.load(file, map_location="meta", weights_only=True))
+    with safe_open(file, "pt") as content:
+        return list(content.keys())
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -229,12 +235,14 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration's validation can raise anything
-        raise ConfigError(
+        refused = None if config.trust_remote_code else own_code_error(folder, "model.path")
+        raise refused or ConfigError(
             "the model's config.json cannot be read",
             where="model.path",
             got=f"{folder}: {first_line(error)}",
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
+    check_no_kernels(folder, "model.path")
     if config.trust_remote_code:
         check_no_remote_model(folder, model_config)
     quantized = getattr(model_config, "quantization_config", None)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -84,6 +85,11 @@ class Inputs(ModelInputs):
     def named(self) -> dict[str, PreferenceDataset]:
         """The datasets by name: `train`, and `eval` if there is one."""
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The counts of each dataset: the section `data` of summary.json."""
+        return {name: dataset.counts for name, dataset in self.named.items()}
 
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ParallelismKind
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
 from dpo_dist.distributed.engine import SHARDS, PolicyEngine
 from dpo_dist.distributed.slice_files import SavedSlices
@@ -35,6 +36,7 @@ from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
+from tests.support.slow_disk import slow_disk
 
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
 
@@ -98,11 +100,14 @@ def save_go_on_and_return(
     trainer.step([0, 1, 2])
     trainer.step([3, 4, 5])
     saved = trainer.held()
-    trainer.save(root, 2)
-    after_save = trainer.held()
-    random_after = torch.rand(3).tolist()
-    norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
-    end = trainer.held()
+    with slow_disk():
+        saver = trainer.saver(root)
+        saver.save(2, {"step": 2})
+        after_save = trainer.held()
+        random_after = torch.rand(3).tolist()
+        norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
+        end = trainer.held()
+    saver.commit()
     found = latest_checkpoint(root, world)
     assert found is not None
     load_checkpoint(found, [trainer.policy], world)
@@ -156,16 +161,18 @@ def train_while_the_disk_writes(assets: Assets, root: Path, world: World, _folde
     trainer.step([0, 1, 2])
     saved = trainer.held()
     saver = trainer.saver(root)
-    ready = [saver.is_ready]
-    saver.save(1, {"step": 1})
-    uncommitted = [path.name for path in root.glob("step-??????")]
-    world.barrier()
-    trainer.step([3, 4, 5])
-    while not saver.is_ready:
+    ready = [list(saver.votes)]
+    with slow_disk() as disk:
+        saver.save(1, {"step": 1})
+        uncommitted = [path.name for path in root.glob("step-??????")]
+        world.barrier()
+        trainer.step([3, 4, 5])
+        disk.set()
+    while not saver.votes[0]:
         time.sleep(0.01)
-    ready.append(saver.is_ready)
+    ready.append(list(saver.votes))
     saver.commit()
-    ready.append(saver.is_ready)
+    ready.append(list(saver.votes))
     saver.save(2, {"step": 2})
     saver.save(3, {"step": 3})  # which commits the one before
     world.barrier()
@@ -184,7 +191,7 @@ def test_training_continues_while_a_checkpoint_is_flushed(assets: Assets, tmp_pa
     scenario = partial(train_while_the_disk_writes, assets, tmp_path / "checkpoints")
     for result in run_ranks(scenario, 2, tmp_path / "ranks"):
         assert result == {
-            "ready": [False, True, False],
+            "ready": [[False, False], [True, False], [False, False]],
             "uncommitted": [],
             "committed": ["step-000001", "step-000002"],
             "first is what was saved": True,
