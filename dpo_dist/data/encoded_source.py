@@ -177,7 +177,7 @@ def remember_written(folder: Path) -> None:
 
 def array_files(folder: Path) -> list[Path]:
     """Return the files of the arrays of an encoded source."""
-    return [folder / f"{name}.bin" for name in _ARRAYS]
+    return [folder / f"{name}.bin" for name in ARRAYS]
 
 
 @dataclass(frozen=True)
