@@ -109,7 +109,7 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
 def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if not is_used and _exists(folder.path) and _is_of_this_start(folder, began):
+    if not is_used and _exists(folder.path) and folder.path.is_dir() and _is_of_this_start(folder, began):
         shutil.rmtree(folder.path, ignore_errors=True)
     for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
