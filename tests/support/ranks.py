@@ -70,7 +70,7 @@ def start_ranks(
     scenario: Scenario,
     size: int,
     folder: Path,
-    kind: ParallelismKind = ParallelismKind.zero3,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     timeout: int = 600,
 ) -> Ranks:
@@ -94,7 +94,7 @@ def run_ranks(
     scenario: Scenario,
     size: int,
     folder: Path,
-    kind: ParallelismKind = ParallelismKind.zero3,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     seconds: float = 60,
     timeout: int = 600,
@@ -111,7 +111,7 @@ def _be_rank(
     rank: int,
     size: int,
     port: int,
-    kind: ParallelismKind,
+    kind: ParallelismKind | ParallelismConfig,
     dtype: Dtype,
     folder: Path,
     timeout: int,
@@ -124,8 +124,9 @@ def _be_rank(
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     outcome: dict[str, Any]
+    parallelism = kind if isinstance(kind, ParallelismConfig) else ParallelismConfig(kind)
     try:
-        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=timeout)
+        world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
         with world.watch(Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
