@@ -33,6 +33,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
+from dpo_dist.training.disk_room import Sizes, check_disk_room
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
@@ -65,6 +66,7 @@ def train(config: RunConfig, console: Console) -> int:
             world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
         mark_started(folder, RunState(RunOutcome.started, start.step, identity), world, console)
 
+        _look_for_room(config, start, inputs, world, console)
         with clock.of("samples"):
             samples = prepare_samples(config, inputs, start.step, world, console)
         reference, policy = _load_models(config, inputs, world, clock, console)
@@ -72,7 +74,7 @@ def train(config: RunConfig, console: Console) -> int:
         objective = Objective(config.loss, reference.provider)
         reference_sync = _reference_sync(config, reference.provider, policy, world)
         sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-        checkpoints = _checkpoint_saver(config, start, sharded, world, console)
+        checkpoints = _checkpoint_saver(config, start, inputs, sharded, world, console)
         if start.checkpoint is not None:
             position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
         else:
@@ -164,9 +166,24 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     return PolicyEngine(model, config.optim, world)
 
 
+def _look_for_room(config: RunConfig, start: Start, inputs: Inputs, world: World, console: Console) -> None:
+    """Check the room on the disk before models are loaded, if all weights are trained; collective."""
+    if config.model.adapter is None:
+        sizes = world.on_main(lambda: Sizes.of_files(inputs.policy_files.folder, config))
+        check_disk_room(config, sizes, start.step, inputs.sampler.steps, world, console)
+
+
 def _checkpoint_saver(
-    config: RunConfig, start: Start, sharded: Sequence[Sharded], world: World, console: Console
+    config: RunConfig,
+    start: Start,
+    inputs: Inputs,
+    sharded: Sequence[Sharded],
+    world: World,
+    console: Console,
 ) -> CheckpointSaver:
+    """Return the saver of a run whose disk has room for its checkpoints; collective."""
+    sizes = Sizes.of_slices([part.shards() for part in sharded], config, world)
+    check_disk_room(config, sizes, start.step, inputs.sampler.steps, world, console)
     return CheckpointSaver(
         RunFolder.of(config).checkpoints,
         config.trainer.keep_last,
