@@ -19,7 +19,7 @@ NAMES = {
     "encode": "records encoded per second, by number of processes",
     "schedule": "balance of micro-batches and ranks; cost of planning",
     "store": "the reference store with many entries",
-    "save": "time that a checkpoint holds up training, written at once and behind",
+    "save": "delay of training by a checkpoint, written at once and behind the steps",
 }
 
 

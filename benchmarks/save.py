@@ -1,4 +1,4 @@
-"""Measure the time that a checkpoint holds up training, written at once and behind the steps, in turn.
+"""Measure the delay of training by a checkpoint, written at once and behind the steps, in turn.
 
 One process has weights and two optimizer states of the given sizes, and makes steps of matrix products that
 change them. Each round saves once at once and once behind, and then makes steps until the checkpoint is
@@ -60,7 +60,7 @@ def run(options: Namespace) -> Json:
     torch.set_num_threads(options.threads)
     figures: Json = {}
     config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
-    with joined(config, 600, print) as world:
+    with joined(config, 600) as world:
         for mebibytes in options.mebibytes:
             elements = mebibytes * 2**20 // 4 // len(_PARTS)
             training = Training({part: torch.rand(elements) for part in _PARTS}, options.products)

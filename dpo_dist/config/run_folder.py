@@ -89,6 +89,10 @@ class RunFolder:
         """Return the log file of a rank."""
         return self.logs / f"rank-{rank}.log"
 
+    def rank_stacks(self, rank: int | str) -> Path:
+        """Return the file with the stacks of a rank's threads, written if a run hangs."""
+        return self.logs / f"rank-{rank}.stacks.txt"
+
     @property
     def metrics(self) -> Path:
         """The folder of the next four files."""

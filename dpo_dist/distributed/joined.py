@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,9 +15,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch.distributed import distributed_c10d
 
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
+from dpo_dist.signals import answered_at_once
 
 _ALONE = {
     "RANK": "0",
@@ -32,18 +34,19 @@ _ALONE = {
 
 @contextlib.contextmanager
 def joined(
-    deepspeed_config: dict[str, Any], timeout_seconds: int, show: Callable[[str], None]
+    deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports | None = None
 ) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
     Args:
         deepspeed_config: from `policy_config`: loading weights depends on it.
         timeout_seconds: timeout of a collective call.
-        show: prints an error on the screen, on any rank.
+        reports: outputs, used also if the main thread is blocked.
     """
-    world = start_world(deepspeed_config, timeout_seconds)
+    with answered_at_once():
+        world = start_world(deepspeed_config, timeout_seconds)
     try:
-        with world.watch(show):
+        with world.watch(reports):
             yield world
     except BaseException:
         if world.size == 1:  # with others, leaving could wait for a rank that has not failed

@@ -105,7 +105,8 @@ def _needed(sizes: Sizes, there: int, steps_done: int, steps: int, trainer: Trai
 
     A checkpoint is complete before an older one is deleted; the model is written beside those that are kept.
     """
-    every, kept = trainer.save_every, max(1, trainer.keep_last)
+    every = trainer.save_every
+    kept = max(1, trainer.keep_last) + (trainer.keep_best_count if trainer.keep_best else 0)
     saves = 1 if not every else max(1, -(-steps // every) - steps_done // every)
     added = max(1, min(saves, kept + 1 - there))
     at_end = min(there + saves, kept) - there

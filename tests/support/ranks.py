@@ -17,6 +17,7 @@ from typing import Any
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import start_world
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.world import World
 from tests.support.warm import context, reserve_port, start_parent
 
@@ -125,7 +126,7 @@ def _be_rank(
     outcome: dict[str, Any]
     try:
         world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=timeout)
-        with world.watch():
+        with world.watch(Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
     except BaseException as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.data.files.inside import check_card
 from dpo_dist.digests import recall, remember
 from dpo_dist.errors import DataError
 
@@ -74,6 +75,7 @@ def hub_records(source: SourceConfig) -> Iterator[Any]:
         folder = snapshot_download(
             source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
         )
+        check_card(Path(folder))
         records = load_dataset(
             folder, source.name, data_dir=source.data_dir, split=source.split or "train", streaming=True
         )
@@ -90,6 +92,8 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
     """Raise DataError for all errors of the Hub's libraries, which share no base class."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as fault:
         first_lines = f"{type(fault).__name__}: {fault}".splitlines()[:2]
         raise DataError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
+from dpo_dist.data.tokenization.template_limits import limited, place_of
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -191,15 +192,20 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
         return set()
     turns = [("user", "probe question"), ("assistant", "probe answer"), ("user", "another question")]
     try:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
+        rendered = limited(
+            lambda: str(
+                tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in turns],
+                    chat_template=chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            ),
+            place_of(tokenizer, chat_template),
         )
     except TemplateError:
         return set()
-    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(str(rendered)))
+    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
     others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
     return set(filter(_has_delimiters, found - others))
 

@@ -46,7 +46,7 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_accelerate_may_have_been_used_in_this_process_before() -> None:
     PartialState(cpu=True)
-    with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, print) as world:
+    with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60) as world:
         assert world.gather("here") == ["here"]
 
 
@@ -56,7 +56,7 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     for _ in range(2):
-        with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, print) as world:
+        with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
         assert {name for name in os.environ if name not in before and "RANK" in name} == set()
         assert "MASTER_PORT" not in os.environ

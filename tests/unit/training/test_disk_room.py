@@ -4,6 +4,7 @@ import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def check(run_dir: Path, steps_done: int = 0, steps: int = 100, **trainer: objec
         ({"save_every": 10}, 36),  # two kept, and the one that is written beside them
         ({"save_every": 10, "keep_last": 1}, 24),
         ({"save_every": 10, "keep_last": 0}, 24),
+        ({"save_every": 10, "keep_best": "eval_loss", "keep_best_count": 2}, 60),
         ({"save_every": 50}, 26),  # two in all, and the model beside them
         ({"save_every": 51}, 26),
         ({"save_every": 0}, 14),
@@ -50,7 +52,7 @@ def check(run_dir: Path, steps_done: int = 0, steps: int = 100, **trainer: objec
     ],
 )
 def test_the_room_is_that_of_the_checkpoints_at_a_time(
-    trainer: dict[str, int], gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: dict[str, Any], gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100 * GIB, 0, gib * GIB))
     assert not check(tmp_path, **trainer)
