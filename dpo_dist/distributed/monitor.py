@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo_dist.distributed.activity import Activity, Doing
 from dpo_dist.distributed.failures import FAREWELL_SECONDS, FailureRecord
-from dpo_dist.distributed.heartbeats import Heartbeats
+from dpo_dist.distributed.heartbeats import ANSWER_SECONDS, Heartbeats
 from dpo_dist.distributed.peers import Neighbours, Peer
 from dpo_dist.distributed.stack_file import StackFile
 from dpo_dist.errors import PeerLostError
@@ -81,7 +81,7 @@ class Monitor(threading.Thread):
                 self._write_stacks(doing)
             lost = self._neighbours.lost()
             is_overdue = self._is_overdue(doing)
-            if self._record.exit_code() is None and not lost and not is_overdue:
+            if self._record.exit_code(ANSWER_SECONDS) is None and not lost and not is_overdue:
                 continue
             if is_overdue:
                 self._stacks.write("the run ends")
@@ -102,7 +102,7 @@ class Monitor(threading.Thread):
         if is_nearly_over and (doing.call or self._heartbeats.silent()):
             self._stacks.write(str(doing).rpartition(",")[0])
             self._record.ask_for_stacks()
-        elif self._record.wants_stacks():
+        elif self._record.wants_stacks(ANSWER_SECONDS):
             self._stacks.write("another rank has waited for almost the whole timeout")
 
     def _is_overdue(self, doing: Doing) -> bool:
