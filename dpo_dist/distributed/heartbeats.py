@@ -109,6 +109,11 @@ class Heartbeats:
         others = [peer for peer in self._peers if peer.rank != self._neighbours.rank]
         return [peer for peer in others if peer.rank in self._last and self._last[peer.rank].age >= limit]
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Return whether no heartbeat can be read: the host of the store is silent."""
+        return self._store.silent_seconds > _SILENT_BEATS * self.seconds
+
     def late(self, waited_seconds: float) -> list[Peer]:
         """Return the ranks that compute, or are silent, while another one has waited for so long."""
         last = self._last

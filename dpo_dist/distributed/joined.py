@@ -20,6 +20,7 @@ from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
+from dpo_dist.signals import answered_at_once
 
 _ALONE = {
     "RANK": "0",
@@ -49,7 +50,8 @@ def joined(
     reports = reports or Reports()
     if "offload_optimizer" in deepspeed_config["zero_optimization"]:
         wait_for_build("cpu_adam", reports.say)
-    world = start_world(deepspeed_config, timeout_seconds)
+    with answered_at_once():
+        world = start_world(deepspeed_config, timeout_seconds)
     try:
         with world.watch(reports):
             yield world

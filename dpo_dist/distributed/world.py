@@ -17,24 +17,21 @@ from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.failures import (
     FAREWELL_SECONDS,
     NOBODY,
-    FailureRecord,
     failed_elsewhere,
     report_error,
 )
-from dpo_dist.distributed.heartbeats import Heartbeats
-from dpo_dist.distributed.monitor import Monitor, Reports
-from dpo_dist.distributed.peers import Neighbours, Peer
-from dpo_dist.distributed.rendezvous_store import RendezvousStore
-from dpo_dist.distributed.signals import ForcedStop, raise_terminated
-from dpo_dist.distributed.stack_file import StackFile
-from dpo_dist.errors import DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.peers import Peer
+from dpo_dist.distributed.watched import Watched
+from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.signals import last_words, raise_terminated
 
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
 _BEAT_SECONDS = 5.0
-_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt)
-"""Errors that the end of another process may cause, in a collective call or by a signal of the launcher."""
+# Errors that the end of another process may cause, in a collective call or by a signal of the launcher.
+_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt, StoppedError)
 
 WhileWaiting = Callable[[float], None]
 """Callback during long work, every few seconds, with the seconds since its start."""
@@ -193,7 +190,9 @@ class World:
         Args:
             reports: outputs, used also if the main thread is blocked.
         """
-        watched = _Watched(self, reports or Reports())
+        watched = Watched(
+            self.peers, self.rank, self.activity, self.timeout_seconds, reports or Reports(), self.device.type
+        )
         record, monitor = watched.record, watched.monitor
         previous = signal.getsignal(signal.SIGTERM)
         if previous is signal.SIG_DFL:  # a verb may have its own handler
@@ -204,32 +203,39 @@ class World:
         try:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
             self.barrier()
+            last_words.append(record.report)
             yield
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             monitor.stop()
-            if isinstance(failure, ForcedStop):
-                record.report(128 + signal.SIGTERM)
-                raise
-            error = _user_error(failure)
-            if error is not None:
-                report_error(error, self.rank, record)
-            elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
-                error = self._consequence(failure, watched)
+            error = self._error_of(failure, watched)
             if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 signal.signal(signal.SIGTERM, previous)
-            if error is None or error is failure:
-                raise
-            raise error from failure
+            if error is not None and error is not failure:
+                raise error from failure
+            raise
+        finally:
+            last_words.clear()
+            watched.signals.close()
         monitor.stop()
         signal.signal(signal.SIGTERM, previous)
 
-    def _consequence(self, failure: BaseException, watched: "_Watched") -> DpoDistError | None:
+    def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
+        """Return `failure` as an error that has been reported; None for a bug."""
+        error, record = _user_error(failure), watched.record
+        others_ended = record.exit_code() is not None or watched.neighbours.lost()
+        if error is not None and not (isinstance(error, StoppedError) and others_ended):
+            report_error(error, self.rank, record)
+        elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            return self._consequence(failure, watched)
+        return error
+
+    def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
         record, neighbours = watched.record, watched.neighbours
         deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
@@ -250,45 +256,7 @@ class World:
         return watched.waited_in_vain(failure)
 
 
-class _Watched:
-    """The parts that watch the processes of a run; the first process to detect a failure prints it."""
-
-    def __init__(self, world: World, reports: Reports):
-        self.neighbours = Neighbours(world.peers, world.rank)  # first: one may die while this one connects
-        store = RendezvousStore(world.size)
-        self.record = FailureRecord(world.size, store)
-        self.stacks = StackFile(reports.stacks)
-        activity, seconds = world.activity, world.timeout_seconds
-        self.heartbeats = Heartbeats(world.peers, self.neighbours, store, activity, seconds)
-        self.monitor = Monitor(
-            self.neighbours,
-            self.record,
-            self.heartbeats,
-            activity,
-            seconds,
-            reports,
-            self.stacks,
-            is_aborted=world.device.type == "cuda",
-        )
-
-    def waited_in_vain(self, failure: BaseException) -> DpoDistError | None:
-        """Return the error of a collective call that timed out or was cut off; None for another failure.
-
-        If the store cannot be reached, one process of each host prints it: its lowest rank above 0, as rank
-        0's host has the store and may be the one that hangs.
-        """
-        error = self.heartbeats.error_of(failure, self.stacks.path)
-        if error is None:
-            return None
-        rank, is_first = self.neighbours.rank, self.record.report(error.exit_code)
-        reports = rank == self.neighbours.lowest_rank_but_0 if is_first is None else is_first
-        error.reporting_rank = rank if reports else NOBODY
-        self.record.wait_for_all(FAREWELL_SECONDS)
-        return error
-
-
 def _user_error(failure: BaseException) -> DpoDistError | None:
-    """Return `failure` as an error that a user can fix; None for a bug."""
     if isinstance(failure, torch.OutOfMemoryError):
         return out_of_memory(failure)
     return failure if isinstance(failure, DpoDistError) else disk_error(failure)

@@ -17,7 +17,7 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.stops import GivenWay, Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MetricSums
@@ -42,10 +42,6 @@ from dpo_dist.training.work_clock import WorkClock
 _STEPS_AHEAD = 2
 
 
-class _GivenWay(Exception):  # noqa: N818  (no error)
-    """An evaluation was ended because the run must stop."""
-
-
 @dataclass(frozen=True)
 class Loop:
     """The parts of one run that its steps use; `training.run` builds them.
@@ -58,7 +54,7 @@ class Loop:
         recorder: on rank 0; None on the others.
         samples: at evaluations; None: none.
         clock: time by kind of work.
-        stop: asked after every step; one rank's vote ends the run on all, after a checkpoint.
+        stops: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
     config: RunConfig
@@ -74,7 +70,7 @@ class Loop:
     samples: Samples | None
     console: Console
     clock: WorkClock
-    stop: StopRequest
+    stops: Stops
 
     def run(self, position: Position) -> bool:
         """Train from `position` to the last step, or until a rank asks to stop; collective.
@@ -93,11 +89,13 @@ class Loop:
         must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
         with (
-            self.stop.deferred(),
+            self.stops.request.deferred(),
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             self._evaluate(position)
+            if position.owes_evaluation:
+                self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
                 with self.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
@@ -115,29 +113,23 @@ class Loop:
         with self.clock.of("saving"):
             self.checkpoints.commit()
         is_done = position.step == steps and not position.owes_evaluation
-        return is_done and not self.world.agree(self.stop.is_urgent)
+        if is_done and self.stops.must_stop():
+            self._say_why(position)
+            return False
+        return is_done
 
     def _evaluate(self, position: Position) -> None:
         """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
         if not position.owes_evaluation:
             return
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(_GivenWay):
+        with contextlib.suppress(GivenWay):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
 
-    def _give_way(self) -> None:
-        """End an evaluation if a rank cannot wait for it; collective.
-
-        Raises:
-            _GivenWay: on all ranks.
-        """
-        if self.world.agree(self.stop.is_urgent):
-            raise _GivenWay
-
     def _say_why(self, position: Position) -> None:
-        reasons = ", ".join(sorted({reason for reason in self.world.gather(self.stop.reason) if reason}))
-        self.console.say(f"stopping after step {position.step}, with a checkpoint: {reasons}")
+        saved = ", with a checkpoint" if position.step else ""
+        self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Yield every step from `first` on; runs in the prefetch thread."""
@@ -159,7 +151,7 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stop.vote(), *self.checkpoints.votes]
+        votes = [self.stops.request.vote(), *self.checkpoints.votes]
         totals = reduce_step(sums, votes, norm, world)
         stop_votes, *checkpoint_votes = totals.votes
         if self.checkpoints.must_commit(checkpoint_votes):
@@ -227,7 +219,7 @@ class Loop:
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
         evaluation = evaluate(
-            self.policy, self.objective, rank_batch, self.world, position.running, self._give_way
+            self.policy, self.objective, rank_batch, self.world, position.running, self.stops.give_way
         )
         metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
         seconds = time.monotonic() - started
@@ -241,7 +233,7 @@ class Loop:
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
-            measured |= samples.at(position.step, self._give_way)
+            measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
 

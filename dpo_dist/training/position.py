@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_dist.config.checkpoint_folders import STATE
 from dpo_dist.config.loss_kinds import BcoDelta, LossConfig
+from dpo_dist.errors import CheckpointError, first_line
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.log_window import LogWindow
@@ -34,7 +36,25 @@ class Position:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
-        """Return the position in a checkpoint's state."""
+        """Return the position in a checkpoint's state.
+
+        Raises:
+            CheckpointError: it has no position.
+        """
+        try:
+            return cls._of(state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                "the state of the checkpoint cannot be read",
+                where=STATE,
+                got=first_line(error),
+                remedy="restore the checkpoint, or delete it to resume from the one before",
+            ) from error
+
+    @classmethod
+    def _of(cls, state: Mapping[str, Any]) -> "Position":
+        if not all(isinstance(state[name], int) and state[name] >= 0 for name in ("step", "pairs_seen")):
+            raise ValueError("steps and pairs are counts")
         return cls(
             step=state["step"],
             pairs_seen=state["pairs_seen"],

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -20,8 +20,9 @@ from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
 from dpo_dist.distributed.checkpoint import remove_unfinished
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint
+from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
+from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome, StoppedError
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.recorder import spared
@@ -255,3 +256,15 @@ def mark_started(folder: RunFolder, state: RunState, world: World, console: Cons
                 write_page(folder)
 
     write_on_main(work, folder, world)
+
+
+@contextlib.contextmanager
+def recorded_stop(folder: RunFolder, state: RunState, stops: Stops) -> Iterator[None]:
+    """Write the state of a run that is stopped inside the block, before a step of this start."""
+    try:
+        yield
+    except StoppedError:
+        if stops.world.is_main:
+            with contextlib.suppress(OSError):
+                write_state(folder, replace(state, outcome=RunOutcome.preempted, stopped_by=stops.agreed))
+        raise

@@ -38,12 +38,14 @@ class RunState:
         step: the number of steps done; with `started`, when the last start began.
         identity: digests of all inputs that decide the result.
         summary: content of summary.json with `exported`, else None.
+        stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
     """
 
     outcome: RunOutcome
     step: int
     identity: Identity
     summary: dict[str, Any] | None = None
+    stopped_by: str | None = None
 
 
 def read_state(folder: RunFolder) -> RunState | None:
@@ -61,7 +63,7 @@ def read_state(folder: RunFolder) -> RunState | None:
         return state
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             "the state of this run cannot be read",
             where=str(file),
