@@ -14,6 +14,7 @@ from dpo_dist.errors import ExitCode
 
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 _ECHO_SECONDS = 2.0
+_SAMPLING_SECONDS = 1.2
 _WHILE_SILENT_SECONDS = 20.0
 _WHILE_WAITING_SECONDS = 120.0
 
@@ -48,21 +49,22 @@ class UnansweredSignals:
         """Return the exit code with which to end this process now; None: go on.
 
         Nothing can be saved while a rank is silent, and a second signal ends a process at once. A main thread
-        at another place than before the signal has answered it.
+        at another place than before a signal has answered it.
 
         Args:
             doing: present activity of the main thread.
             is_peer_silent: whether another rank sends no heartbeat.
         """
         self._read()
-        now = time.monotonic()
-        if not self._first or now - doing.seconds > self._first:
+        if not self._first:
             return None
-        if self._second and now - self._second > _ECHO_SECONDS / 2:
+        now = time.monotonic()
+        arrived = now - doing.seconds - _SAMPLING_SECONDS
+        if self._second and arrived <= self._second and now - self._second > _SAMPLING_SECONDS:
             return 128 + self._second_number
         waited = now - self._first
-        is_in_vain = is_peer_silent and waited > self._while_silent
-        is_blocked = bool(doing.call) and waited > self._while_waiting
+        is_in_vain = is_peer_silent and min(waited, doing.seconds) > self._while_silent
+        is_blocked = bool(doing.call) and arrived <= self._first and waited > self._while_waiting
         return ExitCode.preempted if is_in_vain or is_blocked else None
 
     def _read(self) -> None:

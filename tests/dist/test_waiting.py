@@ -135,7 +135,7 @@ def signalled_while_it_waits(world: World, _folder: Path) -> None:
 
 
 def test_a_signal_is_answered_while_the_main_thread_waits_for_a_silent_rank(tmp_path: Path) -> None:
-    ranks = start_ranks(signalled_while_it_waits, 2, tmp_path / "ranks", timeout=12)
+    ranks = start_ranks(signalled_while_it_waits, 2, tmp_path / "ranks", timeout=16)
     ranks.processes[0].join(50)
     os.kill(ranks.processes[1].pid, signal.SIGKILL)
     first, _ = ranks.finish()
