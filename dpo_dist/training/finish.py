@@ -1,7 +1,7 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,9 +184,11 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
+        "bad_steps": position.bad_steps,
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
+        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
         "reference": position.reference_report,
         "work": loop.clock.read().as_dict(),
         "world_size": loop.world.size,

@@ -25,9 +25,11 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.signals import BY_TRACKER, StopRequest
 from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.best_checkpoints import check_keep_best
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.header import say_header, say_steps
+from dpo_dist.training.length import describe_change
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
@@ -82,10 +84,14 @@ def _begin(
     if "loss_function" in environment:
         console.say(f"loss: {environment['loss_function']}")
     inputs = load_inputs(config, world, console)
+    if inputs.eval_set is not None:
+        check_keep_best(config, inputs.eval_set.labels)
     identity = identify(config, inputs)
     if start.checkpoint is not None:
         former = start.checkpoint
         world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
+        if change := describe_change(former.state, config, inputs.sampler.steps):
+            console.say(change)
     state = RunState(RunOutcome.started, start.step, identity)
     mark_started(folder, state, world, console)
     say_steps(inputs.sampler, start.step, console)
@@ -166,6 +172,7 @@ def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World,
     with stops.request.deferred():
         finish(config, finished, recorder, world, console)
     console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    console.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     console.say("change the configuration or run.dir to train again")
     return ExitCode.completed
 
