@@ -16,7 +16,7 @@ from tests.support.launch import environment
 from tests.support.warm import run_warm
 
 SECRETS = {
-    "WANDB_API_KEY": "0123canary0123canary0123canary0123canary",
+    "WANDB_API_KEY": "0123canary" * 4,
     "HF_TOKEN": "hf_canaryOfTheHubCanary",
     "HUGGING_FACE_HUB_TOKEN": "hf_canaryOfTheOldHub",
     "OPENAI_API_KEY": "sk-canary-of-the-judge",
