@@ -26,6 +26,14 @@ def is_checkpoint(folder: Path) -> bool:
     return step_of(folder.name) is not None and (folder / STATE).is_file()
 
 
+def best_checkpoints(root: Path) -> list[str]:
+    """Return the names of the best checkpoints below `root`, the best first."""
+    try:
+        return (root / BEST).read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
     """Return the folders with the name of a checkpoint, the newest first, damaged or not.
 

@@ -28,7 +28,16 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, disk_error, first_line
+from dpo_dist.errors import (
+    ConfigError,
+    DpoDistError,
+    ExitCode,
+    PeerLostError,
+    StoppedError,
+    disk_error,
+    first_line,
+)
+from dpo_dist.progress_file import note_exit_code
 from dpo_dist.safe_stream import (
     open_closed_streams,
     output_of_objects,
@@ -37,12 +46,8 @@ from dpo_dist.safe_stream import (
     reserve_output,
 )
 
-EXIT_CODES = "DPO_DIST_EXIT_CODES"
-"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs.
-
-A process that ends because another one is lost adds none.
-"""
 _RANK_0_SECONDS = 60
+_BY_SIGNAL = 128
 _ABSENT = object()
 _OF_ONE_PROCESS = ("doctor", "export")
 
@@ -85,6 +90,11 @@ def run_verb(
         exit_code = ExitCode.interrupted
         if _rank() == 0:
             errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
+    except SystemExit as ended:
+        exit_code = ended.code if isinstance(ended.code, int) else ExitCode.failed
+        if exit_code > _BY_SIGNAL and _rank() == 0:
+            name = signal.Signals(exit_code - _BY_SIGNAL).name
+            errors.print(f"ended by {name}", {"message": f"ended by {name}", "exit_code": exit_code})
     except Exception as bug:  # any exception: the process must not hang at exit
         error_of_disk = disk_error(bug)
         exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
@@ -96,9 +106,8 @@ def run_verb(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if has_own_reason and EXIT_CODES in os.environ:
-        with contextlib.suppress(OSError), Path(os.environ[EXIT_CODES]).open("a") as codes:
-            codes.write(f"{int(exit_code)}\n")
+    if has_own_reason:
+        note_exit_code(exit_code)
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 
@@ -133,10 +142,13 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
 
     Before the processes have joined, most errors occur in all of them. The launcher ends the others when
     rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not have.
+    A stop by a signal is printed by rank 0 only, which gets one of the launcher.
     """
     if error.is_printed:
         return
     if error.reporting_rank is None and _rank() > 0:
+        if isinstance(error, StoppedError):
+            return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
     if error.reporting_rank in (None, _rank()):

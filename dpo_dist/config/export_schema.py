@@ -11,7 +11,7 @@ class ExportConfig:
 
     checkpoint: str = key(
         "latest",
-        "`latest`, `best`, or the name of one: `step-000100`.",
+        "`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`.",
         accepts="latest, best, or the name of a folder in checkpoints/",
         pattern=r"latest|best|step-\d{6,18}",
     )

@@ -7,6 +7,7 @@ values are declared at the fields of the schema.
 from dataclasses import fields
 
 from dpo_dist.config.check import Rule
+from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
@@ -287,6 +288,7 @@ RULES = (
     *DATA_RULES,
     *_LOSS,
     *_TRAINING,
+    *KEEP_BEST_RULES,
     *REFERENCE_RULES,
     *EVALUATION_RULES,
     *_DOCTOR,

@@ -1,8 +1,9 @@
 """Save checkpoints that are complete or absent (law L4).
 
 All ranks write a checkpoint under a temporary name; a manifest lists its files with sizes and digests. Then
-the folder is renamed, `latest` is updated, and after that older checkpoints are deleted. Only files that
-match a manifest are loaded. Training continues while copies of the weights are written in the background.
+the folder is renamed, `latest` and `best` are updated, and after that older checkpoints are deleted. Only
+files that match a manifest are loaded. Training continues while copies of the weights are written in the
+background.
 """
 
 import contextlib
@@ -21,7 +22,13 @@ from dpo_dist.atomic import (
     temporary_name,
     write_text,
 )
-from dpo_dist.config.checkpoint_folders import checkpoint_folders, checkpoint_name, step_of
+from dpo_dist.config.checkpoint_folders import (
+    BEST,
+    best_checkpoints,
+    checkpoint_folders,
+    checkpoint_name,
+    step_of,
+)
 from dpo_dist.distributed.checkpoint_manifest import Entries, has_all_files, write_manifest
 from dpo_dist.distributed.checkpoint_writing import RankFiles, Writing, disk_errors
 from dpo_dist.distributed.host_copy import HostCopy
@@ -65,6 +72,7 @@ class CheckpointSaver:
         self._copy = HostCopy(world.device) if behind else None
         self._say, self._has_said = say, False
         self._pending: Writing | None = None
+        self._best: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], *, is_last: bool = False) -> None:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
@@ -80,6 +88,7 @@ class CheckpointSaver:
             CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
+        self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
         world, folder = self._world, self._root / checkpoint_name(step)
         temporary = Path(world.on_main(lambda: _create(temporary_name(folder))))
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
@@ -140,7 +149,9 @@ class CheckpointSaver:
             entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
             self._world.on_main(lambda: _commit(pending, entries), _wait)
         self._damaged.discard(pending.folder.name)
-        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged))
+        self._world.on_main(lambda: _mark_best(self._root, self._best))
+        kept = self._best
+        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
 
     @contextlib.contextmanager
     def _removed_on_error(self, writing: Writing) -> Iterator[None]:
@@ -159,11 +170,13 @@ class CheckpointSaver:
 
 
 def drop_checkpoints(root: Path) -> None:
-    """Delete every checkpoint below `root`; on one rank."""
+    """Delete every checkpoint below `root` but the best ones; on one rank."""
     remove_unfinished(root)
-    for folder in checkpoint_folders(root):
+    best = best_checkpoints(root)
+    for folder in [folder for folder in checkpoint_folders(root) if folder.name not in best]:
         shutil.rmtree(folder, ignore_errors=True)
-    (root / _LATEST).unlink(missing_ok=True)
+    if not best:
+        (root / _LATEST).unlink(missing_ok=True)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -173,7 +186,7 @@ def remove_unfinished(root: Path) -> None:
     """
     for left in sorted(root.glob("*")):
         final = final_name(left)
-        if not is_temporary(left) or (step_of(final.name) is None and final.name != _LATEST):
+        if not is_temporary(left) or (step_of(final.name) is None and final.name not in (_LATEST, BEST)):
             continue
         recover_folder(final)
         if left.is_dir():
@@ -203,9 +216,18 @@ def _commit(writing: Writing, entries: Entries) -> None:
     note_progress(str(writing.folder))
 
 
-def _delete_old(committed: Path, keep_last: int, damaged: set[str]) -> None:
-    """Delete all checkpoints but `committed` and the newest complete ones, checked by file size only."""
+def _mark_best(root: Path, best: Sequence[str]) -> None:
+    with disk_errors(root):
+        if best:
+            write_text(root / BEST, "".join(f"{name}\n" for name in best))
+        else:
+            (root / BEST).unlink(missing_ok=True)
+
+
+def _delete_old(committed: Path, keep_last: int, damaged: set[str], best: Sequence[str]) -> None:
+    """Delete all checkpoints but `committed`, the best and the newest complete ones, checked by size only."""
     others = [folder for folder in checkpoint_folders(committed.parent) if folder != committed]
     complete = [folder for folder in others if folder.name not in damaged and has_all_files(folder)]
-    for folder in set(others) - set(complete[: keep_last - 1]):
+    kept = {*complete[: keep_last - 1], *(folder for folder in complete if folder.name in best)}
+    for folder in set(others) - kept:
         shutil.rmtree(folder, ignore_errors=True)

@@ -57,8 +57,17 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state in a checkpoint, whose files are not checked; not collective."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    """Return the state in a checkpoint, whose files are not checked; not collective.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    try:
+        state: Any = json.loads((folder / STATE).read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(state, dict) or not isinstance(ranks := state.get("world_size"), int) or ranks < 1:
+        raise ValueError("it has no number of processes")
     return state
 
 
@@ -80,7 +89,13 @@ def _damage(folder: Path, world: World) -> list[str]:
 
 
 def _state(folder: Path, world: World) -> dict[str, Any]:
-    return world.on_main(lambda: read_state(folder))
+    def read() -> dict[str, Any]:
+        try:
+            return read_state(folder)
+        except (OSError, ValueError) as error:
+            raise damaged_checkpoint(folder, [f"{STATE}: {error}"]) from error
+
+    return world.on_main(read)
 
 
 def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:

@@ -19,6 +19,7 @@ from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
+from dpo_dist.signals import answered_at_once
 
 _ALONE = {
     "RANK": "0",
@@ -42,7 +43,8 @@ def joined(
         timeout_seconds: timeout of a collective call.
         reports: outputs, used also if the main thread is blocked.
     """
-    world = start_world(deepspeed_config, timeout_seconds)
+    with answered_at_once():
+        world = start_world(deepspeed_config, timeout_seconds)
     try:
         with world.watch(reports):
             yield world

@@ -50,7 +50,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
         torch.set_rng_state(_tensor(states["torch"]))
         if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
             torch.cuda.set_rng_state(_tensor(states["cuda"]))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             "the random states of the checkpoint cannot be read",
             where=str(file),

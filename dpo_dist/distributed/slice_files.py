@@ -21,6 +21,8 @@ from dpo_dist.errors import CheckpointError, first_line
 
 _FILE_BYTES = 2**30
 """Size at which a rank begins another file: so much host memory is used at a time."""
+_MOST = 2**48
+"""More than any number of elements or updates."""
 
 
 def write_slices(
@@ -121,9 +123,13 @@ class SavedSlices:
                 if part == WEIGHT:
                     length = opened.get_slice(key).get_shape()[0]
                     start, *shape = json.loads(header["ranges"])[name]
+                    if min(start, *shape, 0) < 0 or max(start, *shape, 0) > _MOST:
+                        raise ValueError(f"{name} has a forged range")
                     self.shapes[name] = tuple(shape)
                     self._ranges.setdefault(name, []).append(_Range(start, start + length, file))
-        return int(header["step"])
+        if not 0 <= (step := int(header["step"])) <= _MOST:
+            raise ValueError("it has a forged number of updates")
+        return step
 
     def _check_complete(self) -> None:
         for name, ranges in self._ranges.items():
@@ -181,7 +187,16 @@ def _reading_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(
             "the weights of the checkpoint cannot be read",
             where=str(folder),

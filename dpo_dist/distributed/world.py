@@ -25,16 +25,16 @@ from dpo_dist.distributed.heartbeats import Heartbeats
 from dpo_dist.distributed.monitor import Monitor, Reports
 from dpo_dist.distributed.peers import Neighbours, Peer
 from dpo_dist.distributed.rendezvous_store import RendezvousStore
-from dpo_dist.distributed.signals import ForcedStop, raise_terminated
 from dpo_dist.distributed.stack_file import StackFile
-from dpo_dist.errors import DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.signals import last_words, raise_terminated
 
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
 _BEAT_SECONDS = 5.0
-_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt)
-"""Errors that the end of another process may cause, in a collective call or by a signal of the launcher."""
+# Errors that the end of another process may cause, in a collective call or by a signal of the launcher.
+_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt, StoppedError)
 
 WhileWaiting = Callable[[float], None]
 """Callback during long work, every few seconds, with the seconds since its start."""
@@ -204,30 +204,36 @@ class World:
         try:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
             self.barrier()
+            last_words.append(record.report)
             yield
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             monitor.stop()
-            if isinstance(failure, ForcedStop):
-                record.report(128 + signal.SIGTERM)
-                raise
-            error = _user_error(failure)
-            if error is not None:
-                report_error(error, self.rank, record)
-            elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
-                error = self._consequence(failure, watched)
+            error = self._error_of(failure, watched)
             if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 signal.signal(signal.SIGTERM, previous)
-            if error is None or error is failure:
-                raise
-            raise error from failure
+            if error is not None and error is not failure:
+                raise error from failure
+            raise
+        finally:
+            last_words.clear()
         monitor.stop()
         signal.signal(signal.SIGTERM, previous)
+
+    def _error_of(self, failure: BaseException, watched: "_Watched") -> DpoDistError | None:
+        """Return `failure` as an error that has been reported; None for a bug."""
+        error, record = _user_error(failure), watched.record
+        others_ended = record.exit_code() is not None or watched.neighbours.lost()
+        if error is not None and not (isinstance(error, StoppedError) and others_ended):
+            report_error(error, self.rank, record)
+        elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            return self._consequence(failure, watched)
+        return error
 
     def _consequence(self, failure: BaseException, watched: "_Watched") -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
@@ -288,7 +294,6 @@ class _Watched:
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:
-    """Return `failure` as an error that a user can fix; None for a bug."""
     if isinstance(failure, torch.OutOfMemoryError):
         return out_of_memory(failure)
     return failure if isinstance(failure, DpoDistError) else disk_error(failure)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.pairs_schema import (
     EndpointConfig,
     Engine,
@@ -16,7 +17,7 @@ from dpo_dist.config.pairs_schema import (
     PairsMethod,
 )
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import user_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_dist.config.checkpoint_folders import BEST, checkpoint_folders, is_checkpoint
+from dpo_dist.config.checkpoint_folders import best_checkpoints, checkpoint_folders, is_checkpoint
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
@@ -54,16 +54,15 @@ def _best(run: RunFolder) -> str:
     Raises:
         ConfigError: the run has none.
     """
-    try:
-        return (run.checkpoints / BEST).read_text(encoding="utf-8").split()[0]
-    except (OSError, IndexError):
-        raise ConfigError(
-            "this run has no best checkpoint",
-            where=_KEY,
-            got="best",
-            expected="a run with trainer.keep_best, after its first evaluation",
-            remedy=f"set {_KEY}=latest, or name one of {run.checkpoints}",
-        ) from None
+    for name in best_checkpoints(run.checkpoints):
+        return name
+    raise ConfigError(
+        "this run has no best checkpoint",
+        where=_KEY,
+        got="best",
+        expected="a run with trainer.keep_best, after its first evaluation",
+        remedy=f"set {_KEY}=latest, or name one of {run.checkpoints}",
+    )
 
 
 def find_output(config: RunConfig, checkpoint: Path) -> Path:

@@ -1,7 +1,7 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
     Raises:
         DivergedError: loss or gradient stopped being finite.
         CheckpointError: a file cannot be written.
+        StoppedError: the model is written, and the report is not, because a rank was asked to stop.
     """
     folder = RunFolder.of(loop.config)
     try:
@@ -56,10 +57,10 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
         state = RunState(RunOutcome.diverged, position.step, identity)
         _close(loop, state, _summary(loop, position))
         raise
-    state = RunState(outcome, position.step, identity)
     summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
-        _close(loop, state, summary)
+        stopped = RunState(outcome, position.step, identity, stopped_by=loop.stops.agreed)
+        _close(loop, stopped, summary | {"stopped_by": loop.stops.agreed})
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
     tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
@@ -69,8 +70,9 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
     with loop.clock.of("saving"):
         export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
     summary["work"] = loop.clock.read().as_dict()
-    exported = replace(state, outcome=RunOutcome.exported, summary=plain(summary))
+    exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
+    loop.stops.check("after the model was written, before its report")
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
     return ExitCode.completed
 
@@ -185,6 +187,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
+        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
         "reference": position.reference_report,
         "work": loop.clock.read().as_dict(),
         "world_size": loop.world.size,

@@ -17,7 +17,7 @@ from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.stops import GivenWay, Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MetricSums
@@ -27,6 +27,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
 from dpo_dist.training.bad_steps import diverged, is_bad, write_bad_step
 from dpo_dist.training.batch_loss import Objective, ReadyStep
+from dpo_dist.training.best_checkpoints import best_after
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
@@ -42,10 +43,6 @@ from dpo_dist.training.work_clock import WorkClock
 _STEPS_AHEAD = 2
 
 
-class _GivenWay(Exception):  # noqa: N818  (no error)
-    """An evaluation was ended because the run must stop."""
-
-
 @dataclass(frozen=True)
 class Loop:
     """The parts of one run that its steps use; `training.run` builds them.
@@ -58,7 +55,7 @@ class Loop:
         recorder: on rank 0; None on the others.
         samples: at evaluations; None: none.
         clock: time by kind of work.
-        stop: asked after every step; one rank's vote ends the run on all, after a checkpoint.
+        stops: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
     config: RunConfig
@@ -74,7 +71,7 @@ class Loop:
     samples: Samples | None
     console: Console
     clock: WorkClock
-    stop: StopRequest
+    stops: Stops
 
     def run(self, position: Position) -> bool:
         """Train from `position` to the last step, or until a rank asks to stop; collective.
@@ -86,18 +83,20 @@ class Loop:
             DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
-        trainer, steps = self.config.trainer, self.inputs.sampler.steps
-        eval_set = self.inputs.eval_set
+        trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
         with (
-            self.stop.deferred(),
+            self.stops.request.deferred(),
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self._evaluate(position)
+            if self._evaluate(position) and position.is_best:
+                self._save(position, is_last=False)
+            if position.owes_evaluation:
+                self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
                 with self.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
@@ -110,34 +109,29 @@ class Loop:
                 if position.owes_evaluation or (must_stop and done < steps):
                     self._say_why(position)
                 is_last = done == steps or must_stop or position.owes_evaluation
-                if is_last or _is_due(done, trainer.save_every):
+                if is_last or position.is_best or _is_due(done, trainer.save_every):
                     self._save(position, is_last=is_last)
         with self.clock.of("saving"):
             self.checkpoints.commit()
         is_done = position.step == steps and not position.owes_evaluation
-        return is_done and not self.world.agree(self.stop.is_urgent)
+        if is_done and self.stops.must_stop():
+            self._say_why(position)
+            return False
+        return is_done
 
-    def _evaluate(self, position: Position) -> None:
-        """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
+    def _evaluate(self, position: Position) -> bool:
+        """Do the evaluation that `position` owes; still owed if a rank asks to stop; return if it is done."""
         if not position.owes_evaluation:
-            return
+            return False
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(_GivenWay):
+        with contextlib.suppress(GivenWay), self.clock.of("evaluation"):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
-
-    def _give_way(self) -> None:
-        """End an evaluation if a rank cannot wait for it; collective.
-
-        Raises:
-            _GivenWay: on all ranks.
-        """
-        if self.world.agree(self.stop.is_urgent):
-            raise _GivenWay
+        return not position.owes_evaluation
 
     def _say_why(self, position: Position) -> None:
-        reasons = ", ".join(sorted({reason for reason in self.world.gather(self.stop.reason) if reason}))
-        self.console.say(f"stopping after step {position.step}, with a checkpoint: {reasons}")
+        saved = ", with a checkpoint" if position.step else ""
+        self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
         """Yield every step from `first` on; runs in the prefetch thread."""
@@ -159,7 +153,7 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stop.vote(), *self.checkpoints.votes]
+        votes = [self.stops.request.vote(), *self.checkpoints.votes]
         totals = reduce_step(sums, votes, norm, world)
         stop_votes, *checkpoint_votes = totals.votes
         if self.checkpoints.must_commit(checkpoint_votes):
@@ -219,15 +213,11 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
-        with self.clock.of("evaluation"):
-            self._record_timed_evaluation(dataset, position)
-
-    def _record_timed_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
         evaluation = evaluate(
-            self.policy, self.objective, rank_batch, self.world, position.running, self._give_way
+            self.policy, self.objective, rank_batch, self.world, position.running, self.stops.give_way
         )
         metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
         seconds = time.monotonic() - started
@@ -241,9 +231,10 @@ class Loop:
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
-            measured |= samples.at(position.step, self._give_way)
+            measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
+        position.best = self.world.on_main(lambda: best_after(trainer, position.best, position.step, named))
 
     def _write_evaluation(
         self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]

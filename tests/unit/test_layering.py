@@ -9,7 +9,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
-FOUNDATION = ("errors", "atomic", "digests", "prefetch", "number_text", "safe_stream", "progress_file")
+FOUNDATION = (
+    "errors",
+    "atomic",
+    "digests",
+    "prefetch",
+    "number_text",
+    "safe_stream",
+    "progress_file",
+    "signals",
+)
 LAYERS = (
     "config",
     "objective",

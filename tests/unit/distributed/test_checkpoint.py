@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_dist.config.checkpoint_folders import best_checkpoints
 from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
@@ -96,6 +97,23 @@ def test_folders_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step-000005.tmp-0123456789ab").mkdir()
     drop_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002-best"]
+
+
+def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last=1)
+    run.start()
+    for step, best in ((1, [1]), (2, [1]), (3, [3, 1]), (4, [3, 4]), (5, [3, 4])):
+        run.weights.weight.fill_(step)
+        run.saver.save(step, {"step": step, "best": [{"step": one} for one in best]})
+    run.saver.commit()
+    assert run.left() == ["step-000003", "step-000004", "step-000005"]
+    assert best_checkpoints(tmp_path) == ["step-000003", "step-000004"]
+    drop_checkpoints(tmp_path)
+    assert run.left() == ["step-000003", "step-000004"]
+    assert run.start() == 4
+    run.save(6)  # without keep_best
+    assert run.left() == ["step-000006"]
+    assert not (tmp_path / "best").exists()
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])
