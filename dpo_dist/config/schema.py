@@ -250,7 +250,7 @@ class TrainerConfig:
     )
     max_bad_steps: int = key(
         3,
-        "Steps whose loss or gradient is not finite that are skipped; one more ends the run with code 3.",
+        "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
         at_least=0,
         added=True,
         verbs="train",
