@@ -232,6 +232,12 @@ class TrainerConfig:
         free=True,
         verbs="train",
     )
+    check_disk_room: bool = key(
+        True,
+        "Before the first step, look for room for checkpoints and model on the file system of `run.dir`.",
+        free=True,
+        verbs="train",
+    )
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
@@ -250,7 +256,7 @@ class TrainerConfig:
     )
     max_bad_steps: int = key(
         3,
-        "Steps whose loss or gradient is not finite that are skipped; one more ends the run with code 3.",
+        "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
         at_least=0,
         added=True,
         verbs="train",

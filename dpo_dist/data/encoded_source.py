@@ -175,6 +175,11 @@ def remember_written(folder: Path) -> None:
             remember_digest(folder / f"{name}.bin", folder.parent / MEMO_FOLDER, manifest.digests[name])
 
 
+def array_files(folder: Path) -> list[Path]:
+    """Return the files of the arrays of an encoded source."""
+    return [folder / f"{name}.bin" for name in ARRAYS]
+
+
 @dataclass(frozen=True)
 class SourceView:
     """The used records of a source, memory-mapped.

@@ -13,8 +13,8 @@ from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.metrics import MetricSums, TokenSums
-from dpo_dist.training.bad_steps import never_finite_if_not
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
+from dpo_dist.training.finite_gradient import never_finite_if_not
 from dpo_dist.training.step_timer import StepClock
 
 _COLUMNS = 13

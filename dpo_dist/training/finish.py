@@ -184,6 +184,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
+        "bad_steps": position.bad_steps,
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,

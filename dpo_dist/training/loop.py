@@ -13,6 +13,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.mapped_files import MappedFiles
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
@@ -25,18 +26,19 @@ from dpo_dist.prefetch import prefetch
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.training.bad_steps import diverged, is_bad, write_bad_step
+from dpo_dist.training.bad_steps import StepGuard, count, is_bad
 from dpo_dist.training.batch_loss import Objective, ReadyStep
 from dpo_dist.training.best_checkpoints import best_after
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
+from dpo_dist.training.loss_spikes import name_spike
 from dpo_dist.training.position import Position
 from dpo_dist.training.progress import Progress
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Samples
-from dpo_dist.training.step import Evaluation, StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.step import Evaluation, evaluate, reduce_step, train_step
 from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.work_clock import WorkClock
 
@@ -134,9 +136,17 @@ class Loop:
         self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
-        """Yield every step from `first` on; runs in the prefetch thread."""
+        """Yield every step from `first` on; runs in the prefetch thread.
+
+        Raises:
+            DataError: files of the data or of the reference were changed in place.
+        """
         sampler = self.inputs.sampler
+        arrays = MappedFiles(self.inputs.mapped_files)
+        shards = MappedFiles(self.objective.reference.mapped_files())
         for step in range(first, sampler.steps):
+            arrays.check()
+            shards.check()
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
             yield self.objective.ready_step(rank_batch, self.world.device)
 
@@ -160,7 +170,7 @@ class Loop:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        bad = is_bad(totals.means["loss"], totals.grad_norm)
+        bad = is_bad(totals)
         pairs = rank_batch.pairs
         running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
@@ -177,34 +187,21 @@ class Loop:
         position.step += 1
         position.pairs_seen += pairs
         position.train_seconds += measures.seconds
+        count(position, totals)
+        guard = StepGuard(self.config, world, self.inputs, self.policy, self.objective, self.console)
         if bad:
-            self._skip(totals, measures, position)
+            guard.name_pairs(ready, totals, position)
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        return stop_votes > 0
-
-    def _skip(self, totals: StepTotals, measures: StepMeasures, position: Position) -> None:
-        """Count a step that was not applied because it was not finite; collective.
-
-        Raises:
-            DivergedError: there were too many.
-        """
-        loss, norm, step = totals.means["loss"], totals.grad_norm, position.step
-        folder, dataset = RunFolder.of(self.config), self.inputs.train_set
-        pairs = self.inputs.sampler.indices(step - 1)
-        write_on_main(lambda: write_bad_step(folder, step, loss, norm, dataset, pairs), folder, self.world)
-        position.bad_steps += 1
-        if position.bad_steps > self.config.trainer.max_bad_steps:
+        error = guard.end(totals, position)
+        if error is not None:
+            position.window = LogWindow()
             position.window.add(measures)
             self._record_window(position)
             self.checkpoints.commit()
-            raise diverged(step, loss, norm, position.bad_steps, folder)
-        self.console.say(
-            f"warning: step {step} was skipped, loss {loss}, gradient norm {norm}; its pairs: "
-            f"{folder.bad_step(step)} (bad step {position.bad_steps} of trainer.max_bad_steps="
-            f"{self.config.trainer.max_bad_steps})"
-        )
+            raise error
+        return stop_votes > 0
 
     def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
@@ -260,8 +257,9 @@ class Loop:
         row = {**self._row_start(position), **position.window.row(self.peaks)}
         if self.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
-        if position.bad_steps:
-            row["bad_steps"] = position.bad_steps
+        row["bad_steps"] = position.bad_steps
+        if self.recorder is not None:
+            name_spike(row, self.recorder.metrics, self.inputs, self.console.say)
         self._record(row)
         position.window = LogWindow()
 

@@ -30,6 +30,8 @@ class Position:
         reference_report: the section `reference` of summary.json, of all starts.
         work: time of all starts.
         bad_steps: number of steps that were skipped because loss or gradient was not finite.
+        bad_in_a_row: of these, the last ones without another step between them.
+        collapsed_in_a_row: last steps of a policy that has collapsed.
         best: the best checkpoints by `trainer.keep_best`, the best first.
         owes_evaluation: the run was stopped before the evaluation of its last step was complete.
     """
@@ -42,6 +44,8 @@ class Position:
     reference_report: dict[str, Any] = field(default_factory=dict)
     work: WorkTime = field(default_factory=WorkTime)
     bad_steps: int = 0
+    bad_in_a_row: int = 0
+    collapsed_in_a_row: int = 0
     best: list[BestCheckpoint] = field(default_factory=list)
     owes_evaluation: bool = False
 
@@ -75,6 +79,8 @@ class Position:
             reference_report=state.get("reference_report", {}),  # older ones have none
             work=WorkTime.of(state),
             bad_steps=state.get("bad_steps", 0),
+            bad_in_a_row=state.get("bad_in_a_row", 0),
+            collapsed_in_a_row=state.get("collapsed_in_a_row", 0),
             best=[BestCheckpoint(**one) for one in state.get("best", [])],
             owes_evaluation=state.get("owes_evaluation", False),
         )

@@ -24,9 +24,9 @@ from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.metrics import MetricSums, metric_means
 from dpo_dist.objective.pair_values import PairValues, pair_values
 from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.training.bad_steps import never_finite_if_not
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredModel
 from dpo_dist.training.coupled import accumulate_coupled, coupled_sums
+from dpo_dist.training.finite_gradient import never_finite_if_not
 from dpo_dist.training.step_timer import StepClock
 
 

@@ -1,6 +1,7 @@
 """Console of a run: progress and results on rank 0; the output of libraries is written to logs/rank-N.log."""
 
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -76,7 +77,7 @@ class Console:
 
     def is_due(self) -> bool:
         """Return whether it is time for `training`."""
-        return self._screen is not None and time.monotonic() >= min(self._due)
+        return time.monotonic() >= min(self._due)
 
     def training(self, status: TrainingStatus, *, always: bool = False) -> None:
         """Show the state of the training where it is due, or `always`."""
@@ -210,6 +211,8 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        names_crashes = faulthandler.is_enabled()
+        faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
         try:
             screen = open_screen(messages, objects, settings)
             console = Console(screen if rank == "0" else None, screen, settings.seconds)
@@ -228,6 +231,8 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
+            if not names_crashes:
+                faulthandler.disable()
             messages.close()
             objects.close()
 
