@@ -78,7 +78,7 @@ def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
             where=f"rank {os.environ.get('RANK')}, which waited at {address}",
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy="see whether every node has started its processes (their logs/rank-N.log begin), and reaches "
+            remedy="see whether every node has started its processes (logs/rank-N.log), and reaches "
             "this address; then run the same command again",
         ) from failure
 
