@@ -37,6 +37,7 @@ from dpo_dist.errors import (
     disk_error,
     first_line,
 )
+from dpo_dist.launch_environment import check_launch, this_rank
 from dpo_dist.progress_file import note_exit_code
 from dpo_dist.safe_stream import (
     open_closed_streams,
@@ -88,11 +89,11 @@ def run_verb(
         exit_code, has_own_reason = error.exit_code, not isinstance(error, PeerLostError)
     except KeyboardInterrupt:
         exit_code = ExitCode.interrupted
-        if _rank() == 0:
+        if this_rank() == 0:
             errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
     except SystemExit as ended:
         exit_code = ended.code if isinstance(ended.code, int) else ExitCode.failed
-        if exit_code > _BY_SIGNAL and _rank() == 0:
+        if exit_code > _BY_SIGNAL and this_rank() == 0:
             name = signal.Signals(exit_code - _BY_SIGNAL).name
             errors.print(f"ended by {name}", {"message": f"ended by {name}", "exit_code": exit_code})
     except Exception as bug:  # any exception: the process must not hang at exit
@@ -146,12 +147,12 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
     """
     if error.is_printed:
         return
-    if error.reporting_rank is None and _rank() > 0:
+    if error.reporting_rank is None and this_rank() > 0:
         if isinstance(error, StoppedError):
             return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
-    if error.reporting_rank in (None, _rank()):
+    if error.reporting_rank in (None, this_rank()):
         errors.print(error.block(), error.as_dict())
 
 
@@ -165,7 +166,7 @@ def _run(
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments, about)) is not None:
-        if _rank() == 0:
+        if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
     if "--info" in arguments.options:
@@ -179,13 +180,14 @@ def _run(
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
-    if _rank() == 0:
+    check_launch(os.environ, config.model.dtype)
+    if this_rank() == 0:
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in open_doors(config)))
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
-    return check(config) if _rank() == 0 else ExitCode.completed
+    return check(config) if this_rank() == 0 else ExitCode.completed
 
 
 def _answer(arguments: Arguments, about: str) -> str | None:
@@ -211,10 +213,10 @@ def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., Ru
         config = resolved(composed, arguments.overrides, arguments.own_folder)
         text = to_yaml(config)
     except DpoDistError:
-        if _rank() == 0:
+        if this_rank() == 0:
             print_result(OmegaConf.to_yaml(composed))
         raise
-    if _rank() == 0:
+    if this_rank() == 0:
         print_result(_part(text, arguments.options.get("--package")))
     return ExitCode.completed
 
@@ -235,7 +237,7 @@ def _ask_hydra(arguments: Arguments) -> None:
     parse_overrides(arguments.overrides)
     options = [text for name, value in arguments.options.items() for text in (name, value) if text]
     sys.argv[1:] = [*arguments.overrides, *options]
-    if _rank() > 0:
+    if this_rank() > 0:
         return
     answer = io.StringIO()
     try:
@@ -245,7 +247,3 @@ def _ask_hydra(arguments: Arguments) -> None:
             )()
     finally:
         print_result(answer.getvalue())
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

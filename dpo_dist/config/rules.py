@@ -43,10 +43,10 @@ def _names(kinds: list[LossKind]) -> str:
 _RUN_AND_MODEL = (
     Rule(
         "run.name",
-        lambda c: not c.run.name or "/" in c.run.name,
+        lambda c: c.run.name in ("", ".", "..") or "/" in c.run.name,
         "run.name is not the name of one folder",
         "set run.root to choose the folder of run directories",
-        "a name without /",
+        "a name without /, other than . and ..",
     ),
     Rule(
         "model.attention model.dtype",

@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch.distributed import distributed_c10d
 
+from dpo_dist.distributed.build_lock import wait_for_build
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
@@ -42,7 +43,13 @@ def joined(
         deepspeed_config: from `policy_config`: loading weights depends on it.
         timeout_seconds: timeout of a collective call.
         reports: outputs, used also if the main thread is blocked.
+
+    Raises:
+        ConfigError: a kernel that the optimizer needs cannot be compiled.
     """
+    reports = reports or Reports()
+    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+        wait_for_build("cpu_adam", reports.say)
     with answered_at_once():
         world = start_world(deepspeed_config, timeout_seconds)
     try:

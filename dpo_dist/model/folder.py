@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.hub_cache import is_absent_offline
 from dpo_dist.model.safe_weights import PICKLED, check_adapter, check_safetensors
 
 CONFIG_FILE = "config.json"
@@ -106,6 +107,23 @@ def hub_commit(folder: Path) -> str | None:
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder contains an adapter and no model."""
     return (folder / _ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def check_cached_offline(path: str, key: str) -> None:
+    """Check that files of a model on the Hub are in its cache, if HF_HUB_OFFLINE allows no download.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if is_absent_offline("model", path):
+        raise ConfigError(
+            "the model is neither a local folder nor a model found on the Hugging Face Hub",
+            where=key,
+            got=f"{path}, which is not in the cache of the Hub, and HF_HUB_OFFLINE=1",
+            expected="a folder, or a model that was downloaded before",
+            remedy=_near(Path(path))
+            or "check the path or the hub name, download the model, or unset HF_HUB_OFFLINE",
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -112,6 +112,24 @@ def run_warm(
         return code, screen.read_text(encoding="utf-8")
 
 
+def run_warm_apart(
+    verb: str, arguments: list[str], variables: dict[str, str], folder: Path, seconds: float
+) -> tuple[int, str, str]:
+    """Run a verb on one process; exit code, standard output and standard error.
+
+    Arguments as of `run_warm`.
+    """
+    start_parent()
+    with tempfile.TemporaryDirectory() as temporary:
+        output, errors = Path(temporary) / "output", Path(temporary) / "errors"
+        output.touch()
+        errors.touch()
+        process = context.Process(target=_be_verb, args=(verb, arguments, variables, folder, output, errors))
+        process.start()
+        code = _wait([process], seconds)
+        return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
+
+
 def _wait(processes: list[Any], seconds: float) -> int:
     """Wait as the launcher of several does: the first failure ends all, with 1."""
     deadline = time.monotonic() + seconds
@@ -129,10 +147,16 @@ def _wait(processes: list[Any], seconds: float) -> int:
     return codes[0] if len(codes) == 1 else int(any(codes))
 
 
-def _be_verb(verb: str, overrides: list[str], variables: dict[str, str], folder: Path, screen: Path) -> None:
-    descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _be_verb(
+    verb: str,
+    overrides: list[str],
+    variables: dict[str, str],
+    folder: Path,
+    screen: Path,
+    errors: Path | None = None,
+) -> None:
+    for descriptor, file in ((1, screen), (2, errors or screen)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.clear()

@@ -17,6 +17,8 @@ FOUNDATION = (
     "number_text",
     "safe_stream",
     "progress_file",
+    "hub_cache",
+    "launch_environment",
     "signals",
 )
 LAYERS = (

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from jinja2 import TemplateError
 
 from dpo_dist.data.records import Message, UnusableRecordError
-from dpo_dist.data.tokenization.chat_template import argument_names
 from dpo_dist.data.tokenization.marks import Marks, any_text
+from dpo_dist.data.tokenization.template_arguments import argument_names
 from dpo_dist.data.tokenization.template_limits import limited, place_of
 from dpo_dist.data.tokenization.turn_trace import Trace, read_trace, traced_template, traced_turn
 from dpo_dist.errors import ConfigError

@@ -77,7 +77,7 @@ class Console:
 
     def is_due(self) -> bool:
         """Return whether it is time for `training`."""
-        return self._screen is not None and time.monotonic() >= min(self._due)
+        return time.monotonic() >= min(self._due)
 
     def training(self, status: TrainingStatus, *, always: bool = False) -> None:
         """Show the state of the training where it is due, or `always`."""
