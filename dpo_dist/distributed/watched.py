@@ -1,6 +1,5 @@
 """The parts that watch the processes of a run, put together."""
 
-import faulthandler
 from collections.abc import Sequence
 
 from dpo_dist.distributed.activity import Activity
@@ -12,8 +11,6 @@ from dpo_dist.distributed.rendezvous_store import RendezvousStore
 from dpo_dist.distributed.stack_file import StackFile
 from dpo_dist.distributed.unanswered import UnansweredSignals
 from dpo_dist.errors import DpoDistError
-
-_STDERR = 2
 
 
 class Watched:
@@ -40,8 +37,6 @@ class Watched:
         self.neighbours = Neighbours(peers, rank)  # first: one may die while this one connects
         store = RendezvousStore(len(peers))
         self.record = FailureRecord(len(peers), store)
-        if len(peers) > 1:
-            faulthandler.enable(file=_STDERR)  # NCCL and gloo may abort the process
         self.stacks = StackFile(reports.stacks)
         self.heartbeats = Heartbeats(peers, self.neighbours, store, activity, timeout_seconds)
         self.signals = UnansweredSignals(timeout_seconds)

@@ -70,7 +70,7 @@ def start_ranks(
     scenario: Scenario,
     size: int,
     folder: Path,
-    kind: ParallelismKind = ParallelismKind.zero3,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     timeout: int = 600,
     enter: Callable[[int], None] | None = None,
@@ -97,7 +97,7 @@ def run_ranks(
     scenario: Scenario,
     size: int,
     folder: Path,
-    kind: ParallelismKind = ParallelismKind.zero3,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     seconds: float = 60,
     timeout: int = 600,
@@ -114,7 +114,7 @@ def _be_rank(
     rank: int,
     size: int,
     port: int,
-    kind: ParallelismKind,
+    kind: ParallelismKind | ParallelismConfig,
     dtype: Dtype,
     folder: Path,
     timeout: int,
@@ -130,8 +130,9 @@ def _be_rank(
     if enter is not None:
         enter(rank)
     outcome: dict[str, Any]
+    parallelism = kind if isinstance(kind, ParallelismConfig) else ParallelismConfig(kind)
     try:
-        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=timeout)
+        world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
         with world.watch(Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
