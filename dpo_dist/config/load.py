@@ -201,9 +201,10 @@ def resolve(
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return `config` as YAML, for `from_yaml` or as an experiment."""
-    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: RunConfig, hide: Callable[[Any], Any] = lambda values: values) -> str:
+    """Return `config` as YAML, for `from_yaml` or as an experiment; `hide` replaces secrets in its values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(hide(values)))
 
 
 def from_yaml(text: str) -> RunConfig:

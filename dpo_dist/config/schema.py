@@ -232,6 +232,12 @@ class TrainerConfig:
         free=True,
         verbs="train",
     )
+    check_disk_room: bool = key(
+        True,
+        "Before the first step, look for room for checkpoints and model on the file system of `run.dir`.",
+        free=True,
+        verbs="train",
+    )
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",

@@ -11,8 +11,8 @@ from types import FrameType
 
 _PACKAGE = "dpo_dist."
 _COMMUNICATION = ("torch.distributed.", "deepspeed.comm.")
-_OF_DECORATORS = ("wrapper", "log_wrapper")
-_WAITING = ("wait", "synchronize")
+_OF_DECORATORS = ("wrapper", "log_wrapper", "wrapped_fn")
+_GATHER_OF_WEIGHTS = ("deepspeed.runtime.zero.partition_parameters", "wait")
 _OWN_COLLECTIVES = (f"{_PACKAGE}distributed.world",)
 
 
@@ -111,12 +111,16 @@ def _place(frames: list[FrameType]) -> str:
 
 def _call(frames: list[FrameType]) -> str:
     """Return the name of the collective call that a stack is in; empty if it is in none."""
-    name = ""
-    for number, frame in enumerate(frames):
+    name, is_innermost = "", True
+    for frame in frames:
         module, function = _module(frame), frame.f_code.co_name
         if module.startswith(_PACKAGE):
             break
-        is_call = module.startswith(_COMMUNICATION) and function not in _OF_DECORATORS
-        if is_call or (number == 0 and function in _WAITING and module.startswith("deepspeed.")):
+        if function in _OF_DECORATORS:
+            continue
+        if module.startswith(_COMMUNICATION):
             name = function
+        elif is_innermost and (module, function) == _GATHER_OF_WEIGHTS:
+            name = "all_gather of weights"
+        is_innermost = False
     return name

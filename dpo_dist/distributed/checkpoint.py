@@ -7,7 +7,9 @@ background.
 """
 
 import contextlib
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -73,6 +75,8 @@ class CheckpointSaver:
         self._say, self._has_said = say, False
         self._pending: Writing | None = None
         self._best: list[str] = []
+        # Open, so that no other directory gets its inode.
+        self._run_directory = os.open(root.parent, os.O_RDONLY) if world.is_main else None
 
     def save(self, step: int, state: dict[str, Any], *, is_last: bool = False) -> None:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
@@ -90,7 +94,7 @@ class CheckpointSaver:
         self.commit()
         self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
         world, folder = self._world, self._root / checkpoint_name(step)
-        temporary = Path(world.on_main(lambda: _create(temporary_name(folder))))
+        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
         writing = Writing(temporary, folder, sum(world.gather(files.bytes)))
         if not is_last and self._can_copy(files.models):
@@ -102,6 +106,18 @@ class CheckpointSaver:
                 world.together(lambda: writing.write(files, world.rank), _wait)
             writing.finish_behind(lambda: None)
         self._pending = writing
+
+    def _create(self, folder: Path) -> str:
+        """Create `folder` and return it; first remove unfinished checkpoints beside it, to make room."""
+        assert self._run_directory is not None
+        with disk_errors(folder):
+            now, at_start = self._root.parent.stat(), os.fstat(self._run_directory)
+            if not os.path.samestat(now, at_start):
+                raise OSError(errno.ENOENT, "the run directory was replaced while the run trains")
+            remove_unfinished(self._root)
+            self._root.mkdir(exist_ok=True)
+            folder.mkdir()
+        return str(folder)
 
     def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
         """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
@@ -164,9 +180,12 @@ class CheckpointSaver:
             raise
 
     def close(self) -> None:
-        """Drop a checkpoint that is still written, after an error; not collective."""
+        """End the saver; drop a checkpoint that is still written, after an error. Not collective."""
         if self._pending is not None:
             self._pending.remove()
+        if self._run_directory is not None:
+            os.close(self._run_directory)
+            self._run_directory = None
 
 
 def drop_checkpoints(root: Path) -> None:
@@ -193,15 +212,6 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def _create(folder: Path) -> str:
-    """Create `folder` and return it; first remove unfinished checkpoints beside it, to make room."""
-    with disk_errors(folder):
-        remove_unfinished(folder.parent)
-        folder.parent.mkdir(exist_ok=True)
-        folder.mkdir()
-    return str(folder)
 
 
 def _wait(_seconds: float) -> None:

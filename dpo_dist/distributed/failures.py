@@ -42,11 +42,11 @@ class FailureRecord:
 
         return True if self._size == 1 else self._store.ask(add)
 
-    def exit_code(self) -> int | None:
-        """Return the exit code of the first failure; None without a failure."""
+    def exit_code(self, seconds: float | None = None) -> int | None:
+        """Return the exit code of the first failure; None without a failure, or without an answer in time."""
         if self._known is None:
             self._known = self._store.ask(
-                lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None
+                lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None, seconds
             )
         return self._known
 
@@ -54,9 +54,9 @@ class FailureRecord:
         """Have every process write the stacks of its threads."""
         self._store.ask(lambda store: store.set(_STACKS, "1"))
 
-    def wants_stacks(self) -> bool:
+    def wants_stacks(self, seconds: float | None = None) -> bool:
         """Return whether a process has asked for stacks."""
-        return bool(self._store.ask(lambda store: store.check([_STACKS])))
+        return bool(self._store.ask(lambda store: store.check([_STACKS]), seconds))
 
     def wait_for_all(self, seconds: float) -> None:
         """Wait until every process has reported, at most `seconds`."""

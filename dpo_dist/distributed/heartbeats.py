@@ -18,6 +18,8 @@ _LONGEST_BEAT_SECONDS = 5.0
 _BEATS_PER_TIMEOUT = 6
 _RANKS_PER_SECOND = 50  # each rank reads the heartbeats of all, from one server
 _SILENT_BEATS = 3
+ANSWER_SECONDS = 2.0
+"""Wait for the store by the thread that watches the others, which has to go on."""
 _SHOWN_RANKS = 8
 _TIMEOUT, _CUT = r"timed ?out|timeout", r"closed by peer|reset by peer|broken pipe|remote process exited"
 
@@ -74,7 +76,7 @@ class Heartbeats:
     def beat_if_due(self) -> bool:
         """Send a heartbeat and read all, if it is time; return whether it was.
 
-        May take some seconds if the store hangs.
+        Takes `ANSWER_SECONDS` if the store hangs.
         """
         if time.monotonic() < self._due:
             return False
@@ -93,7 +95,7 @@ class Heartbeats:
             self._have_all_begun = self._have_all_begun or store.check(self._keys)
             return list(store.multi_get(self._keys)) if self._have_all_begun else []
 
-        for peer, text in zip(self._peers, self._store.ask(exchange) or (), strict=False):
+        for peer, text in zip(self._peers, self._store.ask(exchange, ANSWER_SECONDS) or (), strict=False):
             count, _, doing = text.decode().partition(" ")
             known = self._last.get(peer.rank)
             if known is None or known.count != int(count):
@@ -106,6 +108,11 @@ class Heartbeats:
             return []
         others = [peer for peer in self._peers if peer.rank != self._neighbours.rank]
         return [peer for peer in others if peer.rank in self._last and self._last[peer.rank].age >= limit]
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Return whether no heartbeat can be read: the host of the store is silent."""
+        return self._store.silent_seconds > _SILENT_BEATS * self.seconds
 
     def late(self, waited_seconds: float) -> list[Peer]:
         """Return the ranks that compute, or are silent, while another one has waited for so long."""
@@ -141,7 +148,7 @@ class Heartbeats:
         """
         silent = self.silent(2 * self.seconds)
         named = silent or self.late(self._timeout_seconds / 2)
-        if self._store.silent_seconds:
+        if self._store.silent_seconds > self.seconds:
             message = f"the host {self._store.address}, or the network to it, does not answer"
             details = f"no answer of its rendezvous store for {self._store.silent_seconds:.0f} s"
         elif named:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,10 +16,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch.distributed import distributed_c10d
 
+from dpo_dist.distributed.build_lock import wait_for_build
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.signals import answered_at_once
 
 _ALONE = {
@@ -42,8 +44,15 @@ def joined(
         deepspeed_config: from `policy_config`: loading weights depends on it.
         timeout_seconds: timeout of a collective call.
         reports: outputs, used also if the main thread is blocked.
+
+    Raises:
+        ConfigError: a kernel that the optimizer needs cannot be compiled.
+        PeerLostError: not all processes joined in time.
     """
-    with answered_at_once():
+    reports = reports or Reports()
+    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+        wait_for_build("cpu_adam", reports.say)
+    with answered_at_once(), _missing_ranks_named(timeout_seconds):
         world = start_world(deepspeed_config, timeout_seconds)
     try:
         with world.watch(reports):
@@ -53,6 +62,25 @@ def joined(
             stop_world()
         raise
     stop_world()
+
+
+@contextlib.contextmanager
+def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
+    """Raise the timeout of a rendezvous as an error for the user."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if not re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE):
+            raise
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise PeerLostError(
+            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at {address}",
+            got=first_line(failure),
+            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
+            remedy="see whether every node has started its processes (logs/rank-N.log), and reaches "
+            "this address; then run the same command again",
+        ) from failure
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:

@@ -36,8 +36,8 @@ class RendezvousStore:
         """Return the seconds since the store stopped to answer; 0 if it answers."""
         return 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
 
-    def ask(self, question: Callable[[Store], T]) -> T | None:
-        """Return the answer of the store; None if it does not answer."""
+    def ask(self, question: Callable[[Store], T], seconds: float | None = None) -> T | None:
+        """Return the answer of the store; None if it does not answer within `seconds` (`STORE_SECONDS`)."""
         store, answers = self._store, list[T]()
         if store is None or (self._hanging is not None and self._hanging.is_alive()):
             return None
@@ -49,7 +49,7 @@ class RendezvousStore:
         asked = time.monotonic()
         asking = threading.Thread(target=ask, name="rendezvous", daemon=True)
         asking.start()
-        asking.join(STORE_SECONDS)
+        asking.join(STORE_SECONDS if seconds is None else seconds)
         self._hanging = asking if asking.is_alive() else None
         if answers:
             self._silent_since = None

@@ -54,6 +54,11 @@ class ModelSlices:
     states: int = 0
 
     @property
+    def elements(self) -> int:
+        """Return the number of elements of the weights."""
+        return sum(own.parts[WEIGHT].numel() for own in self.slices)
+
+    @property
     def full_bytes(self) -> int:
         """Return the size of the slices in every checkpoint after the first step."""
         return sum(own.parts[WEIGHT].nbytes for own in self.slices) * (1 + self.states)

@@ -17,15 +17,12 @@ from dpo_dist.distributed.device_memory import out_of_memory
 from dpo_dist.distributed.failures import (
     FAREWELL_SECONDS,
     NOBODY,
-    FailureRecord,
     failed_elsewhere,
     report_error,
 )
-from dpo_dist.distributed.heartbeats import Heartbeats
-from dpo_dist.distributed.monitor import Monitor, Reports
-from dpo_dist.distributed.peers import Neighbours, Peer
-from dpo_dist.distributed.rendezvous_store import RendezvousStore
-from dpo_dist.distributed.stack_file import StackFile
+from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.peers import Peer
+from dpo_dist.distributed.watched import Watched
 from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
 from dpo_dist.signals import last_words, raise_terminated
 
@@ -193,7 +190,9 @@ class World:
         Args:
             reports: outputs, used also if the main thread is blocked.
         """
-        watched = _Watched(self, reports or Reports())
+        watched = Watched(
+            self.peers, self.rank, self.activity, self.timeout_seconds, reports or Reports(), self.device.type
+        )
         record, monitor = watched.record, watched.monitor
         previous = signal.getsignal(signal.SIGTERM)
         if previous is signal.SIG_DFL:  # a verb may have its own handler
@@ -222,10 +221,11 @@ class World:
             raise
         finally:
             last_words.clear()
+            watched.signals.close()
         monitor.stop()
         signal.signal(signal.SIGTERM, previous)
 
-    def _error_of(self, failure: BaseException, watched: "_Watched") -> DpoDistError | None:
+    def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return `failure` as an error that has been reported; None for a bug."""
         error, record = _user_error(failure), watched.record
         others_ended = record.exit_code() is not None or watched.neighbours.lost()
@@ -235,7 +235,7 @@ class World:
             return self._consequence(failure, watched)
         return error
 
-    def _consequence(self, failure: BaseException, watched: "_Watched") -> DpoDistError | None:
+    def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
         record, neighbours = watched.record, watched.neighbours
         deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
@@ -254,43 +254,6 @@ class World:
             watched.heartbeats.beat_if_due()  # the monitor has stopped
             time.sleep(0.2)
         return watched.waited_in_vain(failure)
-
-
-class _Watched:
-    """The parts that watch the processes of a run; the first process to detect a failure prints it."""
-
-    def __init__(self, world: World, reports: Reports):
-        self.neighbours = Neighbours(world.peers, world.rank)  # first: one may die while this one connects
-        store = RendezvousStore(world.size)
-        self.record = FailureRecord(world.size, store)
-        self.stacks = StackFile(reports.stacks)
-        activity, seconds = world.activity, world.timeout_seconds
-        self.heartbeats = Heartbeats(world.peers, self.neighbours, store, activity, seconds)
-        self.monitor = Monitor(
-            self.neighbours,
-            self.record,
-            self.heartbeats,
-            activity,
-            seconds,
-            reports,
-            self.stacks,
-            is_aborted=world.device.type == "cuda",
-        )
-
-    def waited_in_vain(self, failure: BaseException) -> DpoDistError | None:
-        """Return the error of a collective call that timed out or was cut off; None for another failure.
-
-        If the store cannot be reached, one process of each host prints it: its lowest rank above 0, as rank
-        0's host has the store and may be the one that hangs.
-        """
-        error = self.heartbeats.error_of(failure, self.stacks.path)
-        if error is None:
-            return None
-        rank, is_first = self.neighbours.rank, self.record.report(error.exit_code)
-        reports = rank == self.neighbours.lowest_rank_but_0 if is_first is None else is_first
-        error.reporting_rank = rank if reports else NOBODY
-        self.record.wait_for_all(FAREWELL_SECONDS)
-        return error
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:

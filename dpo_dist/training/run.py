@@ -8,7 +8,6 @@ from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
@@ -26,6 +25,7 @@ from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.signals import BY_TRACKER, StopRequest
 from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.best_checkpoints import check_keep_best
+from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.header import say_header, say_steps
@@ -94,6 +94,7 @@ def _begin(
             console.say(change)
     state = RunState(RunOutcome.started, start.step, identity)
     mark_started(folder, state, world, console)
+    look_for_room(config, start, inputs.policy_files.folder, inputs.sampler.steps, world, console)
     say_steps(inputs.sampler, start.step, console)
     return inputs, environment, state
 
@@ -121,7 +122,7 @@ def _set_up(
     objective = Objective(config.loss, reference.provider)
     reference_sync = _reference_sync(config, reference.provider, policy, world)
     sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-    checkpoints = _checkpoint_saver(config, start, sharded, world, console)
+    checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
     else:
@@ -204,20 +205,6 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed)
     return PolicyEngine(model, config.optim, world)
-
-
-def _checkpoint_saver(
-    config: RunConfig, start: Start, sharded: Sequence[Sharded], world: World, console: Console
-) -> CheckpointSaver:
-    return CheckpointSaver(
-        RunFolder.of(config).checkpoints,
-        config.trainer.keep_last,
-        sharded,
-        world,
-        () if start.checkpoint is None else start.checkpoint.damaged,
-        behind=config.trainer.save_behind,
-        say=console.say,
-    )
 
 
 def _resume(

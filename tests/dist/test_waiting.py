@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from datetime import timedelta
 from functools import partial
@@ -123,6 +124,24 @@ def test_a_stopped_rank_is_named_with_the_time_of_its_last_heartbeat(tmp_path: P
         None,
         True,
     ]
+
+
+def signalled_while_it_waits(world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    world.barrier()
+
+
+def test_a_signal_is_answered_while_the_main_thread_waits_for_a_silent_rank(tmp_path: Path) -> None:
+    ranks = start_ranks(signalled_while_it_waits, 2, tmp_path / "ranks", timeout=16)
+    ranks.processes[0].join(50)
+    os.kill(ranks.processes[1].pid, signal.SIGKILL)
+    first, _ = ranks.finish()
+    assert first.exit_code == 75, first.log
+    assert "stopped: by SIGUSR1 while this process waited for another one" in first.log
+    assert "rank 1 (process" in first.log
 
 
 def slow_rank(world: World, _folder: Path) -> str:

@@ -39,7 +39,12 @@ def test_the_doctor_gets_its_arguments_on_a_node_without_gpus(tmp_path: Path) ->
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DPO_DIST_ENV": ""}
     script = SBATCH.with_name("doctor.sbatch")
     ended = subprocess.run(
-        ["bash", str(script), *OVERRIDES], env=variables, stdout=subprocess.PIPE, text=True, check=True
+        ["bash", str(script), *OVERRIDES],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     assert ended.stdout.splitlines() == ["1", "-m", "dpo_dist.doctor", *OVERRIDES]
     assert "--gres" not in script.read_text()
@@ -71,12 +76,16 @@ def test_accelerate_reads_geometry(file: Path) -> None:
 
 
 def accelerate_command(
-    tmp_path: Path, cwd: Path = ROOT, unset: str = "", **environment: str
+    tmp_path: Path,
+    cwd: Path = ROOT,
+    unset: str = "",
+    programs: dict[str, str] | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the batch script with `srun` and `scontrol` that answer for node 1 of a job on 3 nodes of 4 GPUs.
 
     Standard output is the command of that node, a JSON list. `unset` is a variable that this cluster's SLURM
-    does not set.
+    does not set, `programs` are bodies of other stand-ins.
     """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
@@ -86,7 +95,7 @@ def accelerate_command(
         "scontrol": '[[ $2 == hostnames ]] && printf "n4\\nn5\\nn7\\n" || echo "  NodeAddr=10.0.0.4 Port=0"',
         "accelerate": f"exec {shlex.quote(sys.executable)} -c '{show}' \"$@\"",
     }
-    for name, body in stand_ins.items():
+    for name, body in (stand_ins | (programs or {})).items():
         (bin_folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (bin_folder / name).chmod(0o755)
     job = {
@@ -96,6 +105,7 @@ def accelerate_command(
         "SLURM_GPUS_ON_NODE": "4",
         "SLURM_CPUS_PER_TASK": "32",
         "DPO_DIST_ENV": "",
+        "JOB_FILES": str(tmp_path),
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
     }
     job.pop(unset, None)
@@ -173,3 +183,21 @@ def test_a_missing_environment_ends_the_job(tmp_path: Path) -> None:
     answer = accelerate_command(tmp_path, DPO_DIST_ENV=str(tmp_path / "nowhere"))
     assert answer.returncode != 0
     assert "nowhere" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_queued_again"), [("TimeLimit", True), ("None", False)], ids=["time limit", "scancel"]
+)
+def test_only_a_time_limit_queues_a_job_again_that_slurm_ends(
+    tmp_path: Path, reason: str, is_queued_again: bool
+) -> None:
+    """SLURM sends SIGTERM to the script and to the run, which still saves."""
+    scontrol = f"""case "$1 $2" in
+        "show job") echo "JobState=COMPLETING Reason={reason}" ;;
+        "show "*) echo NodeAddr=10.0.0.4 ;;
+        requeue*) echo "$@"; kill -KILL $PPID ;;
+    esac"""
+    srun = 'kill -TERM $PPID; sleep 0.2; echo 75 >>"$DPO_DIST_EXIT_CODES"; exit 1'
+    ended = accelerate_command(tmp_path, programs={"scontrol": scontrol, "srun": srun})
+    assert ("requeue 123456" in ended.stdout) == is_queued_again
+    assert ("is queued again" in ended.stdout) == is_queued_again

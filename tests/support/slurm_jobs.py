@@ -88,6 +88,7 @@ def submit(cluster: Cluster, folder: Path, options: list[str], arguments: list[s
     environment = cluster.environment | {
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}:{cluster.environment['PATH']}",
+        "HF_HUB_OFFLINE": "1",
         "DPO_DIST_ENV": "",
         "PROCESSES_PER_NODE": "1",
         "JOB_FILES": str(folder),
@@ -99,6 +100,12 @@ def submit(cluster: Cluster, folder: Path, options: list[str], arguments: list[s
         "sbatch", *own, str(SBATCH), *arguments, environment=environment, cwd=ROOT
     ).strip()
     return Job(cluster, number, folder / f"{number}.out")
+
+
+def jobs_of(array: Job, number: int) -> list[Job]:
+    """The jobs of an array."""
+    names = [f"{array.number}_{index}" for index in range(number)]
+    return [Job(array.cluster, name, array.screen.with_name(f"{name}.out")) for name in names]
 
 
 def with_stand_in(folder: Path) -> str:

@@ -18,7 +18,7 @@ from dpo_dist.errors import DpoDistError
 from dpo_dist.number_text import duration
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, describe_evaluation
 from dpo_dist.report.terminal.screens import LineScreen, Screen, open_screen
-from dpo_dist.safe_stream import SafeStream, output_descriptor, output_of_objects
+from dpo_dist.safe_stream import SafeStream, output_descriptor, output_of_objects, printable_lines
 
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
@@ -237,13 +237,20 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
             objects.close()
 
 
+class _InertFormatter(logging.Formatter):
+    """Records with escapes for control characters; further lines are indented and look like no record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record)).replace("\n", "\n  ")
+
+
 @contextlib.contextmanager
 def _logging_to(stream: TextIO) -> Iterator[None]:
     """Log to `stream`, warnings too, each of them once; on exit the caller's logging is restored."""
     root = logging.getLogger()
     callers = root.handlers[:], root.level
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_InertFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     callers_show = warnings.showwarning

@@ -149,6 +149,24 @@ def test_what_is_missing_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert raised.value.got.endswith("a checkpoint needs 3.0 GiB, 3.0 GiB more than there is room for")
 
 
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(returns: bool, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run" / "checkpoints")
+    run.start()
+    run.save(1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if returns:  # as the mount point below a file system that is gone
+        (tmp_path / "run").mkdir()
+    with pytest.raises(CheckpointError, match="a checkpoint cannot be written"):
+        run.save(2)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "moved/checkpoints").iterdir() if path.is_dir()] == [
+        "step-000001"
+    ]
+    run.saver.close()
+
+
 def test_an_error_elsewhere_drops_the_checkpoint_that_is_written(run: Run) -> None:
     run.save(1)
     with slow_disk():
