@@ -24,12 +24,15 @@ def main(config: RunConfig) -> int:
     checkpoint = find_checkpoint(config)
     output = find_output(config, checkpoint)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
-    from dpo_dist.report.terminal.console import console_on  # noqa: PLC0415
-    from dpo_dist.training.export import export_model  # noqa: PLC0415
+    from dpo_dist.report.terminal.console import console_on, warnings_off  # noqa: PLC0415
 
     console = console_on(sys.stderr, config.console)
-    export_model(config, checkpoint, output, console)
+    with warnings_off():
+        from dpo_dist.training.export import export_model  # noqa: PLC0415
+
+        export_model(config, checkpoint, output, console)
     written = {"checkpoint": str(checkpoint), "output": str(output)}
     console.result("exported", written, [f"written: {output}"])
     return ExitCode.completed

@@ -21,17 +21,18 @@ _WITHOUT_EFFECT = {
 _OFF = ("", "0", "false", "no", "none")
 
 
-def check_launch(environ: Mapping[str, str], dtype: str) -> None:
+def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
     """Check that the variables of a launcher describe one process of a world, and that none is ignored.
 
     Args:
         environ: the environment.
-        dtype: `model.dtype`.
+        repeated: variables of accelerate that may repeat a setting of the run, each with this setting, such
+            as "parallelism.kind=zero3", and with the value of the variable that says the same.
 
     Raises:
         ConfigError: they do not, or rank 0 cannot use its port.
     """
-    _check_accelerate(environ, dtype)
+    _check_accelerate(environ, repeated)
     numbers = {name: _number(name, environ) for name in (*_SIZES, *_SIZES.values()) if name in environ}
     size = numbers.get("WORLD_SIZE", 1)
     if "RANK" not in numbers and size > 1:
@@ -87,16 +88,26 @@ def _check_free(port: int) -> None:
             ) from None
 
 
-def _check_accelerate(environ: Mapping[str, str], dtype: str) -> None:
+def _check_accelerate(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
     for name, remedy in _WITHOUT_EFFECT.items():
         if environ.get(name, "").lower() not in _OFF:
             raise _ignored(f"{name}={environ[name]}", remedy)
-    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision.lower() not in (*_OFF, dtype):
-        raise _ignored(
-            f"ACCELERATE_MIXED_PRECISION={precision} with model.dtype={dtype}",
-            "set model.dtype, and mixed_precision=no in the launcher's configuration",
-        )
+    for name, (setting, value) in repeated.items():
+        given = environ.get(name, "").lower()
+        if given not in (*_OFF, "auto") and not _is_same(given, value):
+            key = setting.partition("=")[0]
+            raise _ignored(
+                f"{name}={given} with {setting}",
+                f"set {key}, and remove this option from the launcher's file",
+            )
+
+
+def _is_same(given: str, value: str) -> bool:
+    """Return whether two values are equal as texts or as numbers."""
+    try:
+        return given == value or float(given) == float(value)
+    except ValueError:
+        return False
 
 
 def _ignored(got: str, remedy: str) -> ConfigError:

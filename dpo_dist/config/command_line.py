@@ -27,7 +27,7 @@ from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folde
 from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ZERO_STAGES, RunConfig
 from dpo_dist.errors import (
     ConfigError,
     DpoDistError,
@@ -180,7 +180,7 @@ def _run(
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
-    check_launch(os.environ, config.model.dtype)
+    check_launch(os.environ, _repeated(config))
     if this_rank() == 0:
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in open_doors(config)))
     if "--check" not in arguments.options:
@@ -188,6 +188,24 @@ def _run(
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     return check(config) if this_rank() == 0 else ExitCode.completed
+
+
+def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Return settings that a launcher may repeat, by the names of its variables."""
+    kind, trainer, name = config.parallelism.kind, config.trainer, "ACCELERATE_DEEPSPEED_"
+    optimizer, weights = config.parallelism.offload_optimizer, config.parallelism.offload_parameters
+    norm = config.optim.max_grad_norm
+    return {
+        "ACCELERATE_MIXED_PRECISION": (f"model.dtype={config.model.dtype}", config.model.dtype),
+        f"{name}ZERO_STAGE": (f"parallelism.kind={kind}", str(ZERO_STAGES[kind])),
+        f"{name}OFFLOAD_OPTIMIZER_DEVICE": (f"parallelism.offload_optimizer={optimizer}", optimizer),
+        f"{name}OFFLOAD_PARAM_DEVICE": (f"parallelism.offload_parameters={weights}", weights),
+        "ACCELERATE_GRADIENT_CLIPPING": (f"optim.max_grad_norm={norm}", str(norm)),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            f"trainer.global_batch_pairs={trainer.global_batch_pairs}, from which accumulation follows",
+            "1",
+        ),
+    }
 
 
 def _answer(arguments: Arguments, about: str) -> str | None:

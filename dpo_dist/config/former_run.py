@@ -28,11 +28,18 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
         arguments: of a verb that evaluates a run, such as `run.dir=output/a evaluation.data=[hard.jsonl]`.
 
     Raises:
-        ConfigError: `run.dir` is no run directory, or its config.yaml cannot be read.
+        ConfigError: `run.dir` is missing or no run directory, or its config.yaml cannot be read.
     """
     values = {override.key_or_group: override.value() for override in parse_overrides(arguments.overrides)}
     is_whole = any(choice in values for choice in _CHOICES) or arguments.own_folder is not None
     named = None if is_whole else values.get("run.dir")
+    if not is_whole and named is None and "--cfg" not in arguments.options:
+        raise ConfigError(
+            "no run is named",
+            where="run.dir",
+            expected="the directory of a run: run.dir=output/run-1a2b3c4d",
+            remedy="set run.dir; or write the command of the run: model.path=... and its other keys",
+        )
     file = None if named is None else existing_run(Path(str(named)).expanduser()).config
     if file is None or not file.is_file():
         yield arguments

@@ -33,6 +33,7 @@ ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
 Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
+ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 Direction = StrEnum("Direction", ["highest", "lowest"])
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 

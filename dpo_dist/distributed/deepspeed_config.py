@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 
-from dpo_dist.config.schema import Dtype, Offload, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    Dtype,
+    Offload,
+    OptimConfig,
+    ParallelismConfig,
+    ParallelismKind,
+)
 
-_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
 
 
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration of the policy, without `policy_communication`."""
-    zero: dict[str, Any] = {"stage": _STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
     if parallelism.kind is ParallelismKind.zero3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         if parallelism.offload_parameters is not Offload.none:

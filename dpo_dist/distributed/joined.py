@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +21,7 @@ from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError, PeerLostError, first_line
+from dpo_dist.number_text import counted
 from dpo_dist.signals import answered_at_once
 
 _ALONE = {
@@ -100,6 +101,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             got="ACCELERATE_USE_CPU without ACCELERATE_USE_DEEPSPEED",
             remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
         )
+    _check_devices(os.environ)
     if "RANK" not in os.environ:
         os.environ.update(_ALONE)
     # Accelerate prefers this variable to its argument; accumulation varies by step here.
@@ -123,6 +125,36 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     peers: list[Any] = [None] * size
     dist.all_gather_object(peers, Peer.here(rank), group=control)
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
+
+
+def _check_devices(environ: Mapping[str, str]) -> None:
+    """Check that the GPUs that were asked for are there, before the processes join.
+
+    Raises:
+        ConfigError: there are none, or fewer than processes on this host.
+    """
+    if _is_on("ACCELERATE_USE_CPU"):
+        return
+    visible, gpus = environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    processes = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        if visible in ("", "-1", "NoDevFiles"):
+            return
+        raise ConfigError(
+            "GPUs are asked for, and PyTorch finds none",
+            where="environment",
+            got=f"CUDA_VISIBLE_DEVICES={visible}",
+            expected="a GPU with its driver, and a PyTorch for it",
+            remedy="see whether nvidia-smi lists it; to train on CPUs, unset CUDA_VISIBLE_DEVICES",
+        )
+    if processes > gpus:
+        raise ConfigError(
+            "there are more processes than GPUs on this host",
+            where="accelerate launch",
+            got=f"{processes} processes, {counted(gpus, 'GPU')}",
+            expected="one process for each GPU",
+            remedy=f"--num_processes {gpus}, or make more GPUs visible (CUDA_VISIBLE_DEVICES={visible})",
+        )
 
 
 def _is_on(variable: str) -> bool:

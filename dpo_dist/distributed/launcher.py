@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from dpo_dist.errors import ExitCode
+from dpo_dist.errors import ConfigError, ExitCode
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -28,6 +29,8 @@ def launch(arguments: Sequence[str]) -> int:
         arguments: of `accelerate launch`.
     """
     parsed = launch_command_parser().parse_args(list(arguments))
+    if parsed.config_file is not None and not Path(parsed.config_file).is_file():
+        return _refused("the launcher's file does not exist", "--config_file", parsed.config_file)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")  # of torch's launcher
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for number in _PASSED_ON:
@@ -39,7 +42,16 @@ def launch(arguments: Sequence[str]) -> int:
         return _code(failure.exitcode, f"rank {rank}")
     except subprocess.CalledProcessError as error:
         return _code(error.returncode, "the process")
+    except ValueError as error:
+        return _refused("accelerate cannot start processes with these options", "command line", str(error))
     return ExitCode.completed
+
+
+def _refused(message: str, where: str, got: str) -> int:
+    remedy = "use a file of launch/accelerate; python -m dpo_dist.launch --help explains the options"
+    error = ConfigError(message, where=where, got=got, remedy=remedy)
+    sys.stderr.write(f"{error.block()}\n")
+    return error.exit_code
 
 
 def _code(of_process: int, name: str) -> int:

@@ -106,7 +106,7 @@ def write_pairs(
                 where=str(file),
                 got="no two usable responses of a prompt with different scores",
                 remedy="see the counts: scores can be missing, equal or within pairs.margin; responses not "
-                "finished within pairs.max_new_tokens",
+                "finished within pairs.max_new_tokens; pairs.method=samples makes and scores responses",
             )
         before_commit(number)
     return number

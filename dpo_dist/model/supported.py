@@ -30,15 +30,27 @@ def check_supported(model_config: Any, max_length: int) -> None:
     _check_positions(model_config, max_length)
 
 
-def training_notes(model_config: Any) -> list[str]:
-    """Return notes for the user on the training of a supported model, one line each."""
+def training_notes(model_config: Any, max_length: int) -> list[str]:
+    """Return notes for the user on the training of a supported model, one line each.
+
+    Args:
+        model_config: a transformers configuration.
+        max_length: the longest prompt plus response, in tokens.
+    """
     coefficient = getattr(model_config, "router_aux_loss_coef", None)
-    if not coefficient:
-        return []
-    return [
-        "mixture of experts: trained without the router's load-balancing loss "
-        f"(router_aux_loss_coef={coefficient} has no effect)"
-    ]
+    positions = getattr(model_config, "max_position_embeddings", None)
+    notes = []
+    if coefficient:
+        notes.append(
+            "mixture of experts: trained without the router's load-balancing loss "
+            f"(router_aux_loss_coef={coefficient} has no effect)"
+        )
+    if positions is not None and max_length - 1 > positions:
+        notes.append(
+            f"warning: data.max_length={max_length:,} is more than the {positions:,} positions of the model "
+            "(max_position_embeddings): its log-probs of longer sequences may mean little"
+        )
+    return notes
 
 
 def _check_logits_unchanged(model_config: Any) -> None:

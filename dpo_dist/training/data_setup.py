@@ -145,7 +145,7 @@ def _load_models(config: RunConfig, world: World, console: Console) -> tuple[Mod
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
-    for note in training_notes(model_config):
+    for note in training_notes(model_config, config.data.max_length):
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
 

@@ -41,7 +41,11 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": _path(),
+            "ACCELERATE_USE_CPU": "true",  # SLURM's GPUs are invented
+        }
         self._ports = _free_ports(3)
 
     def start(self) -> None:

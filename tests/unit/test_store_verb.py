@@ -312,6 +312,19 @@ def test_a_missing_store_is_one_block(verb: str, tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_encoded_data_are_never_garbage(tmp_path: Path, shards: list[Path], run: Run) -> None:
+    """Their folders have names like fingerprints."""
+    encoded = tmp_path / ("cd" * 16)
+    encoded.mkdir()
+    (encoded / "manifest.json").write_text("{}")
+    code, output = run("gc", "--unused-days", "0", "--yes")
+    assert (code, encoded.is_dir(), shards[0].exists()) == (0, True, False), output
+    for arguments in ([], ["--unused-days", "0", "--yes"]):
+        code, output = run("gc", *arguments)
+        assert (code, encoded.is_dir()) == (2, True), output
+        assert "no reference store is found in this folder" in output
+
+
 def test_it_starts_without_torch() -> None:
     check = (
         "import dpo_dist.store, sys; sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"

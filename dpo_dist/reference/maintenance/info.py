@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from dpo_dist.atomic import is_temporary
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import (
     FINGERPRINT_FILE,
     LOGP_PATH_VERSION,
+    MEMO_FOLDER,
     STORE_FORMAT,
     ReferenceFingerprint,
     read_fingerprint,
@@ -77,17 +79,35 @@ def fingerprint_folders(root: Path) -> list[Path]:
     """Return the folders of all fingerprints in a store.
 
     Raises:
-        ReferenceModelError: the store does not exist or cannot be read.
+        ReferenceModelError: the store does not exist or cannot be read, or the folder has other files only.
     """
     try:
-        return sorted(path for path in root.iterdir() if _FOLDER_NAME.fullmatch(path.name) and path.is_dir())
+        content = sorted(root.iterdir())
     except OSError as error:
-        raise ReferenceModelError(
-            "no reference store is found in this folder",
-            where=str(root),
-            got=str(error.strerror),
-            remedy="give the folder set as reference.store, by default output/reference",
-        ) from error
+        raise _no_store(root, str(error.strerror)) from error
+    found = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and _is_of_store(path)]
+    others = [path for path in content if path.name != MEMO_FOLDER and not is_temporary(path)]
+    if others and not found:
+        raise _no_store(root, f"{others[0].name} and no log-probs")
+    return found
+
+
+def _no_store(root: Path, got: str) -> ReferenceModelError:
+    return ReferenceModelError(
+        "no reference store is found in this folder",
+        where=str(root),
+        got=got,
+        remedy="give the folder set as reference.store, by default output/reference",
+    )
+
+
+def _is_of_store(folder: Path) -> bool:
+    """Return whether a folder with the name of a fingerprint is one: encoded data have such names too."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        return not names or FINGERPRINT_FILE in names or bool(list_shards(folder))
+    except (NotADirectoryError, FileNotFoundError):  # a file, or another process has deleted it
+        return False
 
 
 def is_outdated(folder: Path) -> bool:

@@ -130,6 +130,13 @@ def set_template(template: str | None) -> Before:
     return changed(change)
 
 
+def without_end(folder: Path) -> None:
+    """A tokenizer without an end-of-sequence token, and plain texts, which need one."""
+    edited("tokenizer_config.json", eos_token=None)(folder)
+    record = {"prompt": "a question", "chosen": " yes", "rejected": " no"}
+    (folder / "text.jsonl").write_text(f"{json.dumps(record)}\n" * 6)
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 NORM = "model.norm.weight"
 # fmt: off
@@ -184,6 +191,8 @@ CASES = [
          before=without("tokenizer*", "vocab*")),
     Case("broken tokenizer", BROKEN, "tokenizer cannot be loaded", "model.path", "broken", joins=True,
          before=rewritten("tokenizer.json", "{")),
+    Case("no token for the end", f"{BROKEN} data.train=[text.jsonl]", "no end-of-sequence token",
+         "tokenizer of model.path", "", "", "set eos_token", before=without_end, joins=True),
     Case("vocabulary above the embedding", BROKEN, "without an embedding", "model.path", "id 426",
          before=edited("config.json", vocab_size=300), joins=True),
     Case("vocabulary above the embedding of weights", BROKEN, "", "", "", joins=True,

@@ -5,6 +5,7 @@ import pytest
 from tests.e2e.catalogue.case import Case
 from tests.e2e.catalogue.conftest import Check
 
+LINE = "command line"
 COMPARE = "'compare.models=[a=model,b=model]' data.eval=[eval.jsonl]"
 
 # fmt: off
@@ -32,7 +33,8 @@ CASES = [
     Case("unknown method of pairs", "data.train=[train.jsonl] pairs.method=magic", "pairs.method",
          "command line: pairs.method=magic", "magic", verb="pairs", run=""),
     Case("pairs from records without scores", "data.train=[train.jsonl] pairs.method=scores run.dir=p",
-         "no pair can be made", "p/pairs/pairs.jsonl", verb="pairs", run="", leaves=("p(/.*)?",)),
+         "no pair can be made", "p/pairs/pairs.jsonl", "different scores", "",
+         "pairs.method=samples", verb="pairs", run="", leaves=("p(/.*)?",)),
     Case("pairs from a missing function",
          "data.train=[train.jsonl] pairs.method=samples model.path=model pairs.function=nothing:here",
          "", "pairs.function", "nothing", verb="pairs", run=""),
@@ -47,6 +49,18 @@ CASES = [
     Case("check of a broken run", "--check data.train=[gone.jsonl]", "the file does not exist",
          "gone.jsonl"),
     Case("store that does not exist", "info nowhere", "", "nowhere", verb="store", run=""),
+    Case("store that is a model", "gc model", "no reference store is found", "model", "no log-probs", "",
+         "reference.store", verb="store", run=""),
+    Case("export without a run", "", "no run is named", "run.dir", "", "run.dir=output/", "set run.dir",
+         verb="export", run=""),
+    Case("export of no run", "run.dir=nowhere", "no run directory", "nowhere", "no such folder",
+         "config.yaml", "run.dir of a run", verb="export", run=""),
+    Case("export with a short name", "export.checkpoint=step-1", "export.checkpoint", "export.checkpoint",
+         "step-1", "step-000100", "write it with these characters", verb="export"),
+    Case("export out of the run", "export.checkpoint=../../model", "export.checkpoint", "export.checkpoint",
+         "../../model", "step-000100", "write it with these characters", verb="export"),
+    Case("export with a typing error", "export.chekpoint=best", "no key", LINE, "", "export.checkpoint",
+         "export.checkpoint?", verb="export"),
     Case("store that is a file", "verify train.jsonl", "", "train.jsonl", verb="store", run=""),
     Case("report about no run", "nowhere", "no run directory", "nowhere", "no such folder",
          verb="report.__main__", run=""),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.distributed import launcher
 from tests.support.launch import TWO_PROCESSES
 from tests.support.warm import ENVIRONMENT, context, start_parent
 
@@ -67,3 +68,16 @@ def test_a_killed_process_is_named(folder: Path) -> None:
     launcher.join(120)
     assert launcher.exitcode == 137, (folder / "screen").read_text()
     assert "rank 1 was ended by SIGKILL" in (folder / "screen").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [["--config_file", "nowhere.yaml"], ["--cpu", "--multi_gpu"]], ids=["no file", "contradiction"]
+)
+def test_options_that_accelerate_refuses_are_one_block(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_PASSED_ON", ())
+    assert launcher.launch([*options, "-m", "dpo_dist.train"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("configuration error: ") == 1
+    assert "launch/accelerate" in errors

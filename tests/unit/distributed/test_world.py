@@ -1,5 +1,6 @@
 """A world of one process, which may survive an error, as in a notebook."""
 
+import contextlib
 import os
 import signal
 
@@ -43,6 +44,32 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="without DeepSpeed") as found:
         start_world({}, 60)
     assert "cpu_2.yaml" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "error"),
+    [
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, "GPUs are asked for, and PyTorch finds none"),
+        (2, {"LOCAL_WORLD_SIZE": "3"}, "there are more processes than GPUs on this host"),
+        (2, {"LOCAL_WORLD_SIZE": "2"}, ""),
+        (0, {"LOCAL_WORLD_SIZE": "3"}, ""),
+        (0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
+        (0, {"CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_USE_CPU": "true"}, ""),
+        (2, {"LOCAL_WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, ""),
+    ],
+)
+def test_gpus_that_are_asked_for_are_there(
+    gpus: int, variables: dict[str, str], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    with contextlib.ExitStack() as stack:
+        if error:
+            stack.enter_context(pytest.raises(ConfigError, match=error))
+        joined_module._check_devices(variables)
 
 
 def test_accelerate_may_have_been_used_in_this_process_before() -> None:
