@@ -41,11 +41,13 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
         raise _error("RANK is set without WORLD_SIZE", f"RANK={numbers['RANK']}")
     for rank, world in _SIZES.items():
         if rank in numbers and world in numbers and numbers[rank] >= numbers[world]:
-            raise _error(
+            error = _error(
                 f"{rank} is not below {world}",
                 f"{rank}={numbers[rank]}, {world}={numbers[world]}",
                 f"{rank} from 0 to {world} - 1",
             )
+            error.reporting_rank = this_rank()  # rank 0 does not have it
+            raise error
     if size > 1:
         _check_address(environ)
 

@@ -132,7 +132,7 @@ def set_template(template: str | None) -> Before:
 
 def without_end(folder: Path) -> None:
     """A tokenizer without an end-of-sequence token, and plain texts, which need one."""
-    edited("tokenizer_config.json", eos_token=None)(folder)
+    edited("tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast")(folder)
     record = {"prompt": "a question", "chosen": " yes", "rejected": " no"}
     (folder / "text.jsonl").write_text(f"{json.dumps(record)}\n" * 6)
 
