@@ -60,14 +60,17 @@ def run_verb(
     cwd: Path = ROOT,
     seconds: int = 300,
     cold: bool = False,
+    prepare: Callable[[], None] | None = None,
 ) -> Finished:
     """Run a verb to its end; its screen as one text.
 
     The processes are forked from a warm parent. `cold` takes the real command line, for what depends on it.
+    `prepare` is called in each warm process before the verb.
     """
     if not cold:
         added = launcher_variables(TWO_PROCESSES) if processes > 1 else {}
-        return Finished(*run_warm(verb, overrides, {**environment(), **added}, processes, cwd, seconds))
+        variables = {**environment(), **added}
+        return Finished(*run_warm(verb, overrides, variables, processes, cwd, seconds, prepare))
     ended = subprocess.run(
         command(verb, overrides, processes),
         cwd=cwd,

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -81,7 +82,13 @@ def launcher_variables(config_file: Path) -> dict[str, str]:
 
 
 def run_warm(
-    verb: str, overrides: list[str], variables: dict[str, str], size: int, folder: Path, seconds: float
+    verb: str,
+    overrides: list[str],
+    variables: dict[str, str],
+    size: int,
+    folder: Path,
+    seconds: float,
+    prepare: Callable[[], None] | None = None,
 ) -> tuple[int, str]:
     """Run a verb on `size` processes; exit code and screen as `python -m` or `accelerate launch` give them.
 
@@ -92,6 +99,7 @@ def run_warm(
         size: processes; more than one are a world, of which a launcher ends the others when one fails.
         folder: the working folder.
         seconds: after which the test fails.
+        prepare: called in each process before the verb.
     """
     start_parent()
     port = str(reserve_port())
@@ -103,8 +111,9 @@ def run_warm(
             place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             world = {name: str(number) for name, number in place.items()}
             own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = own if size > 1 else variables
             process = context.Process(
-                target=_be_verb, args=(verb, overrides, own if size > 1 else variables, folder, screen)
+                target=_be_verb, args=(verb, overrides, environment, folder, screen, prepare)
             )
             process.start()
             processes.append(process)
@@ -129,7 +138,14 @@ def _wait(processes: list[Any], seconds: float) -> int:
     return codes[0] if len(codes) == 1 else int(any(codes))
 
 
-def _be_verb(verb: str, overrides: list[str], variables: dict[str, str], folder: Path, screen: Path) -> None:
+def _be_verb(
+    verb: str,
+    overrides: list[str],
+    variables: dict[str, str],
+    folder: Path,
+    screen: Path,
+    prepare: Callable[[], None] | None,
+) -> None:
     descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -139,4 +155,6 @@ def _be_verb(verb: str, overrides: list[str], variables: dict[str, str], folder:
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = [verb, *overrides]
+    if prepare is not None:
+        prepare()
     runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)
