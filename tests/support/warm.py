@@ -33,8 +33,9 @@ ENVIRONMENT = {
 # Variables of a launcher about ranks and about itself; they are set again for every start.
 _OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
 
-# A failing rank may have sent its error to the others, which then end too.
+# A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
+_GRACE_AFTER_KILL_SECONDS = 3
 _POLL_SECONDS = 0.05
 
 context = multiprocessing.get_context("forkserver")
@@ -129,13 +130,22 @@ def _wait(processes: list[Any], seconds: float) -> int:
             for process in processes:
                 process.kill()
             raise TimeoutError(f"the verb took longer than {seconds} s")
-        if any(process.exitcode for process in processes):
-            for process in processes:
-                process.join(_GRACE_SECONDS)
-                process.terminate()
+        if failed := [process.exitcode for process in processes if process.exitcode]:
+            grace = _GRACE_AFTER_KILL_SECONDS if min(failed) < 0 else _GRACE_SECONDS
+            _end(processes, grace)
         processes[0].join(_POLL_SECONDS)
     codes = [process.exitcode for process in processes]
     return codes[0] if len(codes) == 1 else int(any(codes))
+
+
+def _end(processes: list[Any], grace: float) -> None:
+    """Ask those that do not end by themselves to stop, and kill them if they wait in a blocked call."""
+    for process in processes:
+        process.join(grace)
+        process.terminate()
+    for process in processes:
+        process.join(grace)
+        process.kill()
 
 
 def _be_verb(
