@@ -19,6 +19,7 @@ NAMES = {
     "encode": "records encoded per second, by number of processes",
     "schedule": "balance of micro-batches and ranks; cost of planning",
     "store": "the reference store with many entries",
+    "save": "delay of training by a checkpoint, written at once and behind the steps",
 }
 
 

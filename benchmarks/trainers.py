@@ -103,6 +103,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.reference.engine import load_digested
         from dpo_dist.reference.fill import StoreFiller
+        from dpo_dist.signals import StopRequest
         from dpo_dist.training import finish, loop, reference_setup
         from dpo_dist.training import run as run_module
         from dpo_dist.training.step import train_step
@@ -119,7 +120,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
             swaps.enter_context(swap(finish, "export_model"))
         work = swaps.enter_context(removed(ablation))
         with measured.whole.running():
-            run_module.train(config, console)
+            run_module.train(config, console, StopRequest())
     if run.weighs_reference:
         measured.memory["peak while training"] = peak()
     metrics = run_dir / "dpo_metrics"

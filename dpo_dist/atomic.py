@@ -133,6 +133,11 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY in path.name
 
 
+def final_name(temporary: Path) -> Path:
+    """Return the name that a temporary file or folder was to get."""
+    return temporary.with_name(temporary.name.partition(_TEMPORARY)[0])
+
+
 def collect_abandoned(folder: Path) -> list[Path]:
     """Remove the temporary files and folders of dead writers in `folder`; return the removed paths.
 

@@ -94,7 +94,7 @@ def recall(memo: Path | None, identity: str) -> str | None:
         digest = str(content["digest"])
         if content["check"] == text_digest(identity + digest):
             return digest
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     log.warning("%s is damaged; its digest is computed again", entry)
     return None

@@ -44,6 +44,8 @@ class RunOutcome(StrEnum):
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PATH_ERRORS = (
     errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,

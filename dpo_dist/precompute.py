@@ -3,6 +3,11 @@
 Takes the configuration of the training run; only missing log-probs are computed.
 """
 
+from dpo_dist.signals import StopRequest, end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # the imports take seconds, on a network file system more
+
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import ReferenceMode, RunConfig
@@ -17,10 +22,11 @@ def main(config: RunConfig) -> int:
         DpoDistError: they cannot be computed or stored.
     """
     _check_mode(config)
-    with started(config) as console:
-        from dpo_dist.training.run import precompute  # noqa: PLC0415  (slow, prints into the log)
+    stop = StopRequest(max_seconds=config.trainer.max_seconds)
+    with stop.listening(), started(config) as console:
+        from dpo_dist.training.precompute_reference import precompute  # noqa: PLC0415  (slow)
 
-        return precompute(config, console)
+        return precompute(config, console, stop)
 
 
 def check(config: RunConfig) -> int:

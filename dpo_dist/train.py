@@ -4,6 +4,11 @@ The same command again resumes the run; `--check` checks that it can start; `--h
 codes: `dpo_dist.errors.ExitCode`.
 """
 
+from dpo_dist.signals import StopRequest, end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # the imports take seconds, on a network file system more
+
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
@@ -19,10 +24,11 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the run cannot start or continue.
     """
-    with started(config) as console:
+    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
+    with stop.listening(), started(config) as console:
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
 
-        return train(config, console)
+        return train(config, console, stop)
 
 
 def check(config: RunConfig) -> int:

@@ -17,6 +17,7 @@ from dpo_dist.data.tokenization.chat_template import check_template_file
 from dpo_dist.errors import ConfigError
 from dpo_dist.generation.startup import check_judge
 from dpo_dist.model.folder import is_adapter, local_model_folder
+from dpo_dist.model.safe_weights import check_adapter
 
 KEY = "compare.models"
 Kind = StrEnum("Kind", ["model", "adapter", "checkpoint"])
@@ -110,6 +111,7 @@ def _located(path: str) -> tuple[str, Kind]:
         return str(folder), Kind.checkpoint
     location = str(folder) if folder.is_dir() else path
     if is_adapter(folder):
+        check_adapter(folder, KEY)
         return location, Kind.adapter
     local_model_folder(location, None, KEY)
     return location, Kind.model

@@ -111,7 +111,7 @@ _RESUME = "set run.resume=auto (the default), never or must; the same command fi
 _LAUNCHER = (
     "options of the launcher come before -m: accelerate launch --num_processes N -m dpo_dist.train ..."
 )
-_BEST = "not offered; trainer.keep_last is the number of latest checkpoints to keep"
+_BEST = "set trainer.keep_best=eval_loss: model/ is the last step's, export.checkpoint=best the best one's"
 
 # Remedies for options without a key of the same meaning.
 REMEDIES = _by_name(

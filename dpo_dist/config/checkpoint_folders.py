@@ -5,6 +5,8 @@ from pathlib import Path
 
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
+BEST = "best"
+"""The file beside the checkpoints with the names of the best ones by `trainer.keep_best`, the best first."""
 _NAME = re.compile(r"step-(\d{1,18})")
 
 
@@ -22,6 +24,14 @@ def step_of(name: str) -> int | None:
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder has the name and the state of a committed checkpoint."""
     return step_of(folder.name) is not None and (folder / STATE).is_file()
+
+
+def best_checkpoints(root: Path) -> list[str]:
+    """Return the names of the best checkpoints below `root`, the best first."""
+    try:
+        return (root / BEST).read_text(encoding="utf-8").split()
+    except OSError:
+        return []
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

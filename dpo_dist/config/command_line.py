@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dpo_dist
 from dpo_dist.config.console_schema import ConsoleStyle
+from dpo_dist.config.foreign_code import open_doors
 from dpo_dist.config.former_run import with_former_run
 from dpo_dist.config.help import explain, usage
 from dpo_dist.config.load import HYDRA_VERSION, compose, config_dir, group_folders, resolve, to_yaml
@@ -27,7 +28,17 @@ from dpo_dist.config.messages import unknown_key
 from dpo_dist.config.options import OPTIONS, Arguments, divide
 from dpo_dist.config.overrides import COMMAND_LINE, parse_overrides
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.errors import (
+    ConfigError,
+    DpoDistError,
+    ExitCode,
+    PeerLostError,
+    StoppedError,
+    disk_error,
+    first_line,
+)
+from dpo_dist.launch_environment import check_launch, this_rank
+from dpo_dist.progress_file import note_exit_code
 from dpo_dist.safe_stream import (
     open_closed_streams,
     output_of_objects,
@@ -36,11 +47,10 @@ from dpo_dist.safe_stream import (
     reserve_output,
 )
 
-EXIT_CODES = "DPO_DIST_EXIT_CODES"
-"""Environment variable: a file to which each process adds its exit code; launchers replace it by theirs."""
 _RANK_0_SECONDS = 60
+_BY_SIGNAL = 128
 _ABSENT = object()
-_OF_ONE_PROCESS = ("doctor",)
+_OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(
@@ -68,6 +78,7 @@ def run_verb(
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
+    has_own_reason = True
     try:
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
@@ -75,11 +86,16 @@ def run_verb(
         exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
-        exit_code = error.exit_code
+        exit_code, has_own_reason = error.exit_code, not isinstance(error, PeerLostError)
     except KeyboardInterrupt:
         exit_code = ExitCode.interrupted
-        if _rank() == 0:
+        if this_rank() == 0:
             errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
+    except SystemExit as ended:
+        exit_code = ended.code if isinstance(ended.code, int) else ExitCode.failed
+        if exit_code > _BY_SIGNAL and this_rank() == 0:
+            name = signal.Signals(exit_code - _BY_SIGNAL).name
+            errors.print(f"ended by {name}", {"message": f"ended by {name}", "exit_code": exit_code})
     except Exception as bug:  # any exception: the process must not hang at exit
         error_of_disk = disk_error(bug)
         exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
@@ -91,9 +107,8 @@ def run_verb(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if EXIT_CODES in os.environ:
-        with contextlib.suppress(OSError), Path(os.environ[EXIT_CODES]).open("a") as codes:
-            codes.write(f"{int(exit_code)}\n")
+    if has_own_reason:
+        note_exit_code(exit_code)
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 
@@ -128,13 +143,16 @@ def _print(error: DpoDistError, errors: _Errors) -> None:
 
     Before the processes have joined, most errors occur in all of them. The launcher ends the others when
     rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not have.
+    A stop by a signal is printed by rank 0 only, which gets one of the launcher.
     """
     if error.is_printed:
         return
-    if error.reporting_rank is None and _rank() > 0:
+    if error.reporting_rank is None and this_rank() > 0:
+        if isinstance(error, StoppedError):
+            return
         signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
         time.sleep(_RANK_0_SECONDS)
-    if error.reporting_rank in (None, _rank()):
+    if error.reporting_rank in (None, this_rank()):
         errors.print(error.block(), error.as_dict())
 
 
@@ -148,7 +166,7 @@ def _run(
 ) -> int:
     arguments = divide(sys.argv[1:])
     if (text := _answer(arguments, about)) is not None:
-        if _rank() == 0:
+        if this_rank() == 0:
             print_result(text)
         return ExitCode.completed
     if "--info" in arguments.options:
@@ -162,11 +180,14 @@ def _run(
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
+    check_launch(os.environ, config.model.dtype)
+    if this_rank() == 0:
+        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in open_doors(config)))
     if "--check" not in arguments.options:
         return main(config)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
-    return check(config) if _rank() == 0 else ExitCode.completed
+    return check(config) if this_rank() == 0 else ExitCode.completed
 
 
 def _answer(arguments: Arguments, about: str) -> str | None:
@@ -192,10 +213,10 @@ def _show(composed: DictConfig, arguments: Arguments, resolved: Callable[..., Ru
         config = resolved(composed, arguments.overrides, arguments.own_folder)
         text = to_yaml(config)
     except DpoDistError:
-        if _rank() == 0:
+        if this_rank() == 0:
             print_result(OmegaConf.to_yaml(composed))
         raise
-    if _rank() == 0:
+    if this_rank() == 0:
         print_result(_part(text, arguments.options.get("--package")))
     return ExitCode.completed
 
@@ -216,7 +237,7 @@ def _ask_hydra(arguments: Arguments) -> None:
     parse_overrides(arguments.overrides)
     options = [text for name, value in arguments.options.items() for text in (name, value) if text]
     sys.argv[1:] = [*arguments.overrides, *options]
-    if _rank() > 0:
+    if this_rank() > 0:
         return
     answer = io.StringIO()
     try:
@@ -226,7 +247,3 @@ def _ask_hydra(arguments: Arguments) -> None:
             )()
     finally:
         print_result(answer.getvalue())
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dpo_dist.config.fields import EVERY_VERB, key
+from dpo_dist.config.fields import VERBS_WITH_DATA, key
 
 DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
@@ -67,7 +67,10 @@ class DataConfig:
     """Preference data, and the limits within which they are encoded."""
 
     train: list[Any] = key(
-        [], "Training data: files, patterns, folders, hub datasets.", of=SourceConfig, verbs=EVERY_VERB
+        [],
+        "Training data: files, patterns, folders, hub datasets.",
+        of=SourceConfig,
+        verbs=VERBS_WITH_DATA,
     )
     eval: list[Any] = key([], "Evaluation data, in the same form.", of=SourceConfig, verbs=_EVALUATED)
     eval_share: float = key(
@@ -85,13 +88,16 @@ class DataConfig:
         False, "Keep records whose prompt is in `eval` out of the training data.", added=True
     )
     max_length: int = key(
-        1024, "Largest number of tokens of prompt and response together.", at_least=2, verbs=EVERY_VERB
+        1024,
+        "Largest number of tokens of prompt and response together.",
+        at_least=2,
+        verbs=VERBS_WITH_DATA,
     )
     max_prompt_length: int | None = key(
         None,
         "Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit.",
         at_least=1,
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     truncation: Truncation = key(
         Truncation.keep_start,
@@ -103,30 +109,32 @@ class DataConfig:
         "If more than this share of the records is dropped, it is an error.",
         at_least=0,
         at_most=1,
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     text_as_messages: bool = key(
-        False, "Render plain-text prompts by the chat template, as a user turn.", verbs=EVERY_VERB
+        False,
+        "Render plain-text prompts by the chat template, as a user turn.",
+        verbs=VERBS_WITH_DATA,
     )
     template: TextTemplate = key(
         TextTemplate.auto,
         "Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary "
         "text (`literal`), or as text with an error if most records have them (`auto`).",
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     chat_template: str | None = key(
         None,
         "Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own.",
         added=True,
         filled=True,
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     template_arguments: Any = key(
         None,
         "Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none.",
         added=True,
         accepts="a mapping",
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     trained_roles: list[str] = key(
         ["assistant"], "Roles whose turns in a response the loss counts.", added=True
@@ -141,7 +149,7 @@ class DataConfig:
         "2024-07-26",
         "Today's date for chat templates with a clock.",
         accepts="a date, YYYY-MM-DD",
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     ranked: Ranked = key(
         Ranked.whole,

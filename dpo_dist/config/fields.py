@@ -6,7 +6,10 @@ from dataclasses import Field, dataclass, field
 from typing import Any
 
 _METADATA = "declared"
-EVERY_VERB = "train precompute evaluate compare doctor pairs"
+_LARGEST_WHOLE = 2**63 - 1
+VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
+"""The programs that read preference records, for `verbs`."""
+EVERY_VERB = f"{VERBS_WITH_DATA} export"
 """The programs with a configuration, for `verbs`."""
 
 
@@ -21,9 +24,9 @@ class Bounds:
     other_than: float | None = None
 
     def contain(self, value: float) -> bool:
-        """Return whether `value` is finite and within the bounds."""
+        """Return whether `value` is finite, fits in 64 bits if it is whole, and is within the bounds."""
         return (
-            math.isfinite(value)
+            (abs(value) <= _LARGEST_WHOLE if isinstance(value, int) else math.isfinite(value))
             and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)

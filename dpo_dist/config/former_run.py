@@ -2,12 +2,13 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import yaml
 
 from dpo_dist.config.existing_run import existing_run
+from dpo_dist.config.foreign_code import check_doors, written_values
 from dpo_dist.config.options import Arguments
 from dpo_dist.config.overrides import parse_overrides
 from dpo_dist.errors import ConfigError, first_line
@@ -36,7 +37,7 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
     if file is None or not file.is_file():
         yield arguments
         return
-    text = _configuration(file)
+    text = _configuration(file, values)
     with tempfile.TemporaryDirectory() as folder:
         preset = Path(folder) / "experiment" / f"{_NAME}.yaml"
         preset.parent.mkdir()
@@ -45,16 +46,15 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
         yield Arguments(arguments.options | {"--config-dir": folder}, overrides)
 
 
-def _configuration(file: Path) -> str:
+def _configuration(file: Path, given: Collection[str]) -> str:
     """Return the content of a config.yaml, which another program may have written again without comments.
 
     Raises:
-        ConfigError: it has no keys or cannot be read.
+        ConfigError: it has no keys, cannot be read, or asks for code that `given` does not ask for.
     """
     try:
         text = file.read_text(encoding="utf-8")
-        if not isinstance(yaml.safe_load(text), dict):
-            raise ValueError("it has no keys")
+        content = written_values(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "the configuration of this run cannot be read",
@@ -62,4 +62,7 @@ def _configuration(file: Path) -> str:
             got=first_line(error),
             remedy="restore the file, or write the command of the run: model.path=... and its other keys",
         ) from error
+    check_doors(content, given, file)
+    while text.startswith("#"):  # for Hydra such a line can be a command
+        text = text.partition("\n")[2]
     return text

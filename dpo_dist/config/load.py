@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.foreign_code import written_values
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_kinds import LossTermConfig
@@ -200,9 +201,10 @@ def resolve(
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return `config` as YAML, for `from_yaml` or as an experiment."""
-    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: RunConfig, hide: Callable[[Any], Any] = lambda values: values) -> str:
+    """Return `config` as YAML, for `from_yaml` or as an experiment; `hide` replaces secrets in its values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(hide(values)))
 
 
 def from_yaml(text: str) -> RunConfig:
@@ -212,8 +214,9 @@ def from_yaml(text: str) -> RunConfig:
         ConfigError: as `load_run_config`.
     """
     try:
+        written_values(text)
         loaded = cast(DictConfig, OmegaConf.create(text))
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise composition_error(error, (), group_folders()) from error
     return resolve(loaded)
 

@@ -7,6 +7,7 @@ values are declared at the fields of the schema.
 from dataclasses import fields
 
 from dpo_dist.config.check import Rule
+from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
@@ -42,10 +43,10 @@ def _names(kinds: list[LossKind]) -> str:
 _RUN_AND_MODEL = (
     Rule(
         "run.name",
-        lambda c: not c.run.name or "/" in c.run.name,
+        lambda c: c.run.name in ("", ".", "..") or "/" in c.run.name,
         "run.name is not the name of one folder",
         "set run.root to choose the folder of run directories",
-        "a name without /",
+        "a name without /, other than . and ..",
     ),
     Rule(
         "model.attention model.dtype",
@@ -287,6 +288,7 @@ RULES = (
     *DATA_RULES,
     *_LOSS,
     *_TRAINING,
+    *KEEP_BEST_RULES,
     *REFERENCE_RULES,
     *EVALUATION_RULES,
     *_DOCTOR,

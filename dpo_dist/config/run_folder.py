@@ -81,9 +81,21 @@ class RunFolder:
         """The folder of the log files."""
         return self.path / "logs"
 
+    def bad_step(self, step: int) -> Path:
+        """Return the file about a step that was skipped because it was not finite."""
+        return self.logs / f"bad-step-{step:06d}.json"
+
+    def loss_spike(self, step: int) -> Path:
+        """Return the file about a metrics row whose loss is far above those before."""
+        return self.logs / f"loss-spike-{step:06d}.json"
+
     def rank_log(self, rank: int | str) -> Path:
         """Return the log file of a rank."""
         return self.logs / f"rank-{rank}.log"
+
+    def rank_stacks(self, rank: int | str) -> Path:
+        """Return the file with the stacks of a rank's threads, written if a run hangs."""
+        return self.logs / f"rank-{rank}.stacks.txt"
 
     @property
     def metrics(self) -> Path:
@@ -124,6 +136,10 @@ class RunFolder:
     def model(self) -> Path:
         """The trained model."""
         return self.path / "model"
+
+    def exported(self, checkpoint: str) -> Path:
+        """Return the model folder that `export` writes from a checkpoint."""
+        return self.path / "exported" / checkpoint
 
     @property
     def wandb_id(self) -> Path:

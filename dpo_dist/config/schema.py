@@ -1,9 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs` are in `*_schema`, those
-of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not define the run's
-result (hardware, placement, how often something is written): it is not part of the digest that names the run
-directory.
+The keys of `run`, `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs`, `export` are in
+`*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not
+define the run's result (hardware, placement, how often something is written): it is not part of the digest
+that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from dpo_dist.config.console_schema import ConsoleConfig
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.doctor_schema import DoctorConfig
 from dpo_dist.config.evaluation_schema import EvaluationConfig
-from dpo_dist.config.fields import EVERY_VERB, key, section
+from dpo_dist.config.export_schema import ExportConfig
+from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, key, section
+from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.loss_kinds import LossConfig
 from dpo_dist.config.pairs_schema import PairsConfig
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.tracking_schema import TrackingConfig
 
-Resume = StrEnum("Resume", ["auto", "never", "must"])
 Dtype = StrEnum("Dtype", ["bf16", "fp32"])
 AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -32,25 +33,11 @@ ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
 Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
+Direction = StrEnum("Direction", ["highest", "lowest"])
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
-
-
-@dataclass(frozen=True)
-class FolderConfig:
-    """The run directory, and whether to resume the run in it."""
-
-    dir: str | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.", filled=True)
-    name: str = key("run", "Name of the run, for its directory and for reports.")
-    root: str = key("output", "Folder of run directories, encoded data and the reference store.", filled=True)
-    resume: Resume = key(
-        Resume.auto,
-        "`auto`: resume if there is a checkpoint; `must`: error without one; "
-        "`never`: error if the directory has results.",
-        verbs="train",
-    )
 
 
 @dataclass(frozen=True)
@@ -148,7 +135,7 @@ class ReferenceConfig:
         "Folder of stored log-probs, shared by runs.",
         free=True,
         filled=True,
-        verbs=EVERY_VERB,
+        verbs=VERBS_WITH_DATA,
     )
     micro_batch_tokens: int | None = key(
         None,
@@ -227,6 +214,30 @@ class TrainerConfig:
         free=True,
         verbs="train",
     )
+    keep_best: str | None = key(
+        None,
+        "Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best "
+        "value, and the best are kept beside `keep_last`; null: none.",
+        filled=True,
+        free=True,
+        verbs="train",
+    )
+    keep_best_count: int = key(1, "Best checkpoints to keep.", at_least=1, free=True, verbs="train")
+    keep_best_direction: Direction | None = key(
+        None, "Values of `keep_best` that are the best; null: as known of it.", free=True, verbs="train"
+    )
+    save_behind: bool = key(
+        True,
+        "Copy a checkpoint to host memory, if it has room, and write it while training continues.",
+        free=True,
+        verbs="train",
+    )
+    check_disk_room: bool = key(
+        True,
+        "Before the first step, look for room for checkpoints and model on the file system of `run.dir`.",
+        free=True,
+        verbs="train",
+    )
     log_every: int = key(
         1,
         "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.",
@@ -242,6 +253,13 @@ class TrainerConfig:
         "Deterministic kernels only, and an error where there is none; slower on GPUs.",
         free=True,
         verbs="train precompute evaluate",
+    )
+    max_bad_steps: int = key(
+        3,
+        "Steps in a row that are skipped if loss or gradient is not finite; one more ends the run, code 3.",
+        at_least=0,
+        added=True,
+        verbs="train",
     )
     stop_after_steps: int | None = key(
         None,
@@ -274,3 +292,4 @@ class RunConfig:
     console: ConsoleConfig = section(ConsoleConfig, free=True, verbs=EVERY_VERB)
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
+    export: ExportConfig = section(ExportConfig, free=True, verbs="export")

@@ -7,8 +7,10 @@ from dpo_dist.config.aliases import VALUE_ALIASES
 
 # A guess of lower similarity misleads more people than it helps.
 _SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
-# A wrong guess at one of these would end the run early without a message.
-_SHORTENING = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
+# A wrong guess at one of these would end the run early, or late, without a message.
+_NOT_GUESSED = frozenset(
+    {"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds", "trainer.max_bad_steps"}
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
@@ -30,7 +32,7 @@ def likely(word: str, known: Iterable[str]) -> list[str]:
         for candidate in candidates
         if candidate.rpartition(".")[0] == section
         and last_part in candidate.rpartition(".")[2].split("_")
-        and candidate not in _SHORTENING
+        and candidate not in _NOT_GUESSED
     ]
     if with_part and word not in candidates:
         return with_part
@@ -38,7 +40,7 @@ def likely(word: str, known: Iterable[str]) -> list[str]:
         whole, last = _similarities(word, candidate)
         similarity = last if "." in word or "." not in candidate else max(whole, last)
         elsewhere = section in candidates and candidate.rpartition(".")[0] != section
-        if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _SHORTENING else _SIMILAR):
+        if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _NOT_GUESSED else _SIMILAR):
             return [candidate]
     return []
 

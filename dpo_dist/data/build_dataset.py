@@ -28,12 +28,8 @@ from dpo_dist.data.prompt_split import ALL_RECORDS, Part
 from dpo_dist.data.records import BadRecord, PreferenceRecord, text_characters
 from dpo_dist.data.source_labels import source_labels
 from dpo_dist.data.sources import check_first_records, local_files, pinned, source_identity
-from dpo_dist.data.tokenization.chat_template import (
-    argument_names,
-    check_arguments,
-    chosen_template,
-    has_clock,
-)
+from dpo_dist.data.tokenization.chat_template import chosen_template, has_clock
+from dpo_dist.data.tokenization.template_arguments import argument_names, check_arguments
 from dpo_dist.digests import content_digest, file_identity, text_digest
 from dpo_dist.errors import ConfigError, DataError
 

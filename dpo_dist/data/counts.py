@@ -35,6 +35,7 @@ _REMEDIES = {
     "ambiguous_format": "set format of the source, or ignore a column: columns: {COLUMN: null}",
     "unpaired": UNPAIRED_REMEDY,
     "unread_content": "if the responses do not depend on these fields, ignore them: columns: {COLUMN: null}",
+    "template_rejected": "write the turns as the chat template accepts them, or set data.chat_template",
     "no_trained_token": "check data.trained_roles, data.untrained, and the weights of messages (loss_weight)",
     "unparsable": "check how the file was written; a file with one JSON object per line ends in .jsonl, "
     "one with an array in .json",
@@ -178,8 +179,14 @@ class DataCounts:
         return self.numbers() | {"examples": self.examples, "details": self.details}
 
 
-def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
+def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first: bool = False) -> None:
     """Check that enough records of a source were kept.
+
+    Args:
+        counts: of the records.
+        path: of the source.
+        config: with `data.max_bad_share`.
+        of_first: whether they are the first records of more.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or as
@@ -202,7 +209,11 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig) -> None:
     if counts.kept:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
     raise DataError(
-        f"{dropped} of {counts.read} records cannot be used" if counts.kept else "no record can be used",
+        f"{dropped} of {counts.read} records cannot be used"
+        if counts.kept
+        else f"none of the first {counts.read} records can be used"
+        if of_first
+        else "no record can be used",
         where="; ".join(counts.examples[:_MAX_SHOWN_ORIGINS]) or path,
         got=f"{counts.read} records; dropped: {reasons}" + (f"; {main_reason}: {detail}" if detail else ""),
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",

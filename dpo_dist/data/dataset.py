@@ -14,14 +14,8 @@ import numpy.typing as npt
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.data.concatenated import Column, concatenate
 from dpo_dist.data.counts import DataCounts, check_counts, check_split
-from dpo_dist.data.encoded_source import (
-    EncodedSource,
-    Manifest,
-    SourceView,
-    find_damage,
-    read_manifest,
-    view,
-)
+from dpo_dist.data.encoded_manifest import Manifest, read_manifest
+from dpo_dist.data.encoded_source import EncodedSource, SourceView, find_damage, view
 from dpo_dist.data.former_encodings import data_fingerprint
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.data.packing import Mask, Sequences, packed_tokens

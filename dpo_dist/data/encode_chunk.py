@@ -12,9 +12,8 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, Outcome
 from dpo_dist.data.encode import EncodedExample, TokenIds, encode_pair, response_key
 from dpo_dist.data.fields.rankings import training_examples
 from dpo_dist.data.prompt_split import ALL_RECORDS, Part, PromptHashes, prompt_hash
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, bad_record_error
 from dpo_dist.data.tokenization.loss_mask import Mask
-from dpo_dist.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,12 +162,7 @@ def encode_chunk(
             outcomes.append(outcome)
             continue
         if config.on_bad_record is OnBadRecord.error:
-            raise DataError(
-                f"a record cannot be used: {outcome.reason}",
-                where=str(outcome.origin),
-                got=outcome.detail,
-                remedy="correct the record, or set data.on_bad_record=drop",
-            )
+            raise bad_record_error(outcome)
         unread = tuple((f"unread_{name}", 1) for name in outcome.unread)
         outcomes.append(Outcome(dropped=outcome.reason, changed=unread))
         if len(bad) < SHOWN_EXAMPLES or all(outcome.reason != shown.reason for _, shown in bad):

@@ -24,61 +24,14 @@ from dpo_dist.atomic import is_temporary, write_text
 from dpo_dist.data.concatenated import Array
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.encode_chunk import EncodedChunk
+from dpo_dist.data.encoded_manifest import ARRAYS, MANIFEST, Manifest, read_manifest
 from dpo_dist.data.files.folders import root_of
+from dpo_dist.data.offsets import check_offsets
 from dpo_dist.digests import remember_digest, remembered_digest, text_digest
 from dpo_dist.errors import ConfigError
 
 MEMO_FOLDER = "file_digests"
-_MANIFEST = "manifest.json"
 _FIRST = "-first-"
-_ARRAYS = {
-    "ids": np.int32,
-    "piece_starts": np.int64,
-    "piece_tokens": np.int32,
-    "pair_pieces": np.int64,
-    "keys": np.uint64,
-    "scores": np.float64,
-    "trained": np.bool_,
-    "mask_starts": np.int64,
-    "trained_tokens": np.int32,
-    "truncated": np.bool_,
-    "prompts": np.uint64,
-    "origins": np.int64,
-    "outcomes": np.int32,
-}
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Description of an encoded source, stored beside its arrays.
-
-    Attributes:
-        fingerprint: digest of everything that decides the ids.
-        whole: whether the source was read to its end.
-        records: number of records read.
-        largest_id: of all token ids; -1 if there are none.
-        sizes: elements of each array.
-        digests: digest of each array's file.
-        outcomes: the distinct outcomes of records, each as ``[dropped, pairs, changed]``; values of the array
-            `outcomes` are indices in this list.
-        files: the files of examples and bad records, relative to the source's path.
-        examples: the first dropped records and the first for each reason, each as
-            ``[record index, file index, line, reason, detail]``.
-    """
-
-    fingerprint: str
-    whole: bool
-    records: int
-    largest_id: int
-    sizes: dict[str, int]
-    digests: dict[str, str]
-    outcomes: list[tuple[str | None, int, list[tuple[str, int]]]]
-    files: list[str]
-    examples: list[tuple[int, int, int, str, str]]
-
-    def covers(self, limit: int | None) -> bool:
-        """Return whether the first `limit` records (None: all) are encoded."""
-        return self.whole or (limit is not None and self.records >= limit)
 
 
 @dataclass(frozen=True)
@@ -99,9 +52,9 @@ class SourceWriter:
         self._largest_id = -1
         self._folder = folder
         self._path = path
-        self._sizes = dict.fromkeys(_ARRAYS, 0)
-        self._streams = {name: (folder / f"{name}.bin").open("wb") for name in _ARRAYS}
-        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in _ARRAYS}
+        self._sizes = dict.fromkeys(ARRAYS, 0)
+        self._streams = {name: (folder / f"{name}.bin").open("wb") for name in ARRAYS}
+        self._hashes = {name: hashlib.blake2b(digest_size=16) for name in ARRAYS}
         self._pieces = 0
         self._outcomes: dict[Outcome, int] = {}
         self._files: dict[str, int] = {}
@@ -137,7 +90,7 @@ class SourceWriter:
         return self._files.setdefault(source, len(self._files))
 
     def _append(self, name: str, values: Any) -> None:
-        array: Array = np.asarray(values, dtype=_ARRAYS[name])
+        array: Array = np.asarray(values, dtype=ARRAYS[name])
         content = array.tobytes()
         with self._writing():
             self._streams[name].write(content)
@@ -159,7 +112,7 @@ class SourceWriter:
             examples=self._examples,
         )
         content = json.dumps(asdict(manifest), indent=1)
-        write_text(self._folder / _MANIFEST, json.dumps({"digest": text_digest(content), "content": content}))
+        write_text(self._folder / MANIFEST, json.dumps({"digest": text_digest(content), "content": content}))
 
     def close(self) -> None:
         """Close the files."""
@@ -199,29 +152,18 @@ def folder_name(fingerprint: str, limit: int | None) -> str:
     return fingerprint if limit is None else f"{fingerprint}{_FIRST}{limit}"
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder; None if it is missing or damaged."""
-    try:
-        stored = json.loads((folder / _MANIFEST).read_bytes())
-        if text_digest(stored["content"]) != stored["digest"]:
-            return None
-        return Manifest(**json.loads(stored["content"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def find_damage(folder: Path, manifest: Manifest) -> list[str]:
     """Return the arrays whose files differ from the manifest; only files that have changed are read."""
-    return [name for name in _ARRAYS if not _is_whole(folder, name, manifest)]
+    return [name for name in ARRAYS if not _is_whole(folder, name, manifest)]
 
 
 def _is_whole(folder: Path, name: str, manifest: Manifest) -> bool:
     file = folder / f"{name}.bin"
     try:
-        if file.stat().st_size != manifest.sizes[name] * np.dtype(_ARRAYS[name]).itemsize:
+        if file.stat().st_size != manifest.sizes[name] * np.dtype(ARRAYS[name]).itemsize:
             return False
         return remembered_digest(file, folder.parent / MEMO_FOLDER) == manifest.digests[name]
-    except (OSError, ConfigError):
+    except (OSError, ConfigError, KeyError):  # an older version has fewer arrays
         return False
 
 
@@ -229,8 +171,13 @@ def remember_written(folder: Path) -> None:
     """Remember the digests of a folder just written by this process."""
     manifest = read_manifest(folder)
     if manifest is not None:
-        for name in _ARRAYS:
+        for name in ARRAYS:
             remember_digest(folder / f"{name}.bin", folder.parent / MEMO_FOLDER, manifest.digests[name])
+
+
+def array_files(folder: Path) -> list[Path]:
+    """Return the files of the arrays of an encoded source."""
+    return [folder / f"{name}.bin" for name in ARRAYS]
 
 
 @dataclass(frozen=True)
@@ -252,8 +199,9 @@ class SourceView:
 
 def view(source: EncodedSource, manifest: Manifest) -> SourceView:
     """Map the first `limit` records of an encoded source without reading their ids."""
-    arrays = {name: _map(source.folder, name, manifest.sizes[name]) for name in _ARRAYS}
+    arrays = {name: _map(source.folder, name, manifest.sizes[name]) for name in ARRAYS}
     used = arrays["outcomes"][: source.limit]
+    check_offsets(arrays, len(manifest.outcomes), source.folder)
     outcomes = [
         Outcome(drop, pairs, tuple((n, k) for n, k in changed)) for drop, pairs, changed in manifest.outcomes
     ]
@@ -288,8 +236,8 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
 
 def _map(folder: Path, name: str, size: int) -> npt.NDArray[Any]:
     if not size:
-        return np.empty(0, dtype=_ARRAYS[name])
-    return np.memmap(folder / f"{name}.bin", dtype=_ARRAYS[name], mode="r", shape=(size,))
+        return np.empty(0, dtype=ARRAYS[name])
+    return np.memmap(folder / f"{name}.bin", dtype=ARRAYS[name], mode="r", shape=(size,))
 
 
 def _relative_name(path: str, source: str) -> str:

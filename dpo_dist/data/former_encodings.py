@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from dpo_dist.atomic import is_temporary
-from dpo_dist.data.encoded_source import EncodedSource, Manifest, read_manifest
+from dpo_dist.data.encoded_manifest import Manifest, read_manifest
+from dpo_dist.data.encoded_source import EncodedSource
 from dpo_dist.digests import text_digest
 
 # Arrays of which training depends; masks only if there are some.

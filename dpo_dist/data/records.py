@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from dpo_dist.errors import DataError
+
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _MAX_SHOWN_CHARACTERS = 40
@@ -140,6 +142,16 @@ class BadRecord:
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
+
+
+def bad_record_error(bad: BadRecord) -> DataError:
+    """Return the error for a record that cannot be used where `data.on_bad_record` is `error`."""
+    return DataError(
+        f"a record cannot be used: {bad.reason}",
+        where=str(bad.origin),
+        got=bad.detail,
+        remedy="correct the record, or set data.on_bad_record=drop",
+    )
 
 
 class UnusableRecordError(Exception):

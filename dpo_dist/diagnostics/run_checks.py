@@ -21,6 +21,7 @@ from dpo_dist.diagnostics.run_facts import (
 )
 from dpo_dist.diagnostics.run_rate_symptoms import LOGISTIC, falls_of_chosen, rise_of_loss, symptoms_of_rate
 from dpo_dist.diagnostics.run_rules import FEWEST_STEPS, RULES
+from dpo_dist.diagnostics.run_step_faults import find_bad_steps, find_collapse, find_spikes
 from dpo_dist.number_text import counted, percent
 
 Fields: TypeAlias = Mapping[str, Any]
@@ -221,6 +222,7 @@ def _displacement(facts: RunFacts, limits: Limits) -> Fields | None:
 
 TRAINING_CHECKS: dict[str, Check] = {
     "diverged": _diverged,
+    "collapsed": find_collapse,
     "learning_rate_too_high": _learning_rate_too_high,
     "far_from_reference": _far_from_reference,
     "beta_too_large": _beta_too_large,
@@ -230,6 +232,8 @@ TRAINING_CHECKS: dict[str, Check] = {
     "hardly_trained": _hardly_trained,
     "overfit": _overfit,
     "displacement": _displacement,
+    "bad_steps": find_bad_steps,
+    "loss_spikes": find_spikes,
 }
 """By rule."""
 

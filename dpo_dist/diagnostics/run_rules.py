@@ -43,6 +43,26 @@ RULES: dict[str, RunRule] = {
             "overfit",
             "displacement",
             "learnt_nothing",
+            "bad_steps",
+            "loss_spikes",
+        ),
+    ),
+    "collapsed": RunRule(
+        "the policy has collapsed",
+        {"nats": 50.0},
+        "the last rows with a `grad_norm` of exactly 0, in which `logps/chosen_per_token` and "
+        "`logps/rejected_per_token` are the same, or the former is below -`nats`",
+        "from step {step} on the gradient is 0, and chosen responses have {chosen} nats per token, as if "
+        "all tokens were alike; before it the loss was {loss}, with optim.lr={rate}",
+        "a lower optim.lr, a larger optim.warmup_ratio; if it is so from the first step, other weights",
+        explains=(
+            "learning_rate_too_high",
+            "far_from_reference",
+            "overfit",
+            "displacement",
+            "learnt_nothing",
+            "hardly_trained",
+            "loss_spikes",
         ),
     ),
     "beta_too_large": RunRule(
@@ -76,7 +96,7 @@ RULES: dict[str, RunRule] = {
         "chance; the last two in at least `rows` rows",
         "{symptom}, with optim.lr={rate}",
         "optim.lr ten times lower; a larger optim.warmup_ratio",
-        explains=("far_from_reference",),
+        explains=("far_from_reference", "loss_spikes"),
     ),
     "labels_swapped": RunRule(
         "labels look swapped",
@@ -226,6 +246,23 @@ RULES: dict[str, RunRule] = {
         "of the pairs both responses did (likelihood displacement): probability moves to texts that are "
         "neither",
         "a lower optim.lr, a larger loss.beta, loss=sigmoid_sft or loss=dpop; see docs/metrics.md",
+    ),
+    "bad_steps": RunRule(
+        "steps were skipped",
+        {"steps": 1},
+        "`bad_steps` of summary.json: steps whose loss or gradient was not finite",
+        "{count} of {steps:,} taught nothing, because loss or gradient was not finite",
+        "read the pairs that logs/bad-step-*.json names; a lower optim.lr if their losses are finite",
+    ),
+    "loss_spikes": RunRule(
+        "a spike of the loss",
+        {"excursion": 5.0, "rows": 100, "fewest_rows": 50, "rise": 1.0},
+        "the loss of a row minus the median of the `rows` rows before (at least `fewest_rows`): more than "
+        "`excursion` times that of the largest among them, and than `rise` times the median and the first "
+        "loss",
+        "the loss rose from {usual} to {loss} in one row, at step {step}{others}",
+        "read the pairs that logs/loss-spike-*.json names: long, garbled or mislabelled ones; a lower "
+        "optim.lr or optim.max_grad_norm if they are usual",
     ),
     "responses_cut": RunRule(
         "responses are cut",

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from dpo_dist.config.data_schema import DataConfig
-from dpo_dist.data.tokenization.chat_template import argument_names, chosen_template
+from dpo_dist.data.tokenization.chat_template import chosen_template
+from dpo_dist.data.tokenization.template_arguments import argument_names
 from dpo_dist.diagnostics.findings import Finding
 from dpo_dist.diagnostics.judge import Judge
 from dpo_dist.diagnostics.tally import SourceTally
+from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,6 @@ def unset_arguments(
     """
     try:
         names = argument_names(template)
-    except TemplateError:
+    except ConfigError:
         return ()
     return tuple(sorted(names - _GIVEN - set(tokenizer.special_tokens_map) - set(arguments)))

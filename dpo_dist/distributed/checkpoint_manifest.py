@@ -6,12 +6,14 @@ node has just written.
 
 import hashlib
 import json
-from collections.abc import Iterable
-from pathlib import Path
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dpo_dist.atomic import sync
 from dpo_dist.digests import content_digest
+from dpo_dist.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 
@@ -44,12 +46,21 @@ def read_manifest(folder: Path) -> Entries:
 
     Raises:
         OSError: the manifest is missing or cannot be read.
-        ValueError: the manifest was changed.
+        ValueError: the manifest was changed, or names files outside `folder`.
     """
-    content = json.loads((folder / MANIFEST).read_bytes())
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     entries = content.get("files") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or content.get("digest") != _digest(entries):
         raise ValueError("its list of files differs from its digest")
+    for name, entry in entries.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"it names {name!r}, which is not below the checkpoint")
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+            raise ValueError(f"it has no size of {name!r}")
     return entries
 
 
@@ -71,11 +82,24 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
     faults = []
     for name in sorted(entries)[part::parts]:
         try:
-            if _entry(folder / name) != entries[name]:
+            file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()) or not stat.S_ISREG(file.stat().st_mode):
+                faults.append(f"{name} is a link to another folder, or no file")
+            elif _entry(file) != entries[name]:
                 faults.append(f"{name} differs from its digest")
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror}")
     return faults
+
+
+def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
+    """Return the error of a named checkpoint with `faults`."""
+    return CheckpointError(
+        "the checkpoint is damaged",
+        where=str(folder),
+        got="; ".join(faults[:5]),
+        remedy="restore its files, or name another checkpoint",
+    )
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
 
     def find() -> SavedSlices:
         found = read_weights(folder)
-        _check_shapes(trained, found.shapes, folder)
+        check_shapes(trained, found.shapes, folder)
         return found
 
     saved = world.on_main(find)
@@ -61,7 +61,7 @@ def read_weights(folder: Path) -> SavedSlices:
     return SavedSlices.find(folder, SHARDS)
 
 
-def _check_shapes(
+def check_shapes(
     trained: Mapping[str, nn.Parameter], saved: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
     """Check that both have the same names and shapes.

@@ -25,8 +25,8 @@ from dpo_dist.distributed.device_memory import (
 )
 from dpo_dist.distributed.gather_order import record_gather_orders
 from dpo_dist.distributed.joined import restore_linear
-from dpo_dist.distributed.slice_files import SavedSlices, write_slices
-from dpo_dist.distributed.slices import OptimizerSlices
+from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.distributed.slices import ModelSlices, OptimizerSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.model.adapters import adapter_off
 from dpo_dist.model.head import PackedCausalLM
@@ -36,6 +36,7 @@ from dpo_dist.objective.token_logps import Statistic
 _SAMPLES_REMEDY = "lower samples.batch_tokens or samples.max_new_tokens"
 SHARDS = "engine"
 """The folder of the policy's slices in a checkpoint."""
+_STATES_OF_ADAM = 2
 
 
 class FrozenEngine:
@@ -176,19 +177,13 @@ class PolicyEngine:
         norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
         return torch.as_tensor(norm, device=self._world.device)
 
-    def save_shards(self, folder: Path) -> list[Path]:
-        """Write this rank's slices of master weights and optimizer states; return their files.
-
-        Not collective.
-
-        Raises:
-            OSError: this rank cannot write its slices.
-        """
+    def shards(self) -> ModelSlices:
+        """Return this rank's slices of master weights and optimizer states; not collective."""
         slices = self._slices()
-        return write_slices(slices, folder / SHARDS, self._world.rank, slices.step)
+        return ModelSlices(SHARDS, list(slices), slices.step, _STATES_OF_ADAM)
 
     def load_shards(self, folder: Path) -> None:
-        """Read what `save_shards` wrote on any number of ranks, with any kind of parallelism.
+        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism.
 
         Raises:
             CheckpointError: a file cannot be read, or is not of this model.

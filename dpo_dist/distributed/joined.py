@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,9 +16,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch.distributed import distributed_c10d
 
+from dpo_dist.distributed.build_lock import wait_for_build
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, PeerLostError, first_line
+from dpo_dist.signals import answered_at_once
 
 _ALONE = {
     "RANK": "0",
@@ -32,24 +36,51 @@ _ALONE = {
 
 @contextlib.contextmanager
 def joined(
-    deepspeed_config: dict[str, Any], timeout_seconds: int, show: Callable[[str], None]
+    deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports | None = None
 ) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
     Args:
         deepspeed_config: from `policy_config`: loading weights depends on it.
         timeout_seconds: timeout of a collective call.
-        show: prints an error on the screen, on any rank.
+        reports: outputs, used also if the main thread is blocked.
+
+    Raises:
+        ConfigError: a kernel that the optimizer needs cannot be compiled.
+        PeerLostError: not all processes joined in time.
     """
-    world = start_world(deepspeed_config, timeout_seconds)
+    reports = reports or Reports()
+    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+        wait_for_build("cpu_adam", reports.say)
+    with answered_at_once(), _missing_ranks_named(timeout_seconds):
+        world = start_world(deepspeed_config, timeout_seconds)
     try:
-        with world.watch(show):
+        with world.watch(reports):
             yield world
     except BaseException:
         if world.size == 1:  # with others, leaving could wait for a rank that has not failed
             stop_world()
         raise
     stop_world()
+
+
+@contextlib.contextmanager
+def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
+    """Raise the timeout of a rendezvous as an error for the user."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if not re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE):
+            raise
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise PeerLostError(
+            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at {address}",
+            got=first_line(failure),
+            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
+            remedy="see whether every node has started its processes (logs/rank-N.log), and reaches "
+            "this address; then run the same command again",
+        ) from failure
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:

@@ -12,12 +12,8 @@ import torch
 from dpo_dist.errors import CheckpointError, first_line
 
 
-def save_random_states(folder: Path, rank: int, device: torch.device) -> Path:
-    """Write the states of this rank and return the file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def random_states(device: torch.device) -> str:
+    """Return the states of this rank as JSON."""
     numpy_name, numpy_key, *numpy_rest = np.random.get_state(legacy=True)
     states = {
         "python": random.getstate(),
@@ -25,9 +21,7 @@ def save_random_states(folder: Path, rank: int, device: torch.device) -> Path:
         "torch": _hex(torch.get_rng_state()),
         "cuda": _hex(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
     }
-    file = _file(folder, rank)
-    file.write_text(json.dumps(states))
-    return file
+    return json.dumps(states)
 
 
 def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.device) -> None:
@@ -44,7 +38,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
     Raises:
         CheckpointError: the file cannot be read.
     """
-    file = _file(folder, rank % saved_ranks)
+    file = folder / random_states_name(rank % saved_ranks)
     try:
         states = json.loads(file.read_bytes())
         if rank >= saved_ranks:
@@ -56,7 +50,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
         torch.set_rng_state(_tensor(states["torch"]))
         if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
             torch.cuda.set_rng_state(_tensor(states["cuda"]))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             "the random states of the checkpoint cannot be read",
             where=str(file),
@@ -80,5 +74,6 @@ def _tensor(state: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
 
 
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"random_states_{rank}.json"
+def random_states_name(rank: int) -> str:
+    """Return the name of a rank's file in a checkpoint."""
+    return f"random_states_{rank}.json"

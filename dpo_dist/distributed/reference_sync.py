@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dpo_dist.config.loss_kinds import SyncReferenceConfig
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
-from dpo_dist.distributed.slice_files import SavedSlices, write_slices
-from dpo_dist.distributed.slices import Slice, frozen_slices
+from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.distributed.slices import ModelSlices, Slice, frozen_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 
@@ -57,17 +57,13 @@ class ReferenceSync:
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
             _release_gathered(reference)
 
-    def save_shards(self, folder: Path) -> list[Path]:
-        """Write this rank's slices of the reference and return their files; not collective.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        return write_slices(self._slices(), folder / _SHARDS, self._world.rank)
+    def shards(self) -> ModelSlices:
+        """Return this rank's slices of the reference; not collective."""
+        return ModelSlices(_SHARDS, list(self._slices()))
 
     @torch.no_grad()
     def load_shards(self, folder: Path) -> None:
-        """Read what `save_shards` wrote on any number of ranks; collective.
+        """Read what a checkpoint has of `shards`, of any number of ranks; collective.
 
         Raises:
             CheckpointError: a file cannot be read, or is not of this model.

@@ -5,7 +5,7 @@ Every file is in the format of safetensors, from which no code can be run.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_dist.distributed.checkpoint_manifest import read_manifest
-from dpo_dist.distributed.slices import WEIGHT, Slice
+from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice
 from dpo_dist.errors import CheckpointError, first_line
 
 _FILE_BYTES = 2**30
 """Size at which a rank begins another file: so much host memory is used at a time."""
+_MOST = 2**48
+"""More than any number of elements or updates."""
 
 
-def write_slices(slices: Iterable[Slice], folder: Path, rank: int, step: int = 0) -> list[Path]:
-    """Write this rank's slices and return their files.
+def write_slices(
+    model: ModelSlices, checkpoint: Path, rank: int, is_wanted: Callable[[], bool] = lambda: True
+) -> list[Path]:
+    """Write this rank's slices of a model and return their files.
 
     Args:
-        slices: of one model.
-        folder: of this model's files.
+        model: with tensors that nothing changes meanwhile.
+        checkpoint: the folder of the checkpoint.
         rank: of this process.
-        step: number of updates of the optimizer.
+        is_wanted: asked before every file; False ends the writing.
 
     Raises:
         OSError: a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = checkpoint / model.folder
+    folder.mkdir(exist_ok=True)
     files: list[Path] = []
-    for batch in _batches(slices):
+    for batch in _batches(model.slices):
+        if not is_wanted():
+            break
         files.append(folder / f"rank-{rank:05d}-{len(files):05d}.safetensors")
         tensors = {f"{part}/{own.name}": tensor.cpu() for own in batch for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in batch}
         try:
-            save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(step)})
+            save_file(tensors, files[-1], {"ranges": json.dumps(ranges), "step": str(model.step)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
     return files
@@ -116,9 +123,13 @@ class SavedSlices:
                 if part == WEIGHT:
                     length = opened.get_slice(key).get_shape()[0]
                     start, *shape = json.loads(header["ranges"])[name]
+                    if min(start, *shape, 0) < 0 or max(start, *shape, 0) > _MOST:
+                        raise ValueError(f"{name} has a forged range")
                     self.shapes[name] = tuple(shape)
                     self._ranges.setdefault(name, []).append(_Range(start, start + length, file))
-        return int(header["step"])
+        if not 0 <= (step := int(header["step"])) <= _MOST:
+            raise ValueError("it has a forged number of updates")
+        return step
 
     def _check_complete(self) -> None:
         for name, ranges in self._ranges.items():
@@ -176,7 +187,16 @@ def _reading_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(
             "the weights of the checkpoint cannot be read",
             where=str(folder),

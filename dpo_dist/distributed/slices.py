@@ -6,7 +6,8 @@ checkpoint consists of these ranges, so that any number of ranks with any kind o
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -34,6 +35,49 @@ class Slice:
     shape: tuple[int, ...]
     start: int
     parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSlices:
+    """This rank's slices of one model, as a checkpoint has them.
+
+    Attributes:
+        folder: name of their folder in a checkpoint.
+        slices: of every weight that changes.
+        step: number of updates of the optimizer.
+        states: optimizer states of each weight after the first step; 0: none.
+    """
+
+    folder: str
+    slices: Sequence[Slice]
+    step: int = 0
+    states: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Return the number of elements of the weights."""
+        return sum(own.parts[WEIGHT].numel() for own in self.slices)
+
+    @property
+    def full_bytes(self) -> int:
+        """Return the size of the slices in every checkpoint after the first step."""
+        return sum(own.parts[WEIGHT].nbytes for own in self.slices) * (1 + self.states)
+
+
+class Sharded(Protocol):
+    """Weights that training changes, saved in slices: the policy, and a reference updated from it."""
+
+    def shards(self) -> ModelSlices:
+        """Return this rank's slices, as views; not collective."""
+        ...
+
+    def load_shards(self, folder: Path) -> None:
+        """Read what a checkpoint has of `shards`, of any number of ranks; collective.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not of this model.
+        """
+        ...
 
 
 @dataclass(frozen=True)

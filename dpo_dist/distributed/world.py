@@ -5,34 +5,33 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_dist.distributed.activity import Activity
 from dpo_dist.distributed.device_memory import out_of_memory
-from dpo_dist.distributed.peers import (
+from dpo_dist.distributed.failures import (
     FAREWELL_SECONDS,
     NOBODY,
-    FailureRecord,
-    Monitor,
-    Neighbours,
-    Peer,
     failed_elsewhere,
     report_error,
-    timeout_error,
 )
-from dpo_dist.distributed.signals import ForcedStop, raise_terminated
-from dpo_dist.errors import DpoDistError, ExitCode, disk_error, first_line
+from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.peers import Peer
+from dpo_dist.distributed.watched import Watched
+from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.signals import last_words, raise_terminated
 
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
 _BEAT_SECONDS = 5.0
-_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt)
-"""Errors that the end of another process may cause, in a collective call or by a signal of the launcher."""
+# Errors that the end of another process may cause, in a collective call or by a signal of the launcher.
+_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt, StoppedError)
 
 WhileWaiting = Callable[[float], None]
 """Callback during long work, every few seconds, with the seconds since its start."""
@@ -53,6 +52,7 @@ class World:
     peers: tuple[Peer, ...]
     control: Any = None
     timeout_seconds: int = 600
+    activity: Activity = field(default_factory=Activity)
 
     @property
     def is_main(self) -> bool:
@@ -60,10 +60,14 @@ class World:
         return self.rank == 0
 
     @property
+    def host(self) -> str:
+        """Return the name of this rank's host; not collective."""
+        return self.peers[self.rank].host
+
+    @property
     def is_first_of_host(self) -> bool:
         """Return whether this is the lowest rank of its host; not collective."""
-        here = [peer.host for peer in self.peers if peer.rank == self.rank]
-        return not any(peer.host in here for peer in self.peers[: self.rank])
+        return not any(peer.host == self.host for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -176,7 +180,7 @@ class World:
         return bool(tensor.item())
 
     @contextlib.contextmanager
-    def watch(self, show: Callable[[str], None] = print) -> Iterator[None]:
+    def watch(self, reports: Reports | None = None) -> Iterator[None]:
         """End all processes if one of them ends inside the block; exactly one prints the error.
 
         Entry is collective, and so is exit without an error. An error that leaves the block has
@@ -184,48 +188,56 @@ class World:
         surviving rank of the host prints it if that process died, no rank if that process printed its own.
 
         Args:
-            show: prints an error on the screen, on any rank, if the main thread is blocked.
+            reports: outputs, used also if the main thread is blocked.
         """
-        neighbours = Neighbours(self.peers, self.rank)  # first: a process may die while this one connects
-        record = FailureRecord(self.size)
-        monitor = Monitor(neighbours, self.rank, record, show)
+        watched = Watched(
+            self.peers, self.rank, self.activity, self.timeout_seconds, reports or Reports(), self.device.type
+        )
+        record, monitor = watched.record, watched.monitor
         previous = signal.getsignal(signal.SIGTERM)
         if previous is signal.SIG_DFL:  # a verb may have its own handler
             signal.signal(signal.SIGTERM, raise_terminated)
         if self.size > 1:
+            watched.heartbeats.beat()  # before the barrier, after which each rank is known to the others
             monitor.start()
         try:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
             self.barrier()
+            last_words.append(record.report)
             yield
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             monitor.stop()
-            if isinstance(failure, ForcedStop):
-                record.report(128 + signal.SIGTERM)
-                raise
-            error = _user_error(failure)
-            if error is not None:
-                report_error(error, self.rank, record)
-            elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
-                error = self._consequence(failure, neighbours, record)
+            error = self._error_of(failure, watched)
             if error is None:  # a bug: it keeps its traceback
                 record.report(ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 signal.signal(signal.SIGTERM, previous)
-            if error is None or error is failure:
-                raise
-            raise error from failure
+            if error is not None and error is not failure:
+                raise error from failure
+            raise
+        finally:
+            last_words.clear()
+            watched.signals.close()
         monitor.stop()
         signal.signal(signal.SIGTERM, previous)
 
-    def _consequence(
-        self, failure: BaseException, neighbours: Neighbours, record: FailureRecord
-    ) -> DpoDistError | None:
+    def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
+        """Return `failure` as an error that has been reported; None for a bug."""
+        error, record = _user_error(failure), watched.record
+        others_ended = record.exit_code() is not None or watched.neighbours.lost()
+        if error is not None and not (isinstance(error, StoppedError) and others_ended):
+            report_error(error, self.rank, record)
+        elif self.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            return self._consequence(failure, watched)
+        return error
+
+    def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
+        record, neighbours = watched.record, watched.neighbours
         deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
         while time.monotonic() < deadline:
             exit_code, lost = record.exit_code(), neighbours.lost()
@@ -239,12 +251,12 @@ class World:
                 if error.reporting_rank == self.rank and record.report(error.exit_code) is False:
                     error.reporting_rank = NOBODY
                 return error
+            watched.heartbeats.beat_if_due()  # the monitor has stopped
             time.sleep(0.2)
-        return timeout_error(failure, neighbours, record)
+        return watched.waited_in_vain(failure)
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:
-    """Return `failure` as an error that a user can fix; None for a bug."""
     if isinstance(failure, torch.OutOfMemoryError):
         return out_of_memory(failure)
     return failure if isinstance(failure, DpoDistError) else disk_error(failure)

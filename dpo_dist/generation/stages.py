@@ -9,6 +9,7 @@ from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.device_memory import explain_out_of_memory
 from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.parts import Parts, work_on
 from dpo_dist.generation.sampling.responder import KEY, ModelSource, find_model
@@ -81,5 +82,6 @@ def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[St
         offload_optimizer=Offload.none,
     )
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    with joined(deepspeed_config, config.parallelism.timeout_seconds, screen.alarm) as world:
+    reports = Reports(screen.alarm, screen.say)
+    with joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
         yield Stages(world, screen, remedy)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_dist.config.check import as_written
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.pairs_schema import (
     EndpointConfig,
     Engine,
@@ -16,11 +17,12 @@ from dpo_dist.config.pairs_schema import (
     PairsMethod,
 )
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, Resume, RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import user_function
 from dpo_dist.data.sources import check_source
 from dpo_dist.errors import ConfigError
 from dpo_dist.model.folder import local_model_folder
+from dpo_dist.model.safe_weights import check_adapter
 
 OUTPUT_KINDS = (".jsonl", ".parquet")
 _ALONE = (PairsMethod.scores, PairsMethod.people)
@@ -204,8 +206,11 @@ def _check_models(config: RunConfig) -> None:
             remedy="set pairs.engine=transformers, or remove model.quantization",
         )
     for name in models:
-        if not (Path(name).expanduser() / _ADAPTER).is_file():
-            local_model_folder(name, None, "pairs.models" if pairs.models else "model.path")
+        folder, key = Path(name).expanduser(), "pairs.models" if pairs.models else "model.path"
+        if (folder / _ADAPTER).is_file():
+            check_adapter(folder, key)
+        else:
+            local_model_folder(name, None, key)
 
 
 def _check_reward_model(name: str) -> None:

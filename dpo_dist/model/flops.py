@@ -87,7 +87,7 @@ class PeakFlops:
 
 
 def count_flops(config: PretrainedConfig, adapter: AdapterConfig | None = None) -> StepFlops:
-    """Return the FLOPs of a training step of a model, one of `model.supported.ARCHITECTURES`.
+    """Return the FLOPs of a training step of a model, one of `model.architectures.ARCHITECTURES`.
 
     With an adapter the weights of the model are frozen: their gradients are not counted, and the matrices of
     the adapter are. DoRA's operations once per step and layer are not counted.

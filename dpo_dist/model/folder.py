@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.hub_cache import is_absent_offline
+from dpo_dist.model.safe_weights import PICKLED, check_adapter, check_safetensors
 
 CONFIG_FILE = "config.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -18,7 +20,8 @@ _WEIGHT_FILES = (
 )
 _DISTRIBUTED_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ANY_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+_FOREIGN_WEIGHTS = [*PICKLED, "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+_ANY_WEIGHTS = ["*.safetensors", *_FOREIGN_WEIGHTS]
 
 
 def model_folder(
@@ -33,14 +36,17 @@ def model_folder(
         accepts_adapter: whether it may be an adapter in place of a model.
 
     Raises:
-        ConfigError: the model does not exist, has no weights, or has an adapter beside them.
+        ConfigError: the model does not exist, has no weights or pickled ones, or has an adapter beside them.
     """
     if accepts_adapter and is_adapter(local := Path(path).expanduser()):
+        check_adapter(local, key)
         return local
     folder = local_model_folder(path, revision, key)
     if folder is None:
-        folder = _snapshot(path, revision, key)
-        if not (accepts_adapter and is_adapter(folder)):
+        folder = _snapshot(path, revision, key, ignored=_FOREIGN_WEIGHTS)
+        if accepts_adapter and is_adapter(folder):
+            check_adapter(folder, key)
+        else:
             _check_files(folder, key)
     return folder
 
@@ -101,6 +107,23 @@ def hub_commit(folder: Path) -> str | None:
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder contains an adapter and no model."""
     return (folder / _ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def check_cached_offline(path: str, key: str) -> None:
+    """Check that files of a model on the Hub are in its cache, if HF_HUB_OFFLINE allows no download.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if is_absent_offline("model", path):
+        raise ConfigError(
+            "the model is neither a local folder nor a model found on the Hugging Face Hub",
+            where=key,
+            got=f"{path}, which is not in the cache of the Hub, and HF_HUB_OFFLINE=1",
+            expected="a folder, or a model that was downloaded before",
+            remedy=_near(Path(path))
+            or "check the path or the hub name, download the model, or unset HF_HUB_OFFLINE",
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -196,13 +219,19 @@ def _check_files(folder: Path, key: str, needs_weights: bool = True) -> None:
             else _below(folder)
             or "name the folder that save_pretrained wrote or that was downloaded from the hub",
         )
-    if needs_weights and not weight_files(folder):
+    weights = weight_files(folder) if needs_weights else []
+    if needs_weights:
+        check_safetensors(folder, weights, key)
+    if needs_weights and not weights:
+        is_snapshot = hub_commit(folder) is not None
         raise ConfigError(
             "the model folder has no weights",
             where=key,
             got=str(folder),
-            expected="model.safetensors or pytorch_model.bin, or the index of one, beside config.json",
-            remedy=f"set {key} to a complete model folder",
+            expected="model.safetensors or its index beside config.json"
+            + (": only safetensors are downloaded" if is_snapshot else ""),
+            remedy=f"set {key} to a complete model folder"
+            + (", or convert the model: save_pretrained writes safetensors" if is_snapshot else ""),
         )
     if has_adapter:
         raise ConfigError(
@@ -237,7 +266,7 @@ def _below(folder: Path) -> str:
     return f"did you mean {' or '.join(found[:3])}?" if found else ""
 
 
-def _snapshot(path: str, revision: str | None, key: str, ignored: list[str] | None = None) -> Path:
+def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import, and only needed here)
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.optional_packages import check_liger_kernel
-from dpo_dist.model.supported import ARCHITECTURES
 
 
 def decoder_layers(causal_lm: nn.Module) -> list[nn.Module]:

@@ -13,9 +13,11 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.model.architectures import quantized_weights
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
 from dpo_dist.model.folder import check_tokenizer_files, weight_files
+from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
 from dpo_dist.model.quantize import keep_trainable, quantized_loading
@@ -29,8 +31,13 @@ _NOISES = ("drop", "jitter", "noise")
 TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
 
-def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder.
+
+    Args:
+        folder: of the model.
+        config: whether code of the folder may run.
+        key: the configuration key to name in an error.
 
     Raises:
         ConfigError: the folder has no tokenizer, or it cannot be loaded.
@@ -42,16 +49,19 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
             folder, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ConfigError(
+        refused = None if config.trust_remote_code else own_code_error(folder, key, TOKENIZER_CONFIG)
+        raise refused or ConfigError(
             "the model folder's tokenizer cannot be loaded",
-            where="model.path",
+            where=key,
             got=f"{folder}: {first_line(error)}",
             remedy="put the tokenizer's files beside config.json",
         ) from error
     return tokenizer
 
 
-def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torch.device) -> PackedCausalLM:
+def load_packed(
+    folder: Path, config: ModelConfig, max_length: int, device: torch.device, key: str = "model.path"
+) -> PackedCausalLM:
     """Return the model of `folder` with packed attention and the chunked head.
 
     Under a ZeRO-3 loading context every process keeps its own shard only. Dropout is off: policy and
@@ -62,12 +72,13 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
         config: precision, attention backend, options of layers, remote code.
         max_length: the longest prompt plus response, in tokens.
         device: of the forward.
+        key: the configuration key to name in an error.
 
     Raises:
         ConfigError: the model cannot be loaded, its packed forward is not exact, or a kernel cannot run.
     """
     backend = choose_backend(config.attention, config.dtype, device)
-    model_config = load_config(folder, config)
+    model_config = load_config(folder, config, key)
     check_supported(model_config, max_length)
     if backend is not AttentionBackend.sdpa:
         check_kernel(backend, device, heads_of(model_config), TORCH_DTYPES[config.dtype])
@@ -75,7 +86,7 @@ def load_packed(folder: Path, config: ModelConfig, max_length: int, device: torc
         check_liger(model_config.model_type, device)
     if config.compile:
         check_compiler(device)
-    causal_lm = load_weights(folder, model_config, config, device, attention=PACKED)
+    causal_lm = load_weights(folder, model_config, config, device, attention=PACKED, key=key)
     if config.quantization is not None:
         keep_trainable(causal_lm)
     if config.liger:
@@ -114,13 +125,14 @@ def load_weights(
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
             **placement(config, device),
         )
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
-            got=f"{folder}: {first_line(error)}",
+            got=f"{folder}: {_loading_fault(error)}",
             remedy=f"download or save the model again, or set {key} to another model",
         ) from error
     missing = sorted(report["missing_keys"])
@@ -133,8 +145,15 @@ def load_weights(
         )
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     unread = _unread_when_sharded(causal_lm, folder) if is_sharded else report["unexpected_keys"]
-    check_all_weights_read(causal_lm, sorted(unread), folder)
+    check_all_weights_read(causal_lm, sorted(unread), folder, key)
     return causal_lm
+
+
+def _loading_fault(error: Exception) -> str:
+    """Return the first line of an error, and the next one where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    is_announced = len(lines) > 1 and lines[0].endswith(":")
+    return f"{first_line(error)} {lines[1][:200]}" if is_announced else first_line(error)
 
 
 def _unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
@@ -164,10 +183,8 @@ def _unread_when_sharded(causal_lm: Any, folder: Path) -> set[str]:
 def _tensor_names(file: Path) -> list[str]:
     if file.suffix == ".json":  # an index
         return []
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as content:
-            return list(content.keys())
-    return list(torch.load(file, map_location="meta", weights_only=True))
+    with safe_open(file, "pt") as content:
+        return list(content.keys())
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -178,7 +195,7 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     return {} if on_host else {"device_map": {"": device}}
 
 
-def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> None:
+def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key: str = "model.path") -> None:
     """Check that the architecture reads all tensors that the files contain for its modules.
 
     Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
@@ -188,6 +205,7 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> N
         causal_lm: the loaded model.
         unread: names of tensors in the files that were not loaded.
         folder: of the model, for the error.
+        key: the configuration key to name in the error.
 
     Raises:
         ConfigError: a module of the model has further tensors in the files: the model is another function.
@@ -206,7 +224,7 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> N
     if own:
         raise ConfigError(
             f"the weight files have tensors that {type(causal_lm).__name__} does not read",
-            where="model.path",
+            where=key,
             got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
             expected="weights and config.json of one architecture",
             remedy="check model_type and the options in config.json",
@@ -220,8 +238,13 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path) -> N
     )
 
 
-def load_config(folder: Path, config: ModelConfig) -> Any:
+def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> Any:
     """Return the transformers configuration of a model folder, with all dropout and noise switched off.
+
+    Args:
+        folder: of the model.
+        config: whether its own code may run.
+        key: the configuration key to name in an error.
 
     Raises:
         ConfigError: config.json cannot be read, names code in the folder, or describes quantized weights.
@@ -229,24 +252,19 @@ def load_config(folder: Path, config: ModelConfig) -> Any:
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration's validation can raise anything
-        raise ConfigError(
+        refused = None if config.trust_remote_code else own_code_error(folder, "model.path")
+        raise refused or ConfigError(
             "the model's config.json cannot be read",
-            where="model.path",
+            where=key,
             got=f"{folder}: {first_line(error)}",
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
+    check_no_kernels(folder, "model.path")
     if config.trust_remote_code:
         check_no_remote_model(folder, model_config)
     quantized = getattr(model_config, "quantization_config", None)
     if quantized is not None:
-        # Quantized weights have no gradient: biases and norms alone would be trained.
-        raise ConfigError(
-            "the weight files of the model are quantized",
-            where="model.path",
-            got=f"{folder}, quantized by {dict(quantized).get('quant_method', 'a method without a name')}",
-            expected="weights in bf16, fp16 or fp32",
-            remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
-        )
+        raise quantized_weights(folder, dict(quantized), key)
     for name, value in vars(model_config).items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and any(noise in name for noise in _NOISES):

@@ -1,60 +1,11 @@
 """Architectures for which the packed forward is exact, and checks of a model's configuration."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.architectures import ARCHITECTURES, unknown_architecture
 from dpo_dist.model.attention import OTHER_MODELS, sliding_window_error
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Facts about an architecture for which the packed forward is exact.
-
-    Attributes:
-        is_exact_with_liger: also with Liger's norms, rotary embedding and gated MLP
-            (tests/gpu/test_layers_gpu.py).
-        has_learned_positions: each position has a learned embedding, so the number of positions is limited.
-    """
-
-    is_exact_with_liger: bool = False
-    has_learned_positions: bool = False
-
-
-# By `model_type`. tests/unit/model/test_architectures.py shows each to be exact. Other architectures may mix
-# tokens outside of attention (Mamba, Qwen3-Next), never call the registered attention (Bloom), or compute
-# more after the output layer: their log-probs would be wrong without any error.
-ARCHITECTURES = {
-    "ernie4_5": Architecture(),
-    "exaone4": Architecture(is_exact_with_liger=True),
-    "gemma": Architecture(is_exact_with_liger=True),
-    "gemma3_text": Architecture(is_exact_with_liger=True),
-    "glm": Architecture(),
-    "glm4": Architecture(is_exact_with_liger=True),
-    "gpt2": Architecture(has_learned_positions=True),
-    "gpt_neox": Architecture(),
-    "granite": Architecture(is_exact_with_liger=True),
-    "llama": Architecture(is_exact_with_liger=True),
-    "ministral": Architecture(is_exact_with_liger=True),
-    "ministral3": Architecture(),
-    "mistral": Architecture(is_exact_with_liger=True),
-    "mixtral": Architecture(),
-    "olmo": Architecture(),
-    "olmo2": Architecture(is_exact_with_liger=True),
-    "olmo3": Architecture(is_exact_with_liger=True),
-    "olmoe": Architecture(),
-    "opt": Architecture(has_learned_positions=True),
-    "phi": Architecture(),
-    "phi3": Architecture(is_exact_with_liger=True),
-    "qwen2": Architecture(is_exact_with_liger=True),
-    "qwen2_moe": Architecture(),
-    "qwen3": Architecture(is_exact_with_liger=True),
-    "qwen3_moe": Architecture(),
-    "seed_oss": Architecture(),
-    "smollm3": Architecture(is_exact_with_liger=True),
-    "starcoder2": Architecture(),
-}
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -72,14 +23,7 @@ def check_supported(model_config: Any, max_length: int) -> None:
     """
     _check_logits_unchanged(model_config)
     if model_config.model_type not in ARCHITECTURES:
-        raise ConfigError(
-            "the packed forward is not known to be exact for this architecture",
-            where="model.path",
-            got=model_config.model_type,
-            expected=", ".join(sorted(ARCHITECTURES)),
-            remedy="choose a model of one of these; to add an architecture, add it to ARCHITECTURES in "
-            "dpo_dist/model/supported.py and run tests/unit/model/test_architectures.py",
-        )
+        raise unknown_architecture(model_config.model_type, "model.path")
     _check_causal(model_config)
     _check_window(model_config, max_length)
     _check_fixed_rotation(model_config, max_length)

@@ -88,7 +88,8 @@ def scored_model(config: RunConfig) -> ModelConfig:
 
 def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEngine:
     """Load the reference from `folder`, in the policy's precision unless it is quantized; collective."""
-    return load_scored(folder, scored_model(config), config, world)
+    key = "model.path" if config.reference.path is None else "reference.path"
+    return load_scored(folder, scored_model(config), config, world, key=key)
 
 
 def load_scored(
@@ -97,6 +98,8 @@ def load_scored(
     config: RunConfig,
     world: World,
     finish: Callable[[PackedCausalLM], None] | None = None,
+    *,
+    key: str = "model.path",
 ) -> ReferenceEngine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
@@ -105,15 +108,16 @@ def load_scored(
         model_config: with its quantization.
         config: of the run.
         finish: adds an adapter, or replaces the weights of the model, sharded or not; None: does not.
+        key: the configuration key to name in an error.
     """
     log.info("loading a model to score from %s", folder)
     if model_config.quantization is not None:
         with whole_loading(world):
-            model = load_packed(folder, model_config, config.data.max_length, world.device)
+            model = load_packed(folder, model_config, config.data.max_length, world.device, key)
             if finish is not None:
                 finish(model)
             return QuantizedReference(model)
-    return _load_sharded(folder, model_config, config, world, finish)
+    return _load_sharded(folder, model_config, config, world, finish, key)
 
 
 def load_digested(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
@@ -133,6 +137,7 @@ def _load_sharded(
     config: RunConfig,
     world: World,
     finish: Callable[[PackedCausalLM], None] | None,
+    key: str,
 ) -> FrozenEngine:
     placement = config.reference
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
@@ -141,7 +146,7 @@ def _load_sharded(
         largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
-        model = load_packed(folder, model_config, config.data.max_length, world.device)
+        model = load_packed(folder, model_config, config.data.max_length, world.device, key)
         if finish is not None:
             finish(model)
     hidden_size = model.causal_lm.config.hidden_size

@@ -16,6 +16,7 @@ from dpo_dist.atomic import collect_abandoned
 from dpo_dist.data.dataset import Keys, PreferenceDataset
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.sampler import Indices
+from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.prefetch import prefetch
@@ -23,6 +24,7 @@ from dpo_dist.progress_file import note_progress
 from dpo_dist.reference.scoring import Round, Scorer, Work, plan_round, score_round
 from dpo_dist.reference.shard import Values
 from dpo_dist.reference.store import LogpStore
+from dpo_dist.signals import stopped_by
 
 Progress = Callable[[int, int], None]
 
@@ -73,6 +75,7 @@ class StoreFiller:
         micro_batch_tokens: that fit on a device at once, without activations.
         costs: of the model, to balance ranks.
         entries_per_shard: approximate number of entries in a shard.
+        stops: asked after each micro-batch; None: nobody stops the fill.
         shards: size in bytes of every shard with an entry that the run uses, by name; equal on all ranks. A
             listing is not enough: on a network file system it may lack files that another node just wrote.
     """
@@ -83,6 +86,7 @@ class StoreFiller:
     micro_batch_tokens: int
     costs: ComputeCosts
     entries_per_shard: int
+    stops: Stops | None = None
     shards: Mapping[str, int] = field(default_factory=dict)
 
     def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
@@ -99,6 +103,7 @@ class StoreFiller:
         Raises:
             ReferenceModelError: the store cannot be written, or a log-prob is not finite.
             DataError: token ids do not match the key that they would be stored under.
+            StoppedError: a rank was asked to stop; what is scored is stored.
         """
         others = _OtherJobs(self.store, self.shards)
         missing, report, seed = self.world.on_main(
@@ -129,7 +134,8 @@ class StoreFiller:
         self, dataset: PreferenceDataset, work: Work, seed: int, others: "_OtherJobs", progress: Progress
     ) -> tuple[int, dict[str, int]]:
         """Return the number of responses computed by all ranks, and the shards of this rank."""
-        done, computed = 0, 0
+        done, computed, own = 0, 0, 0
+        must_stop = _Once(self.stops)
         plan = partial(plan_round, dataset, self.world, self.micro_batch_tokens, self.costs)
         rounds = work.rounds(max(1, self.entries_per_shard // 2) * self.world.size, seed)
         progress(0, len(work))
@@ -140,11 +146,20 @@ class StoreFiller:
                 left = self._not_stored_by(others, dataset, round_, plan)
                 if left is not None:
                     within = partial(_progress_within, progress, done, len(round_.work), len(work))
-                    writer.write(*score_round(dataset, left, score, self.world, within))
+                    keys, entries = score_round(dataset, left, score, self.world, within, must_stop)
+                    writer.write(keys, entries)
+                    own += len(keys)
                     computed += len(left.work.responses)
+                if must_stop.is_true:
+                    break
                 done += len(round_.work)
                 progress(done, len(work))
-            return computed, writer.finish()
+            written = writer.finish()
+        if must_stop.is_true and self.stops is not None:
+            stored, wanted = sum(self.world.gather(own)), len(work.responses)
+            when = f"after {stored:,} of the {wanted:,} missing reference log-probs were stored"
+            raise stopped_by(self.stops.reasons(), when)
+        return computed, written
 
     def _not_stored_by(
         self, others: "_OtherJobs", dataset: PreferenceDataset, round_: Round, plan: Callable[[Work], Round]
@@ -154,6 +169,19 @@ class StoreFiller:
         if stored.all():
             return None
         return plan(round_.work.select(~stored)) if stored.any() else round_
+
+
+class _Once:
+    """Whether a rank was asked to stop; collective until it is true."""
+
+    def __init__(self, stops: Stops | None):
+        self._stops = stops
+        self.is_true = False
+
+    def __call__(self) -> bool:
+        """Ask all ranks."""
+        self.is_true = self._stops is not None and self._stops.must_stop()
+        return self.is_true
 
 
 def _progress_within(progress: Progress, done: int, pairs: int, total: int, share: float) -> None:

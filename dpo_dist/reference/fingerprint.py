@@ -66,5 +66,5 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         found = ReferenceFingerprint(content["reference"], dict(content["profile"]), str(content["label"]))
         return found if found.as_dict() == content and found.name == folder.name else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -1,6 +1,8 @@
 """Sources of a micro-batch's reference log-probs: the store, a live engine, the policy's base, or none."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +21,10 @@ class ReferenceProvider(Protocol):
     def attach(self, batch: PackedBatch) -> PackedBatch:
         """Attach log-probs that need no forward pass, on the host; thread-safe. By default there are none."""
         return batch
+
+    def mapped_files(self) -> Iterable[Path]:
+        """Return the files whose values `attach` reads from memory maps. By default there are none."""
+        return ()
 
     def token_logps(self, batch: PackedBatch) -> Tensor | None:
         """Return float32 [targets] on the device of a batch that `attach` returned; None in mode `none`.
@@ -70,6 +76,10 @@ class StoredReference(ReferenceProvider):
         values = np.concatenate(self.store.read(batch.keys))
         scored = values if batch.mask is None else values[batch.mask]
         return replace(batch, reference_logps=torch.from_numpy(scored))
+
+    def mapped_files(self) -> Iterable[Path]:
+        """Return the shards of the store."""
+        return [self.store.root / name for name in self.store.shards]
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """Return the log-probs that `attach` looked up."""

@@ -96,12 +96,18 @@ def plan_round(
 
 
 def score_round(
-    dataset: PreferenceDataset, round_: Round, score: Scorer, world: World, progress: Callable[[float], None]
+    dataset: PreferenceDataset,
+    round_: Round,
+    score: Scorer,
+    world: World,
+    progress: Callable[[float], None],
+    must_stop: Callable[[], bool],
 ) -> tuple[Keys, list[Values]]:
     """Score this rank's micro-batches, the same number on every rank (law L2). Collective.
 
     Args:
         progress: called with the share of the round that is done.
+        must_stop: collective; asked after each micro-batch whether to end without the others.
 
     Returns:
         Keys uint64 [n, 2] and log-probs of this rank's responses.
@@ -124,6 +130,8 @@ def score_round(
             entries += last.entries() if last is not None else []
             last = scored
             progress(number / most_batches)
+            if must_stop():
+                break
     entries += last.entries() if last is not None else []
     world.together(lambda: _check_encoded(dataset, damaged))
     return np.concatenate(keys), entries

@@ -32,6 +32,9 @@ _Number = TypeVar("_Number", np.uint64, np.int64, np.float32)
 
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SUFFIX = ".safetensors"
+_MOST_TOKENS = 2**23
+_MOST_VALUES = 2**38
+"""Of an entry, and of a shard: more than any; forged ones would not fit into the index."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def open_shard(file: Path) -> Shard | None:
     """
     try:
         return verified_shard(file, _map(file))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         log.warning("shard %s is damaged, its entries count as missing: %s", file, error)
     return None
 
@@ -173,6 +176,9 @@ def parse_shard(content: npt.NDArray[np.uint8]) -> Shard:
     )
     if not len(shard.keys) == len(shard.ends) == len(shard.checks):
         raise ValueError("the numbers of keys, ends and checksums differ")
+    tokens = np.diff(shard.ends, prepend=0)
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= _MOST_TOKENS or shard.ends[-1] > _MOST_VALUES):
+        raise ValueError("the ends of its entries are no ends")
     return shard
 
 

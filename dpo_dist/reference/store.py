@@ -217,7 +217,7 @@ class LogpStore:
         if not_finite:
             raise ReferenceModelError(
                 "the reference model computes log-probs that are not finite",
-                where="reference.path",
+                where="reference.path (null: model.path)",
                 got=f"{not_finite} of {len(entries)} responses",
                 remedy="check the model's weights, and whether it needs model.dtype=fp32",
             )

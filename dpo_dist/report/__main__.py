@@ -1,13 +1,17 @@
 """Write the report page of a run again, or a page about the difference of two runs, from their files."""
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.existing_run import existing_run
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.report.charts.plots import draw_curves
+from dpo_dist.report.metrics_log import read_latest_rows
 from dpo_dist.report.run_page.difference import write_difference
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.safe_stream import open_closed_streams, print_line
@@ -21,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = existing_run(given.run)
         if given.other is None:
             path = write_page(run, given.price, given.output)
+            if given.output is None and not run.summary.exists():
+                _draw(run)
         else:
             path = write_difference((run, existing_run(given.other)), given.price, given.output)
     except DpoDistError as error:
@@ -37,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.completed
     print_line(fault.block(), sys.stderr)
     return fault.exit_code
+
+
+def _draw(run: RunFolder) -> None:
+    """Draw the training curves of a run that was killed, or is training; nothing without a metrics row."""
+    with contextlib.suppress(FileNotFoundError):
+        rows = read_latest_rows(run)
+        draw_curves(rows, run.curves, run.path.name)
+        print_line(f"curves: {run.curves}")
 
 
 def _parser() -> argparse.ArgumentParser:

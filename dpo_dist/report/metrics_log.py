@@ -42,6 +42,8 @@ _COST = (
     "mfu",
     "mfu/datasheet",
     "memory/peak_allocated_bytes",
+    "bad_steps",
+    "loss_spikes",
 )
 COLUMNS = ("step", "epoch", *PAIR_METRICS, *_COST, *(f"eval_{key}" for key in PAIR_METRICS))
 

@@ -14,6 +14,7 @@ from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.objective.metrics import MetricSums, TokenSums
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredPairs
+from dpo_dist.training.finite_gradient import never_finite_if_not
 from dpo_dist.training.step_timer import StepClock
 
 _COLUMNS = 13
@@ -46,7 +47,12 @@ def accumulate_coupled(
     pairs = gather_pairs(scored, rank_batch, world)
     leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
     loss, sums = objective.measure(pairs)
-    slopes = torch.autograd.grad(loss / rank_batch.pairs, leaves, allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(
+        never_finite_if_not(loss, pairs.policy.chosen) / rank_batch.pairs,
+        leaves,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
     policy.train()
     for number, (host_batch, positions) in enumerate(

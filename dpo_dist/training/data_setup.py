@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
 from dpo_dist.data.count_words import describe_counts
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.duplicates import count_duplicates, count_shared, count_shared_prompts, remembered_count
+from dpo_dist.data.encoded_source import array_files
 from dpo_dist.data.micro_batches import ComputeCosts
 from dpo_dist.data.prompt_split import Part, eval_part, train_part
 from dpo_dist.data.sampler import BatchSampler, Indices, make_sampler
@@ -85,12 +87,23 @@ class Inputs(ModelInputs):
         return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
 
     @property
+    def counts(self) -> dict[str, Any]:
+        """The counts of each dataset: the section `data` of summary.json."""
+        return {name: dataset.counts for name, dataset in self.named.items()}
+
+    @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each dataset with its indices that the run visits; the training dataset is first."""
         visited = [(self.train_set, self.sampler.visited_indices())]
         if self.eval_set is not None:
             visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
         return visited
+
+    @property
+    def mapped_files(self) -> list[Path]:
+        """The files of all datasets, which every rank maps into memory."""
+        folders = {source.folder for dataset in self.named.values() for source in dataset.encoded}
+        return [file for folder in sorted(folders) for file in array_files(folder)]
 
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:

@@ -22,8 +22,8 @@ from dpo_dist.training.evaluated import Evaluated
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.load_evaluated import check_origin, load_evaluated
 from dpo_dist.training.reference_setup import prepare_reference
-from dpo_dist.training.run import open_world
 from dpo_dist.training.step import evaluate
+from dpo_dist.training.world_setup import open_world
 
 Results = dict[str, dict[str, Any]]
 

@@ -14,6 +14,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.digests import text_digest
 from dpo_dist.model.folder import is_adapter, local_model_folder
+from dpo_dist.model.safe_weights import check_adapter
 
 if TYPE_CHECKING:
     from dpo_dist.training.data_setup import EvaluationInputs
@@ -66,6 +67,7 @@ def _find(named: str | None, run: RunFolder) -> Evaluated:
     if is_checkpoint(folder):
         return Evaluated(path, Kind.checkpoint)
     if is_adapter(folder):
+        check_adapter(folder, KEY)
         return Evaluated(path, Kind.adapter)
     is_local = local_model_folder(path, None, KEY) is not None
     return Evaluated(path, Kind.model if is_local else Kind.hub)

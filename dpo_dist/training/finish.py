@@ -1,18 +1,15 @@
 """The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.atomic import staged_folder
 from dpo_dist.config.identity import settings
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.diagnostics.verdict import verdict
@@ -20,14 +17,15 @@ from dpo_dist.distributed.checkpoint import drop_checkpoints
 from dpo_dist.distributed.device_memory import peak_memory_bytes
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import CheckpointError, DivergedError, ExitCode, RunOutcome
+from dpo_dist.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.model.save import write_model_folder
 from dpo_dist.report.environment import package_versions
 from dpo_dist.report.json_values import plain
 from dpo_dist.report.metrics_log import final_and_best
-from dpo_dist.report.model_card import model_card
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.closing_table import closing_table
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.training.card import data_findings, run_card
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.run_start import write_on_main
@@ -47,6 +45,7 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
     Raises:
         DivergedError: loss or gradient stopped being finite.
         CheckpointError: a file cannot be written.
+        StoppedError: the model is written, and the report is not, because a rank was asked to stop.
     """
     folder = RunFolder.of(loop.config)
     try:
@@ -58,10 +57,10 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
         state = RunState(RunOutcome.diverged, position.step, identity)
         _close(loop, state, _summary(loop, position))
         raise
-    state = RunState(outcome, position.step, identity)
     summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
-        _close(loop, state, summary)
+        stopped = RunState(outcome, position.step, identity, stopped_by=loop.stops.agreed)
+        _close(loop, stopped, summary | {"stopped_by": loop.stops.agreed})
         return ExitCode.preempted
     writing = loop.console.heartbeat("writing the model")
     tokenizer, template = loop.inputs.tokenizer, loop.config.data.chat_template
@@ -71,8 +70,9 @@ def run_to_its_end(loop: Loop, position: Position, identity: Identity) -> int:
     with loop.clock.of("saving"):
         export_model(loop.policy, tokenizer, folder.model, loop.world, writing, card)
     summary["work"] = loop.clock.read().as_dict()
-    exported = replace(state, outcome=RunOutcome.exported, summary=plain(summary))
+    exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
     write_on_main(lambda: write_state(folder, exported), folder, loop.world)
+    loop.stops.check("after the model was written, before its report")
     finish(loop.config, exported, loop.recorder, loop.world, loop.console)
     return ExitCode.completed
 
@@ -123,19 +123,9 @@ def export_model(
     weights = policy.whole_weights()
 
     def write() -> None:
-        try:
-            with staged_folder(folder) as temporary:
-                policy.causal_lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
-                tokenizer.save_pretrained(temporary)
-                if card is not None and (text := card()):
-                    (temporary / "README.md").write_text(text, encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                "the trained model cannot be written",
-                where=str(folder),
-                got=str(error),
-                remedy="free disk space; the same command writes the model from the last checkpoint",
-            ) from error
+        assert weights is not None
+        remedy = "free disk space; the same command writes the model from the last checkpoint"
+        write_model_folder(folder, policy.causal_lm, weights, tokenizer, card, remedy)
 
     world.on_main(write, while_waiting)
 
@@ -144,22 +134,17 @@ def _card(loop: Loop, summary: dict[str, Any]) -> str:
     """Return the model card of a run that has done its last step; "" if that fails. On rank 0."""
     text = ""
     with spared("the model card", loop.console.say):
-        text = _whole_card(loop, summary)
+        assert loop.recorder is not None
+        ended = {**summary, "exit": RunOutcome.completed.value}
+        text = run_card(
+            loop.config,
+            loop.recorder.metrics.rows,
+            ended,
+            loop.console,
+            is_evaluated=loop.inputs.eval_set is not None,
+            versions=package_versions(),
+        )
     return text  # noqa: RET504 (a bug ends the block before)
-
-
-def _whole_card(loop: Loop, summary: dict[str, Any]) -> str:
-    assert loop.recorder is not None
-    folder, rows = RunFolder.of(loop.config), loop.recorder.metrics.rows
-    ended = {**summary, "exit": RunOutcome.completed.value}
-    judged = verdict(rows, ended, _data_findings(folder, loop.console))
-    results = folder.evaluation_of(LAST_EVALUATION).results
-    evaluation = None
-    if loop.inputs.eval_set is not None and results.is_file():  # an earlier version did not write it
-        evaluation = json.loads(results.read_text(encoding="utf-8"))
-    return model_card(
-        loop.config, {**ended, "verdict": judged.as_dict()}, rows, evaluation, package_versions()
-    )
 
 
 def _close(loop: Loop, state: RunState, summary: dict[str, Any]) -> None:
@@ -182,25 +167,13 @@ def _close_report(
     ended = {**summary, "exit": outcome.value}
     lines: list[str] = []
     with spared("the verdict", console.say):
-        judged = verdict(rows, ended, _data_findings(folder, console))
+        judged = verdict(rows, ended, data_findings(folder, console))
         ended["verdict"] = judged.as_dict()
         lines = judged.lines()
     recorder.close(ended)
     with spared("the closing table", console.say):
         lines = [*closing_table(folder, rows, ended), *lines]
     console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
-
-
-def _data_findings(folder: RunFolder, console: Console) -> list[dict[str, Any]]:
-    """Return the doctor's findings about the data of this run; none if it was not asked."""
-    try:
-        found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        console.say(f"warning: the verdict ignores {folder.doctor_report}, which cannot be read: {error}")
-        return []
-    return found
 
 
 def _summary(loop: Loop, position: Position) -> dict[str, Any]:
@@ -211,12 +184,14 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
+        "bad_steps": position.bad_steps,
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
+        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
         "reference": position.reference_report,
         "work": loop.clock.read().as_dict(),
         "world_size": loop.world.size,
         "settings": settings(loop.config),
-        "data": {name: dataset.counts for name, dataset in loop.inputs.named.items()},
+        "data": loop.inputs.counts,
     }

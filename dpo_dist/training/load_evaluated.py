@@ -8,7 +8,7 @@ from typing import Protocol
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.checkpoint import open_checkpoint, read_state
+from dpo_dist.distributed.checkpoint_loading import open_checkpoint, read_state
 from dpo_dist.distributed.checkpoint_weights import load_checkpoint_weights
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError

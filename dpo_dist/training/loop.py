@@ -1,51 +1,48 @@
 """The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks."""
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_dist.config.loss_kinds import BcoDelta
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.mapped_files import MappedFiles
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.stops import GivenWay, Stops
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DivergedError
 from dpo_dist.model.flops import PeakFlops
-from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, MetricSums
+from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.prefetch import prefetch
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
+from dpo_dist.training.bad_steps import StepGuard, count, is_bad
 from dpo_dist.training.batch_loss import Objective, ReadyStep
+from dpo_dist.training.best_checkpoints import best_after
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.evaluation_files import write_evaluation
 from dpo_dist.training.learning_rate import learning_rate
 from dpo_dist.training.log_window import LogWindow, StepMeasures, throughput
+from dpo_dist.training.loss_spikes import name_spike
 from dpo_dist.training.position import Position
 from dpo_dist.training.progress import Progress
 from dpo_dist.training.run_start import write_on_main
 from dpo_dist.training.samples import Samples
-from dpo_dist.training.step import Evaluation, StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.step import Evaluation, evaluate, reduce_step, train_step
 from dpo_dist.training.step_timer import StepClock
 from dpo_dist.training.work_clock import WorkClock
 
 _STEPS_AHEAD = 2
-
-
-class _GivenWay(Exception):  # noqa: N818  (no error)
-    """An evaluation was ended because the run must stop."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Loop:
         recorder: on rank 0; None on the others.
         samples: at evaluations; None: none.
         clock: time by kind of work.
-        stop: asked after every step; one rank's vote ends the run on all, after a checkpoint.
+        stops: asked after every step; one rank's vote ends the run on all, after a checkpoint.
     """
 
     config: RunConfig
@@ -76,7 +73,7 @@ class Loop:
     samples: Samples | None
     console: Console
     clock: WorkClock
-    stop: StopRequest
+    stops: Stops
 
     def run(self, position: Position) -> bool:
         """Train from `position` to the last step, or until a rank asks to stop; collective.
@@ -85,21 +82,23 @@ class Loop:
             True after the last step; False if the run was stopped, with a checkpoint saved.
 
         Raises:
-            DivergedError: loss or gradient is not finite.
+            DivergedError: loss or gradient was not finite in too many steps.
         """
         self.clock.enter("other")
-        trainer, steps = self.config.trainer, self.inputs.sampler.steps
-        eval_set = self.inputs.eval_set
+        trainer, steps, eval_set = self.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         if eval_set is not None and trainer.eval_at_start and position.step == 0:
             position.owes_evaluation = True
         must_stop = False
         progress = Progress(self.console, steps, self.peaks, self.world.device)
         with (
-            self.stop.deferred(),
+            self.stops.request.deferred(),
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            self._evaluate(position)
+            if self._evaluate(position) and position.is_best:
+                self._save(position, is_last=False)
+            if position.owes_evaluation:
+                self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
                 with self.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
@@ -111,44 +110,43 @@ class Loop:
                     self._evaluate(position)
                 if position.owes_evaluation or (must_stop and done < steps):
                     self._say_why(position)
-                if (
-                    done == steps
-                    or must_stop
-                    or position.owes_evaluation
-                    or _is_due(done, trainer.save_every)
-                ):
-                    self._save(position)
+                is_last = done == steps or must_stop or position.owes_evaluation
+                if is_last or position.is_best or _is_due(done, trainer.save_every):
+                    self._save(position, is_last=is_last)
         with self.clock.of("saving"):
             self.checkpoints.commit()
         is_done = position.step == steps and not position.owes_evaluation
-        return is_done and not self.world.agree(self.stop.is_urgent)
+        if is_done and self.stops.must_stop():
+            self._say_why(position)
+            return False
+        return is_done
 
-    def _evaluate(self, position: Position) -> None:
-        """Do the evaluation that `position` owes, if any; still owed if a rank asks to stop meanwhile."""
+    def _evaluate(self, position: Position) -> bool:
+        """Do the evaluation that `position` owes; still owed if a rank asks to stop; return if it is done."""
         if not position.owes_evaluation:
-            return
+            return False
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(_GivenWay):
+        with contextlib.suppress(GivenWay), self.clock.of("evaluation"):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
-
-    def _give_way(self) -> None:
-        """End an evaluation if a rank cannot wait for it; collective.
-
-        Raises:
-            _GivenWay: on all ranks.
-        """
-        if self.world.agree(self.stop.is_urgent):
-            raise _GivenWay
+        return not position.owes_evaluation
 
     def _say_why(self, position: Position) -> None:
-        reasons = ", ".join(sorted({reason for reason in self.world.gather(self.stop.reason) if reason}))
-        self.console.say(f"stopping after step {position.step}, with a checkpoint: {reasons}")
+        saved = ", with a checkpoint" if position.step else ""
+        self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
 
     def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
-        """Yield every step from `first` on; runs in the prefetch thread."""
+        """Yield every step from `first` on; runs in the prefetch thread.
+
+        Raises:
+            DataError: files of the data or of the reference were changed in place.
+        """
         sampler = self.inputs.sampler
+        arrays = MappedFiles(self.inputs.mapped_files)
+        shards = MappedFiles(self.objective.reference.mapped_files())
         for step in range(first, sampler.steps):
+            arrays.check()
+            shards.check()
             rank_batch = self._shard(self.inputs.train_set, sampler.indices(step))
             yield self.objective.ready_step(rank_batch, self.world.device)
 
@@ -165,58 +163,45 @@ class Loop:
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
             self.reference_sync.after_step(position.step + 1)
-        votes = [self.stop.vote(), self.checkpoints.is_ready]
+        votes = [self.stops.request.vote(), *self.checkpoints.votes]
         totals = reduce_step(sums, votes, norm, world)
-        stop_votes, commit_votes = totals.votes
-        if commit_votes == world.size:
+        stop_votes, *checkpoint_votes = totals.votes
+        if self.checkpoints.must_commit(checkpoint_votes):
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        running = self._running_values(totals.means, position, rank_batch.pairs)
+        bad = is_bad(totals)
+        pairs = rank_batch.pairs
+        running = {} if bad else position.add_running(self.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = StepMeasures(
             sums=totals.sums,
             counts=totals.counts,
             values={**running, "grad_norm": totals.grad_norm, **times},
             learning_rate=rate,
-            pairs=rank_batch.pairs,
+            pairs=pairs,
             tokens=rank_batch.tokens,
             flops=self.inputs.flops.of(rank_batch.tokens, rank_batch.targets, rank_batch.attended),
             seconds=sum(times.values()),
         )
         position.step += 1
-        position.pairs_seen += rank_batch.pairs
+        position.pairs_seen += pairs
         position.train_seconds += measures.seconds
-        position.window.add(measures)
-        self._check_finite(totals, position)
-        progress.add(position.step, measures, must_stop=stop_votes > 0)
+        count(position, totals)
+        guard = StepGuard(self.config, world, self.inputs, self.policy, self.objective, self.console)
+        if bad:
+            guard.name_pairs(ready, totals, position)
+        else:
+            position.window.add(measures)
+            progress.add(position.step, measures, must_stop=stop_votes > 0)
+        error = guard.end(totals, position)
+        if error is not None:
+            position.window = LogWindow()
+            position.window.add(measures)
+            self._record_window(position)
+            self.checkpoints.commit()
+            raise error
         return stop_votes > 0
-
-    def _check_finite(self, totals: StepTotals, position: Position) -> None:
-        loss, grad_norm = totals.means["loss"], totals.grad_norm
-        if math.isfinite(grad_norm) and math.isfinite(loss):
-            return
-        self._record_window(position)
-        self.checkpoints.commit()
-        raise DivergedError(
-            f"loss or gradient is not finite at step {position.step}; this update was not applied",
-            got=f"loss {loss}, gradient norm {grad_norm}",
-            remedy="lower optim.lr or raise optim.warmup_ratio, and look at the pairs of this step; "
-            "the checkpoints before it are complete",
-        )
-
-    def _running_values(self, means: Mapping[str, float], position: Position, pairs: int) -> dict[str, float]:
-        """Return the loss parameters that depend on the steps before; add this step to `position.running`."""
-        loss, before = self.config.loss, position.running
-        row = {}
-        if BATCH_MARGIN in means:
-            row["loss/beta"] = before.batch_beta(loss, means[BATCH_MARGIN])
-        if loss.bco_delta is BcoDelta.running_mean:
-            row["loss/delta"] = before.reward
-        if row:
-            margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
-            position.running = before.after(loss, margin, reward, pairs)
-        return row
 
     def _shard(self, dataset: PreferenceDataset, indices: Indices) -> RankBatch:
         budget, only_chosen = self.config.trainer.micro_batch_tokens, self.config.loss.is_one_sided
@@ -225,15 +210,11 @@ class Loop:
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
-        with self.clock.of("evaluation"):
-            self._record_timed_evaluation(dataset, position)
-
-    def _record_timed_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         started = time.monotonic()
         rank_batch = self._shard(dataset, np.arange(len(dataset), dtype=np.int64))
         self.policy.train(False)
         evaluation = evaluate(
-            self.policy, self.objective, rank_batch, self.world, position.running, self._give_way
+            self.policy, self.objective, rank_batch, self.world, position.running, self.stops.give_way
         )
         metrics = MetricSums(evaluation.sums.names, self.world.sum(evaluation.sums.values)).means()
         seconds = time.monotonic() - started
@@ -247,9 +228,10 @@ class Loop:
         measured = {**metrics, **throughput(rank_batch.pairs, rank_batch.tokens, seconds)}
         samples = self.samples
         if samples is not None and samples.is_due(position.step, trainer.eval_every, is_last=is_last):
-            measured |= samples.at(position.step, self._give_way)
+            measured |= samples.at(position.step, self.stops.give_way)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
+        position.best = self.world.on_main(lambda: best_after(trainer, position.best, position.step, named))
 
     def _write_evaluation(
         self, dataset: PreferenceDataset, evaluation: Evaluation, means: dict[str, float]
@@ -269,10 +251,15 @@ class Loop:
         write_on_main(write, RunFolder.of(self.config), self.world, writing)
 
     def _record_window(self, position: Position) -> None:
-        """Record one metrics row of the steps since the last one."""
+        """Record one metrics row of the steps since the last one, if one of them was applied."""
+        if not position.window.steps:
+            return
         row = {**self._row_start(position), **position.window.row(self.peaks)}
         if self.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        row["bad_steps"] = position.bad_steps
+        if self.recorder is not None:
+            name_spike(row, self.recorder.metrics, self.inputs, self.console.say)
         self._record(row)
         position.window = LogWindow()
 
@@ -284,13 +271,14 @@ class Loop:
             self.recorder.record(row, margins)
             self.console.row(row, self.inputs.sampler.steps)
 
-    def _save(self, position: Position) -> None:
+    def _save(self, position: Position, *, is_last: bool) -> None:
         with self.clock.of("saving"):
             if self.recorder is not None:
                 self.recorder.metrics.save()
             position.work = self.clock.read()
-            state = {**asdict(position), **self.identity, "steps": self.inputs.sampler.steps}
-            self.checkpoints.save(position.step, state)
+            facts = {"steps": self.inputs.sampler.steps, "counts": self.inputs.counts}
+            state = {**asdict(position), **self.identity, **facts}
+            self.checkpoints.save(position.step, state, is_last=is_last)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -4,9 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_dist.config.checkpoint_folders import STATE
+from dpo_dist.config.loss_kinds import BcoDelta, LossConfig
+from dpo_dist.errors import CheckpointError, first_line
+from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.log_window import LogWindow
 from dpo_dist.training.work_clock import WorkTime
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """A checkpoint that is kept for the value of an evaluation metric."""
+
+    metric: str
+    step: int
+    value: float
 
 
 @dataclass
@@ -16,6 +29,10 @@ class Position:
     Attributes:
         reference_report: the section `reference` of summary.json, of all starts.
         work: time of all starts.
+        bad_steps: number of steps that were skipped because loss or gradient was not finite.
+        bad_in_a_row: of these, the last ones without another step between them.
+        collapsed_in_a_row: last steps of a policy that has collapsed.
+        best: the best checkpoints by `trainer.keep_best`, the best first.
         owes_evaluation: the run was stopped before the evaluation of its last step was complete.
     """
 
@@ -26,11 +43,33 @@ class Position:
     window: LogWindow = field(default_factory=LogWindow)
     reference_report: dict[str, Any] = field(default_factory=dict)
     work: WorkTime = field(default_factory=WorkTime)
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    collapsed_in_a_row: int = 0
+    best: list[BestCheckpoint] = field(default_factory=list)
     owes_evaluation: bool = False
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
-        """Return the position in a checkpoint's state."""
+        """Return the position in a checkpoint's state.
+
+        Raises:
+            CheckpointError: it has no position.
+        """
+        try:
+            return cls._of(state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                "the state of the checkpoint cannot be read",
+                where=STATE,
+                got=first_line(error),
+                remedy="restore the checkpoint, or delete it to resume from the one before",
+            ) from error
+
+    @classmethod
+    def _of(cls, state: Mapping[str, Any]) -> "Position":
+        if not all(isinstance(state[name], int) and state[name] >= 0 for name in ("step", "pairs_seen")):
+            raise ValueError("steps and pairs are counts")
         return cls(
             step=state["step"],
             pairs_seen=state["pairs_seen"],
@@ -39,5 +78,32 @@ class Position:
             window=LogWindow.of(state["window"]),
             reference_report=state.get("reference_report", {}),  # older ones have none
             work=WorkTime.of(state),
+            bad_steps=state.get("bad_steps", 0),
+            bad_in_a_row=state.get("bad_in_a_row", 0),
+            collapsed_in_a_row=state.get("collapsed_in_a_row", 0),
+            best=[BestCheckpoint(**one) for one in state.get("best", [])],
             owes_evaluation=state.get("owes_evaluation", False),
         )
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the checkpoint of this step is one of the best."""
+        return any(one.step == self.step for one in self.best)
+
+    def add_running(self, loss: LossConfig, means: Mapping[str, float], pairs: int) -> dict[str, float]:
+        """Add a step to `running`, and return the loss parameters that it had from the steps before.
+
+        Args:
+            loss: settings.
+            means: of the step's metrics.
+            pairs: of the step.
+        """
+        row = {}
+        if BATCH_MARGIN in means:
+            row["loss/beta"] = self.running.batch_beta(loss, means[BATCH_MARGIN])
+        if loss.bco_delta is BcoDelta.running_mean:
+            row["loss/delta"] = self.running.reward
+        if row:
+            margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
+            self.running = self.running.after(loss, margin, reward, pairs)
+        return row

@@ -10,6 +10,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.device_memory import peak_memory_bytes, reset_peak_memory
 from dpo_dist.distributed.engine import PolicyEngine
+from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.model.attention_backend import choose_backend
 from dpo_dist.model.numerics import numerics_of
@@ -62,9 +63,17 @@ class Reference:
 
 
 def prepare_reference(
-    config: RunConfig, inputs: Inputs | EvaluationInputs, world: World, console: Console
+    config: RunConfig,
+    inputs: Inputs | EvaluationInputs,
+    world: World,
+    console: Console,
+    stops: Stops | None = None,
 ) -> Reference:
-    """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective."""
+    """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
+
+    Raises:
+        StoppedError: a rank was asked by `stops` to stop; what is scored is stored.
+    """
     mode = config.reference.mode
     if mode is ReferenceMode.none:
         return _reference(NoReference(), False, mode, inputs)
@@ -76,7 +85,7 @@ def prepare_reference(
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
         return _reference(LiveReference(load_digested(files, config, world)), is_start, mode, inputs)
-    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console)
+    provider, report, audited = _stored_reference(config, inputs, files, is_start, world, console, stops)
     return Reference(provider, is_start, audited, {"mode": mode.value, **report})
 
 
@@ -124,6 +133,7 @@ def _stored_reference(
     is_start: bool,
     world: World,
     console: Console,
+    stops: Stops | None,
 ) -> tuple[StoredReference, dict[str, Any], Audited]:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
@@ -148,7 +158,7 @@ def _stored_reference(
         return engines[0].token_logps
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
-    filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard)
+    filler = StoreFiller(empty, load_scorer, world, scoring_tokens(config), costs, entries_per_shard, stops)
     report = _fill(config, inputs, filler, console).as_dict() | {"entries": str(empty.folder)}
     provider = StoredReference(filler.open_filled())
     for dataset, indices in inputs.visited:

@@ -2,111 +2,155 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import (
-    Checkpoint,
-    CheckpointSaver,
-    Sharded,
-    load_checkpoint,
-)
-from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, load_checkpoint
 from dpo_dist.distributed.engine import FrozenEngine, PolicyEngine
-from dpo_dist.distributed.joined import joined
-from dpo_dist.distributed.nvme import check_async_io
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.signals import StopRequest
+from dpo_dist.distributed.slices import Sharded
+from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ExitCode, RunOutcome
 from dpo_dist.model.adapters import add_adapter
-from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
-from dpo_dist.model.numerics import deterministic_kernels
-from dpo_dist.model.optional_packages import check_bitsandbytes
+from dpo_dist.model.load import load_packed
 from dpo_dist.reference.providers import LiveReference, ReferenceProvider
 from dpo_dist.report.metrics_log import MetricsLog
 from dpo_dist.report.recorder import Recorder
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
+from dpo_dist.signals import BY_TRACKER, StopRequest
 from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.best_checkpoints import check_keep_best
+from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.header import say_header, say_steps
+from dpo_dist.training.length import describe_change
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
-from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
+from dpo_dist.training.run_start import Start, describe_run, find_start, locked, mark_started, recorded_stop
 from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
+from dpo_dist.training.world_setup import open_world, peak_flops
 
 
-def train(config: RunConfig, console: Console) -> int:
-    """Train as `config` says, from the last checkpoint if there is one; return the exit code."""
+def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
+    """Train as `config` says, from the last checkpoint if there is one; return the exit code.
+
+    Args:
+        config: of the run.
+        console: of this rank.
+        stop: is listening.
+    """
     began = time.monotonic()
-    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     folder = RunFolder.of(config)
-    with stop.listening(), open_world(config, console) as world, locked(folder, world, console):
-        console.say(f"run directory: {folder}")
-        clock = WorkClock(world.size, began)
+    with open_world(config, console) as world, locked(folder, world, console):
+        stops = Stops(stop, world)
+        stops.check()  # a library may have caught an error that a signal raised while it was imported
+        clock = WorkClock(world.size, began, world.activity.enter)
+        say_header(config, world, console)
         start = find_start(config, folder, world)
         if start.finished is not None:
-            return _complete(config, start.finished, stop, world, console)
-        environment = describe_run(config, folder, world)
-        if "loss_function" in environment:
-            console.say(f"loss: {environment['loss_function']}")
-        inputs = load_inputs(config, world, console)
-        identity = identify(config, inputs)
-        if start.checkpoint is not None:
-            former = start.checkpoint
-            world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
-        mark_started(folder, RunState(RunOutcome.started, start.step, identity), world, console)
-
-        with clock.of("samples"):
-            samples = prepare_samples(config, inputs, start.step, world, console)
-        reference, policy = _load_models(config, inputs, world, clock, console)
-        world.together(inputs.policy_files.check_unchanged)
-        objective = Objective(config.loss, reference.provider)
-        reference_sync = _reference_sync(config, reference.provider, policy, world)
-        sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
-        damaged = () if start.checkpoint is None else start.checkpoint.damaged
-        checkpoints = CheckpointSaver(folder.checkpoints, config.trainer.keep_last, sharded, world, damaged)
-        if start.checkpoint is not None:
-            position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
-        else:
-            checked = _check_start(config, inputs, policy, reference, objective, world, console)
-            position = Position(reference_report=reference.report | checked)
-        loop = Loop(
-            config=config,
-            world=world,
-            inputs=inputs,
-            policy=policy,
-            objective=objective,
-            reference_sync=reference_sync,
-            peaks=_peak_flops(config, world),
-            checkpoints=checkpoints,
-            identity=identity,
-            samples=None if samples is None else samples.open(policy, clock),
-            recorder=_open_recorder(config, position.step, world, stop, environment, console),
-            console=console,
-            clock=clock,
-            stop=stop,
-        )
-        exit_code = _run_tracked(loop, position, identity)
-        if isinstance(reference.provider, LiveReference):
-            reference.provider.engine.free()
-        policy.free()
+            return _complete(config, start.finished, stops, world, console)
+        inputs, environment, state = _begin(config, start, world, console)
+        with stop.deferred():
+            with recorded_stop(folder, state, stops):
+                loop, position = _set_up(config, start, inputs, environment, stops, clock, console)
+            with contextlib.closing(loop.checkpoints):
+                exit_code = _run_tracked(loop, position, state.identity)
+        if isinstance(loop.objective.reference, LiveReference):
+            loop.objective.reference.engine.free()
+        loop.policy.free()
         return exit_code
+
+
+def _begin(
+    config: RunConfig, start: Start, world: World, console: Console
+) -> tuple[Inputs, dict[str, Any], RunState]:
+    """Read the inputs and write the files of every start; collective.
+
+    Returns:
+        Inputs, content of environment.json, and the state of the run.
+    """
+    folder = RunFolder.of(config)
+    environment = describe_run(config, folder, world)
+    if "loss_function" in environment:
+        console.say(f"loss: {environment['loss_function']}")
+    inputs = load_inputs(config, world, console)
+    if inputs.eval_set is not None:
+        check_keep_best(config, inputs.eval_set.labels)
+    identity = identify(config, inputs)
+    if start.checkpoint is not None:
+        former = start.checkpoint
+        world.on_main(partial(check_identity, former.state, identity, former.folder, inputs.named))
+        if change := describe_change(former.state, config, inputs.sampler.steps):
+            console.say(change)
+    state = RunState(RunOutcome.started, start.step, identity)
+    mark_started(folder, state, world, console)
+    look_for_room(config, start, inputs.policy_files.folder, inputs.sampler.steps, world, console)
+    say_steps(inputs.sampler, start.step, console)
+    return inputs, environment, state
+
+
+def _set_up(
+    config: RunConfig,
+    start: Start,
+    inputs: Inputs,
+    environment: dict[str, Any],
+    stops: Stops,
+    clock: WorkClock,
+    console: Console,
+) -> tuple[Loop, Position]:
+    """Return the loop and its position: load models, fill the store, load the checkpoint. Collective.
+
+    Raises:
+        StoppedError: a rank was asked to stop.
+    """
+    world = stops.world
+    with clock.of("samples"):
+        samples = prepare_samples(config, inputs, start.step, world, console)
+    reference, policy = _load_models(config, inputs, stops, clock, console)
+    world.together(inputs.policy_files.check_unchanged)
+    stops.check()
+    objective = Objective(config.loss, reference.provider)
+    reference_sync = _reference_sync(config, reference.provider, policy, world)
+    sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
+    checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
+    if start.checkpoint is not None:
+        position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
+    else:
+        checked = _check_start(config, inputs, policy, reference, objective, world, console)
+        position = Position(reference_report=reference.report | checked)
+    stops.check()
+    loop = Loop(
+        config=config,
+        world=world,
+        inputs=inputs,
+        policy=policy,
+        objective=objective,
+        reference_sync=reference_sync,
+        peaks=peak_flops(config, world),
+        checkpoints=checkpoints,
+        identity=identify(config, inputs),
+        samples=None if samples is None else samples.open(policy, clock),
+        recorder=_open_recorder(config, position.step, stops, environment, console),
+        console=console,
+        clock=clock,
+        stops=stops,
+    )
+    return loop, position
 
 
 def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
     """Train to the end of the run with its trackers, and return the exit code; collective."""
+    loop.world.activity.steps_done = lambda: position.step
     trackers = None if loop.recorder is None else loop.recorder.trackers
     with (
         contextlib.nullcontext() if trackers is None else trackers.ended_by_errors(),
@@ -115,19 +159,7 @@ def _run_tracked(loop: Loop, position: Position, identity: Identity) -> int:
         return run_to_its_end(loop, position, identity)
 
 
-def precompute(config: RunConfig, console: Console) -> int:
-    """Fill the reference store with all log-probs that the run of `config` uses; return the exit code."""
-    with open_world(config, console) as world:
-        console.say(f"run directory: {config.run.dir}")
-        inputs = load_inputs(config, world, console)
-        prepare_reference(config, inputs, world, console)
-        console.say(f"reference: all log-probs of this run are in the store {config.reference.store}")
-    return ExitCode.completed
-
-
-def _complete(
-    config: RunConfig, finished: RunState, stop: StopRequest, world: World, console: Console
-) -> int:
+def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World, console: Console) -> int:
     """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
     folder = RunFolder.of(config)
     world.on_main(partial(check_configuration, finished.identity, config, folder))
@@ -137,25 +169,33 @@ def _complete(
     recorder = None
     if finished.outcome is RunOutcome.exported:
         environment = describe_run(config, folder, world)
-        recorder = _open_recorder(config, finished.step, world, stop, environment, console)
-    finish(config, finished, recorder, world, console)
+        recorder = _open_recorder(config, finished.step, stops, environment, console)
+    with stops.request.deferred():
+        finish(config, finished, recorder, world, console)
     console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    console.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     console.say("change the configuration or run.dir to train again")
     return ExitCode.completed
 
 
 def _load_models(
-    config: RunConfig, inputs: Inputs, world: World, clock: WorkClock, console: Console
+    config: RunConfig, inputs: Inputs, stops: Stops, clock: WorkClock, console: Console
 ) -> tuple[Reference, PolicyEngine]:
     """Load the reference, then the policy: a model that filled the store is freed before. Collective.
 
     With `reference.mode=adapter` the policy itself is the reference.
+
+    Raises:
+        StoppedError: a rank was asked to stop.
     """
+    world = stops.world
+    stops.check()
     if config.reference.mode is ReferenceMode.adapter:
         policy = load_policy(config, inputs, world)
         return adapter_reference(policy, inputs), policy
     with clock.of("reference"):
-        reference = prepare_reference(config, inputs, world, console)
+        reference = prepare_reference(config, inputs, world, console, stops)
+    stops.check()
     return reference, load_policy(config, inputs, world)
 
 
@@ -221,50 +261,22 @@ def _reference_sync(
     return ReferenceSync(reference.engine, policy, sync, world)
 
 
-def _peak_flops(config: RunConfig, world: World) -> PeakFlops:
-    """Return the peak of all devices, measured while all of them are busy; collective."""
-    dtype = TORCH_DTYPES[config.model.dtype]
-    is_cuda = world.device.type == "cuda"
-    datasheet = datasheet_peak(torch.cuda.get_device_name(world.device), dtype) if is_cuda else None
-    world.barrier()
-    peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
-    sheets = [sheet for _, sheet in peaks if sheet is not None]
-    return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)
-
-
-@contextlib.contextmanager
-def open_world(config: RunConfig, console: Console) -> Iterator[World]:
-    """Yield the world of this process's launch, set up as `config` says; collective."""
-    if config.reference.offload is Offload.nvme:
-        check_async_io()
-    if config.reference.quantization is not None:
-        check_bitsandbytes(config.reference.quantization, "reference.quantization")
-    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
-    with (
-        deterministic_kernels(config.trainer.deterministic),
-        joined(deepspeed_config, config.parallelism.timeout_seconds, console.alarm) as world,
-    ):
-        torch.manual_seed(config.trainer.seed)
-        yield world
-
-
 def _open_recorder(
     config: RunConfig,
     step: int,
-    world: World,
-    stop: StopRequest,
+    stops: Stops,
     environment: dict[str, Any],
     console: Console,
 ) -> Recorder | None:
     """Return the recorder of a run that continues after `step`; None on all ranks but 0."""
-    if not world.is_main:
+    if not stops.world.is_main:
         return None
     folder = RunFolder.of(config)
     metrics = MetricsLog.open(folder, step or None, console.say)
     trackers = open_trackers(
         config,
         folder,
-        partial(stop.ask, "the tracker"),
+        partial(stops.request.ask, BY_TRACKER),
         rows=metrics.rows,
         environment=environment,
         say=console.say,

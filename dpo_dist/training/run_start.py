@@ -7,25 +7,30 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from dpo_dist.atomic import collect_abandoned, is_temporary, recover_folder, write_text
+from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
-from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint
+from dpo_dist.distributed.checkpoint import remove_unfinished
+from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint
+from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import WhileWaiting, World
-from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
+from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome, StoppedError
 from dpo_dist.objective.custom_loss import check_custom_loss
 from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.recorder import spared
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.training.length import check_longer, former_length
 from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
 
 T = TypeVar("T")
@@ -63,6 +68,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     try:
         for written in (folder.path, folder.metrics, folder.samples):
             world.on_main(partial(collect_abandoned, written))
+        world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
     finally:
         for file in files:
@@ -129,13 +135,15 @@ def find_start(config: RunConfig, folder: RunFolder, world: World) -> Start:
         return Start()
     state, has_model, has_weights = world.on_main(partial(_read_result, folder))
     is_finished = state is not None and state.outcome in (RunOutcome.exported, RunOutcome.completed)
-    if is_finished and has_weights:
+    has_other_length = state is not None and former_length(state.identity, config, folder) is not None
+    if is_finished and has_weights and not has_other_length:
         return Start(finished=state)
     checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
-        _check_fresh_start(config.run.resume, folder, is_finished, has_model)
+        _check_fresh_start(config.run.resume, folder, is_finished, has_model, has_other_length)
         return Start()
     world.on_main(partial(check_configuration, checkpoint.state, config, folder))
+    world.on_main(partial(check_longer, checkpoint.state, config, folder))
     return Start(checkpoint)
 
 
@@ -145,9 +153,18 @@ def _read_result(folder: RunFolder) -> tuple[RunState | None, bool, bool]:
     return read_state(folder), folder.model.is_dir(), any(folder.model.glob("*.safetensors"))
 
 
-def _check_fresh_start(resume: Resume, folder: RunFolder, is_finished: bool, has_model: bool) -> None:
+def _check_fresh_start(
+    resume: Resume, folder: RunFolder, is_finished: bool, has_model: bool, has_other_length: bool
+) -> None:
     """Refuse a fresh start where a checkpoint is required, or where it would replace a result."""
     model = f"{folder.model.name}/"
+    if has_other_length and (is_finished or has_model):
+        raise CheckpointError(
+            "this run has another length and no checkpoint from which it could continue to this one",
+            where=str(folder.checkpoints),
+            remedy="set the length that it had, or train a new run with another run.dir; runs with "
+            "trainer.keep_last of 1 or more can be continued",
+        )
     if is_finished:
         raise CheckpointError(
             "this run is complete, but its model and its checkpoints were removed",
@@ -231,7 +248,7 @@ def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str
     loss_function = _describe_loss_function(config, world)
 
     def write() -> dict[str, Any]:
-        write_text(folder.config, to_yaml(config))
+        write_text(folder.config, to_yaml(config, without_secrets))
         environment = describe_environment(world.size) | loss_function
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         return environment
@@ -253,3 +270,15 @@ def mark_started(folder: RunFolder, state: RunState, world: World, console: Cons
                 write_page(folder)
 
     write_on_main(work, folder, world)
+
+
+@contextlib.contextmanager
+def recorded_stop(folder: RunFolder, state: RunState, stops: Stops) -> Iterator[None]:
+    """Write the state of a run that is stopped inside the block, before a step of this start."""
+    try:
+        yield
+    except StoppedError:
+        if stops.world.is_main:
+            with contextlib.suppress(OSError):
+                write_state(folder, replace(state, outcome=RunOutcome.preempted, stopped_by=stops.agreed))
+        raise

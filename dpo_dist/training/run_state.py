@@ -15,16 +15,18 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.former_encodings import was_fingerprint_of
 from dpo_dist.errors import CheckpointError, RunOutcome
 from dpo_dist.training.data_setup import Inputs
+from dpo_dist.training.length import as_text, former_length
 
 Identity = dict[str, str | None]
 
 _NAMES = {
-    "run_digest": "configuration",
     "data": "training data",
     "eval_data": "evaluation data",
     "model": "model that the policy starts from",
     "reference": "reference model",
 }
+_LENGTH = "length"
+"""Part of the configuration's digest; a run may be continued to a greater one."""
 # By the names of `Inputs.named`.
 _DATA = {"data": "train", "eval_data": "eval"}
 
@@ -38,12 +40,14 @@ class RunState:
         step: the number of steps done; with `started`, when the last start began.
         identity: digests of all inputs that decide the result.
         summary: content of summary.json with `exported`, else None.
+        stopped_by: the reasons of a stop: signals, limits, the tracker; None with another outcome.
     """
 
     outcome: RunOutcome
     step: int
     identity: Identity
     summary: dict[str, Any] | None = None
+    stopped_by: str | None = None
 
 
 def read_state(folder: RunFolder) -> RunState | None:
@@ -61,7 +65,7 @@ def read_state(folder: RunFolder) -> RunState | None:
         return state
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             "the state of this run cannot be read",
             where=str(file),
@@ -83,11 +87,12 @@ def identify(config: RunConfig, inputs: Inputs) -> Identity:
         "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
         "model": inputs.policy_files.digest,
         "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
+        _LENGTH: as_text(config),
     }
 
 
 def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
-    """Check that the run directory belongs to `config`.
+    """Check that the run directory belongs to `config`, or to a run that differs in its length only.
 
     Args:
         recorded: the state of a checkpoint, or the identity in the state file.
@@ -98,7 +103,7 @@ def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: 
         CheckpointError: it belongs to another configuration; the error names the keys that differ.
     """
     digest, former = run_digest(config), recorded.get("run_digest")
-    if former == digest:
+    if former == digest or former_length(recorded, config, folder) is not None:
         return
     changed = changed_keys(folder.config, config)
     function = config.loss.function
@@ -129,6 +134,8 @@ def check_identity(
     for name, digest in identity.items():
         former = recorded.get(name)
         dataset = datasets.get(_DATA.get(name, ""))
+        if name in (_LENGTH, "run_digest"):  # of `check_configuration`
+            continue
         if former == digest or (dataset and former and was_fingerprint_of(former, dataset.encoded)):
             continue
         also = " (after an update of this program also those in data.cache)" if dataset else ""

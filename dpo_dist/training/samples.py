@@ -109,7 +109,7 @@ class SamplePrompts:
             if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
                 return None
             return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def write_reference(self, responses: Sequence[Row]) -> None:

@@ -14,11 +14,19 @@ from dpo_dist.config.loss_kinds import LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_function import find_function
+from dpo_dist.data.first_records import check_first_formats
 from dpo_dist.data.sources import check_source
 from dpo_dist.data.tokenization.chat_template import check_template_file
-from dpo_dist.errors import ConfigError, DataError
-from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
+from dpo_dist.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.model.architectures import check_described
+from dpo_dist.model.folder import (
+    check_cached_offline,
+    check_tokenizer_files,
+    local_model_folder,
+    weight_files,
+)
 from dpo_dist.model.optional_packages import check_bitsandbytes, check_liger_kernel, check_tracker
+from dpo_dist.model.weights_on_disk import check_weights
 from dpo_dist.report.terminal.console import Console, open_console
 
 # Processes of one start begin within this time of each other.
@@ -42,6 +50,7 @@ def check_start(config: RunConfig) -> None:
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
+        check_first_formats(source, config.data)
     check_template_file(config.data.chat_template)
     _check_run_dir(config)
     for key, folder in _needed_folders(config).items():
@@ -81,16 +90,16 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     """
     began, folder = time.time(), RunFolder.of(config)
     # Written by another start, which may be running: rank 0 of this one has not opened its log yet.
-    is_used = folder.rank_log(0).exists()
+    is_used = _exists(folder.rank_log(0))
     missing = [
         path
         for needed in _needed_folders(config).values()
         for path in (needed, *needed.parents)
-        if not path.exists()
+        if not _exists(path)
     ]
     try:
         yield
-    except (ConfigError, DataError):
+    except (ConfigError, DataError, ReferenceModelError, CheckpointError):
         _remove_traces(folder, is_used, missing, began)
         raise
     if of_success:
@@ -100,7 +109,7 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
 def _remove_traces(folder: RunFolder, is_used: bool, missing: list[Path], began: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    if not is_used and folder.path.is_dir() and _is_of_this_start(folder, began):
+    if not is_used and _exists(folder.path) and folder.path.is_dir() and _is_of_this_start(folder, began):
         shutil.rmtree(folder.path, ignore_errors=True)
     for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
@@ -139,14 +148,14 @@ def _needed_folders(config: RunConfig) -> dict[str, Path]:
 
 def _check_run_dir(config: RunConfig) -> None:
     """Refuse a run directory that is a model's folder or that contains other runs."""
-    run_dir = RunFolder.of(config).path.expanduser().resolve()
+    run_dir = _real(str(RunFolder.of(config)))
     models = [path for path in (config.model.path, config.reference.path) if path is not None]
     fault = ""
     if run_dir == run_dir.parent:
         fault = "the root of the file system"
-    elif any(Path(path).expanduser().resolve() == run_dir for path in models):
+    elif any(_real(path) == run_dir for path in models):
         fault = "the folder of a model"
-    elif next(run_dir.glob(f"*/{RunFolder(run_dir).state.name}"), None) is not None:
+    elif _contains_runs(run_dir):
         fault = "a folder that contains other runs"
     if fault:
         raise ConfigError(
@@ -158,13 +167,30 @@ def _check_run_dir(config: RunConfig) -> None:
         )
 
 
+def _real(path: str) -> Path:
+    """Return a path without links; links in a circle stay."""
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
+def _contains_runs(folder: Path) -> bool:
+    try:
+        return next(folder.glob(f"*/{RunFolder(folder).state.name}"), None) is not None
+    except OSError:  # `_check_folder` reports it
+        return False
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is a path; False for a name that is too long, unlike `Path.exists`."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def _check_folder(folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as fault:
-        is_file = folder.exists() and not folder.is_dir()
+        is_file = _exists(folder) and not folder.is_dir()
         raise ConfigError(
             f"{key} is a file" if is_file else f"{key} cannot be written",
             where=key,
@@ -186,8 +212,19 @@ def _check_packages(config: RunConfig) -> None:
 
 
 def _check_models(config: RunConfig) -> None:
-    policy = local_model_folder(config.model.path, config.model.revision, "model.path")
+    policy = _described_model(config.model.path, config.model.revision, "model.path")
     if policy is not None:
         check_tokenizer_files(policy)
     if config.reference.path is not None:
-        local_model_folder(config.reference.path, config.reference.revision, "reference.path")
+        _described_model(config.reference.path, config.reference.revision, "reference.path")
+
+
+def _described_model(path: str, revision: str | None, key: str) -> Path | None:
+    """Return the folder of a local model after the checks of its files; None for a model on the Hub."""
+    folder = local_model_folder(path, revision, key)
+    if folder is None:
+        check_cached_offline(path, key)
+    else:
+        check_described(folder, key)
+        check_weights(weight_files(folder), key)
+    return folder

@@ -26,6 +26,7 @@ from dpo_dist.objective.pair_values import PairValues, pair_values
 from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.batch_loss import Objective, ReadyStep, ScoredModel
 from dpo_dist.training.coupled import accumulate_coupled, coupled_sums
+from dpo_dist.training.finite_gradient import never_finite_if_not
 from dpo_dist.training.step_timer import StepClock
 
 
@@ -64,7 +65,10 @@ def train_step(
             loss, batch_sums = objective.measure(pairs)
             sums += batch_sums
             clock.enter("backward")
-            policy.backward(loss / pairs_in_batch, is_last=number == len(step.batches))
+            policy.backward(
+                never_finite_if_not(loss, pairs.policy.chosen) / pairs_in_batch,
+                is_last=number == len(step.batches),
+            )
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +51,12 @@ class WorkClock:
     Args:
         processes: of the run.
         started: the time of the start, by `time.monotonic`.
+        entered: called with every kind of work that begins.
     """
 
-    def __init__(self, processes: int, started: float):
+    def __init__(self, processes: int, started: float, entered: Callable[[str], None] | None = None):
         self._processes, self._marked = processes, started
+        self._entered = entered
         self._work: Work = "starting"
         self._spent = WorkTime()
 
@@ -68,6 +70,8 @@ class WorkClock:
         """Count the time from now on as `work`."""
         now = time.monotonic()
         self._spent.add(self._work, now - self._marked, self._processes)
+        if self._entered is not None and work != self._work:
+            self._entered(work)
         self._work, self._marked = work, now
 
     @contextlib.contextmanager

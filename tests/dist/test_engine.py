@@ -109,7 +109,7 @@ def shards(policy: PolicyEngine) -> list[Tensor]:
 def steps(
     assets: Assets, model: Path, reference: Sequence[np.ndarray], dtype: Dtype, world: World, folder: Path
 ) -> dict[str, Any]:
-    """`STEPS` with a reference engine coming and going between, then a step that is not finite."""
+    """`STEPS` with a reference engine, and steps that are not finite, coming and going between."""
     config, dataset = assets.config(model, dtype=dtype), assets.dataset()
     policy = PolicyEngine(load_packed(model, config.model, 1024, world.device), OPTIM, world)
     write_whole(policy, folder / "before.safetensors")
@@ -123,9 +123,8 @@ def steps(
 
     norms = [step(*STEPS[0])]
     shares = reference_comes_and_goes(assets, config, dataset, reference, world)
-    norms += [step(*of_step) for of_step in STEPS[1:]]
-    write_whole(policy, folder / "after.safetensors")
 
+    # Steps that are not finite leave nothing behind, so that the next ones are those of plain PyTorch.
     spoilt = dataset.keys[dataset.response_range(3)[1]].tobytes()
     before = shards(policy)
     bad_norms = [
@@ -133,6 +132,8 @@ def steps(
         step([3], 8192, Objective(LOSS, RowsAtHand.of(dataset, reference, spoilt))),
     ]
     unchanged = all(torch.equal(a, b) for a, b in zip(before, shards(policy), strict=True))
+    norms += [step(*of_step) for of_step in STEPS[1:]]
+    write_whole(policy, folder / "after.safetensors")
     return {"norms": norms, "bad norms": list(map(str, bad_norms)), "unchanged": unchanged, **shares}
 
 

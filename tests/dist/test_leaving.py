@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.distributed import peers
+from dpo_dist.distributed import failures, monitor
 from dpo_dist.distributed import world as world_module
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError
@@ -24,7 +24,7 @@ libc = ctypes.CDLL(None)
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
     """Block outside of the interpreter, like a collective call of NCCL: no Python signal handler runs."""
-    peers._GRACE_SECONDS = grace_seconds
+    monitor._GRACE_SECONDS = grace_seconds
     libc.sleep(seconds)
 
 
@@ -63,7 +63,7 @@ def test_blocked_ranks_name_the_dead_one_and_end(late: int, tmp_path: Path) -> N
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:
     if world.rank == 1:
-        peers.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = 1.0
+        failures.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = 1.0
         raise error
     world.barrier()
 
@@ -82,7 +82,7 @@ def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: st
     assert failing.error == name
     if name != "KeyError":  # which keeps its traceback
         assert printing([waiting, failing]) == [1]
-    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", peers.NOBODY), waiting.log
+    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", failures.NOBODY), waiting.log
     assert "process of the run failed" in waiting.message
 
 
@@ -134,7 +134,7 @@ def test_a_configuration_error_is_not_a_lost_process(scenario: Any, tmp_path: Pa
     """The launcher ends the others as soon as the first has left; they add nothing to what it said."""
     refusing, ended = outcomes_of(scenario, tmp_path)
     assert printing([refusing, ended]) == [0]
-    assert (ended.error, ended.reporting_rank) == ("PeerLostError", peers.NOBODY), (
+    assert (ended.error, ended.reporting_rank) == ("PeerLostError", failures.NOBODY), (
         ended.exit_code,
         ended.log,
     )

@@ -16,6 +16,7 @@ from dpo_dist.distributed.world import Peer, World
 from dpo_dist.reference import engine
 from dpo_dist.reference.digest import digest_on_every_node
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.signals import StopRequest
 from dpo_dist.training import reference_setup
 from dpo_dist.training import run as run_module
 from dpo_dist.training.data_setup import load_inputs
@@ -79,13 +80,13 @@ def test_weights_replaced_while_the_reference_loads_store_nothing(
 
 
 def train_with_others(overrides: list[str], models: list[Path], world: World, _folder: Path) -> Any:
-    policy = while_exchanged(run_module._load_policy, *models)
+    policy = while_exchanged(run_module.load_policy, *models)
     joined = contextlib.nullcontext(world)
     with (
-        patch.object(run_module, "_load_policy", policy),
-        patch.object(run_module, "_world", lambda *_: joined),
+        patch.object(run_module, "load_policy", policy),
+        patch.object(run_module, "open_world", lambda *_: joined),
     ):
-        run_module.train(load_run_config(overrides), Console(None))
+        run_module.train(load_run_config(overrides), Console(None), StopRequest())
 
 
 def test_a_policy_replaced_while_it_loads_is_not_trained(

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.loss_kinds import LossConfig, SyncReferenceConfig
 from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
 from dpo_dist.data.collate import shard_batch
-from dpo_dist.distributed.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.engine import PolicyEngine
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
@@ -31,6 +32,7 @@ from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
+from tests.support.slow_disk import slow_disk
 from tests.support.tiny_model import write_model
 
 ROWS = [(0, 1, 2), (3, 4), (5, 6, 7, 8), (9,), (10, 0), (1, 2, 3)]
@@ -200,10 +202,11 @@ def save_continue_and_restore(
     trainer.steps(3)
     saved = trainer.shards()
     saver = CheckpointSaver(root, 2, parts, world)
-    saver.save(3, {"step": 3})
+    with slow_disk():
+        saver.save(3, {"step": 3})
+        continued = trainer.steps(3)
+        end = trainer.shards()
     saver.commit()
-    continued = trainer.steps(3)
-    end = trainer.shards()
     found = latest_checkpoint(root, world)
     assert found is not None
     load_checkpoint(found, parts, world)

@@ -41,12 +41,15 @@ def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(overrides: Overrides, tmp_path: Path) -> None:
-    shell = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | head -1', "-", *command("train", overrides(), 1)]
+    """With the launcher, whose processes print to the same pipe."""
+    run = command("train", overrides("tracking.wandb=off"), 2)
+    shell = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | grep --line-buffered -m 1 "run dir"', "-", *run]
     ended = subprocess.run(
         shell, cwd=ROOT, env=environment() | {"LC_ALL": "C"}, capture_output=True, text=True, check=False
     )
     assert ended.stdout.count("\n") == 1
     assert "run directory: " in ended.stdout
+    assert ended.returncode == 0, ended.stderr
     assert summary(tmp_path / "run")["exit"] == "completed", ended.stderr
 
 

@@ -115,19 +115,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("free_kib", "text"),
-    [(200, "to do:    make room"), (600, "the trained model cannot be written")],
+    ("free_kib", "is_checked", "text"),
+    [
+        (200, True, "the disk has no room for the checkpoints and the model of this run"),
+        (200, False, "to do:    make room"),
+        (600, False, "the trained model cannot be written"),
+    ],
 )
 def test_a_disk_too_small_for_the_result_is_one_block(
-    free_kib: int, text: str, overrides: Overrides, small_disk: Path
+    free_kib: int, is_checked: bool, text: str, overrides: Overrides, small_disk: Path
 ) -> None:
     (small_disk / "filler").write_bytes(bytes((600 - free_kib) * 1024))
-    command = overrides(f"run.dir={small_disk}/run", "trainer.max_steps=1")
+    command = overrides(
+        f"run.dir={small_disk}/run", "trainer.max_steps=1", f"trainer.check_disk_room={is_checked}"
+    )
     ended = run_verb("train", command)
     assert ended.code == 2, ended.output
     assert ended.output.count(text) == 1, ended.output
     assert "Traceback" not in ended.output
     assert not (small_disk / "run/model").exists()
+    left = [path.name for path in small_disk.rglob("*")]
+    assert not [name for name in left if ".tmp-" in name]
+    assert not is_checked or left == ["filler"], "a start that fails before its first step leaves nothing"
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     train(command)
     assert (small_disk / "run/model/config.json").is_file()

@@ -1,12 +1,15 @@
 """A run that is asked to stop, by any signal at any rank, saves, ends with 75 and resumes exactly."""
 
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Overrides, small_run
-from tests.support.launch import history, run_state, signal_run, summary, train
+from tests.support.invented import write_pairs
+from tests.support.launch import history, run_state, run_verb, signal_run, summary, train
+from tests.support.signalled import Signalled, signalled
 
 STEPS = ["trainer.epochs=16", "optim.lr=1e-3", "trainer.save_every=4"]
 
@@ -36,14 +39,54 @@ def test_a_signal_saves_and_the_same_command_resumes_exactly(
 ) -> None:
     run, command = tmp_path / "run", overrides(*STEPS)
     saved = (run / "checkpoints" / "step-000004").is_dir
-    stopped = signal_run(command, number, ranks, saved, codes=tmp_path / "codes")
-    assert "process lost" not in stopped.output
-    assert (tmp_path / "codes").read_text().split() == ["75", "75"], stopped.output
+    if ranks:
+        stopped = signalled("train", command, number, ranks, saved)
+        assert stopped.codes == [75, 75], stopped.output
+        assert "Traceback" not in stopped.output
+        output = stopped.output
+    else:
+        output = signal_run(command, number, ranks, saved, codes=tmp_path / "codes").output
+        assert (tmp_path / "codes").read_text().split() == ["75", "75"], output
+    assert "process lost" not in output
     state = run_state(run)
     assert state["outcome"] == "preempted"
     assert summary(run)["exit"] == "preempted"
+    by = "SIGTERM" if number == signal.SIGKILL else number.name  # of the system, when a launcher has died
+    assert state["stopped_by"] == summary(run)["stopped_by"] == by
     assert 0 < state["step"] < uninterrupted[-1]["step"]
     assert (run / "checkpoints" / "latest").read_text() == f"step-{state['step']:06d}"
     assert f"stopping after step {state['step']}, with a checkpoint" in (run / "logs/rank-0.log").read_text()
     train(command, processes=2)
     assert history(run) == uninterrupted
+
+
+def assert_stopped(stopped: Signalled, text: str) -> None:
+    """Assert that both ranks ended with 75, and the screen has one error, with `text`."""
+    assert stopped.codes == [75, 75], stopped.output
+    assert len(re.findall("^stopped: ", stopped.output, re.MULTILINE)) == 1, stopped.output
+    assert re.search(text, stopped.output), stopped.output
+    assert "Traceback" not in stopped.output
+    assert "process lost" not in stopped.output
+
+
+def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "many.jsonl", 600, seed=3)
+    command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
+    store = tmp_path / "store"
+    stopped = signalled(
+        "train", command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
+    )
+    found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
+    assert_stopped(stopped, found)
+    stored, wanted = (
+        int(number.replace(",", ""))
+        for number in re.search(found, stopped.output).groups()  # type: ignore[union-attr]
+    )
+    assert 0 < stored < wanted
+    state = run_state(tmp_path / "run")
+    assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
+    again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
+    assert again.code == 0, again.output
+    assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output

@@ -1,157 +1,137 @@
-"""`launch/slurm/train.sbatch` on a real SLURM of two nodes: signals, requeues, idle starts.
+"""`launch/slurm/train.sbatch`, unchanged, on a SLURM of two nodes: every way in which a job ends."""
 
-The cluster is the one of SLURM_CONF, or one started on this machine for the tests where that is possible.
-"""
-
-import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import history, run_state, run_verb, summary, train
-from tests.support.records import TEXT, jsonl
-from tests.support.shared_data import shared_cluster_dir
-from tests.support.tiny_model import write_model
+from dpo_dist import store
+from tests.e2e.conftest import small_run
+from tests.support.launch import assert_same_history, history, run_state, summary, train
+from tests.support.slurm import Cluster, missing
+from tests.support.slurm_jobs import Job, jobs_of, steps_of, submit, with_stand_in
 
-ROOT = Path(__file__).parents[2]
-SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
-RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+STEPS = ["optim.lr=1e-3", "trainer.epochs=20", "trainer.save_every=5"]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a cluster's commands."""
-    if shutil.which("sbatch") is None:
-        pytest.skip("no SLURM")
-    if "SLURM_CONF" in os.environ:
-        yield dict(os.environ)
-        return
-    scripts = shared_cluster_dir()
-    if os.geteuid() != 0 or scripts is None or _is_up():
-        pytest.skip("no cluster, and none can be started here")
-    folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run(["bash", scripts / "slurm-up.sh", folder], check=True, capture_output=True, timeout=120)
-    yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run(["bash", scripts / "slurm-down.sh", folder], check=False, capture_output=True, timeout=60)
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = Cluster(folder)
+    try:
+        try:
+            cluster.start()
+        except (AssertionError, OSError) as error:
+            pytest.skip(f"SLURM does not start on this machine: {error}")
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
 
 
-def _is_up() -> bool:
-    return subprocess.run(["pgrep", "slurmctld"], check=False, capture_output=True).returncode == 0
+@pytest.fixture(scope="module")
+def whole(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on two processes that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    train([*small_run(assets, folder), *STEPS], processes=2)
+    return folder / "run"
 
 
-@pytest.fixture
-def submit(cluster: dict[str, str], tmp_path: Path) -> Callable[..., "Job"]:
-    """Submit a run of 2 processes on 2 nodes, with whatever overrides are added."""
-    pairs = jsonl(tmp_path, *(TEXT | {"prompt": f"question {number}"} for number in range(24)))
-    base = [
-        f"model.path={write_model(tmp_path / 'model')}",
-        "model.dtype=fp32",
-        f"data.train=[{pairs}]",
-        "trainer.global_batch_pairs=8",
-        f"run.root={tmp_path}",
-        "tracking=off",
-    ]
+def test_the_end_of_the_processes_decides_the_end_of_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    path = with_stand_in(tmp_path)
 
-    def make(*overrides: str, **variables: str) -> Job:
-        environment = cluster | {
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "DPO_DIST_ENV": "",
-            "PROCESSES_PER_NODE": "1",
-            "JOB_FILES": str(tmp_path),
-            **variables,
-        }
-        screen, arguments = tmp_path / "job.out", [*base, f"run.dir={tmp_path / 'run'}", *overrides]
-        options = ["--parsable", "--nodes=2", "--cpus-per-task=1", "--time=20", f"--output={screen}"]
-        command = ["sbatch", *options, str(SBATCH), *arguments]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        return Job(ended.stdout.strip(), cluster, tmp_path / "run", screen, arguments)
+    def job(codes: str, *options: str, **variables: str) -> Job:
+        small = ["--nodes=1", "--gres=gpu:2", *options]
+        return submit(cluster, tmp_path, small, [], CODES=codes, **{"PATH": path, **variables})
 
-    return make
-
-
-class Job:
-    """A submitted job."""
-
-    def __init__(
-        self, number: str, environment: dict[str, str], run: Path, screen: Path, arguments: list[str]
-    ):
-        self.number, self.environment, self.run, self.screen = number, environment, run, screen
-        self.arguments = arguments
-
-    def shown(self, field: str) -> str:
-        """A field of the job, as SLURM shows it."""
-        command = ["scontrol", "show", "job", self.number]
-        text = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=True
-        ).stdout
-        return re.search(rf"\b{field}=(\S*)", text)[1]
-
-    def ended(self, seconds: float = 300) -> str:
-        """Wait until the job has ended for good, and return its state."""
-        self.wait_for(lambda: self.shown("JobState") not in RUNNING, seconds)
-        return self.shown("JobState")
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 180) -> None:
-        """Wait for a condition; the job is cancelled if it does not come."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                self.send("--full")
-                raise AssertionError(self.screen.read_text() if self.screen.exists() else "no output")
-            time.sleep(0.2)
-
-    def send(self, *options: str) -> None:
-        """Call scancel for this job."""
-        subprocess.run(["scancel", *options, self.number], env=self.environment, check=True)
+    jobs = {
+        "a wrong configuration": job("2"),
+        "divergence; the launcher has ended the others": job("3,75,75", PROCESSES_PER_NODE="3"),
+        "a bug": job("1,75", PROCESSES_PER_NODE="2"),
+        "the stop button": job("75person"),
+        "a launcher that is not there": job("", PATH=f"{tmp_path}:/usr/sbin:/usr/bin:/bin"),
+        "an array of equal jobs": job("0", "--array=0"),
+        "stopped, saved": job("75saved"),
+        "killed by a second signal": job("143"),
+        "killed": job("none", PROCESSES_PER_NODE="2"),
+        "stopped again and again": job("75 75 75 75", MAX_IDLE_STARTS="2"),
+        "saved in the first start only": job("75saved none none", MAX_IDLE_STARTS="1"),
+    }
+    assert {name: job.ended() for name, job in jobs.items()} == {
+        "a wrong configuration": ("FAILED", "2:0", "0"),
+        "divergence; the launcher has ended the others": ("FAILED", "3:0", "0"),
+        "a bug": ("FAILED", "1:0", "0"),
+        "the stop button": ("FAILED", "75:0", "0"),
+        "a launcher that is not there": ("FAILED", "127:0", "0"),
+        "an array of equal jobs": ("FAILED", "2:0", "0"),
+        "stopped, saved": ("COMPLETED", "0:0", "1"),
+        "killed by a second signal": ("COMPLETED", "0:0", "1"),
+        "killed": ("COMPLETED", "0:0", "1"),
+        "stopped again and again": ("FAILED", "1:0", "1"),
+        "saved in the first start only": ("FAILED", "1:0", "1"),
+    }
+    assert "stopped by the tracker" in jobs["the stop button"].text()
+    assert "2 starts in a row saved nothing" in jobs["stopped again and again"].text()
+    assert not list(tmp_path.glob("dpo_dist-*")), "files of the jobs are left"
 
 
-def test_a_time_limit_saves_and_requeues_until_the_run_is_complete(submit: Callable[..., Job]) -> None:
-    steps = ("trainer.epochs=12", "trainer.save_every=5", "optim.lr=1e-3")
-    job = submit(*steps)
-    job.wait_for((job.run / "checkpoints" / "step-000005").is_dir)
-    job.send("--batch", "--signal=USR1")  # as SLURM does before the time limit
-    assert job.ended() == "COMPLETED", job.screen.read_text()
-    assert job.shown("Restarts") == "1"
-    screen = job.screen.read_text()
-    assert "stopping after step" in screen
-    assert "is queued again" in screen
-    assert "process lost" not in screen
-    assert summary(job.run)["exit"] == "completed"
-    assert summary(job.run)["world_size"] == 2
-    whole = job.run.with_name("whole")
-    train([*job.arguments, f"run.dir={whole}"], processes=2)
-    assert history(job.run) == history(whole)
-    assert not list(job.run.parent.glob("dpo_dist-*")), "files of the job are left"
+def test_a_job_survives_its_time_limit_and_a_node(
+    cluster: Cluster, assets: Path, tmp_path: Path, whole: Path
+) -> None:
+    """Two nodes, a requested stop, two nodes, one of them dies, one node: one run."""
+    run, latest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "latest"
+    job = submit(cluster, tmp_path, ["--nodes=1-2"], [*small_run(assets, tmp_path), *STEPS])
+    job.wait_for(latest.is_file)
+    cluster.output("scancel", "--batch", "--signal=USR1", job.number)  # as SLURM does before the time limit
+    job.wait_for_text("is queued again")
+    stopped = run_state(run)
+    assert stopped["outcome"] == "preempted"
+    job.wait_for_text(f"resuming from {run}/checkpoints/step-{stopped['step']:06d}")
+    reached = stopped["step"] // 5 * 5 + 10
+    job.wait_for(lambda: latest.read_text() >= f"step-{reached:06d}")
+    cluster.kill_node("node2")
+    cluster.output("scontrol", "update", "nodename=node2", "state=down", "reason=killed")
+    assert job.ended() == ("COMPLETED", "0:0", "2"), job.text()
+    cluster.start_node("node2")
+    assert summary(run)["exit"] == "completed"
+    assert summary(run)["world_size"] == 1
+    assert steps_of(run) == steps_of(whole)
+    assert history(run)[:reached] == history(whole)[:reached]
+    assert_same_history(history(run), history(whole), 1e-4)
+    assert not list(tmp_path.glob("dpo_dist-*")), "files of the job are left"
 
 
-def test_a_cancelled_job_leaves_a_run_that_resumes(submit: Callable[..., Job]) -> None:
-    job = submit("trainer.epochs=40", "trainer.save_every=5")
-    job.wait_for((job.run / "checkpoints" / "step-000005").is_dir)
-    job.send()
-    assert job.ended() == "CANCELLED"
-    job.wait_for(lambda: run_state(job.run)["outcome"] == "preempted", 60)
-    again = run_verb("train", [*job.arguments, "trainer.stop_after_steps=1"], processes=2)
-    assert "resuming from" in again.output
+def test_an_array_fills_one_store(cluster: Cluster, assets: Path, tmp_path: Path, whole: Path) -> None:
+    """Two jobs score at the same time; then one is preempted, and the other one cancelled."""
+    command = [*small_run(assets, tmp_path), *STEPS, "reference.rows_per_shard=2"]
+    base = [argument for argument in command if not argument.startswith("run.dir=")]
+    runs = [tmp_path / f"run{number}" for number in range(2)]
+    each = [f"run.dir={run}" for run in runs]
+    array = submit(cluster, tmp_path, ["--nodes=1", "--array=0-1"], base, EACH=" ".join(each))
+    preempted, cancelled = jobs_of(array, 2)
+    events = {
+        runs[0]: lambda: cluster.output("scontrol", "requeue", preempted.number),
+        runs[1]: lambda: cluster.output("scancel", cancelled.number),
+    }
 
+    def have_happened() -> bool:
+        for run in [run for run in events if (run / "checkpoints" / "latest").is_file()]:
+            events.pop(run)()
+        return not events
 
-def test_starts_without_progress_end_the_job(submit: Callable[..., Job], tmp_path: Path) -> None:
-    """The run is stopped at once at every start, here by a limit of its time."""
-    job = submit("trainer.max_seconds=0.001", MAX_IDLE_STARTS="2")
-    assert job.ended() == "FAILED", job.screen.read_text()
-    assert "2 starts in a row saved nothing" in job.screen.read_text()
-
-
-def test_a_wrong_configuration_fails_without_a_requeue(submit: Callable[..., Job]) -> None:
-    job = submit("loss.beta=-1")
-    assert job.ended() == "FAILED", job.screen.read_text()
-    assert job.shown("ExitCode") == "2:0"
-    assert job.shown("Restarts") == "0"
-    assert json.dumps("loss.beta")[1:-1] in job.screen.read_text()
+    array.wait_for(have_happened)
+    state, _, restarts = cancelled.ended()
+    assert (state, restarts) == ("CANCELLED", "0"), cancelled.text()
+    assert preempted.ended() == ("COMPLETED", "0:0", "1"), preempted.text()
+    train([*base, each[1]])
+    responses = summary(whole)["reference"]["computed"]
+    for run in runs:
+        reference = summary(run)["reference"]
+        assert reference["hits"] + reference["computed"] == responses
+        assert steps_of(run) == steps_of(whole)
+        assert_same_history(history(run), history(whole), 1e-4)
+    assert store.main(["verify", str(tmp_path / "store")]) == 0

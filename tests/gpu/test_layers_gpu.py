@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.data.packing import PackedBatch
+from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import checkpoint_layers, use_liger
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.supported import ARCHITECTURES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config

@@ -16,6 +16,7 @@ class _Alone:
     rank: int = 0
     size: int = 1
     is_main: bool = True
+    host: str = "this host"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None: ...
@@ -26,7 +27,7 @@ class _Alone:
     def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         return work()
 
-    def together(self, work: Callable[[], T]) -> T:
+    def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
         return work()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.command_line import EXIT_CODES
+from dpo_dist.progress_file import EXIT_CODES
 from dpo_dist.report.metrics_log import PHASES
 from tests.support.warm import launcher_variables, run_warm
 

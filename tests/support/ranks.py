@@ -17,6 +17,7 @@ from typing import Any
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import start_world
+from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.world import World
 from tests.support.warm import context, reserve_port, start_parent
 
@@ -69,19 +70,22 @@ def start_ranks(
     scenario: Scenario,
     size: int,
     folder: Path,
-    kind: ParallelismKind = ParallelismKind.zero3,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     timeout: int = 600,
+    enter: Callable[[int], None] | None = None,
 ) -> Ranks:
     """Start `scenario` on every rank of a new world; logs and results go to the new `folder`.
 
-    A collective call waits `timeout` seconds.
+    A collective call waits `timeout` seconds. `enter` is called with the rank before it joins.
     """
     folder.mkdir(parents=True)
     start_parent()
     port = reserve_port()
     processes = tuple(
-        context.Process(target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout))
+        context.Process(
+            target=_be_rank, args=(scenario, rank, size, port, kind, dtype, folder, timeout, enter)
+        )
         for rank in range(size)
     )
     for process in processes:
@@ -93,7 +97,7 @@ def run_ranks(
     scenario: Scenario,
     size: int,
     folder: Path,
-    kind: ParallelismKind = ParallelismKind.zero3,
+    kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
     seconds: float = 60,
     timeout: int = 600,
@@ -110,10 +114,11 @@ def _be_rank(
     rank: int,
     size: int,
     port: int,
-    kind: ParallelismKind,
+    kind: ParallelismKind | ParallelismConfig,
     dtype: Dtype,
     folder: Path,
     timeout: int,
+    enter: Callable[[int], None] | None,
 ) -> None:
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -122,10 +127,13 @@ def _be_rank(
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if enter is not None:
+        enter(rank)
     outcome: dict[str, Any]
+    parallelism = kind if isinstance(kind, ParallelismConfig) else ParallelismConfig(kind)
     try:
-        world = start_world(policy_config(ParallelismConfig(kind), OPTIM, dtype), timeout_seconds=timeout)
-        with world.watch():
+        world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
+        with world.watch(Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
     except BaseException as error:

@@ -114,12 +114,30 @@ def run_warm(
             own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = own if size > 1 else variables
             process = context.Process(
-                target=_be_verb, args=(verb, overrides, environment, folder, screen, prepare)
+                target=_be_verb, args=(verb, overrides, environment, folder, screen, None, prepare)
             )
             process.start()
             processes.append(process)
         code = _wait(processes, seconds)
         return code, screen.read_text(encoding="utf-8")
+
+
+def run_warm_apart(
+    verb: str, arguments: list[str], variables: dict[str, str], folder: Path, seconds: float
+) -> tuple[int, str, str]:
+    """Run a verb on one process; exit code, standard output and standard error.
+
+    Arguments as of `run_warm`.
+    """
+    start_parent()
+    with tempfile.TemporaryDirectory() as temporary:
+        output, errors = Path(temporary) / "output", Path(temporary) / "errors"
+        output.touch()
+        errors.touch()
+        process = context.Process(target=_be_verb, args=(verb, arguments, variables, folder, output, errors))
+        process.start()
+        code = _wait([process], seconds)
+        return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 
 
 def _wait(processes: list[Any], seconds: float) -> int:
@@ -154,11 +172,11 @@ def _be_verb(
     variables: dict[str, str],
     folder: Path,
     screen: Path,
-    prepare: Callable[[], None] | None,
+    errors: Path | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
-    descriptor = os.open(screen, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for descriptor, file in ((1, screen), (2, errors or screen)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.clear()

@@ -9,7 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
-FOUNDATION = ("errors", "atomic", "digests", "prefetch", "number_text", "safe_stream", "progress_file")
+FOUNDATION = (
+    "errors",
+    "atomic",
+    "digests",
+    "prefetch",
+    "number_text",
+    "safe_stream",
+    "progress_file",
+    "hub_cache",
+    "launch_environment",
+    "signals",
+)
 LAYERS = (
     "config",
     "objective",
@@ -153,7 +164,7 @@ def cycle(sources: Mapping[str, str]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("verb", ["compare", "doctor", "evaluate", "pairs", "precompute", "train"])
+@pytest.mark.parametrize("verb", ["compare", "doctor", "evaluate", "export", "pairs", "precompute", "train"])
 def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
     """Torch takes seconds to import: a wrong path is an error at once."""
     seen, to_read = set(), [f"dpo_dist.{verb}"]

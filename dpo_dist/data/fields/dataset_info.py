@@ -1,6 +1,7 @@
 """Sources by name from LLaMA-Factory's `dataset_info.json`: file or Hub dataset, columns and tags."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from dpo_dist.data.counts import UNPAIRED_REMEDY
 from dpo_dist.data.fields.columns import OTHERS
 from dpo_dist.data.fields.sharegpt import TAGS
 from dpo_dist.data.files.folders import is_saved
+from dpo_dist.data.files.inside import check_inside
 from dpo_dist.data.files.json_values import fault_of, parse_json
 from dpo_dist.errors import ConfigError, DataError
 
 _FILE = "dataset_info.json"
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LOCATIONS = ("file_name", "hf_hub_url")
 # Locations that cannot be read here, and a checksum that only LLaMA-Factory's old loader compared.
 _OTHER_LOCATIONS = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -140,6 +143,9 @@ class _Entry:
             limit=self._limit(),
         )
         if self.entry.get("hf_hub_url"):
+            if not _HUB_NAME.fullmatch(self.entry["hf_hub_url"]):
+                raise self._fault("hf_hub_url is no name of a Hub dataset", self.entry["hf_hub_url"])
+            check_inside(filter(None, [self.entry.get("folder")]), self.where)
             return replace(
                 found,
                 path=self.entry["hf_hub_url"],
@@ -153,6 +159,7 @@ class _Entry:
                 raise self._fault(f"{key} has no effect on a file", self.entry[key], remedy=f"remove {key}")
         # LLaMA-Factory gives every local file the split train.
         split = self.entry.get("split")
+        check_inside([self.entry["file_name"]], self.where)
         path = self.file.parent / self.entry["file_name"]
         return replace(found, path=str(path), split=None if split == "train" else split)
 

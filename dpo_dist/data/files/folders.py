@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.data.files.inside import check_saved
 from dpo_dist.data.files.read_file import KINDS, file_kind
 from dpo_dist.errors import ConfigError, DataError
 
@@ -72,13 +73,14 @@ def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
     """Return the records of a folder written by `Dataset.save_to_disk`.
 
     Raises:
-        DataError: it cannot be loaded, or has no such split.
+        DataError: it cannot be loaded, has no such split, or names files of another folder.
     """
     from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
 
     try:
+        check_saved(folder)
         saved = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, TypeError) as fault:
         raise DataError(
             "the folder saved by datasets cannot be loaded",
             where=str(folder),

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.data.files.inside import check_card
 from dpo_dist.digests import recall, remember
 from dpo_dist.errors import DataError
+from dpo_dist.hub_cache import is_absent_offline
 
 log = logging.getLogger(__name__)
 
+_NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 _COMMITS = "hub_commits"
 # Seconds before further requests for a commit; downloads are repeated by huggingface_hub.
 _WAITS = (1.0, 4.0)
@@ -74,6 +77,7 @@ def hub_records(source: SourceConfig) -> Iterator[Any]:
         folder = snapshot_download(
             source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
         )
+        check_card(Path(folder))
         records = load_dataset(
             folder, source.name, data_dir=source.data_dir, split=source.split or "train", streaming=True
         )
@@ -85,15 +89,33 @@ def _read(source: SourceConfig, records: Any) -> Iterator[Any]:
         yield from records
 
 
+def check_cached_offline(source: SourceConfig) -> None:
+    """Check that files of a Hub dataset are in the Hub's cache, if HF_HUB_OFFLINE allows no download.
+
+    Raises:
+        DataError: they are not.
+    """
+    if is_absent_offline("dataset", source.path):
+        raise DataError(
+            _NOT_FOUND,
+            where=_described(source),
+            got="nothing in the cache of the Hub, and HF_HUB_OFFLINE=1",
+            expected="a local path, or a dataset that was downloaded before",
+            remedy="check the path or the name, download the dataset, or unset HF_HUB_OFFLINE",
+        )
+
+
 @contextlib.contextmanager
 def _as_data_error(source: SourceConfig) -> Iterator[None]:
     """Raise DataError for all errors of the Hub's libraries, which share no base class."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as fault:
         first_lines = f"{type(fault).__name__}: {fault}".splitlines()[:2]
         raise DataError(
-            "neither a local file nor a dataset found on the Hugging Face Hub",
+            _NOT_FOUND,
             where=_described(source),
             got=" ".join(first_lines),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,7 +140,7 @@ def _as_record(value: Any, origin: Origin) -> RawRecord:
 
 def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
     for number, line in enumerate(_lines(stream), start=1):
-        if not line.strip():
+        if not line.strip().removeprefix(BOM_UTF8):
             continue
         origin = Origin(path, number)
         if len(line) > _MAX_RECORD_BYTES:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from jinja2 import TemplateError
 
 from dpo_dist.data.records import Message, UnusableRecordError
-from dpo_dist.data.tokenization.chat_template import argument_names
 from dpo_dist.data.tokenization.marks import Marks, any_text
+from dpo_dist.data.tokenization.template_arguments import argument_names
+from dpo_dist.data.tokenization.template_limits import limited, place_of
 from dpo_dist.data.tokenization.turn_trace import Trace, read_trace, traced_template, traced_turn
 from dpo_dist.errors import ConfigError
 
@@ -57,6 +58,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self.template = template
         self._marks = marks
+        self._place = place_of(tokenizer, template)
 
     def turn(self, message: Message) -> Escapable:
         """Return a message as the template gets it."""
@@ -148,14 +150,17 @@ class ChatRenderer:
         self, template: str, turns: Turns, context: Escapable, generation: bool, number: int | None
     ) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [turn.form(number) for turn in turns],
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                    **context.form(number),
-                )
+            return limited(
+                lambda: str(
+                    self._tokenizer.apply_chat_template(
+                        [turn.form(number) for turn in turns],
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=generation,
+                        **context.form(number),
+                    )
+                ),
+                self._place,
             )
         except TemplateError as fault:
             raise UnusableRecordError("template_rejected", str(fault)) from fault

@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from copy import copy
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, TemplateError, nodes
-from jinja2.meta import find_undeclared_variables
-
+from dpo_dist.data.tokenization.template_limits import limited, place_of
 from dpo_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,9 +30,6 @@ FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 THOUGHT_TAGS = _OPEN, _CLOSE = "<think>", "</think>"
 _EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
 _CLOCK = "strftime_now"
-# Tags of transformers, which Jinja itself does not know.
-_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt"}
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
 # Replaces "%%" until all directives are formatted.
 _PERCENT = "\ufdd0"
@@ -127,61 +122,6 @@ def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "
     return changed
 
 
-@lru_cache(maxsize=8)
-def argument_names(template: str) -> frozenset[str]:
-    """Return the names of the arguments that a template may get besides messages and tools.
-
-    Names that the template sets before it reads them are no arguments.
-    """
-    source = _GENERATION.sub("", template)
-    tree = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(source)  # noqa: S701
-    return frozenset(_read_unset(tree, set()) & find_undeclared_variables(tree)) - _OWN_VARIABLES
-
-
-def _read_unset(node: nodes.Node, known: set[str]) -> set[str]:
-    """Return the names that a part of a template reads unset; those that it sets are added to `known`."""
-    match node:
-        case nodes.Name(ctx="load"):
-            return {node.name} - known
-        case nodes.Name():
-            known.add(node.name)
-            return set()
-        case nodes.If():
-            read = _read_in_order((node.test, *(other.test for other in node.elif_)), known)
-            branches = [(part, set(known)) for part in (node.body, *(e.body for e in node.elif_), node.else_)]
-            read |= set().union(*(_read_in_order(part, inside) for part, inside in branches))
-            known.update(*(inside for _, inside in branches))
-            return read
-        case nodes.Assign():
-            return _read_in_order((node.node, node.target), known)
-        case nodes.For():
-            target, values, *body = node.iter_child_nodes()
-            return _read_in_order((values, target, *body), set(known))
-        case nodes.Macro() | nodes.CallBlock() | nodes.With():
-            return _read_in_order(node.iter_child_nodes(), set(known))
-    return _read_in_order(node.iter_child_nodes(), known)
-
-
-def _read_in_order(parts: Iterable[nodes.Node], known: set[str]) -> set[str]:
-    return set().union(*(_read_unset(part, known) for part in parts))
-
-
-def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
-    """Check that a template names each of the arguments of the run.
-
-    Raises:
-        ConfigError: it does not name one.
-    """
-    if unknown := sorted(set(arguments) - set(known)):
-        raise ConfigError(
-            "the chat template has no such argument",
-            where="data.template_arguments",
-            got=", ".join(unknown),
-            expected=", ".join(sorted(known)) or "no arguments: the template names none",
-            remedy="correct or remove these arguments, or choose another template by data.chat_template",
-        )
-
-
 def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> set[str]:
     """Return the added tokens that a template writes around turns, special or not.
 
@@ -191,15 +131,22 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
         return set()
     turns = [("user", "probe question"), ("assistant", "probe answer"), ("user", "another question")]
     try:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
+        rendered = limited(
+            lambda: str(
+                tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in turns],
+                    chat_template=chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            ),
+            place_of(tokenizer, chat_template),
         )
-    except TemplateError:
+    except ConfigError:
+        raise
+    except Exception:  # what its expressions raise, too; every record is rendered again
         return set()
-    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(str(rendered)))
+    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
     others = {tokenizer.bos_token, tokenizer.eos_token, _OPEN, _CLOSE}
     return set(filter(_has_delimiters, found - others))
 

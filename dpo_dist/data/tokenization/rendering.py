@@ -7,9 +7,9 @@ from dpo_dist.config.data_schema import DataConfig, TextTemplate
 from dpo_dist.data.counts import Changes
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Origin, PreferenceRecord, Response
 from dpo_dist.data.tokenization.chat_renderer import ChatRenderer
-from dpo_dist.data.tokenization.chat_template import check_arguments
 from dpo_dist.data.tokenization.render_conversation import Conversation, Rendered, counted
 from dpo_dist.data.tokenization.rendered_parts import check_parts_rendered
+from dpo_dist.data.tokenization.template_arguments import check_arguments
 from dpo_dist.data.tokenization.tokenizer import TokenizerFacts
 from dpo_dist.errors import ConfigError
 

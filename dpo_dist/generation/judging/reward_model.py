@@ -46,7 +46,7 @@ class RewardModel:
 
     def __init__(self, name: str, config: ModelConfig, device: torch.device, batch_tokens: int):
         folder = model_folder(name, None, KEY)
-        self._tokenizer = load_tokenizer(folder, config)
+        self._tokenizer = load_tokenizer(folder, config, KEY)
         self._facts = tokenizer_facts(self._tokenizer)
         self._model = _load(folder, config, device)
         self._budget = batch_tokens
@@ -147,7 +147,7 @@ def check_reward_model(name: str, config: ModelConfig) -> str:
     model_config = load_config(folder, config)
     if model_config.num_labels != 1:
         raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
-    load_tokenizer(folder, config)
+    load_tokenizer(folder, config, KEY)
     return f"{folder}, {model_config.model_type}"
 
 
@@ -186,6 +186,7 @@ def _load(folder: Path, config: ModelConfig, device: torch.device) -> Any:
             dtype=TORCH_DTYPES[config.dtype],
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
         )
     except Exception as error:  # an architecture's constructor can raise anything
         raise ConfigError(

@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Self
 
 from dpo_dist.atomic import write_text
-from dpo_dist.config.command_line import EXIT_CODES
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, ExitCode
+from dpo_dist.progress_file import EXIT_CODES
 from dpo_dist.safe_stream import output_descriptor
 
 _EXPERIMENT = "round"

@@ -23,6 +23,7 @@ from dpo_dist.model.folder import (
     read_model_json,
 )
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.safe_weights import check_adapter
 from dpo_dist.reference.digest import digest_model
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -88,6 +89,8 @@ def _located(
 ) -> ModelSource:
     revision = config.model.revision if name == config.model.path else None
     adapter = _adapter_folder(name)
+    if adapter is not None:
+        check_adapter(adapter, key)
     base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
     return ModelSource(name, find(base, base_revision, key), adapter, revision, "")
 

@@ -95,7 +95,7 @@ def is_outdated(folder: Path) -> bool:
     try:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         return bool(content["logp_path"] != LOGP_PATH_VERSION or content.get("format", 1) != STORE_FORMAT)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -122,7 +122,20 @@ class Curves:
             panel: of `labelled`.
             name: of the run, which is the label instead of the metric's own.
         """
-        return [line for label, key in panel.curves for line in self._lines(panel, name or label, key)]
+        lines = [line for label, key in panel.curves for line in self._lines(panel, name or label, key)]
+        return lines if name else [*lines, *self._spikes(panel)]
+
+    def _spikes(self, panel: Panel) -> Iterator[Line]:
+        """Yield the marks of the rows that count one more spike of the loss, on the chart of the loss."""
+        if ("loss", "loss") not in panel.curves or "loss_spikes" not in self._keys:
+            return
+        counts = itertools.accumulate((row.get("loss_spikes", 0.0) for row in self._rows), max, initial=0.0)
+        marked = [
+            row.get("loss") if row.get("loss_spikes", 0.0) > before else None
+            for row, before in zip(self._rows, counts, strict=False)
+        ]
+        if any(value is not None for value in marked):
+            yield Line("spike", marked, "spike", self.hours)
 
     def over(self, steps: Sequence[float], panel: Panel, name: str) -> list[Line]:
         """Return the `lines` of a panel with values for each of `steps`, among which are all own ones."""

@@ -33,7 +33,10 @@ _MOST_POINTS = 1000
 _FEW_POINTS = 30
 _MANY_EVALUATIONS = 30
 _SMALL = 8.5
-_NOTE = "faint: logged values    strong: moving mean    rings: evaluations    numbers: last values"
+_NOTE = (
+    "faint: logged values    strong: moving mean    rings: evaluations    triangles: spikes    "
+    "numbers: last values"
+)
 
 
 def draw_curves(rows: Rows, path: Path, title: str) -> None:
@@ -112,6 +115,9 @@ def _points(line: Line, steps: FloatArray) -> tuple[FloatArray, FloatArray]:
 def _draw_line(
     axes: Axes, line: Line, steps: FloatArray, values: FloatArray, color: str, *, is_faint: bool
 ) -> None:
+    if line.role == "spike":
+        axes.plot(steps, values, color=color, linestyle="", marker="v", markersize=7, zorder=5)
+        return
     if line.role == "evaluation":
         axes.plot(
             steps,
@@ -198,7 +204,7 @@ def _last_values(lines: Sequence[Line], label: str) -> str:
     Of many labels only one, for the room: that of evaluations.
     """
     own = {line.role: line for line in lines if line.label == label}
-    found = {"": own.get("smooth", own.get("raw")), "evaluation ": own.get("evaluation")}
+    found = {"": own.get("smooth", own.get("raw", own.get("spike"))), "evaluation ": own.get("evaluation")}
     texts = []
     for name, line in found.items():
         if line is not None:

@@ -38,7 +38,7 @@ STYLE = (
 .curves .light { stroke-width: 1; opacity: .38; }
 .curves .evaluation { stroke-width: 1; stroke-dasharray: 3 3; }
 .curves .dot { stroke-width: 5; }
-.curves .mark { stroke: currentColor; stroke-width: 8; stroke-linecap: round; }
+.curves .mark, .curves .spike { stroke: currentColor; stroke-width: 8; stroke-linecap: round; }
 .curves .hole { stroke: Canvas; stroke-width: 4; stroke-linecap: round; }
 .curves .cursor line { stroke: var(--quiet); stroke-width: 1; }
 .curves .cursor circle { fill: currentColor; stroke: Canvas; stroke-width: 1.5; }

@@ -22,7 +22,7 @@ from dpo_dist.report.charts.smoothing import FloatArray, kept_points
 from dpo_dist.report.inert import inert_html
 from dpo_dist.safe_stream import printable
 
-Role = Literal["raw", "smooth", "evaluation"]
+Role = Literal["raw", "smooth", "evaluation", "spike"]
 Values = Sequence[float | None]
 
 _MOST_POINTS = 400
@@ -41,7 +41,7 @@ class Line:
         label: name in the legend, plain text. Lines with the same label share their colour.
         values: a value for each step of the chart. None: the line has no point there and continues over it.
             nan or infinite: a gap, which is counted below the chart.
-        role: "raw" is light if the label also has a "smooth" line, "evaluation" is a mark.
+        role: "raw" is light if the label also has a "smooth" line; a "spike" is a mark without a line.
         hours: hours of these points, if they are not those of the chart.
     """
 
@@ -174,14 +174,14 @@ def _paths(drawn: _Drawn, x: FloatArray, x_axis: Axis, y_axis: Axis) -> Iterator
             strict=True,
         )
     ]
-    color = drawn.color
+    color, is_spike = drawn.color, drawn.line.role == "spike"
     dots = "".join(f"M{point[0]} {point[1]}h0" for point in points if point)
     if not dots:
         return
-    yield f'<path class="{drawn.style} {color}" d="{_connected(points)}"/>'
+    yield f'<path class="{drawn.style} {color}" d="{dots if is_spike else _connected(points)}"/>'
     if drawn.line.role == "evaluation":
         yield f'<path class="mark {color}" d="{dots}"/><path class="hole" d="{dots}"/>'
-    elif len(points) <= _FEW_POINTS:
+    elif len(points) <= _FEW_POINTS and not is_spike:
         yield f'<path class="dot {drawn.style} {color}" d="{dots}"/>'
 
 

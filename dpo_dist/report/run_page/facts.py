@@ -22,6 +22,7 @@ Content = TypeVar("Content")
 _SAME = 1e-6
 _OF_AN_END = frozenset(
     {"exit", "verdict", "final", "best", "steps", "pairs_seen", "train_seconds", "pairs_per_second", "work"}
+    | {"best_checkpoints"}
 )
 _MAPPINGS = (
     "final",
@@ -42,7 +43,7 @@ _NUMBERS = (
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(_MAPPINGS, dict),
     **dict.fromkeys(_NUMBERS, (int, float)),
-    **dict.fromkeys(("findings", "gpus"), list),
+    **dict.fromkeys(("findings", "gpus", "best_checkpoints"), list),
     "exit": str,
 }
 """Types of fields that several sections of the page read."""

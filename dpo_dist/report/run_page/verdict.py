@@ -132,6 +132,7 @@ def tiles(facts: PageFacts) -> str:
             number,
             _interval(facts, "rewards/margins") or "reward of chosen minus rejected",
         ),
+        ("best checkpoint", *_best_checkpoint(facts)),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
         ("steps", summary.get("steps"), number, "" if pairs is None else f"{number(pairs)} pairs"),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
@@ -142,6 +143,13 @@ def tiles(facts: PageFacts) -> str:
     )
     found = [_tile(*tile) for tile in shown if tile[1] is not None]
     return f'<div class="tiles">{"".join(found)}</div>' if found else ""
+
+
+def _best_checkpoint(facts: PageFacts) -> tuple[int | None, Callable[[Any], str], str]:
+    """Return step, form and text of the best checkpoint by `trainer.keep_best`."""
+    for one in facts.summary.get("best_checkpoints", []):
+        return int(one["step"]), number, f"step; {one['metric']} {number(one['value'])}"
+    return None, number, ""
 
 
 def _tile(label: str, value: Any, form: Callable[[Any], str], below: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_dist.config.checkpoint_folders import checkpoint_name
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.diagnostics.run_facts import mean_over_time
 from dpo_dist.errors import RunOutcome
@@ -37,6 +38,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Row], summary: Mapping[str, 
     facts = {
         "run": _BEGINNINGS[outcome].format(counted(summary["steps"], "step")),
         "time": _time(rows, summary),
+        "best": _best(folder, summary.get("best_checkpoints", [])),
         "data": _data(summary.get("data", {})),
         "reference": describe_reference(summary.get("reference", {})),
         **{name: str(path) for name, path in files.items()},
@@ -68,6 +70,13 @@ def _metrics(rows: Sequence[Row], best: Mapping[str, Mapping[str, float]]) -> li
         for name, first, last, at_best in table
     ]
     return ["", *shown, ""]
+
+
+def _best(folder: RunFolder, checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    """Return the best checkpoint in words; "" without `trainer.keep_best`."""
+    for one in checkpoints:
+        return f"{folder.checkpoints / checkpoint_name(one['step'])} ({one['metric']} {one['value']:.4f})"
+    return ""
 
 
 def _time(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:

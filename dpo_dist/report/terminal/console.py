@@ -1,6 +1,7 @@
 """Console of a run: progress and results on rank 0; the output of libraries is written to logs/rank-N.log."""
 
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from dpo_dist.errors import DpoDistError
 from dpo_dist.number_text import duration
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, describe_evaluation
 from dpo_dist.report.terminal.screens import LineScreen, Screen, open_screen
-from dpo_dist.safe_stream import SafeStream, output_descriptor, output_of_objects
+from dpo_dist.safe_stream import SafeStream, output_descriptor, output_of_objects, printable_lines
 
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
@@ -76,7 +77,7 @@ class Console:
 
     def is_due(self) -> bool:
         """Return whether it is time for `training`."""
-        return self._screen is not None and time.monotonic() >= min(self._due)
+        return time.monotonic() >= min(self._due)
 
     def training(self, status: TrainingStatus, *, always: bool = False) -> None:
         """Show the state of the training where it is due, or `always`."""
@@ -210,6 +211,8 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        names_crashes = faulthandler.is_enabled()
+        faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
         try:
             screen = open_screen(messages, objects, settings)
             console = Console(screen if rank == "0" else None, screen, settings.seconds)
@@ -228,8 +231,17 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
             os.dup2(saved[1], 2)
             for descriptor in saved:
                 os.close(descriptor)
+            if not names_crashes:
+                faulthandler.disable()
             messages.close()
             objects.close()
+
+
+class _InertFormatter(logging.Formatter):
+    """Records with escapes for control characters; further lines are indented and look like no record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record)).replace("\n", "\n  ")
 
 
 @contextlib.contextmanager
@@ -238,7 +250,7 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
     root = logging.getLogger()
     callers = root.handlers[:], root.level
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_InertFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     callers_show = warnings.showwarning

@@ -78,6 +78,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Entropy, nats per token", _sides("entropy/{}", "eval"), needs="evaluations"),
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Learning rate", ("train/learning_rate",)),
+        Panel("Skipped steps and spikes of the loss", ("train/bad_steps", "train/loss_spikes")),
     ),
     "Samples": (
         Panel("Length of a response, tokens", ("eval/samples/length",), needs="samples"),

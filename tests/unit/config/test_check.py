@@ -51,6 +51,8 @@ OUT_OF_RANGE = {
     "trainer.save_every": [-1],
     "trainer.log_every": [-1],
     "trainer.keep_last": [-1],
+    "trainer.keep_best_count": [0],
+    "trainer.max_bad_steps": [-1],
     "trainer.seed": [-1],
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],

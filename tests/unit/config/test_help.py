@@ -52,7 +52,7 @@ def test_the_facts_of_some_keys() -> None:
 @pytest.mark.parametrize(
     ("key", "verbs"),
     [
-        ("model.path", "train, precompute, evaluate, compare, doctor, pairs"),
+        ("model.path", "train, precompute, evaluate, compare, doctor, pairs, export"),
         ("model.gradient_checkpointing", "train"),
         ("data.train.columns", "train, precompute, evaluate, compare, doctor, pairs"),
         ("data.train.weight", "train, precompute"),
@@ -62,6 +62,7 @@ def test_the_facts_of_some_keys() -> None:
         ("reference.store", "train, precompute, evaluate, compare, doctor, pairs"),
         ("evaluation.model", "evaluate"),
         ("doctor.fail_on", "doctor"),
+        ("export.output", "export"),
         ("pairs.endpoint.url", "compare, pairs"),
     ],
 )

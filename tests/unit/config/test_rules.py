@@ -16,6 +16,7 @@ from tests.unit.config.test_rules_reference import NO_REFERENCE, REFUSED_REFEREN
 ADAPTER = {"model.adapter": {"r": 8}}
 QUANTIZED = ADAPTER | {"model.quantization": "nf4", "reference.mode": "adapter", "parallelism.kind": "ddp"}
 
+_EVALUATED = {"data.eval_share": 0.1, "trainer.eval_every": 10}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"run.name": ""}, "run.name"),
     ({"run.name": "a/b"}, "run.name"),
@@ -82,6 +83,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"samples.prompts": 4}, "samples.prompts, data.eval"),
     ({"samples.max_new_tokens": 9}, "samples.max_new_tokens, samples.prompts"),
     ({"samples.temperature": 0.0}, "samples.temperature, samples.prompts"),
+    ({"trainer.keep_best": "eval_loss"}, "trainer.keep_best, data.eval"),
+    ({"trainer.keep_best": "eval_loss", "data.eval_share": 0.1}, "trainer.keep_best, trainer.eval_every"),
+    ({"trainer.keep_best": "loss", **_EVALUATED}, "trainer.keep_best"),
+    (
+        {"trainer.keep_best": "eval_logps/chosen", **_EVALUATED},
+        "trainer.keep_best, trainer.keep_best_direction",
+    ),
+    ({"trainer.keep_best_count": 2}, "trainer.keep_best_count, trainer.keep_best"),
+    ({"trainer.keep_best_direction": "lowest"}, "trainer.keep_best_direction, trainer.keep_best"),
     ({"samples.every": 2}, "samples.every, samples.prompts"),
     ({"samples.batch_tokens": 99}, "samples.batch_tokens, samples.prompts"),
     (

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
+from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
 
 PACKAGE = Path(__file__).parents[3] / "dpo_dist"
 FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))

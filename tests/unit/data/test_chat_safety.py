@@ -13,7 +13,8 @@ from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord
-from dpo_dist.data.tokenization.chat_template import argument_names, with_chosen_template
+from dpo_dist.data.tokenization.chat_template import with_chosen_template
+from dpo_dist.data.tokenization.template_arguments import argument_names
 from dpo_dist.errors import ConfigError
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of

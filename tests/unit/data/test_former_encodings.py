@@ -9,7 +9,7 @@ import pytest
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encoded_source import read_manifest
+from dpo_dist.data.encoded_manifest import read_manifest
 from dpo_dist.data.former_encodings import was_fingerprint_of
 from dpo_dist.digests import text_digest
 from dpo_dist.errors import CheckpointError

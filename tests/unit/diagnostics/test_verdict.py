@@ -92,10 +92,24 @@ def with_beta(beta: float) -> dict[str, Any]:
     return summary(settings=SETTINGS | {"loss.beta": beta})
 
 
+def with_loss(losses: list[float], others: Mapping[int, float] | None = None) -> list[Row]:
+    """Return rows of training steps with these losses, `others` at some indices."""
+    return [
+        {"step": number + 1, "loss": (others or {}).get(number, loss), "grad_norm": 1.0, "pairs": 64.0}
+        for number, loss in enumerate(losses)
+    ]
+
+
 LEAK = {"rule": "label_leak", "level": "error", "share": 0.93, "text": "of the words 'quoted'"}
 DISAGREES = {"rule": "reference_disagrees", "level": "warning", "share": 0.4, "source": "a"}
 AT_ONCE = {"rewards/accuracies": 0.99, "eval_rewards/accuracies": 0.99}
 FLAT = {"loss": 0.693}
+COLLAPSED = {
+    "grad_norm": 0.0,
+    "loss": 0.9,
+    "logps/chosen_per_token": -6.0661,
+    "logps/rejected_per_token": -6.0661,
+}
 Case = tuple[list[Row], dict[str, Any], list[dict[str, Any]], list[str]]
 CASES: dict[str, Case] = {
     "diverged": (
@@ -108,6 +122,12 @@ CASES: dict[str, Case] = {
             "step 12",
             "before it the loss was 0.558 and the gradient norm 3",
         ],
+    ),
+    "collapsed": (
+        rows(late=COLLAPSED, since=11),
+        summary(exit="diverged"),
+        [],
+        ["from step 11 on", "-6.07 nats per token", "the loss was 0.57", "optim.lr=1e-6"],
     ),
     "beta_too_large": (rows(late={"loss": 1e-5}), with_beta(10.0), [], ["loss.beta=10", "0.08 nats"]),
     "learning_rate_too_high": (
@@ -191,6 +211,13 @@ CASES: dict[str, Case] = {
         summary(),
         [],
         ["-1.00 -> -1.40", "60 % of the pairs", "likelihood displacement"],
+    ),
+    "bad_steps": (rows(), summary(bad_steps=2), [], ["2 steps of 20 taught nothing"]),
+    "loss_spikes": (
+        with_loss([0.69 - 0.003 * step - 0.02 * (step % 3) for step in range(80)], {60: 2.5}),
+        summary(steps=80),
+        [],
+        ["from 0.581 to 2.5", "at step 61"],
     ),
     "responses_cut": (
         rows(),
@@ -737,6 +764,7 @@ def test_every_limit_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for late in ({"logps/chosen_per_token": -3.5}, {"loss": 1.2}):
         verdict(rows(late=late, since=4), summary())
     verdict(rows(late={"loss": 6.0}), with_beta(10.0))
+    verdict(rows(late={"grad_norm": 0.0, "logps/chosen_per_token": -99.0}), summary())
     verdict(rows(), summary(settings={"loss.kind": "simpo"}))
     assert {name: limits.names for name, limits in used.items()} == {
         name: set(rule.limits) for name, rule in RULES.items()

@@ -3,67 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_dist.distributed.checkpoint import (
-    CheckpointSaver,
-    drop_checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from dpo_dist.config.checkpoint_folders import best_checkpoints
+from dpo_dist.distributed.checkpoint import drop_checkpoints
+from dpo_dist.distributed.checkpoint_loading import latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
-
-
-@dataclass
-class Weights:
-    """Weights with one file, which contains the step of the save."""
-
-    value: int = 0
-
-    def save_shards(self, folder: Path) -> list[Path]:
-        file = folder / "engine" / "weights"
-        file.parent.mkdir()
-        file.write_text(str(self.value))
-        return [file]
-
-    def load_shards(self, folder: Path) -> None:
-        self.value = int((folder / "engine" / "weights").read_text())
-
-
-@dataclass
-class Run:
-    """Starts and saves as a run does."""
-
-    root: Path
-    keep_last: int = 2
-
-    def start(self) -> int:
-        """Resume; returns the step, 0 for a fresh start."""
-        found = latest_checkpoint(self.root, ALONE)
-        damaged = found.damaged if found else ()
-        weights = Weights()
-        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged)
-        self.weights = weights
-        if found is None:
-            return 0
-        load_checkpoint(found, [weights], ALONE)
-        assert weights.value == found.state["step"]
-        return weights.value
-
-    def save(self, *steps: int) -> None:
-        for step in steps:
-            self.weights.value = step
-            self.saver.save(step, {"step": step})
-            self.saver.commit()
-
-    def left(self) -> list[str]:
-        return sorted(path.name for path in self.root.glob("step-*"))
+from tests.support.one_weight import WEIGHTS, Run
 
 
 def flip(file: Path) -> None:
@@ -73,8 +25,8 @@ def flip(file: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "a flipped bit": lambda folder: flip(folder / "engine" / "weights"),
-    "a missing file": lambda folder: (folder / "engine" / "weights").unlink(),
+    "a flipped bit": lambda folder: flip(folder / WEIGHTS),
+    "a missing file": lambda folder: (folder / WEIGHTS).unlink(),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "an emptied manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
     "a manifest of nothing": lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
@@ -85,7 +37,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 def lose_entry(manifest: Path) -> None:
     content = json.loads(manifest.read_text())
-    del content["files"]["engine/weights"]
+    del content["files"][str(WEIGHTS)]
     manifest.write_text(json.dumps(content))
 
 
@@ -121,7 +73,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start()
     run.save(50, 100)
-    flip(tmp_path / "step-000100" / "engine" / "weights")
+    flip(tmp_path / "step-000100" / WEIGHTS)
     assert run.start() == 50
     run.save(150)
     assert run.left() == ["step-000050", "step-000150"]
@@ -145,6 +97,23 @@ def test_folders_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step-000005.tmp-0123456789ab").mkdir()
     drop_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002-best"]
+
+
+def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last=1)
+    run.start()
+    for step, best in ((1, [1]), (2, [1]), (3, [3, 1]), (4, [3, 4]), (5, [3, 4])):
+        run.weights.weight.fill_(step)
+        run.saver.save(step, {"step": step, "best": [{"step": one} for one in best]})
+    run.saver.commit()
+    assert run.left() == ["step-000003", "step-000004", "step-000005"]
+    assert best_checkpoints(tmp_path) == ["step-000003", "step-000004"]
+    drop_checkpoints(tmp_path)
+    assert run.left() == ["step-000003", "step-000004"]
+    assert run.start() == 4
+    run.save(6)  # without keep_best
+    assert run.left() == ["step-000006"]
+    assert not (tmp_path / "best").exists()
 
 
 @pytest.mark.parametrize("keep_last", [0, 1])

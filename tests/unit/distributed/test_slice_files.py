@@ -12,7 +12,7 @@ from dpo_dist.distributed import slice_files
 from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
 from dpo_dist.distributed.random_states import load_random_states
 from dpo_dist.distributed.slice_files import SavedSlices, write_slices
-from dpo_dist.distributed.slices import Slice
+from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import CheckpointError
 
 WHOLE = {
@@ -33,7 +33,9 @@ def cut(borders: dict[str, list[int]], rank: int) -> Iterator[Slice]:
 
 def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
     files = [
-        file for rank in range(ranks) for file in write_slices(cut(borders, rank), folder / "engine", rank, 3)
+        file
+        for rank in range(ranks)
+        for file in write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), folder, rank)
     ]
     write_manifest(folder, describe_files(files, folder))
     return folder
@@ -73,7 +75,7 @@ def missing_range(folder: Path) -> None:
 
 
 def doubled_range(folder: Path) -> None:
-    extra = write_slices(cut({name: [] for name in WHOLE}, 0), folder / "engine", 7)
+    extra = write_slices(ModelSlices("engine", list(cut({name: [] for name in WHOLE}, 0))), folder, 7)
     write_manifest(folder, describe_files([*(folder / "engine").iterdir(), *extra], folder))
 
 

@@ -8,11 +8,12 @@ import torch
 from accelerate import PartialState
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig
+from dpo_dist.distributed import joined as joined_module
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import joined, start_world
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, PeerLostError
 
 
 class Alone(World):
@@ -46,7 +47,7 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_accelerate_may_have_been_used_in_this_process_before() -> None:
     PartialState(cpu=True)
-    with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, print) as world:
+    with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60) as world:
         assert world.gather("here") == ["here"]
 
 
@@ -56,7 +57,19 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     for _ in range(2):
-        with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60, print) as world:
+        with joined(policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32), 60) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
         assert {name for name in os.environ if name not in before and "RANK" in name} == set()
         assert "MASTER_PORT" not in os.environ
+
+
+def test_a_rendezvous_that_times_out_is_an_error_for_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*_: object) -> World:
+        raise RuntimeError("Timed out after 61 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setattr(joined_module, "start_world", wait)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
+    with pytest.raises(PeerLostError, match="not all 2 processes") as found, joined(config, 60):
+        pass
+    assert "1/2 clients joined" in found.value.got

@@ -11,8 +11,8 @@ from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.errors import ConfigError
 from dpo_dist.model import flops as counting
 from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops, datasheet_peak, matmul_peak
-from dpo_dist.model.supported import ARCHITECTURES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import SHAPES, packed, tiny_causal_lm, tiny_config
 

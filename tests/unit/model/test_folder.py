@@ -106,7 +106,7 @@ def test_an_adapter_is_a_model_only_where_it_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr("dpo_dist.model.folder._snapshot", lambda *_: tmp_path)
+    monkeypatch.setattr("dpo_dist.model.folder._snapshot", lambda *_, **_options: tmp_path)
     for path in (str(tmp_path), "org/adapter"):
         assert model_folder(path, None, accepts_adapter=True) == tmp_path
         with pytest.raises(ConfigError, match=r"no config\.json"):

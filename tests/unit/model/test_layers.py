@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.architectures import ARCHITECTURES
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_liger, checkpoint_layers, decoder_layers
-from dpo_dist.model.supported import ARCHITECTURES
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.packing import PackedBatch, Sequences, pack
+from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import World
-from dpo_dist.errors import DataError, ReferenceModelError
+from dpo_dist.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.reference import fill as fill_module
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.fill import FillReport, StoreFiller, check_complete, missing_responses
@@ -22,6 +23,7 @@ from dpo_dist.reference.fingerprint import ReferenceFingerprint
 from dpo_dist.reference.index import Index
 from dpo_dist.reference.scoring import keys_of_ids
 from dpo_dist.reference.store import LogpStore
+from dpo_dist.signals import StopRequest
 from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
 
@@ -410,3 +412,25 @@ def test_files_of_killed_fills_are_deleted_and_those_of_running_ones_kept(
     os.utime(left, (0, 0))
     fill(tmp_path, dataset, [0], world)
     assert [left.exists(), new.exists()] == [False, True]
+
+
+def test_a_stop_stores_what_is_scored_and_says_how_much(
+    tmp_path: Path, dataset: PreferenceDataset, world: World
+) -> None:
+    request, indices = StopRequest(), list(range(len(dataset)))
+
+    class AskedWhileItScores(Scorer):
+        def __call__(self, batch: PackedBatch) -> Tensor:
+            request.ask("SIGTERM")
+            return super().__call__(batch)
+
+    scorer = AskedWhileItScores()
+    filler = dataclasses.replace(filler_of(tmp_path, world, 1000, scorer), stops=Stops(request, world))
+    with pytest.raises(StoppedError, match="by SIGTERM after") as stopped:
+        filler.fill(dataset, np.array(indices), no_progress)
+    stored = len(LogpStore.open(tmp_path, FINGERPRINT))
+    assert stored == scorer.responses
+    assert f"after {stored} of the " in str(stopped.value)
+    report, _ = fill(tmp_path, dataset, indices, world)
+    assert report.hits == stored
+    assert report.computed > 0

@@ -34,6 +34,7 @@ def training(folder: Path) -> RunFolder:
 def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None:
     run = training(tmp_path)
     assert main([str(run)]) == 0
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
     page = run.report.read_text()
     assert "This run has not ended: its last metrics are of step 30." in page
     assert page.count('<figure class="curves') > 5

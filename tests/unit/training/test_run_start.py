@@ -12,11 +12,12 @@ from typing import Any, TextIO
 import pytest
 
 from dpo_dist.atomic import temporary_name, write_text
+from dpo_dist.config.folder_schema import FolderConfig, Resume
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.loss_kinds import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig, TrainerConfig
 from dpo_dist.diagnostics.run_checks import NOTHING_TO_JUDGE
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.errors import CheckpointError, ConfigError, RunOutcome
@@ -140,15 +141,14 @@ def test_a_fresh_start_never_replaces_a_model(outcome: RunOutcome | None, folder
         find_start(config_in(folder), folder, ALONE)
 
 
-@pytest.mark.parametrize("name", IDENTITY)
+@pytest.mark.parametrize("name", [name for name in IDENTITY if name != "run_digest"])
 def test_changed_inputs_are_refused_by_name(name: str, folder: RunFolder) -> None:
     check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state, {})
     for recorded in ({**IDENTITY, name: "former"}, {k: v for k, v in IDENTITY.items() if k != name}):
         if recorded.get(name) != IDENTITY[name]:
             with pytest.raises(CheckpointError) as caught:
                 check_identity(recorded, IDENTITY, folder.state, {})
-            words = "configuration" if name == "run_digest" else name.replace("eval_data", "evaluation data")
-            assert words in caught.value.message
+            assert name.replace("eval_data", "evaluation data") in caught.value.message
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(folder: RunFolder) -> None:

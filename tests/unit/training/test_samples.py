@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.samples_schema import SamplesConfig
-from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.data.build_dataset import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.engine import PolicyEngine

@@ -86,3 +86,15 @@ def test_a_page_has_the_charts_with_values_only() -> None:
     assert page.count("<figure") == 3
     assert page.count("axis-switch") == 1
     assert charts([]) == ""
+
+
+def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
+    history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in rows(10)]
+    curves = Curves(history)
+    [spike] = [line for line in curves.lines(PANELS[0]) if line.role == "spike"]
+    assert {step: value for step, value in zip(curves.steps, spike.values, strict=True) if value} == {
+        step: row["loss"] for row in history if "loss" in row and (step := row["step"]) in (5, 9)
+    }
+    assert '<path class="spike c1"' in charts(history)
+    assert [line.role for panel in PANELS for line in Curves(rows(10)).lines(panel)].count("spike") == 0
+    assert [line.role for line in curves.over(curves.steps, PANELS[0], "run")].count("spike") == 0

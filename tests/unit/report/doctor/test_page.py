@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.data_schema import DataConfig, SourceConfig
+from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.diagnostics.diagnosis import Diagnosis
 from dpo_dist.diagnostics.findings import (
     Across,

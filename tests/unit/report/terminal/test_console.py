@@ -196,10 +196,20 @@ def test_a_counter_without_counts_shows_nothing() -> None:
     assert not printed
 
 
-def test_other_ranks_show_no_progress() -> None:
-    with Console(None).counter("encoding train data", "record") as count:
-        count(1)
-    assert not Console(None).is_due()
+def test_other_ranks_log_their_steps_and_show_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with opened(tmp_path) as console:
+        with console.counter("encoding train data", "record") as count:
+            count(1)
+        assert console.is_due()
+        console.training(status(1))
+        assert not console.is_due()
+    logged = (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "step 1/1,000  loss 0.5000" in logged
+    assert "encoding" not in logged
+    assert capfd.readouterr() == ("", "")
 
 
 def status(step: int, **values: float) -> TrainingStatus:

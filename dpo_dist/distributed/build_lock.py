@@ -1,0 +1,69 @@
+"""Lock of a kernel that DeepSpeed compiles at first use; later builds wait for that of a killed one."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from torch.utils.cpp_extension import _get_build_directory
+
+from dpo_dist.errors import ConfigError
+from dpo_dist.number_text import duration
+
+_LONGEST_BUILD_SECONDS = 900.0
+_POLL_SECONDS = 0.5
+
+
+def wait_for_build(kernel: str, say: Callable[[str], None], longest: float = _LONGEST_BUILD_SECONDS) -> None:
+    """Wait while another process compiles `kernel` in the folder of torch's extensions.
+
+    The lock is an empty file, so its owner is only known on this host, by the file that it keeps open. On a
+    shared file system another host may build: the lock is never removed here.
+
+    Args:
+        kernel: name of DeepSpeed's operator, as `cpu_adam`.
+        say: prints a line.
+        longest: seconds that a build takes at most.
+
+    Raises:
+        ConfigError: the lock is older than any build, and no process of this host has it open.
+    """
+    lock, is_said = Path(_get_build_directory(kernel, False)) / "lock", False
+    unowned_looks = 0
+    while (age := _age(lock)) is not None:
+        is_building = _is_open(lock)
+        unowned_looks = 0 if is_building else unowned_looks + 1
+        if unowned_looks > 1 and age > longest:  # a build closes its lock before it removes it
+            raise ConfigError(
+                f"a build of DeepSpeed's kernel {kernel} was killed and has left its lock",
+                where=str(lock),
+                got=f"a lock of {duration(age)} ago that no process of this host has open",
+                expected="no lock, or one of a build that is running",
+                remedy="delete this file, unless another host compiles into this folder now; then run the "
+                "same command again",
+            )
+        if not is_said and (is_building or age <= longest):
+            doubt = "" if is_building else "; if that build was killed, delete this file"
+            say(f"waiting for another process that compiles {kernel}: {lock}{doubt}")
+            is_said = True
+        time.sleep(_POLL_SECONDS)
+
+
+def _age(lock: Path) -> float | None:
+    """Return the seconds since a lock was made; None without a lock."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(lock: Path) -> bool:
+    """Return whether a process of this host has the file open, as far as this user may see."""
+    path = str(lock.resolve())
+    for process in psutil.process_iter():
+        try:
+            if any(file.path == path for file in process.open_files()):
+                return True
+        except (psutil.Error, OSError):
+            continue
+    return False

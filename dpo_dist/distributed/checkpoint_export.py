@@ -1,0 +1,92 @@
+"""Write a checkpoint as the model folder that training would have written at its step; in one process."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from dpo_dist.config.schema import AttentionBackend, RunConfig
+from dpo_dist.data.tokenization.chat_template import with_chosen_template
+from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
+from dpo_dist.distributed.checkpoint_weights import check_shapes, read_weights
+from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.model.adapters import add_adapter
+from dpo_dist.model.folder import description_folder
+from dpo_dist.model.head import PackedCausalLM
+from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
+from dpo_dist.model.save import write_model_folder, writing_errors
+
+
+def export_checkpoint(
+    checkpoint: Path, folder: Path, config: RunConfig, card: Callable[[], str] | None = None
+) -> None:
+    """Write the trained weights of a checkpoint as a model or adapter folder, whole or not at all.
+
+    Needs no GPU, no other process and no weights of the base. Memory is that of one float32 weight and of one
+    file of the model (5 GB); `folder`'s disk needs room for the weights twice for a while.
+
+    Args:
+        checkpoint: of any number of processes and kind of parallelism.
+        folder: its final name.
+        config: of the run.
+        card: returns the content of README.md; None or "": there is none.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model, or the folder cannot be written.
+        ConfigError: the description of the base model cannot be read.
+    """
+    if faults := find_faults(checkpoint, 0, 1):
+        raise damaged_checkpoint(checkpoint, faults)
+    base = description_folder(config.model.path, config.model.revision, needs_weights=False)
+    causal_lm = _without_weights(base, config)
+    saved = read_weights(checkpoint)
+    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
+    check_shapes(trained, saved.shapes, checkpoint)
+    tokenizer = load_tokenizer(base, config.model)
+    if config.data.chat_template is not None:
+        tokenizer = with_chosen_template(tokenizer, config.data.chat_template)
+    with writing_errors(folder), _on_disk(saved, TORCH_DTYPES[config.model.dtype], folder) as weights:
+        write_model_folder(folder, causal_lm, weights, tokenizer, card)
+
+
+def _without_weights(base: Path, config: RunConfig) -> Any:
+    """Return the transformers model of the run, with its adapter if it has one, on the meta device."""
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            load_config(base, config.model),
+            dtype=TORCH_DTYPES[config.model.dtype],
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa)
+        if config.model.adapter is not None:
+            add_adapter(packed, config.model, config.trainer.seed)
+    if (base / GENERATION_CONFIG_NAME).is_file():
+        packed.causal_lm.generation_config = GenerationConfig.from_pretrained(base)
+    return packed.causal_lm
+
+
+@contextlib.contextmanager
+def _on_disk(saved: SavedSlices, dtype: torch.dtype, folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Yield the saved weights in `dtype`, mapped from temporary files beside `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        weights = {}
+        for number, name in enumerate(saved.shapes):
+            file = Path(temporary) / str(number)
+            weights[name] = _mapped(saved.whole(name).to(dtype), file)
+        yield weights
+        weights.clear()  # some file systems keep the files of mapped tensors
+
+
+def _mapped(tensor: Tensor, file: Path) -> Tensor:
+    """Write `tensor` to `file` and return it mapped from there: its memory can be taken back at any time."""
+    tensor.reshape(-1).view(torch.uint8).numpy().tofile(file)
+    return torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(
+        tensor.shape
+    )

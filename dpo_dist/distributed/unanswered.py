@@ -1,0 +1,80 @@
+"""Signals that the main thread cannot answer because it is blocked in a collective call.
+
+Python runs a signal's handler in the main thread, between two of its instructions. The interpreter also
+writes the signal's number to a file descriptor at once, which another thread can read.
+"""
+
+import signal
+import socket
+import threading
+import time
+
+from dpo_dist.distributed.activity import Doing
+from dpo_dist.errors import ExitCode
+
+_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+_ECHO_SECONDS = 2.0
+_SAMPLING_SECONDS = 1.2
+_WHILE_SILENT_SECONDS = 20.0
+_WHILE_WAITING_SECONDS = 120.0
+
+
+class UnansweredSignals:
+    """Signals since the creation of this object, until `close`; nothing is read outside of the main thread.
+
+    Args:
+        timeout_seconds: timeout of a collective call; a signal is answered earlier.
+    """
+
+    def __init__(self, timeout_seconds: float):
+        self.name = ""
+        self._first = self._second = 0.0
+        self._second_number = 0
+        self._while_silent = min(_WHILE_SILENT_SECONDS, timeout_seconds / 2)
+        self._while_waiting = min(_WHILE_WAITING_SECONDS, timeout_seconds / 2)
+        self._reading, self._writing = socket.socketpair()
+        self._reading.setblocking(False)
+        self._writing.setblocking(False)
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._former = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+
+    def close(self) -> None:
+        """Stop reading signals."""
+        if self._is_main:
+            signal.set_wakeup_fd(self._former)
+        self._writing.close()
+
+    def exit_code(self, doing: Doing, *, is_peer_silent: bool) -> int | None:
+        """Return the exit code with which to end this process now; None: go on.
+
+        Nothing can be saved while a rank is silent, and a second signal ends a process at once. A main thread
+        at another place than before a signal has answered it.
+
+        Args:
+            doing: present activity of the main thread.
+            is_peer_silent: whether another rank sends no heartbeat.
+        """
+        self._read()
+        if not self._first:
+            return None
+        now = time.monotonic()
+        arrived = now - doing.seconds - _SAMPLING_SECONDS
+        if self._second and arrived <= self._second and now - self._second > _SAMPLING_SECONDS:
+            return 128 + self._second_number
+        waited = now - self._first
+        is_in_vain = is_peer_silent and min(waited, doing.seconds) > self._while_silent
+        is_blocked = bool(doing.call) and arrived <= self._first and waited > self._while_waiting
+        return ExitCode.preempted if is_in_vain or is_blocked else None
+
+    def _read(self) -> None:
+        try:
+            numbers = [number for number in self._reading.recv(4096) if number in _REQUESTS]
+        except OSError:  # none
+            return
+        now = time.monotonic()
+        for number in numbers:
+            if not self._first:
+                self._first, self.name = now, signal.Signals(number).name
+            elif now > self._first + _ECHO_SECONDS and number != signal.SIGALRM and not self._second:
+                self._second, self._second_number = now, number

@@ -1,0 +1,39 @@
+"""Write a checkpoint as a plain model folder: `python -m dpo_dist.export run.dir=output/run-1a2b3c4d`.
+
+Takes the configuration of the run in `run.dir`; one process, no GPU. `export.checkpoint` names the checkpoint
+(default: the latest), `export.output` the folder, which transformers loads, or peft if it is an adapter.
+"""
+
+import os
+import sys
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.errors import ExitCode
+from dpo_dist.training.exported import find_checkpoint, find_output
+
+
+def main(config: RunConfig) -> int:
+    """Write the folder and print its path; return the exit code.
+
+    Raises:
+        DpoDistError: the checkpoint cannot be used, or the folder cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
+        return ExitCode.completed
+    checkpoint = find_checkpoint(config)
+    output = find_output(config, checkpoint)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Slow to import: errors above appear at once.
+    from dpo_dist.report.terminal.console import console_on  # noqa: PLC0415
+    from dpo_dist.training.export import export_model  # noqa: PLC0415
+
+    console = console_on(sys.stderr, config.console)
+    export_model(config, checkpoint, output, console)
+    written = {"checkpoint": str(checkpoint), "output": str(output)}
+    console.result("exported", written, [f"written: {output}"])
+    return ExitCode.completed
+
+
+if __name__ == "__main__":
+    run_verb(main, of_run=True, about=__doc__)

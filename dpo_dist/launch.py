@@ -1,0 +1,22 @@
+"""Start a verb on several processes: `python -m dpo_dist.launch -m dpo_dist.train +experiment=qwen7b`.
+
+Takes the arguments of `accelerate launch`. It ends with the exit code of the run, without a traceback, and
+gives a run that is stopped the time to save.
+"""
+
+import os
+import sys
+
+
+def main(arguments: list[str]) -> int:
+    """Run a verb on the processes that `arguments` ask for; return its exit code."""
+    from dpo_dist.distributed.launcher import launch  # noqa: PLC0415  (slow)
+
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

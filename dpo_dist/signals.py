@@ -1,0 +1,197 @@
+"""Requests to stop a run early, by signals, limits or a tracker."""
+
+import _thread
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+from dpo_dist.errors import ExitCode, StoppedError
+from dpo_dist.progress_file import note_exit_code
+
+BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# Ctrl-C reaches the processes from the terminal and again from their launcher.
+_REPEATED_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.3
+_MAIN_THREAD_SECONDS = 1.0
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+_PR_SET_PDEATHSIG = 1
+
+last_words: list[Callable[[int], object]] = []
+"""Called with the exit code, in threads, when a second signal ends this process."""
+
+
+class StopRequest:
+    """Vote on whether to save a checkpoint and stop before the schedule ends.
+
+    Args:
+        stop_after_steps: steps of this start after which to stop; None: no limit.
+        max_seconds: seconds from now after which to stop; None: no limit.
+    """
+
+    def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
+        self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
+        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        self._is_deferred, self._is_urgent = False, False
+        self._first_signal = math.inf
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """Stop as soon as the progress can be saved; thread-safe."""
+        self.reason, self._is_urgent = self.reason or reason, True
+
+    def vote(self) -> bool:
+        """Return whether this rank wants to stop after the step just done."""
+        self._steps_left -= 1
+        if self._steps_left <= 0:
+            self.reason = self.reason or BY_STEPS
+        return self.is_urgent or bool(self.reason)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Return whether this rank wants to stop before an evaluation is complete."""
+        if time.monotonic() > self._deadline:
+            self.ask(BY_SECONDS)
+        return self._is_urgent
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Answer SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and the end of `max_seconds` inside the block.
+
+        The first signal asks to stop within `deferred`, and raises elsewhere. A later one, unless it is an
+        echo of the first, ends the process at once with 128 + its number. Outside of the main thread, where
+        Python answers no signals, nothing is changed. If the launcher of this process dies, that counts as
+        SIGTERM.
+
+        Raises:
+            StoppedError: at the first signal, outside of `deferred`.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self._receive) for number in (*_SIGNALS, signal.SIGALRM)}
+        is_launched = _follow_launcher()
+        if self._deadline < math.inf:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if is_launched:
+                _ask_for_parent_death_signal(0)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Take signals inside the block as requests, which the block votes on."""
+        before, self._is_deferred = self._is_deferred, True
+        try:
+            yield
+        finally:
+            self._is_deferred = before
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now, is_limit = time.monotonic(), number == signal.SIGALRM
+        if now > self._first_signal + _REPEATED_SECONDS and not is_limit:
+            _end_now(128 + number)
+        if self._first_signal < math.inf or (is_limit and self.reason):
+            return
+        if not is_limit:
+            self._first_signal = now
+        name = BY_SECONDS if is_limit else signal.Signals(number).name
+        self.ask(name)
+        if not self._is_deferred:
+            raise stopped_by(name)
+
+
+def stopped_by(reason: str, when: str = "before the first step") -> StoppedError:
+    """Return the error of a stop outside of the training steps."""
+    return StoppedError(f"by {reason} {when}", remedy="run the same command again to continue")
+
+
+def end_at_signals() -> None:
+    """End at a signal with one line and exit code 75, until `StopRequest.listening`; nothing is saved."""
+    for number in _SIGNALS:
+        signal.signal(number, _end_before_start)
+    _follow_launcher()
+
+
+@contextlib.contextmanager
+def answered_at_once() -> Iterator[None]:
+    """End the process at a signal inside the block even if the main thread is blocked outside of Python.
+
+    For blocks with nothing to save. A signal that has no handler of Python's is not affected.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    is_over = threading.Event()
+
+    def answer() -> None:
+        numbers = reading.recv(1)
+        if numbers and not is_over.wait(_MAIN_THREAD_SECONDS) and numbers[0] in _SIGNALS:
+            _end_before_start(numbers[0], None)
+
+    former = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=answer, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(former)
+        writing.close()
+
+
+def _end_before_start(number: int, _frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        error = stopped_by(signal.Signals(number).name, "before the start")
+        with contextlib.suppress(OSError):
+            os.write(2, f"{error}\n".encode())
+    _end_now(ExitCode.preempted)
+
+
+def _end_now(exit_code: int) -> NoReturn:
+    """End the process; threads, pools and other processes are not waited for.
+
+    Without the locks of `threading.Thread.start`: the signal may have interrupted it.
+    """
+    for words in last_words:
+        _thread.start_new_thread(words, (exit_code,))
+    if last_words:
+        time.sleep(_LAST_WORDS_SECONDS)
+    note_exit_code(exit_code)
+    os._exit(exit_code)
+
+
+def _follow_launcher() -> bool:
+    """Get SIGTERM when the launcher of this process dies; return whether there is one."""
+    is_launched = any(name in os.environ for name in _OF_LAUNCHERS)
+    if is_launched:
+        _ask_for_parent_death_signal(signal.SIGTERM)
+    return is_launched
+
+
+def _ask_for_parent_death_signal(number: int) -> None:
+    """Have Linux send this process a signal when its parent dies (0: none); other systems cannot."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+class Terminated(SystemExit):
+    """SIGTERM to a program that has nothing to save."""
+
+
+def raise_terminated(number: int, _frame: FrameType | None) -> None:
+    """Handle SIGTERM by raising `Terminated` in the main thread."""
+    raise Terminated(128 + number)

@@ -1,0 +1,113 @@
+"""Look for room for the checkpoints and the model of a run on the file system of its directory."""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dpo_dist.config.checkpoint_folders import checkpoint_folders
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig, TrainerConfig
+from dpo_dist.distributed.checkpoint_manifest import has_all_files
+from dpo_dist.distributed.slices import ModelSlices
+from dpo_dist.distributed.world import World
+from dpo_dist.errors import ConfigError
+from dpo_dist.model.load import TORCH_DTYPES
+from dpo_dist.number_text import size
+from dpo_dist.report.terminal.console import Console
+
+_MASTER_BYTES = 4
+_STATES_OF_ADAM = 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what a run writes, over all ranks: a checkpoint after the first step, and the model."""
+
+    checkpoint: int
+    model: int
+
+    @classmethod
+    def of_slices(cls, parts: Sequence[ModelSlices], config: RunConfig, world: World) -> "Sizes":
+        """Return the exact sizes; collective.
+
+        Args:
+            parts: this rank's slices, of the policy first.
+        """
+        mine = sum(part.full_bytes for part in parts), parts[0].elements
+        checkpoints, elements = zip(*world.gather(mine), strict=True)
+        return cls(sum(checkpoints), sum(elements) * TORCH_DTYPES[config.model.dtype].itemsize)
+
+    @classmethod
+    def of_files(cls, folder: Path, config: RunConfig) -> "Sizes":
+        """Return the sizes of a run that trains all weights of a model folder, before it is loaded.
+
+        A file that cannot be read counts as nothing: loading the model reports it.
+        """
+        elements = 0
+        for file in folder.glob("*.safetensors"):
+            with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
+                shapes = (opened.get_slice(name).get_shape() for name in opened.keys())  # noqa: SIM118
+                elements += sum(map(math.prod, shapes))
+        itemsize = TORCH_DTYPES[config.model.dtype].itemsize
+        return cls(elements * _MASTER_BYTES * (1 + _STATES_OF_ADAM), elements * itemsize)
+
+
+def check_disk_room(
+    config: RunConfig, sizes: Sizes, steps_done: int, steps: int, world: World, console: Console
+) -> None:
+    """Check that the file system of `run.dir` has room for everything that the run will write; collective.
+
+    Args:
+        config: of the run.
+        sizes: of a checkpoint and of the model.
+        steps_done: before this start.
+        steps: of the whole run.
+        world: of this start.
+        console: for a file system that does not report its size.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not config.trainer.check_disk_room:
+        return
+    folder = RunFolder.of(config)
+
+    def work() -> str:
+        disk = shutil.disk_usage(folder.path)
+        if not disk.total:
+            return f"the file system of {folder} reports no size: its room for checkpoints is not known"
+        there = sum(map(has_all_files, checkpoint_folders(folder.checkpoints)))
+        added, needed = _needed(sizes, there, steps_done, steps, config.trainer)
+        if needed > disk.free:
+            raise ConfigError(
+                "the disk has no room for the checkpoints and the model of this run",
+                where="run.dir",
+                got=f"{size(disk.free)} free on the file system of {folder}, "
+                f"{size(needed - disk.free)} too few",
+                expected=f"{size(needed)}, for checkpoints of {size(sizes.checkpoint)}, up to {added} more "
+                f"at a time than there are, and a model of {size(sizes.model)}",
+                remedy="make room, set run.dir to another disk, or lower trainer.keep_last; "
+                "trainer.check_disk_room=false for a file system that grows",
+            )
+        return ""
+
+    if said := world.on_main(work):
+        console.say(said)
+
+
+def _needed(sizes: Sizes, there: int, steps_done: int, steps: int, trainer: TrainerConfig) -> tuple[int, int]:
+    """Return the most checkpoints that the rest of a run adds at a time, and the bytes that it needs.
+
+    A checkpoint is complete before an older one is deleted; the model is written beside those that are kept.
+    """
+    every = trainer.save_every
+    kept = max(1, trainer.keep_last) + (trainer.keep_best_count if trainer.keep_best else 0)
+    saves = 1 if not every else max(1, -(-steps // every) - steps_done // every)
+    added = max(1, min(saves, kept + 1 - there))
+    at_end = min(there + saves, kept) - there
+    return added, max(added * sizes.checkpoint, at_end * sizes.checkpoint + sizes.model)

@@ -1,0 +1,67 @@
+"""Write a model folder from a checkpoint of a run, with the card that training would have written."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.checkpoint_folders import step_of
+from dpo_dist.config.identity import settings
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.distributed.checkpoint_export import export_checkpoint
+from dpo_dist.distributed.checkpoint_loading import read_state
+from dpo_dist.errors import RunOutcome
+from dpo_dist.report.environment import package_versions
+from dpo_dist.report.metrics_log import read_latest_rows
+from dpo_dist.report.recorder import spared
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.training.card import run_card
+
+
+def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
+    """Write `output` from `checkpoint`, whole or not at all.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `output` cannot be written.
+        ConfigError: the base model cannot be read.
+    """
+
+    def card() -> str:
+        text = ""
+        with spared("the model card", console.say):
+            text = _card(config, checkpoint, console)
+        return text  # noqa: RET504 (a bug ends the block before)
+
+    console.say(f"reading {checkpoint}")
+    export_checkpoint(checkpoint, output, config, card)
+
+
+def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
+    """Return the model card of a checkpoint; "" if its run has not recorded its data."""
+    folder, state, step = RunFolder.of(config), read_state(checkpoint), step_of(checkpoint.name)
+    counts = state.get("counts") or _read(folder.summary).get("data")
+    if counts is None:  # of an earlier version, before the end of its run
+        console.say("warning: no model card: this run has no counts of its data yet")
+        return ""
+    is_end = step == state["steps"]
+    summary = {
+        "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
+        "steps": step,
+        "pairs_seen": state["pairs_seen"],
+        "reference": state.get("reference_report", {}),
+        "settings": settings(config),
+        "data": counts,
+    }
+    rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
+    versions = _read(folder.environment).get("packages") or package_versions()
+    return run_card(config, rows, summary, console, is_evaluated=is_end, versions=versions)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """Return the object in a file of the run; empty if it cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content

@@ -1,0 +1,49 @@
+"""Join the processes of a launch, set up as the configuration says, and measure their devices."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, RunConfig
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.monitor import Reports
+from dpo_dist.distributed.nvme import check_async_io
+from dpo_dist.distributed.world import World
+from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
+from dpo_dist.model.load import TORCH_DTYPES
+from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.model.optional_packages import check_bitsandbytes
+from dpo_dist.report.terminal.console import Console
+
+
+@contextlib.contextmanager
+def open_world(config: RunConfig, console: Console) -> Iterator[World]:
+    """Yield the world of this process's launch, set up as `config` says; collective."""
+    if config.reference.offload is Offload.nvme:
+        check_async_io()
+    if config.reference.quantization is not None:
+        check_bitsandbytes(config.reference.quantization, "reference.quantization")
+    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
+    with (
+        deterministic_kernels(config.trainer.deterministic),
+        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
+    ):
+        torch.manual_seed(config.trainer.seed)
+        yield world
+
+
+def peak_flops(config: RunConfig, world: World) -> PeakFlops:
+    """Return the peak of all devices, measured while all of them are busy; collective."""
+    dtype = TORCH_DTYPES[config.model.dtype]
+    is_cuda = world.device.type == "cuda"
+    datasheet = datasheet_peak(torch.cuda.get_device_name(world.device), dtype) if is_cuda else None
+    world.barrier()
+    peaks = world.gather((matmul_peak(world.device, dtype), datasheet))
+    sheets = [sheet for _, sheet in peaks if sheet is not None]
+    return PeakFlops(sum(peak for peak, _ in peaks), sum(sheets) if len(sheets) == world.size else None)

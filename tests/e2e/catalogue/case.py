@@ -1,0 +1,149 @@
+"""A bad input with the error that it gets; run as a person would type it, in a folder of its own."""
+
+import hashlib
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_dist.atomic import is_temporary
+from tests.support.launch import environment
+from tests.support.warm import ENVIRONMENT, reserve_port, run_warm_apart
+
+RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking.wandb=off"
+"""A run that trains; a case adds its mistake."""
+
+_SECONDS = 240
+_CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
+"""Encoded data, digests of files, the store."""
+_CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
+"""Complete files that are addressed by content: encoded data and digests of files."""
+_LABELS = ("where", "got", "expected", "to do")
+_TITLE = re.compile(
+    r"^(?:configuration error|data error|reference error|checkpoint error|process lost|error): ", re.M
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mistake, and the essential words of each line of its error.
+
+    Attributes:
+        name: of the test.
+        typed: the command line after `run`, as in a shell; FOLDER is the working folder.
+        what: in the first line of the block.
+        where: in its line; so are `got`, `expected` and `to_do`. An empty one is not looked for.
+        before: makes files in the working folder, which has `model`, `train.jsonl` and `eval.jsonl`.
+        verb: module below dpo_dist.
+        run: arguments before `typed`.
+        code: exit code.
+        joins: whether it is found after the processes have joined. Otherwise the command runs as rank 0 of 2
+            without a rank 1, for which it would wait.
+        place: variables in place of those of rank 0 of 2.
+        leaves: regular expressions of paths that may be there afterwards; with `joins` also complete files
+            that are addressed by content.
+    """
+
+    name: str
+    typed: str
+    what: str
+    where: str = ""
+    got: str = ""
+    expected: str = ""
+    to_do: str = ""
+    before: Callable[[Path], object] | None = None
+    verb: str = "train"
+    run: str = RUN
+    code: int = 2
+    joins: bool = False
+    place: Mapping[str, str] | None = None
+    leaves: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command has printed and left."""
+
+    code: int
+    output: str
+    errors: str
+    left: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+def run_case(case: Case, folder: Path, assets: Path) -> Ended:
+    """Run the command of a case in `folder`, which is empty."""
+    for name in ("model", "train.jsonl", "eval.jsonl"):
+        (folder / name).symlink_to(assets / name)
+    if case.before is not None:
+        case.before(folder)
+    existing = _content(folder)
+    arguments = shlex.split(f"{case.run} {case.typed}".replace("FOLDER", str(folder)))
+    variables = {**environment(), **ENVIRONMENT, **_place(case)}
+    code, output, errors = run_warm_apart(case.verb, arguments, variables, folder, _SECONDS)
+    content = _content(folder)
+    left = tuple(name for name in sorted(content.keys() - existing.keys()))
+    changed = tuple(name for name, digest in sorted(existing.items()) if content.get(name) != digest)
+    return Ended(code, output, errors, left, changed)
+
+
+def _place(case: Case) -> Mapping[str, str]:
+    """Return the variables of rank 0 of 2 without a rank 1; nothing for one process."""
+    if case.place is not None:
+        return case.place
+    if case.joins:
+        return {}
+    world = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
+    return {name: str(number) for name, number in world.items()} | address
+
+
+def _content(folder: Path) -> dict[str, str]:
+    """Return the digest of every file below a folder; links are not followed."""
+    found = {}
+    for path in folder.rglob("*"):
+        is_file = path.is_file() and not path.is_symlink()
+        found[str(path.relative_to(folder))] = (
+            hashlib.sha256(path.read_bytes()).hexdigest() if is_file else ""
+        )
+    return found
+
+
+def check_case(case: Case, ended: Ended) -> None:
+    """Check exit code, the one block and that nothing was written."""
+    shown = f"{case.typed}\nexit code {ended.code}\n{ended.output}\n--- stderr\n{ended.errors}"
+    assert ended.code == case.code, shown
+    assert "Traceback" not in ended.errors + ended.output, shown
+    assert len(_TITLE.findall(ended.errors)) == 1, shown
+    assert not _TITLE.search(ended.output), shown
+    lines = _lines(ended.errors)
+    assert case.what in lines["what"], shown
+    wanted = {"where": case.where, "got": case.got, "expected": case.expected, "to do": case.to_do}
+    for label, text in wanted.items():
+        assert text in lines.get(label, ""), f"{label}: {text!r} is not in\n{shown}"
+    assert lines.get("to do"), f"no remedy\n{shown}"
+    assert not [name for name in ended.left if not _is_allowed(name, case)], (ended.left, shown)
+    assert not ended.changed, (ended.changed, shown)
+
+
+def _is_allowed(name: str, case: Case) -> bool:
+    patterns = (*case.leaves, *(_CACHES if case.joins else ()))
+    return not is_temporary(Path(name)) and any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _lines(errors: str) -> dict[str, str]:
+    """Return the lines of the block by label; the first is `what`. The block ends the output."""
+    start = _TITLE.search(errors)
+    assert start is not None
+    first, *others = errors[start.start() :].rstrip("\n").split("\n")
+    found = {"what": first}
+    for line in others:
+        label, _, text = line.strip().partition(":")
+        assert label in _LABELS, f"a line after the block: {line!r}"
+        assert label not in found, f"two lines of {label}"
+        found[label] = text.strip()
+    return found

@@ -1,0 +1,159 @@
+"""Data that cannot be trained on."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.e2e.catalogue.case import Case
+from tests.e2e.catalogue.conftest import Check
+
+Before = Callable[[Path], object]
+
+
+def written(name: str, content: bytes | str) -> Before:
+    """Write a file."""
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
+def records(name: str, *items: Any, times: int = 1) -> Before:
+    """Write records, one on a line."""
+    return written(name, "".join(json.dumps(item) + "\n" for item in items) * times)
+
+
+def of(path: str, **options: Any) -> str:
+    """Return the override that trains on one file."""
+    entries = "".join(f", {key}: {value}" for key, value in options.items())
+    return f"'data.train=[{{path: {path}{entries}}}]'"
+
+
+def with_train_as(name: str, change: Callable[[bytes], bytes]) -> Before:
+    """Write the bytes of the good file, changed."""
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(change((folder / "train.jsonl").read_bytes()))
+
+    return write
+
+
+def saved_without_train(folder: Path) -> None:
+    """A folder with parquet files of one split."""
+
+    (folder / "hub").mkdir()
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}),
+        folder / "hub/test-00000-of-00001.parquet",
+    )
+
+
+PAIR = {"prompt": "a question", "chosen": " yes", "rejected": " no"}
+
+# fmt: off
+CASES = [
+    # Paths.
+    Case("missing file", "data.train=[trian.jsonl]", "the file does not exist", "trian.jsonl",
+         to_do="train.jsonl"),
+    Case("missing folder", "data.train=[data/a.jsonl]", "the folder does not exist", "data"),
+    Case("missing evaluation file", "data.eval=[evil.jsonl]", "the file does not exist", "evil.jsonl",
+         to_do="eval.jsonl"),
+    Case("url", 'data.train=["https://example.com/a.jsonl"]', "URLs cannot be read",
+         "https://example.com/a.jsonl", to_do="download"),
+    Case("pattern without a match", "data.train=[shards/*.jsonl]", "", "shards/*.jsonl"),
+    Case("empty folder", "data.train=[./none]", "no data files", "none", "an empty folder",
+         before=lambda f: (f / "none").mkdir()),
+    Case("folder of models", "data.train=[./model]", "", "model"),
+    Case("wrong kind of file", "data.train=[a.xlsx]", "this kind of file", "a.xlsx", ".xlsx", ".jsonl",
+         before=written("a.xlsx", "x")),
+    Case("archive", "data.train=[a.zip]", "this kind of file", "a.zip", ".zip", to_do="unpack it",
+         before=written("a.zip", "x")),
+    Case("link to nothing", "data.train=[link.jsonl]", "the link leads to no file", "link.jsonl",
+         "gone.jsonl", before=lambda f: (f / "link.jsonl").symlink_to("gone.jsonl")),
+    Case("device in place of a file", "data.train=[/dev/zero]", "neither a file nor a folder", "/dev/zero"),
+    Case("name too long", f"data.train=[./{'a' * 300}.jsonl]", "the path cannot be opened", "306 characters",
+         "too long"),
+    Case("two files in one name", "'data.train=[train.jsonl eval.jsonl]'", "the file does not exist",
+         to_do="by commas"),
+    Case("hub name without network", "data.train=[org/name]", "neither a local file nor a dataset",
+         "org/name", "HF_HUB_OFFLINE=1"),
+    Case("split of a file", of("train.jsonl", split="test"), "no effect", "split of train.jsonl", "test",
+         to_do="remove split"),
+    Case("split that the folder lacks", of("./hub"), "no such split", "hub", "train", "test",
+         before=saved_without_train),
+    Case("revision of a file", of("train.jsonl", revision="main"), "no effect", "revision of train.jsonl",
+         "main"),
+    # Content.
+    Case("empty file", "data.train=[empty.jsonl]", "", "empty.jsonl", before=written("empty.jsonl", "")),
+    Case("only a byte order mark", "data.train=[bom.jsonl]", "", "bom.jsonl",
+         before=written("bom.jsonl", b"\xef\xbb\xbf")),
+    Case("only blank lines", "data.train=[blank.jsonl]", "", "blank.jsonl",
+         before=written("blank.jsonl", "\n\n \n")),
+    Case("unknown columns", "data.train=[odd.jsonl]", "", "odd.jsonl", "frage",
+         before=records("odd.jsonl", {"frage": "a", "gut": "b", "schlecht": "c"}, times=5)),
+    Case("column that no record has", of("train.jsonl", columns="{prompt: frage}"), "", "train.jsonl",
+         "frage"),
+    Case("lines instead of an array", "data.train=[a.json]", "not an array", "a.json", "an object", "",
+         ".jsonl", before=records("a.json", PAIR)),
+    Case("array in a jsonl file", "data.train=[a.jsonl]", "", "a.jsonl",
+         before=written("a.jsonl", json.dumps([PAIR] * 3))),
+    Case("array that ends early", "data.train=[a.json]", "not JSON", "a.json",
+         before=written("a.json", json.dumps([PAIR] * 3)[:-9])),
+    Case("broken line with error", "data.train=[a.jsonl] data.on_bad_record=error", "", "a.jsonl:2",
+         "delimiter",
+         before=with_train_as("a.jsonl", lambda b: b.replace(b'\n{"prompt"', b'\n{"prompt', 1))),
+    Case("too many broken lines", "data.train=[a.jsonl] data.max_bad_share=0.01", "", "a.jsonl",
+         "unparsable 1", joins=True,
+         before=with_train_as("a.jsonl", lambda b: b.replace(b'\n{"prompt"', b'\n{"prompt', 1))),
+    Case("invalid utf-8", "data.train=[a.jsonl]", "", "a.jsonl", "unparsable",
+         before=with_train_as("a.jsonl", lambda b: b.replace(b"yes", b"y\xffs"))),
+    Case("utf-16", "data.train=[a.jsonl]", "", "a.jsonl",
+         before=with_train_as("a.jsonl", lambda b: b.decode().encode("utf-16"))),
+    Case("record of 100 MB", "data.train=[a.jsonl]", "", "a.jsonl:1", "unparsable",
+         before=records("a.jsonl", PAIR | {"chosen": "a" * 10**8})),
+    Case("damaged gzip", "data.train=[a.jsonl.gz]", "", "a.jsonl.gz",
+         before=with_train_as("a.jsonl.gz", lambda b: gzip.compress(b)[:-40])),
+    Case("no gzip", "data.train=[a.jsonl.gz]", "", "a.jsonl.gz",
+         before=with_train_as("a.jsonl.gz", lambda b: b)),
+    Case("no zstandard", "data.train=[a.jsonl.zst]", "", "a.jsonl.zst",
+         before=with_train_as("a.jsonl.zst", lambda b: b)),
+    Case("no parquet", "data.train=[a.parquet]", "not Parquet", "a.parquet",
+         before=with_train_as("a.parquet", lambda b: b)),
+    Case("missing response", "data.train=[a.jsonl]", "", "a.jsonl", "missing_field",
+         before=records("a.jsonl", {"prompt": "a", "chosen": "b"}, times=5)),
+    Case("responses with labels", "data.train=[a.jsonl]", "good/bad label", "a.jsonl",
+         to_do="pair good and bad",
+         before=records("a.jsonl", {"prompt": "a", "completion": "b", "label": True}, times=5)),
+    Case("equal responses", "data.train=[a.jsonl]", "", "a.jsonl", "identical",
+         before=records("a.jsonl", PAIR | {"rejected": " yes"}, times=5)),
+    Case("empty responses", "data.train=[a.jsonl]", "", "a.jsonl", "",
+         before=records("a.jsonl", PAIR | {"chosen": ""}, times=5)),
+    Case("numbers in place of text", "data.train=[a.jsonl]", "", "a.jsonl",
+         before=records("a.jsonl", PAIR | {"chosen": 5}, times=5)),
+    Case("all too long", "data.max_length=5 data.truncation=drop", "", "train.jsonl", "too_long",
+         to_do="data.max_length", joins=True),
+    Case("nothing left of the prompt", "data.max_length=5", "", "train.jsonl", "fills_max_length",
+         to_do="data.max_length", joins=True),
+    Case("odpo without scores", "data.train=[a.jsonl] loss=odpo", "odpo cannot use 6 of 6 examples",
+         joins=True, before=records("a.jsonl", PAIR, times=6)),
+    Case("all of it held out", "data.eval=[train.jsonl] data.drop_eval_prompts=true", "", joins=True),
+    Case("limit of nothing", of("train.jsonl", limit=0), "out of range", "data.train[0].limit", "0"),
+    Case("weight of nothing", of("train.jsonl", weight=0), "out of range", "data.train[0].weight", "0"),
+    Case("wrong format", of("train.jsonl", format="alpaca"), "no record can be used",
+         "train.jsonl:1 missing_field", "instruction"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_data_that_cannot_be_used_get_one_block(case: Case, check: Check) -> None:
+    check(case)

@@ -1,0 +1,136 @@
+"""Run directories, caches and stores that cannot be written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.catalogue.case import Case
+from tests.e2e.catalogue.conftest import Check
+from tests.support.read_only import read_only
+
+
+def folder(name: str) -> Callable[[Path], object]:
+    """Make an empty folder."""
+    return lambda work: (work / name).mkdir(parents=True)
+
+
+def file(name: str) -> Callable[[Path], object]:
+    """Make a file where a folder is expected."""
+    return lambda work: (work / name).write_text("a file")
+
+
+def link(name: str, target: str) -> Callable[[Path], object]:
+    """Make a link."""
+    return lambda work: (work / name).symlink_to(target)
+
+
+def used(work: Path) -> None:
+    """Make a run directory with a result."""
+    (work / "used/dpo_metrics").mkdir(parents=True)
+    (work / "used/dpo_metrics/summary.json").write_text("{}")
+
+
+def of_another_run(work: Path) -> None:
+    """Make a folder that contains a run."""
+    (work / "runs/a").mkdir(parents=True)
+    (work / "runs/a/run_state.json").write_text("{}")
+
+
+# fmt: off
+CASES = [
+    Case("file as run directory", "run.dir=occupied", "run.dir is a file", "run.dir", "occupied",
+         before=file("occupied")),
+    Case("file above the run directory", "run.dir=occupied/run", "run.dir cannot be written", "run.dir",
+         "Not a directory", before=file("occupied")),
+    Case("kernel file system", "run.dir=/proc/foo", "run.dir cannot be written", "run.dir", "/proc/foo"),
+    Case("root as run directory", "run.dir=/", "the root of the file system", "run.dir", "/"),
+    Case("model as run directory", "run.dir=model", "the folder of a model", "run.dir", "model"),
+    Case("folder of runs as run directory", "run.dir=runs", "contains other runs", "run.dir", "runs",
+         before=of_another_run),
+    Case("link to nothing as run directory", "run.dir=link", "run.dir", "run.dir", "link",
+         before=link("link", "gone/away")),
+    Case("link in a circle", "run.dir=circle", "run.dir", "run.dir", "circle",
+         before=link("circle", "circle")),
+    Case("name of the run directory too long", f"run.dir={'a' * 300}", "run.dir cannot be written",
+         "run.dir", "too long"),
+    Case("name of the run too long", f"run.name={'a' * 300}", "run.dir cannot be written", "run.dir",
+         "too long"),
+    Case("file as root", "run.root=occupied", "run.dir cannot be written", "run.dir", "Not a directory",
+         before=file("occupied")),
+    Case("file as cache", "data.cache=occupied", "data.cache is a file", "data.cache", "occupied",
+         before=file("occupied")),
+    Case("file as store", "reference.store=occupied", "reference.store is a file", "reference.store",
+         "occupied", before=file("occupied")),
+    Case("store in a model", "reference.store=/proc/1/store", "reference.store cannot be written",
+         "reference.store", "/proc/1/store"),
+    Case("folder of offload that cannot be", "reference.offload=nvme reference.nvme_path=/proc/x",
+         "reference.nvme_path", "reference.nvme_path", "/proc/x"),
+    Case("run that has results", "run.dir=used run.resume=never", "run.resume=never", "used", "dpo_metrics",
+         before=used, joins=True, leaves=("used/.*",)),
+    Case("nothing to resume", "run.dir=new run.resume=must", "no checkpoint to resume from",
+         "new/checkpoints", joins=True),
+]
+# fmt: on
+
+READ_ONLY = [
+    Case(
+        "run directory on a read-only disk",
+        "run.dir=locked/run",
+        "run.dir cannot be written",
+        "run.dir",
+        "Read-only file system",
+    ),
+    Case(
+        "cache on a read-only disk",
+        "data.cache=locked/cache",
+        "data.cache cannot be written",
+        "data.cache",
+        "Read-only",
+    ),
+    Case(
+        "store on a read-only disk",
+        "reference.store=locked/store",
+        "reference.store cannot be written",
+        "reference.store",
+        "Read-only",
+    ),
+    Case(
+        "read-only run directory",
+        "run.dir=locked",
+        "run.dir cannot be written",
+        "run.dir",
+        "Read-only",
+        "write permission",
+    ),
+    Case(
+        "read-only working folder for pairs",
+        "run.dir=locked/pairs pairs.method=scores data.train=[train.jsonl]",
+        "a file cannot be written or read",
+        "locked/pairs",
+        "Read-only",
+        verb="pairs",
+        run="",
+    ),
+    Case(
+        "read-only folder for the doctor",
+        "run.dir=locked/doctor data.train=[train.jsonl]",
+        "",
+        "run.dir",
+        "locked/doctor",
+        verb="doctor",
+        run="",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_folder_that_cannot_be_used_gets_one_block(case: Case, check: Check) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", READ_ONLY, ids=str)
+def test_a_read_only_disk_gets_one_block(case: Case, check: Check, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir()
+    with read_only(tmp_path / "locked"):
+        check(case)

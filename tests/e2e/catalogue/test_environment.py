@@ -1,0 +1,89 @@
+"""Environments of launchers and machines in which a run cannot start."""
+
+import fcntl
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.catalogue.case import Case
+from tests.e2e.catalogue.conftest import Check
+
+RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+LOCAL = {"MASTER_ADDR": "127.0.0.1"}
+LAUNCHER = "environment: accelerate launch"
+
+# fmt: off
+CASES = [
+    Case("rank without a world", "", "RANK is set without WORLD_SIZE", "environment", "RANK=0",
+         to_do="torchrun", place={"RANK": "0"}),
+    Case("world without a rank", "", "WORLD_SIZE is set without RANK", "environment", "WORLD_SIZE=2",
+         to_do="torchrun", place={"WORLD_SIZE": "2"}),
+    Case("rank outside the world", "", "RANK is not below WORLD_SIZE", "environment", "RANK=2, WORLD_SIZE=2",
+         "from 0 to", "torchrun", place=RANK_0 | {"RANK": "2"}),
+    Case("rank that is no number", "", "RANK is not the number of a process", "environment", "RANK=one",
+         "whole number", "torchrun", place=RANK_0 | {"RANK": "one"}),
+    Case("negative rank", "", "RANK is not the number of a process", "environment", "RANK=-1",
+         "whole number", "torchrun", place=RANK_0 | {"RANK": "-1"}),
+    Case("empty world", "", "WORLD_SIZE is not the number", "environment", "WORLD_SIZE=0", "from 1",
+         "torchrun", place=RANK_0 | {"WORLD_SIZE": "0"}),
+    Case("local rank outside its node", "", "LOCAL_RANK is not below LOCAL_WORLD_SIZE", "environment",
+         "LOCAL_RANK=3", "from 0", "torchrun", place=RANK_0 | {"LOCAL_RANK": "3"}),
+    Case("no address of rank 0", "", "MASTER_ADDR and MASTER_PORT must be set", "environment", "no value",
+         to_do="torchrun", place=RANK_0),
+    Case("port that is no number", "", "MASTER_PORT is not a port", "environment", "MASTER_PORT=http",
+         "1 to 65535", "torchrun", place=RANK_0 | LOCAL | {"MASTER_PORT": "http"}),
+    Case("launcher on CPUs without DeepSpeed", "", "without DeepSpeed", "accelerate launch",
+         "ACCELERATE_USE_CPU", to_do="cpu_2.yaml", joins=True, place={"ACCELERATE_USE_CPU": "true"}),
+    Case("deepspeed file of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
+         "CONFIG_FILE=ds.json", "only starts processes", "parallelism=zero3",
+         place={"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}),
+    Case("fsdp of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
+         "ACCELERATE_USE_FSDP=true", "only starts processes", "parallelism=zero3",
+         place={"ACCELERATE_USE_FSDP": "true"}),
+    Case("dynamo of a launcher", "", "option of the launcher would have no effect", LAUNCHER, "INDUCTOR",
+         "only starts processes", "model.compile=true", place={"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}),
+    Case("precision of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
+         "fp16 with model.dtype=fp32", "only starts processes", "set model.dtype",
+         place={"ACCELERATE_MIXED_PRECISION": "fp16"}),
+    Case("attention kernel without a GPU", "model.dtype=bf16 model.attention=varlen", "runs on CUDA only",
+         "model.attention", "varlen on cpu", "sdpa", "model.attention=auto", joins=True),
+    Case("home that cannot be written", "model.path=org/name", "neither a local folder nor a model",
+         "model.path", "HF_HUB_OFFLINE=1", "downloaded before", "download the model",
+         place={"HOME": "/proc"}),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_environment_that_does_not_fit_gets_one_block(case: Case, check: Check) -> None:
+    check(case)
+
+
+def test_a_taken_port_gets_one_block(check: Check) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        place = RANK_0 | LOCAL | {"MASTER_PORT": port}
+        check(
+            Case(
+                "",
+                "",
+                "port of rank 0 cannot be opened",
+                "MASTER_PORT",
+                port,
+                to_do="set another",
+                place=place,
+            )
+        )
+
+
+def test_two_runs_in_one_folder_get_one_block(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        what = "another process is training in this run directory"
+        check(
+            Case("", "run.dir=run", what, "run", to_do="wait for it", joins=True, leaves=("run/logs(/.*)?",))
+        )

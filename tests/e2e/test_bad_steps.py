@@ -1,0 +1,98 @@
+"""A step whose loss is not finite on one rank is skipped on all, counted and named; too many end the run."""
+
+import json
+import math
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import Overrides
+from tests.support.launch import history, run_state, run_verb, summary
+from tests.support.records import TEXT
+from tests.support.tiny_model import write_model
+
+SPOILT_LINE = 9
+LOSS = """
+import torch
+from torch.nn.functional import relu
+
+
+def spoilt(policy, reference, config):
+    losses = relu(1 - config.beta * (policy.margin - reference.margin))
+    is_spoilt = (policy.chosen_tokens > 60) & (policy.margin != reference.margin)
+    return torch.where(is_spoilt, torch.inf, losses)
+"""
+
+
+def prepare(folder: Path, overrides: Overrides, spoilt: range, *extra: str) -> list[str]:
+    """The command line of a run whose loss is infinite for these lines, except in its first step."""
+    (folder / "spoilt_loss.py").write_text(LOSS)
+    records = [TEXT | {"prompt": f"question {number}"} for number in range(12)]
+    for line in spoilt:
+        records[line - 1] |= {"chosen": "a long response " * 20}
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    loss = "loss=custom", "loss.function=spoilt_loss:spoilt"
+    return overrides(f"data.train=[{data}]", *loss, "trainer.epochs=3", *extra)
+
+
+def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = prepare(tmp_path, overrides, range(SPOILT_LINE, SPOILT_LINE + 1), "trainer.max_bad_steps=1")
+    ended = run_verb("train", [*command, f"run.dir={whole}"], processes=2, cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    rows = history(whole)
+    files = sorted((whole / "logs").glob("bad-step-*.json"))
+    bad = [json.loads(file.read_text()) for file in files]
+    # One in each epoch, but not in the first step, where the policy is the reference.
+    assert len(bad) >= 2
+    assert summary(whole)["bad_steps"] == len(bad)
+    assert [finding["rule"] for finding in summary(whole)["verdict"]["findings"]] == ["bad_steps"]
+    assert {one["grad_norm"] for one in bad} == {"inf"}
+    assert [row["step"] for row in rows] == sorted({*range(1, 7)} - {one["step"] for one in bad})
+    assert [row["bad_steps"] for row in rows] == [
+        sum(one["step"] < row["step"] for one in bad) for row in rows
+    ]
+    for one in bad:
+        assert len(one["pairs"]) == 6
+        assert {Path(pair["source"]).name for pair in one["pairs"]} == {"pairs.jsonl"}
+        assert [pair["line"] for pair in one["pairs"] if pair["loss"] == "inf"] == [SPOILT_LINE]
+        assert f"step {one['step']} was skipped" in ended.output
+    assert f"pairs.jsonl:{SPOILT_LINE};" in ended.output
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(weight.isfinite().all() for weight in load_file(whole / "model/model.safetensors").values())
+
+    run_verb("train", [*command, f"trainer.stop_after_steps={bad[0]['step']}"], processes=2, cwd=tmp_path)
+    assert run_state(run)["outcome"] == "preempted"
+    assert run_verb("train", command, processes=2, cwd=tmp_path).code == 0
+    assert history(run) == rows
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_3_also_over_a_resume(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    command = prepare(tmp_path, overrides, range(1, 13), "trainer.max_bad_steps=2")
+    run_verb("train", [*command, "trainer.stop_after_steps=3"], cwd=tmp_path)
+    assert run_state(tmp_path / "run")["outcome"] == "preempted"
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 3, ended.output
+    assert "at step 4; this update was not applied" in ended.output
+    assert "bad steps in a row: 3, of this run: 3" in ended.output
+    assert "bad-step-000004.json" in ended.output
+    assert (summary(tmp_path / "run")["exit"], summary(tmp_path / "run")["bad_steps"]) == ("diverged", 3)
+    assert [row["step"] for row in history(tmp_path / "run")] == [1, 4]
+
+
+def test_a_collapsed_policy_is_no_completed_run(overrides: Overrides, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "deep", layers=6, hidden_size=64, tied=False)
+    ended = run_verb("train", overrides(f"model.path={model}", "optim.lr=1e6", "trainer.max_steps=3"))
+    assert ended.code == 3, ended.output
+    assert "the policy has collapsed: the gradient is 0 at step 3" in ended.output
+    assert history(tmp_path / "run")[-1]["grad_norm"] == 0
+    found = summary(tmp_path / "run")
+    assert (found["exit"], found["bad_steps"]) == ("diverged", 0)
+    assert found["verdict"]["sentence"].startswith("the policy has collapsed: from step 2 on")
+    assert not (tmp_path / "run/model").exists()

@@ -1,0 +1,61 @@
+"""Inputs that are deleted while a run trains do not stop it; files changed in place do."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Overrides
+from tests.support.invented import write_pairs
+from tests.support.launch import history, run_verb
+from tests.support.tiny_model import write_model
+
+# A loss that changes files after the second step.
+LOSS = """
+import shutil
+from pathlib import Path
+
+from torch.nn.functional import softplus
+
+HERE = Path({here!r})
+
+
+def changing(policy, reference, config):
+    rows = HERE / "run/dpo_metrics/training_metrics.csv"
+    if rows.exists() and rows.read_text().count("\\n") > 2:
+        {change}
+    return softplus(-config.beta * (policy.margin - reference.margin))
+"""
+DELETED = "model", "data", "encoded", "store"
+
+
+@pytest.fixture
+def command(overrides: Overrides, tmp_path: Path) -> list[str]:
+    write_model(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    write_pairs(tmp_path / "data/train.jsonl", 60, seed=1)
+    paths = f"model.path={tmp_path}/model", f"data.train=[{tmp_path}/data/train.jsonl]"
+    loss = "loss=custom", "loss.function=changing_loss:changing"
+    return overrides(*paths, *loss, f"data.cache={tmp_path}/encoded")
+
+
+def changing(folder: Path, change: str) -> None:
+    (folder / "changing_loss.py").write_text(LOSS.format(here=str(folder), change=change))
+
+
+def test_deleted_inputs_do_not_stop_a_run(command: list[str], tmp_path: Path) -> None:
+    changing(tmp_path, f"[shutil.rmtree(HERE / n, ignore_errors=True) for n in {DELETED}]")
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    assert not any((tmp_path / name).exists() for name in DELETED)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    assert [row["step"] for row in history(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_encoded_data_that_are_changed_in_place_end_a_run(command: list[str], tmp_path: Path) -> None:
+    change = "[file.open('r+b').write(b'1') for file in (HERE / 'encoded').rglob('ids.bin')]"
+    changing(tmp_path, change)
+    ended = run_verb("train", command, cwd=tmp_path)
+    assert ended.code == 2, ended.output
+    assert "data error: a file was changed while the run reads it" in ended.output
+    assert "ids.bin" in ended.output
+    assert "Traceback" not in ended.output

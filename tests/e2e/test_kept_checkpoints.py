@@ -1,0 +1,82 @@
+"""Checkpoints of a run that are kept by a metric, written as model folders, and continued to a longer run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import small_run
+from tests.support.launch import history, run_state, run_verb, summary, train
+
+METRIC = "eval_rewards/margins"
+
+
+def command(assets: Path, folder: Path, *options: str) -> list[str]:
+    """A run in bf16 with an evaluation after every step, whose best checkpoint has the smallest margin."""
+    data = [f"data.eval=[{assets}/eval.jsonl]", "model.dtype=bf16", f"reference.store={assets}/kept_store"]
+    best = [f"trainer.keep_best={METRIC}", "trainer.keep_best_direction=lowest", "trainer.eval_every=1"]
+    rate = ["optim.lr=1e-3", "optim.schedule=constant", "optim.warmup_ratio=0"]
+    kept = ["trainer.save_every=2", "trainer.keep_last=1"]
+    return [*small_run(assets, folder), *data, *best, *rate, *kept, *options]
+
+
+@pytest.fixture(scope="module")
+def run(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of six steps."""
+    folder = tmp_path_factory.mktemp("kept")
+    train(command(assets, folder, "trainer.max_steps=6"))
+    return folder / "run"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_the_best_checkpoint_is_kept_and_exported(run: Path) -> None:
+    measured = {row["step"]: row[METRIC] for row in history(run) if METRIC in row}
+    best = min(measured, key=lambda step: (measured[step], step))
+    assert best != 6, "the test needs a best step before the last"
+    names = {f"step-{best:06d}", "step-000006"}
+    assert {folder.name for folder in (run / "checkpoints").glob("step-*")} == names
+    assert (run / "checkpoints/best").read_text() == f"step-{best:06d}\n"
+    assert summary(run)["best_checkpoints"] == [{"metric": METRIC, "step": best, "value": measured[best]}]
+    assert f">{best}</b><small>step; {METRIC} " in (run / "report.html").read_text()
+
+    ended = run_verb("export", [f"run.dir={run}", "export.checkpoint=best"])
+    assert ended.code == 0, ended.output
+    exported = run / f"exported/step-{best:06d}"
+    assert f"written: {exported}" in ended.output
+    name = "model.embed_tokens.weight"
+    weights = (load_file(folder / "model.safetensors")[name] for folder in (exported, run / "model"))
+    assert not torch.equal(*weights)
+    card = (exported / "README.md").read_text()
+    assert f"stopped after step {best}; so far: " in card
+    assert "## Evaluation" not in card
+
+
+def test_the_last_checkpoint_is_the_model_that_training_wrote(run: Path, tmp_path: Path) -> None:
+    ended = run_verb("export", [f"run.dir={run}", f"export.output={tmp_path}/out"])
+    assert ended.code == 0, ended.output
+    assert files(tmp_path / "out") == files(run / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_complete_run_that_becomes_longer_is_the_longer_run(
+    assets: Path, run: Path, tmp_path: Path
+) -> None:
+    train(command(assets, tmp_path, "trainer.max_steps=3"))
+    short, shorter = tmp_path / "run", command(assets, tmp_path, "trainer.max_steps=2")
+    written = files(short / "model")
+    longer = train(command(assets, tmp_path, "trainer.max_steps=6"))
+    assert "training longer: 6 steps in place of 3; " in longer.output
+    assert history(short) == history(run)
+    assert run_state(short)["outcome"] == "completed"
+    assert summary(short)["best_checkpoints"] == summary(run)["best_checkpoints"]
+    assert files(short / "model") == files(run / "model") != written
+
+    before = (short / "config.yaml").read_bytes()
+    refused = run_verb("train", shorter)
+    assert refused.code == 2, refused.output
+    assert "a run can be continued to a greater length only" in refused.output
+    assert (short / "config.yaml").read_bytes() == before

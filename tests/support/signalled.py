@@ -1,0 +1,60 @@
+"""Ranks of a verb, forked from the warm parent, that get a signal."""
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.launch import TWO_PROCESSES, environment
+from tests.support.warm import ROOT, _be_verb, context, launcher_variables, reserve_port, start_parent
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """Exit codes of the ranks, and the screen."""
+
+    codes: list[int]
+    output: str
+
+
+def signalled(
+    verb: str,
+    overrides: list[str],
+    number: signal.Signals,
+    ranks: Sequence[int],
+    when: Callable[[], bool],
+    size: int = 2,
+) -> Signalled:
+    """Run `verb` on `size` ranks without a launcher, and send a signal to `ranks` once `when()` is true."""
+    start_parent()
+    variables = environment() | launcher_variables(TWO_PROCESSES) | {"WORLD_SIZE": str(size)}
+    variables |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(reserve_port()),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        screen = Path(temporary) / "screen"
+        screen.touch()
+        processes = []
+        for rank in range(size):
+            own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=_be_verb, args=(verb, overrides, own, ROOT, screen)))
+            processes[-1].start()
+        deadline = time.monotonic() + 240
+        try:
+            while not when():
+                assert time.monotonic() < deadline, screen.read_text()
+                assert all(process.is_alive() for process in processes), screen.read_text()
+                time.sleep(0.01)
+            for rank in ranks:
+                os.kill(processes[rank].pid, number)
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            return Signalled([process.exitcode for process in processes], screen.read_text())
+        finally:
+            for process in processes:
+                process.kill()

@@ -1,0 +1,77 @@
+"""A config.yaml that is read back evaluates nothing and opens no door to code."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo_dist.config.foreign_code import open_doors, written_values
+from dpo_dist.config.former_run import with_former_run
+from dpo_dist.config.load import compose, from_yaml, load_run_config, resolve, to_yaml
+from dpo_dist.config.options import Arguments
+from dpo_dist.errors import ConfigError
+
+RUN = ["model.path=m", "data.train=[a.jsonl]"]
+CANARY = "canary-of-the-environment"
+
+
+def former(tmp_path: Path, text: str, *overrides: str) -> str:
+    (tmp_path / "config.yaml").write_text(text)
+    arguments = Arguments({}, [f"run.dir={tmp_path}", *overrides])
+    with with_former_run(arguments) as whole:
+        return to_yaml(resolve(compose(whole.overrides, whole.own_folder), whole.overrides, whole.own_folder))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run:\n  name: ${oc.env:DB_PASSWORD}\n",
+        "run:\n  name: x${oc.env:DB_PASSWORD}\n",
+        "data:\n  train:\n  - path: ${oc.env:DB_PASSWORD}\n",
+        "a: &a [x]\nb: [*a, *a]\n",
+        "run:\n  name: !!python/object/apply:os.system [touch trace]\n",
+        "defaults:\n- override /hydra/launcher: evil\n",
+        "hydra:\n  callbacks:\n    a:\n      _target_: os.system\n",
+        "run:\n  _target_: os.system\n",
+        "[1, 2]",
+        "a: [",
+    ],
+)
+def test_nothing_in_a_config_of_a_run_is_evaluated(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", CANARY)
+    for read in (lambda: former(tmp_path, text), lambda: from_yaml(text)):
+        with pytest.raises(ConfigError) as raised:
+            read()
+        assert CANARY not in str(raised.value)
+
+
+def test_a_comment_at_the_start_is_no_command(tmp_path: Path) -> None:
+    text = to_yaml(load_run_config([*RUN, "loss.beta=0.25"]))
+    assert "beta: 0.25" in former(tmp_path, "# @package hydra\n# @package run\n" + text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.trust_remote_code", "true"),
+        ("loss.function", "tests.support.own_loss:hinge"),
+        ("pairs.function", "tests.support.own_judge:judge"),
+    ],
+)
+def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    values = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}}
+    values.setdefault(section, {})[name] = yaml.safe_load(value)
+    text = yaml.safe_dump(values)
+    with pytest.raises(ConfigError, match="asks to run code") as raised:
+        former(tmp_path, text)
+    assert f"add {key}={value} to the command" in raised.value.remedy
+    assert written_values(text)
+
+
+def test_open_doors_are_named() -> None:
+    assert open_doors(load_run_config(RUN)) == []
+    lines = open_doors(load_run_config([*RUN, "model.trust_remote_code=true"]))
+    assert lines == ["warning: model.trust_remote_code=true: Python code of model folders is run"]

@@ -1,0 +1,72 @@
+"""A chat template that takes too much time or memory ends with one block that names it."""
+
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.data.tokenization import template_limits
+from dpo_dist.data.tokenization.template_limits import limited
+from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
+from dpo_dist.errors import ConfigError
+from tests.support import tiny
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+NORMAL = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+DOUBLING = (
+    "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ ['x'] * 10**10 }}",
+        DOUBLING,
+        "{% set n = namespace(x='') %}{% set n.x = 'xx' %}" + "{% set n.x = n.x + n.x %}" * 40,
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ 'x' | center(10**10) }}",
+        "{{ '%09999999999d' | format(1) }}",
+        "{{ '{:>9999999999}'.format(1) }}",
+        "{% set a = 'x' * 10**5 %}{{ a | replace('x', a) }}",
+        "{{ {'a': 1} | tojson(indent=10**10) }}",
+        LOOPS + "{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "{{ (9 ** (9 ** 9)) % 2 }}",
+        "{{ 'x' * 10**7 }}",
+    ],
+)
+def test_a_template_without_end_is_named(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_limits, "SECONDS", 0.25)
+    monkeypatch.setattr(template_limits, "MEMORY", 1 << 27)
+    monkeypatch.setattr(template_limits, "CHARACTERS", 1 << 22)
+    tokenizer = tiny.qwen()
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = type(tokenizer).from_pretrained(tmp_path)
+    tokenizer.chat_template = NORMAL + attack
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ConfigError, match="takes too much time or memory") as raised:
+        tokenizer_facts(tokenizer)
+    assert str(tmp_path) in raised.value.where
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_process_that_has_grown_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_limits, "_known", (time.monotonic() + 60, 1 << 20))
+    assert limited(lambda: "x" * 1000, "a.jinja") == "x" * 1000
+    text = limited(lambda: "x" * (1 << 25), "a.jinja")
+    assert len(text) == 1 << 25
+
+
+def test_errors_of_a_template_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise ValueError("of the template")
+
+    with pytest.raises(ValueError, match="of the template"):
+        limited(fail, "a.jinja")

@@ -1,0 +1,100 @@
+"""Collapsed policies and spikes of the loss are found; healthy runs have neither."""
+
+import numpy as np
+import pytest
+
+from dpo_dist.diagnostics.run_rules import RULES
+from dpo_dist.diagnostics.run_step_faults import is_collapsed, spike_of_last, spikes
+
+LIMITS = RULES["loss_spikes"].limits
+Rows = list[dict[str, float]]
+
+
+def with_loss(losses: list[float]) -> Rows:
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+
+
+def row(norm: float, chosen: float, rejected: float) -> dict[str, float]:
+    logps = {"logps/chosen_per_token": chosen, "logps/rejected_per_token": rejected}
+    return {"step": 1, "loss": 0.0, "grad_norm": norm, **logps}
+
+
+@pytest.mark.parametrize(
+    ("found", "is_one"),
+    [
+        (row(0.0, -6.066108226776123, -6.066108226776124), True),  # all tokens alike
+        (row(0.0, -6.6e4, -6.7e4), True),
+        ({"step": 1, "loss": 5.0, "grad_norm": 0.0, "logps/chosen_per_token": -80.0}, True),  # one-sided
+        (row(0.0, -1.2, -2.3), False),  # a hinge loss that every pair satisfies
+        (row(0.0, -6.31, -6.30), False),  # the same of a model with random weights
+        (row(1e-9, -6.066, -6.066), False),
+        (row(0.0, float("nan"), -1.0), False),
+        ({"step": 1, "loss": 0.0, "grad_norm": 0.0}, False),
+    ],
+)
+def test_a_policy_has_collapsed_without_gradient_and_without_usable_probabilities(
+    found: dict[str, float], is_one: bool
+) -> None:
+    assert is_collapsed(found) is is_one
+
+
+def healthy(seed: int, steps: int, pairs: int, kind: str) -> Rows:
+    """A run that learns, of batches of so many pairs: margins of a growing spread, some mislabelled."""
+    generator = np.random.default_rng(seed)
+    grown = 1 - np.exp(-3 * np.arange(1, steps + 1) / steps)
+    margins = generator.normal(2.0, 2.0, (pairs, steps)) * grown
+    margins *= np.where(generator.random((pairs, steps)) < 0.1, -1, 1)
+    losses = {
+        "sigmoid": np.logaddexp(0, -margins),
+        "hinge": np.maximum(0, 1 - margins),
+        "ipo": (margins - 1) ** 2,
+        "exponential": np.exp(-margins / 2),
+    }[kind]
+    return with_loss(losses.mean(axis=0).tolist())
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "exponential"])
+@pytest.mark.parametrize(("steps", "pairs"), [(300, 8), (1000, 16), (300, 128)])
+def test_of_twenty_healthy_runs_none_has_a_spike(kind: str, steps: int, pairs: int) -> None:
+    accused = [seed for seed in range(20) if spikes(healthy(seed, steps, pairs, kind), LIMITS)]
+    assert accused == []
+
+
+def test_of_single_pairs_with_wrong_labels_few_are_spikes() -> None:
+    accused = [seed for seed in range(40) if spikes(healthy(seed, 300, 1, "sigmoid"), LIMITS)]
+    assert len(accused) <= 1
+
+
+@pytest.mark.parametrize("pairs", [8, 16, 128])
+def test_a_spike_is_found_with_its_step(pairs: int) -> None:
+    for seed in range(10):
+        rows = healthy(seed, 300, pairs, "sigmoid")
+        rows[200]["loss"] = 12.0
+        assert [(spike.step, spike.loss) for spike in spikes(rows, LIMITS)] == [(201, 12.0)]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.6931] * 60 + [0.6932],  # noise of rounding
+        [0.6931] * 60 + [1.3],  # less than twice
+        [5.0] + [1e-4] * 60 + [0.01],  # a hard pair where nearly all is learnt
+        [0.7] * 40 + [9.0],  # too early
+        [0.7] * 60 + [9.0, 9.5],
+    ],
+)
+def test_small_and_early_jumps_are_no_spikes(losses: list[float]) -> None:
+    rows = with_loss(losses)
+    assert [spike.step for spike in spikes(rows, LIMITS)] == ([61] if 9.5 in losses else [])
+    assert spike_of_last(rows[:-1], rows[-1]) is None
+
+
+def test_the_last_row_is_judged_as_all_rows_are() -> None:
+    rows = healthy(3, 300, 8, "sigmoid")
+    for at, loss in ((50, 7.0), (180, 30.0)):
+        rows[at]["loss"] = loss
+    rows[100]["loss"] = float("nan")
+    evaluated = [{"step": 10, "eval_loss": 1.0}]
+    single = [spike_of_last([*evaluated, *rows[:at]], rows[at]) for at in range(300)]
+    assert [spike for spike in single if spike is not None] == spikes(rows, LIMITS)
+    assert [spike.step for spike in spikes(rows, LIMITS)] == [51, 181]

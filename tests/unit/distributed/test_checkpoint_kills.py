@@ -1,0 +1,112 @@
+"""A process killed at any operation on files while it saves: the next start has the right checkpoint."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist import atomic
+from dpo_dist.distributed.checkpoint import remove_unfinished
+from tests.support.one_weight import Run
+
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it has written, flushed to disk or not."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def killed_at(number: int, work: Callable[[], None]) -> bool:
+    """Do `work` in a fork that is killed before its `number`-th change of files; return whether it was."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event in _CHANGES or (event == "open" and arguments[2] & os.O_CREAT):
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def prepared(root: Path, keep_last: int, *steps: int) -> Path:
+    root.mkdir()
+    run = Run(root, keep_last)
+    run.start()
+    run.save(*steps)
+    return root
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
+    keep_last: int, tmp_path: Path
+) -> None:
+    ends, before = [], prepared(tmp_path / "before", keep_last, 1, 2)
+    for number in range(1, 1000):
+        root = Path(shutil.copytree(before, tmp_path / str(number)))
+        run = Run(root, keep_last)
+        run.start()
+
+        def save(run: Run = run) -> None:
+            run.weights.weight.fill_(3)
+            run.saver.save(3, {"step": 3})
+            run.weights.weight.fill_(4)  # the next step, while it is written
+            run.saver.commit()
+
+        was_killed = killed_at(number, save)
+        remove_unfinished(root)
+        step = run.start()
+        ends.append(step)
+        left = names(root)
+        assert not [name for name in left if atomic.is_temporary(Path(name))]
+        assert f"step-{step:06d}" in left
+        run.save(step + 1)
+        kept = [f"step-{each:06d}" for each in range(step + 2 - keep_last, step + 2)]
+        assert names(root) == ["latest", *kept]
+        if not was_killed:
+            break
+    assert ends == sorted(ends)
+    assert set(ends) == {2, 3}
+    assert ends.count(2) >= 5, "kills while it is written"
+    assert ends.count(3) >= 5, "kills after it is committed: while others are deleted"
+    print(ends)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a stopped run saves its step again; without an exchange of names as on NFS and Lustre."""
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    before = prepared(tmp_path / "before", 1, 1)
+    for number in range(1, 1000):
+        root = Path(shutil.copytree(before, tmp_path / str(number)))
+        run = Run(root, keep_last=1)
+        run.start()
+        was_killed = killed_at(number, lambda run=run: run.save(1))  # type: ignore[misc]
+        remove_unfinished(root)
+        assert run.start() == 1
+        assert names(root) == ["latest", "step-000001"]
+        if not was_killed:
+            return

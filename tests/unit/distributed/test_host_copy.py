@@ -1,0 +1,147 @@
+"""Copies of slices in host memory: exact, in memory that is reused, and only where there is room."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+import torch
+
+from dpo_dist.distributed import host_copy
+from dpo_dist.distributed.host_copy import HostCopy
+from dpo_dist.distributed.host_memory import available_memory
+from dpo_dist.distributed.slices import ModelSlices, Slice
+from dpo_dist.distributed.world import World
+from tests.support.alone import ALONE
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def slices(value: float, *, with_states: bool = True) -> list[ModelSlices]:
+    """Slices of the policy in float32 and of a reference in bfloat16, as views of flat tensors."""
+    flat = torch.arange(12, dtype=torch.float32) + value
+    policy = [
+        Slice("first", (2, 4), 3, {"weight": flat[:5]} | ({"exp_avg": -flat[:5]} if with_states else {})),
+        Slice("second", (7,), 0, {"weight": flat[5:]} | ({"exp_avg": -flat[5:]} if with_states else {})),
+    ]
+    frozen = [Slice("first", (3,), 0, {"weight": flat[:3].bfloat16()})]
+    return [ModelSlices("engine", policy, 4, 2), ModelSlices("reference", frozen)]
+
+
+def listed(models: list[ModelSlices]) -> list[Any]:
+    return [
+        (model.folder, model.step, own.name, own.shape, own.start, part, tensor.dtype, tensor.tolist())
+        for model in models
+        for own in model.slices
+        for part, tensor in own.parts.items()
+    ]
+
+
+def test_copies_are_exact_and_do_not_change_with_the_tensors() -> None:
+    own = slices(1.0)
+    copied, wanted = HostCopy(CPU).of(own), listed(slices(1.0))
+    for model in own:
+        for each in model.slices:
+            for tensor in each.parts.values():
+                tensor.zero_()
+    assert listed(copied) == wanted
+
+
+def test_memory_is_reused_and_grows_once_there_are_optimizer_states() -> None:
+    copy, places = HostCopy(CPU), []
+    for value, with_states in ((1.0, False), (2.0, True), (3.0, True), (4.0, False)):
+        copied = copy.of(slices(value, with_states=with_states))
+        assert listed(copied) == listed(slices(value, with_states=with_states))
+        places.append(copied[0].slices[0].parts["weight"].data_ptr())
+    assert places[1] == places[2] == places[3]
+
+
+@dataclass
+class Rank:
+    """A rank of several, whose `gather` knows the values of the others."""
+
+    host: str
+    others: list[tuple[str, int, int]]
+
+    def gather(self, value: tuple[str, int, int]) -> list[tuple[str, int, int]]:
+        return [value, *self.others]
+
+
+@pytest.mark.parametrize(
+    ("available", "others", "has_room"),
+    [
+        (320, [], True),
+        (319, [], False),
+        (1000, [("a", 680, 1000)], True),
+        (1000, [("a", 681, 1000)], False),
+        (320, [("b", 1000, 1000)], True),
+        (320, [("b", 1001, 1000)], False),
+    ],
+)
+def test_all_ranks_of_every_host_need_room(
+    available: int, others: list[tuple[str, int, int]], has_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "available_memory", lambda: available)
+    world = cast(World, Rank("a", others))
+    assert HostCopy(CPU).has_room(slices(0.0), world) is has_room, "5 tensors, of at most 64 bytes each"
+
+
+def test_memory_that_was_taken_before_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copy, "available_memory", lambda: 0)
+    copy = HostCopy(CPU)
+    assert not copy.has_room(slices(0.0), ALONE)
+    copy.of(slices(0.0))
+    assert copy.has_room(slices(0.0), ALONE)
+
+
+def group(folder: Path, names: tuple[str, str, str], limit: str, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\n")
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def of_a_job(root: Path) -> str:
+    group(root / "memory/slurm/job_7", V1, str(10 * GIB), 6 * GIB, 2 * GIB)
+    group(root / "memory/slurm/job_7/step_0", V1, str(2**63 - 4096), 6 * GIB, 2 * GIB)
+    return "5:cpu:/slurm/job_7\n9:memory:/slurm/job_7/step_0\n1:name=systemd:/\n"
+
+
+def of_a_service(root: Path) -> str:
+    group(root / "job.slice", V2, str(10 * GIB), 6 * GIB, 2 * GIB)
+    group(root / "job.slice/run.scope", V2, "max", GIB, 0)
+    return "0::/job.slice/run.scope\n"
+
+
+def of_a_container(root: Path) -> str:
+    """The container's own limit is at the root; the path is that on its host."""
+    group(root, V2, str(10 * GIB), 6 * GIB, 2 * GIB)
+    return "0::/kubepods/pod1/container2\n"
+
+
+@pytest.mark.parametrize("limits", [of_a_job, of_a_service, of_a_container])
+def test_the_limit_of_a_job_or_container_counts(
+    limits: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=900 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    own = tmp_path / "own"
+    own.write_text(limits(tmp_path / "cgroup"))
+    assert available_memory(tmp_path / "cgroup", own) == 5 * GIB  # 10, 4 of them used, a tenth kept free
+
+
+def test_without_limits_the_memory_of_the_host_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=300 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert available_memory(tmp_path, tmp_path / "absent") == 200 * GIB
+    memory = memory._replace(available=10 * GIB)
+    assert available_memory(tmp_path, tmp_path / "absent") == 0

@@ -1,0 +1,177 @@
+"""Checkpoints that are written while training continues: exact, committed or dropped, errors at a border."""
+
+import errno
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dpo_dist.distributed import checkpoint_writing, host_copy
+from dpo_dist.distributed.checkpoint_loading import latest_checkpoint
+from dpo_dist.errors import CheckpointError
+from tests.support.alone import ALONE
+from tests.support.one_weight import Run
+from tests.support.slow_disk import slow_disk
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path)
+    run.start()
+    return run
+
+
+def begin(run: Run, step: int) -> None:
+    run.weights.weight.fill_(step)
+    run.saver.save(step, {"step": step})
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Everything but state and manifest; the order of a file's metadata varies."""
+    found: dict[str, Any] = {}
+    for file in folder.rglob("*"):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                tensors = {key: opened.get_tensor(key).tolist() for key in opened.keys()}  # noqa: SIM118
+                found[name] = tensors, opened.metadata()
+        elif file.is_file() and name not in ("state.json", "manifest.json"):
+            found[name] = file.read_bytes()
+    return found
+
+
+def test_a_checkpoint_written_behind_is_that_written_at_once(run: Run, tmp_path: Path) -> None:
+    at_once = Run(tmp_path / "at_once", behind=False)
+    at_once.start()
+    at_once.save(1)
+    running = {"reward": 0.5}
+    with slow_disk() as disk:
+        run.weights.weight.fill_(1)
+        run.saver.save(1, {"step": 1, "running": running})
+        assert run.saver.votes == (False, False)
+        run.weights.weight.fill_(2)  # the next step
+        torch.rand(3)
+        running["reward"] = 0.7
+        disk.set()
+        run.saver.commit()
+    first, second = (content(folder / "step-000001") for folder in (tmp_path, tmp_path / "at_once"))
+    assert len(first) == 2
+    assert first == second
+    found = latest_checkpoint(tmp_path, ALONE)
+    assert found is not None
+    assert found.state == {"step": 1, "running": {"reward": 0.5}, "world_size": 1}
+
+
+def test_a_second_save_waits_for_the_first(run: Run) -> None:
+    with slow_disk() as disk:
+        begin(run, 1)
+        assert run.left() == [run.saver._pending.temporary.name]  # type: ignore[union-attr]
+        threading.Timer(0.1, disk.set).start()
+        begin(run, 2)
+        assert "step-000001" in run.left()
+        run.saver.commit()
+    assert run.left() == ["step-000001", "step-000002"]
+    assert run.start() == 2
+
+
+def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    run.saver._say = said.append
+    monkeypatch.setattr(host_copy, "available_memory", lambda: 0)
+    for step in (1, 2):
+        begin(run, step)
+        run.weights.weight.fill_(7)
+    run.saver.commit()
+    assert run.start() == 2
+    assert len(said) == 1
+    assert "host memory has no room" in said[0]
+
+
+@pytest.mark.parametrize("when", ["the key", "the last one"])
+def test_nothing_is_copied_without_need(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_copy.HostCopy, "of", lambda *_: pytest.fail("copied"))
+    run = Run(tmp_path, behind=when != "the key")
+    run.start()
+    run.weights.weight.fill_(1)
+    run.saver.save(1, {"step": 1}, is_last=when == "the last one")
+    run.saver.commit()
+    assert run.start() == 1
+
+
+def full(*_: Any) -> list[Path]:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_full_disk_is_one_error_at_the_next_step_and_leaves_nothing(
+    behind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, behind=behind)
+    run.start()
+    run.save(1)
+    monkeypatch.setattr(checkpoint_writing, "write_slices", full)
+
+    def step() -> None:
+        begin(run, 2)
+        while not run.saver.votes[0]:
+            pass
+        assert run.saver.votes == (True, True)
+        assert run.saver.must_commit(run.saver.votes)
+        run.saver.commit()
+
+    with pytest.raises(CheckpointError, match="No space left on device; a checkpoint needs"):
+        step()
+    assert run.saver.votes == (False, False)
+    assert run.left() == ["step-000001"]
+    assert run.start() == 1
+
+
+def test_an_error_of_one_rank_ends_the_writing_of_all(run: Run) -> None:
+    with slow_disk() as disk:
+        begin(run, 1)
+        assert not run.saver.must_commit([0, 0])
+        assert run.saver.must_commit([1, 1]), "one rank of several is done, with an error"
+        disk.set()
+        assert not run.saver._pending.entries()  # type: ignore[union-attr]
+
+
+def test_what_is_missing_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = checkpoint_writing.shutil.disk_usage(run.root)._replace(free=0)
+    monkeypatch.setattr(checkpoint_writing.shutil, "disk_usage", lambda _: usage)
+    with (
+        pytest.raises(CheckpointError) as raised,
+        checkpoint_writing.disk_errors(run.root / "new", 3 * 2**30),
+    ):
+        full()
+    assert raised.value.got.endswith("a checkpoint needs 3.0 GiB, 3.0 GiB more than there is room for")
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(returns: bool, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run" / "checkpoints")
+    run.start()
+    run.save(1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if returns:  # as the mount point below a file system that is gone
+        (tmp_path / "run").mkdir()
+    with pytest.raises(CheckpointError, match="a checkpoint cannot be written"):
+        run.save(2)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "moved/checkpoints").iterdir() if path.is_dir()] == [
+        "step-000001"
+    ]
+    run.saver.close()
+
+
+def test_an_error_elsewhere_drops_the_checkpoint_that_is_written(run: Run) -> None:
+    run.save(1)
+    with slow_disk():
+        begin(run, 2)
+        run.saver.close()
+        assert run.left() == ["step-000001"]
+    run.saver.close()
+    assert run.start() == 1

@@ -1,0 +1,251 @@
+"""Everything that is read back is data: who can write it runs no code, leaves no folder, allocates no memory.
+
+Every reader gets pickles, forged headers and wrong types in place of its file, with digests that fit.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.data.encoded_manifest import ARRAYS, read_manifest
+from dpo_dist.data.encoded_source import EncodedSource, find_damage, view
+from dpo_dist.digests import content_digest, recall, text_digest
+from dpo_dist.distributed import checkpoint_manifest
+from dpo_dist.distributed.checkpoint_loading import read_state
+from dpo_dist.distributed.checkpoint_manifest import find_faults, has_all_files, write_manifest
+from dpo_dist.distributed.random_states import load_random_states
+from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.errors import CheckpointError, DataError, DpoDistError
+from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, read_fingerprint
+from dpo_dist.reference.shard import open_shard, shard_name
+from dpo_dist.report.json_rows import json_rows
+from dpo_dist.report.metrics_log import read_latest_rows
+from dpo_dist.training import run_state
+from dpo_dist.training.position import Position
+from tests.support.poison import pickled
+
+KEYS = ("world_size", "step", "outcome", "files", "digest", "content", "python", "numpy", "torch")
+CPU = torch.device("cpu")
+POISONS: dict[str, Callable[[Path], bytes]] = {
+    "pickle": pickled,
+    "list": lambda _: b"[]",
+    "object": lambda _: b"{}",
+    "null": lambda _: b"null",
+    "text": lambda _: b'"x"',
+    "number": lambda _: b"1e999",
+    "deep": lambda _: b"[" * 200_000,
+    "deep object": lambda _: b'{"a":' * 200_000,
+    "nothing": lambda _: b"",
+    "not UTF-8": lambda _: b'{"\xff": 1}',
+    "wrong types": lambda _: json.dumps({key: [{}] for key in KEYS}).encode(),
+}
+
+
+def read_memo(folder: Path) -> object:
+    return recall(folder, "a.jsonl")
+
+
+def placed(name: str, read: Callable[[Path], object]) -> tuple[str, Callable[[Path], object]]:
+    return name, read
+
+
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "checkpoint manifest": placed("manifest.json", checkpoint_manifest.read_manifest),
+    "checkpoint faults": placed("manifest.json", lambda folder: find_faults(folder, 0, 1)),
+    "checkpoint sizes": placed("manifest.json", has_all_files),
+    "checkpoint state": placed("state.json", read_state),
+    "random states": placed("random_states_0.json", lambda folder: load_random_states(folder, 0, 1, CPU)),
+    "run state": placed("run_state.json", lambda folder: run_state.read_state(RunFolder(folder))),
+    "metrics": placed("dpo_metrics/log_history.json", lambda folder: read_latest_rows(RunFolder(folder))),
+    "rows": placed("rows.jsonl", lambda folder: list(json_rows(folder / "rows.jsonl"))),
+    "fingerprint": placed(FINGERPRINT_FILE, read_fingerprint),
+    "digests": placed(f"{text_digest('a.jsonl')}.json", read_memo),
+    "encoded manifest": placed("manifest.json", read_manifest),
+    "shard": placed("0" * 32 + ".safetensors", lambda folder: open_shard(folder / f"{'0' * 32}.safetensors")),
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("reader", READERS)
+def test_no_file_that_is_read_back_runs_code_or_ends_in_a_traceback(
+    reader: str, poison: str, tmp_path: Path
+) -> None:
+    name, read = READERS[reader]
+    file = tmp_path / "folder" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(POISONS[poison](tmp_path / "trace"))
+    with contextlib.suppress(DpoDistError, ValueError, OSError):  # the errors that each reader declares
+        read(tmp_path / "folder")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "{}/outside.json", "a/../../outside.json", "", "."])
+def test_a_manifest_names_files_of_its_checkpoint(name: str, tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside.json", tmp_path / "step-000001"
+    outside.write_text("{}")
+    folder.mkdir()
+    entry = {"bytes": 2, "digest": content_digest([outside])}
+    write_manifest(folder, {name.format(tmp_path): entry})
+    assert find_faults(folder, 0, 1)
+    assert not has_all_files(folder)
+    with pytest.raises(CheckpointError):
+        SavedSlices.find(folder, "engine")
+
+
+def test_a_link_out_of_a_checkpoint_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "a.json").write_text("{}")
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    (folder / "engine").symlink_to(tmp_path / "outside")
+    (folder / "b.json").symlink_to(tmp_path / "outside" / "a.json")
+    entry = {"bytes": 2, "digest": content_digest([tmp_path / "outside" / "a.json"])}
+    write_manifest(folder, {"engine/a.json": entry, "b.json": entry})
+    assert len(find_faults(folder, 0, 1)) == 2
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        {"a": [0, 10**12]},
+        {"a": [0, 10**30]},
+        {"a": [0, -4, -1]},
+        {"a": [-1, 4]},
+        {"a": ["x"]},
+        {"a": []},
+        {"b": [0, 4]},
+        [],
+        None,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("step", ["1", "-1", "9" * 30, "x"])
+def test_forged_ranges_of_a_slice_allocate_nothing(ranges: Any, step: str, tmp_path: Path) -> None:
+    file = tmp_path / "engine" / "rank-00000-00000.safetensors"
+    file.parent.mkdir()
+    metadata = None if ranges is None else {"ranges": json.dumps(ranges), "step": step}
+    save_file({"weight/a": torch.zeros(4)}, file, metadata)
+    write_manifest(tmp_path, checkpoint_manifest.describe_files([file], tmp_path))
+    with pytest.raises(CheckpointError):
+        SavedSlices.find(tmp_path, "engine")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{}, {"step": -1}, {"step": "1"}, {"step": 1, "pairs_seen": 1, "train_seconds": 0, "running": {"x": 1}}],
+    ids=str,
+)
+def test_a_forged_position_is_an_error(state: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="state of the checkpoint"):
+        Position.of(state)
+
+
+@pytest.mark.parametrize("ends", [[10**12], [-5], [2**62], [2**40]], ids=str)
+def test_forged_ends_of_a_shard_count_as_damage(ends: list[int], tmp_path: Path) -> None:
+    keys, of_entries = np.zeros((1, 2), np.uint64), np.array(ends, np.int64)
+    checks = np.zeros(1, np.int64)
+    name = shard_name(tmp_path.name, keys, of_entries, checks)
+    tensors = {"keys": keys, "ends": of_entries, "checks": checks, "values": np.zeros(2, np.float32)}
+    save_arrays(tensors, tmp_path / name)
+    assert open_shard(tmp_path / name) is None
+
+
+def encoded(folder: Path, **changed: list[int]) -> Path:
+    """An encoded source of one pair, with arrays changed and digests that fit."""
+    arrays: dict[str, Any] = {name: [] for name in ARRAYS} | {
+        "ids": [1, 2, 3],
+        "piece_starts": [0, 1, 2],
+        "piece_tokens": [1, 1, 1],
+        "pair_pieces": [3],
+        "keys": [0] * 4,
+        "scores": [0, 0],
+        "mask_starts": [0, 0],
+        "trained_tokens": [1, 1],
+        "truncated": [0, 0],
+        "prompts": [0],
+        "origins": [0, 1],
+        "outcomes": [0],
+    }
+    folder.mkdir()
+    digests, sizes = {}, {}
+    for name, values in (arrays | changed).items():
+        content = np.asarray(values, dtype=ARRAYS[name]).tobytes()
+        (folder / f"{name}.bin").write_bytes(content)
+        digests[name], sizes[name] = hashlib.blake2b(content, digest_size=16).hexdigest(), len(values)
+    manifest = {
+        "fingerprint": "f",
+        "whole": True,
+        "records": 1,
+        "largest_id": 3,
+        "sizes": sizes,
+        "digests": digests,
+        "outcomes": [[None, 1, []]],
+        "files": ["."],
+        "examples": [],
+    }
+    sign(folder, manifest)
+    return folder
+
+
+def sign(folder: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(json.dumps({"digest": text_digest(text), "content": text}))
+
+
+def look(folder: Path) -> int | None:
+    """The pairs of an encoded source, as a run finds them; None if it is damaged."""
+    manifest = read_manifest(folder)
+    if manifest is None or find_damage(folder, manifest):
+        return None
+    return view(EncodedSource("a.jsonl", folder), manifest).pairs
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"piece_starts": [0, 1, 10**12]},
+        {"piece_starts": [0, -1, 2]},
+        {"piece_tokens": [1, 1, 2**31 - 1]},
+        {"pair_pieces": [10**12]},
+        {"pair_pieces": [-1]},
+        {"outcomes": [2**31 - 1]},
+        {"outcomes": [-1]},
+    ],
+    ids=str,
+)
+def test_forged_offsets_of_encoded_data_are_an_error(changed: dict[str, list[int]], tmp_path: Path) -> None:
+    assert look(encoded(tmp_path / "whole")) == 1
+    with pytest.raises(DataError, match="digests do not show"):
+        look(encoded(tmp_path / "forged", **changed))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sizes": {"ids": 10**12}},
+        {"sizes": {"ids": "3"}},
+        {"sizes": []},
+        {"outcomes": [[None, "1", []]]},
+        {"outcomes": 1},
+        {"files": [1]},
+        {"examples": [[0, 7, 1, "a", "b"]]},
+        {"examples": [[0, 0, 1]]},
+        {"records": "1"},
+    ],
+    ids=str,
+)
+def test_a_forged_manifest_of_encoded_data_is_damage(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = encoded(tmp_path / "folder")
+    stored = json.loads((folder / "manifest.json").read_bytes())
+    sign(folder, json.loads(stored["content"]) | change)
+    assert look(folder) is None

@@ -1,0 +1,142 @@
+"""Requests to stop: by signals, limits, and a tracker."""
+
+import _thread
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dpo_dist import signals
+from dpo_dist.errors import ExitCode, StoppedError
+from dpo_dist.progress_file import EXIT_CODES
+from dpo_dist.signals import StopRequest
+
+STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the interpreter answers between two instructions
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_is_a_request_within_the_steps_and_an_error_elsewhere(number: signal.Signals) -> None:
+    handler = signal.getsignal(number)
+    stop = StopRequest()
+    with stop.listening(), stop.deferred():
+        assert not stop.vote()
+        send(number)
+        assert stop.is_urgent
+        assert stop.vote()
+        assert stop.reason == number.name
+    stop = StopRequest()
+    with pytest.raises(StoppedError, match=number.name) as caught, stop.listening():
+        send(number)
+    assert caught.value.exit_code == ExitCode.preempted
+    assert signal.getsignal(number) is handler
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process; return its exit code."""
+    child = os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A launcher passes on the signal that the process has got from the terminal."""
+    monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.2)
+    monkeypatch.setattr(signals, "_LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
+    stop = StopRequest()
+    with stop.listening(), stop.deferred():
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert stop.reason == "SIGINT"
+
+        def wait_for_the_second() -> None:
+            signals.last_words.append(lambda code: (tmp_path / "said").write_text(str(code)))
+            signals.last_words.append(lambda _: time.sleep(60))
+            with ThreadPoolExecutor() as pool:  # waits for its threads when it is left
+                pool.submit(time.sleep, 60)
+                time.sleep(0.2)
+                send(signal.SIGINT)
+
+        started = time.monotonic()
+        assert in_child(wait_for_the_second) == 130
+        assert time.monotonic() - started < 30
+    assert (tmp_path / "codes").read_text() == "130\n"
+    assert (tmp_path / "said").read_text() == "130"
+
+
+def test_before_the_start_a_signal_ends_with_one_line(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
+
+    def start() -> None:
+        signals.end_at_signals()
+        send(signal.SIGUSR1)
+
+    assert in_child(start) == ExitCode.preempted
+    assert (
+        capfd.readouterr().err
+        == "stopped: by SIGUSR1 before the start\n  to do:    run the same command again to continue\n"
+    )
+    assert (tmp_path / "codes").read_text() == "75\n"
+
+
+def test_a_signal_is_answered_while_the_main_thread_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a rendezvous: no handler of Python's runs meanwhile."""
+    monkeypatch.setattr(signals, "_MAIN_THREAD_SECONDS", 0.1)
+
+    def block() -> None:
+        with StopRequest().listening(), signals.answered_at_once():
+            _thread.start_new_thread(lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGTERM)), ())
+            # The other threads take the signal, so that nothing wakes this one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            ctypes.CDLL(None).sleep(60)
+
+    started = time.monotonic()
+    assert in_child(block) == ExitCode.preempted
+    assert time.monotonic() - started < 30
+
+
+def test_the_limit_of_seconds_counts_during_steps_and_before() -> None:
+    stop = StopRequest(max_seconds=0.05)
+    with stop.listening(), stop.deferred():
+        assert not stop.vote()
+        time.sleep(0.1)
+        assert stop.vote()
+        assert stop.reason == "trainer.max_seconds"
+    with (
+        pytest.raises(StoppedError, match=r"trainer\.max_seconds"),
+        StopRequest(max_seconds=0.05).listening(),
+    ):
+        time.sleep(1)
+    time.sleep(0.06)  # no alarm is left
+
+
+def test_the_limit_of_steps_lets_an_evaluation_end() -> None:
+    stop = StopRequest(stop_after_steps=2)
+    assert [stop.vote(), stop.is_urgent] == [False, False]
+    assert [stop.vote(), stop.is_urgent] == [True, False]
+    assert stop.reason == "trainer.stop_after_steps"
+
+
+def test_a_tracker_stops_at_once_and_the_first_reason_counts() -> None:
+    stop = StopRequest(stop_after_steps=5)
+    stop.ask("the tracker")
+    stop.ask("SIGTERM")
+    assert stop.vote()
+    assert stop.is_urgent
+    assert stop.reason == "the tracker"

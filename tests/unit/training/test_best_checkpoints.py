@@ -1,0 +1,93 @@
+"""The best checkpoints by an evaluation metric."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.training.best_checkpoints import best_after, check_keep_best
+from dpo_dist.training.position import BestCheckpoint, Position
+
+ACCURACY = "eval_rewards/accuracies"
+
+
+def kept(trainer: TrainerConfig, *values: float) -> list[int]:
+    """The steps of the best after evaluations with `values` at steps 0, 1, 2, ..."""
+    best: list[BestCheckpoint] = []
+    for step, value in enumerate(values):
+        best = best_after(trainer, best, step, {str(trainer.keep_best): value})
+    return [one.step for one in best]
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction", "count", "values", "steps"),
+    [
+        (ACCURACY, None, 1, [9.0, 0.5, 0.7, 0.6], [2]),
+        (ACCURACY, None, 1, [9.0, 0.5, 0.7, 0.7], [2]),
+        (ACCURACY, None, 2, [9.0, 0.5, 0.7, 0.6], [2, 3]),
+        (f"{ACCURACY}/math", None, 1, [0.0, 0.5, 0.4], [1]),
+        ("eval_loss", None, 1, [0.0, 0.5, 0.7, 0.4], [3]),
+        ("eval_loss", Direction.highest, 1, [0.0, 0.5, 0.7, 0.4], [2]),
+        ("eval_logps/chosen", Direction.highest, 1, [0.0, -5.0, -4.0], [2]),
+        ("eval_loss", None, 2, [0.0, float("nan"), 0.7, float("inf")], [2]),
+    ],
+)
+def test_the_best_values_are_kept(
+    metric: str, direction: Direction | None, count: int, values: list[float], steps: list[int]
+) -> None:
+    trainer = TrainerConfig(keep_best=metric, keep_best_count=count, keep_best_direction=direction)
+    assert kept(trainer, *values) == steps
+
+
+def test_another_metric_starts_again_and_none_keeps_none() -> None:
+    best = [BestCheckpoint(ACCURACY, 5, 0.9)]
+    of_loss = best_after(TrainerConfig(keep_best="eval_loss"), best, 10, {"eval_loss": 0.5, ACCURACY: 0.1})
+    assert of_loss == [BestCheckpoint("eval_loss", 10, 0.5)]
+    assert best_after(TrainerConfig(), best, 10, {ACCURACY: 1.0}) == []
+    assert best_after(TrainerConfig(keep_best=ACCURACY), best, 10, {"eval_loss": 0.5}) == best
+
+
+def test_an_evaluation_that_is_repeated_counts_once() -> None:
+    trainer = TrainerConfig(keep_best=ACCURACY, keep_best_count=2)
+    once = best_after(trainer, [], 5, {ACCURACY: 0.9})
+    assert best_after(trainer, once, 5, {ACCURACY: 0.9}) == once
+    assert Position(step=5, best=once).is_best
+    assert not Position(step=6, best=once).is_best
+
+
+def run_of(*options: str) -> RunConfig:
+    data = ["data.train=[a.jsonl]", "data.eval=[b.jsonl]", "trainer.eval_every=5"]
+    return load_run_config(["model.path=org/model", *data, *options])
+
+
+@pytest.mark.parametrize(
+    "metric", [ACCURACY, f"{ACCURACY}/math", "eval_rewards/margins/p50", "eval_kl/chosen"]
+)
+def test_metrics_of_evaluations_are_accepted(metric: str) -> None:
+    check_keep_best(run_of(f"trainer.keep_best={metric}"), ("math", "code"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "loss", "near"),
+    [
+        ("eval_rewards/accuracy", "sigmoid", ACCURACY),
+        (f"{ACCURACY}/maths", "sigmoid", f"{ACCURACY}/math"),
+        (ACCURACY, "sft", "eval_rewards/chosen"),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near: str) -> None:
+    config = run_of(f"trainer.keep_best={metric}", "trainer.keep_best_direction=highest", f"loss={loss}")
+    with pytest.raises(ConfigError, match="do not have this metric") as error:
+        check_keep_best(config, ("math", "code"))
+    assert near in error.value.expected
+
+
+def test_a_position_in_a_checkpoint_keeps_the_best() -> None:
+    position = Position(step=5, best=[BestCheckpoint(ACCURACY, 5, 0.9)])
+    state: dict[str, Any] = {**asdict(position)}
+    assert Position.of(state).best == position.best
+    del state["best"]
+    assert Position.of(state) == replace(position, best=[])

@@ -1,0 +1,62 @@
+"""The checkpoint and the folder of an export are found before torch is imported."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.export_schema import ExportConfig
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.schema import OptimConfig, RunConfig
+from dpo_dist.errors import ConfigError
+from dpo_dist.training.exported import find_checkpoint, find_output
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run with checkpoints after steps 100 and 200, of which the first is the best."""
+    run = load_run_config(["model.path=org/model", "data.train=[pairs.jsonl]", f"run.dir={tmp_path}"])
+    for name in ("step-000100", "step-000200"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    (tmp_path / "checkpoints" / "best").write_text("step-000100\n")
+    (tmp_path / "config.yaml").write_text(to_yaml(run))
+    return run
+
+
+def named(config: RunConfig, checkpoint: str) -> RunConfig:
+    return replace(config, export=ExportConfig(checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "found"),
+    [("latest", "step-000200"), ("best", "step-000100"), ("step-000100", "step-000100")],
+)
+def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
+    folder = find_checkpoint(named(config, checkpoint))
+    assert folder == tmp_path / "checkpoints" / found
+    assert find_output(config, folder) == tmp_path / "exported" / found
+
+
+def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not have this checkpoint") as missing:
+        find_checkpoint(named(config, "step-000300"))
+    assert missing.value.expected == "step-000200, step-000100"
+    (tmp_path / "checkpoints" / "best").unlink()
+    with pytest.raises(ConfigError, match="no best checkpoint"):
+        find_checkpoint(named(config, "best"))
+    (tmp_path / "checkpoints").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        find_checkpoint(config)
+
+
+def test_keys_of_another_run_are_refused(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="has the configuration of its run") as error:
+        find_checkpoint(replace(config, optim=OptimConfig(lr=0.5)))
+    assert error.value.where == "optim.lr"
+
+
+def test_an_existing_folder_is_not_replaced(config: RunConfig, tmp_path: Path) -> None:
+    given = replace(config, export=ExportConfig(output=str(tmp_path)))
+    with pytest.raises(ConfigError, match="the folder to write exists"):
+        find_output(given, find_checkpoint(given))
