@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class CheckpointSaver:
             CheckpointError: this checkpoint or the one before cannot be written.
         """
         self.commit()
-        self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
+        self._best = _best_of(state)
         world, folder = self._world, self._root / checkpoint_name(step)
         temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
@@ -169,6 +169,22 @@ class CheckpointSaver:
         kept = self._best
         self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
 
+    def resume(self, folder: Path, state: dict[str, Any]) -> None:
+        """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
+
+        Args:
+            folder: of the checkpoint.
+            state: that it has.
+
+        Raises:
+            CheckpointError: `latest` or `best` cannot be written.
+        """
+        best = _best_of(state)
+        self._world.on_main(lambda: _mark_latest(folder))
+        self._world.on_main(lambda: _mark_best(self._root, best))
+        if not self._damaged:  # deleted after the next commit, as are the others then
+            self._world.on_main(lambda: _delete_old(folder, self._keep_last, set(), best))
+
     @contextlib.contextmanager
     def _removed_on_error(self, writing: Writing) -> Iterator[None]:
         """Remove a checkpoint that cannot be committed, after the error that all ranks raise."""
@@ -222,8 +238,17 @@ def _commit(writing: Writing, entries: Entries) -> None:
     with writing.disk_errors():
         write_manifest(writing.temporary, entries)
         commit_folder(writing.temporary, writing.folder)
-        write_text(writing.folder.parent / _LATEST, writing.folder.name)
+    _mark_latest(writing.folder)
     note_progress(str(writing.folder))
+
+
+def _best_of(state: Mapping[str, Any]) -> list[str]:
+    return [checkpoint_name(one["step"]) for one in state.get("best", [])]
+
+
+def _mark_latest(folder: Path) -> None:
+    with disk_errors(folder):
+        write_text(folder.parent / _LATEST, folder.name)
 
 
 def _mark_best(root: Path, best: Sequence[str]) -> None:

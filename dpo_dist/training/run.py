@@ -125,6 +125,7 @@ def _set_up(
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
+        checkpoints.resume(start.checkpoint.folder, start.checkpoint.state)
     else:
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
         position = Position(reference_report=reference.report | checked)
@@ -140,7 +141,7 @@ def _set_up(
         checkpoints=checkpoints,
         identity=identify(config, inputs),
         samples=None if samples is None else samples.open(policy, clock),
-        recorder=_open_recorder(config, position.step, stops, environment, console),
+        recorder=_open_recorder(config, position, stops, environment, console),
         console=console,
         clock=clock,
         stops=stops,
@@ -169,7 +170,7 @@ def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World,
     recorder = None
     if finished.outcome is RunOutcome.exported:
         environment = describe_run(config, folder, world)
-        recorder = _open_recorder(config, finished.step, stops, environment, console)
+        recorder = _open_recorder(config, Position(finished.step), stops, environment, console)
     with stops.request.deferred():
         finish(config, finished, recorder, world, console)
     console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
@@ -263,16 +264,17 @@ def _reference_sync(
 
 def _open_recorder(
     config: RunConfig,
-    step: int,
+    position: Position,
     stops: Stops,
     environment: dict[str, Any],
     console: Console,
 ) -> Recorder | None:
-    """Return the recorder of a run that continues after `step`; None on all ranks but 0."""
+    """Return the recorder of a run that continues from `position`; None on all ranks but 0."""
     if not stops.world.is_main:
         return None
     folder = RunFolder.of(config)
-    metrics = MetricsLog.open(folder, step or None, console.say)
+    step, owes_evaluation = position.step or None, position.owes_evaluation
+    metrics = MetricsLog.open(folder, step, console.say, owes_evaluation=owes_evaluation)
     trackers = open_trackers(
         config,
         folder,

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best, metrics_by_source
+from dpo_dist.report.metrics_log import (
+    COLUMNS,
+    MetricsLog,
+    final_and_best,
+    is_evaluation,
+    metrics_by_source,
+)
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -118,6 +124,18 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     resumed.append(evaluation_of(10, 0.5, 0.6))
     resumed.save()
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_the_row_of_an_evaluation_that_is_done_again_is_dropped(tmp_path: Path) -> None:
+    """It was saved for a checkpoint of a later step, which was never committed."""
+    killed = MetricsLog.open(RunFolder(tmp_path), None)
+    for step in (1, 2, 3):
+        killed.append(row_of(step))
+        killed.append(evaluation_of(step, 0.5, 0.6))
+    killed.save()
+    resumed = MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True)
+    assert [(row["step"], is_evaluation(row)) for row in resumed.rows] == [(1, False), (1, True), (2, False)]
+    assert len(MetricsLog.open(RunFolder(tmp_path), 2).rows) == 3
 
 
 def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
