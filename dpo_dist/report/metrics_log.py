@@ -80,11 +80,11 @@ class MetricsLog:
             resume_step: step of the checkpoint that training resumes from; later rows are dropped, because
                 their steps are computed again. None starts without rows and ignores existing files.
             say: called with a warning if the existing rows cannot be read; training continues without them.
-            owes_evaluation: the evaluation of that step is done again, and its row is dropped.
+            owes_evaluation: the evaluation after `resume_step` is made again, and its row is dropped too.
         """
         rows = [] if resume_step is None else _read_rows(folder.log_history, resume_step, say)
         if owes_evaluation:
-            rows = [row for row in rows if row["step"] != resume_step or not is_evaluation(row)]
+            rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
         history = cls(folder, rows)
         history.save()
         return history
@@ -238,11 +238,6 @@ def _table_row(columns: Sequence[str], line: Sequence[str]) -> Row:
     if "step" not in row:
         raise ValueError("a line has no step")
     return row
-
-
-def is_evaluation(row: Mapping[str, float]) -> bool:
-    """Return whether a metrics row is of an evaluation, not of steps."""
-    return any(key.startswith("eval_") for key in row)
 
 
 def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:

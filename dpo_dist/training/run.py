@@ -24,7 +24,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.signals import BY_TRACKER, StopRequest
 from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.best_checkpoints import check_keep_best
+from dpo_dist.training.best_checkpoints import check_keep_best, still_there
 from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
@@ -125,7 +125,7 @@ def _set_up(
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
-        checkpoints.resume(start.checkpoint.folder, start.checkpoint.state)
+        checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
     else:
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
         position = Position(reference_report=reference.report | checked)
@@ -224,6 +224,7 @@ def _resume(
     """
     load_checkpoint(checkpoint, sharded, world)
     position = Position.of(checkpoint.state)
+    position.best = world.on_main(lambda: still_there(position.best, checkpoint.folder.parent))
     position.reference_report = over_starts(position.reference_report, report)
     clock.resume(position.work)
     console.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
@@ -269,12 +270,12 @@ def _open_recorder(
     environment: dict[str, Any],
     console: Console,
 ) -> Recorder | None:
-    """Return the recorder of a run that continues from `position`; None on all ranks but 0."""
+    """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not stops.world.is_main:
         return None
     folder = RunFolder.of(config)
-    step, owes_evaluation = position.step or None, position.owes_evaluation
-    metrics = MetricsLog.open(folder, step, console.say, owes_evaluation=owes_evaluation)
+    owes = position.owes_evaluation
+    metrics = MetricsLog.open(folder, position.step or None, console.say, owes_evaluation=owes)
     trackers = open_trackers(
         config,
         folder,

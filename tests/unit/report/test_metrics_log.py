@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.report.metrics_log import (
-    COLUMNS,
-    MetricsLog,
-    final_and_best,
-    is_evaluation,
-    metrics_by_source,
-)
+from dpo_dist.report.metrics_log import COLUMNS, MetricsLog, final_and_best, metrics_by_source
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -126,16 +120,15 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_the_row_of_an_evaluation_that_is_done_again_is_dropped(tmp_path: Path) -> None:
-    """It was saved for a checkpoint of a later step, which was never committed."""
-    killed = MetricsLog.open(RunFolder(tmp_path), None)
-    for step in (1, 2, 3):
-        killed.append(row_of(step))
-        killed.append(evaluation_of(step, 0.5, 0.6))
-    killed.save()
-    resumed = MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True)
-    assert [(row["step"], is_evaluation(row)) for row in resumed.rows] == [(1, False), (1, True), (2, False)]
-    assert len(MetricsLog.open(RunFolder(tmp_path), 2).rows) == 3
+def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
+    """A stop has interrupted it; the next start has saved its row, and was killed before its checkpoint."""
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    kept = [row_of(1), evaluation_of(1, 0.8, 0.4), row_of(2)]
+    for row in (*kept, evaluation_of(2, 0.5, 0.6)):
+        log.append(row)
+    log.save()
+    assert len(MetricsLog.open(RunFolder(tmp_path), 2).rows) == 4
+    assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
 
 
 def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
