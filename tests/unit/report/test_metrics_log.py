@@ -131,6 +131,14 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
     assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
 
 
+def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path / "run"), None)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        log.save()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
     earlier = MetricsLog.open(RunFolder(tmp_path), None)
     earlier.append(row_of(1))
