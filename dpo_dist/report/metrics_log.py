@@ -66,7 +66,12 @@ class MetricsLog:
 
     @classmethod
     def open(
-        cls, folder: RunFolder, resume_step: int | None, say: Callable[[str], None] = _log.warning
+        cls,
+        folder: RunFolder,
+        resume_step: int | None,
+        say: Callable[[str], None] = _log.warning,
+        *,
+        owes_evaluation: bool = False,
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
@@ -75,8 +80,11 @@ class MetricsLog:
             resume_step: step of the checkpoint that training resumes from; later rows are dropped, because
                 their steps are computed again. None starts without rows and ignores existing files.
             say: called with a warning if the existing rows cannot be read; training continues without them.
+            owes_evaluation: the evaluation after `resume_step` is made again, and its row is dropped too.
         """
         rows = [] if resume_step is None else _read_rows(folder.log_history, resume_step, say)
+        if owes_evaluation:
+            rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
         history = cls(folder, rows)
         history.save()
         return history

@@ -55,7 +55,7 @@ def former_length(recorded: Mapping[str, Any], config: RunConfig, folder: RunFol
     text = recorded.get("length")
     try:
         former = Length(**json.loads(text)) if text else _in_yaml(folder)
-    except (OSError, ValueError, ConfigError):
+    except (OSError, ValueError, TypeError, ConfigError):
         return None
     trainer = replace(config.trainer, epochs=former.epochs, max_steps=former.max_steps)
     is_same = run_digest(replace(config, trainer=trainer)) == recorded.get("run_digest")

@@ -13,6 +13,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encoded_source import is_intact
 from dpo_dist.data.mapped_files import MappedFiles
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
@@ -23,6 +24,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.prefetch import prefetch
+from dpo_dist.reference.shard import is_whole
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
@@ -142,8 +144,8 @@ class Loop:
             DataError: files of the data or of the reference were changed in place.
         """
         sampler = self.inputs.sampler
-        arrays = MappedFiles(self.inputs.mapped_files)
-        shards = MappedFiles(self.objective.reference.mapped_files())
+        arrays = MappedFiles(self.inputs.mapped_files, is_intact)
+        shards = MappedFiles(self.objective.reference.mapped_files(), is_whole)
         for step in range(first, sampler.steps):
             arrays.check()
             shards.check()
