@@ -1,4 +1,4 @@
-"""Kill a small run at seeded random places until there were enough kills, and watch what it holds on to.
+"""Kill a small run at seeded random places, often, and watch its memory, threads and open files.
 
     .venv/bin/python scripts/soak.py --kills 1000
     .venv/bin/python scripts/soak.py --steps 2000 --kills 20 loss=bco_pair

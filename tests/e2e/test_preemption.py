@@ -15,7 +15,7 @@ from tests.support.invented import write_pairs
 from tests.support.launch import history, run_state, run_verb, signal_run, summary, train
 from tests.support.signalled import Signalled, signalled
 
-STEPS = ["trainer.epochs=16", "optim.lr=1e-3", "trainer.save_every=4"]
+STEPS = ["trainer.epochs=8", "optim.lr=1e-3", "trainer.save_every=4"]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ class KilledRuns:
     processes: int
     seed: int
     kills: int
-    reach: float = 1.0
+    reach: float = 0.7
     seconds: float = 120
 
     def check(self, done: Callable[[int], None] = lambda kills: None) -> None:
@@ -70,7 +70,7 @@ class KilledRuns:
             operation=drawn.randint(1, operations[rank]) if kills < self.kills else 0,
             rank=rank,
             delay=drawn.choice([0.0, drawn.uniform(0, _LONGEST_DELAY)]),
-            everybody=drawn.random() < 0.5,
+            everybody=drawn.random() < 0.7,
         )
 
     def _start(self, point: KillPoint) -> Finished:

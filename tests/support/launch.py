@@ -91,11 +91,6 @@ def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Fi
     return ended
 
 
-def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Finished:
-    """Start two processes, kill -9 one of them as soon as `when()` is true, and wait for the end."""
-    return signal_run(overrides, signal.SIGKILL, [rank], when)
-
-
 def signal_run(
     overrides: list[str],
     number: signal.Signals,
