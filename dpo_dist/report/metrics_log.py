@@ -248,7 +248,7 @@ def _table_row(columns: Sequence[str], line: Sequence[str]) -> Row:
 def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:
     try:
         rows = read_rows(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if last_step > 0:
             say(f"warning: metrics up to step {last_step} are lost, their file cannot be read: {error}")
         return []

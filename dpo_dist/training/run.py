@@ -80,6 +80,8 @@ def _begin(
         Inputs, content of environment.json, and the state of the run.
     """
     folder = RunFolder.of(config)
+    if start.checkpoint is not None:
+        Position.of(start.checkpoint.state)  # the checks below read it, too
     environment = describe_run(config, folder, world)
     if "loss_function" in environment:
         console.say(f"loss: {environment['loss_function']}")
