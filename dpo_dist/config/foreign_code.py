@@ -61,15 +61,14 @@ def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) 
     Raises:
         ConfigError: it does.
     """
-    values = dict(_leaves(content, ""))
-    for key, meaning in _DOORS.items():
-        if values.get(key) and key not in given:
+    for key, value in _leaves(content, ""):
+        if value and key in _DOORS and key not in given:
             raise ConfigError(
-                f"the configuration of this run asks to run code: {meaning}",
+                f"the configuration of this run asks to run code: {_DOORS[key]}",
                 where=str(file),
-                got=f"{key}={_written(values[key])}",
+                got=f"{key}={_written(value)}",
                 expected="a run directory without code, or the option on the command line",
-                remedy=f"add {key}={_written(values[key])} to the command if you trust this code",
+                remedy=f"add {key}={_written(value)} to the command if you trust this code",
             )
 
 

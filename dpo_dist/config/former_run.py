@@ -4,8 +4,10 @@ import contextlib
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from dpo_dist.config.existing_run import existing_run
 from dpo_dist.config.foreign_code import check_doors, written_values
@@ -54,7 +56,8 @@ def _configuration(file: Path, given: Collection[str]) -> str:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        content = written_values(text)
+        written_values(text)
+        content = OmegaConf.create(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             "the configuration of this run cannot be read",
@@ -62,7 +65,7 @@ def _configuration(file: Path, given: Collection[str]) -> str:
             got=first_line(error),
             remedy="restore the file, or write the command of the run: model.path=... and its other keys",
         ) from error
-    check_doors(content, given, file)
-    while text.startswith("#"):  # for Hydra such a line can be a command
-        text = text.partition("\n")[2]
-    return text
+    values: Any = OmegaConf.to_container(content)
+    check_doors(values, given, file)
+    # Written again: in the file a comment can be a command to Hydra, such as to move all keys to a section.
+    return OmegaConf.to_yaml(content)

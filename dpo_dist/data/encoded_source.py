@@ -180,6 +180,12 @@ def array_files(folder: Path) -> list[Path]:
     return [folder / f"{name}.bin" for name in ARRAYS]
 
 
+def is_intact(file: Path) -> bool:
+    """Return whether the file of an array has the content that the manifest beside it states."""
+    manifest = read_manifest(file.parent)
+    return manifest is not None and _is_whole(file.parent, file.stem, manifest)
+
+
 @dataclass(frozen=True)
 class SourceView:
     """The used records of a source, memory-mapped.

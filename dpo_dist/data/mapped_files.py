@@ -1,7 +1,7 @@
 """Files that are mapped into memory: whether another program has changed them since."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -16,10 +16,16 @@ class MappedFiles:
     """Files as they are now. One that is deleted or replaced later stays readable where it is mapped.
 
     One that is changed in place is not: its new values are read, and beyond its new end the process is killed
-    (SIGBUS).
+    (SIGBUS). A new time alone is no change: programs of clusters touch files so that they do not count as
+    unused, and some file systems round times later.
+
+    Args:
+        paths: the files.
+        is_intact: reads a file whole and returns whether it has its content.
     """
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Iterable[Path], is_intact: Callable[[Path], bool]):
+        self._is_intact = is_intact
         states = ((path, _state(path)) for path in paths)
         self._states = {path: state for path, state in states if state is not None}
         self._turns = itertools.cycle(self._states)
@@ -32,7 +38,9 @@ class MappedFiles:
         """
         for path in itertools.islice(self._turns, min(_AT_ONCE, len(self._states))):
             before, now = self._states[path], _state(path)
-            if now is not None and now[:2] == before[:2] and now != before:
+            if now is None or now[:2] != before[:2] or now == before:
+                continue
+            if now[2] != before[2] or not self._is_intact(path):
                 raise DataError(
                     "a file was changed while the run reads it",
                     where=str(path),
@@ -41,6 +49,7 @@ class MappedFiles:
                     remedy="find the program that writes there; the same command checks all files again, "
                     "makes damaged ones again and continues from the last checkpoint",
                 )
+            self._states[path] = now
 
 
 def _state(path: Path) -> _State | None:

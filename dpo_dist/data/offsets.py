@@ -25,7 +25,9 @@ def check_offsets(arrays: Mapping[str, Array], outcomes: int, folder: Path) -> N
     faults = {
         "piece_starts": len(starts) != len(tokens) or not _inside(starts, tokens, len(arrays["ids"])),
         "pair_pieces": len(ends) > 0
-        and (int(ends[-1]) > len(starts) or bool((np.diff(ends, prepend=0) < 0).any())),
+        and (
+            int(ends.min()) < 0 or int(ends[-1]) > len(starts) or bool((np.diff(ends, prepend=0) < 2).any())
+        ),
         "outcomes": len(codes) > 0 and not 0 <= int(codes.min()) <= int(codes.max()) < outcomes,
     }
     if wrong := [name for name, is_wrong in faults.items() if is_wrong]:
@@ -40,4 +42,6 @@ def check_offsets(arrays: Mapping[str, Array], outcomes: int, folder: Path) -> N
 def _inside(starts: Array, tokens: Array, size: int) -> bool:
     if not len(starts):
         return True
-    return bool(starts.min() >= 0 and tokens.min() >= 0 and (starts + tokens).max() <= size)
+    if starts.min() < 0 or starts.max() > size or tokens.min() < 0:  # else the sum could overflow
+        return False
+    return bool((starts + tokens).max() <= size)

@@ -94,7 +94,7 @@ class CheckpointSaver:
         self.commit()
         self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
         world, folder = self._world, self._root / checkpoint_name(step)
-        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
+        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder)), _wait))
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
         writing = Writing(temporary, folder, sum(world.gather(files.bytes)))
         if not is_last and self._can_copy(files.models):
@@ -165,9 +165,26 @@ class CheckpointSaver:
             entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
             self._world.on_main(lambda: _commit(pending, entries), _wait)
         self._damaged.discard(pending.folder.name)
-        self._world.on_main(lambda: _mark_best(self._root, self._best))
         kept = self._best
-        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
+        self._world.on_main(lambda: _mark_best(self._root, kept))
+        # Some file systems need minutes to delete files of terabytes.
+        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept), _wait)
+
+    def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
+        """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
+
+        Args:
+            folder: of the checkpoint.
+            best_steps: steps of the best checkpoints, the best first.
+
+        Raises:
+            CheckpointError: `latest` or `best` cannot be written.
+        """
+        best = [checkpoint_name(step) for step in best_steps]
+        self._world.on_main(lambda: _mark_latest(folder))
+        self._world.on_main(lambda: _mark_best(self._root, best))
+        if not self._damaged:  # deleted after the next commit, as are the others then
+            self._world.on_main(lambda: _delete_old(folder, self._keep_last, set(), best))
 
     @contextlib.contextmanager
     def _removed_on_error(self, writing: Writing) -> Iterator[None]:
@@ -183,6 +200,8 @@ class CheckpointSaver:
         """End the saver; drop a checkpoint that is still written, after an error. Not collective."""
         if self._pending is not None:
             self._pending.remove()
+        if self._copy is not None:
+            self._copy.close()
         if self._run_directory is not None:
             os.close(self._run_directory)
             self._run_directory = None
@@ -191,10 +210,13 @@ class CheckpointSaver:
 def drop_checkpoints(root: Path) -> None:
     """Delete every checkpoint below `root` but the best ones; on one rank."""
     remove_unfinished(root)
-    best = best_checkpoints(root)
-    for folder in [folder for folder in checkpoint_folders(root) if folder.name not in best]:
+    best, folders = best_checkpoints(root), checkpoint_folders(root)
+    kept = [folder for folder in folders if folder.name in best]
+    for folder in set(folders) - set(kept):
         shutil.rmtree(folder, ignore_errors=True)
-    if not best:
+    if kept:
+        write_text(root / _LATEST, kept[0].name)
+    else:
         (root / _LATEST).unlink(missing_ok=True)
 
 
@@ -222,8 +244,13 @@ def _commit(writing: Writing, entries: Entries) -> None:
     with writing.disk_errors():
         write_manifest(writing.temporary, entries)
         commit_folder(writing.temporary, writing.folder)
-        write_text(writing.folder.parent / _LATEST, writing.folder.name)
+    _mark_latest(writing.folder)
     note_progress(str(writing.folder))
+
+
+def _mark_latest(folder: Path) -> None:
+    with disk_errors(folder):
+        write_text(folder.parent / _LATEST, folder.name)
 
 
 def _mark_best(root: Path, best: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Copies of a rank's slices in host memory, so that a checkpoint is written while training changes them."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ class HostCopy:
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
     def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
         """Return whether every host has memory for the copies of all its ranks; collective."""
@@ -53,12 +54,21 @@ class HostCopy:
         """Allocate `count` bytes; PyTorch's allocator of pinned memory would round them up to 2^n."""
         if count <= self._buffer.nbytes:
             return
-        if self._is_cuda and self._buffer.nbytes:
-            _cuda().cudaHostUnregister(self._buffer.data_ptr())
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.close()
         self._buffer = torch.empty(count, dtype=torch.uint8)
-        if self._is_cuda:  # a failure only makes copies slower
-            _cuda().cudaHostRegister(self._buffer.data_ptr(), count, 0)
+        if self._is_cuda:
+            self._is_pinned = not int(_cuda().cudaHostRegister(self._buffer.data_ptr(), count, 0))
+            if not self._is_pinned:  # copies are slower
+                _forget_error()
+
+    def close(self) -> None:
+        """Release the memory, as soon as nothing reads the copies any more.
+
+        Another run of this process may get the same addresses, which must not count as pinned then.
+        """
+        if self._is_pinned:
+            _cuda().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer, self._is_pinned = torch.empty(0, dtype=torch.uint8), False
 
 
 def _copied(own: Slice, places: Iterator[Tensor]) -> dict[str, Tensor]:
@@ -67,6 +77,12 @@ def _copied(own: Slice, places: Iterator[Tensor]) -> dict[str, Tensor]:
 
 def _cuda() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _forget_error() -> None:
+    """Clear the error of a call of CUDA, which the next kernel would otherwise raise."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _tensors(models: Sequence[ModelSlices]) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
             return
         version, internal, gauss = states["python"]
         random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(tuple(states["numpy"]))
+        np.random.set_state(_checked(states["numpy"]))
         torch.set_rng_state(_tensor(states["torch"]))
         if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
             torch.cuda.set_rng_state(_tensor(states["cuda"]))
@@ -57,6 +58,14 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
             got=first_line(error),
             remedy="restore the file, or resume from another checkpoint",
         ) from error
+
+
+def _checked(state: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a state of numpy, which itself would read beyond the end of the key."""
+    _, key, position, *_ = state
+    if not 0 <= position <= len(key):
+        raise ValueError("the position is outside of the key")
+    return tuple(state)
 
 
 def _seed(text: str) -> None:

@@ -178,7 +178,7 @@ def read_model_json(file: Path) -> dict[str, object]:
     """
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, str(error)) from error
     if not isinstance(content, dict):
         raise _unreadable(file, "JSON that is not an object")

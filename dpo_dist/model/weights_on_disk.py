@@ -64,7 +64,7 @@ def _fault(file: Path) -> str:
         expected = _LENGTH_BYTES + length + max(ends, default=0)
     except OSError as error:
         return str(error.strerror)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return "a header that cannot be read"
     found = file.stat().st_size
     return "" if found == expected else f"{size(found)} ({found:,} bytes) of {size(expected)} ({expected:,})"

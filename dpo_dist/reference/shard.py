@@ -148,6 +148,12 @@ def damaged_entries(shard: Shard) -> npt.NDArray[np.int64]:
     return np.array(damaged, dtype=np.int64)
 
 
+def is_whole(file: Path) -> bool:
+    """Return whether all entries of a shard are complete and match their checksums; reads the file."""
+    shard = open_shard(file)
+    return shard is not None and not shard.is_truncated and not len(damaged_entries(shard))
+
+
 def is_intact(values: Values, tokens: int, check: int) -> bool:
     """Return True if an entry's values are complete and match their checksum."""
     return len(values) == tokens and zlib.crc32(values.data) == check

@@ -66,7 +66,12 @@ class MetricsLog:
 
     @classmethod
     def open(
-        cls, folder: RunFolder, resume_step: int | None, say: Callable[[str], None] = _log.warning
+        cls,
+        folder: RunFolder,
+        resume_step: int | None,
+        say: Callable[[str], None] = _log.warning,
+        *,
+        owes_evaluation: bool = False,
     ) -> "MetricsLog":
         """Start a log, or continue the one in `folder`.
 
@@ -75,9 +80,13 @@ class MetricsLog:
             resume_step: step of the checkpoint that training resumes from; later rows are dropped, because
                 their steps are computed again. None starts without rows and ignores existing files.
             say: called with a warning if the existing rows cannot be read; training continues without them.
+            owes_evaluation: the evaluation after `resume_step` is made again, and its row is dropped too.
         """
         rows = [] if resume_step is None else _read_rows(folder.log_history, resume_step, say)
+        if owes_evaluation:
+            rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
         history = cls(folder, rows)
+        folder.metrics.mkdir(parents=True, exist_ok=True)
         history.save()
         return history
 
@@ -97,7 +106,11 @@ class MetricsLog:
         """Write both files, whole or not at all. Values that are not finite become null in JSON.
 
         Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
+
+        Raises:
+            OSError: a file cannot be written. A run directory that was moved away is not created again.
         """
+        self.folder.metrics.stat()
         lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
         atomic.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
         self._write_csv()
@@ -235,7 +248,7 @@ def _table_row(columns: Sequence[str], line: Sequence[str]) -> Row:
 def _read_rows(path: Path, last_step: int, say: Callable[[str], None]) -> list[Row]:
     try:
         rows = read_rows(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if last_step > 0:
             say(f"warning: metrics up to step {last_step} are lost, their file cannot be read: {error}")
         return []

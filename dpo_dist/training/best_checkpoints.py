@@ -3,9 +3,12 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from dpo_dist.config.checkpoint_folders import checkpoint_name
 from dpo_dist.config.keep_best import PREFIX, direction_of
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.distributed.checkpoint_manifest import has_all_files
 from dpo_dist.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
@@ -58,3 +61,11 @@ def best_after(
         kept.append(BestCheckpoint(metric, step, row[metric]))
     sign = -1 if direction_of(trainer) is Direction.highest else 1
     return sorted(kept, key=lambda one: (sign * one.value, one.step))[: trainer.keep_best_count]
+
+
+def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
+    """Return those whose checkpoints below `root` are complete, checked by size only.
+
+    After the newest checkpoint was damaged, that of an earlier step names best ones that are deleted since.
+    """
+    return [one for one in best if has_all_files(root / checkpoint_name(one.step))]

@@ -16,6 +16,7 @@ from dpo_dist.distributed.checkpoint_manifest import has_all_files
 from dpo_dist.distributed.slices import ModelSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
+from dpo_dist.model.folder import weight_files
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.number_text import size
 from dpo_dist.report.terminal.console import Console
@@ -49,7 +50,7 @@ class Sizes:
         A file that cannot be read counts as nothing: loading the model reports it.
         """
         elements = 0
-        for file in folder.glob("*.safetensors"):
+        for file in weight_files(folder):
             with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
                 shapes = (opened.get_slice(name).get_shape() for name in opened.keys())  # noqa: SIM118
                 elements += sum(map(math.prod, shapes))
@@ -105,9 +106,11 @@ def _needed(sizes: Sizes, there: int, steps_done: int, steps: int, trainer: Trai
 
     A checkpoint is complete before an older one is deleted; the model is written beside those that are kept.
     """
-    every = trainer.save_every
+    if steps_done >= steps:  # only the model is missing
+        return 0, sizes.model
     kept = max(1, trainer.keep_last) + (trainer.keep_best_count if trainer.keep_best else 0)
-    saves = 1 if not every else max(1, -(-steps // every) - steps_done // every)
+    borders = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
+    saves = 1 + sum((steps - 1) // every - steps_done // every for every in borders if every)
     added = max(1, min(saves, kept + 1 - there))
     at_end = min(there + saves, kept) - there
     return added, max(added * sizes.checkpoint, at_end * sizes.checkpoint + sizes.model)

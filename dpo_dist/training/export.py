@@ -61,7 +61,7 @@ def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
 def _read(file: Path) -> Mapping[str, Any]:
     """Return the object in a file of the run; empty if it cannot be read."""
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}

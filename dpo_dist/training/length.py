@@ -55,7 +55,7 @@ def former_length(recorded: Mapping[str, Any], config: RunConfig, folder: RunFol
     text = recorded.get("length")
     try:
         former = Length(**json.loads(text)) if text else _in_yaml(folder)
-    except (OSError, ValueError, ConfigError):
+    except (OSError, ValueError, TypeError, RecursionError, ConfigError):
         return None
     trainer = replace(config.trainer, epochs=former.epochs, max_steps=former.max_steps)
     is_same = run_digest(replace(config, trainer=trainer)) == recorded.get("run_digest")
@@ -100,7 +100,7 @@ def is_longer(former: Length, new: Length, steps: int | None) -> bool:
     """
     if former.key == new.key:
         return new.value > former.value
-    return new.max_steps is not None and steps is not None and new.max_steps > steps
+    return new.max_steps is not None and isinstance(steps, int) and new.max_steps > steps
 
 
 def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> str:

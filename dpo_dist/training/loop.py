@@ -13,6 +13,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.collate import RankBatch, shard_batch
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encoded_source import is_intact
 from dpo_dist.data.mapped_files import MappedFiles
 from dpo_dist.data.sampler import Indices
 from dpo_dist.distributed.checkpoint import CheckpointSaver
@@ -23,6 +24,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.prefetch import prefetch
+from dpo_dist.reference.shard import is_whole
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
@@ -95,8 +97,8 @@ class Loop:
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            if self._evaluate(position) and position.is_best:
-                self._save(position, is_last=False)
+            if self._evaluate(position):
+                self._keep_owed(position)
             if position.owes_evaluation:
                 self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
@@ -131,6 +133,13 @@ class Loop:
             position.owes_evaluation = False
         return not position.owes_evaluation
 
+    def _keep_owed(self, position: Position) -> None:
+        """Keep a row that is newer than the checkpoint of its step; and the checkpoint, if it is now best."""
+        if position.is_best:
+            self._save(position, is_last=False)
+        elif self.recorder is not None:
+            self.recorder.metrics.save()
+
     def _say_why(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
         self.console.say(f"stopping after step {position.step}{saved}: {self.stops.reasons()}")
@@ -142,8 +151,8 @@ class Loop:
             DataError: files of the data or of the reference were changed in place.
         """
         sampler = self.inputs.sampler
-        arrays = MappedFiles(self.inputs.mapped_files)
-        shards = MappedFiles(self.objective.reference.mapped_files())
+        arrays = MappedFiles(self.inputs.mapped_files, is_intact)
+        shards = MappedFiles(self.objective.reference.mapped_files(), is_whole)
         for step in range(first, sampler.steps):
             arrays.check()
             shards.check()

@@ -12,6 +12,9 @@ from dpo_dist.objective.running_stats import RunningMeans
 from dpo_dist.training.log_window import LogWindow
 from dpo_dist.training.work_clock import WorkTime
 
+_COUNTS = ("step", "pairs_seen", "steps", "bad_steps", "bad_in_a_row", "collapsed_in_a_row")
+_MOST = 2**48
+
 
 @dataclass(frozen=True)
 class BestCheckpoint:
@@ -68,8 +71,7 @@ class Position:
 
     @classmethod
     def _of(cls, state: Mapping[str, Any]) -> "Position":
-        if not all(isinstance(state[name], int) and state[name] >= 0 for name in ("step", "pairs_seen")):
-            raise ValueError("steps and pairs are counts")
+        _check_types(state)
         return cls(
             step=state["step"],
             pairs_seen=state["pairs_seen"],
@@ -107,3 +109,37 @@ class Position:
             margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)
             self.running = self.running.after(loss, margin, reward, pairs)
         return row
+
+
+def _check_types(state: Mapping[str, Any]) -> None:
+    """Check the types of a checkpoint's values, which another program may have written.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: one has another type, or `step` or `pairs_seen` is
+            missing.
+    """
+    counts = {"step": state["step"], "pairs_seen": state["pairs_seen"]}
+    counts |= {name: state[name] for name in _COUNTS if state.get(name) is not None}
+    best, report = state.get("best", []), state.get("reference_report", {})
+    counts |= {f"best[{number}].step": one["step"] for number, one in enumerate(best)}
+    for name, value in counts.items():
+        if not isinstance(value, int) or not 0 <= value < _MOST:
+            raise ValueError(f"{name} is no count")
+    numbers = {name: state[name] for name in ("train_seconds", "running", "window")}
+    numbers |= {"work": state.get("work", {}), "best": [one["value"] for one in best]}
+    if report:
+        numbers["reference_report"] = [report[name] for name in ("hits", "computed", "seconds")]
+    for name, value in numbers.items():
+        if not _is_of_numbers(value):
+            raise ValueError(f"{name} has a value that is no number")
+    texts = [*report.get("damaged", []), *(one["metric"] for one in best), state.get("length") or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name is no text")
+
+
+def _is_of_numbers(value: Any) -> bool:
+    """Return whether a value is a number or None, or consists of such."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return (
+        value is None or isinstance(value, int | float) if parts is None else all(map(_is_of_numbers, parts))
+    )

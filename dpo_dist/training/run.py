@@ -24,7 +24,7 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import open_trackers, sampled_system
 from dpo_dist.signals import BY_TRACKER, StopRequest
 from dpo_dist.training.batch_loss import Objective
-from dpo_dist.training.best_checkpoints import check_keep_best
+from dpo_dist.training.best_checkpoints import check_keep_best, still_there
 from dpo_dist.training.checkpoint_setup import look_for_room, open_saver
 from dpo_dist.training.data_setup import Inputs, ModelInputs, load_inputs
 from dpo_dist.training.finish import finish, run_to_its_end
@@ -80,6 +80,8 @@ def _begin(
         Inputs, content of environment.json, and the state of the run.
     """
     folder = RunFolder.of(config)
+    if start.checkpoint is not None:
+        Position.of(start.checkpoint.state)  # the checks below read it, too
     environment = describe_run(config, folder, world)
     if "loss_function" in environment:
         console.say(f"loss: {environment['loss_function']}")
@@ -125,6 +127,7 @@ def _set_up(
     checkpoints = open_saver(config, start, inputs.sampler.steps, sharded, world, console)
     if start.checkpoint is not None:
         position = _resume(start.checkpoint, sharded, reference.report, clock, world, console)
+        checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
     else:
         checked = _check_start(config, inputs, policy, reference, objective, world, console)
         position = Position(reference_report=reference.report | checked)
@@ -140,7 +143,7 @@ def _set_up(
         checkpoints=checkpoints,
         identity=identify(config, inputs),
         samples=None if samples is None else samples.open(policy, clock),
-        recorder=_open_recorder(config, position.step, stops, environment, console),
+        recorder=_open_recorder(config, position, stops, environment, console),
         console=console,
         clock=clock,
         stops=stops,
@@ -169,7 +172,7 @@ def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World,
     recorder = None
     if finished.outcome is RunOutcome.exported:
         environment = describe_run(config, folder, world)
-        recorder = _open_recorder(config, finished.step, stops, environment, console)
+        recorder = _open_recorder(config, Position(finished.step), stops, environment, console)
     with stops.request.deferred():
         finish(config, finished, recorder, world, console)
     console.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
@@ -223,6 +226,7 @@ def _resume(
     """
     load_checkpoint(checkpoint, sharded, world)
     position = Position.of(checkpoint.state)
+    position.best = world.on_main(lambda: still_there(position.best, checkpoint.folder.parent))
     position.reference_report = over_starts(position.reference_report, report)
     clock.resume(position.work)
     console.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
@@ -263,16 +267,17 @@ def _reference_sync(
 
 def _open_recorder(
     config: RunConfig,
-    step: int,
+    position: Position,
     stops: Stops,
     environment: dict[str, Any],
     console: Console,
 ) -> Recorder | None:
-    """Return the recorder of a run that continues after `step`; None on all ranks but 0."""
+    """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not stops.world.is_main:
         return None
     folder = RunFolder.of(config)
-    metrics = MetricsLog.open(folder, step or None, console.say)
+    owes = position.owes_evaluation
+    metrics = MetricsLog.open(folder, position.step or None, console.say, owes_evaluation=owes)
     trackers = open_trackers(
         config,
         folder,

@@ -6,6 +6,7 @@ Every reader gets pickles, forged headers and wrong types in place of its file, 
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from dpo_dist.digests import content_digest, recall, text_digest
 from dpo_dist.distributed import checkpoint_manifest
 from dpo_dist.distributed.checkpoint_loading import read_state
 from dpo_dist.distributed.checkpoint_manifest import find_faults, has_all_files, write_manifest
-from dpo_dist.distributed.random_states import load_random_states
+from dpo_dist.distributed.random_states import load_random_states, random_states, random_states_name
 from dpo_dist.distributed.slice_files import SavedSlices
 from dpo_dist.errors import CheckpointError, DataError, DpoDistError
+from dpo_dist.model.folder import read_model_json
+from dpo_dist.model.weights_on_disk import check_weights
 from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, read_fingerprint
 from dpo_dist.reference.shard import open_shard, shard_name
 from dpo_dist.report.json_rows import json_rows
-from dpo_dist.report.metrics_log import read_latest_rows
+from dpo_dist.report.metrics_log import MetricsLog, read_latest_rows
 from dpo_dist.training import run_state
 from dpo_dist.training.position import Position
 from tests.support.poison import pickled
@@ -55,6 +58,13 @@ def read_memo(folder: Path) -> object:
     return recall(folder, "a.jsonl")
 
 
+def read_rows_of(folder: Path) -> object:
+    run = RunFolder(folder.parent)
+    run.metrics.mkdir(exist_ok=True)
+    (folder / "log_history.json").replace(run.log_history)
+    return MetricsLog.open(run, 1).rows
+
+
 def placed(name: str, read: Callable[[Path], object]) -> tuple[str, Callable[[Path], object]]:
     return name, read
 
@@ -69,6 +79,9 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metrics": placed("dpo_metrics/log_history.json", lambda folder: read_latest_rows(RunFolder(folder))),
     "rows": placed("rows.jsonl", lambda folder: list(json_rows(folder / "rows.jsonl"))),
     "fingerprint": placed(FINGERPRINT_FILE, read_fingerprint),
+    "rows to resume from": placed("a/log_history.json", lambda folder: read_rows_of(folder / "a")),
+    "model description": placed("config.json", lambda folder: read_model_json(folder / "config.json")),
+    "weights": placed("a.safetensors", lambda folder: check_weights([folder / "a.safetensors"], "k")),
     "digests": placed(f"{text_digest('a.jsonl')}.json", read_memo),
     "encoded manifest": placed("manifest.json", read_manifest),
     "shard": placed("0" * 32 + ".safetensors", lambda folder: open_shard(folder / f"{'0' * 32}.safetensors")),
@@ -150,6 +163,42 @@ def test_a_forged_position_is_an_error(state: dict[str, Any]) -> None:
         Position.of(state)
 
 
+STATE = {
+    "step": 2,
+    "pairs_seen": 12,
+    "train_seconds": 1.0,
+    "running": {"margin": None, "reward": 0.5, "pairs": 12},
+    "window": {"steps": 1, "sums": {"loss": math.nan}},
+    "work": {"seconds": {"training": 1.0}, "device_seconds": 2.0, "since_step": 0},
+    "best": [{"metric": "eval_loss", "step": 2, "value": 0.5}],
+    "reference_report": {"mode": "cached", "hits": 1, "computed": 0, "seconds": 0.5, "damaged": []},
+    "length": '{"epochs": 1.0, "max_steps": null}',
+    "steps": 4,
+}
+
+
+@pytest.mark.parametrize("name", [*STATE, "bad_steps", "bad_in_a_row", "collapsed_in_a_row"])
+@pytest.mark.parametrize("value", ["x", ["x"], {"x": "x"}, {"seconds": ["x"]}, [{"step": "../x"}]], ids=str)
+def test_a_position_of_wrong_types_is_an_error(name: str, value: Any) -> None:
+    assert Position.of(STATE).step == 2
+    if (name, value) == ("length", "x"):  # no length: `former_length` ignores it
+        return
+    with pytest.raises(CheckpointError, match="state of the checkpoint"):
+        Position.of(STATE | {name: value})
+
+
+@pytest.mark.parametrize("position", [-1, 625, 2**31 - 1])
+def test_a_forged_position_of_numpy_is_not_read(position: int, tmp_path: Path) -> None:
+    states = json.loads(random_states(CPU))
+    file = tmp_path / random_states_name(0)
+    file.write_text(json.dumps(states))
+    load_random_states(tmp_path, 0, 1, CPU)
+    states["numpy"][2] = position
+    file.write_text(json.dumps(states))
+    with pytest.raises(CheckpointError, match="outside of the key"):
+        load_random_states(tmp_path, 0, 1, CPU)
+
+
 @pytest.mark.parametrize("ends", [[10**12], [-5], [2**62], [2**40]], ids=str)
 def test_forged_ends_of_a_shard_count_as_damage(ends: list[int], tmp_path: Path) -> None:
     keys, of_entries = np.zeros((1, 2), np.uint64), np.array(ends, np.int64)
@@ -216,8 +265,11 @@ def look(folder: Path) -> int | None:
         {"piece_starts": [0, 1, 10**12]},
         {"piece_starts": [0, -1, 2]},
         {"piece_tokens": [1, 1, 2**31 - 1]},
+        {"piece_starts": [0, 1, 2**63 - 1]},
         {"pair_pieces": [10**12]},
         {"pair_pieces": [-1]},
+        {"pair_pieces": [1]},
+        {"pair_pieces": [2**62, -(2**62)], "prompts": [0, 0], "origins": [0, 1, 0, 1]},
         {"outcomes": [2**31 - 1]},
         {"outcomes": [-1]},
     ],

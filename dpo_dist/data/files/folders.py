@@ -80,7 +80,7 @@ def saved_records(folder: Path, split: str | None) -> Iterator[Any]:
     try:
         check_saved(folder)
         saved = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise DataError(
             "the folder saved by datasets cannot be loaded",
             where=str(folder),

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 _PROBE = "probe answer"
 _PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
 _PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
-# The errors that the Python operators and methods of a template raise.
-_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +162,9 @@ class ChatRenderer:
             )
         except TemplateError as fault:
             raise UnusableRecordError("template_rejected", str(fault)) from fault
-        except _FAULTS as fault:
+        except ConfigError:
+            raise
+        except Exception as fault:  # its operators, methods and nesting can raise anything
             raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
 
     @cached_property

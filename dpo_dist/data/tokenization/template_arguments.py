@@ -27,7 +27,7 @@ def argument_names(template: str) -> frozenset[str]:
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
     try:
         tree = environment.parse(source)
-    except TemplateError as fault:
+    except (TemplateError, RecursionError) as fault:
         raise ConfigError(
             "the chat template is not valid Jinja",
             where="data.chat_template (null: the tokenizer's own)",

@@ -3,12 +3,15 @@
 Jinja's sandbox forbids files, imports and attributes of Python; it does not forbid `{{ 'x' * 10**10 }}`.
 """
 
+import contextlib
+import faulthandler
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 SECONDS = 20.0
 """CPU time of one text; real templates take less than a millisecond."""
+TIMES_SECONDS = 3
+"""So many times `SECONDS` one operation may take, in which Python cannot be interrupted."""
 MEMORY = 1 << 30
 """Bytes of address space beyond that of the process."""
 CHARACTERS = 1 << 26
@@ -87,7 +92,7 @@ def _guarded(render: Callable[[], str], template: str) -> str:
         raise _too_much(template, f"more than {SECONDS:.0f} seconds for one text") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _memory_limit() -> Iterator[None]:
     size = _size()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -114,18 +119,36 @@ def _size() -> int:
     return _known[1]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     former = signal.signal(signal.SIGVTALRM, _out_of_time)
+    is_ended = _can_be_ended()
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        if is_ended:
+            signal.setitimer(signal.ITIMER_PROF, TIMES_SECONDS * SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if is_ended:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGVTALRM, former)
+
+
+@cache
+def _can_be_ended() -> bool:
+    """Make SIGPROF print the stack and end this process; return False if a profiler uses it.
+
+    A comparison of two nested lists (`a == b`) is one operation, which can take longer than any run.
+    """
+    if signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
+        return False
+    with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no standard error
+        faulthandler.register(signal.SIGPROF, sys.__stderr__, chain=True)  # type: ignore[arg-type]
+    return True
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:

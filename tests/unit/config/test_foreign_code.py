@@ -52,6 +52,20 @@ def test_a_comment_at_the_start_is_no_command(tmp_path: Path) -> None:
     assert "beta: 0.25" in former(tmp_path, "# @package hydra\n# @package run\n" + text)
 
 
+@pytest.mark.parametrize("before", ["", "\n", " ", "\x85", "# a comment\n\n", "\n# a comment\n"])
+def test_a_package_in_a_config_of_a_run_opens_no_door(before: str, tmp_path: Path) -> None:
+    text = f"{before}# @package model\npath: m\ntrust_remote_code: true\n"
+    with pytest.raises(ConfigError, match="there is no key"):
+        former(tmp_path, text, "data.train=[a.jsonl]")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_spellings_of_a_key_open_no_door(order: int, tmp_path: Path) -> None:
+    parts = ["model: {path: m, trust_remote_code: true}\n", "model.trust_remote_code: false\n"][::order]
+    with pytest.raises(ConfigError, match="asks to run code"):
+        former(tmp_path, "".join(parts))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -21,7 +21,7 @@ from dpo_dist.data import build_dataset as build_dataset_module
 from dpo_dist.data import encode_chunk as encode_chunk_module
 from dpo_dist.data.concatenated import ConcatenatedArray
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.encoded_source import SourceWriter
+from dpo_dist.data.encoded_source import SourceWriter, array_files, is_intact
 from dpo_dist.data.files.byte_stream import Meter
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.digests import text_digest
@@ -212,6 +212,17 @@ def test_damaged_data_are_not_opened(damage: Callable[[Path], None], tmp_path: P
     damage(encoded[0].folder)
     with pytest.raises(DataError, match="damaged"):
         open_dataset(encoded, DataConfig())
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lose_the_manifest])
+def test_an_array_that_was_touched_is_intact_and_a_damaged_one_is_not(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = prepare(tmp_path, jsonl(tmp_path, *GOOD))
+    (folder / "ids.bin").touch()
+    assert all(is_intact(file) for file in array_files(folder))
+    damage(folder)
+    assert not is_intact(folder / "ids.bin")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -2,12 +2,15 @@
 
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dpo_dist.data.tokenization import template_limits
+from dpo_dist.data.tokenization.template_arguments import argument_names
 from dpo_dist.data.tokenization.template_limits import limited
 from dpo_dist.data.tokenization.tokenizer import tokenizer_facts
 from dpo_dist.errors import ConfigError
@@ -70,3 +73,44 @@ def test_errors_of_a_template_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="of the template"):
         limited(fail, "a.jinja")
+
+
+ONE_OPERATION = """
+from dpo_dist.data.tokenization import template_limits
+template_limits.SECONDS = 0.1
+a, b = [0], [0]
+for _ in range(60):
+    a, b = [a, a], [b, b]
+template_limits.limited(lambda: str(a == b), "a.jinja")
+"""
+
+
+def test_an_operation_without_end_ends_the_process_with_its_stack() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ONE_OPERATION], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == -signal.SIGPROF
+    assert "template_limits.py" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "{{ cycler() }}",
+        "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{% if 1 %}" * 200 + "{% endif %}" * 200,
+    ],
+    ids=["RuntimeError", "SyntaxError", "IndentationError"],
+)
+def test_any_error_of_a_template_is_named(fault: str) -> None:
+    tokenizer = tiny.qwen()
+    tokenizer.chat_template = NORMAL + fault
+    facts = tokenizer_facts(tokenizer)
+    assert facts.chat is not None
+    with pytest.raises(ConfigError, match="cannot render a user turn"):
+        _ = facts.chat.after_response
+
+
+def test_a_template_nested_too_deeply_is_no_jinja() -> None:
+    with pytest.raises(ConfigError, match="not valid Jinja"):
+        argument_names("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}")

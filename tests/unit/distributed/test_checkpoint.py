@@ -110,6 +110,7 @@ def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path: Path) -> None:
     assert best_checkpoints(tmp_path) == ["step-000003", "step-000004"]
     drop_checkpoints(tmp_path)
     assert run.left() == ["step-000003", "step-000004"]
+    assert (tmp_path / "latest").read_text() == "step-000004"
     assert run.start() == 4
     run.save(6)  # without keep_best
     assert run.left() == ["step-000006"]

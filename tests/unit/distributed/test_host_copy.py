@@ -145,3 +145,31 @@ def test_without_limits_the_memory_of_the_host_counts(
     assert available_memory(tmp_path, tmp_path / "absent") == 200 * GIB
     memory = memory._replace(available=10 * GIB)
     assert available_memory(tmp_path, tmp_path / "absent") == 0
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_memory_is_pinned_while_it_is_used(is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that stays registered would give its next owner the bytes of its former pages."""
+    pinned: set[int] = set()
+    forgotten: list[bool] = []
+
+    class Cuda:
+        def cudaHostRegister(self, address: int, _bytes: int, _flags: int) -> int:  # noqa: N802
+            pinned.update(() if is_refused else (address,))
+            return int(is_refused)
+
+        def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+            pinned.remove(address)
+
+    monkeypatch.setattr(host_copy, "_cuda", Cuda)
+    monkeypatch.setattr(host_copy, "_forget_error", lambda: forgotten.append(True))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    copy = HostCopy(torch.device("cuda"))
+    copy.of(slices(1.0, with_states=False))
+    copied = copy.of(slices(1.0))
+    assert listed(copied) == listed(slices(1.0))
+    assert len(pinned) == (not is_refused)
+    assert len(forgotten) == 2 * is_refused
+    copy.close()
+    copy.close()
+    assert not pinned

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from dpo_dist.errors import ReferenceModelError
 from dpo_dist.reference.fingerprint import ReferenceFingerprint, read_fingerprint
-from dpo_dist.reference.shard import Keys, Values
+from dpo_dist.reference.shard import Keys, Values, is_whole
 from dpo_dist.reference.store import LogpStore
 from tests.support.read_only import read_only
 
@@ -177,6 +177,18 @@ def test_no_changed_byte_gives_another_value(tmp_path: Path) -> None:
         flip(file, offset, 0x13)  # changes F to U: the dtype of the values
         assert readable(tmp_path, list(ENTRIES)).items() <= ENTRIES.items(), offset
         file.write_bytes(whole)
+
+
+def test_a_shard_is_whole_until_a_byte_of_it_changes(tmp_path: Path) -> None:
+    file = write(tmp_path, ENTRIES)
+    whole = file.read_bytes()
+    file.touch()
+    assert is_whole(file)
+    for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"no shard"):
+        file.write_bytes(content)
+        assert not is_whole(file)
+    file.unlink()
+    assert not is_whole(file)
 
 
 def test_damaged_entries_are_counted_by_shard(tmp_path: Path) -> None:

@@ -120,6 +120,25 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
+    """A stop has interrupted it; the next start has saved its row, and was killed before its checkpoint."""
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    kept = [row_of(1), evaluation_of(1, 0.8, 0.4), row_of(2)]
+    for row in (*kept, evaluation_of(2, 0.5, 0.6)):
+        log.append(row)
+    log.save()
+    assert len(MetricsLog.open(RunFolder(tmp_path), 2).rows) == 4
+    assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
+
+
+def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path / "run"), None)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        log.save()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
     earlier = MetricsLog.open(RunFolder(tmp_path), None)
     earlier.append(row_of(1))

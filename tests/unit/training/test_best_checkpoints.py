@@ -1,6 +1,7 @@
 """The best checkpoints by an evaluation metric."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.errors import ConfigError
-from dpo_dist.training.best_checkpoints import best_after, check_keep_best
+from dpo_dist.training.best_checkpoints import best_after, check_keep_best, still_there
 from dpo_dist.training.position import BestCheckpoint, Position
+from tests.support.one_weight import Run
 
 ACCURACY = "eval_rewards/accuracies"
 
@@ -91,3 +93,16 @@ def test_a_position_in_a_checkpoint_keeps_the_best() -> None:
     assert Position.of(state).best == position.best
     del state["best"]
     assert Position.of(state) == replace(position, best=[])
+
+
+def test_best_checkpoints_that_were_deleted_do_not_count(tmp_path: Path) -> None:
+    """The newest checkpoint, for which the best one was deleted, is damaged: the one before names it."""
+    run = Run(tmp_path, keep_last=2)
+    run.start()
+    for step, best in ((1, [1]), (2, [1]), (3, [3]), (4, [3])):
+        run.weights.weight.fill_(step)
+        run.saver.save(step, {"step": step, "best": [{"step": one} for one in best]})
+    run.saver.commit()
+    assert run.left() == ["step-000003", "step-000004"]
+    first, third = BestCheckpoint(ACCURACY, 1, 0.8), BestCheckpoint(ACCURACY, 3, 0.9)
+    assert still_there([third, first], tmp_path) == [third]

@@ -48,7 +48,9 @@ def check(run_dir: Path, steps_done: int = 0, steps: int = 100, **trainer: objec
         ({"save_every": 100}, 14),
         ({"save_every": 10, "steps_done": 95}, 14),
         ({"save_every": 10, "steps": 11, "steps_done": 9}, 26),
-        ({"save_every": 10, "steps": 100, "steps_done": 100}, 14),
+        ({"save_every": 10, "steps": 100, "steps_done": 100}, 2),  # the model alone is missing
+        ({"save_every": 0, "keep_best": "eval_loss", "eval_every": 10}, 48),
+        ({"save_every": 0, "keep_best": "eval_loss", "eval_every": 60}, 26),
     ],
 )
 def test_the_room_is_that_of_the_checkpoints_at_a_time(
@@ -94,6 +96,8 @@ def test_sizes_are_known_before_loading_and_before_the_optimizers_states(
     config = RunConfig(model=replace(ModelConfig(path=str(tmp_path)), dtype=dtype))
     weights = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(7, dtype=torch.bfloat16)}
     save_file(weights, tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "consolidated.safetensors")  # the same once more, which is not loaded
+    (tmp_path / "config.json").write_text("{}")
     slices = [
         Slice(name, tuple(weight.shape), 0, {"weight": weight.flatten().float()})
         for name, weight in weights.items()
