@@ -99,8 +99,12 @@ class MetricsLog:
         if self._widen(row):
             self._write_csv()
             return
-        with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        try:
+            with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            error.filename = str(self.folder.metrics_table)  # of a full disk Python names none
+            raise
 
     def save(self) -> None:
         """Write both files, whole or not at all. Values that are not finite become null in JSON.
