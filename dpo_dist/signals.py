@@ -17,13 +17,20 @@ from dpo_dist.errors import ExitCode, StoppedError
 from dpo_dist.progress_file import note_exit_code
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Ctrl-C reaches the processes from the terminal and again from their launcher.
 _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask to stop: not the end of the terminal, if `nohup` ignores it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
+
 
 last_words: list[Callable[[int], object]] = []
 """Called with the exit code, in threads, when a second signal ends this process."""
@@ -64,7 +71,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and the end of `max_seconds` inside the block.
+        """Answer the signals that ask to stop, and the end of `max_seconds`, inside the block.
 
         The first signal asks to stop within `deferred`, and raises elsewhere. A later one, unless it is an
         echo of the first, ends the process at once with 128 + its number. Outside of the main thread, where
@@ -77,7 +84,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._receive) for number in (*_SIGNALS, signal.SIGALRM)}
+        previous = {
+            number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
+        }
         is_launched = _follow_launcher()
         if self._deadline < math.inf:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
@@ -120,7 +129,7 @@ def stopped_by(reason: str, when: str = "before the first step") -> StoppedError
 
 def end_at_signals() -> None:
     """End at a signal with one line and exit code 75, until `StopRequest.listening`; nothing is saved."""
-    for number in _SIGNALS:
+    for number in stop_signals():
         signal.signal(number, _end_before_start)
     _follow_launcher()
 

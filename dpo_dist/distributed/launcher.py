@@ -14,8 +14,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from dpo_dist.errors import ExitCode
-
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from dpo_dist.signals import stop_signals
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -28,9 +27,9 @@ def launch(arguments: Sequence[str]) -> int:
         arguments: of `accelerate launch`.
     """
     parsed = launch_command_parser().parse_args(list(arguments))
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")  # of torch's launcher
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in _PASSED_ON:
+    for number in stop_signals():
         signal.signal(number, _pass_on)
     try:
         launch_command(parsed)

@@ -12,7 +12,14 @@ import time
 from dpo_dist.distributed.activity import Doing
 from dpo_dist.errors import ExitCode
 
-_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+_REQUESTS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGALRM,
+)
 _ECHO_SECONDS = 2.0
 _SAMPLING_SECONDS = 1.2
 _WHILE_SILENT_SECONDS = 20.0

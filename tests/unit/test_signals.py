@@ -16,7 +16,7 @@ from dpo_dist.errors import ExitCode, StoppedError
 from dpo_dist.progress_file import EXIT_CODES
 from dpo_dist.signals import StopRequest
 
-STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
 def send(number: signal.Signals) -> None:
@@ -39,6 +39,18 @@ def test_a_signal_is_a_request_within_the_steps_and_an_error_elsewhere(number: s
         send(number)
     assert caught.value.exit_code == ExitCode.preempted
     assert signal.getsignal(number) is handler
+
+
+def test_the_end_of_the_terminal_is_ignored_under_nohup() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening(), stop.deferred():
+            send(signal.SIGHUP)
+            assert not stop.is_urgent
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def in_child(work: Callable[[], object]) -> int:
