@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_dist.atomic import write_text
+from dpo_dist.atomic import collect_abandoned, write_text
 from dpo_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def remember(memo: Path | None, identity: str, digest: str) -> None:
         return
     content = {"file": identity, "digest": digest, "check": text_digest(identity + digest)}
     try:
+        collect_abandoned(memo)
         write_text(_entry(memo, identity), json.dumps(content, indent=1))
     except OSError as error:
         log.warning("a digest cannot be cached and is computed at every start: %s", error)

@@ -4,6 +4,7 @@ Takes the arguments of `accelerate launch`. It ends with the exit code of the ru
 gives a run that is stopped the time to save.
 """
 
+import contextlib
 import os
 import sys
 
@@ -17,6 +18,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            stream.flush()
     os._exit(exit_code)

@@ -17,16 +17,56 @@ from dpo_dist.errors import ExitCode, StoppedError
 from dpo_dist.progress_file import note_exit_code
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Ctrl-C reaches the processes from the terminal and again from their launcher.
 _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
+_LISTENING_SECONDS = 0.1
 _MAIN_THREAD_SECONDS = 1.0
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
 
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask to stop: not the end of the terminal, if `nohup` ignores it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
+
+
 last_words: list[Callable[[int], object]] = []
 """Called with the exit code, in threads, when a second signal ends this process."""
+
+
+class Arrivals:
+    """The signals of this process with the times of their arrival, read by a thread of its own.
+
+    Python runs the handler of a signal in the main thread, and later than that if this thread is in a long
+    call of C. The number of the signal is written to a file descriptor at once. For the main thread.
+
+    Attributes:
+        heard: number and time of each, since the creation of this object.
+    """
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, float]] = []
+        reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._former = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening; a former listener gets the signals alone."""
+        signal.set_wakeup_fd(self._former)
+        self._writing.close()
+
+    def _listen(self, reading: socket.socket) -> None:
+        with reading:
+            while numbers := reading.recv(64):
+                now = time.monotonic()
+                self.heard += [(number, now) for number in numbers]
+                if self._former >= 0:
+                    with contextlib.suppress(OSError):
+                        os.write(self._former, numbers)
 
 
 class StopRequest:
@@ -41,7 +81,8 @@ class StopRequest:
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
         self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
         self._is_deferred, self._is_urgent = False, False
-        self._first_signal = math.inf
+        self._first_signal, self._late = math.inf, 0
+        self._arrivals: Arrivals | None = None
         self.reason = ""
 
     def ask(self, reason: str) -> None:
@@ -64,7 +105,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and the end of `max_seconds` inside the block.
+        """Answer the signals that ask to stop, and the end of `max_seconds`, inside the block.
 
         The first signal asks to stop within `deferred`, and raises elsewhere. A later one, unless it is an
         echo of the first, ends the process at once with 128 + its number. Outside of the main thread, where
@@ -77,7 +118,10 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._receive) for number in (*_SIGNALS, signal.SIGALRM)}
+        previous = {
+            number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
+        }
+        self._arrivals = Arrivals()
         is_launched = _follow_launcher()
         if self._deadline < math.inf:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
@@ -87,6 +131,7 @@ class StopRequest:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if is_launched:
                 _ask_for_parent_death_signal(0)
+            self._arrivals.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -101,7 +146,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         now, is_limit = time.monotonic(), number == signal.SIGALRM
-        if now > self._first_signal + _REPEATED_SECONDS and not is_limit:
+        if now > self._first_signal + _REPEATED_SECONDS and not is_limit and self._is_second():
             _end_now(128 + number)
         if self._first_signal < math.inf or (is_limit and self.reason):
             return
@@ -112,6 +157,14 @@ class StopRequest:
         if not self._is_deferred:
             raise stopped_by(name)
 
+    def _is_second(self) -> bool:
+        """Return whether a signal has arrived that is no echo; a long call may have delayed the answer."""
+        assert self._arrivals is not None
+        time.sleep(_LISTENING_SECONDS)
+        times = [at for number, at in self._arrivals.heard if number in _SIGNALS]
+        self._late += 1
+        return self._late > 1 or not times or times[-1] > self._first_signal + _REPEATED_SECONDS
+
 
 def stopped_by(reason: str, when: str = "before the first step") -> StoppedError:
     """Return the error of a stop outside of the training steps."""
@@ -120,7 +173,7 @@ def stopped_by(reason: str, when: str = "before the first step") -> StoppedError
 
 def end_at_signals() -> None:
     """End at a signal with one line and exit code 75, until `StopRequest.listening`; nothing is saved."""
-    for number in _SIGNALS:
+    for number in stop_signals():
         signal.signal(number, _end_before_start)
     _follow_launcher()
 

@@ -1,7 +1,7 @@
 """Check the format of the first records of a source, before torch is imported and processes join."""
 
-import itertools
 from collections import Counter
+from collections.abc import Collection
 
 from dpo_dist.config.data_schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, Outcome, check_counts
@@ -11,8 +11,11 @@ from dpo_dist.data.records import BadRecord, bad_record_error
 from dpo_dist.data.sources import local_files
 
 _FIRST_RECORDS = 64
-_OF_ALL_RECORDS = frozenset({"unparsable", "unknown_format", "missing_field", "unpaired"})
+_MANY_RECORDS = 16_384
+_OF_ALL_RECORDS = frozenset({"unknown_format", "unpaired"})
 """Reasons that the other records of a source share, if the first ones have them."""
+_OF_MANY_RECORDS = _OF_ALL_RECORDS | {"unparsable", "missing_field"}
+"""Reasons that they share if many have them: sorted data can begin with records without a response."""
 
 
 def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
@@ -24,9 +27,13 @@ def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
     if local_files(source) is None:
         check_cached_offline(source)
         return
-    records = itertools.islice(read_records(source), _FIRST_RECORDS + 1)
-    bad = []
-    for record in records:
+    bad: list[BadRecord] = []
+    reasons: set[str] = set()
+    is_whole = True
+    for index, record in enumerate(read_records(source)):
+        if index >= _most(reasons):
+            is_whole = False
+            break
         if not isinstance(record, BadRecord):
             if config.on_bad_record is OnBadRecord.drop:
                 return
@@ -34,9 +41,15 @@ def check_first_formats(source: SourceConfig, config: DataConfig) -> None:
         if config.on_bad_record is OnBadRecord.error:
             raise bad_record_error(record)
         bad.append(record)
-    is_whole = len(bad) <= _FIRST_RECORDS
-    if bad and (is_whole or {record.reason for record in bad} <= _OF_ALL_RECORDS):
-        _raise(bad[:_FIRST_RECORDS], source, config, is_whole)
+        reasons.add(record.reason)
+    if bad and (is_whole or reasons <= _OF_MANY_RECORDS):
+        _raise(bad, source, config, is_whole)
+
+
+def _most(reasons: Collection[str]) -> int:
+    """Return the number of records to read if the bad ones so far have these reasons."""
+    is_of_many = _OF_MANY_RECORDS.issuperset(reasons) and not _OF_ALL_RECORDS.issuperset(reasons)
+    return _MANY_RECORDS if is_of_many else _FIRST_RECORDS
 
 
 def _raise(bad: list[BadRecord], source: SourceConfig, config: DataConfig, is_whole: bool) -> None:

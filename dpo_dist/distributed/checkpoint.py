@@ -170,6 +170,22 @@ class CheckpointSaver:
         # Some file systems need minutes to delete files of terabytes.
         self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept), _wait)
 
+    def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
+        """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
+
+        Args:
+            folder: of the checkpoint.
+            best_steps: steps of the best checkpoints, the best first.
+
+        Raises:
+            CheckpointError: `latest` or `best` cannot be written.
+        """
+        best = [checkpoint_name(step) for step in best_steps]
+        self._world.on_main(lambda: _mark_latest(folder))
+        self._world.on_main(lambda: _mark_best(self._root, best))
+        if not self._damaged:  # deleted after the next commit, as are the others then
+            self._world.on_main(lambda: _delete_old(folder, self._keep_last, set(), best))
+
     @contextlib.contextmanager
     def _removed_on_error(self, writing: Writing) -> Iterator[None]:
         """Remove a checkpoint that cannot be committed, after the error that all ranks raise."""
@@ -228,8 +244,13 @@ def _commit(writing: Writing, entries: Entries) -> None:
     with writing.disk_errors():
         write_manifest(writing.temporary, entries)
         commit_folder(writing.temporary, writing.folder)
-        write_text(writing.folder.parent / _LATEST, writing.folder.name)
+    _mark_latest(writing.folder)
     note_progress(str(writing.folder))
+
+
+def _mark_latest(folder: Path) -> None:
+    with disk_errors(folder):
+        write_text(folder.parent / _LATEST, folder.name)
 
 
 def _mark_best(root: Path, best: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -78,11 +78,19 @@ class Heartbeats:
 
         Takes `ANSWER_SECONDS` if the store hangs.
         """
-        if time.monotonic() < self._due:
+        late = time.monotonic() - self._due
+        if late < 0:
             return False
+        if self._due and late > _SILENT_BEATS * self.seconds:
+            self._forgive(late)
         self.beat()
         self._due = time.monotonic() + self.seconds
         return True
+
+    def _forgive(self, seconds: float) -> None:
+        """Count time in which this process was stopped, as its whole job may have been, as no silence."""
+        for rank, beat in self._last.items():
+            self._last[rank] = replace(beat, arrived=beat.arrived + seconds)
 
     def beat(self) -> None:
         """Send a heartbeat and read all that have begun."""

@@ -15,8 +15,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from dpo_dist.errors import ConfigError, ExitCode
-
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from dpo_dist.signals import stop_signals
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -31,9 +30,9 @@ def launch(arguments: Sequence[str]) -> int:
     parsed = launch_command_parser().parse_args(list(arguments))
     if parsed.config_file is not None and not Path(parsed.config_file).is_file():
         return _refused("the launcher's file does not exist", "--config_file", parsed.config_file)
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")  # of torch's launcher
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in _PASSED_ON:
+    for number in stop_signals():
         signal.signal(number, _pass_on)
     try:
         launch_command(parsed)

@@ -151,7 +151,6 @@ class Monitor(threading.Thread):
         """End the process; if a process died or is silent without a record, one survivor prints the error."""
         exit_code = self._record.exit_code()
         if exit_code is not None:
-            note_exit_code(exit_code)
             os._exit(exit_code)
         if lost:
             error = self._neighbours.lost_error(lost, "this process waits for it in a collective call")
@@ -161,7 +160,6 @@ class Monitor(threading.Thread):
         self._print(error)
         # The other survivors would count this process as dead if it exited now.
         time.sleep(FAREWELL_SECONDS)
-        note_exit_code(error.exit_code)
         os._exit(error.exit_code)
 
     def _print(self, error: PeerLostError) -> None:

@@ -1,18 +1,24 @@
 """Signals that the main thread cannot answer because it is blocked in a collective call.
 
-Python runs a signal's handler in the main thread, between two of its instructions. The interpreter also
-writes the signal's number to a file descriptor at once, which another thread can read.
+Python runs a signal's handler in the main thread, between two of its instructions.
 """
 
 import signal
-import socket
 import threading
 import time
 
 from dpo_dist.distributed.activity import Doing
 from dpo_dist.errors import ExitCode
+from dpo_dist.signals import Arrivals
 
-_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+_REQUESTS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGHUP,
+    signal.SIGALRM,
+)
 _ECHO_SECONDS = 2.0
 _SAMPLING_SECONDS = 1.2
 _WHILE_SILENT_SECONDS = 20.0
@@ -32,18 +38,13 @@ class UnansweredSignals:
         self._second_number = 0
         self._while_silent = min(_WHILE_SILENT_SECONDS, timeout_seconds / 2)
         self._while_waiting = min(_WHILE_WAITING_SECONDS, timeout_seconds / 2)
-        self._reading, self._writing = socket.socketpair()
-        self._reading.setblocking(False)
-        self._writing.setblocking(False)
-        self._is_main = threading.current_thread() is threading.main_thread()
-        if self._is_main:
-            self._former = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._arrivals = Arrivals() if is_main else None
 
     def close(self) -> None:
         """Stop reading signals."""
-        if self._is_main:
-            signal.set_wakeup_fd(self._former)
-        self._writing.close()
+        if self._arrivals is not None:
+            self._arrivals.close()
 
     def exit_code(self, doing: Doing, *, is_peer_silent: bool) -> int | None:
         """Return the exit code with which to end this process now; None: go on.
@@ -68,13 +69,9 @@ class UnansweredSignals:
         return ExitCode.preempted if is_in_vain or is_blocked else None
 
     def _read(self) -> None:
-        try:
-            numbers = [number for number in self._reading.recv(4096) if number in _REQUESTS]
-        except OSError:  # none
-            return
-        now = time.monotonic()
-        for number in numbers:
-            if not self._first:
-                self._first, self.name = now, signal.Signals(number).name
-            elif now > self._first + _ECHO_SECONDS and number != signal.SIGALRM and not self._second:
-                self._second, self._second_number = now, number
+        heard = [] if self._arrivals is None else self._arrivals.heard
+        for number, at in heard:
+            if number in _REQUESTS and not self._first:
+                self._first, self.name = at, signal.Signals(number).name
+            elif number in _REQUESTS[:-1] and at > self._first + _ECHO_SECONDS and not self._second:
+                self._second, self._second_number = at, number

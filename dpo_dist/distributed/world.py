@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
 _BEAT_SECONDS = 5.0
-# Errors that the end of another process may cause, in a collective call or by a signal of the launcher.
-_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, KeyboardInterrupt, StoppedError)
+# Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
+_POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
 
 WhileWaiting = Callable[[float], None]
 """Callback during long work, every few seconds, with the seconds since its start."""
@@ -94,12 +94,12 @@ class World:
             while_waiting: called on rank 0; required if `work` may take longer than the timeout.
         """
         outcome: list[Any] = [None, None]
-        try:
-            with self._heartbeat(while_waiting):
+        with self._heartbeat(while_waiting):
+            try:
                 if self.is_main:
                     outcome[0] = work()
-        except DpoDistError as error:
-            outcome[1] = error
+            except DpoDistError as error:
+                outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -114,11 +114,11 @@ class World:
         """
         error: DpoDistError | None = None
         result: T | None = None
-        try:
-            with self._heartbeat(while_waiting):
+        with self._heartbeat(while_waiting):
+            try:
                 result = work()
-        except DpoDistError as raised:
-            error = raised
+            except DpoDistError as raised:
+                error = raised
         first = next((e for e in self.gather(error) if e is not None), None)
         if first is not None:
             raise first
@@ -129,7 +129,8 @@ class World:
     def _heartbeat(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
         """Send a heartbeat to the other ranks during the block, until no rank works any more.
 
-        Collective if `while_waiting` is given.
+        Collective if `while_waiting` is given. If a signal raises an error while this rank waits for others,
+        the thread is still in their calls: no call may follow, and the error must leave `watch`.
         """
         if while_waiting is None:
             yield
@@ -196,7 +197,7 @@ class World:
         record, monitor = watched.record, watched.monitor
         previous = signal.getsignal(signal.SIGTERM)
         if previous is signal.SIG_DFL:  # a verb may have its own handler
-            signal.signal(signal.SIGTERM, raise_terminated)
+            _handle_sigterm(raise_terminated)
         if self.size > 1:
             watched.heartbeats.beat()  # before the barrier, after which each rank is known to the others
             monitor.start()
@@ -208,14 +209,15 @@ class World:
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _handle_sigterm(signal.SIG_IGN)
             monitor.stop()
             error = self._error_of(failure, watched)
-            if error is None:  # a bug: it keeps its traceback
-                record.report(ExitCode.failed)
+            if error is None:  # a bug, which keeps its traceback, or Ctrl-C
+                is_interrupt = isinstance(failure, KeyboardInterrupt)
+                record.report(ExitCode.interrupted if is_interrupt else ExitCode.failed)
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
-                signal.signal(signal.SIGTERM, previous)
+                _handle_sigterm(previous)
             if error is not None and error is not failure:
                 raise error from failure
             raise
@@ -223,7 +225,7 @@ class World:
             last_words.clear()
             watched.signals.close()
         monitor.stop()
-        signal.signal(signal.SIGTERM, previous)
+        _handle_sigterm(previous)
 
     def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return `failure` as an error that has been reported; None for a bug."""
@@ -254,6 +256,12 @@ class World:
             watched.heartbeats.beat_if_due()  # the monitor has stopped
             time.sleep(0.2)
         return watched.waited_in_vain(failure)
+
+
+def _handle_sigterm(handler: Any) -> None:
+    """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:

@@ -86,6 +86,7 @@ class MetricsLog:
         if owes_evaluation:
             rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
         history = cls(folder, rows)
+        folder.metrics.mkdir(parents=True, exist_ok=True)
         history.save()
         return history
 
@@ -98,14 +99,22 @@ class MetricsLog:
         if self._widen(row):
             self._write_csv()
             return
-        with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        try:
+            with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            error.filename = str(self.folder.metrics_table)  # of a full disk Python names none
+            raise
 
     def save(self) -> None:
         """Write both files, whole or not at all. Values that are not finite become null in JSON.
 
         Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
+
+        Raises:
+            OSError: a file cannot be written. A run directory that was moved away is not created again.
         """
+        self.folder.metrics.stat()
         lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
         atomic.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
         self._write_csv()

@@ -31,6 +31,8 @@ from dpo_dist.training.step import StepTotals
 
 _NAMED = 3
 """Pairs that a message names; the file names all."""
+_BAD_AT_THE_END = 1
+"""One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
 
 
 def is_bad(totals: StepTotals) -> bool:
@@ -99,21 +101,22 @@ class StepGuard:
     def end(self, totals: StepTotals, position: Position) -> DivergedError | None:
         """Return the error that ends the run after this step, if it must; the same on all ranks."""
         most, steps = self.config.trainer.max_bad_steps, self.inputs.sampler.steps
-        if position.bad_in_a_row > most or position.bad_steps == steps == position.step:
-            return self._not_finite(totals, position)
         is_last = position.step == steps
+        allowed = min(most, _BAD_AT_THE_END) if is_last else most
+        if position.bad_in_a_row > allowed or (is_last and position.bad_steps == steps):
+            return self._not_finite(totals, position, allowed)
         if position.collapsed_in_a_row > most or (position.collapsed_in_a_row and is_last):
             return self._collapsed(totals, position)
         return None
 
-    def _not_finite(self, totals: StepTotals, position: Position) -> DivergedError:
+    def _not_finite(self, totals: StepTotals, position: Position, allowed: int) -> DivergedError:
         row, step = position.bad_in_a_row, position.step
         return DivergedError(
             f"loss or gradient is not finite at step {step}; this update was not applied",
             where=f"the pairs of this step: {RunFolder.of(self.config).bad_step(step)}",
             got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: {row}, "
             f"of this run: {position.bad_steps}",
-            expected=f"at most {self.config.trainer.max_bad_steps} in a row (trainer.max_bad_steps)",
+            expected=f"at most {allowed} in a row here (trainer.max_bad_steps; {_BAD_AT_THE_END} at the end)",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs; the checkpoints "
             "before it are complete",
         )

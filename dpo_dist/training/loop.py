@@ -97,8 +97,8 @@ class Loop:
             self.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
-            if self._evaluate(position) and position.is_best:
-                self._save(position, is_last=False)
+            if self._evaluate(position):
+                self._keep_owed(position)
             if position.owes_evaluation:
                 self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
@@ -132,6 +132,13 @@ class Loop:
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
         return not position.owes_evaluation
+
+    def _keep_owed(self, position: Position) -> None:
+        """Keep a row that is newer than the checkpoint of its step; and the checkpoint, if it is now best."""
+        if position.is_best:
+            self._save(position, is_last=False)
+        elif self.recorder is not None:
+            self.recorder.metrics.save()
 
     def _say_why(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""

@@ -17,6 +17,8 @@ from dpo_dist.distributed import failures, monitor
 from dpo_dist.distributed import world as world_module
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import DataError
+from dpo_dist.progress_file import EXIT_CODES
+from dpo_dist.signals import StopRequest
 from tests.support.ranks import Outcome, start_ranks
 
 libc = ctypes.CDLL(None)
@@ -47,7 +49,8 @@ def printing(outcomes: Sequence[Outcome]) -> list[int]:
     return [rank for rank, outcome in enumerate(outcomes) if outcome.reporting_rank == rank]
 
 
-def blocked_while_one_dies(late: int, world: World, _folder: Path) -> None:
+def blocked_while_one_dies(late: int, world: World, folder: Path) -> None:
+    os.environ[EXIT_CODES] = str(folder.parent / "codes")
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     block_in_c(50, grace_seconds=3.0 if world.rank == late else 1.0)
@@ -59,6 +62,7 @@ def test_blocked_ranks_name_the_dead_one_and_end(late: int, tmp_path: Path) -> N
     assert survivor.exit_code == other.exit_code == 1, survivor.log + other.log
     assert "process lost: rank 1 of 3 died" in survivor.log
     assert "process lost" not in other.log
+    assert not (tmp_path / "codes").exists(), "a batch script would not start the run again"
 
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:
@@ -138,3 +142,32 @@ def test_a_configuration_error_is_not_a_lost_process(scenario: Any, tmp_path: Pa
         ended.exit_code,
         ended.log,
     )
+
+
+def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
+    """As while rank 0 encodes; the process group must not be used beside the thread of the heartbeat."""
+    failures.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = 1.0
+    world_module._BEAT_SECONDS = 0.2
+    with StopRequest().listening():
+        if world.rank == 1:
+            terminated_after(1)
+        world.on_main(lambda: time.sleep(40), lambda _: None)
+
+
+def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None:
+    started = time.monotonic()
+    working, signalled = outcomes_of(signalled_while_rank_0_works, tmp_path)
+    assert time.monotonic() - started < 30, "rank 0 was not ended"
+    assert (signalled.error, signalled.reporting_rank) == ("StoppedError", 1), signalled.log
+    assert working.exit_code == 75, working.log
+
+
+def interrupted(world: World, _folder: Path) -> None:
+    """As by Ctrl-C to a verb that saves nothing: no other rank is to blame, so none is waited for."""
+    failures.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = 1.0
+    world_module._PEER_PATIENCE_SECONDS = 1000.0
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_of_all_ranks_ends_them_at_once(tmp_path: Path) -> None:
+    assert [outcome.error for outcome in outcomes_of(interrupted, tmp_path)] == ["KeyboardInterrupt"] * 2

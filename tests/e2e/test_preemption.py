@@ -1,8 +1,12 @@
 """A run that is asked to stop, by any signal at any rank, saves, ends with 75 and resumes exactly."""
 
+import importlib
+import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,7 @@ from tests.support.invented import write_pairs
 from tests.support.launch import history, run_state, run_verb, signal_run, summary, train
 from tests.support.signalled import Signalled, signalled
 
-STEPS = ["trainer.epochs=16", "optim.lr=1e-3", "trainer.save_every=4"]
+STEPS = ["trainer.epochs=8", "optim.lr=1e-3", "trainer.save_every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,28 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
     assert again.code == 0, again.output
     assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output
+
+
+def _stopped_at(module: str, name: str) -> None:
+    """Send this process a SIGTERM when it first calls a function."""
+    room = importlib.import_module(module)
+    function = getattr(room, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    setattr(room, name, call)
+
+
+def test_the_row_of_an_evaluation_that_was_stopped_and_repeated_is_kept(
+    assets: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    """The checkpoint of its step is older than the row; here the next start ends before its report."""
+    command = overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=1")
+    for place in (("dpo_dist.training.loop", "evaluate"), ("dpo_dist.training.finish", "export_model")):
+        stopped = run_verb("train", command, prepare=partial(_stopped_at, *place))
+        assert stopped.code == 75, stopped.output
+    assert run_state(tmp_path / "run")["outcome"] == "exported"
+    train(command)
+    assert [(row["step"], "eval_loss" in row) for row in history(tmp_path / "run")] == [(1, False), (1, True)]

@@ -60,14 +60,17 @@ def run_verb(
     cwd: Path = ROOT,
     seconds: int = 300,
     cold: bool = False,
+    prepare: Callable[[], None] | None = None,
 ) -> Finished:
     """Run a verb to its end; its screen as one text.
 
     The processes are forked from a warm parent. `cold` takes the real command line, for what depends on it.
+    `prepare` is called in each warm process before the verb.
     """
     if not cold:
         added = launcher_variables(TWO_PROCESSES) if processes > 1 else {}
-        return Finished(*run_warm(verb, overrides, {**environment(), **added}, processes, cwd, seconds))
+        variables = {**environment(), **added}
+        return Finished(*run_warm(verb, overrides, variables, processes, cwd, seconds, prepare))
     ended = subprocess.run(
         command(verb, overrides, processes),
         cwd=cwd,
@@ -86,11 +89,6 @@ def train(overrides: list[str], *, processes: int = 1, cold: bool = False) -> Fi
     ended = run_verb("train", overrides, processes=processes, cold=cold)
     assert ended.code == 0, ended.output
     return ended
-
-
-def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Finished:
-    """Start two processes, kill -9 one of them as soon as `when()` is true, and wait for the end."""
-    return signal_run(overrides, signal.SIGKILL, [rank], when)
 
 
 def signal_run(

@@ -50,6 +50,7 @@ class Run:
         if found is None:
             return 0
         load_checkpoint(found, [weights], ALONE)
+        self.saver.resume(found.folder, [one["step"] for one in found.state.get("best", [])])
         assert weights.value == found.state["step"]
         return weights.value
 

@@ -58,3 +58,8 @@ def signalled(
         finally:
             for process in processes:
                 process.kill()
+
+
+def kill_one_rank(overrides: list[str], rank: int, when: Callable[[], bool]) -> Signalled:
+    """Train on two ranks, and kill -9 one of them as soon as `when()` is true; the other ends by itself."""
+    return signalled("train", overrides, signal.SIGKILL, [rank], when)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,8 +33,9 @@ ENVIRONMENT = {
 # Variables of a launcher about ranks and about itself; they are set again for every start.
 _OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
 
-# A failing rank may have sent its error to the others, which then end too.
+# A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
+_GRACE_AFTER_KILL_SECONDS = 3
 _POLL_SECONDS = 0.05
 
 context = multiprocessing.get_context("forkserver")
@@ -81,7 +83,13 @@ def launcher_variables(config_file: Path) -> dict[str, str]:
 
 
 def run_warm(
-    verb: str, overrides: list[str], variables: dict[str, str], size: int, folder: Path, seconds: float
+    verb: str,
+    overrides: list[str],
+    variables: dict[str, str],
+    size: int,
+    folder: Path,
+    seconds: float,
+    prepare: Callable[[], None] | None = None,
 ) -> tuple[int, str]:
     """Run a verb on `size` processes; exit code and screen as `python -m` or `accelerate launch` give them.
 
@@ -92,6 +100,7 @@ def run_warm(
         size: processes; more than one are a world, of which a launcher ends the others when one fails.
         folder: the working folder.
         seconds: after which the test fails.
+        prepare: called in each process before the verb.
     """
     start_parent()
     port = str(reserve_port())
@@ -103,8 +112,9 @@ def run_warm(
             place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             world = {name: str(number) for name, number in place.items()}
             own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = own if size > 1 else variables
             process = context.Process(
-                target=_be_verb, args=(verb, overrides, own if size > 1 else variables, folder, screen)
+                target=_be_verb, args=(verb, overrides, environment, folder, screen, None, prepare)
             )
             process.start()
             processes.append(process)
@@ -138,13 +148,22 @@ def _wait(processes: list[Any], seconds: float) -> int:
             for process in processes:
                 process.kill()
             raise TimeoutError(f"the verb took longer than {seconds} s")
-        if any(process.exitcode for process in processes):
-            for process in processes:
-                process.join(_GRACE_SECONDS)
-                process.terminate()
+        if failed := [process.exitcode for process in processes if process.exitcode]:
+            grace = _GRACE_AFTER_KILL_SECONDS if min(failed) < 0 else _GRACE_SECONDS
+            _end(processes, grace)
         processes[0].join(_POLL_SECONDS)
     codes = [process.exitcode for process in processes]
     return codes[0] if len(codes) == 1 else int(any(codes))
+
+
+def _end(processes: list[Any], grace: float) -> None:
+    """Ask those that do not end by themselves to stop, and kill them if they wait in a blocked call."""
+    for process in processes:
+        process.join(grace)
+        process.terminate()
+    for process in processes:
+        process.join(grace)
+        process.kill()
 
 
 def _be_verb(
@@ -154,6 +173,7 @@ def _be_verb(
     folder: Path,
     screen: Path,
     errors: Path | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
     for descriptor, file in ((1, screen), (2, errors or screen)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
@@ -163,4 +183,6 @@ def _be_verb(
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = [verb, *overrides]
+    if prepare is not None:
+        prepare()
     runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)

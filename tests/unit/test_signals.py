@@ -16,7 +16,7 @@ from dpo_dist.errors import ExitCode, StoppedError
 from dpo_dist.progress_file import EXIT_CODES
 from dpo_dist.signals import StopRequest
 
-STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
 def send(number: signal.Signals) -> None:
@@ -41,6 +41,18 @@ def test_a_signal_is_a_request_within_the_steps_and_an_error_elsewhere(number: s
     assert signal.getsignal(number) is handler
 
 
+def test_the_end_of_the_terminal_is_ignored_under_nohup() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening(), stop.deferred():
+            send(signal.SIGHUP)
+            assert not stop.is_urgent
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 def in_child(work: Callable[[], object]) -> int:
     """Run `work` in a forked process; return its exit code."""
     child = os.fork()
@@ -63,19 +75,45 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
         send(signal.SIGTERM)
         assert stop.reason == "SIGINT"
 
-        def wait_for_the_second() -> None:
-            signals.last_words.append(lambda code: (tmp_path / "said").write_text(str(code)))
-            signals.last_words.append(lambda _: time.sleep(60))
-            with ThreadPoolExecutor() as pool:  # waits for its threads when it is left
-                pool.submit(time.sleep, 60)
-                time.sleep(0.2)
-                send(signal.SIGINT)
+    def wait_for_the_second() -> None:
+        signals.last_words.append(lambda code: (tmp_path / "said").write_text(str(code)))
+        signals.last_words.append(lambda _: time.sleep(60))
+        stop = StopRequest()
+        # A pool waits for its threads when it is left.
+        with stop.listening(), stop.deferred(), ThreadPoolExecutor() as pool:
+            pool.submit(time.sleep, 60)
+            send(signal.SIGINT)
+            time.sleep(0.3)
+            send(signal.SIGINT)
 
-        started = time.monotonic()
-        assert in_child(wait_for_the_second) == 130
-        assert time.monotonic() - started < 30
+    started = time.monotonic()
+    assert in_child(wait_for_the_second) == 130
+    assert time.monotonic() - started < 30
     assert (tmp_path / "codes").read_text() == "130\n"
     assert (tmp_path / "said").read_text() == "130"
+
+
+def test_an_echo_that_is_answered_late_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread has entered a long call of C between the signal and its echo."""
+    monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.5)
+
+    def block(echo_seconds: float) -> None:
+        stop = StopRequest()
+        with stop.listening(), stop.deferred():
+            send(signal.SIGTERM)
+
+            def repeat() -> None:
+                time.sleep(echo_seconds)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            _thread.start_new_thread(repeat, ())
+            # The other threads take the signal, so that nothing wakes this one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            ctypes.CDLL(None).usleep(900_000)
+            time.sleep(0.01)
+
+    assert in_child(lambda: block(0.2)) == 0
+    assert in_child(lambda: block(0.7)) == 128 + signal.SIGTERM
 
 
 def test_before_the_start_a_signal_ends_with_one_line(

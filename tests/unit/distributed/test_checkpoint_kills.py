@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dpo_dist import atomic
-from dpo_dist.distributed.checkpoint import remove_unfinished
+from dpo_dist.config.checkpoint_folders import best_checkpoints
+from dpo_dist.distributed.checkpoint import drop_checkpoints, remove_unfinished
 from tests.support.one_weight import Run
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -90,6 +91,37 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
     assert ends.count(2) >= 5, "kills while it is written"
     assert ends.count(3) >= 5, "kills after it is committed: while others are deleted"
     print(ends)
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Path) -> None:
+    """Also between the commit of the last checkpoint and the list of the best, if no other commit follows."""
+
+    def save(run: Run, step: int) -> None:
+        run.weights.weight.fill_(step)
+        run.saver.save(step, {"step": step, "best": [{"step": step}]})
+        run.saver.commit()
+
+    before, ends = tmp_path / "before", []
+    before.mkdir()
+    first = Run(before, keep_last=1)
+    first.start()
+    save(first, 1)
+    for number in range(1, 1000):
+        root = Path(shutil.copytree(before, tmp_path / str(number)))
+        run = Run(root, keep_last=1)
+        run.start()
+        was_killed = killed_at(number, lambda run=run: save(run, 2))  # type: ignore[misc]
+        remove_unfinished(root)
+        best = f"step-{run.start():06d}"
+        ends.append(best)
+        assert best_checkpoints(root) == [best]
+        assert names(root) == ["best", "latest", best]
+        assert (root / "latest").read_text() == best
+        drop_checkpoints(root)
+        assert names(root) == ["best", "latest", best]
+        if not was_killed:
+            break
+    assert set(ends) == {"step-000001", "step-000002"}
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

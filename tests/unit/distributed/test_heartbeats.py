@@ -72,6 +72,16 @@ def test_a_silent_rank_is_named_with_its_host_and_the_time(ranks: Ranks, tmp_pat
     assert f"{tmp_path}/logs/rank-N.stacks.txt" in error.remedy
 
 
+def test_a_job_that_was_suspended_accuses_nobody(ranks: Ranks) -> None:
+    """After SIGSTOP and SIGCONT to all, as by `scontrol suspend`, each rank waits for the next heartbeats."""
+    first = ranks(WAITING, READING)
+    first.beat_if_due()
+    first._due -= 700
+    let_silent(first, 1, 700)
+    assert first.beat_if_due()
+    assert first.silent() == []
+
+
 def test_a_rank_that_computes_is_slow_and_not_silent(ranks: Ranks) -> None:
     first = ranks(WAITING, READING, WAITING)
     assert [peer.rank for peer in first.late(60)] == [1]

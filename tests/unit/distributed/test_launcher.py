@@ -18,7 +18,8 @@ def stop(number, frame):
     time.sleep(0.3)  # saves
     open(f"saved-{os.environ['RANK']}", "w").close()
     sys.exit(75)
-signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGUSR1, lambda *_: open(f"heard-{os.environ['RANK']}", "w").close())
+signal.signal(signal.SIGHUP, stop)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(f"started-{os.environ['RANK']}", "w").close()
 if sys.argv[1] == "kill" and os.environ["RANK"] == "1":
@@ -53,10 +54,11 @@ def start(folder: Path, seconds: str) -> Any:
 
 def test_a_signal_reaches_the_processes_and_their_exit_code_comes_back(folder: Path) -> None:
     launcher, deadline = start(folder, "100"), time.monotonic() + 120
-    while len(list(folder.glob("started-*"))) < 2:
-        assert time.monotonic() < deadline, (folder / "screen").read_text()
-        time.sleep(0.05)
-    os.kill(launcher.pid, signal.SIGUSR1)
+    for sign, number in (("started", signal.SIGUSR1), ("heard", signal.SIGHUP)):
+        while len(list(folder.glob(f"{sign}-*"))) < 2:
+            assert time.monotonic() < deadline, (folder / "screen").read_text()
+            time.sleep(0.05)
+        os.kill(launcher.pid, number)
     launcher.join(120)
     assert launcher.exitcode == 75, (folder / "screen").read_text()
     assert len(list(folder.glob("saved-*"))) == 2
@@ -76,7 +78,7 @@ def test_a_killed_process_is_named(folder: Path) -> None:
 def test_options_that_accelerate_refuses_are_one_block(
     options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "_PASSED_ON", ())
+    monkeypatch.setattr(launcher, "stop_signals", tuple)
     assert launcher.launch([*options, "-m", "dpo_dist.train"]) == 2
     errors = capsys.readouterr().err
     assert errors.count("configuration error: ") == 1

@@ -26,6 +26,11 @@ def signals() -> Iterator[UnansweredSignals]:
     signal.signal(signal.SIGUSR1, former)
 
 
+def send() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.1)  # another thread notes the time
+
+
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     now = time.monotonic() + seconds
     monkeypatch.setattr(unanswered.time, "monotonic", lambda: now)
@@ -42,7 +47,7 @@ def test_without_a_signal_nothing_ends(signals: UnansweredSignals) -> None:
 def test_a_main_thread_that_goes_on_has_answered(
     signals: UnansweredSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.kill(os.getpid(), signal.SIGUSR1)
+    send()
     assert code(signals, WAITING) is None
     with monkeypatch.context() as patch:
         later(patch, 500)
@@ -68,7 +73,7 @@ def test_a_signal_ends_a_wait_in_vain(
     signals: UnansweredSignals,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    os.kill(os.getpid(), signal.SIGUSR1)
+    send()
     assert code(signals, doing) is None
     with monkeypatch.context() as patch:
         later(patch, seconds)
@@ -80,11 +85,11 @@ def test_a_second_signal_ends_at_once_and_its_echo_does_not(
     signals: UnansweredSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(2):
-        os.kill(os.getpid(), signal.SIGUSR1)
+        send()
     code(signals, COMPUTING)
     for seconds, expected in ((1.5, None), (5, None), (6.5, 128 + signal.SIGUSR1)):
         with monkeypatch.context() as patch:
             later(patch, seconds)
             if seconds == 5:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                send()
             assert code(signals, COMPUTING) == expected

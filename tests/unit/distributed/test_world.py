@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def test_an_error_of_the_only_process_is_raised_at_once(
         raise failure
     assert caught.value is failure
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
+    def watch() -> str:
+        with Alone(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch():
+            return "left"
+
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(watch).result() == "left"
+    assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL
 
 
 def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

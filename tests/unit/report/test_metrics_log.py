@@ -131,6 +131,23 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
     assert MetricsLog.open(RunFolder(tmp_path), 2, owes_evaluation=True).rows == kept
 
 
+def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path / "run"), None)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        log.save()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
+    log = MetricsLog.open(RunFolder(tmp_path), None)
+    log.folder.metrics_table.unlink()
+    log.folder.metrics_table.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        log.append(row_of(1))
+    assert caught.value.filename == str(log.folder.metrics_table)
+
+
 def test_a_fresh_start_deletes_the_rows_of_an_earlier_one(tmp_path: Path) -> None:
     earlier = MetricsLog.open(RunFolder(tmp_path), None)
     earlier.append(row_of(1))

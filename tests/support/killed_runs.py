@@ -1,0 +1,112 @@
+"""Runs that are killed again and again, and their comparison with one that was not."""
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from tests.support.kill_points import KillPoint
+from tests.support.launch import Finished, history, run_verb, summary
+
+# Seconds after the fatal operation; in half of the kills none.
+_LONGEST_DELAY = 0.03
+
+
+@dataclass(frozen=True)
+class KilledRuns:
+    """One configuration, whose runs are killed until there were enough kills.
+
+    Attributes:
+        parent: of the folders of the runs; each has its own run directory, store and encoded data.
+        overrides: makes the command line of a run in a folder.
+        processes: of each start.
+        seed: of the places.
+        kills: of all runs together.
+        reach: the part of a whole run, in file operations, in which a start is killed.
+        seconds: after which a start fails.
+    """
+
+    parent: Path
+    overrides: Callable[[Path], Sequence[str]]
+    processes: int
+    seed: int
+    kills: int
+    reach: float = 0.7
+    seconds: float = 120
+
+    def check(self, done: Callable[[int], None] = lambda kills: None) -> None:
+        """Kill runs, and compare each with the uninterrupted one; `done` is called after every kill.
+
+        Raises:
+            AssertionError: a start failed in another way, or a result differs.
+        """
+        whole, drawn = self._folder("whole"), random.Random(self.seed)
+        operations = self._count(whole)
+        kills = runs = 0
+        while kills < self.kills:
+            runs += 1
+            folder = self._folder(f"killed-{runs}")
+            while (ended := self._start(self._point(folder, operations, drawn, kills))).code != 0:
+                assert "Traceback" not in ended.output, ended.output
+                kills += 1
+                done(kills)
+            assert_same_run(folder, whole)
+            shutil.rmtree(folder)
+
+    def _count(self, whole: Path) -> list[int]:
+        point = KillPoint(whole)
+        ended = self._start(point)
+        assert ended.code == 0, ended.output
+        return [max(1, int(point.counted(rank) * self.reach)) for rank in range(self.processes)]
+
+    def _point(self, folder: Path, operations: list[int], drawn: random.Random, kills: int) -> KillPoint:
+        rank = drawn.randrange(self.processes)
+        return KillPoint(
+            folder,
+            operation=drawn.randint(1, operations[rank]) if kills < self.kills else 0,
+            rank=rank,
+            delay=drawn.choice([0.0, drawn.uniform(0, _LONGEST_DELAY)]),
+            everybody=drawn.random() < 0.7,
+        )
+
+    def _start(self, point: KillPoint) -> Finished:
+        command = list(self.overrides(point.folder))
+        return run_verb(
+            "train", command, processes=self.processes, prepare=point.arm, seconds=int(self.seconds)
+        )
+
+    def _folder(self, name: str) -> Path:
+        folder = self.parent / name
+        folder.mkdir()
+        return folder
+
+
+def assert_same_run(killed: Path, whole: Path) -> None:
+    """Equal rows, model, and optimizer states of the last checkpoint; no temporary file anywhere."""
+    assert history(killed / "run") == history(whole / "run")
+    assert summary(killed / "run")["exit"] == "completed"
+    (last,) = sorted((whole / "run" / "checkpoints").glob("step-*"))[-1:]
+    for part in ("model", f"checkpoints/{last.name}/engine"):
+        files = sorted(file.name for file in (whole / "run" / part).iterdir())
+        assert sorted(file.name for file in (killed / "run" / part).iterdir()) == files
+        for name in files:
+            assert _content(killed / "run" / part / name) == _content(whole / "run" / part / name), name
+    assert not [file for file in killed.rglob("*") if ".tmp-" in file.name]
+
+
+def _content(file: Path) -> object:
+    """Bytes, or of safetensors the values, because its header has no fixed order; of a model card nothing."""
+    if file.name == "README.md":
+        return None
+    if file.suffix != ".safetensors":
+        return file.read_bytes()
+    with safe_open(file, framework="pt") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return content.metadata(), {
+            name: (tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            for name, tensor in tensors.items()
+        }
