@@ -103,9 +103,7 @@ def test_an_operation_without_end_ends_the_process_with_its_stack() -> None:
     ids=["RuntimeError", "SyntaxError", "IndentationError"],
 )
 def test_any_error_of_a_template_is_named(fault: str) -> None:
-    tokenizer = tiny.qwen()
-    tokenizer.chat_template = NORMAL + fault
-    facts = tokenizer_facts(tokenizer)
+    facts = tokenizer_facts(tiny.with_template(tiny.qwen(), NORMAL + fault))
     assert facts.chat is not None
     with pytest.raises(ConfigError, match="cannot render a user turn"):
         _ = facts.chat.after_response
