@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -43,16 +44,25 @@ class Cluster:
         self._folder = folder
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": _path(),
-            "ACCELERATE_USE_CPU": "true",  # SLURM's GPUs are invented
+            "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), _path()]),
+            "DPO_DIST_ENV": "",
         }
         self._ports = _free_ports(3)
+
+    def _write_launcher(self) -> None:
+        """Write an `accelerate` without the GPUs of SLURM, which are invented."""
+        launcher = self._folder / "bin" / "accelerate"
+        launcher.parent.mkdir()
+        real = Path(sys.executable).parent / "accelerate"
+        launcher.write_text(f'#!/bin/sh\nunset CUDA_VISIBLE_DEVICES\nexec {real} "$@"\n')
+        launcher.chmod(0o755)
 
     def start(self) -> None:
         """Start the daemons and wait until both nodes are idle."""
         for name in ("state", "log", *(f"spool.{node}" for node in NODES)):
             (self._folder / name).mkdir()
         (self._folder / "slurm.conf").write_text(self._configuration())
+        self._write_launcher()
         version = self.output("slurmd", "-V").split()[-1].split(".")
         if tuple(map(int, version[:2])) >= (23, 11):  # earlier ones need no cgroups
             (self._folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
