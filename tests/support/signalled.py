@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.launch import TWO_PROCESSES, environment
-from tests.support.warm import ROOT, _be_verb, context, launcher_variables, reserve_port, start_parent
+from tests.support.warm import ROOT, launcher_variables, start_verb
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,11 @@ def signalled(
     size: int = 2,
 ) -> Signalled:
     """Run `verb` on `size` ranks without a launcher, and send a signal to `ranks` once `when()` is true."""
-    start_parent()
-    variables = environment() | launcher_variables(TWO_PROCESSES) | {"WORLD_SIZE": str(size)}
-    variables |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(reserve_port()),
-        "LOCAL_WORLD_SIZE": str(size),
-    }
+    variables = environment() | launcher_variables(TWO_PROCESSES)
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
         screen.touch()
-        processes = []
-        for rank in range(size):
-            own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(context.Process(target=_be_verb, args=(verb, overrides, own, ROOT, screen)))
-            processes[-1].start()
+        processes = start_verb(verb, overrides, variables, size, ROOT, screen)
         deadline = time.monotonic() + 240
         try:
             while not when():

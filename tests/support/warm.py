@@ -102,24 +102,41 @@ def run_warm(
         seconds: after which the test fails.
         prepare: called in each process before the verb.
     """
-    start_parent()
-    port = str(reserve_port())
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
         screen.touch()
-        processes = []
-        for rank in range(size):
-            place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-            world = {name: str(number) for name, number in place.items()}
-            own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = own if size > 1 else variables
-            process = context.Process(
-                target=_be_verb, args=(verb, overrides, environment, folder, screen, None, prepare)
-            )
-            process.start()
-            processes.append(process)
+        processes = start_verb(verb, overrides, variables, size, folder, screen, prepare)
         code = _wait(processes, seconds)
         return code, screen.read_text(encoding="utf-8")
+
+
+def start_verb(
+    verb: str,
+    overrides: list[str],
+    variables: dict[str, str],
+    size: int,
+    folder: Path,
+    screen: Path,
+    prepare: Callable[[], None] | None = None,
+) -> list[Any]:
+    """Start a verb on `size` processes, by rank, which write to the file `screen`.
+
+    Other arguments as of `run_warm`.
+    """
+    start_parent()
+    port = str(reserve_port())
+    processes = []
+    for rank in range(size):
+        place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        world = {name: str(number) for name, number in place.items()}
+        own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = own if size > 1 else variables
+        process = context.Process(
+            target=_be_verb, args=(verb, overrides, environment, folder, screen, None, prepare)
+        )
+        process.start()
+        processes.append(process)
+    return processes
 
 
 def run_warm_apart(
