@@ -28,6 +28,16 @@ class RunRule:
 FEWEST_STEPS = 10
 """A shorter run has learnt too little to be judged by it."""
 
+_OF_LOST_WEIGHTS = (
+    "learning_rate_too_high",
+    "far_from_reference",
+    "overfit",
+    "displacement",
+    "learnt_nothing",
+    "loss_spikes",
+)
+"""Findings that follow from weights that compute nothing usable any more."""
+
 RULES: dict[str, RunRule] = {
     "diverged": RunRule(
         "diverged",
@@ -37,15 +47,7 @@ RULES: dict[str, RunRule] = {
         "{loss} and the gradient norm {grad_norm}, with a learning rate of {rate}",
         "a lower optim.lr, a larger optim.warmup_ratio, model.dtype=fp32 on a small part of the data; look "
         "at the pairs of this step",
-        explains=(
-            "learning_rate_too_high",
-            "far_from_reference",
-            "overfit",
-            "displacement",
-            "learnt_nothing",
-            "bad_steps",
-            "loss_spikes",
-        ),
+        explains=(*_OF_LOST_WEIGHTS, "bad_steps"),
     ),
     "collapsed": RunRule(
         "the policy has collapsed",
@@ -55,15 +57,7 @@ RULES: dict[str, RunRule] = {
         "from step {step} on the gradient is 0, and chosen responses have {chosen} nats per token, as if "
         "all tokens were alike; before it the loss was {loss}, with optim.lr={rate}",
         "a lower optim.lr, a larger optim.warmup_ratio; if it is so from the first step, other weights",
-        explains=(
-            "learning_rate_too_high",
-            "far_from_reference",
-            "overfit",
-            "displacement",
-            "learnt_nothing",
-            "hardly_trained",
-            "loss_spikes",
-        ),
+        explains=(*_OF_LOST_WEIGHTS, "hardly_trained"),
     ),
     "beta_too_large": RunRule(
         "beta too large",
