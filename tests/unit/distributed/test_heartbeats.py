@@ -3,13 +3,12 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from dpo_dist.distributed import rendezvous_store
+from dpo_dist.distributed import heartbeats, rendezvous_store
 from dpo_dist.distributed.activity import Activity, Doing
 from dpo_dist.distributed.heartbeats import Heartbeats
 from dpo_dist.distributed.peers import Neighbours, Peer
@@ -25,11 +24,14 @@ Ranks = Callable[..., Heartbeats]
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """Rank 0 of a run whose ranks have sent one heartbeat each."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5))
+    """Rank 0 of a run whose ranks have sent one heartbeat each.
+
+    The store is within the process, and no question is given up on a machine with much to do.
+    """
+    store = dist.PrefixStore("run", dist.HashStore())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(server.port))
-    monkeypatch.setattr(rendezvous_store, "STORE_SECONDS", 2)
+    monkeypatch.setattr(rendezvous_store, "_connect", lambda: store)
+    monkeypatch.setattr(heartbeats, "ANSWER_SECONDS", 60)
 
     def make(*doings: Doing) -> Heartbeats:
         peers = [
@@ -40,19 +42,18 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
         for rank, doing in enumerate(doings):
             activity = Activity()
             activity.last = doing
-            store = RendezvousStore(len(peers))
-            made.append(Heartbeats(peers, Neighbours(peers, rank), store, activity, 600))
+            asked = RendezvousStore(len(peers))
+            made.append(Heartbeats(peers, Neighbours(peers, rank), asked, activity, 600))
             made[-1].beat()
         made[0].beat()
-        made[0].server = server  # type: ignore[attr-defined]
         return made[0]
 
     return make
 
 
-def let_silent(heartbeats: Heartbeats, rank: int, seconds: float = 600) -> None:
-    beat = heartbeats._last[rank]
-    heartbeats._last[rank] = replace(beat, arrived=beat.arrived - seconds)
+def let_silent(watched: Heartbeats, rank: int, seconds: float = 600) -> None:
+    beat = watched._last[rank]
+    watched._last[rank] = replace(beat, arrived=beat.arrived - seconds)
 
 
 def test_a_silent_rank_is_named_with_its_host_and_the_time(ranks: Ranks, tmp_path: Path) -> None:
@@ -140,8 +141,6 @@ def test_a_store_that_hangs_is_the_host_that_does_not_answer(ranks: Ranks) -> No
 def test_an_answer_ends_the_silence_of_the_store(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that was away for some seconds is used again."""
     store, network = ranks(WAITING, WAITING)._store, threading.Event()
-    if store._hanging is not None:
-        store._hanging.join()  # a question of the heartbeats before
     monkeypatch.setattr(rendezvous_store, "STORE_SECONDS", 0.1)
     assert store.ask(lambda _store: network.wait(5)) is None
     assert store.silent_seconds >= 0.1
