@@ -138,7 +138,7 @@ def test_a_store_that_hangs_is_the_host_that_does_not_answer(ranks: Ranks) -> No
     assert first.silent() == []
 
 
-def test_an_answer_ends_the_silence_of_the_store(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_ends_the_silence_of_the_store(ranks: Ranks) -> None:
     """A network that was away for some seconds is used again."""
     store, network = ranks(WAITING, WAITING)._store, threading.Event()
     assert store.ask(lambda _store: network.wait(60), 0.1) is None
