@@ -1,4 +1,4 @@
-"""Check that offsets of an encoded source are inside its arrays and ids in the vocabulary, whoever wrote them."""
+"""Check that the offsets of an encoded source are inside its arrays and its ids in the vocabulary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
