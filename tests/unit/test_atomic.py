@@ -217,8 +217,6 @@ def test_only_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     aside, superseded = (tmp_path / f"{name}.tmp-replaced-0123456789ab" for name in ("gone", "there"))
     foreign = ("my.tmp-1", "a.tmp-x-1-2-3", "b.tmp-replaced-", "c.tmp-0123456789ab.txt")
     of_users = [tmp_path / name for name in foreign]
-        tmp_path / name for name in ("my.tmp-1", "a.tmp-x-1-2-3", "b.tmp-replaced-", "c.tmp-0123456789ab.txt")
-    ]
     for folder in (living, aside, superseded, tmp_path / "there"):
         folder.mkdir()
     for one in (file, dead, old, new, *of_users):
