@@ -108,7 +108,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
             verb("doctor", noted, f"run.dir={folder}/doctor"),
             verb("train", evaluated, "tracking.wandb=offline", noted),
             verb("evaluate", evaluated),
-            verb("export", noted, f"export.output={folder}/exported"),
+            verb("export", noted, evaluated, f"export.output={folder}/exported"),
             verb("compare", noted, evaluated, *compared),
             verb("train", noted, f"[{SECRETS['MY_SECRET']}"),
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
