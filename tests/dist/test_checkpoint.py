@@ -21,6 +21,7 @@ from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
+    Offload,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -41,6 +42,7 @@ from dpo_dist.training.batch_loss import Objective
 from dpo_dist.training.step import train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
+from tests.support.cpu_adam import needs_cpu_adam
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
@@ -150,8 +152,18 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
     demand_exact(partial(save_go_on_and_return, assets, root, None, dtype), kind, dtype, tmp_path)
 
 
+@needs_cpu_adam
+def test_a_checkpoint_of_an_offloaded_optimizer_is_exact(assets: Assets, tmp_path: Path) -> None:
+    kind = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
+    scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints", None, Dtype.bf16)
+    demand_exact(scenario, kind, Dtype.bf16, tmp_path)
+
+
 def demand_exact(
-    scenario: Callable[[World, Path], dict[str, Any]], kind: ParallelismKind, dtype: Dtype, folder: Path
+    scenario: Callable[[World, Path], dict[str, Any]],
+    kind: ParallelismKind | ParallelismConfig,
+    dtype: Dtype,
+    folder: Path,
 ) -> None:
     for result in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
         assert result.pop("folder") == "step-000002"
