@@ -45,6 +45,7 @@ from dpo_dist.safe_stream import (
     printable_lines,
     reserve_output,
 )
+from dpo_dist.secret_text import without_secrets
 
 _RANK_0_SECONDS = 60
 _BY_SIGNAL = 128
@@ -120,12 +121,13 @@ def _end_of(ended: SystemExit) -> tuple[int, str]:
 
 @dataclass
 class _Errors:
-    """Prints errors: as text to standard error, or as JSON objects to standard output."""
+    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
 
     is_json: bool
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
+        text, content = without_secrets([text, content])
         with contextlib.suppress(OSError):
             if self.is_json:
                 now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -187,7 +189,8 @@ def _run(
         reserve_output()
     check_launch(os.environ, _repeated(config))
     if this_rank() == 0:
-        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in open_doors(config)))
+        doors = without_secrets(open_doors(config))
+        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
     if "--check" not in arguments.options:
         return main(config)
     if check is None:

@@ -29,7 +29,6 @@ from dpo_dist.report.environment import describe_environment
 from dpo_dist.report.recorder import spared
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.terminal.console import Console
-from dpo_dist.report.trackers.tracked_values import without_secrets
 from dpo_dist.training.length import check_longer, former_length
 from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
 
@@ -248,7 +247,7 @@ def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str
     loss_function = _describe_loss_function(config, world)
 
     def write() -> dict[str, Any]:
-        write_text(folder.config, to_yaml(config, without_secrets))
+        write_text(folder.config, to_yaml(config))
         environment = describe_environment(world.size) | loss_function
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         return environment

@@ -145,13 +145,12 @@ def test_a_configuration_error_is_not_a_lost_process(scenario: Any, tmp_path: Pa
 
 
 def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
-    """As while rank 0 encodes; the process group must not be used beside the thread of the heartbeat."""
+    """As while rank 0 encodes; the process group must not be used any more."""
     failures.FAREWELL_SECONDS = world_module.FAREWELL_SECONDS = 1.0
-    world_module._BEAT_SECONDS = 0.2
     with StopRequest().listening():
         if world.rank == 1:
             terminated_after(1)
-        world.on_main(lambda: time.sleep(40), lambda _: None)
+        world.on_main(lambda: time.sleep(40))
 
 
 def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None:

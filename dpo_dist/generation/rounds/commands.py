@@ -26,7 +26,7 @@ _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str]) -> list[str]:
     """Write `config` as an experiment below `folder`; return the command that runs the verb with it.
 
-    The command is complete: it does the same when it is typed by hand.
+    The command is complete: it does the same when it is typed by hand. The file has no secrets.
 
     Args:
         verb: `pairs` or `train`.

@@ -237,7 +237,7 @@ def test_a_merged_adapter_computes_the_same(tmp_path) -> None:
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
     adapted.save_pretrained(adapter)
     tiny.qwen().save_pretrained(adapter)  # as a training writes it
-    left = tmp_path / "policy.tmp-of-a-killed-start"
+    left = tmp_path / "policy.tmp-0123456789ab"
     left.mkdir()
     os.utime(left, (0, 0))
     merge_adapter(adapter, tmp_path / "policy", config("model.dtype=fp32", "reference.store=store"))
