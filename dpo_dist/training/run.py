@@ -35,7 +35,8 @@ from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
 from dpo_dist.training.run_start import Start, describe_run, find_start, locked, mark_started, recorded_stop
-from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
+from dpo_dist.training.run_state import Identity, RunState, check_identity, identify
+from dpo_dist.training.same_run import check_configuration
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
 from dpo_dist.training.world_setup import open_world, peak_flops
