@@ -25,11 +25,12 @@ from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.waits import Waits
 from dpo_dist.distributed.watched import Watched
 from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
-from dpo_dist.signals import last_words, raise_terminated
+from dpo_dist.signals import answered_at_once, last_words, raise_terminated
 
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
+_PEER_PATIENCE_AFTER_SIGTERM_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 # Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
 _POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
@@ -196,7 +197,8 @@ class World:
         )
         record, monitor = watched.record, watched.monitor
         previous = signal.getsignal(signal.SIGTERM)
-        if previous is signal.SIG_DFL:  # a verb may have its own handler
+        may_end_at_once = previous is signal.SIG_DFL  # a verb with progress to save has its own handler
+        if may_end_at_once:
             _handle_sigterm(raise_terminated)
         if self.size > 1:
             watched.heartbeats.beat()  # before the barrier, after which each rank is known to the others
@@ -206,16 +208,16 @@ class World:
             if self.size > 1:  # with the timeout: a rank that has not begun its heartbeats is never silent
                 dist.barrier(group=self.control)
             last_words.append(record.report)
-            yield
+            with answered_at_once() if may_end_at_once else contextlib.nullcontext():
+                yield
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             _handle_sigterm(signal.SIG_IGN)
             monitor.stop()
             error = self._error_of(failure, watched)
-            if error is None:  # a bug, which keeps its traceback, or Ctrl-C
-                is_interrupt = isinstance(failure, KeyboardInterrupt)
-                record.report(ExitCode.interrupted if is_interrupt else ExitCode.failed)
+            if error is None:  # a bug, which keeps its traceback, or a signal
+                record.report(_exit_code_of(failure))
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 _handle_sigterm(previous)
@@ -241,7 +243,9 @@ class World:
     def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
         record, neighbours = watched.record, watched.neighbours
-        deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
+        is_sigterm = isinstance(failure, SystemExit)
+        patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS if is_sigterm else _PEER_PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             exit_code, lost = record.exit_code(), neighbours.lost()
             if exit_code is not None:
@@ -263,6 +267,15 @@ def _handle_sigterm(handler: Any) -> None:
     """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _exit_code_of(failure: BaseException) -> int:
+    """Return the exit code of a process that ends by a failure that is no error of the user."""
+    if isinstance(failure, KeyboardInterrupt):
+        return ExitCode.interrupted
+    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+        return failure.code
+    return ExitCode.failed
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:
