@@ -106,6 +106,7 @@ class PolicyEngine:
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(policy_communication(zero["stage"], model.causal_lm.config.hidden_size))
         _gather_whole_layers(model)
+        world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         self._engine, _ = world.accelerator.prepare(model, optimizer)
         self._backwards, self._current = 0, ("", "")
         if self._engine.zero_optimization_partition_weights():
