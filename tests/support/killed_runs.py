@@ -36,7 +36,7 @@ class KilledRuns:
     seed: int
     kills: int
     reach: float = 0.7
-    seconds: float = 120
+    seconds: float = 400
 
     def check(self, done: Callable[[int], None] = lambda kills: None) -> None:
         """Kill runs, and compare each with the uninterrupted one; `done` is called after every kill.

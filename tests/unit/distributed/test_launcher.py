@@ -53,13 +53,13 @@ def start(folder: Path, seconds: str) -> Any:
 
 
 def test_a_signal_reaches_the_processes_and_their_exit_code_comes_back(folder: Path) -> None:
-    launcher, deadline = start(folder, "100"), time.monotonic() + 120
+    launcher, deadline = start(folder, "100"), time.monotonic() + 240
     for sign, number in (("started", signal.SIGUSR1), ("heard", signal.SIGHUP)):
         while len(list(folder.glob(f"{sign}-*"))) < 2:
             assert time.monotonic() < deadline, (folder / "screen").read_text()
             time.sleep(0.05)
         os.kill(launcher.pid, number)
-    launcher.join(120)
+    launcher.join(240)
     assert launcher.exitcode == 75, (folder / "screen").read_text()
     assert len(list(folder.glob("saved-*"))) == 2
     assert "Traceback" not in (folder / "screen").read_text()
@@ -67,7 +67,7 @@ def test_a_signal_reaches_the_processes_and_their_exit_code_comes_back(folder: P
 
 def test_a_killed_process_is_named(folder: Path) -> None:
     launcher = start(folder, "kill")
-    launcher.join(120)
+    launcher.join(240)
     assert launcher.exitcode == 137, (folder / "screen").read_text()
     assert "rank 1 was ended by SIGKILL" in (folder / "screen").read_text()
 
