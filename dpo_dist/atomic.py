@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _TEMPORARY = ".tmp-"
-_OWNER_PARTS = 4
 _ABANDONED_SECONDS = 24 * 3600
 _REPLACED = "replaced-"
+# Names of this module only: users have files of similar names.
+_LEFT = re.compile(r"\.tmp-(?:(replaced)-|([0-9a-f]{8})-(\d+)-(-?\d+)-)?[0-9a-f]{12}")
 
 # Of linux/fcntl.h and linux/fs.h.
 _WORKING_FOLDER = -100
@@ -60,12 +62,19 @@ def staged_folder(path: Path, keep_if: Callable[[Path], bool] | None = None) -> 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
+    with temporary_folder(path) as temporary:
+        yield temporary
+        if keep_if is None or not keep_if(path):
+            commit_folder(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is removed on exit."""
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
         yield temporary
-        if keep_if is None or not keep_if(path):
-            commit_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -155,12 +164,14 @@ def collect_abandoned(folder: Path) -> list[Path]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    name, _, end = path.name.partition(_TEMPORARY)
-    if end.startswith(_REPLACED) and not path.with_name(name).exists():
+    left = _LEFT.fullmatch(path.name, path.name.find(_TEMPORARY))
+    if left is None:
+        return False
+    replaced, processes, process, started = left.groups()
+    if replaced and not final_name(path).exists():
         return False  # the only copy of that folder
-    owner = end.split("-")
-    if len(owner) == _OWNER_PARTS and owner[0] == _PROCESSES and not _is_hidden(int(owner[1])):
-        return _started(int(owner[1])) != int(owner[2])
+    if processes == _PROCESSES and not _is_hidden(int(process)):
+        return _started(int(process)) != int(started)
     written = max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
     return time.time() - written > _ABANDONED_SECONDS
 

@@ -14,12 +14,14 @@ class ExitCode(IntEnum):
 
     completed = 0
     failed = 1
-    """A bug of the program, or another process of the run died."""
+    """A bug of the program."""
     findings = 1
     """Of `doctor`: a finding above its threshold. The same number as `failed`, as linters use it."""
     invalid = 2
     """The configuration, the data, a file or a device cannot be used."""
     diverged = 3
+    lost = 69
+    """Another process died or does not answer: the same command resumes (EX_UNAVAILABLE of sysexits.h)."""
     preempted = 75
     """Stopped by a signal or limit, after saving: the same command resumes (EX_TEMPFAIL of sysexits.h)."""
     interrupted = 130
@@ -160,7 +162,7 @@ class DeviceMemoryError(DpoDistError):
 class PeerLostError(DpoDistError):
     """Another process of the run died or failed."""
 
-    exit_code: int = ExitCode.failed
+    exit_code: int = ExitCode.lost
     title = "process lost"
 
 

@@ -8,6 +8,11 @@ import contextlib
 import os
 import sys
 
+from dpo_dist.signals import end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # the imports take seconds
+
 
 def main(arguments: list[str]) -> int:
     """Run a verb on the processes that `arguments` ask for; return its exit code."""

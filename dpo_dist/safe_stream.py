@@ -1,4 +1,7 @@
-"""Standard streams that are closed, full or without a reader do not end a run; text without control codes."""
+"""Standard streams that are closed, full or without a reader do not end a run; text without control codes.
+
+What is written to them has no secrets.
+"""
 
 import contextlib
 import os
@@ -6,6 +9,7 @@ import sys
 from typing import TextIO
 
 from dpo_dist.errors import ConfigError
+from dpo_dist.secret_text import without_secrets
 
 _reserved: TextIO | None = None
 
@@ -32,10 +36,10 @@ class SafeStream:
         return cls(os.fdopen(os.dup(descriptor), "w", buffering=1))
 
     def write(self, text: str) -> int:
-        """Write `text` if the stream takes it."""
+        """Write `text` without secrets if the stream takes it."""
         if self.is_open:
             try:
-                self._stream.write(_encodable(text, self.encoding))
+                self._stream.write(_encodable(without_secrets(text), self.encoding))
             except (OSError, ValueError):  # closed pipe, full disk, lost terminal; closed stream
                 self.is_open = False
         return len(text)
@@ -93,7 +97,7 @@ def print_line(text: str, to: TextIO | None = None) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print a text, the only result of a command, to standard output.
+    """Print a text without secrets, the only result of a command, to standard output.
 
     A reader that has gone away (`| head`) is no error.
 
@@ -101,7 +105,7 @@ def print_result(text: str) -> None:
         ConfigError: the text cannot be written.
     """
     try:
-        sys.stdout.write(_encodable(text, _encoding(sys.stdout)))
+        sys.stdout.write(_encodable(without_secrets(text), _encoding(sys.stdout)))
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)

@@ -43,11 +43,15 @@ class Arrivals:
     Python runs the handler of a signal in the main thread, and later than that if this thread is in a long
     call of C. The number of the signal is written to a file descriptor at once. For the main thread.
 
+    Args:
+        answer: called in the thread with the number of each.
+
     Attributes:
         heard: number and time of each, since the creation of this object.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Callable[[int], None] | None = None) -> None:
+        self._answer = answer
         self.heard: list[tuple[int, float]] = []
         reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
@@ -67,6 +71,9 @@ class Arrivals:
                 if self._former >= 0:
                     with contextlib.suppress(OSError):
                         os.write(self._former, numbers)
+                if self._answer is not None:
+                    for number in numbers:
+                        self._answer(number)
 
 
 class StopRequest:
@@ -187,31 +194,35 @@ def answered_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
     is_over = threading.Event()
+    is_resumable = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, raise_terminated)
 
-    def answer() -> None:
-        numbers = reading.recv(1)
-        if numbers and not is_over.wait(_MAIN_THREAD_SECONDS) and numbers[0] in _SIGNALS:
-            _end_before_start(numbers[0], None)
+    def answer(number: int) -> None:
+        if number not in _SIGNALS or is_over.wait(_MAIN_THREAD_SECONDS):
+            return
+        if is_resumable:
+            _end_before_start(number, None)
+        _print_on_rank_0(f"ended by {signal.Signals(number).name}")
+        _end_now(128 + number)
 
-    former = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=answer, name="signals", daemon=True).start()
+    arrivals = Arrivals(answer)
     try:
         yield
     finally:
         is_over.set()
-        signal.set_wakeup_fd(former)
-        writing.close()
+        arrivals.close()
 
 
 def _end_before_start(number: int, _frame: FrameType | None) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        error = stopped_by(signal.Signals(number).name, "before the start")
-        with contextlib.suppress(OSError):
-            os.write(2, f"{error}\n".encode())
+    _print_on_rank_0(str(stopped_by(signal.Signals(number).name, "before the start")))
     _end_now(ExitCode.preempted)
+
+
+def _print_on_rank_0(text: str) -> None:
+    """Print a line without Python's streams, which the main thread may be using."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 def _end_now(exit_code: int) -> NoReturn:

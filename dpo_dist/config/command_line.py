@@ -32,7 +32,6 @@ from dpo_dist.errors import (
     ConfigError,
     DpoDistError,
     ExitCode,
-    PeerLostError,
     StoppedError,
     disk_error,
     first_line,
@@ -46,6 +45,7 @@ from dpo_dist.safe_stream import (
     printable_lines,
     reserve_output,
 )
+from dpo_dist.secret_text import without_secrets
 
 _RANK_0_SECONDS = 60
 _BY_SIGNAL = 128
@@ -78,7 +78,6 @@ def run_verb(
     """
     open_closed_streams()
     errors = _Errors(_asks_for_json(sys.argv[1:]))
-    has_own_reason = True
     try:
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
@@ -86,16 +85,15 @@ def run_verb(
         exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)
-        exit_code, has_own_reason = error.exit_code, not isinstance(error, PeerLostError)
+        exit_code = error.exit_code
     except KeyboardInterrupt:
         exit_code = ExitCode.interrupted
         if this_rank() == 0:
             errors.print("interrupted", {"message": "interrupted", "exit_code": int(exit_code)})
     except SystemExit as ended:
-        exit_code = ended.code if isinstance(ended.code, int) else ExitCode.failed
-        if exit_code > _BY_SIGNAL and this_rank() == 0:
-            name = signal.Signals(exit_code - _BY_SIGNAL).name
-            errors.print(f"ended by {name}", {"message": f"ended by {name}", "exit_code": exit_code})
+        exit_code, words = _end_of(ended)
+        if words and this_rank() == 0:
+            errors.print(words, {"message": words, "exit_code": exit_code})
     except Exception as bug:  # any exception: the process must not hang at exit
         error_of_disk = disk_error(bug)
         exit_code = ExitCode.failed if error_of_disk is None else error_of_disk.exit_code
@@ -107,20 +105,29 @@ def run_verb(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if has_own_reason:
-        note_exit_code(exit_code)
+    note_exit_code(exit_code)
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 
 
+def _end_of(ended: SystemExit) -> tuple[int, str]:
+    """Return the exit code of a `SystemExit`, and the line to print: a text that it has, or its signal."""
+    if not isinstance(ended.code, int):
+        return (ExitCode.completed, "") if ended.code is None else (ExitCode.failed, str(ended.code))
+    number = ended.code - _BY_SIGNAL
+    is_signal = number in {*signal.Signals}
+    return ended.code, f"ended by {signal.Signals(number).name}" if is_signal else ""
+
+
 @dataclass
 class _Errors:
-    """Prints errors: as text to standard error, or as JSON objects to standard output."""
+    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
 
     is_json: bool
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
+        text, content = without_secrets([text, content])
         with contextlib.suppress(OSError):
             if self.is_json:
                 now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -182,7 +189,8 @@ def _run(
         reserve_output()
     check_launch(os.environ, _repeated(config))
     if this_rank() == 0:
-        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in open_doors(config)))
+        doors = without_secrets(open_doors(config))
+        sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
     if "--check" not in arguments.options:
         return main(config)
     if check is None:

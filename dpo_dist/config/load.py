@@ -33,6 +33,7 @@ from dpo_dist.config.rules_data import NEEDS_TRAINING_DATA
 from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
+from dpo_dist.secret_text import without_secrets
 
 _Typed = TypeVar("_Typed")
 HYDRA_VERSION = "1.3"
@@ -201,10 +202,10 @@ def resolve(
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
-def to_yaml(config: RunConfig, hide: Callable[[Any], Any] = lambda values: values) -> str:
-    """Return `config` as YAML, for `from_yaml` or as an experiment; `hide` replaces secrets in its values."""
+def to_yaml(config: RunConfig) -> str:
+    """Return `config` as YAML without secrets, for `from_yaml` or as an experiment."""
     values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(hide(values)))
+    return "# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(without_secrets(values)))
 
 
 def from_yaml(text: str) -> RunConfig:

@@ -18,6 +18,7 @@ from dpo_dist.data.encoded_manifest import Manifest, read_manifest
 from dpo_dist.data.encoded_source import EncodedSource, SourceView, find_damage, view
 from dpo_dist.data.former_encodings import data_fingerprint
 from dpo_dist.data.micro_batches import ComputeCosts, ExampleSizes, example_sizes
+from dpo_dist.data.offsets import check_ids
 from dpo_dist.data.packing import Mask, Sequences, packed_tokens
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sampler import Indices, Span
@@ -112,11 +113,15 @@ class PreferenceDataset:
             index: of the example.
             which: numbers of some of its responses; None: all.
             masked: whether the result has `masks`, so that only tokens that the loss counts are scored.
+
+        Raises:
+            DataError: an id is above `largest_id`, which was compared with the vocabulary of the model.
         """
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
         pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (self.ids[start : start + tokens] for start, tokens in pieces)
+        check_ids((prompt, *responses), self.largest_id, lambda: str(self.origin(index)))
         masks = self.masks(index) if masked else ()
         if which is None:
             return Sequences(prompt, tuple(responses), masks)

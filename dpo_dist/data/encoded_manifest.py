@@ -25,6 +25,7 @@ ARRAYS = {
     "outcomes": np.int32,
 }
 """Type of each array."""
+_MOST_PAIRS = 2**31  # of one record; more would overflow sums
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,18 @@ def _is_manifest(found: Manifest) -> bool:
     return (
         found.sizes.keys() == found.digests.keys() <= ARRAYS.keys()
         and all(isinstance(size, int) and size >= 0 for size in found.sizes.values())
+        and isinstance(found.fingerprint, str)
+        and isinstance(found.whole, bool)
         and isinstance(found.records, int)
         and isinstance(found.largest_id, int)
         and all(
-            isinstance(pairs, int) and all(isinstance(n, str) and isinstance(k, int) for n, k in changed)
-            for _, pairs, changed in found.outcomes
+            (drop is None or isinstance(drop, str))
+            and isinstance(pairs, int)
+            and 0 <= pairs < _MOST_PAIRS
+            and all(isinstance(n, str) and isinstance(k, int) for n, k in changed)
+            for drop, pairs, changed in found.outcomes
         )
         and all(isinstance(file, str) for file in found.files)
+        and all(list(map(type, example)) == [int, int, int, str, str] for example in found.examples)
         and all(0 <= file < len(found.files) for _, file, *_ in found.examples)
-        and all(len(example) == 5 for example in found.examples)
     )

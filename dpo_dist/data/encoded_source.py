@@ -207,7 +207,7 @@ def view(source: EncodedSource, manifest: Manifest) -> SourceView:
     """Map the first `limit` records of an encoded source without reading their ids."""
     arrays = {name: _map(source.folder, name, manifest.sizes[name]) for name in ARRAYS}
     used = arrays["outcomes"][: source.limit]
-    check_offsets(arrays, len(manifest.outcomes), source.folder)
+    check_offsets(arrays, [pairs for _, pairs, _ in manifest.outcomes], len(manifest.files), source.folder)
     outcomes = [
         Outcome(drop, pairs, tuple((n, k) for n, k in changed)) for drop, pairs, changed in manifest.outcomes
     ]

@@ -13,7 +13,7 @@ _PACKAGE = "dpo_dist."
 _COMMUNICATION = ("torch.distributed.", "deepspeed.comm.")
 _OF_DECORATORS = ("wrapper", "log_wrapper", "wrapped_fn")
 _GATHER_OF_WEIGHTS = ("deepspeed.runtime.zero.partition_parameters", "wait")
-_OWN_COLLECTIVES = (f"{_PACKAGE}distributed.world",)
+_WAITS, _WORLD = f"{_PACKAGE}distributed.waits", f"{_PACKAGE}distributed.world"
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,19 @@ class Doing:
         place: innermost line of this package: file, line, function.
         call: the collective call that it waits in; empty: none.
         seconds: since it has been at this place.
+        is_patient: whether the call lasts as long as the ranks that it waits for send heartbeats.
     """
 
     work: str = "starting"
     place: str = ""
     call: str = ""
     seconds: float = 0.0
+    is_patient: bool = False
+
+    @property
+    def is_blocked(self) -> bool:
+        """Return whether it waits in a call that times out, and answers no signal meanwhile."""
+        return bool(self.call) and not self.is_patient
 
     def __str__(self) -> str:
         parts = [self.work]
@@ -56,11 +63,13 @@ class Activity:
     Attributes:
         work: kind of work, as in `training.work_clock`.
         steps_done: returns the number of steps done; None before training.
+        is_shown: whether a line on the screen says that this process works.
     """
 
     def __init__(self) -> None:
         self.work = "starting"
         self.steps_done: Callable[[], int] | None = None
+        self.is_shown = False
         self.last = Doing()
         self._thread = threading.get_ident()
         self._mark: tuple[object, ...] = ()
@@ -78,7 +87,9 @@ class Activity:
         now = time.monotonic()
         if mark != self._mark:
             self._mark, self._since = mark, now
-        self.last = Doing(work, _place(frames), _call(frames), round(now - self._since, 1))
+        is_patient = any(_module(frame) == _WAITS for frame in frames)
+        call = _patient_call(frames) if is_patient else _call(frames)
+        self.last = Doing(work, _place(frames), call, round(now - self._since, 1), is_patient)
         return self.last
 
     def _named_work(self) -> str:
@@ -101,7 +112,7 @@ def _module(frame: FrameType) -> str:
 
 def _place(frames: list[FrameType]) -> str:
     """Return the innermost line of this package that is not itself a collective call of `World`."""
-    own = [f for f in frames if _module(f).startswith(_PACKAGE) and _module(f) not in _OWN_COLLECTIVES]
+    own = [f for f in frames if _module(f).startswith(_PACKAGE) and _module(f) not in (_WAITS, _WORLD)]
     if not own:
         return ""
     code = own[0].f_code
@@ -124,3 +135,9 @@ def _call(frames: list[FrameType]) -> str:
             name = "all_gather of weights"
         is_innermost = False
     return name
+
+
+def _patient_call(frames: list[FrameType]) -> str:
+    """Return the name of the method of `World` that waits for ranks that still work."""
+    names = [frame.f_code.co_name for frame in frames if _module(frame) == _WORLD]
+    return names[-1] if names else "wait"

@@ -94,7 +94,7 @@ class CheckpointSaver:
         self.commit()
         self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
         world, folder = self._world, self._root / checkpoint_name(step)
-        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder)), _wait))
+        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
         writing = Writing(temporary, folder, sum(world.gather(files.bytes)))
         if not is_last and self._can_copy(files.models):
@@ -103,7 +103,7 @@ class CheckpointSaver:
             writing.finish_behind(lambda: writing.write(files, world.rank))
         else:
             with self._removed_on_error(writing):
-                world.together(lambda: writing.write(files, world.rank), _wait)
+                world.together(lambda: writing.write(files, world.rank))
             writing.finish_behind(lambda: None)
         self._pending = writing
 
@@ -161,14 +161,14 @@ class CheckpointSaver:
         if pending is None:
             return
         with self._removed_on_error(pending):
-            mine = self._world.together(pending.entries, _wait)
+            mine = self._world.together(pending.entries)
             entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
-            self._world.on_main(lambda: _commit(pending, entries), _wait)
+            self._world.on_main(lambda: _commit(pending, entries))
         self._damaged.discard(pending.folder.name)
         kept = self._best
         self._world.on_main(lambda: _mark_best(self._root, kept))
         # Some file systems need minutes to delete files of terabytes.
-        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept), _wait)
+        self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
@@ -234,10 +234,6 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def _wait(_seconds: float) -> None:
-    """Keep other ranks waiting while this one writes, longer than the timeout of a collective call."""
 
 
 def _commit(writing: Writing, entries: Entries) -> None:

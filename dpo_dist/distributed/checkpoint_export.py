@@ -1,7 +1,6 @@
 """Write a checkpoint as the model folder that training would have written at its step; in one process."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from dpo_dist.atomic import collect_abandoned, temporary_folder
 from dpo_dist.config.schema import AttentionBackend, RunConfig
 from dpo_dist.data.tokenization.chat_template import with_chosen_template
 from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
@@ -75,10 +75,11 @@ def _without_weights(base: Path, config: RunConfig) -> Any:
 def _on_disk(saved: SavedSlices, dtype: torch.dtype, folder: Path) -> Iterator[dict[str, Tensor]]:
     """Yield the saved weights in `dtype`, mapped from temporary files beside `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+    collect_abandoned(folder.parent)  # of exports that were killed
+    with temporary_folder(folder) as temporary:
         weights = {}
         for number, name in enumerate(saved.shapes):
-            file = Path(temporary) / str(number)
+            file = temporary / str(number)
             weights[name] = _mapped(saved.whole(name).to(dtype), file)
         yield weights
         weights.clear()  # some file systems keep the files of mapped tensors

@@ -117,6 +117,10 @@ class Heartbeats:
         others = [peer for peer in self._peers if peer.rank != self._neighbours.rank]
         return [peer for peer in others if peer.rank in self._last and self._last[peer.rank].age >= limit]
 
+    def is_anybody_silent(self, seconds: float) -> bool:
+        """Return whether a rank has sent no heartbeat for so long, or none could be read."""
+        return bool(self.silent(seconds)) or self._store.silent_seconds >= seconds
+
     @property
     def is_cut_off(self) -> bool:
         """Return whether no heartbeat can be read: the host of the store is silent."""

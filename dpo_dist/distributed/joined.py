@@ -13,10 +13,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch.distributed import distributed_c10d
 
-from dpo_dist.distributed.build_lock import wait_for_build
+from dpo_dist.distributed.kernel_builds import load_kernel
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
@@ -52,7 +53,8 @@ def joined(
     """
     reports = reports or Reports()
     if "offload_optimizer" in deepspeed_config["zero_optimization"]:
-        wait_for_build("cpu_adam", reports.say)
+        key = "parallelism.offload_optimizer"
+        load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
     with answered_at_once(), _missing_ranks_named(timeout_seconds):
         world = start_world(deepspeed_config, timeout_seconds)
     try:

@@ -1,6 +1,9 @@
 """`accelerate launch`, with the exit code of the run and time for its last checkpoint."""
 
+import argparse
 import contextlib
+import importlib.util
+import io
 import logging
 import os
 import signal
@@ -12,9 +15,11 @@ from types import FrameType
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.errors import ConfigError, ExitCode
+from dpo_dist.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, first_line
 from dpo_dist.signals import stop_signals
 
 
@@ -27,13 +32,57 @@ def launch(arguments: Sequence[str]) -> int:
     Args:
         arguments: of `accelerate launch`.
     """
-    parsed = launch_command_parser().parse_args(list(arguments))
+    try:
+        parsed = _parsed(arguments)
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        for number in stop_signals():
+            signal.signal(number, _pass_on)
+        return _launched(parsed)
+    except DpoDistError as error:
+        sys.stderr.write(f"{error.block()}\n")
+        return error.exit_code
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of `accelerate launch`.
+
+    Raises:
+        ConfigError: it does not have them, or they name a file or module that does not exist.
+    """
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            parsed: argparse.Namespace = launch_command_parser().parse_args(list(arguments))
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        fault = usage.getvalue().strip().rpartition("error: ")[2]
+        raise _refused("accelerate does not have these options", "command line", fault) from None
     if parsed.config_file is not None and not Path(parsed.config_file).is_file():
-        return _refused("the launcher's file does not exist", "--config_file", parsed.config_file)
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in stop_signals():
-        signal.signal(number, _pass_on)
+        raise _refused("the launcher's file does not exist", "--config_file", parsed.config_file)
+    script = parsed.training_script
+    if parsed.module and not _is_module(script):
+        raise _refused("the module to start does not exist", "-m", script)
+    if not (parsed.module or parsed.no_python or Path(script).is_file()):
+        raise _refused("the file to start does not exist", "command line", script)
+    return parsed
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _launched(parsed: argparse.Namespace) -> int:
+    """Start processes and return the exit code of the first one that failed.
+
+    Raises:
+        ConfigError: accelerate cannot start them.
+        PeerLostError: the launcher of another node is not reached.
+    """
     try:
         launch_command(parsed)
     except ChildFailedError as error:
@@ -41,16 +90,29 @@ def launch(arguments: Sequence[str]) -> int:
         return _code(failure.exitcode, f"rank {rank}")
     except subprocess.CalledProcessError as error:
         return _code(error.returncode, "the process")
-    except ValueError as error:
-        return _refused("accelerate cannot start processes with these options", "command line", str(error))
+    except (DistError, RendezvousError) as error:
+        raise PeerLostError(
+            "the launchers of the nodes have not met",
+            where=f"{parsed.main_process_ip}, port {parsed.main_process_port}",
+            got=first_line(error),
+            remedy="see whether every node runs its launcher and reaches this address; then start again",
+        ) from None
+    except (ValueError, ConnectionError) as error:  # a port that is in use is a ConnectionError
+        fault = " ".join(str(error).split())
+        raise _refused(
+            "accelerate cannot start processes with these options", "command line", fault
+        ) from None
     return ExitCode.completed
 
 
-def _refused(message: str, where: str, got: str) -> int:
-    remedy = "use a file of launch/accelerate; python -m dpo_dist.launch --help explains the options"
-    error = ConfigError(message, where=where, got=got, remedy=remedy)
-    sys.stderr.write(f"{error.block()}\n")
-    return error.exit_code
+def _refused(message: str, where: str, got: str) -> ConfigError:
+    return ConfigError(
+        message,
+        where=where,
+        got=got,
+        expected="python -m dpo_dist.launch [--config_file FILE] -m dpo_dist.train OVERRIDES",
+        remedy="use a file of launch/accelerate; python -m dpo_dist.launch --help explains the options",
+    )
 
 
 def _code(of_process: int, name: str) -> int:

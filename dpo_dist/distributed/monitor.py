@@ -13,6 +13,7 @@ from dpo_dist.distributed.heartbeats import ANSWER_SECONDS, Heartbeats
 from dpo_dist.distributed.peers import Neighbours, Peer
 from dpo_dist.distributed.stack_file import StackFile
 from dpo_dist.distributed.unanswered import UnansweredSignals
+from dpo_dist.distributed.waits import Waits
 from dpo_dist.errors import ExitCode, PeerLostError, StoppedError
 from dpo_dist.progress_file import note_exit_code
 
@@ -49,6 +50,7 @@ class Monitor(threading.Thread):
         reports: outputs.
         stacks: of this process.
         signals: that this process receives.
+        waits: of the main thread for ranks that still work.
         is_aborted: whether the main thread gets no error when a collective call times out: NCCL aborts.
     """
 
@@ -62,13 +64,14 @@ class Monitor(threading.Thread):
         reports: Reports,
         stacks: StackFile,
         signals: UnansweredSignals,
+        waits: Waits,
         *,
         is_aborted: bool,
     ):
         super().__init__(name="peers", daemon=True)
         self._neighbours, self._record, self._heartbeats = neighbours, record, heartbeats
         self._activity, self._timeout_seconds, self._reports = activity, timeout_seconds, reports
-        self._stacks, self._signals = stacks, signals
+        self._stacks, self._signals, self._waits = stacks, signals, waits
         self._margin = min(_MARGIN_SECONDS, timeout_seconds / 2)
         self._patience = timeout_seconds - self._margin if is_aborted else timeout_seconds
         self._grace = 0.0 if is_aborted else _GRACE_SECONDS
@@ -90,6 +93,7 @@ class Monitor(threading.Thread):
                 continue
             if is_overdue:
                 self._stacks.write("the run ends")
+            self._waits.give_up()
             if self._stopping.wait(self._grace if is_overdue else _GRACE_SECONDS):
                 return
             with self._ending:
@@ -104,7 +108,7 @@ class Monitor(threading.Thread):
     def _write_stacks(self, doing: Doing) -> None:
         """Write the stacks on all ranks shortly before a wait ends in an error, which unwinds them."""
         is_nearly_over = doing.seconds >= self._timeout_seconds - self._margin
-        if is_nearly_over and (doing.call or self._heartbeats.silent()):
+        if is_nearly_over and (doing.is_blocked or self._heartbeats.silent()):
             self._stacks.write(str(doing).rpartition(",")[0])
             self._record.ask_for_stacks()
         elif self._record.wants_stacks(ANSWER_SECONDS):
@@ -133,13 +137,15 @@ class Monitor(threading.Thread):
 
     def _is_overdue(self, doing: Doing) -> bool:
         """Return whether a rank has been silent for the whole timeout, and the main thread did not go on."""
-        return doing.seconds >= self._patience and bool(self._heartbeats.silent(self._patience))
+        return doing.seconds >= self._patience and self._heartbeats.is_anybody_silent(self._patience)
 
     def _name_slow_ranks(self) -> None:
         """Print who keeps the others waiting, on rank 0, at growing intervals."""
         if self._neighbours.rank > 0:
             return
         late = self._heartbeats.late(self._slow)
+        if self._activity.is_shown:  # there is a line on the screen about the work of this rank
+            late = [peer for peer in late if peer.rank != self._neighbours.rank]
         if late:
             self._reports.say(f"waiting for {self._heartbeats.describe(late)}")
             self._slow *= 2

@@ -1,11 +1,13 @@
 """Folder for weights on a local NVMe disk, and a check that DeepSpeed can use it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from dpo_dist.distributed.kernel_builds import load_kernel
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
 
@@ -26,6 +28,16 @@ def check_async_io() -> None:
             expected="libaio with its headers, and a C++ compiler",
             remedy="install libaio-dev (or libaio-devel), or set reference.offload=cpu",
         )
+
+
+def load_async_io(say: Callable[[str], None]) -> None:
+    """Load DeepSpeed's asynchronous file access; `say` prints a line.
+
+    Raises:
+        ConfigError: it cannot be compiled.
+    """
+    check_async_io()
+    load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
 
 
 def own_folder(nvme_path: str, world: World) -> Path:

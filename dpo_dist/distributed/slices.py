@@ -18,6 +18,8 @@ from torch import Tensor, nn
 WEIGHT = "weight"
 """The part of a slice that is the weight itself, for a trained one its float32 master weight."""
 _STEP = "step"
+_VANISHING_POWER = 2.0**-26
+"""Below it, 1 less a power of a beta is 1 in float32."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ class OptimizerSlices:
                 counts_by_tensor = not isinstance(inner, DeepSpeedCPUAdam)
                 device = flat.tensor.device
                 states[_STEP] = torch.tensor(float(step), device=device) if counts_by_tensor else step
+        if isinstance(inner, DeepSpeedCPUAdam) and len(parts) > 1:
+            _restore_powers(inner, step)
 
     def write_to_model(self) -> None:
         """Replace the model's weights by the master weights; collective."""
@@ -170,6 +174,20 @@ class OptimizerSlices:
                 ranges.append((weight, start, first, length))
             start += weight.partition_numel()
         return ranges
+
+
+def _restore_powers(adam: Any, step: int) -> None:
+    """Give DeepSpeed's CPU Adam the powers of its betas that it has after `step` updates.
+
+    It multiplies them in float32 with every update and has no other access to them. After any other number of
+    updates than the next one it computes the power anew, which is rounded differently.
+    """
+    beta1, beta2 = adam.param_groups[0]["betas"]
+    if max(beta1, beta2) ** step < _VANISHING_POWER:
+        return
+    dummies = [torch.zeros(1) for _ in range(4)]
+    for number in range(step + 1):  # 0 starts anew
+        adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, beta1, beta2, 1.0, 0.0, True, *dummies)
 
 
 def frozen_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:

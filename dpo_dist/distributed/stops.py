@@ -38,11 +38,12 @@ class Stops:
             raise GivenWay
 
     def check(self, when: str = "before the first step") -> None:
-        """End the run if a rank was asked to stop at once.
+        """End the run if a rank was asked to stop at once; waits for ranks that are slower.
 
         Raises:
             StoppedError: on all ranks.
         """
+        self.world.barrier()
         if self.must_stop():
             raise stopped_by(self.reasons(), when)
 

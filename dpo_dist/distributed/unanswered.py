@@ -65,7 +65,7 @@ class UnansweredSignals:
             return 128 + self._second_number
         waited = now - self._first
         is_in_vain = is_peer_silent and min(waited, doing.seconds) > self._while_silent
-        is_blocked = bool(doing.call) and arrived <= self._first and waited > self._while_waiting
+        is_blocked = doing.is_blocked and arrived <= self._first and waited > self._while_waiting
         return ExitCode.preempted if is_in_vain or is_blocked else None
 
     def _read(self) -> None:

@@ -10,6 +10,7 @@ from dpo_dist.distributed.peers import Neighbours, Peer
 from dpo_dist.distributed.rendezvous_store import RendezvousStore
 from dpo_dist.distributed.stack_file import StackFile
 from dpo_dist.distributed.unanswered import UnansweredSignals
+from dpo_dist.distributed.waits import Waits
 from dpo_dist.errors import DpoDistError
 
 
@@ -23,6 +24,7 @@ class Watched:
         timeout_seconds: timeout of a collective call.
         reports: outputs.
         device_type: of the devices, as PyTorch names it.
+        waits: of the main thread.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Watched:
         timeout_seconds: float,
         reports: Reports,
         device_type: str,
+        waits: Waits,
     ):
         self.neighbours = Neighbours(peers, rank)  # first: one may die while this one connects
         store = RendezvousStore(len(peers))
@@ -49,6 +52,7 @@ class Watched:
             reports,
             self.stacks,
             self.signals,
+            waits,
             is_aborted=device_type == "cuda",
         )
 

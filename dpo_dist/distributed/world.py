@@ -22,13 +22,15 @@ from dpo_dist.distributed.failures import (
 )
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.peers import Peer
+from dpo_dist.distributed.waits import Waits
 from dpo_dist.distributed.watched import Watched
 from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
-from dpo_dist.signals import last_words, raise_terminated
+from dpo_dist.signals import answered_at_once, last_words, raise_terminated
 
 T = TypeVar("T")
 
 _PEER_PATIENCE_SECONDS = 10.0
+_PEER_PATIENCE_AFTER_SIGTERM_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 # Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
 _POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
@@ -41,8 +43,9 @@ WhileWaiting = Callable[[float], None]
 class World:
     """The processes of the run, as one of them sees them. Methods are collective unless documented otherwise.
 
-    `control` is a process group on the host for communication outside of steps. Like every other group it
-    times out after `timeout_seconds`, but not while a rank reports that it still works (`while_waiting`).
+    `control` is a process group on the host for communication outside of steps. Calls of every group time out
+    after `timeout_seconds`; but `barrier`, `gather`, `to_main`, `on_main` and `together` first wait for ranks
+    that still work, as long as each of them sends heartbeats.
     """
 
     accelerator: Any
@@ -53,6 +56,7 @@ class World:
     control: Any = None
     timeout_seconds: int = 600
     activity: Activity = field(default_factory=Activity)
+    waits: Waits = field(default_factory=Waits)
 
     @property
     def is_main(self) -> bool:
@@ -67,14 +71,16 @@ class World:
     @property
     def is_first_of_host(self) -> bool:
         """Return whether this is the lowest rank of its host; not collective."""
-        return not any(peer.host == self.host for peer in self.peers[: self.rank])
+        return not any(peer.place == self.peers[self.rank].place for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier(group=self.control)
+        if self.size > 1:
+            self.waits.wait(self.control)
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's `value`, in rank order, on all ranks."""
+        self.barrier()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
@@ -83,6 +89,7 @@ class World:
         """Return every rank's `value`, in rank order, on rank 0; None on the others."""
         if self.size == 1:
             return [value]
+        self.barrier()
         values: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
@@ -91,15 +98,16 @@ class World:
         """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2).
 
         Args:
-            while_waiting: called on rank 0; required if `work` may take longer than the timeout.
+            while_waiting: called on rank 0, for a line on the screen.
         """
         outcome: list[Any] = [None, None]
-        with self._heartbeat(while_waiting):
-            try:
-                if self.is_main:
+        try:
+            if self.is_main:
+                with self._shown(while_waiting):
                     outcome[0] = work()
-            except DpoDistError as error:
-                outcome[1] = error
+        except DpoDistError as error:
+            outcome[1] = error
+        self.barrier()
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -110,15 +118,15 @@ class World:
         """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank.
 
         Args:
-            while_waiting: called on every rank; required if `work` may take longer than the timeout.
+            while_waiting: called on every rank while its own work lasts, for a line on the screen.
         """
         error: DpoDistError | None = None
         result: T | None = None
-        with self._heartbeat(while_waiting):
-            try:
+        try:
+            with self._shown(while_waiting):
                 result = work()
-            except DpoDistError as raised:
-                error = raised
+        except DpoDistError as raised:
+            error = raised
         first = next((e for e in self.gather(error) if e is not None), None)
         if first is not None:
             raise first
@@ -126,39 +134,26 @@ class World:
         return result  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def _heartbeat(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
-        """Send a heartbeat to the other ranks during the block, until no rank works any more.
-
-        Collective if `while_waiting` is given. If a signal raises an error while this rank waits for others,
-        the thread is still in their calls: no call may follow, and the error must leave `watch`.
-        """
+    def _shown(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
+        """Call `while_waiting` every few seconds during the block; not collective."""
         if while_waiting is None:
             yield
             return
-        done = threading.Event()
-        failures: list[BaseException] = []
+        done, started = threading.Event(), time.monotonic()
 
         def beat() -> None:
-            started, beat_seconds = time.monotonic(), min(_BEAT_SECONDS, self.timeout_seconds / 4)
-            try:
-                any_works = torch.ones(1)
-                while any_works.item():
-                    if not done.wait(beat_seconds):
-                        while_waiting(time.monotonic() - started)
-                    any_works.fill_(not done.is_set())
-                    dist.all_reduce(any_works, op=dist.ReduceOp.MAX, group=self.control)
-            except Exception as failure:  # raised below, in the main thread
-                failures.append(failure)
+            while not done.wait(min(_BEAT_SECONDS, self.timeout_seconds / 4)):
+                while_waiting(time.monotonic() - started)
 
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread = threading.Thread(target=beat, name="while waiting", daemon=True)
         thread.start()
+        self.activity.is_shown = True
         try:
             yield
         finally:
+            self.activity.is_shown = False
             done.set()
             thread.join()
-        if failures:
-            raise failures[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over ranks in place, and return it."""
@@ -192,29 +187,37 @@ class World:
             reports: outputs, used also if the main thread is blocked.
         """
         watched = Watched(
-            self.peers, self.rank, self.activity, self.timeout_seconds, reports or Reports(), self.device.type
+            self.peers,
+            self.rank,
+            self.activity,
+            self.timeout_seconds,
+            reports or Reports(),
+            self.device.type,
+            self.waits,
         )
         record, monitor = watched.record, watched.monitor
         previous = signal.getsignal(signal.SIGTERM)
-        if previous is signal.SIG_DFL:  # a verb may have its own handler
+        may_end_at_once = previous is signal.SIG_DFL  # a verb with progress to save has its own handler
+        if may_end_at_once:
             _handle_sigterm(raise_terminated)
         if self.size > 1:
             watched.heartbeats.beat()  # before the barrier, after which each rank is known to the others
             monitor.start()
         try:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
-            self.barrier()
+            if self.size > 1:  # with the timeout: a rank that has not begun its heartbeats is never silent
+                dist.barrier(group=self.control)
             last_words.append(record.report)
-            yield
+            with answered_at_once() if may_end_at_once else contextlib.nullcontext():
+                yield
             self.barrier()
         except BaseException as failure:
             # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
             _handle_sigterm(signal.SIG_IGN)
             monitor.stop()
             error = self._error_of(failure, watched)
-            if error is None:  # a bug, which keeps its traceback, or Ctrl-C
-                is_interrupt = isinstance(failure, KeyboardInterrupt)
-                record.report(ExitCode.interrupted if is_interrupt else ExitCode.failed)
+            if error is None:  # a bug, which keeps its traceback, or a signal
+                record.report(_exit_code_of(failure))
                 record.wait_for_all(FAREWELL_SECONDS)
             if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
                 _handle_sigterm(previous)
@@ -240,7 +243,9 @@ class World:
     def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
         record, neighbours = watched.record, watched.neighbours
-        deadline = time.monotonic() + _PEER_PATIENCE_SECONDS
+        is_sigterm = isinstance(failure, SystemExit)
+        patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS if is_sigterm else _PEER_PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             exit_code, lost = record.exit_code(), neighbours.lost()
             if exit_code is not None:
@@ -262,6 +267,15 @@ def _handle_sigterm(handler: Any) -> None:
     """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def _exit_code_of(failure: BaseException) -> int:
+    """Return the exit code of a process that ends by a failure that is no error of the user."""
+    if isinstance(failure, KeyboardInterrupt):
+        return ExitCode.interrupted
+    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+        return failure.code
+    return ExitCode.failed
 
 
 def _user_error(failure: BaseException) -> DpoDistError | None:

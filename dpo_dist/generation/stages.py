@@ -1,10 +1,12 @@
 """Stages of work with whole models on every process: finished part by part, resumable."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.device_memory import explain_out_of_memory
@@ -82,6 +84,7 @@ def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[St
         offload_optimizer=Offload.none,
     )
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    reports = Reports(screen.alarm, screen.say)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(screen.alarm, screen.say, stacks)
     with joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
         yield Stages(world, screen, remedy)

@@ -150,6 +150,7 @@ def _load_sharded(
         if finish is not None:
             finish(model)
     hidden_size = model.causal_lm.config.hidden_size
+    world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
     return FrozenEngine(model, with_layer_prefetch(deepspeed_config, hidden_size), own)
 
 

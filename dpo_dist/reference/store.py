@@ -198,11 +198,15 @@ class LogpStore:
                 raise ReferenceModelError(
                     "a reference log-prob that this run needs is missing or damaged",
                     where=str(self.folder),
-                    got=f"entry {key[0]:016x}{key[1]:016x}",
+                    got=f"entry {key[0]:016x}{key[1]:016x}{self._damage()}",
                     remedy="start the same command again: missing log-probs are computed before training",
                 )
             entries.append(values)
         return entries
+
+    def _damage(self) -> str:
+        names = ", ".join(self.damaged_entries)
+        return f"; damaged: {names}" if names else ""
 
     def write(self, keys: Keys, entries: Sequence[Values]) -> str:
         """Append entries as one shard, whole or not at all; visible to stores opened afterwards.

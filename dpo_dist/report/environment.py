@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.secret_text import without_secrets
 
 _PACKAGES = (
     "dpo-dist",

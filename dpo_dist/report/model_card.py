@@ -21,7 +21,7 @@ from dpo_dist.evaluation.results import results_name
 from dpo_dist.number_text import counted, number
 from dpo_dist.report.charts.smoothing import evenly
 from dpo_dist.report.markdown import code, inert, table
-from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.secret_text import without_secrets
 
 Row = Mapping[str, Any]
 

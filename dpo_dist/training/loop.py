@@ -24,7 +24,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.prefetch import prefetch
-from dpo_dist.reference.shard import is_whole
+from dpo_dist.reference.shard import has_its_entries
 from dpo_dist.report.recorder import Recorder, spared
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.histogram import Histogram
@@ -152,7 +152,7 @@ class Loop:
         """
         sampler = self.inputs.sampler
         arrays = MappedFiles(self.inputs.mapped_files, is_intact)
-        shards = MappedFiles(self.objective.reference.mapped_files(), is_whole)
+        shards = MappedFiles(self.objective.reference.mapped_files(), has_its_entries)
         for step in range(first, sampler.steps):
             arrays.check()
             shards.check()

@@ -11,7 +11,7 @@ from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import joined
 from dpo_dist.distributed.monitor import Reports
-from dpo_dist.distributed.nvme import check_async_io
+from dpo_dist.distributed.nvme import load_async_io
 from dpo_dist.distributed.world import World
 from dpo_dist.model.flops import PeakFlops, datasheet_peak, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
@@ -24,7 +24,7 @@ from dpo_dist.report.terminal.console import Console
 def open_world(config: RunConfig, console: Console) -> Iterator[World]:
     """Yield the world of this process's launch, set up as `config` says; collective."""
     if config.reference.offload is Offload.nvme:
-        check_async_io()
+        load_async_io(console.say)
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
     deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)

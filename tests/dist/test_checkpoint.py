@@ -5,7 +5,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.loss_kinds import LossConfig, LossKind
+from dpo_dist.config.loss_kinds import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
+    Offload,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -30,17 +31,22 @@ from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint, load_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import MANIFEST, read_manifest
 from dpo_dist.distributed.engine import SHARDS, PolicyEngine
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
 from dpo_dist.model.adapters import add_adapter
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.running_stats import RunningMeans
-from dpo_dist.reference.providers import NoReference
+from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.providers import LiveReference, NoReference
 from dpo_dist.training.batch_loss import Objective
+from dpo_dist.training.position import Position
 from dpo_dist.training.step import train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
+from tests.support.cpu_adam import needs_cpu_adam
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
@@ -50,10 +56,11 @@ OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), NoReference())
 
 @dataclass(frozen=True)
 class Policy:
-    """What is trained."""
+    """What is trained; with `loss`, one with running means, and a reference that follows the policy."""
 
     adapter: AdapterConfig | None = None
     quantization: Quantization | None = None
+    loss: LossConfig | None = None
 
 
 class Trainer:
@@ -66,31 +73,45 @@ class Trainer:
         adapter: AdapterConfig | None = None,
         dtype: Dtype = Dtype.fp32,
         quantization: Quantization | None = None,
+        loss: LossConfig | None = None,
     ):
         model_config = assets.config(assets.policy).model
         config = replace(model_config, adapter=adapter, dtype=dtype, quantization=quantization)
+        self.objective, self.sync = OBJECTIVE, None
+        if loss is not None:
+            reference = load_reference(assets.reference, assets.config(assets.policy, dtype=dtype), world)
+            self.objective = Objective(loss, LiveReference(reference))
         model = load_packed(assets.policy, config, 1024, world.device)
         if adapter is not None:
             add_adapter(model, config, seed=0)
         self.policy = PolicyEngine(model, OPTIM, world)
-        self.dataset = assets.dataset()
+        if loss is not None:
+            self.sync = ReferenceSync(reference, self.policy, SyncReferenceConfig(1, 0.5), world)
+        self.dataset, self.position = assets.dataset(), Position()
         self.world = world
 
     def step(self, rows: Sequence[int]) -> float:
         plan = shard_batch(self.dataset, np.array(rows), self.world.rank, self.world.size, 256, COSTS)
-        device = self.world.device
-        ready, clock = OBJECTIVE.ready_step(plan, device), StepClock(device)
-        return train_step(self.policy, OBJECTIVE, ready, OPTIM.lr, self.world, clock, RunningMeans())[
-            1
-        ].item()
+        device, objective, position = self.world.device, self.objective, self.position
+        ready, clock = objective.ready_step(plan, device), StepClock(device)
+        sums, norm = train_step(self.policy, objective, ready, OPTIM.lr, self.world, clock, position.running)
+        means = MetricSums(sums.names, self.world.sum(sums.values)).means()
+        position.add_running(objective.loss, means, len(rows))
+        position.step += 1
+        if self.sync is not None:
+            self.sync.after_step(position.step)
+        return norm.item()
 
     def save(self, root: Path, step: int, keep_last: int = 2) -> None:
         saver = self.saver(root, keep_last)
-        saver.save(step, {"step": step})
+        saver.save(step, {**asdict(self.position), "step": step})
         saver.commit()
 
     def saver(self, root: Path, keep_last: int = 2) -> CheckpointSaver:
-        return CheckpointSaver(root, keep_last, [self.policy], self.world)
+        return CheckpointSaver(root, keep_last, self.parts(), self.world)
+
+    def parts(self) -> list[Sharded]:
+        return [self.policy] if self.sync is None else [self.policy, self.sync]
 
     def held(self) -> list[Tensor]:
         """Copies of this rank's weights, master weights and optimizer states."""
@@ -150,8 +171,44 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
     demand_exact(partial(save_go_on_and_return, assets, root, None, dtype), kind, dtype, tmp_path)
 
 
+OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
+
+
+@needs_cpu_adam
+def test_a_checkpoint_of_an_offloaded_optimizer_is_exact(assets: Assets, tmp_path: Path) -> None:
+    scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints", None, Dtype.bf16)
+    demand_exact(scenario, OFFLOADED, Dtype.bf16, tmp_path)
+
+
+def train_with_bad_step(assets: Assets, is_bad: bool, world: World, _folder: Path) -> list[float]:
+    """Return the gradient norms of the steps beside the bad one."""
+    trainer = Trainer(assets, world, dtype=Dtype.bf16)
+    norms = [trainer.step([0, 1, 2])]
+    if is_bad:
+        backward = trainer.policy.backward
+        with mock.patch.object(
+            trainer.policy, "backward", lambda loss, is_last: backward(loss * torch.nan, is_last)
+        ):
+            assert trainer.step([3, 4, 5]) == torch.inf
+    return [*norms, trainer.step([6, 7]), trainer.step([8, 9, 10])]
+
+
+@needs_cpu_adam
+def test_a_bad_step_of_an_offloaded_optimizer_is_lost_alone(assets: Assets, tmp_path: Path) -> None:
+    plain, with_bad = (
+        run_ranks(
+            partial(train_with_bad_step, assets, is_bad), 1, tmp_path / f"{is_bad}", OFFLOADED, Dtype.bf16
+        )
+        for is_bad in (False, True)
+    )
+    assert with_bad == plain
+
+
 def demand_exact(
-    scenario: Callable[[World, Path], dict[str, Any]], kind: ParallelismKind, dtype: Dtype, folder: Path
+    scenario: Callable[[World, Path], dict[str, Any]],
+    kind: ParallelismKind | ParallelismConfig,
+    dtype: Dtype,
+    folder: Path,
 ) -> None:
     for result in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
         assert result.pop("folder") == "step-000002"
@@ -330,24 +387,32 @@ def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Asset
 def train_and_save(
     assets: Assets, root: Path, policy: Policy, dtype: Dtype, world: World, _folder: Path
 ) -> list[float]:
-    """Train two steps and save; return the gradient norms of two more."""
-    trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization)
+    """Train two steps and save; return `two_steps` after them."""
+    trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization, policy.loss)
     trainer.step([0, 1, 2])
     trainer.step([3, 4, 5])
     trainer.save(root, 2)
-    return [trainer.step([6, 7]), trainer.step([8, 9, 10])]
+    return two_steps(trainer)
+
+
+def two_steps(trainer: Trainer) -> list[float]:
+    """Return the gradient norms of two more steps, and the running means after them."""
+    norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
+    running = trainer.position.running
+    return [*norms, running.margin or 0.0, running.reward]
 
 
 def load_and_save(
     assets: Assets, root: Path, policy: Policy, dtype: Dtype, world: World, _folder: Path
 ) -> list[float]:
     """Load the checkpoint, save it again as step 3 and return the gradient norms of the next two steps."""
-    trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization)
+    trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization, policy.loss)
     found = latest_checkpoint(root, world)
     assert found is not None
-    load_checkpoint(found, [trainer.policy], world)
+    load_checkpoint(found, trainer.parts(), world)
+    trainer.position = Position.of(found.state)
     trainer.save(root, 3)
-    return [trainer.step([6, 7]), trainer.step([8, 9, 10])]
+    return two_steps(trainer)
 
 
 DDP, ZERO2, ZERO3 = map(
@@ -357,6 +422,8 @@ FULL = Policy()
 LORA = Policy(AdapterConfig(r=2, alpha=4))
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
 NF4 = replace(DORA, quantization=Quantization.nf4)
+BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_mean))
+BETA_DPO = Policy(loss=LossConfig(kind=LossKind.beta_dpo))
 INT8 = replace(LORA, quantization=Quantization.int8)
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
@@ -364,11 +431,11 @@ WORLDS = {
     "full in bf16, 2 to 3": (FULL, BF16, 2, ZERO3, 3, ZERO3),
     "full, 3 with zero3 to 2 with zero2": (FULL, FP32, 3, ZERO3, 2, ZERO2),
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
-    "full, 2 with zero3 to 1": (FULL, FP32, 2, ZERO3, 1, DDP),
+    "bco and a reference that follows, 2 with zero3 to 1": (BCO, FP32, 2, ZERO3, 1, DDP),
     "full in bf16, 2 with zero3 to 1": (FULL, BF16, 2, ZERO3, 1, DDP),
     "LoRA, 1 to 3 with zero3": (LORA, FP32, 1, DDP, 3, ZERO3),
     "DoRA in bf16, 1 to 3 with zero3": (DORA, BF16, 1, DDP, 3, ZERO3),
-    "full, 3 with ddp to 2 with zero3": (FULL, FP32, 3, DDP, 2, ZERO3),
+    "beta_dpo and a reference that follows, 3 with ddp to 2 with zero3": (BETA_DPO, FP32, 3, DDP, 2, ZERO3),
     "full in bf16, 3 with ddp to 2 with zero3": (FULL, BF16, 3, DDP, 2, ZERO3),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
     "LoRA in bf16, 1 to 3 with zero2": (LORA, BF16, 1, ZERO2, 3, ZERO2),
@@ -387,14 +454,22 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     norms = run_ranks(saving, ranks, tmp_path / "ranks", kind, dtype)
     loading = partial(load_and_save, assets, root, policy, dtype)
     others = run_ranks(loading, other_ranks, tmp_path / "others", other_kind, dtype)
-    first, second = (SavedSlices.find(root / f"step-00000{step}", SHARDS) for step in (2, 3))
-    assert (first.step, first.shapes) == (second.step, second.shapes)
-    assert first.step == 2
-    assert {*first.parts} == {*second.parts} == {"weight", "exp_avg", "exp_avg_sq"}
-    for name in first.shapes:
-        for part in first.parts:
-            assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
+    moments = {"exp_avg", "exp_avg_sq"}
+    demand_same_slices(root, SHARDS, {"weight", *moments}, step=2)
+    if policy.loss is not None:
+        demand_same_slices(root, "reference", {"weight"}, step=0)
     tolerance = 1e-5 if dtype is Dtype.fp32 else 2e-2
     for found in others:
         assert found[0] == pytest.approx(norms[0][0], rel=tolerance)
-        assert found[1] == pytest.approx(norms[0][1], rel=10 * tolerance)
+        assert found[1:] == pytest.approx(norms[0][1:], rel=10 * tolerance)
+
+
+def demand_same_slices(root: Path, model: str, parts: set[str], step: int) -> None:
+    """Checkpoints 2 and 3 have the same tensors of a model, with this number of updates."""
+    first, second = (SavedSlices.find(root / f"step-00000{number}", model) for number in (2, 3))
+    assert (first.step, first.shapes) == (second.step, second.shapes)
+    assert first.step == step
+    assert {*first.parts} == {*second.parts} == parts
+    for name in first.shapes:
+        for part in parts:
+            assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)

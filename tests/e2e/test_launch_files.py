@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_accelerate_reads_geometry(file: Path) -> None:
     assert "mixed_precision" not in content, "precision is model.dtype"
 
 
-def accelerate_command(
+def launcher_command(
     tmp_path: Path,
     cwd: Path = ROOT,
     unset: str = "",
@@ -93,7 +94,7 @@ def accelerate_command(
     stand_ins = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 exec "$@"',
         "scontrol": '[[ $2 == hostnames ]] && printf "n4\\nn5\\nn7\\n" || echo "  NodeAddr=10.0.0.4 Port=0"',
-        "accelerate": f"exec {shlex.quote(sys.executable)} -c '{show}' \"$@\"",
+        "python": f"exec {shlex.quote(sys.executable)} -c '{show}' \"$@\"",
     }
     for name, body in (stand_ins | (programs or {})).items():
         (bin_folder / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -122,14 +123,16 @@ def accelerate_command(
 def parsed(answer: subprocess.CompletedProcess[str]) -> tuple[dict[str, object], list[str]]:
     """Return accelerate's settings for the command, and the program's arguments."""
     assert answer.returncode == 0, answer.stderr
-    arguments = launch_command_parser().parse_args(json.loads(answer.stdout)[1:])
+    options, program = json.loads(answer.stdout)[2:], json.loads(answer.stdout)[:2]
+    assert program == ["-m", "dpo_dist.launch"]
+    arguments = launch_command_parser().parse_args(options)
     validated, _, _ = _validate_launch_command(arguments)
     return vars(validated), validated.training_script_args
 
 
 def test_each_node_launches_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    settings, arguments = parsed(accelerate_command(tmp_path))
+    settings, arguments = parsed(launcher_command(tmp_path))
     assert (settings["num_machines"], settings["machine_rank"]) == (3, 1)
     assert settings["num_processes"] == 12
     assert settings["main_process_ip"] == "10.0.0.4"
@@ -145,22 +148,20 @@ def test_variables_choose_verb_and_processes(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(ROOT)
     activate = tmp_path / "activate"
     activate.write_text("export PATH=$PATH; : $UNSET_AS_IN_REAL_ONES; VERB_OF_ENV=1\n")
-    answer = accelerate_command(
-        tmp_path, VERB="precompute", PROCESSES_PER_NODE="2", DPO_DIST_ENV=str(activate)
-    )
+    answer = launcher_command(tmp_path, VERB="precompute", PROCESSES_PER_NODE="2", DPO_DIST_ENV=str(activate))
     settings, _ = parsed(answer)
     assert settings["training_script"] == "dpo_dist.precompute"
     assert settings["num_processes"] == 6
 
 
 def test_a_start_elsewhere_names_the_right_folder(tmp_path: Path) -> None:
-    answer = accelerate_command(tmp_path, cwd=tmp_path)
+    answer = launcher_command(tmp_path, cwd=tmp_path)
     assert answer.returncode == 2
     assert "submit from the root of the checkout" in answer.stderr
 
 
 def test_a_cluster_that_counts_no_gpus_gets_a_remedy(tmp_path: Path) -> None:
-    answer = accelerate_command(tmp_path, unset="SLURM_GPUS_ON_NODE")
+    answer = launcher_command(tmp_path, unset="SLURM_GPUS_ON_NODE")
     assert answer.returncode == 2
     assert "unbound" not in answer.stderr
     assert "PROCESSES_PER_NODE=8" in answer.stderr
@@ -170,17 +171,17 @@ def test_processes_are_given_where_gpus_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    settings, _ = parsed(accelerate_command(tmp_path, unset="SLURM_GPUS_ON_NODE", PROCESSES_PER_NODE="2"))
+    settings, _ = parsed(launcher_command(tmp_path, unset="SLURM_GPUS_ON_NODE", PROCESSES_PER_NODE="2"))
     assert settings["num_processes"] == 6
 
 
 def test_a_job_without_a_number_of_cpus_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    parsed(accelerate_command(tmp_path, unset="SLURM_CPUS_PER_TASK"))
+    parsed(launcher_command(tmp_path, unset="SLURM_CPUS_PER_TASK"))
 
 
 def test_a_missing_environment_ends_the_job(tmp_path: Path) -> None:
-    answer = accelerate_command(tmp_path, DPO_DIST_ENV=str(tmp_path / "nowhere"))
+    answer = launcher_command(tmp_path, DPO_DIST_ENV=str(tmp_path / "nowhere"))
     assert answer.returncode != 0
     assert "nowhere" in answer.stderr
 
@@ -197,7 +198,39 @@ def test_only_a_time_limit_queues_a_job_again_that_slurm_ends(
         "show "*) echo NodeAddr=10.0.0.4 ;;
         requeue*) echo "$@"; kill -KILL $PPID ;;
     esac"""
-    srun = 'kill -TERM $PPID; sleep 0.2; echo 75 >>"$DPO_DIST_EXIT_CODES"; exit 1'
-    ended = accelerate_command(tmp_path, programs={"scontrol": scontrol, "srun": srun})
+    srun = "kill -TERM $PPID; sleep 0.2; exit 75"
+    ended = launcher_command(tmp_path, programs={"scontrol": scontrol, "srun": srun})
     assert ("requeue 123456" in ended.stdout) == is_queued_again
     assert ("is queued again" in ended.stdout) == is_queued_again
+
+
+@pytest.mark.parametrize(
+    ("of_nodes", "ended", "said"),
+    [
+        ("0 0 0", 0, ""),
+        ("2 143 143", 2, ""),  # srun has ended the others
+        ("75 3 69", 3, ""),
+        ("1 1 1", 1, ""),
+        ("69 137 69", None, "a process died"),
+        ("- 69 137", None, "a process died"),  # a node that wrote nothing
+        ("75 75 75", None, "the run was stopped and saved"),
+    ],
+)
+def test_the_codes_of_all_nodes_decide(tmp_path: Path, of_nodes: str, ended: int | None, said: str) -> None:
+    srun = f"""while [[ $1 == --* ]]; do shift; done
+        codes=({of_nodes})
+        for SLURM_NODEID in 2 0 1; do
+            export SLURM_NODEID
+            if [[ ${{codes[SLURM_NODEID]}} == - ]]; then continue; fi
+            CODE=${{codes[SLURM_NODEID]}} "$@" || code=$?
+        done
+        exit ${{code:-0}}"""
+    scontrol = """case "$1 $2" in
+        requeue*) kill -KILL $PPID ;;
+        *) echo NodeAddr=10.0.0.4 ;;
+    esac"""
+    programs = {"srun": srun, "scontrol": scontrol, "python": "exit $CODE"}
+    answer = launcher_command(tmp_path, programs=programs)
+    assert answer.returncode == (-signal.SIGKILL if ended is None else ended), answer.stderr
+    assert said in answer.stdout
+    assert (ended is None) == (tmp_path / "dpo_dist-123456").exists()

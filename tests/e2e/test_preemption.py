@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dpo_dist.progress_file import exit_codes
 from tests.e2e.conftest import Overrides, small_run
 from tests.support.invented import write_pairs
 from tests.support.launch import history, run_state, run_verb, signal_run, summary, train
@@ -50,7 +51,7 @@ def test_a_signal_saves_and_the_same_command_resumes_exactly(
         output = stopped.output
     else:
         output = signal_run(command, number, ranks, saved, codes=tmp_path / "codes").output
-        assert (tmp_path / "codes").read_text().split() == ["75", "75"], output
+        assert exit_codes(tmp_path / "codes") == [75, 75], output
     assert "process lost" not in output
     state = run_state(run)
     assert state["outcome"] == "preempted"

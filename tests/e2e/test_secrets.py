@@ -72,7 +72,7 @@ def contents(file: Path) -> Iterator[bytes]:
 
 @pytest.fixture(scope="module")
 def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[bytes], str]:
-    """The folder of all that four verbs wrote, the arguments of processes, and the screens."""
+    """The folder of all that the verbs wrote, the arguments of processes, and the screens."""
     folder = tmp_path_factory.mktemp("secrets")
     run = [part for part in small_run(assets, folder) if not part.startswith("tracking.wandb")]
     evaluated = f"data.eval=[{assets}/eval.jsonl]"
@@ -88,6 +88,13 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     def refuse(_: object, __: int) -> tuple[int, dict[str, str], str]:
         return 401, {}, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
 
+    noted = f"tracking.notes='{TYPED} {SECRETS['MY_SECRET']}'"
+    compared = [
+        f"compare.models=[base={assets}/model,{folder}/exported]",
+        "compare.prompts=2",
+        "compare.max_new_tokens=4",
+        f"run.dir={folder}/compared",
+    ]
     judged = [
         "pairs.method=samples",
         "pairs.max_new_tokens=4",
@@ -97,14 +104,20 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     ]
     with Arguments() as arguments, judge_server(refuse) as server:
         codes = [
-            verb("train", evaluated, "tracking.wandb=offline", f"tracking.notes='{TYPED}'"),
+            verb("precompute", noted),
+            verb("doctor", noted, f"run.dir={folder}/doctor"),
+            verb("train", evaluated, "tracking.wandb=offline", noted),
             verb("evaluate", evaluated),
+            verb("export", noted, evaluated, f"export.output={folder}/exported"),
+            verb("compare", noted, evaluated, *compared),
+            verb("train", noted, f"[{SECRETS['MY_SECRET']}"),
+            verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
+            verb("train", noted, "--cfg", "job"),
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={folder}/pairs"),
             verb("train", evaluated, "optim.lr=1e30", f"run.dir={folder}/failed", "tracking.wandb=offline"),
         ]
-    assert codes[:2] == [0, 0], screens
-    assert codes[2] == 2, screens[2]
-    assert server.headers, screens[2]
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens
+    assert server.headers, screens[-2]
     return folder, arguments.seen, "".join(screens)
 
 

@@ -27,7 +27,7 @@ def main() -> int:
         calls.write(json.dumps({"verb": verb, "round": number, "config": config}) + "\n")
     code = _failure(verb, number)
     code = code or (_pairs(run_dir, number) if verb == "pairs" else _train(run_dir))
-    Path(os.environ[EXIT_CODES]).write_text(f"{code}\n")
+    Path(f"{os.environ[EXIT_CODES]}.0").write_text(f"{code}\n")
     return min(code, 1)  # as accelerate does
 
 

@@ -107,7 +107,7 @@ def signal_run(
         ranks: that get it; none: the launcher.
         when: called often.
         processes: of the training.
-        codes: file to which the processes add their exit codes.
+        codes: path of the exit codes of the processes.
     """
     with subprocess.Popen(
         command("train", overrides, processes),

@@ -50,11 +50,10 @@ class Cluster:
         self._ports = _free_ports(3)
 
     def _write_launcher(self) -> None:
-        """Write an `accelerate` without the GPUs of SLURM, which are invented."""
-        launcher = self._folder / "bin" / "accelerate"
+        """Write a `python` without the GPUs of SLURM, which are invented."""
+        launcher = self._folder / "bin" / "python"
         launcher.parent.mkdir()
-        real = Path(sys.executable).parent / "accelerate"
-        launcher.write_text(f'#!/bin/sh\nunset CUDA_VISIBLE_DEVICES\nexec {real} "$@"\n')
+        launcher.write_text(f'#!/bin/sh\nunset CUDA_VISIBLE_DEVICES\nexec {sys.executable} "$@"\n')
         launcher.chmod(0o755)
 
     def start(self) -> None:

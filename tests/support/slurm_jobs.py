@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +14,13 @@ RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "NODE_
 # Whether the whole suite runs beside it on two cores or not.
 _SECONDS = 240.0
 STAND_IN = r"""#!/bin/bash
-# A launcher whose processes have just ended: $CODES are their exit codes, in turn for each start of the job.
+# A launcher whose processes have just ended: $CODES are its exit codes, in turn for each start of the job.
 start=${SLURM_RESTART_COUNT:-0}
 read -ra of_starts <<<"$CODES"
-codes=${of_starts[start]:-0}
-[[ $codes == *saved* ]] && echo checkpoint >>"$DPO_DIST_PROGRESS"
-[[ $codes == *person* ]] && echo "stopped by the tracker" >>"$DPO_DIST_PROGRESS"
-for code in ${codes//[^0-9]/ }; do echo "$code" >>"$DPO_DIST_EXIT_CODES"; done
-[[ $codes == 0 ]]
+code=${of_starts[start]:-0}
+[[ $code == *saved* ]] && echo checkpoint >>"$DPO_DIST_PROGRESS"
+[[ $code == *person* ]] && echo "stopped by the tracker" >>"$DPO_DIST_PROGRESS"
+exit "${code//[^0-9]/}"
 """
 
 
@@ -87,7 +85,6 @@ def submit(cluster: Cluster, folder: Path, options: list[str], arguments: list[s
     """
     environment = cluster.environment | {
         "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}:{cluster.environment['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "DPO_DIST_ENV": "",
         "PROCESSES_PER_NODE": "1",
@@ -109,8 +106,8 @@ def jobs_of(array: Job, number: int) -> list[Job]:
 
 
 def with_stand_in(folder: Path) -> str:
-    """Return a PATH on which `accelerate` is STAND_IN."""
-    launcher = folder / "bin" / "accelerate"
+    """Return a PATH on which `python` is STAND_IN."""
+    launcher = folder / "bin" / "python"
     launcher.parent.mkdir()
     launcher.write_text(STAND_IN)
     launcher.chmod(0o755)

@@ -214,15 +214,18 @@ def test_only_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     living, file = temporary_name(tmp_path / "folder"), temporary_name(tmp_path / "file")
     dead = file.with_name(file.name.replace(f"-{os.getpid()}-", "-999999999-"))
     old, new = tmp_path / "old.tmp-0123456789ab", tmp_path / "new.tmp-0123456789ab"
-    aside, superseded = tmp_path / "gone.tmp-replaced-01", tmp_path / "there.tmp-replaced-01"
+    aside, superseded = (tmp_path / f"{name}.tmp-replaced-0123456789ab" for name in ("gone", "there"))
+    foreign = ("my.tmp-1", "a.tmp-x-1-2-3", "b.tmp-replaced-", "c.tmp-0123456789ab.txt")
+    of_users = [tmp_path / name for name in foreign]
     for folder in (living, aside, superseded, tmp_path / "there"):
         folder.mkdir()
-    for one in (file, dead, old, new):
+    for one in (file, dead, old, new, *of_users):
         one.write_bytes(b"")
-    for one in (old, aside, superseded):
+    for one in (old, aside, superseded, *of_users):
         os.utime(one, (0, 0))
     assert collect_abandoned(tmp_path) == sorted([dead, old, superseded])
-    assert names(tmp_path) == sorted(path.name for path in (living, file, new, aside, tmp_path / "there"))
+    kept = (living, file, new, aside, tmp_path / "there", *of_users)
+    assert names(tmp_path) == sorted(path.name for path in kept)
     assert collect_abandoned(tmp_path / "missing") == []
 
 

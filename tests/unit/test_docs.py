@@ -91,6 +91,7 @@ def test_every_exit_code_is_described() -> None:
         ExitCode.interrupted: "interrupted",
         ExitCode.invalid: "error",
         ExitCode.diverged: "diverged",
+        ExitCode.lost: "process",
         ExitCode.preempted: "preempted",
     }
 

@@ -54,9 +54,10 @@ def test_a_pickled_error_keeps_every_part(kind: type[DpoDistError]) -> None:
 
 def test_exit_codes_are_the_documented_ones() -> None:
     assert {kind: kind.exit_code for kind in kinds()} == {
-        kind: {DivergedError: 3, PeerLostError: 1, StoppedError: 75}.get(kind, 2) for kind in kinds()
+        kind: {DivergedError: 3, PeerLostError: 69, StoppedError: 75}.get(kind, 2) for kind in kinds()
     }
-    codes = {"completed": 0, "failed": 1, "invalid": 2, "diverged": 3, "preempted": 75, "interrupted": 130}
+    codes = {"completed": 0, "failed": 1, "invalid": 2, "diverged": 3, "lost": 69, "preempted": 75}
+    codes["interrupted"] = 130
     assert {code.name: code.value for code in ExitCode} == codes
 
 

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
 FOUNDATION = (
+    "secret_text",
     "errors",
     "atomic",
     "digests",

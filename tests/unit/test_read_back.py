@@ -17,7 +17,9 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
+from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encoded_manifest import ARRAYS, read_manifest
 from dpo_dist.data.encoded_source import EncodedSource, find_damage, view
 from dpo_dist.digests import content_digest, recall, text_digest
@@ -272,6 +274,15 @@ def look(folder: Path) -> int | None:
         {"pair_pieces": [2**62, -(2**62)], "prompts": [0, 0], "origins": [0, 1, 0, 1]},
         {"outcomes": [2**31 - 1]},
         {"outcomes": [-1]},
+        {"keys": [0] * 2},
+        {"scores": []},
+        {"prompts": []},
+        {"origins": [5, 1]},
+        {"origins": [-5, 1]},
+        {"trained_tokens": [5, 1]},
+        {"trained_tokens": [-1, 1]},
+        {"trained_tokens": [1, 0], "mask_starts": [0, 10**12]},
+        {"trained_tokens": [1, 0], "trained": [1], "mask_starts": [0, -7]},
     ],
     ids=str,
 )
@@ -288,9 +299,13 @@ def test_forged_offsets_of_encoded_data_are_an_error(changed: dict[str, list[int
         {"sizes": {"ids": "3"}},
         {"sizes": []},
         {"outcomes": [[None, "1", []]]},
+        {"outcomes": [[None, 10**30, []]]},
+        {"outcomes": [[["x"], 1, []]]},
+        {"fingerprint": 5},
         {"outcomes": 1},
         {"files": [1]},
         {"examples": [[0, 7, 1, "a", "b"]]},
+        {"examples": [["a", 0, 1, "a", {}]]},
         {"examples": [[0, 0, 1]]},
         {"records": "1"},
     ],
@@ -301,3 +316,25 @@ def test_a_forged_manifest_of_encoded_data_is_damage(change: dict[str, Any], tmp
     stored = json.loads((folder / "manifest.json").read_bytes())
     sign(folder, json.loads(stored["content"]) | change)
     assert look(folder) is None
+
+
+def test_outcomes_of_more_examples_than_there_are_are_an_error(tmp_path: Path) -> None:
+    folder = encoded(tmp_path / "folder")
+    stored = json.loads((folder / "manifest.json").read_bytes())
+    sign(folder, json.loads(stored["content"]) | {"outcomes": [[None, 5, []]]})
+    with pytest.raises(DataError, match="digests do not show"):
+        look(folder)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 4], [1, 2, 2**31 - 1], [-1, 2, 3]], ids=str)
+def test_ids_above_the_largest_one_are_an_error_before_a_model_gets_them(
+    ids: list[int], tmp_path: Path
+) -> None:
+    for name, changed in (("whole", {}), ("forged", {"ids": ids})):
+        source = EncodedSource("a.jsonl", encoded(tmp_path / name, **changed))
+        dataset = open_dataset([source], DataConfig())
+        if name == "whole":
+            dataset.sequences(0)
+    with pytest.raises(DataError, match="digests do not show") as caught:
+        dataset.sequences(0)
+    assert caught.value.where == "a.jsonl:1"

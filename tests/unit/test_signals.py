@@ -89,7 +89,7 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     started = time.monotonic()
     assert in_child(wait_for_the_second) == 130
     assert time.monotonic() - started < 30
-    assert (tmp_path / "codes").read_text() == "130\n"
+    assert (tmp_path / "codes.0").read_text() == "130\n"
     assert (tmp_path / "said").read_text() == "130"
 
 
@@ -130,7 +130,7 @@ def test_before_the_start_a_signal_ends_with_one_line(
         capfd.readouterr().err
         == "stopped: by SIGUSR1 before the start\n  to do:    run the same command again to continue\n"
     )
-    assert (tmp_path / "codes").read_text() == "75\n"
+    assert (tmp_path / "codes.0").read_text() == "75\n"
 
 
 def test_a_signal_is_answered_while_the_main_thread_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Checks of rounds: the configuration, and that the earlier rounds of a folder had the same settings."""
 
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.identity import differing_keys, plain
@@ -9,7 +9,9 @@ from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.tracking_schema import TrackingConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.secret_text import without_secrets
 
 # Keys of `pairs` that another start may change: the length, the hardware, and methods that rounds do not use.
 _FREE = ("rounds", "launcher", "batch_tokens", "part_prompts", "people")
@@ -61,6 +63,21 @@ def check_rounds(config: RunConfig) -> None:
     ):
         if is_broken:
             raise ConfigError(message, where=where, got=got, remedy=remedy)
+    _check_secrets(config)
+
+
+def _check_secrets(config: RunConfig) -> None:
+    """Check that the configuration without secrets, which the stages get in a file, does the same."""
+    stage = replace(config, tracking=TrackingConfig(), pairs=replace(config.pairs, launcher=None))
+    for section, values in asdict(stage).items():
+        for name, value in values.items():
+            if without_secrets(plain(value)) != plain(value):
+                raise ConfigError(
+                    "a secret in the configuration would be written to a file of each round",
+                    where=f"{section}.{name}",
+                    expected="no credentials in addresses, no tokens, no values of variables like HF_TOKEN",
+                    remedy="remove it; the programs of a round get the variables of the environment",
+                )
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
@@ -75,10 +92,10 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     if not file.exists() or not folder.round(1).round_result.exists():
         write_text(file, to_yaml(config))
         return
-    before = from_yaml(file.read_text(encoding="utf-8"))
-    changed = differing_keys(before, config)
+    before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
+    changed = differing_keys(before, now)
     for field in fields(PairsConfig):
-        old, new = plain(getattr(before.pairs, field.name)), plain(getattr(config.pairs, field.name))
+        old, new = plain(getattr(before.pairs, field.name)), plain(getattr(now.pairs, field.name))
         if field.name not in _FREE and old != new:
             changed[f"pairs.{field.name}"] = (old, new)
     if changed:

@@ -15,8 +15,9 @@ from dpo_dist.atomic import write_text
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError, ExitCode
-from dpo_dist.progress_file import EXIT_CODES
+from dpo_dist.progress_file import EXIT_CODES, exit_codes
 from dpo_dist.safe_stream import output_descriptor
+from dpo_dist.signals import stop_signals
 
 _EXPERIMENT = "round"
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
@@ -25,7 +26,7 @@ _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str]) -> list[str]:
     """Write `config` as an experiment below `folder`; return the command that runs the verb with it.
 
-    The command is complete: it does the same when it is typed by hand.
+    The command is complete: it does the same when it is typed by hand. The file has no secrets.
 
     Args:
         verb: `pairs` or `train`.
@@ -39,7 +40,7 @@ def command_of(verb: str, config: RunConfig, folder: Path, start: Sequence[str])
 
 
 def launcher(written: str | None) -> list[str]:
-    """Return the start of a command: as written, by default `accelerate launch` if there are several GPUs.
+    """Return the start of a command: as written, by default `dpo_dist.launch` if there are several GPUs.
 
     Raises:
         ConfigError: it is not one command.
@@ -57,24 +58,24 @@ def launcher(written: str | None) -> list[str]:
     import torch  # noqa: PLC0415  (slow, and only needed here)
 
     several = torch.cuda.device_count() > 1
-    return [sys.executable, *(("-m", "accelerate.commands.launch") if several else ())]
+    return [sys.executable, *(("-m", "dpo_dist.launch") if several else ())]
 
 
 def run_command(command: list[str], codes: Path) -> int:
-    """Run a command to its end and return its exit code; SIGINT and SIGTERM are passed on to its processes.
+    """Run a command to its end and return its exit code; signals to stop are passed on to its processes.
 
     They end with this process, even if that is killed.
 
     Args:
         command: from `command_of`.
-        codes: file for the exit codes of its processes: a launcher replaces them by its own, usually 1.
+        codes: path for the exit codes of its processes: a launcher replaces them by its own, usually 1.
 
     Raises:
         ConfigError: the launcher does not exist.
         KeyboardInterrupt: the command has ended after SIGINT.
-        SystemExit: it has ended after SIGTERM, without a reason of its own.
+        SystemExit: it has ended after another signal, without a reason of its own.
     """
-    codes.unlink(missing_ok=True)
+    exit_codes(codes)  # of a former start
     with _PassedOn() as signals:
         process = _started(command, codes)
         with _ended_together(process.pid):
@@ -83,8 +84,8 @@ def run_command(command: list[str], codes: Path) -> int:
     code = _own_code(codes, code)
     if signal.SIGINT in signals.received:
         raise KeyboardInterrupt
-    if signal.SIGTERM in signals.received and code not in _REASONS:
-        raise SystemExit(128 + signal.SIGTERM)
+    if signals.received and code not in _REASONS:
+        raise SystemExit(128 + signals.received[0])
     return code
 
 
@@ -111,10 +112,7 @@ def _own_code(codes: Path, code: int) -> int:
 
     A launcher ends the others by SIGTERM when one has ended: 143 is no reason.
     """
-    try:
-        written = [int(line) for line in codes.read_text(encoding="utf-8").split()]
-    except (OSError, ValueError):
-        return code
+    written = exit_codes(codes)
     reasons = [one for one in written if one in _REASONS]
     return max(reasons or written, default=0) or code
 
@@ -135,7 +133,7 @@ def _ended_together(group: int) -> Iterator[None]:
 
 
 class _PassedOn:
-    """SIGINT and SIGTERM received within the block, each passed on once to a process group.
+    """Signals to stop that are received within the block, each passed on once to a process group.
 
     The block begins before the group is started: a signal that comes earlier waits for `pass_to`.
     """
@@ -146,9 +144,7 @@ class _PassedOn:
         self._group: int | None = None
 
     def __enter__(self) -> Self:
-        self._before = {
-            number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.signal(number, self._receive) for number in stop_signals()}
         return self
 
     def __exit__(self, *_fault: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.errors import DataError
-from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.secret_text import without_secrets
 
 SHARES = ("finished", "refusals", "lists", "markdown", "distinct_3", "longest_repeat", "empty")
 """Metrics of style that are shares; the others are numbers."""

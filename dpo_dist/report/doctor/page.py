@@ -27,7 +27,7 @@ from dpo_dist.report.doctor.style import DOCTOR_STYLE
 from dpo_dist.report.doctor.texts import pairs_section
 from dpo_dist.report.html_page import html_page
 from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.secret_text import without_secrets
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""

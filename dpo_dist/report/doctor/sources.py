@@ -8,7 +8,7 @@ from dpo_dist.number_text import number, percent
 from dpo_dist.report.blocks import table
 from dpo_dist.report.charts.bars import histogram, share_bar
 from dpo_dist.report.inert import inert_html, joined_origins
-from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.secret_text import without_secrets
 
 _MAX_ROWS = 12
 _SHOWN_EXAMPLES = 5

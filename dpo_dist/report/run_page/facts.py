@@ -14,7 +14,7 @@ from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.charts.curves import seconds_of_steps
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
-from dpo_dist.report.trackers.tracked_values import without_secrets
+from dpo_dist.secret_text import without_secrets
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")

@@ -19,6 +19,7 @@ from dpo_dist.number_text import duration
 from dpo_dist.report.terminal.progress import TrainingStatus, Work, describe_evaluation
 from dpo_dist.report.terminal.screens import LineScreen, Screen, open_screen
 from dpo_dist.safe_stream import SafeStream, output_descriptor, output_of_objects, printable_lines
+from dpo_dist.secret_text import without_secrets
 
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
@@ -221,7 +222,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
         except BaseException as error:
             block = error.block() + "\n" if isinstance(error, DpoDistError) else ""
             with contextlib.suppress(OSError):
-                log.write((traceback.format_exc() + block).encode())
+                log.write(without_secrets(traceback.format_exc() + block).encode())
             raise
         finally:
             for stream in (sys.stdout, sys.stderr):
@@ -238,10 +239,10 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
 
 
 class _InertFormatter(logging.Formatter):
-    """Records with escapes for control characters; further lines are indented and look like no record."""
+    """Records without secrets and control characters; further lines are indented and look like no record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable_lines(super().format(record)).replace("\n", "\n  ")
+        return printable_lines(without_secrets(super().format(record))).replace("\n", "\n  ")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from dpo_dist.report.trackers.tracked_values import (
     order_of,
     order_of_sent,
     wandb_names,
-    without_secrets,
 )
+from dpo_dist.secret_text import without_secrets
 
 Row = Mapping[str, float]
 

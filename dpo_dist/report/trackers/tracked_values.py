@@ -1,8 +1,6 @@
-"""Names of metrics in W&B, and the configuration without secrets."""
+"""Names and order of metrics in W&B."""
 
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,17 +18,6 @@ MARGINS = "eval/margins_histogram"
 """Histogram of the margins of an evaluation's pairs."""
 SAMPLES = "eval/samples_table"
 """Table of an evaluation's samples."""
-
-HIDDEN = "***"
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
-_SECRET_LENGTH = 8
-_SECRET_TEXTS = (
-    re.compile(r"(?<=://)[^/@\s]+(?=@)"),  # user:password of an address
-    re.compile(
-        r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+"
-    ),
-    re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}"),
-)
 
 
 class RowOrder(NamedTuple):
@@ -87,32 +74,3 @@ def last_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         if finite:
             found[name] = {best: min(finite) if best == "min" else max(finite), "last": found[name]}
     return found
-
-
-def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
-    """Return plain values with `***` for secrets in texts.
-
-    Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
-    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`.
-    """
-    secrets = [
-        text
-        for name, text in environment.items()
-        if _SECRET_VARIABLE.search(name.upper()) and len(text) >= _SECRET_LENGTH
-    ]
-    return _hidden(value, sorted(secrets, key=len, reverse=True))
-
-
-def _hidden(value: Any, secrets: Sequence[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _hidden(inner, secrets) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_hidden(inner, secrets) for inner in value]
-    if not isinstance(value, str):
-        return value
-    text = str(value)
-    for secret in secrets:
-        text = text.replace(secret, HIDDEN)
-    address, query, token = _SECRET_TEXTS
-    text = address.sub(HIDDEN, text)
-    return token.sub(HIDDEN, query.sub(rf"\g<1>{HIDDEN}", text))

@@ -14,7 +14,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import first_line
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.trackers.histogram import Histogram
-from dpo_dist.report.trackers.tracked_values import MARGINS, SAMPLES, without_secrets
+from dpo_dist.report.trackers.tracked_values import MARGINS, SAMPLES
+from dpo_dist.secret_text import without_secrets
 
 if TYPE_CHECKING:
     import wandb

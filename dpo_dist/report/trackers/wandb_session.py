@@ -28,10 +28,10 @@ from dpo_dist.report.trackers.tracked_values import (
     order_of,
     order_of_sent,
     wandb_names,
-    without_secrets,
 )
 from dpo_dist.report.trackers.wandb_disk import FileGrowth
 from dpo_dist.report.trackers.wandb_environment import run_settings
+from dpo_dist.secret_text import without_secrets
 
 if TYPE_CHECKING:
     import wandb

@@ -102,6 +102,15 @@ READ_ONLY = [
         to_do="set reference.store to another folder",
     ),
     Case(
+        "hub cache on a read-only disk",
+        "model.path=org/name",
+        "neither a local folder nor a model",
+        "model.path",
+        "HF_HUB_OFFLINE=1",
+        to_do="download the model",
+        place={"HF_HOME": "locked"},
+    ),
+    Case(
         "read-only run directory",
         "run.dir=locked",
         "run.dir cannot be written",

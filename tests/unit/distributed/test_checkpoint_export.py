@@ -1,5 +1,6 @@
 """A checkpoint as a model folder: the weights of any world, in the model's precision, whole or not at all."""
 
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_dist.atomic import is_temporary
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, RunConfig
 from dpo_dist.distributed.checkpoint_export import export_checkpoint
 from dpo_dist.distributed.checkpoint_manifest import describe_files, write_manifest
@@ -130,6 +132,18 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
         export_checkpoint(checkpoint, tmp_path / "out", config)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(base: Path, tmp_path: Path) -> None:
+    config = run_of(base)
+    checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
+    child = os.fork()
+    if child == 0:
+        export_checkpoint(checkpoint, tmp_path / "out", config, lambda: os._exit(1))  # type: ignore[arg-type, return-value]
+    os.waitpid(child, 0)
+    assert len([path for path in tmp_path.iterdir() if is_temporary(path)]) == 2
+    export_checkpoint(checkpoint, tmp_path / "other", config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-000001"]
 
 
 def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

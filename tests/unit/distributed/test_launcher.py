@@ -3,10 +3,15 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import psutil
 import pytest
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing import PContext
 
 from dpo_dist.distributed import launcher
 from tests.support.launch import TWO_PROCESSES
@@ -14,6 +19,7 @@ from tests.support.warm import ENVIRONMENT, context, start_parent
 
 WORKER = """
 import os, signal, sys, time
+from dpo_dist.signals import end_at_signals
 def stop(number, frame):
     time.sleep(0.3)  # saves
     open(f"saved-{os.environ['RANK']}", "w").close()
@@ -21,21 +27,31 @@ def stop(number, frame):
 signal.signal(signal.SIGUSR1, lambda *_: open(f"heard-{os.environ['RANK']}", "w").close())
 signal.signal(signal.SIGHUP, stop)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-open(f"started-{os.environ['RANK']}", "w").close()
+if sys.argv[1] == "orphan":
+    end_at_signals()
+open(f"started-{os.environ['RANK']}", "w").write(str(os.getpid()))
+if sys.argv[1] == "stop":
+    if os.environ["RANK"] == "1":
+        open("stopping", "w").close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while not os.path.exists("stopping"):
+        time.sleep(0.05)
+    sys.exit(69)
 if sys.argv[1] == "kill" and os.environ["RANK"] == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(float(sys.argv[1]) if sys.argv[1] != "kill" else 0)
+time.sleep(100 if sys.argv[1] != "kill" else 0)
 """
 
 
-def _launch(folder: Path, seconds: str) -> None:
+def _launch(folder: Path, work: str) -> None:
     os.chdir(folder)
     screen = os.open("screen", os.O_WRONLY | os.O_CREAT)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
+    PContext.close.__defaults__ = (None, 1)  # seconds in place of 30
     from dpo_dist.launch import main
 
-    os._exit(main(["--config_file", str(TWO_PROCESSES), "worker.py", seconds]))
+    os._exit(main(["--config_file", str(TWO_PROCESSES), "worker.py", work]))
 
 
 @pytest.fixture
@@ -44,42 +60,95 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, seconds: str) -> Any:
+def start(folder: Path, work: str) -> Any:
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     start_parent()
-    launcher = context.Process(target=_launch, args=(folder, seconds))
+    launcher = context.Process(target=_launch, args=(folder, work))
     launcher.start()
     return launcher
 
 
 def test_a_signal_reaches_the_processes_and_their_exit_code_comes_back(folder: Path) -> None:
-    launcher, deadline = start(folder, "100"), time.monotonic() + 240
+    launcher = start(folder, "wait")
     for sign, number in (("started", signal.SIGUSR1), ("heard", signal.SIGHUP)):
-        while len(list(folder.glob(f"{sign}-*"))) < 2:
-            assert time.monotonic() < deadline, (folder / "screen").read_text()
-            time.sleep(0.05)
+        wait_until(lambda: len(list(folder.glob(f"{sign}-*"))) == 2, folder)  # noqa: B023
         os.kill(launcher.pid, number)
-    launcher.join(240)
+    launcher.join(120)
     assert launcher.exitcode == 75, (folder / "screen").read_text()
     assert len(list(folder.glob("saved-*"))) == 2
     assert "Traceback" not in (folder / "screen").read_text()
 
 
+def wait_until(condition: Callable[[], bool], folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, (folder / "screen").read_text()
+        time.sleep(0.05)
+
+
+def processes(folder: Path) -> list[int]:
+    """The ranks that have started, by process id."""
+    return [int(text) for file in folder.glob("started-*") if (text := file.read_text())]
+
+
+def test_a_stopped_process_does_not_outlive_the_launcher(folder: Path) -> None:
+    launcher = start(folder, "stop")
+    launcher.join(120)
+    assert launcher.exitcode == 69, (folder / "screen").read_text()
+    assert len(processes(folder)) == 2
+    assert not any(map(psutil.pid_exists, processes(folder)))
+
+
+def test_processes_end_when_their_launcher_is_killed(folder: Path) -> None:
+    launcher = start(folder, "orphan")
+    wait_until(lambda: len(processes(folder)) == 2, folder)
+    launcher.kill()
+    wait_until(lambda: not any(map(psutil.pid_exists, processes(folder))), folder)
+
+
 def test_a_killed_process_is_named(folder: Path) -> None:
     launcher = start(folder, "kill")
-    launcher.join(240)
+    launcher.join(120)
     assert launcher.exitcode == 137, (folder / "screen").read_text()
     assert "rank 1 was ended by SIGKILL" in (folder / "screen").read_text()
 
 
 @pytest.mark.parametrize(
-    "options", [["--config_file", "nowhere.yaml"], ["--cpu", "--multi_gpu"]], ids=["no file", "contradiction"]
+    ("options", "got"),
+    [
+        ("--config_file nowhere.yaml -m dpo_dist.train", "nowhere.yaml"),
+        ("--cpu --multi_gpu -m dpo_dist.train", "--cpu"),
+        ("--num_procs 2 -m dpo_dist.train", "--num_procs"),
+        ("--num_processes two -m dpo_dist.train", "'two'"),
+        ("", "training_script"),
+        ("-m dpo_dist.tarin", "dpo_dist.tarin"),
+        ("-m nobody.train", "nobody.train"),
+        ("train.py", "train.py"),
+    ],
 )
 def test_options_that_accelerate_refuses_are_one_block(
-    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: str, got: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "stop_signals", tuple)
-    assert launcher.launch([*options, "-m", "dpo_dist.train"]) == 2
+    assert launcher.launch(options.split()) == 2
     errors = capsys.readouterr().err
-    assert errors.count("configuration error: ") == 1
+    assert errors.startswith("configuration error: ")
+    assert got in errors.split("got: ")[1].splitlines()[0]
     assert "launch/accelerate" in errors
+    assert "usage" not in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConnectionError("port 29500 is in use"), 2),  # accelerate, with several nodes
+        (DistNetworkError("port 29500 is not reached"), 69),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_one_block(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "stop_signals", tuple)
+    monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
+    assert launcher.launch(["-m", "dpo_dist.train"]) == code
+    assert "29500 is" in capsys.readouterr().err.split("got: ")[1]

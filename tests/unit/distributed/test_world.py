@@ -18,11 +18,6 @@ from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError, PeerLostError
 
 
-class Alone(World):
-    def barrier(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("timed out"), ValueError("a bug")])
 def test_an_error_of_the_only_process_is_raised_at_once(
     failure: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -32,7 +27,7 @@ def test_an_error_of_the_only_process_is_raised_at_once(
     handler = signal.getsignal(signal.SIGTERM)
     with (
         pytest.raises(type(failure)) as caught,
-        Alone(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch(),
+        World(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch(),
     ):
         raise failure
     assert caught.value is failure
@@ -41,7 +36,7 @@ def test_an_error_of_the_only_process_is_raised_at_once(
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     def watch() -> str:
-        with Alone(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch():
+        with World(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch():
             return "left"
 
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)

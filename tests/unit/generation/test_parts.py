@@ -55,7 +55,7 @@ def test_processes_share_the_open_parts(tmp_path: Path) -> None:
 def test_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     parts = stage(tmp_path)
     parts.open()
-    left = parts.folder / "000001.jsonl.tmp-of-a-dead-writer"
+    left = parts.folder / "000001.jsonl.tmp-0123456789ab"
     left.touch()
     os.utime(left, (0, 0))
     assert parts.open() == [0, 1, 2, 3, 4]

@@ -36,7 +36,7 @@ def test_dropped_records_before_the_limit_are_counted(tmp_path) -> None:
         ]
     )
     said: list[str] = []
-    left = tmp_path / "prompts.jsonl.tmp-of-a-killed-start"
+    left = tmp_path / "prompts.jsonl.tmp-0123456789ab"
     left.touch()
     os.utime(left, (0, 0))
     write_prompts(tmp_path, config, said.append)

@@ -237,7 +237,7 @@ def test_a_merged_adapter_computes_the_same(tmp_path) -> None:
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
     adapted.save_pretrained(adapter)
     tiny.qwen().save_pretrained(adapter)  # as a training writes it
-    left = tmp_path / "policy.tmp-of-a-killed-start"
+    left = tmp_path / "policy.tmp-0123456789ab"
     left.mkdir()
     os.utime(left, (0, 0))
     merge_adapter(adapter, tmp_path / "policy", config("model.dtype=fp32", "reference.store=store"))
@@ -389,7 +389,13 @@ def test_a_training_does_not_outlive_its_launcher(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("number", "error"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, SystemExit),
+        (signal.SIGHUP, SystemExit),
+        (signal.SIGUSR1, SystemExit),
+    ],
 )
 def test_signals_are_passed_on(number, error) -> None:
     work = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
@@ -432,7 +438,8 @@ def test_sigterm_ends_the_rounds_with_its_own_code(own_code) -> None:
 
 
 def test_a_process_that_the_launcher_ended_does_not_hide_the_reason() -> None:
-    work = "import os; open(os.environ['DPO_DIST_EXIT_CODES'], 'w').write('2\\n143\\n'); os._exit(1)"
+    write = "import os; [open(os.environ['DPO_DIST_EXIT_CODES'] + f'.{rank}', 'w').write(code)"
+    work = f"{write} for rank, code in enumerate(['2', '143'])]; os._exit(1)"
     assert run_command([sys.executable, "-c", work], Path("codes")) == ExitCode.invalid
 
 

@@ -1,4 +1,4 @@
-"""The lock that a killed build of a kernel leaves."""
+"""Kernels that cannot be compiled, and the lock that a killed build leaves."""
 
 import os
 import threading
@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 
-from dpo_dist.distributed import build_lock
-from dpo_dist.distributed.build_lock import wait_for_build
+from dpo_dist.distributed import kernel_builds
 from dpo_dist.distributed.joined import joined
+from dpo_dist.distributed.kernel_builds import wait_for_build
 from dpo_dist.errors import ConfigError
 
 HOUR = 3600
@@ -18,7 +20,7 @@ HOUR = 3600
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(build_lock, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(kernel_builds, "_POLL_SECONDS", 0.01)
     path = tmp_path / "cpu_adam" / "lock"
     path.parent.mkdir()
     return path
@@ -76,3 +78,18 @@ def test_a_run_that_offloads_its_optimizer_looks_for_the_lock_before_it_joins(lo
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(ConfigError, match="left its lock"), joined(offload, 60):
         pass
+
+
+def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not lock.exists()
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda _: [])  # describing the processor takes seconds
+    monkeypatch.setenv("CXX", "/bin/false")
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found, joined(offload, 60):
+        pass
+    assert found.value.where == "parallelism.offload_optimizer"
+    assert "/bin/false" in found.value.expected
+    assert not lock.exists()

@@ -1,17 +1,45 @@
-"""Lock of a kernel that DeepSpeed compiles at first use; later builds wait for that of a killed one."""
+"""Kernels that DeepSpeed compiles at first use: failed builds, and the locks of killed ones."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import SubprocessError
 
 import psutil
+from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.utils.cpp_extension import _get_build_directory
 
-from dpo_dist.errors import ConfigError
+from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.number_text import duration
 
 _LONGEST_BUILD_SECONDS = 900.0
 _POLL_SECONDS = 0.5
+
+
+def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
+    """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
+
+    Args:
+        builder: of the kernel.
+        where: the key that needs it, for the error.
+        remedy: a value of this key that needs no kernel.
+        say: prints a line.
+
+    Raises:
+        ConfigError: it cannot be compiled, or `wait_for_build`.
+    """
+    wait_for_build(builder.name, say)
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+        raise ConfigError(
+            f"DeepSpeed's kernel {builder.name} cannot be compiled",
+            where=where,
+            got=first_line(error),
+            expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
+            remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
+        ) from error
 
 
 def wait_for_build(kernel: str, say: Callable[[str], None], longest: float = _LONGEST_BUILD_SECONDS) -> None:

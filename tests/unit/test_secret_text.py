@@ -1,0 +1,101 @@
+"""Secrets leave no text: what is printed, logged or written as configuration comes through one function."""
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.errors import ConfigError
+from dpo_dist.report.terminal.console import open_console
+from dpo_dist.safe_stream import print_line, print_result
+from dpo_dist.secret_text import without_secrets
+
+ENVIRONMENT = {"OPENAI_API_KEY": "of-my-endpoint", "HF_TOKEN": "short", "HOME": "/home/somebody"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@host:8000/v1", "https://***@host:8000/v1"),
+        ("https://me:p@ss@host/a@b", "https://***@host/a@b"),
+        ("http://host/v1?api_key=abc&model=m", "http://host/v1?api_key=***&model=m"),
+        ("s3://bucket/data?X-Amz-Signature=abc#part", "s3://bucket/data?X-Amz-Signature=***#part"),
+        ("hf_" + "a1" * 17, "***"),
+        ("Bearer of-my-endpoint", "Bearer ***"),
+        ("/home/somebody/data?monkey=3", "/home/somebody/data?monkey=3"),
+        ("org/sk-model a short text", "org/sk-model a short text"),
+        ("OPENAI_API_KEY", "OPENAI_API_KEY"),
+    ],
+)
+def test_a_secret_in_a_text_is_hidden(text: str, shown: str) -> None:
+    found = without_secrets({"values": [text, 1, None, True]}, ENVIRONMENT)
+    assert found == {"values": [shown, 1, None, True]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MY_SECRET", "api_tokens", "KEY_2", "DB_PASS", "SSH_PASSPHRASE", "GITHUB_PAT", "A_CREDENTIAL"],
+)
+def test_variables_named_like_secrets_are_hidden(name: str) -> None:
+    secret = 'a/"long"\nvalue'
+    for written in (secret, "a%2F%22long%22%0Avalue", r"a/\"long\"\nvalue"):
+        assert without_secrets(f"<{written}>", {name: secret}) == "<***>"
+    assert without_secrets(secret, {"KEYBOARD": secret, "TOKENIZERS_PARALLELISM": secret}) == secret
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MY_SECRET", "canary-of-a-secret")
+    return "canary-of-a-secret"
+
+
+def test_nothing_is_printed_or_logged_with_a_secret(
+    secret: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.suppress(RuntimeError), open_console(RunFolder(tmp_path)) as console:
+        console.say(f"say {secret}")
+        console.alarm(f"alarm {secret}")
+        console.result("kind", {"text": secret}, [f"result {secret}"])
+        logging.getLogger("a.library").warning("of a library: %s", secret)
+        raise RuntimeError(f"a bug about {secret}")
+    print_line(f"line {secret}")
+    print_line(f"line {secret}", sys.stderr)
+    print_result(f"result {secret}\n")
+    shown = "".join(capfd.readouterr()) + (tmp_path / "logs/rank-0.log").read_text()
+    assert secret not in shown
+    assert shown.count("***") >= 10
+
+
+def test_a_configuration_is_written_without_secrets(secret: str) -> None:
+    given = ["model.path=m", "data.train=[t]", f"tracking.notes='of {secret}'", f"tracking.tags=[{secret}]"]
+    config = load_run_config(given)
+    assert config.tracking.notes == f"of {secret}"
+    text = to_yaml(config)
+    assert secret not in text
+    assert from_yaml(text).tracking.notes == "of ***"
+
+
+def test_rounds_write_no_secret_and_need_none(secret: str, tmp_path: Path) -> None:
+    from dpo_dist.generation.rounds.checks import check_rounds, check_settings
+    from dpo_dist.generation.rounds.commands import command_of
+
+    given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
+    given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
+    config = load_run_config([*given, f"tracking.notes={secret}"])
+    folder = RunFolder.of(config)
+    check_rounds(config)
+    check_settings(config, folder)
+    command_of("pairs", config, folder.path / "stage", ["python"])
+    folder.round(1).round_result.parent.mkdir(parents=True)
+    folder.round(1).round_result.write_text("{}")
+    check_settings(config, folder)  # the same settings, compared without their secrets
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert not [file for file in files if secret in file.read_text()]
+    with pytest.raises(ConfigError, match="secret") as caught:
+        check_rounds(load_run_config([*given, f"pairs.endpoint.url=https://host/{secret}/v1"]))
+    assert caught.value.where == "pairs.endpoint"
