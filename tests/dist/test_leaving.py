@@ -150,11 +150,7 @@ def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
     with StopRequest().listening():
         if world.rank == 1:
             terminated_after(1)
-<<<<<<< HEAD
-        world.on_main(lambda: time.sleep(1000), lambda _: None)
-=======
-        world.on_main(lambda: time.sleep(40))
->>>>>>> main
+        world.on_main(lambda: time.sleep(1000))
 
 
 def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None:

@@ -37,12 +37,8 @@ class KilledRuns:
     seed: int
     kills: int
     reach: float = 0.7
-<<<<<<< HEAD
     seconds: float = 400
-=======
-    seconds: float = 120
     before: Callable[[Path], None] = lambda folder: None
->>>>>>> main
 
     def check(self, done: Callable[[int], None] = lambda kills: None) -> None:
         """Kill runs, and compare each with the uninterrupted one; `done` is called after every kill.
