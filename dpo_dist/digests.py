@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_dist.atomic import collect_abandoned, write_text
 from dpo_dist.errors import ConfigError
+from dpo_dist.small_files import read_small
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def recall(memo: Path | None, identity: str) -> str | None:
     if memo is None or not (entry := _entry(memo, identity)).is_file():
         return None
     try:
-        content = json.loads(entry.read_bytes())
+        content = json.loads(read_small(entry))
         digest = str(content["digest"])
         if content["check"] == text_digest(identity + digest):
             return digest

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from dpo_dist.small_files import read_small
+
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
 BEST = "best"
@@ -29,7 +31,7 @@ def is_checkpoint(folder: Path) -> bool:
 def best_checkpoints(root: Path) -> list[str]:
     """Return the names of the best checkpoints below `root`, the best first."""
     try:
-        names = (root / BEST).read_text(encoding="utf-8").split()
+        names = read_small(root / BEST).decode().split()
     except (OSError, ValueError):
         return []
     return [name for name in names if step_of(name) is not None]

@@ -14,6 +14,7 @@ from dpo_dist.config.foreign_code import check_doors, written_values
 from dpo_dist.config.options import Arguments
 from dpo_dist.config.overrides import parse_overrides
 from dpo_dist.errors import ConfigError, first_line
+from dpo_dist.small_files import read_small
 
 _CHOICES = ("experiment", "model", "model.path")
 _NAME = "of_run_dir"
@@ -62,7 +63,7 @@ def _configuration(file: Path, given: Collection[str]) -> str:
         ConfigError: it has no keys, cannot be read, or asks for code that `given` does not ask for.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_small(file).decode()
         written_values(text)
         content = OmegaConf.create(text)
     except (OSError, ValueError, yaml.YAMLError) as error:

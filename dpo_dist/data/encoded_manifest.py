@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_dist.digests import text_digest
+from dpo_dist.small_files import read_small
 
 MANIFEST = "manifest.json"
 ARRAYS = {
@@ -64,7 +65,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a folder; None if it is missing or damaged."""
     try:
-        stored = json.loads((folder / MANIFEST).read_bytes())
+        stored = json.loads(read_small(folder / MANIFEST))
         if text_digest(stored["content"]) != stored["digest"]:
             return None
         found = Manifest(**json.loads(stored["content"]))

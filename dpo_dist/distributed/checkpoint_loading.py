@@ -13,6 +13,7 @@ from dpo_dist.distributed.random_states import load_random_states
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import CheckpointError
+from dpo_dist.small_files import read_small
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         OSError, ValueError: it cannot be read.
     """
     try:
-        state: Any = json.loads((folder / STATE).read_text())
+        state: Any = json.loads(read_small(folder / STATE))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(state, dict) or not isinstance(ranks := state.get("world_size"), int) or ranks < 1:

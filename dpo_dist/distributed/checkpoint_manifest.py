@@ -14,6 +14,7 @@ from typing import Any
 from dpo_dist.atomic import sync
 from dpo_dist.digests import content_digest
 from dpo_dist.errors import CheckpointError
+from dpo_dist.small_files import read_small
 
 MANIFEST = "manifest.json"
 
@@ -49,7 +50,7 @@ def read_manifest(folder: Path) -> Entries:
         ValueError: the manifest was changed, or names files outside `folder`.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = json.loads(read_small(folder / MANIFEST))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     entries = content.get("files") if isinstance(content, dict) else None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dpo_dist.errors import CheckpointError, first_line
+from dpo_dist.small_files import read_small
 
 
 def random_states(device: torch.device) -> str:
@@ -41,7 +42,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
     """
     file = folder / random_states_name(rank % saved_ranks)
     try:
-        states = json.loads(file.read_bytes())
+        states = json.loads(read_small(file))
         if rank >= saved_ranks:
             _seed(f"{rank} {states['torch']}")
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 from dpo_dist.errors import ConfigError
 from dpo_dist.hub_cache import is_absent_offline
 from dpo_dist.model.safe_weights import PICKLED, check_adapter, check_safetensors
+from dpo_dist.small_files import read_small
 
 CONFIG_FILE = "config.json"
 _ADAPTER_FILE = "adapter_config.json"
@@ -177,7 +178,7 @@ def read_model_json(file: Path) -> dict[str, object]:
         ConfigError: the file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_small(file))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, str(error)) from error
     if not isinstance(content, dict):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.small_files import read_small
+
 # Raised when the code that computes log-probs changes their digits, which
 # tests/unit/reference/test_scoring_digits.py detects.
 LOGP_PATH_VERSION = 2
@@ -63,7 +65,7 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
         OSError: `space.json` exists and cannot be read.
     """
     try:
-        content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
+        content = json.loads(read_small(folder / FINGERPRINT_FILE))
         found = ReferenceFingerprint(content["reference"], dict(content["profile"]), str(content["label"]))
         return found if found.as_dict() == content and found.name == folder.name else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):

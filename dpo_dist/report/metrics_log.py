@@ -19,6 +19,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.objective.metrics import GROUP_METRICS, PAIR_METRICS
 from dpo_dist.objective.pair_values import MARGIN_PERCENTILES
 from dpo_dist.report.json_values import plain
+from dpo_dist.small_files import read_small
 
 Row = dict[str, float]
 
@@ -194,7 +195,7 @@ def read_rows(path: Path) -> list[Row]:
         OSError: the file cannot be read.
         ValueError: its content is not a list of rows of numbers, each with its `step`.
     """
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = json.loads(read_small(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
         raise ValueError(f"{path} is not a list of rows, each with its step")
     restored = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
@@ -230,7 +231,7 @@ def read_latest_rows(folder: RunFolder) -> list[Row]:
 
 def _read_table(path: Path, first: int) -> list[Row]:
     """Read the rows of the CSV file from index `first` on, without an unfinished last line."""
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, _ = read_small(path).decode().rpartition("\n")
     lines = csv.reader(io.StringIO(whole, newline=""))
     columns = next(lines, [])
     return [_table_row(columns, line) for line in itertools.islice(filter(None, lines), first, None)]

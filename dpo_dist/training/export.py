@@ -16,6 +16,7 @@ from dpo_dist.report.environment import package_versions
 from dpo_dist.report.metrics_log import read_latest_rows
 from dpo_dist.report.recorder import spared
 from dpo_dist.report.terminal.console import Console
+from dpo_dist.small_files import read_small
 from dpo_dist.training.card import run_card
 
 
@@ -61,7 +62,7 @@ def _card(config: RunConfig, checkpoint: Path, console: Console) -> str:
 def _read(file: Path) -> Mapping[str, Any]:
     """Return the object in a file of the run; empty if it cannot be read."""
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_small(file))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -13,6 +13,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.former_encodings import was_fingerprint_of
 from dpo_dist.errors import CheckpointError, RunOutcome
+from dpo_dist.small_files import read_small
 from dpo_dist.training.data_setup import Inputs
 from dpo_dist.training.length import as_text
 
@@ -57,7 +58,7 @@ def read_state(folder: RunFolder) -> RunState | None:
     """
     file = folder.state
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_small(file))
         state = RunState(**{**content, "outcome": RunOutcome(content["outcome"])})
         if not isinstance(state.step, int) or not isinstance(state.identity, dict):
             raise TypeError("step must be a number, and identity a mapping of names to digests")

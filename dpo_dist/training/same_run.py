@@ -11,6 +11,7 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import CheckpointError
+from dpo_dist.small_files import read_small
 from dpo_dist.training.length import check_longer, former_length
 
 
@@ -27,7 +28,7 @@ def check_newest_checkpoint(config: RunConfig) -> None:
         return
     try:
         newest, *_ = checkpoint_folders(folder.checkpoints)
-        state = json.loads((newest / STATE).read_bytes())
+        state = json.loads(read_small(newest / STATE))
     except (OSError, ValueError, RecursionError):
         return
     if isinstance(state, dict) and isinstance(state.get("run_digest"), str):

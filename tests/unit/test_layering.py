@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = sorted(file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py"))
 FOUNDATION = (
     "secret_text",
+    "small_files",
     "errors",
     "atomic",
     "digests",

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
+from dpo_dist.config.checkpoint_folders import BEST, best_checkpoints
 from dpo_dist.config.data_schema import DataConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.dataset import open_dataset
@@ -86,6 +88,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "weights": placed("a.safetensors", lambda folder: check_weights([folder / "a.safetensors"], "k")),
     "digests": placed(f"{text_digest('a.jsonl')}.json", read_memo),
     "encoded manifest": placed("manifest.json", read_manifest),
+    "best checkpoints": placed(BEST, best_checkpoints),
     "shard": placed("0" * 32 + ".safetensors", lambda folder: open_shard(folder / f"{'0' * 32}.safetensors")),
 }
 
@@ -102,6 +105,17 @@ def test_no_file_that_is_read_back_runs_code_or_ends_in_a_traceback(
     with contextlib.suppress(DpoDistError, ValueError, OSError):  # the errors that each reader declares
         read(tmp_path / "folder")
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("reader", sorted(READERS.keys() - {"rows"}))  # these are read in parts
+def test_a_huge_file_takes_no_memory(reader: str, tmp_path: Path) -> None:
+    name, read = READERS[reader]
+    file = tmp_path / "folder" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    os.truncate(file, 2**40)
+    with contextlib.suppress(DpoDistError, ValueError, OSError):
+        read(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "{}/outside.json", "a/../../outside.json", "", "."])

@@ -15,6 +15,7 @@ from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.charts.curves import seconds_of_steps
 from dpo_dist.report.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.secret_text import without_secrets
+from dpo_dist.small_files import read_small
 
 Fields = Mapping[str, Any]
 Content = TypeVar("Content")
@@ -177,11 +178,11 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
 
 
 def _yaml_fields(path: Path) -> Fields:
-    return _fields(path, yaml.safe_load(path.read_bytes()))
+    return _fields(path, yaml.safe_load(read_small(path)))
 
 
 def _json_fields(path: Path) -> Fields:
-    return _fields(path, json.loads(path.read_bytes()))
+    return _fields(path, json.loads(read_small(path)))
 
 
 def _fields(path: Path, content: Any) -> Fields:
