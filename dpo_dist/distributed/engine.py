@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -175,8 +176,10 @@ class PolicyEngine:
             group["lr"] = learning_rate
         with explain_out_of_memory("the optimizer's step", policy_remedy()):
             self._engine.step()
-        norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else math.inf
-        return torch.as_tensor(norm, device=self._world.device)
+        if not self._engine.was_step_applied():
+            _drop_gradients(self._engine.optimizer)
+            return torch.as_tensor(math.inf, device=self._world.device)
+        return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._world.device)
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
@@ -256,6 +259,12 @@ def _empty(value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _empty(item)
+
+
+def _drop_gradients(optimizer: Any) -> None:
+    """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

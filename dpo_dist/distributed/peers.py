@@ -14,7 +14,7 @@ from dpo_dist.errors import PeerLostError
 
 @dataclass(frozen=True)
 class Peer:
-    """Host and process of a rank; `namespace` is that of `pid`, and differs between containers."""
+    """Host and process of a rank; `namespace` is that of `pid`, and differs between boots and containers."""
 
     rank: int
     host: str
@@ -26,8 +26,14 @@ class Peer:
         """Return the peer that this process is."""
         namespace = ""
         with contextlib.suppress(OSError):  # Linux only
-            namespace = str(Path("/proc/self/ns/pid").readlink())
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            namespace = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
         return cls(rank, socket.gethostname(), os.getpid(), namespace)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Return the host and the container of the process: hosts of one name differ in their boots."""
+        return self.host, self.namespace
 
     @property
     def is_alive(self) -> bool:
@@ -54,7 +60,7 @@ class Neighbours:
 
     def __init__(self, peers: Sequence[Peer], rank: int):
         own = peers[rank]
-        here = [peer for peer in peers if (peer.host, peer.namespace) == (own.host, own.namespace)]
+        here = [peer for peer in peers if peer.place == own.place]
         self._visible = [peer for peer in here if peer is not own]
         self._own, self._size = own, len(peers)
 

@@ -71,7 +71,7 @@ class World:
     @property
     def is_first_of_host(self) -> bool:
         """Return whether this is the lowest rank of its host; not collective."""
-        return not any(peer.host == self.host for peer in self.peers[: self.rank])
+        return not any(peer.place == self.peers[self.rank].place for peer in self.peers[: self.rank])
 
     def barrier(self) -> None:
         """Wait for every rank."""

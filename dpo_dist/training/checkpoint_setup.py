@@ -16,7 +16,7 @@ from dpo_dist.training.run_start import Start
 def look_for_room(
     config: RunConfig, start: Start, model: Path, steps: int, world: World, console: Console
 ) -> None:
-    """Check the room on the disk before models are loaded, if all weights are trained; collective.
+    """Check the room on the disk before models are loaded, except of a new adapter; collective.
 
     Args:
         config: of the run.
@@ -29,9 +29,14 @@ def look_for_room(
     Raises:
         ConfigError: there is too little.
     """
-    if config.model.adapter is None:
+    if start.checkpoint is not None:
+        former = start.checkpoint.folder
+        sizes = world.on_main(lambda: Sizes.of_checkpoint(former, config))
+    elif config.model.adapter is None:
         sizes = world.on_main(lambda: Sizes.of_files(model, config))
-        check_disk_room(config, sizes, start.step, steps, world, console)
+    else:
+        return
+    check_disk_room(config, sizes, start.step, steps, world, console)
 
 
 def open_saver(

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from dpo_dist.config.checkpoint_folders import checkpoint_folders
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint_manifest import has_all_files
+from dpo_dist.distributed.checkpoint_manifest import has_all_files, read_manifest
+from dpo_dist.distributed.engine import SHARDS
 from dpo_dist.distributed.slices import ModelSlices
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError
@@ -56,6 +57,14 @@ class Sizes:
                 elements += sum(map(math.prod, shapes))
         itemsize = TORCH_DTYPES[config.model.dtype].itemsize
         return cls(elements * _MASTER_BYTES * (1 + _STATES_OF_ADAM), elements * itemsize)
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, config: RunConfig) -> "Sizes":
+        """Return the sizes of a run that continues from a checkpoint, whose manifest has been checked."""
+        sizes = {name: entry["bytes"] for name, entry in read_manifest(folder).items()}
+        policy = sum(size for name, size in sizes.items() if name.startswith(f"{SHARDS}/"))
+        elements = policy // (_MASTER_BYTES * (1 + _STATES_OF_ADAM))
+        return cls(sum(sizes.values()), elements * TORCH_DTYPES[config.model.dtype].itemsize)
 
 
 def check_disk_room(

@@ -34,8 +34,17 @@ from dpo_dist.training.loop import Loop
 from dpo_dist.training.position import Position
 from dpo_dist.training.reference_check import check_drift, describe_drift
 from dpo_dist.training.reference_setup import Reference, adapter_reference, over_starts, prepare_reference
-from dpo_dist.training.run_start import Start, describe_run, find_start, locked, mark_started, recorded_stop
-from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
+from dpo_dist.training.run_start import (
+    Start,
+    describe_run,
+    find_start,
+    locked,
+    mark_started,
+    recorded_stop,
+    write_description,
+)
+from dpo_dist.training.run_state import Identity, RunState, check_identity, identify
+from dpo_dist.training.same_run import check_configuration
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
 from dpo_dist.training.world_setup import open_world, peak_flops
@@ -74,7 +83,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
 def _begin(
     config: RunConfig, start: Start, world: World, console: Console
 ) -> tuple[Inputs, dict[str, Any], RunState]:
-    """Read the inputs and write the files of every start; collective.
+    """Read the inputs, and write the files of every start when no check refuses it any more; collective.
 
     Returns:
         Inputs, content of environment.json, and the state of the run.
@@ -82,7 +91,7 @@ def _begin(
     folder = RunFolder.of(config)
     if start.checkpoint is not None:
         Position.of(start.checkpoint.state)  # the checks below read it, too
-    environment = describe_run(config, folder, world)
+    environment = describe_run(config, world)
     if "loss_function" in environment:
         console.say(f"loss: {environment['loss_function']}")
     inputs = load_inputs(config, world, console)
@@ -95,8 +104,9 @@ def _begin(
         if change := describe_change(former.state, config, inputs.sampler.steps):
             console.say(change)
     state = RunState(RunOutcome.started, start.step, identity)
-    mark_started(folder, state, world, console)
     look_for_room(config, start, inputs.policy_files.folder, inputs.sampler.steps, world, console)
+    write_description(config, environment, world)
+    mark_started(folder, state, world, console)
     say_steps(inputs.sampler, start.step, console)
     return inputs, environment, state
 
@@ -171,7 +181,8 @@ def _complete(config: RunConfig, finished: RunState, stops: Stops, world: World,
     world.on_main(partial(check_identity, finished.identity, identity, folder.state, inputs.named))
     recorder = None
     if finished.outcome is RunOutcome.exported:
-        environment = describe_run(config, folder, world)
+        environment = describe_run(config, world)
+        write_description(config, environment, world)
         recorder = _open_recorder(config, Position(finished.step), stops, environment, console)
     with stops.request.deferred():
         finish(config, finished, recorder, world, console)

@@ -1,6 +1,7 @@
 """The start of a run: lock its directory, find where to resume, write the files that every start writes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,7 +31,8 @@ from dpo_dist.report.recorder import spared
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.length import check_longer, former_length
-from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
+from dpo_dist.training.run_state import RunState, read_state, write_state
+from dpo_dist.training.same_run import check_configuration
 
 T = TypeVar("T")
 
@@ -206,6 +208,8 @@ def write_on_main(
 
     def guarded() -> T:
         try:
+            if not folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+                raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(folder.path))
             return work()
         except OSError as error:
             raise CheckpointError(
@@ -238,21 +242,25 @@ def _describe_loss_function(config: RunConfig, world: World) -> dict[str, str]:
     return {"loss_function": described}
 
 
-def describe_run(config: RunConfig, folder: RunFolder, world: World) -> dict[str, Any]:
-    """Write config.yaml and environment.json; return the content of the latter. Collective.
+def describe_run(config: RunConfig, world: World) -> dict[str, Any]:
+    """Return the content of environment.json; collective.
 
     Raises:
         ConfigError: the run has a loss function that cannot be used for training.
     """
     loss_function = _describe_loss_function(config, world)
+    return world.on_main(lambda: describe_environment(world.size) | loss_function)
 
-    def write() -> dict[str, Any]:
+
+def write_description(config: RunConfig, environment: dict[str, Any], world: World) -> None:
+    """Write config.yaml and environment.json, after every check that may refuse the start; collective."""
+    folder = RunFolder.of(config)
+
+    def write() -> None:
         write_text(folder.config, to_yaml(config))
-        environment = describe_environment(world.size) | loss_function
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
-        return environment
 
-    return write_on_main(write, folder, world)
+    write_on_main(write, folder, world)
 
 
 def mark_started(folder: RunFolder, state: RunState, world: World, console: Console) -> None:

@@ -171,11 +171,37 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
     demand_exact(partial(save_go_on_and_return, assets, root, None, dtype), kind, dtype, tmp_path)
 
 
+OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
+
+
 @needs_cpu_adam
 def test_a_checkpoint_of_an_offloaded_optimizer_is_exact(assets: Assets, tmp_path: Path) -> None:
-    kind = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
     scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints", None, Dtype.bf16)
-    demand_exact(scenario, kind, Dtype.bf16, tmp_path)
+    demand_exact(scenario, OFFLOADED, Dtype.bf16, tmp_path)
+
+
+def train_with_bad_step(assets: Assets, is_bad: bool, world: World, _folder: Path) -> list[float]:
+    """Return the gradient norms of the steps beside the bad one."""
+    trainer = Trainer(assets, world, dtype=Dtype.bf16)
+    norms = [trainer.step([0, 1, 2])]
+    if is_bad:
+        backward = trainer.policy.backward
+        with mock.patch.object(
+            trainer.policy, "backward", lambda loss, is_last: backward(loss * torch.nan, is_last)
+        ):
+            assert trainer.step([3, 4, 5]) == torch.inf
+    return [*norms, trainer.step([6, 7]), trainer.step([8, 9, 10])]
+
+
+@needs_cpu_adam
+def test_a_bad_step_of_an_offloaded_optimizer_is_lost_alone(assets: Assets, tmp_path: Path) -> None:
+    plain, with_bad = (
+        run_ranks(
+            partial(train_with_bad_step, assets, is_bad), 1, tmp_path / f"{is_bad}", OFFLOADED, Dtype.bf16
+        )
+        for is_bad in (False, True)
+    )
+    assert with_bad == plain
 
 
 def demand_exact(

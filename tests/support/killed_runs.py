@@ -28,6 +28,7 @@ class KilledRuns:
         kills: of all runs together.
         reach: the part of a whole run, in file operations, in which a start is killed.
         seconds: after which a start fails.
+        before: called once with the folder of each run, before its first start that may be killed.
     """
 
     parent: Path
@@ -36,7 +37,8 @@ class KilledRuns:
     seed: int
     kills: int
     reach: float = 0.7
-    seconds: float = 120
+    seconds: float = 400
+    before: Callable[[Path], None] = lambda folder: None
 
     def check(self, done: Callable[[int], None] = lambda kills: None) -> None:
         """Kill runs, and compare each with the uninterrupted one; `done` is called after every kill.
@@ -82,6 +84,7 @@ class KilledRuns:
     def _folder(self, name: str) -> Path:
         folder = self.parent / name
         folder.mkdir()
+        self.before(folder)
         return folder
 
 

@@ -51,7 +51,7 @@ class TokenizerFacts:
     @cached_property
     def end_of_text(self) -> str:
         """The token that ends a plain text."""
-        if self.tokenizer.eos_token is None:
+        if not self.tokenizer.eos_token:
             raise ConfigError(
                 "the tokenizer has no end-of-sequence token",
                 where="tokenizer of model.path",
@@ -82,7 +82,7 @@ class TokenizerFacts:
     def is_ended(self, response: str) -> bool:
         """Return whether a response ends as in the output of a chat template: with an end of turn or EOS."""
         eos = self.tokenizer.eos_token
-        ends = (*self._turn_tokens, *FOREIGN_ENDS, *([str(eos)] if eos is not None else []))
+        ends = (*self._turn_tokens, *FOREIGN_ENDS, *([str(eos)] if eos else []))
         return response.rstrip().endswith(ends)
 
     def end_templated(self, response: str) -> str:

@@ -116,6 +116,13 @@ def run_directory(folder: Path) -> None:
     shutil.copytree((folder / "model").resolve(), folder / "broken/model")
 
 
+def without_end_of_text(folder: Path) -> None:
+    """A tokenizer without an end of text, for pairs that are plain texts."""
+    changed(lambda model: edited_in(model, "tokenizer_config.json", eos_token=None))(folder)
+    record = json.dumps({"prompt": "One and", "chosen": " two", "rejected": " six"})
+    (folder / "texts.jsonl").write_text(f"{record}\n" * 4)
+
+
 def set_template(template: str | None) -> Before:
     """Replace the chat template; None removes it."""
 
@@ -209,6 +216,9 @@ CASES = [
          "the data contain a token without an", "", "", joins=True,
          before=changed(lambda m: (edited_in(m, "config.json", vocab_size=300), cut_embedding(m))),
          to_do="use the tokenizer that belongs to the"),
+    Case("no end of text", "model.path=broken data.train=[texts.jsonl]", "no end-of-sequence token",
+         "tokenizer of model.path", joins=True, before=without_end_of_text,
+         to_do="set eos_token in the model's tokenizer_config.json"),
     Case("no chat template", BROKEN, "chat template", "", "", "", "data.chat_template",
          before=set_template(None), joins=True),
     Case("template that does not compile", BROKEN, "template", "", "",
@@ -225,10 +235,13 @@ CASES = [
          to_do="remove it"),
     Case("liger without the package", "model.liger=true", "liger-kernel is not installed", "model.liger",
          to_do="pip install 'dpo-dist[liger]'"),
-    Case("flash attention without the package", "model.attention=flash_attention_2",
+    Case("flash attention without a GPU", "model.dtype=bf16 model.attention=flash_attention_2",
+         "runs on CUDA only", "model.attention", "flash_attention_2 on cpu", "sdpa", "model.attention=auto",
+         joins=True),
+    Case("flash attention in 32 bits", "model.attention=flash_attention_2",
          "flash_attention_2 computes in 16 bits only", "model.attention",
          to_do="set model.attention=sdpa or"),
-    Case("nf4 on a CPU", "model.quantization=nf4 'model.adapter={r: 8}'",
+    Case("quantized weights that ZeRO would shard", "model.quantization=nf4 'model.adapter={r: 8}'",
          "ZeRO would separate quantized weights from", "model.quantization",
          to_do="choose parallelism=ddp"),
     Case("target that the model lacks", "'model.adapter={r: 8, target_modules: [nope_proj]}'",

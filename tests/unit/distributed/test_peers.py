@@ -29,3 +29,12 @@ def test_without_namespaces_processes_are_compared_by_host(monkeypatch: pytest.M
     own = Peer.here(0)
     dead = Peer(1, own.host, NO_PROCESS, own.namespace)
     assert Neighbours([own, dead], 0).lost() == [dead]
+
+
+def test_hosts_of_one_name_have_other_boots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers or images do; the number of the first namespace of processes is the same on all."""
+    own = Peer.here(0)
+    monkeypatch.setattr(Path, "read_text", lambda _: "another boot\n")
+    other = replace(Peer.here(1), pid=NO_PROCESS)
+    assert own.host == other.host
+    assert Neighbours([own, other], 0).lost() == []

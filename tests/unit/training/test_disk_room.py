@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpo_dist.config.schema import Dtype, FolderConfig, ModelConfig, RunConfig, TrainerConfig
+from dpo_dist.distributed.checkpoint_manifest import write_manifest
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.errors import ConfigError
 from dpo_dist.training.disk_room import Sizes, check_disk_room
@@ -111,3 +112,13 @@ def test_sizes_are_known_before_loading_and_before_the_optimizers_states(
     assert both == Sizes(22 * 12 + 15 * 2, 22 * itemsize)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     assert Sizes.of_files(tmp_path, config) == Sizes(0, 0)
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_the_sizes_of_a_run_that_continues_are_those_of_its_checkpoint(dtype: Dtype, tmp_path: Path) -> None:
+    """Also of an adapter, whose size is known after it is made only: a refused start changes nothing."""
+    sizes = {"engine/rank-00000-00000.safetensors": 22 * 12, "reference/rank-00000-00000.safetensors": 30}
+    write_manifest(tmp_path, {name: {"bytes": size} for name, size in sizes.items()})
+    config = RunConfig(model=ModelConfig("somewhere", dtype=dtype))
+    itemsize = 2 if dtype is Dtype.bf16 else 4
+    assert Sizes.of_checkpoint(tmp_path, config) == Sizes(22 * 12 + 30, 22 * itemsize)

@@ -27,14 +27,14 @@ from dpo_dist.report.terminal.console import Console
 from dpo_dist.report.trackers.run_trackers import Trackers
 from dpo_dist.training import run_start
 from dpo_dist.training.finish import finish
-from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started
+from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started, write_on_main
 from dpo_dist.training.run_state import (
     RunState,
-    check_configuration,
     check_identity,
     read_state,
     write_state,
 )
+from dpo_dist.training.same_run import check_configuration
 from tests.support.alone import ALONE
 from tests.support.own_loss import OWN
 
@@ -278,11 +278,18 @@ def test_ranks_with_different_sources_of_a_loss_function_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, loss=LossConfig(LossKind.custom, function=OWN))
-    assert describe_run(config, RunFolder(tmp_path), ALONE)["loss_function"].startswith(f"custom loss {OWN}")
+    assert describe_run(config, ALONE)["loss_function"].startswith(f"custom loss {OWN}")
     monkeypatch.setattr(type(ALONE), "gather", lambda _, digest: [digest, "0" * 8])
     with pytest.raises(ConfigError, match="different sources") as caught:
-        describe_run(config, RunFolder(tmp_path), ALONE)
+        describe_run(config, ALONE)
     assert "rank 1: 00000000" in caught.value.got
+
+
+def test_a_run_directory_that_was_moved_away_is_not_made_again(folder: RunFolder, tmp_path: Path) -> None:
+    moved = RunFolder(tmp_path / "moved away")
+    with pytest.raises(CheckpointError, match="a file of the run cannot be written"):
+        write_on_main(lambda: write_state(moved, state_of(RunOutcome.started)), moved, ALONE)
+    assert not moved.path.exists()
 
 
 def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
