@@ -13,6 +13,7 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ExitCode
 from dpo_dist.report.terminal.console import print_text, warnings_off
+from dpo_dist.training.same_run import check_newest_checkpoint
 from dpo_dist.training.startup import check_start, started, without_traces
 
 
@@ -24,6 +25,7 @@ def main(config: RunConfig) -> int:
     Raises:
         DpoDistError: the run cannot start or continue.
     """
+    check_newest_checkpoint(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config) as console:
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
@@ -37,6 +39,7 @@ def check(config: RunConfig) -> int:
     Raises:
         DpoDistError: the first check that fails.
     """
+    check_newest_checkpoint(config)
     with without_traces(config, of_success=True):
         check_start(config)
         with warnings_off():

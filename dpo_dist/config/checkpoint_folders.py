@@ -29,9 +29,10 @@ def is_checkpoint(folder: Path) -> bool:
 def best_checkpoints(root: Path) -> list[str]:
     """Return the names of the best checkpoints below `root`, the best first."""
     try:
-        return (root / BEST).read_text(encoding="utf-8").split()
-    except OSError:
+        names = (root / BEST).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
         return []
+    return [name for name in names if step_of(name) is not None]
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -77,15 +77,14 @@ def check_longer(recorded: Mapping[str, Any], config: RunConfig, folder: RunFold
     Raises:
         CheckpointError: it would become shorter.
     """
-    former, new = former_length(recorded, config, folder), Length.of(config)
-    if former is None or is_longer(former, new, recorded.get("steps")):
+    former, new, steps = former_length(recorded, config, folder), Length.of(config), recorded.get("steps")
+    if former is None or is_longer(former, new, steps):
         return
     raise CheckpointError(
         "a run can be continued to a greater length only",
         where=new.key,
         got=str(new),
-        expected=f"more than {former}"
-        + (f", {recorded['steps']:,} steps" if recorded.get("steps") is not None else ""),
+        expected=f"more than {former}" + (f", {steps:,} steps" if isinstance(steps, int) else ""),
         remedy=f"set {former} to resume it as it was, a larger trainer.max_steps, or another run.dir",
     )
 

@@ -43,7 +43,8 @@ from dpo_dist.training.run_start import (
     recorded_stop,
     write_description,
 )
-from dpo_dist.training.run_state import Identity, RunState, check_configuration, check_identity, identify
+from dpo_dist.training.run_state import Identity, RunState, check_identity, identify
+from dpo_dist.training.same_run import check_configuration
 from dpo_dist.training.samples_setup import prepare_samples
 from dpo_dist.training.work_clock import WorkClock
 from dpo_dist.training.world_setup import open_world, peak_flops

@@ -31,7 +31,8 @@ from dpo_dist.report.recorder import spared
 from dpo_dist.report.run_page.page import write_page
 from dpo_dist.report.terminal.console import Console
 from dpo_dist.training.length import check_longer, former_length
-from dpo_dist.training.run_state import RunState, check_configuration, read_state, write_state
+from dpo_dist.training.run_state import RunState, read_state, write_state
+from dpo_dist.training.same_run import check_configuration
 
 T = TypeVar("T")
 

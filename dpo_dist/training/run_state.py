@@ -8,14 +8,13 @@ from typing import Any
 
 from dpo_dist.atomic import write_text
 from dpo_dist.config.identity import run_digest
-from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.former_encodings import was_fingerprint_of
 from dpo_dist.errors import CheckpointError, RunOutcome
 from dpo_dist.training.data_setup import Inputs
-from dpo_dist.training.length import as_text, former_length
+from dpo_dist.training.length import as_text
 
 Identity = dict[str, str | None]
 
@@ -89,32 +88,6 @@ def identify(config: RunConfig, inputs: Inputs) -> Identity:
         "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
         _LENGTH: as_text(config),
     }
-
-
-def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
-    """Check that the run directory belongs to `config`, or to a run that differs in its length only.
-
-    Args:
-        recorded: the state of a checkpoint, or the identity in the state file.
-        config: of this start.
-        folder: the run directory.
-
-    Raises:
-        CheckpointError: it belongs to another configuration; the error names the keys that differ.
-    """
-    digest, former = run_digest(config), recorded.get("run_digest")
-    if former == digest or former_length(recorded, config, folder) is not None:
-        return
-    changed = changed_keys(folder.config, config)
-    function = config.loss.function
-    source = "" if function is None else f", which depends on the source of {function}"
-    raise CheckpointError(
-        "the run directory belongs to another configuration",
-        where=str(folder.config if changed else folder),
-        got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}{source}",
-        expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items()) or f"digest {former}",
-        remedy="remove run.dir, which gives every configuration its own run directory, or set another one",
-    )
 
 
 def check_identity(

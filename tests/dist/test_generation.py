@@ -130,8 +130,8 @@ def test_two_ranks_generate_what_transformers_does_and_train_on_as_if_they_had_n
     tmp_path: Path,
 ) -> None:
     work = partial(scenario, assets, adapter, checkpointing)
-    first, second = run_ranks(work, 2, tmp_path / "ranks", kind, seconds=120)
-    (alone,) = run_ranks(work, 1, tmp_path / "alone", kind, seconds=120)
+    first, second = run_ranks(work, 2, tmp_path / "ranks", kind, seconds=300)
+    (alone,) = run_ranks(work, 1, tmp_path / "alone", kind, seconds=300)
     spoken = [name for name in first if name in ("early", "greedy", "drawn", "base")]
     assert [first[name] for name in spoken] == [second[name] for name in spoken]
     assert [first[name] for name in spoken] == [alone[name] for name in spoken]

@@ -53,7 +53,7 @@ def blocked_while_one_dies(late: int, world: World, folder: Path) -> None:
     os.environ[EXIT_CODES] = str(folder.parent / "codes")
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    block_in_c(50, grace_seconds=3.0 if world.rank == late else 1.0)
+    block_in_c(1000, grace_seconds=3.0 if world.rank == late else 1.0)
 
 
 @pytest.mark.parametrize("late", [0, 2])
@@ -93,7 +93,7 @@ def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: st
 def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
     if world.rank == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    block_in_c(50)
+    block_in_c(1000)
 
 
 def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_same_error_of_all_ranks_is_printed_once(late: int, tmp_path: Path) 
 def terminated_before_it_refuses(world: World, _folder: Path) -> None:
     if world.rank == 1:
         terminated_after(1)
-        time.sleep(30)
+        time.sleep(1000)
     refuse()
 
 
@@ -150,13 +150,11 @@ def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
     with StopRequest().listening():
         if world.rank == 1:
             terminated_after(1)
-        world.on_main(lambda: time.sleep(40))
+        world.on_main(lambda: time.sleep(1000))
 
 
 def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None:
-    started = time.monotonic()
     working, signalled = outcomes_of(signalled_while_rank_0_works, tmp_path)
-    assert time.monotonic() - started < 30, "rank 0 was not ended"
     assert (signalled.error, signalled.reporting_rank) == ("StoppedError", 1), signalled.log
     assert working.exit_code == 75, working.log
 

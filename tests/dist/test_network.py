@@ -64,7 +64,7 @@ def test_an_outage_is_waited_for_and_a_lost_network_ends_both_nodes(assets: Asse
         between.set_link("down")
         (folder / "cut for good").touch()
         cut = time.monotonic()
-        first, second = ranks.finish(2 * TIMEOUT_SECONDS + 60)
+        first, second = ranks.finish(2 * TIMEOUT_SECONDS + 200)
     for rank in range(2):
         report = json.loads((folder / f"result-{rank}.json").read_text())
         assert report["found"] == report["expected"], "nothing is lost"

@@ -10,32 +10,42 @@ from typing import Any
 import pytest
 
 from tests.support.shared_data import shared_data_dir
+from tests.support.warm_benchmarks import run_benchmark
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 580
 
 
-def run(name: str, *arguments: str, seconds: int = 300, **environment: str) -> str:
-    command = [sys.executable, "-m", "benchmarks", name, *arguments]
+def run(name: str, *arguments: str, **variables: str) -> str:
+    """Run a benchmark as a person does."""
     outcome = subprocess.run(
-        command,
+        [sys.executable, "-m", "benchmarks", name, *arguments],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=SECONDS,
         check=False,
     )
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout
 
 
-def figures(name: str, *arguments: str, **environment: str) -> Any:
-    return json.loads(run(name, "--smoke", *arguments, **environment).splitlines()[-1])
+def run_forked(name: str, *arguments: str, with_trl: bool = False) -> str:
+    """Run a benchmark that starts trainers, all forked from the warm parent."""
+    code, output, errors = run_benchmark(name, *arguments, seconds=SECONDS, with_trl=with_trl)
+    assert code == 0, errors
+    return output
 
 
-@pytest.mark.timeout(300)
+def figures(name: str, *arguments: str, **variables: str) -> Any:
+    return json.loads(run(name, "--smoke", *arguments, **variables).splitlines()[-1])
+
+
 def test_both_trainers_take_the_same_first_step() -> None:
-    measured = figures("vs_trl", "--processes", "2", "--trl-best-micro-pairs", "1", "2")
+    options = ("--processes", "2", "--trl-best-micro-pairs", "1", "2")
+    output = run_forked("vs_trl", "--smoke", *options, with_trl=True)
+    measured = json.loads(output.splitlines()[-1])
     assert measured["trainers_agree"]
     assert max(measured["first_step_difference"].values()) <= 1e-4
     for ours in ("cold", "warm", "cold_2", "warm_2"):
@@ -64,11 +74,17 @@ def test_checkpointing_changes_no_loss() -> None:
 
 
 def test_only_a_live_reference_takes_memory_while_the_policy_trains() -> None:
-    measured = figures("memory")["tiny, 1 rank"]
+    [measured] = json.loads(run_forked("memory", "--smoke").splitlines()[-1]).values()
     cold, warm, live = (of_mode["kept"] for of_mode in measured.values())
     # The model that filled the store is freed before training starts.
     assert cold < 0.1 * live
     assert warm < 0.1 * live
+
+
+def test_two_processes_are_launched_by_accelerate() -> None:
+    small = ("--models", "tiny", "--modes", "live", "--pairs", "4", "--processes", "2")
+    [measured] = json.loads(run("memory", *small).splitlines()[-1]).values()
+    assert measured["live"]["kept"] > 0
 
 
 def test_encoding_writes_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
@@ -97,7 +113,6 @@ def test_plans_fill_micro_batches_evenly(tmp_path: Path, real: bool) -> None:
     assert measured["schedule"]["pairs"] == 100_000
 
 
-@pytest.mark.timeout(600)
 def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     """Ends with an error if the whole program, an ablation of it, or TRL computed another loss."""
     docs = tmp_path / "docs"
@@ -108,7 +123,8 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
     speed = {"processes": 1, "records_per_second": 900.0, "tokens_per_second": 2e5, "main_share": 0.1}
     figures_of_encoding = {"file": "pairs.jsonl", "records": 50_000, "chat": False, "figures": [speed]}
     encoded.write_text(json.dumps(figures_of_encoding))
-    run("curves", "--smoke", "--measurements", str(measurements), "--encode", str(encoded), seconds=580)
+    files = ("--measurements", str(measurements), "--encode", str(encoded))
+    run_forked("curves", "--smoke", *files, with_trl=True)
     parts = json.loads(measurements.read_text())
     names = ["shared_prefix", "response_tokens", "model_size", "memory", "ablation", "encode"]
     assert list(parts) == names
@@ -133,7 +149,7 @@ def test_curves_are_measured_and_drawn(tmp_path: Path) -> None:
 
 def test_a_sweep_scores_its_pairs_once() -> None:
     """Ends with an error if the trainers computed another loss at any first step."""
-    measured = figures("sweep")
+    measured = json.loads(run_forked("sweep", "--smoke", with_trl=True).splitlines()[-1])
     scored = {name: of["scored_pairs"] for name, of in measured["results"].items()}
     assert measured["points"] == 2
     assert scored == {"dpo_dist": 8, "trl_default": 16, "trl_kept": 8}

@@ -66,7 +66,7 @@ class Command:
         )
         self.screen = ""
         assert self.process.stdout is not None
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while "http" not in self.screen:
             assert self.process.poll() is None, self.screen + self.process.stdout.read()
             assert time.monotonic() < deadline
@@ -75,7 +75,7 @@ class Command:
 
     def end(self, how: signal.Signals = signal.SIGINT) -> str:
         self.process.send_signal(how)
-        rest, _ = self.process.communicate(timeout=30)
+        rest, _ = self.process.communicate(timeout=240)
         return rest
 
     @property

@@ -57,7 +57,7 @@ def test_verbs_can_be_called_again_in_one_process(overrides: Overrides, assets: 
         target=call_verbs, args=({**environment(), **warm.ENVIRONMENT}, broken, command)
     )
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0
     train([*command, f"run.dir={tmp_path}/fresh"])
     assert history(tmp_path / "run") == history(tmp_path / "fresh"), "equal to a run in a process of its own"

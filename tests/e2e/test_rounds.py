@@ -52,7 +52,7 @@ def test_scores_rise_round_by_round_across_a_kill(overrides, tmp_path) -> None:
             time.sleep(0.02)
         process.kill()
         # The pipe closes when the sampling has ended as well.
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     written = done[0].stat().st_mtime_ns
     assert not (tmp_path / "run/rounds/1/round.json").exists()
 

@@ -37,7 +37,7 @@ class KilledRuns:
     seed: int
     kills: int
     reach: float = 0.7
-    seconds: float = 120
+    seconds: float = 400
     before: Callable[[Path], None] = lambda folder: None
 
     def check(self, done: Callable[[int], None] = lambda kills: None) -> None:

@@ -124,7 +124,7 @@ def signal_run(
             time.sleep(0.02)
         for process in [_process_of_rank(launcher.pid, rank) for rank in ranks] or [launcher.pid]:
             os.kill(process, number)
-        output, _ = launcher.communicate(timeout=60)
+        output, _ = launcher.communicate(timeout=240)
     return Finished(launcher.returncode, output)
 
 

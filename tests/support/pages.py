@@ -27,7 +27,7 @@ def blocks_of(page: str) -> list[Block]:
     return [Block(*found) for found in _BLOCK.findall(text)]
 
 
-def in_process(work: Callable[..., Any], *arguments: Any, seconds: float = 120) -> None:
+def in_process(work: Callable[..., Any], *arguments: Any, seconds: float = 400) -> None:
     """Run `work` in a process forked from the warm parent; its traceback fails the test."""
     from tests.support.warm import context, start_parent
 
@@ -37,7 +37,7 @@ def in_process(work: Callable[..., Any], *arguments: Any, seconds: float = 120) 
     process.start()
     assert receiver.poll(seconds), "the process takes too long"
     error = receiver.recv()
-    process.join(10)
+    process.join(240)
     assert error is None, error
 
 

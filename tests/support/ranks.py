@@ -47,7 +47,7 @@ class Ranks:
     folder: Path
     processes: tuple[Any, ...]
 
-    def finish(self, seconds: float = 60) -> list[Outcome]:
+    def finish(self, seconds: float = 240) -> list[Outcome]:
         """Wait for all ranks; those that hang are killed, leave a traceback, and fail the test."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
@@ -99,7 +99,7 @@ def run_ranks(
     folder: Path,
     kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     dtype: Dtype = Dtype.fp32,
-    seconds: float = 60,
+    seconds: float = 240,
     timeout: int = 600,
 ) -> list[Any]:
     """Return the result of `scenario` on each rank; no rank may fail or take longer than `seconds`."""

@@ -17,8 +17,8 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 NODES = ("node1", "node2")
 GPUS = 8
-_SECONDS = 20.0
-_COMMAND_SECONDS = 60.0
+_SECONDS = 120.0
+_COMMAND_SECONDS = 240.0
 
 
 def missing() -> str:

@@ -49,6 +49,7 @@ def start_parent() -> None:
             "dpo_dist.training.run",
             "tests.support.ranks",
             "transformers.models.qwen2.modeling_qwen2",
+            "tests.support.preloaded",
         ]
     )
     with mock.patch.dict(os.environ, ENVIRONMENT):
@@ -106,7 +107,7 @@ def run_warm(
         screen = Path(temporary) / "screen"
         screen.touch()
         processes = start_verb(verb, overrides, variables, size, folder, screen, prepare)
-        code = _wait(processes, seconds)
+        code = wait(processes, seconds)
         return code, screen.read_text(encoding="utf-8")
 
 
@@ -124,6 +125,20 @@ def start_verb(
     Other arguments as of `run_warm`.
     """
     start_parent()
+    return start_module(context, f"dpo_dist.{verb}", overrides, variables, size, folder, screen, prepare)
+
+
+def start_module(
+    starts: Any,
+    module: str,
+    arguments: list[str],
+    variables: dict[str, str],
+    size: int,
+    folder: Path,
+    screen: Path,
+    prepare: Callable[[], None] | None = None,
+) -> list[Any]:
+    """Start a module as `start_verb` does; `starts` is the context of multiprocessing."""
     port = str(reserve_port())
     processes = []
     for rank in range(size):
@@ -131,8 +146,8 @@ def start_verb(
         world = {name: str(number) for name, number in place.items()}
         own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = own if size > 1 else variables
-        process = context.Process(
-            target=_be_verb, args=(verb, overrides, environment, folder, screen, None, prepare)
+        process = starts.Process(
+            target=_be_module, args=(module, arguments, environment, folder, screen, None, prepare)
         )
         process.start()
         processes.append(process)
@@ -140,24 +155,31 @@ def start_verb(
 
 
 def run_warm_apart(
-    verb: str, arguments: list[str], variables: dict[str, str], folder: Path, seconds: float
+    module: str,
+    arguments: list[str],
+    variables: dict[str, str],
+    folder: Path,
+    seconds: float,
+    prepare: Callable[[], None] | None = None,
 ) -> tuple[int, str, str]:
-    """Run a verb on one process; exit code, standard output and standard error.
+    """Run a module on one process; exit code, standard output and standard error.
 
-    Arguments as of `run_warm`.
+    Other arguments as of `run_warm`.
     """
     start_parent()
     with tempfile.TemporaryDirectory() as temporary:
         output, errors = Path(temporary) / "output", Path(temporary) / "errors"
         output.touch()
         errors.touch()
-        process = context.Process(target=_be_verb, args=(verb, arguments, variables, folder, output, errors))
+        process = context.Process(
+            target=_be_module, args=(module, arguments, variables, folder, output, errors, prepare)
+        )
         process.start()
-        code = _wait([process], seconds)
+        code = wait([process], seconds)
         return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 
 
-def _wait(processes: list[Any], seconds: float) -> int:
+def wait(processes: list[Any], seconds: float) -> int:
     """Wait as the launcher of several does: the first failure ends all, with 1."""
     deadline = time.monotonic() + seconds
     while any(process.is_alive() for process in processes):
@@ -183,9 +205,9 @@ def _end(processes: list[Any], grace: float) -> None:
         process.kill()
 
 
-def _be_verb(
-    verb: str,
-    overrides: list[str],
+def _be_module(
+    module: str,
+    arguments: list[str],
     variables: dict[str, str],
     folder: Path,
     screen: Path,
@@ -199,7 +221,7 @@ def _be_verb(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
-    sys.argv = [verb, *overrides]
+    sys.argv = [module, *arguments]
     if prepare is not None:
         prepare()
-    runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

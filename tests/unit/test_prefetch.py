@@ -105,12 +105,12 @@ def test_leaving_waits_for_the_current_item_only() -> None:
     def slow() -> Iterator[int]:
         for number in itertools.count():
             begun.set()
-            assert finish.wait(10)
+            assert finish.wait(120)
             finished.append(number)
             yield number
 
     with prefetch(slow(), 5):
-        assert begun.wait(10)
+        assert begun.wait(120)
         threading.Timer(0.05, finish.set).start()
     assert finished == [0]
     assert not workers()

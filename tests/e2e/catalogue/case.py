@@ -16,8 +16,6 @@ RUN = "model.path=model model.dtype=fp32 data.train=[train.jsonl] tracking.wandb
 
 _SECONDS = 240
 _CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
-"""Encoded data, digests of files, the store."""
-_CACHES = ("output", "output/encoded(/.*)?", "output/reference(/.*)?")
 """Complete files that are addressed by content: encoded data and digests of files."""
 _LABELS = ("where", "got", "expected", "to do")
 _TITLE = re.compile(
@@ -84,7 +82,8 @@ def run_case(case: Case, folder: Path, assets: Path) -> Ended:
     existing = _content(folder)
     arguments = shlex.split(f"{case.run} {case.typed}".replace("FOLDER", str(folder)))
     variables = {**environment(), **ENVIRONMENT, **_place(case)}
-    code, output, errors = run_warm_apart(case.verb, arguments, variables, folder, _SECONDS)
+    module = f"dpo_dist.{case.verb}"
+    code, output, errors = run_warm_apart(module, arguments, variables, folder, _SECONDS)
     content = _content(folder)
     left = tuple(name for name in sorted(content.keys() - existing.keys()))
     changed = tuple(name for name, digest in sorted(existing.items()) if content.get(name) != digest)

@@ -37,6 +37,12 @@ def of_another_run(work: Path) -> None:
     (work / "runs/a/run_state.json").write_text("{}")
 
 
+def of_another_configuration(work: Path) -> None:
+    """Make a run with a checkpoint."""
+    (work / "other/checkpoints/step-000001").mkdir(parents=True)
+    (work / "other/checkpoints/step-000001/state.json").write_text('{"run_digest": "of-another"}')
+
+
 # fmt: off
 CASES = [
     Case("file as run directory", "run.dir=occupied", "run.dir is a file", "run.dir", "occupied",
@@ -71,6 +77,8 @@ CASES = [
          "reference.nvme_path", "reference.nvme_path", "/proc/x", to_do="set reference.nvme_path to another"),
     Case("run that has results", "run.dir=used run.resume=never", "run.resume=never", "used", "dpo_metrics",
          before=used, joins=True, leaves=("used/.*",), to_do="set run.resume=auto to resume"),
+    Case("run directory of another configuration", "run.dir=other", "belongs to another configuration",
+         "other", "digest", "digest of-another", "remove run.dir", before=of_another_configuration),
     Case("nothing to resume", "run.dir=new run.resume=must", "no checkpoint to resume from",
          "new/checkpoints", joins=True, to_do="set run.resume=auto to start a new run"),
 ]

@@ -40,7 +40,7 @@ class Served:
     ) -> tuple[int, dict[str, str], bytes]:
         host = f"127.0.0.1:{self.server.server_port}"
         usual = {"Host": host, "Origin": f"http://{host}", "Content-Type": "application/json"}
-        connection = http.client.HTTPConnection(host, timeout=10)
+        connection = http.client.HTTPConnection(host, timeout=120)
         sent = {name: value for name, value in (usual | (headers or {})).items() if value}
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.putrequest(method, f"/{token or self.server.token}/{path or ''}", skip_host=True)
@@ -166,7 +166,7 @@ def test_a_verdict_after_the_end_is_refused_on_an_open_connection(tmp_path) -> N
     """The log is closed by then, and its descriptor may be that of the pairs."""
     with serving(tmp_path / "log") as served:
         host = f"127.0.0.1:{served.server.server_port}"
-        connection = http.client.HTTPConnection(host, timeout=10)
+        connection = http.client.HTTPConnection(host, timeout=120)
 
         def ask(path: str, **body: Any) -> http.client.HTTPResponse:
             headers = {"Origin": f"http://{host}", "Content-Type": "application/json"}

@@ -180,7 +180,7 @@ def test_concurrent_jobs_keep_each_others_digests(
 
     def met(files: list[Path]) -> str:
         if files[0].name == "config.json":
-            meeting.wait(10)
+            meeting.wait(120)
         return digest(files)
 
     monkeypatch.setattr(digest_module, "content_digest", met)

@@ -404,7 +404,7 @@ def test_processes_write_to_one_store_concurrently(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
         assert process.exitcode == 0
     store = open_store(tmp_path)
     assert store.damaged == []

@@ -30,11 +30,11 @@ from dpo_dist.training.finish import finish
 from dpo_dist.training.run_start import describe_run, find_start, locked, mark_started, write_on_main
 from dpo_dist.training.run_state import (
     RunState,
-    check_configuration,
     check_identity,
     read_state,
     write_state,
 )
+from dpo_dist.training.same_run import check_configuration
 from tests.support.alone import ALONE
 from tests.support.own_loss import OWN
 

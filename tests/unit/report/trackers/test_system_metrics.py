@@ -34,7 +34,7 @@ def world_of(rank: int, size: int = 2) -> World:
 
 
 def wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -312,7 +312,7 @@ def train(checkpoint, last, end):
         recorder.metrics.save()
         recorder.trackers.finish("completed", {"steps": last})
         return
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while end == "kept" and last not in steps_on_disk():
         assert time.monotonic() < deadline, said
         time.sleep(0.1)
@@ -465,7 +465,7 @@ def test_online_run_reaches_the_server_and_its_stop_button_the_run(
         tracker = open_online(tmp_path / "run", monkeypatch, server.url, request_stop=stop.set)
         assert tracker.run is not None
         assert not tracker.run.offline
-        assert stop.wait(timeout=60)
+        assert stop.wait(timeout=240)
         tracker.log({"step": 1, "loss": 0.7})
         tracker.log({"step": 1, "eval_loss": 0.6})
         tracker.finish("completed", {})
@@ -548,7 +548,7 @@ def services() -> list[psutil.Process]:
 def kill_service() -> None:
     (service,) = services()
     service.terminate()
-    psutil.wait_procs([service], timeout=10)
+    psutil.wait_procs([service], timeout=120)
 
 
 def test_a_service_killed_by_a_preemption_loses_no_later_row(
