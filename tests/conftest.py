@@ -1,6 +1,32 @@
-"""Properties are tried on the same examples everywhere, and no example is judged by the time it takes."""
+"""The order of the tests, and their properties: the same examples everywhere, none judged by its time."""
 
+import gc
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
+
+LONG = (
+    "e2e/test_slurm.py",
+    "golden/test_trajectory.py",
+    "e2e/test_kills.py",
+    "e2e/test_benchmarks.py",
+    "e2e/test_preemption.py",
+    "dist/test_network.py",
+    "e2e/test_samples.py",
+    "dist/test_checkpoint.py",
+)
+"""Files of long tests, which start first: at the end of a run a worker would wait for them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ends = {end: place for place, end in enumerate(LONG)}
+    items.sort(key=lambda item: ends.get("/".join(item.path.parts[-2:]), len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collection in a test skips the million objects of imported libraries."""
+    gc.collect()
+    gc.freeze()

@@ -31,7 +31,14 @@ from dpo_dist.config.checkpoint_folders import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.checkpoint_manifest import Entries, has_all_files, write_manifest
+from dpo_dist.distributed.checkpoint_loading import read_state
+from dpo_dist.distributed.checkpoint_manifest import (
+    Entries,
+    has_all_files,
+    read_parts,
+    remove_parts,
+    write_manifest,
+)
 from dpo_dist.distributed.checkpoint_writing import RankFiles, Writing, disk_errors
 from dpo_dist.distributed.host_copy import HostCopy
 from dpo_dist.distributed.slices import ModelSlices, Sharded
@@ -42,6 +49,7 @@ from dpo_dist.progress_file import note_progress
 log = logging.getLogger(__name__)
 
 _LATEST = "latest"
+_LAST_SECONDS = 30.0
 
 
 class CheckpointSaver:
@@ -96,14 +104,14 @@ class CheckpointSaver:
         world, folder = self._world, self._root / checkpoint_name(step)
         temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
         files = RankFiles.of([part.shards() for part in self._parts], state, world)
-        writing = Writing(temporary, folder, sum(world.gather(files.bytes)))
+        writing = Writing(temporary, folder, sum(world.gather(files.bytes)), world.rank)
         if not is_last and self._can_copy(files.models):
             assert self._copy is not None
             files = replace(files, models=self._copy.of(files.models))
-            writing.finish_behind(lambda: writing.write(files, world.rank))
+            writing.finish_behind(lambda: writing.write(files))
         else:
             with self._removed_on_error(writing):
-                world.together(lambda: writing.write(files, world.rank))
+                world.together(lambda: writing.write(files))
             writing.finish_behind(lambda: None)
         self._pending = writing
 
@@ -163,12 +171,16 @@ class CheckpointSaver:
         with self._removed_on_error(pending):
             mine = self._world.together(pending.entries)
             entries = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
-            self._world.on_main(lambda: _commit(pending, entries))
+            self._world.on_main(lambda: self._commit(pending, entries))
         self._damaged.discard(pending.folder.name)
         kept = self._best
         self._world.on_main(lambda: _mark_best(self._root, kept))
         # Some file systems need minutes to delete files of terabytes.
         self._world.on_main(lambda: _delete_old(pending.folder, self._keep_last, self._damaged, kept))
+
+    def _commit(self, writing: Writing, entries: Entries) -> None:
+        with writing.disk_errors():
+            _commit(writing.temporary, writing.folder, entries)
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
@@ -197,9 +209,15 @@ class CheckpointSaver:
             raise
 
     def close(self) -> None:
-        """End the saver; drop a checkpoint that is still written, after an error. Not collective."""
-        if self._pending is not None:
-            self._pending.remove()
+        """End the saver; not collective.
+
+        After an error, a checkpoint of which this rank's files are on disk soon is left to the next start,
+        which commits it if those of all ranks are (`complete_unfinished`). Otherwise it is dropped.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.is_whole(_LAST_SECONDS):
+            log.warning("%s was not written yet: it is dropped", pending.folder)
+            pending.remove()
         if self._copy is not None:
             self._copy.close()
         if self._run_directory is not None:
@@ -220,6 +238,19 @@ def drop_checkpoints(root: Path) -> None:
         (root / _LATEST).unlink(missing_ok=True)
 
 
+def complete_unfinished(root: Path) -> None:
+    """Commit checkpoints below `root` that all ranks had written when their start ended; on one rank.
+
+    Only those that are newer than the committed ones. Digests are verified when one is loaded.
+    """
+    newest = max((step_of(folder.name) or 0 for folder in checkpoint_folders(root)), default=0)
+    for left in sorted(root.glob("*")):
+        final = final_name(left)
+        if is_temporary(left) and (step_of(final.name) or 0) > newest:
+            with contextlib.suppress(OSError, ValueError, RecursionError):  # `remove_unfinished`
+                _commit(left, final, read_parts(left, int(read_state(left)["world_size"])))
+
+
 def remove_unfinished(root: Path) -> None:
     """Remove what killed starts have left below `root`; on one rank, which no other start writes beside.
 
@@ -236,12 +267,12 @@ def remove_unfinished(root: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _commit(writing: Writing, entries: Entries) -> None:
-    with writing.disk_errors():
-        write_manifest(writing.temporary, entries)
-        commit_folder(writing.temporary, writing.folder)
-    _mark_latest(writing.folder)
-    note_progress(str(writing.folder))
+def _commit(temporary: Path, folder: Path, entries: Entries) -> None:
+    write_manifest(temporary, entries)
+    commit_folder(temporary, folder)
+    remove_parts(folder)
+    _mark_latest(folder)
+    note_progress(str(folder))
 
 
 def _mark_latest(folder: Path) -> None:

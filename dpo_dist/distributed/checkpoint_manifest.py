@@ -42,6 +42,34 @@ def write_manifest(folder: Path, entries: Entries) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
+def write_part(folder: Path, rank: int, entries: Entries) -> None:
+    """Write the entries of one rank's files, which are on disk, for a start that finds no manifest."""
+    (folder / _part(rank)).write_text(json.dumps(entries))
+
+
+def read_parts(folder: Path, ranks: int) -> Entries:
+    """Return the entries of all ranks' files.
+
+    Raises:
+        OSError: a rank has not written all its files, or a part cannot be read.
+        ValueError: a part is damaged.
+    """
+    parts = [json.loads((folder / _part(rank)).read_bytes()) for rank in range(ranks)]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("a part is no list of files")
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_part` has written for all ranks."""
+    for part in folder.glob(_part("*")):
+        part.unlink()
+
+
+def _part(rank: int | str) -> str:
+    return f"written-{rank}.json"
+
+
 def read_manifest(folder: Path) -> Entries:
     """Return the entries that `write_manifest` wrote.
 

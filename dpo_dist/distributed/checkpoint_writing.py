@@ -5,13 +5,13 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.checkpoint_folders import STATE
-from dpo_dist.distributed.checkpoint_manifest import Entries, describe_files
+from dpo_dist.distributed.checkpoint_manifest import Entries, describe_files, write_part
 from dpo_dist.distributed.random_states import random_states, random_states_name
 from dpo_dist.distributed.slice_files import write_slices
 from dpo_dist.distributed.slices import ModelSlices
@@ -54,24 +54,25 @@ class Writing:
         temporary: the folder that is written.
         folder: its final name.
         needed: bytes of the whole checkpoint, for errors.
+        rank: of this process.
     """
 
-    def __init__(self, temporary: Path, folder: Path, needed: int):
-        self.temporary, self.folder = temporary, folder
+    def __init__(self, temporary: Path, folder: Path, needed: int, rank: int):
+        self.temporary, self.folder, self._rank = temporary, folder, rank
         self._needed = needed
         self._is_wanted = True
         self._written: list[Path] = []
         self._entries: Future[Entries] = Future()
 
-    def write(self, files: RankFiles, rank: int) -> None:
-        """Write the files of a rank, which are not flushed to disk yet.
+    def write(self, files: RankFiles) -> None:
+        """Write the files of this rank, which are not flushed to disk yet.
 
         Raises:
             CheckpointError: they cannot be written.
         """
         with disk_errors(self.temporary, self._needed):
             for model in files.models:
-                self._written += write_slices(model, self.temporary, rank, lambda: self._is_wanted)
+                self._written += write_slices(model, self.temporary, self._rank, lambda: self._is_wanted)
             for name, text in files.texts.items():
                 self._written.append(self.temporary / name)
                 self._written[-1].write_text(text)
@@ -83,7 +84,10 @@ class Writing:
             try:
                 write()
                 with disk_errors(self.temporary, self._needed):
-                    self._entries.set_result(describe_files(self._wanted_files(), self.temporary))
+                    entries = describe_files(self._wanted_files(), self.temporary)
+                    if self._is_wanted:
+                        write_part(self.temporary, self._rank, entries)
+                self._entries.set_result(entries)
             except BaseException as error:  # raised by `entries`, in the main thread
                 self._entries.set_exception(error)
 
@@ -101,6 +105,11 @@ class Writing:
             CheckpointError: they cannot be written.
         """
         return self._entries.result()
+
+    def is_whole(self, seconds: float) -> bool:
+        """Return whether the files are on disk; wait for it, at most so long."""
+        done, _ = wait([self._entries], seconds)
+        return bool(done) and not self.has_failed
 
     @property
     def is_done(self) -> bool:

@@ -20,7 +20,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.digests import text_digest
-from dpo_dist.distributed.checkpoint import remove_unfinished
+from dpo_dist.distributed.checkpoint import complete_unfinished, remove_unfinished
 from dpo_dist.distributed.checkpoint_loading import Checkpoint, latest_checkpoint
 from dpo_dist.distributed.stops import Stops
 from dpo_dist.distributed.world import WhileWaiting, World
@@ -69,6 +69,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     try:
         for written in (folder.path, folder.metrics, folder.samples):
             world.on_main(partial(collect_abandoned, written))
+        world.on_main(partial(complete_unfinished, folder.checkpoints))
         world.on_main(partial(remove_unfinished, folder.checkpoints))
         yield
     finally:

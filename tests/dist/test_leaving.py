@@ -168,3 +168,17 @@ def interrupted(world: World, _folder: Path) -> None:
 
 def test_an_interrupt_of_all_ranks_ends_them_at_once(tmp_path: Path) -> None:
     assert [outcome.error for outcome in outcomes_of(interrupted, tmp_path)] == ["KeyboardInterrupt"] * 2
+
+
+def terminated_while_blocked(world: World, _folder: Path) -> None:
+    """As `evaluate`, which saves nothing."""
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    # The other threads take the signal, so that nothing wakes this one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    block_in_c(100, grace_seconds=1000.0)
+
+
+def test_sigterm_ends_blocked_ranks_that_have_nothing_to_save(tmp_path: Path) -> None:
+    first, second = outcomes_of(terminated_while_blocked, tmp_path)
+    assert first.exit_code == second.exit_code == 143, first.log + second.log
+    assert (first.log + second.log).count("ended by SIGTERM") == 1

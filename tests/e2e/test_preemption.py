@@ -109,14 +109,38 @@ def _stopped_at(module: str, name: str) -> None:
     setattr(room, name, call)
 
 
-def test_the_row_of_an_evaluation_that_was_stopped_and_repeated_is_kept(
+def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting(
     assets: Path, overrides: Overrides, tmp_path: Path
 ) -> None:
-    """The checkpoint of its step is older than the row; here the next start ends before its report."""
-    command = overrides(f"data.eval=[{assets}/eval.jsonl]", "trainer.max_steps=1")
-    for place in (("dpo_dist.training.loop", "evaluate"), ("dpo_dist.training.finish", "export_model")):
-        stopped = run_verb("train", command, prepare=partial(_stopped_at, *place))
+    """One run, stopped at each of these places in turn, ends as one that nothing stops.
+
+    The checkpoint of the last step is older than the evaluation's row, which must be there once.
+    """
+    run, whole, cache = tmp_path / "run", tmp_path / "whole", tmp_path / "encoded"
+    usual = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=4", "trainer.save_every=1"]
+    samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
+    command = overrides(*usual, *samples, f"data.cache={cache}")
+    places = [
+        ("dpo_dist.data.build_dataset", "share_read", "before the first step"),
+        ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
+        ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
+        ("dpo_dist.training.samples", "generate_together", "stopping after step 4"),
+        ("dpo_dist.training.finish", "export_model", "after the model was written"),
+    ]
+    for module, name, words in places:
+        stopped = run_verb("train", command, prepare=partial(_stopped_at, module, name))
         assert stopped.code == 75, stopped.output
-    assert run_state(tmp_path / "run")["outcome"] == "exported"
-    train(command)
-    assert [(row["step"], "eval_loss" in row) for row in history(tmp_path / "run")] == [(1, False), (1, True)]
+        assert "Traceback" not in stopped.output
+        assert re.search(words, stopped.output), stopped.output
+        if name == "share_read":
+            assert [path.name for path in cache.iterdir()] == ["file_digests"], "half-encoded data are left"
+    assert run_state(run)["outcome"] == "exported"
+    last = run_verb(
+        "train", command, prepare=partial(_stopped_at, "dpo_dist.training.finish", "closing_table")
+    )
+    assert last.code == 0, last.output
+    assert run_state(run)["outcome"] == summary(run)["exit"] == "completed"
+    train([*command, f"run.dir={whole}"])
+    assert history(run) == history(whole)
+    for file in ("samples/step-000004.jsonl", "model/model.safetensors"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()

@@ -1,6 +1,7 @@
 """Requests to stop: by signals, limits, and a tracker."""
 
 import _thread
+import contextlib
 import ctypes
 import os
 import signal
@@ -133,20 +134,34 @@ def test_before_the_start_a_signal_ends_with_one_line(
     assert (tmp_path / "codes.0").read_text() == "75\n"
 
 
-def test_a_signal_is_answered_while_the_main_thread_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a rendezvous: no handler of Python's runs meanwhile."""
+@pytest.mark.parametrize("is_resumable", [True, False])
+def test_a_signal_is_answered_while_the_main_thread_is_blocked(
+    is_resumable: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a collective call: no handler of Python's runs meanwhile. Other signals come before."""
     monkeypatch.setattr(signals, "_MAIN_THREAD_SECONDS", 0.1)
 
+    def send_both() -> None:
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            time.sleep(0.2)
+            os.kill(os.getpid(), number)
+
     def block() -> None:
-        with StopRequest().listening(), signals.answered_at_once():
-            _thread.start_new_thread(lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGTERM)), ())
-            # The other threads take the signal, so that nothing wakes this one.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, signals.raise_terminated)
+        with (
+            StopRequest().listening() if is_resumable else contextlib.nullcontext(),
+            signals.answered_at_once(),
+        ):
+            _thread.start_new_thread(send_both, ())
+            # The other threads take the signals, so that nothing wakes this one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD])
             ctypes.CDLL(None).sleep(60)
 
     started = time.monotonic()
-    assert in_child(block) == ExitCode.preempted
+    assert in_child(block) == (ExitCode.preempted if is_resumable else 143)
     assert time.monotonic() - started < 30
+    assert ("stopped: by SIGTERM" if is_resumable else "ended by SIGTERM\n") in capfd.readouterr().err
 
 
 def test_the_limit_of_seconds_counts_during_steps_and_before() -> None:

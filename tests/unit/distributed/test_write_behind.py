@@ -1,6 +1,7 @@
 """Checkpoints that are written while training continues: exact, committed or dropped, errors at a border."""
 
 import errno
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_dist.distributed import checkpoint_writing, host_copy
+from dpo_dist.distributed import checkpoint, checkpoint_writing, host_copy
 from dpo_dist.distributed.checkpoint_loading import latest_checkpoint
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
@@ -167,11 +168,35 @@ def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(returns: 
     run.saver.close()
 
 
-def test_an_error_elsewhere_drops_the_checkpoint_that_is_written(run: Run) -> None:
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_after_an_error_elsewhere_the_next_start_commits_a_whole_checkpoint(
+    is_whole: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_LAST_SECONDS", 60 if is_whole else 0)
     run.save(1)
-    with slow_disk():
+    with slow_disk() as disk:
         begin(run, 2)
+        if is_whole:
+            disk.set()
         run.saver.close()
-        assert run.left() == ["step-000001"]
-    run.saver.close()
-    assert run.start() == 1
+    assert (run.root / "latest").read_text() == "step-000001"
+    checkpoint.complete_unfinished(run.root)
+    assert run.left() == ["step-000001", "step-000002"][: 1 + is_whole]
+    assert run.start() == 1 + is_whole
+    assert not list(run.root.glob("*/written-*"))
+
+
+def test_a_checkpoint_that_one_rank_has_not_written_is_not_committed(run: Run) -> None:
+    run.save(2)
+    begin(run, 3)
+    assert run.saver._pending is not None
+    folder = run.saver._pending.temporary
+    run.saver._pending.entries()
+    (folder / "state.json").write_text('{"step": 3, "world_size": 2}')
+    older = folder.with_name(folder.name.replace("000003", "000001"))
+    shutil.copytree(folder, older)
+    (older / "state.json").write_text('{"step": 1, "world_size": 1}')
+    checkpoint.complete_unfinished(run.root)
+    assert set(run.left()) == {"step-000002", folder.name, older.name}
+    checkpoint.remove_unfinished(run.root)
+    assert run.left() == ["step-000002"]
