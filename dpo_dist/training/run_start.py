@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from dpo_dist.atomic import collect_abandoned, is_temporary, recover_folder, write_text
+from dpo_dist.atomic import collect_abandoned, is_temporary, open_in_place, recover_folder, write_text
 from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
@@ -86,7 +86,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        files.append(folder.lock.open("w"))
+        files.append(open_in_place(folder.lock, "w"))
     except OSError as error:
         raise CheckpointError(
             "the run directory cannot be written",
@@ -98,7 +98,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     if not missing:
         return ""
     of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}{folder.lock.name}"
-    files.append((Path(tempfile.gettempdir()) / of_host).open("w"))
+    files.append(open_in_place(Path(tempfile.gettempdir()) / of_host, "w"))
     _take_lock(files[1], folder)
     return (
         f"warning: the file system of {folder} does not support file locks ({missing}): "
