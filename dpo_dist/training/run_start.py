@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from dpo_dist.atomic import collect_abandoned, is_temporary, open_in_place, recover_folder, write_text
 from dpo_dist.config.folder_schema import Resume
@@ -62,7 +62,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     Raises:
         CheckpointError: another process trains there, or the directory cannot be created.
     """
-    files: list[TextIO] = []
+    files: list[IO[Any]] = []
     warning = world.on_main(lambda: _lock(folder, files))
     if warning:
         console.say(warning)
@@ -77,7 +77,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
             file.close()
 
 
-def _lock(folder: RunFolder, files: list[TextIO]) -> str:
+def _lock(folder: RunFolder, files: list[IO[Any]]) -> str:
     """Lock the run directory; return a warning if the lock is valid on this host only.
 
     Args:
@@ -106,7 +106,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     )
 
 
-def _take_lock(file: TextIO, folder: RunFolder) -> str:
+def _take_lock(file: IO[Any], folder: RunFolder) -> str:
     """Lock an open file; return the reason if its file system has no locks, else "".
 
     Raises:
