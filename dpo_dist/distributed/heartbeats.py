@@ -197,7 +197,7 @@ class Heartbeats:
         return sorted(known, key=lambda peer: at.count(places[peer.rank]))
 
     def patience(self, failure: BaseException) -> float:
-        """Return the seconds after a collective call's failure in which the rank that caused it becomes silent.
+        """Return the seconds after the failure of a call in which the rank that caused it becomes silent.
 
         The last heartbeat of a process on another host may arrive a whole beat after its end.
         """
