@@ -165,6 +165,7 @@ class ParallelismConfig:
         600,
         "Most seconds to wait for another process.",
         at_least=1,
+        at_most=10**7,
         verbs="train precompute evaluate compare pairs",
     )
 
@@ -270,7 +271,12 @@ class TrainerConfig:
         verbs="train",
     )
     max_seconds: float | None = key(
-        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, verbs="train"
+        None,
+        "Seconds after which the run saves and exits with code 75.",
+        above=0,
+        at_most=1e9,
+        free=True,
+        verbs="train",
     )
 
 
