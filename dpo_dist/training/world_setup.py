@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from dpo_dist.config.run_folder import RunFolder
@@ -34,8 +36,15 @@ def open_world(config: RunConfig, console: Console) -> Iterator[World]:
         deterministic_kernels(config.trainer.deterministic),
         joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
-        torch.manual_seed(config.trainer.seed)
+        _seed(config.trainer.seed)
         yield world
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator whose state a checkpoint has; a user's loss may draw from any."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def peak_flops(config: RunConfig, world: World) -> PeakFlops:
