@@ -246,8 +246,9 @@ class World:
     def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
         record, neighbours = watched.record, watched.neighbours
-        is_sigterm = isinstance(failure, SystemExit)
-        patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS if is_sigterm else _PEER_PATIENCE_SECONDS
+        patience = max(_PEER_PATIENCE_SECONDS, watched.heartbeats.patience(failure))
+        if isinstance(failure, SystemExit):
+            patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             exit_code, lost = record.exit_code(), neighbours.lost()
