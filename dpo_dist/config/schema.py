@@ -271,12 +271,7 @@ class TrainerConfig:
         verbs="train",
     )
     max_seconds: float | None = key(
-        None,
-        "Seconds after which the run saves and exits with code 75.",
-        above=0,
-        at_most=1e9,
-        free=True,
-        verbs="train",
+        None, "Seconds after which the run saves and exits with code 75.", above=0, free=True, verbs="train"
     )
 
 
