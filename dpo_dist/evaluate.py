@@ -45,4 +45,6 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, check, of_run=True, about=__doc__)
+    run_verb(
+        main, check, of_run=True, made=("data.cache", "reference.store", "reference.nvme_path"), about=__doc__
+    )

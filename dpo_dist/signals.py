@@ -129,15 +129,13 @@ class StopRequest:
             number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
         }
         self._arrivals = Arrivals()
-        is_launched = _follow_launcher()
         if self._deadline < math.inf:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
         try:
-            yield
+            with ended_with_launcher():
+                yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if is_launched:
-                _ask_for_parent_death_signal(0)
             self._arrivals.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -236,6 +234,17 @@ def _end_now(exit_code: int) -> NoReturn:
         time.sleep(_LAST_WORDS_SECONDS)
     note_exit_code(exit_code)
     os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def ended_with_launcher() -> Iterator[None]:
+    """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
+    is_launched = _follow_launcher()
+    try:
+        yield
+    finally:
+        if is_launched:
+            _ask_for_parent_death_signal(0)
 
 
 def _follow_launcher() -> bool:

@@ -31,14 +31,8 @@ from dpo_dist.config.checkpoint_folders import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.checkpoint_loading import read_state
-from dpo_dist.distributed.checkpoint_manifest import (
-    Entries,
-    has_all_files,
-    read_parts,
-    remove_parts,
-    write_manifest,
-)
+from dpo_dist.distributed.checkpoint_loading import written_entries
+from dpo_dist.distributed.checkpoint_manifest import Entries, has_all_files, remove_parts, write_manifest
 from dpo_dist.distributed.checkpoint_writing import RankFiles, Writing, disk_errors
 from dpo_dist.distributed.host_copy import HostCopy
 from dpo_dist.distributed.slices import ModelSlices, Sharded
@@ -241,14 +235,19 @@ def drop_checkpoints(root: Path) -> None:
 def complete_unfinished(root: Path) -> None:
     """Commit checkpoints below `root` that all ranks had written when their start ended; on one rank.
 
-    Only those that are newer than the committed ones. Digests are verified when one is loaded.
+    Only those that are newer than the complete ones. Digests are verified when one is loaded.
+
+    Raises:
+        CheckpointError: one cannot be committed, such as on a full disk; it stays for the next start.
     """
-    newest = max((step_of(folder.name) or 0 for folder in checkpoint_folders(root)), default=0)
+    complete = filter(has_all_files, checkpoint_folders(root))
+    newest = max((step_of(folder.name) or 0 for folder in complete), default=0)
     for left in sorted(root.glob("*")):
         final = final_name(left)
-        if is_temporary(left) and (step_of(final.name) or 0) > newest:
-            with contextlib.suppress(OSError, ValueError, RecursionError):  # `remove_unfinished`
-                _commit(left, final, read_parts(left, int(read_state(left)["world_size"])))
+        is_newer = is_temporary(left) and (step_of(final.name) or 0) > newest
+        if is_newer and (entries := written_entries(left)):  # others: `remove_unfinished`
+            with disk_errors(left):
+                _commit(left, final, entries)
 
 
 def remove_unfinished(root: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.checkpoint_folders import STATE, checkpoint_folders
-from dpo_dist.distributed.checkpoint_manifest import damaged_checkpoint, find_faults
+from dpo_dist.distributed.checkpoint_manifest import Entries, damaged_checkpoint, find_faults, read_parts
 from dpo_dist.distributed.random_states import load_random_states
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
@@ -70,6 +70,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(ranks := state.get("world_size"), int) or ranks < 1:
         raise ValueError("it has no number of processes")
     return state
+
+
+def written_entries(folder: Path) -> Entries:
+    """Return the entries of an unfinished checkpoint that all ranks have written; none of another one."""
+    try:
+        return read_parts(folder, read_state(folder)["world_size"])
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:

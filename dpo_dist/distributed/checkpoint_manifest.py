@@ -48,16 +48,20 @@ def write_part(folder: Path, rank: int, entries: Entries) -> None:
 
 
 def read_parts(folder: Path, ranks: int) -> Entries:
-    """Return the entries of all ranks' files.
+    """Return the entries of all ranks' files, which are there in the right sizes.
 
     Raises:
         OSError: a rank has not written all its files, or a part cannot be read.
-        ValueError: a part is damaged.
+        ValueError: a part is damaged, or a file has another size.
     """
-    parts = [json.loads((folder / _part(rank)).read_bytes()) for rank in range(ranks)]
+    parts = [json.loads(read_small(folder / _part(rank))) for rank in range(ranks)]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError("a part is no list of files")
-    return {name: entry for part in parts for name, entry in part.items()}
+    entries = {name: entry for part in parts for name, entry in part.items()}
+    _check_entries(entries)
+    if not _have_sizes(folder, entries):
+        raise ValueError("a file has another size")
+    return entries
 
 
 def remove_parts(folder: Path) -> None:
@@ -84,20 +88,27 @@ def read_manifest(folder: Path) -> Entries:
     entries = content.get("files") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or content.get("digest") != _digest(entries):
         raise ValueError("its list of files differs from its digest")
+    _check_entries(entries)
+    return entries
+
+
+def _check_entries(entries: Entries) -> None:
     for name, entry in entries.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise ValueError(f"it names {name!r}, which is not below the checkpoint")
         if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
             raise ValueError(f"it has no size of {name!r}")
-    return entries
+
+
+def _have_sizes(folder: Path, entries: Entries) -> bool:
+    return all((folder / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
 
 
 def has_all_files(folder: Path) -> bool:
     """Return whether `folder` has all files of its manifest in the right sizes, without reading them."""
     try:
-        entries = read_manifest(folder)
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
+        return _have_sizes(folder, read_manifest(folder))
     except (OSError, ValueError):
         return False
 

@@ -20,6 +20,7 @@ _RANKS_PER_SECOND = 50  # each rank reads the heartbeats of all, from one server
 _SILENT_BEATS = 3
 ANSWER_SECONDS = 2.0
 """Wait for the store by the thread that watches the others, which has to go on."""
+_POLL_SECONDS = 2.0
 _SHOWN_RANKS = 8
 _TIMEOUT, _CUT = r"timed ?out|timeout", r"closed by peer|reset by peer|broken pipe|remote process exited"
 
@@ -195,16 +196,30 @@ class Heartbeats:
         known = [peer for peer in self._peers if peer.rank in places]
         return sorted(known, key=lambda peer: at.count(places[peer.rank]))
 
+    def patience(self, failure: BaseException) -> float:
+        """Return the seconds after the failure of a call in which the rank that caused it becomes silent.
+
+        The last heartbeat of a process on another host may arrive a whole beat after its end.
+        """
+        return 3 * self.seconds + _POLL_SECONDS if _is_cut(failure) else 0.0
+
     def error_of(self, failure: BaseException, stacks: Path | None) -> PeerLostError | None:
         """Return a collective call's failure as an error for the user; None if no rank caused it.
 
         A connection may also be cut by the end of a process on another host, which then becomes silent.
         """
-        message = (str(failure).splitlines() or [""])[0]
+        message = _message(failure)
         if not isinstance(failure, RuntimeError):
             return None
         has_waited = bool(re.search(_TIMEOUT, message, re.IGNORECASE))
-        is_cut = bool(re.search(_CUT, message, re.IGNORECASE))
-        if has_waited or (is_cut and (self.silent(2 * self.seconds) or self._store.silent_seconds)):
+        if has_waited or (_is_cut(failure) and (self.silent(2 * self.seconds) or self._store.silent_seconds)):
             return self.waiting_error(message, stacks)
         return None
+
+
+def _is_cut(failure: BaseException) -> bool:
+    return bool(re.search(_CUT, _message(failure), re.IGNORECASE))
+
+
+def _message(failure: BaseException) -> str:
+    return (str(failure).splitlines() or [""])[0]

@@ -25,7 +25,7 @@ from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.waits import Waits
 from dpo_dist.distributed.watched import Watched
 from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
-from dpo_dist.signals import answered_at_once, last_words, raise_terminated
+from dpo_dist.signals import answered_at_once, ended_with_launcher, last_words, raise_terminated
 
 T = TypeVar("T")
 
@@ -208,7 +208,10 @@ class World:
             if self.size > 1:  # with the timeout: a rank that has not begun its heartbeats is never silent
                 dist.barrier(group=self.control)
             last_words.append(record.report)
-            with answered_at_once() if may_end_at_once else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if may_end_at_once:
+                    stack.enter_context(answered_at_once())
+                    stack.enter_context(ended_with_launcher())
                 yield
             self.barrier()
         except BaseException as failure:
@@ -243,8 +246,9 @@ class World:
     def _consequence(self, failure: BaseException, watched: Watched) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
         record, neighbours = watched.record, watched.neighbours
-        is_sigterm = isinstance(failure, SystemExit)
-        patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS if is_sigterm else _PEER_PATIENCE_SECONDS
+        patience = max(_PEER_PATIENCE_SECONDS, watched.heartbeats.patience(failure))
+        if isinstance(failure, SystemExit):
+            patience = _PEER_PATIENCE_AFTER_SIGTERM_SECONDS
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             exit_code, lost = record.exit_code(), neighbours.lost()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -21,13 +22,22 @@ from dpo_dist.report.terminal.console import Console
 
 
 @contextlib.contextmanager
-def open_world(config: RunConfig, console: Console) -> Iterator[World]:
-    """Yield the world of this process's launch, set up as `config` says; collective."""
+def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> Iterator[World]:
+    """Yield the world of this process's launch, set up as `config` says; collective.
+
+    Args:
+        config: of the run.
+        console: of this rank.
+        trains: whether there is an optimizer; without one, no kernel for it is compiled.
+    """
     if config.reference.offload is Offload.nvme:
         load_async_io(console.say)
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
-    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    parallelism = (
+        config.parallelism if trains else replace(config.parallelism, offload_optimizer=Offload.none)
+    )
+    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
     stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
     reports = Reports(console.alarm, console.say, stacks)
     with (

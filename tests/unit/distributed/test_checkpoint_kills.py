@@ -12,7 +12,7 @@ import pytest
 
 from dpo_dist import atomic
 from dpo_dist.config.checkpoint_folders import best_checkpoints
-from dpo_dist.distributed.checkpoint import drop_checkpoints, remove_unfinished
+from dpo_dist.distributed.checkpoint import complete_unfinished, drop_checkpoints, remove_unfinished
 from tests.support.one_weight import Run
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -54,6 +54,11 @@ def prepared(root: Path, keep_last: int, *steps: int) -> Path:
     return root
 
 
+def next_start(root: Path) -> None:
+    complete_unfinished(root)
+    remove_unfinished(root)
+
+
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
@@ -75,7 +80,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
             run.saver.commit()
 
         was_killed = killed_at(number, save)
-        remove_unfinished(root)
+        next_start(root)
         step = run.start()
         ends.append(step)
         left = names(root)
@@ -111,7 +116,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Pat
         run = Run(root, keep_last=1)
         run.start()
         was_killed = killed_at(number, lambda run=run: save(run, 2))  # type: ignore[misc]
-        remove_unfinished(root)
+        next_start(root)
         best = f"step-{run.start():06d}"
         ends.append(best)
         assert best_checkpoints(root) == [best]
@@ -137,7 +142,7 @@ def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(
         run = Run(root, keep_last=1)
         run.start()
         was_killed = killed_at(number, lambda run=run: run.save(1))  # type: ignore[misc]
-        remove_unfinished(root)
+        next_start(root)
         assert run.start() == 1
         assert names(root) == ["latest", "step-000001"]
         if not was_killed:

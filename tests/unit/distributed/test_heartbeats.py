@@ -125,6 +125,19 @@ def test_a_cut_connection_is_a_silent_rank_or_a_bug(ranks: Ranks) -> None:
     assert first.error_of(ValueError("timed out"), None) is None
 
 
+@pytest.mark.parametrize("size", [2, 40])
+def test_the_end_of_a_process_on_another_host_is_no_bug_if_its_last_heartbeat_was_late(
+    size: int, ranks: Ranks
+) -> None:
+    first = ranks(*[WAITING] * size)
+    late = first.seconds
+    let_silent(first, 1, first.patience(CUT) - late)
+    error = first.error_of(CUT, None)
+    assert error is not None
+    assert error.message == f"rank 1 of {size} does not answer"
+    assert first.patience(RuntimeError("shapes differ")) == 0
+
+
 def test_a_store_that_hangs_is_the_host_that_does_not_answer(ranks: Ranks) -> None:
     """Nobody else is accused, as no heartbeat can be read."""
     first = ranks(WAITING, WAITING)

@@ -14,7 +14,7 @@ from dpo_dist.distributed import checkpoint, checkpoint_writing, host_copy
 from dpo_dist.distributed.checkpoint_loading import latest_checkpoint
 from dpo_dist.errors import CheckpointError
 from tests.support.alone import ALONE
-from tests.support.one_weight import Run
+from tests.support.one_weight import WEIGHTS, Run
 from tests.support.slow_disk import slow_disk
 
 
@@ -28,6 +28,15 @@ def run(tmp_path: Path) -> Run:
 def begin(run: Run, step: int) -> None:
     run.weights.weight.fill_(step)
     run.saver.save(step, {"step": step})
+
+
+def left_whole(run: Run, step: int) -> Path:
+    """Return the folder of a checkpoint that is written, and not committed before the start ends."""
+    begin(run, step)
+    assert run.saver._pending is not None
+    folder = run.saver._pending.temporary
+    run.saver.close()
+    return folder
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -200,3 +209,43 @@ def test_a_checkpoint_that_one_rank_has_not_written_is_not_committed(run: Run) -
     assert set(run.left()) == {"step-000002", folder.name, older.name}
     checkpoint.remove_unfinished(run.root)
     assert run.left() == ["step-000002"]
+
+
+@pytest.mark.parametrize("damage", ["a cut file", "a name outside", "a part without end"])
+def test_a_checkpoint_whose_files_are_not_those_that_were_written_is_not_committed(
+    damage: str, run: Run
+) -> None:
+    """As after a power failure; the run starts again, from the checkpoint before or from nothing."""
+    folder = left_whole(run, 1)
+    if damage == "a cut file":
+        (folder / WEIGHTS).write_bytes(b"")
+    else:
+        text = '{"../state.json": {"bytes": 2}}' if damage == "a name outside" else '{"'
+        (folder / "written-0.json").write_text(text)
+    checkpoint.complete_unfinished(run.root)
+    checkpoint.remove_unfinished(run.root)
+    assert run.left() == []
+    assert run.start() == 0
+
+
+def test_a_whole_checkpoint_stays_where_it_cannot_be_committed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left_whole(run, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_manifest", full)
+        with pytest.raises(CheckpointError, match="make room"):
+            checkpoint.complete_unfinished(run.root)
+    assert run.left() == [folder.name]
+    checkpoint.complete_unfinished(run.root)
+    assert run.start() == 1
+
+
+def test_a_damaged_checkpoint_does_not_hide_one_that_was_written_after_it(run: Run) -> None:
+    """The run was resumed from the checkpoint before the damaged one."""
+    run.save(1, 3)
+    (run.root / "step-000003" / WEIGHTS).write_bytes(b"")
+    assert run.start() == 1
+    left_whole(run, 2)
+    checkpoint.complete_unfinished(run.root)
+    assert run.start() == 2
