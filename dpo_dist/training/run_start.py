@@ -67,7 +67,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     if warning:
         console.say(warning)
     try:
-        for written in (folder.path, folder.metrics, folder.samples):
+        for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
             world.on_main(partial(collect_abandoned, written))
         world.on_main(partial(complete_unfinished, folder.checkpoints))
         world.on_main(partial(remove_unfinished, folder.checkpoints))

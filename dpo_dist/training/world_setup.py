@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from dpo_dist.config.run_folder import RunFolder
@@ -44,8 +46,15 @@ def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> 
         deterministic_kernels(config.trainer.deterministic),
         joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
-        torch.manual_seed(config.trainer.seed)
+        _seed(config.trainer.seed)
         yield world
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator whose state a checkpoint has; a user's loss may draw from any."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def peak_flops(config: RunConfig, world: World) -> PeakFlops:
