@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def parsed(name: str, description: str, benchmark: Benchmark, arguments: list[str]) -> argparse.Namespace:
-    """Return the options of a benchmark; --smoke replaces some of them."""
+    """Return the options of a benchmark; --smoke has defaults of its own."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}",
         description=description,
@@ -56,7 +56,8 @@ def parsed(name: str, description: str, benchmark: Benchmark, arguments: list[st
     parser.add_argument("--smoke", action="store_true", help="a tiny run that shows that everything works")
     options = parser.parse_args(arguments)
     if options.smoke:
-        vars(options).update(benchmark.smoke)
+        parser.set_defaults(**benchmark.smoke)
+        options = parser.parse_args(arguments)
     if fault := benchmark.fault(options):
         parser.error(fault)
     return options

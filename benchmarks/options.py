@@ -41,7 +41,7 @@ class Benchmark:
         run: measures and prints; returns the figures. `trainers_agree: False` among them is exit code 1.
         shared: the names of the options of `SHARED` that it uses, with their defaults.
         own: adds its own options.
-        smoke: values of options that `--smoke` sets.
+        smoke: defaults of options with `--smoke`.
         fault: returns what is wrong with the options, or nothing.
     """
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 _TEMPORARY = ".tmp-"
 _ABANDONED_SECONDS = 24 * 3600
@@ -36,6 +37,28 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """`write_bytes` for UTF-8 text."""
     write_bytes(path, content.encode("utf-8"))
+
+
+def open_in_place(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """Open a file to write to it where it is; a link is refused: in a folder of others it may name any file.
+
+    Args:
+        path: of the file.
+        mode: of `open`; so are `options`.
+
+    Raises:
+        OSError: it is a link, or cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OSError(errno.ELOOP, "it is a link; delete it, and the file is made here", name) from None
+
+    return open(path, mode, opener=opener, **options)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ _PATH_ERRORS = (
     errno.EISDIR,
     errno.ENOENT,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 
 

@@ -39,4 +39,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, of_run=True, about=__doc__)
+    run_verb(main, of_run=True, made=("export.output",), about=__doc__)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +18,11 @@ _SECRET_TEXTS = (
     re.compile(
         r"(?i)(?<=[?&])((?:[\w-]*[_-])?(?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+"
     ),
-    re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}"),
+    # At least as long as those that are issued: `hf_` and `sk-` also begin names of files and models.
+    re.compile(
+        r"\b(?:hf_[A-Za-z0-9]{30,}|gh[opsru]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+        r"|xox[abp]-[\w-]{12,}|AKIA[A-Z0-9]{16}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,})"
+    ),
 )
 
 
@@ -25,13 +30,16 @@ def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> 
     """Return plain values with `***` for secrets in texts.
 
     Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
-    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on.
+    names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on; numbers of tokens are none.
     """
     secrets = {
         written
         for name, text in environment.items()
-        if _SECRET_VARIABLE.search(name.upper()) and len(text) >= _SECRET_LENGTH
-        for written in (text, quote(text, safe=""), json.dumps(text)[1:-1])
+        if _SECRET_VARIABLE.search(name.upper())
+        and not (name.upper().endswith("TOKENS") and text.isdecimal())
+        for given in (text, text.strip())  # programs strip the line end of a value from a file
+        if len(given.strip()) >= _SECRET_LENGTH
+        for written in (given, quote(given, safe=""), json.dumps(given)[1:-1], shlex.quote(given).strip("'"))
     }
     return _hidden(value, sorted(secrets, key=len, reverse=True))
 

@@ -23,6 +23,7 @@ _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
 _LISTENING_SECONDS = 0.1
 _MAIN_THREAD_SECONDS = 1.0
+_LONGEST_TIMER_SECONDS = 1e9  # 31 years; the system takes no number above its own clock
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
 
@@ -129,15 +130,14 @@ class StopRequest:
             number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
         }
         self._arrivals = Arrivals()
-        is_launched = _follow_launcher()
         if self._deadline < math.inf:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
+            seconds = max(1e-3, self._deadline - time.monotonic())
+            signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST_TIMER_SECONDS))
         try:
-            yield
+            with ended_with_launcher():
+                yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if is_launched:
-                _ask_for_parent_death_signal(0)
             self._arrivals.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -236,6 +236,17 @@ def _end_now(exit_code: int) -> NoReturn:
         time.sleep(_LAST_WORDS_SECONDS)
     note_exit_code(exit_code)
     os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def ended_with_launcher() -> Iterator[None]:
+    """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
+    is_launched = _follow_launcher()
+    try:
+        yield
+    finally:
+        if is_launched:
+            _ask_for_parent_death_signal(0)
 
 
 def _follow_launcher() -> bool:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_dist.comparison.startup import KEY, Compared, Kind
+from dpo_dist.config.foreign_code import read_config
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -45,13 +46,13 @@ def _config_of_run(checkpoint: Path) -> RunConfig:
     """Return the configuration of a checkpoint's run, which cannot ask for code of the base model."""
     run = RunFolder(checkpoint.parents[1])
     try:
-        found = from_yaml(run.config.read_text(encoding="utf-8"))
+        found = from_yaml(read_config(run.config))
         return replace(found, model=replace(found.model, trust_remote_code=False))
-    except OSError as fault:
+    except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(
             "the run of this checkpoint has no configuration",
             where=KEY,
-            got=f"{run.config}: {fault.strerror or fault}",
+            got=f"{run.config}: {getattr(fault, 'strerror', None) or fault}",
             expected="a checkpoint in its run directory, beside config.yaml",
             remedy="name a checkpoint in the directory of its run",
         ) from None

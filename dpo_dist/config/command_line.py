@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -60,6 +60,7 @@ def run_verb(
     needs_model: bool = True,
     needs_training_data: bool = True,
     of_run: bool = False,
+    made: Collection[str] = (),
     about: str | None = None,
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
@@ -74,6 +75,7 @@ def run_verb(
         needs_training_data: whether `data.train` must be given.
         of_run: whether the verb is about a run that exists: its configuration may be that of `run.dir`, and
             may lack training data.
+        made: with `of_run`, the keys of folders that the verb makes.
         about: the docstring of the verb's module, which `--help` prints.
     """
     open_closed_streams()
@@ -81,7 +83,7 @@ def run_verb(
     try:
         needs_data = needs_training_data and not of_run
         resolved = partial(resolve, needs_model=needs_model, needs_training_data=needs_data)
-        completed = with_former_run if of_run else contextlib.nullcontext
+        completed = partial(with_former_run, made=made) if of_run else contextlib.nullcontext
         exit_code = _run(main, check, resolved, completed, errors, about or "")
     except DpoDistError as error:
         _print(error, errors)

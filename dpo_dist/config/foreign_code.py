@@ -3,6 +3,7 @@
 A run directory is data: its config.yaml cannot open one of these doors for the command that reads it.
 """
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import yaml
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.errors import ConfigError
+from dpo_dist.secret_text import HIDDEN
+from dpo_dist.small_files import read_small
 
 _DOORS = {
     "model.trust_remote_code": "Python code of model folders is run",
@@ -18,6 +21,8 @@ _DOORS = {
     "pairs.function": "Python code of the judge is run",
 }
 _CODE_OF_HYDRA = ("defaults", "hydra")
+_MOST_BYTES = 2**24
+_MOST_LEVELS = 50
 
 
 def open_doors(config: RunConfig) -> list[str]:
@@ -30,15 +35,40 @@ def open_doors(config: RunConfig) -> list[str]:
     return [f"warning: {key}={_written(value)}: {_DOORS[key]}" for key, value in values.items() if value]
 
 
+def read_config(file: Path) -> str:
+    """Return the text of a config.yaml.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, or has more than 16 MiB, which take minutes to parse.
+    """
+    return read_small(file, _MOST_BYTES).decode()
+
+
+def yaml_values(text: str) -> Any:
+    """Return the values of a YAML text, of which none is named twice and few levels are nested.
+
+    References (`*NAME`) of references can make a short text an endless value.
+
+    Raises:
+        ValueError, yaml.YAMLError: it has references, is nested deeper than any run writes, or is no YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has references (*NAME), which no run writes")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_LEVELS:
+            raise ValueError("its values are nested deeper than a run writes them")
+    return yaml.safe_load(text)
+
+
 def written_values(text: str) -> dict[str, Any]:
     """Return the values of a config.yaml, which has nothing to be evaluated.
 
     Raises:
-        ValueError, yaml.YAMLError: it has no keys, or references, interpolations or parts of Hydra.
+        ValueError, yaml.YAMLError: as `yaml_values`, or it has no keys, interpolations or parts of Hydra.
     """
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-        raise ValueError("it has references (*NAME), which no run writes")
-    content = yaml.safe_load(text)
+    content = yaml_values(text)
     if not isinstance(content, dict):
         raise ValueError("it has no keys")
     for name in _CODE_OF_HYDRA:
@@ -69,6 +99,52 @@ def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) 
                 got=f"{key}={_written(value)}",
                 expected="a run directory without code, or the option on the command line",
                 remedy=f"add {key}={_written(value)} to the command if you trust this code",
+            )
+
+
+def check_places(
+    content: Mapping[str, Any], made: Collection[str], given: Collection[str], file: Path
+) -> None:
+    """Check that the folders that a command makes were not chosen by a config.yaml that is read back.
+
+    Args:
+        content: of the file.
+        made: the keys of these folders.
+        given: the keys on the command line.
+        file: for the error.
+
+    Raises:
+        ConfigError: one would be made outside of the working directory.
+    """
+    here = Path.cwd()
+    for key, value in _leaves(content, ""):
+        if key not in made or key in given or not isinstance(value, str):
+            continue
+        folder = Path(os.path.realpath(os.path.expanduser(value)))  # noqa: PTH111 (no error for an unknown user)
+        if not folder.is_dir() and not folder.is_relative_to(here):
+            raise ConfigError(
+                "the configuration of this run names a folder that does not exist",
+                where=f"{file}: {key}",
+                got=value,
+                expected="a folder that exists, or one below the working directory",
+                remedy=f"add {key}=FOLDER to the command",
+            )
+
+
+def check_not_hidden(content: Mapping[str, Any], file: Path) -> None:
+    """Check that the model of a config.yaml can be found: its path may have been hidden as a secret.
+
+    Raises:
+        ConfigError: it was.
+    """
+    for key, value in _leaves(content, ""):
+        if key == "model.path" and HIDDEN in str(value):
+            raise ConfigError(
+                "the configuration of this run has no path of the model: a part of it was hidden as a secret",
+                where=f"{file}: {key}",
+                got=str(value),
+                remedy="write the path into this file, or write the command of the run: model.path=... and "
+                "its other keys",
             )
 
 

@@ -10,18 +10,23 @@ import yaml
 from omegaconf import OmegaConf
 
 from dpo_dist.config.existing_run import existing_run
-from dpo_dist.config.foreign_code import check_doors, written_values
+from dpo_dist.config.foreign_code import (
+    check_doors,
+    check_not_hidden,
+    check_places,
+    read_config,
+    written_values,
+)
 from dpo_dist.config.options import Arguments
 from dpo_dist.config.overrides import parse_overrides
 from dpo_dist.errors import ConfigError, first_line
-from dpo_dist.small_files import read_small
 
 _CHOICES = ("experiment", "model", "model.path")
 _NAME = "of_run_dir"
 
 
 @contextlib.contextmanager
-def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
+def with_former_run(arguments: Arguments, made: Collection[str] = ()) -> Iterator[Arguments]:
     """Yield the arguments with the config.yaml of `run.dir` as their experiment.
 
     They are yielded unchanged if they choose a model or an experiment themselves, if they have a folder of
@@ -29,6 +34,7 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
 
     Args:
         arguments: of a verb that evaluates a run, such as `run.dir=output/a evaluation.data=[hard.jsonl]`.
+        made: the keys of folders that the verb makes.
 
     Raises:
         ConfigError: `run.dir` is missing or no run directory, or its config.yaml cannot be read.
@@ -47,7 +53,7 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
     if file is None or not file.is_file():
         yield arguments
         return
-    text = _configuration(file, values)
+    text = _configuration(file, values, made)
     with tempfile.TemporaryDirectory() as folder:
         preset = Path(folder) / "experiment" / f"{_NAME}.yaml"
         preset.parent.mkdir()
@@ -56,14 +62,15 @@ def with_former_run(arguments: Arguments) -> Iterator[Arguments]:
         yield Arguments(arguments.options | {"--config-dir": folder}, overrides)
 
 
-def _configuration(file: Path, given: Collection[str]) -> str:
+def _configuration(file: Path, given: Collection[str], made: Collection[str]) -> str:
     """Return the content of a config.yaml, which another program may have written again without comments.
 
     Raises:
-        ConfigError: it has no keys, cannot be read, or asks for code that `given` does not ask for.
+        ConfigError: it has no keys, cannot be read, asks for code that `given` does not ask for, or
+            names a new folder elsewhere.
     """
     try:
-        text = read_small(file).decode()
+        text = read_config(file)
         written_values(text)
         content = OmegaConf.create(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -75,5 +82,7 @@ def _configuration(file: Path, given: Collection[str]) -> str:
         ) from error
     values: Any = OmegaConf.to_container(content)
     check_doors(values, given, file)
+    check_places(values, made, given, file)
+    check_not_hidden(values, file)
     # Written again: in the file a comment can be a command to Hydra, such as to move all keys to a section.
     return OmegaConf.to_yaml(content)

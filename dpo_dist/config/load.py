@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
-from dpo_dist.config.foreign_code import written_values
+from dpo_dist.config.foreign_code import read_config, written_values
 from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import describe_type
 from dpo_dist.config.loss_kinds import LossTermConfig
@@ -223,15 +223,15 @@ def from_yaml(text: str) -> RunConfig:
 
 
 def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys by which `config` is another run than the config.yaml `file`: (old, new) of each.
+    """Return the keys by which `config` is another run than the config.yaml `file`: `{KEY: (OLD, NEW)}`.
 
-    Returns:
-        `{"loss.beta": (0.1, 0.2)}`; empty if this version cannot read the file.
+    Empty if this version cannot read the file, which has no secrets.
     """
     try:
-        return differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
-    except (OSError, ConfigError):
+        found = differing_keys(from_yaml(read_config(file)), config)
+    except (OSError, ValueError, ConfigError):
         return {}
+    return {key: (old, new) for key, (old, new) in found.items() if old != without_secrets(new)}
 
 
 def _schema(kind: type) -> DictConfig:

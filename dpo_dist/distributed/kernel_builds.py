@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import SubprocessError
 
 import psutil
 from deepspeed.ops.op_builder.builder import OpBuilder
@@ -15,6 +14,8 @@ from dpo_dist.number_text import duration
 
 _LONGEST_BUILD_SECONDS = 900.0
 _POLL_SECONDS = 0.5
+_LOADED_WITH = {"async_io": ("pin_memory",)}
+"""Kernels that DeepSpeed loads with another one."""
 
 
 def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
@@ -29,10 +30,11 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
     Raises:
         ConfigError: it cannot be compiled, or `wait_for_build`.
     """
-    wait_for_build(builder.name, say)
+    for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
+        wait_for_build(name, say)
     try:
         builder.load(verbose=False)
-    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+    except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything
         raise ConfigError(
             f"DeepSpeed's kernel {builder.name} cannot be compiled",
             where=where,

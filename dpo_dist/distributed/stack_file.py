@@ -8,6 +8,8 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
+from dpo_dist.atomic import open_in_place
+
 
 class StackFile:
     """Adds stacks to a file; thread-safe, and a file that cannot be written is ignored.
@@ -28,7 +30,7 @@ class StackFile:
                 return
             self._written = reason
             now = datetime.now().astimezone().isoformat(timespec="seconds")
-            with contextlib.suppress(OSError), self.path.open("a") as file:
+            with contextlib.suppress(OSError), open_in_place(self.path, "a") as file:
                 file.write(f"{now} process {os.getpid()} on {socket.gethostname()}: {reason}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -25,7 +25,7 @@ from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.waits import Waits
 from dpo_dist.distributed.watched import Watched
 from dpo_dist.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
-from dpo_dist.signals import answered_at_once, last_words, raise_terminated
+from dpo_dist.signals import answered_at_once, ended_with_launcher, last_words, raise_terminated
 
 T = TypeVar("T")
 
@@ -208,7 +208,10 @@ class World:
             if self.size > 1:  # with the timeout: a rank that has not begun its heartbeats is never silent
                 dist.barrier(group=self.control)
             last_words.append(record.report)
-            with answered_at_once() if may_end_at_once else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if may_end_at_once:
+                    stack.enter_context(answered_at_once())
+                    stack.enter_context(ended_with_launcher())
                 yield
             self.barrier()
         except BaseException as failure:

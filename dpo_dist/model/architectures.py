@@ -89,7 +89,7 @@ def check_described(folder: Path, key: str) -> None:
             got=f"{folder / CONFIG_FILE} without model_type",
             remedy="download or save the model again",
         )
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise unknown_architecture(str(model_type), key)
     quantized = content.get("quantization_config")
     if isinstance(quantized, dict):

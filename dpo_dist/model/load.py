@@ -252,14 +252,14 @@ def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> A
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a configuration's validation can raise anything
-        refused = None if config.trust_remote_code else own_code_error(folder, "model.path")
+        refused = None if config.trust_remote_code else own_code_error(folder, key)
         raise refused or ConfigError(
             "the model's config.json cannot be read",
             where=key,
             got=f"{folder}: {first_line(error)}",
             remedy="download or save the model again, or install the transformers release that it needs",
         ) from error
-    check_no_kernels(folder, "model.path")
+    check_no_kernels(folder, key)
     if config.trust_remote_code:
         check_no_remote_model(folder, model_config)
     quantized = getattr(model_config, "quantization_config", None)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpo_dist.config.foreign_code import read_config
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder
@@ -63,7 +64,7 @@ def former_length(recorded: Mapping[str, Any], config: RunConfig, folder: RunFol
 
 
 def _in_yaml(folder: RunFolder) -> Length:
-    return Length.of(from_yaml(folder.config.read_text(encoding="utf-8")))
+    return Length.of(from_yaml(read_config(folder.config)))
 
 
 def check_longer(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:

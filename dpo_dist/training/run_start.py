@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import IO, Any, TypeVar
 
-from dpo_dist.atomic import collect_abandoned, is_temporary, recover_folder, write_text
+from dpo_dist.atomic import collect_abandoned, is_temporary, open_in_place, recover_folder, write_text
 from dpo_dist.config.folder_schema import Resume
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder
@@ -62,12 +62,12 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
     Raises:
         CheckpointError: another process trains there, or the directory cannot be created.
     """
-    files: list[TextIO] = []
+    files: list[IO[Any]] = []
     warning = world.on_main(lambda: _lock(folder, files))
     if warning:
         console.say(warning)
     try:
-        for written in (folder.path, folder.metrics, folder.samples):
+        for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
             world.on_main(partial(collect_abandoned, written))
         world.on_main(partial(complete_unfinished, folder.checkpoints))
         world.on_main(partial(remove_unfinished, folder.checkpoints))
@@ -77,7 +77,7 @@ def locked(folder: RunFolder, world: World, console: Console) -> Iterator[None]:
             file.close()
 
 
-def _lock(folder: RunFolder, files: list[TextIO]) -> str:
+def _lock(folder: RunFolder, files: list[IO[Any]]) -> str:
     """Lock the run directory; return a warning if the lock is valid on this host only.
 
     Args:
@@ -86,7 +86,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        files.append(folder.lock.open("w"))
+        files.append(open_in_place(folder.lock, "w"))
     except OSError as error:
         raise CheckpointError(
             "the run directory cannot be written",
@@ -98,7 +98,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     if not missing:
         return ""
     of_host = f"dpo_dist-{os.getuid()}-{text_digest(str(folder.path.resolve()))}{folder.lock.name}"
-    files.append((Path(tempfile.gettempdir()) / of_host).open("w"))
+    files.append(open_in_place(Path(tempfile.gettempdir()) / of_host, "w"))
     _take_lock(files[1], folder)
     return (
         f"warning: the file system of {folder} does not support file locks ({missing}): "
@@ -106,7 +106,7 @@ def _lock(folder: RunFolder, files: list[TextIO]) -> str:
     )
 
 
-def _take_lock(file: TextIO, folder: RunFolder) -> str:
+def _take_lock(file: IO[Any], folder: RunFolder) -> str:
     """Lock an open file; return the reason if its file system has no locks, else "".
 
     Raises:

@@ -89,8 +89,8 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
         of_success: also remove them if it ends without an error (`--check`).
     """
     began, folder = time.time(), RunFolder.of(config)
-    # Written by another start, which may be running: rank 0 of this one has not opened its log yet.
-    is_used = _exists(folder.rank_log(0))
+    # Written by another start, which may be running, or by a person: not by rank 0 of this one.
+    is_used = any(map(_exists, (folder.rank_log(0), folder.config, folder.environment, folder.state)))
     missing = [
         path
         for needed in _needed_folders(config).values()

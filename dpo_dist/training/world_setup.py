@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from dpo_dist.config.run_folder import RunFolder
@@ -21,21 +24,37 @@ from dpo_dist.report.terminal.console import Console
 
 
 @contextlib.contextmanager
-def open_world(config: RunConfig, console: Console) -> Iterator[World]:
-    """Yield the world of this process's launch, set up as `config` says; collective."""
+def open_world(config: RunConfig, console: Console, *, trains: bool = False) -> Iterator[World]:
+    """Yield the world of this process's launch, set up as `config` says; collective.
+
+    Args:
+        config: of the run.
+        console: of this rank.
+        trains: whether there is an optimizer; without one, no kernel for it is compiled.
+    """
     if config.reference.offload is Offload.nvme:
         load_async_io(console.say)
     if config.reference.quantization is not None:
         check_bitsandbytes(config.reference.quantization, "reference.quantization")
-    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    parallelism = (
+        config.parallelism if trains else replace(config.parallelism, offload_optimizer=Offload.none)
+    )
+    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
     stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
     reports = Reports(console.alarm, console.say, stacks)
     with (
         deterministic_kernels(config.trainer.deterministic),
         joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
-        torch.manual_seed(config.trainer.seed)
+        _seed(config.trainer.seed)
         yield world
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator whose state a checkpoint has; a user's loss may draw from any."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def peak_flops(config: RunConfig, world: World) -> PeakFlops:

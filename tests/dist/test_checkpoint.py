@@ -46,7 +46,7 @@ from dpo_dist.training.position import Position
 from dpo_dist.training.step import train_step
 from dpo_dist.training.step_timer import StepClock
 from tests.dist.scenario import Assets
-from tests.support.cpu_adam import needs_cpu_adam
+from tests.support.cpu_adam import with_cpu_adam
 from tests.support.packing import COSTS
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
@@ -174,10 +174,9 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
 OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
 
 
-@needs_cpu_adam
 def test_a_checkpoint_of_an_offloaded_optimizer_is_exact(assets: Assets, tmp_path: Path) -> None:
     scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints", None, Dtype.bf16)
-    demand_exact(scenario, OFFLOADED, Dtype.bf16, tmp_path)
+    demand_exact(partial(with_cpu_adam, scenario), OFFLOADED, Dtype.bf16, tmp_path)
 
 
 def train_with_bad_step(assets: Assets, is_bad: bool, world: World, _folder: Path) -> list[float]:
@@ -193,13 +192,11 @@ def train_with_bad_step(assets: Assets, is_bad: bool, world: World, _folder: Pat
     return [*norms, trainer.step([6, 7]), trainer.step([8, 9, 10])]
 
 
-@needs_cpu_adam
 def test_a_bad_step_of_an_offloaded_optimizer_is_lost_alone(assets: Assets, tmp_path: Path) -> None:
+    scenarios = (partial(train_with_bad_step, assets, is_bad) for is_bad in (False, True))
     plain, with_bad = (
-        run_ranks(
-            partial(train_with_bad_step, assets, is_bad), 1, tmp_path / f"{is_bad}", OFFLOADED, Dtype.bf16
-        )
-        for is_bad in (False, True)
+        run_ranks(partial(with_cpu_adam, scenario), 1, tmp_path / str(number), OFFLOADED, Dtype.bf16)
+        for number, scenario in enumerate(scenarios)
     )
     assert with_bad == plain
 

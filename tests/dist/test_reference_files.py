@@ -84,7 +84,7 @@ def train_with_others(overrides: list[str], models: list[Path], world: World, _f
     joined = contextlib.nullcontext(world)
     with (
         patch.object(run_module, "load_policy", policy),
-        patch.object(run_module, "open_world", lambda *_: joined),
+        patch.object(run_module, "open_world", lambda *_, **__: joined),
     ):
         run_module.train(load_run_config(overrides), Console(None), StopRequest())
 

@@ -25,7 +25,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "canary/of/the/cloud",
     "AWS_SESSION_TOKEN": "canary/of/a/session",
 }
-TYPED = "see https://me:canary-typed@host/x?api_key=canary-query and sk-canary-typed-token"
+TYPED = "see https://me:canary-typed@host/x?api_key=canary-query and sk-canary-typed-0123456789abcdef"
 
 
 class Arguments:

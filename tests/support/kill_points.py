@@ -1,5 +1,6 @@
 """Kill -9 of processes at a chosen file operation, which a clock does not decide."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ _CHANGES = frozenset(
     {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_REACHED = "reached"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class KillPoint:
     delay: float = 0.0
     everybody: bool = False
 
+    def forget_former_start(self) -> None:
+        """Remove what a former start in the folder has left; call it before each."""
+        for file in (*self.folder.glob("process-*"), self.folder / _REACHED):
+            file.unlink(missing_ok=True)
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the fatal operation of the last start was reached."""
+        return (self.folder / _REACHED).exists()
+
     def arm(self) -> None:
         """Count in this process from now on."""
         rank = int(os.environ.get("RANK", "0"))
@@ -46,6 +58,7 @@ class KillPoint:
         return int((self.folder / f"operations-{rank}").read_text())
 
     def _fall(self) -> None:
+        (self.folder / _REACHED).touch()
         if self.delay:
             threading.Thread(target=self._kill, daemon=True).start()
         else:
@@ -56,7 +69,8 @@ class KillPoint:
         if self.everybody:
             for file in self.folder.glob("process-*"):
                 if file.name != f"process-{self.rank}":
-                    os.kill(int(file.read_text()), signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended
+                        os.kill(int(file.read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,10 +1,12 @@
 """Runs that are killed again and again, and their comparison with one that was not."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,6 +16,7 @@ from tests.support.launch import Finished, history, run_verb, summary
 
 # Seconds after the fatal operation; in half of the kills none.
 _LONGEST_DELAY = 0.03
+_OF_STARTS = frozenset({"train_seconds", "work", "window", "reference_report"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ class KilledRuns:
         while kills < self.kills:
             runs += 1
             folder = self._folder(f"killed-{runs}")
-            while (ended := self._start(self._point(folder, operations, drawn, kills))).code != 0:
+            while True:
+                point = self._point(folder, operations, drawn, kills)
+                if (ended := self._start(point)).code == 0:
+                    break
+                assert point.is_reached, ended.output  # else it was not killed, but refused or wrong
                 assert "Traceback" not in ended.output, ended.output
                 kills += 1
                 done(kills)
@@ -77,6 +84,7 @@ class KilledRuns:
 
     def _start(self, point: KillPoint) -> Finished:
         command = list(self.overrides(point.folder))
+        point.forget_former_start()
         return run_verb(
             "train", command, processes=self.processes, prepare=point.arm, seconds=int(self.seconds)
         )
@@ -98,7 +106,16 @@ def assert_same_run(killed: Path, whole: Path) -> None:
         assert sorted(file.name for file in (killed / "run" / part).iterdir()) == files
         for name in files:
             assert _content(killed / "run" / part / name) == _content(whole / "run" / part / name), name
+    saved = whole / "run" / "checkpoints" / last.name
+    for file in (saved / "state.json", *sorted(saved.glob("random_states_*.json"))):
+        assert _untimed(killed / file.relative_to(whole)) == _untimed(file), file.name
     assert not [file for file in killed.rglob("*") if ".tmp-" in file.name]
+
+
+def _untimed(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of a checkpoint without times, and what starts found in the store."""
+    content = json.loads(file.read_text())
+    return {name: value for name, value in content.items() if name not in _OF_STARTS}
 
 
 def _content(file: Path) -> object:

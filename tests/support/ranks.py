@@ -19,7 +19,7 @@ from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import start_world
 from dpo_dist.distributed.monitor import Reports
 from dpo_dist.distributed.world import World
-from tests.support.warm import context, reserve_port, start_parent
+from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 # Steps large enough to see, clipped, and smooth where a gradient is only rounding.
@@ -127,6 +127,7 @@ def _be_rank(
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    be_random_anew()
     if enter is not None:
         enter(rank)
     outcome: dict[str, Any]

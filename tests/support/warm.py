@@ -8,6 +8,7 @@ line.
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -205,6 +208,12 @@ def _end(processes: list[Any], grace: float) -> None:
         process.kill()
 
 
+def be_random_anew() -> None:
+    """Seed this process as a new one: as forks of one parent all would draw the same random numbers."""
+    random.seed()
+    np.random.seed()
+
+
 def _be_module(
     module: str,
     arguments: list[str],
@@ -221,6 +230,7 @@ def _be_module(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
+    be_random_anew()
     sys.argv = [module, *arguments]
     if prepare is not None:
         prepare()

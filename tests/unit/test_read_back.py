@@ -24,12 +24,14 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encoded_manifest import ARRAYS, read_manifest
 from dpo_dist.data.encoded_source import EncodedSource, find_damage, view
+from dpo_dist.data.files.inside import check_card
 from dpo_dist.digests import content_digest, recall, text_digest
 from dpo_dist.distributed import checkpoint_manifest
 from dpo_dist.distributed.checkpoint_loading import read_state
 from dpo_dist.distributed.checkpoint_manifest import find_faults, has_all_files, write_manifest
 from dpo_dist.distributed.random_states import load_random_states, random_states, random_states_name
 from dpo_dist.distributed.slice_files import SavedSlices
+from dpo_dist.distributed.stack_file import StackFile
 from dpo_dist.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.model.folder import read_model_json
 from dpo_dist.model.weights_on_disk import check_weights
@@ -37,8 +39,12 @@ from dpo_dist.reference.fingerprint import FINGERPRINT_FILE, read_fingerprint
 from dpo_dist.reference.shard import open_shard, shard_name
 from dpo_dist.report.json_rows import json_rows
 from dpo_dist.report.metrics_log import MetricsLog, read_latest_rows
+from dpo_dist.report.run_page.facts import read_facts
+from dpo_dist.report.terminal.console import open_console
+from dpo_dist.small_files import read_small
 from dpo_dist.training import run_state
 from dpo_dist.training.position import Position
+from dpo_dist.training.run_start import _lock
 from tests.support.poison import pickled
 
 KEYS = ("world_size", "step", "outcome", "files", "digest", "content", "python", "numpy", "torch")
@@ -352,3 +358,44 @@ def test_ids_above_the_largest_one_are_an_error_before_a_model_gets_them(
     with pytest.raises(DataError, match="digests do not show") as caught:
         dataset.sequences(0)
     assert caught.value.where == "a.jsonl:1"
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [make_pipe, link_to_zeros])
+def test_a_file_without_an_end_is_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "file.json")
+    with pytest.raises(OSError, match="a device or a pipe"):
+        read_small(tmp_path / "file.json")
+
+
+def test_nothing_is_written_through_a_link_of_a_run_directory(tmp_path: Path) -> None:
+    victim, run = tmp_path / "profile", RunFolder(tmp_path / "run")
+    victim.write_text("mine\n")
+    run.logs.mkdir(parents=True)
+    for link in (run.rank_log(0), run.lock, run.rank_stacks(0)):
+        link.symlink_to(victim)
+    with pytest.raises(OSError, match="it is a link"), open_console(run):
+        print("; a command")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        _lock(run, [])
+    StackFile(run.rank_stacks(0)).write("a reason")
+    assert victim.read_text() == "mine\n"
+
+
+def test_references_of_references_in_yaml_are_followed_once(tmp_path: Path) -> None:
+    levels = [f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}, *l{n - 1}, *l{n - 1}]" for n in range(1, 40)]
+    text = "\n".join(["data_files: &l0 [a.jsonl, ../b.jsonl]", *levels, "configs: [{data_files: *l39}]"])
+    (tmp_path / ".huggingface.yaml").write_text(text)
+    with pytest.raises(DataError, match="outside its folder"):
+        check_card(tmp_path)
+    (tmp_path / ".huggingface.yaml").write_text(text.replace("../", ""))
+    check_card(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_facts(RunFolder(tmp_path), None).config == {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.load import from_yaml, load_run_config, to_yaml
+from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import ConfigError
 from dpo_dist.report.terminal.console import open_console
@@ -28,6 +28,10 @@ ENVIRONMENT = {"OPENAI_API_KEY": "of-my-endpoint", "HF_TOKEN": "short", "HOME": 
         ("Bearer of-my-endpoint", "Bearer ***"),
         ("/home/somebody/data?monkey=3", "/home/somebody/data?monkey=3"),
         ("org/sk-model a short text", "org/sk-model a short text"),
+        ("data/hf_ultrafeedback_binarized_cleaned.jsonl", "data/hf_ultrafeedback_binarized_cleaned.jsonl"),
+        ("output/sk-slovak-preferences-2024-07", "output/sk-slovak-preferences-2024-07"),
+        ("sk-" + "proj-" + "Ab1_" * 3 + "a1B2" * 8, "***"),
+        ("sk-" + "0f" * 16, "***"),
         ("OPENAI_API_KEY", "OPENAI_API_KEY"),
     ],
 )
@@ -99,3 +103,23 @@ def test_rounds_write_no_secret_and_need_none(secret: str, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="secret") as caught:
         check_rounds(load_run_config([*given, f"pairs.endpoint.url=https://host/{secret}/v1"]))
     assert caught.value.where == "pairs.endpoint"
+
+
+def test_a_secret_of_a_file_is_hidden_without_its_line_end() -> None:
+    assert without_secrets("<canary-of-a-file>", {"HF_TOKEN": "canary-of-a-file\n"}) == "<***>"
+    assert without_secrets("a         b", {"MY_KEY": " " * 9}) == "a         b"
+
+
+def test_a_number_of_tokens_is_no_secret() -> None:
+    limits = {"MAX_TOTAL_TOKENS": "16777216", "X_TOKENS": "5", "PASS": "1"}
+    assert without_secrets("16777216 tokens, 5 of 1", limits) == "16777216 tokens, 5 of 1"
+    assert without_secrets("<16777216>", {"ACCESS_TOKEN": "16777216"}) == "<***>"
+
+
+def test_a_configuration_with_a_hidden_text_is_the_same_run(secret: str, tmp_path: Path) -> None:
+    given = [f"model.path=models/{secret}", f"data.train=[{secret}.jsonl]"]
+    config = load_run_config(given)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert changed_keys(tmp_path / "config.yaml", config) == {}
+    changed = changed_keys(tmp_path / "config.yaml", load_run_config([*given, "loss.beta=0.3"]))
+    assert changed == {"loss.beta": (0.1, 0.3)}

@@ -65,13 +65,18 @@ def check_saved(folder: Path) -> None:
             check_inside([str(file["filename"]) for file in files], str(state))
 
 
-def _named(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the texts under `data_files` and `data_dir`."""
+def _named(value: Any, key: str = "", seen: set[tuple[int, str]] | None = None) -> Iterator[str]:
+    """Yield the texts under `data_files` and `data_dir`; an object that YAML names several times once."""
+    seen = set() if seen is None else seen
+    if isinstance(value, dict | list):
+        if (id(value), key) in seen:
+            return
+        seen.add((id(value), key))
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _named(inner, key or (name if name in ("data_files", "data_dir") else ""))
+            yield from _named(inner, key or (name if name in ("data_files", "data_dir") else ""), seen)
     elif isinstance(value, list):
         for inner in value:
-            yield from _named(inner, key)
+            yield from _named(inner, key, seen)
     elif key and isinstance(value, str):
         yield value

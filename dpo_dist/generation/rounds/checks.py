@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict, fields, replace
 
 from dpo_dist.atomic import write_text
+from dpo_dist.config.foreign_code import read_config
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.pairs_schema import PairsConfig, PairsMethod
@@ -92,7 +93,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     if not file.exists() or not folder.round(1).round_result.exists():
         write_text(file, to_yaml(config))
         return
-    before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
+    before, now = from_yaml(read_config(file)), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before, now)
     for field in fields(PairsConfig):
         old, new = plain(getattr(before.pairs, field.name)), plain(getattr(now.pairs, field.name))

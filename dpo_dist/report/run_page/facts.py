@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dpo_dist.config.foreign_code import read_config, yaml_values
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.diagnostics.run_facts import RunFacts
 from dpo_dist.report.charts.curves import seconds_of_steps
@@ -178,7 +179,7 @@ def _read(path: Path, parse: Callable[[Path], Content]) -> Content | None:
 
 
 def _yaml_fields(path: Path) -> Fields:
-    return _fields(path, yaml.safe_load(read_small(path)))
+    return _fields(path, yaml_values(read_config(path)))
 
 
 def _json_fields(path: Path) -> Fields:

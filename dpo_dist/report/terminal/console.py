@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from dpo_dist.atomic import open_in_place
 from dpo_dist.config.console_schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.errors import DpoDistError
@@ -209,7 +210,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     saved = os.dup(1), os.dup(2)
     settings = settings or ConsoleConfig()
     objects, messages = (SafeStream.of_descriptor(number) for number in (output_descriptor(), 2))
-    with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
+    with open_in_place(log_file, "ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         names_crashes = faulthandler.is_enabled()

@@ -1,5 +1,6 @@
 """A config.yaml that is read back evaluates nothing and opens no door to code."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,55 @@ def test_open_doors_are_named() -> None:
     assert open_doors(load_run_config(RUN)) == []
     lines = open_doors(load_run_config([*RUN, "model.trust_remote_code=true"]))
     assert lines == ["warning: model.trust_remote_code=true: Python code of model folders is run"]
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 5000 + "]" * 5000, "{a: " * 5000 + "1" + "}" * 5000])
+def test_a_deep_config_of_a_run_is_an_error(text: str, tmp_path: Path) -> None:
+    for read in (lambda: former(tmp_path, text), lambda: from_yaml(text)):
+        with pytest.raises(ConfigError):
+            read()
+
+
+def test_a_huge_config_of_a_run_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    os.truncate(tmp_path / "config.yaml", 2**29)
+    with (
+        pytest.raises(ConfigError, match="cannot be read"),
+        with_former_run(Arguments({}, [f"run.dir={tmp_path}"])),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("key", ["export.output", "data.cache"])
+def test_a_config_of_a_run_chooses_no_place_for_a_new_folder(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, run = tmp_path / "work", tmp_path / "run"
+    work.mkdir()
+    run.mkdir()
+    monkeypatch.chdir(work)
+
+    def read(value: object, *overrides: str) -> None:
+        section, name = key.split(".")
+        text = yaml.safe_dump({"model": {"path": "m"}, section: {name: str(value)}})
+        (run / "config.yaml").write_text(text)
+        with with_former_run(Arguments({}, [f"run.dir={run}", *overrides]), (key,)):
+            pass
+
+    for value in (tmp_path / "elsewhere", "../elsewhere", "~/elsewhere"):
+        with pytest.raises(ConfigError, match="names a folder that does not exist") as raised:
+            read(value)
+        assert raised.value.remedy == f"add {key}=FOLDER to the command"
+        read(value, f"{key}=mine")
+    for value in (run, "output/encoded", work / "new"):
+        read(value)
+
+
+def test_a_model_that_was_hidden_as_a_secret_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_KEY", "a-bucket-of-models")
+    text = to_yaml(load_run_config(["model.path=/mnt/a-bucket-of-models/m", "data.train=[a.jsonl]"]))
+    with pytest.raises(ConfigError, match="hidden as a secret") as raised:
+        former(tmp_path, text)
+    assert raised.value.got == "/mnt/***/m"

@@ -3,28 +3,12 @@
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dpo_dist.distributed.slices import _restore_powers
+from tests.support.cpu_adam import Powers
 
 BETAS = (0.9, 0.999)
-
-
-class Powers:
-    """Powers of the betas as DeepSpeed's `csrc/includes/cpu_adam.h` updates them."""
-
-    def __init__(self) -> None:
-        self.step, self.powers, self.calls = 0, np.ones(2, np.float32), 0
-
-    def adam_update(self, _number: int, step: int, _rate: float, *betas: Any) -> None:
-        self.calls += 1
-        factors = np.array(betas[:2], np.float32)
-        if step == self.step + 1:
-            self.powers = self.powers * factors
-        elif step != self.step:
-            self.powers = (factors.astype(np.float64) ** step).astype(np.float32)
-        self.step = step
 
 
 def adam(powers: Powers) -> Any:

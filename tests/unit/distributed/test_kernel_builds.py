@@ -1,18 +1,25 @@
 """Kernels that cannot be compiled, and the lock that a killed build leaves."""
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from deepspeed.ops.op_builder import CPUAdamBuilder
-from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException, OpBuilder
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.distributed import kernel_builds
 from dpo_dist.distributed.joined import joined
-from dpo_dist.distributed.kernel_builds import wait_for_build
+from dpo_dist.distributed.kernel_builds import load_kernel, wait_for_build
 from dpo_dist.errors import ConfigError
+from dpo_dist.report.terminal.console import Console
+from dpo_dist.training import world_setup
+from dpo_dist.training.world_setup import open_world
 
 HOUR = 3600
 
@@ -93,3 +100,45 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
     assert found.value.where == "parallelism.offload_optimizer"
     assert "/bin/false" in found.value.expected
     assert not lock.exists()
+
+
+def test_the_lock_of_a_kernel_that_another_one_loads_is_looked_for(lock: Path) -> None:
+    other = lock.parents[1] / "pin_memory" / "lock"
+    other.parent.mkdir()
+    make(other, 3 * HOUR)
+    with pytest.raises(ConfigError, match="left its lock") as found:
+        load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", lambda _line: None)
+    assert found.value.where == str(other)
+
+
+@pytest.mark.parametrize("fault", [MissingCUDAException, CUDAMismatchException, TypeError])
+def test_a_host_without_the_compiler_of_cuda_gets_one_error(
+    fault: type[Exception], lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: object, verbose: bool = False) -> None:
+        raise fault("no nvcc")
+
+    monkeypatch.setattr(AsyncIOBuilder, "load", load)
+    assert not lock.exists()
+    with pytest.raises(ConfigError, match="async_io cannot be compiled") as found:
+        load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", lambda _line: None)
+    assert "no nvcc" in found.value.got
+
+
+def test_without_an_optimizer_no_kernel_for_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def joined_with(deepspeed_config: dict[str, Any], *_: object) -> Iterator[None]:
+        given.append(deepspeed_config["zero_optimization"])
+        yield
+
+    monkeypatch.setattr(world_setup, "joined", joined_with)
+    overrides = ["model.path=m", "data.train=[a]", "parallelism.offload_optimizer=cpu", f"run.dir={tmp_path}"]
+    config = load_run_config(overrides)
+    for trains in (False, True):
+        with open_world(config, Console(None), trains=trains):
+            pass
+    assert ["offload_optimizer" in zero for zero in given] == [False, True]

@@ -1,6 +1,7 @@
 """A world of one process, which may survive an error, as in a notebook."""
 
 import contextlib
+import ctypes
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from dpo_dist.distributed.joined import joined, start_world
 from dpo_dist.distributed.peers import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.errors import ConfigError, PeerLostError
+
+_PR_GET_PDEATHSIG = 2
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("timed out"), ValueError("a bug")])
@@ -43,6 +46,25 @@ def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     with ThreadPoolExecutor() as pool:
         assert pool.submit(watch).result() == "left"
     assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("launched", "signal_of_death"), [(True, signal.SIGTERM), (False, 0)])
+def test_a_verb_with_nothing_to_save_ends_with_its_launcher(
+    launched: bool, signal_of_death: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    asked = ctypes.c_int(-1)
+
+    def ask() -> int:
+        assert ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(asked)) == 0
+        return asked.value
+
+    with World(None, 0, 1, torch.device("cpu"), (Peer.here(0),)).watch():
+        assert ask() == signal_of_death
+    assert ask() == 0
 
 
 def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,3 +39,11 @@ def test_commit_and_changed_files_are_those_of_the_folder(
     outside = describe_environment(1)
     assert (outside["git_commit"], outside["git_changed_files"]) == (None, None)
     assert {"torch", "transformers"} <= outside["packages"].keys()
+
+
+def test_the_command_has_no_secret_that_a_shell_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", "ab'cd efgh")
+    monkeypatch.setattr(sys, "argv", [VERB, "tracking.notes=ab'cd efgh"])
+    command = str(describe_environment(1)["command"])
+    assert "efgh" not in command
+    assert "***" in command

@@ -294,7 +294,7 @@ def test_a_run_directory_that_was_moved_away_is_not_made_again(folder: RunFolder
 
 def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
     """A start that was killed while it wrote a single file."""
-    files = folder.state, folder.summary, folder.samples_file(2)
+    files = folder.state, folder.summary, folder.samples_file(2), folder.bad_step(3), folder.wandb_id
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
     own = [temporary_name(file) for file in files]
@@ -302,5 +302,5 @@ def test_temporaries_of_a_killed_start_are_removed(folder: RunFolder) -> None:
     for file in (*own, *of_killed):
         file.touch()
     with locked(folder, ALONE, Screen()):
-        assert [file.exists() for file in own] == [True] * 3, "this process still writes them"
-        assert [file.exists() for file in of_killed] == [False] * 3
+        assert [file.exists() for file in own] == [True] * 5, "this process still writes them"
+        assert [file.exists() for file in of_killed] == [False] * 5

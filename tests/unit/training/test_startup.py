@@ -284,3 +284,12 @@ def test_a_check_of_an_evaluation_is_one_json_object_for_programs(
     data = f"evaluation.data=[{assets}/train.jsonl]"
     assert evaluate.check(run_of(assets, tmp_path, data, "evaluation.model=org/m", "console.style=json")) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "check passed\n"
+
+
+def test_a_configuration_that_was_there_before_is_kept(assets: Path, tmp_path: Path) -> None:
+    """A person may copy the config.yaml of a run to evaluate it elsewhere."""
+    config = run_of(assets, tmp_path)
+    RunFolder.of(config).path.mkdir(parents=True)
+    RunFolder.of(config).config.write_text("model:\n  path: m\n")
+    fail_after_logs(config, ConfigError("late"))
+    assert RunFolder.of(config).config.is_file()
