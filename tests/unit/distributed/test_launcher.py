@@ -160,3 +160,11 @@ def test_an_address_that_cannot_be_used_is_one_block(
     monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
     assert launcher.launch(["-m", "dpo_dist.train"]) == code
     assert "29500 is" in capsys.readouterr().err.split("got: ")[1]
+
+
+@pytest.mark.parametrize("option", ["--quiet", "-q"])
+def test_a_quiet_launcher_has_the_exit_code_of_the_run(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's own ends with 1, without the code."""
+    monkeypatch.setattr(launcher, "stop_signals", tuple)
+    code = launcher.launch([option, "--cpu", "--num_processes", "1", "--no_python", "bash", "-c", "exit 3"])
+    assert code == 3
