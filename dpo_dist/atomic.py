@@ -40,7 +40,9 @@ def write_text(path: Path, content: str) -> None:
 
 
 def open_in_place(path: Path, mode: str, **options: Any) -> IO[Any]:
-    """Open a file to write to it where it is; a link is refused: in a folder of others it may name any file.
+    """Open a file to write to it where it is; a link to another file is refused.
+
+    In a folder of others a link may name any file of this user.
 
     Args:
         path: of the file.
@@ -56,6 +58,8 @@ def open_in_place(path: Path, mode: str, **options: Any) -> IO[Any]:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
+            if Path(name).is_char_device():  # /dev/null
+                return os.open(name, flags)
             raise OSError(errno.ELOOP, "it is a link; delete it, and the file is made here", name) from None
 
     return open(path, mode, opener=opener, **options)
