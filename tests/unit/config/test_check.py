@@ -56,7 +56,7 @@ OUT_OF_RANGE = {
     "trainer.seed": [-1],
     "trainer.stop_after_steps": [0],
     "trainer.max_seconds": [0.0],
-    "parallelism.timeout_seconds": [0],
+    "parallelism.timeout_seconds": [0, 10**8],
     "console.seconds": [0, -1],
     "evaluation.resamples": [-1],
     "compare.prompts": [0],
@@ -103,6 +103,7 @@ IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "data.eval[1].limit": {"data.eval": ["a", {"path": "b", "limit": 0}]},
     "evaluation.data[0].weight": {"evaluation.data": [{"path": "a", "weight": 0}]},
     "evaluation.data[0].limit": {"evaluation.data": [{"path": "a", "limit": 0}]},
+    "data.train[1].weight": {"data.train": ["a", {"path": "b", "weight": 1e18}]},
     "loss.terms[0].weight": {"loss.terms": [{"kind": "sigmoid", "weight": 0.0}]},
     "model.adapter.r": {"model.adapter": {"r": 0}},
     "model.adapter.alpha": {"model.adapter": {"alpha": 0}},
@@ -196,3 +197,18 @@ def test_an_empty_path_of_a_source_is_named_with_its_index(where: str, values: d
 )
 def test_values_are_shown_as_a_user_writes_them(value: object, text: str) -> None:
     assert as_written(value) == text
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("model.path", {"model.path": "~nobody-of-this-name/m"}),
+        ("data.train[0].path", {"data.train": ["~nobody-of-this-name/a.jsonl"]}),
+        ("export.output", {"export.output": "~nobody-of-this-name/x"}),
+    ],
+)
+def test_a_home_folder_of_nobody_is_named(where: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="home folder is not known") as caught:
+        configured(values)
+    assert caught.value.where == where
+    configured({"model.path": "~/m"})
