@@ -12,6 +12,8 @@ from dpo_dist.report.terminal.console import print_text, warnings_off
 from dpo_dist.training.evaluated import find_evaluated
 from dpo_dist.training.startup import check_start, started, with_evaluated_pairs, without_traces
 
+_MADE = ("data.cache", "reference.store", "reference.nvme_path")
+
 
 def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code.
@@ -45,6 +47,4 @@ def check(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(
-        main, check, of_run=True, made=("data.cache", "reference.store", "reference.nvme_path"), about=__doc__
-    )
+    run_verb(main, check, of_run=True, made=_MADE, about=__doc__)

@@ -23,6 +23,7 @@ _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
 _LISTENING_SECONDS = 0.1
 _MAIN_THREAD_SECONDS = 1.0
+_LONGEST_TIMER_SECONDS = 1e9  # 31 years; the system takes no number above its own clock
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
 
@@ -130,7 +131,8 @@ class StopRequest:
         }
         self._arrivals = Arrivals()
         if self._deadline < math.inf:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
+            seconds = max(1e-3, self._deadline - time.monotonic())
+            signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST_TIMER_SECONDS))
         try:
             with ended_with_launcher():
                 yield

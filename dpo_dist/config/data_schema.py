@@ -35,6 +35,7 @@ class SourceConfig:
         1.0,
         "Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs.",
         above=0,
+        at_most=10**6,
         verbs="train precompute",
     )
     limit: int | None = key(None, "Number of records to read, from the first; null: all.", at_least=1)

@@ -165,6 +165,7 @@ class ParallelismConfig:
         600,
         "Most seconds to wait for another process.",
         at_least=1,
+        at_most=10**7,
         verbs="train precompute evaluate compare pairs",
     )
 

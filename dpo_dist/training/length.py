@@ -85,7 +85,8 @@ def check_longer(recorded: Mapping[str, Any], config: RunConfig, folder: RunFold
         "a run can be continued to a greater length only",
         where=new.key,
         got=str(new),
-        expected=f"more than {former}" + (f", {steps:,} steps" if isinstance(steps, int) else ""),
+        expected=f"more than {former}"
+        + (f", {steps:,} steps" if isinstance(steps, int) and former.max_steps is None else ""),
         remedy=f"set {former} to resume it as it was, a larger trainer.max_steps, or another run.dir",
     )
 

@@ -234,3 +234,28 @@ def test_the_codes_of_all_nodes_decide(tmp_path: Path, of_nodes: str, ended: int
     assert answer.returncode == (-signal.SIGKILL if ended is None else ended), answer.stderr
     assert said in answer.stdout
     assert (ended is None) == (tmp_path / "dpo_dist-123456").exists()
+
+
+def test_the_code_of_srun_counts_where_a_node_could_not_write_its_own(tmp_path: Path) -> None:
+    """As on a full disk."""
+    answer = launcher_command(tmp_path, programs={"srun": "exit 2"})
+    assert answer.returncode == 2
+    assert "queued again" not in answer.stdout
+
+
+def test_a_run_is_queued_again_although_the_files_of_the_job_are_gone(tmp_path: Path) -> None:
+    scontrol = """case "$1 $2" in
+        requeue*) kill -KILL $PPID ;;
+        *) echo NodeAddr=10.0.0.4 ;;
+    esac"""
+    srun = 'rm -r "$JOB_FILES"/dpo_dist-*; exit 75'
+    answer = launcher_command(tmp_path, programs={"srun": srun, "scontrol": scontrol})
+    assert "the run was stopped and saved: job 123456 is queued again" in answer.stdout, answer.stderr
+    assert "syntax error" not in answer.stderr
+
+
+@pytest.mark.parametrize("starts", ["0", "three"])
+def test_a_wrong_number_of_idle_starts_gets_a_remedy(tmp_path: Path, starts: str) -> None:
+    answer = launcher_command(tmp_path, MAX_IDLE_STARTS=starts)
+    assert answer.returncode == 2
+    assert "set a number of starts" in answer.stderr

@@ -193,3 +193,9 @@ def test_a_tracker_stops_at_once_and_the_first_reason_counts() -> None:
     assert stop.vote()
     assert stop.is_urgent
     assert stop.reason == "the tracker"
+
+
+def test_seconds_that_no_timer_of_the_system_takes_are_no_error() -> None:
+    stop = StopRequest(max_seconds=1e300)
+    with stop.listening(), stop.deferred():
+        assert not stop.is_urgent

@@ -2,9 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, PreferenceRecord, Response
+
+_FEW = {1: ("the completion",), 2: ("chosen", "rejected")}
 
 
 def check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
@@ -20,15 +22,21 @@ def check_content(record: PreferenceRecord) -> PreferenceRecord | BadRecord:
     if not any(text.strip() for text in prompt_texts):
         return BadRecord("empty_prompt", record.origin)
     empty = [
-        str(rank)
-        for rank, response in enumerate(record.responses, start=1)
+        name
+        for name, response in zip(_names(len(record.responses)), record.responses, strict=True)
         if not (response.strip() if isinstance(response, str) else any(map(_has_content, response)))
     ]
     if empty:
-        return BadRecord("empty_response", record.origin, f"rank {', '.join(empty)}")
+        return BadRecord("empty_response", record.origin, f"no text in {', '.join(empty)}")
     if len(set(map(_stripped, record.responses))) < len(record.responses):
         return BadRecord("identical_responses", record.origin)
     return record
+
+
+def _names(responses: int) -> Sequence[str]:
+    """Return the names of the responses of a record, the best first."""
+    numbered = [f"response {number} of the ranking" for number in range(1, responses + 1)]
+    return _FEW.get(responses, numbered)
 
 
 def _texts(messages: Messages) -> list[str]:

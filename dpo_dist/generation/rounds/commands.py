@@ -20,6 +20,7 @@ from dpo_dist.safe_stream import output_descriptor
 from dpo_dist.signals import stop_signals
 
 _EXPERIMENT = "round"
+_BY_SIGNAL = 128
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
 
@@ -113,7 +114,7 @@ def _own_code(codes: Path, code: int) -> int:
     A launcher ends the others by SIGTERM when one has ended: 143 is no reason.
     """
     written = exit_codes(codes)
-    reasons = [one for one in written if one in _REASONS]
+    reasons = [one for one in written if one in _REASONS] or [one for one in written if one < _BY_SIGNAL]
     return max(reasons or written, default=0) or code
 
 

@@ -188,6 +188,21 @@ def test_a_bad_record_has_its_reason(tmp_path: Path, fields: Any, reason: str) -
     assert record.reason == reason
 
 
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        (TEXT | {"chosen": "\t"}, "no text in chosen"),
+        (TEXT | {"rejected": ""}, "no text in rejected"),
+        ({"prompt": "q", "completion": " "}, "no text in the completion"),
+        ({"prompt": "q", "responses": ["a", " ", "c"]}, "no text in response 2 of the ranking"),
+    ],
+)
+def test_an_empty_response_is_named(tmp_path: Path, fields: Any, detail: str) -> None:
+    record = read_one(tmp_path, fields)
+    assert isinstance(record, BadRecord)
+    assert record.detail == detail
+
+
 def test_an_unknown_format_names_the_fields_found(tmp_path: Path) -> None:
     record = read_one(tmp_path, {"label": "x", "text": []})
     assert isinstance(record, BadRecord)

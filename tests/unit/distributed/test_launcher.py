@@ -1,9 +1,10 @@
 """The launcher passes signals on, waits for the processes, and ends with their exit code."""
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -39,8 +40,9 @@ if sys.argv[1] == "stop":
     sys.exit(69)
 if sys.argv[1] == "kill" and os.environ["RANK"] == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(100 if sys.argv[1] != "kill" else 0)
+time.sleep(SECONDS if sys.argv[1] != "kill" else 0)
 """
+_LONGEST_SECONDS = 120
 
 
 def _launch(folder: Path, work: str) -> None:
@@ -55,9 +57,15 @@ def _launch(folder: Path, work: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "worker.py").write_text(WORKER)
-    return tmp_path
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a worker that outlives the longest wait for its end."""
+    (tmp_path / "worker.py").write_text(WORKER.replace("SECONDS", str(10 * _LONGEST_SECONDS)))
+    yield tmp_path
+    for number in processes(tmp_path):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            process = psutil.Process(number)
+            if "worker.py" in process.cmdline():
+                process.kill()
 
 
 def start(folder: Path, work: str) -> Any:
@@ -73,14 +81,14 @@ def test_a_signal_reaches_the_processes_and_their_exit_code_comes_back(folder: P
     for sign, number in (("started", signal.SIGUSR1), ("heard", signal.SIGHUP)):
         wait_until(lambda: len(list(folder.glob(f"{sign}-*"))) == 2, folder)  # noqa: B023
         os.kill(launcher.pid, number)
-    launcher.join(120)
+    launcher.join(_LONGEST_SECONDS)
     assert launcher.exitcode == 75, (folder / "screen").read_text()
     assert len(list(folder.glob("saved-*"))) == 2
     assert "Traceback" not in (folder / "screen").read_text()
 
 
 def wait_until(condition: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _LONGEST_SECONDS
     while not condition():
         assert time.monotonic() < deadline, (folder / "screen").read_text()
         time.sleep(0.05)
@@ -93,7 +101,7 @@ def processes(folder: Path) -> list[int]:
 
 def test_a_stopped_process_does_not_outlive_the_launcher(folder: Path) -> None:
     launcher = start(folder, "stop")
-    launcher.join(120)
+    launcher.join(_LONGEST_SECONDS)
     assert launcher.exitcode == 69, (folder / "screen").read_text()
     assert len(processes(folder)) == 2
     assert not any(map(psutil.pid_exists, processes(folder)))
@@ -108,7 +116,7 @@ def test_processes_end_when_their_launcher_is_killed(folder: Path) -> None:
 
 def test_a_killed_process_is_named(folder: Path) -> None:
     launcher = start(folder, "kill")
-    launcher.join(120)
+    launcher.join(_LONGEST_SECONDS)
     assert launcher.exitcode == 137, (folder / "screen").read_text()
     assert "rank 1 was ended by SIGKILL" in (folder / "screen").read_text()
 
@@ -152,3 +160,11 @@ def test_an_address_that_cannot_be_used_is_one_block(
     monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
     assert launcher.launch(["-m", "dpo_dist.train"]) == code
     assert "29500 is" in capsys.readouterr().err.split("got: ")[1]
+
+
+@pytest.mark.parametrize("option", ["--quiet", "-q"])
+def test_a_quiet_launcher_has_the_exit_code_of_the_run(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's own ends with 1, without the code."""
+    monkeypatch.setattr(launcher, "stop_signals", tuple)
+    code = launcher.launch([option, "--cpu", "--num_processes", "1", "--no_python", "bash", "-c", "exit 3"])
+    assert code == 3

@@ -437,10 +437,11 @@ def test_sigterm_ends_the_rounds_with_its_own_code(own_code) -> None:
     assert caught.value.code == 143
 
 
-def test_a_process_that_the_launcher_ended_does_not_hide_the_reason() -> None:
+@pytest.mark.parametrize("code", [ExitCode.invalid, ExitCode.failed])
+def test_a_process_that_the_launcher_ended_does_not_hide_the_reason(code) -> None:
     write = "import os; [open(os.environ['DPO_DIST_EXIT_CODES'] + f'.{rank}', 'w').write(code)"
-    work = f"{write} for rank, code in enumerate(['2', '143'])]; os._exit(1)"
-    assert run_command([sys.executable, "-c", work], Path("codes")) == ExitCode.invalid
+    work = f"{write} for rank, code in enumerate(['{int(code)}', '143'])]; os._exit(1)"
+    assert run_command([sys.executable, "-c", work], Path("codes")) == code
 
 
 @pytest.mark.parametrize("code", [ExitCode.preempted, ExitCode.diverged, ExitCode.invalid])

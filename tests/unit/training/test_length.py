@@ -14,6 +14,7 @@ from dpo_dist.errors import CheckpointError, RunOutcome
 from dpo_dist.training.length import as_text, describe_change
 from dpo_dist.training.run_start import Start, find_start
 from dpo_dist.training.run_state import RunState, write_state
+from dpo_dist.training.same_run import check_newest_checkpoint
 from tests.support.alone import ALONE
 
 
@@ -85,7 +86,10 @@ def test_a_run_does_not_become_shorter(former: list[str], new: list[str], tmp_pa
     complete(run_of(tmp_path, *former))
     with pytest.raises(CheckpointError, match="to a greater length only") as error:
         start_of(run_of(tmp_path, *new))
-    assert "8 steps" in error.value.expected
+    if former == ["trainer.max_steps=8"]:
+        assert error.value.expected == "more than trainer.max_steps=8"
+    else:
+        assert error.value.expected.endswith(", 8 steps")
 
 
 def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:
@@ -113,3 +117,20 @@ def test_the_line_about_the_learning_rate_and_a_partial_batch() -> None:
     line = describe_change(state, config, 16)
     assert line.startswith("training longer: 16 steps in place of 8; ")
     assert "from step 9 on (5e-05, not 0); the next 12 pairs of the order are not trained" in line
+
+
+def test_before_processes_join_only_runs_that_cannot_continue_are_refused(tmp_path: Path) -> None:
+    complete(run_of(tmp_path, "trainer.epochs=2"))
+    for options in (["trainer.epochs=2"], ["trainer.epochs=3"], ["trainer.max_steps=9"]):
+        check_newest_checkpoint(run_of(tmp_path, *options, "parallelism.kind=ddp"))
+    for refused, words in (
+        ("trainer.epochs=1", "greater length only"),
+        ("optim.lr=0.5", "another configuration"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            check_newest_checkpoint(run_of(tmp_path, refused))
+        check_newest_checkpoint(run_of(tmp_path, refused, "run.resume=never"))
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    check_newest_checkpoint(run_of(moved, "trainer.epochs=2"))
+    (moved / "checkpoints/step-000008/state.json").write_text("{")
+    check_newest_checkpoint(run_of(moved, "optim.lr=0.5"))
