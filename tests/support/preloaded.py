@@ -18,10 +18,8 @@ LATE = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
-    "dpo_dist.report.trackers.wandb_file",
     "dpo_dist.training.startup",
     "transformers.models.qwen2.tokenization_qwen2",
-    "wandb",
 )
 """Modules that a run imports when it first needs them."""
 
