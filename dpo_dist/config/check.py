@@ -1,5 +1,6 @@
 """Check a configuration: declared bounds of every value, then rules between values."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -86,11 +87,23 @@ def _entries(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
+def _has_no_home(path: str) -> bool:
+    return path.startswith("~") and os.path.expanduser(path) == path  # noqa: PTH111 (no error)
+
+
 def _check_value(where: str, value: Any, field: Field[Any]) -> None:
     declared = declaration(field)
     if declared.filled and isinstance(value, str) and not value.strip():
         raise ConfigError(
             f"{where} is empty", where=where, got=repr(value), remedy="write a value, or remove the key"
+        )
+    if declared.filled and isinstance(value, str) and _has_no_home(value):
+        raise ConfigError(
+            f"{where} begins with ~, and this home folder is not known",
+            where=where,
+            got=value,
+            expected="~/ for your own home folder, or ~ with the name of a user",
+            remedy="write the whole path",
         )
     if declared.pattern and isinstance(value, str) and not re.fullmatch(declared.pattern, value):
         raise ConfigError(

@@ -16,7 +16,7 @@ from dpo_dist.errors import ConfigError, first_line
 from dpo_dist.model.architectures import quantized_weights
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.attention_backend import check_kernel, choose_backend, heads_of
-from dpo_dist.model.folder import check_tokenizer_files, weight_files
+from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, weight_files
 from dpo_dist.model.foreign_code import TOKENIZER_CONFIG, check_no_kernels, own_code_error
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.layers import check_compiler, check_liger, checkpoint_layers, use_liger
@@ -50,6 +50,8 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
         )
     except Exception as error:
         refused = None if config.trust_remote_code else own_code_error(folder, key, TOKENIZER_CONFIG)
+        if refused is None and (folder / CONFIG_FILE).is_file():  # which transformers reads first
+            load_config(folder, config, key)
         raise refused or ConfigError(
             "the model folder's tokenizer cannot be loaded",
             where=key,

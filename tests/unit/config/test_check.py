@@ -197,3 +197,18 @@ def test_an_empty_path_of_a_source_is_named_with_its_index(where: str, values: d
 )
 def test_values_are_shown_as_a_user_writes_them(value: object, text: str) -> None:
     assert as_written(value) == text
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("model.path", {"model.path": "~nobody-of-this-name/m"}),
+        ("data.train[0].path", {"data.train": ["~nobody-of-this-name/a.jsonl"]}),
+        ("export.output", {"export.output": "~nobody-of-this-name/x"}),
+    ],
+)
+def test_a_home_folder_of_nobody_is_named(where: str, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="home folder is not known") as caught:
+        configured(values)
+    assert caught.value.where == where
+    configured({"model.path": "~/m"})

@@ -258,3 +258,10 @@ def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
     assert placement(config, torch.device("cpu")) == {}
+
+
+def test_a_wrong_config_is_no_error_of_the_tokenizer(tmp_path: Path) -> None:
+    file = write_model(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": "many"}))
+    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+        load_tokenizer(tmp_path, FP32)
