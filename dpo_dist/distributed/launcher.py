@@ -59,6 +59,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise
         fault = usage.getvalue().strip().rpartition("error: ")[2]
         raise _refused("accelerate does not have these options", "command line", fault) from None
+    if parsed.log_dir is None and parsed.tee == "0":
+        parsed.log_dir = os.devnull  # else each start leaves a folder in the temporary folder
     parsed.quiet = False  # with it accelerate ends with 1; no traceback is printed anyway
     if parsed.config_file is not None and not Path(parsed.config_file).is_file():
         raise _refused("the launcher's file does not exist", "--config_file", parsed.config_file)

@@ -75,6 +75,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """The folder of all that the verbs wrote, the arguments of processes, and the screens."""
     folder = tmp_path_factory.mktemp("secrets")
     run = [part for part in small_run(assets, folder) if not part.startswith("tracking.wandb")]
+    run.append("trainer.max_steps=2")
     evaluated = f"data.eval=[{assets}/eval.jsonl]"
     variables = {**environment(), **SECRETS, "WANDB_MODE": "offline", "TMPDIR": str(folder)}
     variables |= {"HOME": str(folder / "home"), "WANDB_DATA_DIR": str(folder / "wandb-data")}
@@ -102,6 +103,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         "pairs.limit=2",
         "pairs.unfinished=keep",
     ]
+    longer = evaluated, "trainer.max_steps=3"
     with Arguments() as arguments, judge_server(refuse) as server:
         codes = [
             verb("precompute", noted),
@@ -114,7 +116,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),
             verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={folder}/pairs"),
-            verb("train", evaluated, "optim.lr=1e30", f"run.dir={folder}/failed", "tracking.wandb=offline"),
+            verb("train", "optim.lr=1e30", f"run.dir={folder}/failed", "tracking.wandb=offline", *longer),
         ]
     assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens
     assert server.headers, screens[-2]
