@@ -161,12 +161,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` is true on any rank."""
-        tensor = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor.item())
-
     def agree(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank, without use of the device."""
         if self.size == 1:

@@ -48,8 +48,8 @@ def conversation(world: World, _folder: Path) -> dict[str, Any]:
         "together without a result": world.together(lambda: None),
         "sum": world.sum(torch.tensor([world.rank + 1.0, 10.0])).tolist(),
         "gather": world.gather({"rank": world.rank}),
-        "any, rank 1": world.any(world.rank == 1),
-        "any, nobody": world.any(False),
+        "agree, rank 1": world.agree(world.rank == 1),
+        "agree, nobody": world.agree(False),
     }
     return {**results, "worked": worked}
 
@@ -66,8 +66,8 @@ def test_ranks_communicate_and_agree_on_errors(tmp_path: Path) -> None:
             "together without a result": None,
             "sum": [6.0, 30.0],
             "gather": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
-            "any, rank 1": True,
-            "any, nobody": False,
+            "agree, rank 1": True,
+            "agree, nobody": False,
             "worked": [0] if rank == 0 else [],
         }
 
