@@ -254,6 +254,25 @@ def test_a_run_is_queued_again_although_the_files_of_the_job_are_gone(tmp_path: 
     assert "syntax error" not in answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("shown", "is_of_array"),
+    [("echo JobId=123456 ArrayTaskId=1", True), ("echo JobId=123456", False), ("exit 1", True)],
+)
+def test_a_job_submitted_within_an_array_is_none_of_it(
+    tmp_path: Path, shown: str, is_of_array: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It inherits variables. If SLURM gives no answer they count: a run without its override is wrong."""
+    monkeypatch.chdir(ROOT)
+    scontrol = f"""case "$1 $2" in
+        "show job") {shown} ;;
+        "show hostnames") printf "n4\nn5\nn7\n" ;;
+        *) echo NodeAddr=10.0.0.4 ;;
+    esac"""
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "EACH": "loss.beta=0.1 loss.beta=0.7"}
+    _, arguments = parsed(launcher_command(tmp_path, programs={"scontrol": scontrol}, **array))
+    assert arguments == [*OVERRIDES, *(["loss.beta=0.7"] if is_of_array else [])]
+
+
 @pytest.mark.parametrize("starts", ["0", "three"])
 def test_a_wrong_number_of_idle_starts_gets_a_remedy(tmp_path: Path, starts: str) -> None:
     answer = launcher_command(tmp_path, MAX_IDLE_STARTS=starts)
