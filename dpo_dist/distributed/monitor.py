@@ -21,6 +21,7 @@ _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 8.0
 _SLOW_SECONDS = 60.0
 _MARGIN_SECONDS = 10.0
+_QUESTIONS = 3  # to the store, in one round
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ class Monitor(threading.Thread):
         """Stop watching; after this call the thread does not end the process."""
         with self._ending:
             self._stopping.set()
+
+    def close(self) -> None:
+        """Stop watching and wait for the end of the thread.
+
+        At the end of the interpreter, a thread within a question to the store would abort the process.
+        """
+        self.stop()
+        if self.is_alive():
+            self.join(_QUESTIONS * ANSWER_SECONDS)
 
     def _write_stacks(self, doing: Doing) -> None:
         """Write the stacks on all ranks shortly before a wait ends in an error, which unwinds them."""

@@ -224,7 +224,7 @@ class World:
         finally:
             last_words.clear()
             watched.signals.close()
-        monitor.stop()
+        monitor.close()
         _handle_sigterm(previous)
 
     def _error_of(self, failure: BaseException, watched: Watched) -> DpoDistError | None:

@@ -47,7 +47,7 @@ def card(overrides: list[str], content: dict[str, Any], evaluation: dict[str, An
 
 def test_a_card_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUB_TOKEN", "3f6c1be2a9")
-    label = "hf_0123456789abcdef"
+    label = "hf_" + "0123456789abcdef" * 2
     overrides = ["model.path=org/base", f"data.train=[{{path: local.jsonl, label: {label}}}]"]
     overrides.append("reference.path=other/3f6c1be2a9")
     overrides += [f"data.eval=[{{path: held.jsonl, label: {label}}}]"]
