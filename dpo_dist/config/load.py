@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dpo_dist.config.adapter_schema import AdapterConfig
 from dpo_dist.config.check import check
 from dpo_dist.config.data_schema import SourceConfig
 from dpo_dist.config.foreign_code import read_config, written_values
@@ -30,7 +31,7 @@ from dpo_dist.config.overrides import check_overrides, given_keys, parse_overrid
 from dpo_dist.config.reference_mode import resolve_reference
 from dpo_dist.config.rules import RULES
 from dpo_dist.config.rules_data import NEEDS_TRAINING_DATA
-from dpo_dist.config.schema import NO_MODEL, AdapterConfig, RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.config.user_function import find_function
 from dpo_dist.errors import ConfigError
 from dpo_dist.secret_text import without_secrets

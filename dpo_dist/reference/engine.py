@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dpo_dist.distributed.engine import FrozenEngine
 from dpo_dist.distributed.nvme import own_folder
 from dpo_dist.distributed.weight_loading import sharded_loading, whole_loading
 from dpo_dist.distributed.world import World
-from dpo_dist.model.adapters import adapter_off
+from dpo_dist.model.adapters import adapter_off, load_adapter
 from dpo_dist.model.head import PackedCausalLM
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.objective.token_logps import Statistic
@@ -86,10 +87,12 @@ def scored_model(config: RunConfig) -> ModelConfig:
     )
 
 
-def load_reference(folder: Path, config: RunConfig, world: World) -> ReferenceEngine:
-    """Load the reference from `folder`, in the policy's precision unless it is quantized; collective."""
+def load_reference(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
+    """Load the reference with its adapter, in the policy's precision unless it is quantized; collective."""
     key = "model.path" if config.reference.path is None else "reference.path"
-    return load_scored(folder, scored_model(config), config, world, key=key)
+    adapter = files.adapter
+    finish = None if adapter is None else partial(load_adapter, folder=adapter, key="model.adapter.path")
+    return load_scored(files.folder, scored_model(config), config, world, finish, key=key)
 
 
 def load_scored(
@@ -126,7 +129,7 @@ def load_digested(files: ModelFiles, config: RunConfig, world: World) -> Referen
     Raises:
         ReferenceModelError: a file has changed since it was digested.
     """
-    engine = load_reference(files.folder, config, world)
+    engine = load_reference(files, config, world)
     world.together(files.check_unchanged)
     return engine
 

@@ -217,7 +217,7 @@ def load_policy(config: RunConfig, inputs: ModelInputs, world: World) -> PolicyE
     """Return the policy at its start, with its adapter if it has one; collective."""
     model = load_packed(inputs.policy_files.folder, config.model, config.data.max_length, world.device)
     if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed)
+        add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
     return PolicyEngine(model, config.optim, world)
 
 
