@@ -267,9 +267,7 @@ def _mapping(kind: type[_Typed], content: Any, where: str) -> _Typed:
 
 def _adapter(content: Any) -> AdapterConfig | None:
     """Return a typed adapter; the schema has `Any`, as a node that may be null cannot be made writable."""
-    if content is None:
-        return None
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise ConfigError(
             "model.adapter is not an adapter",
             where="model.adapter",
@@ -277,7 +275,7 @@ def _adapter(content: Any) -> AdapterConfig | None:
             expected=f"null or {describe_type(AdapterConfig)}",
             remedy="write 'model.adapter={r: 64, alpha: 128}'",
         )
-    return _mapping(AdapterConfig, content, "model.adapter")
+    return None if content is None else _mapping(AdapterConfig, content, "model.adapter")
 
 
 def _entries(key: str, entries: list[Any], kind: type[_Typed]) -> list[_Typed]:
