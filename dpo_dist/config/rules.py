@@ -1,6 +1,7 @@
 """The rules between the values of a run, one row each: no option without effect (law L5).
 
-Those about the data are in `rules_data`, those about the reference in `rules_reference`; bounds of single
+Those about the data are in `rules_data`, those of `optim` in `rules_optim`, those about the reference in
+`rules_reference`; bounds of single
 values are declared at the fields of the schema.
 """
 
@@ -10,6 +11,7 @@ from dpo_dist.config.check import Rule
 from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
+from dpo_dist.config.rules_optim import OPTIM_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import (
@@ -235,13 +237,6 @@ def _needs_eval_data(option: str, off: str) -> Rule:
 
 
 _TRAINING = (
-    Rule(
-        "optim.betas",
-        lambda c: len(c.optim.betas) != 2,
-        "AdamW has two betas",
-        "write 'optim.betas=[0.9,0.999]'",
-        "[0.9, 0.999]",
-    ),
     _needs_eval_data("eval_every", "0"),
     _needs_eval_data("eval_at_start", "false"),
     Rule(
@@ -287,6 +282,7 @@ RULES = (
     *_RUN_AND_MODEL,
     *DATA_RULES,
     *_LOSS,
+    *OPTIM_RULES,
     *_TRAINING,
     *KEEP_BEST_RULES,
     *REFERENCE_RULES,

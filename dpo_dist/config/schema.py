@@ -1,9 +1,9 @@
 """Every key of a run: type, default, bounds, meaning. The only place where a key is declared.
 
-The keys of `run`, `data`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs`, `export` are in
-`*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared `free` does not
-define the run's result (hardware, placement, how often something is written): it is not part of the digest
-that names the run directory.
+The keys of `run`, `data`, `optim`, `samples`, `tracking`, `evaluation`, `compare`, `doctor`, `pairs`,
+`export` are in `*_schema`, those of `loss` in `loss_kinds`, rules between keys in `rules`. A key declared
+`free` does not define the run's result (hardware, placement, how often something is written): it is not part
+of the digest that names the run directory.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from dpo_dist.config.export_schema import ExportConfig
 from dpo_dist.config.fields import EVERY_VERB, VERBS_WITH_DATA, key, section
 from dpo_dist.config.folder_schema import FolderConfig
 from dpo_dist.config.loss_kinds import LossConfig
+from dpo_dist.config.optim_schema import OptimConfig
 from dpo_dist.config.pairs_schema import PairsConfig
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.tracking_schema import TrackingConfig
@@ -35,7 +36,6 @@ Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 Direction = StrEnum("Direction", ["highest", "lowest"])
-LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine"])
 
 NO_MODEL = "-"
 """The value of `model.path` for a verb that can work without a model, if none is given."""
@@ -174,24 +174,6 @@ class ParallelismConfig:
         at_most=10**7,
         verbs="train precompute evaluate compare pairs",
     )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning-rate schedule, a pure function of the step."""
-
-    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", above=0)
-    schedule: LearningRateSchedule = key(LearningRateSchedule.cosine, "Learning rate after warm-up.")
-    warmup_ratio: float = key(
-        0.1,
-        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
-        at_least=0,
-        at_most=1,
-    )
-    weight_decay: float = key(0.0, "Decoupled weight decay.", at_least=0)
-    betas: list[float] = key([0.9, 0.999], "Decay rates of both moments.", at_least=0, below=1)
-    eps: float = key(1e-8, "Added to the root of the second moment.", above=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", above=0)
 
 
 @dataclass(frozen=True)

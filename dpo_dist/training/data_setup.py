@@ -29,6 +29,7 @@ from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.number_text import counted
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
+from dpo_dist.training.learning_rate import check_warmup
 
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
@@ -107,7 +108,11 @@ class Inputs(ModelInputs):
 
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
-    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective."""
+    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
+
+    Raises:
+        ConfigError, DataError: they cannot be read, or do not fit the configuration.
+    """
     models, encode = _load_models(config, world, console)
     eval_set = None
     if config.data.eval_sources:
@@ -121,6 +126,7 @@ def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
         ):
             eval_set = _with_count(eval_set, count_name, count, config, world, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
+    check_warmup(config.optim, sampler.steps)
     inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.config.optim_schema import OptimConfig
+from dpo_dist.config.schema import Dtype, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.joined import start_world
 from dpo_dist.distributed.monitor import Reports

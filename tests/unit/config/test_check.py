@@ -40,6 +40,8 @@ OUT_OF_RANGE = {
     "reference.audit_pairs": [-1],
     "optim.lr": [0.0, -1e-6, float("nan")],
     "optim.warmup_ratio": [-0.1, 1.5],
+    "optim.warmup_steps": [-1],
+    "optim.min_lr_ratio": [-0.1, 1.0],
     "optim.weight_decay": [-0.1],
     "optim.eps": [0.0],
     "optim.max_grad_norm": [0.0],

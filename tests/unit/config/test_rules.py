@@ -28,6 +28,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
     ({"data.train": []}, "data.train"),
+    ({"optim.warmup_steps": 10, "optim.warmup_ratio": 0.03}, "optim.warmup_steps, optim.warmup_ratio"),
+    ({"optim.warmup_steps": 11, "trainer.max_steps": 10}, "optim.warmup_steps, trainer.max_steps"),
+    (
+        {"optim.schedule": "constant_with_warmup", "optim.warmup_ratio": 0},
+        "optim.schedule, optim.warmup_ratio, optim.warmup_steps",
+    ),
+    (
+        {"optim.schedule": "constant_with_warmup", "optim.warmup_steps": 0},
+        "optim.schedule, optim.warmup_ratio, optim.warmup_steps",
+    ),
+    ({"optim.min_lr_ratio": 0.1, "optim.schedule": "constant"}, "optim.min_lr_ratio, optim.schedule"),
+    ({"optim.min_lr_ratio": 0.1, "optim.schedule": "inverse_sqrt"}, "optim.min_lr_ratio, optim.schedule"),
     ({"doctor.thresholds": 3}, "doctor.thresholds"),
     ({"doctor.thresholds": {"duplicates": "many"}}, "doctor.thresholds"),
     ({"doctor.thresholds": {"duplicates": True}}, "doctor.thresholds"),
@@ -187,6 +199,9 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         {"trainer.eval_every": 10, "trainer.eval_at_start": True, "data.eval": ["b.jsonl"]},
         {"trainer.eval_every": 10, "samples.prompts": 4, "data.eval_share": 0.1, "data.eval_seed": 1},
         {"data.eval": ["b.jsonl"], "data.drop_eval_prompts": True},
+        {"optim.warmup_steps": 10, "optim.warmup_ratio": 0, "trainer.max_steps": 10},
+        {"optim.warmup_steps": 10, "optim.schedule": "constant_with_warmup"},
+        {"optim.min_lr_ratio": 0.1, "optim.schedule": "linear"},
         {"optim.betas": [0.0, 0.999], "optim.warmup_ratio": 1.0, "data.max_bad_share": 1.0},
     ],
 )
