@@ -8,7 +8,7 @@ dealt out in turn because a long prompt has no targets: with contiguous slices, 
 output layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,15 +22,17 @@ KEY = "parallelism.sequence_parallel"
 
 
 class TokenExchange(Protocol):
-    """Differentiable communication between the ranks that share the tokens of a micro-batch.
+    """Differentiable communication between the ranks that share the tokens of a micro-batch."""
 
-    Attributes:
-        rank: number of this rank among them.
-        ranks: how many they are.
-    """
+    @property
+    def rank(self) -> int:
+        """Number of this rank among them."""
+        ...
 
-    rank: int
-    ranks: int
+    @property
+    def ranks(self) -> int:
+        """Number of the ranks."""
+        ...
 
     def all_to_all(self, parts: Tensor) -> Tensor:
         """Send entry i of [ranks, ...] to rank i; return the entries received, [ranks, ...]. Collective."""
@@ -125,7 +127,7 @@ def _on_host(counts: Tensor, rank: int) -> tuple[int, int, int]:
     return max(numbers), sum(numbers[:rank]), numbers[rank]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExchangedAttention:
     """Packed attention of a share of the tokens: over the whole sequence, with a share of the heads.
 
@@ -133,16 +135,16 @@ class ExchangedAttention:
         whole: attention of the whole sequence.
         exchange: of the ranks.
         tokens: of the whole sequence.
+        layout: of the whole sequence.
     """
 
     whole: PackedAttention
     exchange: TokenExchange
     tokens: int
+    layout: Layout = field(init=False)
 
-    @property
-    def layout(self) -> Layout:
-        """Layout of the whole sequence."""
-        return self.whole.layout
+    def __post_init__(self) -> None:
+        self.layout = self.whole.layout
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `PackedAttention`; tensors are of this rank's tokens and all heads. Collective."""
