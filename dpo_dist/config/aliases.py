@@ -71,6 +71,7 @@ KEY_ALIASES = _by_name(
         "tracking.notes": "wandb_notes",
         "tracking.wandb": "wandb_mode",
         "parallelism.timeout_seconds": "ddp_timeout",
+        "parallelism.sequence_parallel": "sp_size sequence_parallel_size ulysses_sequence_parallel_size",
         "model.adapter.r": "model.adapter.rank model.adapter.lora_r model.adapter.lora_rank",
         "model.adapter.alpha": "model.adapter.lora_alpha",
         "model.adapter.dropout": "model.adapter.lora_dropout",

@@ -144,6 +144,12 @@ class ParallelismConfig:
     offload_optimizer: Offload = key(
         Offload.none, "Memory of optimizer states: `none` or `cpu`.", verbs="train"
     )
+    sequence_parallel: int = key(
+        1,
+        "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",
+        at_least=1,
+        added=True,
+    )
     timeout_seconds: int = key(
         600,
         "Most seconds to wait for another process.",

@@ -114,9 +114,10 @@ def load_scored(
         key: the configuration key to name in an error.
     """
     log.info("loading a model to score from %s", folder)
+    length = config.data.max_length
     if model_config.quantization is not None:
         with whole_loading(world):
-            model = load_packed(folder, model_config, config.data.max_length, world.device, key)
+            model = load_packed(folder, model_config, length, world.device, key, world.sequence)
             if finish is not None:
                 finish(model)
             return QuantizedReference(model)
@@ -142,14 +143,14 @@ def _load_sharded(
     finish: Callable[[PackedCausalLM], None] | None,
     key: str,
 ) -> FrozenEngine:
-    placement = config.reference
+    placement, length = config.reference, config.data.max_length
     deepspeed_config, own = frozen_config(placement.offload, config.model.dtype), None
     if placement.nvme_path is not None:
         own = own_folder(placement.nvme_path, world)
         largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
         deepspeed_config = with_nvme(deepspeed_config, own, largest_shard)
     with sharded_loading(world, deepspeed_config):
-        model = load_packed(folder, model_config, config.data.max_length, world.device, key)
+        model = load_packed(folder, model_config, length, world.device, key, world.sequence)
         if finish is not None:
             finish(model)
     hidden_size = model.causal_lm.config.hidden_size
