@@ -111,6 +111,7 @@ IN_MAPPINGS: dict[str, dict[str, Any]] = {
     "model.adapter.r": {"model.adapter": {"r": 0}},
     "model.adapter.alpha": {"model.adapter": {"alpha": 0}},
     "optim.betas[1]": {"optim.betas": [0.9, 1.0]},
+    "export.average_weights[1]": {"export.average_weights": [1.0, 0.0]},
 }
 EMPTY: dict[str, Any] = {
     "data.train[0].path": {"data.train": [{"path": " "}]},
