@@ -51,6 +51,9 @@ class PackedCausalLM(nn.Module):
         backend: the attention kernel.
         compiled: whether torch.compile compiles the decoder layers.
         sequence: the ranks that share the tokens of each batch; None: this rank computes all.
+
+    Attributes:
+        tiled: MLPs that compute in tiles of tokens.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class PackedCausalLM(nn.Module):
         self.backend = backend
         self.compiled = compiled
         self.sequence = sequence
+        self.tiled: list[nn.Module] = []
         if compiled:
             compile_layers(causal_lm)
 

@@ -26,6 +26,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.gradient_checkpointing": "some"}, "model.gradient_checkpointing"),
     ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
+    ({"model.compile": True, "model.mlp_tile_tokens": 64}, "model.compile, model.mlp_tile_tokens"),
+    ({"model.activation_offload": True}, "model.activation_offload, model.gradient_checkpointing"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
     ({"data.train": []}, "data.train"),
     ({"optim.warmup_steps": 10, "optim.warmup_ratio": 0.03}, "optim.warmup_steps, optim.warmup_ratio"),
