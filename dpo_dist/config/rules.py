@@ -11,6 +11,7 @@ from dpo_dist.config.keep_best import KEEP_BEST_RULES
 from dpo_dist.config.loss_kinds import Divergence, LossConfig, LossKind, kinds_using
 from dpo_dist.config.rules_data import DATA_RULES, EVALUATION_RULES
 from dpo_dist.config.rules_reference import REFERENCE_RULES
+from dpo_dist.config.rules_router import ROUTER_RULES
 from dpo_dist.config.samples_schema import SamplesConfig
 from dpo_dist.config.schema import (
     AdapterVariant,
@@ -287,6 +288,7 @@ RULES = (
     *_RUN_AND_MODEL,
     *DATA_RULES,
     *_LOSS,
+    *ROUTER_RULES,
     *_TRAINING,
     *KEEP_BEST_RULES,
     *REFERENCE_RULES,

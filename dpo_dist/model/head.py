@@ -11,6 +11,7 @@ from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.data.packing import PackedBatch
 from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import compile_layers
+from dpo_dist.objective.router_losses import routing_sums
 from dpo_dist.objective.token_logps import Statistic, token_logps
 
 
@@ -60,20 +61,31 @@ class PackedCausalLM(nn.Module):
         if compiled:
             compile_layers(causal_lm)
 
-    def forward(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
-        """Return `objective.token_logps.token_logps` of the targets of `batch`."""
+    def forward(
+        self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return `objective.token_logps.token_logps` of the targets of `batch`.
+
+        Args:
+            batch: on the device of the model.
+            statistics: of each target, beside its log-prob.
+            with_routing: also return `objective.router_losses.routing_sums`, of a mixture of experts.
+        """
         attention = packed_attention(batch.layout, self.backend, batch.input_ids.device)
         outputs = self.causal_lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             packed=attention,
+            **({"output_router_logits": True} if with_routing else {}),
         )
         predicting = outputs.last_hidden_state[0].index_select(0, batch.predictors)
         logps: Tensor = self.causal_lm.get_output_embeddings()(
             predicting, targets=batch.targets, statistics=statistics
         )
-        return logps
+        if not with_routing:
+            return logps
+        return logps, routing_sums(outputs.router_logits, batch.rows, self.causal_lm.num_experts_per_tok)
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.data_schema import SourceConfig
+from dpo_dist.config.router_schema import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.acceptance import check_data_fits_loss, check_ids_in_vocabulary
 from dpo_dist.data.build_dataset import prepare_dataset, tokenizer_digest
@@ -25,8 +26,10 @@ from dpo_dist.distributed.world import WhileWaiting, World
 from dpo_dist.model.flops import StepFlops, compute_costs, count_flops
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.load import load_config, load_tokenizer
+from dpo_dist.model.router import router_loss, router_note
 from dpo_dist.model.supported import check_supported, training_notes
 from dpo_dist.number_text import counted
+from dpo_dist.objective.router_losses import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.report.terminal.console import Console, Count
 
@@ -42,12 +45,14 @@ class ModelInputs:
         reference_files: files of the reference model; None if the loss uses no reference.
         tokenizer: of the policy.
         flops: floating-point operations of the model.
+        router: losses of the policy's routers, which training adds; None: none.
     """
 
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
     flops: StepFlops
+    router: RouterLoss | None
 
     @property
     def costs(self) -> ComputeCosts:
@@ -108,7 +113,7 @@ class Inputs(ModelInputs):
 
 def load_inputs(config: RunConfig, world: World, console: Console) -> Inputs:
     """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective."""
-    models, encode = _load_models(config, world, console)
+    models, encode = _load_models(config, world, console, config.loss.router)
     eval_set = None
     if config.data.eval_sources:
         eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
@@ -139,12 +144,21 @@ def load_evaluation_inputs(config: RunConfig, world: World, console: Console) ->
     return EvaluationInputs(**vars(models), eval_set=eval_set)
 
 
-def _load_models(config: RunConfig, world: World, console: Console) -> tuple[ModelInputs, _Encode]:
-    """Return the models, and a function that encodes data for them; collective."""
+def _load_models(
+    config: RunConfig, world: World, console: Console, routers: RouterConfig | None = None
+) -> tuple[ModelInputs, _Encode]:
+    """Return the models, and a function that encodes data for them; collective.
+
+    Args:
+        routers: losses of the policy's routers; None: the policy is not trained.
+    """
     folder = shared_model_folder(config.model.path, config.model.revision, "model.path", world, console)
     tokenizer = load_tokenizer(folder, config.model)
     model_config = load_config(folder, config.model)
     check_supported(model_config, config.data.max_length)
+    router = None if routers is None else router_loss(routers, model_config)
+    if routers is not None and (note := router_note(routers, model_config)):
+        console.say(note)
     for note in training_notes(model_config, config.data.max_length):
         console.say(note)
     policy_files, reference_files = _digest_models(folder, config, world, console)
@@ -156,7 +170,7 @@ def _load_models(config: RunConfig, world: World, console: Console) -> tuple[Mod
         return dataset
 
     flops = count_flops(model_config, config.model.adapter)
-    return ModelInputs(policy_files, reference_files, tokenizer, flops), encode
+    return ModelInputs(policy_files, reference_files, tokenizer, flops, router), encode
 
 
 def _encode(

@@ -27,6 +27,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model.gradient_checkpointing": 1}, "model.gradient_checkpointing"),
     ({"model.compile": True, "model.liger": True}, "model.compile, model.liger"),
     ({"trainer.deterministic": True, "model.liger": True}, "trainer.deterministic, model.liger"),
+    ({"loss.router.aux_coefficient": "own"}, "loss.router.aux_coefficient"),
+    ({"loss.router.aux_coefficient": 0}, "loss.router.aux_coefficient"),
     ({"data.train": []}, "data.train"),
     ({"doctor.thresholds": 3}, "doctor.thresholds"),
     ({"doctor.thresholds": {"duplicates": "many"}}, "doctor.thresholds"),
